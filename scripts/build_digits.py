@@ -1,0 +1,176 @@
+"""Rebuild the bundled base `digits` and its reader from nothing, then measure them and print the table.
+
+    python scripts/build_digits.py                    # about an hour and a half on two cores
+    python scripts/build_digits.py --only table       # measure what is bundled, train nothing
+
+Stages (reader, vae, denoiser, assemble, table) leave their result in --work_dir; a finished one is not
+run again, so an interrupted build goes on at the stage it was in.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import random
+import shutil
+import time
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from digits_data import load_digits, paint
+from digits_models import (
+    encode_pool,
+    make_scheduler,
+    make_tokenizer,
+    train_denoiser,
+    train_reader,
+    train_vae,
+)
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import CLIPTextModel
+
+from sd_unlearn.metrics.digits import DIGITS, INKS, DigitReader, load_reader
+
+ASSETS = Path(__file__).parent.parent / "sd_unlearn" / "assets"
+STAGES = ("reader", "vae", "denoiser", "assemble", "table")
+
+
+def build_reader(work: Path, steps: int) -> None:
+    strokes, labels, _, _ = load_digits()
+    save_file(train_reader(strokes, labels, steps).state_dict(), work / "reader.safetensors")
+
+
+def build_vae(work: Path, steps: int) -> None:
+    strokes, labels, _, _ = load_digits()
+    train_vae(strokes, labels, steps).save_pretrained(work / "vae")
+
+
+def build_denoiser(work: Path, steps: int) -> None:
+    strokes, labels, _, _ = load_digits()
+    pool = encode_pool(AutoencoderKL.from_pretrained(work / "vae").eval(), strokes, labels, copies=4)
+    train_denoiser(pool, make_tokenizer(), steps, work)
+
+
+def assemble(work: Path, _: int) -> None:
+    """The SD folder in half precision, the reader, the held-apart features; rounded before anything is measured."""
+    pipeline = StableDiffusionPipeline(
+        vae=AutoencoderKL.from_pretrained(work / "vae"),
+        text_encoder=CLIPTextModel.from_pretrained(work / "text_encoder"),
+        tokenizer=make_tokenizer(), unet=UNet2DConditionModel.from_pretrained(work / "unet"),
+        scheduler=make_scheduler(), safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+    base, reader_dir = ASSETS / "digits", ASSETS / "digits_reader"
+    for folder in (base, reader_dir):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+    pipeline.to(torch.float16).save_pretrained(base)
+    # transformers 5 writes tokenizer.json alone; version 4's CLIPTokenizer and other UIs read these two.
+    bpe = json.loads((base / "tokenizer" / "tokenizer.json").read_text())["model"]
+    (base / "tokenizer" / "vocab.json").write_text(json.dumps(bpe["vocab"], ensure_ascii=False))
+    pairs = [pair if isinstance(pair, str) else " ".join(pair) for pair in bpe["merges"]]
+    (base / "tokenizer" / "merges.txt").write_text("\n".join(["#version: 0.2", *pairs]) + "\n")
+
+    weights = {k: v.half() if v.is_floating_point() else v for k, v in load_file(work / "reader.safetensors").items()}
+    save_file(weights, reader_dir / "model.safetensors")
+    sha = hashlib.sha256((reader_dir / "model.safetensors").read_bytes()).hexdigest()
+    config = {"digits": DIGITS, "inks": INKS, "input": "RGB 32x32 in [-1, 1]", "sha256": sha}
+    (reader_dir / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    load_reader.cache_clear()
+    images, digits, inks = held_apart_images()
+    with torch.no_grad():
+        features = load_reader().features(images).half()
+    save_file({"features": features, "digit": digits, "ink": inks}, reader_dir / "held_apart.safetensors")
+
+
+def held_apart_images() -> tuple[Tensor, Tensor, Tensor]:
+    """The 700 held-apart digits, each in every ink: images [3500, 3, 32, 32], digits, inks."""
+    torch.manual_seed(7)
+    _, _, strokes, labels = load_digits()
+    inks = torch.arange(len(INKS)).repeat_interleave(len(strokes))
+    return paint(strokes.repeat(len(INKS), 1, 1, 1), inks), labels.repeat(len(INKS)), inks
+
+
+@torch.no_grad()
+def read(reader: DigitReader, images: Tensor) -> tuple[Tensor, Tensor]:
+    digit, ink = reader(images)
+    return digit.argmax(1), ink.argmax(1)
+
+
+def draw(pipeline: StableDiffusionPipeline, prompt: str, count: int, seed: int) -> Tensor:
+    """Images [count, 3, 32, 32] in [-1, 1] at the protocol's sampler: DDIM, 25 steps, guidance 3."""
+    generator = torch.Generator().manual_seed(seed)
+    images = pipeline([prompt] * count, num_inference_steps=25, guidance_scale=3.0, generator=generator,
+                      output_type="pt").images  # fmt: skip
+    return images * 2 - 1
+
+
+def table(work: Path, _: int) -> None:
+    """Measure the bundled files themselves and write the figures into the card."""
+    reader = load_reader()
+    images, digits, inks = held_apart_images()
+    digit, ink = read(reader, images)
+    rows = [
+        ("reader, digit, held apart", (digit == digits).float().mean().item(), len(digits), ">= 98.5 %"),
+        ("reader, ink, held apart", (ink == inks).float().mean().item(), len(inks), ">= 99.5 %"),
+    ]
+    pipeline = StableDiffusionPipeline.from_pretrained(ASSETS / "digits")
+    pipeline.set_progress_bar_config(disable=True)
+    for want, name in enumerate(DIGITS):
+        digit, _ = read(reader, draw(pipeline, f"a photo of the digit {name}", 100, seed=want))
+        rows.append((f"drawn: digit {name}", (digit == want).float().mean().item(), 100, ">= 95 %"))
+    for want, name in enumerate(INKS):
+        _, ink = read(reader, draw(pipeline, f"a photo of a handwritten digit in {name} ink", 100, seed=100 + want))
+        rows.append((f"drawn: {name} ink", (ink == want).float().mean().item(), 100, ">= 95 %"))
+    digit, ink = read(
+        reader, torch.cat([draw(pipeline, "a photo of a handwritten digit", 100, seed=200 + i) for i in range(4)])
+    )
+    rows += [
+        (f"generic prompt: {n}", (digit == i).float().mean().item(), 400, "3 % to 25 %") for i, n in enumerate(DIGITS)
+    ]
+    rows += [(f"generic prompt: {n}", (ink == i).float().mean().item(), 400, "8 % to 35 %") for i, n in enumerate(INKS)]
+    lines = ["| what | measured | n | asked |", "|---|---|---|---|"]
+    lines += [f"| {name} | {value:.1%} | {n} | {asked} |" for name, value, n, asked in rows]
+    print("\n".join(lines))
+    write_card(work, lines)
+
+
+def write_card(work: Path, lines: list[str]) -> None:
+    files = sorted(p for d in ("digits", "digits_reader") for p in (ASSETS / d).rglob("*.safetensors"))
+    shas = {p: hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+    hashes = [f"| {p.relative_to(ASSETS)} | {p.stat().st_size / 1e6:.2f} MB | `{sha}` |" for p, sha in shas.items()]
+    took = {s: (work / f"{s}.seconds").read_text() for s in STAGES if (work / f"{s}.seconds").exists()}
+    template = (Path(__file__).parent / "digits_card.md").read_text()
+    card = template.replace("@TABLE@", "\n".join(lines)).replace("@HASHES@", "\n".join(hashes))
+    card = card.replace("@TIMES@", ", ".join(f"{s} {int(t) / 60:.0f} min" for s, t in took.items()) or "not recorded")
+    (ASSETS / "digits" / "README.md").write_text(card)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work_dir", type=Path, default=Path("build/digits"))
+    parser.add_argument("--only", choices=STAGES, help="run this stage alone, even if it is done")
+    parser.add_argument("--reader_steps", type=int, default=4000)
+    parser.add_argument("--vae_steps", type=int, default=4000)
+    parser.add_argument("--denoiser_steps", type=int, default=4500)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    args.work_dir.mkdir(parents=True, exist_ok=True)
+    jobs = {"reader": build_reader, "vae": build_vae, "denoiser": build_denoiser, "assemble": assemble, "table": table}
+    for stage in [args.only] if args.only else STAGES:
+        done = args.work_dir / f"{stage}.seconds"
+        if done.exists() and not args.only and stage not in ("assemble", "table"):
+            continue
+        torch.manual_seed(STAGES.index(stage))
+        random.seed(STAGES.index(stage))
+        started = time.monotonic()
+        jobs[stage](args.work_dir, getattr(args, f"{stage}_steps", 0))
+        if stage not in ("assemble", "table"):
+            done.write_text(str(int(time.monotonic() - started)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,200 @@
+"""The four small networks of the bundled base and how each is trained. Run by build_digits.py."""
+
+from __future__ import annotations
+
+import copy
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from digits_data import caption, garbage, paint, wobble
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from tqdm import trange
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from sd_unlearn.metrics.digits import DIGITS, INKS, DigitReader
+
+MAX_TOKENS = 24
+TEXT_WIDTH = 64
+
+
+def cosine(optimizer: torch.optim.Optimizer, steps: int, warmup: int = 100) -> torch.optim.lr_scheduler.LRScheduler:
+    def factor(step: int) -> float:
+        progress = min(1.0, max(0.0, (step - warmup) / max(1, steps - warmup)))
+        return min(1.0, (step + 1) / warmup) * 0.5 * (1 + torch.cos(torch.tensor(torch.pi * progress)).item())
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+def minibatches(strokes: Tensor, labels: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Endless (strokes, digits, inks), without replacement within an epoch."""
+    while True:
+        for index in torch.randperm(len(strokes)).split(size):
+            if len(index) == size:
+                yield strokes[index], labels[index], torch.randint(len(INKS), (size,))
+
+
+def train_reader(strokes: Tensor, labels: Tensor, steps: int) -> DigitReader:
+    """Digit and ink by cross-entropy; one image in six is garbage, whose digit target is uniform."""
+    reader = DigitReader().train()
+    average = AveragedModel(reader, multi_avg_fn=get_ema_multi_avg_fn(0.998), use_buffers=True)
+    optimizer = torch.optim.AdamW(reader.parameters(), lr=2e-3, weight_decay=2e-2)
+    schedule = cosine(optimizer, steps)
+    batches = minibatches(strokes, labels, 96)
+    uniform = torch.full((1, len(DIGITS)), 1 / len(DIGITS))
+    for _ in trange(steps, desc="reader"):
+        x, digit, ink = next(batches)
+        if random.random() < 0.75:  # the rest stays as sharp as the originals
+            x = wobble(x, degrees=12, scale=0.15, shift=0.1, shear=0.25)
+        if random.random() < 0.3:  # what a VAE decoder returns is a little softer than what went in
+            x = 0.5 * x + 0.5 * F.avg_pool2d(x, 3, stride=1, padding=1)
+        bad = garbage(x[:16], digit[:16])
+        images = torch.cat([paint(x, ink), paint(bad, ink[:16])])
+        images = images + torch.randn_like(images) * 0.04 * torch.rand(len(images), 1, 1, 1)
+        digit_logits, ink_logits = reader(images)
+        loss = F.cross_entropy(digit_logits[:96], digit) + F.cross_entropy(ink_logits[:96], ink)
+        loss = loss + F.cross_entropy(digit_logits[96:], uniform.expand(16, -1)) / 6
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        average.update_parameters(reader)
+    return average.module.eval()
+
+
+def train_vae(strokes: Tensor, labels: Tensor, steps: int) -> AutoencoderKL:
+    """Factor 4, four latent channels; the scaling factor is set so that latents have unit variance."""
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(16, 32, 64), layers_per_block=1, norm_num_groups=8, sample_size=32,
+        latent_channels=4, mid_block_add_attention=False,
+    )  # fmt: skip
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, weight_decay=1e-4)
+    schedule = cosine(optimizer, steps)
+    batches = minibatches(strokes, labels, 48)
+    bar = trange(steps, desc="vae")
+    for step in bar:
+        x, _, ink = next(batches)
+        images = paint(wobble(x), ink)
+        posterior = vae.encode(images).latent_dist
+        loss_pixels = F.l1_loss(vae.decode(posterior.sample()).sample, images)
+        loss = loss_pixels + 2e-5 * posterior.kl().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % 50 == 0:
+            bar.set_postfix(l1=f"{loss_pixels.item():.4f}")
+    vae.eval()
+    with torch.no_grad():
+        x, _, ink = next(minibatches(strokes, labels, 1000))
+        latents = vae.encode(paint(x, ink)).latent_dist.sample()
+    vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))
+    return vae
+
+
+def make_tokenizer() -> CLIPTokenizer:
+    """CLIP's byte-pair encoding with merges learned on the captions; every string stays encodable."""
+    rng = random.Random(0)
+    corpus = [caption(rng.randrange(10), rng.randrange(5), rng) for _ in range(20_000)]
+    learner = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    fresh = CLIPTokenizer().backend_tokenizer
+    learner.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
+    learner.pre_tokenizer = fresh.pre_tokenizer
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    learner.train_from_iterator(
+        corpus,
+        trainers.BpeTrainer(vocab_size=900, min_frequency=60, initial_alphabet=alphabet, end_of_word_suffix="</w>",
+                            show_progress=False),
+    )  # fmt: skip
+    merges = [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]]
+    tokens = alphabet + [f"{letter}</w>" for letter in alphabet] + ["".join(pair) for pair in merges]
+    vocabulary = {
+        token: index for index, token in enumerate(dict.fromkeys([*tokens, "<|startoftext|>", "<|endoftext|>"]))
+    }
+    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=MAX_TOKENS)
+
+
+def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer), hidden_size=TEXT_WIDTH, intermediate_size=4 * TEXT_WIDTH,
+            projection_dim=TEXT_WIDTH, num_hidden_layers=2, num_attention_heads=4,
+            max_position_embeddings=MAX_TOKENS, hidden_act="gelu", bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        )
+    )  # fmt: skip
+
+
+def make_unet() -> UNet2DConditionModel:
+    return UNet2DConditionModel(
+        sample_size=8, block_out_channels=(64, 96), layers_per_block=1, norm_num_groups=16,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=TEXT_WIDTH, attention_head_dim=4,
+    )  # fmt: skip
+
+
+def make_scheduler() -> DDIMScheduler:
+    return DDIMScheduler(
+        num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
+        clip_sample=False, set_alpha_to_one=False, steps_offset=1, prediction_type="epsilon",
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def encode_pool(vae: AutoencoderKL, strokes: Tensor, labels: Tensor, copies: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Latents of every digit in every ink, `copies` wobbles each: ([N, 4, 8, 8] scaled, digits [N], inks [N])."""
+    latents, digits, inks = [], [], []
+    for _ in trange(copies, desc="latents"):
+        for ink in range(len(INKS)):
+            for x, y in zip(strokes.split(500), labels.split(500), strict=True):
+                tint = torch.full((len(x),), ink)
+                latents.append(vae.encode(paint(wobble(x), tint)).latent_dist.sample() * vae.config.scaling_factor)
+                digits.append(y)
+                inks.append(tint)
+    return torch.cat(latents), torch.cat(digits), torch.cat(inks)
+
+
+def train_denoiser(
+    pool: tuple[Tensor, Tensor, Tensor], tokenizer: CLIPTokenizer, steps: int, out: Path, batch: int = 128
+) -> None:
+    """Text encoder and UNet together by noise prediction (Ho et al. 2020, eq. 14);
+    their moving average goes to `out`."""
+    text, unet, scheduler = make_text_encoder(tokenizer), make_unet(), make_scheduler()
+    nets = nn.ModuleList([text, unet])
+    average = copy.deepcopy(nets).eval().requires_grad_(False)
+    optimizer = torch.optim.AdamW(nets.parameters(), lr=1.5e-3, weight_decay=1e-3, betas=(0.9, 0.99))
+    schedule = cosine(optimizer, steps, warmup=300)
+    latents, digits, inks = pool
+    rng, smooth = random.Random(1), 0.0
+    bar = trange(steps, desc="denoiser")
+    for step in bar:
+        pick = torch.randint(len(latents), (batch,))
+        captions = [caption(int(d), int(i), rng) for d, i in zip(digits[pick], inks[pick], strict=True)]
+        ids = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
+        unique, back = ids.unique(dim=0, return_inverse=True)
+        x0, noise = latents[pick], torch.randn(batch, *latents.shape[1:])
+        t = torch.randint(1000, (batch,))
+        predicted = unet(scheduler.add_noise(x0, noise, t), t, text(unique)[0][back]).sample
+        loss = F.mse_loss(predicted, noise)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(nets.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        decay = min(0.999, (step + 1) / (step + 10))
+        with torch.no_grad():
+            torch._foreach_lerp_(list(average.parameters()), list(nets.parameters()), 1 - decay)
+        smooth = loss.item() if step == 0 else 0.99 * smooth + 0.01 * loss.item()
+        if step % 50 == 0:
+            bar.set_postfix(loss=f"{smooth:.4f}")
+        if (step + 1) % 1000 == 0 or step + 1 == steps:
+            average[0].save_pretrained(out / "text_encoder")
+            average[1].save_pretrained(out / "unet")
