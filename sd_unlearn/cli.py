@@ -1,0 +1,156 @@
+"""sd-unlearn render | train | evaluate | export | report. Imports nothing heavy until a command runs."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Annotated, Any
+
+import cyclopts
+from cyclopts import App, Parameter
+
+from sd_unlearn import __version__
+from sd_unlearn.config import (
+    EvaluateConfig,
+    ExportConfig,
+    RenderConfig,
+    ReportConfig,
+    TrainConfig,
+    check_keys,
+    read_yaml,
+)
+from sd_unlearn.errors import UnlearnError, UsageError
+
+HELP = """Make Stable Diffusion forget a concept, and show that it did.
+
+The street, on the bundled base (no GPU, no download):
+
+    sd-unlearn train    --concept seven      renders data/seven first, then trains runs/seven
+    sd-unlearn evaluate --run runs/seven     same seeds with and without the LoRA -> results.json
+    sd-unlearn export   --run runs/seven     LoRA files for Diffusers, ComfyUI, A1111
+    sd-unlearn report   --run runs/seven     report.html with pictures and intervals
+"""
+
+app = App(
+    name="sd-unlearn", help=HELP, help_format="plaintext", version=__version__,
+    default_parameter=Parameter(negative=(), name_transform=lambda name: name),
+    result_action="return_value",
+)  # fmt: skip
+
+COMMANDS = {
+    "render": RenderConfig, "train": TrainConfig, "evaluate": EvaluateConfig, "export": ExportConfig,
+    "report": ReportConfig,
+}  # fmt: skip
+
+
+@app.command
+def render(config: Annotated[RenderConfig, Parameter(name="*")] = RenderConfig()) -> None:
+    """Render 0_unlabeled and 1_positive of a concept from its prompts; only what is missing."""
+    from sd_unlearn import render as room
+
+    print(room.run(config))
+
+
+@app.command
+def train(config: Annotated[TrainConfig, Parameter(name="*")] = TrainConfig()) -> None:
+    """Train a LoRA that forgets the concept; renders its folders first if they are missing."""
+    from sd_unlearn import trainer
+
+    print(trainer.run(config))
+
+
+@app.command
+def evaluate(config: Annotated[EvaluateConfig, Parameter(name="*")] = EvaluateConfig()) -> None:
+    """Measure what is gone and what stayed, with intervals -> results.json in the run folder."""
+    from sd_unlearn import evaluate as room
+    from sd_unlearn.report import format_table
+
+    results = room.run(config)
+    print(json.dumps(results, indent=2, ensure_ascii=False) if config.json else format_table(results))
+
+
+@app.command
+def export(config: Annotated[ExportConfig, Parameter(name="*")] = ExportConfig()) -> None:
+    """Write the LoRA for Diffusers and for ComfyUI / A1111."""
+    from sd_unlearn import export as room
+
+    for path in room.run(config):
+        print(path)
+
+
+@app.command
+def report(config: Annotated[ReportConfig, Parameter(name="*")] = ReportConfig()) -> None:
+    """Write report.html, report.md and results.csv of an evaluated run."""
+    from sd_unlearn import report as room
+
+    print(room.run(config))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command. Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
+    tokens = [_underscored(t) for t in (sys.argv[1:] if arguments is None else arguments)]
+    debug = "--debug" in tokens
+    try:
+        app.config = _config_file(tokens)
+        app(tokens, exit_on_error=False, print_error=False)
+    except cyclopts.CycloptsError as error:
+        return _fail(UsageError(" ".join(str(error).split())), debug)
+    except UnlearnError as error:
+        return _fail(error, debug)
+    except KeyboardInterrupt:
+        print(
+            "\nInterrupted. Images already rendered are kept; the same command goes on with what is missing.",
+            file=sys.stderr,
+        )
+        return 130
+    except Exception as error:
+        hint = "This is a fault of sd-unlearn: run again with --debug and report it."
+        return _fail(UnlearnError(f"{type(error).__name__}: {error}. {hint}"), debug)
+    return 0
+
+
+def _underscored(token: str) -> str:
+    """--train-batch-size as well as --train_batch_size."""
+    if not token.startswith("--"):
+        return token
+    name, equals, value = token.partition("=")
+    return "--" + name[2:].replace("-", "_") + equals + value
+
+
+def _config_file(tokens: Sequence[str]) -> tuple[Any, ...]:
+    """The --config file of a command as cyclopts values under the command's flags, its keys checked.
+
+    Raises:
+        UsageError: a missing or damaged file, an unknown key.
+    """
+    command = next((t for t in tokens if t in COMMANDS), None)
+    path = next((t.partition("=")[2] for t in tokens if t.startswith("--config=")), None)
+    if "--config" in tokens[:-1]:
+        path = tokens[tokens.index("--config") + 1]
+    if command is None or path is None:
+        return ()
+    data = read_yaml(Path(path), "--config")
+    check_keys(data, {f.name for f in fields(COMMANDS[command])}, f"--config {path}")
+    given = {key: value for key, value in data.items() if value is not None and key != "config"}
+    return (cyclopts.config.Dict(given, use_commands_as_keys=False, source=path),)
+
+
+def _fail(error: UnlearnError, debug: bool) -> int:
+    if debug and not isinstance(error.__context__, cyclopts.CycloptsError):
+        import traceback
+
+        traceback.print_exc()
+    print(f"Error: {error}", file=sys.stderr)
+    return error.exit_code
+
+
+def entry() -> None:
+    """The console script."""
+    sys.exit(main())
+
+
+if __name__ == "__main__":
+    entry()
