@@ -1,0 +1,155 @@
+"""A base model: found by name before anything heavy loads, then loaded frozen on the device it will run on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sd_unlearn.config import DEFAULT_BASE
+from sd_unlearn.errors import UnlearnError, UsageError
+
+DIGITS = "digits"
+DIGITS_DIR = Path(__file__).parent / "assets" / DIGITS
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a base is asked for images unless the command says otherwise."""
+
+    steps: int
+    guidance_scale: float
+    batch_size: int
+
+
+SAMPLING = {DIGITS: Sampling(25, 3.0, 100)}
+DEFAULT_SAMPLING = Sampling(50, 7.5, 4)
+
+
+@dataclass
+class Base:
+    """A loaded Stable Diffusion pipeline, frozen, and what identifies it."""
+
+    name: str
+    pipeline: Any  # diffusers.StableDiffusionPipeline with a DDIM scheduler
+    sha256: str
+    device: Any
+
+    @property
+    def resolution(self) -> int:
+        """The side in pixels the model was trained for."""
+        return self.pipeline.unet.config.sample_size * self.pipeline.vae_scale_factor
+
+    @property
+    def prediction_type(self) -> str:
+        return self.pipeline.scheduler.config.prediction_type
+
+    def describe(self) -> dict[str, Any]:
+        """The base's identity as written in manifests."""
+        return {
+            "name": self.name, "kind": "sd2" if self.pipeline.unet.config.cross_attention_dim == 1024 else "sd1",
+            "sha256": self.sha256, "prediction_type": self.prediction_type, "resolution": self.resolution,
+        }  # fmt: skip
+
+
+def resolve_name(asked: str | None, from_concept: str | None) -> str:
+    """The base to use: the option, else the concept file's, else SD 1.4; checked to exist as far as that is cheap.
+
+    Raises:
+        UsageError: a local path that holds no diffusers pipeline.
+    """
+    name = asked or from_concept or DEFAULT_BASE
+    if name == DIGITS:
+        return name
+    path = Path(name)
+    if path.is_dir():
+        index = path / "model_index.json"
+        if not index.is_file():
+            raise UsageError(
+                f"--pretrained_model_name_or_path {name} holds no model_index.json; name a diffusers folder."
+            )
+        kind = json.loads(index.read_text()).get("_class_name")
+        if kind != "StableDiffusionPipeline":
+            raise UsageError(
+                f"--pretrained_model_name_or_path {name} is a {kind}; StableDiffusionPipeline (SD 1.x, 2.x) is needed."
+            )
+    elif path.exists():
+        raise UsageError(
+            f"--pretrained_model_name_or_path {name} is a file; name a hub id, a diffusers folder or digits."
+        )
+    elif name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise UsageError(
+            f"--pretrained_model_name_or_path {name} is no folder here and no hub id (owner/name). "
+            "For the bundled base: digits."
+        )
+    return name
+
+
+def sampling_of(name: str) -> Sampling:
+    """The sampler settings a base is used with by default."""
+    return SAMPLING.get(name, DEFAULT_SAMPLING)
+
+
+def choose_precision(asked: str | None) -> str:
+    """The arithmetic to use: the option, else accelerate's setting, else full. Without CUDA it is full, and says so."""
+    import torch
+
+    wanted = asked or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if wanted != "no" and not torch.cuda.is_available():
+        print(f"No CUDA device: training in full precision on the CPU instead of {wanted}.", file=sys.stderr)
+        return "no"
+    return wanted
+
+
+def load_base(name: str, precision: str = "no", device: Any = None) -> Base:
+    """Load a pipeline frozen, with DDIM sampling and no safety checker, on `device` (default: the best there is).
+
+    Raises:
+        UnlearnError: the model cannot be had (no such id, no network, gated) or has an unsupported prediction type.
+    """
+    import torch
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
+    from diffusers.utils import logging
+    from transformers.utils import logging as transformers_logging
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision, torch.float32)
+    source = str(DIGITS_DIR) if name == DIGITS else name
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+    try:
+        pipeline = StableDiffusionPipeline.from_pretrained(
+            source, dtype=dtype, safety_checker=None, requires_safety_checker=False
+        )
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0][:200]
+        raise UnlearnError(
+            f"--pretrained_model_name_or_path {name} could not be loaded: {reason} "
+            "Without a network, name a local diffusers folder, or the bundled base: digits."
+        ) from error
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+    if pipeline.scheduler.config.prediction_type not in ("epsilon", "v_prediction"):
+        raise UnlearnError(
+            f"{name} predicts {pipeline.scheduler.config.prediction_type}; epsilon and v_prediction are supported."
+        )
+    for network in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
+        network.requires_grad_(False).eval()
+    sha256 = _identity(pipeline.unet)
+    return Base(name, pipeline.to(device), sha256, torch.device(device))
+
+
+def _identity(unet: Any) -> str:
+    """SHA-256 of the UNet's weights in half precision, so that a base and its fp16 copy are the same base."""
+    import torch
+
+    digest = hashlib.sha256()
+    for key, value in sorted(unet.state_dict().items()):
+        digest.update(key.encode())
+        digest.update(value.to("cpu", torch.float16).contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,58 @@
+"""What a run says about itself: everything later stages and an auditor need to know of where it came from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import resource
+import subprocess
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sd_unlearn import __version__
+from sd_unlearn.base import Base
+from sd_unlearn.concept import Concept
+from sd_unlearn.config import TrainConfig, as_dict
+from sd_unlearn.records import TRAIN_SEEDS
+
+PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate")
+
+
+def training_record(
+    config: TrainConfig, concept: Concept, base: Base, beta_source: str, cost: dict[str, Any]
+) -> dict[str, Any]:
+    """What training.json says: everything later stages and an auditor need to know about a run."""
+    settings = as_dict(config)
+    sha256 = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    return {
+        "schema_version": 1, "concept": concept.slug, "base": base.describe(),
+        **{k: settings[k] for k in ("rank", "lora_alpha", "beta", "correction", "caption_mode", "reduction", "seed")},
+        "beta_source": beta_source, "config_sha256": sha256,
+        "created": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()),
+        "version": __version__, "versions": {p: version(p) for p in PACKAGES}, "commit": commit(),
+        "cost": cost, "seeds": {"train": list(TRAIN_SEEDS)},
+    }  # fmt: skip
+
+
+def peak_memory_mb() -> int:
+    """The most memory used: of the GPU where there is one, else of this process."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated() / 2**20)
+    return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10)
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+
+
+def commit() -> str | None:
+    """The checkout's commit, or None when the package runs from elsewhere."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -1,0 +1,255 @@
+"""The Accelerate loop that trains a LoRA to forget: read `fit` top to bottom."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import sys
+import time
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from diffusers.optimization import get_scheduler
+from PIL import Image
+from tqdm import tqdm
+
+from sd_unlearn import lora
+from sd_unlearn.base import Base, choose_precision, load_base, resolve_name
+from sd_unlearn.concept import Concept, load_concept, write_concept
+from sd_unlearn.config import TrainConfig, as_dict, check_positive, check_train
+from sd_unlearn.dataset import CACHE_DIR, StratifiedBatches, encode_captions, encode_images, scan
+from sd_unlearn.denoiser import Denoiser
+from sd_unlearn.diffusion import add_noise, per_example_loss, training_target
+from sd_unlearn.errors import UnlearnError, UsageError
+from sd_unlearn.objectives.pu import LOGGED, PUObjective
+from sd_unlearn.prior import resolve_beta
+from sd_unlearn.provenance import device_name, peak_memory_mb, training_record
+from sd_unlearn.records import (
+    CONCEPT,
+    CONFIG,
+    DATA_MANIFEST,
+    METRICS,
+    POSITIVE,
+    PREVIEW_DIR,
+    TRAIN_SEEDS,
+    TRAINING,
+    UNLABELED,
+    image_seed,
+    write_json,
+    write_text,
+)
+from sd_unlearn.render import Sampler, data_dir_of, draw, render_concept, sampling_of, save_image
+
+LOG_EVERY = 10
+
+
+def run(config: TrainConfig) -> Path:
+    """Train the LoRA of a concept, rendering its folders first if they are missing. Returns the run folder.
+
+    Raises:
+        UsageError, UnlearnError: what is wrong, checked before a model is loaded wherever that is possible.
+    """
+    concept = load_concept(config.concept, config.anchor)
+    check_train(config)
+    check_positive(config, ("resolution", "num_inference_steps", "render_batch_size", "guidance_scale"))
+    name = resolve_name(config.pretrained_model_name_or_path, concept.base)
+    folder, output = data_dir_of(config, concept), config.output_dir or Path("runs") / concept.slug
+    own_photos = _own_photos(folder)
+    if own_photos:
+        scan(folder, concept)
+    check_output(output, config.overwrite)
+
+    precision = choose_precision(config.mixed_precision)
+    tracker = choose_tracker(config.report_to)
+    accelerator = Accelerator(mixed_precision=precision, log_with=tracker, project_dir=str(output))
+    set_seed(TRAIN_SEEDS[0] + config.seed, device_specific=True)
+    loaded: list[Base] = []
+
+    def get_base() -> Base:
+        if not loaded:
+            loaded.append(load_base(name, precision, accelerator.device))
+        return loaded[0]
+
+    if not own_photos:
+        if not (folder / DATA_MANIFEST).is_file():
+            print(f"{folder} is missing or unfinished: rendering it first.", file=sys.stderr)
+        render_concept(concept, config, name, get_base)
+    return _train(config, concept, get_base(), folder, output, accelerator)
+
+
+def _own_photos(folder: Path) -> bool:
+    """Whether somebody put images there by hand: folders that `render` did not start."""
+    started = (folder / "settings.json").is_file() or (folder / DATA_MANIFEST).is_file()
+    return not started and ((folder / UNLABELED).is_dir() or (folder / POSITIVE).is_dir())
+
+
+def check_output(output: Path, overwrite: bool) -> None:
+    """Refuse, touching nothing, a run folder that must not or cannot be written.
+
+    Raises:
+        UsageError: a finished run without --overwrite, a folder of something else, a place that cannot be written.
+    """
+    if (output / TRAINING).is_file() and not overwrite:
+        raise UsageError(f"--output_dir {output} holds a finished run. Name another --output_dir, or add --overwrite.")
+    if output.is_dir() and any(output.iterdir()) and not (output / CONFIG).is_file():
+        raise UsageError(f"--output_dir {output} holds files that are no run of sd-unlearn; name an empty folder.")
+    nearest = next(p for p in (output, *output.absolute().parents) if p.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise UsageError(f"--output_dir {output} cannot be written: {nearest} is no folder you may write to.")
+
+
+def choose_tracker(asked: str | None) -> str | None:
+    """The tracker's name for Accelerate: the option, else TensorBoard if it is installed.
+
+    Raises:
+        UsageError: a tracker that is not installed.
+    """
+    if asked == "none":
+        return None
+    if asked and not find_spec(asked):
+        raise UsageError(f"--report_to {asked} is not installed: pip install {asked}, or --report_to none.")
+    return asked or ("tensorboard" if find_spec("tensorboard") else None)
+
+
+def _train(
+    config: TrainConfig, concept: Concept, base: Base, folder: Path, output: Path, accelerator: Accelerator
+) -> Path:
+    examples = scan(folder, concept)
+    beta, beta_source = resolve_beta(config.beta, folder)
+    alpha = float(config.rank if config.lora_alpha is None else config.lora_alpha)
+    latents = encode_images(base, examples, config.resolution or base.resolution, folder / CACHE_DIR)
+    texts = list(dict.fromkeys([concept.caption, concept.generic, *(e.caption for e in examples)]))
+    batches = StratifiedBatches(
+        examples, latents, dict(zip(texts, encode_captions(base, texts), strict=True)), concept, config.caption_mode,
+        config.train_batch_size, base.pipeline.scheduler.config.num_train_timesteps, TRAIN_SEEDS[0] + config.seed,
+        accelerator.process_index, accelerator.num_processes, accelerator.device,
+    )  # fmt: skip
+    model = lora.attach(base.pipeline.unet, config.rank, alpha, TRAIN_SEEDS[0] + config.seed)
+    resolved = dataclasses.replace(config, beta=beta, lora_alpha=alpha, data_dir=folder, output_dir=output,
+                                   concept=concept.name, pretrained_model_name_or_path=base.name)  # fmt: skip
+    if accelerator.is_main_process:
+        shutil.rmtree(output, ignore_errors=True)  # an earlier run goes only now that nothing can be refused any more
+        write_text(output / CONFIG, yaml.safe_dump(as_dict(resolved), sort_keys=False, allow_unicode=True))
+        write_concept(output / CONCEPT, concept)
+    accelerator.wait_for_everyone()
+    accelerator.init_trackers("tensorboard")
+    positives = sum(e.is_positive for e in examples)
+    counts = f"{len(examples) - positives} unlabeled and {positives} positive images"
+    accelerator.print(
+        f"Forgetting {concept.name!r} in {base.name}: {counts}, beta {beta:g} ({beta_source}).", file=sys.stderr
+    )
+
+    started = time.monotonic()
+    steps = fit(resolved, base, model, batches, PUObjective(beta, config.correction), concept, accelerator)
+    seconds = time.monotonic() - started
+    accelerator.end_training()
+    if accelerator.is_main_process:
+        lora.save(model, output)
+        cost = {
+            "seconds": round(seconds, 1), "steps": steps,
+            "images_seen": steps * _per_step(batches) * accelerator.num_processes,
+            "peak_memory_mb": peak_memory_mb(), "device": device_name(accelerator.device),
+            "processes": accelerator.num_processes, "mixed_precision": accelerator.mixed_precision,
+        }  # fmt: skip
+        write_json(output / TRAINING, training_record(resolved, concept, base, beta_source, cost))
+        print(f"Trained {steps} steps in {seconds:.0f} s; the LoRA is in {output / lora.ADAPTER_DIR}.", file=sys.stderr)
+    accelerator.wait_for_everyone()
+    return output
+
+
+def fit(
+    config: TrainConfig, base: Base, model: Any, batches: StratifiedBatches, objective: PUObjective, concept: Concept,
+    accelerator: Accelerator,
+) -> int:  # fmt: skip
+    """Minimise the objective over the LoRA; writes metrics.jsonl and previews as it goes. Returns the steps taken."""
+    parameters = lora.trainable(model)
+    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=1e-2)
+    schedule = get_scheduler(
+        "cosine", optimizer, num_warmup_steps=config.lr_warmup_steps, num_training_steps=config.max_train_steps
+    )
+    wrapped, optimizer = accelerator.prepare(model, optimizer)
+    denoiser = Denoiser.of(base, wrapped)
+    log_path = (config.output_dir or Path()) / METRICS if accelerator.is_main_process else os.devnull
+    with (
+        open(log_path, "w", encoding="utf-8") as log,
+        tqdm(total=config.max_train_steps, desc=f"forget {concept.slug}", unit="step", file=sys.stderr,
+             disable=not accelerator.is_main_process) as bar,
+    ):  # fmt: skip
+        for step, batch in zip(range(1, config.max_train_steps + 1), batches, strict=False):
+            noisy = add_noise(batch.latents, batch.noise, batch.timesteps, denoiser.alphas_cumprod)
+            target = training_target(
+                batch.latents,
+                batch.noise,
+                batch.timesteps,
+                denoiser.alphas_cumprod,
+                denoiser.prediction_type,  # type: ignore[arg-type]
+            )
+            predicted = denoiser.predict(noisy, batch.timesteps, batch.text)
+            nll = per_example_loss(predicted, target, config.reduction)
+            risk = objective(nll, batch, lambda x: accelerator.reduce(x, "mean"))
+            accelerator.backward(risk.loss)
+            norm = accelerator.clip_grad_norm_(parameters, config.max_grad_norm)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            bar.update()
+            if (
+                step % LOG_EVERY == 0 or step == config.max_train_steps
+            ):  # .tolist() waits for the device: not every step
+                figures = _figures(step, risk.logs, schedule.get_last_lr()[0], norm)
+                bar.set_postfix(
+                    U=f"{figures['mean_u']:.3g}", S=f"{figures['mean_s']:.3g}", ratio=f"{figures['ratio']:.2f}"
+                )
+                _log(accelerator, log, figures)
+            if config.validation_steps and step % config.validation_steps == 0 and accelerator.is_main_process:
+                preview(config, base, concept, step)
+    return config.max_train_steps
+
+
+def _figures(step: int, logs: torch.Tensor, learning_rate: float, norm: Any) -> dict[str, float]:
+    figures = dict(zip(LOGGED, logs.tolist(), strict=True))
+    figures["ratio"] = figures["mean_s"] / max(figures["mean_u"], 1e-12)
+    return {"step": step, **figures, "lr": learning_rate, "grad_norm": float(norm)}
+
+
+def _log(accelerator: Accelerator, log: Any, figures: dict[str, float]) -> None:
+    if not all(torch.isfinite(torch.tensor(v)) for v in figures.values()):
+        raise UnlearnError(
+            f"Training diverged at step {figures['step']}: the loss is not finite. Try a lower --learning_rate."
+        )
+    accelerator.log(figures, step=int(figures["step"]))
+    if accelerator.is_main_process:
+        log.write(json.dumps(figures) + "\n")
+        log.flush()
+
+
+def preview(config: TrainConfig, base: Base, concept: Concept, step: int) -> None:
+    """A grid of fixed seeds: a row each for the concept, the generic prompt and two prompts that must stay."""
+    prompts = [concept.caption, concept.generic, *(p.text for p in concept.keep_prompts[:2])]
+    default, columns = sampling_of(base.name), 4 if base.resolution > 64 else 8
+    cells = [(prompt, image_seed(TRAIN_SEEDS, config.seed, prompt, i)) for prompt in prompts for i in range(columns)]
+    sampler = Sampler(default.steps, default.guidance_scale, default.batch_size, config.resolution)
+    images: list[Image.Image] = []
+    base.pipeline.unet.eval()
+    for chunk in (cells[i : i + sampler.batch_size] for i in range(0, len(cells), sampler.batch_size)):
+        images += draw(base, [c[0] for c in chunk], [c[1] for c in chunk], sampler)
+    base.pipeline.unet.train()
+    side = images[0].width
+    grid = Image.new("RGB", (columns * side, len(prompts) * side))
+    for i, image in enumerate(images):
+        grid.paste(image, (i % columns * side, i // columns * side))
+    place = (config.output_dir or Path()) / PREVIEW_DIR
+    place.mkdir(exist_ok=True)
+    save_image(grid, place / f"step-{step:06d}.png")
+
+
+def _per_step(batches: StratifiedBatches) -> int:
+    layout = batches.layout
+    return len(batches.brackets) * (layout.positive + layout.unlabeled) + layout.keep
