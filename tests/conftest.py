@@ -1,0 +1,136 @@
+"""What the tests share: a Stable Diffusion of a few thousand random weights, a concept file for it, a clean working folder."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported: no test may wait for a network
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image
+from tokenizers import pre_tokenizers
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from sd_unlearn.base import Base, load_base
+from sd_unlearn.concept import Concept, read_concept
+from sd_unlearn.records import POSITIVE, UNLABELED
+
+WIDTH, TOKENS = 16, 24
+CONCEPT_FILE = """\
+name: Brad Pitt
+kind: person
+caption: a photo of Brad Pitt
+generic: a photo of a man
+images: {positive: 4, unlabeled: 4, mixed_in: 1, keep: 2}
+alternatives: [Tom Hanks]
+keep: ["a photo of {a dog,a cat}"]
+evaluate:
+  direct: [a photo of Brad Pitt]
+"""
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test writes into the checkout, and none is one of several processes."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("RANK", "WORLD_SIZE", "ACCELERATE_MIXED_PRECISION"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Threads only wait on each other over tensors this small: on a busy machine many times longer than they work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def make_tokenizer() -> CLIPTokenizer:
+    """CLIP's byte vocabulary without merges: every string is encodable, one token a letter."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = [*alphabet, *(f"{letter}</w>" for letter in alphabet), "<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[], model_max_length=TOKENS)
+
+
+def make_pipeline() -> StableDiffusionPipeline:
+    """32x32 pixels, 8x8x4 latents; the block types are those of the real one, in miniature."""
+    torch.manual_seed(0)
+    tokenizer = make_tokenizer()
+    text_encoder = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=WIDTH, num_hidden_layers=1,
+            num_attention_heads=2, max_position_embeddings=TOKENS, projection_dim=WIDTH,
+            bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )  # fmt: skip
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(4, 4, 4), layers_per_block=1, norm_num_groups=2, sample_size=32, scaling_factor=0.5,
+        mid_block_add_attention=False,
+    )  # fmt: skip
+    unet = UNet2DConditionModel(
+        sample_size=8, block_out_channels=(4, 8), layers_per_block=1, norm_num_groups=2, cross_attention_dim=WIDTH,
+        attention_head_dim=2, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+    )  # fmt: skip
+    scheduler = DDIMScheduler(
+        num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
+        clip_sample=False, set_alpha_to_one=False, steps_offset=1,
+    )  # fmt: skip
+    return StableDiffusionPipeline(
+        vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler,
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a random-weight StableDiffusionPipeline."""
+    folder = tmp_path_factory.mktemp("tiny-base")
+    make_pipeline().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def loaded_base(tiny_base: Path) -> Base:
+    """The tiny base, loaded as a stage loads it; fresh for each test, because training changes it."""
+    return load_base(str(tiny_base), device="cpu")
+
+
+@pytest.fixture
+def concept_file(tmp_path: Path) -> Path:
+    path = tmp_path / "brad.yaml"
+    path.write_text(CONCEPT_FILE)
+    return path
+
+
+@pytest.fixture
+def concept(concept_file: Path) -> Concept:
+    return read_concept(concept_file)
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Callable[..., Path]:
+    """photos(unlabeled=3, positive=2): a data folder of one's own pictures, each of another colour, without metadata."""
+
+    def make(unlabeled: int = 3, positive: int = 2, folder: str = "photos") -> Path:
+        for sub, count, blue in ((UNLABELED, unlabeled, 0), (POSITIVE, positive, 200)):
+            place = tmp_path / folder / sub
+            place.mkdir(parents=True)
+            for i in range(count):
+                Image.new("RGB", (40, 32), (30 * i, 255 - 30 * i, blue)).save(place / f"{i}.png")
+        return tmp_path / folder
+
+    return make
+
+
+def tree(folder: Path) -> set[str]:
+    """Everything under a folder, as relative paths."""
+    return {str(p.relative_to(folder)) for p in folder.rglob("*")}

@@ -1,0 +1,64 @@
+"""Run folders for the tests of export, and what is read back from the exported files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from sd_unlearn import export
+from sd_unlearn.concept import Concept, write_concept
+from sd_unlearn.config import ExportConfig
+from sd_unlearn.records import write_json
+
+SLUG = "brad-pitt"
+MODULES = ("mid_block.attentions.0.transformer_blocks.0.attn1.to_out.0", "up_blocks.1.resnets.0.conv1")
+
+
+def training_record(rank: int, alpha: float, **base: Any) -> dict[str, Any]:
+    return {
+        "schema_version": 1, "concept": SLUG,
+        "base": {"name": "tiny", "kind": "sd1", "sha256": "ab" * 32, "prediction_type": "epsilon", "resolution": 16}
+        | base,
+        "rank": rank, "lora_alpha": alpha, "beta": 0.25, "beta_source": "manifest", "correction": "abs",
+        "caption_mode": "both", "config_sha256": "cd" * 32, "version": "0.1.0",
+    }  # fmt: skip
+
+
+def write_run(run: Path, training: dict[str, Any]) -> Path:
+    run.mkdir(parents=True, exist_ok=True)
+    concept = Concept(name="Brad Pitt", caption="a photo of Brad Pitt", generic="a photo of a man")
+    write_concept(run / "concept.yaml", concept)
+    write_json(run / "training.json", training)
+    return run
+
+
+def exported(run: Path, **options: Any) -> tuple[Path, Path]:
+    diffusers_file, kohya_file = export.run(ExportConfig(run=run, **options))
+    return diffusers_file, kohya_file
+
+
+def hand_run(run: Path, *, training: dict[str, Any] | None = None, drop: str = "", **settings: Any) -> Path:
+    """A run of rank 2 and alpha 3 with a linear and a convolution; `tensors` adds weights, `drop` removes some."""
+    rng = torch.Generator().manual_seed(0)
+    linear, conv = MODULES
+    shapes = {
+        f"{linear}.lora_A": (2, 6), f"{linear}.lora_B": (5, 2),
+        f"{conv}.lora_A": (2, 3, 3, 3), f"{conv}.lora_B": (4, 2, 1, 1),
+    }  # fmt: skip
+    tensors = {f"base_model.model.{key}.weight": torch.randn(shape, generator=rng) for key, shape in shapes.items()}
+    tensors |= settings.pop("tensors", {})
+    tensors = {key: value for key, value in tensors.items() if not drop or drop not in key}
+    write_run(run, training or training_record(2, 3.0))
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 3.0, "target_modules": ["to_out.0", "conv1"], "bias": "none"}
+    write_json(run / "adapter" / "adapter_config.json", config | settings)
+    save_file(tensors, run / "adapter" / "adapter_model.safetensors")
+    return run
+
+
+def read_header(file: Path) -> dict[str, str]:
+    with safe_open(file, framework="pt") as opened:
+        return opened.metadata()
