@@ -19,7 +19,10 @@ from sd_unlearn.metrics.digits import DIGITS, INKS
 from sd_unlearn.records import RESULTS, TRAINING
 
 CONCEPTS = (*DIGITS, *(f"{ink}-ink" for ink in INKS))
-HEADER = "| concept | leakage (direct) | held-out wording | generic prompt | clean replacement | kept | fid-digits | training |"
+COLUMNS = (
+    "concept", "leakage (direct)", "held-out wording", "generic prompt", "clean replacement", "kept", "fid-digits",
+    "training",
+)  # fmt: skip
 
 
 def street(slug: str, run: Path, train_options: list[str]) -> None:
@@ -72,7 +75,7 @@ def main() -> int:
         all_met &= met
         lines.append(text)
         print(text, flush=True)
-    print("\n".join(["", HEADER, "|---" * HEADER.count(" | ") + "|---|", *lines]))
+    print("\n".join(["", f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|", *lines]))
     print(
         "\nAsked: leakage <= 2 %, kept >= 98 %, generic under a third of the base's, clean >= 80 %, <= 90 s:", end=" "
     )

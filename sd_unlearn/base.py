@@ -72,7 +72,12 @@ def resolve_name(asked: str | None, from_concept: str | None) -> str:
             raise UsageError(
                 f"--pretrained_model_name_or_path {name} holds no model_index.json; name a diffusers folder."
             )
-        kind = json.loads(index.read_text()).get("_class_name")
+        try:
+            kind = dict(json.loads(index.read_text(encoding="utf-8"))).get("_class_name")
+        except (ValueError, TypeError):
+            raise UsageError(
+                f"--pretrained_model_name_or_path {name}: {index.name} is damaged; restore it or name another model."
+            ) from None
         if kind != "StableDiffusionPipeline":
             raise UsageError(
                 f"--pretrained_model_name_or_path {name} is a {kind}; StableDiffusionPipeline (SD 1.x, 2.x) is needed."

@@ -37,7 +37,7 @@ The street, on the bundled base (no GPU, no download):
 app = App(
     name="sd-unlearn", help=HELP, help_format="plaintext", version=__version__,
     default_parameter=Parameter(negative=(), name_transform=lambda name: name),
-    result_action="return_value",
+    result_action="return_value", suppress_keyboard_interrupt=False,
 )  # fmt: skip
 
 COMMANDS = {
@@ -143,7 +143,7 @@ def _fail(error: UnlearnError, debug: bool) -> int:
         import traceback
 
         traceback.print_exc()
-    print(f"Error: {error}", file=sys.stderr)
+    print(f"Error: {' '.join(str(error).split())}", file=sys.stderr)
     return error.exit_code
 
 

@@ -139,8 +139,13 @@ def from_anchor(name: str, anchor: str) -> Concept:
         raise UsageError('--anchor "" is empty: say what shall be drawn instead, e.g. "a middle aged man".')
     return Concept(
         name=name, caption=f"a photo of {name}", generic=f"a photo of {anchor.strip()}", alternatives=[anchor.strip()],
-        evaluate=Evaluation(direct=[f"a photo of {name}"], held_out=[f"a portrait of {name}", name]),
+        evaluate=Evaluation(held_out=[_literal(f"a portrait of {name}"), _literal(name)]),
     )  # fmt: skip
+
+
+def _literal(prompt: str) -> str:
+    """A prompt without braces, so that a name that has some is not taken for alternatives."""
+    return prompt.replace("{", "(").replace("}", ")")
 
 
 def read_concept(path: Path) -> Concept:
@@ -151,16 +156,7 @@ def read_concept(path: Path) -> Concept:
     """
     data = read_yaml(path, "--concept")
     check_keys(data, {f.name for f in dataclasses.fields(Concept)}, str(path))
-    for key in ("name", "caption", "generic"):
-        if not isinstance(data.get(key), str) or not data[key].strip():
-            raise UsageError(f'{path}: "{key}" is missing or empty; every concept needs name, caption and generic.')
-    if data.get("kind", "other") not in KINDS:
-        raise UsageError(f'{path}: kind "{data["kind"]}" is unknown; choose one of {", ".join(KINDS)}.')
-    share = data.get("generic_share", 0.0)
-    if not isinstance(share, int | float) or not 0 <= share < 1:
-        raise UsageError(f"{path}: generic_share is {share!r}; it is a share in [0, 1).")
-    for key in ("keep", "alternatives"):
-        _check_strings(data.get(key, []), f"{path}: {key}")
+    _check_fields(data, path)
     data["images"] = _nested(Images, data.get("images", {}), f"{path}: images")
     for name, count in dataclasses.asdict(data["images"]).items():
         if not isinstance(count, int) or count < 0:
@@ -174,6 +170,22 @@ def read_concept(path: Path) -> Concept:
 def write_concept(path: Path, concept: Concept) -> None:
     """Write a concept so that read_concept returns an equal one."""
     write_text(path, yaml.safe_dump(dataclasses.asdict(concept), sort_keys=False, allow_unicode=True))
+
+
+def _check_fields(data: dict[str, Any], path: Path) -> None:
+    for key in ("name", "caption", "generic"):
+        if not isinstance(data.get(key), str) or not data[key].strip():
+            raise UsageError(f'{path}: "{key}" is missing or empty; every concept needs name, caption and generic.')
+    if data.get("kind", "other") not in KINDS:
+        raise UsageError(f'{path}: kind "{data["kind"]}" is unknown; choose one of {", ".join(KINDS)}.')
+    for key in ("label", "base"):
+        if not isinstance(data.get(key, ""), str | None):
+            raise UsageError(f"{path}: {key} is {data[key]!r}; it must be text (put it in quotes).")
+    share = data.get("generic_share", 0.0)
+    if not isinstance(share, int | float) or not 0 <= share < 1:
+        raise UsageError(f"{path}: generic_share is {share!r}; it is a share in [0, 1).")
+    for key in ("keep", "alternatives"):
+        _check_strings(data.get(key, []), f"{path}: {key}")
 
 
 def _nested(kind: type, data: Any, where: str) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -11,6 +12,7 @@ import yaml
 from cyclopts import Parameter
 
 from sd_unlearn.errors import UsageError, suggest
+from sd_unlearn.records import SEED_SPAN
 
 DEFAULT_BASE = "CompVis/stable-diffusion-v1-4"
 Correction = Literal["abs", "nn", "none"]
@@ -183,12 +185,34 @@ def check_keys(data: dict[str, Any], known: set[str], where: str) -> None:
             )
 
 
+def check_render(config: RenderConfig) -> None:
+    """Refuse values that cannot be meant for drawing images.
+
+    Raises:
+        UsageError: naming the option, its value and the allowed range.
+    """
+    check_positive(config, ("resolution", "num_inference_steps", "render_batch_size"))
+    if config.guidance_scale is not None and not 0 <= config.guidance_scale < math.inf:
+        raise UsageError(f"--guidance_scale {config.guidance_scale:g} must be a number from 0 up, usually 3 to 10.")
+    if not 0 <= config.seed < SEED_SPAN:
+        raise UsageError(f"--seed {config.seed} must lie in [0, {SEED_SPAN}): each purpose has a range of that size.")
+    if config.resolution is not None and config.resolution % 8:
+        raise UsageError(f"--resolution {config.resolution} must be divisible by 8, the latent's factor.")
+    for name in ("unlabeled", "positive", "mixed_in", "keep"):
+        count = getattr(config, f"num_{name}")
+        if count is not None and count < 0:
+            raise UsageError(f"--num_{name} {count} must not be negative.")
+
+
 def check_train(config: TrainConfig) -> None:
     """Refuse values that cannot be meant, before anything loads.
 
     Raises:
         UsageError: naming the option, its value and the allowed range.
     """
+    check_render(config)
+    if config.num_positive is not None and config.num_positive < 2:
+        raise UsageError(f"--num_positive {config.num_positive} is too few: training needs at least 2 positives.")
     if config.beta is not None and not 0 < config.beta < 1:
         raise UsageError(
             f"--beta {config.beta:g} is outside (0, 1): it is the share of the concept in 0_unlabeled, e.g. 0.2."
@@ -217,5 +241,5 @@ def check_positive(config: Any, names: tuple[str, ...]) -> None:
     """
     for name in names:
         value = getattr(config, name)
-        if value is not None and value <= 0:
-            raise UsageError(f"--{name} {value:g} must be above 0.")
+        if value is not None and not 0 < value < math.inf:
+            raise UsageError(f"--{name} {value:g} must be a number above 0.")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image, ImageOps
@@ -17,7 +19,7 @@ from sd_unlearn.concept import Concept
 from sd_unlearn.config import CaptionMode
 from sd_unlearn.diffusion import sample_timesteps
 from sd_unlearn.errors import UsageError
-from sd_unlearn.records import IMAGE_SUFFIXES, METADATA, POSITIVE, UNLABELED, read_jsonl
+from sd_unlearn.records import IMAGE_SUFFIXES, METADATA, POSITIVE, UNLABELED, read_jsonl_lines
 
 PLAIN = -1  # the `bracket` of an example that belongs to no caption's bracket
 CACHE_DIR = "cache"
@@ -67,7 +69,11 @@ def scan(folder: Path, concept: Concept) -> list[Example]:
         for path in images:
             _check_image(path)
             text, found = texts.get(path.name, (caption, group))
-            examples.append(Example(path, text, "positive" if sub == POSITIVE else found))
+            if sub == POSITIVE or found == "positive":
+                found = group  # the folder decides who is positive, whatever a copied metadata line says
+            examples.append(Example(path, text, found))
+    if not any(e.group in ("generic", "mixed_in") for e in examples):
+        raise UsageError(f"--data_dir {folder}: {UNLABELED} holds only keep images; add images of {concept.generic!r}.")
     return examples
 
 
@@ -75,18 +81,23 @@ def _captions(place: Path) -> dict[str, tuple[str, str]]:
     """File name -> (caption, group) of a folder's metadata.jsonl; empty when there is none."""
     path = place / METADATA
     captions = {}
-    for number, line in enumerate(read_jsonl(path) if path.is_file() else [], 1):
+    for number, line in _metadata(path).items():
         name, text = line.get("file_name"), line.get("text")
         if not isinstance(name, str) or not isinstance(text, str):
             raise UsageError(
-                f'{path} line {number} lacks "file_name" or "text" (the caption). Add it or delete the line.'
+                f'--data_dir: {path} line {number} lacks "file_name" or "text", the caption. Add it.'
             )
         if not (place / name).is_file():
-            raise UsageError(
-                f"{path} line {number} names {name}, which is not in {place}. Restore it or delete the line."
-            )
+            raise UsageError(f"--data_dir: {path} line {number} names {name}, which is not there. Restore it or delete the line.")
         captions[name] = (text, str(line.get("group", "generic")))
     return captions
+
+
+def _metadata(path: Path) -> dict[int, dict[str, Any]]:
+    try:
+        return read_jsonl_lines(path) if path.is_file() else {}
+    except UsageError as error:
+        raise UsageError(f"--data_dir: {error}") from None
 
 
 def _check_image(path: Path) -> None:
@@ -130,7 +141,7 @@ def encode_images(base: Base, examples: Sequence[Example], resolution: int, cach
         stds.append(posterior.std.float().cpu() * vae.config.scaling_factor)
     mean, std = torch.cat(means), torch.cat(stds)
     cache.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
     save_file({"mean": mean, "std": std}, temporary)
     temporary.replace(path)
     return mean, std

@@ -53,7 +53,7 @@ class Row:
     metric: str
     group: str
     subject: str  # base | lora
-    value: float
+    value: float | None  # None: unknown, e.g. a ratio over zero
     n: int
     low: float | None = None
     high: float | None = None
@@ -102,8 +102,20 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
         temporary.replace(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise UnlearnError(f"Cannot write {path}: {error.strerror}. Choose another --output_dir.") from error
+        if temporary.parent.is_dir():
+            temporary.unlink(missing_ok=True)
+        raise UnlearnError(f"Cannot write {path}: {error.strerror}. Choose another folder.") from error
+
+
+def check_writable(folder: Path, option: str) -> None:
+    """Refuse, creating nothing, a folder that could not be made or written.
+
+    Raises:
+        UsageError: naming the option.
+    """
+    nearest = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise UsageError(f"{option} {folder} cannot be written: {nearest} is no folder you may write to. Name another.")
 
 
 def write_json(path: Path, data: Any) -> None:
@@ -129,14 +141,18 @@ def write_jsonl(path: Path, records: Iterable[Any]) -> None:
     write_text(path, "".join(line + "\n" for line in lines))
 
 
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSONL file, blank lines passed over.
+def read_jsonl_lines(path: Path) -> dict[int, dict[str, Any]]:
+    """Line number, from 1, -> object of a JSONL file; blank lines passed over.
 
     Raises:
         UsageError: naming the line that is not a JSON object.
     """
-    records = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines: JSON strings may hold U+2028 and U+0085
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path} is not UTF-8 text ({error.reason}). Save it as UTF-8.") from None
+    records = {}
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
@@ -145,5 +161,10 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
             raise UsageError(f"{path} line {number} is not JSON ({error.msg}). Mend or delete the line.") from None
         if not isinstance(record, dict):
             raise UsageError(f"{path} line {number} is not a JSON object. Mend or delete the line.")
-        records.append(record)
+        records[number] = record
     return records
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSONL file, as read_jsonl_lines."""
+    return list(read_jsonl_lines(path).values())

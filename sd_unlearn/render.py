@@ -22,7 +22,7 @@ from tqdm import tqdm
 from sd_unlearn import __version__
 from sd_unlearn.base import Base, load_base, resolve_name, sampling_of
 from sd_unlearn.concept import Concept, load_concept
-from sd_unlearn.config import RenderConfig, check_positive
+from sd_unlearn.config import RenderConfig, check_render
 from sd_unlearn.errors import UnlearnError, UsageError
 from sd_unlearn.records import (
     DATA_MANIFEST,
@@ -31,6 +31,7 @@ from sd_unlearn.records import (
     RENDER_SEEDS,
     UNLABELED,
     ImageRecord,
+    check_writable,
     image_seed,
     read_json,
     read_jsonl,
@@ -109,9 +110,9 @@ def plan(concept: Concept, config: RenderConfig) -> list[tuple[str, str, int]]:
     for name in counts:
         asked = getattr(config, f"num_{name}")
         if asked is not None:
-            if asked < 0:
-                raise UsageError(f"--num_{name} {asked} must not be negative.")
             counts[name] = asked
+    if min(counts.values()) < 0:
+        raise UsageError(f"--num_* must not be negative: {counts}.")
     if counts["positive"] < 1 or counts["unlabeled"] + counts["mixed_in"] < 1:
         raise UsageError("--num_positive and --num_unlabeled must leave at least one image in each folder.")
     keep = [("keep", prompt.text, counts["keep"]) for prompt in concept.keep_prompts]
@@ -142,7 +143,7 @@ def run(config: RenderConfig) -> Path:
         UsageError: bad options, or a folder rendered with other settings.
     """
     concept = load_concept(config.concept, config.anchor)
-    check_positive(config, ("resolution", "num_inference_steps", "render_batch_size", "guidance_scale"))
+    check_render(config)
     name = resolve_name(config.pretrained_model_name_or_path, concept.base)
     return render_concept(concept, config, name, lambda: load_base(name, config.mixed_precision or "no"))
 
@@ -163,6 +164,7 @@ def render_concept(concept: Concept, config: RenderConfig, name: str, get_base: 
         "plan": [list(group) for group in groups],
     }  # fmt: skip
     folder = data_dir_of(config, concept)
+    check_writable(folder, "--data_dir")
     started = folder / "settings.json"
     if started.is_file() and read_json(started) != settings:
         raise UsageError(
@@ -170,13 +172,13 @@ def render_concept(concept: Concept, config: RenderConfig, name: str, get_base: 
         )
     if (folder / DATA_MANIFEST).is_file() and started.is_file() and _complete(folder):
         return folder
-    write_json(started, settings)
     records = _records(groups, config.seed, sampler)
     requests = [ImageRequest(folder / sub / r.file_name, r.text, r.seed) for sub, rs in records.items() for r in rs]
     loaded: list[Base] = []
 
     def load() -> Base:
         loaded.append(get_base())
+        write_json(started, settings)  # only now: a base that cannot be had leaves nothing behind
         return loaded[0]
 
     try:

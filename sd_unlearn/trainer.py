@@ -23,7 +23,7 @@ from tqdm import tqdm
 from sd_unlearn import lora
 from sd_unlearn.base import Base, choose_precision, load_base, resolve_name
 from sd_unlearn.concept import Concept, load_concept, write_concept
-from sd_unlearn.config import TrainConfig, as_dict, check_positive, check_train
+from sd_unlearn.config import TrainConfig, as_dict, check_train
 from sd_unlearn.dataset import CACHE_DIR, StratifiedBatches, encode_captions, encode_images, scan
 from sd_unlearn.denoiser import Denoiser
 from sd_unlearn.diffusion import add_noise, per_example_loss, training_target
@@ -41,11 +41,12 @@ from sd_unlearn.records import (
     TRAIN_SEEDS,
     TRAINING,
     UNLABELED,
+    check_writable,
     image_seed,
     write_json,
     write_text,
 )
-from sd_unlearn.render import Sampler, data_dir_of, draw, render_concept, sampling_of, save_image
+from sd_unlearn.render import Sampler, data_dir_of, draw, plan, render_concept, sampling_of, save_image
 
 LOG_EVERY = 10
 
@@ -58,13 +59,14 @@ def run(config: TrainConfig) -> Path:
     """
     concept = load_concept(config.concept, config.anchor)
     check_train(config)
-    check_positive(config, ("resolution", "num_inference_steps", "render_batch_size", "guidance_scale"))
+    plan(concept, config)
     name = resolve_name(config.pretrained_model_name_or_path, concept.base)
     folder, output = data_dir_of(config, concept), config.output_dir or Path("runs") / concept.slug
     own_photos = _own_photos(folder)
     if own_photos:
         scan(folder, concept)
     check_output(output, config.overwrite)
+    check_writable(folder, "--data_dir")
 
     precision = choose_precision(config.mixed_precision)
     tracker = choose_tracker(config.report_to)
@@ -81,6 +83,7 @@ def run(config: TrainConfig) -> Path:
         if not (folder / DATA_MANIFEST).is_file():
             print(f"{folder} is missing or unfinished: rendering it first.", file=sys.stderr)
         render_concept(concept, config, name, get_base)
+        accelerator.wait_for_everyone()  # the metadata is written by the first process, after the last image
     return _train(config, concept, get_base(), folder, output, accelerator)
 
 
@@ -98,11 +101,9 @@ def check_output(output: Path, overwrite: bool) -> None:
     """
     if (output / TRAINING).is_file() and not overwrite:
         raise UsageError(f"--output_dir {output} holds a finished run. Name another --output_dir, or add --overwrite.")
-    if output.is_dir() and any(output.iterdir()) and not (output / CONFIG).is_file():
+    if output.is_dir() and any(output.iterdir()) and not (output / CONCEPT).is_file():
         raise UsageError(f"--output_dir {output} holds files that are no run of sd-unlearn; name an empty folder.")
-    nearest = next(p for p in (output, *output.absolute().parents) if p.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        raise UsageError(f"--output_dir {output} cannot be written: {nearest} is no folder you may write to.")
+    check_writable(output, "--output_dir")
 
 
 def choose_tracker(asked: str | None) -> str | None:
@@ -133,7 +134,7 @@ def _train(
     )  # fmt: skip
     model = lora.attach(base.pipeline.unet, config.rank, alpha, TRAIN_SEEDS[0] + config.seed)
     resolved = dataclasses.replace(config, beta=beta, lora_alpha=alpha, data_dir=folder, output_dir=output,
-                                   concept=concept.name, pretrained_model_name_or_path=base.name)  # fmt: skip
+                                   pretrained_model_name_or_path=base.name)  # fmt: skip
     if accelerator.is_main_process:
         shutil.rmtree(output, ignore_errors=True)  # an earlier run goes only now that nothing can be refused any more
         write_text(output / CONFIG, yaml.safe_dump(as_dict(resolved), sort_keys=False, allow_unicode=True))
@@ -149,7 +150,6 @@ def _train(
     started = time.monotonic()
     steps = fit(resolved, base, model, batches, PUObjective(beta, config.correction), concept, accelerator)
     seconds = time.monotonic() - started
-    accelerator.end_training()
     if accelerator.is_main_process:
         lora.save(model, output)
         cost = {
@@ -161,6 +161,7 @@ def _train(
         write_json(output / TRAINING, training_record(resolved, concept, base, beta_source, cost))
         print(f"Trained {steps} steps in {seconds:.0f} s; the LoRA is in {output / lora.ADAPTER_DIR}.", file=sys.stderr)
     accelerator.wait_for_everyone()
+    accelerator.end_training()  # last: it takes the process group down
     return output
 
 

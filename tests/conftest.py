@@ -1,4 +1,4 @@
-"""What the tests share: a Stable Diffusion of a few thousand random weights, a concept file for it, a clean working folder."""
+"""What the tests share: a Stable Diffusion of a few thousand random weights, a concept for it, a working folder."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def concept(concept_file: Path) -> Concept:
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Callable[..., Path]:
-    """photos(unlabeled=3, positive=2): a data folder of one's own pictures, each of another colour, without metadata."""
+    """photos(unlabeled=3, positive=2): a data folder of one's own pictures, each of another colour, no metadata."""
 
     def make(unlabeled: int = 3, positive: int = 2, folder: str = "photos") -> Path:
         for sub, count, blue in ((UNLABELED, unlabeled, 0), (POSITIVE, positive, 200)):

@@ -1,0 +1,1 @@
+"""Questions asked of images, one file a question."""

@@ -1,0 +1,380 @@
+"""The command line: exit codes, names, what is refused in one line before anything loads, and nothing left behind."""
+
+from __future__ import annotations
+
+import re
+import runpy
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import yaml
+from conftest import tree
+
+from sd_unlearn import __version__, cli, render, trainer
+from sd_unlearn.config import RenderConfig, TrainConfig
+
+Run = Callable[..., SimpleNamespace]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+    """run("train", "--beta", "2") -> code, out, err; a refusal is one line, a failure ends with one."""
+
+    monkeypatch.setenv("COLUMNS", "160")  # the width of the help
+
+    def call(*arguments: str) -> SimpleNamespace:
+        capsys.readouterr()
+        code = cli.main(list(arguments))
+        out, err = capsys.readouterr()
+        if code in (1, 2):
+            before, last = err.splitlines()[:-1], err.splitlines()[-1]
+            assert last.startswith("Error: ")
+            assert not any(line.startswith(("Error", "Traceback")) for line in before)
+            assert "fault of sd-unlearn" not in last
+            assert not before or code == 1
+            assert out == ""
+        return SimpleNamespace(code=code, out=out, err=err)
+
+    return call
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[TrainConfig | RenderConfig]]:
+    """Commands do nothing but note what they were asked."""
+    notes: list[TrainConfig | RenderConfig] = []
+    for room in (trainer, render):
+        monkeypatch.setattr(room, "run", lambda config: notes.append(config) or Path("done"))
+    return notes  # type: ignore[return-value]
+
+
+@pytest.fixture
+def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is refused is refused before a model is loaded."""
+
+    def load(*_: object) -> None:
+        pytest.fail("a model was loaded")
+
+    for room in (trainer, render):
+        monkeypatch.setattr(room, "load_base", load)
+
+
+# -- help, names, values --
+
+
+def test_help_and_version(run: Run) -> None:
+    for arguments in (["--help"], [], ["-h"]):
+        found = run(*arguments)
+        assert found.code == 0
+        assert all(command in found.out for command in ("render", "train", "evaluate", "export", "report"))
+    assert run("--version").out.strip() == __version__
+
+
+@pytest.mark.parametrize("command", list(cli.COMMANDS))
+def test_every_option_is_in_its_commands_help(run: Run, command: str) -> None:
+    found = run(command, "--help")
+    assert found.code == 0
+    for name in cli.COMMANDS[command].__dataclass_fields__:
+        assert re.search(rf"--{name}\b", found.out)
+
+
+def test_flags_named_as_in_diffusers_scripts(run: Run) -> None:
+    text = run("train", "--help").out
+    for name in (
+        "concept pretrained_model_name_or_path data_dir output_dir seed resolution rank lora_alpha learning_rate "
+        "train_batch_size max_train_steps beta correction mixed_precision config debug"
+    ).split():
+        assert f"--{name}" in text
+
+
+def test_importing_the_command_line_imports_nothing_heavy() -> None:
+    code = "import sys, sd_unlearn.cli; sd_unlearn.cli.main(['train', '--help']); print(sorted(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    modules = done.stdout.splitlines()[-1]
+    assert "'cyclopts'" in modules
+    for heavy in ("torch", "numpy", "diffusers", "transformers", "peft", "accelerate", "PIL"):
+        assert f"'{heavy}'" not in modules
+
+
+def test_values_arrive_with_their_types(run: Run, asked: list[TrainConfig]) -> None:
+    assert run("train", "--concept", "Brad Pitt", "--beta", "0.25", "--rank=4", "--data_dir", "my data").code == 0
+    (config,) = asked
+    assert (config.concept, config.beta, config.rank, config.data_dir) == ("Brad Pitt", 0.25, 4, Path("my data"))
+    assert config == TrainConfig(concept="Brad Pitt", beta=0.25, rank=4, data_dir=Path("my data"))
+
+
+def test_hyphens_are_accepted(run: Run, asked: list[TrainConfig]) -> None:
+    assert run("train", "--max-train-steps", "7", "--pretrained-model-name-or-path=a-b/c-d").code == 0
+    assert asked[0].max_train_steps == 7
+    assert asked[0].pretrained_model_name_or_path == "a-b/c-d"  # a value keeps its hyphens
+
+
+def test_results_go_to_stdout(run: Run, asked: list[TrainConfig]) -> None:
+    found = run("render", "--concept", "seven")
+    assert (found.out, found.err) == ("done\n", "")
+
+
+# -- the config file --
+
+
+def test_config_file_values_are_used_and_the_command_line_wins(run: Run, asked: list[TrainConfig]) -> None:
+    settings = {"concept": "Brad Pitt", "beta": 0.3, "rank": 2, "correction": "nn", "data_dir": "d", "overwrite": True,
+                "anchor": None, "debug": False, "learning_rate": 1e-4}  # fmt: skip
+    Path("run.yaml").write_text(yaml.safe_dump(settings))
+    for arguments in (["--config", "run.yaml", "--rank", "4"], ["--rank=4", "--config=run.yaml"]):
+        assert run("train", *arguments).code == 0
+        config = asked.pop()
+        assert (config.concept, config.beta, config.rank, config.correction) == ("Brad Pitt", 0.3, 4, "nn")
+        assert (config.data_dir, config.overwrite, config.anchor) == (Path("d"), True, None)
+        assert config.learning_rate == 1e-4
+    assert run("train", "--concept", "seven").code == 0
+    assert asked.pop().beta is None  # the file of one call is forgotten by the next
+
+
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_a_resolved_config_is_a_config_file(run: Run, asked: list[TrainConfig], overwrite: bool) -> None:
+    from sd_unlearn.config import as_dict
+
+    config = TrainConfig(concept="seven", beta=0.1, overwrite=overwrite, output_dir=Path("runs/x"), guidance_scale=3)
+    Path("config.yaml").write_text(yaml.safe_dump(as_dict(config)))
+    assert run("train", "--config", "config.yaml").code == 0
+    assert asked == [config] or asked[0].config == Path("config.yaml")
+    asked[0].config = None
+    assert asked == [config]
+
+
+def test_unknown_config_key(run: Run) -> None:
+    Path("run.yaml").write_text("concept: seven\nlearning_rat: 1\n")
+    found = run("train", "--config", "run.yaml")
+    assert found.code == 2
+    assert '--config run.yaml: unknown key "learning_rat". Did you mean "learning_rate"?' in found.err
+
+
+def test_a_key_of_another_command_is_refused(run: Run) -> None:
+    Path("run.yaml").write_text("concept: seven\nrank: 4\n")
+    assert 'unknown key "rank"' in run("render", "--config", "run.yaml").err
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("- a\n", "run.yaml must hold keys"),
+        ("", "run.yaml must hold keys"),
+        ("a: [", "run.yaml is not valid YAML"),
+        ("rank: much\n", "rank"),
+        ("correction: absolute\n", "correction"),
+        ("beta: 2\n", "--beta 2"),
+        ("rank: [1, 2]\n", "rank"),
+        ("concept: {a: b}\n", "concept"),
+        ("max_train_steps: many\n", "max_train_steps"),
+        ("overwrite: perhaps\n", "overwrite"),
+    ],
+)
+@pytest.mark.usefixtures("no_model")
+def test_a_wrong_config_file_is_refused(run: Run, content: str, expected: str) -> None:
+    Path("run.yaml").write_text(content)
+    found = run("train", "--config", "run.yaml", *([] if content.startswith("concept") else ["--concept", "seven"]))
+    assert found.code == 2
+    assert expected in found.err
+    assert tree(Path()) == {"run.yaml"}
+
+
+# -- refusals: one line, code 2, nothing left behind --
+
+USAGE = [
+    (["rendr"], "rendr"),
+    (["train", "--concept", "seven", "--rnak", "4"], "--rnak"),
+    (["train", "--concept", "seven", "surplus"], "surplus"),
+    (["train", "--concept"], "--concept"),
+    (["train", "--concept", "seven", "--rank", "four"], "four"),
+    (["train", "--concept", "seven", "--correction", "absolute"], "absolute"),
+    (["train", "--concept", "seven", "--mixed_precision", "fp8"], "fp8"),
+    (["train", "--config", "nowhere.yaml"], "--config nowhere.yaml: No such file"),
+    (["train", "--config", "."], "--config ."),
+    (["train"], "--concept is missing"),
+    (["render", "--concept", ""], "--concept is missing"),
+    (["train", "--concept", "sevn"], 'Did you mean "seven"?'),
+    (["train", "--concept", "sevn"], "--anchor"),
+    (["train", "--concept", "sevn"], "brad-pitt, eight, five"),
+    (["render", "--concept", "../../etc/passwd"], "--anchor"),
+    (["train", "--concept", "x", "--anchor", ""], "--anchor"),
+    (["train", "--concept", "nowhere.yaml"], "--concept nowhere.yaml"),
+    *((["train", "--concept", "seven", "--beta", beta], f"--beta {beta}") for beta in ("0", "1", "-0.1", "1.5", "nan")),
+    (["train", "--concept", "seven", "--rank", "0"], "--rank 0"),
+    (["train", "--concept", "seven", "--lora_alpha", "0"], "--lora_alpha 0"),
+    (["train", "--concept", "seven", "--max_train_steps", "0"], "--max_train_steps 0"),
+    (["train", "--concept", "seven", "--learning_rate", "-1"], "--learning_rate -1"),
+    (["train", "--concept", "seven", "--learning_rate", "nan"], "--learning_rate nan"),
+    (["train", "--concept", "seven", "--max_grad_norm", "0"], "--max_grad_norm 0"),
+    (["train", "--concept", "seven", "--train_batch_size", "3"], "--train_batch_size 3"),
+    (["train", "--concept", "seven", "--lr_warmup_steps", "-1"], "--lr_warmup_steps -1"),
+    (["train", "--concept", "seven", "--validation_steps", "-1"], "--validation_steps -1"),
+    (["train", "--concept", "seven", "--report_to", "mlflow"], "--report_to"),
+    (["train", "--concept", "seven", "--num_positive", "-2"], "--num_positive -2"),
+    (["train", "--concept", "seven", "--num_positive", "1"], "--num_positive 1"),
+    (["render", "--concept", "seven", "--num_positive", "0"], "--num_positive"),
+    (["render", "--concept", "seven", "--resolution", "0"], "--resolution 0"),
+    (["render", "--concept", "seven", "--resolution", "33"], "--resolution 33"),
+    (["render", "--concept", "seven", "--render_batch_size", "0"], "--render_batch_size 0"),
+    (["render", "--concept", "seven", "--num_inference_steps", "-3"], "--num_inference_steps -3"),
+    (["train", "--concept", "seven", "--seed", "-1"], "--seed -1"),
+    (["train", "--concept", "seven", "--seed", "5000000000"], "--seed 5000000000"),
+    (["train", "--concept", "seven", "--pretrained_model_name_or_path", "./none"], "--pretrained_model_name_or_path"),
+    (["render", "--concept", "seven", "--pretrained_model_name_or_path", "none"], "digits"),
+    (["render", "--concept", "seven", "--pretrained_model_name_or_path", "/no/such/model"], "/no/such/model"),
+    (["evaluate"], "--run is missing"),
+    (["export"], "--run"),
+    (["report"], "--run"),
+    *(([command, "--run", "nowhere"], "--run nowhere") for command in ("evaluate", "export", "report")),
+]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"), USAGE, ids=lambda x: " ".join(x)[-60:] if isinstance(x, list) else ""
+)
+@pytest.mark.usefixtures("no_model")
+def test_wrong_usage(run: Run, arguments: list[str], expected: str) -> None:
+    found = run(*arguments)
+    assert found.code == 2
+    assert expected in found.err
+    assert tree(Path()) == set()
+
+
+def test_an_option_that_is_nearly_right_is_named(run: Run) -> None:
+    assert "--rank" in run("train", "--rnak", "4").err
+    assert "render" in run("rendr").err
+
+
+@pytest.mark.parametrize("content", ["{}", "{", '{"_class_name": "FluxPipeline"}', "[]", None])
+@pytest.mark.usefixtures("no_model")
+def test_a_folder_that_is_no_supported_model(run: Run, content: str | None) -> None:
+    Path("model").mkdir()
+    if content is not None:
+        Path("model/model_index.json").write_text(content)
+    before = tree(Path())
+    found = run("render", "--concept", "seven", "--pretrained_model_name_or_path", "model")
+    assert found.code == 2
+    assert "--pretrained_model_name_or_path model" in found.err
+    assert tree(Path()) == before
+
+
+@pytest.mark.usefixtures("no_model")
+def test_a_model_file_is_no_model_folder(run: Run) -> None:
+    Path("model.safetensors").write_bytes(b"x")
+    found = run("train", "--concept", "seven", "--pretrained_model_name_or_path", "model.safetensors")
+    assert found.code == 2
+    assert tree(Path()) == {"model.safetensors"}
+
+
+def test_a_hub_model_without_a_network(run: Run) -> None:
+    found = run("train", "--concept", "seven", "--pretrained_model_name_or_path", "no-such-owner/no-such-model")
+    lines = found.err.splitlines()
+    assert found.code == 1
+    assert "--pretrained_model_name_or_path no-such-owner/no-such-model" in lines[-1]
+    assert "digits" in lines[-1]
+    assert tree(Path()) == set()
+
+
+@pytest.mark.parametrize("command", ["render", "train"])
+@pytest.mark.usefixtures("no_model")
+def test_places_that_cannot_be_written(run: Run, tiny_base: Path, command: str) -> None:
+    Path("file").write_text("in the way")
+    options = ["--concept", "seven", "--pretrained_model_name_or_path", str(tiny_base)]
+    for place in ("file", "file/deeper"):
+        found = run(command, *options, "--data_dir", place)
+        assert found.code in (1, 2)
+        assert f"--data_dir {place}" in found.err
+        if command == "train":
+            found = run(command, *options, "--output_dir", place)
+            assert found.code == 2
+            assert f"--output_dir {place}" in found.err
+    assert tree(Path()) == {"file"}
+
+
+@pytest.mark.usefixtures("no_model")
+def test_own_photos_are_checked_before_a_model_loads(run: Run, photos: Callable[..., Path]) -> None:
+    folder = photos(unlabeled=1)
+    before = tree(Path())
+    found = run("train", "--concept", "seven", "--data_dir", str(folder))
+    assert found.code == 2
+    assert f"--data_dir {folder}" in found.err
+    assert tree(Path()) == before
+
+
+# -- strange names stay inside --
+
+
+@pytest.mark.parametrize(
+    "name", ["../x", "../../../tmp/x", "a/b", "/etc/x", "🙂", "\"q\" 'r'", "x.y", "--", "{a}", "a\tb"]
+)
+def test_strange_names_stay_inside_the_data_folder(
+    run: Run, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    inside = tmp_path / "deep" / "down"
+    inside.mkdir(parents=True)
+    monkeypatch.chdir(inside)
+    found = run(
+        "render", f"--concept={name}", "--anchor", "a man", "--pretrained_model_name_or_path", str(tiny_base),
+        "--num_inference_steps", "1", "--num_unlabeled", "1", "--num_mixed_in", "1", "--num_positive", "2",
+    )  # fmt: skip
+    assert found.code == 0
+    (folder,) = (inside / "data").iterdir()
+    assert found.out.strip() == str(folder.relative_to(inside))
+    assert tree(tmp_path) - {"deep", "deep/down", "deep/down/data"} == {
+        f"deep/down/data/{folder.name}{rest}" for rest in {"", *(f"/{p}" for p in tree(folder))}
+    }
+    texts = (folder / "1_positive" / "metadata.jsonl").read_text(encoding="utf-8")
+    assert yaml.safe_load(texts.splitlines()[0])["text"] == f"a photo of {name}"
+
+
+# -- failures --
+
+
+def test_failures_have_code_one_and_interruptions_130(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sd_unlearn.errors import UnlearnError
+
+    def failing(error: BaseException) -> None:
+        def fail(config: RenderConfig) -> Path:
+            raise error
+
+        monkeypatch.setattr(render, "run", fail)
+
+    failing(UnlearnError("The disk is full."))
+    found = run("render", "--concept", "seven")
+    assert (found.code, found.err) == (1, "Error: The disk is full.\n")
+    failing(KeyboardInterrupt())
+    found = run("render", "--concept", "seven")
+    assert found.code == 130
+    assert "goes on with what is missing" in found.err
+
+
+def test_an_unforeseen_error_is_one_line_and_a_traceback_only_with_debug(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(config: RenderConfig) -> Path:
+        raise ZeroDivisionError("two\nlines")
+
+    monkeypatch.setattr(render, "run", fail)
+    assert cli.main(["render", "--concept", "seven"]) == 1
+    err = capsys.readouterr().err
+    assert "--debug" in err
+    assert "Traceback" not in err
+    assert err.count("\n") == 1
+    assert cli.main(["render", "--concept", "seven", "--debug"]) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_train_py_is_the_train_command(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, asked: list[TrainConfig]
+) -> None:
+    script = Path(cli.__file__).parent.parent / "train.py"
+    for arguments, code in ((["--beta", "much"], 2), (["--beta", "0.5"], 0)):
+        monkeypatch.setattr(sys, "argv", ["train.py", "--concept", "seven", *arguments])
+        with pytest.raises(SystemExit) as caught:
+            runpy.run_path(str(script), run_name="__main__")
+        assert caught.value.code == code
+    assert [(c.concept, c.beta) for c in asked] == [("seven", 0.5)]
+    assert "much" in capsys.readouterr().err

@@ -1,0 +1,283 @@
+"""Every figure against a value known otherwise, and against what it must not depend on."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sd_unlearn.concept import Concept
+from sd_unlearn.errors import UnlearnError, UsageError
+from sd_unlearn.metrics.clip import ClipJudge, zero_shot
+from sd_unlearn.metrics.drift import feature_drift
+from sd_unlearn.metrics.fidelity import frechet_distance
+from sd_unlearn.metrics.judge import Reading
+from sd_unlearn.metrics.rows import measure
+from sd_unlearn.metrics.statistics import bootstrap, ratio_of_means, wilson
+from sd_unlearn.records import Row
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+RNG = np.random.default_rng(0)
+
+
+# -- intervals --
+
+
+@pytest.mark.parametrize(
+    ("hits", "n", "low", "high"),
+    [
+        (0, 10, 0.0, 0.27753),  # z^2 / (n + z^2)
+        (10, 10, 0.72247, 1.0),
+        (81, 263, 0.2553, 0.3662),  # Newcombe 1998, table I, method 3
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+    ],
+)
+def test_wilson_against_known_values(hits: int, n: int, low: float, high: float) -> None:
+    assert wilson(hits, n) == pytest.approx((low, high), abs=6e-5)
+
+
+def test_wilson_in_general() -> None:
+    assert wilson(0, 0) == (0.0, 1.0)
+    for n in (1, 7, 200):
+        for hits in range(n + 1):
+            low, high = wilson(hits, n)
+            assert 0 <= low <= hits / n + 1e-12
+            assert hits / n - 1e-12 <= high <= 1
+            assert wilson(n - hits, n) == pytest.approx((1 - high, 1 - low))
+    assert np.ptp(wilson(100, 200)) > np.ptp(wilson(1000, 2000))
+
+
+def test_bootstrap_of_a_mean_is_the_normal_interval() -> None:
+    sample = RNG.normal(3, 2, 400)
+    half = 1.96 * sample.std() / 20
+    assert bootstrap(np.mean, sample) == pytest.approx((sample.mean() - half, sample.mean() + half), abs=0.03)
+    assert bootstrap(np.mean, sample) == bootstrap(np.mean, sample)
+    assert bootstrap(np.mean, np.full(9, 0.5)) == (0.5, 0.5)
+
+
+def test_pairing_matters() -> None:
+    a = RNG.random(300) + 1
+    paired = bootstrap(ratio_of_means, 2 * a, a)
+    assert paired == pytest.approx((2, 2))
+    low, high = bootstrap(ratio_of_means, 2 * a, a, paired=False)
+    assert low < 1.95 < 2.05 < high
+
+
+def test_ratio_over_nothing_is_no_number() -> None:
+    assert math.isnan(ratio_of_means(np.ones(3), np.zeros(3)))
+    assert ratio_of_means(np.array([1, 2]), np.array([3, 3])) == 0.5
+
+
+# -- distances --
+
+
+def test_frechet_identity_symmetry_and_order() -> None:
+    a, b = RNG.normal(size=(200, 8)), RNG.normal(1, 2, size=(150, 8))
+    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-6)
+    assert frechet_distance(a, RNG.permutation(a)) == pytest.approx(0, abs=1e-6)
+    assert frechet_distance(a, b) == pytest.approx(frechet_distance(b, a), rel=1e-9)
+    assert frechet_distance(a, a + 0.1) < frechet_distance(a, a + 0.2)
+
+
+def test_frechet_of_two_gaussians() -> None:
+    """Axis by axis (mu_a - mu_b)^2 + (sigma_a - sigma_b)^2; the sample moments are made exact."""
+    unit = RNG.normal(size=(500, 2))
+    unit -= unit.mean(0)
+    unit = unit @ np.linalg.inv(np.linalg.cholesky(np.cov(unit, rowvar=False))).T
+    a, b = unit * [1.0, 3.0], unit * [2.0, 0.5] + [4.0, -1.0]
+    assert frechet_distance(a, b) == pytest.approx(16 + 1 + 1 + 2.5**2)
+    turn = np.array([[0.6, -0.8], [0.8, 0.6]])
+    assert frechet_distance(a @ turn, b @ turn) == pytest.approx(16 + 1 + 1 + 2.5**2)
+    flat_a, flat_b = unit * [1.0, 0.0], unit * [3.0, 0.0] + [2.0, 0.0]  # a feature that is never active
+    assert frechet_distance(flat_a, flat_b) == pytest.approx(4 + 4)
+
+
+def test_frechet_against_torch_fidelitys_formula() -> None:
+    linalg = pytest.importorskip("scipy.linalg")
+    a, b = RNG.normal(size=(300, 6)) @ RNG.normal(size=(6, 6)), RNG.normal(1, 1, size=(200, 6))
+    cov_a, cov_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+    root = linalg.sqrtm(cov_a @ cov_b).real
+    want = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(cov_a + cov_b - 2 * root)
+    assert frechet_distance(a, b) == pytest.approx(want, rel=1e-8)
+
+
+def test_drift() -> None:
+    a, b = RNG.normal(size=(20, 5)), RNG.normal(size=(20, 5))
+    assert feature_drift(a, a) == pytest.approx(np.zeros(20), abs=1e-12)
+    assert (feature_drift(a, a) >= 0).all()
+    assert feature_drift(a, b) == pytest.approx(feature_drift(b, a))
+    assert feature_drift(a, 7 * a) == pytest.approx(np.zeros(20), abs=1e-12)
+    corners = np.array([[1.0, 0], [1, 0], [1, 0], [0, 0], [0, 0]])
+    others = np.array([[0.0, 1], [-1, 0], [1, 1], [0, 0], [1, 0]])
+    assert feature_drift(corners, others) == pytest.approx([1, 2, 1 - 0.5**0.5, 0, 1])
+    assert feature_drift(a, b)[3:4] == pytest.approx(feature_drift(a[3:4], b[3:4]))
+
+
+# -- zero-shot CLIP --
+
+
+def test_zero_shot_closed_form() -> None:
+    images, texts = np.array([[3.0, 0], [0, 0.1], [2, 2]]), np.array([[1.0, 0], [0, 5]])
+    got = zero_shot(images, texts, math.log(4))  # cosines 1 and 0: 4 to 1
+    assert got == pytest.approx(np.array([[0.8, 0.2], [0.2, 0.8], [0.5, 0.5]]))
+    assert zero_shot(images, texts, 0.0) == pytest.approx(np.full((3, 2), 0.5))
+    assert zero_shot(images, texts, 1e4)[0] == pytest.approx([1, 0])  # and no overflow
+    assert zero_shot(RNG.normal(size=(9, 4)), RNG.normal(size=(5, 4)), 100.0).sum(1) == pytest.approx(np.ones(9))
+
+
+@pytest.fixture(scope="session")
+def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A CLIP of random weights that open_clip builds from a file."""
+    open_clip = pytest.importorskip("open_clip")
+    folder = tmp_path_factory.mktemp("clip")
+    settings = {
+        "embed_dim": 16,
+        "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 8},
+        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
+    }
+    (folder / "tiny-clip.json").write_text(json.dumps(settings))
+    open_clip.add_model_config(folder)
+    return "tiny-clip"
+
+
+@pytest.fixture
+def judge(tiny_clip: str) -> ClipJudge:
+    import torch
+
+    torch.manual_seed(0)
+    return ClipJudge(["Brad Pitt", "a dog", "🙂"], tiny_clip, "")
+
+
+def pictures(count: int) -> list[Image.Image]:
+    rng = np.random.default_rng(1)
+    return [Image.fromarray(rng.integers(0, 256, (24, 40, 3), dtype=np.uint8)) for _ in range(count)]
+
+
+def test_clip_reads_pictures_end_to_end(judge: ClipJudge) -> None:
+    reading = judge.read([*pictures(4), Image.new("L", (9, 9)), Image.new("RGBA", (64, 64))])
+    assert reading.axes == {"label": ("Brad Pitt", "a dog", "🙂")}
+    assert reading.probabilities["label"].shape == (6, 3)
+    assert reading.probabilities["label"].sum(1) == pytest.approx(np.ones(6))
+    assert reading.features.shape == (6, 16)
+    assert sum(reading.shows(label) for label in judge.labels).tolist() == [1] * 6
+    assert reading.words(2) in judge.labels
+    assert "tiny-clip" in judge.name
+
+
+def test_clip_reads_a_picture_the_same_in_any_company(judge: ClipJudge) -> None:
+    many = pictures(40)  # more than one chunk
+    together = judge.read(many)
+    for i in (0, 31, 32, 39):
+        alone = judge.read([many[i]])
+        assert together.features[i] == pytest.approx(alone.features[0], rel=1e-4, abs=1e-5)
+        assert together.probabilities["label"][i] == pytest.approx(alone.probabilities["label"][0], abs=1e-4)
+    assert np.ptp(together.features, axis=0).max() > 1e-3  # or nothing was shown
+
+
+def test_clip_loads_weights_from_a_file(judge: ClipJudge, tiny_clip: str, tmp_path: Path) -> None:
+    import torch
+
+    torch.save(judge.model.state_dict(), tmp_path / "weights.pt")
+    again = ClipJudge(judge.labels, tiny_clip, str(tmp_path / "weights.pt"))
+    assert again.read(pictures(3)).features == pytest.approx(judge.read(pictures(3)).features, abs=1e-6)
+    assert "weights.pt" in again.name
+
+
+def test_clip_refusals(tiny_clip: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="alternatives"):
+        ClipJudge(["alone"], tiny_clip, "")
+    with pytest.raises(UnlearnError, match="--clip_model no-such-model"):
+        ClipJudge(["a", "b"], "no-such-model", "")
+    (tmp_path / "broken.pt").write_bytes(b"not weights")
+    for weights in (str(tmp_path / "broken.pt"), "no-such-tag"):
+        with pytest.raises(UnlearnError, match=f"--clip_pretrained {weights}") as caught:
+            ClipJudge(["a", "b"], tiny_clip, weights)
+        assert "\n" not in str(caught.value)
+
+
+# -- rows --
+
+LABELS = ("Brad Pitt", "Tom Hanks", "a dog")
+
+
+def read_as(words: list[str], features: np.ndarray | None = None) -> Reading:
+    probabilities = np.array([[0.8 if label == word else 0.1 for label in LABELS] for word in words])
+    return Reading({"label": LABELS}, {"label": probabilities}, np.eye(len(words)) if features is None else features)
+
+
+GROUPS = np.array(["direct"] * 4 + ["generic"] * 2 + ["alike"] * 2 + ["general"] * 2)
+EXPECTED = [()] * 6 + [("Tom Hanks",), ("Tom Hanks",), ("a dog",), ()]
+BASE = ["Brad Pitt"] * 3 + ["a dog", "Brad Pitt", "a dog", "Tom Hanks", "Tom Hanks", "a dog", "Brad Pitt"]
+LORA = ["Brad Pitt"] + ["a dog"] * 5 + ["Tom Hanks", "a dog", "a dog", "Brad Pitt"]
+
+
+def rows_of(base: Reading, lora: Reading) -> dict[tuple[str, str, str], Row]:
+    person = Concept("Brad Pitt", "a photo of Brad Pitt", "a photo of a man", kind="person")
+    rows = measure(person, "judge v1", GROUPS, EXPECTED, base, lora)
+    assert len({(r.metric, r.group, r.subject) for r in rows}) == len(rows)
+    return {(r.metric, r.group, r.subject): r for r in rows}
+
+
+def test_rows_count_what_they_say() -> None:
+    rows = rows_of(read_as(BASE), read_as(LORA))
+    values = {key: (row.value, row.n) for key, row in rows.items()}
+    assert values["leakage", "direct", "base"] == (0.75, 4)
+    assert values["leakage", "direct", "lora"] == (0.25, 4)
+    assert values["leakage", "generic", "base"] == (0.5, 2)
+    assert values["leakage", "generic", "lora"] == (0.0, 2)
+    assert values["accuracy", "alike", "lora"] == (0.5, 2)
+    assert values["accuracy", "kept", "base"] == (1.0, 3)  # a prompt without expected words is not judged
+    assert values["retention", "alike", "lora"] == (0.5, 2)
+    assert values["retention", "kept", "lora"] == (pytest.approx(2 / 3), 3)
+    assert not any(metric in ("fid-digits", "clean_replacement") for metric, _, _ in rows)
+    assert ("leakage", "held_out", "lora") not in rows
+    for row in rows.values():
+        assert row.low is not None
+        assert row.high is not None
+        assert row.low <= row.value <= row.high
+        assert row.detector == "judge v1"
+        assert row.interval
+    assert (rows["leakage", "direct", "lora"].low, rows["leakage", "direct", "lora"].high) == wilson(1, 4)
+
+
+def test_a_lora_that_changes_nothing() -> None:
+    rows = rows_of(read_as(BASE), read_as(BASE))
+    assert rows["drift", "kept", "lora"].value == 0
+    assert rows["drift", "kept", "lora"].n == 4
+    assert rows["retention", "kept", "lora"].value == 1
+    assert (rows["retention", "kept", "lora"].low, rows["retention", "kept", "lora"].high) == (1, 1)
+
+
+def test_retention_may_exceed_one() -> None:
+    worse = [*BASE[:6], "a dog", *BASE[7:]]
+    assert rows_of(read_as(worse), read_as(BASE))["retention", "alike", "lora"].value == 2
+
+
+def test_rows_stay_valid_json_when_the_base_gets_nothing_right() -> None:
+    """A ratio over zero has no value; NaN is no JSON, and a report that opens in a browser reads this file."""
+    rows = rows_of(read_as([*BASE[:6], *["Brad Pitt"] * 4]), read_as(LORA))
+    json.dumps([dataclasses.asdict(row) for row in rows.values()], allow_nan=False)
+
+
+def test_clean_replacement_needs_confidence_in_something_else() -> None:
+    digit = Concept("seven", "a seven", "a digit", label="seven", kind="digit")
+    labels = ("seven", "one")
+
+    def reading(first: list[float]) -> Reading:
+        probabilities = np.array([[p, 1 - p] for p in first])
+        return Reading({"digit": labels}, {"digit": probabilities}, np.ones((len(first), 2)))
+
+    groups = np.array(["direct"] * 4 + ["generic"] * 4)
+    base = reading([0.99] * 4 + [0.99, 0.05, 0.02, 0.5])  # three of four generic images are clean
+    lora = reading([0.02, 0.05, 0.3, 0.99] + [0.0] * 4)  # two clean ones, one unclear, one still seven
+    rows = measure(digit, "reader", groups, [()] * 8, base, lora)
+    (row,) = [r for r in rows if r.metric == "clean_replacement"]
+    assert row.value == pytest.approx((2 / 4) / (3 / 4))
+    assert (row.group, row.subject, row.n) == ("direct", "lora", 4)

@@ -1,0 +1,192 @@
+"""The PU risks against their formulas, by hand and in float64."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from sd_unlearn.risk import (
+    SMALLEST_NLL,
+    corrected,
+    pnu_risk,
+    pu_risk,
+    pu_terms,
+    sensitive_nll,
+    supervised_risk,
+    unsupervised_risk,
+)
+
+BETA = 0.25
+# Five numbers: U = 2, 4, 6 (mean 4), S = ln 2 twice, of which -log(1 - exp(-l)) is ln 2 again.
+FIVE = torch.tensor([2.0, 4.0, 6.0, math.log(2), math.log(2)], dtype=torch.float64)
+POSITIVE = torch.tensor([False, False, False, True, True])
+# The same with large S: the bracket 4 - 0.25 * 40 = -6 is negative.
+NEGATIVE = torch.tensor([2.0, 4.0, 6.0, 30.0, 50.0], dtype=torch.float64)
+
+
+def sensitive(value: float) -> float:
+    return -math.log(-math.expm1(-value))
+
+
+def sensitive_slope(value: float) -> float:
+    """d/dl of -log(1 - exp(-l)) = -exp(-l) / (1 - exp(-l))."""
+    return -math.exp(-value) / -math.expm1(-value)
+
+
+def value_and_gradient(function: Callable[[Tensor], Tensor], nll: Tensor) -> tuple[float, list[float]]:
+    leaf = nll.clone().requires_grad_()
+    value = function(leaf)
+    (gradient,) = torch.autograd.grad(value, leaf)
+    return value.item(), gradient.tolist()
+
+
+def test_five_numbers_by_hand() -> None:
+    terms = pu_terms(FIVE, POSITIVE, BETA)
+    assert terms.mean_u.item() == pytest.approx(4)
+    assert terms.mean_s.item() == pytest.approx(math.log(2))
+    assert terms.positive.item() == pytest.approx(0.25 * math.log(2))
+    assert terms.bracket.item() == pytest.approx(4 - 0.25 * math.log(2))
+    for correction in ("abs", "nn", "none"):  # a bracket above zero: all three are the same, and here exactly 4
+        assert pu_risk(FIVE, POSITIVE, BETA, correction).item() == pytest.approx(4)
+    assert unsupervised_risk(FIVE, POSITIVE).item() == pytest.approx(4)
+    assert supervised_risk(FIVE, POSITIVE, BETA).item() == pytest.approx(0.75 * 4 + 0.25 * math.log(2))
+
+
+def test_corrections_of_a_negative_bracket_by_hand() -> None:
+    tail = 0.25 * (sensitive(30) + sensitive(50)) / 2
+    assert pu_risk(NEGATIVE, POSITIVE, BETA, "none").item() == pytest.approx(tail - 6)
+    assert pu_risk(NEGATIVE, POSITIVE, BETA, "abs").item() == pytest.approx(tail + 6)
+    assert pu_risk(NEGATIVE, POSITIVE, BETA, "nn").item() == pytest.approx(6)
+
+
+@pytest.mark.parametrize("correction", ["abs", "nn", "none"])
+@pytest.mark.parametrize("scale_s", [1e-3, 1e-2, 0.1, 1.0, 10.0, 100.0, 1e3, 1e4])
+@pytest.mark.parametrize("scale_u", [1e-3, 1.0, 1e4])
+def test_value_and_gradient_follow_the_formula(correction: str, scale_s: float, scale_u: float) -> None:
+    u, s = [1.0 * scale_u, 1.5 * scale_u, 3.0 * scale_u], [1.0 * scale_s, 0.5 * scale_s]
+    got, gradient = value_and_gradient(
+        lambda nll: pu_risk(nll, POSITIVE, BETA, correction), torch.tensor([*u, *s], dtype=torch.float64)
+    )
+    bracket = sum(u) / 3 - BETA * sum(s) / 2
+    positive = BETA * sum(map(sensitive, s)) / 2
+    sign = -1.0 if bracket < 0 and correction != "none" else 1.0
+    has_positive = not (bracket < 0 and correction == "nn")
+    assert got == pytest.approx(has_positive * positive + sign * bracket, rel=1e-9)
+    want = [sign / 3] * 3
+    want += [sign * -BETA / 2 + has_positive * BETA / 2 * sensitive_slope(value) for value in s]
+    assert gradient == pytest.approx(want, rel=1e-9, abs=1e-12)
+
+
+def test_both_signs_of_the_bracket_were_among_those_scales() -> None:
+    signs = {math.copysign(1, 11 / 6 * u - BETA * 0.75 * s) for u in (1e-3, 1, 1e4) for s in (1e-3, 1e4)}
+    assert signs == {1.0, -1.0}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_finite_from_zero_to_a_million(dtype: torch.dtype) -> None:
+    values = torch.tensor([0.0, 1e-30, 1e-8, 1e-6, 1e-3, 1.0, 88.0, 104.0, 1e3, 1e5, 1e6]).to(dtype)
+    for value in values:
+        for correction in ("abs", "nn", "none"):
+            nll = value.expand(5).clone()
+            got, gradient = value_and_gradient(lambda x, c=correction: pu_risk(x, POSITIVE, BETA, c), nll)
+            assert math.isfinite(got)
+            assert all(map(math.isfinite, gradient))
+    assert pu_risk(values[:5], POSITIVE, BETA).dtype == torch.float32
+
+
+def test_the_sensitive_loss_is_alive_where_l_is_small_and_gone_where_it_is_large() -> None:
+    _, gradient = value_and_gradient(lambda x: sensitive_nll(x).sum(), torch.tensor([1e-3, 1.0, 1e3]))
+    assert gradient[0] == pytest.approx(-1e3, rel=1e-3)
+    assert gradient[1] == pytest.approx(sensitive_slope(1.0), rel=1e-5)
+    assert gradient[2] == 0
+    below = sensitive_nll(torch.tensor([0.0, SMALLEST_NLL / 10]))
+    assert below.tolist() == pytest.approx([-math.log(SMALLEST_NLL)] * 2, rel=1e-3)
+
+
+def test_a_batch_without_positives_is_the_unsupervised_part_alone() -> None:
+    got, gradient = value_and_gradient(lambda x: pu_risk(x, torch.zeros(5).bool(), BETA), FIVE)
+    assert got == pytest.approx(FIVE.mean().item())
+    assert gradient == pytest.approx([0.2] * 5)
+
+
+@pytest.mark.parametrize("correction", ["abs", "nn", "none"])
+def test_a_batch_without_unlabeled_images_trains_nothing(correction: str) -> None:
+    got, gradient = value_and_gradient(lambda x: pu_risk(x, torch.ones(5).bool(), BETA, correction), FIVE)
+    assert got == 0
+    assert gradient == [0] * 5
+
+
+@pytest.mark.parametrize(("nll", "other"), [(FIVE, -1.0), (NEGATIVE, 1.0)])
+@pytest.mark.parametrize("correction", ["abs", "nn"])
+def test_the_given_bracket_decides_the_sign_and_only_the_sign(nll: Tensor, other: float, correction: str) -> None:
+    def by_own(x: Tensor) -> Tensor:
+        terms = pu_terms(x, POSITIVE, BETA)
+        return corrected(terms, correction, terms.bracket.detach() * 1e-9)
+
+    def by_other(x: Tensor) -> Tensor:
+        return corrected(pu_terms(x, POSITIVE, BETA), correction, torch.tensor(other))
+
+    assert value_and_gradient(by_own, nll) == value_and_gradient(lambda x: pu_risk(x, POSITIVE, BETA, correction), nll)
+    terms = pu_terms(nll, POSITIVE, BETA)
+    got, gradient = value_and_gradient(by_other, nll)
+    kept_positive = terms.positive.item() if correction == "abs" or other > 0 else 0.0
+    assert got == pytest.approx(kept_positive + math.copysign(1, other) * terms.bracket.item())
+    assert gradient[:3] == pytest.approx([math.copysign(1, other) / 3] * 3)
+
+
+def test_shares_of_a_batch_sum_to_the_whole_when_the_whole_decides() -> None:
+    """Two processes, brackets +1.5 and -11.5: alone they would pull apart; with the mean's sign they agree."""
+    shares = [torch.tensor([4.0, 10.0], dtype=torch.float64), torch.tensor([1.0, 50.0], dtype=torch.float64)]
+    mask = torch.tensor([False, True])
+    whole = torch.tensor([4.0, 1.0, 10.0, 50.0], dtype=torch.float64)
+    whole_mask = torch.tensor([False, False, True, True])
+    bracket = pu_terms(whole, whole_mask, BETA).bracket
+    leaves = [share.clone().requires_grad_() for share in shares]
+    risk = torch.stack([corrected(pu_terms(leaf, mask, BETA), "abs", bracket) for leaf in leaves]).mean()
+    value, gradient = value_and_gradient(lambda x: pu_risk(x, whole_mask, BETA), whole)
+    assert bracket < 0 < pu_terms(shares[0], mask, BETA).bracket
+    assert risk.item() == pytest.approx(value)
+    risk.backward()
+    merged = [leaves[0].grad[0], leaves[1].grad[0], leaves[0].grad[1], leaves[1].grad[1]]  # type: ignore[index]
+    assert [g.item() for g in merged] == pytest.approx(gradient)
+
+
+def test_supervised_with_a_part_missing() -> None:
+    nothing, all_of_them = torch.zeros(5).bool(), torch.ones(5).bool()
+    assert supervised_risk(FIVE, nothing, BETA).item() == pytest.approx(0.75 * FIVE.mean().item())
+    want = 0.25 * sum(map(sensitive, FIVE.tolist())) / 5
+    assert supervised_risk(FIVE, all_of_them, BETA).item() == pytest.approx(want)
+
+
+def test_pnu_is_pu_at_eta_zero_and_pn_at_eta_one() -> None:
+    nll = torch.tensor([2.0, 4.0, 6.0, 0.5, 1.5, 3.0, 9.0], dtype=torch.float64)
+    positive = torch.tensor([False, False, False, True, True, False, False])
+    normal = torch.tensor([False, False, False, False, False, True, True])
+    pu = pu_risk(nll[:5], positive[:5], BETA)
+    pn = 0.75 * 6 + 0.25 * (sensitive(0.5) + sensitive(1.5)) / 2
+    assert pnu_risk(nll, positive, normal, BETA, 0.0).item() == pytest.approx(pu.item())
+    assert pnu_risk(nll, positive, normal, BETA, 1.0).item() == pytest.approx(pn)
+    assert pnu_risk(nll, positive, normal, BETA, 0.3).item() == pytest.approx(0.7 * pu.item() + 0.3 * pn)
+    _, at_zero = value_and_gradient(lambda x: pnu_risk(x, positive, normal, BETA, 0.0), nll)
+    _, at_one = value_and_gradient(lambda x: pnu_risk(x, positive, normal, BETA, 1.0), nll)
+    assert at_zero[5:] == [0, 0]  # images known to be normal are no part of the PU risk
+    assert at_one[:3] == [0, 0, 0]  # nor unlabeled ones of the PN risk
+
+
+@pytest.mark.parametrize("beta", [0.0, 1.0, -0.1, 1.5, math.nan])
+def test_beta_outside_its_range_is_refused(beta: float) -> None:
+    with pytest.raises(ValueError, match="beta"):
+        pu_risk(FIVE, POSITIVE, beta)
+
+
+def test_wrong_shapes_and_corrections_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"\[B\]"):
+        pu_risk(FIVE, POSITIVE[:4], BETA)
+    with pytest.raises(ValueError, match=r"\[B\]"):
+        pu_risk(FIVE.view(1, 5), POSITIVE.view(1, 5), BETA)
+    with pytest.raises(ValueError, match="nnpu"):
+        pu_risk(FIVE, POSITIVE, BETA, "nnpu")  # type: ignore[arg-type]

@@ -1,0 +1,401 @@
+"""The whole of `train` on a base of a few thousand weights: what it writes, that seeds seed, that clipping clips."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import CONCEPT_FILE, tree
+from PIL import Image
+from safetensors.torch import load_file
+
+from sd_unlearn import cli, lora, render, trainer
+from sd_unlearn.base import Base, Sampling, load_base
+from sd_unlearn.concept import read_concept
+from sd_unlearn.config import RenderConfig, TrainConfig
+from sd_unlearn.errors import UnlearnError, UsageError
+from sd_unlearn.records import DATA_MANIFEST, TRAIN_SEEDS, read_json, read_jsonl
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+ADAPTER = "adapter/adapter_model.safetensors"
+Config = Callable[..., TrainConfig]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick_previews() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sd_unlearn.base.DEFAULT_SAMPLING", Sampling(2, 7.5, 16))
+        yield
+
+
+@pytest.fixture(scope="module")
+def place(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a concept file and its rendered images, which training must leave alone."""
+    folder = tmp_path_factory.mktemp("place")
+    (folder / "brad.yaml").write_text(CONCEPT_FILE)
+    render.run(
+        RenderConfig(
+            concept=str(folder / "brad.yaml"), pretrained_model_name_or_path=str(tiny_base),
+            data_dir=folder / "data", num_inference_steps=2,
+        )
+    )  # fmt: skip
+    return folder
+
+
+@pytest.fixture(scope="module")
+def make_config(place: Path, tiny_base: Path) -> Config:
+    """A quick training on those images unless told otherwise."""
+
+    def make(output_dir: Path | str, **changes: object) -> TrainConfig:
+        settings = {
+            "concept": str(place / "brad.yaml"), "pretrained_model_name_or_path": str(tiny_base),
+            "data_dir": place / "data", "output_dir": Path(output_dir), "num_inference_steps": 2, "rank": 2,
+            "lora_alpha": 3.0, "max_train_steps": 12, "lr_warmup_steps": 2, "train_batch_size": 8,
+            "validation_steps": 0, "report_to": "none",
+        }  # fmt: skip
+        return TrainConfig(**(settings | changes))  # type: ignore[arg-type]
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def trained(make_config: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run with everything switched on; not to be changed."""
+    output = tmp_path_factory.mktemp("runs") / "brad"
+    return trainer.run(make_config(output, validation_steps=6, report_to="tensorboard"))
+
+
+def test_a_run_folder_holds_what_later_stages_need(trained: Path) -> None:
+    found = {name for name in tree(trained) if not name.startswith("tensorboard")}
+    assert found == {
+        "adapter", "adapter/adapter_config.json", ADAPTER, "concept.yaml", "config.yaml", "metrics.jsonl",
+        "previews", "previews/step-000006.png", "previews/step-000012.png", "training.json",
+    }  # fmt: skip
+    assert list((trained / "tensorboard").rglob("events.*"))
+
+
+def test_the_lora_is_on_the_attention_and_has_learned(trained: Path) -> None:
+    tensors = load_file(trained / ADAPTER)
+    settings = read_json(trained / "adapter" / "adapter_config.json")
+    assert (settings["r"], settings["lora_alpha"]) == (2, 3.0)
+    modules = {name.rsplit(".lora_", 1)[0] for name in tensors}
+    assert modules
+    assert len(tensors) == 2 * len(modules)
+    assert all(name.rsplit(".", 1)[-1] in ("to_q", "to_k", "to_v", "0") for name in modules)
+    ups = [value for name, value in tensors.items() if "lora_B" in name]
+    assert all(value.abs().max() > 0 for value in ups)  # which start at zero
+    assert all(value.isfinite().all() for value in tensors.values())
+    assert all(value.dtype == torch.float32 for value in tensors.values())
+
+
+def test_the_saved_lora_loads_into_a_fresh_base(trained: Path, loaded_base: Base) -> None:
+    noisy, t, text = torch.ones(1, 4, 8, 8), torch.tensor([500]), torch.ones(1, 24, 16)
+    plain = loaded_base.pipeline.unet(noisy, t, encoder_hidden_states=text).sample
+    model = lora.load(loaded_base.pipeline.unet, trained)
+    assert not any(p.requires_grad for p in model.parameters())
+    with torch.no_grad():
+        forgot = model(noisy, t, encoder_hidden_states=text).sample
+        assert (forgot - plain).abs().max() > 1e-6
+        with lora.teacher(model):
+            assert torch.equal(model(noisy, t, encoder_hidden_states=text).sample, plain)
+        assert torch.equal(model(noisy, t, encoder_hidden_states=text).sample, forgot)
+    with pytest.raises(UsageError, match="--run nowhere"):
+        lora.load(loaded_base.pipeline.unet, Path("nowhere"))
+
+
+def test_metrics_are_logged_as_they_come(trained: Path) -> None:
+    lines = read_jsonl(trained / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [10, 12]
+    for line in lines:
+        assert {"mean_u", "mean_s", "ratio", "bracket", "loss", "lr", "grad_norm"} <= set(line)
+        assert all(isinstance(value, float | int) for value in line.values())
+        assert line["ratio"] == pytest.approx(line["mean_s"] / line["mean_u"])
+        assert line["bracket"] == pytest.approx(line["mean_u"] - 0.2 * line["mean_s"], rel=1e-4)
+    assert 0 <= lines[-1]["lr"] < lines[0]["lr"] < 1e-3
+
+
+def test_the_training_record(trained: Path, tiny_base: Path) -> None:
+    record = read_json(trained / "training.json")
+    assert record["schema_version"] == 1
+    assert record["concept"] == "brad-pitt"
+    assert record["base"] == load_base(str(tiny_base), device="cpu").describe()
+    assert (record["beta"], record["beta_source"]) == (0.2, "manifest")
+    assert (record["rank"], record["lora_alpha"]) == (2, 3.0)
+    assert (record["correction"], record["caption_mode"]) == ("abs", "both")
+    assert len(record["config_sha256"]) == 64
+    assert {"torch", "diffusers", "peft"} <= set(record["versions"])
+    assert (record["cost"]["steps"], record["cost"]["images_seen"], record["cost"]["device"]) == (12, 96, "cpu")
+    assert record["cost"]["peak_memory_mb"] > 0
+    assert record["seeds"]["train"] == list(TRAIN_SEEDS)
+    assert read_concept(trained / "concept.yaml").name == "Brad Pitt"
+
+
+def test_previews_are_a_grid_of_fixed_seeds(trained: Path) -> None:
+    grids = []
+    for step in (6, 12):
+        with Image.open(trained / "previews" / f"step-{step:06d}.png") as image:
+            assert image.size == (8 * 32, 4 * 32)  # the concept, the generic prompt and two that must stay
+            grids.append(image.tobytes())
+    assert grids[0] != grids[1]
+
+
+@pytest.mark.usefixtures("trained")
+def test_training_leaves_the_images_alone(place: Path) -> None:
+    assert tree(place / "data") - {name for name in tree(place / "data") if name.startswith("cache")} == {
+        "0_unlabeled", "1_positive", "manifest.json", "settings.json", "0_unlabeled/metadata.jsonl",
+        "1_positive/metadata.jsonl", *(f"0_unlabeled/generic-{i:05d}.png" for i in range(4)),
+        "0_unlabeled/mixed_in-00000.png", *(f"0_unlabeled/keep-{i:05d}.png" for i in range(4)),
+        *(f"1_positive/positive-{i:05d}.png" for i in range(4)),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("options", [{}, {"validation_steps": 5}])
+def test_the_same_seed_gives_the_same_bytes(trained: Path, make_config: Config, options: dict[str, int]) -> None:
+    """Whatever was drawn from any generator before, and whether previews are drawn on the way or not."""
+    torch.manual_seed(12345)
+    again = trainer.run(make_config("again", **options))
+    assert (again / ADAPTER).read_bytes() == (trained / ADAPTER).read_bytes()
+    assert (again / "metrics.jsonl").read_bytes() == (trained / "metrics.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"beta": 0.7}, {"correction": "none", "beta": 0.9}, {"caption_mode": "own"}, {"reduction": "mean"},
+     {"learning_rate": 1e-4}, {"lora_alpha": 6.0}, {"rank": 4}, {"max_grad_norm": 1e-6}, {"lr_warmup_steps": 9}],
+)  # fmt: skip
+def test_no_setting_does_nothing(trained: Path, make_config: Config, change: dict[str, object]) -> None:
+    other = trainer.run(make_config("other", **change))
+    assert (other / ADAPTER).read_bytes() != (trained / ADAPTER).read_bytes()
+
+
+def test_another_seed_gives_another_lora(place: Path, make_config: Config) -> None:
+    data = shutil.copytree(place / "data", Path("data"))  # as own photos: the same pictures whatever the seed
+    for name in (DATA_MANIFEST, "settings.json"):
+        (data / name).unlink()
+    found = [trainer.run(make_config(f"run-{seed}", seed=seed, data_dir=data)) / ADAPTER for seed in (0, 1)]
+    assert found[0].read_bytes() != found[1].read_bytes()
+
+
+def test_the_resolved_config_repeats_the_run(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """config.yaml is a --config file: defaults and what was looked up are in it, and the concept is still the one that
+    was asked for by its file, not another of that name (prompts/brad-pitt.yaml)."""
+    settings = yaml.safe_load((trained / "config.yaml").read_text())
+    assert (settings["beta"], settings["lora_alpha"]) == (0.2, 3.0)
+    assert cli.main(["train", "--config", str(trained / "config.yaml"), "--output_dir", "again"]) == 0
+    assert capsys.readouterr().out == "again\n"
+    assert (Path("again") / ADAPTER).read_bytes() == (trained / ADAPTER).read_bytes()
+
+
+@pytest.mark.parametrize("limit", [1e-3, 1.0, 1e6])
+def test_clipping_clips(make_config: Config, monkeypatch: pytest.MonkeyPatch, limit: float) -> None:
+    norms, step = [], torch.optim.AdamW.step
+
+    def watched(self: torch.optim.AdamW, *arguments: object, **options: object) -> object:
+        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        norms.append(torch.stack([g.norm() for g in gradients]).norm().item())
+        assert len(gradients) == sum(len(group["params"]) for group in self.param_groups) > 0
+        return step(self, *arguments, **options)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", watched)
+    run = trainer.run(make_config("clipped", max_grad_norm=limit, max_train_steps=10))
+    (line,) = read_jsonl(run / "metrics.jsonl")
+    assert len(norms) == 10
+    assert max(norms) <= limit * 1.001
+    assert norms[-1] == pytest.approx(min(limit, line["grad_norm"]), rel=1e-3)  # which is the norm before clipping
+    assert limit == 1e6 or line["grad_norm"] > limit
+
+
+def test_training_moves_the_means_the_right_way(make_config: Config) -> None:
+    """With a bracket above zero everywhere (beta tiny), the unlabeled and kept images must be learned."""
+    run = trainer.run(make_config("run", beta=0.001, max_train_steps=60, learning_rate=0.03, rank=4))
+    lines = read_jsonl(run / "metrics.jsonl")
+    assert lines[-1]["mean_u"] + lines[-1]["mean_keep"] < lines[0]["mean_u"] + lines[0]["mean_keep"]
+
+
+def test_a_finished_run_is_kept_unless_told(trained: Path, make_config: Config) -> None:
+    output = shutil.copytree(trained, Path("mine"))
+    before = {name: (output / name).stat().st_mtime_ns for name in tree(output)}
+    with pytest.raises(UsageError, match=r"--output_dir mine .*--overwrite"):
+        trainer.run(make_config(output))
+    assert {name: (output / name).stat().st_mtime_ns for name in tree(output)} == before
+    trainer.run(make_config(output, overwrite=True, rank=1, lora_alpha=None))
+    assert read_json(output / "training.json")["rank"] == 1
+    assert read_json(output / "training.json")["lora_alpha"] == 1.0  # the rank, when it is not given
+    assert not list((output / "previews").glob("*"))  # nothing of the earlier run is left
+
+
+@pytest.mark.parametrize("files", [["thesis.txt"], ["config.yaml", "thesis.txt"], ["config.yaml", "photos/me.jpg"]])
+def test_somebody_elses_folder_is_never_emptied(make_config: Config, files: list[str]) -> None:
+    """Many projects have a config.yaml."""
+    for name in files:
+        Path("work", name).parent.mkdir(parents=True, exist_ok=True)
+        Path("work", name).write_text("precious: true")
+    for overwrite in (False, True):
+        with contextlib.suppress(UsageError):  # refusing is fine, and so is training beside them
+            trainer.run(make_config("work", overwrite=overwrite, max_train_steps=1))
+        assert Path("work", files[-1]).exists()
+
+
+def test_an_interrupted_run_starts_afresh(make_config: Config, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save = lora.save
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(lora, "save", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run(make_config("mine"))
+    assert not Path("mine/training.json").exists()
+    monkeypatch.setattr(lora, "save", save)
+    trainer.run(make_config("mine"))
+    assert Path("mine", ADAPTER).read_bytes() == (trained / ADAPTER).read_bytes()
+
+
+def test_the_training_record_is_written_last(make_config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    order, rename = [], Path.replace
+
+    def watched(self: Path, target: Path) -> Path:
+        order.append(Path(target).name)
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "replace", watched)
+    trainer.run(make_config("mine", max_train_steps=1))
+    assert order[-1] == "training.json"
+    assert "adapter_model.safetensors" in order
+
+
+def test_folders_are_rendered_first(tiny_base: Path, concept_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code = cli.main([
+        "train", "--concept", str(concept_file), "--pretrained_model_name_or_path", str(tiny_base),
+        "--num_inference_steps", "1", "--max_train_steps", "1", "--train_batch_size", "4", "--validation_steps", "0",
+    ])  # fmt: skip
+    out, err = capsys.readouterr()
+    assert (code, out) == (0, "runs/brad-pitt\n")
+    assert "data/brad-pitt is missing" in err
+    assert Path("data/brad-pitt", DATA_MANIFEST).is_file()
+    assert {p.name for p in Path().iterdir()} == {"brad.yaml", "data", "runs"}
+
+
+def test_a_rendering_cut_short_is_finished_first(place: Path, make_config: Config) -> None:
+    data = shutil.copytree(place / "data", Path("data"))
+    lost = [data / DATA_MANIFEST, data / "0_unlabeled" / "metadata.jsonl", data / "1_positive" / "positive-00002.png"]
+    before = lost[2].read_bytes()
+    for path in lost:
+        path.unlink()
+    trainer.run(make_config("run", data_dir=data, max_train_steps=1))
+    assert lost[2].read_bytes() == before
+    assert lost[0].is_file()
+
+
+def test_own_photos(photos: Callable[..., Path], make_config: Config, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = photos(unlabeled=4, positive=3)
+    before = tree(folder)
+    run = trainer.run(make_config("run", data_dir=folder, max_train_steps=2))
+    err = capsys.readouterr().err
+    assert "4 unlabeled and 3 positive images, beta 0.1 (assumed)" in err
+    assert "rendering" not in err
+    record = read_json(run / "training.json")
+    assert (record["beta"], record["beta_source"]) == (0.1, "assumed")
+    assert {name for name in tree(folder) - before if not name.startswith("cache")} == set()
+
+
+def test_own_photos_that_must_all_stay_leave_nothing_to_compare_with(
+    photos: Callable[..., Path], make_config: Config
+) -> None:
+    folder = photos(unlabeled=2, positive=2)
+    lines = [json.dumps({"file_name": f"{i}.png", "text": "a dog", "group": "keep"}) for i in range(2)]
+    (folder / "0_unlabeled" / "metadata.jsonl").write_text("\n".join(lines))
+    with pytest.raises(UsageError, match="--data_dir"):
+        trainer.run(make_config("run", data_dir=folder))
+    assert not Path("run").exists()
+
+
+def test_the_asked_beta_wins(make_config: Config) -> None:
+    record = read_json(trainer.run(make_config("run", beta=0.3, max_train_steps=1)) / "training.json")
+    assert (record["beta"], record["beta_source"]) == (0.3, "option")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine can do fp16")
+@pytest.mark.parametrize("by", ["option", "accelerate"])
+def test_half_precision_falls_back_on_a_cpu_and_says_so_once(
+    make_config: Config, trained: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, by: str
+) -> None:
+    options = {"mixed_precision": "fp16"} if by == "option" else {}
+    if by == "accelerate":
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    run = trainer.run(make_config("run", **options))
+    said = [line for line in capsys.readouterr().err.splitlines() if "fp16" in line]
+    assert len(said) == 1
+    assert "full precision" in said[0]
+    assert (run / ADAPTER).read_bytes() == (trained / ADAPTER).read_bytes()
+
+
+def test_two_processes_render_and_train_together(tiny_base: Path, concept_file: Path) -> None:
+    """As `accelerate launch` starts them; each draws its share of the images and sees its share of every epoch."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [
+        sys.executable, "-m", "sd_unlearn.cli", "train", "--concept", str(concept_file), "--output_dir", "run",
+        "--pretrained_model_name_or_path", str(tiny_base), "--num_inference_steps", "1", "--max_train_steps", "3",
+        "--train_batch_size", "8", "--validation_steps", "0", "--report_to", "none", "--data_dir", "data",
+    ]  # fmt: skip
+    world = {
+        "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+        "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+    both = [
+        subprocess.Popen(
+            command, env=os.environ | world | {"RANK": rank, "LOCAL_RANK": rank}, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )
+        for rank in "01"
+    ]  # fmt: skip
+    try:
+        ends = [process.communicate(timeout=180) for process in both]
+    finally:
+        for process in both:
+            process.kill()
+    assert [process.returncode for process in both] == [0, 0], ends[0][1] + ends[1][1]
+    record = read_json(Path("run/training.json"))
+    assert (record["cost"]["processes"], record["cost"]["images_seen"]) == (2, 3 * 8 * 2)
+    assert read_json(Path("data", DATA_MANIFEST))["counts"] == {"generic": 4, "mixed_in": 1, "keep": 4, "positive": 4}
+    assert Path("run", ADAPTER).is_file()
+    assert sum("Forgetting" in err for _, err in ends) == 1  # said by one of them
+
+
+def test_divergence_is_told_and_not_saved(make_config: Config) -> None:
+    with pytest.raises(UnlearnError, match=r"diverged at step 10.*--learning_rate"):
+        trainer.run(make_config("run", learning_rate=1e30))
+    assert not Path("run/training.json").exists()
+    assert not Path("run", ADAPTER).exists()
+
+
+def test_a_tracker_that_is_not_installed(make_config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainer, "find_spec", lambda name: None)
+    with pytest.raises(UsageError, match="--report_to wandb is not installed: pip install wandb"):
+        trainer.run(make_config("run", report_to="wandb"))
+    assert trainer.choose_tracker(None) is None
+    assert trainer.choose_tracker("none") is None
+
+
+def test_v_prediction_bases_train_too(tiny_base: Path, make_config: Config, tmp_path: Path) -> None:
+    other = shutil.copytree(tiny_base, tmp_path / "v-base")
+    schedule = other / "scheduler" / "scheduler_config.json"
+    schedule.write_text(json.dumps(read_json(schedule) | {"prediction_type": "v_prediction"}))
+    options = {"pretrained_model_name_or_path": str(other), "data_dir": tmp_path / "v-data", "max_train_steps": 2}
+    record = read_json(trainer.run(make_config("run", **options)) / "training.json")
+    assert record["base"]["prediction_type"] == "v_prediction"
+    schedule.write_text(json.dumps(read_json(schedule) | {"prediction_type": "sample"}))
+    with pytest.raises(UnlearnError, match="sample"):
+        trainer.run(make_config("run-2", **options, seed=0))
