@@ -55,7 +55,7 @@ def build_denoiser(work: Path, steps: int) -> None:
 
 
 def assemble(work: Path, _: int) -> None:
-    """The SD folder in half precision, the reader, the held-apart features; rounded before anything is measured."""
+    """The SD folder, the reader (in half precision) and the held-apart features, as they are installed."""
     pipeline = StableDiffusionPipeline(
         vae=AutoencoderKL.from_pretrained(work / "vae"),
         text_encoder=CLIPTextModel.from_pretrained(work / "text_encoder"),
@@ -66,7 +66,7 @@ def assemble(work: Path, _: int) -> None:
     for folder in (base, reader_dir):
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-    pipeline.to(torch.float16).save_pretrained(base)
+    pipeline.save_pretrained(base)
     # transformers 5 writes tokenizer.json alone; version 4's CLIPTokenizer and other UIs read these two.
     bpe = json.loads((base / "tokenizer" / "tokenizer.json").read_text())["model"]
     (base / "tokenizer" / "vocab.json").write_text(json.dumps(bpe["vocab"], ensure_ascii=False))

@@ -34,12 +34,12 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Images:
-    """How many images `render` draws: of the concept, the generic prompt, hidden positives, each keep prompt."""
+    """How many images `render` draws: of the concept, the generic prompt, hidden positives, each keep line."""
 
     positive: int = 20
     unlabeled: int = 64
     mixed_in: int = 16
-    keep: int = 4
+    keep: int = 12  # of each keep line, shared out over its alternatives
 
 
 @dataclass(frozen=True)

@@ -67,9 +67,9 @@ class RenderConfig(Common):
     num_mixed_in: Annotated[
         int | None, _help("Images of the concept hidden in 0_unlabeled. Default: the concept file's.")
     ] = None
-    num_keep: Annotated[
-        int | None, _help("Images of each keep prompt in 0_unlabeled. Default: the concept file's.")
-    ] = None
+    num_keep: Annotated[int | None, _help("Images of each keep line in 0_unlabeled. Default: the concept file's.")] = (
+        None
+    )
     resolution: Annotated[int | None, _help("Side of the images in pixels. Default: the base's own.")] = None
     num_inference_steps: Annotated[int | None, _help("Sampler steps. Default: 25 on digits, 50 elsewhere.")] = None
     guidance_scale: Annotated[float | None, _help("Classifier-free guidance. Default: 3 on digits, 7.5 elsewhere.")] = (
@@ -92,6 +92,10 @@ class TrainConfig(RenderConfig):
     beta: Annotated[
         float | None, _help("Prior in (0, 1): share of the concept in 0_unlabeled. Default: the manifest's, else 0.1.")
     ] = None
+    beta_margin: Annotated[
+        float,
+        _help("Added to beta in the bracket: 0 is the paper's unbiased risk; more drives the concept out everywhere."),
+    ] = 0.1
     reduction: Annotated[
         Reduction, _help("Per-example loss as sum (the paper's likelihood) or mean over the latent.")
     ] = "sum"
@@ -99,12 +103,16 @@ class TrainConfig(RenderConfig):
         CaptionMode,
         _help("Captions under which positives and generic images are seen: own, one shared, or both (a bracket each)."),
     ] = "both"
-    learning_rate: Annotated[float, _help("AdamW learning rate after warm-up.")] = 1e-3
+    keep_target: Annotated[
+        Literal["teacher", "noise"],
+        _help("What keep images are trained towards: the base's own prediction (the adapter off), or their noise."),
+    ] = "teacher"
+    learning_rate: Annotated[float, _help("AdamW learning rate after warm-up.")] = 7e-4
     lr_warmup_steps: Annotated[int, _help("Steps of linear warm-up; a cosine to zero follows.")] = 20
     max_grad_norm: Annotated[float, _help("Gradients are clipped to this norm.")] = 1.0
-    train_batch_size: Annotated[int, _help("Images a step and process, unlabeled and positive together.")] = 32
-    max_train_steps: Annotated[int, _help("Optimizer steps.")] = 400
-    validation_steps: Annotated[int, _help("A preview grid is drawn every so many steps; 0 draws none.")] = 200
+    train_batch_size: Annotated[int, _help("Images a step and process, unlabeled and positive together.")] = 40
+    max_train_steps: Annotated[int, _help("Optimizer steps.")] = 800
+    validation_steps: Annotated[int, _help("A preview grid is drawn every so many steps; 0 draws none.")] = 400
     report_to: Annotated[
         str | None, _help("Tracker: tensorboard, wandb or none. Default: tensorboard if installed.")
     ] = None
@@ -217,6 +225,8 @@ def check_train(config: TrainConfig) -> None:
         raise UsageError(
             f"--beta {config.beta:g} is outside (0, 1): it is the share of the concept in 0_unlabeled, e.g. 0.2."
         )
+    if not 0 <= config.beta_margin < 1 - (config.beta or 0):
+        raise UsageError(f"--beta_margin {config.beta_margin:g}: it and beta together must stay in (0, 1), e.g. 0.1.")
     check_positive(config, ("rank", "max_train_steps", "learning_rate", "max_grad_norm"))
     if config.train_batch_size < 4:
         raise UsageError(

@@ -84,11 +84,11 @@ def _captions(place: Path) -> dict[str, tuple[str, str]]:
     for number, line in _metadata(path).items():
         name, text = line.get("file_name"), line.get("text")
         if not isinstance(name, str) or not isinstance(text, str):
-            raise UsageError(
-                f'--data_dir: {path} line {number} lacks "file_name" or "text", the caption. Add it.'
-            )
+            raise UsageError(f'--data_dir: {path} line {number} lacks "file_name" or "text", the caption. Add it.')
         if not (place / name).is_file():
-            raise UsageError(f"--data_dir: {path} line {number} names {name}, which is not there. Restore it or delete the line.")
+            raise UsageError(
+                f"--data_dir: {path} line {number} names {name}, which is missing. Restore it or delete it."
+            )
         captions[name] = (text, str(line.get("group", "generic")))
     return captions
 
@@ -183,9 +183,12 @@ class Layout:
 
     @classmethod
     def of(cls, batch_size: int, brackets: int, has_keep: bool) -> Layout:
-        """A quarter positives, as many unlabeled per bracket, the rest keep images (without any: unlabeled)."""
-        positive = max(1, batch_size // (4 * brackets))
-        unlabeled = positive if has_keep else max(1, batch_size // brackets - positive)
+        """Of a batch a quarter positives and 35 % unlabeled, shared out over the brackets, the rest keep images.
+
+        Without keep images the rest is unlabeled. Every bracket has at least one positive and one unlabeled image.
+        """
+        positive = max(1, int(0.25 * batch_size / brackets))
+        unlabeled = max(1, int(0.35 * batch_size / brackets) if has_keep else batch_size // brackets - positive)
         return cls(positive, unlabeled, max(0, batch_size - brackets * (positive + unlabeled)) if has_keep else 0)
 
 
@@ -200,8 +203,9 @@ class StratifiedBatches:
         self, examples: Sequence[Example], latents: tuple[Tensor, Tensor], captions: dict[str, Tensor],
         concept: Concept,
         mode: CaptionMode, batch_size: int, num_train_timesteps: int, seed: int, rank: int = 0, world: int = 1,
-        device: torch.device | str = "cpu",
+        device: torch.device | str = "cpu", teacher_keep: bool = False,
     ) -> None:  # fmt: skip
+        self.teacher_keep = teacher_keep
         self.examples, (self.mean, self.std), self.embeddings = examples, latents, captions
         brackets: dict[str, list[str | None]] = {
             "own": [None],
@@ -213,14 +217,15 @@ class StratifiedBatches:
             "positive": [i for i, e in enumerate(examples) if e.is_positive],
             "unlabeled": [i for i, e in enumerate(examples) if not e.is_positive and e.group != "keep"],
             "keep": [i for i, e in enumerate(examples) if e.group == "keep"],
+            "any": list(range(len(examples))),
         }
-        self.layout = Layout.of(batch_size, len(self.brackets), bool(self.pools["keep"]))
+        self.layout = Layout.of(batch_size, len(self.brackets), bool(self.pools["keep"]) or teacher_keep)
         self.num_train_timesteps, self.device = num_train_timesteps, device
         self.generator = torch.Generator().manual_seed(seed + rank)
         self.cycles = {
             (pool, bracket): Cycle(len(members), seed + 7919 * index + 101 * bracket, rank, world)
             for index, (pool, members) in enumerate(self.pools.items())
-            for bracket in range(len(self.brackets) if pool != "keep" else 1)
+            for bracket in range(len(self.brackets) if pool in ("positive", "unlabeled") else 1)
             if members
         }
 
@@ -237,10 +242,25 @@ class StratifiedBatches:
                 for slot, i in enumerate(self._draw(pool, index, count), slots):
                     rows.append((i, caption or self.examples[i].caption, index, slot))
             slots += max(self.layout.unlabeled, self.layout.positive)
-        for slot, i in enumerate(self._draw("keep", 0, self.layout.keep), slots):
-            rows.append((i, self.examples[i].caption, PLAIN, slot))
+        for slot, (i, caption) in enumerate(self._keep_rows(), slots):
+            rows.append((i, caption, PLAIN, slot))
         slots += self.layout.keep
         return self._collate(rows, slots)
+
+    def _keep_rows(self) -> list[tuple[int, str]]:
+        """(example, caption) of the keep images; with a teacher also pictures and captions that were never a pair.
+
+        A teacher knows what any picture should become under any caption. So a quarter of the rows show any picture
+        under a keep caption (the way there starts from noise that looks like something else), and a quarter under the
+        empty caption: guidance subtracts the unconditional prediction, and when that moves every prompt moves.
+        """
+        if not self.teacher_keep:
+            return [(i, self.examples[i].caption) for i in self._draw("keep", 0, self.layout.keep)]
+        unconditional = self.layout.keep // 4 if self.pools["keep"] else self.layout.keep
+        own = self._draw("keep", 0, self.layout.keep - unconditional)
+        mixed = self._draw("any", 0, len(own) // 3)
+        rows = [(i, self.examples[k].caption) for i, k in zip([*mixed, *own[len(mixed) :]], own, strict=True)]
+        return rows + [(i, "") for i in self._draw("any", 0, unconditional)]
 
     def _draw(self, pool: str, bracket: int, count: int) -> list[int]:
         return [self.pools[pool][i] for i in self.cycles[pool, bracket].take(count)] if count else []

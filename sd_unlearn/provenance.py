@@ -27,10 +27,11 @@ def training_record(
 ) -> dict[str, Any]:
     """What training.json says: everything later stages and an auditor need to know about a run."""
     settings = as_dict(config)
+    named = ("rank", "lora_alpha", "beta", "beta_margin", "correction", "caption_mode", "reduction", "seed")
     sha256 = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
     return {
         "schema_version": 1, "concept": concept.slug, "base": base.describe(),
-        **{k: settings[k] for k in ("rank", "lora_alpha", "beta", "correction", "caption_mode", "reduction", "seed")},
+        **{k: settings[k] for k in named},
         "beta_source": beta_source, "config_sha256": sha256,
         "created": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()),
         "version": __version__, "versions": {p: version(p) for p in PACKAGES}, "commit": commit(),

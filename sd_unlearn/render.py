@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from sd_unlearn import __version__
 from sd_unlearn.base import Base, load_base, resolve_name, sampling_of
-from sd_unlearn.concept import Concept, load_concept
+from sd_unlearn.concept import Concept, expand, load_concept
 from sd_unlearn.config import RenderConfig, check_render
 from sd_unlearn.errors import UnlearnError, UsageError
 from sd_unlearn.records import (
@@ -115,13 +115,19 @@ def plan(concept: Concept, config: RenderConfig) -> list[tuple[str, str, int]]:
         raise UsageError(f"--num_* must not be negative: {counts}.")
     if counts["positive"] < 1 or counts["unlabeled"] + counts["mixed_in"] < 1:
         raise UsageError("--num_positive and --num_unlabeled must leave at least one image in each folder.")
-    keep = [("keep", prompt.text, counts["keep"]) for prompt in concept.keep_prompts]
+    keep = [("keep", prompt, count) for line in concept.keep for prompt, count in _share_out(line, counts["keep"])]
     return [
         ("generic", concept.generic, counts["unlabeled"]),
         ("mixed_in", concept.caption, counts["mixed_in"]),
         *keep,
         ("positive", concept.caption, counts["positive"]),
     ]
+
+
+def _share_out(line: str, count: int) -> list[tuple[str, int]]:
+    """A keep line's images over its alternatives, so that every line weighs the same however many it lists."""
+    prompts = expand([line])
+    return [(p.text, count // len(prompts) + (i < count % len(prompts))) for i, p in enumerate(prompts)]
 
 
 def known_beta(concept: Concept, counts: dict[str, int]) -> float | None:

@@ -24,7 +24,7 @@ from sd_unlearn import lora
 from sd_unlearn.base import Base, choose_precision, load_base, resolve_name
 from sd_unlearn.concept import Concept, load_concept, write_concept
 from sd_unlearn.config import TrainConfig, as_dict, check_train
-from sd_unlearn.dataset import CACHE_DIR, StratifiedBatches, encode_captions, encode_images, scan
+from sd_unlearn.dataset import CACHE_DIR, PLAIN, Batch, StratifiedBatches, encode_captions, encode_images, scan
 from sd_unlearn.denoiser import Denoiser
 from sd_unlearn.diffusion import add_noise, per_example_loss, training_target
 from sd_unlearn.errors import UnlearnError, UsageError
@@ -124,13 +124,15 @@ def _train(
 ) -> Path:
     examples = scan(folder, concept)
     beta, beta_source = resolve_beta(config.beta, folder)
+    if beta + config.beta_margin >= 1:
+        raise UsageError(f"--beta_margin {config.beta_margin:g} and beta {beta:g} ({beta_source}) must stay below 1.")
     alpha = float(config.rank if config.lora_alpha is None else config.lora_alpha)
     latents = encode_images(base, examples, config.resolution or base.resolution, folder / CACHE_DIR)
-    texts = list(dict.fromkeys([concept.caption, concept.generic, *(e.caption for e in examples)]))
+    texts = list(dict.fromkeys(["", concept.caption, concept.generic, *(e.caption for e in examples)]))
     batches = StratifiedBatches(
         examples, latents, dict(zip(texts, encode_captions(base, texts), strict=True)), concept, config.caption_mode,
         config.train_batch_size, base.pipeline.scheduler.config.num_train_timesteps, TRAIN_SEEDS[0] + config.seed,
-        accelerator.process_index, accelerator.num_processes, accelerator.device,
+        accelerator.process_index, accelerator.num_processes, accelerator.device, config.keep_target == "teacher",
     )  # fmt: skip
     model = lora.attach(base.pipeline.unet, config.rank, alpha, TRAIN_SEEDS[0] + config.seed)
     resolved = dataclasses.replace(config, beta=beta, lora_alpha=alpha, data_dir=folder, output_dir=output,
@@ -144,11 +146,15 @@ def _train(
     positives = sum(e.is_positive for e in examples)
     counts = f"{len(examples) - positives} unlabeled and {positives} positive images"
     accelerator.print(
-        f"Forgetting {concept.name!r} in {base.name}: {counts}, beta {beta:g} ({beta_source}).", file=sys.stderr
+        f"Forgetting {concept.name!r} in {base.name}: {counts}, "
+        f"beta {beta:g} ({beta_source}) + {config.beta_margin:g}.",
+        file=sys.stderr,
     )
 
     started = time.monotonic()
-    steps = fit(resolved, base, model, batches, PUObjective(beta, config.correction), concept, accelerator)
+    steps = fit(
+        resolved, base, model, batches, PUObjective(beta + config.beta_margin, config.correction), concept, accelerator
+    )
     seconds = time.monotonic() - started
     if accelerator.is_main_process:
         lora.save(model, output)
@@ -192,6 +198,8 @@ def fit(
                 denoiser.alphas_cumprod,
                 denoiser.prediction_type,  # type: ignore[arg-type]
             )
+            if config.keep_target == "teacher":
+                target = keep_teacher(Denoiser.of(base, model), noisy, target, batch)
             predicted = denoiser.predict(noisy, batch.timesteps, batch.text)
             nll = per_example_loss(predicted, target, config.reduction)
             risk = objective(nll, batch, lambda x: accelerator.reduce(x, "mean"))
@@ -212,6 +220,21 @@ def fit(
             if config.validation_steps and step % config.validation_steps == 0 and accelerator.is_main_process:
                 preview(config, base, concept, step)
     return config.max_train_steps
+
+
+@torch.no_grad()
+def keep_teacher(denoiser: Denoiser, noisy: torch.Tensor, target: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """The target with that of the keep examples replaced by the base's prediction: the same minimum, less variance.
+
+    E|f - eps|^2 = E|f - f*|^2 + const, with f* the base's prediction wherever the base is optimal for its own images.
+    """
+    keep = batch.bracket == PLAIN
+    if not keep.any():
+        return target
+    with lora.teacher(denoiser.model):
+        target = target.clone()
+        target[keep] = denoiser.predict(noisy[keep], batch.timesteps[keep], batch.text[keep]).float()
+    return target
 
 
 def _figures(step: int, logs: torch.Tensor, learning_rate: float, norm: Any) -> dict[str, float]:

@@ -26,7 +26,7 @@ name: Brad Pitt
 kind: person
 caption: a photo of Brad Pitt
 generic: a photo of a man
-images: {positive: 4, unlabeled: 4, mixed_in: 1, keep: 2}
+images: {positive: 4, unlabeled: 4, mixed_in: 1, keep: 4}
 alternatives: [Tom Hanks]
 keep: ["a photo of {a dog,a cat}"]
 evaluate:

@@ -278,17 +278,23 @@ def test_layout(batch_size: int, brackets: int, has_keep: bool) -> None:
     assert layout.unlabeled >= layout.positive
     assert total == (batch_size if has_keep else batch_size - batch_size % brackets)
     assert brackets * layout.positive <= max(brackets, batch_size / 4)
+    assert not has_keep or brackets * layout.unlabeled <= max(brackets, 0.35 * batch_size)
     assert has_keep or layout.keep == 0
+    assert not has_keep or layout.keep >= int(0.4 * batch_size) or layout.positive == layout.unlabeled == 1
 
 
-def test_layout_of_the_default_batch() -> None:
-    assert Layout.of(32, 2, True) == Layout(4, 4, 16)
-    assert Layout.of(32, 1, True) == Layout(8, 8, 16)
+def test_layout_is_a_quarter_positives_and_35_percent_unlabeled() -> None:
+    assert Layout.of(32, 2, True) == Layout(4, 5, 14)
+    assert Layout.of(32, 1, True) == Layout(8, 11, 13)
+    assert Layout.of(64, 2, True) == Layout(8, 11, 26)
+    assert Layout.of(200, 2, True) == Layout(25, 35, 80)
     assert Layout.of(32, 2, False) == Layout(4, 12, 0)
     assert Layout.of(32, 1, False) == Layout(8, 24, 0)
 
 
-def make_batches(concept: Concept, mode: str, seed: int = 0, keep: bool = True, **options: int) -> StratifiedBatches:
+def make_batches(
+    concept: Concept, mode: str, seed: int = 0, keep: bool = True, batch_size: int = 16, **options: int
+) -> StratifiedBatches:
     """Six generic, three hidden, eight kept and five positive examples; an example's latents are its index, its
     caption's embedding is the caption's."""
     kinds = [("generic", GENERIC, 6), ("mixed_in", CAPTION, 3), *(("keep", text, 4 * keep) for text in KEEP)]
@@ -296,27 +302,34 @@ def make_batches(concept: Concept, mode: str, seed: int = 0, keep: bool = True, 
     examples = [Example(Path(f"{i}"), text, group) for group, text, count in kinds for i in range(count)]
     mean = torch.arange(len(examples)).float().view(-1, 1, 1, 1).expand(-1, 4, 2, 2)
     latents = (mean, torch.zeros_like(mean))
-    return StratifiedBatches(examples, latents, embeddings(), concept, mode, 16, 1000, seed, **options)  # type: ignore[arg-type]
+    return StratifiedBatches(
+        examples, latents, embeddings(), concept, mode, batch_size, 1000, seed, **options  # type: ignore[arg-type]
+    )  # fmt: skip
 
 
 def embeddings() -> dict[str, Tensor]:
-    return {text: torch.full((3, 2), float(i)) for i, text in enumerate((GENERIC, CAPTION, *KEEP))}
+    return {text: torch.full((3, 2), float(i)) for i, text in enumerate((GENERIC, CAPTION, *KEEP, ""))}
+
+
+def pictures(batches: StratifiedBatches, batch: Batch) -> list[tuple[int, Example, str]]:
+    """(bracket, example, caption seen) of each row of a batch."""
+    names = list(embeddings())
+    index = batch.latents[:, 0, 0, 0].round().long().tolist()
+    seen = [names[int(text[0, 0])] for text in batch.text]
+    return [(b, batches.examples[i], c) for b, i, c in zip(batch.bracket.tolist(), index, seen, strict=True)]
 
 
 def rows(batches: StratifiedBatches, batch: Batch) -> list[tuple[int, str, str]]:
     """(bracket, group, caption seen) of each example of a batch."""
-    names = list(embeddings())
-    index = batch.latents[:, 0, 0, 0].round().long().tolist()
-    seen = [names[int(text[0, 0])] for text in batch.text]
-    return [(b, batches.examples[i].group, c) for b, i, c in zip(batch.bracket.tolist(), index, seen, strict=True)]
+    return [(bracket, example.group, seen) for bracket, example, seen in pictures(batches, batch)]
 
 
 @pytest.mark.parametrize(
-    ("mode", "brackets", "per_bracket"),
-    [("own", [None], 4), ("shared", [GENERIC], 4), ("both", [GENERIC, CAPTION], 2)],
+    ("mode", "brackets", "per_bracket", "keep"),
+    [("own", [None], (4, 5), 7), ("shared", [GENERIC], (4, 5), 7), ("both", [GENERIC, CAPTION], (2, 2), 8)],
 )
 def test_every_batch_has_its_share_under_the_right_captions(
-    concept: Concept, mode: str, brackets: list[str | None], per_bracket: int
+    concept: Concept, mode: str, brackets: list[str | None], per_bracket: tuple[int, int], keep: int
 ) -> None:
     batches = make_batches(concept, mode)
     for batch in islice(batches, 12):
@@ -327,13 +340,13 @@ def test_every_batch_has_its_share_under_the_right_captions(
             here = [(group, seen) for bracket, group, seen in found if bracket == number]
             positives = [seen for group, seen in here if group == "positive"]
             unlabeled = [(group, seen) for group, seen in here if group != "positive"]
-            assert len(positives) == len(unlabeled) == per_bracket
-            assert positives == [caption or CAPTION] * per_bracket
+            assert (len(positives), len(unlabeled)) == per_bracket
+            assert positives == [caption or CAPTION] * per_bracket[0]
             for group, seen in unlabeled:
                 assert seen == (caption or {"generic": GENERIC, "mixed_in": CAPTION}[group])
-        kept = [(group, seen) for bracket, group, seen in found if bracket == PLAIN]
-        assert len(kept) == 8
-        assert all(group == "keep" and seen in KEEP for group, seen in kept)
+        kept = [(example, seen) for bracket, example, seen in pictures(batches, batch) if bracket == PLAIN]
+        assert len(kept) == keep
+        assert all(example.group == "keep" and seen == example.caption for example, seen in kept)
         assert batch.is_positive.tolist() == [group == "positive" for _, group, _ in found]
     seen_hidden = Counter(group for batch in islice(batches, 20) for _, group, _ in rows(batches, batch))
     assert seen_hidden["mixed_in"] > 0
@@ -341,10 +354,11 @@ def test_every_batch_has_its_share_under_the_right_captions(
 
 @pytest.mark.parametrize("mode", ["own", "shared", "both"])
 @pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("teacher_keep", [True, False])
 def test_positives_share_noise_and_timestep_with_an_unlabeled_image_of_their_bracket(
-    concept: Concept, mode: str, keep: bool
+    concept: Concept, mode: str, keep: bool, teacher_keep: bool
 ) -> None:
-    batch = next(iter(make_batches(concept, mode, keep=keep)))
+    batch = next(iter(make_batches(concept, mode, keep=keep, teacher_keep=teacher_keep)))
     names = [(t, n.sum().item()) for t, n in zip(batch.timesteps.tolist(), batch.noise, strict=True)]
     for bracket in range(batch.captions):
         here = batch.bracket == bracket
@@ -352,9 +366,63 @@ def test_positives_share_noise_and_timestep_with_an_unlabeled_image_of_their_bra
         unlabeled = [names[i] for i in torch.nonzero(here & ~batch.is_positive).flatten()]
         assert positive == unlabeled[: len(positive)]
         assert len(set(unlabeled)) == len(unlabeled)
-    plain_or_unlabeled = [names[i] for i in torch.nonzero(~batch.is_positive).flatten()]
+    plain_or_unlabeled = [names[i] for i in torch.nonzero(~batch.is_positive | (batch.bracket == PLAIN)).flatten()]
     assert len(set(plain_or_unlabeled)) == len(plain_or_unlabeled)  # nothing else is shared
     assert batch.noise.shape == batch.latents.shape
+
+
+@pytest.mark.parametrize("batch_size", [8, 16, 31])
+@pytest.mark.parametrize("mode", ["own", "shared", "both"])
+def test_with_a_teacher_keep_rows_are_own_pairs_mixed_ones_and_empty_captions(
+    concept: Concept, mode: str, batch_size: int
+) -> None:
+    batches = make_batches(concept, mode, batch_size=batch_size, teacher_keep=True)
+    count = batches.layout.keep
+    empty, mixed = count // 4, (count - count // 4) // 3
+    assert min(empty, mixed) > 0
+    shown: dict[str, Counter[str]] = {"": Counter(), "pair": Counter(), "mixed": Counter()}
+    under_mixed = set()
+    for batch in islice(batches, 60):
+        kept = [(example, seen) for bracket, example, seen in pictures(batches, batch) if bracket == PLAIN]
+        captioned = [(example, seen) for example, seen in kept if seen]
+        assert len(kept) == count
+        assert len(captioned) == count - empty
+        assert all(seen in KEEP for _, seen in captioned)
+        strangers = [(example, seen) for example, seen in captioned if example.caption != seen]
+        assert len(strangers) <= mixed  # a picture drawn from all may happen to fit its caption
+        shown[""].update(example.group for example, seen in kept if not seen)
+        shown["pair"].update(example.group for example, seen in captioned if example.caption == seen)
+        shown["mixed"].update(example.group for example, _ in strangers)
+        under_mixed.update(seen for _, seen in strangers)
+    assert set(shown[""]) == set(shown["mixed"]) == {"generic", "mixed_in", "keep", "positive"}
+    assert set(shown["pair"]) == {"keep"}
+    assert under_mixed == set(KEEP)
+    assert shown["mixed"].total() > 60 * mixed / 2  # 18 of 22 pictures belong under another caption
+
+
+@pytest.mark.parametrize("mode", ["own", "shared", "both"])
+def test_a_teacher_touches_no_row_of_a_bracket(concept: Concept, mode: str) -> None:
+    both = (make_batches(concept, mode, teacher_keep=teacher_keep) for teacher_keep in (True, False))
+    for ours, theirs in islice(zip(*both, strict=True), 12):
+        assert torch.equal(ours.bracket, theirs.bracket)
+        here = ours.bracket != PLAIN
+        for name in ("latents", "text", "is_positive", "timesteps", "noise"):
+            assert torch.equal(getattr(ours, name)[here], getattr(theirs, name)[here])
+        assert not torch.equal(ours.text[~here], theirs.text[~here])
+
+
+@pytest.mark.parametrize("mode", ["own", "shared", "both"])
+def test_with_a_teacher_but_nothing_to_keep_the_empty_caption_is_kept(concept: Concept, mode: str) -> None:
+    batches = make_batches(concept, mode, keep=False, teacher_keep=True)
+    assert batches.layout == make_batches(concept, mode, teacher_keep=True).layout
+    shown = set()
+    for batch in islice(batches, 20):
+        kept = [(example.group, seen) for bracket, example, seen in pictures(batches, batch) if bracket == PLAIN]
+        assert [seen for _, seen in kept] == [""] * batches.layout.keep
+        shown.update(group for group, _ in kept)
+    assert shown == {"generic", "mixed_in", "positive"}
+    batch = next(iter(make_batches(concept, mode, keep=False)))  # without a teacher there are no such rows
+    assert PLAIN not in batch.bracket
 
 
 def test_latents_are_sampled_from_their_posterior(concept: Concept) -> None:
@@ -365,10 +433,11 @@ def test_latents_are_sampled_from_their_posterior(concept: Concept) -> None:
     assert off.std().item() == pytest.approx(0.05, rel=0.05)
 
 
-def test_batches_follow_their_seed_alone(concept: Concept) -> None:
+@pytest.mark.parametrize("teacher_keep", [True, False])
+def test_batches_follow_their_seed_alone(concept: Concept, teacher_keep: bool) -> None:
     def first(seed: int, **options: int) -> list[Tensor]:
         torch.manual_seed(seed + 17)
-        found = islice(make_batches(concept, "both", seed, **options), 3)
+        found = islice(make_batches(concept, "both", seed, teacher_keep=teacher_keep, **options), 3)
         return [torch.cat([b.latents.flatten(), b.noise.flatten(), b.timesteps, b.is_positive]) for b in found]
 
     a, b, other, rank = first(5), first(5), first(6), first(5, rank=1, world=2)
@@ -379,7 +448,7 @@ def test_batches_follow_their_seed_alone(concept: Concept) -> None:
 
 
 def test_two_ranks_never_see_the_same_picture_in_one_step(concept: Concept) -> None:
-    first, second = (iter(make_batches(concept, "own", rank=rank, world=2)) for rank in range(2))
+    first, second = (iter(make_batches(concept, "own", rank=rank, world=2, batch_size=12)) for rank in range(2))
     for _ in range(4):  # 2 x 4 unlabeled pictures a step: all but one of the nine, an epoch
         mine, theirs = next(first), next(second)
         unlabeled = [b.latents[(b.bracket == 0) & ~b.is_positive][:, 0, 0, 0].tolist() for b in (mine, theirs)]

@@ -15,13 +15,13 @@ from PIL import Image
 
 from sd_unlearn import render
 from sd_unlearn.base import Base, load_base
-from sd_unlearn.concept import Concept, load_concept, read_concept
+from sd_unlearn.concept import Concept, expand, load_concept, read_concept
 from sd_unlearn.config import RenderConfig
 from sd_unlearn.errors import UnlearnError, UsageError
 from sd_unlearn.records import DATA_MANIFEST, METADATA, POSITIVE, RENDER_SEEDS, UNLABELED, read_json, read_jsonl
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-IMAGES = 4 + 1 + 2 * 2 + 4  # generic, mixed in, two keep prompts, positive
+IMAGES = 4 + 1 + 4 + 4  # generic, mixed in, the keep line's two prompts, positive
 Config = Callable[..., RenderConfig]
 
 
@@ -112,7 +112,9 @@ def test_beta_of_the_papers_setting_is_known() -> None:
     assert groups[0] == ("generic", "a photo of a middle aged man", 64)
     assert groups[1] == ("mixed_in", "a photo of Brad Pitt", 16)
     assert groups[-1] == ("positive", "a photo of Brad Pitt", 20)
-    assert render.known_beta(concept, {"generic": 64, "mixed_in": 16, "keep": 24, "positive": 20}) == 0.2
+    kept = sum(count for group, _, count in groups if group == "keep")
+    assert kept == concept.images.keep * len(concept.keep)
+    assert render.known_beta(concept, {"generic": 64, "mixed_in": 16, "keep": kept, "positive": 20}) == 0.2
 
 
 @pytest.mark.parametrize(
@@ -130,6 +132,37 @@ def test_flags_win_over_the_concept_file(concept: Concept) -> None:
     for wrong in ({"num_positive": 0}, {"num_unlabeled": 0, "num_mixed_in": 0}, {"num_keep": -1}):
         with pytest.raises(UsageError, match="--num_"):
             render.plan(concept, RenderConfig(**wrong))
+
+
+@pytest.mark.parametrize(
+    ("line", "count", "shares"),
+    [
+        ("a {cat,dog,cow}", 6, {"a cat": 2, "a dog": 2, "a cow": 2}),
+        ("a {cat,dog,cow}", 8, {"a cat": 3, "a dog": 3, "a cow": 2}),
+        ("a {cat,dog,cow}", 2, {"a cat": 1, "a dog": 1, "a cow": 0}),
+        ("a {cat,dog,cow}", 0, {"a cat": 0, "a dog": 0, "a cow": 0}),
+        ("a cat", 5, {"a cat": 5}),
+        ("{a,the} {cat,dog}", 5, {"a cat": 2, "a dog": 1, "the cat": 1, "the dog": 1}),
+    ],
+)
+def test_a_keep_line_is_shared_out_over_its_alternatives(line: str, count: int, shares: dict[str, int]) -> None:
+    found = render._share_out(line, count)
+    assert found == list(shares.items())
+    assert sum(share for _, share in found) == count
+
+
+@pytest.mark.parametrize("asked", [None, 0, 1, 7, 40])
+@pytest.mark.parametrize("name", ["seven", "red ink", "Brad Pitt"])
+def test_every_keep_line_weighs_the_same_however_many_it_lists(name: str, asked: int | None) -> None:
+    concept = load_concept(name)
+    kept = [(prompt, n) for group, prompt, n in render.plan(concept, RenderConfig(num_keep=asked)) if group == "keep"]
+    assert [prompt for prompt, _ in kept] == [prompt.text for prompt in concept.keep_prompts]
+    assert len({len(expand([line])) for line in concept.keep}) > 1
+    left = iter(kept)
+    for line in concept.keep:
+        shares = [next(left)[1] for _ in expand([line])]
+        assert sum(shares) == (concept.images.keep if asked is None else asked)
+        assert max(shares) - min(shares) <= 1
 
 
 @pytest.mark.parametrize("saved", [0, 1, 4, IMAGES - 1])
