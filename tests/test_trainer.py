@@ -28,7 +28,7 @@ from sd_unlearn.denoiser import Denoiser
 from sd_unlearn.diffusion import add_noise, per_example_loss
 from sd_unlearn.errors import UnlearnError, UsageError
 from sd_unlearn.objectives.pu import LOGGED, PUObjective
-from sd_unlearn.prior import resolve_beta
+from sd_unlearn.prior import ASSUMED_BETA
 from sd_unlearn.records import DATA_MANIFEST, TRAIN_SEEDS, read_json, read_jsonl
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -66,7 +66,7 @@ def make_config(place: Path, tiny_base: Path) -> Config:
             "concept": str(place / "brad.yaml"), "pretrained_model_name_or_path": str(tiny_base),
             "data_dir": place / "data", "output_dir": Path(output_dir), "num_inference_steps": 2, "rank": 2,
             "lora_alpha": 3.0, "max_train_steps": 12, "lr_warmup_steps": 2, "train_batch_size": 8,
-            "learning_rate": 1e-3, "validation_steps": 0, "report_to": "none",
+            "learning_rate": 1e-3, "beta_margin": 0.05, "validation_steps": 0, "report_to": "none",
         }  # fmt: skip
         return TrainConfig(**(settings | changes))  # type: ignore[arg-type]
 
@@ -119,23 +119,22 @@ def test_the_saved_lora_loads_into_a_fresh_base(trained: Path, loaded_base: Base
 
 
 def test_metrics_are_logged_as_they_come(trained: Path) -> None:
-    beta = read_json(trained / "training.json")["beta"]
     lines = read_jsonl(trained / "metrics.jsonl")
     assert [line["step"] for line in lines] == [10, 12]
     for line in lines:
         assert {"mean_u", "mean_s", "ratio", "bracket", "loss", "lr", "grad_norm"} <= set(line)
         assert all(isinstance(value, float | int) for value in line.values())
         assert line["ratio"] == pytest.approx(line["mean_s"] / line["mean_u"])
-        assert line["bracket"] == pytest.approx(line["mean_u"] - beta * line["mean_s"], rel=1e-4)
+        assert line["bracket"] == pytest.approx(line["mean_u"] - (0.2 + 0.05) * line["mean_s"], rel=1e-4)
     assert 0 <= lines[-1]["lr"] < lines[0]["lr"] < 1e-3
 
 
-def test_the_training_record(trained: Path, tiny_base: Path, place: Path) -> None:
+def test_the_training_record(trained: Path, tiny_base: Path) -> None:
     record = read_json(trained / "training.json")
     assert record["schema_version"] == 1
     assert record["concept"] == "brad-pitt"
     assert record["base"] == load_base(str(tiny_base), device="cpu").describe()
-    assert (record["beta"], record["beta_source"]) == resolve_beta(TrainConfig().beta, place / "data")
+    assert (record["beta"], record["beta_margin"], record["beta_source"]) == (0.2, 0.05, "manifest")
     assert (record["rank"], record["lora_alpha"]) == (2, 3.0)
     assert (record["correction"], record["caption_mode"]) == ("abs", "both")
     assert len(record["config_sha256"]) == 64
@@ -178,7 +177,7 @@ def test_the_same_seed_gives_the_same_bytes(trained: Path, make_config: Config, 
     "change",
     [{"beta": 0.7}, {"correction": "none", "beta": 0.9}, {"caption_mode": "own"}, {"reduction": "mean"},
      {"learning_rate": 1e-4}, {"lora_alpha": 6.0}, {"rank": 4}, {"max_grad_norm": 1e-6}, {"lr_warmup_steps": 9},
-     {"keep_target": "noise"}],
+     {"keep_target": "noise"}, {"beta_margin": 0.0}],
 )  # fmt: skip
 def test_no_setting_does_nothing(trained: Path, make_config: Config, change: dict[str, object]) -> None:
     other = trainer.run(make_config("other", **change))
@@ -197,7 +196,7 @@ def test_the_resolved_config_repeats_the_run(trained: Path, capsys: pytest.Captu
     """config.yaml is a --config file: defaults and what was looked up are in it, and the concept is still the one that
     was asked for by its file, not another of that name (prompts/brad-pitt.yaml)."""
     settings = yaml.safe_load((trained / "config.yaml").read_text())
-    assert (settings["beta"], settings["lora_alpha"]) == (read_json(trained / "training.json")["beta"], 3.0)
+    assert (settings["beta"], settings["beta_margin"], settings["lora_alpha"]) == (0.2, 0.05, 3.0)
     assert settings["keep_target"] == "teacher"
     assert cli.main(["train", "--config", str(trained / "config.yaml"), "--output_dir", "again"]) == 0
     assert capsys.readouterr().out == "again\n"
@@ -425,11 +424,10 @@ def test_own_photos(photos: Callable[..., Path], make_config: Config, capsys: py
     before = tree(folder)
     run = trainer.run(make_config("run", data_dir=folder, max_train_steps=2))
     err = capsys.readouterr().err
-    beta, source = resolve_beta(TrainConfig().beta, folder)
-    assert f"4 unlabeled and 3 positive images, beta {beta:g} ({source})" in err
+    assert f"4 unlabeled and 3 positive images, beta {ASSUMED_BETA:g} (assumed)" in err
     assert "rendering" not in err
     record = read_json(run / "training.json")
-    assert (record["beta"], record["beta_source"]) == (beta, source)
+    assert (record["beta"], record["beta_source"]) == (ASSUMED_BETA, "assumed")
     assert {name for name in tree(folder) - before if not name.startswith("cache")} == set()
 
 
@@ -447,6 +445,17 @@ def test_own_photos_that_must_all_stay_leave_nothing_to_compare_with(
 def test_the_asked_beta_wins(make_config: Config) -> None:
     record = read_json(trainer.run(make_config("run", beta=0.3, max_train_steps=1)) / "training.json")
     assert (record["beta"], record["beta_source"]) == (0.3, "option")
+
+
+def test_beta_and_its_margin_are_one_number(make_config: Config, trained: Path) -> None:
+    """Of the risk, that is; the figures and the record tell them apart."""
+    run = trainer.run(make_config("run", beta=0.25, beta_margin=0.0))
+    assert (run / "metrics.jsonl").read_bytes() == (trained / "metrics.jsonl").read_bytes()
+    assert read_json(run / "training.json")["beta_margin"] == 0
+    for options in ({"beta": 0.5, "beta_margin": 0.5}, {"beta_margin": 0.8}):  # the second: with the manifest's 0.2
+        with pytest.raises(UsageError, match="--beta_margin"):
+            trainer.run(make_config("refused", **options))
+    assert not Path("refused").exists()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine can do fp16")

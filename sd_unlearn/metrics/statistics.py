@@ -18,7 +18,8 @@ def wilson(hits: int, n: int) -> tuple[float, float]:
     rate, z2 = hits / n, Z * Z
     centre = (rate + z2 / (2 * n)) / (1 + z2 / n)
     half = Z / (1 + z2 / n) * np.sqrt(rate * (1 - rate) / n + z2 / (4 * n * n))
-    return max(0.0, float(centre - half)), min(1.0, float(centre + half))
+    # The bounds enclose the rate; rounding would put 0 of n and n of n a hair outside.
+    return max(0.0, min(rate, float(centre - half))), min(1.0, max(rate, float(centre + half)))
 
 
 def bootstrap(
