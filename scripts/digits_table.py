@@ -1,6 +1,6 @@
 """Forget each of the fifteen concepts of the bundled base with the defaults, and print the README's table.
 
-    python scripts/digits_table.py                        # about an hour and a quarter on two cores
+    python scripts/digits_table.py                        # about an hour on two cores
     python scripts/digits_table.py --only seven red-ink   # some of them
 
 Runs go to runs/table/<concept>; a finished one is not run again, so an interrupted table goes on. Options after

@@ -94,25 +94,54 @@ class TrainConfig(RenderConfig):
     ] = None
     beta_margin: Annotated[
         float,
-        _help("Added to beta in the bracket: 0 is the paper's unbiased risk; more drives the concept out everywhere."),
-    ] = 0.1
+        _help("Raises beta by this share of what is left to 1. 0 is the paper's unbiased risk; more forgets more."),
+    ] = 0.15
+    generic_beta: Annotated[
+        float | None,
+        _help(
+            "Weight of the positives under the generic caption, in place of beta: above beta it drives the concept "
+            "out of what the generic prompt draws. Default: 0.5, or beta + margin if that is more."
+        ),
+    ] = None
     reduction: Annotated[
         Reduction, _help("Per-example loss as sum (the paper's likelihood) or mean over the latent.")
     ] = "sum"
+    temperature: Annotated[
+        float, _help("Divides every loss; above 1 it keeps the sensitive term alive where losses are large.")
+    ] = 1.0
+    share_timesteps: Annotated[
+        bool, _help("Give positives the timesteps and noise of the unlabeled images of their batch.")
+    ] = True
     caption_mode: Annotated[
         CaptionMode,
         _help("Captions under which positives and generic images are seen: own, one shared, or both (a bracket each)."),
     ] = "both"
-    keep_target: Annotated[
+    target: Annotated[
         Literal["teacher", "noise"],
-        _help("What keep images are trained towards: the base's own prediction (the adapter off), or their noise."),
+        _help(
+            "What losses are measured against: the base's own prediction (the adapter off: the same gradient on "
+            "average, with far less variance), or the noise, as in the paper."
+        ),
     ] = "teacher"
+    timestep_bias: Annotated[
+        float,
+        _help(
+            "Timesteps at which the concept is forgotten are drawn with a density of t^bias: 0 is uniform; 1 favours "
+            "the noisy ones, where it is decided what a picture shows."
+        ),
+    ] = 1.0
     learning_rate: Annotated[float, _help("AdamW learning rate after warm-up.")] = 7e-4
     lr_warmup_steps: Annotated[int, _help("Steps of linear warm-up; a cosine to zero follows.")] = 20
     max_grad_norm: Annotated[float, _help("Gradients are clipped to this norm.")] = 1.0
-    train_batch_size: Annotated[int, _help("Images a step and process, unlabeled and positive together.")] = 40
-    max_train_steps: Annotated[int, _help("Optimizer steps.")] = 800
-    validation_steps: Annotated[int, _help("A preview grid is drawn every so many steps; 0 draws none.")] = 400
+    train_batch_size: Annotated[
+        int,
+        _help("Images of each process and micro-batch, unlabeled and positive together."),
+    ] = 40
+    gradient_accumulation_steps: Annotated[
+        int, _help("Micro-batches of --train_batch_size a step: the same objective as one batch of all of them.")
+    ] = 1
+    max_train_steps: Annotated[int, _help("Optimizer steps.")] = 500
+    validation_steps: Annotated[int, _help("A preview grid is drawn every so many steps; 0 draws none.")] = 250
     report_to: Annotated[
         str | None, _help("Tracker: tensorboard, wandb or none. Default: tensorboard if installed.")
     ] = None
@@ -221,13 +250,19 @@ def check_train(config: TrainConfig) -> None:
     check_render(config)
     if config.num_positive is not None and config.num_positive < 2:
         raise UsageError(f"--num_positive {config.num_positive} is too few: training needs at least 2 positives.")
-    if config.beta is not None and not 0 < config.beta < 1:
-        raise UsageError(
-            f"--beta {config.beta:g} is outside (0, 1): it is the share of the concept in 0_unlabeled, e.g. 0.2."
-        )
-    if not 0 <= config.beta_margin < 1 - (config.beta or 0):
-        raise UsageError(f"--beta_margin {config.beta_margin:g}: it and beta together must stay in (0, 1), e.g. 0.1.")
-    check_positive(config, ("rank", "max_train_steps", "learning_rate", "max_grad_norm"))
+    for name, hint in (
+        ("beta", "it is the share of the concept in 0_unlabeled, e.g. 0.2"),
+        ("generic_beta", "try 0.5"),
+    ):
+        value = getattr(config, name)
+        if value is not None and not 0 < value < 1:
+            raise UsageError(f"--{name} {value:g} is outside (0, 1): {hint}.")
+    if not 0 <= config.beta_margin < 1:
+        raise UsageError(f"--beta_margin {config.beta_margin:g} must lie in [0, 1), e.g. 0.15.")
+    check_positive(
+        config,
+        ("rank", "max_train_steps", "learning_rate", "max_grad_norm", "temperature", "gradient_accumulation_steps"),
+    )
     if config.train_batch_size < 4:
         raise UsageError(
             f"--train_batch_size {config.train_batch_size} is below 4: a step needs unlabeled and positive images."
@@ -236,9 +271,10 @@ def check_train(config: TrainConfig) -> None:
         raise UsageError(
             f"--lora_alpha {config.lora_alpha:g} must be above 0 (the usual value is the rank, {config.rank})."
         )
-    for name in ("lr_warmup_steps", "validation_steps"):
-        if getattr(config, name) < 0:
-            raise UsageError(f"--{name} {getattr(config, name)} must not be negative.")
+    for name in ("lr_warmup_steps", "validation_steps", "timestep_bias"):
+        value = getattr(config, name)
+        if not 0 <= value < math.inf:
+            raise UsageError(f"--{name} {value:g} must be a number from 0 up.")
     if config.report_to not in (None, "none", "tensorboard", "wandb"):
         raise UsageError(f'--report_to "{config.report_to}" is unknown; choose tensorboard, wandb or none.')
 

@@ -48,10 +48,11 @@ def per_example_loss(predicted: Tensor, target: Tensor, reduction: Literal["sum"
     return squared.sum(1) if reduction == "sum" else squared.mean(1)
 
 
-def sample_timesteps(count: int, num_train_timesteps: int, generator: torch.Generator) -> Tensor:
-    """Timesteps [count], uniform over [0, T), stratified: one draw from each of `count` equal slices, shuffled.
+def sample_timesteps(count: int, num_train_timesteps: int, generator: torch.Generator, bias: float = 0.0) -> Tensor:
+    """Timesteps [count] in [0, T) with a density that grows as t^bias: 0 is uniform, 1 favours the noisy end.
 
-    Each is still uniform on its own (the slices are shuffled), and the batch mean varies less.
+    Stratified: one draw from each of `count` equally likely slices, shuffled, so each on its own still follows the
+    density, and the batch mean varies less.
     """
     slices = torch.randperm(count, generator=generator) + torch.rand(count, generator=generator)
-    return (slices * num_train_timesteps / count).long().clamp(max=num_train_timesteps - 1)
+    return ((slices / count) ** (1 / (1 + bias)) * num_train_timesteps).long().clamp(max=num_train_timesteps - 1)

@@ -35,15 +35,19 @@ def sensitive_nll(nll: Tensor) -> Tensor:
     return -torch.log(-torch.expm1(-nll.clamp(min=SMALLEST_NLL)))
 
 
-def pu_terms(nll: Tensor, is_positive: Tensor, beta: float) -> PUTerms:
+def pu_terms(nll: Tensor, is_positive: Tensor, beta: float, weight: Tensor | None = None) -> PUTerms:
     """The parts of the risk of a batch with at least one positive and one unlabeled example.
 
-    nll: [B] >= 0; is_positive: [B] bool; beta: in (0, 1). Computed in float32 or wider.
+    nll: [B] >= 0; is_positive: [B] bool; beta: in (0, 1); weight: [B], for a part of a larger batch, so that the
+    average of these terms over all parts is the larger batch's. Computed in float32 or wider.
     """
     nll = nll if nll.dtype == torch.float64 else nll.float()
-    s, u = nll[is_positive], nll[~is_positive]
-    mean_u, mean_s = u.mean(), s.mean()
-    return PUTerms(beta * sensitive_nll(s).mean(), mean_u - beta * mean_s, mean_u, mean_s)
+    if weight is None:
+        weight = 1 / torch.where(is_positive, is_positive.sum(), (~is_positive).sum()).to(nll.dtype)
+    of_s, of_u = weight.to(nll.dtype)[is_positive], weight.to(nll.dtype)[~is_positive]
+    s = nll[is_positive]
+    mean_u, mean_s = (of_u * nll[~is_positive]).sum(), (of_s * s).sum()
+    return PUTerms(beta * (of_s * sensitive_nll(s)).sum(), mean_u - beta * mean_s, mean_u, mean_s)
 
 
 def corrected(terms: PUTerms, correction: Correction, bracket: Tensor | None = None) -> Tensor:

@@ -22,14 +22,16 @@ from tqdm import tqdm
 
 from sd_unlearn import lora
 from sd_unlearn.base import Base, choose_precision, load_base, resolve_name
+from sd_unlearn.batches import Batch, StratifiedBatches
 from sd_unlearn.concept import Concept, load_concept, write_concept
 from sd_unlearn.config import TrainConfig, as_dict, check_train
-from sd_unlearn.dataset import CACHE_DIR, PLAIN, Batch, StratifiedBatches, encode_captions, encode_images, scan
+from sd_unlearn.dataset import CACHE_DIR, encode_captions, encode_images, scan
 from sd_unlearn.denoiser import Denoiser
-from sd_unlearn.diffusion import add_noise, per_example_loss, training_target
 from sd_unlearn.errors import UnlearnError, UsageError
+from sd_unlearn.objectives.accumulate import accumulate_gradients
+from sd_unlearn.objectives.losses import example_losses
 from sd_unlearn.objectives.pu import LOGGED, PUObjective
-from sd_unlearn.prior import resolve_beta
+from sd_unlearn.prior import bracket_betas, resolve_beta
 from sd_unlearn.provenance import device_name, peak_memory_mb, training_record
 from sd_unlearn.records import (
     CONCEPT,
@@ -124,15 +126,18 @@ def _train(
 ) -> Path:
     examples = scan(folder, concept)
     beta, beta_source = resolve_beta(config.beta, folder)
-    if beta + config.beta_margin >= 1:
-        raise UsageError(f"--beta_margin {config.beta_margin:g} and beta {beta:g} ({beta_source}) must stay below 1.")
+    betas = bracket_betas(beta, config.beta_margin, config.generic_beta, config.caption_mode)
     alpha = float(config.rank if config.lora_alpha is None else config.lora_alpha)
     latents = encode_images(base, examples, config.resolution or base.resolution, folder / CACHE_DIR)
     texts = list(dict.fromkeys(["", concept.caption, concept.generic, *(e.caption for e in examples)]))
     batches = StratifiedBatches(
         examples, latents, dict(zip(texts, encode_captions(base, texts), strict=True)), concept, config.caption_mode,
-        config.train_batch_size, base.pipeline.scheduler.config.num_train_timesteps, TRAIN_SEEDS[0] + config.seed,
-        accelerator.process_index, accelerator.num_processes, accelerator.device, config.keep_target == "teacher",
+        config.train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes,
+        base.pipeline.scheduler.config.num_train_timesteps, TRAIN_SEEDS[0] + config.seed,
+        rank=accelerator.process_index, world=accelerator.num_processes,
+        micro_batches=config.gradient_accumulation_steps, device=accelerator.device,
+        teacher=config.target == "teacher", timestep_bias=config.timestep_bias,
+        share_timesteps=config.share_timesteps,
     )  # fmt: skip
     model = lora.attach(base.pipeline.unet, config.rank, alpha, TRAIN_SEEDS[0] + config.seed)
     resolved = dataclasses.replace(config, beta=beta, lora_alpha=alpha, data_dir=folder, output_dir=output,
@@ -147,24 +152,22 @@ def _train(
     counts = f"{len(examples) - positives} unlabeled and {positives} positive images"
     accelerator.print(
         f"Forgetting {concept.name!r} in {base.name}: {counts}, "
-        f"beta {beta:g} ({beta_source}) + {config.beta_margin:g}.",
+        f"beta {beta:g} ({beta_source}), {' and '.join(f'{b:.3g}' for b in betas)} in the brackets.",
         file=sys.stderr,
     )
 
     started = time.monotonic()
-    steps = fit(
-        resolved, base, model, batches, PUObjective(beta + config.beta_margin, config.correction), concept, accelerator
-    )
+    steps = fit(resolved, base, model, batches, PUObjective(betas, config.correction), concept, accelerator)
     seconds = time.monotonic() - started
     if accelerator.is_main_process:
         lora.save(model, output)
         cost = {
             "seconds": round(seconds, 1), "steps": steps,
-            "images_seen": steps * _per_step(batches) * accelerator.num_processes,
+            "images_seen": steps * batches.layout.total(len(batches.brackets)),
             "peak_memory_mb": peak_memory_mb(), "device": device_name(accelerator.device),
             "processes": accelerator.num_processes, "mixed_precision": accelerator.mixed_precision,
         }  # fmt: skip
-        write_json(output / TRAINING, training_record(resolved, concept, base, beta_source, cost))
+        write_json(output / TRAINING, training_record(resolved, concept, base, beta_source, betas, cost))
         print(f"Trained {steps} steps in {seconds:.0f} s; the LoRA is in {output / lora.ADAPTER_DIR}.", file=sys.stderr)
     accelerator.wait_for_everyone()
     accelerator.end_training()  # last: it takes the process group down
@@ -183,27 +186,20 @@ def fit(
     )
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     denoiser = Denoiser.of(base, wrapped)
+    teacher = Denoiser.of(base, model) if config.target == "teacher" else None
+    brackets: torch.Tensor | None = None
+
+    def losses(batch: Batch) -> torch.Tensor:
+        return example_losses(denoiser, batch, config.reduction, teacher, config.temperature)
+
     log_path = (config.output_dir or Path()) / METRICS if accelerator.is_main_process else os.devnull
     with (
         open(log_path, "w", encoding="utf-8") as log,
         tqdm(total=config.max_train_steps, desc=f"forget {concept.slug}", unit="step", file=sys.stderr,
              disable=not accelerator.is_main_process) as bar,
     ):  # fmt: skip
-        for step, batch in zip(range(1, config.max_train_steps + 1), batches, strict=False):
-            noisy = add_noise(batch.latents, batch.noise, batch.timesteps, denoiser.alphas_cumprod)
-            target = training_target(
-                batch.latents,
-                batch.noise,
-                batch.timesteps,
-                denoiser.alphas_cumprod,
-                denoiser.prediction_type,  # type: ignore[arg-type]
-            )
-            if config.keep_target == "teacher":
-                target = keep_teacher(Denoiser.of(base, model), noisy, target, batch)
-            predicted = denoiser.predict(noisy, batch.timesteps, batch.text)
-            nll = per_example_loss(predicted, target, config.reduction)
-            risk = objective(nll, batch, lambda x: accelerator.reduce(x, "mean"))
-            accelerator.backward(risk.loss)
+        for step, parts in zip(range(1, config.max_train_steps + 1), batches, strict=False):
+            logs, brackets = accumulate_gradients(accelerator, wrapped, losses, objective, parts, brackets)
             norm = accelerator.clip_grad_norm_(parameters, config.max_grad_norm)
             optimizer.step()
             schedule.step()
@@ -212,7 +208,7 @@ def fit(
             if (
                 step % LOG_EVERY == 0 or step == config.max_train_steps
             ):  # .tolist() waits for the device: not every step
-                figures = _figures(step, risk.logs, schedule.get_last_lr()[0], norm)
+                figures = _figures(step, logs, schedule.get_last_lr()[0], norm)
                 bar.set_postfix(
                     U=f"{figures['mean_u']:.3g}", S=f"{figures['mean_s']:.3g}", ratio=f"{figures['ratio']:.2f}"
                 )
@@ -220,21 +216,6 @@ def fit(
             if config.validation_steps and step % config.validation_steps == 0 and accelerator.is_main_process:
                 preview(config, base, concept, step)
     return config.max_train_steps
-
-
-@torch.no_grad()
-def keep_teacher(denoiser: Denoiser, noisy: torch.Tensor, target: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """The target with that of the keep examples replaced by the base's prediction: the same minimum, less variance.
-
-    E|f - eps|^2 = E|f - f*|^2 + const, with f* the base's prediction wherever the base is optimal for its own images.
-    """
-    keep = batch.bracket == PLAIN
-    if not keep.any():
-        return target
-    with lora.teacher(denoiser.model):
-        target = target.clone()
-        target[keep] = denoiser.predict(noisy[keep], batch.timesteps[keep], batch.text[keep]).float()
-    return target
 
 
 def _figures(step: int, logs: torch.Tensor, learning_rate: float, norm: Any) -> dict[str, float]:
@@ -272,8 +253,3 @@ def preview(config: TrainConfig, base: Base, concept: Concept, step: int) -> Non
     place = (config.output_dir or Path()) / PREVIEW_DIR
     place.mkdir(exist_ok=True)
     save_image(grid, place / f"step-{step:06d}.png")
-
-
-def _per_step(batches: StratifiedBatches) -> int:
-    layout = batches.layout
-    return len(batches.brackets) * (layout.positive + layout.unlabeled) + layout.keep

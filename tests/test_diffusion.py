@@ -104,3 +104,10 @@ def test_timesteps_follow_their_generator_alone() -> None:
     torch.manual_seed(99)
     assert torch.equal(first, sample_timesteps(8, 1000, torch.Generator().manual_seed(3)))
     assert not torch.equal(first, sample_timesteps(8, 1000, torch.Generator().manual_seed(4)))
+
+
+@pytest.mark.parametrize("bias", [0.0, 1.0, 2.5])
+def test_biased_timesteps_have_a_density_of_t_to_the_bias(bias: float) -> None:
+    draws = sample_timesteps(100_000, 1000, torch.Generator().manual_seed(0), bias).float() / 1000
+    for share in (0.25, 0.5, 0.9):
+        assert (draws < share).float().mean().item() == pytest.approx(share ** (1 + bias), abs=2e-3)

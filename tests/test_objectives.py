@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sd_unlearn.dataset import PLAIN, Batch
+from sd_unlearn.batches import PLAIN, Batch
 from sd_unlearn.objectives.pu import LOGGED, PUObjective
 from sd_unlearn.risk import corrected, pu_risk, pu_terms
 
@@ -21,10 +21,21 @@ NLL = torch.tensor([3.0, 5.0, 1.0, 2.0, 3.0, 5.0, 40.0, 60.0, 1.0, 2.0, 6.0], dt
 def batch(bracket: list[int], positive: list[int]) -> Batch:
     nothing = torch.zeros(len(bracket))
     captions = max(bracket) + 1
-    return Batch(nothing, nothing, torch.tensor(positive).bool(), torch.tensor(bracket), captions, nothing, nothing)
+    kinds = list(zip(bracket, positive, strict=True))
+    weight = torch.tensor([1 / kinds.count(kind) for kind in kinds], dtype=torch.float64)
+    shown = torch.tensor(positive).bool(), torch.tensor(bracket), captions
+    return Batch(nothing, nothing, nothing, *shown, nothing, nothing, weight)
 
 
 WHOLE = batch(BRACKET, POSITIVE)
+
+
+def loss_of(objective: PUObjective, nll: Tensor, seen: Batch) -> Tensor:
+    return objective.loss(objective.terms(nll, seen))
+
+
+def figures_of(objective: PUObjective, nll: Tensor, seen: Batch) -> dict[str, float]:
+    return dict(zip(LOGGED, objective.figures(objective.terms(nll, seen)).tolist(), strict=True))
 
 
 def risk_of(bracket: int, correction: str, nll: Tensor = NLL) -> Tensor:
@@ -34,15 +45,15 @@ def risk_of(bracket: int, correction: str, nll: Tensor = NLL) -> Tensor:
 
 @pytest.mark.parametrize("correction", ["abs", "nn", "none"])
 def test_loss_is_the_mean_over_captions_plus_the_keep_images(correction: str) -> None:
-    got = PUObjective(BETA, correction)(NLL, WHOLE)  # type: ignore[arg-type]
+    got = loss_of(PUObjective((BETA, BETA), correction), NLL, WHOLE)  # type: ignore[arg-type]
     want = (risk_of(0, correction) + risk_of(1, correction)) / 2 + 3.0
-    assert got.loss.item() == pytest.approx(want.item())
+    assert got.item() == pytest.approx(want.item())
 
 
 def test_each_caption_has_its_own_sign() -> None:
     """Put in one bracket, these two would be one of +4 - 0.2 * 25.75 = -1.15."""
     leaf = NLL.clone().requires_grad_()
-    PUObjective(BETA)(leaf, WHOLE).loss.backward()
+    loss_of(PUObjective((BETA, BETA)), leaf, WHOLE).backward()
     gradient = leaf.grad
     assert gradient is not None
     assert gradient[:2].tolist() == pytest.approx([0.25, 0.25])  # positive bracket: unlabeled images are learned
@@ -51,41 +62,42 @@ def test_each_caption_has_its_own_sign() -> None:
     assert gradient[8:].tolist() == pytest.approx([1 / 3] * 3)
 
 
+def test_each_caption_has_its_own_beta() -> None:
+    terms = PUObjective((0.1, 0.4)).terms(NLL, WHOLE).terms
+    assert [t.bracket.item() for t in terms] == pytest.approx([4 - 0.1 * 1.5, 4 - 0.4 * 50])
+
+
 def test_one_caption_without_keep_images_is_the_pu_risk() -> None:
     alone = batch(BRACKET[:4], POSITIVE[:4])
-    got = PUObjective(BETA)(NLL[:4], alone)
-    assert got.loss.item() == pytest.approx(risk_of(0, "abs").item())
-    assert dict(zip(LOGGED, got.logs.tolist(), strict=True))["mean_keep"] == 0
+    got = loss_of(PUObjective((BETA,)), NLL[:4], alone)
+    assert got.item() == pytest.approx(risk_of(0, "abs").item())
+    assert figures_of(PUObjective((BETA,)), NLL[:4], alone)["mean_keep"] == 0
 
 
 def test_figures_are_means_over_captions_and_carry_no_gradient() -> None:
-    got = PUObjective(BETA)(NLL.clone().requires_grad_(), WHOLE)
-    figures = dict(zip(LOGGED, got.logs.tolist(), strict=True))
-    assert not got.logs.requires_grad
+    objective = PUObjective((BETA, BETA))
+    parts = objective.terms(NLL.clone().requires_grad_(), WHOLE)
+    assert not objective.figures(parts).requires_grad
+    assert not parts.brackets.requires_grad
+    figures = figures_of(objective, NLL, WHOLE)
     assert figures["mean_u"] == pytest.approx(4)
     assert figures["mean_s"] == pytest.approx((1.5 + 50) / 2)
     assert figures["bracket"] == pytest.approx(4 - BETA * (1.5 + 50) / 2)
     assert figures["mean_keep"] == pytest.approx(3)
-    assert figures["loss"] == pytest.approx(got.loss.item())
+    assert figures["loss"] == pytest.approx(loss_of(objective, NLL, WHOLE).item())
     terms = [pu_terms(NLL[WHOLE.bracket == c], WHOLE.is_positive[WHOLE.bracket == c], BETA) for c in (0, 1)]
     assert figures["positive_term"] == pytest.approx(sum(t.positive.item() for t in terms) / 2)
 
 
 @pytest.mark.parametrize("correction", ["abs", "nn"])
-def test_the_sign_is_decided_over_all_processes(correction: str) -> None:
-    """Another process pulls the first bracket below zero; ours must follow, and keep its own gradient's size."""
-    elsewhere = torch.tensor([-100.0, 0.0], dtype=torch.float64)
-
-    def mean_with_elsewhere(x: Tensor) -> Tensor:
-        return (x + elsewhere) / 2 if x.shape == (2,) else x
-
-    leaf = NLL.clone().requires_grad_()
-    got = PUObjective(BETA, correction)(leaf, WHOLE, mean_with_elsewhere)  # type: ignore[arg-type]
+def test_the_sign_is_the_whole_steps(correction: str) -> None:
+    """Another part pulls the first bracket below zero; ours must follow, and keep its own gradient's size."""
+    objective, leaf = PUObjective((BETA, BETA), correction), NLL.clone().requires_grad_()  # type: ignore[arg-type]
+    loss = objective.loss(objective.terms(leaf, WHOLE), torch.tensor([-1.0, -1.0]))
     terms = [pu_terms(NLL[WHOLE.bracket == c], WHOLE.is_positive[WHOLE.bracket == c], BETA) for c in (0, 1)]
-    minus = torch.tensor(-1.0)
-    want = torch.stack([corrected(t, correction, minus) for t in terms]).mean() + 3  # type: ignore[arg-type]
-    assert got.loss.item() == pytest.approx(want.item())
-    got.loss.backward()
+    want = torch.stack([corrected(t, correction, torch.tensor(-1.0)) for t in terms]).mean() + 3  # type: ignore[arg-type]
+    assert loss.item() == pytest.approx(want.item())
+    loss.backward()
     assert leaf.grad is not None
     assert leaf.grad[:2].tolist() == pytest.approx([-0.25, -0.25])
 
@@ -100,7 +112,7 @@ def test_following_the_loss_moves_both_means_towards_their_equilibrium() -> None
         optimizer.zero_grad()
         nll = logs.exp()
         pull = ((logs - target)[:2] ** 2).sum() * 20
-        (PUObjective(BETA)(nll, small).loss + pull).backward()
+        (loss_of(PUObjective((BETA,)), nll, small) + pull).backward()
         optimizer.step()
     u, s = logs.exp()[:2].mean().item(), logs.exp()[2:].mean().item()
     assert s == pytest.approx(u / BETA, rel=0.1)

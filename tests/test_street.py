@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file
 
 from sd_unlearn import lora
 from sd_unlearn.base import DIGITS_DIR, load_base
@@ -109,5 +110,8 @@ def test_accelerate_launch_is_the_same_command(run, tmp_path):
     assert done.returncode == 0, done.stderr
     if "No CUDA device" in done.stderr:
         assert done.stderr.count("No CUDA device") == 1
-        a, b = (folder / "adapter" / "adapter_model.safetensors" for folder in (run, tmp_path / "out"))
-        assert a.read_bytes() == b.read_bytes()
+        # Not to the byte: the launcher may give the process another number of threads, which sums in another order.
+        here, there = (load_file(f / "adapter" / "adapter_model.safetensors") for f in (run, tmp_path / "out"))
+        assert here.keys() == there.keys()
+        for name in here:
+            assert (here[name] - there[name]).norm() <= 1e-3 * here[name].norm(), name

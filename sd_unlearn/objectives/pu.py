@@ -1,4 +1,4 @@
-"""The PU objective of a training step: one bracket a caption, plain noise prediction for what must stay.
+"""The PU objective of a training step: one bracket a caption, the plain loss for what must stay.
 
 p_U = beta p_S + (1 - beta) p_N holds for the images seen under one caption, so every caption under which both
 unlabeled images and positives are seen has its own bracket; images seen under other captions (keep prompts)
@@ -7,53 +7,62 @@ are plain unlabeled data.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from sd_unlearn.dataset import PLAIN, Batch
-from sd_unlearn.risk import Correction, corrected, pu_terms, unsupervised_risk
-
-Reduce = Callable[[Tensor], Tensor]  # the mean over all processes
-
-
-@dataclass(frozen=True)
-class StepLoss:
-    """The loss to follow and the detached figures [6] to log, in the order of LOGGED."""
-
-    loss: Tensor
-    logs: Tensor
-
+from sd_unlearn.batches import PLAIN, Batch
+from sd_unlearn.risk import Correction, PUTerms, corrected, pu_terms
 
 LOGGED = ("loss", "mean_u", "mean_s", "bracket", "positive_term", "mean_keep")
 
 
 @dataclass(frozen=True)
-class PUObjective:
-    """Mean over captions of the PU risk, plus the keep images' mean loss."""
+class StepTerms:
+    """The parts of the objective of one Batch: averaged over a step's batches, they are the whole step's."""
 
-    beta: float
+    terms: tuple[PUTerms, ...]  # of each bracket
+    keep: Tensor  # mean loss of the keep images, a scalar
+
+    @property
+    def brackets(self) -> Tensor:
+        """[captions], detached: what decides the signs, once averaged over the step."""
+        return torch.stack([t.bracket.detach() for t in self.terms])
+
+
+@dataclass(frozen=True)
+class PUObjective:
+    """Mean over captions of the PU risk, each with its beta in (0, 1), plus the keep images' mean loss."""
+
+    betas: Sequence[float]  # of each bracket, in the order of StratifiedBatches.brackets
     correction: Correction = "abs"
 
-    def __call__(self, nll: Tensor, batch: Batch, reduce: Reduce = lambda x: x) -> StepLoss:
-        """nll [B] of the batch's examples -> loss.
-
-        `reduce` averages over processes, so that the bracket's sign is that of the whole batch.
-        """
-        terms = []
-        for caption in range(batch.captions):
+    def terms(self, nll: Tensor, batch: Batch) -> StepTerms:
+        """nll [B] of the batch's examples -> the parts, with their gradients."""
+        found = []
+        for caption, beta in zip(range(batch.captions), self.betas, strict=True):
             here = batch.bracket == caption
-            terms.append(pu_terms(nll[here], batch.is_positive[here], self.beta))
-        brackets = reduce(torch.stack([t.bracket.detach() for t in terms]))
-        loss = torch.stack([corrected(t, self.correction, b) for t, b in zip(terms, brackets, strict=True)]).mean()
-        keep = nll[batch.bracket == PLAIN]
-        kept = unsupervised_risk(keep) if len(keep) else nll.sum() * 0
-        loss = loss + kept
-        figures = [
-            loss,
-            *(torch.stack([getattr(t, n) for t in terms]).mean() for n in ("mean_u", "mean_s", "bracket", "positive")),
-            kept,
-        ]
-        return StepLoss(loss, reduce(torch.stack([f.detach().float() for f in figures])))
+            found.append(pu_terms(nll[here], batch.is_positive[here], beta, batch.weight[here]))
+        keep = batch.bracket == PLAIN
+        return StepTerms(tuple(found), (batch.weight * nll)[keep].sum())
+
+    def loss(self, parts: StepTerms, brackets: Tensor | None = None) -> Tensor:
+        """The scalar to follow. `brackets` [captions] are the whole step's: only they know the signs.
+
+        d|R| = sign(R) dR: with the whole step's signs, the average of the parts' gradients is the whole's gradient.
+        """
+        known = parts.brackets if brackets is None else brackets
+        risks = [corrected(t, self.correction, b) for t, b in zip(parts.terms, known, strict=True)]
+        return torch.stack(risks).mean() + parts.keep
+
+    def figures(self, parts: StepTerms, brackets: Tensor | None = None) -> Tensor:
+        """[len(LOGGED)], detached: the figures to log, in the order of LOGGED, those of brackets as their mean."""
+        names = ("mean_u", "mean_s", "bracket", "positive")
+        means = [torch.stack([getattr(t, name) for t in parts.terms]).mean() for name in names]
+        return torch.stack([self.loss(parts, brackets), *means, parts.keep]).detach().float()
+
+    def decided_alike(self, some: Tensor, others: Tensor) -> bool:
+        """Whether two sets of brackets lead to the same step."""
+        return self.correction == "none" or bool(((some < 0) == (others < 0)).all())

@@ -1,0 +1,207 @@
+"""Cached latents -> the stratified batches of a step: k unlabeled and m positive images in every bracket.
+
+A step's batch is drawn whole, the same on every process, and then cut into parts, one for each process and
+micro-batch. So the objective is the same however it is cut, and a resumed run needs one sampler's state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sd_unlearn.concept import Concept
+from sd_unlearn.config import CaptionMode
+from sd_unlearn.dataset import Example
+from sd_unlearn.diffusion import sample_timesteps
+
+PLAIN = -1  # the `bracket` of an example that belongs to no caption's bracket
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one forward pass sees: a part of a step's whole batch. Examples with a slot share timestep and noise."""
+
+    latents: Tensor  # [B, 4, H/8, W/8], scaled
+    text: Tensor  # [B, tokens, width]
+    teacher_text: Tensor  # as text: the caption each image was drawn from, under which the frozen base predicts
+    is_positive: Tensor  # [B] bool
+    bracket: Tensor  # [B] long, index of the caption's bracket, PLAIN for keep images
+    captions: int  # how many brackets
+    timesteps: Tensor  # [B] long
+    noise: Tensor  # as latents
+    weight: Tensor  # [B]: with it, the mean over parts of sum(weight * l) is the whole batch's mean, of each kind
+
+
+class Cycle:
+    """Endless indices of a pool, without replacement within an epoch."""
+
+    def __init__(self, size: int, seed: int) -> None:
+        self.size, self.generator = size, torch.Generator().manual_seed(seed)
+        self.left: list[int] = []
+
+    def take(self, count: int) -> list[int]:
+        while len(self.left) < count:
+            self.left += torch.randperm(self.size, generator=self.generator).tolist()
+        taken, self.left = self.left[:count], self.left[count:]
+        return taken
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How many images of each kind a step's batch holds, per bracket and of keep images."""
+
+    positive: int
+    unlabeled: int
+    keep: int
+
+    @classmethod
+    def of(cls, batch_size: int, brackets: int, has_keep: bool, parts: int = 1) -> Layout:
+        """Of a batch a quarter positives and 35 % unlabeled, shared out over the brackets, the rest keep images.
+
+        Without keep images the rest is unlabeled. Every bracket has at least one positive and one unlabeled image in
+        each of the parts that the batch will be cut into.
+        """
+        positive = max(parts, int(0.25 * batch_size / brackets))
+        unlabeled = max(parts, int(0.35 * batch_size / brackets) if has_keep else batch_size // brackets - positive)
+        return cls(positive, unlabeled, max(0, batch_size - brackets * (positive + unlabeled)) if has_keep else 0)
+
+    def total(self, brackets: int) -> int:
+        return brackets * (self.positive + self.unlabeled) + self.keep
+
+
+@dataclass(frozen=True)
+class Row:
+    """One example of a step's batch: which picture, under which caption, in which bracket, with whose noise."""
+
+    example: int
+    caption: str
+    bracket: int
+    slot: int
+    order: int  # its number among its kind: kinds are dealt out to the parts like cards
+    kind: int  # how many of its kind the whole batch has
+
+
+class StratifiedBatches:
+    """Endless steps, each a list of this process's micro-batches.
+
+    caption_mode own: one bracket, every image under its own caption; shared: one, all under the generic caption;
+    both: one under the generic and one under the concept's caption, positives and generic images seen under either.
+
+    batch_size is the whole step's. share_timesteps gives positives the timesteps and noise of unlabeled images, which
+    takes most of the noise out of the bracket's sign. timestep_bias is for the brackets: what must stay must stay at
+    every timestep.
+    """
+
+    def __init__(
+        self, examples: Sequence[Example], latents: tuple[Tensor, Tensor], captions: dict[str, Tensor],
+        concept: Concept, mode: CaptionMode, batch_size: int, num_train_timesteps: int, seed: int, *,
+        rank: int = 0, world: int = 1, micro_batches: int = 1, device: torch.device | str = "cpu",
+        teacher: bool = False, timestep_bias: float = 0.0, share_timesteps: bool = True,
+    ) -> None:  # fmt: skip
+        self.teacher, self.timestep_bias, self.share_timesteps = teacher, timestep_bias, share_timesteps
+        self.examples, (self.mean, self.std), self.embeddings = examples, latents, captions
+        brackets: dict[str, list[str | None]] = {
+            "own": [None],
+            "shared": [concept.generic],
+            "both": [concept.generic, concept.caption],
+        }
+        self.brackets = brackets[mode]
+        self.pools = {
+            "positive": [i for i, e in enumerate(examples) if e.is_positive],
+            "unlabeled": [i for i, e in enumerate(examples) if not e.is_positive and e.group != "keep"],
+            "keep": [i for i, e in enumerate(examples) if e.group == "keep"],
+            "any": list(range(len(examples))),
+        }
+        self.parts, self.mine = world * micro_batches, [micro * world + rank for micro in range(micro_batches)]
+        has_keep = bool(self.pools["keep"]) or teacher
+        self.layout = Layout.of(batch_size, len(self.brackets), has_keep, self.parts)
+        self.num_train_timesteps, self.device = num_train_timesteps, device
+        self.generator = torch.Generator().manual_seed(seed)
+        self.cycles = {
+            (pool, bracket): Cycle(len(members), seed + 7919 * index + 101 * bracket)
+            for index, (pool, members) in enumerate(self.pools.items())
+            for bracket in range(len(self.brackets) if pool in ("positive", "unlabeled") else 1)
+            if members
+        }
+
+    def __iter__(self) -> Iterator[list[Batch]]:
+        while True:
+            yield self._next()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the sampler stands; the next step after load_state_dict is the one that would have come."""
+        cycles = {key: (cycle.left, cycle.generator.get_state()) for key, cycle in self.cycles.items()}
+        return {"generator": self.generator.get_state(), "cycles": cycles}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.generator.set_state(state["generator"])
+        for key, (left, generator) in state["cycles"].items():
+            self.cycles[key].left = list(left)
+            self.cycles[key].generator.set_state(generator)
+
+    def _next(self) -> list[Batch]:
+        rows: list[Row] = []
+        slots = 0
+        for index, caption in enumerate(self.brackets):
+            start = slots
+            for pool, count in (("unlabeled", self.layout.unlabeled), ("positive", self.layout.positive)):
+                first = start if self.share_timesteps else slots
+                for order, i in enumerate(self._draw(pool, index, count)):
+                    rows.append(Row(i, caption or self.examples[i].caption, index, first + order, order, count))
+                slots = max(slots, first + count)
+        kept = self._keep_rows()
+        rows += [Row(i, caption, PLAIN, slots + n, n, len(kept)) for n, (i, caption) in enumerate(kept)]
+        timesteps = [self._timesteps(slots, self.timestep_bias), self._timesteps(len(kept), 0.0)]
+        return self._collate(rows, torch.cat(timesteps))
+
+    def _keep_rows(self) -> list[tuple[int, str]]:
+        """(example, caption) of the keep images; with a teacher also pictures and captions that were never a pair.
+
+        A teacher knows what any picture should become under any caption. So a quarter of the rows show any picture
+        under a keep caption (the way there starts from noise that looks like something else), and a quarter under the
+        empty caption: guidance subtracts the unconditional prediction, and when that moves every prompt moves.
+        """
+        if not self.teacher:
+            return [(i, self.examples[i].caption) for i in self._draw("keep", 0, self.layout.keep)]
+        unconditional = self.layout.keep // 4 if self.pools["keep"] else self.layout.keep
+        own = self._draw("keep", 0, self.layout.keep - unconditional)
+        mixed = self._draw("any", 0, len(own) // 3)
+        rows = [(i, self.examples[k].caption) for i, k in zip([*mixed, *own[len(mixed) :]], own, strict=True)]
+        return rows + [(i, "") for i in self._draw("any", 0, unconditional)]
+
+    def _draw(self, pool: str, bracket: int, count: int) -> list[int]:
+        return [self.pools[pool][i] for i in self.cycles[pool, bracket].take(count)] if count else []
+
+    def _timesteps(self, count: int, bias: float) -> Tensor:
+        return sample_timesteps(count, self.num_train_timesteps, self.generator, bias)
+
+    def _collate(self, rows: list[Row], timesteps: Tensor) -> list[Batch]:
+        index = torch.tensor([row.example for row in rows])
+        slot = torch.tensor([row.slot for row in rows])
+        mean, std = self.mean[index], self.std[index]
+        latents = mean + std * torch.randn(mean.shape, generator=self.generator)
+        noise = torch.randn((len(timesteps), *mean.shape[1:]), generator=self.generator)[slot]
+        timesteps = timesteps[slot]
+        batches = []
+        for part in self.mine:
+            here = [n for n, row in enumerate(rows) if row.order % self.parts == part]
+            batches.append(self._batch([rows[n] for n in here], latents[here], noise[here], timesteps[here]))
+        return batches
+
+    def _batch(self, rows: list[Row], latents: Tensor, noise: Tensor, timesteps: Tensor) -> Batch:
+        examples = [self.examples[row.example] for row in rows]
+        taught = [row.caption if row.bracket == PLAIN else e.caption for row, e in zip(rows, examples, strict=True)]
+        return Batch(
+            latents.to(self.device), self._embed([row.caption for row in rows]), self._embed(taught),
+            torch.tensor([e.is_positive for e in examples], device=self.device),
+            torch.tensor([row.bracket for row in rows], device=self.device), len(self.brackets),
+            timesteps.to(self.device), noise.to(self.device),
+            torch.tensor([self.parts / row.kind for row in rows], device=self.device),
+        )  # fmt: skip
+
+    def _embed(self, captions: list[str]) -> Tensor:
+        return torch.stack([self.embeddings[caption] for caption in captions]).to(self.device)

@@ -1,0 +1,98 @@
+"""One step's gradient, whole or cut: equal to 1e-5, also where the parts' own signs differ from the whole's."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import product
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from sd_unlearn.batches import PLAIN, Batch
+from sd_unlearn.objectives.accumulate import accumulate_gradients
+from sd_unlearn.objectives.pu import LOGGED, PUObjective
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+#            unlabeled     positive     of each bracket, then keep
+KINDS = [(0, 0)] * 8 + [(0, 1)] * 4 + [(1, 0)] * 8 + [(1, 1)] * 4 + [(PLAIN, 0)] * 8
+
+
+class Linear(nn.Module):
+    """l = (w . x)^2 + dropout's share of it: some network with a loss for every example."""
+
+    def __init__(self, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.linspace(-1, 1, 6, dtype=torch.float64))
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, batch: Batch) -> Tensor:
+        return (self.dropout(batch.latents) @ self.weight).square()
+
+
+def step(parts: int, scale: float) -> list[Batch]:
+    """A step's batch in parts. Positives of the second bracket are `scale` as large in every other image, so that
+    the sign of its bracket differs from part to part."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(len(KINDS), 6, generator=generator, dtype=torch.float64)
+    bracket, positive = torch.tensor(KINDS).T
+    order = torch.tensor([KINDS[:n].count(kind) for n, kind in enumerate(KINDS)])
+    x[(bracket == 1) & (positive == 1) & (order % 2 == 1)] *= scale
+    count = torch.tensor([KINDS.count(kind) for kind in KINDS])
+    whole = Batch(x, x, x, positive.bool(), bracket, 2, order, x, (parts / count).double())
+    found = []
+    for part in range(parts):
+        here = order % parts == part
+        cut = {name: getattr(whole, name)[here] for name in vars(whole) if name != "captions"}
+        found.append(replace(whole, **cut))
+    return found
+
+
+def gradient(
+    parts: int, scale: float, correction: str, assumed: Tensor | None = None, dropout: float = 0.0
+) -> tuple[Tensor, dict[str, float], Tensor]:
+    model, objective = Linear(dropout), PUObjective((0.3, 0.4), correction)  # type: ignore[arg-type]
+    torch.manual_seed(0)
+    logs, brackets = accumulate_gradients(Accelerator(cpu=True), model, model, objective, step(parts, scale), assumed)
+    assert model.weight.grad is not None
+    return model.weight.grad, dict(zip(LOGGED, logs.tolist(), strict=True)), brackets
+
+
+def test_the_parts_here_differ_in_sign() -> None:
+    objective, model = PUObjective((0.3, 0.4)), Linear()
+    brackets = torch.stack([objective.terms(model(batch), batch).brackets for batch in step(4, 5.0)])
+    assert (brackets[:, 1] < 0).any()
+    assert (brackets[:, 1] > 0).any()
+    assert brackets.mean(0)[1] < 0 < brackets.mean(0)[0]
+
+
+@pytest.mark.parametrize("correction", ["abs", "nn", "none"])
+@pytest.mark.parametrize(("parts", "scale"), product([2, 4], [0.1, 5.0]))
+@pytest.mark.parametrize("assumed", [None, (1.0, -1.0), (-1.0, 1.0)])
+def test_micro_batches_give_the_whole_batchs_gradient(
+    parts: int, scale: float, correction: str, assumed: tuple[float, float] | None
+) -> None:
+    """Whatever was assumed of the signs before."""
+    want, logs, brackets = gradient(1, scale, correction)
+    got, cut_logs, cut_brackets = gradient(parts, scale, correction, None if assumed is None else torch.tensor(assumed))
+    assert torch.allclose(got, want, rtol=1e-9, atol=1e-12)
+    assert torch.allclose(cut_brackets, brackets)
+    assert cut_logs == pytest.approx(logs, rel=1e-5)
+
+
+def test_a_second_pass_sees_the_same_dropout() -> None:
+    right, wrong = torch.tensor([1.0, -1.0]), torch.tensor([-1.0, 1.0])
+    once, twice = (gradient(4, 5.0, "abs", assumed, dropout=0.5) for assumed in (right, wrong))
+    assert torch.equal(once[0], twice[0])
+    assert once[1] == twice[1]
+
+
+def test_signs_of_single_parts_would_give_another_gradient() -> None:
+    """What this module is for: |R| of each micro-batch is not |R| of the step."""
+    model, objective = Linear(), PUObjective((0.3, 0.4))
+    for batch in step(4, 5.0):
+        (objective.loss(objective.terms(model(batch), batch)) / 4).backward()
+    want, _, _ = gradient(1, 5.0, "abs")
+    assert model.weight.grad is not None
+    assert (model.weight.grad - want).norm() > 0.1 * want.norm()

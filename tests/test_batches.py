@@ -1,0 +1,310 @@
+"""Latents -> the stratified batches of a step, whole or cut into parts."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from sd_unlearn.batches import PLAIN, Batch, Cycle, Layout, StratifiedBatches
+from sd_unlearn.concept import Concept
+from sd_unlearn.dataset import Example
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+GENERIC, CAPTION, KEEP = "a photo of a man", "a photo of Brad Pitt", ("a photo of a dog", "a photo of a cat")
+
+
+def steps(batches: StratifiedBatches, count: int) -> Iterator[Batch]:
+    """The first steps of a process with one micro-batch."""
+    for parts in islice(batches, count):
+        (batch,) = parts
+        yield batch
+
+
+@pytest.mark.parametrize("size", [1, 5, 12])
+def test_a_cycle_goes_through_all_before_it_repeats(size: int) -> None:
+    cycle = Cycle(size, 0)
+    stream = [i for _ in range(6 * size) for i in cycle.take(2)]
+    epochs = [stream[i : i + size] for i in range(0, len(stream), size)]
+    assert all(sorted(epoch) == list(range(size)) for epoch in epochs)
+    assert size < 5 or len({tuple(epoch) for epoch in epochs}) > 6  # in another order every time
+
+
+@pytest.mark.parametrize("brackets", [1, 2])
+@pytest.mark.parametrize("has_keep", [True, False])
+@pytest.mark.parametrize("batch_size", [4, 5, 6, 7, 8, 13, 16, 31, 32, 100])
+def test_layout(batch_size: int, brackets: int, has_keep: bool) -> None:
+    layout = Layout.of(batch_size, brackets, has_keep)
+    total = brackets * (layout.positive + layout.unlabeled) + layout.keep
+    assert layout.positive >= 1
+    assert layout.unlabeled >= layout.positive
+    assert total == (batch_size if has_keep else batch_size - batch_size % brackets)
+    assert brackets * layout.positive <= max(brackets, batch_size / 4)
+    assert not has_keep or brackets * layout.unlabeled <= max(brackets, 0.35 * batch_size)
+    assert has_keep or layout.keep == 0
+    assert not has_keep or layout.keep >= int(0.4 * batch_size) or layout.positive == layout.unlabeled == 1
+
+
+def test_layout_is_a_quarter_positives_and_35_percent_unlabeled() -> None:
+    assert Layout.of(32, 2, True) == Layout(4, 5, 14)
+    assert Layout.of(32, 1, True) == Layout(8, 11, 13)
+    assert Layout.of(64, 2, True) == Layout(8, 11, 26)
+    assert Layout.of(200, 2, True) == Layout(25, 35, 80)
+    assert Layout.of(32, 2, False) == Layout(4, 12, 0)
+    assert Layout.of(32, 1, False) == Layout(8, 24, 0)
+
+
+def make_batches(
+    concept: Concept, mode: str, seed: int = 0, keep: bool = True, batch_size: int = 16, **options: int
+) -> StratifiedBatches:
+    """Six generic, three hidden, eight kept and five positive examples; an example's latents are its index, its
+    caption's embedding is the caption's."""
+    kinds = [("generic", GENERIC, 6), ("mixed_in", CAPTION, 3), *(("keep", text, 4 * keep) for text in KEEP)]
+    kinds.append(("positive", CAPTION, 5))
+    examples = [Example(Path(f"{i}"), text, group) for group, text, count in kinds for i in range(count)]
+    mean = torch.arange(len(examples)).float().view(-1, 1, 1, 1).expand(-1, 4, 2, 2)
+    latents = (mean, torch.zeros_like(mean))
+    return StratifiedBatches(
+        examples, latents, embeddings(), concept, mode, batch_size, 1000, seed, **options  # type: ignore[arg-type]
+    )  # fmt: skip
+
+
+def embeddings() -> dict[str, Tensor]:
+    return {text: torch.full((3, 2), float(i)) for i, text in enumerate((GENERIC, CAPTION, *KEEP, ""))}
+
+
+def pictures(batches: StratifiedBatches, batch: Batch) -> list[tuple[int, Example, str]]:
+    """(bracket, example, caption seen) of each row of a batch."""
+    names = list(embeddings())
+    index = batch.latents[:, 0, 0, 0].round().long().tolist()
+    seen = [names[int(text[0, 0])] for text in batch.text]
+    return [(b, batches.examples[i], c) for b, i, c in zip(batch.bracket.tolist(), index, seen, strict=True)]
+
+
+def rows(batches: StratifiedBatches, batch: Batch) -> list[tuple[int, str, str]]:
+    """(bracket, group, caption seen) of each example of a batch."""
+    return [(bracket, example.group, seen) for bracket, example, seen in pictures(batches, batch)]
+
+
+@pytest.mark.parametrize(
+    ("mode", "brackets", "per_bracket", "keep"),
+    [("own", [None], (4, 5), 7), ("shared", [GENERIC], (4, 5), 7), ("both", [GENERIC, CAPTION], (2, 2), 8)],
+)
+def test_every_batch_has_its_share_under_the_right_captions(
+    concept: Concept, mode: str, brackets: list[str | None], per_bracket: tuple[int, int], keep: int
+) -> None:
+    batches = make_batches(concept, mode)
+    for batch in steps(batches, 12):
+        found = rows(batches, batch)
+        assert batch.captions == len(brackets)
+        assert len(found) == 16
+        for number, caption in enumerate(brackets):
+            here = [(group, seen) for bracket, group, seen in found if bracket == number]
+            positives = [seen for group, seen in here if group == "positive"]
+            unlabeled = [(group, seen) for group, seen in here if group != "positive"]
+            assert (len(positives), len(unlabeled)) == per_bracket
+            assert positives == [caption or CAPTION] * per_bracket[0]
+            for group, seen in unlabeled:
+                assert seen == (caption or {"generic": GENERIC, "mixed_in": CAPTION}[group])
+        kept = [(example, seen) for bracket, example, seen in pictures(batches, batch) if bracket == PLAIN]
+        assert len(kept) == keep
+        assert all(example.group == "keep" and seen == example.caption for example, seen in kept)
+        assert batch.is_positive.tolist() == [group == "positive" for _, group, _ in found]
+    seen_hidden = Counter(group for batch in steps(batches, 20) for _, group, _ in rows(batches, batch))
+    assert seen_hidden["mixed_in"] > 0
+
+
+@pytest.mark.parametrize("mode", ["own", "shared", "both"])
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("teacher", [True, False])
+def test_positives_share_noise_and_timestep_with_an_unlabeled_image_of_their_bracket(
+    concept: Concept, mode: str, keep: bool, teacher: bool
+) -> None:
+    batch = next(steps(make_batches(concept, mode, keep=keep, teacher=teacher), 1))
+    names = [(t, n.sum().item()) for t, n in zip(batch.timesteps.tolist(), batch.noise, strict=True)]
+    for bracket in range(batch.captions):
+        here = batch.bracket == bracket
+        positive = [names[i] for i in torch.nonzero(here & batch.is_positive).flatten()]
+        unlabeled = [names[i] for i in torch.nonzero(here & ~batch.is_positive).flatten()]
+        assert positive == unlabeled[: len(positive)]
+        assert len(set(unlabeled)) == len(unlabeled)
+    plain_or_unlabeled = [names[i] for i in torch.nonzero(~batch.is_positive | (batch.bracket == PLAIN)).flatten()]
+    assert len(set(plain_or_unlabeled)) == len(plain_or_unlabeled)  # nothing else is shared
+    assert batch.noise.shape == batch.latents.shape
+
+
+@pytest.mark.parametrize("batch_size", [8, 16, 31])
+@pytest.mark.parametrize("mode", ["own", "shared", "both"])
+def test_with_a_teacher_rows_are_own_pairs_mixed_ones_and_empty_captions(
+    concept: Concept, mode: str, batch_size: int
+) -> None:
+    batches = make_batches(concept, mode, batch_size=batch_size, teacher=True)
+    count = batches.layout.keep
+    empty, mixed = count // 4, (count - count // 4) // 3
+    assert min(empty, mixed) > 0
+    shown: dict[str, Counter[str]] = {"": Counter(), "pair": Counter(), "mixed": Counter()}
+    under_mixed = set()
+    for batch in steps(batches, 60):
+        kept = [(example, seen) for bracket, example, seen in pictures(batches, batch) if bracket == PLAIN]
+        captioned = [(example, seen) for example, seen in kept if seen]
+        assert len(kept) == count
+        assert len(captioned) == count - empty
+        assert all(seen in KEEP for _, seen in captioned)
+        strangers = [(example, seen) for example, seen in captioned if example.caption != seen]
+        assert len(strangers) <= mixed  # a picture drawn from all may happen to fit its caption
+        shown[""].update(example.group for example, seen in kept if not seen)
+        shown["pair"].update(example.group for example, seen in captioned if example.caption == seen)
+        shown["mixed"].update(example.group for example, _ in strangers)
+        under_mixed.update(seen for _, seen in strangers)
+    assert set(shown[""]) == set(shown["mixed"]) == {"generic", "mixed_in", "keep", "positive"}
+    assert set(shown["pair"]) == {"keep"}
+    assert under_mixed == set(KEEP)
+    assert shown["mixed"].total() > 60 * mixed / 2  # 18 of 22 pictures belong under another caption
+
+
+@pytest.mark.parametrize("mode", ["own", "shared", "both"])
+def test_a_teacher_touches_no_row_of_a_bracket(concept: Concept, mode: str) -> None:
+    both = (make_batches(concept, mode, teacher=teacher) for teacher in (True, False))
+    for ours, theirs in zip(*(steps(batches, 12) for batches in both), strict=True):
+        assert torch.equal(ours.bracket, theirs.bracket)
+        here = ours.bracket != PLAIN
+        for name in ("latents", "text", "is_positive", "timesteps", "noise"):
+            assert torch.equal(getattr(ours, name)[here], getattr(theirs, name)[here])
+        assert not torch.equal(ours.text[~here], theirs.text[~here])
+
+
+@pytest.mark.parametrize("mode", ["own", "shared", "both"])
+def test_with_a_teacher_but_nothing_to_keep_the_empty_caption_is_kept(concept: Concept, mode: str) -> None:
+    batches = make_batches(concept, mode, keep=False, teacher=True)
+    assert batches.layout == make_batches(concept, mode, teacher=True).layout
+    shown = set()
+    for batch in steps(batches, 20):
+        kept = [(example.group, seen) for bracket, example, seen in pictures(batches, batch) if bracket == PLAIN]
+        assert [seen for _, seen in kept] == [""] * batches.layout.keep
+        shown.update(group for group, _ in kept)
+    assert shown == {"generic", "mixed_in", "positive"}
+    batch = next(steps(make_batches(concept, mode, keep=False), 1))  # without a teacher there are no such rows
+    assert PLAIN not in batch.bracket
+
+
+@pytest.mark.parametrize("mode", ["own", "shared", "both"])
+def test_the_teacher_sees_the_caption_an_image_was_drawn_from(concept: Concept, mode: str) -> None:
+    """In a bracket, that is; a keep row's teacher sees what the student sees."""
+    batches, names = make_batches(concept, mode, teacher=True), list(embeddings())
+    for batch in steps(batches, 12):
+        taught = [names[int(text[0, 0])] for text in batch.teacher_text]
+        for (bracket, example, seen), caption in zip(pictures(batches, batch), taught, strict=True):
+            assert caption == (seen if bracket == PLAIN else example.caption)
+
+
+def test_latents_are_sampled_from_their_posterior(concept: Concept) -> None:
+    batches = make_batches(concept, "both")
+    batches.std = torch.full_like(batches.mean, 0.05)
+    drawn = torch.cat([b.latents for b in steps(batches, 200)])
+    off = drawn - drawn.mean((1, 2, 3), keepdim=True).round()
+    assert off.std().item() == pytest.approx(0.05, rel=0.05)
+
+
+@pytest.mark.parametrize("teacher", [True, False])
+def test_batches_follow_their_seed_alone(concept: Concept, teacher: bool) -> None:
+    def first(seed: int, **options: int) -> list[Tensor]:
+        torch.manual_seed(seed + 17)
+        found = steps(make_batches(concept, "both", seed, teacher=teacher, **options), 3)
+        return [torch.cat([b.latents.flatten(), b.noise.flatten(), b.timesteps, b.is_positive]) for b in found]
+
+    a, b, other, rank = first(5), first(5), first(6), first(5, rank=1, world=2)
+    assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+    assert not torch.equal(a[0], a[1])
+    assert not torch.equal(a[0], other[0])
+    assert not torch.equal(a[0], rank[0])
+
+
+CUTS = [(1, 2), (1, 4), (2, 1), (2, 2), (3, 1)]  # processes, micro-batches
+
+
+def cut(concept: Concept, mode: str, world: int, micro_batches: int, **options: int) -> list[StratifiedBatches]:
+    """The samplers of all processes."""
+    settings = {"world": world, "micro_batches": micro_batches, "batch_size": 48, "teacher": True} | options
+    return [make_batches(concept, mode, rank=rank, **settings) for rank in range(world)]
+
+
+@pytest.mark.parametrize("mode", ["own", "shared", "both"])
+@pytest.mark.parametrize(("world", "micro_batches"), CUTS)
+def test_a_step_is_the_same_however_it_is_cut(concept: Concept, mode: str, world: int, micro_batches: int) -> None:
+    """Every row of the whole batch, noise and all, is in one part, and weighted means over parts are the whole's."""
+    whole = make_batches(concept, mode, batch_size=48, teacher=True)
+    samplers = cut(concept, mode, world, micro_batches)
+    for parts in islice(zip(whole, *samplers, strict=True), 5):
+        ((one,), *shares) = parts
+        batches = [batch for share in shares for batch in share]
+        assert len(batches) == world * micro_batches
+        assert row_names(one) == sorted(name for batch in batches for name in row_names(batch))
+        for kind in kinds(one):
+            mean = sum(value(batch, kind) for batch in batches) / len(batches)
+            assert mean == pytest.approx(value(one, kind), rel=1e-5)
+            assert all(mask(batch, kind).any() for batch in batches)  # which holds of every kind in every part
+            assert value(one, kind) == pytest.approx(one.latents[mask(one, kind)].mean().item(), rel=1e-5)
+
+
+def row_names(batch: Batch) -> list[tuple[float, ...]]:
+    tensors = (batch.latents, batch.text, batch.teacher_text, batch.noise, batch.timesteps, batch.bracket)
+    columns = (t.double().flatten(1).sum(1).tolist() if t.ndim > 1 else t.tolist() for t in tensors)
+    return sorted(zip(*columns, strict=True))
+
+
+def kinds(batch: Batch) -> list[tuple[int, bool]]:
+    return [(bracket, positive) for bracket in range(batch.captions) for positive in (False, True)] + [(PLAIN, False)]
+
+
+def mask(batch: Batch, kind: tuple[int, bool]) -> Tensor:
+    return (batch.bracket == kind[0]) & ((batch.is_positive == kind[1]) | (batch.bracket == PLAIN))
+
+
+def value(batch: Batch, kind: tuple[int, bool]) -> float:
+    here = mask(batch, kind)
+    return (batch.weight[here] * batch.latents[here].mean((1, 2, 3))).sum().item()
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_no_two_processes_see_the_same_picture_within_an_epoch(concept: Concept, world: int) -> None:
+    samplers = [iter(batches) for batches in cut(concept, "own", world, 1, batch_size=12)]
+    for _ in range(4):
+        seen: list[float] = []
+        for sampler in samplers:
+            (batch,) = next(sampler)
+            seen += batch.latents[(batch.bracket == 0) & ~batch.is_positive][:, 0, 0, 0].tolist()
+        assert max(Counter(seen).values()) <= 2  # twice only where the epoch ends within the step
+    assert len(seen) == 4
+
+
+@pytest.mark.parametrize("steps_before", [0, 1, 7])
+def test_a_restored_sampler_goes_on_where_the_other_stood(concept: Concept, steps_before: int) -> None:
+    one, other = (make_batches(concept, "both", seed, teacher=True) for seed in (0, 1))
+    for _ in steps(one, steps_before):
+        pass
+    other.load_state_dict(one.state_dict())
+    for ours, theirs in zip(steps(one, 5), steps(other, 5), strict=True):
+        for name in ("latents", "text", "teacher_text", "noise", "timesteps", "bracket"):
+            assert torch.equal(getattr(ours, name), getattr(theirs, name))
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_sharing_timesteps_is_an_option(concept: Concept, share: bool) -> None:
+    batch = next(steps(make_batches(concept, "both", batch_size=40, share_timesteps=share), 1))
+    layout = Layout.of(40, 2, True)
+    drawn = {noise.sum().item() for noise in batch.noise[batch.bracket != PLAIN]}
+    assert len(drawn) == 2 * (layout.unlabeled + (0 if share else layout.positive))
+
+
+def test_the_timestep_bias_is_for_brackets_alone(concept: Concept) -> None:
+    drawn: dict[bool, list[Tensor]] = {True: [], False: []}
+    for batch in steps(make_batches(concept, "both", timestep_bias=3), 300):
+        for plain, found in drawn.items():
+            found.append(batch.timesteps[(batch.bracket == PLAIN) == plain].float())
+    assert torch.cat(drawn[True]).mean().item() == pytest.approx(500, abs=10)
+    assert torch.cat(drawn[False]).mean().item() == pytest.approx(800, abs=10)
