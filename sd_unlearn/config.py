@@ -110,7 +110,11 @@ class TrainConfig(RenderConfig):
         float, _help("Divides every loss; above 1 it keeps the sensitive term alive where losses are large.")
     ] = 1.0
     share_timesteps: Annotated[
-        bool, _help("Give positives the timesteps and noise of the unlabeled images of their batch.")
+        bool,
+        Parameter(
+            help="Give positives the timesteps and noise of the unlabeled images of their batch.",
+            negative="--no_share_timesteps",
+        ),
     ] = True
     caption_mode: Annotated[
         CaptionMode,

@@ -106,6 +106,12 @@ def test_values_arrive_with_their_types(run: Run, asked: list[TrainConfig]) -> N
     assert config == TrainConfig(concept="Brad Pitt", beta=0.25, rank=4, data_dir=Path("my data"))
 
 
+@pytest.mark.parametrize("option", ["--no_share_timesteps", "--no-share-timesteps"])
+def test_what_is_on_can_be_switched_off(run: Run, asked: list[TrainConfig], option: str) -> None:
+    assert run("train", "--concept", "seven", option).code == 0
+    assert asked[0].share_timesteps is False
+
+
 def test_hyphens_are_accepted(run: Run, asked: list[TrainConfig]) -> None:
     assert run("train", "--max-train-steps", "7", "--pretrained-model-name-or-path=a-b/c-d").code == 0
     assert asked[0].max_train_steps == 7
@@ -210,6 +216,11 @@ USAGE = [
     (["train", "--concept", "seven", "--learning_rate", "nan"], "--learning_rate nan"),
     (["train", "--concept", "seven", "--max_grad_norm", "0"], "--max_grad_norm 0"),
     (["train", "--concept", "seven", "--train_batch_size", "3"], "--train_batch_size 3"),
+    (["train", "--concept", "seven", "--beta_margin", "1"], "--beta_margin 1"),
+    (["train", "--concept", "seven", "--generic_beta", "0"], "--generic_beta 0"),
+    (["train", "--concept", "seven", "--timestep_bias", "-1"], "--timestep_bias -1"),
+    (["train", "--concept", "seven", "--temperature", "0"], "--temperature 0"),
+    (["train", "--concept", "seven", "--gradient_accumulation_steps", "0"], "--gradient_accumulation_steps 0"),
     (["train", "--concept", "seven", "--lr_warmup_steps", "-1"], "--lr_warmup_steps -1"),
     (["train", "--concept", "seven", "--validation_steps", "-1"], "--validation_steps -1"),
     (["train", "--concept", "seven", "--report_to", "mlflow"], "--report_to"),

@@ -175,7 +175,8 @@ def test_the_same_seed_gives_the_same_bytes(trained: Path, make_config: Config, 
     "change",
     [{"beta": 0.7}, {"correction": "none", "beta": 0.9}, {"caption_mode": "own"}, {"reduction": "mean"},
      {"learning_rate": 1e-4}, {"lora_alpha": 6.0}, {"rank": 4}, {"max_grad_norm": 1e-6}, {"lr_warmup_steps": 9},
-     {"target": "noise"}, {"beta_margin": 0.0}, {"generic_beta": 0.2}, {"timestep_bias": 0.0}],
+     {"target": "noise"}, {"beta_margin": 0.0}, {"generic_beta": 0.2}, {"timestep_bias": 0.0},
+     {"share_timesteps": False}, {"gradient_accumulation_steps": 2}],
 )  # fmt: skip
 def test_no_setting_does_nothing(trained: Path, make_config: Config, change: dict[str, object]) -> None:
     other = trainer.run(make_config("other", **change))
