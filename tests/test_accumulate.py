@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import socket
+import subprocess
+import sys
 from dataclasses import replace
 from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
@@ -82,10 +87,49 @@ def test_micro_batches_give_the_whole_batchs_gradient(
 
 
 def test_a_second_pass_sees_the_same_dropout() -> None:
-    right, wrong = torch.tensor([1.0, -1.0]), torch.tensor([-1.0, 1.0])
-    once, twice = (gradient(4, 5.0, "abs", assumed, dropout=0.5) for assumed in (right, wrong))
+    _, _, brackets = gradient(4, 5.0, "abs", dropout=0.5)
+    once, twice = (gradient(4, 5.0, "abs", assumed, dropout=0.5) for assumed in (brackets, -brackets))
     assert torch.equal(once[0], twice[0])
     assert once[1] == twice[1]
+
+
+@pytest.mark.parametrize("correction", ["abs", "nn"])
+def test_two_processes_give_the_whole_batchs_gradient(correction: str, tmp_path: Path) -> None:
+    """Real ones, over gloo, one and two micro-batches each; the parts' own signs differ from the whole's."""
+    # torchrun, because `accelerate launch --cpu --num_processes 2` starts a single process unless mpirun is there
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())]
+    done = subprocess.run(
+        [*launch, __file__, correction, str(tmp_path)],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+        capture_output=True, text=True, timeout=180,
+    )  # fmt: skip
+    want, logs, _ = gradient(1, 5.0, correction)
+    for micro_batches in (1, 2):
+        found = tmp_path / f"{micro_batches}.pt"
+        assert found.is_file(), done.stderr
+        got, cut_logs = torch.load(found)
+        assert torch.allclose(got, want, rtol=1e-9, atol=1e-12)
+        assert dict(zip(LOGGED, cut_logs.tolist(), strict=True)) == pytest.approx(logs, rel=1e-5)
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def one_of_two_processes(correction: str, folder: str) -> None:
+    """What `accelerate launch` runs: this file."""
+    accelerator, objective = Accelerator(cpu=True), PUObjective((0.3, 0.4), correction)  # type: ignore[arg-type]
+    for micro_batches in (1, 2):
+        model = accelerator.prepare(Linear())
+        mine = step(2 * micro_batches, 5.0)[accelerator.process_index :: 2]
+        logs, _ = accumulate_gradients(accelerator, model, model, objective, mine, None)
+        if accelerator.is_main_process:
+            assert accelerator.num_processes == 2
+            torch.save((model.module.weight.grad, logs), f"{folder}/{micro_batches}.pt")
+    accelerator.wait_for_everyone()
+    os._exit(0)  # all is saved: what gloo's threads do to each other while Python shuts down is no concern of ours
 
 
 def test_signs_of_single_parts_would_give_another_gradient() -> None:
@@ -96,3 +140,7 @@ def test_signs_of_single_parts_would_give_another_gradient() -> None:
     want, _, _ = gradient(1, 5.0, "abs")
     assert model.weight.grad is not None
     assert (model.weight.grad - want).norm() > 0.1 * want.norm()
+
+
+if __name__ == "__main__":
+    one_of_two_processes(*sys.argv[1:])
