@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -97,7 +96,7 @@ def test_a_second_pass_sees_the_same_dropout() -> None:
 def test_two_processes_give_the_whole_batchs_gradient(correction: str, tmp_path: Path) -> None:
     """Real ones, over gloo, one and two micro-batches each; the parts' own signs differ from the whole's."""
     # torchrun, because `accelerate launch --cpu --num_processes 2` starts a single process unless mpirun is there
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(
         [*launch, __file__, correction, str(tmp_path)],
         env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
@@ -110,12 +109,6 @@ def test_two_processes_give_the_whole_batchs_gradient(correction: str, tmp_path:
         got, cut_logs = torch.load(found)
         assert torch.allclose(got, want, rtol=1e-9, atol=1e-12)
         assert dict(zip(LOGGED, cut_logs.tolist(), strict=True)) == pytest.approx(logs, rel=1e-5)
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
 
 
 def one_of_two_processes(correction: str, folder: str) -> None:

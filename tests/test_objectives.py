@@ -35,7 +35,8 @@ def loss_of(objective: PUObjective, nll: Tensor, seen: Batch) -> Tensor:
 
 
 def figures_of(objective: PUObjective, nll: Tensor, seen: Batch) -> dict[str, float]:
-    return dict(zip(LOGGED, objective.figures(objective.terms(nll, seen)).tolist(), strict=True))
+    parts = objective.terms(nll, seen)
+    return dict(zip(LOGGED, objective.figures(parts, objective.loss(parts)).tolist(), strict=True))
 
 
 def risk_of(bracket: int, correction: str, nll: Tensor = NLL) -> Tensor:
@@ -77,7 +78,7 @@ def test_one_caption_without_keep_images_is_the_pu_risk() -> None:
 def test_figures_are_means_over_captions_and_carry_no_gradient() -> None:
     objective = PUObjective((BETA, BETA))
     parts = objective.terms(NLL.clone().requires_grad_(), WHOLE)
-    assert not objective.figures(parts).requires_grad
+    assert not objective.figures(parts, objective.loss(parts)).requires_grad
     assert not parts.brackets.requires_grad
     figures = figures_of(objective, NLL, WHOLE)
     assert figures["mean_u"] == pytest.approx(4)

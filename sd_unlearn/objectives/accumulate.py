@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
 from sd_unlearn.batches import Batch
-from sd_unlearn.objectives.pu import PUObjective
+from sd_unlearn.objectives.pu import LOGGED, PUObjective
 
 Losses = Callable[[Batch], Tensor]
 
@@ -26,45 +25,40 @@ def accumulate_gradients(
     before the backward pass. With several it is assumed to be the previous step's (`assumed`, what this function
     returned); when the step's own brackets then disagree, which is rare, the step is gone through again with them.
     """
-    state = _random_state() if len(parts) > 1 else None
+    if len(parts) == 1:
+        return _pass(accelerator, model, losses, objective, parts, None)
+    if assumed is None:
+        assumed = torch.ones(len(objective.betas), device=accelerator.device)
+    state = _random_state()
     figures, brackets = _pass(accelerator, model, losses, objective, parts, assumed)
-    if len(parts) > 1 and not objective.decided_alike(brackets, _assumed(assumed, brackets)):
+    if not objective.decided_alike(brackets, assumed):
         model.zero_grad()
         _restore(state)  # the same dropout, so that the brackets are those that were just seen
         figures, _ = _pass(accelerator, model, losses, objective, parts, brackets)
     return figures, brackets
 
 
-def _assumed(assumed: Tensor | None, brackets: Tensor) -> Tensor:
-    return torch.ones_like(brackets) if assumed is None else assumed
-
-
 def _pass(
     accelerator: Accelerator, model: torch.nn.Module, losses: Losses, objective: PUObjective, parts: Sequence[Batch],
-    assumed: Tensor | None,
+    signs: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """One forward and backward pass over all parts, with these brackets' signs if there are several parts."""
-    figures: Tensor = torch.zeros(())
-    brackets: Tensor = torch.zeros(())
+    """One forward and backward pass over all parts, with these brackets' signs; None: with those of the only part."""
+    total = torch.zeros(len(LOGGED) + len(objective.betas), device=accelerator.device)
     for number, batch in enumerate(parts, 1):
-        last = number == len(parts)
-        with nullcontext() if last else accelerator.no_sync(model):
+        with nullcontext() if number == len(parts) else accelerator.no_sync(model):
             terms = objective.terms(losses(batch), batch)
-            signs = _assumed(assumed, terms.brackets)
-            if len(parts) == 1:
-                signs = accelerator.reduce(terms.brackets, "mean")
-            accelerator.backward(objective.loss(terms, signs) / len(parts))
-        figures = figures.to(signs.device) + objective.figures(terms, signs) / len(parts)
-        brackets = brackets.to(signs.device) + terms.brackets / len(parts)
-    return accelerator.reduce(figures, "mean"), accelerator.reduce(brackets, "mean")
+            loss = objective.loss(terms, accelerator.reduce(terms.brackets, "mean") if signs is None else signs)
+            accelerator.backward(loss / len(parts))
+        total += torch.cat([objective.figures(terms, loss), terms.brackets]) / len(parts)
+    figures, brackets = accelerator.reduce(total, "mean").split([len(LOGGED), len(objective.betas)])
+    return figures, brackets
 
 
-def _random_state() -> dict[str, Any]:
-    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
+def _random_state() -> tuple[Tensor, list[Tensor]]:
+    return torch.get_rng_state(), torch.cuda.get_rng_state_all()
 
 
-def _restore(state: dict[str, Any] | None) -> None:
-    if state is not None:
-        torch.set_rng_state(state["cpu"])
-        if state["cuda"]:
-            torch.cuda.set_rng_state_all(state["cuda"])
+def _restore(state: tuple[Tensor, list[Tensor]]) -> None:
+    cpu, cuda = state
+    torch.set_rng_state(cpu)
+    torch.cuda.set_rng_state_all(cuda)

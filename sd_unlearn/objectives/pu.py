@@ -57,11 +57,11 @@ class PUObjective:
         risks = [corrected(t, self.correction, b) for t, b in zip(parts.terms, known, strict=True)]
         return torch.stack(risks).mean() + parts.keep
 
-    def figures(self, parts: StepTerms, brackets: Tensor | None = None) -> Tensor:
+    def figures(self, parts: StepTerms, loss: Tensor) -> Tensor:
         """[len(LOGGED)], detached: the figures to log, in the order of LOGGED, those of brackets as their mean."""
         names = ("mean_u", "mean_s", "bracket", "positive")
         means = [torch.stack([getattr(t, name) for t in parts.terms]).mean() for name in names]
-        return torch.stack([self.loss(parts, brackets), *means, parts.keep]).detach().float()
+        return torch.stack([loss, *means, parts.keep]).detach().float()
 
     def decided_alike(self, some: Tensor, others: Tensor) -> bool:
         """Whether two sets of brackets lead to the same step."""
