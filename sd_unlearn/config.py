@@ -92,17 +92,6 @@ class TrainConfig(RenderConfig):
     beta: Annotated[
         float | None, _help("Prior in (0, 1): share of the concept in 0_unlabeled. Default: the manifest's, else 0.1.")
     ] = None
-    beta_margin: Annotated[
-        float,
-        _help("Raises beta by this share of what is left to 1. 0 is the paper's unbiased risk; more forgets more."),
-    ] = 0.15
-    generic_beta: Annotated[
-        float | None,
-        _help(
-            "Weight of the positives under the generic caption, in place of beta: above beta it drives the concept "
-            "out of what the generic prompt draws. Default: 0.5, or beta + margin if that is more."
-        ),
-    ] = None
     reduction: Annotated[
         Reduction, _help("Per-example loss as sum (the paper's likelihood) or mean over the latent.")
     ] = "sum"
@@ -127,6 +116,27 @@ class TrainConfig(RenderConfig):
             "average, with far less variance), or the noise, as in the paper."
         ),
     ] = "teacher"
+    push: Annotated[
+        float,
+        _help(
+            "With a teacher: how hard positives are pushed away, in place of beta, which then only decides the "
+            "bracket's sign. More forgets more and keeps less."
+        ),
+    ] = 1.5
+    trajectory: Annotated[
+        float,
+        _help(
+            "With a teacher: share of the concept's and the generic images that the base's own sampler carries on "
+            "from their noisy state, so that the concept is also forgotten where pictures under way pass."
+        ),
+    ] = 0.5
+    unconditional: Annotated[
+        float | None,
+        _help(
+            "With a teacher: share of what is kept that is seen under the empty caption. Default: 0.25, and 0 on "
+            "digits, for which the generic caption means the same as none."
+        ),
+    ] = None
     timestep_bias: Annotated[
         float,
         _help(
@@ -254,19 +264,19 @@ def check_train(config: TrainConfig) -> None:
     check_render(config)
     if config.num_positive is not None and config.num_positive < 2:
         raise UsageError(f"--num_positive {config.num_positive} is too few: training needs at least 2 positives.")
-    for name, hint in (
-        ("beta", "it is the share of the concept in 0_unlabeled, e.g. 0.2"),
-        ("generic_beta", "try 0.5"),
-    ):
-        value = getattr(config, name)
-        if value is not None and not 0 < value < 1:
-            raise UsageError(f"--{name} {value:g} is outside (0, 1): {hint}.")
-    if not 0 <= config.beta_margin < 1:
-        raise UsageError(f"--beta_margin {config.beta_margin:g} must lie in [0, 1), e.g. 0.15.")
+    if config.beta is not None and not 0 < config.beta < 1:
+        raise UsageError(
+            f"--beta {config.beta:g} is outside (0, 1): it is the share of the concept in 0_unlabeled, e.g. 0.2."
+        )
+    for name, hint in (("trajectory", "0.5"), ("unconditional", "0.25")):
+        share = getattr(config, name)
+        if share is not None and not 0 <= share <= 1:
+            raise UsageError(f"--{name} {share:g} is outside [0, 1]: it is a share, e.g. {hint}.")
     check_positive(
         config,
-        ("rank", "max_train_steps", "learning_rate", "max_grad_norm", "temperature", "gradient_accumulation_steps"),
-    )
+        ("rank", "max_train_steps", "learning_rate", "max_grad_norm", "temperature", "push",
+         "gradient_accumulation_steps"),
+    )  # fmt: skip
     if config.train_batch_size < 4:
         raise UsageError(
             f"--train_batch_size {config.train_batch_size} is below 4: a step needs unlabeled and positive images."

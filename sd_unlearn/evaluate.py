@@ -69,8 +69,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     groups = np.array([shot.group for shot in shots])
     expected = [shot.prompt.expect for shot in shots]
     rows = measure(concept, judge.name, groups, expected, readings["base"], readings["lora"])
-    settings = ("beta", "beta_source", "bracket_betas", "rank", "lora_alpha", "correction", "caption_mode", "target",
-                "timestep_bias")  # fmt: skip
+    settings = ("beta", "beta_source", "rank", "lora_alpha", "correction", "caption_mode", "target", "push")
     results = {
         "schema_version": SCHEMA_VERSION, "concept": concept.slug, "caption": concept.caption,
         "generic": concept.generic, "kind": concept.kind, "base": training["base"],

@@ -7,7 +7,6 @@ import json
 import resource
 import subprocess
 import time
-from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,16 +23,17 @@ PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate")
 
 
 def training_record(
-    config: TrainConfig, concept: Concept, base: Base, beta_source: str, betas: Sequence[float], cost: dict[str, Any]
+    config: TrainConfig, concept: Concept, base: Base, beta_source: str, cost: dict[str, Any]
 ) -> dict[str, Any]:
     """What training.json says: everything later stages and an auditor need to know about a run."""
     settings = as_dict(config)
-    named = ("rank", "lora_alpha", "beta", "correction", "caption_mode", "target", "timestep_bias", "reduction", "seed")
+    named = ("rank", "lora_alpha", "beta", "correction", "caption_mode", "target", "push",
+             "trajectory", "unconditional", "timestep_bias", "reduction", "seed")  # fmt: skip
     sha256 = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
     return {
         "schema_version": 1, "concept": concept.slug, "base": base.describe(),
         **{k: settings[k] for k in named},
-        "beta_source": beta_source, "bracket_betas": [round(b, 4) for b in betas], "config_sha256": sha256,
+        "beta_source": beta_source, "config_sha256": sha256,
         "created": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()),
         "version": __version__, "versions": {p: version(p) for p in PACKAGES}, "commit": commit(),
         "cost": cost, "seeds": {"train": list(TRAIN_SEEDS)},

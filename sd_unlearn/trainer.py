@@ -21,7 +21,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from sd_unlearn import lora
-from sd_unlearn.base import Base, choose_precision, load_base, resolve_name
+from sd_unlearn.base import DIGITS, Base, choose_precision, load_base, resolve_name
 from sd_unlearn.batches import Batch, StratifiedBatches
 from sd_unlearn.concept import Concept, load_concept, write_concept
 from sd_unlearn.config import TrainConfig, as_dict, check_train
@@ -31,7 +31,8 @@ from sd_unlearn.errors import UnlearnError, UsageError
 from sd_unlearn.objectives.accumulate import accumulate_gradients
 from sd_unlearn.objectives.losses import example_losses
 from sd_unlearn.objectives.pu import LOGGED, PUObjective
-from sd_unlearn.prior import bracket_betas, resolve_beta
+from sd_unlearn.objectives.teacher import Teacher
+from sd_unlearn.prior import resolve_beta
 from sd_unlearn.provenance import device_name, peak_memory_mb, training_record
 from sd_unlearn.records import (
     CONCEPT,
@@ -51,6 +52,8 @@ from sd_unlearn.records import (
 from sd_unlearn.render import Sampler, data_dir_of, draw, plan, render_concept, sampling_of, save_image
 
 LOG_EVERY = 10
+# The text encoder of digits gives the generic caption nearly the empty one's embedding: both forget, or neither does.
+UNCONDITIONAL = {DIGITS: 0.0}
 
 
 def run(config: TrainConfig) -> Path:
@@ -126,22 +129,29 @@ def _train(
 ) -> Path:
     examples = scan(folder, concept)
     beta, beta_source = resolve_beta(config.beta, folder)
-    betas = bracket_betas(beta, config.beta_margin, config.generic_beta, config.caption_mode)
+    usual = sampling_of(base.name).guidance_scale
+    guidance_scale = usual if config.guidance_scale is None else config.guidance_scale
+    unconditional = UNCONDITIONAL.get(base.name, 0.25) if config.unconditional is None else config.unconditional
     alpha = float(config.rank if config.lora_alpha is None else config.lora_alpha)
     latents = encode_images(base, examples, config.resolution or base.resolution, folder / CACHE_DIR)
     texts = list(dict.fromkeys(["", concept.caption, concept.generic, *(e.caption for e in examples)]))
+    captions = dict(zip(texts, encode_captions(base, texts), strict=True))
     batches = StratifiedBatches(
-        examples, latents, dict(zip(texts, encode_captions(base, texts), strict=True)), concept, config.caption_mode,
+        examples, latents, captions, concept, config.caption_mode,
         config.train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes,
         base.pipeline.scheduler.config.num_train_timesteps, TRAIN_SEEDS[0] + config.seed,
         rank=accelerator.process_index, world=accelerator.num_processes,
         micro_batches=config.gradient_accumulation_steps, device=accelerator.device,
         teacher=config.target == "teacher", timestep_bias=config.timestep_bias,
-        share_timesteps=config.share_timesteps,
+        share_timesteps=config.share_timesteps, trajectory=config.trajectory, unconditional=unconditional,
     )  # fmt: skip
     model = lora.attach(base.pipeline.unet, config.rank, alpha, TRAIN_SEEDS[0] + config.seed)
-    resolved = dataclasses.replace(config, beta=beta, lora_alpha=alpha, data_dir=folder, output_dir=output,
-                                   pretrained_model_name_or_path=base.name)  # fmt: skip
+    resolved = dataclasses.replace(
+        config, beta=beta, lora_alpha=alpha, data_dir=folder, output_dir=output, guidance_scale=guidance_scale,
+        unconditional=unconditional, pretrained_model_name_or_path=base.name,
+    )  # fmt: skip
+    generic, empty = (captions[caption].to(accelerator.device) for caption in (concept.generic, ""))
+    teacher = Teacher(Denoiser.of(base, model), generic, empty, max(1.0, guidance_scale), config.push / beta)
     if accelerator.is_main_process:
         shutil.rmtree(output, ignore_errors=True)  # an earlier run goes only now that nothing can be refused any more
         write_text(output / CONFIG, yaml.safe_dump(as_dict(resolved), sort_keys=False, allow_unicode=True))
@@ -151,13 +161,15 @@ def _train(
     positives = sum(e.is_positive for e in examples)
     counts = f"{len(examples) - positives} unlabeled and {positives} positive images"
     accelerator.print(
-        f"Forgetting {concept.name!r} in {base.name}: {counts}, "
-        f"beta {beta:g} ({beta_source}), {' and '.join(f'{b:.3g}' for b in betas)} in the brackets.",
+        f"Forgetting {concept.name!r} in {base.name}: {counts}, beta {beta:g} ({beta_source}).",
         file=sys.stderr,
     )
 
     started = time.monotonic()
-    steps = fit(resolved, base, model, batches, PUObjective(betas, config.correction), concept, accelerator)
+    objective = PUObjective([beta] * len(batches.brackets), config.correction)
+    steps = fit(
+        resolved, base, model, batches, objective, concept, accelerator, teacher if config.target == "teacher" else None
+    )
     seconds = time.monotonic() - started
     if accelerator.is_main_process:
         lora.save(model, output)
@@ -167,7 +179,7 @@ def _train(
             "peak_memory_mb": peak_memory_mb(), "device": device_name(accelerator.device),
             "processes": accelerator.num_processes, "mixed_precision": accelerator.mixed_precision,
         }  # fmt: skip
-        write_json(output / TRAINING, training_record(resolved, concept, base, beta_source, betas, cost))
+        write_json(output / TRAINING, training_record(resolved, concept, base, beta_source, cost))
         print(f"Trained {steps} steps in {seconds:.0f} s; the LoRA is in {output / lora.ADAPTER_DIR}.", file=sys.stderr)
     accelerator.wait_for_everyone()
     accelerator.end_training()  # last: it takes the process group down
@@ -176,7 +188,7 @@ def _train(
 
 def fit(
     config: TrainConfig, base: Base, model: Any, batches: StratifiedBatches, objective: PUObjective, concept: Concept,
-    accelerator: Accelerator,
+    accelerator: Accelerator, teacher: Teacher | None,
 ) -> int:  # fmt: skip
     """Minimise the objective over the LoRA; writes metrics.jsonl and previews as it goes. Returns the steps taken."""
     parameters = lora.trainable(model)
@@ -186,7 +198,6 @@ def fit(
     )
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     denoiser = Denoiser.of(base, wrapped)
-    teacher = Denoiser.of(base, model) if config.target == "teacher" else None
     brackets: torch.Tensor | None = None
 
     def losses(batch: Batch) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -14,29 +15,41 @@ from sd_unlearn import lora
 from sd_unlearn.base import Base
 from sd_unlearn.batches import PLAIN, Batch
 from sd_unlearn.denoiser import Denoiser
-from sd_unlearn.diffusion import add_noise, per_example_loss
-from sd_unlearn.objectives.losses import base_prediction, example_losses
+from sd_unlearn.diffusion import add_noise, ddim_step, noise_in, per_example_loss
+from sd_unlearn.objectives.losses import example_losses
+from sd_unlearn.objectives.teacher import Teacher
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 MIXED = [PLAIN, 0, 0, PLAIN, 1, 1, PLAIN]
+GUIDANCE, PUSH = 3.0, 2.5
 
 
 class Step:
     """A step's tensors on the tiny base, its keep rows between those of two brackets, and what the base predicts."""
 
-    def __init__(self, base: Base, learned: bool) -> None:
+    def __init__(self, base: Base, learned: bool, carried: bool = False) -> None:
         count, generator = len(MIXED), torch.Generator().manual_seed(1)
         latents, noise = (torch.randn(count, 4, 8, 8, generator=generator) for _ in range(2))
         text, drawn_from = (torch.randn(count, 24, 16, generator=generator) for _ in range(2))
         timesteps = torch.linspace(50, 950, count).long()
         positive = torch.tensor([i % 2 == 0 for i in range(count)])  # keep rows may show a positive, too
+        generic, empty = torch.randn(2, 24, 16, generator=generator)
+        unconditional = torch.tensor([i == count - 1 for i in range(count)])
+        text[-1] = drawn_from[-1] = empty
+        start = timesteps.clone()
+        if carried:
+            start[[1, 2, 4]] += torch.tensor([300, 0, 100])
         self.batch = Batch(
-            latents, text, drawn_from, positive, torch.tensor(MIXED), 2, timesteps, noise, torch.ones(count)
+            latents, text, drawn_from, positive, torch.tensor(MIXED), 2, timesteps, start, noise, unconditional,
+            torch.ones(count),
+        )  # fmt: skip
+        self.schedule, self.unet = base.pipeline.scheduler.alphas_cumprod, base.pipeline.unet
+        self.keep, self.pushed = self.batch.bracket == PLAIN, positive & (self.batch.bracket != PLAIN)
+        self.noisy = add_noise(latents, noise, timesteps, self.schedule)
+        self.base_says, self.base_generic, self.base_empty = (
+            self.ask(text) for text in (drawn_from, generic.expand(count, -1, -1), empty.expand(count, -1, -1))
         )
-        self.keep = self.batch.bracket == PLAIN
-        self.noisy = add_noise(latents, noise, timesteps, base.pipeline.scheduler.alphas_cumprod)
-        with torch.no_grad():
-            self.base_says = base.pipeline.unet(self.noisy, timesteps, encoder_hidden_states=drawn_from).sample
+        self.empty = empty
         self.model = lora.attach(base.pipeline.unet, 2, 2.0, 0)
         if learned:
             with torch.no_grad():
@@ -44,9 +57,23 @@ class Step:
                     if "lora_B" in name:
                         parameter.normal_(generator=torch.Generator().manual_seed(2))
         self.denoiser = Denoiser.of(base, self.model)
+        self.teacher = Teacher(self.denoiser, generic, empty, GUIDANCE, PUSH)
+
+    @torch.no_grad()
+    def ask(self, text: Tensor, noisy: Tensor | None = None, timesteps: Tensor | None = None) -> Tensor:
+        """What the UNet says as it is now."""
+        noisy = self.noisy if noisy is None else noisy
+        timesteps = self.batch.timesteps if timesteps is None else timesteps
+        return self.unet(noisy, timesteps, encoder_hidden_states=text).sample
 
     def predict(self) -> Tensor:
         return self.denoiser.predict(self.noisy, self.batch.timesteps, self.batch.text)
+
+    def wanted(self) -> Tensor:
+        """What unlabeled and keep rows are drawn to: guided by it, a keep row's picture is the base's own."""
+        moved = self.ask(self.empty.expand(len(MIXED), -1, -1)) - self.base_empty
+        guided_rows = (self.keep & ~self.batch.unconditional).view(-1, 1, 1, 1)
+        return self.base_says + guided_rows * (1 - 1 / GUIDANCE) * moved
 
     def gradients(self, nll: Tensor) -> list[Tensor]:
         return list(torch.autograd.grad(nll.sum(), lora.trainable(self.model), retain_graph=True))
@@ -60,23 +87,84 @@ def test_without_a_teacher_it_is_the_noise_prediction_loss(loaded_base: Base, re
 
 
 @pytest.mark.parametrize("learned", [True, False])
-def test_with_a_teacher_value_and_gradient_are_two_things(loaded_base: Base, learned: bool) -> None:
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_with_a_teacher_value_and_gradient_are_two_things(loaded_base: Base, learned: bool, reduction: str) -> None:
     step = Step(loaded_base, learned)
-    got = example_losses(step.denoiser, step.batch, "sum", step.denoiser)
-    noise = per_example_loss(step.predict(), step.batch.noise)
-    distance = per_example_loss(step.predict(), step.base_says)
+    got = example_losses(step.denoiser, step.batch, reduction, step.teacher)  # type: ignore[arg-type]
+    noise = per_example_loss(step.predict(), step.batch.noise, reduction)  # type: ignore[arg-type]
+    distance = per_example_loss(step.predict(), step.wanted(), reduction)  # type: ignore[arg-type]
     assert torch.allclose(got[~step.keep], noise[~step.keep])
-    assert torch.allclose(got[step.keep], distance[step.keep])
-    for ours, theirs in zip(step.gradients(got), step.gradients(distance), strict=True):
-        assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-5)
-    assert any((a - b).abs().max() > 1e-3 for a, b in zip(step.gradients(got), step.gradients(noise), strict=True))
+    assert torch.allclose(got[step.keep], distance[step.keep], atol=1e-6)
+    elements = 1 if reduction == "sum" else step.noisy[0].numel()
+    along = 2 * ((step.predict() - step.base_generic) * (step.base_generic - step.base_says)).sum((1, 2, 3)) / elements
+    for mask, followed in ((step.pushed, PUSH * along), (~step.pushed, distance)):
+        close(step.gradients(got[mask]), step.gradients(followed[mask]))
+        assert any(
+            (a - b).abs().max() > 1e-6
+            for a, b in zip(step.gradients(got[mask]), step.gradients(noise[mask]), strict=True)
+        )
+
+
+def close(ours: list[Tensor], theirs: list[Tensor]) -> None:
+    scale = max(g.abs().max().item() for g in theirs)
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-5 * scale)
+
+
+def test_the_push_is_the_first_order_of_what_a_bracket_subtracts(loaded_base: Base) -> None:
+    """Where the prediction is the base's under the generic caption, both have the same gradient, push aside."""
+    step = Step(loaded_base, learned=False)  # predicts as the base does
+    generic = step.teacher.generic.expand(len(MIXED), -1, -1)
+    batch = dataclasses.replace(step.batch, text=generic)
+    got = example_losses(step.denoiser, batch, "sum", step.teacher)
+    square = per_example_loss(step.denoiser.predict(step.noisy, batch.timesteps, generic), step.base_says)
+    close(step.gradients(got[step.pushed]), step.gradients(PUSH * square[step.pushed]))
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_rows_on_a_trajectory_are_carried_there_by_guided_ddim(loaded_base: Base, prediction_type: str) -> None:
+    step = Step(loaded_base, learned=True, carried=True)
+    batch, schedule = step.batch, step.schedule
+    denoiser = dataclasses.replace(step.denoiser, prediction_type=prediction_type)
+    teacher = dataclasses.replace(step.teacher, denoiser=denoiser)
+    noisy = add_noise(batch.latents, batch.noise, batch.start, schedule)
+    with lora.teacher(step.model):
+        own, none = (step.ask(t, noisy, batch.start) for t in (batch.teacher_text, step.empty.expand(7, -1, -1)))
+    guided = none + GUIDANCE * (own - none)
+    moved = batch.start > batch.timesteps
+    assert moved.tolist() == [False, True, False, False, True, False, False]
+    step.noisy = torch.where(
+        moved.view(-1, 1, 1, 1),
+        ddim_step(noisy, guided, batch.start, batch.timesteps, schedule, prediction_type), noisy,  # type: ignore[arg-type]
+    )  # fmt: skip
+    noise = noise_in(step.noisy, batch.latents, batch.timesteps, schedule)
+    signal, sigma = (c[batch.timesteps].sqrt().view(-1, 1, 1, 1) for c in (schedule, 1 - schedule))
+    target = noise if prediction_type == "epsilon" else signal * noise - sigma * batch.latents
+    got = example_losses(denoiser, batch, "sum", teacher)
+    want = per_example_loss(step.predict(), target)
+    assert torch.allclose(got[~step.keep], want[~step.keep], rtol=1e-4)
+    unmoved = example_losses(denoiser, batch, "sum", None)  # without a teacher there is no sampler to carry them
+    at_once = example_losses(denoiser, dataclasses.replace(batch, start=batch.timesteps), "sum", None)
+    assert torch.equal(unmoved, at_once)
+    assert not torch.allclose(unmoved[moved], got[moved], rtol=1e-3)
+
+
+def test_what_is_held_is_the_guided_prediction(loaded_base: Base) -> None:
+    """A LoRA that predicts what keep rows are drawn to draws, with guidance, what the base draws."""
+    step = Step(loaded_base, learned=True)
+    empty = step.empty.expand(len(MIXED), -1, -1)
+    offset = step.teacher.offset(step.noisy, step.batch.timesteps)
+    assert offset.abs().max() > 1e-3
+    moved = step.ask(empty)
+    guided = moved + GUIDANCE * (step.base_says + offset - moved)
+    assert torch.allclose(guided, step.base_empty + GUIDANCE * (step.base_says - step.base_empty), atol=1e-5)
 
 
 def test_the_teacher_is_the_base_whatever_the_lora_has_learned(loaded_base: Base) -> None:
     step = Step(loaded_base, learned=True)
     trained = {name for name, p in step.model.named_parameters() if p.requires_grad}
     before = step.predict()
-    taught = base_prediction(step.denoiser, step.noisy, step.batch)
+    taught = step.teacher.predict(step.noisy, step.batch.timesteps, step.batch.teacher_text)
     assert torch.allclose(taught, step.base_says, atol=1e-5)
     assert not taught.requires_grad
     assert taught.dtype == torch.float32
@@ -110,13 +198,18 @@ def test_a_teacher_leaves_the_mean_gradient_and_takes_its_variance() -> None:
     schedule, generator = torch.linspace(0.99, 0.01, 100), torch.Generator().manual_seed(0)
     model = Gaussian(schedule)
     denoiser = Denoiser(model, schedule, "epsilon", 100)  # type: ignore[arg-type]
+    teacher = Teacher(denoiser, torch.zeros(1, 1), torch.zeros(1, 1), 1.0)
     found: dict[bool, list[float]] = {True: [], False: []}
+    text = torch.zeros(4, 1, 1)
     for _ in range(2000):
         latents, noise = (torch.randn(4, 1, 2, 2, generator=generator) for _ in range(2))
         timesteps, nothing = torch.randint(0, 100, (4,), generator=generator), torch.zeros(4)
-        batch = Batch(latents, nothing, nothing, nothing.bool(), nothing.long(), 1, timesteps, noise, nothing + 1)
+        batch = Batch(
+            latents, text, text, nothing.bool(), nothing.long(), 1, timesteps, timesteps, noise, nothing.bool(),
+            nothing + 1,
+        )  # fmt: skip
         for taught, gradients in found.items():
-            loss = example_losses(denoiser, batch, "mean", denoiser if taught else None).mean()
+            loss = example_losses(denoiser, batch, "mean", teacher if taught else None).mean()
             gradients.append(torch.autograd.grad(loss, model.weight)[0].item())
     taught, plain = (torch.tensor(found[k], dtype=torch.float64) for k in (True, False))
     for gradients in (taught, plain):

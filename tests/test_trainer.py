@@ -63,7 +63,7 @@ def make_config(place: Path, tiny_base: Path) -> Config:
             "concept": str(place / "brad.yaml"), "pretrained_model_name_or_path": str(tiny_base),
             "data_dir": place / "data", "output_dir": Path(output_dir), "num_inference_steps": 2, "rank": 2,
             "lora_alpha": 3.0, "max_train_steps": 12, "lr_warmup_steps": 2, "train_batch_size": 8,
-            "learning_rate": 1e-3, "beta_margin": 0.05, "generic_beta": 0.24, "validation_steps": 0,
+            "learning_rate": 1e-3, "validation_steps": 0,
             "report_to": "none",
         }  # fmt: skip
         return TrainConfig(**(settings | changes))  # type: ignore[arg-type]
@@ -123,7 +123,7 @@ def test_metrics_are_logged_as_they_come(trained: Path) -> None:
         assert {"mean_u", "mean_s", "ratio", "bracket", "loss", "lr", "grad_norm"} <= set(line)
         assert all(isinstance(value, float | int) for value in line.values())
         assert line["ratio"] == pytest.approx(line["mean_s"] / line["mean_u"])
-        assert line["bracket"] == pytest.approx(line["mean_u"] - 0.24 * line["mean_s"], rel=1e-4)
+        assert line["bracket"] == pytest.approx(line["mean_u"] - 0.2 * line["mean_s"], rel=1e-4)
     assert 0 <= lines[-1]["lr"] < lines[0]["lr"] < 1e-3
 
 
@@ -132,7 +132,8 @@ def test_the_training_record(trained: Path, tiny_base: Path) -> None:
     assert record["schema_version"] == 1
     assert record["concept"] == "brad-pitt"
     assert record["base"] == load_base(str(tiny_base), device="cpu").describe()
-    assert (record["beta"], record["bracket_betas"], record["beta_source"]) == (0.2, [0.24, 0.24], "manifest")
+    assert (record["beta"], record["beta_source"]) == (0.2, "manifest")
+    assert (record["push"], record["trajectory"], record["unconditional"]) == (1.5, 0.5, 0.25)
     assert (record["rank"], record["lora_alpha"]) == (2, 3.0)
     assert (record["correction"], record["caption_mode"]) == ("abs", "both")
     assert len(record["config_sha256"]) == 64
@@ -175,7 +176,8 @@ def test_the_same_seed_gives_the_same_bytes(trained: Path, make_config: Config, 
     "change",
     [{"beta": 0.7}, {"correction": "none", "beta": 0.9}, {"caption_mode": "own"}, {"reduction": "mean"},
      {"learning_rate": 1e-4}, {"lora_alpha": 6.0}, {"rank": 4}, {"max_grad_norm": 1e-6}, {"lr_warmup_steps": 9},
-     {"target": "noise"}, {"beta_margin": 0.0}, {"generic_beta": 0.2}, {"timestep_bias": 0.0},
+     {"target": "noise"}, {"push": 1.0}, {"trajectory": 0.0}, {"unconditional": 0.0},
+     {"timestep_bias": 0.0},
      {"share_timesteps": False}, {"gradient_accumulation_steps": 2}],
 )  # fmt: skip
 def test_no_setting_does_nothing(trained: Path, make_config: Config, change: dict[str, object]) -> None:
@@ -195,8 +197,7 @@ def test_the_resolved_config_repeats_the_run(trained: Path, capsys: pytest.Captu
     """config.yaml is a --config file: defaults and what was looked up are in it, and the concept is still the one that
     was asked for by its file, not another of that name (prompts/brad-pitt.yaml)."""
     settings = yaml.safe_load((trained / "config.yaml").read_text())
-    assert (settings["beta"], settings["beta_margin"], settings["lora_alpha"]) == (0.2, 0.05, 3.0)
-    assert read_json(trained / "training.json")["bracket_betas"] == [0.24, 0.24]
+    assert (settings["beta"], settings["unconditional"], settings["lora_alpha"]) == (0.2, 0.25, 3.0)
     assert settings["target"] == "teacher"
     assert cli.main(["train", "--config", str(trained / "config.yaml"), "--output_dir", "again"]) == 0
     assert capsys.readouterr().out == "again\n"

@@ -7,40 +7,74 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from sd_unlearn import lora
 from sd_unlearn.batches import PLAIN, Batch
 from sd_unlearn.denoiser import Denoiser
-from sd_unlearn.diffusion import add_noise, per_example_loss, training_target
+from sd_unlearn.diffusion import add_noise, noise_in, per_example_loss, training_target
+from sd_unlearn.objectives.teacher import Teacher
 
 
 def example_losses(
-    denoiser: Denoiser, batch: Batch, reduction: Literal["sum", "mean"] = "sum", teacher: Denoiser | None = None,
+    denoiser: Denoiser, batch: Batch, reduction: Literal["sum", "mean"] = "sum", teacher: Teacher | None = None,
     temperature: float = 1.0,
 ) -> Tensor:  # fmt: skip
     """l [B] of a batch's examples over the temperature, with the gradient to follow.
 
-    Without a teacher: the noise-prediction loss. With one (a PEFT model's Denoiser; its adapter is switched off for
-    it) the value stays that loss, which decides the sign of a bracket, but the gradient is that of |f - f*|^2, with
-    f* the base's prediction under the caption the image was drawn from. Where the base is optimal for its own images,
-    f* = E[eps | x_t], so |f - eps|^2 and |f - f*|^2 differ in expectation by a constant: the gradient has the same
-    mean without the noise's variance. Keep images have |f - f*|^2 for a value, too: zero is what one wants there.
+    Without a teacher: the noise-prediction loss. With one the value stays that loss, which decides the sign of a
+    bracket, but the gradient is that of another one. With f the prediction, f* the base's under the caption the image
+    was drawn from, f0 the base's under the generic caption, and all of them at x_t:
+
+    unlabeled: |f - f*|^2. Where the base is optimal for its own images, f* = E[eps | x_t], so |f - eps|^2 and
+        |f - f*|^2 differ in expectation by a constant: the same mean gradient without the noise's variance.
+    positive: push * 2 <f - f0, f0 - f*>, what |f - f*|^2 grows by to first order as f leaves f0. A bracket subtracts
+        it, and minus a square has no minimum: what drives f from f* would drive it anywhere. Linearised, the bracket
+        is convex (the convex-concave procedure), and least at f = f0 + push beta p_S / p_U (f0 - f*), to first order
+        the prediction of p_N = (p_U - beta p_S) / (1 - beta): the concept is left in the one direction that is meant.
+    keep images: |f - f*|^2, for a value, too, since zero is what one wants there; f* moved by `Teacher.offset`.
     """
-    schedule = denoiser.alphas_cumprod
-    noisy = add_noise(batch.latents, batch.noise, batch.timesteps, schedule)
-    target = training_target(batch.latents, batch.noise, batch.timesteps, schedule, denoiser.prediction_type)  # type: ignore[arg-type]
-    # First, because switching the adapter off and on between a forward and its backward pass upsets DDP.
-    taught = None if teacher is None else base_prediction(teacher, noisy, batch)
+    noisy, noise = _noisy_images(denoiser, batch, teacher)
+    target = training_target(
+        batch.latents, noise, batch.timesteps, denoiser.alphas_cumprod, denoiser.prediction_type  # type: ignore[arg-type]
+    )  # fmt: skip
+    # Before the prediction: switching the adapter off and on between a forward and its backward pass upsets DDP.
+    taught = None if teacher is None else _teach(teacher, noisy, batch)
     predicted = denoiser.predict(noisy, batch.timesteps, batch.text)
     against_noise = per_example_loss(predicted, target, reduction) / temperature
-    if taught is None:
+    if teacher is None or taught is None:
         return against_noise
-    distance = per_example_loss(predicted, taught, reduction) / temperature
-    value = torch.where(batch.bracket == PLAIN, distance, against_noise).detach()
-    return value + distance - distance.detach()
+    wanted, away = taught
+    distance = per_example_loss(predicted, wanted, reduction)
+    along = 2 * (predicted.float() * away).flatten(1).sum(1) / (1 if reduction == "sum" else away[0].numel())
+    followed = torch.where(_pushed(batch), teacher.push * along, distance) / temperature
+    value = torch.where(batch.bracket == PLAIN, followed, against_noise).detach()
+    return value + followed - followed.detach()
 
 
-@torch.no_grad()
-def base_prediction(teacher: Denoiser, noisy: Tensor, batch: Batch) -> Tensor:
-    """What the network predicts with its adapter off, under the captions the images were drawn from: as noisy."""
-    with lora.teacher(teacher.model):
-        return teacher.predict(noisy, batch.timesteps, batch.teacher_text).float()
+def _noisy_images(denoiser: Denoiser, batch: Batch, teacher: Teacher | None) -> tuple[Tensor, Tensor]:
+    """(x_t, the noise in it), each as latents: noised at `start` and, with a teacher, carried on to `timesteps`."""
+    schedule = denoiser.alphas_cumprod
+    start = batch.timesteps if teacher is None else batch.start
+    noisy, noise = add_noise(batch.latents, batch.noise, start, schedule), batch.noise
+    moved = start > batch.timesteps
+    if teacher is None or not moved.any():
+        return noisy, noise
+    noisy, noise, end = noisy.clone(), noise.clone(), batch.timesteps[moved]
+    noisy[moved] = teacher.carry(noisy[moved], start[moved], end, batch.teacher_text[moved])
+    noise[moved] = noise_in(noisy[moved], batch.latents[moved], end, schedule)
+    return noisy, noise
+
+
+def _teach(teacher: Teacher, noisy: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    """(what to predict, f0 - f* of positives), each as noisy."""
+    wanted = teacher.predict(noisy, batch.timesteps, batch.teacher_text)
+    away = torch.zeros_like(wanted)
+    held = (batch.bracket == PLAIN) & ~batch.unconditional  # without a caption there is nothing to guide
+    if held.any():
+        wanted[held] += teacher.offset(noisy[held], batch.timesteps[held])
+    pushed = _pushed(batch)
+    if pushed.any():
+        away[pushed] = teacher.predict(noisy[pushed], batch.timesteps[pushed], teacher.generic) - wanted[pushed]
+    return wanted, away
+
+
+def _pushed(batch: Batch) -> Tensor:
+    return batch.is_positive & (batch.bracket != PLAIN)
