@@ -31,8 +31,7 @@ class Batch:
     is_positive: Tensor  # [B] bool
     bracket: Tensor  # [B] long, index of the caption's bracket, PLAIN for keep images
     captions: int  # how many brackets
-    timesteps: Tensor  # [B] long, at which the network is asked
-    start: Tensor  # [B] long, >= timesteps: where noise is added; the base's sampler goes on from there
+    timesteps: Tensor  # [B] long
     noise: Tensor  # as latents
     unconditional: Tensor  # [B] bool, seen under the empty caption
     weight: Tensor  # [B]: with it, the mean over parts of sum(weight * l) is the whole batch's mean, of each kind
@@ -95,19 +94,18 @@ class StratifiedBatches:
 
     batch_size is the whole step's. share_timesteps gives positives the timesteps and noise of unlabeled images, which
     takes most of the noise out of the bracket's sign. timestep_bias is for the brackets: what must stay must stay at
-    every timestep. trajectory is the share of a bracket's images that start at such a timestep and are then carried
-    on by the base's sampler to one uniformly below it. unconditional is the share of keep rows without a caption.
+    every timestep. unconditional is the share of keep rows without a caption.
     """
 
     def __init__(
         self, examples: Sequence[Example], latents: tuple[Tensor, Tensor], captions: dict[str, Tensor],
         concept: Concept, mode: CaptionMode, batch_size: int, num_train_timesteps: int, seed: int, *,
         rank: int = 0, world: int = 1, micro_batches: int = 1, device: torch.device | str = "cpu",
-        teacher: bool = False, timestep_bias: float = 0.0, share_timesteps: bool = True, trajectory: float = 0.0,
+        teacher: bool = False, timestep_bias: float = 0.0, share_timesteps: bool = True,
         unconditional: float = 0.25,
     ) -> None:  # fmt: skip
         self.teacher, self.timestep_bias, self.share_timesteps = teacher, timestep_bias, share_timesteps
-        self.trajectory, self.unconditional = trajectory if teacher else 0.0, unconditional
+        self.unconditional = unconditional
         self.examples, (self.mean, self.std), self.embeddings = examples, latents, captions
         brackets: dict[str, list[str | None]] = {
             "own": [None],
@@ -160,8 +158,8 @@ class StratifiedBatches:
                 slots = max(slots, first + count)
         kept = self._keep_rows()
         rows += [Row(i, caption, PLAIN, slots + n, n, len(kept)) for n, (i, caption) in enumerate(kept)]
-        noised_at, kept_at = self._timesteps(slots, self.timestep_bias), self._timesteps(len(kept), 0.0)
-        return self._collate(rows, torch.cat([noised_at, kept_at]), torch.cat([self._carried(noised_at), kept_at]))
+        timesteps = [self._timesteps(slots, self.timestep_bias), self._timesteps(len(kept), 0.0)]
+        return self._collate(rows, torch.cat(timesteps))
 
     def _keep_rows(self) -> list[tuple[int, str]]:
         """(example, caption) of the keep images; with a teacher also pictures and captions that were never a pair.
@@ -184,34 +182,27 @@ class StratifiedBatches:
     def _timesteps(self, count: int, bias: float) -> Tensor:
         return sample_timesteps(count, self.num_train_timesteps, self.generator, bias)
 
-    def _carried(self, start: Tensor) -> Tensor:
-        """The timesteps [slots] to which the base's sampler carries images noised at start [slots]."""
-        if not self.trajectory:
-            return start
-        goes, how_far = torch.rand((2, len(start)), generator=self.generator)
-        return torch.where(goes < self.trajectory, (start * how_far).long(), start)
-
-    def _collate(self, rows: list[Row], start: Tensor, end: Tensor) -> list[Batch]:
+    def _collate(self, rows: list[Row], timesteps: Tensor) -> list[Batch]:
         index = torch.tensor([row.example for row in rows])
         slot = torch.tensor([row.slot for row in rows])
         mean, std = self.mean[index], self.std[index]
         latents = mean + std * torch.randn(mean.shape, generator=self.generator)
-        noise = torch.randn((len(start), *mean.shape[1:]), generator=self.generator)[slot]
-        start, end = start[slot], end[slot]
+        noise = torch.randn((len(timesteps), *mean.shape[1:]), generator=self.generator)[slot]
+        timesteps = timesteps[slot]
         batches = []
         for part in self.mine:
             here = [n for n, row in enumerate(rows) if row.order % self.parts == part]
-            batches.append(self._batch([rows[n] for n in here], latents[here], noise[here], start[here], end[here]))
+            batches.append(self._batch([rows[n] for n in here], latents[here], noise[here], timesteps[here]))
         return batches
 
-    def _batch(self, rows: list[Row], latents: Tensor, noise: Tensor, start: Tensor, end: Tensor) -> Batch:
+    def _batch(self, rows: list[Row], latents: Tensor, noise: Tensor, timesteps: Tensor) -> Batch:
         examples = [self.examples[row.example] for row in rows]
         taught = [row.caption if row.bracket == PLAIN else e.caption for row, e in zip(rows, examples, strict=True)]
         return Batch(
             latents.to(self.device), self._embed([row.caption for row in rows]), self._embed(taught),
             torch.tensor([e.is_positive for e in examples], device=self.device),
             torch.tensor([row.bracket for row in rows], device=self.device), len(self.brackets),
-            end.to(self.device), start.to(self.device), noise.to(self.device),
+            timesteps.to(self.device), noise.to(self.device),
             torch.tensor([row.caption == "" for row in rows], device=self.device),
             torch.tensor([self.parts / row.kind for row in rows], device=self.device),
         )  # fmt: skip

@@ -102,7 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(error, debug)
     except KeyboardInterrupt:
         print(
-            "\nInterrupted. Images already rendered are kept; the same command goes on with what is missing.",
+            "\nInterrupted. The same command goes on with the images that are missing; a training starts over.",
             file=sys.stderr,
         )
         return 130

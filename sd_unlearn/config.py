@@ -122,14 +122,7 @@ class TrainConfig(RenderConfig):
             "With a teacher: how hard positives are pushed away, in place of beta, which then only decides the "
             "bracket's sign. More forgets more and keeps less."
         ),
-    ] = 1.5
-    trajectory: Annotated[
-        float,
-        _help(
-            "With a teacher: share of the concept's and the generic images that the base's own sampler carries on "
-            "from their noisy state, so that the concept is also forgotten where pictures under way pass."
-        ),
-    ] = 0.5
+    ] = 2.0
     unconditional: Annotated[
         float | None,
         _help(
@@ -143,7 +136,7 @@ class TrainConfig(RenderConfig):
             "Timesteps at which the concept is forgotten are drawn with a density of t^bias: 0 is uniform; 1 favours "
             "the noisy ones, where it is decided what a picture shows."
         ),
-    ] = 1.0
+    ] = 0.0
     learning_rate: Annotated[float, _help("AdamW learning rate after warm-up.")] = 7e-4
     lr_warmup_steps: Annotated[int, _help("Steps of linear warm-up; a cosine to zero follows.")] = 20
     max_grad_norm: Annotated[float, _help("Gradients are clipped to this norm.")] = 1.0
@@ -268,10 +261,8 @@ def check_train(config: TrainConfig) -> None:
         raise UsageError(
             f"--beta {config.beta:g} is outside (0, 1): it is the share of the concept in 0_unlabeled, e.g. 0.2."
         )
-    for name, hint in (("trajectory", "0.5"), ("unconditional", "0.25")):
-        share = getattr(config, name)
-        if share is not None and not 0 <= share <= 1:
-            raise UsageError(f"--{name} {share:g} is outside [0, 1]: it is a share, e.g. {hint}.")
+    if config.unconditional is not None and not 0 <= config.unconditional <= 1:
+        raise UsageError(f"--unconditional {config.unconditional:g} is outside [0, 1]: it is a share, e.g. 0.25.")
     check_positive(
         config,
         ("rank", "max_train_steps", "learning_rate", "max_grad_norm", "temperature", "push",

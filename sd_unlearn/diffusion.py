@@ -42,33 +42,6 @@ def training_target(
     raise ValueError(f"prediction type {prediction_type!r} is not supported; epsilon and v_prediction are")
 
 
-def noise_in(noisy: Tensor, x0: Tensor, timesteps: Tensor, alphas_cumprod: Tensor) -> Tensor:
-    """The eps with which add_noise turns x0 into noisy; all as there."""
-    signal, sigma = _coefficients(alphas_cumprod, timesteps, x0.ndim)
-    return (noisy - signal * x0) / sigma
-
-
-def ddim_step(
-    noisy: Tensor, predicted: Tensor, start: Tensor, end: Tensor, alphas_cumprod: Tensor,
-    prediction_type: Literal["epsilon", "v_prediction"],
-) -> Tensor:  # fmt: skip
-    """From x_t at timesteps start [B] to timesteps end [B], deterministic (Song et al. 2021, eq. 12 with sigma 0).
-
-    noisy, predicted: [B, ...], the latter of the prediction type; alphas_cumprod: [T]. Returns [B, ...] in float32.
-
-    Raises:
-        ValueError: another prediction type.
-    """
-    signal, sigma = _coefficients(alphas_cumprod, start, noisy.ndim)
-    if prediction_type == "epsilon":
-        noise, x0 = predicted, (noisy - sigma * predicted) / signal
-    elif prediction_type == "v_prediction":
-        noise, x0 = sigma * noisy + signal * predicted, signal * noisy - sigma * predicted
-    else:
-        raise ValueError(f"prediction type {prediction_type!r} is not supported; epsilon and v_prediction are")
-    return add_noise(x0, noise, end, alphas_cumprod)
-
-
 def per_example_loss(predicted: Tensor, target: Tensor, reduction: Literal["sum", "mean"] = "sum") -> Tensor:
     """Squared error of each example, l [B] in float32: their sum (the paper's likelihood) or mean."""
     squared = (predicted.float() - target.float()).square().flatten(1)

@@ -142,6 +142,17 @@ def data_dir_of(config: RenderConfig, concept: Concept) -> Path:
     return config.data_dir or Path("data") / concept.slug
 
 
+def sampler_of(config: RenderConfig, name: str) -> Sampler:
+    """How a base's images are drawn: the options, else what is usual for that base."""
+    usual = sampling_of(name)
+    return Sampler(
+        config.num_inference_steps or usual.steps,
+        usual.guidance_scale if config.guidance_scale is None else config.guidance_scale,
+        config.render_batch_size or usual.batch_size,
+        config.resolution,
+    )
+
+
 def run(config: RenderConfig) -> Path:
     """Render a concept's two folders (only what is missing) and write the manifest last. Returns the data folder.
 
@@ -156,13 +167,7 @@ def run(config: RenderConfig) -> Path:
 
 def render_concept(concept: Concept, config: RenderConfig, name: str, get_base: Callable[[], Base]) -> Path:
     """As run(), for a resolved concept and a base that is loaded only when something is missing."""
-    default = sampling_of(name)
-    sampler = Sampler(
-        config.num_inference_steps or default.steps,
-        default.guidance_scale if config.guidance_scale is None else config.guidance_scale,
-        config.render_batch_size or default.batch_size,
-        config.resolution,
-    )
+    sampler = sampler_of(config, name)
     groups = plan(concept, config)
     settings = {
         "concept": concept.name, "base": name, "seed": config.seed, "steps": sampler.steps,

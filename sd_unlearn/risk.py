@@ -9,6 +9,7 @@ can drive its estimate below zero, which no expectation of l can be; `correction
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -88,6 +89,45 @@ def pu_risk(nll: Tensor, is_positive: Tensor, beta: float, correction: Correctio
     if not is_positive.any() or is_positive.all():
         return unsupervised_risk(nll, is_positive)
     return corrected(pu_terms(nll, is_positive, beta), correction)
+
+
+def several_pu_terms(nll: Tensor, positive_set: Tensor, betas: Sequence[float]) -> PUTerms:
+    """The parts of the risk of several sensitive sets: p_U = sum_k beta_k p_k + (1 - sum_k beta_k) p_N, one bracket.
+
+    nll: [B] >= 0, at least one example unlabeled and one positive; positive_set: [B] long, -1 for unlabeled, else k;
+    betas: of each set, in (0, 1). A set without an example in the batch is left out of both sums. mean_s is the mean
+    over sets, weighted by beta_k.
+    """
+    unlabeled = positive_set < 0
+    sets = []
+    for k, beta in enumerate(betas):
+        here = positive_set == k
+        if here.any():
+            sets.append((beta, pu_terms(nll[here | unlabeled], here[here | unlabeled], beta)))
+    positive = torch.stack([terms.positive for _, terms in sets]).sum()
+    pushed = torch.stack([beta * terms.mean_s for beta, terms in sets]).sum()
+    mean_u = sets[0][1].mean_u
+    return PUTerms(positive, mean_u - pushed, mean_u, pushed / sum(beta for beta, _ in sets))
+
+
+def several_pu_risk(
+    nll: Tensor, positive_set: Tensor, betas: Sequence[float], correction: Correction = "abs"
+) -> Tensor:  # fmt: skip
+    """The PU risk with several sensitive sets, a scalar; arguments as in several_pu_terms, and any batch as in pu_risk.
+
+    Raises:
+        ValueError: a beta outside (0, 1), betas that add up to 1 or more, a set without a beta, shapes that differ.
+    """
+    if not betas or not all(0 < beta < 1 for beta in betas) or sum(betas) >= 1:
+        raise ValueError(f"betas are {list(betas)}; each must lie in (0, 1) and they must add up to less than 1")
+    if nll.shape != positive_set.shape or nll.ndim != 1:
+        raise ValueError(f"nll {tuple(nll.shape)} and positive_set {tuple(positive_set.shape)} must both be [B]")
+    if len(positive_set) and int(positive_set.max()) >= len(betas):
+        raise ValueError(f"set {int(positive_set.max())} has no beta; {len(betas)} are given, counted from 0")
+    unlabeled = positive_set < 0
+    if unlabeled.all() or not unlabeled.any():
+        return unsupervised_risk(nll, ~unlabeled)
+    return corrected(several_pu_terms(nll, positive_set, betas), correction)
 
 
 def unsupervised_risk(nll: Tensor, is_positive: Tensor | None = None) -> Tensor:

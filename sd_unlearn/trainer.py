@@ -49,7 +49,7 @@ from sd_unlearn.records import (
     write_json,
     write_text,
 )
-from sd_unlearn.render import Sampler, data_dir_of, draw, plan, render_concept, sampling_of, save_image
+from sd_unlearn.render import data_dir_of, draw, plan, render_concept, sampler_of, save_image
 
 LOG_EVERY = 10
 # The text encoder of digits gives the generic caption nearly the empty one's embedding: both forget, or neither does.
@@ -129,8 +129,7 @@ def _train(
 ) -> Path:
     examples = scan(folder, concept)
     beta, beta_source = resolve_beta(config.beta, folder)
-    usual = sampling_of(base.name).guidance_scale
-    guidance_scale = usual if config.guidance_scale is None else config.guidance_scale
+    guidance_scale = sampler_of(config, base.name).guidance_scale
     unconditional = UNCONDITIONAL.get(base.name, 0.25) if config.unconditional is None else config.unconditional
     alpha = float(config.rank if config.lora_alpha is None else config.lora_alpha)
     latents = encode_images(base, examples, config.resolution or base.resolution, folder / CACHE_DIR)
@@ -143,7 +142,7 @@ def _train(
         rank=accelerator.process_index, world=accelerator.num_processes,
         micro_batches=config.gradient_accumulation_steps, device=accelerator.device,
         teacher=config.target == "teacher", timestep_bias=config.timestep_bias,
-        share_timesteps=config.share_timesteps, trajectory=config.trajectory, unconditional=unconditional,
+        share_timesteps=config.share_timesteps, unconditional=unconditional,
     )  # fmt: skip
     model = lora.attach(base.pipeline.unet, config.rank, alpha, TRAIN_SEEDS[0] + config.seed)
     resolved = dataclasses.replace(
@@ -249,9 +248,8 @@ def _log(accelerator: Accelerator, log: Any, figures: dict[str, float]) -> None:
 def preview(config: TrainConfig, base: Base, concept: Concept, step: int) -> None:
     """A grid of fixed seeds: a row each for the concept, the generic prompt and two prompts that must stay."""
     prompts = [concept.caption, concept.generic, *(p.text for p in concept.keep_prompts[:2])]
-    default, columns = sampling_of(base.name), 4 if base.resolution > 64 else 8
+    sampler, columns = sampler_of(config, base.name), 4 if base.resolution > 64 else 8
     cells = [(prompt, image_seed(TRAIN_SEEDS, config.seed, prompt, i)) for prompt in prompts for i in range(columns)]
-    sampler = Sampler(default.steps, default.guidance_scale, default.batch_size, config.resolution)
     images: list[Image.Image] = []
     base.pipeline.unet.eval()
     for chunk in (cells[i : i + sampler.batch_size] for i in range(0, len(cells), sampler.batch_size)):

@@ -45,7 +45,7 @@ def step(parts: int, scale: float) -> list[Batch]:
     x[(bracket == 1) & (positive == 1) & (order % 2 == 1)] *= scale
     count = torch.tensor([KINDS.count(kind) for kind in KINDS])
     whole = Batch(
-        x, x, x, positive.bool(), bracket, 2, order, order, x, torch.zeros_like(order).bool(), (parts / count).double()
+        x, x, x, positive.bool(), bracket, 2, order, x, torch.zeros_like(order).bool(), (parts / count).double()
     )  # fmt: skip
     found = []
     for part in range(parts):

@@ -229,8 +229,7 @@ CUTS = [(1, 2), (1, 4), (2, 1), (2, 2), (3, 1)]  # processes, micro-batches
 
 def cut(concept: Concept, mode: str, world: int, micro_batches: int, **options: float) -> list[StratifiedBatches]:
     """The samplers of all processes."""
-    settings = {"world": world, "micro_batches": micro_batches, "batch_size": 48, "teacher": True, "trajectory": 0.5}
-    settings |= options
+    settings = {"world": world, "micro_batches": micro_batches, "batch_size": 48, "teacher": True} | options
     return [make_batches(concept, mode, rank=rank, **settings) for rank in range(world)]
 
 
@@ -238,7 +237,7 @@ def cut(concept: Concept, mode: str, world: int, micro_batches: int, **options: 
 @pytest.mark.parametrize(("world", "micro_batches"), CUTS)
 def test_a_step_is_the_same_however_it_is_cut(concept: Concept, mode: str, world: int, micro_batches: int) -> None:
     """Every row of the whole batch, noise and all, is in one part, and weighted means over parts are the whole's."""
-    whole = make_batches(concept, mode, batch_size=48, teacher=True, trajectory=0.5)
+    whole = make_batches(concept, mode, batch_size=48, teacher=True)
     samplers = cut(concept, mode, world, micro_batches)
     for parts in islice(zip(whole, *samplers, strict=True), 5):
         ((one,), *shares) = parts
@@ -254,7 +253,7 @@ def test_a_step_is_the_same_however_it_is_cut(concept: Concept, mode: str, world
 
 def row_names(batch: Batch) -> list[tuple[float, ...]]:
     tensors = (
-        batch.latents, batch.text, batch.teacher_text, batch.noise, batch.timesteps, batch.start, batch.bracket
+        batch.latents, batch.text, batch.teacher_text, batch.noise, batch.timesteps, batch.bracket
     )  # fmt: skip
     columns = (t.double().flatten(1).sum(1).tolist() if t.ndim > 1 else t.tolist() for t in tensors)
     return sorted(zip(*columns, strict=True))
@@ -287,36 +286,13 @@ def test_no_two_processes_see_the_same_picture_within_an_epoch(concept: Concept,
 
 @pytest.mark.parametrize("steps_before", [0, 1, 7])
 def test_a_restored_sampler_goes_on_where_the_other_stood(concept: Concept, steps_before: int) -> None:
-    one, other = (make_batches(concept, "both", seed, teacher=True, trajectory=0.5) for seed in (0, 1))
+    one, other = (make_batches(concept, "both", seed, teacher=True) for seed in (0, 1))
     for _ in steps(one, steps_before):
         pass
     other.load_state_dict(one.state_dict())
     for ours, theirs in zip(steps(one, 5), steps(other, 5), strict=True):
-        for name in ("latents", "text", "teacher_text", "noise", "timesteps", "start", "bracket", "unconditional"):
+        for name in ("latents", "text", "teacher_text", "noise", "timesteps", "bracket", "unconditional"):
             assert torch.equal(getattr(ours, name), getattr(theirs, name))
-
-
-@pytest.mark.parametrize("trajectory", [0.0, 0.3, 1.0])
-def test_a_share_of_the_brackets_slots_is_carried_down(concept: Concept, trajectory: float) -> None:
-    """To anywhere below where they start, uniformly; keep rows and, without a teacher, all others stay."""
-    settings = {"batch_size": 40, "trajectory": trajectory}
-    batches = list(steps(make_batches(concept, "both", teacher=True, **settings), 200))
-    moved, starts, ends = [], [], []
-    for batch in batches:
-        inside = batch.bracket != PLAIN
-        assert (batch.start >= batch.timesteps).all()
-        assert torch.equal(batch.start[~inside], batch.timesteps[~inside])
-        slots = {n.sum().item(): (s, e) for n, s, e in zip(batch.noise, batch.start, batch.timesteps, strict=True)}
-        for noise, start, end in zip(batch.noise, batch.start, batch.timesteps, strict=True):
-            assert (start, end) == slots[noise.sum().item()]  # who shares noise shares the way
-        moved.append((batch.start > batch.timesteps)[inside].float())
-        starts.append(batch.start[inside][moved[-1].bool()])
-        ends.append(batch.timesteps[inside][moved[-1].bool()])
-    assert torch.cat(moved).mean().item() == pytest.approx(trajectory, abs=0.03)
-    if trajectory:
-        assert (torch.cat(ends) / torch.cat(starts)).mean().item() == pytest.approx(0.5, abs=0.02)
-    batch = next(steps(make_batches(concept, "both", **settings), 1))
-    assert torch.equal(batch.start, batch.timesteps)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.25, 0.5])

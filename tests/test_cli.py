@@ -217,7 +217,6 @@ USAGE = [
     (["train", "--concept", "seven", "--max_grad_norm", "0"], "--max_grad_norm 0"),
     (["train", "--concept", "seven", "--train_batch_size", "3"], "--train_batch_size 3"),
     (["train", "--concept", "seven", "--push", "0"], "--push 0"),
-    (["train", "--concept", "seven", "--trajectory", "1.5"], "--trajectory 1.5"),
     (["train", "--concept", "seven", "--unconditional", "-0.1"], "--unconditional -0.1"),
     (["train", "--concept", "seven", "--timestep_bias", "-1"], "--timestep_bias -1"),
     (["train", "--concept", "seven", "--temperature", "0"], "--temperature 0"),

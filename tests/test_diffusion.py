@@ -7,8 +7,6 @@ import torch
 
 from sd_unlearn.diffusion import (
     add_noise,
-    ddim_step,
-    noise_in,
     per_example_loss,
     sample_timesteps,
     training_target,
@@ -57,34 +55,6 @@ def test_targets() -> None:
     assert torch.equal(training_target(x0, noise, t, ALPHAS, "epsilon"), noise)
     with pytest.raises(ValueError, match="sample"):
         training_target(x0, noise, t, ALPHAS, "sample")  # type: ignore[arg-type]
-
-
-def test_the_noise_in_a_noisy_image() -> None:
-    x0, noise, t = torch.randn(3, 2, 3), torch.randn(3, 2, 3), torch.tensor([1, 2, 3])
-    assert torch.allclose(noise_in(add_noise(x0, noise, t, ALPHAS), x0, t, ALPHAS), noise, atol=1e-6)
-
-
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-def test_a_ddim_step_with_the_true_prediction_leads_to_the_image_with_less_of_that_noise(prediction_type: str) -> None:
-    schedule = torch.linspace(0.999, 0.01, 100)
-    x0, noise, t = torch.randn(4, 2, 3), torch.randn(4, 2, 3), torch.tensor([99, 50, 10, 7])
-    noisy, end = add_noise(x0, noise, t, schedule), torch.tensor([40, 0, 9, 7])
-    true = training_target(x0, noise, t, schedule, prediction_type)  # type: ignore[arg-type]
-    got = ddim_step(noisy, true, t, end, schedule, prediction_type)  # type: ignore[arg-type]
-    assert torch.allclose(got, add_noise(x0, noise, end, schedule), atol=1e-4)
-
-
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-def test_a_ddim_step_agrees_with_diffusers(prediction_type: str) -> None:
-    from diffusers import DDIMScheduler
-
-    theirs = DDIMScheduler(beta_schedule="scaled_linear", prediction_type=prediction_type, clip_sample=False)
-    theirs.set_timesteps(10)  # a hundred timesteps apart
-    noisy, predicted, t = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8), torch.tensor([700, 700])
-    got = ddim_step(noisy, predicted, t, t - 100, theirs.alphas_cumprod, prediction_type)  # type: ignore[arg-type]
-    assert torch.allclose(got, theirs.step(predicted, 700, noisy).prev_sample, atol=1e-4)
-    with pytest.raises(ValueError, match="sample"):
-        ddim_step(noisy, predicted, t, t - 100, theirs.alphas_cumprod, "sample")  # type: ignore[arg-type]
 
 
 def test_noising_and_targets_agree_with_diffusers() -> None:

@@ -15,7 +15,7 @@ from sd_unlearn import lora
 from sd_unlearn.base import Base
 from sd_unlearn.batches import PLAIN, Batch
 from sd_unlearn.denoiser import Denoiser
-from sd_unlearn.diffusion import add_noise, ddim_step, noise_in, per_example_loss
+from sd_unlearn.diffusion import add_noise, per_example_loss
 from sd_unlearn.objectives.losses import example_losses
 from sd_unlearn.objectives.teacher import Teacher
 
@@ -27,7 +27,7 @@ GUIDANCE, PUSH = 3.0, 2.5
 class Step:
     """A step's tensors on the tiny base, its keep rows between those of two brackets, and what the base predicts."""
 
-    def __init__(self, base: Base, learned: bool, carried: bool = False) -> None:
+    def __init__(self, base: Base, learned: bool) -> None:
         count, generator = len(MIXED), torch.Generator().manual_seed(1)
         latents, noise = (torch.randn(count, 4, 8, 8, generator=generator) for _ in range(2))
         text, drawn_from = (torch.randn(count, 24, 16, generator=generator) for _ in range(2))
@@ -36,16 +36,13 @@ class Step:
         generic, empty = torch.randn(2, 24, 16, generator=generator)
         unconditional = torch.tensor([i == count - 1 for i in range(count)])
         text[-1] = drawn_from[-1] = empty
-        start = timesteps.clone()
-        if carried:
-            start[[1, 2, 4]] += torch.tensor([300, 0, 100])
         self.batch = Batch(
-            latents, text, drawn_from, positive, torch.tensor(MIXED), 2, timesteps, start, noise, unconditional,
+            latents, text, drawn_from, positive, torch.tensor(MIXED), 2, timesteps, noise, unconditional,
             torch.ones(count),
         )  # fmt: skip
-        self.schedule, self.unet = base.pipeline.scheduler.alphas_cumprod, base.pipeline.unet
+        self.unet = base.pipeline.unet
         self.keep, self.pushed = self.batch.bracket == PLAIN, positive & (self.batch.bracket != PLAIN)
-        self.noisy = add_noise(latents, noise, timesteps, self.schedule)
+        self.noisy = add_noise(latents, noise, timesteps, base.pipeline.scheduler.alphas_cumprod)
         self.base_says, self.base_generic, self.base_empty = (
             self.ask(text) for text in (drawn_from, generic.expand(count, -1, -1), empty.expand(count, -1, -1))
         )
@@ -60,11 +57,9 @@ class Step:
         self.teacher = Teacher(self.denoiser, generic, empty, GUIDANCE, PUSH)
 
     @torch.no_grad()
-    def ask(self, text: Tensor, noisy: Tensor | None = None, timesteps: Tensor | None = None) -> Tensor:
+    def ask(self, text: Tensor) -> Tensor:
         """What the UNet says as it is now."""
-        noisy = self.noisy if noisy is None else noisy
-        timesteps = self.batch.timesteps if timesteps is None else timesteps
-        return self.unet(noisy, timesteps, encoder_hidden_states=text).sample
+        return self.unet(self.noisy, self.batch.timesteps, encoder_hidden_states=text).sample
 
     def predict(self) -> Tensor:
         return self.denoiser.predict(self.noisy, self.batch.timesteps, self.batch.text)
@@ -121,39 +116,11 @@ def test_the_push_is_the_first_order_of_what_a_bracket_subtracts(loaded_base: Ba
     close(step.gradients(got[step.pushed]), step.gradients(PUSH * square[step.pushed]))
 
 
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-def test_rows_on_a_trajectory_are_carried_there_by_guided_ddim(loaded_base: Base, prediction_type: str) -> None:
-    step = Step(loaded_base, learned=True, carried=True)
-    batch, schedule = step.batch, step.schedule
-    denoiser = dataclasses.replace(step.denoiser, prediction_type=prediction_type)
-    teacher = dataclasses.replace(step.teacher, denoiser=denoiser)
-    noisy = add_noise(batch.latents, batch.noise, batch.start, schedule)
-    with lora.teacher(step.model):
-        own, none = (step.ask(t, noisy, batch.start) for t in (batch.teacher_text, step.empty.expand(7, -1, -1)))
-    guided = none + GUIDANCE * (own - none)
-    moved = batch.start > batch.timesteps
-    assert moved.tolist() == [False, True, False, False, True, False, False]
-    step.noisy = torch.where(
-        moved.view(-1, 1, 1, 1),
-        ddim_step(noisy, guided, batch.start, batch.timesteps, schedule, prediction_type), noisy,  # type: ignore[arg-type]
-    )  # fmt: skip
-    noise = noise_in(step.noisy, batch.latents, batch.timesteps, schedule)
-    signal, sigma = (c[batch.timesteps].sqrt().view(-1, 1, 1, 1) for c in (schedule, 1 - schedule))
-    target = noise if prediction_type == "epsilon" else signal * noise - sigma * batch.latents
-    got = example_losses(denoiser, batch, "sum", teacher)
-    want = per_example_loss(step.predict(), target)
-    assert torch.allclose(got[~step.keep], want[~step.keep], rtol=1e-4)
-    unmoved = example_losses(denoiser, batch, "sum", None)  # without a teacher there is no sampler to carry them
-    at_once = example_losses(denoiser, dataclasses.replace(batch, start=batch.timesteps), "sum", None)
-    assert torch.equal(unmoved, at_once)
-    assert not torch.allclose(unmoved[moved], got[moved], rtol=1e-3)
-
-
 def test_what_is_held_is_the_guided_prediction(loaded_base: Base) -> None:
     """A LoRA that predicts what keep rows are drawn to draws, with guidance, what the base draws."""
     step = Step(loaded_base, learned=True)
     empty = step.empty.expand(len(MIXED), -1, -1)
-    offset = step.teacher.offset(step.noisy, step.batch.timesteps)
+    offset = step.teacher.offset(step.noisy, step.batch.timesteps, step.base_empty)
     assert offset.abs().max() > 1e-3
     moved = step.ask(empty)
     guided = moved + GUIDANCE * (step.base_says + offset - moved)
@@ -205,7 +172,7 @@ def test_a_teacher_leaves_the_mean_gradient_and_takes_its_variance() -> None:
         latents, noise = (torch.randn(4, 1, 2, 2, generator=generator) for _ in range(2))
         timesteps, nothing = torch.randint(0, 100, (4,), generator=generator), torch.zeros(4)
         batch = Batch(
-            latents, text, text, nothing.bool(), nothing.long(), 1, timesteps, timesteps, noise, nothing.bool(),
+            latents, text, text, nothing.bool(), nothing.long(), 1, timesteps, noise, nothing.bool(),
             nothing + 1,
         )  # fmt: skip
         for taught, gradients in found.items():

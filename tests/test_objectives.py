@@ -24,7 +24,7 @@ def batch(bracket: list[int], positive: list[int]) -> Batch:
     kinds = list(zip(bracket, positive, strict=True))
     weight = torch.tensor([1 / kinds.count(kind) for kind in kinds], dtype=torch.float64)
     shown = torch.tensor(positive).bool(), torch.tensor(bracket), captions
-    return Batch(nothing, nothing, nothing, *shown, nothing, nothing, nothing, nothing, weight)
+    return Batch(nothing, nothing, nothing, *shown, nothing, nothing, nothing, weight)
 
 
 WHOLE = batch(BRACKET, POSITIVE)

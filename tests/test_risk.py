@@ -16,6 +16,8 @@ from sd_unlearn.risk import (
     pu_risk,
     pu_terms,
     sensitive_nll,
+    several_pu_risk,
+    several_pu_terms,
     supervised_risk,
     unsupervised_risk,
 )
@@ -190,3 +192,69 @@ def test_wrong_shapes_and_corrections_are_refused() -> None:
         pu_risk(FIVE.view(1, 5), POSITIVE.view(1, 5), BETA)
     with pytest.raises(ValueError, match="nnpu"):
         pu_risk(FIVE, POSITIVE, BETA, "nnpu")  # type: ignore[arg-type]
+
+
+SETS = torch.tensor([-1, 0, -1, 1, 1, -1, 0, 2])
+LOSSES = torch.tensor([2.0, 0.5, 4.0, 1.5, 3.0, 9.0, 0.1, 6.0], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("correction", ["abs", "nn", "none"])
+@pytest.mark.parametrize("scale", [1.0, 30.0])
+def test_several_sets_follow_the_formula(correction: str, scale: float) -> None:
+    """sum_k beta_k mean_k[-log(1 - exp(-l))] + |mean_U[l] - sum_k beta_k mean_k[l]| and its gradient in plain Python."""
+    betas = [0.2, 0.3, 0.1]
+    factor = torch.where(SETS < 0, 1.0, scale).double()
+    nll = LOSSES * factor
+    losses, sets = nll.tolist(), SETS.tolist()
+    count = {k: sets.count(k) for k in (-1, 0, 1, 2)}
+    share = [1 / count[-1] if k < 0 else betas[k] / count[k] for k in sets]
+    bracket = sum(w * v * (1 if k < 0 else -1) for w, v, k in zip(share, losses, sets, strict=True))
+    assert (bracket < 0) == (scale > 1)
+    positive = sum(w * sensitive(v) for w, v, k in zip(share, losses, sets, strict=True) if k >= 0)
+    sign = -1 if correction == "abs" and bracket < 0 else 1
+    slopes = [
+        sign * w if k < 0 else w * (sensitive_slope(v) - sign) for w, v, k in zip(share, losses, sets, strict=True)
+    ]
+    want = positive + sign * bracket
+    if correction == "nn" and bracket < 0:
+        want, slopes = -bracket, [-w if k < 0 else w for w, k in zip(share, sets, strict=True)]
+    value, gradient = value_and_gradient(
+        lambda leaf: several_pu_risk(leaf, SETS, betas, correction), nll  # type: ignore[arg-type]
+    )  # fmt: skip
+    assert value == pytest.approx(want, rel=1e-9)
+    assert gradient == pytest.approx(slopes, rel=1e-9, abs=1e-12)
+
+
+def test_one_set_is_the_ordinary_risk() -> None:
+    for nll in (FIVE, NEGATIVE):
+        one = several_pu_risk(nll, torch.where(POSITIVE, 0, -1), [BETA])
+        assert one.item() == pytest.approx(pu_risk(nll, POSITIVE, BETA).item(), rel=1e-12)
+
+
+def test_a_set_cut_in_two_is_still_that_set() -> None:
+    """With its beta shared out as its examples are."""
+    whole = several_pu_terms(LOSSES, torch.where(SETS < 0, -1, 0), [0.5])
+    halves = several_pu_terms(LOSSES, SETS, [0.2, 0.2, 0.1])  # two, two and one example
+    for name in ("positive", "bracket", "mean_u", "mean_s"):
+        assert getattr(whole, name).item() == pytest.approx(getattr(halves, name).item(), rel=1e-12)
+
+
+def test_a_set_that_is_not_in_the_batch_is_left_out() -> None:
+    missing = torch.where(SETS == 1, -1, SETS)
+    without = torch.where(missing == 2, 1, missing)
+    a = several_pu_risk(LOSSES, missing, [0.2, 0.3, 0.1])
+    b = several_pu_risk(LOSSES, without, [0.2, 0.1])
+    assert a.item() == pytest.approx(b.item(), rel=1e-12)
+    nothing = torch.full_like(SETS, -1)
+    assert several_pu_risk(LOSSES, nothing, [0.2]).item() == pytest.approx(LOSSES.mean().item())
+    assert several_pu_risk(LOSSES, torch.zeros_like(SETS), [0.2]).item() == 0
+
+
+@pytest.mark.parametrize(
+    ("betas", "sets", "message"),
+    [([0.5, 0.5], SETS, "less than 1"), ([], SETS, "add up"), ([0.2, 0.0, 0.1], SETS, "0.0"),
+     ([0.2, 0.1], SETS, "set 2 has no beta"), ([0.2, 0.1, 0.1], SETS[:3], "must both be")],
+)  # fmt: skip
+def test_several_sets_that_cannot_be_are_refused(betas: list[float], sets: Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        several_pu_risk(LOSSES, sets, betas)

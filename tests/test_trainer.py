@@ -133,7 +133,7 @@ def test_the_training_record(trained: Path, tiny_base: Path) -> None:
     assert record["concept"] == "brad-pitt"
     assert record["base"] == load_base(str(tiny_base), device="cpu").describe()
     assert (record["beta"], record["beta_source"]) == (0.2, "manifest")
-    assert (record["push"], record["trajectory"], record["unconditional"]) == (1.5, 0.5, 0.25)
+    assert (record["push"], record["unconditional"]) == (2.0, 0.25)
     assert (record["rank"], record["lora_alpha"]) == (2, 3.0)
     assert (record["correction"], record["caption_mode"]) == ("abs", "both")
     assert len(record["config_sha256"]) == 64
@@ -176,8 +176,7 @@ def test_the_same_seed_gives_the_same_bytes(trained: Path, make_config: Config, 
     "change",
     [{"beta": 0.7}, {"correction": "none", "beta": 0.9}, {"caption_mode": "own"}, {"reduction": "mean"},
      {"learning_rate": 1e-4}, {"lora_alpha": 6.0}, {"rank": 4}, {"max_grad_norm": 1e-6}, {"lr_warmup_steps": 9},
-     {"target": "noise"}, {"push": 1.0}, {"trajectory": 0.0}, {"unconditional": 0.0},
-     {"timestep_bias": 0.0},
+     {"target": "noise"}, {"push": 1.0}, {"unconditional": 0.0}, {"timestep_bias": 1.0},
      {"share_timesteps": False}, {"gradient_accumulation_steps": 2}],
 )  # fmt: skip
 def test_no_setting_does_nothing(trained: Path, make_config: Config, change: dict[str, object]) -> None:

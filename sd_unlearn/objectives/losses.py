@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sd_unlearn.batches import PLAIN, Batch
 from sd_unlearn.denoiser import Denoiser
-from sd_unlearn.diffusion import add_noise, noise_in, per_example_loss, training_target
+from sd_unlearn.diffusion import add_noise, per_example_loss, training_target
 from sd_unlearn.objectives.teacher import Teacher
 
 
@@ -31,10 +31,9 @@ def example_losses(
         the prediction of p_N = (p_U - beta p_S) / (1 - beta): the concept is left in the one direction that is meant.
     keep images: |f - f*|^2, for a value, too, since zero is what one wants there; f* moved by `Teacher.offset`.
     """
-    noisy, noise = _noisy_images(denoiser, batch, teacher)
-    target = training_target(
-        batch.latents, noise, batch.timesteps, denoiser.alphas_cumprod, denoiser.prediction_type  # type: ignore[arg-type]
-    )  # fmt: skip
+    schedule = denoiser.alphas_cumprod
+    noisy = add_noise(batch.latents, batch.noise, batch.timesteps, schedule)
+    target = training_target(batch.latents, batch.noise, batch.timesteps, schedule, denoiser.prediction_type)  # type: ignore[arg-type]
     # Before the prediction: switching the adapter off and on between a forward and its backward pass upsets DDP.
     taught = None if teacher is None else _teach(teacher, noisy, batch)
     predicted = denoiser.predict(noisy, batch.timesteps, batch.text)
@@ -49,30 +48,18 @@ def example_losses(
     return value + followed - followed.detach()
 
 
-def _noisy_images(denoiser: Denoiser, batch: Batch, teacher: Teacher | None) -> tuple[Tensor, Tensor]:
-    """(x_t, the noise in it), each as latents: noised at `start` and, with a teacher, carried on to `timesteps`."""
-    schedule = denoiser.alphas_cumprod
-    start = batch.timesteps if teacher is None else batch.start
-    noisy, noise = add_noise(batch.latents, batch.noise, start, schedule), batch.noise
-    moved = start > batch.timesteps
-    if teacher is None or not moved.any():
-        return noisy, noise
-    noisy, noise, end = noisy.clone(), noise.clone(), batch.timesteps[moved]
-    noisy[moved] = teacher.carry(noisy[moved], start[moved], end, batch.teacher_text[moved])
-    noise[moved] = noise_in(noisy[moved], batch.latents[moved], end, schedule)
-    return noisy, noise
-
-
 def _teach(teacher: Teacher, noisy: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
     """(what to predict, f0 - f* of positives), each as noisy."""
-    wanted = teacher.predict(noisy, batch.timesteps, batch.teacher_text)
-    away = torch.zeros_like(wanted)
-    held = (batch.bracket == PLAIN) & ~batch.unconditional  # without a caption there is nothing to guide
-    if held.any():
-        wanted[held] += teacher.offset(noisy[held], batch.timesteps[held])
     pushed = _pushed(batch)
-    if pushed.any():
-        away[pushed] = teacher.predict(noisy[pushed], batch.timesteps[pushed], teacher.generic) - wanted[pushed]
+    held = (batch.bracket == PLAIN) & ~batch.unconditional  # without a caption there is nothing to guide
+    rows = torch.cat([torch.arange(len(noisy), device=noisy.device), *(torch.nonzero(m)[:, 0] for m in (held, pushed))])
+    texts = [teacher.empty.expand(int(held.sum()), -1, -1), teacher.generic.expand(int(pushed.sum()), -1, -1)]
+    predicted = teacher.predict(noisy[rows], batch.timesteps[rows], torch.cat([batch.teacher_text, *texts]))
+    wanted, unconditional, generic = predicted.split([len(noisy), *(len(text) for text in texts)])
+    wanted, away = wanted.clone(), torch.zeros_like(wanted)
+    if held.any():
+        wanted[held] += teacher.offset(noisy[held], batch.timesteps[held], unconditional)
+    away[pushed] = generic - wanted[pushed]
     return wanted, away
 
 
