@@ -90,7 +90,11 @@ class TrainConfig(RenderConfig):
     ] = None
     correction: Annotated[Correction, _help("How the bracket of the PU risk is kept from going negative.")] = "abs"
     beta: Annotated[
-        float | None, _help("Prior in (0, 1): share of the concept in 0_unlabeled. Default: the manifest's, else 0.1.")
+        float | None,
+        _help(
+            "Prior in (0, 1): share of the concept in 0_unlabeled; with a teacher it decides a bracket's sign, and "
+            "--push how hard to forget. Default: the manifest's, else 0.1."
+        ),
     ] = None
     reduction: Annotated[
         Reduction, _help("Per-example loss as sum (the paper's likelihood) or mean over the latent.")

@@ -359,7 +359,7 @@ def test_failures_have_code_one_and_interruptions_130(run: Run, monkeypatch: pyt
     failing(KeyboardInterrupt())
     found = run("render", "--concept", "seven")
     assert found.code == 130
-    assert "goes on with what is missing" in found.err
+    assert "goes on with the images that are missing" in found.err
 
 
 def test_an_unforeseen_error_is_one_line_and_a_traceback_only_with_debug(

@@ -201,7 +201,7 @@ LOSSES = torch.tensor([2.0, 0.5, 4.0, 1.5, 3.0, 9.0, 0.1, 6.0], dtype=torch.floa
 @pytest.mark.parametrize("correction", ["abs", "nn", "none"])
 @pytest.mark.parametrize("scale", [1.0, 30.0])
 def test_several_sets_follow_the_formula(correction: str, scale: float) -> None:
-    """sum_k beta_k mean_k[-log(1 - exp(-l))] + |mean_U[l] - sum_k beta_k mean_k[l]| and its gradient in plain Python."""
+    """sum_k beta_k mean_k[-log(1 - exp(-l))] + |mean_U[l] - sum_k beta_k mean_k[l]|, its gradient."""
     betas = [0.2, 0.3, 0.1]
     factor = torch.where(SETS < 0, 1.0, scale).double()
     nll = LOSSES * factor
