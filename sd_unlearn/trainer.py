@@ -149,8 +149,10 @@ def _train(
         config, beta=beta, lora_alpha=alpha, data_dir=folder, output_dir=output, guidance_scale=guidance_scale,
         unconditional=unconditional, pretrained_model_name_or_path=base.name,
     )  # fmt: skip
-    generic, empty = (captions[caption].to(accelerator.device) for caption in (concept.generic, ""))
-    teacher = Teacher(Denoiser.of(base, model), generic, empty, max(1.0, guidance_scale), config.push / beta)
+    teacher = None
+    if config.target == "teacher":
+        generic, empty = (captions[caption].to(accelerator.device) for caption in (concept.generic, ""))
+        teacher = Teacher(Denoiser.of(base, model), generic, empty, max(1.0, guidance_scale), config.push / beta)
     if accelerator.is_main_process:
         shutil.rmtree(output, ignore_errors=True)  # an earlier run goes only now that nothing can be refused any more
         write_text(output / CONFIG, yaml.safe_dump(as_dict(resolved), sort_keys=False, allow_unicode=True))
@@ -166,9 +168,7 @@ def _train(
 
     started = time.monotonic()
     objective = PUObjective([beta] * len(batches.brackets), config.correction)
-    steps = fit(
-        resolved, base, model, batches, objective, concept, accelerator, teacher if config.target == "teacher" else None
-    )
+    steps = fit(resolved, base, model, batches, objective, concept, accelerator, teacher)
     seconds = time.monotonic() - started
     if accelerator.is_main_process:
         lora.save(model, output)

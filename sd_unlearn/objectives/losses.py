@@ -34,13 +34,13 @@ def example_losses(
     schedule = denoiser.alphas_cumprod
     noisy = add_noise(batch.latents, batch.noise, batch.timesteps, schedule)
     target = training_target(batch.latents, batch.noise, batch.timesteps, schedule, denoiser.prediction_type)  # type: ignore[arg-type]
+    if teacher is None:
+        predicted = denoiser.predict(noisy, batch.timesteps, batch.text)
+        return per_example_loss(predicted, target, reduction) / temperature
     # Before the prediction: switching the adapter off and on between a forward and its backward pass upsets DDP.
-    taught = None if teacher is None else _teach(teacher, noisy, batch)
+    wanted, away = _teach(teacher, noisy, batch)
     predicted = denoiser.predict(noisy, batch.timesteps, batch.text)
     against_noise = per_example_loss(predicted, target, reduction) / temperature
-    if teacher is None or taught is None:
-        return against_noise
-    wanted, away = taught
     distance = per_example_loss(predicted, wanted, reduction)
     along = 2 * (predicted.float() * away).flatten(1).sum(1) / (1 if reduction == "sum" else away[0].numel())
     followed = torch.where(_pushed(batch), teacher.push * along, distance) / temperature
