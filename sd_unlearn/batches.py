@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from sd_unlearn.concept import Concept
-from sd_unlearn.config import CaptionMode
 from sd_unlearn.dataset import Example
 from sd_unlearn.diffusion import sample_timesteps
+from sd_unlearn.train_config import CaptionMode
 
 PLAIN = -1  # the `bracket` of an example that belongs to no caption's bracket
 

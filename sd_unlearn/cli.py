@@ -13,16 +13,10 @@ import cyclopts
 from cyclopts import App, Parameter
 
 from sd_unlearn import __version__
-from sd_unlearn.config import (
-    EvaluateConfig,
-    ExportConfig,
-    RenderConfig,
-    ReportConfig,
-    TrainConfig,
-    check_keys,
-    read_yaml,
-)
+from sd_unlearn.checks import check_keys, read_yaml
+from sd_unlearn.config import EvaluateConfig, ExportConfig, RenderConfig, ReportConfig
 from sd_unlearn.errors import UnlearnError, UsageError
+from sd_unlearn.train_config import TrainConfig
 
 HELP = """Make Stable Diffusion forget a concept, and show that it did.
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from sd_unlearn.config import check_keys, read_yaml
+from sd_unlearn.checks import check_keys, read_yaml
 from sd_unlearn.errors import UsageError, suggest
 from sd_unlearn.records import slugify, write_text
 

@@ -15,8 +15,9 @@ from PIL import Image
 
 from sd_unlearn import __version__, lora
 from sd_unlearn.base import Base, choose_precision, load_base, sampling_of
+from sd_unlearn.checks import check_positive
 from sd_unlearn.concept import Concept, Prompt, read_concept
-from sd_unlearn.config import EvaluateConfig, check_positive
+from sd_unlearn.config import EvaluateConfig
 from sd_unlearn.errors import UsageError
 from sd_unlearn.metrics.judge import Judge, Reading
 from sd_unlearn.metrics.rows import ASKED, measure

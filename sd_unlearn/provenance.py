@@ -15,9 +15,10 @@ import torch
 
 from sd_unlearn import __version__
 from sd_unlearn.base import Base
+from sd_unlearn.checks import as_dict
 from sd_unlearn.concept import Concept
-from sd_unlearn.config import TrainConfig, as_dict
 from sd_unlearn.records import TRAIN_SEEDS
+from sd_unlearn.train_config import TrainConfig
 
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate")
 

@@ -21,8 +21,9 @@ from tqdm import tqdm
 
 from sd_unlearn import __version__
 from sd_unlearn.base import Base, load_base, resolve_name, sampling_of
+from sd_unlearn.checks import check_render
 from sd_unlearn.concept import Concept, expand, load_concept
-from sd_unlearn.config import RenderConfig, check_render
+from sd_unlearn.config import RenderConfig
 from sd_unlearn.errors import UnlearnError, UsageError
 from sd_unlearn.records import (
     DATA_MANIFEST,

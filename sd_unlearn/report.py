@@ -16,8 +16,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from sd_unlearn import records
+from sd_unlearn.checks import read_yaml
 from sd_unlearn.concept import Concept, read_concept
-from sd_unlearn.config import ReportConfig, read_yaml
+from sd_unlearn.config import ReportConfig
 from sd_unlearn.errors import UsageError
 from sd_unlearn.templates import figures, pictures
 from sd_unlearn.templates.figures import GROUPS, METRICS, lines, shown, span, verdict

@@ -23,8 +23,8 @@ from tqdm import tqdm
 from sd_unlearn import lora
 from sd_unlearn.base import DIGITS, Base, choose_precision, load_base, resolve_name
 from sd_unlearn.batches import Batch, StratifiedBatches
+from sd_unlearn.checks import as_dict, check_train
 from sd_unlearn.concept import Concept, load_concept, write_concept
-from sd_unlearn.config import TrainConfig, as_dict, check_train
 from sd_unlearn.dataset import CACHE_DIR, encode_captions, encode_images, scan
 from sd_unlearn.denoiser import Denoiser
 from sd_unlearn.errors import UnlearnError, UsageError
@@ -50,6 +50,7 @@ from sd_unlearn.records import (
     write_text,
 )
 from sd_unlearn.render import data_dir_of, draw, plan, render_concept, sampler_of, save_image
+from sd_unlearn.train_config import TrainConfig
 
 LOG_EVERY = 10
 # The text encoder of digits gives the generic caption nearly the empty one's embedding: both forget, or neither does.
@@ -128,7 +129,7 @@ def _train(
     config: TrainConfig, concept: Concept, base: Base, folder: Path, output: Path, accelerator: Accelerator
 ) -> Path:
     examples = scan(folder, concept)
-    beta, beta_source = resolve_beta(config.beta, folder)
+    beta, beta_source = resolve_beta(config.beta, folder)  # type: ignore[arg-type]
     guidance_scale = sampler_of(config, base.name).guidance_scale
     unconditional = UNCONDITIONAL.get(base.name, 0.25) if config.unconditional is None else config.unconditional
     alpha = float(config.rank if config.lora_alpha is None else config.lora_alpha)

@@ -23,10 +23,11 @@ from sd_unlearn import cli, lora, render, trainer
 from sd_unlearn.base import Base, Sampling, load_base
 from sd_unlearn.batches import StratifiedBatches
 from sd_unlearn.concept import read_concept
-from sd_unlearn.config import RenderConfig, TrainConfig
+from sd_unlearn.config import RenderConfig
 from sd_unlearn.errors import UnlearnError, UsageError
 from sd_unlearn.prior import ASSUMED_BETA
 from sd_unlearn.records import DATA_MANIFEST, TRAIN_SEEDS, read_json, read_jsonl
+from sd_unlearn.train_config import TrainConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ADAPTER = "adapter/adapter_model.safetensors"
