@@ -94,10 +94,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(UsageError(" ".join(str(error).split())), debug)
     except UnlearnError as error:
         return _fail(error, debug)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
+        saved = f"{interrupt} Add --resume_from_checkpoint latest to go on." if str(interrupt) else ""
         print(
-            "\nInterrupted. The same command goes on with the images that are missing; a training starts over.",
-            file=sys.stderr,
+            f"\nInterrupted. {saved or 'The same command goes on with the images that are missing.'}", file=sys.stderr
         )
         return 130
     except Exception as error:

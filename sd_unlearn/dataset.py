@@ -134,7 +134,20 @@ def encode_images(base: Base, examples: Sequence[Example], resolution: int, cach
 @torch.no_grad()
 def encode_captions(base: Base, captions: Sequence[str]) -> Tensor:
     """Text embeddings [len(captions), tokens, width], as the pipeline makes them: padded, without attention mask."""
-    tokenizer, encoder = base.pipeline.tokenizer, base.pipeline.text_encoder
-    ids = tokenizer(list(captions), padding="max_length", max_length=tokenizer.model_max_length, truncation=True,
-                    return_tensors="pt").input_ids  # fmt: skip
-    return encoder(ids.to(base.device))[0].float()
+    return base.pipeline.text_encoder(tokenize(base, captions).to(base.device))[0].float()
+
+
+def tokenize(base: Base, captions: Sequence[str]) -> Tensor:
+    """Token ids [len(captions), tokens] on the CPU, padded and cut to the model's length."""
+    tokenizer = base.pipeline.tokenizer
+    return tokenizer(list(captions), padding="max_length", max_length=tokenizer.model_max_length, truncation=True,
+                     return_tensors="pt").input_ids  # fmt: skip
+
+
+def fingerprint(examples: Sequence[Example]) -> str:
+    """SHA-256 of what is trained on: every image's bytes, caption and group, wherever the folder lies."""
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(f"{example.path.name}\0{example.caption}\0{example.group}\0".encode())
+        digest.update(example.path.read_bytes())
+    return digest.hexdigest()

@@ -13,16 +13,15 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from sd_unlearn import __version__, lora
+from sd_unlearn import __version__
 from sd_unlearn.base import Base, choose_precision, load_base, sampling_of
 from sd_unlearn.checks import check_positive
 from sd_unlearn.concept import Concept, Prompt, read_concept
 from sd_unlearn.config import EvaluateConfig
 from sd_unlearn.errors import UsageError
-from sd_unlearn.metrics.judge import Judge, Reading
+from sd_unlearn.metrics.judge import Judge, Reading, make_judge
 from sd_unlearn.metrics.rows import ASKED, measure
 from sd_unlearn.records import (
-    ADAPTER_DIR,
     CONCEPT,
     EVALUATE_SEEDS,
     IMAGE_DIR,
@@ -35,6 +34,7 @@ from sd_unlearn.records import (
     write_json,
 )
 from sd_unlearn.render import ImageRequest, Sampler, draw_missing
+from sd_unlearn.student import load_run, weights_sha256
 
 SCHEMA_VERSION = 1
 
@@ -61,7 +61,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     """
     folder, training, concept = open_run(config)
     name = training["base"]["name"]
-    judge = make_judge(name, concept, config)
+    judge = make_judge(concept, config.clip_model, config.clip_pretrained)
     shots = plan(concept, config)
     default = sampling_of(name)
     sampler = Sampler(default.steps, default.guidance_scale, default.batch_size, None)
@@ -74,7 +74,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     results = {
         "schema_version": SCHEMA_VERSION, "concept": concept.slug, "caption": concept.caption,
         "generic": concept.generic, "kind": concept.kind, "base": training["base"],
-        "run": folder.name, "adapter_sha256": adapter_sha256(folder),
+        "run": folder.name, "adapter_sha256": weights_sha256(folder),
         "created": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()), "version": __version__,
         "sampler": {"name": "DDIM", "steps": sampler.steps, "guidance_scale": sampler.guidance_scale},
         "seeds": {"evaluate": list(EVALUATE_SEEDS), "seed": config.seed}, "detector": judge.name,
@@ -105,17 +105,6 @@ def open_run(config: EvaluateConfig) -> tuple[Path, dict[str, Any], Concept]:
     return config.run, read_json(config.run / TRAINING), read_concept(config.run / CONCEPT)
 
 
-def make_judge(name: str, concept: Concept, config: EvaluateConfig) -> Judge:
-    """The bundled reader for the bundled base, zero-shot CLIP elsewhere."""
-    if concept.kind in ("digit", "ink"):
-        from sd_unlearn.metrics.digits import DigitsJudge
-
-        return DigitsJudge()
-    from sd_unlearn.metrics.clip import ClipJudge
-
-    return ClipJudge([concept.label or concept.name, *concept.alternatives], config.clip_model, config.clip_pretrained)
-
-
 def plan(concept: Concept, config: EvaluateConfig) -> list[Shot]:
     """Every picture to draw: num_images a concept group, num_keep_images a prompt that must stay."""
     shots = []
@@ -140,7 +129,7 @@ def _draw_both(
     setting = f"{sampler.steps}-steps-guidance-{sampler.guidance_scale:g}"
     places = {
         "base": config.cache_dir / f"{slugify(name)}-{training['base']['sha256'][:12]}" / setting,
-        "lora": folder / IMAGE_DIR / f"lora-{adapter_sha256(folder)[:12]}" / setting,
+        "lora": folder / IMAGE_DIR / f"lora-{weights_sha256(folder)[:12]}" / setting,
     }
     loaded: list[Base] = []
 
@@ -158,7 +147,7 @@ def _draw_both(
     def get_lora() -> Base:
         base = get_base()
         if not attached:
-            lora.load(base.pipeline.unet, folder)
+            load_run(base, folder)
             attached.append(True)
         return base
 
@@ -212,7 +201,3 @@ def _link(source: Path, target: Path) -> None:
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     shutil.copyfile(source, temporary)
     temporary.replace(target)
-
-
-def adapter_sha256(folder: Path) -> str:
-    return hashlib.sha256((folder / ADAPTER_DIR / "adapter_model.safetensors").read_bytes()).hexdigest()

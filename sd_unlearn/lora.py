@@ -1,56 +1,67 @@
-"""The LoRA on the UNet: attach, what to train, the teacher (adapter off), save, load."""
+"""The LoRA on the UNet and, if asked for, on the text encoder: attach, save, load."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import os
+import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
 from peft import LoraConfig, PeftModel
 from torch import nn
 
 from sd_unlearn.errors import UsageError
-from sd_unlearn.records import ADAPTER_DIR
+from sd_unlearn.records import ADAPTER_DIR, TEXT_ADAPTER_DIR
+from sd_unlearn.train_config import LoraTargets, Weights
 
-ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 ADAPTER_NAME = "default"
+_ATTENTION = r"(to_q|to_k|to_v|to_out\.0)"
+# Regular expressions over a UNet's module names; PEFT matches the whole name.
+TARGETS: dict[LoraTargets, str] = {
+    "attention": rf".*\.{_ATTENTION}",
+    "cross_attention": rf".*\.attn2\.{_ATTENTION}",
+    "attention+mlp": rf".*\.({_ATTENTION}|ff\.net\.0\.proj|ff\.net\.2)",
+}
+TEXT_TARGETS = r".*\.(q_proj|k_proj|v_proj|out_proj)"
 
 
-def attach(unet: UNet2DConditionModel, rank: int, alpha: float, seed: int) -> PeftModel:
-    """Wrap the UNet with a fresh LoRA on its attention projections; up starts at zero, so nothing changes yet."""
-    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=ATTENTION, init_lora_weights="gaussian")
+def attach(network: nn.Module, options: Weights, targets: list[str], seed: int) -> PeftModel:
+    """Wrap a network with a fresh LoRA on the modules named; up starts at zero, so nothing changes yet."""
+    config = LoraConfig(
+        r=options.rank, lora_alpha=options.lora_alpha or options.rank, lora_dropout=options.lora_dropout,
+        use_rslora=options.use_rslora, use_dora=options.use_dora, target_modules=targets, init_lora_weights="gaussian",
+    )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return PeftModel(unet, config, adapter_name=ADAPTER_NAME)
+        return PeftModel(network, config, adapter_name=ADAPTER_NAME)
 
 
-def trainable(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters to train, as a list: an iterator would be spent by the optimizer and then nothing be clipped."""
-    return [p for p in model.parameters() if p.requires_grad]
+def targets_of(network: nn.Module, group: LoraTargets | None) -> list[str]:
+    """The names of a network's modules in a group of --lora_targets; None: a text encoder's attention."""
+    if group == "all_linear+conv":
+        return [name for name, module in network.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+    import re
+
+    pattern = re.compile(TEXT_TARGETS if group is None else TARGETS[group])
+    return [name for name, _ in network.named_modules() if pattern.fullmatch(name)]
 
 
-@contextmanager
-def teacher(model: PeftModel) -> Iterator[PeftModel]:
-    """The frozen base: the same network with its adapter off."""
-    with model.disable_adapter():
-        yield model
+def save(model: PeftModel, target: Path) -> None:
+    """Write an adapter's folder as PEFT does, through a temporary one."""
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        model.save_pretrained(str(temporary))
+        (temporary / "README.md").unlink(missing_ok=True)  # PEFT's empty card; export writes a real one
+        target.mkdir(parents=True, exist_ok=True)
+        for file in sorted(temporary.iterdir()):
+            file.replace(target / file.name)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
-def save(model: PeftModel, run: Path) -> None:
-    """Write the adapter under run/adapter as PEFT does, through a temporary folder."""
-    target, temporary = run / ADAPTER_DIR, run / f".{ADAPTER_DIR}.tmp"
-    model.save_pretrained(str(temporary))
-    (temporary / "README.md").unlink(missing_ok=True)  # PEFT's empty card; export writes a real one
-    target.mkdir(exist_ok=True)
-    for file in sorted(temporary.iterdir()):
-        file.replace(target / file.name)
-    temporary.rmdir()
-
-
-def load(unet: UNet2DConditionModel, run: Path) -> PeftModel:
-    """Wrap the UNet with the adapter of a run folder, frozen and in eval mode.
+def load(pipeline: Any, run: Path) -> None:
+    """Put the adapters of a run folder onto a pipeline's networks, frozen and in eval mode.
 
     Raises:
         UsageError: when the run folder holds no adapter.
@@ -60,4 +71,7 @@ def load(unet: UNet2DConditionModel, run: Path) -> PeftModel:
         raise UsageError(
             f"--run {run} holds no trained LoRA ({folder}/adapter_model.safetensors). Run sd-unlearn train first."
         )
-    return PeftModel.from_pretrained(unet, str(folder), adapter_name=ADAPTER_NAME).eval()
+    PeftModel.from_pretrained(pipeline.unet, str(folder), adapter_name=ADAPTER_NAME).eval()
+    if (run / TEXT_ADAPTER_DIR).is_dir():
+        encoder, folder = pipeline.text_encoder, run / TEXT_ADAPTER_DIR
+        PeftModel.from_pretrained(encoder, str(folder), adapter_name=ADAPTER_NAME).eval()

@@ -24,7 +24,9 @@ DATA_MANIFEST, METADATA = "manifest.json", "metadata.jsonl"
 TRAINING, RESULTS, METRICS, CONFIG, CONCEPT = (
     "training.json", "results.json", "metrics.jsonl", "config.yaml", "concept.yaml",
 )  # fmt: skip
-ADAPTER_DIR, PREVIEW_DIR, EXPORT_DIR, IMAGE_DIR = "adapter", "previews", "export", "images"
+ADAPTER_DIR, TEXT_ADAPTER_DIR, UNET_DIR = "adapter", "text_encoder_adapter", "unet"
+PREVIEW_DIR, EXPORT_DIR, IMAGE_DIR = "previews", "export", "images"
+BEST_DIR, CHECKPOINT_DIR = "best", "checkpoints"
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
 
 # One range of seeds a purpose, so that nothing is judged on noise it was trained on.

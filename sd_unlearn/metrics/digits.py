@@ -66,6 +66,8 @@ def load_reader() -> DigitReader:
 class DigitsJudge:
     """Reads digit and ink of images of any size (scaled to 32x32)."""
 
+    labels: tuple[str, ...] = (*DIGITS, *INKS)
+
     def __init__(self) -> None:
         sha = json.loads((READER_DIR / "config.json").read_text())["sha256"]
         self.name = f"digits-reader sha256:{sha[:12]}"

@@ -10,6 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from sd_unlearn.concept import Concept
+
 
 @dataclass(frozen=True)
 class Reading:
@@ -50,8 +52,27 @@ class Reading:
 
 
 class Judge(Protocol):
-    """Name (with version or hash) of the detector, and its reading of images."""
+    """Name (with version or hash) of the detector, what it can tell apart, and its reading of images."""
 
     name: str
+    labels: tuple[str, ...]
 
     def read(self, images: Sequence[Image.Image]) -> Reading: ...
+
+
+CLIP_MODEL, CLIP_PRETRAINED = "ViT-B-32", "laion2b_s34b_b79k"
+
+
+def make_judge(concept: Concept, clip_model: str = CLIP_MODEL, clip_pretrained: str = CLIP_PRETRAINED) -> Judge:
+    """The bundled reader for digits and inks, zero-shot CLIP for everything else.
+
+    Raises:
+        UsageError, UnlearnError: CLIP is not installed, or its weights cannot be had.
+    """
+    if concept.kind in ("digit", "ink"):
+        from sd_unlearn.metrics.digits import DigitsJudge
+
+        return DigitsJudge()
+    from sd_unlearn.metrics.clip import ClipJudge
+
+    return ClipJudge([concept.label or concept.name, *concept.alternatives], clip_model, clip_pretrained)

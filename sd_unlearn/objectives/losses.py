@@ -53,7 +53,9 @@ def _teach(teacher: Teacher, noisy: Tensor, batch: Batch) -> tuple[Tensor, Tenso
     pushed = _pushed(batch)
     held = (batch.bracket == PLAIN) & ~batch.unconditional  # without a caption there is nothing to guide
     rows = torch.cat([torch.arange(len(noisy), device=noisy.device), *(torch.nonzero(m)[:, 0] for m in (held, pushed))])
-    texts = [teacher.empty.expand(int(held.sum()), -1, -1), teacher.generic.expand(int(pushed.sum()), -1, -1)]
+    texts = [
+        text.expand(int(rows.sum()), *text.shape) for text, rows in ((teacher.empty, held), (teacher.generic, pushed))
+    ]
     predicted = teacher.predict(noisy[rows], batch.timesteps[rows], torch.cat([batch.teacher_text, *texts]))
     wanted, unconditional, generic = predicted.split([len(noisy), *(len(text) for text in texts)])
     wanted, away = wanted.clone(), torch.zeros_like(wanted)

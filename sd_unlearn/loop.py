@@ -1,0 +1,250 @@
+"""The Accelerate loop: read `fit` top to bottom.
+
+It waits for the device at logging steps only (`_figures`), and where pictures are drawn, a probe is taken or a
+checkpoint written; under fp16 Accelerate's gradient scaler waits once a step, and so does the 8-bit optimizer.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from torch import Tensor
+
+from sd_unlearn import checkpoint
+from sd_unlearn.batches import Batch, StratifiedBatches
+from sd_unlearn.concept import Concept
+from sd_unlearn.denoiser import Denoiser
+from sd_unlearn.errors import UnlearnError
+from sd_unlearn.objectives.accumulate import Losses, accumulate_gradients
+from sd_unlearn.objectives.losses import example_losses
+from sd_unlearn.objectives.pu import LOGGED, PUObjective
+from sd_unlearn.objectives.teacher import Teacher
+from sd_unlearn.optimizing import GuardedSteps, MovingAverage, make_optimizer, make_schedule
+from sd_unlearn.painter import Painter
+from sd_unlearn.probe import Probe, Verdict
+from sd_unlearn.records import BEST_DIR
+from sd_unlearn.student import Student
+from sd_unlearn.train_config import TrainConfig
+from sd_unlearn.watching import Interrupted, MetricsLog, stop_requests
+
+LOG_EVERY = 10
+
+
+@dataclass
+class Training:
+    """All that `fit` works with; what changes is in Progress, the student and the optimizer."""
+
+    config: TrainConfig
+    concept: Concept
+    output: Path
+    student: Student
+    wrapped: Any  # the student's model as Accelerate prepared it
+    denoiser: Denoiser  # of `wrapped`
+    batches: StratifiedBatches
+    objective: PUObjective
+    teacher: Teacher | None
+    painter: Painter | None
+    probe: Probe | None
+    identity: dict[str, Any]  # what a resumed run must have in common with this one
+    accelerator: Accelerator
+
+
+@dataclass
+class Progress:
+    """How far a run has come."""
+
+    step: int = 0
+    seconds: float = 0.0
+    best_score: float = -math.inf
+    best_step: int = 0
+    probes_since_best: int = 0
+    stopped: str = ""  # why before --max_train_steps
+
+
+def fit(training: Training, resume: Path | None) -> Progress:
+    """Minimise the objective; writes metrics.jsonl, previews, checkpoints and the best so far. Returns how far it came.
+
+    Raises:
+        Interrupted: Ctrl-C or SIGTERM; a checkpoint was saved.
+        UnlearnError: too many steps in a row had to be skipped, or a checkpoint cannot be written.
+    """
+    config, accelerator, batches = training.config, training.accelerator, training.batches
+    tools = Tools.of(training)
+    progress = tools.load(training, resume) if resume else Progress()
+    started = time.monotonic() - progress.seconds
+
+    def losses(batch: Batch) -> Tensor:
+        return example_losses(training.denoiser, batch, config.reduction, training.teacher, config.temperature)
+
+    title = f"forget {training.concept.slug}"
+    with (
+        MetricsLog(training.output, title, progress.step, config.max_train_steps, accelerator) as log,
+        stop_requests(accelerator) as stop_asked,
+    ):
+        for step, parts in zip(range(progress.step + 1, config.max_train_steps + 1), batches, strict=False):
+            logs, norm = tools.step(training, losses, parts)
+            progress.step, progress.seconds = step, time.monotonic() - started
+            if step % LOG_EVERY == 0 or step == config.max_train_steps:
+                log.write(_figures(step, logs, tools, norm))
+                _check_skipped(training, tools, step)
+            _look(training, tools, progress, log)
+            interrupted = stop_asked(step % LOG_EVERY == 0)
+            if interrupted or (due(step, config.checkpointing_steps) and not progress.stopped):
+                tools.save(training, progress)
+            if interrupted:
+                raise Interrupted(f"Saved step {step} of {config.max_train_steps} in {training.output}.")
+            log.advance()
+            if progress.stopped:
+                break
+    if tools.average:
+        tools.average.swap()
+    return progress
+
+
+def due(step: int, every: int) -> bool:
+    """Whether something that happens every so many steps happens now; 0: never."""
+    return every > 0 and step % every == 0
+
+
+@dataclass
+class Tools:
+    """What moves the weights, with everything of it that a checkpoint must hold."""
+
+    parameters: list[torch.nn.Parameter]
+    optimizer: GuardedSteps
+    schedule: Any
+    average: MovingAverage | None
+    brackets: Tensor | None = None  # of the last step: the signs to assume for the next
+
+    @classmethod
+    def of(cls, training: Training) -> Tools:
+        config, accelerator = training.config, training.accelerator
+        parameters = training.student.trainable()
+        inner = make_optimizer(parameters, config)
+        schedule = make_schedule(inner, config)
+        optimizer = GuardedSteps(accelerator.prepare(inner), accelerator.scaler, accelerator.device)
+        average = MovingAverage(parameters, config.ema_decay) if config.ema_decay else None
+        return cls(parameters, optimizer, schedule, average)
+
+    def step(self, training: Training, losses: Losses, parts: Sequence[Batch]) -> tuple[Tensor, Tensor]:
+        """One optimizer step. Returns (figures [LOGGED], norm of the gradient before clipping)."""
+        accelerator = training.accelerator
+        logs, self.brackets = accumulate_gradients(
+            accelerator, training.wrapped, losses, training.objective, parts, self.brackets
+        )
+        norm = accelerator.clip_grad_norm_(self.parameters, training.config.max_grad_norm)
+        self.optimizer.step(norm)
+        self.schedule.step()
+        if self.average:
+            self.average.update()
+        return logs, norm
+
+    def save(self, training: Training, progress: Progress) -> None:
+        """Write a checkpoint, unless steps are being skipped: the state before that is the one to go back to."""
+        if float(self.optimizer.skipped[1]) > 0:
+            return
+        scaler = training.accelerator.scaler
+        state = {
+            "optimizer": self.optimizer.optimizer.state_dict(), "schedule": self.schedule.state_dict(),
+            "scaler": scaler.state_dict() if scaler else None, "sampler": training.batches.state_dict(),
+            "average": self.average.state_dict() if self.average else None, "brackets": self.brackets,
+            "skipped": self.optimizer.skipped, "progress": asdict(progress),
+        }  # fmt: skip
+        checkpoint.save(
+            training.output, progress.step, training.student.state(), state, training.identity,
+            training.accelerator, training.config.checkpoints_total_limit,
+        )  # fmt: skip
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The student has its moving average for weights, if there is one."""
+        if self.average:
+            self.average.swap()
+        yield
+        if self.average:
+            self.average.swap()
+
+    def load(self, training: Training, place: Path) -> Progress:
+        """Put everything back as it was."""
+        weights, state = checkpoint.load(place, training.accelerator)
+        training.student.load_state(weights)
+        self.optimizer.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        if training.accelerator.scaler and state["scaler"]:
+            training.accelerator.scaler.load_state_dict(state["scaler"])
+        if self.average and state["average"]:
+            self.average.load_state_dict(state["average"])
+        training.batches.load_state_dict(state["sampler"])
+        device = training.accelerator.device
+        self.optimizer.skipped = state["skipped"].to(device)
+        self.brackets = None if state["brackets"] is None else state["brackets"].to(device)
+        training.accelerator.print(f"Going on from {place}.", file=sys.stderr)
+        return Progress(**state["progress"])
+
+
+def _figures(step: int, logs: Tensor, tools: Tools, norm: Tensor) -> dict[str, float]:
+    """What is logged. .tolist() waits for the device."""
+    assert tools.brackets is not None
+    skipped, *values = torch.cat([tools.optimizer.skipped[:1], norm.float().view(1), logs, tools.brackets]).tolist()
+    grad_norm, figures, brackets = values[0], values[1 : 1 + len(LOGGED)], values[1 + len(LOGGED) :]
+    found = dict(zip(LOGGED, figures, strict=True))
+    found["ratio"] = found["mean_s"] / max(found["mean_u"], 1e-12)
+    found["negative_brackets"] = sum(bracket < 0 for bracket in brackets)
+    rate = tools.schedule.get_last_lr()[0]
+    return {"step": step, **found, "lr": rate, "grad_norm": grad_norm, "skipped_steps": skipped}
+
+
+def _check_skipped(training: Training, tools: Tools, step: int) -> None:
+    config = training.config
+    total, in_a_row = tools.optimizer.skipped.tolist()
+    if in_a_row < config.max_skipped_steps and not (step == config.max_train_steps and 2 * in_a_row > step):
+        return
+    kept = checkpoint.found(training.output)
+    way_out = "Nothing good was saved: start over (--overwrite)"
+    if kept:
+        way_out = f"The last good state is {kept[-1]}: go on (--resume_from_checkpoint latest --force_resume)"
+    raise UnlearnError(
+        f"Training diverged at step {step}: the gradient was not finite for {in_a_row:.0f} steps in a row "
+        f"({total:.0f} in all; --max_skipped_steps is {config.max_skipped_steps}). {way_out} with a lower "
+        f"--learning_rate (now {config.learning_rate:g}), a lower --push or --mixed_precision bf16."
+    )
+
+
+def _look(training: Training, tools: Tools, progress: Progress, log: MetricsLog) -> None:
+    """Draw a preview and take a probe where they are due."""
+    config, step = training.config, progress.step
+    if due(step, config.validation_steps) and training.painter and training.accelerator.is_main_process:
+        training.painter.preview(training.concept, config.seed, training.output, step)
+    if due(step, config.probe_steps):
+        verdict = _probe(training, tools, progress)
+        images = step * training.batches.layout.total(len(training.batches.brackets))
+        log.write({"step": step, **verdict.figures, "seconds": round(progress.seconds, 1), "images": images})
+
+
+def _probe(training: Training, tools: Tools, progress: Progress) -> Verdict:
+    """Judge the run, keep it under best/ if it is the best so far, and say in progress.stopped if it is to end."""
+    told: list[Any] = [None]
+    if training.accelerator.is_main_process and training.probe:
+        with tools.averaged():
+            told = [training.probe()]
+            if told[0].score > progress.best_score:
+                training.student.save(training.output / BEST_DIR)
+    verdict: Verdict = broadcast_object_list(told)[0]
+    progress.probes_since_best += 1
+    if verdict.score > progress.best_score:
+        progress.best_score, progress.best_step, progress.probes_since_best = verdict.score, progress.step, 0
+    if training.config.stop_when_forgotten and verdict.forgotten:
+        progress.stopped = "forgotten"
+    elif 0 < training.config.early_stopping_patience <= progress.probes_since_best:
+        progress.stopped = f"no better probe in {progress.probes_since_best}"
+    return verdict

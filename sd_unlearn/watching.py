@@ -1,0 +1,89 @@
+"""What the user sees and says while a run trains: metrics.jsonl, the progress bar, Ctrl-C."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from tqdm import tqdm
+
+from sd_unlearn.records import METRICS, read_jsonl, write_text
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM, after everything was saved."""
+
+
+class MetricsLog:
+    """metrics.jsonl, the tracker and the progress bar; only the first process shows and writes anything."""
+
+    def __init__(self, run: Path, title: str, step: int, steps: int, accelerator: Accelerator) -> None:
+        self.accelerator, self.path = accelerator, run / METRICS
+        shown = self.accelerator.is_main_process
+        if shown:  # a resumed run takes back what was logged after its checkpoint
+            kept = [line for line in read_jsonl(self.path) if line["step"] <= step] if self.path.is_file() else []
+            write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+        self.file = open(self.path if shown else os.devnull, "a", encoding="utf-8")
+        self.bar = tqdm(total=steps, initial=step, desc=title, unit="step", file=sys.stderr, disable=not shown)
+
+    def __enter__(self) -> MetricsLog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+        self.bar.close()
+
+    def advance(self) -> None:
+        self.bar.update()
+
+    def write(self, figures: dict[str, float]) -> None:
+        """One line of figures; those that are not finite are null."""
+        known = {k: v for k, v in figures.items() if math.isfinite(v)}
+        if {"mean_u", "mean_s", "ratio"} <= set(known):
+            self.bar.set_postfix(U=f"{known['mean_u']:.3g}", S=f"{known['mean_s']:.3g}", ratio=f"{known['ratio']:.2f}")
+        elif "ratio" not in figures:
+            self.bar.write(f"step {figures['step']}: {known}", file=sys.stderr)
+        self.accelerator.log({k: v for k, v in known.items() if k != "step"}, step=int(figures["step"]))
+        self.file.write(json.dumps({k: known.get(k) for k in figures}) + "\n")
+        self.file.flush()
+
+
+@contextmanager
+def stop_requests(accelerator: Accelerator) -> Iterator[Any]:
+    """Ctrl-C and SIGTERM are noted, not obeyed at once; yields asked(together) -> whether to stop after this step.
+
+    A second Ctrl-C is obeyed at once. Several processes must stop at the same step, so they agree on it, which waits
+    for the device: only where `together` says so.
+    """
+    noted = []
+
+    def note(number: int, frame: Any) -> None:
+        noted.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        accelerator.print("\nStopping after this step, saving. Once more: at once, without.", file=sys.stderr)
+
+    def asked(together: bool) -> bool:
+        if accelerator.num_processes == 1:
+            return bool(noted)
+        if not together:
+            return False
+        return bool(accelerator.reduce(torch.tensor(float(bool(noted)), device=accelerator.device), "sum") > 0)
+
+    try:
+        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not the main thread: whoever runs us there handles signals
+        before = {}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
