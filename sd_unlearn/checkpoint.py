@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from sd_unlearn.errors import UnlearnError, UsageError
@@ -44,7 +45,12 @@ def save(
     if accelerator.is_main_process:
         try:
             _write(target, weights, state | {"random": random_states, "step": step}, identity)
-        except (OSError, RuntimeError) as failure:  # torch.save reports a full disk as RuntimeError
+        except (
+            OSError,
+            RuntimeError,
+            SafetensorError,
+            UnlearnError,
+        ) as failure:  # each writer has its own for a full disk
             error = [str(getattr(failure, "strerror", None) or str(failure).splitlines()[0])]
         else:
             for old in found(run)[:-limit]:

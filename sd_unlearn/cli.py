@@ -95,10 +95,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UnlearnError as error:
         return _fail(error, debug)
     except KeyboardInterrupt as interrupt:
-        saved = f"{interrupt} Add --resume_from_checkpoint latest to go on." if str(interrupt) else ""
-        print(
-            f"\nInterrupted. {saved or 'The same command goes on with the images that are missing.'}", file=sys.stderr
-        )
+        way_on = "The same command goes on with the images that are missing."
+        if str(interrupt):
+            way_on = f"{interrupt} Go on with --resume_from_checkpoint latest."
+        print(f"\nInterrupted. {way_on}", file=sys.stderr)
         return 130
     except Exception as error:
         hint = "This is a fault of sd-unlearn: run again with --debug and report it."

@@ -1,0 +1,235 @@
+"""A run that is killed, interrupted or out of disk goes on as if nothing had happened, or says what it needs."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from train_runs import ADAPTER, Config, flags, make, rendered, settings
+
+from sd_unlearn import checkpoint, cli, loop, trainer
+from sd_unlearn.errors import UnlearnError, UsageError
+from sd_unlearn.records import read_json
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def place(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return rendered(tmp_path_factory.mktemp("place"), tiny_base)
+
+
+@pytest.fixture(scope="module")
+def make_config(place: Path, tiny_base: Path) -> Config:
+    return lambda output, **changes: make(place, tiny_base, output, **changes)
+
+
+@pytest.fixture(scope="module")
+def whole(make_config: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run that nothing happened to; not to be changed."""
+    return trainer.run(make_config(tmp_path_factory.mktemp("runs") / "whole", checkpointing_steps=0))
+
+
+@pytest.fixture
+def stopped(make_config: Config, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run that Ctrl-C ended after step 7."""
+    with interrupt_after(7, monkeypatch), pytest.raises(KeyboardInterrupt):
+        trainer.run(make_config("run", checkpointing_steps=3))
+    return Path("run")
+
+
+@contextmanager
+def interrupt_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A real SIGINT to this process while step `steps` is being taken."""
+    step, taken = loop.Tools.step, []
+
+    def counted(self: loop.Tools, *arguments: object) -> object:
+        taken.append(1)
+        if len(taken) == steps:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(self, *arguments)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Tools, "step", counted)
+        yield
+
+
+def same(run: Path, whole: Path) -> bool:
+    """Whether two runs ended with the same LoRA and logged the same figures, to the last bit."""
+    logs = [(folder / "metrics.jsonl").read_text() for folder in (run, whole)]
+    return (run / ADAPTER).read_bytes() == (whole / ADAPTER).read_bytes() and logs[0] == logs[1]
+
+
+def test_killed_at_five_random_moments_it_ends_as_if_it_had_not_been(place: Path, tiny_base: Path, whole: Path) -> None:
+    """A checkpoint every step, so that many of the moments lie within a save."""
+    command = [
+        sys.executable, "-m", "sd_unlearn.cli", "train", *flags(settings(place, tiny_base)),
+        "--output_dir", "run", "--resume_from_checkpoint", "latest",
+    ]  # fmt: skip
+    moments, output, errors = random.Random(5), Path("run"), Path("errors.txt")
+    for _ in range(5):
+        with errors.open("w") as sink:
+            process = subprocess.Popen(command, stderr=sink, stdout=sink, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        wait_for(lambda: "Forgetting" in errors.read_text(), process)
+        time.sleep(moments.uniform(0, 1.5))
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL, errors.read_text()
+        assert not (output / "training.json").exists(), "too fast to be killed: give it more steps"
+    assert checkpoint.found(output), "no kill came after a checkpoint"
+    subprocess.run(command, check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert same(output, whole)
+    assert {p.name for p in (output / "checkpoints").iterdir()} == {"step-000023", "step-000024"}
+    assert not [p for p in output.rglob("*") if p.name.endswith((".tmp", ".old"))]
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen) -> None:
+    end = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None, "it ended by itself"
+        assert time.monotonic() < end, "it never started"
+        time.sleep(0.05)
+
+
+def test_ctrl_c_saves_and_the_run_goes_on(
+    stopped: Path, make_config: Config, whole: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert [p.name for p in checkpoint.found(stopped)] == ["step-000006", "step-000007"]
+    assert not (stopped / "training.json").exists()
+    trainer.run(make_config("run", resume_from_checkpoint="latest"))
+    assert "Going on from run/checkpoints/step-000007" in capsys.readouterr().err
+    assert same(stopped, whole)
+    record = read_json(stopped / "training.json")
+    assert record["cost"]["steps"] == 24
+    assert record["cost"]["images_seen"] == read_json(whole / "training.json")["cost"]["images_seen"]
+
+
+def test_the_command_says_how_to_go_on(
+    place: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with interrupt_after(2, monkeypatch):
+        assert cli.main(["train", *flags(settings(place, tiny_base)), "--output_dir", "run"]) == 130
+    said = capsys.readouterr().err
+    assert "Saved step 2 of 24 in run. Go on with --resume_from_checkpoint latest." in said
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_an_unfinished_run_is_not_lost_by_the_same_command(stopped: Path, make_config: Config) -> None:
+    before = {p: p.stat().st_mtime_ns for p in stopped.rglob("*")}
+    with pytest.raises(UsageError, match=r"step-000007.*--resume_from_checkpoint latest.*--overwrite"):
+        trainer.run(make_config("run"))
+    assert {p: p.stat().st_mtime_ns for p in stopped.rglob("*")} == before
+    trainer.run(make_config("run", overwrite=True, max_train_steps=2))
+    assert [p.name for p in checkpoint.found(stopped)] == ["step-000001", "step-000002"]
+
+
+def test_latest_starts_where_nothing_was_saved(make_config: Config, whole: Path) -> None:
+    assert same(trainer.run(make_config("run", resume_from_checkpoint="latest")), whole)
+
+
+def test_an_earlier_checkpoint_by_its_path(stopped: Path, make_config: Config, whole: Path) -> None:
+    path = stopped / "checkpoints" / "step-000006"
+    trainer.run(make_config("run", resume_from_checkpoint=str(path)))
+    assert same(stopped, whole)
+    with pytest.raises(UsageError, match=r"nowhere is no checkpoint.*step-0000"):
+        trainer.run(make_config("run", resume_from_checkpoint="nowhere"))
+
+
+def test_a_finished_run_has_nothing_to_go_on_with(
+    whole: Path, make_config: Config, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer.run(make_config("run", max_train_steps=4))
+    before = {p: p.stat().st_mtime_ns for p in Path("run").rglob("*")}
+    trainer.run(make_config("run", max_train_steps=4, resume_from_checkpoint="latest"))
+    assert "run is finished" in capsys.readouterr().err
+    assert {p: p.stat().st_mtime_ns for p in Path("run").rglob("*")} == before
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [({"beta": 0.3}, r"--beta was 0\.\d+ and is 0\.3"), ({"push": 1.0}, "--push was 2.0 and is 1.0"),
+     ({"caption_mode": "own"}, "--caption_mode was both and is own"), ({"seed": 1}, "--seed"),
+     ({"max_train_steps": 30}, "--max_train_steps was 24 and is 30"), ({"learning_rate": 1e-3}, "--learning_rate")],
+)  # fmt: skip
+def test_a_changed_option_is_refused_by_name(
+    stopped: Path, make_config: Config, place: Path, change: dict[str, object], told: str
+) -> None:
+    data = shutil.copytree(place / "data", Path("photos"))  # as own photos: the same pictures whatever the seed
+    for name in ("manifest.json", "settings.json"):
+        (data / name).unlink()
+    before = read_json(checkpoint.found(stopped)[-1] / "checkpoint.json")
+    config = make_config("run", resume_from_checkpoint="latest", data_dir=data, **({"beta": before["--beta"]} | change))
+    with pytest.raises(UsageError, match=rf"{told}.*--force_resume"):
+        trainer.run(config)
+    assert not (stopped / "training.json").exists()
+
+
+def test_what_does_not_matter_may_change(stopped: Path, make_config: Config, whole: Path, place: Path) -> None:
+    elsewhere = shutil.copytree(place / "data", Path("elsewhere"))
+    options = {"data_dir": elsewhere, "checkpoints_total_limit": 1, "checkpointing_steps": 5, "max_skipped_steps": 3}
+    trainer.run(make_config("run", resume_from_checkpoint="latest", **options))
+    assert same(stopped, whole)
+    assert [p.name for p in checkpoint.found(stopped)] == ["step-000020"]
+
+
+def test_forced_it_goes_on_all_the_same(stopped: Path, make_config: Config, whole: Path) -> None:
+    trainer.run(make_config("run", resume_from_checkpoint="latest", force_resume=True, push=1.0))
+    assert read_json(stopped / "training.json")["push"] == 1.0
+    assert not same(stopped, whole)
+
+
+def test_other_images_are_refused(stopped: Path, make_config: Config, place: Path) -> None:
+    data = shutil.copytree(place / "data", Path("data"))
+    Image.new("RGB", (32, 32), (1, 2, 3)).save(data / "1_positive" / "positive-00001.png")
+    with pytest.raises(UsageError, match=r"of another run: data was \w+ and is \w+"):
+        trainer.run(make_config("run", resume_from_checkpoint="latest", data_dir=data))
+
+
+def test_a_full_disk_costs_only_the_new_checkpoint(stopped: Path, make_config: Config, whole: Path) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = {p: p.read_bytes() for p in (stopped / "checkpoints").rglob("*") if p.is_file()}
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8000, limits[1]))  # metrics.jsonl fits, a checkpoint does not
+    try:
+        with pytest.raises(UnlearnError, match=r"Cannot write the checkpoint.*step-000008.*step-000007.*latest"):
+            trainer.run(make_config("run", resume_from_checkpoint="latest"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert {p: p.read_bytes() for p in (stopped / "checkpoints").rglob("*") if p.is_file()} == before
+    trainer.run(make_config("run", resume_from_checkpoint="latest"))
+    assert same(stopped, whole)
+
+
+@pytest.mark.parametrize("name", ["state.pt", "weights.safetensors"])
+def test_a_damaged_checkpoint_is_named(stopped: Path, make_config: Config, name: str) -> None:
+    path = checkpoint.found(stopped)[-1] / name
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(UsageError, match=r"step-000007 cannot be read"):
+        trainer.run(make_config("run", resume_from_checkpoint="latest"))
+
+
+def test_another_number_of_processes_is_refused(stopped: Path, make_config: Config) -> None:
+    path = checkpoint.found(stopped)[-1] / "checkpoint.json"
+    path.write_text(json.dumps(read_json(path) | {"processes": 2}))
+    with pytest.raises(UsageError, match="processes was 2 and is 1"):
+        trainer.run(make_config("run", resume_from_checkpoint="latest"))
+
+
+def test_random_states_come_back() -> None:
+    state = checkpoint.random_state()
+    first = (random.random(), np.random.rand(), torch.rand(1).item(), random.gauss(0, 1))
+    checkpoint.restore_random_state(state)
+    assert (random.random(), np.random.rand(), torch.rand(1).item(), random.gauss(0, 1)) == first

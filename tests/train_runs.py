@@ -1,0 +1,51 @@
+"""A quick training on the tiny base, for the tests of what happens while it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from conftest import CONCEPT_FILE
+
+from sd_unlearn import render
+from sd_unlearn.config import RenderConfig
+from sd_unlearn.train_config import TrainConfig
+
+ADAPTER = "adapter/adapter_model.safetensors"
+Config = Callable[..., TrainConfig]
+# enough of each kind that a probe can hold some out
+FILE = CONCEPT_FILE.replace(
+    "{positive: 4, unlabeled: 4, mixed_in: 1, keep: 4}", "{positive: 6, unlabeled: 6, mixed_in: 2, keep: 4}"
+)
+
+
+def rendered(folder: Path, tiny_base: Path) -> Path:
+    """A folder with a concept file and its rendered images."""
+    (folder / "brad.yaml").write_text(FILE)
+    render.run(
+        RenderConfig(
+            concept=str(folder / "brad.yaml"), pretrained_model_name_or_path=str(tiny_base),
+            data_dir=folder / "data", num_inference_steps=2,
+        )
+    )  # fmt: skip
+    return folder
+
+
+def settings(place: Path, tiny_base: Path) -> dict[str, object]:
+    """The options of a run that has everything random in it: dropout, a moving average, an odd batch."""
+    return {
+        "concept": str(place / "brad.yaml"), "pretrained_model_name_or_path": str(tiny_base),
+        "data_dir": str(place / "data"), "num_inference_steps": 2, "rank": 2, "lora_dropout": 0.2, "ema_decay": 0.8,
+        "max_train_steps": 24, "lr_warmup_steps": 2, "train_batch_size": 8, "gradient_accumulation_steps": 2,
+        "learning_rate": 1e-2, "validation_steps": 0, "checkpointing_steps": 1, "report_to": "none",
+    }  # fmt: skip
+
+
+def make(place: Path, tiny_base: Path, output: Path | str, **changes: object) -> TrainConfig:
+    options = settings(place, tiny_base) | {"output_dir": Path(output), "data_dir": place / "data"} | changes
+    return TrainConfig(**options)  # type: ignore[arg-type]
+
+
+def flags(options: dict[str, object]) -> list[str]:
+    """The options as a command line."""
+    return [word for name, value in options.items() for word in (f"--{name}", str(value))]
