@@ -82,13 +82,21 @@ def check_train(config: TrainConfig) -> None:
         raise UsageError(
             f"--beta {config.beta:g} is outside (0, 1): it is the share of the concept in 0_unlabeled, e.g. 0.2."
         )
-    if config.unconditional is not None and not 0 <= config.unconditional <= 1:
-        raise UsageError(f"--unconditional {config.unconditional:g} is outside [0, 1]: it is a share, e.g. 0.25.")
+    for name, low, high, example in (
+        ("unconditional", 0, 1, 0.25), ("eta", 0, 1, 0.5), ("lora_dropout", 0, 0.999, 0.1),
+        ("ema_decay", 0, 0.99999, 0.99),
+    ):  # fmt: skip
+        value = getattr(config, name)
+        if value is not None and not low <= value <= high:
+            raise UsageError(
+                f"--{name} {value:g} is outside [{low}, {math.ceil(high)}]: it is a share, e.g. {example}."
+            )
     check_positive(
         config,
-        ("rank", "max_train_steps", "learning_rate", "max_grad_norm", "temperature", "push",
-         "gradient_accumulation_steps"),
+        ("rank", "max_train_steps", "learning_rate", "max_grad_norm", "temperature", "push", "snr_gamma",
+         "gradient_accumulation_steps", "checkpoints_total_limit", "max_skipped_steps"),
     )  # fmt: skip
+    _check_together(config)
     if config.train_batch_size < 4:
         raise UsageError(
             f"--train_batch_size {config.train_batch_size} is below 4: a step needs unlabeled and positive images."
@@ -97,12 +105,31 @@ def check_train(config: TrainConfig) -> None:
         raise UsageError(
             f"--lora_alpha {config.lora_alpha:g} must be above 0 (the usual value is the rank, {config.rank})."
         )
-    for name in ("lr_warmup_steps", "validation_steps", "timestep_bias"):
+    for name in (
+        "lr_warmup_steps", "validation_steps", "timestep_bias", "noise_offset", "weight_decay", "probe_steps",
+        "early_stopping_patience", "gradient_share_steps", "checkpointing_steps",
+    ):  # fmt: skip
         value = getattr(config, name)
         if not 0 <= value < math.inf:
             raise UsageError(f"--{name} {value:g} must be a number from 0 up.")
     if config.report_to not in (None, "none", "tensorboard", "wandb"):
         raise UsageError(f'--report_to "{config.report_to}" is unknown; choose tensorboard, wandb or none.')
+
+
+def _check_together(config: TrainConfig) -> None:
+    """Options that mean nothing, or something else, beside each other."""
+    for name in ("use_dora", "use_rslora", "train_text_encoder"):
+        if config.method == "full" and getattr(config, name):
+            raise UsageError(f"--{name} is for --method lora; --method full trains the UNet itself.")
+    for name in ("early_stopping_patience", "stop_when_forgotten"):
+        if getattr(config, name) and not config.probe_steps:
+            raise UsageError(f"--{name} needs probes to go by: add --probe_steps, e.g. 50.")
+    if config.stop_when_forgotten and config.probe != "leakage":
+        raise UsageError(f"--stop_when_forgotten needs --probe leakage; --probe is {config.probe}.")
+    if config.force_resume and config.resume_from_checkpoint is None:
+        raise UsageError("--force_resume needs --resume_from_checkpoint: name the checkpoint, or latest.")
+    if config.overwrite and config.resume_from_checkpoint is not None:
+        raise UsageError("--overwrite starts over and --resume_from_checkpoint goes on; give one of them.")
 
 
 def check_positive(config: Any, names: tuple[str, ...]) -> None:

@@ -87,7 +87,7 @@ def make_student(base: Base, options: Weights, seed: int, needs_teacher: bool) -
     """The student of a loaded base, in training mode; with method full and a teacher it holds the UNet twice."""
     unet = base.pipeline.unet
     if options.method == "full":
-        base_copy = copy.deepcopy(unet) if needs_teacher else None
+        base_copy = copy.deepcopy(unet).requires_grad_(False).eval() if needs_teacher else None
         return Student(unet.requires_grad_(True).train(), base_copy)
     model: nn.Module = lora.attach(unet, options, lora.targets_of(unet, options.lora_targets), seed)
     if options.train_text_encoder:

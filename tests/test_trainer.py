@@ -177,7 +177,10 @@ def test_the_same_seed_gives_the_same_bytes(trained: Path, make_config: Config, 
     [{"caption_mode": "own"}, {"reduction": "mean"},
      {"learning_rate": 1e-4}, {"lora_alpha": 6.0}, {"rank": 4}, {"max_grad_norm": 1e-6}, {"lr_warmup_steps": 9},
      {"target": "noise"}, {"push": 1.0}, {"unconditional": 0.0}, {"timestep_bias": 1.0},
-     {"share_timesteps": False}, {"gradient_accumulation_steps": 2}],
+     {"share_timesteps": False}, {"gradient_accumulation_steps": 2}, {"lora_dropout": 0.5}, {"use_rslora": True},
+     {"use_dora": True}, {"lora_targets": "cross_attention"}, {"lora_targets": "attention+mlp"},
+     {"lora_targets": "all_linear+conv"}, {"train_text_encoder": True}, {"optimizer": "adamw8bit"},
+     {"weight_decay": 0.9}, {"lr_scheduler": "linear"}, {"ema_decay": 0.9}],
 )  # fmt: skip
 def test_no_setting_does_nothing(trained: Path, make_config: Config, change: dict[str, object]) -> None:
     other = trainer.run(make_config("other", **change))
@@ -214,6 +217,20 @@ def test_the_resolved_config_repeats_the_run(trained: Path, capsys: pytest.Captu
     assert cli.main(["train", "--config", str(trained / "config.yaml"), "--output_dir", "again"]) == 0
     assert capsys.readouterr().out == "again\n"
     assert (Path("again") / ADAPTER).read_bytes() == (trained / ADAPTER).read_bytes()
+
+
+@pytest.mark.parametrize("target", ["teacher", "noise"])
+def test_full_fine_tuning_trains_every_weight_of_the_unet(
+    make_config: Config, tiny_base: Path, loaded_base: Base, target: str
+) -> None:
+    run = trainer.run(make_config("run", method="full", target=target))
+    assert {p.name for p in run.iterdir()} == {"concept.yaml", "config.yaml", "metrics.jsonl", "training.json", "unet"}
+    assert read_json(run / "training.json")["method"] == "full"
+    before = {name: value.clone() for name, value in loaded_base.pipeline.unet.state_dict().items()}
+    load_run(loaded_base, run)
+    after = loaded_base.pipeline.unet.state_dict()
+    still = [name for name in before if torch.equal(before[name], after[name])]
+    assert not [name for name in still if "weight" in name]
 
 
 @pytest.mark.parametrize("limit", [1e-3, 0.1, 1e6])
@@ -447,7 +464,7 @@ def test_two_processes_render_and_train_as_one(tiny_base: Path, concept_file: Pa
 
 
 def test_divergence_is_told_and_not_saved(make_config: Config) -> None:
-    with pytest.raises(UnlearnError, match=r"diverged at step 10.*--learning_rate"):
+    with pytest.raises(UnlearnError, match=r"diverged at step 12.*--learning_rate"):
         trainer.run(make_config("run", learning_rate=1e30))
     assert not Path("run/training.json").exists()
     assert not Path("run", ADAPTER).exists()

@@ -1,0 +1,191 @@
+"""The loop: steps that are not finite, probes, the best so far, stopping early, the moving average."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from train_runs import ADAPTER, Config, make, rendered
+
+from sd_unlearn import checkpoint, loop, trainer
+from sd_unlearn.batches import Batch
+from sd_unlearn.errors import UnlearnError, UsageError
+from sd_unlearn.probe import Verdict
+from sd_unlearn.records import read_json, read_jsonl
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def place(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return rendered(tmp_path_factory.mktemp("place"), tiny_base)
+
+
+@pytest.fixture(scope="module")
+def make_config(place: Path, tiny_base: Path) -> Config:
+    def plain(output: Path | str, **changes: object) -> object:
+        usual = {"checkpointing_steps": 0, "lora_dropout": 0.0, "ema_decay": None, "max_train_steps": 12,
+                 "gradient_accumulation_steps": 1}  # fmt: skip
+        return make(place, tiny_base, output, **(usual | changes))
+
+    return plain  # type: ignore[return-value]
+
+
+def spoil(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
+    """Make the losses of these steps NaN."""
+    losses, taken = loop.example_losses, []
+
+    def spoiled(*arguments: object, **options: object) -> torch.Tensor:
+        taken.append(1)
+        found = losses(*arguments, **options)  # type: ignore[arg-type]
+        return found * float("nan") if len(taken) in steps else found
+
+    monkeypatch.setattr(loop, "example_losses", spoiled)
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_counted(make_config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    spoil(monkeypatch, {3, 4, 10})
+    run = trainer.run(make_config("run"))
+    at_ten, at_end = read_jsonl(run / "metrics.jsonl")
+    assert (at_ten["skipped_steps"], at_end["skipped_steps"]) == (3, 3)
+    assert at_ten["loss"] is None  # step 10 was one of them
+    assert at_end["loss"] > 0
+    assert all(value.isfinite().all() for value in load_file(run / ADAPTER).values())
+
+
+def test_too_many_in_a_row_end_the_run_with_the_last_good_state(
+    make_config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"max_train_steps": 40, "max_skipped_steps": 5, "checkpointing_steps": 2}
+    spoil(monkeypatch, set(range(8, 100)))
+    with pytest.raises(UnlearnError, match=r"step 20.*13 steps in a row.*step-000006.*--learning_rate"):
+        trainer.run(make_config("run", **options))
+    assert not Path("run/training.json").exists()
+    assert [p.name for p in checkpoint.found(Path("run"))] == ["step-000004", "step-000006"]
+    monkeypatch.undo()
+    run = trainer.run(make_config("run", **options, resume_from_checkpoint="latest"))
+    assert read_jsonl(run / "metrics.jsonl")[-1]["skipped_steps"] == 0
+
+
+@pytest.mark.parametrize("shown", ["scores", "nothing better"])
+def test_the_best_so_far_is_kept_and_a_run_that_gets_no_better_ends(
+    make_config: Config, monkeypatch: pytest.MonkeyPatch, shown: str
+) -> None:
+    scores = iter([0.1, 0.7, 0.3, 0.2, 0.9] if shown == "scores" else [0.5, 0.1, 0.1])
+    weights: list[dict[str, torch.Tensor]] = []
+
+    def judged(self: object) -> Verdict:
+        weights.append(self.student.state())  # type: ignore[attr-defined]
+        score = next(scores)
+        return Verdict({"probe_ratio": score}, score)
+
+    monkeypatch.setattr("sd_unlearn.probe.RatioProbe.__call__", judged)
+    run = trainer.run(make_config("run", probe_steps=2, early_stopping_patience=2))
+    best, end = (2, 4) if shown == "scores" else (1, 3)
+    record, of_best = read_json(run / "training.json"), read_json(run / "best" / "training.json")
+    assert (record["cost"]["steps"], of_best["cost"]["steps"]) == (2 * end, 2 * best)
+    assert record["cost"]["stopped"] == "no better probe in 2"
+    names = {name.replace(".default", ""): value for name, value in weights[best - 1].items()}
+    for name, value in load_file(run / "best" / ADAPTER).items():
+        assert torch.equal(value, names[name.removeprefix("")])
+    assert (run / "best" / ADAPTER).read_bytes() != (run / ADAPTER).read_bytes()
+    probes = [line for line in read_jsonl(run / "metrics.jsonl") if "probe_ratio" in line]
+    assert [line["images"] for line in probes] == [16 * n for n in range(1, end + 1)]
+    assert all({"step", "seconds"} <= set(line) for line in probes)
+
+
+def test_the_ratio_probe_sees_a_concept_being_forgotten(make_config: Config) -> None:
+    """Against the noise with a beta near 1 and no correction, the positives' loss must rise over the others'."""
+    options = {"probe_steps": 20, "max_train_steps": 60, "learning_rate": 0.03, "lora_targets": "all_linear+conv"}
+    run = trainer.run(make_config("run", **options, target="noise", beta=0.9, correction="none"))
+    ratios = [line["probe_ratio"] for line in read_jsonl(run / "metrics.jsonl") if "probe_ratio" in line]
+    assert len(ratios) == 3
+    assert ratios[-1] > 1.001
+
+
+def test_held_out_images_are_never_trained_on(make_config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    real = trainer.StratifiedBatches
+
+    def watched(examples: list, *arguments: object, **options: object) -> object:
+        made.append(examples)
+        return real(examples, *arguments, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(trainer, "StratifiedBatches", watched)
+    trainer.run(make_config("plain", max_train_steps=1))
+    trainer.run(make_config("probed", max_train_steps=1, probe_steps=1))
+    everything, kept = made
+    assert len(everything) - len(kept) == 4  # two positives and two generic images
+    assert len({e.path for e in everything} - {e.path for e in kept}) == 4
+
+
+def test_the_leakage_probe_stops_where_its_rule_says(make_config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the tiny base nothing is drawn, so the judge is told what to see; the drawing is real."""
+    from sd_unlearn.metrics.judge import Reading
+
+    class Told:
+        name, labels = "told", ("Brad Pitt", "a dog", "a cat")
+        rounds = 0
+
+        def read(self, images: list) -> Reading:
+            Told.rounds += 1
+            assert len(images) == 120
+            assert len({image.size for image in images}) == 1
+            seen = torch.zeros(120, 3)
+            for i in range(60):  # half of the concept in the first round, none from the second on
+                seen[i, 0 if Told.rounds == 1 and i < 30 else 1] = 1
+                seen[60 + i, 1 + i % 2] = 1
+            return Reading({"label": self.labels}, {"label": seen.numpy()}, seen.numpy())
+
+    monkeypatch.setattr(trainer, "make_judge", lambda concept: Told())
+    options = {"probe": "leakage", "probe_steps": 3, "stop_when_forgotten": True}
+    run = trainer.run(make_config("run", **options))
+    probes = [line for line in read_jsonl(run / "metrics.jsonl") if "probe_leakage" in line]
+    assert [(line["probe_leakage"], line["probe_retention"]) for line in probes] == [(0.5, 1.0), (0.0, 1.0)]
+    assert (read_json(run / "training.json")["cost"]["steps"], len(list((run / "best").iterdir()))) == (6, 4)
+    Told.labels = ("Brad Pitt", "a bird")
+    with pytest.raises(UsageError, match="--probe leakage: told can read none of the keep prompts"):
+        trainer.run(make_config("other", **options))
+
+
+def test_the_saved_weights_are_the_moving_average(make_config: Config) -> None:
+    """A decay of 0 follows the weights so closely that there is hardly a difference; a large one does not."""
+    plain = load_file(trainer.run(make_config("plain")) / ADAPTER)
+    ups = [name for name in plain if "lora_B" in name]
+    distances = {}
+    for decay in (0.0, 0.9):
+        found = load_file(trainer.run(make_config(f"decay-{decay}", ema_decay=decay)) / ADAPTER)
+        distances[decay] = sum(float((found[name] - plain[name]).norm()) for name in ups)
+    assert distances[0.0] == 0
+    assert distances[0.9] > 1e-4
+
+
+def test_every_logged_figure_is_there(make_config: Config) -> None:
+    (line, _) = read_jsonl(trainer.run(make_config("run")) / "metrics.jsonl")
+    assert {"mean_u", "mean_s", "ratio", "bracket", "negative_brackets", "loss", "lr", "grad_norm"} <= set(line)
+    assert line["negative_brackets"] in (0, 1, 2)
+    assert json.dumps(line)
+
+
+def test_a_negative_bracket_is_counted(make_config: Config) -> None:
+    (line, _) = read_jsonl(trainer.run(make_config("run", beta=0.999, learning_rate=1e-9)) / "metrics.jsonl")
+    assert (line["bracket"] < 0) == (line["negative_brackets"] > 0)
+
+
+def test_no_networks_are_kept_that_are_not_needed(make_config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    held = {}
+    losses = loop.example_losses
+
+    def watched(denoiser: object, batch: Batch, *arguments: object) -> torch.Tensor:
+        held.update(vae=bases[0].pipeline.vae, text_encoder=bases[0].pipeline.text_encoder)
+        return losses(denoiser, batch, *arguments)  # type: ignore[arg-type]
+
+    bases: list = []
+    load = trainer.load_base
+    monkeypatch.setattr(trainer, "load_base", lambda *a: bases.append(load(*a)) or bases[0])
+    monkeypatch.setattr(loop, "example_losses", watched)
+    trainer.run(make_config("run", max_train_steps=1))
+    assert held == {"vae": None, "text_encoder": None}
