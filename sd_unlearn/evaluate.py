@@ -31,10 +31,11 @@ from sd_unlearn.records import (
     image_seed,
     read_json,
     slugify,
+    weights_sha256,
     write_json,
 )
 from sd_unlearn.render import ImageRequest, Sampler, draw_missing
-from sd_unlearn.student import load_run, weights_sha256
+from sd_unlearn.student import load_run
 
 SCHEMA_VERSION = 1
 

@@ -20,8 +20,18 @@ from torch import Tensor
 from sd_unlearn.concept import Concept, read_concept
 from sd_unlearn.config import ExportConfig
 from sd_unlearn.errors import UnlearnError, UsageError
-from sd_unlearn.kohya import WEIGHTS_FILE, Adapter, kohya_tensors, read_adapter
-from sd_unlearn.records import ADAPTER_DIR, CONCEPT, EXPORT_DIR, RESULTS, TRAINING, read_json
+from sd_unlearn.kohya import Adapter, kohya_tensors, read_adapter
+from sd_unlearn.records import (
+    ADAPTER_DIR,
+    CONCEPT,
+    EXPORT_DIR,
+    RESULTS,
+    TEXT_ADAPTER_DIR,
+    TRAINING,
+    UNET_DIR,
+    read_json,
+    weights_sha256,
+)
 
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 HEADER_LIMIT = 1024 * 1024  # above this ComfyUI shows no header at all
@@ -39,6 +49,11 @@ class Run:
     training: dict[str, Any]
     adapter: Adapter
     results: dict[str, Any] | None
+    text_adapter: Adapter | None = None
+
+    @property
+    def adapters(self) -> list[Adapter]:
+        return [self.adapter, *([self.text_adapter] if self.text_adapter else [])]
 
 
 @dataclass(frozen=True)
@@ -85,14 +100,21 @@ def read_run(folder: Path) -> Run:
     training = read_json(folder / TRAINING)
     _check_training(training, folder / TRAINING)
     architecture(training["base"])
+    if (folder / UNET_DIR).is_dir():
+        raise UnlearnError(
+            f"--run {folder} was trained with --method full: it has a whole UNet ({folder / UNET_DIR}) and no LoRA. "
+            "Give it to a pipeline: unet=UNet2DConditionModel.from_pretrained(...)."
+        )
     adapter = read_adapter(folder / ADAPTER_DIR)
+    beside = folder / TEXT_ADAPTER_DIR
+    text_adapter = read_adapter(beside, "text_encoder") if beside.is_dir() else None
     for key, ours in (("rank", "r"), ("lora_alpha", "lora_alpha")):
         if training[key] != adapter.config[ours]:
             raise UnlearnError(
                 f"--run {folder} mixes two trainings: {TRAINING} says {key} {training[key]}, the adapter "
                 f"{adapter.config[ours]}. Train it again with --overwrite."
             )
-    return Run(read_concept(folder / CONCEPT), training, adapter, _results(folder))
+    return Run(read_concept(folder / CONCEPT), training, adapter, _results(folder), text_adapter)
 
 
 def architecture(base: dict[str, Any]) -> Architecture:
@@ -120,26 +142,29 @@ def architecture(base: dict[str, Any]) -> Architecture:
 
 
 def diffusers_bytes(run: Run) -> bytes:
-    """The file for Diffusers: PEFT's names under `unet.` and the adapter's scale in the header.
+    """The file for Diffusers: PEFT's names under `unet.` and `text_encoder.`, the adapters' scale in the header.
 
     Without `lora_adapter_metadata` load_lora_weights takes alpha = rank, whatever was trained.
     """
-    tensors = {}
-    for pair in run.adapter.pairs:
-        tensors[f"unet.{pair.module}.lora_A.weight"] = pair.down
-        tensors[f"unet.{pair.module}.lora_B.weight"] = pair.up
-    settings = {key: run.adapter.config[key] for key in _ADAPTER_KEYS if key in run.adapter.config}
-    targets = run.adapter.config.get("target_modules")
-    modules = targets if isinstance(targets, list) else [pair.module for pair in run.adapter.pairs]
-    settings["target_modules"] = sorted(modules)
-    packed = {f"unet.{key}": value for key, value in settings.items()}
+    tensors: dict[str, Tensor] = {}
+    packed: dict[str, Any] = {}
+    for adapter in run.adapters:
+        network = adapter.network
+        for pair in adapter.pairs:
+            tensors[f"{network}.{pair.module}.lora_A.weight"] = pair.down
+            tensors[f"{network}.{pair.module}.lora_B.weight"] = pair.up
+        settings = {key: adapter.config[key] for key in _ADAPTER_KEYS if key in adapter.config}
+        targets = adapter.config.get("target_modules")
+        modules = targets if isinstance(targets, list) else [pair.module for pair in adapter.pairs]
+        settings["target_modules"] = sorted(modules)
+        packed |= {f"{network}.{key}": value for key, value in settings.items()}
     metadata = {"format": "pt", "lora_adapter_metadata": json.dumps(packed, indent=2, sort_keys=True)}
     return pack(tensors, metadata | own_header(run))
 
 
 def kohya_bytes(run: Run) -> bytes:
     """The file for ComfyUI, A1111 and Forge: kohya's names, the true alpha, ModelSpec and kohya header keys."""
-    tensors = kohya_tensors(run.adapter)
+    tensors = {key: value for adapter in run.adapters for key, value in kohya_tensors(adapter).items()}
     digest = hashlib.sha256(_split(safetensors.torch.save(tensors))[1]).hexdigest()
     return pack(tensors, {"format": "pt"} | interface_header(run, digest) | own_header(run))
 
@@ -234,8 +259,7 @@ def _results(folder: Path) -> dict[str, Any] | None:
     results = read_json(folder / RESULTS)
     if not isinstance(results, dict) or not isinstance(results.get("rows"), list):
         raise UsageError(f'{folder / RESULTS} holds no "rows". Run sd-unlearn evaluate again, or delete it.')
-    digest = hashlib.sha256((folder / ADAPTER_DIR / WEIGHTS_FILE).read_bytes()).hexdigest()
-    return results if results.get("adapter_sha256") == digest else None
+    return results if results.get("adapter_sha256") == weights_sha256(folder) else None
 
 
 def _write(folder: Path, files: dict[Path, bytes]) -> None:

@@ -6,6 +6,7 @@ tensor of its own beside each pair, and a reader that finds none takes the scale
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from dataclasses import dataclass
@@ -46,6 +47,7 @@ class Adapter:
 
     pairs: list[LoraPair]
     config: dict[str, Any]
+    network: str = "unet"  # or text_encoder
 
     @property
     def uniform(self) -> bool:
@@ -53,8 +55,8 @@ class Adapter:
         return len({(pair.rank, pair.alpha) for pair in self.pairs}) == 1
 
 
-def read_adapter(folder: Path) -> Adapter:
-    """The trained LoRA of an adapter folder, on the CPU in its own dtype.
+def read_adapter(folder: Path, network: str = "unet") -> Adapter:
+    """The trained LoRA of an adapter folder, of the `unet` or the `text_encoder`, on the CPU in its own dtype.
 
     Raises:
         UsageError: a file is missing, or the config is not JSON.
@@ -70,12 +72,16 @@ def read_adapter(folder: Path) -> Adapter:
         tensors = safetensors.torch.load_file(folder / WEIGHTS_FILE)
     except (safetensors.SafetensorError, OSError) as error:
         raise UnlearnError(f"{folder / WEIGHTS_FILE} cannot be read ({error}). Train the run again.") from None
-    return Adapter(_pairs(tensors, config, folder / WEIGHTS_FILE), config)
+    pairs = _pairs(tensors, config, folder / WEIGHTS_FILE)
+    if network == "text_encoder":  # files say text_model. in front, whether this version of transformers does or not
+        prefix = "text_model."
+        pairs = [dataclasses.replace(p, module=prefix + p.module.removeprefix(prefix)) for p in pairs]
+    return Adapter(pairs, config, network)
 
 
-def module_key(module: str) -> str:
-    """A UNet module's name as SD 1/2 files for ComfyUI and A1111 spell it: lora_unet_down_blocks_0_..._to_out_0."""
-    return "lora_unet_" + module.replace(".", "_")
+def module_key(module: str, network: str = "unet") -> str:
+    """A module's name as SD 1/2 files for ComfyUI and A1111 spell it: lora_unet_down_blocks_0_..._to_out_0."""
+    return ("lora_unet_" if network == "unet" else "lora_te_") + module.replace(".", "_")
 
 
 def kohya_tensors(adapter: Adapter) -> dict[str, Tensor]:
@@ -87,7 +93,7 @@ def kohya_tensors(adapter: Adapter) -> dict[str, Tensor]:
     """
     tensors: dict[str, Tensor] = {}
     for pair in adapter.pairs:
-        key, up = module_key(pair.module), pair.up
+        key, up = module_key(pair.module, adapter.network), pair.up
         if adapter.uniform:
             tensors[f"{key}.alpha"] = torch.tensor(pair.alpha, dtype=torch.float32)
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from sd_unlearn.records import ADAPTER_DIR, TEXT_ADAPTER_DIR
 from sd_unlearn.train_config import LoraTargets, Weights
 
 ADAPTER_NAME = "default"
-_ATTENTION = r"(to_q|to_k|to_v|to_out\.0)"
+ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
+_ATTENTION = f"({'|'.join(re.escape(name) for name in ATTENTION)})"
 # Regular expressions over a UNet's module names; PEFT matches the whole name.
 TARGETS: dict[LoraTargets, str] = {
     "attention": rf".*\.{_ATTENTION}",
@@ -41,8 +43,6 @@ def targets_of(network: nn.Module, group: LoraTargets | None) -> list[str]:
     """The names of a network's modules in a group of --lora_targets; None: a text encoder's attention."""
     if group == "all_linear+conv":
         return [name for name, module in network.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
-    import re
-
     pattern = re.compile(TEXT_TARGETS if group is None else TARGETS[group])
     return [name for name, _ in network.named_modules() if pattern.fullmatch(name)]
 

@@ -170,3 +170,22 @@ def read_jsonl_lines(path: Path) -> dict[int, dict[str, Any]]:
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """The objects of a JSONL file, as read_jsonl_lines."""
     return list(read_jsonl_lines(path).values())
+
+
+def weights_sha256(run: Path) -> str:
+    """SHA-256 of what a run has learned.
+
+    Raises:
+        UsageError: the run folder holds neither a LoRA nor a UNet.
+    """
+    names = (f"{ADAPTER_DIR}/adapter_model.safetensors", f"{TEXT_ADAPTER_DIR}/adapter_model.safetensors",
+             f"{UNET_DIR}/diffusion_pytorch_model.safetensors")  # fmt: skip
+    files = [run / name for name in names if (run / name).is_file()]
+    if not files:
+        raise UsageError(f"--run {run} holds no trained LoRA ({run / names[0]}). Run sd-unlearn train first.")
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as data:
+            while block := data.read(1 << 24):
+                digest.update(block)
+    return digest.hexdigest()

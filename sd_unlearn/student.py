@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import os
 import shutil
 from collections.abc import Iterator
@@ -19,11 +18,8 @@ from torch import Tensor, nn
 
 from sd_unlearn import lora
 from sd_unlearn.base import Base
-from sd_unlearn.errors import UsageError
 from sd_unlearn.records import ADAPTER_DIR, TEXT_ADAPTER_DIR, UNET_DIR
 from sd_unlearn.train_config import Weights
-
-UNET_FILE = "diffusion_pytorch_model.safetensors"
 
 
 class WithTextEncoder(nn.Module):
@@ -107,25 +103,6 @@ def load_run(base: Base, run: Path) -> None:
         return
     unet = UNet2DConditionModel.from_pretrained(str(run / UNET_DIR))
     base.pipeline.unet.load_state_dict(unet.state_dict())
-
-
-def weights_sha256(run: Path) -> str:
-    """SHA-256 of what a run has learned.
-
-    Raises:
-        UsageError: the run folder holds neither a LoRA nor a UNet.
-    """
-    names = (f"{ADAPTER_DIR}/adapter_model.safetensors", f"{TEXT_ADAPTER_DIR}/adapter_model.safetensors",
-             f"{UNET_DIR}/{UNET_FILE}")  # fmt: skip
-    files = [run / name for name in names if (run / name).is_file()]
-    if not files:
-        raise UsageError(f"--run {run} holds no trained LoRA ({run / names[0]}). Run sd-unlearn train first.")
-    digest = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as data:
-            while block := data.read(1 << 24):
-                digest.update(block)
-    return digest.hexdigest()
 
 
 def _save_unet(unet: nn.Module, target: Path) -> None:

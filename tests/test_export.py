@@ -21,6 +21,11 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from sd_unlearn import export, lora
+from sd_unlearn.base import load_base
+from sd_unlearn.errors import UnlearnError
+from sd_unlearn.records import ADAPTER_DIR
+from sd_unlearn.student import make_student
+from sd_unlearn.train_config import Weights
 
 WIDTH, SIDE, TOKENS = 16, 8, 12
 STRENGTHS = (0.0, 0.5, 1.0)
@@ -35,6 +40,7 @@ EVERYTHING = [
 CASES: dict[str, dict[str, Any]] = {
     "alpha is rank": {"rank": 4, "alpha": 4.0},
     "alpha is not rank": {"rank": 4, "alpha": 1.4},
+    "every linear and convolution": {"rank": 4, "alpha": 1.4, "targets": "all_linear+conv"},
     "rank pattern": {"r": 4, "lora_alpha": 3, "rank_pattern": {"to_k": 2, "attn2.to_v": 6}},
     "alpha pattern": {"r": 4, "lora_alpha": 3, "alpha_pattern": {"to_q": 11, "mid_block.*to_v": 0.7}},
     "rslora": {"r": 4, "lora_alpha": 3, "use_rslora": True},
@@ -89,7 +95,8 @@ def train(base: Path, case: dict[str, Any]) -> PeftModel:
     """A LoRA as training leaves it: up is no longer zero, deltas are below 1 (float32 resolves 1e-7 only there)."""
     unet = UNet2DConditionModel.from_pretrained(base, subfolder="unet")
     if "rank" in case:
-        model = lora.attach(unet, case["rank"], case["alpha"], seed=1)
+        options = Weights(rank=case["rank"], lora_alpha=case["alpha"], lora_targets=case.get("targets", "attention"))
+        model = lora.attach(unet, options, lora.targets_of(unet, options.lora_targets), seed=1)
     else:
         torch.manual_seed(1)
         settings = {"target_modules": lora.ATTENTION, "init_lora_weights": "gaussian"} | case
@@ -110,7 +117,7 @@ def trained(
     model, run = train(base, CASES[request.param]), tmp_path_factory.mktemp("run")
     settings = model.peft_config[lora.ADAPTER_NAME]
     write_run(run, training_record(settings.r, settings.lora_alpha))
-    lora.save(model, run)
+    lora.save(model, run / ADAPTER_DIR)
     exported(run)
     return model, run
 
@@ -270,3 +277,50 @@ def test_diffusers_file_is_what_diffusers_itself_would_write(trained: tuple[Peft
     full["unet.target_modules"].sort()
     assert {"unet.r", "unet.lora_alpha", "unet.target_modules"} <= settings.keys()
     assert settings == {key: full[key] for key in settings}
+
+
+def text_run(base: Path, run: Path) -> tuple[PeftModel, PeftModel]:
+    """A run with LoRAs on both networks, up weights away from zero."""
+    student = make_student(load_base(str(base), device="cpu"), Weights(rank=4, lora_alpha=1.4, train_text_encoder=True),
+                           1, needs_teacher=False)  # fmt: skip
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for parameter in student.trainable():
+            parameter += 0.05 * torch.randn_like(parameter)
+    write_run(run, training_record(4, 1.4))
+    student.save(run)
+    unet, encoder = student.adapters
+    return unet.eval(), encoder.eval()
+
+
+def test_a_text_encoders_lora_is_in_both_files(base: Path, tmp_path: Path) -> None:
+    """Diffusers draws the trained embeddings; an independent reading of the kohya names finds every module's delta."""
+    unet, encoder = text_run(base, tmp_path / "run")
+    diffusers_file, kohya_file = exported(tmp_path / "run")
+    ids = torch.arange(2 * TOKENS).view(2, TOKENS)
+    with torch.no_grad():
+        wanted, plain = encoder(ids)[0], fresh(base).text_encoder(ids)[0]
+    assert largest(wanted, plain) > EFFECT
+    for file in (diffusers_file, kohya_file):
+        pipeline = fresh(base)
+        pipeline.load_lora_weights(file)
+        with torch.no_grad():
+            assert largest(pipeline.text_encoder(ids)[0], wanted) < NOISE_TOLERANCE
+        assert largest(predict(pipeline.unet), predict(unet)) < NOISE_TOLERANCE
+    tensors = load_file(kohya_file)
+    deltas = {
+        "lora_te_text_model_" + name.removeprefix("base_model.model.").replace(".", "_"): layer
+        for name, layer in lora_layers(encoder).items()
+    }
+    assert len(deltas) == 4
+    for key, layer in deltas.items():
+        up, down = tensors[f"{key}.lora_up.weight"], tensors[f"{key}.lora_down.weight"]
+        delta = tensors[f"{key}.alpha"].item() / len(down) * up @ down
+        assert largest(delta, layer.get_delta_weight(lora.ADAPTER_NAME)) < DELTA_TOLERANCE
+
+
+def test_a_whole_unet_is_no_lora(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", training_record(4, 4.0))
+    (run / "unet").mkdir()
+    with pytest.raises(UnlearnError, match=r"--method full.*run/unet.*no LoRA"):
+        exported(run)

@@ -81,7 +81,7 @@ def test_exported_files_draw_what_the_training_process_draws(run):
     ours, seeds, sampler = load_base("digits"), [1, 2, 3], Sampler(5, 3.0, 3)
     prompts = ["a photo of the digit seven"] * 3
     bare = np.stack([np.asarray(i) for i in draw(ours, prompts, seeds, sampler)])
-    lora.load(ours.pipeline.unet, run)
+    lora.load(ours.pipeline, run)
     wanted = np.stack([np.asarray(i) for i in draw(ours, prompts, seeds, sampler)])
     assert (bare != wanted).any()
     for file in ("pytorch_lora_weights.safetensors", "seven.safetensors"):

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from sd_unlearn.base import Base, load_base
 from sd_unlearn.lora import TARGETS, targets_of
-from sd_unlearn.student import Student, load_run, make_student, weights_sha256
+from sd_unlearn.records import weights_sha256
+from sd_unlearn.student import Student, load_run, make_student
 from sd_unlearn.train_config import Weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
