@@ -86,7 +86,7 @@ def check_train(config: TrainConfig) -> None:
         raise UsageError(f"--unconditional {config.unconditional:g} is outside [0, 1]: it is a share, e.g. 0.25.")
     check_positive(
         config,
-        ("rank", "max_train_steps", "learning_rate", "max_grad_norm", "temperature", "push",
+        ("rank", "max_train_steps", "learning_rate", "max_grad_norm", "temperature", "push", "snr_gamma",
          "gradient_accumulation_steps"),
     )  # fmt: skip
     if config.train_batch_size < 4:
@@ -97,7 +97,7 @@ def check_train(config: TrainConfig) -> None:
         raise UsageError(
             f"--lora_alpha {config.lora_alpha:g} must be above 0 (the usual value is the rank, {config.rank})."
         )
-    for name in ("lr_warmup_steps", "validation_steps", "timestep_bias"):
+    for name in ("lr_warmup_steps", "validation_steps", "timestep_bias", "noise_offset"):
         value = getattr(config, name)
         if not 0 <= value < math.inf:
             raise UsageError(f"--{name} {value:g} must be a number from 0 up.")

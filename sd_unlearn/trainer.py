@@ -21,7 +21,15 @@ from PIL import Image
 from tqdm import tqdm
 
 from sd_unlearn import lora
-from sd_unlearn.base import DIGITS, Base, choose_precision, load_base, resolve_name
+from sd_unlearn.base import (
+    DIGITS,
+    Base,
+    check_zero_terminal_snr,
+    choose_precision,
+    load_base,
+    resolve_name,
+    use_zero_terminal_snr,
+)
 from sd_unlearn.batches import Batch, StratifiedBatches
 from sd_unlearn.checks import as_dict, check_train
 from sd_unlearn.concept import Concept, load_concept, write_concept
@@ -67,6 +75,8 @@ def run(config: TrainConfig) -> Path:
     check_train(config)
     plan(concept, config)
     name = resolve_name(config.pretrained_model_name_or_path, concept.base)
+    if config.zero_terminal_snr:
+        check_zero_terminal_snr(name)
     folder, output = data_dir_of(config, concept), config.output_dir or Path("runs") / concept.slug
     own_photos = _own_photos(folder)
     if own_photos:
@@ -128,6 +138,8 @@ def choose_tracker(asked: str | None) -> str | None:
 def _train(
     config: TrainConfig, concept: Concept, base: Base, folder: Path, output: Path, accelerator: Accelerator
 ) -> Path:
+    if config.zero_terminal_snr:  # not sooner: the folders are rendered with the base's own schedule
+        use_zero_terminal_snr(base)
     examples = scan(folder, concept)
     beta, beta_source = resolve_beta(config.beta, folder)  # type: ignore[arg-type]
     guidance_scale = sampler_of(config, base.name).guidance_scale
@@ -143,7 +155,7 @@ def _train(
         rank=accelerator.process_index, world=accelerator.num_processes,
         micro_batches=config.gradient_accumulation_steps, device=accelerator.device,
         teacher=config.target == "teacher", timestep_bias=config.timestep_bias,
-        share_timesteps=config.share_timesteps, unconditional=unconditional,
+        share_timesteps=config.share_timesteps, unconditional=unconditional, noise_offset=config.noise_offset,
     )  # fmt: skip
     model = lora.attach(base.pipeline.unet, config.rank, alpha, TRAIN_SEEDS[0] + config.seed)
     resolved = dataclasses.replace(
@@ -201,7 +213,7 @@ def fit(
     brackets: torch.Tensor | None = None
 
     def losses(batch: Batch) -> torch.Tensor:
-        return example_losses(denoiser, batch, config.reduction, teacher, config.temperature)
+        return example_losses(denoiser, batch, config.reduction, teacher, config.temperature, config.snr_gamma)
 
     log_path = (config.output_dir or Path()) / METRICS if accelerator.is_main_process else os.devnull
     with (
