@@ -20,7 +20,7 @@ from diffusers.optimization import get_scheduler
 from PIL import Image
 from tqdm import tqdm
 
-from sd_unlearn import lora
+from sd_unlearn import lora, speed
 from sd_unlearn.base import (
     DIGITS,
     Base,
@@ -87,6 +87,7 @@ def run(config: TrainConfig) -> Path:
     precision = choose_precision(config.mixed_precision)
     tracker = choose_tracker(config.report_to)
     accelerator = Accelerator(mixed_precision=precision, log_with=tracker, project_dir=str(output))
+    speed.check(config, accelerator.device)
     set_seed(TRAIN_SEEDS[0] + config.seed, device_specific=True)
     loaded: list[Base] = []
 
@@ -157,7 +158,9 @@ def _train(
         teacher=config.target == "teacher", timestep_bias=config.timestep_bias,
         share_timesteps=config.share_timesteps, unconditional=unconditional, noise_offset=config.noise_offset,
     )  # fmt: skip
+    speed.prepare(base.pipeline.unet, config)
     model = lora.attach(base.pipeline.unet, config.rank, alpha, TRAIN_SEEDS[0] + config.seed)
+    speed.compile_blocks(base.pipeline.unet, config)
     resolved = dataclasses.replace(
         config, beta=beta, lora_alpha=alpha, data_dir=folder, output_dir=output, guidance_scale=guidance_scale,
         unconditional=unconditional, pretrained_model_name_or_path=base.name,

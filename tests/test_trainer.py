@@ -541,6 +541,24 @@ def test_a_base_whose_own_schedule_ends_in_pure_noise(
     assert line["grad_norm"] > 0
 
 
+def test_checkpointing_trains_the_same_lora(
+    trained: Path, make_config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[bool] = []
+    losses = trainer.example_losses
+
+    def watched(denoiser: Denoiser, *arguments: object) -> Tensor:
+        seen.append(any(getattr(m, "gradient_checkpointing", False) for m in denoiser.model.modules()))
+        return losses(denoiser, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(trainer, "example_losses", watched)
+    run = trainer.run(make_config("run", gradient_checkpointing=True))
+    assert all(seen)
+    ours, theirs = (load_file(folder / ADAPTER) for folder in (run, trained))
+    for name, value in theirs.items():
+        assert torch.allclose(ours[name], value, atol=1e-5)
+
+
 def test_v_prediction_bases_train_too(tiny_base: Path, make_config: Config, tmp_path: Path) -> None:
     other = shutil.copytree(tiny_base, tmp_path / "v-base")
     schedule = other / "scheduler" / "scheduler_config.json"
