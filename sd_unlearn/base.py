@@ -94,6 +94,42 @@ def resolve_name(asked: str | None, from_concept: str | None) -> str:
     return name
 
 
+def check_zero_terminal_snr(name: str) -> None:
+    """Refuse --zero_terminal_snr for an epsilon model before it loads, where its configuration lies in a folder here.
+
+    Raises:
+        UsageError: the model does not predict v.
+    """
+    path = (DIGITS_DIR if name == DIGITS else Path(name)) / "scheduler" / "scheduler_config.json"
+    try:
+        prediction_type = json.loads(path.read_text(encoding="utf-8")).get("prediction_type", "epsilon")
+    except (OSError, ValueError, AttributeError):
+        return  # a hub id, or something that loading tells more about
+    _refuse_unless_v(name, prediction_type)
+
+
+def use_zero_terminal_snr(base: Base) -> None:
+    """Rescale the base's schedule to end in pure noise and draw from there (Lin et al. 2023, sections 3.1 and 3.3).
+
+    Raises:
+        UsageError: the base does not predict v. An epsilon model has nothing to say about pure noise: x_t is eps.
+    """
+    from diffusers import DDIMScheduler
+
+    _refuse_unless_v(base.name, base.prediction_type)
+    base.pipeline.scheduler = DDIMScheduler.from_config(
+        base.pipeline.scheduler.config, rescale_betas_zero_snr=True, timestep_spacing="trailing"
+    )
+
+
+def _refuse_unless_v(name: str, prediction_type: str) -> None:
+    if prediction_type != "v_prediction":
+        raise UsageError(
+            f"--zero_terminal_snr needs a base that predicts v (SD 2.x at 768 pixels); {name} predicts "
+            f"{prediction_type}, and at pure noise that says nothing about the picture. Leave the option out."
+        )
+
+
 def sampling_of(name: str) -> Sampling:
     """The sampler settings a base is used with by default."""
     return SAMPLING.get(name, DEFAULT_SAMPLING)

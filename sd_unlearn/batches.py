@@ -94,7 +94,8 @@ class StratifiedBatches:
 
     batch_size is the whole step's. share_timesteps gives positives the timesteps and noise of unlabeled images, which
     takes most of the noise out of the bracket's sign. timestep_bias is for the brackets: what must stay must stay at
-    every timestep. unconditional is the share of keep rows without a caption.
+    every timestep. unconditional is the share of keep rows without a caption. noise_offset (>= 0) is the deviation of
+    noise that is constant over each channel, added to the other.
     """
 
     def __init__(
@@ -102,10 +103,10 @@ class StratifiedBatches:
         concept: Concept, mode: CaptionMode, batch_size: int, num_train_timesteps: int, seed: int, *,
         rank: int = 0, world: int = 1, micro_batches: int = 1, device: torch.device | str = "cpu",
         teacher: bool = False, timestep_bias: float = 0.0, share_timesteps: bool = True,
-        unconditional: float = 0.25,
+        unconditional: float = 0.25, noise_offset: float = 0.0,
     ) -> None:  # fmt: skip
         self.teacher, self.timestep_bias, self.share_timesteps = teacher, timestep_bias, share_timesteps
-        self.unconditional = unconditional
+        self.unconditional, self.noise_offset = unconditional, noise_offset
         self.examples, (self.mean, self.std), self.embeddings = examples, latents, captions
         brackets: dict[str, list[str | None]] = {
             "own": [None],
@@ -187,7 +188,10 @@ class StratifiedBatches:
         slot = torch.tensor([row.slot for row in rows])
         mean, std = self.mean[index], self.std[index]
         latents = mean + std * torch.randn(mean.shape, generator=self.generator)
-        noise = torch.randn((len(timesteps), *mean.shape[1:]), generator=self.generator)[slot]
+        noise = torch.randn((len(timesteps), *mean.shape[1:]), generator=self.generator)
+        if self.noise_offset > 0:  # no draw without it: a run's noise is then what it is without the option
+            noise += self.noise_offset * torch.randn((*noise.shape[:2], 1, 1), generator=self.generator)
+        noise = noise[slot]
         timesteps = timesteps[slot]
         batches = []
         for part in self.mine:

@@ -48,6 +48,28 @@ def per_example_loss(predicted: Tensor, target: Tensor, reduction: Literal["sum"
     return squared.sum(1) if reduction == "sum" else squared.mean(1)
 
 
+def min_snr_weight(
+    timesteps: Tensor,
+    alphas_cumprod: Tensor,
+    gamma: float,
+    prediction_type: Literal["epsilon", "v_prediction"],
+) -> Tensor:
+    """Weights [B] in [0, 1] that make a loss on x_0 weighted by min(SNR, gamma) of it (Hang et al. 2023, section 3.4).
+
+    min(SNR, gamma) / SNR for epsilon and / (SNR + 1) for v, SNR = abar / (1 - abar), written without a division that
+    a schedule could make 0 / 0: at SNR 0 they are 1 and 0, and without noise both go to 0. gamma > 0, usually 5.
+
+    Raises:
+        ValueError: another prediction type.
+    """
+    kept = alphas_cumprod.to(timesteps.device)[timesteps].float()
+    if prediction_type == "epsilon":
+        return (gamma * (1 - kept) / kept).clamp(max=1)
+    if prediction_type == "v_prediction":
+        return torch.minimum(kept, gamma * (1 - kept))
+    raise ValueError(f"prediction type {prediction_type!r} is not supported; epsilon and v_prediction are")
+
+
 def sample_timesteps(count: int, num_train_timesteps: int, generator: torch.Generator, bias: float = 0.0) -> Tensor:
     """Timesteps [count] in [0, T) with a density that grows as t^bias: 0 is uniform, 1 favours the noisy end.
 

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from sd_unlearn import __version__
-from sd_unlearn.base import Base, choose_precision, load_base, sampling_of
+from sd_unlearn.base import Base, choose_precision, load_base, sampling_of, use_zero_terminal_snr
 from sd_unlearn.checks import check_positive
 from sd_unlearn.concept import Concept, Prompt, read_concept
 from sd_unlearn.config import EvaluateConfig
@@ -77,7 +77,8 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
         "generic": concept.generic, "kind": concept.kind, "base": training["base"],
         "run": folder.name, "adapter_sha256": weights_sha256(folder),
         "created": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()), "version": __version__,
-        "sampler": {"name": "DDIM", "steps": sampler.steps, "guidance_scale": sampler.guidance_scale},
+        "sampler": {"name": "DDIM", "steps": sampler.steps, "guidance_scale": sampler.guidance_scale,
+                    "zero_terminal_snr": training.get("zero_terminal_snr", False)},
         "seeds": {"evaluate": list(EVALUATE_SEEDS), "seed": config.seed}, "detector": judge.name,
         "cost": training["cost"],
         "training": {k: training[k] for k in settings} | {"steps": training["cost"]["steps"]},
@@ -126,8 +127,12 @@ def plan(concept: Concept, config: EvaluateConfig) -> list[Shot]:
 def _draw_both(
     config: EvaluateConfig, folder: Path, training: dict[str, Any], name: str, shots: list[Shot], sampler: Sampler
 ) -> dict[str, list[Path]]:
-    """Draw what is missing with and without the LoRA; base images are kept in the cache that all runs share."""
-    setting = f"{sampler.steps}-steps-guidance-{sampler.guidance_scale:g}"
+    """Draw what is missing with and without the LoRA; base images are kept in the cache that all runs share.
+
+    Both are drawn with the schedule that the LoRA was trained on.
+    """
+    zero_snr = training.get("zero_terminal_snr", False)
+    setting = f"{sampler.steps}-steps-guidance-{sampler.guidance_scale:g}" + "-zero-snr" * zero_snr
     places = {
         "base": config.cache_dir / f"{slugify(name)}-{training['base']['sha256'][:12]}" / setting,
         "lora": folder / IMAGE_DIR / f"lora-{weights_sha256(folder)[:12]}" / setting,
@@ -141,6 +146,8 @@ def _draw_both(
                 raise UsageError(
                     f"--run {folder} was trained on another version of {name}: its weights have changed since."
                 )
+            if zero_snr:
+                use_zero_terminal_snr(loaded[0])
         return loaded[0]
 
     attached: list[bool] = []

@@ -84,7 +84,9 @@ def fit(training: Training, resume: Path | None) -> Progress:
     started = time.monotonic() - progress.seconds
 
     def losses(batch: Batch) -> Tensor:
-        return example_losses(training.denoiser, batch, config.reduction, training.teacher, config.temperature)
+        return example_losses(
+            training.denoiser, batch, config.reduction, training.teacher, config.temperature, config.snr_gamma
+        )
 
     title = f"forget {training.concept.slug}"
     with (

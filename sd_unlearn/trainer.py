@@ -14,8 +14,16 @@ import yaml
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
-from sd_unlearn import checkpoint
-from sd_unlearn.base import DIGITS, Base, choose_precision, load_base, resolve_name
+from sd_unlearn import checkpoint, speed
+from sd_unlearn.base import (
+    DIGITS,
+    Base,
+    check_zero_terminal_snr,
+    choose_precision,
+    load_base,
+    resolve_name,
+    use_zero_terminal_snr,
+)
 from sd_unlearn.batches import StratifiedBatches
 from sd_unlearn.checks import as_dict, check_train
 from sd_unlearn.concept import Concept, load_concept, write_concept
@@ -64,6 +72,8 @@ def run(config: TrainConfig) -> Path:
     check_optimizer(config)
     plan(concept, config)
     name = resolve_name(config.pretrained_model_name_or_path, concept.base)
+    if config.zero_terminal_snr:
+        check_zero_terminal_snr(name)
     folder, output = data_dir_of(config, concept), config.output_dir or Path("runs") / concept.slug
     own_photos = _own_photos(folder)
     if own_photos:
@@ -75,6 +85,7 @@ def run(config: TrainConfig) -> Path:
     precision = choose_precision(config.mixed_precision)
     tracker = choose_tracker(config.report_to)
     accelerator = Accelerator(mixed_precision=precision, log_with=tracker, project_dir=str(output))
+    speed.check(config, accelerator.device)
     set_seed(TRAIN_SEEDS[0] + config.seed, device_specific=True)
     loaded: list[Base] = []
 
@@ -140,6 +151,8 @@ def _train(
     assert config.data_dir is not None
     assert config.output_dir is not None
     output = config.output_dir
+    if config.zero_terminal_snr:  # not sooner: the folders are rendered with the base's own schedule
+        use_zero_terminal_snr(base)
     examples = scan(config.data_dir, concept)
     config, beta_source = _resolved(config, base)
     data = _encode(config, concept, base, examples)
@@ -205,7 +218,9 @@ def _assemble(
     """Everything that the loop works with."""
     seed = TRAIN_SEEDS[0] + config.seed
     teaches = config.target == "teacher"
+    speed.prepare(base.pipeline.unet, config)
     student = make_student(base, config, seed, needs_teacher=teaches)
+    speed.compile_blocks(base.pipeline.unet, config)
     wrapped = accelerator.prepare(student.model)
     if student.base_copy is not None:
         student.base_copy = accelerator.prepare_model(student.base_copy, evaluation_mode=True)
@@ -219,7 +234,7 @@ def _assemble(
         alone.num_train_timesteps, seed, rank=accelerator.process_index, world=accelerator.num_processes,
         micro_batches=config.gradient_accumulation_steps, device=accelerator.device, teacher=teaches,
         timestep_bias=config.timestep_bias, share_timesteps=config.share_timesteps,
-        unconditional=config.unconditional or 0.0,
+        unconditional=config.unconditional or 0.0, noise_offset=config.noise_offset,
     )  # fmt: skip
     teacher = _teacher(config, concept, data, student, alone) if teaches else None
     painter = _painter(config, concept, base, data, student)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported: no test may wait for a network
 
@@ -18,7 +20,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from sd_unlearn.base import Base, load_base
 from sd_unlearn.concept import Concept, read_concept
-from sd_unlearn.records import POSITIVE, UNLABELED
+from sd_unlearn.records import POSITIVE, UNLABELED, read_json
 
 WIDTH, TOKENS = 16, 24
 CONCEPT_FILE = """\
@@ -96,6 +98,19 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny-base")
     make_pipeline().save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def v_base(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny base as one that predicts v."""
+    return scheduled(tiny_base, tmp_path_factory.mktemp("v") / "base", prediction_type="v_prediction")
+
+
+def scheduled(base: Path, copy: Path, **changes: object) -> Path:
+    """A copy of a base with another scheduler_config.json."""
+    schedule = shutil.copytree(base, copy) / "scheduler" / "scheduler_config.json"
+    schedule.write_text(json.dumps(read_json(schedule) | changes))
+    return copy
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from itertools import islice
+from itertools import combinations, islice
 from pathlib import Path
 
 import pytest
@@ -14,6 +14,7 @@ from torch import Tensor
 from sd_unlearn.batches import PLAIN, Batch, Cycle, Layout, StratifiedBatches
 from sd_unlearn.concept import Concept
 from sd_unlearn.dataset import Example
+from sd_unlearn.diffusion import sample_timesteps
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 GENERIC, CAPTION, KEEP = "a photo of a man", "a photo of Brad Pitt", ("a photo of a dog", "a photo of a cat")
@@ -310,6 +311,47 @@ def test_sharing_timesteps_is_an_option(concept: Concept, share: bool) -> None:
     layout = Layout.of(40, 2, True)
     drawn = {noise.sum().item() for noise in batch.noise[batch.bracket != PLAIN]}
     assert len(drawn) == 2 * (layout.unlabeled + (0 if share else layout.positive))
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_offset_noise_is_constant_over_a_channel_and_the_rest_as_without(concept: Concept, share: bool) -> None:
+    """Drawn last and only when asked for: the first step's other draws are those of a run without the option."""
+    plain, moved = (
+        next(steps(make_batches(concept, "both", batch_size=40, share_timesteps=share, noise_offset=offset), 1))
+        for offset in (0.0, 0.5)
+    )
+    for name in ("latents", "timesteps", "text", "bracket"):
+        assert torch.equal(getattr(plain, name), getattr(moved, name))
+    off = (moved.noise - plain.noise).flatten(2)  # [B, C, elements]
+    assert off.std(2).max() < 1e-6
+    means = off.mean(2)
+    assert means.std(1).min() > 0  # each channel its own
+    for i, j in combinations(range(len(means)), 2):  # and each slot: who shares the noise shares the offset
+        shared = torch.equal(plain.noise[i], plain.noise[j])
+        assert torch.equal(means[i], means[j]) == shared
+
+
+def test_offset_noise_has_the_asked_deviation_and_goes_on(concept: Concept) -> None:
+    one, other = (make_batches(concept, "both", seed, noise_offset=0.3) for seed in (0, 1))
+    level = torch.stack([b.noise[b.bracket == PLAIN].mean((2, 3)) for b in steps(one, 300)])
+    assert level.std().item() == pytest.approx((0.3**2 + 1 / 4) ** 0.5, rel=0.03)  # 2 x 2 elements a channel
+    other.load_state_dict(one.state_dict())
+    assert torch.equal(next(steps(one, 1)).noise, next(steps(other, 1)).noise)
+
+
+def test_without_offset_noise_draws_are_those_of_the_generator(concept: Concept) -> None:
+    """In this order: timesteps of brackets and of keep rows, latents, noise a slot. Old seeds give old batches."""
+    batches = make_batches(concept, "own")
+    generator = torch.Generator().manual_seed(0)
+    layout = batches.layout
+    for batch in steps(batches, 2):
+        slots = [layout.unlabeled, layout.keep]
+        timesteps = torch.cat([sample_timesteps(count, 1000, generator) for count in slots])
+        torch.randn(batch.latents.shape, generator=generator)
+        noise = torch.randn((sum(slots), *batch.latents.shape[1:]), generator=generator)
+        here = [*range(layout.unlabeled), *range(layout.positive), *range(layout.unlabeled, sum(slots))]
+        assert torch.equal(batch.timesteps, timesteps[here])
+        assert torch.equal(batch.noise, noise[here])
 
 
 def test_the_timestep_bias_is_for_brackets_alone(concept: Concept) -> None:

@@ -7,6 +7,7 @@ import torch
 
 from sd_unlearn.diffusion import (
     add_noise,
+    min_snr_weight,
     per_example_loss,
     sample_timesteps,
     training_target,
@@ -116,3 +117,35 @@ def test_biased_timesteps_have_a_density_of_t_to_the_bias(bias: float) -> None:
     draws = sample_timesteps(100_000, 1000, torch.Generator().manual_seed(0), bias).float() / 1000
     for share in (0.25, 0.5, 0.9):
         assert (draws < share).float().mean().item() == pytest.approx(share ** (1 + bias), abs=2e-3)
+
+
+def test_min_snr_weights_by_hand() -> None:
+    """SNRs of ALPHAS: infinite, 16 / 9, 9 / 16, 0."""
+    t = torch.arange(4)
+    assert torch.allclose(min_snr_weight(t, ALPHAS, 1.0, "epsilon"), torch.tensor([0, 9 / 16, 1, 1]))
+    assert torch.allclose(min_snr_weight(t, ALPHAS, 1.0, "v_prediction"), torch.tensor([0, 0.36, 0.36, 0]))
+    assert torch.equal(min_snr_weight(t[[2, 0, 2]], ALPHAS, 1.0, "epsilon"), torch.tensor([1.0, 0, 1]))
+    with pytest.raises(ValueError, match="sample"):
+        min_snr_weight(t, ALPHAS, 1.0, "sample")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("gamma", [0.5, 5.0, 20.0])
+def test_min_snr_weights_agree_with_the_papers_formula(gamma: float) -> None:
+    schedule = torch.linspace(0.999, 0.001, 500, dtype=torch.float64)
+    t, snr = torch.arange(500), schedule / (1 - schedule)
+    for prediction_type, divisor in (("epsilon", snr), ("v_prediction", snr + 1)):
+        got = min_snr_weight(t, schedule, gamma, prediction_type)  # type: ignore[arg-type]
+        assert torch.allclose(got.double(), snr.clamp(max=gamma) / divisor, rtol=1e-4)
+
+
+def test_a_loss_weighed_by_min_snr_is_the_same_in_epsilon_and_v() -> None:
+    """Both are min(SNR, gamma) |x_0 error|^2, which is what the two weights are for."""
+    x0, noise, off, t = torch.randn(2, 4), torch.randn(2, 4), 0.1 * torch.randn(2, 4), torch.tensor([1, 2])
+    a, s = ALPHAS[t].sqrt().view(2, 1), (1 - ALPHAS[t]).sqrt().view(2, 1)
+    found = []
+    for kind, error in (("epsilon", -off * a / s), ("v_prediction", -off / s)):  # of a network that says x_0 + off
+        target = training_target(x0, noise, t, ALPHAS, kind)  # type: ignore[arg-type]
+        weight = min_snr_weight(t, ALPHAS, 1.0, kind)  # type: ignore[arg-type]
+        found.append(weight * per_example_loss(target + error, target))
+    assert torch.allclose(found[0], found[1], rtol=1e-4)
+    assert torch.allclose(found[0], torch.tensor([1.0, 9 / 16]) * off.square().sum(1), rtol=1e-4)

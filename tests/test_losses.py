@@ -11,17 +11,25 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sd_unlearn import lora
 from sd_unlearn.base import Base
 from sd_unlearn.batches import PLAIN, Batch
 from sd_unlearn.denoiser import Denoiser
-from sd_unlearn.diffusion import add_noise, per_example_loss
+from sd_unlearn.diffusion import add_noise, min_snr_weight, per_example_loss, training_target
 from sd_unlearn.objectives.losses import example_losses
 from sd_unlearn.objectives.teacher import Teacher
+from sd_unlearn.student import make_student
+from sd_unlearn.train_config import Weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 MIXED = [PLAIN, 0, 0, PLAIN, 1, 1, PLAIN]
 GUIDANCE, PUSH = 3.0, 2.5
+
+
+@pytest.fixture(params=["epsilon", "v_prediction"])
+def base(request: pytest.FixtureRequest, loaded_base: Base) -> Base:
+    """The tiny base as either kind of model: random weights predict one as well as the other."""
+    loaded_base.pipeline.scheduler.register_to_config(prediction_type=request.param)
+    return loaded_base
 
 
 class Step:
@@ -47,14 +55,17 @@ class Step:
             self.ask(text) for text in (drawn_from, generic.expand(count, -1, -1), empty.expand(count, -1, -1))
         )
         self.empty = empty
-        self.model = lora.attach(base.pipeline.unet, 2, 2.0, 0)
+        self.student = make_student(base, Weights(rank=2), 0, needs_teacher=True)
+        self.model = self.student.model
         if learned:
             with torch.no_grad():
                 for name, parameter in self.model.named_parameters():
                     if "lora_B" in name:
                         parameter.normal_(generator=torch.Generator().manual_seed(2))
         self.denoiser = Denoiser.of(base, self.model)
-        self.teacher = Teacher(self.denoiser, generic, empty, GUIDANCE, PUSH)
+        schedule = base.pipeline.scheduler.alphas_cumprod
+        self.target = training_target(latents, noise, timesteps, schedule, base.prediction_type)  # type: ignore[arg-type]
+        self.teacher = Teacher(self.denoiser, self.student.frozen, generic, empty, GUIDANCE, PUSH)
 
     @torch.no_grad()
     def ask(self, text: Tensor) -> Tensor:
@@ -71,22 +82,37 @@ class Step:
         return self.base_says + guided_rows * (1 - 1 / GUIDANCE) * moved
 
     def gradients(self, nll: Tensor) -> list[Tensor]:
-        return list(torch.autograd.grad(nll.sum(), lora.trainable(self.model), retain_graph=True))
+        return list(torch.autograd.grad(nll.sum(), self.student.trainable(), retain_graph=True))
 
 
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
-def test_without_a_teacher_it_is_the_noise_prediction_loss(loaded_base: Base, reduction: str) -> None:
-    step = Step(loaded_base, learned=True)
+def test_without_a_teacher_it_is_the_noise_prediction_loss(base: Base, reduction: str) -> None:
+    step = Step(base, learned=True)
     got = example_losses(step.denoiser, step.batch, reduction)  # type: ignore[arg-type]
-    assert torch.equal(got, per_example_loss(step.predict(), step.batch.noise, reduction))  # type: ignore[arg-type]
+    assert torch.equal(got, per_example_loss(step.predict(), step.target, reduction))  # type: ignore[arg-type]
+    assert torch.equal(step.target, step.batch.noise) == (base.prediction_type == "epsilon")
+
+
+@pytest.mark.parametrize("taught", [True, False])
+def test_min_snr_weighs_the_value_and_the_gradient_of_each_example(base: Base, taught: bool) -> None:
+    step = Step(base, learned=True)
+    teacher = step.teacher if taught else None
+    plain = example_losses(step.denoiser, step.batch, "sum", teacher)
+    got = example_losses(step.denoiser, step.batch, "sum", teacher, temperature=2.0, snr_gamma=0.7)
+    schedule = base.pipeline.scheduler.alphas_cumprod
+    weight = min_snr_weight(step.batch.timesteps, schedule, 0.7, base.prediction_type)  # type: ignore[arg-type]
+    assert weight.unique().numel() > 3
+    assert torch.allclose(got, weight * plain / 2)
+    for i in range(len(MIXED)):
+        close(step.gradients(got[i]), [g * weight[i] / 2 for g in step.gradients(plain[i])])
 
 
 @pytest.mark.parametrize("learned", [True, False])
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
-def test_with_a_teacher_value_and_gradient_are_two_things(loaded_base: Base, learned: bool, reduction: str) -> None:
-    step = Step(loaded_base, learned)
+def test_with_a_teacher_value_and_gradient_are_two_things(base: Base, learned: bool, reduction: str) -> None:
+    step = Step(base, learned)
     got = example_losses(step.denoiser, step.batch, reduction, step.teacher)  # type: ignore[arg-type]
-    noise = per_example_loss(step.predict(), step.batch.noise, reduction)  # type: ignore[arg-type]
+    noise = per_example_loss(step.predict(), step.target, reduction)  # type: ignore[arg-type]
     distance = per_example_loss(step.predict(), step.wanted(), reduction)  # type: ignore[arg-type]
     assert torch.allclose(got[~step.keep], noise[~step.keep])
     assert torch.allclose(got[step.keep], distance[step.keep], atol=1e-6)

@@ -15,15 +15,17 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import CONCEPT_FILE, tree
+from conftest import CONCEPT_FILE, scheduled, tree
 from PIL import Image
 from safetensors.torch import load_file
+from torch import Tensor
 
-from sd_unlearn import cli, lora, render, trainer
+from sd_unlearn import cli, loop, lora, render, trainer
 from sd_unlearn.base import Base, Sampling, load_base
 from sd_unlearn.batches import StratifiedBatches
 from sd_unlearn.concept import read_concept
 from sd_unlearn.config import RenderConfig
+from sd_unlearn.denoiser import Denoiser
 from sd_unlearn.errors import UnlearnError, UsageError
 from sd_unlearn.prior import ASSUMED_BETA
 from sd_unlearn.records import DATA_MANIFEST, TRAIN_SEEDS, read_json, read_jsonl
@@ -476,6 +478,101 @@ def test_a_tracker_that_is_not_installed(make_config: Config, monkeypatch: pytes
         trainer.run(make_config("run", report_to="wandb"))
     assert trainer.choose_tracker(None) is None
     assert trainer.choose_tracker("none") is None
+
+
+@pytest.mark.parametrize("target", ["teacher", "noise"])
+def test_noise_options_are_used_and_recorded(make_config: Config, v_base: Path, tmp_path: Path, target: str) -> None:
+    place: dict[str, object] = {
+        "pretrained_model_name_or_path": str(v_base), "data_dir": tmp_path / "data", "max_train_steps": 10,
+        "target": target,
+    }  # fmt: skip
+    asked = {"snr_gamma": 0.5, "noise_offset": 0.1, "zero_terminal_snr": True}
+    plain = read_jsonl(trainer.run(make_config("plain", **place)) / "metrics.jsonl")
+    settings = read_json(tmp_path / "data" / "settings.json")
+    for name, value in asked.items():
+        run = trainer.run(make_config(name, **place, **{name: value}))
+        (line,) = read_jsonl(run / "metrics.jsonl")
+        assert line["mean_u"] != plain[0]["mean_u"]
+        record = read_json(run / "training.json")
+        assert {key: record[key] for key in asked} == {
+            "snr_gamma": None, "noise_offset": 0.0, "zero_terminal_snr": False, name: value
+        }  # fmt: skip
+    assert read_json(tmp_path / "data" / "settings.json") == settings
+
+
+def test_zero_terminal_snr_is_trained_on_but_not_rendered_with(
+    make_config: Config, v_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, float] = {}
+    draw, losses = render.draw, loop.example_losses
+
+    def drawn(base: Base, *arguments: object) -> object:
+        seen["rendered"] = base.pipeline.scheduler.alphas_cumprod[-1].item()
+        return draw(base, *arguments)  # type: ignore[arg-type]
+
+    def lost(denoiser: Denoiser, *arguments: object) -> Tensor:
+        seen["trained"] = denoiser.alphas_cumprod[-1].item()
+        return losses(denoiser, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(render, "draw", drawn)
+    monkeypatch.setattr(loop, "example_losses", lost)
+    trainer.run(
+        make_config(
+            "run", pretrained_model_name_or_path=str(v_base), data_dir=tmp_path / "data", max_train_steps=1,
+            zero_terminal_snr=True,
+        )
+    )  # fmt: skip
+    assert seen["rendered"] > 1e-3
+    assert seen["trained"] == 0
+
+
+@pytest.mark.parametrize("local", [True, False])
+def test_zero_terminal_snr_is_refused_for_epsilon(
+    make_config: Config, monkeypatch: pytest.MonkeyPatch, local: bool
+) -> None:
+    """Before the model loads where its files are at hand, and after for one of the hub."""
+    if local:
+        monkeypatch.setattr(trainer, "load_base", lambda *_: pytest.fail("the base was loaded"))
+    else:
+        monkeypatch.setattr(trainer, "check_zero_terminal_snr", lambda name: None)
+    with pytest.raises(UsageError, match=r"--zero_terminal_snr .* predicts epsilon"):
+        trainer.run(make_config("run", zero_terminal_snr=True))
+    assert not Path("run").exists()
+
+
+@pytest.mark.parametrize("target", ["teacher", "noise"])
+def test_a_base_whose_own_schedule_ends_in_pure_noise(
+    make_config: Config, v_base: Path, tmp_path: Path, target: str
+) -> None:
+    """Its last alphas_cumprod is 0: nothing may be divided by it."""
+    own = scheduled(v_base, tmp_path / "base", rescale_betas_zero_snr=True, timestep_spacing="trailing")
+    assert load_base(str(own), device="cpu").pipeline.scheduler.alphas_cumprod[-1] == 0
+    run = trainer.run(
+        make_config(
+            "run", pretrained_model_name_or_path=str(own), data_dir=tmp_path / "data", max_train_steps=10,
+            snr_gamma=5.0, timestep_bias=200.0, target=target,
+        )
+    )  # fmt: skip
+    (line,) = read_jsonl(run / "metrics.jsonl")
+    assert line["grad_norm"] > 0
+
+
+def test_checkpointing_trains_the_same_lora(
+    trained: Path, make_config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[bool] = []
+    losses = trainer.example_losses
+
+    def watched(denoiser: Denoiser, *arguments: object) -> Tensor:
+        seen.append(any(getattr(m, "gradient_checkpointing", False) for m in denoiser.model.modules()))
+        return losses(denoiser, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(trainer, "example_losses", watched)
+    run = trainer.run(make_config("run", gradient_checkpointing=True))
+    assert all(seen)
+    ours, theirs = (load_file(folder / ADAPTER) for folder in (run, trained))
+    for name, value in theirs.items():
+        assert torch.allclose(ours[name], value, atol=1e-5)
 
 
 def test_v_prediction_bases_train_too(tiny_base: Path, make_config: Config, tmp_path: Path) -> None:

@@ -9,15 +9,17 @@ from torch import Tensor
 
 from sd_unlearn.batches import PLAIN, Batch
 from sd_unlearn.denoiser import Denoiser
-from sd_unlearn.diffusion import add_noise, per_example_loss, training_target
+from sd_unlearn.diffusion import add_noise, min_snr_weight, per_example_loss, training_target
 from sd_unlearn.objectives.teacher import Teacher
 
 
 def example_losses(
     denoiser: Denoiser, batch: Batch, reduction: Literal["sum", "mean"] = "sum", teacher: Teacher | None = None,
-    temperature: float = 1.0,
+    temperature: float = 1.0, snr_gamma: float | None = None,
 ) -> Tensor:  # fmt: skip
     """l [B] of a batch's examples over the temperature, with the gradient to follow.
+
+    snr_gamma (> 0) weighs each by its timestep (`min_snr_weight`), the value and the gradient alike; None: all by 1.
 
     Without a teacher: the noise-prediction loss. With one the value stays that loss, which decides the sign of a
     bracket, but the gradient is that of another one. With f the prediction, f* the base's under the caption the image
@@ -34,18 +36,21 @@ def example_losses(
     schedule = denoiser.alphas_cumprod
     noisy = add_noise(batch.latents, batch.noise, batch.timesteps, schedule)
     target = training_target(batch.latents, batch.noise, batch.timesteps, schedule, denoiser.prediction_type)  # type: ignore[arg-type]
+    scale = torch.full_like(batch.weight, 1 / temperature)  # [B]
+    if snr_gamma is not None:
+        scale = scale * min_snr_weight(batch.timesteps, schedule, snr_gamma, denoiser.prediction_type)  # type: ignore[arg-type]
     if teacher is None:
         predicted = denoiser.predict(noisy, batch.timesteps, batch.text)
-        return per_example_loss(predicted, target, reduction) / temperature
+        return scale * per_example_loss(predicted, target, reduction)
     # Before the prediction: switching the adapter off and on between a forward and its backward pass upsets DDP.
     wanted, away = _teach(teacher, noisy, batch)
     predicted = denoiser.predict(noisy, batch.timesteps, batch.text)
-    against_noise = per_example_loss(predicted, target, reduction) / temperature
+    against_noise = per_example_loss(predicted, target, reduction)
     distance = per_example_loss(predicted, wanted, reduction)
     along = 2 * (predicted.float() * away).flatten(1).sum(1) / (1 if reduction == "sum" else away[0].numel())
-    followed = torch.where(_pushed(batch), teacher.push * along, distance) / temperature
+    followed = torch.where(_pushed(batch), teacher.push * along, distance)
     value = torch.where(batch.bracket == PLAIN, followed, against_noise).detach()
-    return value + followed - followed.detach()
+    return scale * (value + followed - followed.detach())
 
 
 def _teach(teacher: Teacher, noisy: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
