@@ -82,6 +82,8 @@ def check_train(config: TrainConfig) -> None:
         raise UsageError(
             f"--beta {config.beta:g} is outside (0, 1): it is the share of the concept in 0_unlabeled, e.g. 0.2."
         )
+    if not 0 <= config.eta <= 1:
+        raise UsageError(f"--eta {config.eta:g} is outside [0, 1]: it is the weight of 2_negative, e.g. 0.5.")
     if config.unconditional is not None and not 0 <= config.unconditional <= 1:
         raise UsageError(f"--unconditional {config.unconditional:g} is outside [0, 1]: it is a share, e.g. 0.25.")
     check_positive(

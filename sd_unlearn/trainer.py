@@ -22,10 +22,10 @@ from tqdm import tqdm
 
 from sd_unlearn import lora
 from sd_unlearn.base import DIGITS, Base, choose_precision, load_base, resolve_name
-from sd_unlearn.batches import Batch, StratifiedBatches
+from sd_unlearn.batches import Batch, StratifiedBatches, check_batch_size
 from sd_unlearn.checks import as_dict, check_train
 from sd_unlearn.concept import Concept, load_concept, write_concept
-from sd_unlearn.dataset import CACHE_DIR, encode_captions, encode_images, scan
+from sd_unlearn.dataset import CACHE_DIR, encode_captions, encode_images, positive_sets, scan, share_beta
 from sd_unlearn.denoiser import Denoiser
 from sd_unlearn.errors import UnlearnError, UsageError
 from sd_unlearn.objectives.accumulate import accumulate_gradients
@@ -69,8 +69,9 @@ def run(config: TrainConfig) -> Path:
     name = resolve_name(config.pretrained_model_name_or_path, concept.base)
     folder, output = data_dir_of(config, concept), config.output_dir or Path("runs") / concept.slug
     own_photos = _own_photos(folder)
+    check_batch_size(config, concept, folder)
     if own_photos:
-        scan(folder, concept)
+        scan(folder, concept, config.eta)
     check_output(output, config.overwrite)
     check_writable(folder, "--data_dir")
 
@@ -128,13 +129,16 @@ def choose_tracker(asked: str | None) -> str | None:
 def _train(
     config: TrainConfig, concept: Concept, base: Base, folder: Path, output: Path, accelerator: Accelerator
 ) -> Path:
-    examples = scan(folder, concept)
+    examples = scan(folder, concept, config.eta)
     beta, beta_source = resolve_beta(config.beta, folder)  # type: ignore[arg-type]
+    sets = positive_sets(folder)
+    betas = share_beta(concept, sets, beta, beta_source)
+    beta = sum(betas)
     guidance_scale = sampler_of(config, base.name).guidance_scale
     unconditional = UNCONDITIONAL.get(base.name, 0.25) if config.unconditional is None else config.unconditional
     alpha = float(config.rank if config.lora_alpha is None else config.lora_alpha)
     latents = encode_images(base, examples, config.resolution or base.resolution, folder / CACHE_DIR)
-    texts = list(dict.fromkeys(["", concept.caption, concept.generic, *(e.caption for e in examples)]))
+    texts = list(dict.fromkeys(["", concept.generic, *concept.wordings, *(e.caption for e in examples)]))
     captions = dict(zip(texts, encode_captions(base, texts), strict=True))
     batches = StratifiedBatches(
         examples, latents, captions, concept, config.caption_mode,
@@ -160,15 +164,17 @@ def _train(
         write_concept(output / CONCEPT, concept)
     accelerator.wait_for_everyone()
     accelerator.init_trackers("tensorboard")
-    positives = sum(e.is_positive for e in examples)
-    counts = f"{len(examples) - positives} unlabeled and {positives} positive images"
+    positives, negatives = (sum(getattr(e, f"is_{kind}") for e in examples) for kind in ("positive", "negative"))
+    counts = f"{len(examples) - positives - negatives} unlabeled and {positives} positive images"
+    counts += f" and {negatives} known to be normal" if negatives else ""
     accelerator.print(
         f"Forgetting {concept.name!r} in {base.name}: {counts}, beta {beta:g} ({beta_source}).",
         file=sys.stderr,
     )
 
     started = time.monotonic()
-    objective = PUObjective([beta] * len(batches.brackets), config.correction)
+    eta = config.eta if batches.layout.negative else 0.0
+    objective = PUObjective([betas] * len(batches.brackets), config.correction, eta)
     steps = fit(resolved, base, model, batches, objective, concept, accelerator, teacher)
     seconds = time.monotonic() - started
     if accelerator.is_main_process:
@@ -179,7 +185,11 @@ def _train(
             "peak_memory_mb": peak_memory_mb(), "device": device_name(accelerator.device),
             "processes": accelerator.num_processes, "mixed_precision": accelerator.mixed_precision,
         }  # fmt: skip
-        write_json(output / TRAINING, training_record(resolved, concept, base, beta_source, cost))
+        write_json(
+            output / TRAINING,
+            training_record(resolved, concept, base, beta_source, cost)
+            | {"betas": dict(zip(sets, betas, strict=True))},
+        )
         print(f"Trained {steps} steps in {seconds:.0f} s; the LoRA is in {output / lora.ADAPTER_DIR}.", file=sys.stderr)
     accelerator.wait_for_everyone()
     accelerator.end_training()  # last: it takes the process group down

@@ -18,6 +18,7 @@ from sd_unlearn.denoiser import Denoiser
 from sd_unlearn.diffusion import add_noise, per_example_loss
 from sd_unlearn.objectives.losses import example_losses
 from sd_unlearn.objectives.teacher import Teacher
+from sd_unlearn.risk import NORMAL, UNLABELED
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 MIXED = [PLAIN, 0, 0, PLAIN, 1, 1, PLAIN]
@@ -37,7 +38,7 @@ class Step:
         unconditional = torch.tensor([i == count - 1 for i in range(count)])
         text[-1] = drawn_from[-1] = empty
         self.batch = Batch(
-            latents, text, drawn_from, positive, torch.tensor(MIXED), 2, timesteps, noise, unconditional,
+            latents, text, drawn_from, positive.long() - 1, torch.tensor(MIXED), 2, timesteps, noise, unconditional,
             torch.ones(count),
         )  # fmt: skip
         self.unet = base.pipeline.unet
@@ -172,7 +173,7 @@ def test_a_teacher_leaves_the_mean_gradient_and_takes_its_variance() -> None:
         latents, noise = (torch.randn(4, 1, 2, 2, generator=generator) for _ in range(2))
         timesteps, nothing = torch.randint(0, 100, (4,), generator=generator), torch.zeros(4)
         batch = Batch(
-            latents, text, text, nothing.bool(), nothing.long(), 1, timesteps, noise, nothing.bool(),
+            latents, text, text, nothing.long() - 1, nothing.long(), 1, timesteps, noise, nothing.bool(),
             nothing + 1,
         )  # fmt: skip
         for taught, gradients in found.items():
@@ -182,3 +183,21 @@ def test_a_teacher_leaves_the_mean_gradient_and_takes_its_variance() -> None:
     for gradients in (taught, plain):
         assert (gradients.mean() - 0.2).abs() < 4 * gradients.std() / 2000**0.5
     assert taught.std() < plain.std() / 5
+
+
+def test_images_known_to_be_normal_are_followed_like_unlabeled_ones(loaded_base: Base) -> None:
+    step = Step(loaded_base, learned=True)
+    unlabeled = dataclasses.replace(step.batch, label=torch.full_like(step.batch.label, UNLABELED))
+    normal = dataclasses.replace(step.batch, label=torch.full_like(step.batch.label, NORMAL))
+    ours, theirs = (example_losses(step.denoiser, batch, "sum", step.teacher) for batch in (normal, unlabeled))
+    assert torch.equal(ours, theirs)
+    close(step.gradients(ours), step.gradients(theirs))
+    distance = per_example_loss(step.predict(), step.wanted())
+    close(step.gradients(ours[~step.keep]), step.gradients(distance[~step.keep]))
+
+
+def test_every_set_of_positives_is_pushed(loaded_base: Base) -> None:
+    step = Step(loaded_base, learned=True)
+    other = dataclasses.replace(step.batch, label=torch.where(step.batch.is_positive, 3, UNLABELED))
+    ours, theirs = (example_losses(step.denoiser, batch, "sum", step.teacher) for batch in (other, step.batch))
+    close(step.gradients(ours), step.gradients(theirs))
