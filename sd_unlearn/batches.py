@@ -1,4 +1,4 @@
-"""Cached latents -> the stratified batches of a step: k unlabeled and m positive images in every bracket.
+"""Cached latents -> the stratified batches of a step: images of every kind in every bracket.
 
 A step's batch is drawn whole, the same on every process, and then cut into parts, one for each process and
 micro-batch. So the objective is the same however it is cut, and a resumed run needs one sampler's state.
@@ -7,16 +7,19 @@ micro-batch. So the objective is the same however it is cut, and a resumed run n
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sd_unlearn.concept import Concept
-from sd_unlearn.dataset import Example
+from sd_unlearn.dataset import Example, has_negatives, positive_sets
 from sd_unlearn.diffusion import sample_timesteps
-from sd_unlearn.train_config import CaptionMode
+from sd_unlearn.errors import UsageError
+from sd_unlearn.risk import NORMAL, UNLABELED
+from sd_unlearn.train_config import CaptionMode, TrainConfig
 
 PLAIN = -1  # the `bracket` of an example that belongs to no caption's bracket
 
@@ -28,13 +31,24 @@ class Batch:
     latents: Tensor  # [B, 4, H/8, W/8], scaled
     text: Tensor  # [B, tokens, width]
     teacher_text: Tensor  # as text: the caption each image was drawn from, under which the frozen base predicts
-    is_positive: Tensor  # [B] bool
+    label: Tensor  # [B] long: the number of a positive's set, from 0; UNLABELED, or NORMAL if known to be
     bracket: Tensor  # [B] long, index of the caption's bracket, PLAIN for keep images
     captions: int  # how many brackets
     timesteps: Tensor  # [B] long
     noise: Tensor  # as latents
     unconditional: Tensor  # [B] bool, seen under the empty caption
     weight: Tensor  # [B]: with it, the mean over parts of sum(weight * l) is the whole batch's mean, of each kind
+
+    @property
+    def is_positive(self) -> Tensor:
+        """[B] bool."""
+        return self.label >= 0
+
+    def only(self, rows: Tensor) -> Batch:
+        """The batch of these rows ([B] bool), their weights as they are."""
+        held: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        held |= {name: value[rows] for name, value in held.items() if isinstance(value, Tensor)}
+        return Batch(**held)
 
 
 class Cycle:
@@ -55,23 +69,64 @@ class Cycle:
 class Layout:
     """How many images of each kind a step's batch holds, per bracket and of keep images."""
 
-    positive: int
+    positive: int  # of each set of positives
     unlabeled: int
     keep: int
+    negative: int = 0
+    sets: int = 1
 
     @classmethod
-    def of(cls, batch_size: int, brackets: int, has_keep: bool, parts: int = 1) -> Layout:
+    def of(
+        cls, batch_size: int, brackets: int, has_keep: bool, parts: int = 1, sets: int = 1, negatives: bool = False
+    ) -> Layout:
         """Of a batch a quarter positives and 35 % unlabeled, shared out over the brackets, the rest keep images.
 
-        Without keep images the rest is unlabeled. Every bracket has at least one positive and one unlabeled image in
-        each of the parts that the batch will be cut into.
+        Without keep images the rest is unlabeled. Sets share the positives out, and negatives get half of the unlabeled
+        images' share. Every bracket has at least one image of each kind in each of the parts that the batch will be
+        cut into.
+
+        Raises:
+            UsageError: a batch too small for that.
         """
-        positive = max(parts, int(0.25 * batch_size / brackets))
-        unlabeled = max(parts, int(0.35 * batch_size / brackets) if has_keep else batch_size // brackets - positive)
-        return cls(positive, unlabeled, max(0, batch_size - brackets * (positive + unlabeled)) if has_keep else 0)
+        kinds = sets + 1 + negatives
+        if batch_size < parts * brackets * kinds:
+            raise UsageError(
+                f"--train_batch_size {batch_size // parts} is too small: brackets ({brackets}, by --caption_mode) "
+                f"times kinds of images in each ({kinds}) are {brackets * kinds}, the least for a micro-batch."
+            )
+        positive = max(parts, int(0.25 * batch_size / brackets / sets))
+        unlabeled = int(0.35 * batch_size / brackets) if has_keep else batch_size // brackets - sets * positive
+        negative = max(parts, unlabeled // 2) if negatives else 0
+        unlabeled = max(parts, unlabeled - negative)
+        layout = cls(positive, unlabeled, 0, negative, sets)
+        return replace(layout, keep=max(0, batch_size - layout.total(brackets)) if has_keep else 0)
 
     def total(self, brackets: int) -> int:
-        return brackets * (self.positive + self.unlabeled) + self.keep
+        return brackets * (self.sets * self.positive + self.unlabeled + self.negative) + self.keep
+
+
+def captions_of_brackets(concept: Concept, mode: CaptionMode) -> list[str | None]:
+    """The caption of each bracket; None: every image under its own.
+
+    own: one bracket, every image under its own caption; shared: one, all under the generic caption; both: one under the
+    generic caption and one under each wording of the concept, positives and generic images seen under all of them.
+    """
+    brackets: dict[str, list[str | None]] = {
+        "own": [None],
+        "shared": [concept.generic],
+        "both": [concept.generic, *concept.wordings],
+    }
+    return brackets[mode]
+
+
+def check_batch_size(config: TrainConfig, concept: Concept, folder: Path) -> None:
+    """Refuse a batch that cannot hold what every step needs, before anything loads.
+
+    Raises:
+        UsageError: naming --train_batch_size and the least that would do.
+    """
+    brackets, sets = len(captions_of_brackets(concept, config.caption_mode)), len(positive_sets(folder))
+    Layout.of(config.train_batch_size, brackets, True, sets=sets, negatives=has_negatives(folder, config.eta))
 
 
 @dataclass(frozen=True)
@@ -87,10 +142,7 @@ class Row:
 
 
 class StratifiedBatches:
-    """Endless steps, each a list of this process's micro-batches.
-
-    caption_mode own: one bracket, every image under its own caption; shared: one, all under the generic caption;
-    both: one under the generic and one under the concept's caption, positives and generic images seen under either.
+    """Endless steps, each a list of this process's micro-batches; mode: see captions_of_brackets.
 
     batch_size is the whole step's. share_timesteps gives positives the timesteps and noise of unlabeled images, which
     takes most of the noise out of the bracket's sign. timestep_bias is for the brackets: what must stay must stay at
@@ -108,27 +160,31 @@ class StratifiedBatches:
         self.teacher, self.timestep_bias, self.share_timesteps = teacher, timestep_bias, share_timesteps
         self.unconditional, self.noise_offset = unconditional, noise_offset
         self.examples, (self.mean, self.std), self.embeddings = examples, latents, captions
-        brackets: dict[str, list[str | None]] = {
-            "own": [None],
-            "shared": [concept.generic],
-            "both": [concept.generic, concept.caption],
-        }
-        self.brackets = brackets[mode]
-        self.pools = {
-            "positive": [i for i, e in enumerate(examples) if e.is_positive],
-            "unlabeled": [i for i, e in enumerate(examples) if not e.is_positive and e.group != "keep"],
+        self.brackets = captions_of_brackets(concept, mode)
+        sets: dict[int, list[int]] = {}
+        for i, example in enumerate(examples):
+            if example.is_positive:
+                sets.setdefault(example.positive_set, []).append(i)
+        self.positives = ["positive", *(f"positive {k}" for k in range(1, len(sets)))]
+        outside = ("positive", "negative", "keep")
+        self.pools = {  # their order seeds their cycles
+            "positive": sets[0],
+            "unlabeled": [i for i, e in enumerate(examples) if e.group not in outside],
             "keep": [i for i, e in enumerate(examples) if e.group == "keep"],
             "any": list(range(len(examples))),
+            "negative": [i for i, e in enumerate(examples) if e.is_negative],
+            **{name: sets[k] for k, name in enumerate(self.positives) if k},
         }
         self.parts, self.mine = world * micro_batches, [micro * world + rank for micro in range(micro_batches)]
         has_keep = bool(self.pools["keep"]) or teacher
-        self.layout = Layout.of(batch_size, len(self.brackets), has_keep, self.parts)
+        negatives = bool(self.pools["negative"])
+        self.layout = Layout.of(batch_size, len(self.brackets), has_keep, self.parts, len(sets), negatives)
         self.num_train_timesteps, self.device = num_train_timesteps, device
         self.generator = torch.Generator().manual_seed(seed)
         self.cycles = {
             (pool, bracket): Cycle(len(members), seed + 7919 * index + 101 * bracket)
             for index, (pool, members) in enumerate(self.pools.items())
-            for bracket in range(len(self.brackets) if pool in ("positive", "unlabeled") else 1)
+            for bracket in range(1 if pool in ("keep", "any") else len(self.brackets))
             if members
         }
 
@@ -152,8 +208,9 @@ class StratifiedBatches:
         slots = 0
         for index, caption in enumerate(self.brackets):
             start = slots
-            for pool, count in (("unlabeled", self.layout.unlabeled), ("positive", self.layout.positive)):
-                first = start if self.share_timesteps else slots
+            counts = {"unlabeled": self.layout.unlabeled} | dict.fromkeys(self.positives, self.layout.positive)
+            for pool, count in (counts | {"negative": self.layout.negative}).items():
+                first = start if self.share_timesteps and pool in self.positives else slots
                 for order, i in enumerate(self._draw(pool, index, count)):
                     rows.append(Row(i, caption or self.examples[i].caption, index, first + order, order, count))
                 slots = max(slots, first + count)
@@ -204,7 +261,7 @@ class StratifiedBatches:
         taught = [row.caption if row.bracket == PLAIN else e.caption for row, e in zip(rows, examples, strict=True)]
         return Batch(
             latents.to(self.device), self._embed([row.caption for row in rows]), self._embed(taught),
-            torch.tensor([e.is_positive for e in examples], device=self.device),
+            torch.tensor([_label(e) for e in examples], device=self.device),
             torch.tensor([row.bracket for row in rows], device=self.device), len(self.brackets),
             timesteps.to(self.device), noise.to(self.device),
             torch.tensor([row.caption == "" for row in rows], device=self.device),
@@ -213,3 +270,9 @@ class StratifiedBatches:
 
     def _embed(self, captions: list[str]) -> Tensor:
         return torch.stack([self.embeddings[caption] for caption in captions]).to(self.device)
+
+
+def _label(example: Example) -> int:
+    if example.is_positive:
+        return example.positive_set
+    return NORMAL if example.is_negative else UNLABELED

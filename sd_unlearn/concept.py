@@ -65,6 +65,8 @@ class Concept:
     generic_share: float = 0.0  # share of the concept among the images the base draws for `generic` by itself
     alternatives: list[str] = field(default_factory=list)  # other labels of the zero-shot judge
     keep: list[str] = field(default_factory=list)  # rendered into 0_unlabeled under their own captions
+    paraphrases: list[str] = field(default_factory=list)  # other ways to ask for it, for training: a bracket each
+    betas: dict[str, float] = field(default_factory=dict)  # of each 1_positive* folder, where there are several
     images: Images = Images()
     evaluate: Evaluation = Evaluation()
 
@@ -75,6 +77,11 @@ class Concept:
     @property
     def keep_prompts(self) -> list[Prompt]:
         return expand(self.keep)
+
+    @property
+    def wordings(self) -> list[str]:
+        """Every way to ask for the concept in training: its caption, then the paraphrases."""
+        return [self.caption, *(p.text for p in expand(self.paraphrases))]
 
     def prompts(self, group: str) -> list[Prompt]:
         """The expanded prompts of an evaluation group; direct falls back to the caption itself."""
@@ -164,7 +171,9 @@ def read_concept(path: Path) -> Concept:
     data["evaluate"] = _nested(Evaluation, data.get("evaluate", {}), f"{path}: evaluate")
     for group, prompts in dataclasses.asdict(data["evaluate"]).items():
         _check_strings(prompts, f"{path}: evaluate.{group}")
-    return Concept(**data)
+    concept = Concept(**data)
+    _check_paraphrases(concept, path)
+    return concept
 
 
 def write_concept(path: Path, concept: Concept) -> None:
@@ -184,8 +193,33 @@ def _check_fields(data: dict[str, Any], path: Path) -> None:
     share = data.get("generic_share", 0.0)
     if not isinstance(share, int | float) or not 0 <= share < 1:
         raise UsageError(f"{path}: generic_share is {share!r}; it is a share in [0, 1).")
-    for key in ("keep", "alternatives"):
+    betas = data.get("betas", {})
+    if not isinstance(betas, dict) or not all(isinstance(b, float) and 0 < b < 1 for b in betas.values()):
+        raise UsageError(f"{path}: betas is {betas!r}; it gives folders their shares in (0, 1), e.g. 1_positive: 0.1.")
+    if sum(betas.values()) >= 1:
+        raise UsageError(f"{path}: betas add up to {sum(betas.values()):g}; together they must be less than 1.")
+    for key in ("keep", "alternatives", "paraphrases"):
         _check_strings(data.get(key, []), f"{path}: {key}")
+
+
+def _check_paraphrases(concept: Concept, path: Path) -> None:
+    """A paraphrase that is tested would make a held-out prompt a trained one; one that is kept contradicts itself."""
+    taken = {"generic": [concept.generic], "keep": [p.text for p in concept.keep_prompts], "caption": [concept.caption]}
+    taken |= {
+        f"evaluate.{group}": [p.text for p in concept.prompts(group)] for group in ("held_out", "alike", "general")
+    }
+    seen: set[str] = set()
+    for text in concept.wordings[1:]:
+        where = next((key for key, prompts in taken.items() if _plain(text) in map(_plain, prompts)), None)
+        if where or not text.strip() or _plain(text) in seen:
+            why = f"also in {where}" if where else "there twice" if text.strip() else "empty"
+            raise UsageError(f'{path}: paraphrases: "{text}" is {why}. Take it out, or word it otherwise.')
+        seen.add(_plain(text))
+
+
+def _plain(prompt: str) -> str:
+    """What two spellings of one prompt have in common."""
+    return " ".join(prompt.casefold().split())
 
 
 def _nested(kind: type, data: Any, where: str) -> Any:

@@ -17,32 +17,73 @@ from torch import Tensor
 from sd_unlearn.base import Base
 from sd_unlearn.concept import Concept
 from sd_unlearn.errors import UsageError
-from sd_unlearn.records import IMAGE_SUFFIXES, METADATA, POSITIVE, UNLABELED, read_jsonl_lines
+from sd_unlearn.records import IMAGE_SUFFIXES, METADATA, NEGATIVE, POSITIVE, UNLABELED, read_jsonl_lines
 
 CACHE_DIR = "cache"
 
 
 @dataclass(frozen=True)
 class Example:
-    """One training image; group is that of its metadata, `generic` or `positive` for own photos."""
+    """One training image; group is that of its metadata, but `positive` or `negative` in these folders."""
 
     path: Path
     caption: str
     group: str
+    positive_set: int = 0  # of a positive: the number of its folder among those of positive_sets()
 
     @property
     def is_positive(self) -> bool:
         return self.group == "positive"
 
+    @property
+    def is_negative(self) -> bool:
+        """Known to be normal."""
+        return self.group == "negative"
 
-def scan(folder: Path, concept: Concept) -> list[Example]:
-    """All images of both folders with their captions; each image is opened, so a bad one is named early.
+
+def positive_sets(folder: Path) -> list[str]:
+    """Names of a data folder's sets of positives: 1_positive, 1_positive_2, ..., each with a beta of its own."""
+    return sorted(p.name for p in folder.glob(f"{POSITIVE}*") if p.is_dir()) or [POSITIVE]
+
+
+def has_negatives(folder: Path, eta: float) -> bool:
+    """Whether there are images known to be normal, and they count."""
+    return eta > 0 and (folder / NEGATIVE).is_dir()
+
+
+def share_beta(concept: Concept, sets: Sequence[str], beta: float, beta_source: str) -> list[float]:
+    """The beta of each set of positives, in its order: the concept file's, else equal shares of the total.
+
+    A total given as an option keeps the proportions of the concept file's.
+
+    Raises:
+        UsageError: betas for other sets than those that are there.
+    """
+    if not concept.betas:
+        return [beta / len(sets)] * len(sets)
+    if set(concept.betas) != set(sets):
+        raise UsageError(
+            f"betas of the concept file are for {', '.join(sorted(concept.betas))}, but --data_dir holds "
+            f"{', '.join(sets)}. Give each folder its beta, or none."
+        )
+    betas = [concept.betas[name] for name in sets]
+    return [beta * b / sum(betas) for b in betas] if beta_source == "option" else betas
+
+
+def scan(folder: Path, concept: Concept, eta: float = 1.0) -> list[Example]:
+    """All images of the data folder with their captions; each image is opened, so a bad one is named early.
+
+    Those of 2_negative, where there is one, are known to be normal; at an eta of 0 they do not count.
 
     Raises:
         UsageError: a missing or nearly empty folder, an unreadable image, a metadata line without text or without file.
     """
     examples = []
-    for sub, group, caption in ((UNLABELED, "generic", concept.generic), (POSITIVE, "positive", concept.caption)):
+    sets = positive_sets(folder)
+    places = [(UNLABELED, "generic", concept.generic), *((name, "positive", concept.caption) for name in sets)]
+    if has_negatives(folder, eta):
+        places.append((NEGATIVE, "negative", concept.generic))
+    for sub, group, caption in places:
         place = folder / sub
         images = sorted(p for p in place.glob("*") if p.suffix.lower() in IMAGE_SUFFIXES) if place.is_dir() else []
         if len(images) < 2:
@@ -53,9 +94,9 @@ def scan(folder: Path, concept: Concept) -> list[Example]:
         for path in images:
             _check_image(path)
             text, found = texts.get(path.name, (caption, group))
-            if sub == POSITIVE or found == "positive":
-                found = group  # the folder decides who is positive, whatever a copied metadata line says
-            examples.append(Example(path, text, found))
+            if sub != UNLABELED or found in ("positive", "negative"):
+                found = group  # the folder decides who is what, whatever a copied metadata line says
+            examples.append(Example(path, text, found, sets.index(sub) if sub in sets else 0))
     if not any(e.group in ("generic", "mixed_in") for e in examples):
         raise UsageError(f"--data_dir {folder}: {UNLABELED} holds only keep images; add images of {concept.generic!r}.")
     return examples

@@ -11,7 +11,8 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from sd_unlearn.errors import UnlearnError
 from sd_unlearn.objectives.accumulate import Losses, accumulate_gradients
 from sd_unlearn.objectives.losses import example_losses
 from sd_unlearn.objectives.pu import LOGGED, PUObjective
+from sd_unlearn.objectives.shares import gradient_shares
 from sd_unlearn.objectives.teacher import Teacher
 from sd_unlearn.optimizing import GuardedSteps, MovingAverage, make_optimizer, make_schedule
 from sd_unlearn.painter import Painter
@@ -97,7 +99,7 @@ def fit(training: Training, resume: Path | None) -> Progress:
             logs, norm = tools.step(training, losses, parts)
             progress.step, progress.seconds = step, time.monotonic() - started
             if step % LOG_EVERY == 0 or step == config.max_train_steps:
-                log.write(_figures(step, logs, tools, norm))
+                log.write(_figures(step, logs, tools, norm) | _shares(training, tools, parts[-1], step))
                 _check_skipped(training, tools, step)
             _look(training, tools, progress, log)
             interrupted = stop_asked(step % LOG_EVERY == 0)
@@ -111,6 +113,14 @@ def fit(training: Training, resume: Path | None) -> Progress:
     if tools.average:
         tools.average.swap()
     return progress
+
+
+def losses_of(training: Training, denoiser: Denoiser, batch: Batch) -> Tensor:
+    """l [B] of a batch, with the gradient to follow."""
+    config = training.config
+    return example_losses(
+        denoiser, batch, config.reduction, training.teacher, config.temperature, config.snr_gamma
+    )  # fmt: skip
 
 
 def due(step: int, every: int) -> bool:
@@ -204,6 +214,15 @@ def _figures(step: int, logs: Tensor, tools: Tools, norm: Tensor) -> dict[str, f
     found["negative_brackets"] = sum(bracket < 0 for bracket in brackets)
     rate = tools.schedule.get_last_lr()[0]
     return {"step": step, **found, "lr": rate, "grad_norm": grad_norm, "skipped_steps": skipped}
+
+
+def _shares(training: Training, tools: Tools, batch: Batch, step: int) -> dict[str, float]:
+    """What share of the gradient each term has, where that is due: after the step, on its last micro-batch."""
+    if not due(step, training.config.gradient_share_steps):
+        return {}
+    alone = replace(training.denoiser, model=training.student.model)
+    shares = gradient_shares(partial(losses_of, training, alone), training.objective, batch, tools.parameters)
+    return dict(zip(shares, torch.stack(list(shares.values())).tolist(), strict=True))
 
 
 def _check_skipped(training: Training, tools: Tools, step: int) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 
 from sd_unlearn.errors import UnlearnError, UsageError
 
-UNLABELED, POSITIVE = "0_unlabeled", "1_positive"
+UNLABELED, POSITIVE, NEGATIVE = "0_unlabeled", "1_positive", "2_negative"
 DATA_MANIFEST, METADATA = "manifest.json", "metadata.jsonl"
 TRAINING, RESULTS, METRICS, CONFIG, CONCEPT = (
     "training.json", "results.json", "metrics.jsonl", "config.yaml", "concept.yaml",

@@ -17,18 +17,21 @@ import torch
 from torch import Tensor
 
 Correction = Literal["abs", "nn", "none"]
+UNLABELED, NORMAL = -1, -2  # labels of examples; that of a sensitive image is the number of its set, from 0
 # Below this l the sensitive loss -log(1 - exp(-l)) is held constant: it and its gradient 1/l stay finite in float32.
 SMALLEST_NLL = 1e-6
 
 
 @dataclass(frozen=True)
 class PUTerms:
-    """The parts of one PU risk, each a scalar tensor with its gradient."""
+    """The parts of one PU or PNU risk, each a scalar tensor with its gradient."""
 
-    positive: Tensor  # beta mean_S[-log(1 - exp(-l))]
-    bracket: Tensor  # mean_U[l] - beta mean_S[l]
+    positive: Tensor  # sum_k beta_k mean_k[-log(1 - exp(-l))], over the sensitive sets k
+    bracket: Tensor  # mean_U[l] - sum_k beta_k mean_k[l]
     mean_u: Tensor
-    mean_s: Tensor
+    mean_s: Tensor  # mean over the sets, weighted by beta_k
+    negative: Tensor  # (1 - sum_k beta_k) mean_N[l]; zero without images known to be normal
+    mean_n: Tensor
 
 
 def sensitive_nll(nll: Tensor) -> Tensor:
@@ -36,19 +39,47 @@ def sensitive_nll(nll: Tensor) -> Tensor:
     return -torch.log(-torch.expm1(-nll.clamp(min=SMALLEST_NLL)))
 
 
-def pu_terms(nll: Tensor, is_positive: Tensor, beta: float, weight: Tensor | None = None) -> PUTerms:
+def pu_terms(nll: Tensor, label: Tensor, betas: Sequence[float], weight: Tensor | None = None) -> PUTerms:
     """The parts of the risk of a batch with at least one positive and one unlabeled example.
 
-    nll: [B] >= 0; is_positive: [B] bool; beta: in (0, 1); weight: [B], for a part of a larger batch, so that the
-    average of these terms over all parts is the larger batch's. Computed in float32 or wider.
+    p_U = sum_k beta_k p_k + (1 - sum_k beta_k) p_N: however many sensitive sets there are, they share one bracket.
+
+    nll: [B] >= 0; label: [B] long, UNLABELED, NORMAL or the number of a positive's set; betas: of each set, in (0, 1),
+    together below 1; weight: [B], for a part of a larger batch, so that the average of these terms over all parts is
+    the larger batch's. Without weights every kind is averaged, and a set that the batch lacks is left out of all sums.
+    Computed in float32 or wider.
     """
-    nll = nll if nll.dtype == torch.float64 else nll.float()
+    nll = _wide(nll)
+    sets = [(beta, label == k) for k, beta in enumerate(betas)]
     if weight is None:
-        weight = 1 / torch.where(is_positive, is_positive.sum(), (~is_positive).sum()).to(nll.dtype)
-    of_s, of_u = weight.to(nll.dtype)[is_positive], weight.to(nll.dtype)[~is_positive]
-    s = nll[is_positive]
-    mean_u, mean_s = (of_u * nll[~is_positive]).sum(), (of_s * s).sum()
-    return PUTerms(beta * (of_s * sensitive_nll(s)).sum(), mean_u - beta * mean_s, mean_u, mean_s)
+        sets = [(beta, here) for beta, here in sets if here.any()]
+        weight = _equal_weights(label)
+    weight = weight.to(nll.dtype)
+
+    def mean(values: Tensor, here: Tensor) -> Tensor:
+        return (weight[here] * values).sum()
+
+    total = sum(beta for beta, _ in sets)
+    means = [(beta, mean(nll[here], here)) for beta, here in sets]
+    positive = _sum([beta * mean(sensitive_nll(nll[here]), here) for beta, here in sets])
+    mean_u, mean_n = (mean(nll[here], here) for here in (label == UNLABELED, label == NORMAL))
+    bracket = mean_u - _sum([beta * mean_k for beta, mean_k in means])
+    mean_s = _sum([beta / total * mean_k for beta, mean_k in means])
+    return PUTerms(positive, bracket, mean_u, mean_s, (1 - total) * mean_n, mean_n)
+
+
+def _wide(nll: Tensor) -> Tensor:
+    return nll if nll.dtype == torch.float64 else nll.float()
+
+
+def _sum(scalars: Sequence[Tensor]) -> Tensor:
+    return torch.stack(list(scalars)).sum()
+
+
+def _equal_weights(label: Tensor) -> Tensor:
+    """[B] float64: one over how many examples have the same label."""
+    _, kind, counts = label.unique(return_inverse=True, return_counts=True)
+    return 1 / counts[kind].double()
 
 
 def corrected(terms: PUTerms, correction: Correction, bracket: Tensor | None = None) -> Tensor:
@@ -71,6 +102,15 @@ def corrected(terms: PUTerms, correction: Correction, bracket: Tensor | None = N
     raise ValueError(f"correction {correction!r} is unknown; choose abs, nn or none")
 
 
+def pnu_corrected(terms: PUTerms, correction: Correction, eta: float, bracket: Tensor | None = None) -> Tensor:
+    """(1 - eta) PU risk + eta PN risk (Sakai et al. 2017); eta in [0, 1], the rest as in `corrected`.
+
+    The PN risk is (1 - beta) mean_N[l] + beta mean_S[-log(1 - exp(-l))].
+    """
+    risk = corrected(terms, correction, bracket)
+    return (1 - eta) * risk + eta * (terms.negative + terms.positive) if eta else risk
+
+
 def pu_risk(nll: Tensor, is_positive: Tensor, beta: float, correction: Correction = "abs") -> Tensor:
     """The PU risk of one batch, a scalar.
 
@@ -81,58 +121,44 @@ def pu_risk(nll: Tensor, is_positive: Tensor, beta: float, correction: Correctio
     Raises:
         ValueError: beta outside (0, 1), shapes that differ, an unknown correction.
     """
-    if not 0 < beta < 1:
-        raise ValueError(f"beta is {beta}; it must lie in (0, 1)")
-    if nll.shape != is_positive.shape or nll.ndim != 1:
-        raise ValueError(f"nll {tuple(nll.shape)} and is_positive {tuple(is_positive.shape)} must both be [B]")
-    is_positive = is_positive.bool()
-    if not is_positive.any() or is_positive.all():
-        return unsupervised_risk(nll, is_positive)
-    return corrected(pu_terms(nll, is_positive, beta), correction)
-
-
-def several_pu_terms(nll: Tensor, positive_set: Tensor, betas: Sequence[float]) -> PUTerms:
-    """The parts of the risk of several sensitive sets: p_U = sum_k beta_k p_k + (1 - sum_k beta_k) p_N, one bracket.
-
-    nll: [B] >= 0, at least one example unlabeled and one positive; positive_set: [B] long, -1 for unlabeled, else k;
-    betas: of each set, in (0, 1). A set without an example in the batch is left out of both sums. mean_s is the mean
-    over sets, weighted by beta_k.
-    """
-    unlabeled = positive_set < 0
-    sets = []
-    for k, beta in enumerate(betas):
-        here = positive_set == k
-        if here.any():
-            sets.append((beta, pu_terms(nll[here | unlabeled], here[here | unlabeled], beta)))
-    positive = torch.stack([terms.positive for _, terms in sets]).sum()
-    pushed = torch.stack([beta * terms.mean_s for beta, terms in sets]).sum()
-    mean_u = sets[0][1].mean_u
-    return PUTerms(positive, mean_u - pushed, mean_u, pushed / sum(beta for beta, _ in sets))
+    return several_pu_risk(nll, torch.where(is_positive.bool(), 0, UNLABELED), [beta], correction)
 
 
 def several_pu_risk(
     nll: Tensor, positive_set: Tensor, betas: Sequence[float], correction: Correction = "abs"
 ) -> Tensor:  # fmt: skip
-    """The PU risk with several sensitive sets, a scalar; arguments as in several_pu_terms, and any batch as in pu_risk.
+    """The PU risk with several sensitive sets, a scalar: p_U = sum_k beta_k p_k + (1 - sum_k beta_k) p_N.
+
+    nll: [B] >= 0; positive_set: [B] long, -1 for unlabeled examples, else the number of the set, from 0; betas: of
+    each set. Sets or unlabeled examples may be missing, as in pu_risk.
 
     Raises:
         ValueError: a beta outside (0, 1), betas that add up to 1 or more, a set without a beta, shapes that differ.
     """
-    if not betas or not all(0 < beta < 1 for beta in betas) or sum(betas) >= 1:
-        raise ValueError(f"betas are {list(betas)}; each must lie in (0, 1) and they must add up to less than 1")
+    check_betas(betas)
     if nll.shape != positive_set.shape or nll.ndim != 1:
-        raise ValueError(f"nll {tuple(nll.shape)} and positive_set {tuple(positive_set.shape)} must both be [B]")
-    if len(positive_set) and int(positive_set.max()) >= len(betas):
-        raise ValueError(f"set {int(positive_set.max())} has no beta; {len(betas)} are given, counted from 0")
-    unlabeled = positive_set < 0
+        raise ValueError(f"nll {tuple(nll.shape)} and the labels {tuple(positive_set.shape)} must both be [B]")
+    if len(positive_set) and not UNLABELED <= int(positive_set.min()) <= int(positive_set.max()) < len(betas):
+        raise ValueError(f"sets {positive_set.unique().tolist()}: {len(betas)} betas are given, counted from 0")
+    unlabeled = positive_set == UNLABELED
     if unlabeled.all() or not unlabeled.any():
         return unsupervised_risk(nll, ~unlabeled)
-    return corrected(several_pu_terms(nll, positive_set, betas), correction)
+    return corrected(pu_terms(nll, positive_set, betas), correction)
+
+
+def check_betas(betas: Sequence[float]) -> None:
+    """Refuse priors that cannot be those of disjoint sets in one mixture.
+
+    Raises:
+        ValueError: none at all, one outside (0, 1), together 1 or more.
+    """
+    if not betas or not all(0 < beta < 1 for beta in betas) or sum(betas) >= 1:
+        raise ValueError(f"beta is {list(betas)}; each must lie in (0, 1) and all together must be less than 1")
 
 
 def unsupervised_risk(nll: Tensor, is_positive: Tensor | None = None) -> Tensor:
     """mean_U[l]: ordinary training on the unlabeled examples; zero (with a gradient of zero) if there are none."""
-    nll = nll if nll.dtype == torch.float64 else nll.float()
+    nll = _wide(nll)
     u = nll if is_positive is None else nll[~is_positive.bool()]
     return u.mean() if len(u) else nll.sum() * 0
 
@@ -142,7 +168,7 @@ def supervised_risk(nll: Tensor, is_positive: Tensor, beta: float) -> Tensor:
 
     nll: [B] >= 0; is_positive: [B] bool; beta: in (0, 1). A missing part counts zero.
     """
-    wide = nll if nll.dtype == torch.float64 else nll.float()
+    wide = _wide(nll)
     s = wide[is_positive.bool()]
     sensitive = sensitive_nll(s).mean() if len(s) else wide.sum() * 0
     return (1 - beta) * unsupervised_risk(wide, is_positive) + beta * sensitive
@@ -154,8 +180,16 @@ def pnu_risk(
     """PNU: (1 - eta) PU risk + eta PN risk, for a batch that also holds images known to be normal (Sakai et al. 2017).
 
     nll: [B] >= 0; is_positive, is_normal: [B] bool, disjoint, the rest unlabeled; beta in (0, 1); eta in [0, 1].
-    The PN risk is (1 - beta) mean_N[l] + beta mean_S[-log(1 - exp(-l))].
+    The PN risk is (1 - beta) mean_N[l] + beta mean_S[-log(1 - exp(-l))]. Either risk is defined where a part of the
+    batch is missing, see pu_risk and supervised_risk.
+
+    Raises:
+        ValueError: eta outside [0, 1], shapes that differ, and as pu_risk.
     """
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta is {eta}; it must lie in [0, 1]")
+    if not nll.shape == is_positive.shape == is_normal.shape:
+        raise ValueError(f"shapes differ: {tuple(nll.shape)}, {tuple(is_positive.shape)}, {tuple(is_normal.shape)}")
     unlabeled_or_positive = ~is_normal.bool()
     pu = pu_risk(nll[unlabeled_or_positive], is_positive[unlabeled_or_positive], beta, correction)
     labeled = (is_positive | is_normal).bool()

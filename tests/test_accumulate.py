@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
@@ -17,10 +17,38 @@ from torch import Tensor, nn
 from sd_unlearn.batches import PLAIN, Batch
 from sd_unlearn.objectives.accumulate import accumulate_gradients
 from sd_unlearn.objectives.pu import LOGGED, PUObjective
+from sd_unlearn.risk import NORMAL, UNLABELED
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-#            unlabeled     positive     of each bracket, then keep
-KINDS = [(0, 0)] * 8 + [(0, 1)] * 4 + [(1, 0)] * 8 + [(1, 1)] * 4 + [(PLAIN, 0)] * 8
+KEEP = [(PLAIN, UNLABELED)] * 8
+
+
+def kinds(*labels: int) -> list[tuple[int, int]]:
+    """(bracket, label) of a step: eight unlabeled images in each bracket, four of each other label, then keep."""
+    brackets = [[(b, UNLABELED)] * 8 + [(b, label) for label in labels for _ in range(4)] for b in (0, 1)]
+    return [*brackets[0], *brackets[1], *KEEP]
+
+
+@dataclass(frozen=True)
+class Case:
+    """An objective and the images it is about."""
+
+    kinds: list[tuple[int, int]]
+    betas: tuple[tuple[float, ...], ...]
+    eta: float = 0.0
+
+    def objective(self, correction: str) -> PUObjective:
+        return PUObjective(self.betas, correction, self.eta)  # type: ignore[arg-type]
+
+
+PU = Case(kinds(0), ((0.3,), (0.4,)))
+CASES = {
+    "pu": PU,
+    "pnu": Case(kinds(0, NORMAL), ((0.3,), (0.4,)), eta=0.35),
+    "sets": Case(kinds(0, 1), ((0.1, 0.2), (0.3, 0.1))),
+    "all": Case(kinds(0, 1, NORMAL), ((0.1, 0.2), (0.3, 0.1)), eta=0.35),
+}
+TWO_PROCESSES = {name: CASES[name] for name in ("pu", "all")}
 
 
 class Linear(nn.Module):
@@ -35,39 +63,35 @@ class Linear(nn.Module):
         return (self.dropout(batch.latents) @ self.weight).square()
 
 
-def step(parts: int, scale: float) -> list[Batch]:
+def step(parts: int, scale: float, case: Case = PU) -> list[Batch]:
     """A step's batch in parts. Positives of the second bracket are `scale` as large in every other image, so that
     the sign of its bracket differs from part to part."""
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(len(KINDS), 6, generator=generator, dtype=torch.float64)
-    bracket, positive = torch.tensor(KINDS).T
-    order = torch.tensor([KINDS[:n].count(kind) for n, kind in enumerate(KINDS)])
-    x[(bracket == 1) & (positive == 1) & (order % 2 == 1)] *= scale
-    count = torch.tensor([KINDS.count(kind) for kind in KINDS])
+    x = torch.randn(len(case.kinds), 6, generator=generator, dtype=torch.float64)
+    bracket, label = torch.tensor(case.kinds).T
+    order = torch.tensor([case.kinds[:n].count(kind) for n, kind in enumerate(case.kinds)])
+    x[(bracket == 1) & (label == 0) & (order % 2 == 1)] *= scale
+    count = torch.tensor([case.kinds.count(kind) for kind in case.kinds])
     whole = Batch(
-        x, x, x, positive.bool(), bracket, 2, order, x, torch.zeros_like(order).bool(), (parts / count).double()
+        x, x, x, label, bracket, 2, order, x, torch.zeros_like(order).bool(), (parts / count).double()
     )  # fmt: skip
-    found = []
-    for part in range(parts):
-        here = order % parts == part
-        cut = {name: getattr(whole, name)[here] for name in vars(whole) if name != "captions"}
-        found.append(replace(whole, **cut))
-    return found
+    return [whole.only(order % parts == part) for part in range(parts)]
 
 
 def gradient(
-    parts: int, scale: float, correction: str, assumed: Tensor | None = None, dropout: float = 0.0
+    parts: int, scale: float, correction: str, assumed: Tensor | None = None, dropout: float = 0.0, case: Case = PU
 ) -> tuple[Tensor, dict[str, float], Tensor]:
-    model, objective = Linear(dropout), PUObjective((0.3, 0.4), correction)  # type: ignore[arg-type]
+    model, objective, batches = Linear(dropout), case.objective(correction), step(parts, scale, case)
     torch.manual_seed(0)
-    logs, brackets = accumulate_gradients(Accelerator(cpu=True), model, model, objective, step(parts, scale), assumed)
+    logs, brackets = accumulate_gradients(Accelerator(cpu=True), model, model, objective, batches, assumed)
     assert model.weight.grad is not None
     return model.weight.grad, dict(zip(LOGGED, logs.tolist(), strict=True)), brackets
 
 
-def test_the_parts_here_differ_in_sign() -> None:
-    objective, model = PUObjective((0.3, 0.4)), Linear()
-    brackets = torch.stack([objective.terms(model(batch), batch).brackets for batch in step(4, 5.0)])
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_the_parts_here_differ_in_sign(case: Case) -> None:
+    objective, model = case.objective("abs"), Linear()
+    brackets = torch.stack([objective.terms(model(batch), batch).brackets for batch in step(4, 5.0, case)])
     assert (brackets[:, 1] < 0).any()
     assert (brackets[:, 1] > 0).any()
     assert brackets.mean(0)[1] < 0 < brackets.mean(0)[0]
@@ -76,12 +100,14 @@ def test_the_parts_here_differ_in_sign() -> None:
 @pytest.mark.parametrize("correction", ["abs", "nn", "none"])
 @pytest.mark.parametrize(("parts", "scale"), product([2, 4], [0.1, 5.0]))
 @pytest.mark.parametrize("assumed", [None, (1.0, -1.0), (-1.0, 1.0)])
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_micro_batches_give_the_whole_batchs_gradient(
-    parts: int, scale: float, correction: str, assumed: tuple[float, float] | None
+    parts: int, scale: float, correction: str, assumed: tuple[float, float] | None, case: Case
 ) -> None:
     """Whatever was assumed of the signs before."""
-    want, logs, brackets = gradient(1, scale, correction)
-    got, cut_logs, cut_brackets = gradient(parts, scale, correction, None if assumed is None else torch.tensor(assumed))
+    before = None if assumed is None else torch.tensor(assumed)
+    want, logs, brackets = gradient(1, scale, correction, case=case)
+    got, cut_logs, cut_brackets = gradient(parts, scale, correction, before, case=case)
     assert torch.allclose(got, want, rtol=1e-9, atol=1e-12)
     assert torch.allclose(cut_brackets, brackets)
     assert cut_logs == pytest.approx(logs, rel=1e-5)
@@ -104,32 +130,33 @@ def test_two_processes_give_the_whole_batchs_gradient(correction: str, tmp_path:
         env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
         capture_output=True, text=True, timeout=180,
     )  # fmt: skip
-    want, logs, _ = gradient(1, 5.0, correction)
-    for micro_batches in (1, 2):
-        found = tmp_path / f"{micro_batches}.pt"
-        assert found.is_file(), done.stderr
-        got, cut_logs = torch.load(found)
-        assert torch.allclose(got, want, rtol=1e-9, atol=1e-12)
-        assert dict(zip(LOGGED, cut_logs.tolist(), strict=True)) == pytest.approx(logs, rel=1e-5)
+    for name, case in TWO_PROCESSES.items():
+        want, logs, _ = gradient(1, 5.0, correction, case=case)
+        for micro_batches in (1, 2):
+            found = tmp_path / f"{name}-{micro_batches}.pt"
+            assert found.is_file(), done.stderr
+            got, cut_logs = torch.load(found)
+            assert torch.allclose(got, want, rtol=1e-9, atol=1e-12)
+            assert dict(zip(LOGGED, cut_logs.tolist(), strict=True)) == pytest.approx(logs, rel=1e-5)
 
 
 def one_of_two_processes(correction: str, folder: str) -> None:
     """What `accelerate launch` runs: this file."""
-    accelerator, objective = Accelerator(cpu=True), PUObjective((0.3, 0.4), correction)  # type: ignore[arg-type]
-    for micro_batches in (1, 2):
+    accelerator = Accelerator(cpu=True)
+    for (name, case), micro_batches in product(TWO_PROCESSES.items(), (1, 2)):
         model = accelerator.prepare(Linear())
-        mine = step(2 * micro_batches, 5.0)[accelerator.process_index :: 2]
-        logs, _ = accumulate_gradients(accelerator, model, model, objective, mine, None)
+        mine = step(2 * micro_batches, 5.0, case)[accelerator.process_index :: 2]
+        logs, _ = accumulate_gradients(accelerator, model, model, case.objective(correction), mine, None)
         if accelerator.is_main_process:
             assert accelerator.num_processes == 2
-            torch.save((model.module.weight.grad, logs), f"{folder}/{micro_batches}.pt")
+            torch.save((model.module.weight.grad, logs), f"{folder}/{name}-{micro_batches}.pt")
     accelerator.wait_for_everyone()
     os._exit(0)  # all is saved: what gloo's threads do to each other while Python shuts down is no concern of ours
 
 
 def test_signs_of_single_parts_would_give_another_gradient() -> None:
     """What this module is for: |R| of each micro-batch is not |R| of the step."""
-    model, objective = Linear(), PUObjective((0.3, 0.4))
+    model, objective = Linear(), PU.objective("abs")
     for batch in step(4, 5.0):
         (objective.loss(objective.terms(model(batch), batch)) / 4).backward()
     want, _, _ = gradient(1, 5.0, "abs")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import combinations, islice
 from pathlib import Path
 
@@ -11,12 +12,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from sd_unlearn.batches import PLAIN, Batch, Cycle, Layout, StratifiedBatches
+from sd_unlearn.batches import PLAIN, Batch, Cycle, Layout, StratifiedBatches, check_batch_size
 from sd_unlearn.concept import Concept
 from sd_unlearn.dataset import Example
 from sd_unlearn.diffusion import sample_timesteps
+from sd_unlearn.errors import UsageError
+from sd_unlearn.risk import NORMAL, UNLABELED
+from sd_unlearn.train_config import TrainConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+PARAPHRASES = ("Brad Pitt, please", "a portrait of Brad", "that actor")
 GENERIC, CAPTION, KEEP = "a photo of a man", "a photo of Brad Pitt", ("a photo of a dog", "a photo of a cat")
 
 
@@ -60,14 +65,70 @@ def test_layout_is_a_quarter_positives_and_35_percent_unlabeled() -> None:
     assert Layout.of(32, 1, False) == Layout(8, 24, 0)
 
 
+@pytest.mark.parametrize("sets", [1, 2, 3])
+@pytest.mark.parametrize("negatives", [True, False])
+@pytest.mark.parametrize("brackets", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("batch_size", [40, 64, 200])
+@pytest.mark.parametrize("has_keep", [True, False])
+def test_layout_of_many_captions_and_kinds(
+    batch_size: int, brackets: int, negatives: bool, sets: int, has_keep: bool
+) -> None:
+    layout = Layout.of(batch_size, brackets, has_keep, sets=sets, negatives=negatives)
+    assert layout.total(brackets) == (batch_size if has_keep else pytest.approx(batch_size, abs=brackets))
+    assert min(layout.positive, layout.unlabeled) >= 1
+    assert (layout.negative > 0) == negatives
+    assert layout.sets == sets
+    if brackets * (sets + 2) <= batch_size / 4:  # where there is room, kinds have their shares
+        assert 0.125 * batch_size <= brackets * sets * layout.positive <= 0.25 * batch_size
+        assert layout.unlabeled >= layout.negative
+        assert not has_keep or layout.keep >= 0.4 * batch_size
+    whole_share = Layout.of(batch_size, brackets, has_keep, sets=sets).unlabeled
+    assert layout.unlabeled + layout.negative == max(whole_share, 1 + negatives)  # shared out between them
+
+
+def test_layout_of_the_default_batch() -> None:
+    found = [Layout.of(40, brackets, True) for brackets in (1, 2, 3, 4, 5)]
+    shares = [(10, 14, 16), (5, 7, 16), (3, 4, 19), (2, 3, 20), (2, 2, 20)]
+    assert [(x.positive, x.unlabeled, x.keep) for x in found] == shares
+
+
+@pytest.mark.parametrize(
+    ("least", "brackets", "kinds"),
+    [(4, 2, {}), (10, 5, {}), (15, 5, {"negatives": True}), (8, 2, {"sets": 2, "negatives": True})],
+)
+@pytest.mark.parametrize("parts", [1, 4])
+def test_a_batch_too_small_is_refused(least: int, brackets: int, kinds: dict[str, int], parts: int) -> None:
+    layout = Layout.of(parts * least, brackets, True, parts, **kinds)  # type: ignore[arg-type]
+    assert layout.total(brackets) == parts * least
+    with pytest.raises(UsageError, match=f"--train_batch_size {least - 1} .* are {least}, the least"):
+        Layout.of(parts * (least - 1), brackets, True, parts, **kinds)  # type: ignore[arg-type]
+
+
+def test_a_batch_too_small_is_refused_by_what_lies_in_the_folder(concept: Concept, photos: Callable[..., Path]) -> None:
+    folder, asked = photos(), dataclasses.replace(concept, paraphrases=["Brad, {please,now}"])
+    config = TrainConfig(train_batch_size=7)
+    check_batch_size(config, concept, folder)
+    with pytest.raises(UsageError, match="--train_batch_size 7 .*4, by --caption_mode.* are 8"):
+        check_batch_size(config, asked, folder)
+    check_batch_size(TrainConfig(train_batch_size=7, caption_mode="shared"), asked, folder)
+    (folder / "2_negative").mkdir()
+    (folder / "1_positive_2").mkdir()
+    with pytest.raises(UsageError, match="--train_batch_size 7 .*each \\(4\\) are 8"):
+        check_batch_size(config, concept, folder)
+    with pytest.raises(UsageError, match="are 12"):
+        check_batch_size(TrainConfig(train_batch_size=7, eta=0.0), asked, folder)
+
+
 def make_batches(
-    concept: Concept, mode: str, seed: int = 0, keep: bool = True, batch_size: int = 16, **options: float
-) -> StratifiedBatches:
+    concept: Concept, mode: str, seed: int = 0, keep: bool = True, batch_size: int = 16, *,
+    negatives: int = 0, second: int = 0, **options: float
+) -> StratifiedBatches:  # fmt: skip
     """Six generic, three hidden, eight kept and five positive examples; an example's latents are its index, its
-    caption's embedding is the caption's."""
+    caption's embedding is the caption's. negatives, second: how many known to be normal, and of a second set."""
     kinds = [("generic", GENERIC, 6), ("mixed_in", CAPTION, 3), *(("keep", text, 4 * keep) for text in KEEP)]
-    kinds.append(("positive", CAPTION, 5))
+    kinds += [("positive", CAPTION, 5), ("negative", GENERIC, negatives)]
     examples = [Example(Path(f"{i}"), text, group) for group, text, count in kinds for i in range(count)]
+    examples += [Example(Path(f"{i}"), CAPTION, "positive", 1) for i in range(second)]
     mean = torch.arange(len(examples)).float().view(-1, 1, 1, 1).expand(-1, 4, 2, 2)
     latents = (mean, torch.zeros_like(mean))
     return StratifiedBatches(
@@ -76,7 +137,8 @@ def make_batches(
 
 
 def embeddings() -> dict[str, Tensor]:
-    return {text: torch.full((3, 2), float(i)) for i, text in enumerate((GENERIC, CAPTION, *KEEP, ""))}
+    texts = (GENERIC, CAPTION, *KEEP, "", *PARAPHRASES)
+    return {text: torch.full((3, 2), float(i)) for i, text in enumerate(texts)}
 
 
 def pictures(batches: StratifiedBatches, batch: Batch) -> list[tuple[int, Example, str]]:
@@ -118,6 +180,62 @@ def test_every_batch_has_its_share_under_the_right_captions(
         assert batch.is_positive.tolist() == [group == "positive" for _, group, _ in found]
     seen_hidden = Counter(group for batch in steps(batches, 20) for _, group, _ in rows(batches, batch))
     assert seen_hidden["mixed_in"] > 0
+
+
+@pytest.mark.parametrize("teacher", [True, False])
+def test_every_paraphrase_has_a_bracket(concept: Concept, teacher: bool) -> None:
+    asked = dataclasses.replace(concept, paraphrases=list(PARAPHRASES))
+    batches, names = make_batches(asked, "both", batch_size=40, teacher=teacher), list(embeddings())
+    captions = [GENERIC, CAPTION, *PARAPHRASES]
+    for batch in steps(batches, 12):
+        assert batch.captions == 5
+        found = pictures(batches, batch)
+        assert len(found) == 40
+        taught = [names[int(text[0, 0])] for text in batch.teacher_text]
+        for number, caption in enumerate(captions):
+            here = [(e, seen, t) for (b, e, seen), t in zip(found, taught, strict=True) if b == number]
+            assert [e.is_positive for e, _, _ in here] == [False, False, True, True]
+            assert {seen for _, seen, _ in here} == {caption}
+            assert all(t == e.caption for e, _, t in here)  # what the picture was drawn from, never a paraphrase
+        assert not any(seen in PARAPHRASES for b, _, seen in found if b == PLAIN)
+    for mode in ("own", "shared"):  # which know no paraphrases
+        batch = next(steps(make_batches(asked, mode, batch_size=40, teacher=teacher), 1))
+        assert batch.captions == 1
+
+
+@pytest.mark.parametrize("mode", ["own", "shared", "both"])
+@pytest.mark.parametrize("teacher", [True, False])
+def test_negatives_and_every_set_of_positives_are_in_every_bracket(concept: Concept, mode: str, teacher: bool) -> None:
+    batches = make_batches(concept, mode, batch_size=40, teacher=teacher, negatives=4, second=3)
+    seen_of: dict[int, set[int]] = {0: set(), 1: set(), NORMAL: set()}
+    for batch in steps(batches, 10):
+        index = batch.latents[:, 0, 0, 0].round().long()
+        for number, caption in enumerate(batches.brackets):
+            labels = Counter(batch.label[batch.bracket == number].tolist())
+            layout = batches.layout
+            assert labels == {
+                UNLABELED: layout.unlabeled, 0: layout.positive, 1: layout.positive, NORMAL: layout.negative
+            }  # fmt: skip
+            for label, seen in seen_of.items():
+                here = (batch.bracket == number) & (batch.label == label)
+                seen.update(index[here].tolist())
+                assert all(c == (caption or batches.examples[i].caption) for i, c in _captions(batches, batch, here))
+        unlabeled = batch.noise[(batch.bracket == 0) & (batch.label == UNLABELED)].sum((1, 2, 3)).tolist()
+        normal = batch.noise[(batch.bracket == 0) & (batch.label == NORMAL)].sum((1, 2, 3)).tolist()
+        for k in (0, 1):  # positives of either set share noise with unlabeled images, negatives have their own
+            shared = batch.noise[(batch.bracket == 0) & (batch.label == k)].sum((1, 2, 3)).tolist()
+            assert shared[: len(unlabeled)] == unlabeled[: len(shared)]
+        assert not set(normal) & set(unlabeled)
+    for label, group_size in ((0, 5), (1, 3), (NORMAL, 4)):
+        assert len(seen_of[label]) == group_size
+        assert {batches.examples[i].is_negative for i in seen_of[label]} == {label == NORMAL}
+        assert label == NORMAL or {batches.examples[i].positive_set for i in seen_of[label]} == {label}
+
+
+def _captions(batches: StratifiedBatches, batch: Batch, here: Tensor) -> list[tuple[int, str]]:
+    names = list(embeddings())
+    index = batch.latents[here][:, 0, 0, 0].round().long().tolist()
+    return [(i, names[int(text[0, 0])]) for i, text in zip(index, batch.text[here], strict=True)]
 
 
 @pytest.mark.parametrize("mode", ["own", "shared", "both"])
@@ -236,10 +354,13 @@ def cut(concept: Concept, mode: str, world: int, micro_batches: int, **options: 
 
 @pytest.mark.parametrize("mode", ["own", "shared", "both"])
 @pytest.mark.parametrize(("world", "micro_batches"), CUTS)
-def test_a_step_is_the_same_however_it_is_cut(concept: Concept, mode: str, world: int, micro_batches: int) -> None:
+@pytest.mark.parametrize("more", [{}, {"negatives": 4, "second": 3}], ids=["pu", "pnu"])
+def test_a_step_is_the_same_however_it_is_cut(
+    concept: Concept, mode: str, world: int, micro_batches: int, more: dict[str, int]
+) -> None:
     """Every row of the whole batch, noise and all, is in one part, and weighted means over parts are the whole's."""
-    whole = make_batches(concept, mode, batch_size=48, teacher=True)
-    samplers = cut(concept, mode, world, micro_batches)
+    whole = make_batches(concept, mode, batch_size=96, teacher=True, **more)
+    samplers = cut(concept, mode, world, micro_batches, batch_size=96, **more)
     for parts in islice(zip(whole, *samplers, strict=True), 5):
         ((one,), *shares) = parts
         batches = [batch for share in shares for batch in share]
@@ -260,15 +381,16 @@ def row_names(batch: Batch) -> list[tuple[float, ...]]:
     return sorted(zip(*columns, strict=True))
 
 
-def kinds(batch: Batch) -> list[tuple[int, bool]]:
-    return [(bracket, positive) for bracket in range(batch.captions) for positive in (False, True)] + [(PLAIN, False)]
+def kinds(batch: Batch) -> list[tuple[int, int]]:
+    labels = set(batch.label[batch.bracket != PLAIN].tolist())
+    return [(bracket, label) for bracket in range(batch.captions) for label in labels] + [(PLAIN, UNLABELED)]
 
 
-def mask(batch: Batch, kind: tuple[int, bool]) -> Tensor:
-    return (batch.bracket == kind[0]) & ((batch.is_positive == kind[1]) | (batch.bracket == PLAIN))
+def mask(batch: Batch, kind: tuple[int, int]) -> Tensor:
+    return (batch.bracket == kind[0]) & ((batch.label == kind[1]) | (batch.bracket == PLAIN))
 
 
-def value(batch: Batch, kind: tuple[int, bool]) -> float:
+def value(batch: Batch, kind: tuple[int, int]) -> float:
     here = mask(batch, kind)
     return (batch.weight[here] * batch.latents[here].mean((1, 2, 3))).sum().item()
 

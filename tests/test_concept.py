@@ -110,6 +110,15 @@ def test_defaults(tmp_path: Path) -> None:
     assert concept.images == Images()
 
 
+def test_paraphrases_are_wordings_to_train_with(tmp_path: Path) -> None:
+    path = write(tmp_path / "x.yaml", paraphrases=["{an,the} x", "x, please"], evaluate={"held_out": ["some x"]})
+    concept = read_concept(path)
+    assert concept.wordings == ["a photo of x", "an x", "the x", "x, please"]
+    assert read_concept(write(tmp_path / "y.yaml")).wordings == ["a photo of x"]
+    write_concept(tmp_path / "again.yaml", concept)
+    assert read_concept(tmp_path / "again.yaml") == concept
+
+
 def test_the_working_folders_file_wins(tmp_path: Path) -> None:
     (tmp_path / "prompts").mkdir()
     write(tmp_path / "prompts" / "seven.yaml", name="seven", caption="my own seven")
@@ -169,6 +178,21 @@ def test_an_unknown_concept_lists_the_files_and_the_way_out() -> None:
         ({"evaluate": {"direct": None}}, r"evaluate\.direct must be a list"),
         ({"label": True}, "label"),
         ({"base": 14}, "base"),
+        ({"paraphrases": "one"}, "paraphrases must be a list"),
+        ({"paraphrases": ["an x", "A  photo of X"]}, r'paraphrases: "A  photo of X" is also in caption'),
+        ({"paraphrases": ["a photo"]}, '"a photo" is also in generic'),
+        ({"paraphrases": ["an x", "An X "]}, '"An X " is there twice'),
+        ({"paraphrases": [" "]}, '" " is empty'),
+        ({"paraphrases": ["an x"], "evaluate": {"held_out": ["AN x"]}}, r'"an x" is also in evaluate\.held_out'),
+        (
+            {"paraphrases": ["{an,the} x"], "evaluate": {"held_out": ["the x"]}},
+            r'"the x" is also in evaluate\.held_out',
+        ),
+        ({"paraphrases": ["a y"], "keep": ["a {y,z}"]}, '"a y" is also in keep'),
+        ({"betas": {"1_positive": 1.5}}, "betas is .*1.5"),
+        ({"betas": {"1_positive": "much"}}, "betas is"),
+        ({"betas": [0.1]}, "betas is"),
+        ({"betas": {"1_positive": 0.6, "1_positive_2": 0.4}}, "betas add up to 1;"),
     ],
 )
 def test_a_wrong_file_is_refused_by_file_and_key(tmp_path: Path, changes: dict[str, object], expected: str) -> None:

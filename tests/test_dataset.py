@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 from collections.abc import Callable
@@ -13,9 +14,17 @@ from PIL import Image
 
 from sd_unlearn.base import Base
 from sd_unlearn.concept import Concept
-from sd_unlearn.dataset import encode_captions, encode_images, load_pixels, scan
+from sd_unlearn.dataset import (
+    encode_captions,
+    encode_images,
+    has_negatives,
+    load_pixels,
+    positive_sets,
+    scan,
+    share_beta,
+)
 from sd_unlearn.errors import UsageError
-from sd_unlearn.records import METADATA, POSITIVE, UNLABELED
+from sd_unlearn.records import METADATA, NEGATIVE, POSITIVE, UNLABELED
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 Photos = Callable[..., Path]
@@ -117,6 +126,63 @@ def test_missing_folders(tmp_path: Path, photos: Photos, concept: Concept) -> No
         path.unlink()
     (folder / POSITIVE).rmdir()
     assert POSITIVE in refusal(folder, concept)
+
+
+def add_folder(folder: Path, name: str, count: int, red: int) -> Path:
+    place = folder / name
+    place.mkdir()
+    for i in range(count):
+        Image.new("RGB", (40, 32), (red, 20 * i, 0)).save(place / f"{i}.png")
+    return place
+
+
+def test_a_folder_of_images_known_to_be_normal(photos: Photos, concept: Concept) -> None:
+    folder = photos(unlabeled=3, positive=2)
+    before = scan(folder, concept)
+    assert not has_negatives(folder, 0.5)
+    place = add_folder(folder, NEGATIVE, 3, 90)
+    lines = [{"file_name": "0.png", "text": "Tom", "group": "keep"}, {"file_name": "1.png", "text": "a man at sea"}]
+    write_metadata(place, lines)
+    write_metadata(folder / UNLABELED, [{"file_name": "0.png", "text": "a man at sea", "group": "negative"}])
+    found = scan(folder, concept)
+    assert [e.caption for e in found if e.is_negative] == ["Tom", "a man at sea", GENERIC]
+    assert [e.path.parent.name for e in found if e.is_negative] == [NEGATIVE] * 3  # the folder decides
+    assert [e.is_positive for e in found] == [e.is_positive for e in before] + [False] * 3
+    (place / "1.png").write_bytes(b"")
+    assert str(place / "1.png") in refusal(folder, concept)
+    assert len(scan(folder, concept, eta=0)) == len(before)  # at weight zero they are not even read
+    assert has_negatives(folder, 0.5)
+    assert not has_negatives(folder, 0.0)
+
+
+def test_too_few_images_known_to_be_normal(photos: Photos, concept: Concept) -> None:
+    folder = photos()
+    assert f"{add_folder(folder, NEGATIVE, 1, 90)} holds 1 images" in refusal(folder, concept)
+
+
+def test_several_sets_of_positives(photos: Photos, concept: Concept) -> None:
+    folder = photos(unlabeled=3, positive=2)
+    assert positive_sets(folder) == [POSITIVE]
+    write_metadata(add_folder(folder, f"{POSITIVE}_b", 3, 90), [{"file_name": "1.png", "text": "Brad"}])
+    add_folder(folder, f"{POSITIVE}_a", 2, 200)
+    (folder / f"{POSITIVE}.txt").write_text("no folder")
+    assert positive_sets(folder) == [POSITIVE, f"{POSITIVE}_a", f"{POSITIVE}_b"]
+    found = [(e.path.parent.name, e.caption, e.positive_set) for e in scan(folder, concept) if e.is_positive]
+    assert found == [
+        *[(POSITIVE, CAPTION, 0)] * 2, *[(f"{POSITIVE}_a", CAPTION, 1)] * 2,
+        (f"{POSITIVE}_b", CAPTION, 2), (f"{POSITIVE}_b", "Brad", 2), (f"{POSITIVE}_b", CAPTION, 2),
+    ]  # fmt: skip
+
+
+def test_the_betas_of_several_sets(concept: Concept) -> None:
+    sets = [POSITIVE, f"{POSITIVE}_2"]
+    told = dataclasses.replace(concept, betas={f"{POSITIVE}_2": 0.1, POSITIVE: 0.3})
+    assert share_beta(concept, sets, 0.3, "option") == [0.15, 0.15]
+    assert share_beta(concept, sets[:1], 0.3, "manifest") == [0.3]
+    assert share_beta(told, sets, 0.1, "assumed") == [0.3, 0.1]
+    assert share_beta(told, sets, 0.2, "option") == pytest.approx([0.15, 0.05])  # the total is the command's
+    with pytest.raises(UsageError, match="1_positive_2.*--data_dir holds 1_positive"):
+        share_beta(told, sets[:1], 0.2, "option")
 
 
 @pytest.mark.parametrize("line", [{"file_name": "1.png"}, {"file_name": "1.png", "text": None}, {"text": "a"}, {}])

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from train_runs import ADAPTER, Config, make, rendered
 
-from sd_unlearn import checkpoint, loop, trainer
+from sd_unlearn import assembly, checkpoint, loop, trainer
 from sd_unlearn.batches import Batch
 from sd_unlearn.errors import UnlearnError, UsageError
 from sd_unlearn.probe import Verdict
@@ -60,12 +60,12 @@ def test_too_many_in_a_row_end_the_run_with_the_last_good_state(
     make_config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = {"max_train_steps": 40, "max_skipped_steps": 5, "checkpointing_steps": 2}
-    spoil(monkeypatch, set(range(8, 100)))
-    with pytest.raises(UnlearnError, match=r"step 20.*13 steps in a row.*step-000006.*--learning_rate"):
-        trainer.run(make_config("run", **options))
+    with monkeypatch.context() as patch:
+        spoil(patch, set(range(8, 100)))
+        with pytest.raises(UnlearnError, match=r"step 20.*13 steps in a row.*step-000006.*--learning_rate"):
+            trainer.run(make_config("run", **options))
     assert not Path("run/training.json").exists()
     assert [p.name for p in checkpoint.found(Path("run"))] == ["step-000004", "step-000006"]
-    monkeypatch.undo()
     run = trainer.run(make_config("run", **options, resume_from_checkpoint="latest"))
     assert read_jsonl(run / "metrics.jsonl")[-1]["skipped_steps"] == 0
 
@@ -108,13 +108,13 @@ def test_the_ratio_probe_sees_a_concept_being_forgotten(make_config: Config) -> 
 
 def test_held_out_images_are_never_trained_on(make_config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
-    real = trainer.StratifiedBatches
+    real = assembly.StratifiedBatches
 
     def watched(examples: list, *arguments: object, **options: object) -> object:
         made.append(examples)
         return real(examples, *arguments, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(trainer, "StratifiedBatches", watched)
+    monkeypatch.setattr(assembly, "StratifiedBatches", watched)
     trainer.run(make_config("plain", max_train_steps=1))
     trainer.run(make_config("probed", max_train_steps=1, probe_steps=1))
     everything, kept = made
@@ -140,7 +140,7 @@ def test_the_leakage_probe_stops_where_its_rule_says(make_config: Config, monkey
                 seen[60 + i, 1 + i % 2] = 1
             return Reading({"label": self.labels}, {"label": seen.numpy()}, seen.numpy())
 
-    monkeypatch.setattr(trainer, "make_judge", lambda concept: Told())
+    monkeypatch.setattr(assembly, "make_judge", lambda concept: Told())
     options = {"probe": "leakage", "probe_steps": 3, "stop_when_forgotten": True}
     run = trainer.run(make_config("run", **options))
     probes = [line for line in read_jsonl(run / "metrics.jsonl") if "probe_leakage" in line]

@@ -17,6 +17,7 @@ from sd_unlearn.denoiser import Denoiser
 from sd_unlearn.diffusion import add_noise, min_snr_weight, per_example_loss, training_target
 from sd_unlearn.objectives.losses import example_losses
 from sd_unlearn.objectives.teacher import Teacher
+from sd_unlearn.risk import NORMAL, UNLABELED
 from sd_unlearn.student import make_student
 from sd_unlearn.train_config import Weights
 
@@ -45,7 +46,7 @@ class Step:
         unconditional = torch.tensor([i == count - 1 for i in range(count)])
         text[-1] = drawn_from[-1] = empty
         self.batch = Batch(
-            latents, text, drawn_from, positive, torch.tensor(MIXED), 2, timesteps, noise, unconditional,
+            latents, text, drawn_from, positive.long() - 1, torch.tensor(MIXED), 2, timesteps, noise, unconditional,
             torch.ones(count),
         )  # fmt: skip
         self.unet = base.pipeline.unet
@@ -180,9 +181,9 @@ class Gaussian(nn.Module):
         return SimpleNamespace(sample=factor.view(-1, 1, 1, 1) * noisy)
 
     @contextmanager
-    def disable_adapter(self) -> Iterator[None]:
+    def frozen(self) -> Iterator[nn.Module]:
         self.on = False
-        yield
+        yield self
         self.on = True
 
 
@@ -191,14 +192,14 @@ def test_a_teacher_leaves_the_mean_gradient_and_takes_its_variance() -> None:
     schedule, generator = torch.linspace(0.99, 0.01, 100), torch.Generator().manual_seed(0)
     model = Gaussian(schedule)
     denoiser = Denoiser(model, schedule, "epsilon", 100)  # type: ignore[arg-type]
-    teacher = Teacher(denoiser, torch.zeros(1, 1), torch.zeros(1, 1), 1.0)
+    teacher = Teacher(denoiser, model.frozen, torch.zeros(1, 1), torch.zeros(1, 1), 1.0)
     found: dict[bool, list[float]] = {True: [], False: []}
     text = torch.zeros(4, 1, 1)
     for _ in range(2000):
         latents, noise = (torch.randn(4, 1, 2, 2, generator=generator) for _ in range(2))
         timesteps, nothing = torch.randint(0, 100, (4,), generator=generator), torch.zeros(4)
         batch = Batch(
-            latents, text, text, nothing.bool(), nothing.long(), 1, timesteps, noise, nothing.bool(),
+            latents, text, text, nothing.long() - 1, nothing.long(), 1, timesteps, noise, nothing.bool(),
             nothing + 1,
         )  # fmt: skip
         for taught, gradients in found.items():
@@ -208,3 +209,21 @@ def test_a_teacher_leaves_the_mean_gradient_and_takes_its_variance() -> None:
     for gradients in (taught, plain):
         assert (gradients.mean() - 0.2).abs() < 4 * gradients.std() / 2000**0.5
     assert taught.std() < plain.std() / 5
+
+
+def test_images_known_to_be_normal_are_followed_like_unlabeled_ones(loaded_base: Base) -> None:
+    step = Step(loaded_base, learned=True)
+    unlabeled = dataclasses.replace(step.batch, label=torch.full_like(step.batch.label, UNLABELED))
+    normal = dataclasses.replace(step.batch, label=torch.full_like(step.batch.label, NORMAL))
+    ours, theirs = (example_losses(step.denoiser, batch, "sum", step.teacher) for batch in (normal, unlabeled))
+    assert torch.equal(ours, theirs)
+    close(step.gradients(ours), step.gradients(theirs))
+    distance = per_example_loss(step.predict(), step.wanted())
+    close(step.gradients(ours[~step.keep]), step.gradients(distance[~step.keep]))
+
+
+def test_every_set_of_positives_is_pushed(loaded_base: Base) -> None:
+    step = Step(loaded_base, learned=True)
+    other = dataclasses.replace(step.batch, label=torch.where(step.batch.is_positive, 3, UNLABELED))
+    ours, theirs = (example_losses(step.denoiser, batch, "sum", step.teacher) for batch in (other, step.batch))
+    close(step.gradients(ours), step.gradients(theirs))

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sd_unlearn.batches import PLAIN, Batch
 from sd_unlearn.objectives.pu import LOGGED, PUObjective
-from sd_unlearn.risk import corrected, pu_risk, pu_terms
+from sd_unlearn.risk import NORMAL, PUTerms, corrected, pnu_risk, pu_risk, pu_terms, several_pu_risk
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 BETA = 0.2
@@ -19,11 +19,12 @@ NLL = torch.tensor([3.0, 5.0, 1.0, 2.0, 3.0, 5.0, 40.0, 60.0, 1.0, 2.0, 6.0], dt
 
 
 def batch(bracket: list[int], positive: list[int]) -> Batch:
+    """positive: 0 for unlabeled images, k + 1 for those of set k, -1 for those known to be normal."""
     nothing = torch.zeros(len(bracket))
     captions = max(bracket) + 1
     kinds = list(zip(bracket, positive, strict=True))
     weight = torch.tensor([1 / kinds.count(kind) for kind in kinds], dtype=torch.float64)
-    shown = torch.tensor(positive).bool(), torch.tensor(bracket), captions
+    shown = torch.tensor(positive) - 1, torch.tensor(bracket), captions
     return Batch(nothing, nothing, nothing, *shown, nothing, nothing, nothing, weight)
 
 
@@ -44,9 +45,14 @@ def risk_of(bracket: int, correction: str, nll: Tensor = NLL) -> Tensor:
     return pu_risk(nll[here], WHOLE.is_positive[here], BETA, correction)  # type: ignore[arg-type]
 
 
+def terms_of(bracket: int) -> PUTerms:
+    here = WHOLE.bracket == bracket
+    return pu_terms(NLL[here], WHOLE.label[here], [BETA])
+
+
 @pytest.mark.parametrize("correction", ["abs", "nn", "none"])
 def test_loss_is_the_mean_over_captions_plus_the_keep_images(correction: str) -> None:
-    got = loss_of(PUObjective((BETA, BETA), correction), NLL, WHOLE)  # type: ignore[arg-type]
+    got = loss_of(PUObjective(((BETA,), (BETA,)), correction), NLL, WHOLE)  # type: ignore[arg-type]
     want = (risk_of(0, correction) + risk_of(1, correction)) / 2 + 3.0
     assert got.item() == pytest.approx(want.item())
 
@@ -54,7 +60,7 @@ def test_loss_is_the_mean_over_captions_plus_the_keep_images(correction: str) ->
 def test_each_caption_has_its_own_sign() -> None:
     """Put in one bracket, these two would be one of +4 - 0.2 * 25.75 = -1.15."""
     leaf = NLL.clone().requires_grad_()
-    loss_of(PUObjective((BETA, BETA)), leaf, WHOLE).backward()
+    loss_of(PUObjective(((BETA,), (BETA,))), leaf, WHOLE).backward()
     gradient = leaf.grad
     assert gradient is not None
     assert gradient[:2].tolist() == pytest.approx([0.25, 0.25])  # positive bracket: unlabeled images are learned
@@ -64,19 +70,19 @@ def test_each_caption_has_its_own_sign() -> None:
 
 
 def test_each_caption_has_its_own_beta() -> None:
-    terms = PUObjective((0.1, 0.4)).terms(NLL, WHOLE).terms
+    terms = PUObjective(((0.1,), (0.4,))).terms(NLL, WHOLE).terms
     assert [t.bracket.item() for t in terms] == pytest.approx([4 - 0.1 * 1.5, 4 - 0.4 * 50])
 
 
 def test_one_caption_without_keep_images_is_the_pu_risk() -> None:
     alone = batch(BRACKET[:4], POSITIVE[:4])
-    got = loss_of(PUObjective((BETA,)), NLL[:4], alone)
+    got = loss_of(PUObjective(((BETA,),)), NLL[:4], alone)
     assert got.item() == pytest.approx(risk_of(0, "abs").item())
-    assert figures_of(PUObjective((BETA,)), NLL[:4], alone)["mean_keep"] == 0
+    assert figures_of(PUObjective(((BETA,),)), NLL[:4], alone)["mean_keep"] == 0
 
 
 def test_figures_are_means_over_captions_and_carry_no_gradient() -> None:
-    objective = PUObjective((BETA, BETA))
+    objective = PUObjective(((BETA,), (BETA,)))
     parts = objective.terms(NLL.clone().requires_grad_(), WHOLE)
     assert not objective.figures(parts, objective.loss(parts)).requires_grad
     assert not parts.brackets.requires_grad
@@ -86,16 +92,16 @@ def test_figures_are_means_over_captions_and_carry_no_gradient() -> None:
     assert figures["bracket"] == pytest.approx(4 - BETA * (1.5 + 50) / 2)
     assert figures["mean_keep"] == pytest.approx(3)
     assert figures["loss"] == pytest.approx(loss_of(objective, NLL, WHOLE).item())
-    terms = [pu_terms(NLL[WHOLE.bracket == c], WHOLE.is_positive[WHOLE.bracket == c], BETA) for c in (0, 1)]
+    terms = [terms_of(c) for c in (0, 1)]
     assert figures["positive_term"] == pytest.approx(sum(t.positive.item() for t in terms) / 2)
 
 
 @pytest.mark.parametrize("correction", ["abs", "nn"])
 def test_the_sign_is_the_whole_steps(correction: str) -> None:
     """Another part pulls the first bracket below zero; ours must follow, and keep its own gradient's size."""
-    objective, leaf = PUObjective((BETA, BETA), correction), NLL.clone().requires_grad_()  # type: ignore[arg-type]
+    objective, leaf = PUObjective(((BETA,), (BETA,)), correction), NLL.clone().requires_grad_()  # type: ignore[arg-type]
     loss = objective.loss(objective.terms(leaf, WHOLE), torch.tensor([-1.0, -1.0]))
-    terms = [pu_terms(NLL[WHOLE.bracket == c], WHOLE.is_positive[WHOLE.bracket == c], BETA) for c in (0, 1)]
+    terms = [terms_of(c) for c in (0, 1)]
     want = torch.stack([corrected(t, correction, torch.tensor(-1.0)) for t in terms]).mean() + 3  # type: ignore[arg-type]
     assert loss.item() == pytest.approx(want.item())
     loss.backward()
@@ -113,7 +119,51 @@ def test_following_the_loss_moves_both_means_towards_their_equilibrium() -> None
         optimizer.zero_grad()
         nll = logs.exp()
         pull = ((logs - target)[:2] ** 2).sum() * 20
-        (loss_of(PUObjective((BETA,)), nll, small) + pull).backward()
+        (loss_of(PUObjective(((BETA,),)), nll, small) + pull).backward()
         optimizer.step()
     u, s = logs.exp()[:2].mean().item(), logs.exp()[2:].mean().item()
     assert s == pytest.approx(u / BETA, rel=0.1)
+
+
+#        unlabeled, sets 0 and 1, normal of the first bracket, then of the second, then keep
+ALL = batch([0] * 7 + [1] * 7 + [PLAIN], [0, 0, 1, 1, 2, -1, -1] * 2 + [0])
+MANY = torch.tensor([3, 5, 1, 2, 0.5, 2, 6, 3, 5, 40, 60, 20, 1, 3, 2], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("correction", ["abs", "nn", "none"])
+def test_each_bracket_is_the_pnu_risk(correction: str) -> None:
+    one_set = ALL.only(ALL.label != 1)
+    nll, eta = MANY[ALL.label != 1], 0.4
+    risks = []
+    for bracket in (0, 1):
+        here = one_set.bracket == bracket
+        positive, normal = one_set.is_positive[here], one_set.label[here] == NORMAL
+        risks.append(pnu_risk(nll[here], positive, normal, BETA, eta, correction).item())  # type: ignore[arg-type]
+    objective = PUObjective(((BETA,), (BETA,)), correction, eta)  # type: ignore[arg-type]
+    assert loss_of(objective, nll, one_set).item() == pytest.approx(sum(risks) / 2 + 2)
+    assert figures_of(objective, nll, one_set)["mean_n"] == pytest.approx((4 + 2) / 2)
+    signs = objective.terms(nll, one_set).brackets < 0
+    assert signs.tolist() == [False, True]
+
+
+@pytest.mark.parametrize("correction", ["abs", "nn", "none"])
+def test_sets_of_positives_share_their_bracket(correction: str) -> None:
+    betas = (0.2, 0.3)
+    unlabeled_or_positive = ALL.label != NORMAL
+    several = ALL.only(unlabeled_or_positive)
+    nll = MANY[unlabeled_or_positive]
+    risks = [
+        several_pu_risk(nll[several.bracket == b], several.label[several.bracket == b], betas, correction).item()  # type: ignore[arg-type]
+        for b in (0, 1)
+    ]
+    objective = PUObjective((betas, betas), correction)  # type: ignore[arg-type]
+    assert loss_of(objective, nll, several).item() == pytest.approx(sum(risks) / 2 + 2)
+    assert objective.terms(nll, several).brackets.tolist() == pytest.approx([4 - 0.3 - 0.15, 4 - 10 - 6])
+
+
+def test_without_weight_on_them_images_known_to_be_normal_do_not_count() -> None:
+    leaf = MANY.clone().requires_grad_()
+    loss_of(PUObjective(((0.2, 0.3),) * 2), leaf, ALL).backward()
+    assert leaf.grad is not None
+    assert (leaf.grad[ALL.label == NORMAL] == 0).all()
+    assert (leaf.grad[ALL.label != NORMAL] != 0).all()

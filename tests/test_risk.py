@@ -10,14 +10,17 @@ import torch
 from torch import Tensor
 
 from sd_unlearn.risk import (
+    NORMAL,
     SMALLEST_NLL,
+    UNLABELED,
+    PUTerms,
     corrected,
+    pnu_corrected,
     pnu_risk,
     pu_risk,
     pu_terms,
     sensitive_nll,
     several_pu_risk,
-    several_pu_terms,
     supervised_risk,
     unsupervised_risk,
 )
@@ -26,8 +29,13 @@ BETA = 0.25
 # Five numbers: U = 2, 4, 6 (mean 4), S = ln 2 twice, of which -log(1 - exp(-l)) is ln 2 again.
 FIVE = torch.tensor([2.0, 4.0, 6.0, math.log(2), math.log(2)], dtype=torch.float64)
 POSITIVE = torch.tensor([False, False, False, True, True])
+NORMALS = torch.tensor([True, False, False, False, False])
 # The same with large S: the bracket 4 - 0.25 * 40 = -6 is negative.
 NEGATIVE = torch.tensor([2.0, 4.0, 6.0, 30.0, 50.0], dtype=torch.float64)
+
+
+def parts_of(nll: Tensor, is_positive: Tensor) -> PUTerms:
+    return pu_terms(nll, torch.where(is_positive, 0, UNLABELED), [BETA])
 
 
 def sensitive(value: float) -> float:
@@ -47,7 +55,7 @@ def value_and_gradient(function: Callable[[Tensor], Tensor], nll: Tensor) -> tup
 
 
 def test_five_numbers_by_hand() -> None:
-    terms = pu_terms(FIVE, POSITIVE, BETA)
+    terms = parts_of(FIVE, POSITIVE)
     assert terms.mean_u.item() == pytest.approx(4)
     assert terms.mean_s.item() == pytest.approx(math.log(2))
     assert terms.positive.item() == pytest.approx(0.25 * math.log(2))
@@ -100,6 +108,23 @@ def test_finite_from_zero_to_a_million(dtype: torch.dtype) -> None:
     assert pu_risk(values[:5], POSITIVE, BETA).dtype == torch.float32
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("correction", ["abs", "nn", "none"])
+def test_autocast_changes_nothing(dtype: torch.dtype, correction: str) -> None:
+    """Losses come in float32 (per_example_loss), and 1e6 has no place in float16: all must stay as wide."""
+
+    def risk(x: Tensor) -> Tensor:
+        return pnu_risk(x, POSITIVE, NORMALS, BETA, 0.4, correction)  # type: ignore[arg-type]
+
+    for low in (0.0, 1e-8, 1e-3, 1.0, 1e3, 1e6):
+        for high in (0.0, 1.0, 1e6):
+            nll = torch.tensor([low, high, low, high, 2 * low])
+            with torch.autocast("cpu", dtype):
+                found = value_and_gradient(risk, nll)
+            assert found == value_and_gradient(risk, nll)
+            assert all(map(math.isfinite, [found[0], *found[1]]))
+
+
 def test_the_sensitive_loss_is_alive_where_l_is_small_and_gone_where_it_is_large() -> None:
     _, gradient = value_and_gradient(lambda x: sensitive_nll(x).sum(), torch.tensor([1e-3, 1.0, 1e3]))
     assert gradient[0] == pytest.approx(-1e3, rel=1e-3)
@@ -126,14 +151,14 @@ def test_a_batch_without_unlabeled_images_trains_nothing(correction: str) -> Non
 @pytest.mark.parametrize("correction", ["abs", "nn"])
 def test_the_given_bracket_decides_the_sign_and_only_the_sign(nll: Tensor, other: float, correction: str) -> None:
     def by_own(x: Tensor) -> Tensor:
-        terms = pu_terms(x, POSITIVE, BETA)
+        terms = parts_of(x, POSITIVE)
         return corrected(terms, correction, terms.bracket.detach() * 1e-9)
 
     def by_other(x: Tensor) -> Tensor:
-        return corrected(pu_terms(x, POSITIVE, BETA), correction, torch.tensor(other))
+        return corrected(parts_of(x, POSITIVE), correction, torch.tensor(other))
 
     assert value_and_gradient(by_own, nll) == value_and_gradient(lambda x: pu_risk(x, POSITIVE, BETA, correction), nll)
-    terms = pu_terms(nll, POSITIVE, BETA)
+    terms = parts_of(nll, POSITIVE)
     got, gradient = value_and_gradient(by_other, nll)
     kept_positive = terms.positive.item() if correction == "abs" or other > 0 else 0.0
     assert got == pytest.approx(kept_positive + math.copysign(1, other) * terms.bracket.item())
@@ -146,11 +171,11 @@ def test_shares_of_a_batch_sum_to_the_whole_when_the_whole_decides() -> None:
     mask = torch.tensor([False, True])
     whole = torch.tensor([4.0, 1.0, 10.0, 50.0], dtype=torch.float64)
     whole_mask = torch.tensor([False, False, True, True])
-    bracket = pu_terms(whole, whole_mask, BETA).bracket
+    bracket = parts_of(whole, whole_mask).bracket
     leaves = [share.clone().requires_grad_() for share in shares]
-    risk = torch.stack([corrected(pu_terms(leaf, mask, BETA), "abs", bracket) for leaf in leaves]).mean()
+    risk = torch.stack([corrected(parts_of(leaf, mask), "abs", bracket) for leaf in leaves]).mean()
     value, gradient = value_and_gradient(lambda x: pu_risk(x, whole_mask, BETA), whole)
-    assert bracket < 0 < pu_terms(shares[0], mask, BETA).bracket
+    assert bracket < 0 < parts_of(shares[0], mask).bracket
     assert risk.item() == pytest.approx(value)
     risk.backward()
     merged = [leaves[0].grad[0], leaves[1].grad[0], leaves[0].grad[1], leaves[1].grad[1]]  # type: ignore[index]
@@ -233,8 +258,8 @@ def test_one_set_is_the_ordinary_risk() -> None:
 
 def test_a_set_cut_in_two_is_still_that_set() -> None:
     """With its beta shared out as its examples are."""
-    whole = several_pu_terms(LOSSES, torch.where(SETS < 0, -1, 0), [0.5])
-    halves = several_pu_terms(LOSSES, SETS, [0.2, 0.2, 0.1])  # two, two and one example
+    whole = pu_terms(LOSSES, torch.where(SETS < 0, -1, 0), [0.5])
+    halves = pu_terms(LOSSES, SETS, [0.2, 0.2, 0.1])  # two, two and one example
     for name in ("positive", "bracket", "mean_u", "mean_s"):
         assert getattr(whole, name).item() == pytest.approx(getattr(halves, name).item(), rel=1e-12)
 
@@ -252,9 +277,67 @@ def test_a_set_that_is_not_in_the_batch_is_left_out() -> None:
 
 @pytest.mark.parametrize(
     ("betas", "sets", "message"),
-    [([0.5, 0.5], SETS, "less than 1"), ([], SETS, "add up"), ([0.2, 0.0, 0.1], SETS, "0.0"),
-     ([0.2, 0.1], SETS, "set 2 has no beta"), ([0.2, 0.1, 0.1], SETS[:3], "must both be")],
+    [([0.5, 0.5], SETS, "less than 1"), ([], SETS, "must lie"), ([0.2, 0.0, 0.1], SETS, "0.0"),
+     ([0.2, 0.1], SETS, "2 betas are given"), ([0.2, 0.1, 0.1], SETS[:3], "must both be")],
 )  # fmt: skip
 def test_several_sets_that_cannot_be_are_refused(betas: list[float], sets: Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         several_pu_risk(LOSSES, sets, betas)
+
+
+@pytest.mark.parametrize("correction", ["abs", "nn", "none"])
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e4])
+def test_pnu_follows_the_formula_in_value_and_gradient(correction: str, scale: float) -> None:
+    """(1 - eta) PU + eta [(1 - beta) mean_N l + beta mean_S -log(1 - exp(-l))], for losses from 1e-3 to 1e4."""
+    nll, eta = torch.tensor([2.0, 5.0, 7.0, scale, 0.5 * scale, 3.0], dtype=torch.float64), 0.3
+    positive, normal = torch.tensor([0, 0, 0, 1, 1, 0]).bool(), torch.tensor([0, 0, 1, 0, 0, 1]).bool()
+    bracket, tail = 3.5 - BETA * 0.75 * scale, BETA * (sensitive(scale) + sensitive(0.5 * scale)) / 2
+    sign = -1.0 if bracket < 0 and correction != "none" else 1.0
+    has_tail = not (bracket < 0 and correction == "nn")
+    want = (1 - eta) * (has_tail * tail + sign * bracket) + eta * ((1 - BETA) * 5.0 + tail)
+    got, gradient = value_and_gradient(
+        lambda x: pnu_risk(x, positive, normal, BETA, eta, correction), nll  # type: ignore[arg-type]
+    )  # fmt: skip
+    assert got == pytest.approx(want, rel=1e-9)
+    slopes = [sensitive_slope(value) * BETA / 2 for value in (scale, 0.5 * scale)]
+    of_s = [(1 - eta) * (has_tail * slope - sign * BETA / 2) + eta * slope for slope in slopes]
+    of_u, of_n = (1 - eta) * sign / 2, eta * (1 - BETA) / 2
+    assert gradient == pytest.approx([of_u, of_u, of_n, *of_s, of_n], rel=1e-9, abs=1e-12)
+    assert (bracket < 0) == (scale == 1e4)
+
+
+@pytest.mark.parametrize("correction", ["abs", "nn", "none"])
+@pytest.mark.parametrize("nll", [FIVE, NEGATIVE])
+def test_pnu_terms_are_the_pnu_risk(nll: Tensor, correction: str) -> None:
+    label = torch.where(NORMALS, NORMAL, torch.where(POSITIVE, 0, UNLABELED))
+    terms = pu_terms(nll, label, [BETA])
+    for eta in (0.0, 0.4, 1.0):
+        got = pnu_corrected(terms, correction, eta)  # type: ignore[arg-type]
+        want = pnu_risk(nll, POSITIVE, NORMALS, BETA, eta, correction)  # type: ignore[arg-type]
+        assert got.item() == pytest.approx(want.item(), rel=1e-12)
+    assert terms.mean_n.item() == nll[0]
+    assert pu_terms(nll, torch.where(POSITIVE, 0, UNLABELED), [BETA]).negative == 0
+
+
+def test_pnu_with_a_part_missing() -> None:
+    nothing, unlabeled = torch.zeros(5).bool(), ~POSITIVE & ~NORMALS
+    only = {"N": NORMALS, "U": unlabeled, "S": POSITIVE}
+
+    def risk(*parts: str) -> float:
+        here = torch.stack([only[p] for p in parts]).any(0)
+        return pnu_risk(FIVE[here], POSITIVE[here], NORMALS[here], BETA, 0.4).item()
+
+    tail = BETA * math.log(2)
+    assert risk("U", "S") == pytest.approx(0.6 * (tail + abs(5 - tail)) + 0.4 * tail)
+    assert risk("U", "N") == pytest.approx(0.6 * 5 + 0.4 * 0.75 * 2)
+    assert risk("S", "N") == pytest.approx(0.4 * (0.75 * 2 + tail))  # never the bracket of positives alone
+    assert risk("S") == pytest.approx(0.4 * tail)
+    assert pnu_risk(FIVE, nothing, nothing, BETA, 0.4).item() == pytest.approx(0.6 * FIVE.mean().item())
+
+
+def test_pnu_refuses_what_cannot_be() -> None:
+    for eta in (-0.1, 1.1, math.nan):
+        with pytest.raises(ValueError, match="eta"):
+            pnu_risk(FIVE, POSITIVE, NORMALS, BETA, eta)
+    with pytest.raises(ValueError, match="shapes"):
+        pnu_risk(FIVE, POSITIVE, NORMALS[:3], BETA, 0.5)

@@ -20,7 +20,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from sd_unlearn import cli, loop, lora, render, trainer
+from sd_unlearn import assembly, cli, loop, lora, render, trainer
 from sd_unlearn.base import Base, Sampling, load_base
 from sd_unlearn.batches import StratifiedBatches
 from sd_unlearn.concept import read_concept
@@ -294,7 +294,7 @@ def test_batches_get_the_teacher_and_the_empty_caption(
         made.append(StratifiedBatches(*arguments, **options))  # type: ignore[arg-type]
         return made[0]
 
-    monkeypatch.setattr(trainer, "StratifiedBatches", watched)
+    monkeypatch.setattr(assembly, "StratifiedBatches", watched)
     trainer.run(make_config("run", max_train_steps=1, target=target))
     (batches,) = made
     assert batches.teacher == (target == "teacher")
@@ -387,6 +387,62 @@ def test_own_photos(photos: Callable[..., Path], make_config: Config, capsys: py
     record = read_json(run / "training.json")
     assert (record["beta"], record["beta_source"]) == (ASSUMED_BETA, "assumed")
     assert {name for name in tree(folder) - before if not name.startswith("cache")} == set()
+
+
+@pytest.mark.parametrize("target", ["teacher", "noise"])
+def test_several_sets_of_positives_and_images_known_to_be_normal(
+    photos: Callable[..., Path], place: Path, make_config: Config, capsys: pytest.CaptureFixture[str], target: str
+) -> None:
+    folder = photos(unlabeled=4, positive=3)
+    options = {"data_dir": folder, "max_train_steps": 10, "target": target, "train_batch_size": 24}
+    plain = trainer.run(make_config("plain", **options)) / ADAPTER
+    shutil.copytree(folder / "0_unlabeled", folder / "2_negative")
+    (folder / "2_negative" / "3.png").unlink()
+    assert (trainer.run(make_config("zero", **options, eta=0.0)) / ADAPTER).read_bytes() == plain.read_bytes()
+    capsys.readouterr()
+    normal = trainer.run(make_config("normal", **options))
+    assert "4 unlabeled and 3 positive images and 3 known to be normal, beta 0.1" in capsys.readouterr().err
+    assert (normal / ADAPTER).read_bytes() != plain.read_bytes()
+    (line,) = read_jsonl(normal / "metrics.jsonl")
+    assert line["mean_n"] > 0
+    assert read_json(normal / "training.json")["betas"] == {"1_positive": 0.1}
+
+    shutil.copytree(folder / "1_positive", folder / "1_positive_2")
+    record = read_json(trainer.run(make_config("equal", **options, beta=0.3)) / "training.json")
+    assert record["betas"] == {"1_positive": 0.15, "1_positive_2": 0.15}
+    told = (place / "brad.yaml").read_text() + "betas: {1_positive: 0.2, 1_positive_2: 0.1}\n"
+    Path("told.yaml").write_text(told)
+    run = trainer.run(make_config("told", **options, concept="told.yaml"))
+    record = read_json(run / "training.json")
+    assert record["betas"] == {"1_positive": 0.2, "1_positive_2": 0.1}
+    assert record["beta"] == pytest.approx(0.3)
+    (line,) = read_jsonl(run / "metrics.jsonl")
+    assert line["bracket"] == pytest.approx(line["mean_u"] - 0.3 * line["mean_s"], rel=1e-4)
+
+
+def test_paraphrases_are_trained_with(place: Path, make_config: Config) -> None:
+    text = (place / "brad.yaml").read_text() + "paraphrases: ['Brad, {please,now}']\n"
+    Path("brad.yaml").write_text(text)
+    options = {"concept": "brad.yaml", "max_train_steps": 2}
+    with pytest.raises(UsageError, match="--train_batch_size 7 is too small"):
+        trainer.run(make_config("small", **options, train_batch_size=7))
+    assert not Path("small").exists()
+    adapters = []
+    for mode, images in (("both", 10), ("shared", 8)):
+        run = trainer.run(make_config(mode, **options, train_batch_size=images, caption_mode=mode))
+        assert read_json(run / "training.json")["cost"]["images_seen"] == 2 * images
+        adapters.append((run / ADAPTER).read_bytes())
+    without = trainer.run(make_config("without", max_train_steps=2, caption_mode="shared")) / ADAPTER
+    assert adapters[1] == without.read_bytes()  # which knows no paraphrases
+
+
+def test_a_batch_too_small_is_refused_before_anything_loads(
+    make_config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainer, "load_base", None)
+    Path("data", "2_negative").mkdir(parents=True)
+    with pytest.raises(UsageError, match="--train_batch_size 5 is too small"):
+        trainer.run(make_config("run", train_batch_size=5, data_dir=Path("data")))
 
 
 def test_own_photos_that_must_all_stay_leave_nothing_to_compare_with(

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from sd_unlearn.batches import PLAIN, Batch
-from sd_unlearn.risk import Correction, PUTerms, corrected, pu_terms
+from sd_unlearn.risk import Correction, PUTerms, pnu_corrected, pu_terms
 
-LOGGED = ("loss", "mean_u", "mean_s", "bracket", "positive_term", "mean_keep")
+LOGGED = ("loss", "mean_u", "mean_s", "mean_n", "bracket", "positive_term", "mean_keep")
 
 
 @dataclass(frozen=True)
@@ -34,17 +34,20 @@ class StepTerms:
 
 @dataclass(frozen=True)
 class PUObjective:
-    """Mean over captions of the PU risk, each with its beta in (0, 1), plus the keep images' mean loss."""
+    """Mean over captions of the PU or, with images known to be normal, PNU risk, plus the keep images' mean loss."""
 
-    betas: Sequence[float]  # of each bracket, in the order of StratifiedBatches.brackets
+    betas: Sequence[
+        Sequence[float]
+    ]  # of each bracket, in the order of StratifiedBatches.brackets: of each sensitive set
     correction: Correction = "abs"
+    eta: float = 0.0  # in [0, 1], the weight of the images known to be normal; 0 when there are none
 
     def terms(self, nll: Tensor, batch: Batch) -> StepTerms:
         """nll [B] of the batch's examples -> the parts, with their gradients."""
         found = []
-        for caption, beta in zip(range(batch.captions), self.betas, strict=True):
+        for caption, betas in zip(range(batch.captions), self.betas, strict=True):
             here = batch.bracket == caption
-            found.append(pu_terms(nll[here], batch.is_positive[here], beta, batch.weight[here]))
+            found.append(pu_terms(nll[here], batch.label[here], betas, batch.weight[here]))
         keep = batch.bracket == PLAIN
         return StepTerms(tuple(found), (batch.weight * nll)[keep].sum())
 
@@ -54,12 +57,12 @@ class PUObjective:
         d|R| = sign(R) dR: with the whole step's signs, the average of the parts' gradients is the whole's gradient.
         """
         known = parts.brackets if brackets is None else brackets
-        risks = [corrected(t, self.correction, b) for t, b in zip(parts.terms, known, strict=True)]
+        risks = [pnu_corrected(t, self.correction, self.eta, b) for t, b in zip(parts.terms, known, strict=True)]
         return torch.stack(risks).mean() + parts.keep
 
     def figures(self, parts: StepTerms, loss: Tensor) -> Tensor:
         """[len(LOGGED)], detached: the figures to log, in the order of LOGGED, those of brackets as their mean."""
-        names = ("mean_u", "mean_s", "bracket", "positive")
+        names = ("mean_u", "mean_s", "mean_n", "bracket", "positive")
         means = [torch.stack([getattr(t, name) for t in parts.terms]).mean() for name in names]
         return torch.stack([loss, *means, parts.keep]).detach().float()
 
