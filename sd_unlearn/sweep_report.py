@@ -49,18 +49,21 @@ def context(record: dict[str, Any]) -> dict[str, Any]:
     """Everything the templates show."""
     found = [lines(run) for run in record["runs"]]
     pairs = [(pick(x, "retention", "kept", "general", "alike"), pick(x, "leakage", "direct")) for x in found]
+    labels = [f"× {run['factor']:g}" for run in record["runs"]]
     marks = [
-        Mark(f"× {run['factor']:g}", x.lora, y.lora)
-        for run, (x, y) in zip(record["runs"], pairs, strict=True)
+        Mark(label, x.lora, y.lora)
+        for label, (x, y) in zip(labels, pairs, strict=True)
         if x and y and x.lora and y.lora
     ]
+    picture = tradeoff(marks)
+    drawn = [point["label"] for point in picture["points"]] if picture else []
     cells = [[pick(x, *column) for column in COLUMNS] for x in found]
     before = next((y.base for _, y in pairs if y), None)
     return {
         "record": record,
         "base": {"name": "", "sha256": "", **record["base"]},
-        "picture": tradeoff(marks),
-        "left_out": [run["factor"] for run, (x, y) in zip(record["runs"], pairs, strict=True) if not (x and y)],
+        "picture": picture,
+        "left_out": [label for label in labels if label not in drawn],
         "kept_is": next((GROUPS[x.group][0] for x, _ in pairs if x), ""),
         "before": shown(before) if before else "",
         "n": next((y.n for _, y in pairs if y), "0"),

@@ -72,12 +72,12 @@ def tradeoff(marks: Sequence[Mark]) -> dict[str, Any] | None:
 
 def _place_labels(points: list[dict[str, Any]]) -> None:
     """Give each point a label where it meets no point, bar or other label, as near as possible, tied by a leader."""
+    bars = [Box(p["bar_x"][0], p["y"] - 2, p["bar_x"][1], p["y"] + 2) for p in points]
+    bars += [Box(p["x"] - 2, p["bar_y"][1], p["x"] + 2, p["bar_y"][0]) for p in points]
     taken = [_around(p) for p in points]
-    taken += [Box(p["bar_x"][0], p["y"] - 2, p["bar_x"][1], p["y"] + 2) for p in points]
-    taken += [Box(p["x"] - 2, p["bar_y"][1], p["x"] + 2, p["bar_y"][0]) for p in points]
     for p in points:
         wide = LETTER * len(p["label"])
-        best = min(_places(p, wide), key=lambda box: sum(box.meets(other) for other in taken))
+        best = min(_places(p, wide), key=lambda box: (_met(box, taken), _met(box, bars)))
         taken.append(best)
         right = best.x0 > p["x"]
         p["text"] = (round(best.x0, 1), round(best.y1 - 4, 1))
@@ -87,13 +87,17 @@ def _place_labels(points: list[dict[str, Any]]) -> None:
 def _places(p: dict[str, Any], wide: float) -> list[Box]:
     """Where a label may stand inside the picture, the nearest first."""
     boxes = []
-    for away in (12, 28, 46, 70):
+    for away in (12 + i * LINE for i in range(8)):
         for right, up in ((True, True), (False, True), (True, False), (False, False)):
-            x = p["x"] + away if right else p["x"] - away - wide
+            x = p["x"] + 14 if right else p["x"] - 14 - wide
             y = p["y"] - away if up else p["y"] + away
             boxes.append(Box(x, y - LINE / 2, x + wide, y + LINE / 2))
     inside = [b for b in boxes if b.x0 >= LEFT and b.x1 <= WIDTH and b.y0 >= 0 and b.y1 <= BOTTOM]
     return inside or boxes
+
+
+def _met(box: Box, others: list[Box]) -> int:
+    return sum(box.meets(other) for other in others)
 
 
 def _around(p: dict[str, Any]) -> Box:
