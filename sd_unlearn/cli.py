@@ -51,6 +51,14 @@ def render(config: Annotated[RenderConfig, Parameter(name="*")] = RenderConfig()
 @app.command
 def train(config: Annotated[TrainConfig, Parameter(name="*")] = TrainConfig()) -> None:
     """Train a LoRA that forgets the concept; renders its folders first if they are missing."""
+    from sd_unlearn.launch import start_several
+
+    start_several()
+    if config.beta_sweep is not None:
+        from sd_unlearn import sweep
+
+        print(sweep.run(config))
+        return
     from sd_unlearn import trainer
 
     print(trainer.run(config))

@@ -255,7 +255,9 @@ class Cost:
 class TrainConfig(Cost, Checkpoints, Watching, Optimizing, Noise, Weights, Objective, RenderConfig):
     """Train a LoRA that forgets the concept (renders the folders first if they are missing)."""
 
-    output_dir: Annotated[Path | None, option("Run folder. Default: runs/<concept>.", RUN)] = None
+    output_dir: Annotated[
+        Path | None, option("Run folder. Default: runs/<concept>, and runs/<concept>-sweep with --beta_sweep.", RUN)
+    ] = None
     overwrite: Annotated[
         bool, option("Replace what is in --output_dir, a finished run or one that can go on.", RUN)
     ] = False

@@ -1,0 +1,249 @@
+"""A sweep scales what it says, trains and evaluates each run once, and goes on where it was killed."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import tree
+
+from sd_unlearn import cli, evaluate, records, sweep, trainer
+from sd_unlearn.concept import Concept, load_concept, write_concept
+from sd_unlearn.config import EvaluateConfig
+from sd_unlearn.errors import UsageError
+from sd_unlearn.records import read_json, write_json
+from sd_unlearn.sweep import Point
+from sd_unlearn.train_config import TrainConfig
+
+Make = Callable[..., TrainConfig]
+
+
+@pytest.fixture
+def make(tiny_base: Path, concept_file: Path) -> Make:
+    def of(sweep: str = "0.5,1,2", **changes: Any) -> TrainConfig:
+        options = {"concept": str(concept_file), "pretrained_model_name_or_path": str(tiny_base), "report_to": "none"}
+        return TrainConfig(**(options | {"beta_sweep": sweep} | changes))
+
+    return of
+
+
+@pytest.fixture
+def done(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
+    """Training and evaluation that only note what they were asked, and leave the files by which they are known."""
+    calls: list[tuple[str, Any]] = []
+
+    def train(config: TrainConfig) -> Path:
+        calls.append(("train", config))
+        place = config.output_dir or Path()
+        (place / "adapter").mkdir(parents=True, exist_ok=True)
+        (place / "adapter/adapter_model.safetensors").write_text(f"{config.beta} {config.push}")
+        write_concept(place / "concept.yaml", load_concept(config.concept, None))
+        write_json(place / "training.json", {"beta": config.beta})
+        return place
+
+    def measure(config: EvaluateConfig) -> dict[str, Any]:
+        calls.append(("evaluate", config))
+        place = config.run or Path()
+        rows = [
+            {"metric": m, "group": g, "subject": s, "value": 0.5, "n": 10, "low": 0.4, "high": 0.6}
+            for m, g, s in (("leakage", "direct", "base"), ("leakage", "direct", "lora"), ("retention", "kept", "lora"),
+                            ("fid-digits", "alike", "lora"))
+        ]  # fmt: skip
+        results = {
+            "schema_version": 1, "concept": "brad-pitt", "caption": "a photo of Brad Pitt", "generic": "a photo",
+            "base": {"name": "tiny"}, "rows": rows, "adapter_sha256": evaluate.adapter_sha256(place),
+        }  # fmt: skip
+        write_json(place / "results.json", results)
+        return results
+
+    monkeypatch.setattr(trainer, "run", train)
+    monkeypatch.setattr(evaluate, "run", measure)
+    return calls
+
+
+def names(calls: list[tuple[str, Any]]) -> list[str]:
+    return [f"{verb} {(c.output_dir if verb == 'train' else c.run).name}" for verb, c in calls]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", "is no number"),
+        ("0.5,,1", "is no number"),
+        ("0.5;1", '"0.5;1" is no number'),
+        ("1,half", '"half" is no number'),
+        ("0,1", "0 must be a number above 0"),
+        ("-1", "above 0"),
+        ("nan", "above 0"),
+        ("1,inf", "above 0"),
+        ("0.5,1,0.50", "0.5 comes twice"),
+        ("1,5", "5 times beta 0.3 (option) is 1.5"),
+        ("1,2.5", None),
+    ],
+)
+def test_what_cannot_be_meant_is_refused_and_nothing_is_written(
+    done: list[Any], capsys: pytest.CaptureFixture[str], tiny_base: Path, concept_file: Path, text: str, expected: str
+) -> None:
+    options = ["--pretrained_model_name_or_path", str(tiny_base), "--report_to", "none", "--beta", "0.3"]
+    before = tree(Path())
+    code = cli.main(["train", "--concept", str(concept_file), *options, f"--beta_sweep={text}"])
+    out, err = capsys.readouterr()
+    if expected is None:
+        assert (code, out) == (0, "runs/brad-pitt-sweep/sweep.html\n")
+        return
+    assert (code, done, tree(Path())) == (2, [], before)
+    assert "--beta_sweep" in err
+    assert expected in err
+
+
+def test_the_factors_multiply_beta_and_with_a_teacher_the_push() -> None:
+    taught = sweep.scale([0.5, 1, 3], 0.1, 2.0, "teacher", "manifest")
+    assert taught == [Point(0.5, 0.05, 1.0), Point(1, 0.1, 2.0), Point(3, 0.3, 6.0)]
+    assert [p.push for p in sweep.scale([0.5, 3], 0.1, 2.0, "noise", "manifest")] == [2.0, 2.0]
+    with pytest.raises(UsageError, match=r"2 times beta 0.5 \(manifest\) is 1, .* below 2"):
+        sweep.scale([1, 2], 0.5, 2.0, "noise", "manifest")
+
+
+def test_beta_is_known_before_anything_is_rendered(make: Make, concept: Concept, photos: Callable[..., Path]) -> None:
+    assert sweep.beta_of(make(beta=0.3), concept, Path("data")) == (0.3, "option")
+    assert sweep.beta_of(make(), concept, Path("data")) == (0.2, "manifest")  # 1 hidden of 5
+    assert sweep.beta_of(make(num_unlabeled=1), concept, Path("data")) == (0.5, "manifest")
+    assert sweep.beta_of(make(num_mixed_in=0), concept, Path("data")) == (0.1, "assumed")
+    assert sweep.beta_of(make(), concept, photos()) == (0.1, "assumed")
+    write_json(Path("data/manifest.json"), {"beta": 0.25})
+    assert sweep.beta_of(make(), concept, Path("data")) == (0.25, "manifest")
+
+
+def test_each_factor_is_trained_and_evaluated_and_the_record_comes_last(
+    make: Make, done: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order, rename = [], Path.replace
+
+    def watched(self: Path, target: Path) -> Path:
+        order.append(Path(target).name)
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "replace", watched)
+    page = sweep.run(make(output_dir=Path("out"), learning_rate=0.125))
+    folders = ["factor-0.5", "factor-1", "factor-2"]
+    assert names(done) == [f"{verb} {f}" for verb in ("train", "evaluate") for f in folders]
+    configs = [c for verb, c in done if verb == "train"]
+    assert [(c.beta, c.push, c.learning_rate) for c in configs] == [(0.1, 1, 0.125), (0.2, 2, 0.125), (0.4, 4, 0.125)]
+    assert all((c.beta_sweep, c.data_dir, c.overwrite) == (None, Path("data/brad-pitt"), False) for c in configs)
+    assert [c for verb, c in done if verb == "evaluate"] == [EvaluateConfig(run=Path("out") / f) for f in folders]
+    assert page == Path("out/sweep.html")
+    assert order[-4:] == ["sweep.csv", "sweep.md", "sweep.html", "sweep.json"]
+    record = read_json(Path("out/sweep.json"))
+    assert (record["schema_version"], record["factors"], record["beta"], record["push"]) == (1, [0.5, 1, 2], 0.2, 2.0)
+    assert [(r["folder"], r["beta"], r["push"]) for r in record["runs"]][0] == ("factor-0.5", 0.1, 1.0)
+    assert {row["metric"] for run in record["runs"] for row in run["rows"]} == {"leakage", "retention"}
+    assert record["runs"][0]["rows"][1]["high"] == 0.6
+
+
+def test_a_killed_sweep_goes_on(make: Make, done: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    train, config = trainer.run, make(output_dir=Path("out"))
+
+    def killed(asked: TrainConfig) -> Path:
+        if asked.output_dir and asked.output_dir.name == "factor-1":
+            write_concept(asked.output_dir / "concept.yaml", load_concept(asked.concept, None))
+            raise KeyboardInterrupt
+        return train(asked)
+
+    monkeypatch.setattr(trainer, "run", killed)
+    with pytest.raises(KeyboardInterrupt):
+        sweep.run(config)
+    assert not Path("out/sweep.json").exists()
+    monkeypatch.setattr(trainer, "run", train)
+    done.clear()
+    sweep.run(config)
+    evaluated = [f"evaluate factor-{x}" for x in ("0.5", "1", "2")]
+    assert names(done) == ["train factor-1", "train factor-2", *evaluated]
+    # What was begun goes on from its checkpoints, what was not begins.
+    assert [c.resume_from_checkpoint for _, c in done[:2]] == ["latest", None]
+    done.clear()
+    sweep.run(make("0.5,1,2,4", output_dir=Path("out"), resume_from_checkpoint="latest"))
+    assert names(done) == ["train factor-4", "evaluate factor-4"]
+    done.clear()
+    Path("out/factor-1/adapter/adapter_model.safetensors").write_text("another")
+    sweep.run(config)
+    assert names(done) == ["evaluate factor-1"]
+
+
+def test_a_folder_begun_by_half_is_begun_again(make: Make, done: list[Any]) -> None:
+    sweep.run(make("1", output_dir=Path("out")))
+    for path in ("training.json", "concept.yaml"):
+        Path("out/factor-1", path).unlink()
+    done.clear()
+    sweep.run(make("1", output_dir=Path("out")))
+    assert names(done) == ["train factor-1", "evaluate factor-1"]
+    assert done[0][1].resume_from_checkpoint is None
+
+
+def test_runs_of_other_settings_are_not_mixed(make: Make, done: list[Any]) -> None:
+    sweep.run(make("1", output_dir=Path("out")))
+    for changes, match in (({"rank": 4}, "--rank 8, and this one has 4"), ({"beta": 0.3}, "--beta 0.2, and .* 0.3")):
+        with pytest.raises(UsageError, match=match):
+            sweep.run(make("1", output_dir=Path("out"), **changes))
+    done.clear()
+    sweep.run(make("2", output_dir=Path("out"), rank=4, overwrite=True))
+    assert names(done) == ["train factor-2", "evaluate factor-2"]
+    assert not Path("out/factor-1").exists()
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_folder_of_something_else_is_left_alone(make: Make, done: list[Any], overwrite: bool) -> None:
+    Path("out").mkdir()
+    Path("out/config.yaml").write_text("concept: seven\n")
+    with pytest.raises(UsageError, match="--output_dir out holds files that are no sweep"):
+        sweep.run(make(output_dir=Path("out"), overwrite=overwrite))
+    assert (done, tree(Path("out"))) == ([], {"config.yaml"})
+
+
+def test_what_fails_before_the_first_run_does_not_bind_the_next(
+    make: Make, done: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_: TrainConfig) -> Path:
+        raise UsageError("no")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "run", refuse)
+        with pytest.raises(UsageError, match="no"):
+            sweep.run(make(output_dir=Path("out")))
+    sweep.run(make(output_dir=Path("out"), rank=4))
+    assert len(done) == 6
+
+
+def test_what_a_sweep_cannot_share_out(make: Make, done: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UsageError, match="--resume_from_checkpoint there belongs to one run"):
+        sweep.run(make(resume_from_checkpoint="there"))
+    with pytest.raises(UsageError, match="--beta estimate"):
+        sweep.run(make(beta="estimate"))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UsageError, match=r"--beta_sweep runs as one process, not 2.*--beta and --push"):
+        sweep.run(make())
+    assert (done, Path("runs").exists()) == ([], False)
+
+
+def test_a_sweep_of_the_bundled_base(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """For real, with so few images and steps that figures mean nothing."""
+    monkeypatch.setattr(sweep, "EvaluateConfig", functools.partial(EvaluateConfig, num_images=2, num_keep_images=1))
+    few = "--num_unlabeled 6 --num_positive 4 --num_keep 1 --max_train_steps 2 --validation_steps 0"
+    options = [*few.split(), "--train_batch_size", "8", "--learning_rate", "0.01", "--report_to", "none"]
+    code = cli.main(["train", "--concept", "seven", "--beta_sweep", "0.5,2", *options])
+    out, err = capsys.readouterr()
+    assert (code, out) == (0, "runs/seven-sweep/sweep.html\n")
+    assert err.count("rendering it first") == 1
+    record = json.loads(Path("runs/seven-sweep/sweep.json").read_text())
+    shas = [run["adapter_sha256"] for run in record["runs"]]
+    assert len(set(shas)) == 2
+    for run in record["runs"]:
+        place = Path("runs/seven-sweep", run["folder"])
+        training = records.read_json(place / "training.json")
+        assert (training["beta"], training["push"]) == (run["beta"], run["push"])
+        assert {r["metric"] for r in run["rows"]} == {"leakage", "clean_replacement", "retention", "drift"}
+    page = Path("runs/seven-sweep/sweep.html").read_text(encoding="utf-8")
+    assert page.count("<circle") == 2
