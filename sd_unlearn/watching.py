@@ -7,6 +7,7 @@ import math
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,8 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from sd_unlearn.records import METRICS, read_jsonl, write_text
+
+AGAIN = 2.0  # seconds after which a signal is a second one
 
 
 class Interrupted(KeyboardInterrupt):
@@ -61,15 +64,19 @@ class MetricsLog:
 def stop_requests(accelerator: Accelerator) -> Iterator[Any]:
     """Ctrl-C and SIGTERM are noted, not obeyed at once; yields asked(together) -> whether to stop after this step.
 
-    A second Ctrl-C is obeyed at once. Several processes must stop at the same step, so they agree on it, which waits
+    A second Ctrl-C, two seconds later or more, is obeyed at once; sooner it may be the same one, which the terminal and
+    a launcher both pass on. Several processes must stop at the same step, so they agree on it, which waits
     for the device: only where `together` says so.
     """
-    noted = []
+    noted: list[float] = []
 
     def note(number: int, frame: Any) -> None:
-        noted.append(number)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        accelerator.print("\nStopping after this step, saving. Once more: at once, without.", file=sys.stderr)
+        now = time.monotonic()
+        if noted and now - noted[0] > AGAIN:
+            raise KeyboardInterrupt
+        if not noted:
+            accelerator.print("\nStopping after this step, saving. Once more: at once, without.", file=sys.stderr)
+        noted.append(now)
 
     def asked(together: bool) -> bool:
         if accelerator.num_processes == 1:

@@ -20,7 +20,7 @@ from torch import Tensor
 from sd_unlearn import lora, speed, trainer
 from sd_unlearn.base import Base
 from sd_unlearn.errors import UsageError
-from sd_unlearn.train_config import TrainConfig
+from sd_unlearn.train_config import TrainConfig, Weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
@@ -29,7 +29,7 @@ CPU = torch.device("cpu")
 def with_lora(unet: Any, config: TrainConfig) -> Any:
     """The UNet as the trainer prepares it, with a LoRA that has learned something."""
     speed.prepare(unet, config)
-    model = lora.attach(unet, 2, 2.0, 0)
+    model = lora.attach(unet, Weights(rank=2), lora.targets_of(unet, "attention"), 0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
@@ -52,7 +52,7 @@ def gradients(model: Any) -> list[Tensor]:
     with torch.no_grad(), model.disable_adapter():
         taught = model(**given).sample
     (model(**given).sample - taught).square().sum().backward()
-    found = [p.grad.clone() for p in lora.trainable(model)]
+    found = [p.grad.clone() for p in model.parameters() if p.requires_grad]
     model.zero_grad()
     return found
 
@@ -113,7 +113,7 @@ def test_compiled_blocks_say_the_same_and_are_compiled_once(
             still = model(**inputs(count + 7, side)).sample
         on = model(**inputs(count, side)).sample
         on.square().sum().backward()
-        found = [off, still, on.detach(), *(p.grad.clone() for p in lora.trainable(model))]
+        found = [off, still, on.detach(), *(p.grad.clone() for p in model.parameters() if p.requires_grad)]
         model.zero_grad()
         return found
 

@@ -15,7 +15,7 @@ from sd_unlearn import cli, evaluate, records, sweep, trainer
 from sd_unlearn.concept import Concept, load_concept, write_concept
 from sd_unlearn.config import EvaluateConfig
 from sd_unlearn.errors import UsageError
-from sd_unlearn.records import read_json, write_json
+from sd_unlearn.records import read_json, weights_sha256, write_json
 from sd_unlearn.sweep import Point
 from sd_unlearn.train_config import TrainConfig
 
@@ -55,7 +55,7 @@ def done(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
         ]  # fmt: skip
         results = {
             "schema_version": 1, "concept": "brad-pitt", "caption": "a photo of Brad Pitt", "generic": "a photo",
-            "base": {"name": "tiny"}, "rows": rows, "adapter_sha256": evaluate.adapter_sha256(place),
+            "base": {"name": "tiny"}, "rows": rows, "adapter_sha256": weights_sha256(place),
         }  # fmt: skip
         write_json(place / "results.json", results)
         return results
