@@ -38,6 +38,17 @@ class Batch:
     noise: Tensor  # as latents
     unconditional: Tensor  # [B] bool, seen under the empty caption
     weight: Tensor  # [B]: with it, the mean over parts of sum(weight * l) is the whole batch's mean, of each kind
+    held: Tensor | None = None  # see rows_held; given where the device need not be asked
+    pushed: Tensor | None = None
+
+    def rows_held(self) -> Tensor:
+        """[H] long: keep images under a caption. Those without one have no guidance that could be held."""
+        plain = (self.bracket == PLAIN) & ~self.unconditional
+        return torch.nonzero(plain)[:, 0] if self.held is None else self.held
+
+    def rows_pushed(self) -> Tensor:
+        """[P] long: positives in brackets."""
+        return torch.nonzero(self.is_positive & (self.bracket != PLAIN))[:, 0] if self.pushed is None else self.pushed
 
     @property
     def is_positive(self) -> Tensor:
@@ -46,9 +57,10 @@ class Batch:
 
     def only(self, rows: Tensor) -> Batch:
         """The batch of these rows ([B] bool), their weights as they are."""
-        held: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
-        held |= {name: value[rows] for name, value in held.items() if isinstance(value, Tensor)}
-        return Batch(**held)
+        kept: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        kept |= {"held": None, "pushed": None}
+        kept |= {name: value[rows] for name, value in kept.items() if isinstance(value, Tensor)}
+        return Batch(**kept)
 
 
 class Cycle:
@@ -259,17 +271,25 @@ class StratifiedBatches:
     def _batch(self, rows: list[Row], latents: Tensor, noise: Tensor, timesteps: Tensor) -> Batch:
         examples = [self.examples[row.example] for row in rows]
         taught = [row.caption if row.bracket == PLAIN else e.caption for row, e in zip(rows, examples, strict=True)]
+        labels, empty = [_label(e) for e in examples], [row.caption == "" for row in rows]
+        plain = [row.bracket == PLAIN for row in rows]
+        held = [n for n in range(len(rows)) if plain[n] and not empty[n]]
+        pushed = [n for n in range(len(rows)) if labels[n] >= 0 and not plain[n]]
         return Batch(
-            latents.to(self.device), self._embed([row.caption for row in rows]), self._embed(taught),
-            torch.tensor([_label(e) for e in examples], device=self.device),
-            torch.tensor([row.bracket for row in rows], device=self.device), len(self.brackets),
-            timesteps.to(self.device), noise.to(self.device),
-            torch.tensor([row.caption == "" for row in rows], device=self.device),
-            torch.tensor([self.parts / row.kind for row in rows], device=self.device),
+            self._send(latents), self._embed([row.caption for row in rows]), self._embed(taught),
+            self._send(torch.tensor(labels)), self._send(torch.tensor([row.bracket for row in rows])),
+            len(self.brackets), self._send(timesteps), self._send(noise), self._send(torch.tensor(empty)),
+            self._send(torch.tensor([self.parts / row.kind for row in rows])),
+            self._send(torch.tensor(held, dtype=torch.long)), self._send(torch.tensor(pushed, dtype=torch.long)),
         )  # fmt: skip
 
     def _embed(self, captions: list[str]) -> Tensor:
-        return torch.stack([self.embeddings[caption] for caption in captions]).to(self.device)
+        return self._send(torch.stack([self.embeddings[caption] for caption in captions]))
+
+    def _send(self, tensor: Tensor) -> Tensor:
+        """To the device without waiting for it, which takes pinned memory."""
+        on_gpu = torch.device(self.device).type == "cuda"
+        return tensor.pin_memory().to(self.device, non_blocking=True) if on_gpu else tensor.to(self.device)
 
 
 def _label(example: Example) -> int:

@@ -56,13 +56,14 @@ def pu_terms(nll: Tensor, label: Tensor, betas: Sequence[float], weight: Tensor 
         weight = _equal_weights(label)
     weight = weight.to(nll.dtype)
 
-    def mean(values: Tensor, here: Tensor) -> Tensor:
-        return (weight[here] * values).sum()
+    def mean(values: Tensor, here: Tensor) -> Tensor:  # no indexing by a mask: its size would be waited for
+        return torch.where(here, weight * values, 0).sum()
 
     total = sum(beta for beta, _ in sets)
-    means = [(beta, mean(nll[here], here)) for beta, here in sets]
-    positive = _sum([beta * mean(sensitive_nll(nll[here]), here) for beta, here in sets])
-    mean_u, mean_n = (mean(nll[here], here) for here in (label == UNLABELED, label == NORMAL))
+    means = [(beta, mean(nll, here)) for beta, here in sets]
+    sensitive = sensitive_nll(nll)
+    positive = _sum([beta * mean(sensitive, here) for beta, here in sets])
+    mean_u, mean_n = (mean(nll, here) for here in (label == UNLABELED, label == NORMAL))
     bracket = mean_u - _sum([beta * mean_k for beta, mean_k in means])
     mean_s = _sum([beta / total * mean_k for beta, mean_k in means])
     return PUTerms(positive, bracket, mean_u, mean_s, (1 - total) * mean_n, mean_n)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 from train_runs import ADAPTER, Config, make, rendered
 
 from sd_unlearn import assembly, checkpoint, loop, trainer
@@ -173,6 +175,39 @@ def test_every_logged_figure_is_there(make_config: Config) -> None:
 def test_a_negative_bracket_is_counted(make_config: Config) -> None:
     (line, _) = read_jsonl(trainer.run(make_config("run", beta=0.999, learning_rate=1e-9)) / "metrics.jsonl")
     assert (line["bracket"] < 0) == (line["negative_brackets"] > 0)
+
+
+class Waiting(TorchDispatchMode):
+    """Raises where a GPU would be waited for: a value read on the host, or a result whose size is not known before."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        masks = [i for i in (args[1] if func in INDEXING else []) if i is not None and i.dtype == torch.bool]
+        if func in WAITS or masks:
+            raise AssertionError(f"waits for the device: {func}")
+        return func(*args, **(kwargs or {}))
+
+
+ATEN = torch.ops.aten
+WAITS = {ATEN._local_scalar_dense.default, ATEN.nonzero.default, ATEN.masked_select.default, ATEN.equal.default}
+INDEXING = {ATEN.index.Tensor, ATEN.index_put.default, ATEN.index_put_.default, ATEN._index_put_impl_.default}
+
+
+@pytest.mark.parametrize("target", ["teacher", "noise"])
+def test_no_step_waits_for_the_device(make_config: Config, monkeypatch: pytest.MonkeyPatch, target: str) -> None:
+    step, watched = loop.Tools.step, []
+
+    def watch(self: loop.Tools, *arguments: Any) -> Any:
+        with Waiting():
+            watched.append(1)
+            return step(self, *arguments)
+
+    monkeypatch.setattr(loop.Tools, "step", watch)
+    trainer.run(make_config("run", target=target, max_train_steps=3, ema_decay=0.9))
+    assert len(watched) == 3
+    with pytest.raises(AssertionError, match="waits"), Waiting():
+        torch.ones(3)[torch.tensor([True, False, True])]
+    with pytest.raises(AssertionError, match="waits"), Waiting():
+        torch.ones(1).item()
 
 
 def test_no_networks_are_kept_that_are_not_needed(make_config: Config, monkeypatch: pytest.MonkeyPatch) -> None:

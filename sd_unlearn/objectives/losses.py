@@ -55,16 +55,15 @@ def example_losses(
 
 def _teach(teacher: Teacher, noisy: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
     """(what to predict, f0 - f* of positives), each as noisy."""
-    pushed = _pushed(batch)
-    held = (batch.bracket == PLAIN) & ~batch.unconditional  # without a caption there is nothing to guide
-    rows = torch.cat([torch.arange(len(noisy), device=noisy.device), *(torch.nonzero(m)[:, 0] for m in (held, pushed))])
+    held, pushed = batch.rows_held(), batch.rows_pushed()
+    rows = torch.cat([torch.arange(len(noisy), device=noisy.device), held, pushed])
     texts = [
-        text.expand(int(rows.sum()), *text.shape) for text, rows in ((teacher.empty, held), (teacher.generic, pushed))
-    ]
+        text.expand(len(who), *text.shape) for text, who in ((teacher.empty, held), (teacher.generic, pushed))
+    ]  # fmt: skip
     predicted = teacher.predict(noisy[rows], batch.timesteps[rows], torch.cat([batch.teacher_text, *texts]))
-    wanted, unconditional, generic = predicted.split([len(noisy), *(len(text) for text in texts)])
+    wanted, unconditional, generic = predicted.split([len(noisy), len(held), len(pushed)])
     wanted, away = wanted.clone(), torch.zeros_like(wanted)
-    if held.any():
+    if len(held):
         wanted[held] += teacher.offset(noisy[held], batch.timesteps[held], unconditional)
     away[pushed] = generic - wanted[pushed]
     return wanted, away

@@ -36,9 +36,7 @@ class StepTerms:
 class PUObjective:
     """Mean over captions of the PU or, with images known to be normal, PNU risk, plus the keep images' mean loss."""
 
-    betas: Sequence[
-        Sequence[float]
-    ]  # of each bracket, in the order of StratifiedBatches.brackets: of each sensitive set
+    betas: Sequence[Sequence[float]]  # of each bracket (in StratifiedBatches' order), of each sensitive set
     correction: Correction = "abs"
     eta: float = 0.0  # in [0, 1], the weight of the images known to be normal; 0 when there are none
 
@@ -46,10 +44,9 @@ class PUObjective:
         """nll [B] of the batch's examples -> the parts, with their gradients."""
         found = []
         for caption, betas in zip(range(batch.captions), self.betas, strict=True):
-            here = batch.bracket == caption
-            found.append(pu_terms(nll[here], batch.label[here], betas, batch.weight[here]))
-        keep = batch.bracket == PLAIN
-        return StepTerms(tuple(found), (batch.weight * nll)[keep].sum())
+            weight = torch.where(batch.bracket == caption, batch.weight, 0)
+            found.append(pu_terms(nll, batch.label, betas, weight))
+        return StepTerms(tuple(found), torch.where(batch.bracket == PLAIN, batch.weight * nll, 0).sum())
 
     def loss(self, parts: StepTerms, brackets: Tensor | None = None) -> Tensor:
         """The scalar to follow. `brackets` [captions] are the whole step's: only they know the signs.
