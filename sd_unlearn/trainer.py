@@ -132,7 +132,7 @@ def _train(
     examples = scan(folder, concept, config.eta)
     beta, beta_source = resolve_beta(config.beta, folder)  # type: ignore[arg-type]
     sets = positive_sets(folder)
-    betas = share_beta(concept, sets, beta, beta_source)
+    betas, beta_source = share_beta(concept, sets, beta, beta_source)
     beta = sum(betas)
     guidance_scale = sampler_of(config, base.name).guidance_scale
     unconditional = UNCONDITIONAL.get(base.name, 0.25) if config.unconditional is None else config.unconditional
