@@ -49,7 +49,7 @@ class Data:
     latents: tuple[Tensor, Tensor]  # mean and standard deviation, each [N, 4, H/8, W/8]
     captions: dict[str, Tensor]  # embeddings [tokens, width]; token ids [tokens] where the encoder is trained
     betas: dict[str, float]  # share of each set of positives among the unlabeled images
-    beta_source: str  # option | manifest | assumed | estimated
+    beta_source: str  # option | manifest | concept | assumed | estimated
 
     def counts(self) -> str:
         """How many images there are of each kind, in words."""
@@ -69,7 +69,8 @@ def read_data(config: TrainConfig, concept: Concept, base: Base) -> Data:
     latents = encode_images(base, examples, config.resolution or base.resolution, config.data_dir / CACHE_DIR)
     beta, source = resolve_beta(config.beta, config.data_dir)  # type: ignore[arg-type]
     sets = positive_sets(config.data_dir)
-    betas = dict(zip(sets, share_beta(concept, sets, beta, source), strict=True))
+    shared, source = share_beta(concept, sets, beta, source)
+    betas = dict(zip(sets, shared, strict=True))
     texts = ["", concept.generic, *concept.wordings, *preview_prompts(concept), *(e.caption for e in examples)]
     if _probing(config) == "leakage":
         texts += probe_prompts(concept)

@@ -51,23 +51,23 @@ def has_negatives(folder: Path, eta: float) -> bool:
     return eta > 0 and (folder / NEGATIVE).is_dir()
 
 
-def share_beta(concept: Concept, sets: Sequence[str], beta: float, beta_source: str) -> list[float]:
-    """The beta of each set of positives, in its order: the concept file's, else equal shares of the total.
+def share_beta(concept: Concept, sets: Sequence[str], beta: float, source: str) -> tuple[list[float], str]:
+    """(beta of each set of positives, where they are from): the concept file's, else equal shares of the total.
 
-    A total given as an option keeps the proportions of the concept file's.
-
-    Raises:
-        UsageError: betas for other sets than those that are there.
+    A total given as an option wins over the concept file's, but keeps their proportions.
     """
     if not concept.betas:
-        return [beta / len(sets)] * len(sets)
-    if set(concept.betas) != set(sets):
-        raise UsageError(
-            f"betas of the concept file are for {', '.join(sorted(concept.betas))}, but --data_dir holds "
-            f"{', '.join(sets)}. Give each folder its beta, or none."
-        )
+        return [beta / len(sets)] * len(sets), source
     betas = [concept.betas[name] for name in sets]
-    return [beta * b / sum(betas) for b in betas] if beta_source == "option" else betas
+    return ([beta * b / sum(betas) for b in betas], source) if source == "option" else (betas, "concept")
+
+
+def _check_sets(concept: Concept, folder: Path, sets: Sequence[str]) -> None:
+    if concept.betas and set(concept.betas) != set(sets):
+        raise UsageError(
+            f"--data_dir {folder} holds the sets {', '.join(sets)}, but the concept file has betas for "
+            f"{', '.join(sorted(concept.betas))}. Give each folder its beta, or none."
+        )
 
 
 def scan(folder: Path, concept: Concept, eta: float = 1.0) -> list[Example]:
@@ -76,10 +76,12 @@ def scan(folder: Path, concept: Concept, eta: float = 1.0) -> list[Example]:
     Those of 2_negative, where there is one, are known to be normal; at an eta of 0 they do not count.
 
     Raises:
-        UsageError: a missing or nearly empty folder, an unreadable image, a metadata line without text or without file.
+        UsageError: a missing or nearly empty folder, betas for other sets of positives than there are, an unreadable
+            image, a metadata line without text or without file.
     """
     examples = []
     sets = positive_sets(folder)
+    _check_sets(concept, folder, sets)
     places = [(UNLABELED, "generic", concept.generic), *((name, "positive", concept.caption) for name in sets)]
     if has_negatives(folder, eta):
         places.append((NEGATIVE, "negative", concept.generic))

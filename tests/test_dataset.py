@@ -177,12 +177,20 @@ def test_several_sets_of_positives(photos: Photos, concept: Concept) -> None:
 def test_the_betas_of_several_sets(concept: Concept) -> None:
     sets = [POSITIVE, f"{POSITIVE}_2"]
     told = dataclasses.replace(concept, betas={f"{POSITIVE}_2": 0.1, POSITIVE: 0.3})
-    assert share_beta(concept, sets, 0.3, "option") == [0.15, 0.15]
-    assert share_beta(concept, sets[:1], 0.3, "manifest") == [0.3]
-    assert share_beta(told, sets, 0.1, "assumed") == [0.3, 0.1]
-    assert share_beta(told, sets, 0.2, "option") == pytest.approx([0.15, 0.05])  # the total is the command's
-    with pytest.raises(UsageError, match="1_positive_2.*--data_dir holds 1_positive"):
-        share_beta(told, sets[:1], 0.2, "option")
+    assert share_beta(concept, sets, 0.3, "option") == ([0.15, 0.15], "option")
+    assert share_beta(concept, sets[:1], 0.3, "manifest") == ([0.3], "manifest")
+    assert share_beta(told, sets, 0.1, "assumed") == ([0.3, 0.1], "concept")
+    betas, source = share_beta(told, sets, 0.2, "option")  # the total is the command's
+    assert betas == pytest.approx([0.15, 0.05])
+    assert source == "option"
+
+
+def test_betas_for_other_sets_are_refused(photos: Photos, concept: Concept) -> None:
+    folder = photos()
+    told = dataclasses.replace(concept, betas={f"{POSITIVE}_2": 0.1, POSITIVE: 0.3})
+    assert "holds the sets 1_positive, but the concept file has betas for 1_positive, 1_pos" in refusal(folder, told)
+    add_folder(folder, f"{POSITIVE}_2", 2, 90)
+    assert len(scan(folder, told)) == 7
 
 
 @pytest.mark.parametrize("line", [{"file_name": "1.png"}, {"file_name": "1.png", "text": None}, {"text": "a"}, {}])

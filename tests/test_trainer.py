@@ -415,7 +415,7 @@ def test_several_sets_of_positives_and_images_known_to_be_normal(
     run = trainer.run(make_config("told", **options, concept="told.yaml"))
     record = read_json(run / "training.json")
     assert record["betas"] == {"1_positive": 0.2, "1_positive_2": 0.1}
-    assert record["beta"] == pytest.approx(0.3)
+    assert (record["beta"], record["beta_source"]) == (pytest.approx(0.3), "concept")
     (line,) = read_jsonl(run / "metrics.jsonl")
     assert line["bracket"] == pytest.approx(line["mean_u"] - 0.3 * line["mean_s"], rel=1e-4)
 

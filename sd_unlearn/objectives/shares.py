@@ -25,7 +25,7 @@ def gradient_shares(
 
     batch: one micro-batch of this process (its last, say), which decides the signs: an estimate, not the step's own
     gradient. losses: of the bare model, since a DDP wrapper would wait for the other processes. The rows of each term
-    go through the network on their own, so all costs about one more step of that batch, and positives go back twice.
+    go through the network on their own, those of positives back twice: all costs about one and a half steps.
     Neither the parameters' .grad nor any random state is changed.
     """
     devices = [batch.latents.device] if batch.latents.is_cuda else []
