@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import broadcast_object_list, set_seed
 from diffusers.optimization import get_scheduler
 from PIL import Image
 from tqdm import tqdm
@@ -27,12 +27,13 @@ from sd_unlearn.checks import as_dict, check_train
 from sd_unlearn.concept import Concept, load_concept, write_concept
 from sd_unlearn.dataset import CACHE_DIR, encode_captions, encode_images, scan
 from sd_unlearn.denoiser import Denoiser
+from sd_unlearn.embeddings import embed
 from sd_unlearn.errors import UnlearnError, UsageError
 from sd_unlearn.objectives.accumulate import accumulate_gradients
 from sd_unlearn.objectives.losses import example_losses
 from sd_unlearn.objectives.pu import LOGGED, PUObjective
 from sd_unlearn.objectives.teacher import Teacher
-from sd_unlearn.prior import resolve_beta
+from sd_unlearn.prior import check_countable, resolve_beta
 from sd_unlearn.provenance import device_name, peak_memory_mb, training_record
 from sd_unlearn.records import (
     CONCEPT,
@@ -65,12 +66,15 @@ def run(config: TrainConfig) -> Path:
     """
     concept = load_concept(config.concept, config.anchor)
     check_train(config)
-    plan(concept, config)
+    groups = [group for group, _, count in plan(concept, config) for _ in range(count)]
     name = resolve_name(config.pretrained_model_name_or_path, concept.base)
     folder, output = data_dir_of(config, concept), config.output_dir or Path("runs") / concept.slug
     own_photos = _own_photos(folder)
     if own_photos:
-        scan(folder, concept)
+        groups = [example.group for example in scan(folder, concept)]
+    if config.beta == "estimate":
+        positives = groups.count("positive")
+        check_countable(positives, len(groups) - positives - groups.count("keep"))
     check_output(output, config.overwrite)
     check_writable(folder, "--data_dir")
 
@@ -129,11 +133,13 @@ def _train(
     config: TrainConfig, concept: Concept, base: Base, folder: Path, output: Path, accelerator: Accelerator
 ) -> Path:
     examples = scan(folder, concept)
-    beta, beta_source = resolve_beta(config.beta, folder)  # type: ignore[arg-type]
     guidance_scale = sampler_of(config, base.name).guidance_scale
     unconditional = UNCONDITIONAL.get(base.name, 0.25) if config.unconditional is None else config.unconditional
     alpha = float(config.rank if config.lora_alpha is None else config.lora_alpha)
     latents = encode_images(base, examples, config.resolution or base.resolution, folder / CACHE_DIR)
+    prior = resolve_beta(config.beta, folder, lambda: embed(base, examples, latents[0]))
+    prior = broadcast_object_list([prior])[0]  # rounding may differ between devices: one beta for all
+    beta = prior.beta
     texts = list(dict.fromkeys(["", concept.caption, concept.generic, *(e.caption for e in examples)]))
     captions = dict(zip(texts, encode_captions(base, texts), strict=True))
     batches = StratifiedBatches(
@@ -162,8 +168,10 @@ def _train(
     accelerator.init_trackers("tensorboard")
     positives = sum(e.is_positive for e in examples)
     counts = f"{len(examples) - positives} unlabeled and {positives} positive images"
+    for note in prior.notes:
+        accelerator.print(note, file=sys.stderr)
     accelerator.print(
-        f"Forgetting {concept.name!r} in {base.name}: {counts}, beta {beta:g} ({beta_source}).",
+        f"Forgetting {concept.name!r} in {base.name}: {counts}, beta {beta:g} ({prior.source}).",
         file=sys.stderr,
     )
 
@@ -179,7 +187,7 @@ def _train(
             "peak_memory_mb": peak_memory_mb(), "device": device_name(accelerator.device),
             "processes": accelerator.num_processes, "mixed_precision": accelerator.mixed_precision,
         }  # fmt: skip
-        write_json(output / TRAINING, training_record(resolved, concept, base, beta_source, cost))
+        write_json(output / TRAINING, training_record(resolved, concept, base, prior, cost))
         print(f"Trained {steps} steps in {seconds:.0f} s; the LoRA is in {output / lora.ADAPTER_DIR}.", file=sys.stderr)
     accelerator.wait_for_everyone()
     accelerator.end_training()  # last: it takes the process group down
