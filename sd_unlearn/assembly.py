@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 from sd_unlearn import speed
@@ -25,12 +26,13 @@ from sd_unlearn.dataset import (
     tokenize,
 )
 from sd_unlearn.denoiser import Denoiser
+from sd_unlearn.embeddings import embed
 from sd_unlearn.loop import Training
 from sd_unlearn.metrics.judge import make_judge
 from sd_unlearn.objectives.pu import PUObjective
 from sd_unlearn.objectives.teacher import Teacher
 from sd_unlearn.painter import Painter, preview_prompts
-from sd_unlearn.prior import resolve_beta
+from sd_unlearn.prior import Prior, resolve_beta
 from sd_unlearn.probe import LeakageProbe, Probe, RatioProbe, hold_out, probe_prompts
 from sd_unlearn.records import TRAIN_SEEDS
 from sd_unlearn.render import sampler_of
@@ -49,7 +51,7 @@ class Data:
     latents: tuple[Tensor, Tensor]  # mean and standard deviation, each [N, 4, H/8, W/8]
     captions: dict[str, Tensor]  # embeddings [tokens, width]; token ids [tokens] where the encoder is trained
     betas: dict[str, float]  # share of each set of positives among the unlabeled images
-    beta_source: str  # option | manifest | concept | assumed | estimated
+    prior: Prior  # where they are from
 
     def counts(self) -> str:
         """How many images there are of each kind, in words."""
@@ -67,16 +69,18 @@ def read_data(config: TrainConfig, concept: Concept, base: Base) -> Data:
     assert config.data_dir is not None
     examples = scan(config.data_dir, concept, config.eta)
     latents = encode_images(base, examples, config.resolution or base.resolution, config.data_dir / CACHE_DIR)
-    beta, source = resolve_beta(config.beta, config.data_dir)  # type: ignore[arg-type]
+    prior = resolve_beta(config.beta, config.data_dir, lambda: embed(base, examples, latents[0]))
+    prior = broadcast_object_list([prior])[0]  # rounding may differ between devices: one beta for all
     sets = positive_sets(config.data_dir)
-    shared, source = share_beta(concept, sets, beta, source)
-    betas = dict(zip(sets, shared, strict=True))
+    shared, source = share_beta(concept, sets, prior.beta, prior.source)
     texts = ["", concept.generic, *concept.wordings, *preview_prompts(concept), *(e.caption for e in examples)]
     if _probing(config) == "leakage":
         texts += probe_prompts(concept)
     texts = list(dict.fromkeys(texts))
     encode = tokenize if config.train_text_encoder else encode_captions
-    return Data(examples, latents, dict(zip(texts, encode(base, texts), strict=True)), betas, source)
+    captions = dict(zip(texts, encode(base, texts), strict=True))
+    betas = dict(zip(sets, shared, strict=True))
+    return Data(examples, latents, captions, betas, dataclasses.replace(prior, source=source))
 
 
 def resolved(config: TrainConfig, base: Base, data: Data) -> TrainConfig:

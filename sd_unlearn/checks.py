@@ -78,7 +78,7 @@ def check_train(config: TrainConfig) -> None:
     check_render(config)
     if config.num_positive is not None and config.num_positive < 2:
         raise UsageError(f"--num_positive {config.num_positive} is too few: training needs at least 2 positives.")
-    if isinstance(config.beta, float) and not 0 < config.beta < 1:
+    if isinstance(config.beta, int | float) and not 0 < config.beta < 1:
         raise UsageError(
             f"--beta {config.beta:g} is outside (0, 1): it is the share of the concept in 0_unlabeled, e.g. 0.2."
         )

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from cyclopts import Group, Parameter
 
 DEFAULT_BASE = "CompVis/stable-diffusion-v1-4"
+CLIP_MODEL, CLIP_PRETRAINED = "ViT-B-32", "laion2b_s34b_b79k"
 
 
 def option(text: str, group: Group | None = None, negative: str = "") -> Parameter:
@@ -81,9 +82,9 @@ class EvaluateConfig:
     num_images: Annotated[int, option("Images of each direct, held-out or generic prompt set (quick tier: 200).")] = 200
     num_keep_images: Annotated[int, option("Images of each prompt that must stay.")] = 100
     clip_model: Annotated[str, option("open_clip architecture of the zero-shot judge (bases other than digits).")] = (
-        "ViT-B-32"
+        CLIP_MODEL
     )
-    clip_pretrained: Annotated[str, option("open_clip weights: tag or path of a local file.")] = "laion2b_s34b_b79k"
+    clip_pretrained: Annotated[str, option("open_clip weights: tag or path of a local file.")] = CLIP_PRETRAINED
     cache_dir: Annotated[Path, option("Where the base's images are kept and shared between runs.")] = Path(
         "data/base-images"
     )

@@ -18,6 +18,7 @@ from sd_unlearn import __version__
 from sd_unlearn.base import Base
 from sd_unlearn.checks import as_dict
 from sd_unlearn.concept import Concept
+from sd_unlearn.prior import Prior
 from sd_unlearn.records import TRAIN_SEEDS
 from sd_unlearn.train_config import TrainConfig
 
@@ -25,7 +26,7 @@ PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate")
 
 
 def training_record(
-    config: TrainConfig, concept: Concept, base: Base, beta_source: str, cost: dict[str, Any]
+    config: TrainConfig, concept: Concept, base: Base, prior: Prior, cost: dict[str, Any]
 ) -> dict[str, Any]:
     """What training.json says: everything later stages and an auditor need to know about a run."""
     settings = as_dict(config)
@@ -36,7 +37,8 @@ def training_record(
     return {
         "schema_version": 1, "concept": concept.slug, "base": base.describe(),
         **{k: settings[k] for k in named},
-        "beta_source": beta_source, "config_sha256": sha256,
+        "beta_source": prior.source, "beta_estimates": [dataclasses.asdict(e) for e in prior.estimates],
+        "config_sha256": sha256,
         "created": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()),
         "version": __version__, "versions": {p: version(p) for p in PACKAGES}, "commit": commit(),
         "cost": cost, "seeds": {"train": list(TRAIN_SEEDS)},

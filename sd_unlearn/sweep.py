@@ -137,7 +137,8 @@ def beta_of(config: TrainConfig, concept: Concept, folder: Path) -> tuple[float,
     assert config.beta != "estimate"  # check_alone
     by_hand = not (folder / "settings.json").is_file() and any((folder / sub).is_dir() for sub in (UNLABELED, POSITIVE))
     if config.beta is not None or by_hand or (folder / DATA_MANIFEST).is_file():
-        return resolve_beta(config.beta, folder)
+        prior = resolve_beta(config.beta, folder)
+        return prior.beta, prior.source
     counts: dict[str, int] = {}
     for group, _, count in plan(concept, config):
         counts[group] = counts.get(group, 0) + count

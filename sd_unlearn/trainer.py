@@ -30,6 +30,7 @@ from sd_unlearn.dataset import fingerprint, scan
 from sd_unlearn.errors import UsageError
 from sd_unlearn.loop import Progress, Training, fit
 from sd_unlearn.optimizing import check_optimizer
+from sd_unlearn.prior import check_countable
 from sd_unlearn.provenance import device_name, identity_of, peak_memory_mb, training_record
 from sd_unlearn.records import (
     BEST_DIR,
@@ -58,7 +59,7 @@ def run(config: TrainConfig) -> Path:
     concept = load_concept(config.concept, config.anchor)
     check_train(config)
     check_optimizer(config)
-    plan(concept, config)
+    groups = [group for group, _, count in plan(concept, config) for _ in range(count)]
     name = resolve_name(config.pretrained_model_name_or_path, concept.base)
     if config.zero_terminal_snr:
         check_zero_terminal_snr(name)
@@ -66,7 +67,9 @@ def run(config: TrainConfig) -> Path:
     own_photos = _own_photos(folder)
     check_batch_size(config, concept, folder)
     if own_photos:
-        scan(folder, concept, config.eta)
+        groups = [example.group for example in scan(folder, concept, config.eta)]
+    if config.beta == "estimate":
+        check_countable(groups.count("positive"), groups.count("generic") + groups.count("mixed_in"))
     check_output(output, config)
     resume = checkpoint.resolve(config.resume_from_checkpoint, output)
     check_writable(folder, "--data_dir")
@@ -153,10 +156,9 @@ def _train(
     training = assemble(config, concept, base, data, accelerator, identity)
     _open_run(training, keep=resume is not None)
     accelerator.init_trackers("tensorboard")
-    accelerator.print(
-        f"Forgetting {concept.name!r} in {base.name}: {data.counts()}, beta {config.beta:g} ({data.beta_source}).",
-        file=sys.stderr,
-    )
+    about = f"Forgetting {concept.name!r} in {base.name}: {data.counts()}, beta {config.beta:g} ({data.prior.source})."
+    for line in (*data.prior.notes, about):
+        accelerator.print(line, file=sys.stderr)
     progress = fit(training, resume)
     if accelerator.is_main_process:
         _close_run(training, progress, base, data)
@@ -202,5 +204,5 @@ def _close_run(training: Training, progress: Progress, base: Base, data: Data) -
 
 
 def _record(training: Training, base: Base, data: Data, cost: dict[str, Any]) -> dict[str, Any]:
-    record = training_record(training.config, training.concept, base, data.beta_source, cost)
+    record = training_record(training.config, training.concept, base, data.prior, cost)
     return record | {"betas": data.betas}

@@ -107,6 +107,13 @@ def test_values_arrive_with_their_types(run: Run, asked: list[TrainConfig]) -> N
     assert config == TrainConfig(concept="Brad Pitt", beta=0.25, rank=4, data_dir=Path("my data"))
 
 
+def test_beta_may_be_a_number_or_the_word_estimate(run: Run, asked: list[TrainConfig]) -> None:
+    Path("run.yaml").write_text("beta: estimate\n")
+    for arguments in (["--beta", "estimate"], ["--config", "run.yaml"]):
+        assert run("train", "--concept", "seven", *arguments).code == 0
+        assert asked.pop().beta == "estimate"
+
+
 @pytest.mark.parametrize("option", ["--no_share_timesteps", "--no-share-timesteps"])
 def test_what_is_on_can_be_switched_off(run: Run, asked: list[TrainConfig], option: str) -> None:
     assert run("train", "--concept", "seven", option).code == 0
@@ -174,6 +181,8 @@ def test_a_key_of_another_command_is_refused(run: Run) -> None:
         ("rank: much\n", "rank"),
         ("correction: absolute\n", "correction"),
         ("beta: 2\n", "--beta 2"),
+        ("beta: 1\n", "--beta 1 is outside (0, 1)"),
+        ("beta: guess\n", "beta"),
         ("rank: [1, 2]\n", "rank"),
         ("concept: {a: b}\n", "concept"),
         ("max_train_steps: many\n", "max_train_steps"),
@@ -210,6 +219,7 @@ USAGE = [
     (["train", "--concept", "x", "--anchor", ""], "--anchor"),
     (["train", "--concept", "nowhere.yaml"], "--concept nowhere.yaml"),
     *((["train", "--concept", "seven", "--beta", beta], f"--beta {beta}") for beta in ("0", "1", "-0.1", "1.5", "nan")),
+    (["train", "--concept", "seven", "--beta", "guess"], "--beta"),
     (["train", "--concept", "seven", "--rank", "0"], "--rank 0"),
     (["train", "--concept", "seven", "--lora_alpha", "0"], "--lora_alpha 0"),
     (["train", "--concept", "seven", "--max_train_steps", "0"], "--max_train_steps 0"),

@@ -184,7 +184,7 @@ def test_clip_reads_a_picture_the_same_in_any_company(judge: ClipJudge) -> None:
 def test_clip_loads_weights_from_a_file(judge: ClipJudge, tiny_clip: str, tmp_path: Path) -> None:
     import torch
 
-    torch.save(judge.model.state_dict(), tmp_path / "weights.pt")
+    torch.save(judge.encoder.model.state_dict(), tmp_path / "weights.pt")
     again = ClipJudge(judge.labels, tiny_clip, str(tmp_path / "weights.pt"))
     assert again.read(pictures(3)).features == pytest.approx(judge.read(pictures(3)).features, abs=1e-6)
     assert "weights.pt" in again.name

@@ -456,6 +456,39 @@ def test_own_photos_that_must_all_stay_leave_nothing_to_compare_with(
     assert not Path("run").exists()
 
 
+def test_beta_is_estimated_where_that_is_asked_for(
+    make_config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From the drawn images of 12 and 10 + 3; the number, not the word, is what the run was made with."""
+    settings = {"data_dir": tmp_path / "data", "num_positive": 12, "num_unlabeled": 10, "num_mixed_in": 3,
+                "max_train_steps": 1}  # fmt: skip
+    run = trainer.run(make_config("run", beta="estimate", **settings))
+    record, err = read_json(run / "training.json"), capsys.readouterr().err
+    used, other = record["beta_estimates"]
+    assert (used["method"], other["method"]) == ("BBE", "Elkan-Noto")
+    assert (used["n_positive"], used["n_unlabeled"]) == (12, 13)  # the keep images do not count
+    assert 0 < used["low"] <= used["beta"] <= used["high"] < 1
+    assert (record["beta"], record["beta_source"]) == (used["beta"], "estimated")
+    assert yaml.safe_load((run / "config.yaml").read_text())["beta"] == used["beta"]
+    assert f"beta by BBE: {used['beta']:.3f}" in err
+    assert "Warning: beta" in err
+    assert "32 pixels are too small for CLIP" in err
+    assert f"beta {used['beta']:g} (estimated)" in err
+    again = trainer.run(make_config("again", beta="estimate", **settings))
+    assert read_json(again / "training.json")["beta_estimates"] == record["beta_estimates"]
+
+
+def test_too_few_images_to_estimate_from_are_refused_before_a_model_is_loaded(
+    make_config: Config, tmp_path: Path, photos: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainer, "load_base", lambda *_: pytest.fail("a model was loaded"))
+    with pytest.raises(UsageError, match="--beta estimate: 4 .* 5 "):
+        trainer.run(make_config("run", beta="estimate", data_dir=tmp_path / "data"))
+    with pytest.raises(UsageError, match="--beta estimate: 2 .* 3 "):
+        trainer.run(make_config("run", beta="estimate", data_dir=photos()))
+    assert not (tmp_path / "data").exists()
+
+
 def test_the_asked_beta_wins(make_config: Config) -> None:
     record = read_json(trainer.run(make_config("run", beta=0.3, max_train_steps=1)) / "training.json")
     assert (record["beta"], record["beta_source"]) == (0.3, "option")

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from sd_unlearn.concept import Concept
+from sd_unlearn.config import CLIP_MODEL, CLIP_PRETRAINED
 
 
 @dataclass(frozen=True)
@@ -58,9 +59,6 @@ class Judge(Protocol):
     labels: tuple[str, ...]
 
     def read(self, images: Sequence[Image.Image]) -> Reading: ...
-
-
-CLIP_MODEL, CLIP_PRETRAINED = "ViT-B-32", "laion2b_s34b_b79k"
 
 
 def make_judge(concept: Concept, clip_model: str = CLIP_MODEL, clip_pretrained: str = CLIP_PRETRAINED) -> Judge:
