@@ -10,7 +10,8 @@ step: seconds of an optimizer step and peak memory, each variant in a process of
     teacher  our trainer's real loop as it is by default, which also asks the frozen base
     common   what common trainers do: VAE and text encoder on every batch, the full UNet trained
 Memory is the most that the process ever held (on a GPU: of the GPU). Asked: noise / floor <= 1.05 in time and <= 1.10
-in memory. Ratios of one run mean something; seconds of a busy machine do not.
+in memory. Ratios of one run mean something, seconds of a busy machine little; CPU time, all threads together, is what
+others on the machine disturb least (waiting threads count as busy, so compare it at the same number of them).
 
 forget: seconds and images until a probe finds leakage <= 2 % with retention >= 98 %, from the same start and folder.
 """
@@ -68,9 +69,10 @@ def measure(variant: str, base: str, steps: int) -> dict[str, Any]:
 
 def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
     """A variant's rounds as one: the median step over all of them, the median of the peaks."""
-    seconds = [s for run in runs for s in run["seconds"]]
+    medians = {key: statistics.median(s for run in runs for s in run[key]) for key in ("seconds", "cpu_seconds")}
     return {
-        "median_seconds": statistics.median(seconds), "round_medians": [statistics.median(r["seconds"]) for r in runs],
+        "median_seconds": medians["seconds"], "median_cpu_seconds": medians["cpu_seconds"],
+        "round_medians": [statistics.median(r["seconds"]) for r in runs],
         "peak_memory_mb": statistics.median(r["peak_memory_mb"] for r in runs),
         **{key: runs[0][key] for key in ("rows", "forward_rows", "device", "threads")},
     }  # fmt: skip
@@ -81,19 +83,17 @@ def step_table(result: dict[str, Any]) -> str:
     variants = result["variants"]
     first = variants.get("floor")
     lines = [
-        "| variant | s / step | / floor | peak memory | / floor | images a step | forward rows a step |",
-        "|---|---|---|---|---|---|---|",
+        "| variant | s / step | / floor | CPU s / step | / floor | peak memory | / floor | images | forward rows |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for name, v in variants.items():
-        ratios = [f"{v[k] / first[k]:.2f}" if first else "–" for k in ("median_seconds", "peak_memory_mb")]
+        measures = {"median_seconds": ".3f", "median_cpu_seconds": ".3f", "peak_memory_mb": ".0f"}
+        cells = [f"{v[k]:{form}} | " + (f"{v[k] / first[k]:.2f}" if first else "–") for k, form in measures.items()]
         more = v["forward_rows"] - v["rows"]
         rows = f"{v['forward_rows']:g}" + (f" ({more:g} more than it has images)" if more else "")
-        lines.append(
-            f"| {name} | {v['median_seconds']:.3f} | {ratios[0]} | {v['peak_memory_mb']:.0f} MB | {ratios[1]} "
-            f"| {v['rows']} | {rows} |"
-        )
+        lines.append(f"| {name} | {' | '.join(cells)} | {v['rows']} | {rows} |")
     some = next(iter(variants.values()))
-    what = f"{result['base']}, {some['device']}, {some['threads']} threads"
+    what = f"{result['base']}, {some['device']}, threads: {some['threads']}, memory in MB"
     return "\n".join(
         [*lines, "", f"{what}; {result['rounds']} rounds of {result['steps']} steps, interleaved; medians."]
     )

@@ -101,6 +101,7 @@ def test_the_step_table_by_hand() -> None:
     def run(seconds: list[float], memory: int, forward: float) -> dict[str, Any]:
         return {
             "seconds": seconds,
+            "cpu_seconds": [2 * s for s in seconds],
             "peak_memory_mb": memory,
             "rows": 4,
             "forward_rows": forward,
@@ -114,8 +115,8 @@ def test_the_step_table_by_hand() -> None:
     }
     assert variants["floor"]["median_seconds"] == pytest.approx(0.95)
     table = bench.step_table({"base": "digits", "steps": 2, "rounds": 2, "variants": variants}).splitlines()
-    assert table[2] == "| floor | 0.950 | 1.00 | 1000 MB | 1.00 | 4 | 4 |"
-    assert table[3] == "| teacher | 1.950 | 2.05 | 1100 MB | 1.10 | 4 | 10 (6 more than it has images) |"
+    assert table[2] == "| floor | 0.950 | 1.00 | 1.900 | 1.00 | 1000 | 1.00 | 4 | 4 |"
+    assert table[3] == "| teacher | 1.950 | 2.05 | 3.900 | 2.05 | 1100 | 1.10 | 4 | 10 (6 more than it has images) |"
 
 
 def test_a_variant_counts_its_steps_and_rows(tiny_base: Path) -> None:
@@ -125,6 +126,6 @@ def test_a_variant_counts_its_steps_and_rows(tiny_base: Path) -> None:
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     found = json.loads(done.stdout.splitlines()[-1])
-    assert len(found["seconds"]) == 3
+    assert len(found["seconds"]) == len(found["cpu_seconds"]) == 3
     assert found["rows"] == found["forward_rows"] == 4
     assert found["peak_memory_mb"] > 0
