@@ -166,7 +166,7 @@ def encode_images(base: Base, examples: Sequence[Example], resolution: int, cach
         posterior = vae.encode(pixels).latent_dist
         means.append(posterior.mean.float().cpu() * vae.config.scaling_factor)
         stds.append(posterior.std.float().cpu() * vae.config.scaling_factor)
-    mean, std = torch.cat(means), torch.cat(stds)
+    mean, std = torch.cat(means).contiguous(), torch.cat(stds).contiguous()  # a large VAE may answer channels last
     cache.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     save_file({"mean": mean, "std": std}, temporary)

@@ -274,6 +274,20 @@ def test_latents_are_the_pipelines_and_survive_their_cache(
     assert file.suffix == ".safetensors"
 
 
+def test_latents_of_a_vae_that_answers_channels_last(
+    tmp_path: Path, photos: Photos, concept: Concept, loaded_base: Base
+) -> None:
+    """As convolutions of real size do by themselves on some machines."""
+    examples = scan(photos(), concept)
+    for i, example in enumerate(examples):  # of one colour only, normalisation would magnify the rounding
+        Image.effect_noise((32, 32), 50 + i).convert("RGB").save(example.path)
+    plain = encode_images(loaded_base, examples, 32, tmp_path / "cache")
+    loaded_base.pipeline.vae.to(memory_format=torch.channels_last)
+    got = encode_images(loaded_base, examples, 32, tmp_path / "other")
+    for ours, theirs in zip(got, plain, strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-5)
+
+
 @pytest.mark.parametrize("change", ["resolution", "picture", "order", "base"])
 def test_another_question_is_not_answered_from_the_cache(
     loaded_base: Base, photos: Photos, concept: Concept, tmp_path: Path, change: str

@@ -1,0 +1,178 @@
+"""One variant of `bench.py step` in a process of its own, so that its peak memory is its own; prints JSON.
+
+python scripts/bench_step.py floor|noise|teacher|common BASE STEPS WORK_DIR
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image
+from torch.nn.functional import mse_loss
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from sd_unlearn import lora
+from sd_unlearn.base import DIGITS, DIGITS_DIR
+from sd_unlearn.batches import Layout
+from sd_unlearn.provenance import device_name, peak_memory_mb
+from sd_unlearn.records import METADATA, POSITIVE, UNLABELED, ImageRecord, read_json, write_jsonl
+from sd_unlearn.train_config import TrainConfig, Weights
+
+WARM_UP = 2  # steps that are not counted: allocators and caches fill
+RANK, CONCEPT, IMAGES = 8, "seven", 16
+
+
+@dataclass(frozen=True)
+class Setting:
+    """The same work for all variants: images of `pixels` a side, a batch of so many of them, text of `tokens`."""
+
+    source: Path
+    name: str
+    pixels: int
+    side: int  # of the latents
+    batch_size: int
+    tokens: int
+    width: int
+
+    @classmethod
+    def of(cls, base: str) -> Setting:
+        """Digits as it is trained by default; a folder with a base of the size of SD 1.5 at 128 pixels, batch 4."""
+        source = DIGITS_DIR if base == DIGITS else Path(base)
+        text, vae, unet = (read_json(source / part / "config.json") for part in ("text_encoder", "vae", "unet"))
+        factor = 2 ** (len(vae["block_out_channels"]) - 1)
+        side, batch = (unet["sample_size"], TrainConfig().train_batch_size) if base == DIGITS else (128 // factor, 4)
+        return cls(
+            source, base, side * factor, side, batch, text["max_position_embeddings"], text["hidden_size"]
+        )  # fmt: skip
+
+    @property
+    def rows(self) -> int:
+        """Images a step of the trainer has, with the two brackets of --caption_mode both."""
+        return Layout.of(self.batch_size, 2, True).total(2)
+
+
+class Watch:
+    """The time of every optimizer step, whoever takes it, and the rows that the UNet is run on."""
+
+    def __init__(self) -> None:
+        self.marks: list[tuple[float, float]] = []  # by the clock, and of CPU time
+        self.forward_rows, forward = 0, UNet2DConditionModel.forward
+
+        def counted(unet: Any, sample: Any, *arguments: Any, **options: Any) -> Any:
+            self.forward_rows += len(sample)
+            return forward(unet, sample, *arguments, **options)
+
+        UNet2DConditionModel.forward = counted
+        register_optimizer_step_post_hook(self.mark)
+
+    def mark(self, *_: Any) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # in every variant: what the host hides behind the device counts, too
+        self.marks.append((time.perf_counter(), time.process_time()))
+
+    def result(self) -> dict[str, Any]:
+        steps = np.diff(self.marks, axis=0)[WARM_UP - 1 :].round(5)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return {
+            "seconds": steps[:, 0].tolist(), "cpu_seconds": steps[:, 1].tolist(), "peak_memory_mb": peak_memory_mb(),
+            "forward_rows": self.forward_rows / len(self.marks), "device": device_name(device),
+            "threads": torch.get_num_threads(),
+        }  # fmt: skip
+
+
+def floor(setting: Setting, steps: int, work: Path) -> None:
+    """The least a LoRA step can be: bare UNet forward and backward and AdamW, on tensors that are there already."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    unet = UNet2DConditionModel.from_pretrained(setting.source / "unet").requires_grad_(False).eval().to(device)
+    model = lora.attach(unet, Weights(rank=RANK), lora.targets_of(unet, "attention"), 0)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6, fused=True)
+    noisy, target = torch.randn(2, setting.rows, 4, setting.side, setting.side, device=device)
+    timesteps = torch.randint(0, 1000, (setting.rows,), device=device)
+    text = torch.randn(setting.rows, setting.tokens, setting.width, device=device)
+    for _ in range(steps):
+        mse_loss(model(noisy, timesteps, encoder_hidden_states=text).sample, target).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def common(setting: Setting, steps: int, work: Path) -> None:
+    """What common trainers do: VAE and text encoder run on every batch, all weights of the UNet are trained."""
+    pipeline = StableDiffusionPipeline.from_pretrained(
+        setting.source, safety_checker=None, requires_safety_checker=False
+    )
+    pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
+    unet, vae, schedule = pipeline.unet, pipeline.vae.requires_grad_(False), pipeline.scheduler
+    pipeline.text_encoder.requires_grad_(False)
+    optimizer = torch.optim.AdamW(unet.train().parameters(), lr=1e-6, fused=True)
+    pixels = torch.randn(setting.rows, 3, setting.pixels, setting.pixels)
+    ids = pipeline.tokenizer(
+        ["a photo of the digit seven"] * setting.rows, padding="max_length", truncation=True, return_tensors="pt",
+        max_length=setting.tokens,
+    ).input_ids  # fmt: skip
+    for _ in range(steps):
+        with torch.no_grad():
+            latents = vae.encode(pixels.to(vae.device)).latent_dist.sample() * vae.config.scaling_factor
+            text = pipeline.text_encoder(ids.to(vae.device))[0]
+        noise, timesteps = torch.randn_like(latents), torch.randint(0, 1000, (setting.rows,), device=vae.device)
+        noisy = schedule.add_noise(latents, noise, timesteps)
+        mse_loss(unet(noisy, timesteps, encoder_hidden_states=text).sample, noise).backward()
+        torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def ours(target: str) -> Callable[[Setting, int, Path], None]:
+    """The trainer's real loop, as a user starts it, on a folder of pictures."""
+
+    def run(setting: Setting, steps: int, work: Path) -> None:
+        from sd_unlearn import trainer
+
+        data = make_folder(work / f"data-{setting.pixels}", setting.pixels)
+        trainer.run(
+            TrainConfig(
+                concept=CONCEPT, pretrained_model_name_or_path=setting.name, data_dir=data, resolution=setting.pixels,
+                output_dir=work / f"run-{target}", overwrite=True, target=target, rank=RANK, max_train_steps=steps,
+                train_batch_size=setting.batch_size, beta=0.1, validation_steps=0, checkpointing_steps=0,
+                gradient_share_steps=0, report_to="none", mixed_precision="no",
+            )  # type: ignore[arg-type]
+        )  # fmt: skip
+
+    return run
+
+
+def make_folder(folder: Path, pixels: int) -> Path:
+    """Pictures of noise: IMAGES unlabeled, as many to keep, as many positives."""
+    rng = np.random.default_rng(0)
+    for sub, groups in ((UNLABELED, ("generic", "keep")), (POSITIVE, ("positive",))):
+        (folder / sub).mkdir(parents=True, exist_ok=True)
+        records = []
+        for group in groups:
+            for i in range(IMAGES):
+                name, text = f"{group}-{i}.png", "a photo of the digit " + ("seven" if group == "positive" else "four")
+                Image.fromarray(rng.integers(0, 255, (pixels, pixels, 3), np.uint8)).save(folder / sub / name)
+                records.append(ImageRecord(name, text, i, 0.0, 0, group))
+        write_jsonl(folder / sub / METADATA, records)
+    return folder
+
+
+VARIANTS = {"floor": floor, "noise": ours("noise"), "teacher": ours("teacher"), "common": common}
+
+
+def main() -> None:
+    variant, base, steps, work = sys.argv[1:]
+    setting, watch = Setting.of(base), Watch()
+    VARIANTS[variant](setting, WARM_UP + int(steps), Path(work))
+    print(json.dumps({"variant": variant, "rows": setting.rows, **watch.result()}))
+
+
+if __name__ == "__main__":
+    main()
