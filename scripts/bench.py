@@ -102,7 +102,7 @@ def step_table(result: dict[str, Any]) -> str:
 def forget(args: argparse.Namespace) -> dict[str, Any]:
     """{minutes, concept, settings: {name: Outcome as a dictionary}}."""
     found = bench_forget.run(
-        args.minutes, args.concept, args.probe_steps, args.paper_probe_steps, BUILD / "bench-forget"
+        args.minutes, args.concept, args.probe_steps, args.paper_probe_steps, BUILD / "bench-forget", args.settings
     )
     settings = {name: dataclasses.asdict(outcome) for name, outcome in found.items()}
     return {"minutes": args.minutes, "concept": args.concept, "settings": settings}
@@ -142,8 +142,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     two = verbs.add_parser("forget", help="time until a concept is forgotten")
     two.add_argument("--minutes", type=float, default=30.0, help="limit for each setting")
     two.add_argument("--concept", default="seven")
-    two.add_argument("--probe_steps", type=int, default=50, help="of our setting")
-    two.add_argument("--paper_probe_steps", type=int, default=200, help="of the paper's, which takes more steps")
+    two.add_argument("--probe_steps", type=int, default=25, help="of our setting")
+    two.add_argument("--paper_probe_steps", type=int, default=500, help="of the paper's, which takes more steps")
+    names = list(bench_forget.SETTINGS)
+    two.add_argument("--settings", nargs="+", choices=names, default=names)
     for verb in (one, two):
         verb.add_argument("--json", type=Path, help="also write the figures there")
     return parser.parse_args(arguments)

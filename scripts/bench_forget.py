@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,9 @@ PAPER = {
     "lr_scheduler": "constant", "lr_warmup_steps": 0, "max_train_steps": 1_000_000,
 }  # fmt: skip
 SETTINGS: dict[str, dict[str, Any]] = {
-    "ours (default)": {},
-    "paper, beta 0.1": PAPER | {"beta": 0.1},
-    "paper, beta 0.2": PAPER | {"beta": 0.2},
+    "ours": {},
+    "paper-0.1": PAPER | {"beta": 0.1},
+    "paper-0.2": PAPER | {"beta": 0.2},
 }
 
 
@@ -31,7 +32,7 @@ class Outcome:
     """What a run folder says: the first probe that met the goal, else the best one."""
 
     reached: bool
-    seconds: float | None  # of training, at that probe
+    seconds: float | None  # of training without the probes, at that probe
     images: int | None
     leakage: float | None
     retention: float | None
@@ -72,14 +73,17 @@ def _shortfall(probe: dict[str, Any]) -> float:
     return max(0.0, probe["probe_leakage"] - LEAKAGE) + max(0.0, RETENTION - probe["probe_retention"])
 
 
-def run(minutes: float, concept: str, probe_steps: int, paper_probe_steps: int, work: Path) -> dict[str, Outcome]:
+def run(
+    minutes: float, concept: str, probe_steps: int, paper_probe_steps: int, work: Path, names: Sequence[str]
+) -> dict[str, Outcome]:
     """Render the concept's folder once, then train by each setting in a process of its own until it is done or late."""
     command = [sys.executable, "-m", "sd_unlearn.cli"]
     data = work / "data"
     subprocess.run([*command, "render", "--concept", concept, "--data_dir", str(data)], check=True, stdout=sys.stderr)
     outcomes = {}
-    for name, setting in SETTINGS.items():
-        output = work / name.replace(", ", "-").replace(" ", "-").strip("()")
+    for name in names:
+        setting = SETTINGS[name]
+        output = work / name
         options = {
             "concept": concept, "data_dir": data, "output_dir": output, "probe": "leakage",
             "probe_steps": paper_probe_steps if setting else probe_steps,

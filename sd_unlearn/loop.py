@@ -70,6 +70,7 @@ class Progress:
     best_score: float = -math.inf
     best_step: int = 0
     probes_since_best: int = 0
+    probe_seconds: float = 0.0  # of `seconds`, spent on probes
     stopped: str = ""  # why before --max_train_steps
 
 
@@ -247,9 +248,11 @@ def _look(training: Training, tools: Tools, progress: Progress, log: MetricsLog)
     if due(step, config.validation_steps) and training.painter and training.accelerator.is_main_process:
         training.painter.preview(training.concept, config.seed, training.output, step)
     if due(step, config.probe_steps):
+        trained, started = progress.seconds - progress.probe_seconds, time.monotonic()
         verdict = _probe(training, tools, progress)
+        progress.probe_seconds += time.monotonic() - started
         images = step * training.batches.layout.total(len(training.batches.brackets))
-        log.write({"step": step, **verdict.figures, "seconds": round(progress.seconds, 1), "images": images})
+        log.write({"step": step, **verdict.figures, "seconds": round(trained, 1), "images": images})
 
 
 def _probe(training: Training, tools: Tools, progress: Progress) -> Verdict:
