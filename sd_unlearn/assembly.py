@@ -84,13 +84,13 @@ def read_data(config: TrainConfig, concept: Concept, base: Base) -> Data:
 
 
 def resolved(config: TrainConfig, base: Base, data: Data) -> TrainConfig:
-    """The options with every default looked up."""
+    """The options with every default looked up, as they are recorded: how the run was begun is no part of it."""
     usual = UNCONDITIONAL.get(base.name, 0.25)
     return dataclasses.replace(
         config, beta=sum(data.betas.values()), guidance_scale=sampler_of(config, base.name).guidance_scale,
         lora_alpha=float(config.rank if config.lora_alpha is None else config.lora_alpha),
         unconditional=usual if config.unconditional is None else config.unconditional,
-        pretrained_model_name_or_path=base.name,
+        pretrained_model_name_or_path=base.name, overwrite=False, resume_from_checkpoint=None, force_resume=False,
     )  # fmt: skip
 
 

@@ -1,7 +1,8 @@
 """The Accelerate loop: read `fit` top to bottom.
 
 It waits for the device at logging steps only (`_figures`), and where pictures are drawn, a probe is taken or a
-checkpoint written; under fp16 Accelerate's gradient scaler waits once a step, and so does the 8-bit optimizer.
+checkpoint written. Once a step wait: Accelerate's gradient scaler (fp16), the 8-bit optimizer, and the brackets' signs
+where a step has several micro-batches (`accumulate_gradients`).
 """
 
 from __future__ import annotations
@@ -104,7 +105,8 @@ def fit(training: Training, resume: Path | None) -> Progress:
                 _check_skipped(training, tools, step)
             _look(training, tools, progress, log)
             interrupted = stop_asked(step % LOG_EVERY == 0)
-            if interrupted or (due(step, config.checkpointing_steps) and not progress.stopped):
+            # Not while steps are skipped: the state before that is the one to go back to.
+            if interrupted or (due(step, config.checkpointing_steps) and not (progress.stopped or tools.skipping())):
                 tools.save(training, progress)
             if interrupted:
                 raise Interrupted(f"Saved step {step} of {config.max_train_steps} in {training.output}.")
@@ -162,10 +164,12 @@ class Tools:
             self.average.update()
         return logs, norm
 
+    def skipping(self) -> bool:
+        """Whether the last step was skipped; waits for the device."""
+        return float(self.optimizer.skipped[1]) > 0
+
     def save(self, training: Training, progress: Progress) -> None:
-        """Write a checkpoint, unless steps are being skipped: the state before that is the one to go back to."""
-        if float(self.optimizer.skipped[1]) > 0:
-            return
+        """Write a checkpoint."""
         scaler = training.accelerator.scaler
         state = {
             "optimizer": self.optimizer.optimizer.state_dict(), "schedule": self.schedule.state_dict(),

@@ -72,6 +72,8 @@ def run(config: TrainConfig) -> Path:
         check_countable(groups.count("positive"), groups.count("generic") + groups.count("mixed_in"))
     check_output(output, config)
     resume = checkpoint.resolve(config.resume_from_checkpoint, output)
+    if config.resume_from_checkpoint and not resume:
+        print(f"--output_dir {output} holds no checkpoint yet: starting from the beginning.", file=sys.stderr)
     check_writable(folder, "--data_dir")
 
     precision = choose_precision(config.mixed_precision)
@@ -146,11 +148,11 @@ def _train(
     if config.zero_terminal_snr:  # not sooner: the folders are rendered with the base's own schedule
         use_zero_terminal_snr(base)
     data = read_data(config, concept, base)
-    config = resolved(config, base, data)
+    forced, config = config.force_resume, resolved(config, base, data)
     identity = identity_of(config, concept, base, fingerprint(data.examples), accelerator.num_processes)
     if resume:
-        checkpoint.check_same(resume, identity, config.force_resume)
-        if (output / TRAINING).is_file() and not config.force_resume:
+        checkpoint.check_same(resume, identity, forced)
+        if (output / TRAINING).is_file() and not forced:
             accelerator.print(f"{output} is finished; --overwrite starts over.", file=sys.stderr)
             return output
     training = assemble(config, concept, base, data, accelerator, identity)

@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 
-from sd_unlearn import evaluate, lora, render
+from sd_unlearn import evaluate, render
 from sd_unlearn.base import Base, load_base
 from sd_unlearn.concept import Prompt
 from sd_unlearn.config import EvaluateConfig
 from sd_unlearn.render import Sampler
+from sd_unlearn.student import make_student
+from sd_unlearn.train_config import Weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -20,7 +22,7 @@ def test_both_sides_are_drawn_with_the_schedule_of_the_training(
     v_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base = load_base(str(v_base), device="cpu")
-    lora.save(lora.attach(base.pipeline.unet, 2, 2.0, 0), tmp_path)
+    make_student(base, Weights(rank=2), 0, needs_teacher=False).save(tmp_path)
     training: dict[str, Any] = {"base": {"sha256": base.sha256}}
     config = EvaluateConfig(run=tmp_path, cache_dir=tmp_path / "cache")
     shots = [evaluate.Shot("direct", Prompt("a dog"), 1)]

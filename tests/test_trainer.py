@@ -650,13 +650,13 @@ def test_checkpointing_trains_the_same_lora(
     trained: Path, make_config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[bool] = []
-    losses = trainer.example_losses
+    losses = loop.example_losses
 
     def watched(denoiser: Denoiser, *arguments: object) -> Tensor:
         seen.append(any(getattr(m, "gradient_checkpointing", False) for m in denoiser.model.modules()))
         return losses(denoiser, *arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(trainer, "example_losses", watched)
+    monkeypatch.setattr(loop, "example_losses", watched)
     run = trainer.run(make_config("run", gradient_checkpointing=True))
     assert all(seen)
     ours, theirs = (load_file(folder / ADAPTER) for folder in (run, trained))
