@@ -13,7 +13,8 @@ Memory is the most that the process ever held (on a GPU: of the GPU). Asked: noi
 in memory. Ratios of one run mean something, seconds of a busy machine little; CPU time, all threads together, is what
 others on the machine disturb least (waiting threads count as busy, so compare it at the same number of them).
 
-forget: seconds and images until a probe finds leakage <= 2 % with retention >= 98 %, from the same start and folder.
+forget: seconds and images until two probes in a row (60 + 60 pictures of fixed seeds) find leakage <= 2 % with
+retention >= 98 %, from the same start and folder; told is the first of the two.
 """
 
 from __future__ import annotations

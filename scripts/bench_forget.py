@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run folder says: the first probe that met the goal, else the best one."""
+    """What a run folder says: the first of two probes in a row that met the goal, else the best one."""
 
     reached: bool
     seconds: float | None  # of training without the probes, at that probe
@@ -44,7 +45,7 @@ class Outcome:
 def read_outcome(run: Path) -> Outcome:
     """Of a finished run or of one that was cut off in the middle of a line; without a probe nothing was reached."""
     probes = [line for line in _lines(run / METRICS) if "probe_leakage" in line and "probe_retention" in line]
-    met = [p for p in probes if p["probe_leakage"] <= LEAKAGE and p["probe_retention"] >= RETENTION]
+    met = [probe for probe, after in pairwise(probes) if _shortfall(probe) == _shortfall(after) == 0]
     best = met[:1] or sorted(probes, key=_shortfall)[:1]
     finished = (run / TRAINING).is_file()
     stopped = str(read_json(run / TRAINING)["cost"].get("stopped") or "finished") if finished else "cut off"

@@ -41,6 +41,7 @@ from sd_unlearn.train_config import TrainConfig
 from sd_unlearn.watching import Interrupted, MetricsLog, stop_requests
 
 LOG_EVERY = 10
+TWICE = 2  # a probe sees few pictures, and one that finds nothing may be chance
 
 
 @dataclass
@@ -71,6 +72,7 @@ class Progress:
     best_score: float = -math.inf
     best_step: int = 0
     probes_since_best: int = 0
+    forgotten_in_a_row: int = 0  # probes
     probe_seconds: float = 0.0  # of `seconds`, spent on probes
     stopped: str = ""  # why before --max_train_steps
 
@@ -271,7 +273,8 @@ def _probe(training: Training, tools: Tools, progress: Progress) -> Verdict:
     progress.probes_since_best += 1
     if verdict.score > progress.best_score:
         progress.best_score, progress.best_step, progress.probes_since_best = verdict.score, progress.step, 0
-    if training.config.stop_when_forgotten and verdict.forgotten:
+    progress.forgotten_in_a_row = progress.forgotten_in_a_row + 1 if verdict.forgotten else 0
+    if training.config.stop_when_forgotten and progress.forgotten_in_a_row == TWICE:
         progress.stopped = "forgotten"
     elif 0 < training.config.early_stopping_patience <= progress.probes_since_best:
         progress.stopped = f"no better probe in {progress.probes_since_best}"

@@ -209,7 +209,11 @@ class Watching:
         int, option("Stop after so many probes without a better one; 0: never. Needs --probe_steps.", STOPPING)
     ] = 0
     stop_when_forgotten: Annotated[
-        bool, option("With --probe leakage: stop once leakage <= 2 % and retention >= 98 %.", STOPPING)
+        bool,
+        option(
+            "With --probe leakage: stop at the second probe in a row with leakage <= 2 % and retention >= 98 %.",
+            STOPPING,
+        ),
     ] = False
     gradient_share_steps: Annotated[
         int, option("Every so many steps each term's share of the gradient norm is logged; 0: never.", STOPPING)

@@ -30,15 +30,16 @@ def make_run(folder: Path, lines: list[dict[str, Any]], stopped: str | None = No
     return folder
 
 
-def test_the_first_probe_that_meets_the_goal_is_what_counts() -> None:
+def test_the_first_of_two_probes_in_a_row_that_meet_the_goal_is_what_counts() -> None:
     from bench_forget import read_outcome
 
     lines = [
-        {"step": 10, "loss": 1.0}, probe(0.9, 1.0, 5), probe(0.02, 0.97, 10), probe(0.02, 0.98, 15), probe(0, 1, 20)
+        {"step": 10, "loss": 1.0}, probe(0, 1, 4), probe(0.9, 1.0, 5), probe(0.02, 0.97, 10), probe(0.02, 0.98, 15),
+        probe(0, 1, 20),
     ]  # fmt: skip
     found = read_outcome(make_run(Path("run"), lines, "forgotten"))
     assert (found.reached, found.seconds, found.images, found.leakage, found.retention) == (True, 15, 600, 0.02, 0.98)
-    assert (found.probes, found.last_seconds, found.stopped) == (4, 20, "forgotten")
+    assert (found.probes, found.last_seconds, found.stopped) == (5, 20, "forgotten")
 
 
 def test_a_run_that_was_cut_off_shows_its_best_probe() -> None:
@@ -64,8 +65,8 @@ def test_the_forget_table_compares_only_what_got_there() -> None:
     from bench_forget import read_outcome
 
     runs = {
-        "ours": make_run(Path("a"), [probe(0.01, 0.99, 20)], "forgotten"),
-        "slow": make_run(Path("b"), [probe(0.01, 0.99, 900)], "forgotten"),
+        "ours": make_run(Path("a"), [probe(0.01, 0.99, 20), probe(0, 1, 30)], "forgotten"),
+        "slow": make_run(Path("b"), [probe(0.01, 0.99, 900), probe(0, 1, 999)], "forgotten"),
         "never": make_run(Path("c"), [probe(0.8, 0.99, 1700)]),
         "silent": Path("d"),
     }

@@ -244,3 +244,25 @@ def test_random_states_come_back() -> None:
     first = (random.random(), np.random.rand(), torch.rand(1).item(), random.gauss(0, 1))
     checkpoint.restore_random_state(state)
     assert (random.random(), np.random.rand(), torch.rand(1).item(), random.gauss(0, 1)) == first
+
+
+def test_two_processes_go_on_as_two(place: Path, tiny_base: Path) -> None:
+    """Each gets its own random state back. A run of one cannot go on with what two have saved."""
+    options = settings(place, tiny_base) | {"max_train_steps": 4, "checkpointing_steps": 2}
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "sd_unlearn.cli",
+        "train", *flags(options), "--output_dir", "run",
+    ]  # fmt: skip
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    subprocess.run(command, check=True, capture_output=True, env=environment)
+    whole = shutil.copytree("run", Path("whole"))
+    for name in ("training.json", "adapter", "checkpoints/step-000004"):  # as if killed after step 2
+        path = Path("run", name)
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    with pytest.raises(UsageError, match="processes was 2 and is 1"):
+        trainer.run(
+            make(place, tiny_base, "run", max_train_steps=4, checkpointing_steps=2, resume_from_checkpoint="latest")
+        )
+    again = [*command, "--resume_from_checkpoint", "latest"]
+    subprocess.run(again, check=True, capture_output=True, env=environment)
+    assert same(Path("run"), whole)

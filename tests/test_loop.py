@@ -137,17 +137,18 @@ def test_the_leakage_probe_stops_where_its_rule_says(make_config: Config, monkey
             assert len(images) == 120
             assert len({image.size for image in images}) == 1
             seen = torch.zeros(120, 3)
-            for i in range(60):  # half of the concept in the first round, none from the second on
-                seen[i, 0 if Told.rounds == 1 and i < 30 else 1] = 1
+            for i in range(60):  # half of the concept in the first and the third round, none in the others
+                seen[i, 0 if Told.rounds in (1, 3) and i < 30 else 1] = 1
                 seen[60 + i, 1 + i % 2] = 1
             return Reading({"label": self.labels}, {"label": seen.numpy()}, seen.numpy())
 
     monkeypatch.setattr(assembly, "make_judge", lambda concept: Told())
-    options = {"probe": "leakage", "probe_steps": 3, "stop_when_forgotten": True}
+    options = {"probe": "leakage", "probe_steps": 2, "stop_when_forgotten": True}
     run = trainer.run(make_config("run", **options))
     probes = [line for line in read_jsonl(run / "metrics.jsonl") if "probe_leakage" in line]
-    assert [(line["probe_leakage"], line["probe_retention"]) for line in probes] == [(0.5, 1.0), (0.0, 1.0)]
-    assert (read_json(run / "training.json")["cost"]["steps"], len(list((run / "best").iterdir()))) == (6, 4)
+    assert [line["probe_leakage"] for line in probes] == [0.5, 0.0, 0.5, 0.0, 0.0]
+    assert all(line["probe_retention"] == 1 for line in probes)
+    assert (read_json(run / "training.json")["cost"]["steps"], len(list((run / "best").iterdir()))) == (10, 4)
     Told.labels = ("Brad Pitt", "a bird")
     with pytest.raises(UsageError, match="--probe leakage: told can read none of the keep prompts"):
         trainer.run(make_config("other", **options))
