@@ -89,11 +89,7 @@ def fit(training: Training, resume: Path | None) -> Progress:
     progress = tools.load(training, resume) if resume else Progress()
     started = time.monotonic() - progress.seconds
 
-    def losses(batch: Batch) -> Tensor:
-        return example_losses(
-            training.denoiser, batch, config.reduction, training.teacher, config.temperature, config.snr_gamma
-        )
-
+    losses = partial(losses_of, training, training.denoiser)
     title = f"forget {training.concept.slug}"
     with (
         MetricsLog(training.output, title, progress.step, config.max_train_steps, accelerator) as log,
@@ -102,7 +98,8 @@ def fit(training: Training, resume: Path | None) -> Progress:
         for step, parts in zip(range(progress.step + 1, config.max_train_steps + 1), batches, strict=False):
             logs, norm = tools.step(training, losses, parts)
             progress.step, progress.seconds = step, time.monotonic() - started
-            if step % LOG_EVERY == 0 or step == config.max_train_steps:
+            shared = due(step, config.gradient_share_steps)
+            if shared or step % LOG_EVERY == 0 or step == config.max_train_steps:
                 log.write(_figures(step, logs, tools, norm) | _shares(training, tools, parts[-1], step))
                 _check_skipped(training, tools, step)
             _look(training, tools, progress, log)

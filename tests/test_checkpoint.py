@@ -24,7 +24,7 @@ from train_runs import ADAPTER, Config, flags, make, rendered, settings
 
 from sd_unlearn import checkpoint, cli, loop, trainer
 from sd_unlearn.errors import UnlearnError, UsageError
-from sd_unlearn.records import read_json
+from sd_unlearn.records import read_json, read_jsonl, weights_sha256
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -134,6 +134,27 @@ def test_the_command_says_how_to_go_on(
     said = capsys.readouterr().err
     assert "Saved step 2 of 24 in run. Go on with --resume_from_checkpoint latest." in said
     assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"optimizer": "adamw8bit"}, {"method": "full", "target": "noise"}, {"method": "full"},
+     {"train_text_encoder": True}, {"use_dora": True, "lora_targets": "all_linear+conv"},
+     {"probe_steps": 3, "gradient_share_steps": 2, "validation_steps": 5}],
+)  # fmt: skip
+def test_every_kind_of_run_goes_on_exactly(
+    make_config: Config, monkeypatch: pytest.MonkeyPatch, options: dict[str, object]
+) -> None:
+    usual = {"max_train_steps": 10, "checkpointing_steps": 4, **options}
+    whole = trainer.run(make_config("whole", **usual))
+    with interrupt_after(6, monkeypatch), pytest.raises(KeyboardInterrupt):
+        trainer.run(make_config("run", **usual))
+    for resume in ("run/checkpoints/step-000004", "latest"):
+        trainer.run(make_config("run", **usual, resume_from_checkpoint=resume))
+        assert weights_sha256(Path("run")) == weights_sha256(whole)
+        lines = [read_jsonl(folder / "metrics.jsonl") for folder in (Path("run"), whole)]
+        assert [line | {"seconds": 0} for line in lines[0]] == [line | {"seconds": 0} for line in lines[1]]
+        Path("run/training.json").unlink()
 
 
 def test_an_unfinished_run_is_not_lost_by_the_same_command(stopped: Path, make_config: Config) -> None:
