@@ -73,6 +73,9 @@ def run(config: TrainConfig) -> Path:
     check_output(output, config)
     resume = checkpoint.resolve(config.resume_from_checkpoint, output)
     if config.resume_from_checkpoint and not resume:
+        if (output / TRAINING).is_file():  # saved without checkpoints, or they were deleted since
+            print(f"{output} is finished and holds no checkpoint; --overwrite starts over.", file=sys.stderr)
+            return output
         print(f"--output_dir {output} holds no checkpoint yet: starting from the beginning.", file=sys.stderr)
     check_writable(folder, "--data_dir")
 
@@ -178,8 +181,8 @@ def _open_run(training: Training, keep: bool) -> None:
         (output / TRAINING).unlink(missing_ok=True)
         settings = yaml.safe_dump(as_dict(training.config), sort_keys=False, allow_unicode=True)
         for folder in (output, output / BEST_DIR) if training.probe else (output,):
+            write_concept(folder / CONCEPT, training.concept)  # first: by it check_output knows a run
             write_text(folder / CONFIG, settings)
-            write_concept(folder / CONCEPT, training.concept)
     training.accelerator.wait_for_everyone()
 
 

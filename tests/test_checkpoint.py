@@ -170,6 +170,32 @@ def test_a_finished_run_has_nothing_to_go_on_with(
     assert {p: p.stat().st_mtime_ns for p in Path("run").rglob("*")} == before
 
 
+def test_a_finished_run_without_checkpoints_is_not_trained_again(
+    whole: Path, make_config: Config, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Saved without them, or they were deleted since: the command that may be repeated must not empty the folder."""
+    run = shutil.copytree(whole, Path("run"))
+    before = {p: p.stat().st_mtime_ns for p in run.rglob("*")}
+    for forced in (False, True):
+        assert trainer.run(make_config("run", resume_from_checkpoint="latest", force_resume=forced)) == run
+        assert "run is finished" in capsys.readouterr().err
+    assert {p: p.stat().st_mtime_ns for p in run.rglob("*")} == before
+
+
+@pytest.mark.parametrize("part", ["write_concept", "write_text"])
+def test_a_run_killed_while_its_folder_is_made_can_be_started_again(
+    make_config: Config, whole: Path, monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, part, killed)
+        with pytest.raises(KeyboardInterrupt):
+            trainer.run(make_config("run", resume_from_checkpoint="latest"))
+    assert same(trainer.run(make_config("run", resume_from_checkpoint="latest")), whole)
+
+
 @pytest.mark.parametrize(
     ("change", "told"),
     [({"beta": 0.3}, r"--beta was 0\.\d+ and is 0\.3"), ({"push": 1.0}, "--push was 2.0 and is 1.0"),
