@@ -32,7 +32,7 @@ from sd_unlearn.objectives.losses import example_losses
 from sd_unlearn.objectives.pu import LOGGED, PUObjective
 from sd_unlearn.objectives.shares import gradient_shares
 from sd_unlearn.objectives.teacher import Teacher
-from sd_unlearn.optimizing import GuardedSteps, MovingAverage, make_optimizer, make_schedule
+from sd_unlearn.optimizing import GuardedSteps, MovingAverage, make_optimizer, make_schedule, set_rates
 from sd_unlearn.painter import Painter
 from sd_unlearn.probe import Probe, Verdict
 from sd_unlearn.records import BEST_DIR
@@ -197,6 +197,7 @@ class Tools:
         training.student.load_state(weights)
         self.optimizer.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
+        set_rates(self.optimizer.optimizer, self.schedule, training.config)  # which --force_resume may have changed
         if training.accelerator.scaler and state["scaler"]:
             training.accelerator.scaler.load_state_dict(state["scaler"])
         if self.average and state["average"]:
@@ -204,7 +205,9 @@ class Tools:
         training.batches.load_state_dict(state["sampler"])
         device = training.accelerator.device
         self.optimizer.skipped = state["skipped"].to(device)
-        self.brackets = None if state["brackets"] is None else state["brackets"].to(device)
+        known = state["brackets"]  # other captions by --force_resume have other brackets
+        alike = known is not None and len(known) == len(training.objective.betas)
+        self.brackets = known.to(device) if alike else None
         training.accelerator.print(f"Going on from {place}.", file=sys.stderr)
         return Progress(**state["progress"])
 

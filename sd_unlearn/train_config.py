@@ -234,7 +234,7 @@ class Checkpoints:
         str | None, option("Go on from a checkpoint: latest, or the path of one.", CHECKPOINTS)
     ] = None
     force_resume: Annotated[
-        bool, option("Go on although an option that matters (beta, base, data) has changed.", CHECKPOINTS)
+        bool, option("Go on although an option that matters (beta, learning rate, data) has changed.", CHECKPOINTS)
     ] = False
 
 

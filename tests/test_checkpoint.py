@@ -19,12 +19,13 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from accelerate import Accelerator
 from PIL import Image
 from train_runs import ADAPTER, Config, flags, make, rendered, settings
 
 from sd_unlearn import checkpoint, cli, loop, trainer
 from sd_unlearn.errors import UnlearnError, UsageError
-from sd_unlearn.records import read_json
+from sd_unlearn.records import read_json, read_jsonl
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -227,6 +228,46 @@ def test_forced_it_goes_on_all_the_same(stopped: Path, make_config: Config, whol
     trainer.run(make_config("run", resume_from_checkpoint="latest", force_resume=True, push=1.0))
     assert read_json(stopped / "training.json")["push"] == 1.0
     assert not same(stopped, whole)
+
+
+def test_forced_the_learning_rate_is_the_one_that_is_given(stopped: Path, make_config: Config) -> None:
+    """It is what a run that diverged is told to lower."""
+    trainer.run(make_config("run", resume_from_checkpoint="latest", force_resume=True, learning_rate=1e-4))
+    rates = [line["lr"] for line in read_jsonl(stopped / "metrics.jsonl")]
+    assert len(rates) == 3
+    assert 0 < max(rates) < 1e-4
+
+
+def test_forced_it_goes_on_with_fewer_images_and_other_captions(
+    stopped: Path, make_config: Config, place: Path
+) -> None:
+    data = shutil.copytree(place / "data", Path("photos"))
+    for path in (*data.glob("*.json"), *data.glob("*/*.jsonl"), *data.glob("*/keep*"), *data.glob("*/*-0000[2-9].png")):
+        path.unlink()
+    options = {"data_dir": data, "caption_mode": "own", "train_batch_size": 4}
+    trainer.run(make_config("run", resume_from_checkpoint="latest", force_resume=True, **options))
+    assert read_json(stopped / "training.json")["caption_mode"] == "own"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"rank": 3}, {"lora_targets": "attention+mlp"}, {"use_dora": True}, {"train_text_encoder": True},
+     {"method": "full", "lora_dropout": 0.0}, {"optimizer": "adamw8bit"}],
+)  # fmt: skip
+def test_not_even_by_force_do_weights_go_where_they_do_not_fit(
+    stopped: Path, make_config: Config, change: dict[str, object]
+) -> None:
+    name = next(iter(change))
+    with pytest.raises(UsageError, match=rf"--{name} was .*cannot put its weights"):
+        trainer.run(make_config("run", resume_from_checkpoint="latest", force_resume=True, **change))
+    assert checkpoint.found(stopped)
+
+
+def test_checkpoints_of_a_way_that_was_left_go_before_new_ones() -> None:
+    accelerator, weights = Accelerator(cpu=True), {"w": torch.zeros(1)}
+    for step, limit in ((3, 3), (6, 3), (9, 3), (4, 1)):  # at last it went on from step 3 again
+        checkpoint.save(Path("run"), step, weights, {}, {}, accelerator, limit)
+    assert [p.name for p in checkpoint.found(Path("run"))] == ["step-000004"]
 
 
 def test_other_images_are_refused(stopped: Path, make_config: Config, place: Path) -> None:
