@@ -306,6 +306,14 @@ def test_another_number_of_processes_is_refused(stopped: Path, make_config: Conf
         trainer.run(make_config("run", resume_from_checkpoint="latest"))
 
 
+def test_the_random_states_of_more_gpus_than_there_are_now_do_no_harm(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[list[torch.Tensor]] = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_rng_state_all", given.append)
+    checkpoint.restore_random_state(checkpoint.random_state() | {"cuda": [torch.zeros(16), torch.ones(16)]})
+    assert [len(states) for states in given] == [1]
+
+
 def test_random_states_come_back() -> None:
     state = checkpoint.random_state()
     first = (random.random(), np.random.rand(), torch.rand(1).item(), random.gauss(0, 1))
