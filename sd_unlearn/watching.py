@@ -66,7 +66,8 @@ def stop_requests(accelerator: Accelerator) -> Iterator[Any]:
 
     A second Ctrl-C, two seconds later or more, is obeyed at once; sooner it may be the same one, which the terminal and
     a launcher both pass on. Several processes must stop at the same step, so they agree on it, which waits
-    for the device: only where `together` says so.
+    for a GPU: there only where `together` says so. On a CPU, where steps are slow, at every step: after a Ctrl-C
+    torch's launcher waits only so long (usually 30 seconds) before it kills.
     """
     noted: list[float] = []
 
@@ -81,7 +82,7 @@ def stop_requests(accelerator: Accelerator) -> Iterator[Any]:
     def asked(together: bool) -> bool:
         if accelerator.num_processes == 1:
             return bool(noted)
-        if not together:
+        if not together and accelerator.device.type != "cpu":
             return False
         return bool(accelerator.reduce(torch.tensor(float(bool(noted)), device=accelerator.device), "sum") > 0)
 
