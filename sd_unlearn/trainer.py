@@ -5,13 +5,17 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import InitProcessGroupKwargs, set_seed
+from safetensors import SafetensorError
 
 from sd_unlearn import checkpoint, speed
 from sd_unlearn.assembly import Data, assemble, read_data, resolved
@@ -27,7 +31,7 @@ from sd_unlearn.batches import check_batch_size
 from sd_unlearn.checks import as_dict, check_train
 from sd_unlearn.concept import Concept, load_concept, write_concept
 from sd_unlearn.dataset import fingerprint, scan
-from sd_unlearn.errors import UsageError
+from sd_unlearn.errors import UnlearnError, UsageError
 from sd_unlearn.loop import Progress, Training, fit
 from sd_unlearn.optimizing import check_optimizer
 from sd_unlearn.prior import check_countable
@@ -47,6 +51,9 @@ from sd_unlearn.records import (
 )
 from sd_unlearn.render import data_dir_of, plan, render_concept
 from sd_unlearn.train_config import TrainConfig
+
+# How long processes wait for the first one, which alone draws previews and probes: minutes on a GPU, hours on a CPU.
+PATIENCE = timedelta(hours=12)
 
 
 def run(config: TrainConfig) -> Path:
@@ -81,7 +88,10 @@ def run(config: TrainConfig) -> Path:
 
     precision = choose_precision(config.mixed_precision)
     tracker = choose_tracker(config.report_to)
-    accelerator = Accelerator(mixed_precision=precision, log_with=tracker, project_dir=str(output))
+    accelerator = Accelerator(
+        mixed_precision=precision, log_with=tracker, project_dir=str(output),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+    )  # fmt: skip
     speed.check(config, accelerator.device)
     set_seed(TRAIN_SEEDS[0] + config.seed, device_specific=True)
     loaded: list[Base] = []
@@ -164,9 +174,10 @@ def _train(
     about = f"Forgetting {concept.name!r} in {base.name}: {data.counts()}, beta {config.beta:g} ({data.prior.source})."
     for line in (*data.prior.notes, about):
         accelerator.print(line, file=sys.stderr)
-    progress = fit(training, resume)
-    if accelerator.is_main_process:
-        _close_run(training, progress, base, data)
+    with _told_where_writing_fails(output):
+        progress = fit(training, resume)
+        if accelerator.is_main_process:
+            _close_run(training, progress, base, data)
     accelerator.wait_for_everyone()
     accelerator.end_training()  # last: it takes the process group down
     return output
@@ -184,6 +195,18 @@ def _open_run(training: Training, keep: bool) -> None:
             write_concept(folder / CONCEPT, training.concept)  # first: by it check_output knows a run
             write_text(folder / CONFIG, settings)
     training.accelerator.wait_for_everyone()
+
+
+@contextmanager
+def _told_where_writing_fails(output: Path) -> Iterator[None]:
+    """A full disk is no fault of ours: say what to do, and that what was saved before is still there."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        kept = checkpoint.found(output)
+        way_on = f"go on from {kept[-1]} with --resume_from_checkpoint latest" if kept else "start again"
+        raise UnlearnError(f"Cannot write to {output}: {reason}. Make room, and {way_on}.") from error
 
 
 def _close_run(training: Training, progress: Progress, base: Base, data: Data) -> None:

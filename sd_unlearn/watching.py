@@ -33,6 +33,7 @@ class MetricsLog:
         self.accelerator, self.path = accelerator, run / METRICS
         shown = self.accelerator.is_main_process
         if shown:  # a resumed run takes back what was logged after its checkpoint
+            _drop_torn_line(self.path)
             kept = [line for line in read_jsonl(self.path) if line["step"] <= step] if self.path.is_file() else []
             write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         self.file = open(self.path if shown else os.devnull, "a", encoding="utf-8")
@@ -58,6 +59,13 @@ class MetricsLog:
         self.accelerator.log({k: v for k, v in known.items() if k != "step"}, step=int(figures["step"]))
         self.file.write(json.dumps({k: known.get(k) for k in figures}) + "\n")
         self.file.flush()
+
+
+def _drop_torn_line(path: Path) -> None:
+    """Take back a last line without an end, as a full disk leaves it."""
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    if text and not text.endswith("\n"):
+        write_text(path, text[: text.rfind("\n") + 1])
 
 
 @contextmanager

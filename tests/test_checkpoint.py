@@ -291,6 +291,38 @@ def test_a_full_disk_costs_only_the_new_checkpoint(stopped: Path, make_config: C
     assert same(stopped, whole)
 
 
+@pytest.mark.parametrize("at", [10, 25])
+def test_a_disk_that_fills_up_while_a_line_is_logged_or_the_end_is_written(
+    stopped: Path, make_config: Config, whole: Path, monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
+    """The line that was cut short is no reason not to go on."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill(*_: object) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+
+    name = (loop.Tools, "step") if at == 10 else (trainer, "_close_run")
+    real, taken = getattr(*name), list(range(8, 30))
+
+    def filled(*arguments: object) -> object:
+        if at == 25 or taken.pop(0) == at:
+            fill()
+        return real(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(*name, filled)
+        try:
+            with pytest.raises(
+                UnlearnError, match=r"Cannot write to run: .*step-0000.*--resume_from_checkpoint latest"
+            ):
+                trainer.run(make_config("run", resume_from_checkpoint="latest", checkpointing_steps=24))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (stopped / "metrics.jsonl").read_text().endswith("\n") == (at == 25)
+    trainer.run(make_config("run", resume_from_checkpoint="latest"))
+    assert same(stopped, whole)
+
+
 @pytest.mark.parametrize("name", ["state.pt", "weights.safetensors"])
 def test_a_damaged_checkpoint_is_named(stopped: Path, make_config: Config, name: str) -> None:
     path = checkpoint.found(stopped)[-1] / name
