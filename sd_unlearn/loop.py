@@ -97,10 +97,11 @@ def fit(training: Training, resume: Path | None) -> Progress:
         MetricsLog(training.output, title, progress.step, config.max_train_steps, accelerator) as log,
         stop_requests(accelerator) as stop_asked,
     ):
-        for step, parts in zip(range(progress.step + 1, config.max_train_steps + 1), batches, strict=False):
+        last = progress.step if progress.stopped else config.max_train_steps  # it may have been interrupted as it ended
+        for step, parts in zip(range(progress.step + 1, last + 1), batches, strict=False):
             logs, norm = tools.step(training, losses, parts)
             progress.step, progress.seconds = step, time.monotonic() - started
-            if step % LOG_EVERY == 0 or step == config.max_train_steps:
+            if step % LOG_EVERY == 0 or step == config.max_train_steps or due(step, config.gradient_share_steps):
                 log.write(_figures(step, logs, tools, norm) | _shares(training, tools, parts[-1], step))
                 _check_skipped(training, tools, step)
             _look(training, tools, progress, log)
@@ -253,7 +254,8 @@ def _look(training: Training, tools: Tools, progress: Progress, log: MetricsLog)
     """Draw a preview and take a probe where they are due."""
     config, step = training.config, progress.step
     if due(step, config.validation_steps) and training.painter and training.accelerator.is_main_process:
-        training.painter.preview(training.concept, config.seed, training.output, step)
+        with tools.averaged():
+            training.painter.preview(training.concept, config.seed, training.output, step)
     if due(step, config.probe_steps):
         trained, started = progress.seconds - progress.probe_seconds, time.monotonic()
         verdict = _probe(training, tools, progress)

@@ -35,6 +35,7 @@ from sd_unlearn.errors import UnlearnError, UsageError
 from sd_unlearn.loop import Progress, Training, fit
 from sd_unlearn.optimizing import check_optimizer
 from sd_unlearn.prior import check_countable
+from sd_unlearn.probe import check_probe
 from sd_unlearn.provenance import device_name, identity_of, peak_memory_mb, training_record
 from sd_unlearn.records import (
     BEST_DIR,
@@ -77,6 +78,7 @@ def run(config: TrainConfig) -> Path:
         groups = [example.group for example in scan(folder, concept, config.eta)]
     if config.beta == "estimate":
         check_countable(groups.count("positive"), groups.count("generic") + groups.count("mixed_in"))
+    check_probe(config, concept, groups)
     check_output(output, config)
     resume = checkpoint.resolve(config.resume_from_checkpoint, output)
     if config.resume_from_checkpoint and not resume:
