@@ -163,7 +163,8 @@ def _train(
     if config.zero_terminal_snr:  # not sooner: the folders are rendered with the base's own schedule
         use_zero_terminal_snr(base)
     data = read_data(config, concept, base)
-    forced, config = config.force_resume, resolved(config, base, data)
+    forced = config.force_resume
+    config = dataclasses.replace(resolved(config, base, data), mixed_precision=accelerator.mixed_precision)
     identity = identity_of(config, concept, base, fingerprint(data.examples), accelerator.num_processes)
     if resume:
         checkpoint.check_same(resume, identity, forced)
@@ -172,7 +173,7 @@ def _train(
             return output
     training = assemble(config, concept, base, data, accelerator, identity)
     _open_run(training, keep=resume is not None)
-    accelerator.init_trackers("tensorboard")
+    accelerator.init_trackers("sd-unlearn" if config.report_to == "wandb" else "tensorboard")
     about = f"Forgetting {concept.name!r} in {base.name}: {data.counts()}, beta {config.beta:g} ({data.prior.source})."
     for line in (*data.prior.notes, about):
         accelerator.print(line, file=sys.stderr)
