@@ -181,16 +181,16 @@ def load_base(name: str, precision: str = "no", device: Any = None) -> Base:
         )
     for network in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
         network.requires_grad_(False).eval()
-    sha256 = _identity(pipeline.unet)
+    sha256 = network_sha256(pipeline.unet)
     return Base(name, pipeline.to(device), sha256, torch.device(device))
 
 
-def _identity(unet: Any) -> str:
-    """SHA-256 of the UNet's weights in half precision, so that a base and its fp16 copy are the same base."""
+def network_sha256(network: Any) -> str:
+    """SHA-256 of a network's weights in half precision, so that a base and its fp16 copy are the same base."""
     import torch
 
     digest = hashlib.sha256()
-    for key, value in sorted(unet.state_dict().items()):
+    for key, value in sorted(network.state_dict().items()):
         digest.update(key.encode())
         digest.update(value.to("cpu", torch.float16).contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -212,8 +212,9 @@ class StratifiedBatches:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.generator.set_state(state["generator"])
         for key, (left, generator) in state["cycles"].items():
-            self.cycles[key].left = list(left)
-            self.cycles[key].generator.set_state(generator)
+            if cycle := self.cycles.get(key):  # --force_resume may bring fewer images and captions
+                cycle.left = [i for i in left if i < cycle.size]
+                cycle.generator.set_state(generator)
 
     def _next(self) -> list[Batch]:
         rows: list[Row] = []

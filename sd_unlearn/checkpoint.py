@@ -25,6 +25,8 @@ from sd_unlearn.records import CHECKPOINT_DIR, read_json, write_json
 
 IDENTITY, STATE, WEIGHTS = "checkpoint.json", "state.pt", "weights.safetensors"
 _NAME = re.compile(r"step-(\d+)")
+# Options that decide which tensors a checkpoint holds: into others they cannot be put.
+_SHAPING = {"--method", "--rank", "--lora_targets", "--use_dora", "--train_text_encoder", "--optimizer", "processes"}
 
 
 def save(
@@ -53,7 +55,9 @@ def save(
         ) as failure:  # each writer has its own for a full disk
             error = [str(getattr(failure, "strerror", None) or str(failure).splitlines()[0])]
         else:
-            for old in found(run)[:-limit]:
+            places = found(run)
+            here = places.index(target) + 1  # later ones are of a way that was left for an earlier checkpoint
+            for old in [*places[:here][:-limit], *places[here:]]:
                 shutil.rmtree(old, ignore_errors=True)
     reason = gather_object(error)[0]
     if reason:
@@ -130,20 +134,21 @@ def load(checkpoint: Path, accelerator: Accelerator) -> tuple[dict[str, torch.Te
 
 
 def check_same(checkpoint: Path, identity: dict[str, Any], forced: bool) -> None:
-    """Refuse to go on with another objective, base or data than the checkpoint's.
+    """Refuse another objective, base or data than the checkpoint's; if forced, only what its weights do not fit.
 
     Raises:
         UsageError: naming what changed, and both values.
     """
     before = read_json(checkpoint / IDENTITY)
     changed = {key for key, value in identity.items() if before.get(key) != value}
-    if not changed or forced:
+    refused = changed & _SHAPING if forced else changed
+    if not refused:
         return
-    told = [f"{key} was {before.get(key)} and is {identity[key]}" for key in sorted(changed)]
-    raise UsageError(
-        f"--resume_from_checkpoint {checkpoint} is of another run: {'; '.join(told)}. Give what it was, start over "
-        "with --overwrite, or add --force_resume."
-    )
+    told = [f"{key} was {before.get(key)} and is {identity[key]}" for key in sorted(refused)]
+    way_out = "Give what it was, or start over with --overwrite; --force_resume cannot put its weights into others."
+    if not changed & _SHAPING:
+        way_out = "Give what it was, start over with --overwrite, or add --force_resume."
+    raise UsageError(f"--resume_from_checkpoint {checkpoint} is of another run: {'; '.join(told)}. {way_out}")
 
 
 def random_state() -> dict[str, Any]:
@@ -162,4 +167,4 @@ def restore_random_state(state: dict[str, Any]) -> None:
     name, keys, *rest = state["numpy"]
     np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
     torch.set_rng_state(state["torch"])
-    torch.cuda.set_rng_state_all(state["cuda"])
+    torch.cuda.set_rng_state_all(state["cuda"][: torch.cuda.device_count()])  # there may have been more GPUs

@@ -118,12 +118,14 @@ def check_train(config: TrainConfig) -> None:
 
 def _check_together(config: TrainConfig) -> None:
     """Options that mean nothing, or something else, beside each other."""
-    for name in ("use_dora", "use_rslora", "train_text_encoder"):
-        if config.method == "full" and getattr(config, name):
+    for name in ("use_dora", "use_rslora", "train_text_encoder", "lora_dropout", "lora_targets"):
+        if config.method == "full" and getattr(config, name) != getattr(TrainConfig, name):
             raise UsageError(f"--{name} is for --method lora; --method full trains the UNet itself.")
     for name in ("early_stopping_patience", "stop_when_forgotten"):
         if getattr(config, name) and not config.probe_steps:
             raise UsageError(f"--{name} needs probes to go by: add --probe_steps, e.g. 50.")
+    if config.probe == "leakage" and not config.probe_steps:
+        raise UsageError("--probe leakage needs to know when: add --probe_steps, e.g. 50.")
     if config.stop_when_forgotten and config.probe != "leakage":
         raise UsageError(f"--stop_when_forgotten needs --probe leakage; --probe is {config.probe}.")
     if config.force_resume and config.resume_from_checkpoint is None:

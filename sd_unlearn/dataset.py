@@ -14,7 +14,7 @@ from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sd_unlearn.base import Base
+from sd_unlearn.base import Base, network_sha256
 from sd_unlearn.concept import Concept
 from sd_unlearn.errors import UsageError
 from sd_unlearn.records import IMAGE_SUFFIXES, METADATA, NEGATIVE, POSITIVE, UNLABELED, read_jsonl_lines
@@ -152,14 +152,15 @@ def encode_images(base: Base, examples: Sequence[Example], resolution: int, cach
 
     Both are kept so that training goes on sampling latents as the VAE's posterior has them.
     """
-    digest = hashlib.sha256(f"{base.sha256} {resolution}".encode())
+    vae, means, stds = base.pipeline.vae, [], []
+    encoder = f"{network_sha256(vae)} {vae.config.scaling_factor}"  # one UNet is used with several VAEs
+    digest = hashlib.sha256(f"{base.sha256} {encoder} {resolution}".encode())
     for example in examples:
         digest.update(example.path.read_bytes())
     path = cache / f"latents-{digest.hexdigest()[:16]}.safetensors"
     if path.is_file():
         found = load_file(path)
         return found["mean"], found["std"]
-    vae, means, stds = base.pipeline.vae, [], []
     size = 64 if resolution <= 64 else 4
     for chunk in (examples[i : i + size] for i in range(0, len(examples), size)):
         pixels = torch.stack([load_pixels(e.path, resolution) for e in chunk]).to(base.device, vae.dtype)
@@ -188,9 +189,10 @@ def tokenize(base: Base, captions: Sequence[str]) -> Tensor:
 
 
 def fingerprint(examples: Sequence[Example]) -> str:
-    """SHA-256 of what is trained on: every image's bytes, caption and group, wherever the folder lies."""
+    """SHA-256 of what is trained on: every image's bytes, caption, group and set, wherever the folder lies."""
     digest = hashlib.sha256()
     for example in examples:
-        digest.update(f"{example.path.name}\0{example.caption}\0{example.group}\0".encode())
+        told = (example.path.name, example.caption, example.group, str(example.positive_set), "")
+        digest.update("\0".join(told).encode())
         digest.update(example.path.read_bytes())
     return digest.hexdigest()

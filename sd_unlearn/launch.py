@@ -16,6 +16,7 @@ from pathlib import Path
 
 STARTED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 THREADS = "OMP_NUM_THREADS"
+GRACE = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"  # seconds until torch's launcher kills what was told to stop; usually 30
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ def start_several() -> None:
     threads = threads_of_each(asked, around, _cores())
     print(f"Starting {asked.processes} processes on the CPU, {threads} thread(s) each.", file=sys.stderr, flush=True)
     os.environ[THREADS] = str(threads)
+    os.environ.setdefault(GRACE, "3600")  # after a Ctrl-C a step is finished and saved, and steps may take minutes
     # Replaced, not started: signals, the exit code and the terminal stay those of the process accelerate waits for.
     os.execv(sys.executable, [sys.executable, *torch_launcher(asked.processes)])
 

@@ -32,7 +32,7 @@ from sd_unlearn.objectives.losses import example_losses
 from sd_unlearn.objectives.pu import LOGGED, PUObjective
 from sd_unlearn.objectives.shares import gradient_shares
 from sd_unlearn.objectives.teacher import Teacher
-from sd_unlearn.optimizing import GuardedSteps, MovingAverage, make_optimizer, make_schedule
+from sd_unlearn.optimizing import GuardedSteps, MovingAverage, make_optimizer, make_schedule, set_rates
 from sd_unlearn.painter import Painter
 from sd_unlearn.probe import Probe, Verdict
 from sd_unlearn.records import BEST_DIR
@@ -95,11 +95,11 @@ def fit(training: Training, resume: Path | None) -> Progress:
         MetricsLog(training.output, title, progress.step, config.max_train_steps, accelerator) as log,
         stop_requests(accelerator) as stop_asked,
     ):
-        for step, parts in zip(range(progress.step + 1, config.max_train_steps + 1), batches, strict=False):
+        last = progress.step if progress.stopped else config.max_train_steps  # it may have been interrupted as it ended
+        for step, parts in zip(range(progress.step + 1, last + 1), batches, strict=False):
             logs, norm = tools.step(training, losses, parts)
             progress.step, progress.seconds = step, time.monotonic() - started
-            shared = due(step, config.gradient_share_steps)
-            if shared or step % LOG_EVERY == 0 or step == config.max_train_steps:
+            if step % LOG_EVERY == 0 or step == config.max_train_steps or due(step, config.gradient_share_steps):
                 log.write(_figures(step, logs, tools, norm) | _shares(training, tools, parts[-1], step))
                 _check_skipped(training, tools, step)
             _look(training, tools, progress, log)
@@ -120,9 +120,7 @@ def fit(training: Training, resume: Path | None) -> Progress:
 def losses_of(training: Training, denoiser: Denoiser, batch: Batch) -> Tensor:
     """l [B] of a batch, with the gradient to follow."""
     config = training.config
-    return example_losses(
-        denoiser, batch, config.reduction, training.teacher, config.temperature, config.snr_gamma
-    )  # fmt: skip
+    return example_losses(denoiser, batch, config.reduction, training.teacher, config.temperature, config.snr_gamma)
 
 
 def due(step: int, every: int) -> bool:
@@ -196,6 +194,7 @@ class Tools:
         training.student.load_state(weights)
         self.optimizer.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
+        set_rates(self.optimizer.optimizer, self.schedule, training.config)  # which --force_resume may have changed
         if training.accelerator.scaler and state["scaler"]:
             training.accelerator.scaler.load_state_dict(state["scaler"])
         if self.average and state["average"]:
@@ -203,7 +202,9 @@ class Tools:
         training.batches.load_state_dict(state["sampler"])
         device = training.accelerator.device
         self.optimizer.skipped = state["skipped"].to(device)
-        self.brackets = None if state["brackets"] is None else state["brackets"].to(device)
+        known = state["brackets"]  # other captions by --force_resume have other brackets
+        alike = known is not None and len(known) == len(training.objective.betas)
+        self.brackets = known.to(device) if alike else None
         training.accelerator.print(f"Going on from {place}.", file=sys.stderr)
         return Progress(**state["progress"])
 
@@ -249,7 +250,8 @@ def _look(training: Training, tools: Tools, progress: Progress, log: MetricsLog)
     """Draw a preview and take a probe where they are due."""
     config, step = training.config, progress.step
     if due(step, config.validation_steps) and training.painter and training.accelerator.is_main_process:
-        training.painter.preview(training.concept, config.seed, training.output, step)
+        with tools.averaged():
+            training.painter.preview(training.concept, config.seed, training.output, step)
     if due(step, config.probe_steps):
         trained, started = progress.seconds - progress.probe_seconds, time.monotonic()
         verdict = _probe(training, tools, progress)

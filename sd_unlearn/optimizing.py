@@ -43,6 +43,18 @@ def make_schedule(optimizer: Any, options: Optimizing) -> Any:
     )  # fmt: skip
 
 
+def set_rates(optimizer: Any, schedule: Any, options: Optimizing) -> None:
+    """Give an optimizer and its schedule the options' learning rate and weight decay, at the step where they stand.
+
+    What load_state_dict() gave them are the checkpoint's; where those are the same, nothing changes, to the last bit.
+    """
+    rates = [options.learning_rate * rule(schedule.last_epoch) for rule in schedule.lr_lambdas]
+    schedule.base_lrs = [options.learning_rate] * len(rates)
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group.update(lr=rate, initial_lr=options.learning_rate, weight_decay=options.weight_decay)
+    schedule._last_lr = rates
+
+
 class GuardedSteps:
     """Optimizer steps that leave out those whose gradient is not finite, and count them.
 

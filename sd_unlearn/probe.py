@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Protocol
 
 import torch
@@ -20,10 +21,11 @@ from sd_unlearn.dataset import Example
 from sd_unlearn.denoiser import Denoiser
 from sd_unlearn.diffusion import add_noise, per_example_loss, sample_timesteps, training_target
 from sd_unlearn.errors import UsageError
-from sd_unlearn.metrics.judge import Judge
+from sd_unlearn.metrics.judge import Judge, labels_of
 from sd_unlearn.painter import Painter
 from sd_unlearn.records import TRAIN_SEEDS, image_seed
 from sd_unlearn.student import Student
+from sd_unlearn.train_config import TrainConfig
 
 NUM_IMAGES = 60
 LEAKAGE_LIMIT, RETENTION_LIMIT = 0.02, 0.98
@@ -63,12 +65,15 @@ class RatioProbe:
         denoiser = Denoiser(
             model, self.denoiser.alphas_cumprod, self.denoiser.prediction_type, self.denoiser.num_train_timesteps
         )
-        losses = []
+        losses, network = [], self.student.model
+        training = network.training
+        network.eval()  # no dropout
         for rows in torch.arange(len(self.latents), device=self.latents.device).split(8):
             x0, noise, t = self.latents[rows], self.noise[rows], self.timesteps[rows]
             target = training_target(x0, noise, t, denoiser.alphas_cumprod, denoiser.prediction_type)  # type: ignore[arg-type]
             predicted = denoiser.predict(add_noise(x0, noise, t, denoiser.alphas_cumprod), t, self.text[rows])
             losses.append(per_example_loss(predicted, target))
+        network.train(training)
         found = torch.cat(losses)
         return float(found[self.is_positive].mean() / found[~self.is_positive].mean())
 
@@ -86,12 +91,7 @@ class LeakageProbe:
 
     def __init__(self, painter: Painter, judge: Judge, concept: Concept, seed: int) -> None:
         self.painter, self.judge, self.label = painter, judge, concept.label or concept.name
-        readable = [p for p in concept.keep_prompts if p.expect and {*p.expect, self.label} <= set(judge.labels)]
-        if not readable:
-            raise UsageError(
-                f"--probe leakage: {judge.name} can read none of the keep prompts of {concept.name!r}. "
-                "Use --probe ratio, or name in the keep prompts' braces what the judge knows."
-            )
+        readable = readable_prompts(concept, judge.labels)
         self.kept = [readable[i % len(readable)] for i in range(NUM_IMAGES)]
         self.cells = [*_cells([Prompt(concept.caption)] * NUM_IMAGES, seed), *_cells(self.kept, seed)]
 
@@ -108,6 +108,38 @@ class LeakageProbe:
         return Verdict({"probe_leakage": leakage, "probe_retention": retention}, retention - leakage, forgotten)
 
 
+def check_probe(config: TrainConfig, concept: Concept, groups: Sequence[str]) -> None:
+    """Refuse probes that could not be taken, before anything is rendered or loaded. groups: of each image.
+
+    Raises:
+        UsageError: too few images to hold some out; keep prompts that the judge cannot read; no judge.
+    """
+    if not config.probe_steps:
+        return
+    if config.probe == "ratio":
+        _check_spare(groups.count("positive"), groups.count("generic") + groups.count("mixed_in"))
+        return
+    readable_prompts(concept, labels_of(concept))
+    if concept.kind not in ("digit", "ink") and not find_spec("open_clip"):
+        raise UsageError("--probe leakage needs open_clip: pip install 'sd-unlearn[clip]', or take --probe ratio.")
+
+
+def readable_prompts(concept: Concept, labels: Sequence[str]) -> list[Prompt]:
+    """The keep prompts that a judge of these labels can read.
+
+    Raises:
+        UsageError: there is none.
+    """
+    label = concept.label or concept.name
+    readable = [p for p in concept.keep_prompts if p.expect and {*p.expect, label} <= set(labels)]
+    if not readable:
+        raise UsageError(
+            f"--probe leakage: the judge of {concept.name!r} can read none of its keep prompts. Use --probe ratio, or "
+            f"name in the keep prompts' braces what the judge knows: {', '.join(labels)}."
+        )
+    return readable
+
+
 def probe_prompts(concept: Concept) -> list[str]:
     """The captions a LeakageProbe may draw."""
     return [concept.caption, *(p.text for p in concept.keep_prompts)]
@@ -119,20 +151,25 @@ def _cells(prompts: Sequence[Prompt], seed: int) -> list[tuple[str, int]]:
 
 
 def hold_out(examples: Sequence[Example], seed: int) -> tuple[list[int], list[int]]:
-    """Indices (to train on, held out): a tenth of the positives and of the generic images, 2 to 64 of each.
+    """Indices (to train on, held out): a tenth of each set of positives and of the generic images, 2 to 64 of each.
 
     Raises:
         UsageError: too few images to spare any.
     """
     generator = torch.Generator().manual_seed(seed)
     held: list[int] = []
-    for members in (
-        [i for i, e in enumerate(examples) if e.is_positive],
-        [i for i, e in enumerate(examples) if e.group in ("generic", "mixed_in")],
-    ):
-        if len(members) < 4:
-            raise UsageError(f"--probe ratio holds out images of both folders, and one has {len(members)}; give 4.")
+    positives: dict[int, list[int]] = {}
+    for i, example in enumerate(examples):
+        if example.is_positive:
+            positives.setdefault(example.positive_set, []).append(i)
+    for members in (*positives.values(), [i for i, e in enumerate(examples) if e.group in ("generic", "mixed_in")]):
+        _check_spare(len(members))
         count = min(64, max(2, len(members) // 10))
         held += [members[i] for i in torch.randperm(len(members), generator=generator)[:count].tolist()]
     chosen = set(held)
     return [i for i in range(len(examples)) if i not in chosen], sorted(held)
+
+
+def _check_spare(*counts: int) -> None:
+    if min(counts) < 4:
+        raise UsageError(f"--probe ratio holds out images of every folder, and one has {min(counts)}; give 4.")

@@ -135,6 +135,8 @@ def check_alone(config: TrainConfig) -> None:
 def beta_of(config: TrainConfig, concept: Concept, folder: Path) -> tuple[float, str]:
     """(beta, its source) before anything is rendered: as `train` will find it once the folders are there."""
     assert config.beta != "estimate"  # check_alone
+    if concept.betas and config.beta is None:
+        return sum(concept.betas.values()), "concept"
     by_hand = not (folder / "settings.json").is_file() and any((folder / sub).is_dir() for sub in (UNLABELED, POSITIVE))
     if config.beta is not None or by_hand or (folder / DATA_MANIFEST).is_file():
         prior = resolve_beta(config.beta, folder)

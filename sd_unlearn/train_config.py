@@ -167,7 +167,9 @@ class Optimizing:
         option("AdamW, or the one with 8-bit state (needs bitsandbytes: pip install 'sd-unlearn[8bit]').", OPTIMIZER),
     ] = "adamw"
     weight_decay: Annotated[float, option("AdamW's weight decay.", OPTIMIZER)] = 1e-2
-    lr_scheduler: Annotated[Schedule, option("What the learning rate does after warm-up.", OPTIMIZER)] = "cosine"
+    lr_scheduler: Annotated[
+        Schedule, option("What the learning rate does after warm-up, of which constant has none.", OPTIMIZER)
+    ] = "cosine"
     lr_warmup_steps: Annotated[int, option("Steps of linear warm-up.", OPTIMIZER)] = 20
     max_grad_norm: Annotated[float, option("Gradients are clipped to this norm.", OPTIMIZER)] = 1.0
     train_batch_size: Annotated[
@@ -238,7 +240,7 @@ class Checkpoints:
         str | None, option("Go on from a checkpoint: latest, or the path of one.", CHECKPOINTS)
     ] = None
     force_resume: Annotated[
-        bool, option("Go on although an option that matters (beta, base, data) has changed.", CHECKPOINTS)
+        bool, option("Go on although an option that matters (beta, learning rate, data) has changed.", CHECKPOINTS)
     ] = False
 
 

@@ -5,13 +5,17 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import InitProcessGroupKwargs, set_seed
+from safetensors import SafetensorError
 
 from sd_unlearn import checkpoint, speed
 from sd_unlearn.assembly import Data, assemble, read_data, resolved
@@ -27,10 +31,11 @@ from sd_unlearn.batches import check_batch_size
 from sd_unlearn.checks import as_dict, check_train
 from sd_unlearn.concept import Concept, load_concept, write_concept
 from sd_unlearn.dataset import fingerprint, scan
-from sd_unlearn.errors import UsageError
+from sd_unlearn.errors import UnlearnError, UsageError
 from sd_unlearn.loop import Progress, Training, fit
 from sd_unlearn.optimizing import check_optimizer
 from sd_unlearn.prior import check_countable
+from sd_unlearn.probe import check_probe
 from sd_unlearn.provenance import device_name, identity_of, peak_memory_mb, training_record
 from sd_unlearn.records import (
     BEST_DIR,
@@ -47,6 +52,9 @@ from sd_unlearn.records import (
 )
 from sd_unlearn.render import data_dir_of, plan, render_concept
 from sd_unlearn.train_config import TrainConfig
+
+# How long processes wait for the first one, which alone draws previews and probes: minutes on a GPU, hours on a CPU.
+PATIENCE = timedelta(hours=12)
 
 
 def run(config: TrainConfig) -> Path:
@@ -70,15 +78,22 @@ def run(config: TrainConfig) -> Path:
         groups = [example.group for example in scan(folder, concept, config.eta)]
     if config.beta == "estimate":
         check_countable(groups.count("positive"), groups.count("generic") + groups.count("mixed_in"))
+    check_probe(config, concept, groups)
     check_output(output, config)
     resume = checkpoint.resolve(config.resume_from_checkpoint, output)
     if config.resume_from_checkpoint and not resume:
+        if (output / TRAINING).is_file():  # saved without checkpoints, or they were deleted since
+            print(f"{output} is finished and holds no checkpoint; --overwrite starts over.", file=sys.stderr)
+            return output
         print(f"--output_dir {output} holds no checkpoint yet: starting from the beginning.", file=sys.stderr)
     check_writable(folder, "--data_dir")
 
     precision = choose_precision(config.mixed_precision)
     tracker = choose_tracker(config.report_to)
-    accelerator = Accelerator(mixed_precision=precision, log_with=tracker, project_dir=str(output))
+    accelerator = Accelerator(
+        mixed_precision=precision, log_with=tracker, project_dir=str(output),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+    )  # fmt: skip
     speed.check(config, accelerator.device)
     set_seed(TRAIN_SEEDS[0] + config.seed, device_specific=True)
     loaded: list[Base] = []
@@ -148,7 +163,8 @@ def _train(
     if config.zero_terminal_snr:  # not sooner: the folders are rendered with the base's own schedule
         use_zero_terminal_snr(base)
     data = read_data(config, concept, base)
-    forced, config = config.force_resume, resolved(config, base, data)
+    forced = config.force_resume
+    config = dataclasses.replace(resolved(config, base, data), mixed_precision=accelerator.mixed_precision)
     identity = identity_of(config, concept, base, fingerprint(data.examples), accelerator.num_processes)
     if resume:
         checkpoint.check_same(resume, identity, forced)
@@ -157,13 +173,14 @@ def _train(
             return output
     training = assemble(config, concept, base, data, accelerator, identity)
     _open_run(training, keep=resume is not None)
-    accelerator.init_trackers("tensorboard")
+    accelerator.init_trackers("sd-unlearn" if config.report_to == "wandb" else "tensorboard")
     about = f"Forgetting {concept.name!r} in {base.name}: {data.counts()}, beta {config.beta:g} ({data.prior.source})."
     for line in (*data.prior.notes, about):
         accelerator.print(line, file=sys.stderr)
-    progress = fit(training, resume)
-    if accelerator.is_main_process:
-        _close_run(training, progress, base, data)
+    with _told_where_writing_fails(output):
+        progress = fit(training, resume)
+        if accelerator.is_main_process:
+            _close_run(training, progress, base, data)
     accelerator.wait_for_everyone()
     accelerator.end_training()  # last: it takes the process group down
     return output
@@ -178,9 +195,21 @@ def _open_run(training: Training, keep: bool) -> None:
         (output / TRAINING).unlink(missing_ok=True)
         settings = yaml.safe_dump(as_dict(training.config), sort_keys=False, allow_unicode=True)
         for folder in (output, output / BEST_DIR) if training.probe else (output,):
+            write_concept(folder / CONCEPT, training.concept)  # first: by it check_output knows a run
             write_text(folder / CONFIG, settings)
-            write_concept(folder / CONCEPT, training.concept)
     training.accelerator.wait_for_everyone()
+
+
+@contextmanager
+def _told_where_writing_fails(output: Path) -> Iterator[None]:
+    """A full disk is no fault of ours: say what to do, and that what was saved before is still there."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        kept = checkpoint.found(output)
+        way_on = f"go on from {kept[-1]} with --resume_from_checkpoint latest" if kept else "start again"
+        raise UnlearnError(f"Cannot write to {output}: {reason}. Make room, and {way_on}.") from error
 
 
 def _close_run(training: Training, progress: Progress, base: Base, data: Data) -> None:

@@ -33,6 +33,7 @@ class MetricsLog:
         self.accelerator, self.path = accelerator, run / METRICS
         shown = self.accelerator.is_main_process
         if shown:  # a resumed run takes back what was logged after its checkpoint
+            _drop_torn_line(self.path)
             kept = [line for line in read_jsonl(self.path) if line["step"] <= step] if self.path.is_file() else []
             write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         self.file = open(self.path if shown else os.devnull, "a", encoding="utf-8")
@@ -60,13 +61,21 @@ class MetricsLog:
         self.file.flush()
 
 
+def _drop_torn_line(path: Path) -> None:
+    """Take back a last line without an end, as a full disk leaves it."""
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    if text and not text.endswith("\n"):
+        write_text(path, text[: text.rfind("\n") + 1])
+
+
 @contextmanager
 def stop_requests(accelerator: Accelerator) -> Iterator[Any]:
     """Ctrl-C and SIGTERM are noted, not obeyed at once; yields asked(together) -> whether to stop after this step.
 
     A second Ctrl-C, two seconds later or more, is obeyed at once; sooner it may be the same one, which the terminal and
     a launcher both pass on. Several processes must stop at the same step, so they agree on it, which waits
-    for the device: only where `together` says so.
+    for a GPU: there only where `together` says so. On a CPU, where steps are slow, at every step: after a Ctrl-C
+    torch's launcher waits only so long (usually 30 seconds) before it kills.
     """
     noted: list[float] = []
 
@@ -81,7 +90,7 @@ def stop_requests(accelerator: Accelerator) -> Iterator[Any]:
     def asked(together: bool) -> bool:
         if accelerator.num_processes == 1:
             return bool(noted)
-        if not together:
+        if not together and accelerator.device.type != "cpu":
             return False
         return bool(accelerator.reduce(torch.tensor(float(bool(noted)), device=accelerator.device), "sum") > 0)
 

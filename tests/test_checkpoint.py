@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from accelerate import Accelerator
 from PIL import Image
 from train_runs import ADAPTER, Config, flags, make, rendered, settings
 
@@ -191,6 +192,32 @@ def test_a_finished_run_has_nothing_to_go_on_with(
     assert {p: p.stat().st_mtime_ns for p in Path("run").rglob("*")} == before
 
 
+def test_a_finished_run_without_checkpoints_is_not_trained_again(
+    whole: Path, make_config: Config, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Saved without them, or they were deleted since: the command that may be repeated must not empty the folder."""
+    run = shutil.copytree(whole, Path("run"))
+    before = {p: p.stat().st_mtime_ns for p in run.rglob("*")}
+    for forced in (False, True):
+        assert trainer.run(make_config("run", resume_from_checkpoint="latest", force_resume=forced)) == run
+        assert "run is finished" in capsys.readouterr().err
+    assert {p: p.stat().st_mtime_ns for p in run.rglob("*")} == before
+
+
+@pytest.mark.parametrize("part", ["write_concept", "write_text"])
+def test_a_run_killed_while_its_folder_is_made_can_be_started_again(
+    make_config: Config, whole: Path, monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, part, killed)
+        with pytest.raises(KeyboardInterrupt):
+            trainer.run(make_config("run", resume_from_checkpoint="latest"))
+    assert same(trainer.run(make_config("run", resume_from_checkpoint="latest")), whole)
+
+
 @pytest.mark.parametrize(
     ("change", "told"),
     [({"beta": 0.3}, r"--beta was 0\.\d+ and is 0\.3"), ({"push": 1.0}, "--push was 2.0 and is 1.0"),
@@ -224,6 +251,46 @@ def test_forced_it_goes_on_all_the_same(stopped: Path, make_config: Config, whol
     assert not same(stopped, whole)
 
 
+def test_forced_the_learning_rate_is_the_one_that_is_given(stopped: Path, make_config: Config) -> None:
+    """It is what a run that diverged is told to lower."""
+    trainer.run(make_config("run", resume_from_checkpoint="latest", force_resume=True, learning_rate=1e-4))
+    rates = [line["lr"] for line in read_jsonl(stopped / "metrics.jsonl")]
+    assert len(rates) == 3
+    assert 0 < max(rates) < 1e-4
+
+
+def test_forced_it_goes_on_with_fewer_images_and_other_captions(
+    stopped: Path, make_config: Config, place: Path
+) -> None:
+    data = shutil.copytree(place / "data", Path("photos"))
+    for path in (*data.glob("*.json"), *data.glob("*/*.jsonl"), *data.glob("*/keep*"), *data.glob("*/*-0000[2-9].png")):
+        path.unlink(missing_ok=True)
+    options = {"data_dir": data, "caption_mode": "own", "train_batch_size": 4}
+    trainer.run(make_config("run", resume_from_checkpoint="latest", force_resume=True, **options))
+    assert read_json(stopped / "training.json")["caption_mode"] == "own"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"rank": 3}, {"lora_targets": "attention+mlp"}, {"use_dora": True}, {"train_text_encoder": True},
+     {"method": "full", "lora_dropout": 0.0}, {"optimizer": "adamw8bit"}],
+)  # fmt: skip
+def test_not_even_by_force_do_weights_go_where_they_do_not_fit(
+    stopped: Path, make_config: Config, change: dict[str, object]
+) -> None:
+    name = next(iter(change))
+    with pytest.raises(UsageError, match=rf"--{name} was .*cannot put its weights"):
+        trainer.run(make_config("run", resume_from_checkpoint="latest", force_resume=True, **change))
+    assert checkpoint.found(stopped)
+
+
+def test_checkpoints_of_a_way_that_was_left_go_before_new_ones() -> None:
+    accelerator, weights = Accelerator(), {"w": torch.zeros(1)}
+    for step, limit in ((3, 3), (6, 3), (9, 3), (4, 1)):  # at last it went on from step 3 again
+        checkpoint.save(Path("run"), step, weights, {}, {}, accelerator, limit)
+    assert [p.name for p in checkpoint.found(Path("run"))] == ["step-000004"]
+
+
 def test_other_images_are_refused(stopped: Path, make_config: Config, place: Path) -> None:
     data = shutil.copytree(place / "data", Path("data"))
     Image.new("RGB", (32, 32), (1, 2, 3)).save(data / "1_positive" / "positive-00001.png")
@@ -245,6 +312,44 @@ def test_a_full_disk_costs_only_the_new_checkpoint(stopped: Path, make_config: C
     assert same(stopped, whole)
 
 
+@pytest.mark.parametrize("at", [10, 25])
+def test_a_disk_that_fills_up_while_a_line_is_logged_or_the_end_is_written(
+    stopped: Path, make_config: Config, whole: Path, monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill(*_: object) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+
+    name = (loop.Tools, "step") if at == 10 else (trainer, "_close_run")
+    real, taken = getattr(*name), list(range(8, 30))
+
+    def filled(*arguments: object) -> object:
+        if at == 25 or taken.pop(0) == at:
+            fill()
+        return real(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(*name, filled)
+        try:
+            with pytest.raises(
+                UnlearnError, match=r"Cannot write to run: .*step-0000.*--resume_from_checkpoint latest"
+            ):
+                trainer.run(make_config("run", resume_from_checkpoint="latest", checkpointing_steps=24))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    trainer.run(make_config("run", resume_from_checkpoint="latest"))
+    assert same(stopped, whole)
+
+
+def test_a_logged_line_that_was_cut_short_is_no_reason_not_to_go_on(
+    stopped: Path, make_config: Config, whole: Path
+) -> None:
+    (stopped / "metrics.jsonl").write_text('{"step": 5, "lo')
+    trainer.run(make_config("run", resume_from_checkpoint="latest"))
+    assert same(stopped, whole)
+
+
 @pytest.mark.parametrize("name", ["state.pt", "weights.safetensors"])
 def test_a_damaged_checkpoint_is_named(stopped: Path, make_config: Config, name: str) -> None:
     path = checkpoint.found(stopped)[-1] / name
@@ -258,6 +363,14 @@ def test_another_number_of_processes_is_refused(stopped: Path, make_config: Conf
     path.write_text(json.dumps(read_json(path) | {"processes": 2}))
     with pytest.raises(UsageError, match="processes was 2 and is 1"):
         trainer.run(make_config("run", resume_from_checkpoint="latest"))
+
+
+def test_the_random_states_of_more_gpus_than_there_are_now_do_no_harm(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[list[torch.Tensor]] = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_rng_state_all", given.append)
+    checkpoint.restore_random_state(checkpoint.random_state() | {"cuda": [torch.zeros(16), torch.ones(16)]})
+    assert [len(states) for states in given] == [1]
 
 
 def test_random_states_come_back() -> None:

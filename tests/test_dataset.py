@@ -17,6 +17,7 @@ from sd_unlearn.concept import Concept
 from sd_unlearn.dataset import (
     encode_captions,
     encode_images,
+    fingerprint,
     has_negatives,
     load_pixels,
     positive_sets,
@@ -288,7 +289,7 @@ def test_latents_of_a_vae_that_answers_channels_last(
         assert torch.allclose(ours, theirs, atol=1e-5)
 
 
-@pytest.mark.parametrize("change", ["resolution", "picture", "order", "base"])
+@pytest.mark.parametrize("change", ["resolution", "picture", "order", "base", "vae"])
 def test_another_question_is_not_answered_from_the_cache(
     loaded_base: Base, photos: Photos, concept: Concept, tmp_path: Path, change: str
 ) -> None:
@@ -300,12 +301,20 @@ def test_another_question_is_not_answered_from_the_cache(
         Image.new("RGB", (32, 32), (9, 9, 9)).save(examples[0].path)
     elif change == "order":
         examples.reverse()
+    elif change == "vae":
+        loaded_base.pipeline.vae.encoder.conv_in.weight.data += 1
     else:
         loaded_base.sha256 = "another"
     encode_images(loaded_base, examples, resolution, tmp_path / "cache")
     assert len(list((tmp_path / "cache").iterdir())) == 2
     if change == "order":
         assert torch.equal(encode_images(loaded_base, examples, 32, tmp_path / "cache")[0], first.flip(0))
+
+
+def test_a_picture_in_another_set_is_another_data_set(photos: Photos, concept: Concept) -> None:
+    examples = scan(photos(), concept)
+    assert fingerprint(examples) == fingerprint(list(examples))
+    assert fingerprint(examples) != fingerprint([*examples[:-1], dataclasses.replace(examples[-1], positive_set=1)])
 
 
 def test_text_is_embedded_as_the_pipeline_does_it(loaded_base: Base) -> None:

@@ -106,8 +106,9 @@ def become(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     calls: list[list[str]] = []
     for name in launch.STARTED:
         monkeypatch.delenv(name, raising=False)
-    for name, value in (VAIN | {"OMP_NUM_THREADS": "1"}).items():
+    for name, value in (VAIN | {"OMP_NUM_THREADS": "1", launch.GRACE: ""}).items():
         monkeypatch.setenv(name, value)
+    monkeypatch.delenv(launch.GRACE)
     monkeypatch.setattr(os, "execv", lambda program, arguments: calls.append([program, *arguments]))
     monkeypatch.setattr(sys, "argv", ["train.py", "--concept", "Brad Pitt"])
     monkeypatch.setattr(launch, "_cores", lambda: 6)
@@ -133,6 +134,7 @@ def test_the_process_is_replaced_with_its_own_arguments(
         [*several, "-m", "sd_unlearn.cli", "--concept", "Brad Pitt"],
     ]
     assert os.environ["OMP_NUM_THREADS"] == "3"
+    assert int(os.environ[launch.GRACE]) > 600  # the steps of a real Stable Diffusion take minutes here
     out, err = capsys.readouterr()
     assert (out, set(err.splitlines())) == ("", {"Starting 2 processes on the CPU, 3 thread(s) each."})
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +17,9 @@ from train_runs import ADAPTER, Config, make, rendered
 
 from sd_unlearn import assembly, checkpoint, loop, trainer
 from sd_unlearn.batches import Batch
+from sd_unlearn.dataset import Example
 from sd_unlearn.errors import UnlearnError, UsageError
-from sd_unlearn.probe import Verdict
+from sd_unlearn.probe import RatioProbe, Verdict, hold_out
 from sd_unlearn.records import read_json, read_jsonl
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -108,6 +112,76 @@ def test_the_ratio_probe_sees_a_concept_being_forgotten(make_config: Config) -> 
     assert ratios[-1] > 1.001
 
 
+def test_the_ratio_probe_sees_the_network_without_dropout(make_config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, alike, mode = RatioProbe.__call__, [], []
+
+    def twice(self: RatioProbe) -> Verdict:
+        alike.append(real(self) == real(self))
+        mode.append(self.student.model.training)
+        return real(self)
+
+    monkeypatch.setattr(RatioProbe, "__call__", twice)
+    options = {"probe_steps": 4, "learning_rate": 0.03, "lora_dropout": 0.5}
+    run = trainer.run(make_config("run", **options))
+    assert (alike, mode) == ([True] * 3, [True] * 3)
+    ratios = [line["probe_ratio"] for line in read_jsonl(run / "metrics.jsonl") if "probe_ratio" in line]
+    assert ratios[-1] != ratios[0]
+
+
+def test_images_of_every_set_are_held_out() -> None:
+    sets = [Example(Path(f"{n}"), "", "positive", n >= 4) for n in range(44)]
+    others = [Example(Path(f"u{n}"), "", "generic") for n in range(40)]
+    for seed in range(20):
+        kept, held = hold_out([*sets, *others], seed)
+        assert sorted(kept + held) == list(range(84))
+        assert [sum(low <= i < high for i in held) for low, high in ((0, 4), (4, 44), (44, 84))] == [2, 4, 4]
+    with pytest.raises(UsageError, match="one has 3"):
+        hold_out([*sets[1:], *others], 0)
+
+
+def test_too_few_images_to_hold_any_out_are_refused_before_a_base_is_loaded(
+    make_config: Config, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(trainer, "load_base", lambda *_: pytest.fail("a base was loaded"))
+    with pytest.raises(UsageError, match="one has 3; give 4"):
+        trainer.run(make_config("run", probe_steps=1, num_positive=3, data_dir=tmp_path / "data"))
+    assert not (tmp_path / "data").exists()
+
+
+def test_a_run_interrupted_as_it_ends_early_is_not_trained_further(
+    make_config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def judged(self: object) -> Verdict:
+        os.kill(os.getpid(), signal.SIGINT)
+        return Verdict({"probe_ratio": 0.0}, -math.inf)
+
+    monkeypatch.setattr("sd_unlearn.probe.RatioProbe.__call__", judged)
+    options = {"probe_steps": 4, "early_stopping_patience": 1}
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run(make_config("run", **options))
+    run = trainer.run(make_config("run", **options, resume_from_checkpoint="latest"))
+    assert read_json(run / "training.json")["cost"]["steps"] == 4
+
+
+def test_previews_show_the_weights_that_will_be_saved(make_config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[dict[str, torch.Tensor]] = []
+    monkeypatch.setattr("sd_unlearn.painter.Painter.preview", lambda self, *_: seen.append(weights_of(self.network)))
+    run = trainer.run(make_config("run", validation_steps=12, ema_decay=0.9))
+    (shown,) = seen
+    for name, value in load_file(run / ADAPTER).items():
+        assert torch.equal(shown[name], value)
+
+
+def weights_of(network: Any) -> dict[str, torch.Tensor]:
+    return {n.replace(".default", ""): p.detach().clone() for n, p in network.named_parameters() if p.requires_grad}
+
+
+def test_shares_are_logged_when_they_were_asked_for(make_config: Config) -> None:
+    lines = read_jsonl(trainer.run(make_config("run", gradient_share_steps=4)) / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [4, 8, 10, 12]
+    assert ["share_u" in line for line in lines] == [True, True, False, True]
+
+
 def test_held_out_images_are_never_trained_on(make_config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
     real = assembly.StratifiedBatches
@@ -143,15 +217,17 @@ def test_the_leakage_probe_stops_where_its_rule_says(make_config: Config, monkey
             return Reading({"label": self.labels}, {"label": seen.numpy()}, seen.numpy())
 
     monkeypatch.setattr(assembly, "make_judge", lambda concept: Told())
+    monkeypatch.setattr("sd_unlearn.probe.labels_of", lambda concept: Told.labels)
     options = {"probe": "leakage", "probe_steps": 2, "stop_when_forgotten": True}
     run = trainer.run(make_config("run", **options))
     probes = [line for line in read_jsonl(run / "metrics.jsonl") if "probe_leakage" in line]
     assert [line["probe_leakage"] for line in probes] == [0.5, 0.0, 0.5, 0.0, 0.0]
     assert all(line["probe_retention"] == 1 for line in probes)
     assert (read_json(run / "training.json")["cost"]["steps"], len(list((run / "best").iterdir()))) == (10, 4)
-    Told.labels = ("Brad Pitt", "a bird")
-    with pytest.raises(UsageError, match="--probe leakage: told can read none of the keep prompts"):
-        trainer.run(make_config("other", **options))
+    monkeypatch.setattr(trainer, "load_base", lambda *_: pytest.fail("a base was loaded"))
+    for Told.labels in (("Brad Pitt", "a bird"), ("a dog", "a cat")):
+        with pytest.raises(UsageError, match="--probe leakage: the judge of 'Brad Pitt' can read none .*a "):
+            trainer.run(make_config("other", **options))
 
 
 def test_the_saved_weights_are_the_moving_average(make_config: Config) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from sd_unlearn.errors import UsageError
-from sd_unlearn.optimizing import GuardedSteps, MovingAverage, check_optimizer, make_optimizer, make_schedule
+from sd_unlearn.optimizing import GuardedSteps, MovingAverage, check_optimizer, make_optimizer, make_schedule, set_rates
 from sd_unlearn.train_config import Optimizing
 
 
@@ -85,6 +85,28 @@ def test_schedules(name: str, early: float, middle: float, end: float) -> None:
         schedule.step()
     rates.append(schedule.get_last_lr()[0])
     assert (rates[5], rates[60], rates[110]) == pytest.approx((early, middle, end), abs=1e-6)
+
+
+def test_rates_are_the_options_at_the_step_where_a_run_stands() -> None:
+    found = parameters()
+    old, new = (
+        Optimizing(lr_scheduler="linear", lr_warmup_steps=0, max_train_steps=10, learning_rate=rate, weight_decay=rate)
+        for rate in (1.0, 0.5)
+    )
+    optimizer = make_optimizer(found, old)
+    schedule = make_schedule(optimizer, old)
+    for _ in range(4):
+        optimizer.step()
+        schedule.step()
+    before = optimizer.state_dict()["param_groups"]
+    set_rates(optimizer, schedule, old)
+    assert optimizer.state_dict()["param_groups"] == before
+    set_rates(optimizer, schedule, new)
+    (group,) = optimizer.param_groups
+    assert (group["lr"], group["weight_decay"], schedule.get_last_lr()) == (pytest.approx(0.3), 0.5, [group["lr"]])
+    optimizer.step()
+    schedule.step()
+    assert group["lr"] == pytest.approx(0.25)
 
 
 def test_the_moving_average_is_the_formula() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 from collections.abc import Callable
@@ -114,6 +115,9 @@ def test_beta_is_known_before_anything_is_rendered(make: Make, concept: Concept,
     assert sweep.beta_of(make(num_unlabeled=1), concept, Path("data")) == (0.5, "manifest")
     assert sweep.beta_of(make(num_mixed_in=0), concept, Path("data")) == (0.1, "assumed")
     assert sweep.beta_of(make(), concept, photos()) == (0.1, "assumed")
+    several = dataclasses.replace(concept, betas={"1_positive": 0.25, "1_positive_2": 0.125})
+    assert sweep.beta_of(make(), several, Path("data")) == (0.375, "concept")
+    assert sweep.beta_of(make(beta=0.3), several, Path("data")) == (0.3, "option")
     write_json(Path("data/manifest.json"), {"beta": 0.25})
     assert sweep.beta_of(make(), concept, Path("data")) == (0.25, "manifest")
 

@@ -73,4 +73,13 @@ def make_judge(concept: Concept, clip_model: str = CLIP_MODEL, clip_pretrained: 
         return DigitsJudge()
     from sd_unlearn.metrics.clip import ClipJudge
 
-    return ClipJudge([concept.label or concept.name, *concept.alternatives], clip_model, clip_pretrained)
+    return ClipJudge(labels_of(concept), clip_model, clip_pretrained)
+
+
+def labels_of(concept: Concept) -> tuple[str, ...]:
+    """What the judge of a concept can tell apart, without loading it."""
+    if concept.kind in ("digit", "ink"):
+        from sd_unlearn.metrics.digits import DigitsJudge
+
+        return DigitsJudge.labels
+    return (concept.label or concept.name, *concept.alternatives)
