@@ -139,7 +139,8 @@ def test_the_command_says_how_to_go_on(
 
 @pytest.mark.parametrize(
     "options",
-    [{"optimizer": "adamw8bit"}, {"method": "full", "target": "noise"}, {"method": "full"},
+    [{"optimizer": "adamw8bit"}, {"method": "full", "lora_dropout": 0.0, "target": "noise"},
+     {"method": "full", "lora_dropout": 0.0},
      {"train_text_encoder": True}, {"use_dora": True, "lora_targets": "all_linear+conv"},
      {"probe_steps": 3, "gradient_share_steps": 2, "validation_steps": 5}],
 )  # fmt: skip
