@@ -101,7 +101,11 @@ class Weights:
     """Which weights learn."""
 
     method: Annotated[
-        Method, option("A LoRA, or the whole UNet (full: the paper's setting; nothing to load as a LoRA).", WEIGHTS)
+        Method,
+        option(
+            "A LoRA, or the whole UNet (full: as in the paper, with --learning_rate 1e-5; nothing to load as a LoRA).",
+            WEIGHTS,
+        ),
     ] = "lora"
     rank: Annotated[int, option("LoRA rank.", WEIGHTS)] = 8
     lora_alpha: Annotated[
