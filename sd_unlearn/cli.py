@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
@@ -61,7 +62,9 @@ def train(config: Annotated[TrainConfig, Parameter(name="*")] = TrainConfig()) -
         return
     from sd_unlearn import trainer
 
-    print(trainer.run(config))
+    folder = trainer.run(config)
+    if os.environ.get("RANK", "0") == "0":  # several processes, one answer
+        print(folder)
 
 
 @app.command
