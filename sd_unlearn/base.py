@@ -192,5 +192,6 @@ def network_sha256(network: Any) -> str:
     digest = hashlib.sha256()
     for key, value in sorted(network.state_dict().items()):
         digest.update(key.encode())
-        digest.update(value.to("cpu", torch.float16).contiguous().view(torch.uint8).numpy().tobytes())
+        half = value.to("cpu", torch.float16).contiguous().view(-1)  # flat: a side of 1 may have any stride
+        digest.update(half.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
