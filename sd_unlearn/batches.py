@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sd_unlearn.concept import Concept
-from sd_unlearn.dataset import Example, has_negatives, positive_sets
+from sd_unlearn.dataset import Example, has_negatives, members_of_sets, positive_sets
 from sd_unlearn.diffusion import sample_timesteps
 from sd_unlearn.errors import UsageError
 from sd_unlearn.risk import NORMAL, UNLABELED
@@ -43,12 +43,11 @@ class Batch:
 
     def rows_held(self) -> Tensor:
         """[H] long: keep images under a caption. Those without one have no guidance that could be held."""
-        plain = (self.bracket == PLAIN) & ~self.unconditional
-        return torch.nonzero(plain)[:, 0] if self.held is None else self.held
+        return _held(self.bracket, self.unconditional) if self.held is None else self.held
 
     def rows_pushed(self) -> Tensor:
         """[P] long: positives in brackets."""
-        return torch.nonzero(self.is_positive & (self.bracket != PLAIN))[:, 0] if self.pushed is None else self.pushed
+        return _pushed(self.label, self.bracket) if self.pushed is None else self.pushed
 
     @property
     def is_positive(self) -> Tensor:
@@ -61,6 +60,14 @@ class Batch:
         kept |= {"held": None, "pushed": None}
         kept |= {name: value[rows] for name, value in kept.items() if isinstance(value, Tensor)}
         return Batch(**kept)
+
+
+def _held(bracket: Tensor, unconditional: Tensor) -> Tensor:
+    return torch.nonzero((bracket == PLAIN) & ~unconditional)[:, 0]
+
+
+def _pushed(label: Tensor, bracket: Tensor) -> Tensor:
+    return torch.nonzero((label >= 0) & (bracket != PLAIN))[:, 0]
 
 
 class Cycle:
@@ -173,10 +180,7 @@ class StratifiedBatches:
         self.unconditional, self.noise_offset = unconditional, noise_offset
         self.examples, (self.mean, self.std), self.embeddings = examples, latents, captions
         self.brackets = captions_of_brackets(concept, mode)
-        sets: dict[int, list[int]] = {}
-        for i, example in enumerate(examples):
-            if example.is_positive:
-                sets.setdefault(example.positive_set, []).append(i)
+        sets = members_of_sets(examples)
         self.positives = ["positive", *(f"positive {k}" for k in range(1, len(sets)))]
         outside = ("positive", "negative", "keep")
         self.pools = {  # their order seeds their cycles
@@ -272,16 +276,13 @@ class StratifiedBatches:
     def _batch(self, rows: list[Row], latents: Tensor, noise: Tensor, timesteps: Tensor) -> Batch:
         examples = [self.examples[row.example] for row in rows]
         taught = [row.caption if row.bracket == PLAIN else e.caption for row, e in zip(rows, examples, strict=True)]
-        labels, empty = [_label(e) for e in examples], [row.caption == "" for row in rows]
-        plain = [row.bracket == PLAIN for row in rows]
-        held = [n for n in range(len(rows)) if plain[n] and not empty[n]]
-        pushed = [n for n in range(len(rows)) if labels[n] >= 0 and not plain[n]]
+        label, bracket = torch.tensor([_label(e) for e in examples]), torch.tensor([row.bracket for row in rows])
+        unconditional = torch.tensor([row.caption == "" for row in rows])
         return Batch(
             self._send(latents), self._embed([row.caption for row in rows]), self._embed(taught),
-            self._send(torch.tensor(labels)), self._send(torch.tensor([row.bracket for row in rows])),
-            len(self.brackets), self._send(timesteps), self._send(noise), self._send(torch.tensor(empty)),
-            self._send(torch.tensor([self.parts / row.kind for row in rows])),
-            self._send(torch.tensor(held, dtype=torch.long)), self._send(torch.tensor(pushed, dtype=torch.long)),
+            self._send(label), self._send(bracket), len(self.brackets), self._send(timesteps), self._send(noise),
+            self._send(unconditional), self._send(torch.tensor([self.parts / row.kind for row in rows])),
+            self._send(_held(bracket, unconditional)), self._send(_pushed(label, bracket)),
         )  # fmt: skip
 
     def _embed(self, captions: list[str]) -> Tensor:

@@ -28,6 +28,8 @@ _NAME = re.compile(r"step-(\d+)")
 # Options that decide which tensors a checkpoint holds: into others they cannot be put.
 _SHAPING = {"--method", "--rank", "--lora_targets", "--use_dora", "--train_text_encoder", "--optimizer", "processes"}
 
+_UNWRITTEN = (OSError, RuntimeError, SafetensorError, UnlearnError)  # each writer has its own for a full disk
+
 
 def save(
     run: Path, step: int, weights: dict[str, torch.Tensor], state: dict[str, Any], identity: dict[str, Any],
@@ -47,12 +49,7 @@ def save(
     if accelerator.is_main_process:
         try:
             _write(target, weights, state | {"random": random_states, "step": step}, identity)
-        except (
-            OSError,
-            RuntimeError,
-            SafetensorError,
-            UnlearnError,
-        ) as failure:  # each writer has its own for a full disk
+        except _UNWRITTEN as failure:
             error = [str(getattr(failure, "strerror", None) or str(failure).splitlines()[0])]
         else:
             places = found(run)

@@ -46,6 +46,15 @@ def positive_sets(folder: Path) -> list[str]:
     return sorted(p.name for p in folder.glob(f"{POSITIVE}*") if p.is_dir()) or [POSITIVE]
 
 
+def members_of_sets(examples: Sequence[Example]) -> dict[int, list[int]]:
+    """The number of each set of positives -> the indices of its examples."""
+    sets: dict[int, list[int]] = {}
+    for i, example in enumerate(examples):
+        if example.is_positive:
+            sets.setdefault(example.positive_set, []).append(i)
+    return sets
+
+
 def has_negatives(folder: Path, eta: float) -> bool:
     """Whether there are images known to be normal, and they count."""
     return eta > 0 and (folder / NEGATIVE).is_dir()

@@ -9,7 +9,7 @@ read them; the best is where retention - leakage is largest.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import Protocol
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from sd_unlearn.concept import Concept, Prompt
-from sd_unlearn.dataset import Example
+from sd_unlearn.dataset import Example, members_of_sets
 from sd_unlearn.denoiser import Denoiser
 from sd_unlearn.diffusion import add_noise, per_example_loss, sample_timesteps, training_target
 from sd_unlearn.errors import UsageError
@@ -62,9 +62,7 @@ class RatioProbe:
 
     @torch.no_grad()
     def _ratio(self, model: nn.Module) -> float:
-        denoiser = Denoiser(
-            model, self.denoiser.alphas_cumprod, self.denoiser.prediction_type, self.denoiser.num_train_timesteps
-        )
+        denoiser = replace(self.denoiser, model=model)
         losses, network = [], self.student.model
         training = network.training
         network.eval()  # no dropout
@@ -158,11 +156,10 @@ def hold_out(examples: Sequence[Example], seed: int) -> tuple[list[int], list[in
     """
     generator = torch.Generator().manual_seed(seed)
     held: list[int] = []
-    positives: dict[int, list[int]] = {}
-    for i, example in enumerate(examples):
-        if example.is_positive:
-            positives.setdefault(example.positive_set, []).append(i)
-    for members in (*positives.values(), [i for i, e in enumerate(examples) if e.group in ("generic", "mixed_in")]):
+    for members in (
+        *members_of_sets(examples).values(),
+        [i for i, e in enumerate(examples) if e.group in ("generic", "mixed_in")],
+    ):
         _check_spare(len(members))
         count = min(64, max(2, len(members) // 10))
         held += [members[i] for i in torch.randperm(len(members), generator=generator)[:count].tolist()]

@@ -27,10 +27,8 @@ from sd_unlearn.prior import ASSUMED_BETA, resolve_beta
 from sd_unlearn.records import (
     CONCEPT,
     DATA_MANIFEST,
-    POSITIVE,
     RESULTS,
     TRAINING,
-    UNLABELED,
     check_writable,
     weights_sha256,
     write_json,
@@ -137,8 +135,7 @@ def beta_of(config: TrainConfig, concept: Concept, folder: Path) -> tuple[float,
     assert config.beta != "estimate"  # check_alone
     if concept.betas and config.beta is None:
         return sum(concept.betas.values()), "concept"
-    by_hand = not (folder / "settings.json").is_file() and any((folder / sub).is_dir() for sub in (UNLABELED, POSITIVE))
-    if config.beta is not None or by_hand or (folder / DATA_MANIFEST).is_file():
+    if config.beta is not None or trainer.has_own_photos(folder) or (folder / DATA_MANIFEST).is_file():
         prior = resolve_beta(config.beta, folder)
         return prior.beta, prior.source
     counts: dict[str, int] = {}

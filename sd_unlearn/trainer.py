@@ -72,7 +72,7 @@ def run(config: TrainConfig) -> Path:
     if config.zero_terminal_snr:
         check_zero_terminal_snr(name)
     folder, output = data_dir_of(config, concept), config.output_dir or Path("runs") / concept.slug
-    own_photos = _own_photos(folder)
+    own_photos = has_own_photos(folder)
     check_batch_size(config, concept, folder)
     if own_photos:
         groups = [example.group for example in scan(folder, concept, config.eta)]
@@ -112,7 +112,7 @@ def run(config: TrainConfig) -> Path:
     return _train(config, concept, get_base(), accelerator, resume)
 
 
-def _own_photos(folder: Path) -> bool:
+def has_own_photos(folder: Path) -> bool:
     """Whether somebody put images there by hand: folders that `render` did not start."""
     started = (folder / "settings.json").is_file() or (folder / DATA_MANIFEST).is_file()
     return not started and ((folder / UNLABELED).is_dir() or (folder / POSITIVE).is_dir())

@@ -19,12 +19,12 @@ from conftest import CONCEPT_FILE, scheduled, tree
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
+from train_runs import rendered
 
 from sd_unlearn import assembly, cli, loop, lora, render, trainer
 from sd_unlearn.base import Base, Sampling, load_base
 from sd_unlearn.batches import StratifiedBatches
 from sd_unlearn.concept import read_concept
-from sd_unlearn.config import RenderConfig
 from sd_unlearn.denoiser import Denoiser
 from sd_unlearn.errors import UnlearnError, UsageError
 from sd_unlearn.prior import ASSUMED_BETA
@@ -47,15 +47,7 @@ def _quick_previews() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def place(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a concept file and its rendered images, which training must leave alone."""
-    folder = tmp_path_factory.mktemp("place")
-    (folder / "brad.yaml").write_text(CONCEPT_FILE)
-    render.run(
-        RenderConfig(
-            concept=str(folder / "brad.yaml"), pretrained_model_name_or_path=str(tiny_base),
-            data_dir=folder / "data", num_inference_steps=2,
-        )
-    )  # fmt: skip
-    return folder
+    return rendered(tmp_path_factory.mktemp("place"), tiny_base, CONCEPT_FILE)
 
 
 @pytest.fixture(scope="module")

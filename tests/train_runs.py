@@ -19,9 +19,9 @@ FILE = CONCEPT_FILE.replace(
 )
 
 
-def rendered(folder: Path, tiny_base: Path) -> Path:
+def rendered(folder: Path, tiny_base: Path, concept: str = FILE) -> Path:
     """A folder with a concept file and its rendered images."""
-    (folder / "brad.yaml").write_text(FILE)
+    (folder / "brad.yaml").write_text(concept)
     render.run(
         RenderConfig(
             concept=str(folder / "brad.yaml"), pretrained_model_name_or_path=str(tiny_base),
