@@ -54,7 +54,7 @@ class Row:
 
     metric: str
     group: str
-    subject: str  # base | lora
+    subject: str  # base, or the id of a LoRA or folder of images
     value: float | None  # None: unknown, e.g. a ratio over zero
     n: int
     low: float | None = None
@@ -62,21 +62,28 @@ class Row:
     detector: str = ""
     interval: str = ""  # wilson | paired-bootstrap | bootstrap | none
     note: str = ""
+    concept: str = ""
+    seeds: tuple[float, ...] | None = None  # the value for each of several seeds
 
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-    """One prompt and seed drawn with and without the LoRA; paths are relative to the run folder."""
+    """One prompt and seed drawn with and without a LoRA; paths are relative to the folder of results.json."""
 
-    prompt: str
+    concept: str
+    subject: str
     group: str
+    prompt: str
     seed: int
-    base: str
-    lora: str
+    base: str  # "" where there is none
+    image: str
     expected: str = ""
     base_read: str = ""
-    lora_read: str = ""
+    image_read: str = ""
     leak: bool = False
+    lost: bool = False  # was as asked, and is no more
+    faces: tuple[tuple[float, ...], ...] = ()  # [x0, y0, x1, y1] as shares of width and height
+    base_faces: tuple[tuple[float, ...], ...] = ()
 
 
 def image_seed(span: tuple[int, int], seed: int, prompt: str, index: int) -> int:
