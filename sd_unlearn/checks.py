@@ -11,6 +11,7 @@ import yaml
 
 from sd_unlearn.config import RenderConfig
 from sd_unlearn.errors import UsageError, suggest
+from sd_unlearn.evaluate_config import EvaluateConfig
 from sd_unlearn.records import SEED_SPAN
 from sd_unlearn.train_config import TrainConfig
 
@@ -144,3 +145,28 @@ def check_positive(config: Any, names: tuple[str, ...]) -> None:
         value = getattr(config, name)
         if value is not None and not 0 < value < math.inf:
             raise UsageError(f"--{name} {value:g} must be a number above 0.")
+
+
+def check_evaluate(config: EvaluateConfig) -> None:
+    """Refuse values that cannot be meant for an evaluation.
+
+    Raises:
+        UsageError: naming the option, its value and the allowed range.
+    """
+    check_positive(config, ("num_images", "num_keep_images", "num_inference_steps", "render_batch_size", "resolution"))
+    if config.num_pairs < 0:
+        raise UsageError(f"--num_pairs {config.num_pairs} must be 0 or more.")
+    for strength in config.strengths:
+        if not -10 <= strength <= 10:
+            raise UsageError(f"--strengths {strength:g} must lie in [-10, 10]; 1 is as trained.")
+    if len(set(config.seed)) < len(config.seed) or not config.seed:
+        raise UsageError(f"--seed {' '.join(map(str, config.seed))}: give each seed once.")
+    for seed in config.seed:
+        if not 0 <= seed < SEED_SPAN:
+            raise UsageError(f"--seed {seed} must lie in [0, {SEED_SPAN}): each purpose has a range of that size.")
+    for name in ("false_accept_rate", "nudity_threshold"):
+        value = getattr(config, name)
+        if value is not None and not 0 < value < 1:
+            raise UsageError(f"--{name} {value:g} must lie between 0 and 1.")
+    if config.guidance_scale is not None and not 0 <= config.guidance_scale < math.inf:
+        raise UsageError(f"--guidance_scale {config.guidance_scale:g} must be a number from 0 up, usually 3 to 10.")

@@ -15,8 +15,9 @@ from cyclopts import App, Parameter
 
 from sd_unlearn import __version__
 from sd_unlearn.checks import check_keys, read_yaml
-from sd_unlearn.config import EvaluateConfig, ExportConfig, RenderConfig, ReportConfig
+from sd_unlearn.config import ExportConfig, RenderConfig, ReportConfig
 from sd_unlearn.errors import UnlearnError, UsageError
+from sd_unlearn.evaluate_config import EvaluateConfig
 from sd_unlearn.train_config import TrainConfig
 
 HELP = """Make Stable Diffusion forget a concept, and show that it did.
@@ -69,12 +70,17 @@ def train(config: Annotated[TrainConfig, Parameter(name="*")] = TrainConfig()) -
 
 @app.command
 def evaluate(config: Annotated[EvaluateConfig, Parameter(name="*")] = EvaluateConfig()) -> None:
-    """Measure what is gone and what stayed, with intervals -> results.json in the run folder."""
+    """Measure what is gone and what stayed, with intervals -> results.json; one LoRA or many."""
+    from sd_unlearn.launch import start_several
+
+    start_several()
     from sd_unlearn import evaluate as room
     from sd_unlearn.report import format_table
 
     results = room.run(config)
-    print(json.dumps(results, indent=2, ensure_ascii=False) if config.json else format_table(results))
+    if results:  # the first of several processes has them
+        print(json.dumps(results, indent=2, ensure_ascii=False) if config.json else format_table(results))
+        room.check_conditions(config, results)
 
 
 @app.command

@@ -75,27 +75,6 @@ class RenderConfig(Common):
 
 
 @dataclass(kw_only=True)
-class EvaluateConfig:
-    """Draw the same seeds with and without the LoRA, and measure what is gone and what stayed."""
-
-    run: Annotated[Path | None, option("Run folder of a finished training.")] = None
-    num_images: Annotated[int, option("Images of each direct, held-out or generic prompt set (quick tier: 200).")] = 200
-    num_keep_images: Annotated[int, option("Images of each prompt that must stay.")] = 100
-    clip_model: Annotated[str, option("open_clip architecture of the zero-shot judge (bases other than digits).")] = (
-        CLIP_MODEL
-    )
-    clip_pretrained: Annotated[str, option("open_clip weights: tag or path of a local file.")] = CLIP_PRETRAINED
-    cache_dir: Annotated[Path, option("Where the base's images are kept and shared between runs.")] = Path(
-        "data/base-images"
-    )
-    seed: Annotated[int, option("Seed of the evaluation; its range is disjoint from training's.")] = 0
-    num_pairs: Annotated[int, option("Before/after pairs kept as pictures for each group of prompts.")] = 24
-    json: Annotated[bool, option("Print results.json instead of the table.")] = False
-    config: Annotated[Path | None, option("YAML file with these options as keys.")] = None
-    debug: Annotated[bool, option("Show tracebacks.")] = False
-
-
-@dataclass(kw_only=True)
 class ExportConfig:
     """Write the LoRA where people use it: Diffusers, ComfyUI, A1111."""
 

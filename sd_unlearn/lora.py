@@ -60,8 +60,8 @@ def save(model: PeftModel, target: Path) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def load(pipeline: Any, run: Path) -> None:
-    """Put the adapters of a run folder onto a pipeline's networks, frozen and in eval mode.
+def load(pipeline: Any, run: Path) -> list[PeftModel]:
+    """Put the adapters of a run folder onto a pipeline's networks, frozen and in eval mode; returns them.
 
     Raises:
         UsageError: when the run folder holds no adapter.
@@ -71,7 +71,8 @@ def load(pipeline: Any, run: Path) -> None:
         raise UsageError(
             f"--run {run} holds no trained LoRA ({folder}/adapter_model.safetensors). Run sd-unlearn train first."
         )
-    PeftModel.from_pretrained(pipeline.unet, str(folder), adapter_name=ADAPTER_NAME).eval()
+    adapters = [PeftModel.from_pretrained(pipeline.unet, str(folder), adapter_name=ADAPTER_NAME).eval()]
     if (run / TEXT_ADAPTER_DIR).is_dir():
         encoder, folder = pipeline.text_encoder, run / TEXT_ADAPTER_DIR
-        PeftModel.from_pretrained(encoder, str(folder), adapter_name=ADAPTER_NAME).eval()
+        adapters.append(PeftModel.from_pretrained(encoder, str(folder), adapter_name=ADAPTER_NAME).eval())
+    return adapters

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from sd_unlearn import lora
@@ -92,17 +93,36 @@ def make_student(base: Base, options: Weights, seed: int, needs_teacher: bool) -
     return Student(model.train())
 
 
-def load_run(base: Base, run: Path) -> None:
-    """Put what a run has learned into a loaded base.
+@contextmanager
+def run_applied(base: Base, run: Path, strength: float = 1.0) -> Iterator[None]:
+    """A loaded base with what a run has learned, and as it was afterwards.
+
+    strength: 1 as trained, 0 the base. Of a fully trained UNet it is how far the weights go from the base's to its own.
 
     Raises:
         UsageError: the run folder holds neither a LoRA nor a UNet.
     """
     if not (run / UNET_DIR).is_dir():
-        lora.load(base.pipeline, run)
+        adapters = lora.load(base.pipeline, run)
+        try:
+            for adapter in adapters:
+                for module in adapter.modules():
+                    if isinstance(module, BaseTunerLayer):
+                        module.scale_layer(strength)
+            yield
+        finally:
+            for adapter in adapters:
+                adapter.unload()
         return
-    unet = UNet2DConditionModel.from_pretrained(str(run / UNET_DIR))
-    base.pipeline.unet.load_state_dict(unet.state_dict())
+    unet = base.pipeline.unet
+    learned = UNet2DConditionModel.from_pretrained(str(run / UNET_DIR)).state_dict()
+    before = {name: value.clone() for name, value in unet.state_dict().items()}
+    moved = {n: v.lerp(learned[n].to(v), strength) if strength != 1 else learned[n] for n, v in before.items()}
+    try:
+        unet.load_state_dict(moved)
+        yield
+    finally:
+        unet.load_state_dict(before)
 
 
 def _save_unet(unet: nn.Module, target: Path) -> None:

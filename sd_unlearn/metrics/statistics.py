@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,3 +52,42 @@ def ratio_of_means(top: NDArray, bottom: NDArray) -> float:
     """mean(top) / mean(bottom); nan when the bottom is zero."""
     below = float(np.mean(bottom))
     return float(np.mean(top)) / below if below else float("nan")
+
+
+def paired_difference(a: NDArray, b: NDArray, is_rate: bool) -> tuple[float, float, float, float]:
+    """(mean(a - b), low, high, p) of values [N] counted on the same N > 0 pictures.
+
+    The interval is a paired bootstrap's. p is two-sided: McNemar's exact test where the values are 0 or 1 (a binomial
+    test of the pictures on which the two disagree), else a test of the pairs with their signs turned at random.
+    """
+    difference = np.asarray(a, dtype=float) - np.asarray(b, dtype=float)
+    rng, n = np.random.default_rng(0), len(difference)
+    blocks = [n_rows for n_rows in np.diff(np.linspace(0, RESAMPLES, 9).astype(int)) if n_rows]
+    means = np.concatenate([difference[rng.integers(0, n, (rows, n))].mean(1) for rows in blocks])
+    low, high = np.percentile(means, [2.5, 97.5])
+    p = _mcnemar(difference) if is_rate else _sign_flip(difference)
+    return float(difference.mean()), float(low), float(high), p
+
+
+def holm(p: Sequence[float]) -> list[float]:
+    """p values corrected for their number, so that the chance of any false alarm stays at the level (Holm 1979)."""
+    order = np.argsort(p, kind="stable")
+    worst, corrected = 0.0, [0.0] * len(p)
+    for rank, index in enumerate(order):
+        worst = max(worst, min(1.0, (len(p) - rank) * p[index]))
+        corrected[index] = worst
+    return corrected
+
+
+def _mcnemar(difference: NDArray) -> float:
+    from scipy.stats import binomtest
+
+    more, fewer = int((difference > 0).sum()), int((difference < 0).sum())
+    return float(binomtest(more, more + fewer).pvalue) if more + fewer else 1.0
+
+
+def _sign_flip(difference: NDArray) -> float:
+    rng, observed = np.random.default_rng(0), abs(difference.sum())
+    signs = rng.integers(0, 2, (RESAMPLES, len(difference)), dtype=np.int8) * 2 - 1
+    as_far = np.abs(signs @ difference) >= observed - 1e-12 * max(1.0, np.abs(difference).sum())
+    return float((1 + as_far.sum()) / (1 + RESAMPLES))

@@ -1,0 +1,93 @@
+"""Where the pictures of an evaluation lie, and how missing ones get there.
+
+A folder is named by all that determines its pictures: base, sampler, and the LoRA's hash and strength. So the base's
+are drawn once for all LoRAs, a second evaluation draws what is missing, and an interrupted one goes on.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from sd_unlearn.base import Base
+from sd_unlearn.evaluation.plan import Shot
+from sd_unlearn.evaluation.subjects import Lora
+from sd_unlearn.records import slugify
+from sd_unlearn.render import ImageRequest, Sampler, draw_missing
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A LoRA at a strength. lora None: the base itself, and so is every LoRA at strength 0."""
+
+    lora: Lora | None = None
+    strength: float = 1.0
+
+    @property
+    def folder(self) -> str:
+        if self.lora is None or self.strength == 0:
+            return "base"
+        return f"lora-{self.lora.sha256[:12]}" + (f"-at-{self.strength:g}" if self.strength != 1 else "")
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """The pictures of one base and sampler. setting: what else changes them, e.g. the schedule."""
+
+    cache: Path
+    base_name: str
+    base_sha256: str
+    sampler: Sampler
+    setting: str = ""
+
+    @property
+    def place(self) -> Path:
+        size = f"-{self.sampler.resolution}px" if self.sampler.resolution else ""
+        sampler = f"{self.sampler.steps}-steps-guidance-{self.sampler.guidance_scale:g}{size}{self.setting}"
+        return self.cache / f"{slugify(Path(self.base_name).name)}-{self.base_sha256[:12]}" / sampler
+
+    def folder(self, drawn: Drawn) -> Path:
+        return self.place / drawn.folder
+
+    def paths(self, drawn: Drawn, shots: Sequence[Shot]) -> list[Path]:
+        return [self.folder(drawn) / shot.file_name for shot in shots]
+
+    def draw(self, get_base: Callable[[], Base], drawn: Drawn, shots: Iterable[Shot], title: str) -> int:
+        """Draw what is missing of one subject's pictures; returns how many. Several processes share the work and each
+        comes back when all are there."""
+        unique = {shot.file_name: shot for shot in shots}
+        ordered = sorted(unique.values(), key=lambda shot: shot.prompt.text)
+        requests = [ImageRequest(self.folder(drawn) / s.file_name, s.prompt.text, s.seed) for s in ordered]
+        with ExitStack() as stack:
+            attached: list[Base] = []
+
+            def loaded() -> Base:
+                if not attached:
+                    base = get_base()
+                    if drawn.lora is not None and drawn.strength != 0:
+                        stack.enter_context(drawn.lora.on(base, drawn.strength))
+                    attached.append(base)
+                return attached[0]
+
+            count = draw_missing(loaded, requests, self.sampler, title)
+        wait_for(requests)
+        return count
+
+
+def wait_for(requests: Sequence[ImageRequest], patience: float = 3600) -> None:
+    """Wait until the other processes have drawn their shares; gives up after `patience` seconds without a new one."""
+    if int(os.environ.get("WORLD_SIZE", 1)) < 2:
+        return
+    missing, since = len(requests) + 1, time.monotonic()
+    while left := sum(not request.path.is_file() for request in requests):
+        if left < missing:
+            missing, since = left, time.monotonic()
+        if time.monotonic() - since > patience:
+            print(f"{left} pictures are still missing; another process must have stopped.", file=sys.stderr)
+            raise SystemExit(1)
+        time.sleep(0.5)
