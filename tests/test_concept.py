@@ -25,6 +25,15 @@ from sd_unlearn.errors import UsageError
 SHIPPED = sorted((HOME.parent / "prompts").glob("*.yaml"))
 DIGITS = {"zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"}
 INKS = {"white", "red", "green", "blue", "yellow"}
+PEOPLE = {"Brad Pitt", "Barack Obama", "Angela Merkel", "Serena Williams", "Jackie Chan"}
+FOREIGN = {  # how a prompt of a language begins
+    "de": "ein Foto|ein Gemälde|eine Ziffer",
+    "fr": "une photo|une peinture|un chiffre",
+    "es": "una foto del?|una pintura|un dígito",
+    "it": "una foto di|una foto della|un dipinto|una cifra",
+}
+ON_DIGITS = [path for path in SHIPPED if read_concept(path).base == "digits"]
+ON_SD = [path for path in SHIPPED if path not in ON_DIGITS]
 MINIMAL = {"name": "x", "caption": "a photo of x", "generic": "a photo"}
 
 
@@ -50,9 +59,14 @@ def test_braces_list_alternatives_and_what_must_be_read() -> None:
     assert expand([]) == []
 
 
-def test_all_sixteen_files_are_there() -> None:
-    names = {read_concept(path).name for path in SHIPPED}
-    assert names == DIGITS | {f"{ink} ink" for ink in INKS} | {"Brad Pitt"}
+def test_every_file_is_there_and_of_its_kind() -> None:
+    kinds = {concept.name: concept.kind for concept in map(read_concept, SHIPPED)}
+    assert kinds == (
+        dict.fromkeys(DIGITS, "digit")
+        | {f"{ink} ink": "ink" for ink in INKS}
+        | dict.fromkeys(PEOPLE, "person")
+        | {"Van Gogh": "style", "church": "object", "tench": "object", "nudity": "nudity"}
+    )
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
@@ -78,7 +92,56 @@ def test_a_shipped_file_is_consistent(path: Path) -> None:
     assert "train" in path.read_text().splitlines()[0]  # its header is the command
 
 
-@pytest.mark.parametrize("path", [p for p in SHIPPED if p.stem != "brad-pitt"], ids=lambda p: p.stem)
+def plain(prompt: str) -> str:
+    return " ".join(prompt.casefold().split())
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
+def test_what_is_tested_was_not_trained(path: Path) -> None:
+    concept = read_concept(path)
+    groups = {g: texts(concept.prompts(g)) for g in ("direct", "held_out", "alike", "general")}
+    assert all(groups.values())
+    assert concept.evaluate.direct
+    assert len(set(map(plain, groups["held_out"]))) == len(groups["held_out"]) >= 8
+    trained = {*concept.wordings, concept.generic, *texts(concept.keep_prompts), *groups["direct"]}
+    assert not set(map(plain, groups["held_out"])) & set(map(plain, trained))
+
+
+@pytest.mark.parametrize("opening", FOREIGN.values(), ids=FOREIGN)
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
+def test_held_out_also_asks_in_other_languages(path: Path, opening: str) -> None:
+    assert any(re.match(rf"({opening})\b", prompt) for prompt in texts(read_concept(path).prompts("held_out")))
+
+
+@pytest.mark.parametrize("path", ON_SD, ids=lambda p: p.stem)
+def test_what_a_zero_shot_judge_must_read_is_among_its_labels(path: Path) -> None:
+    concept = read_concept(path)
+    label = concept.label or concept.name
+    judged = {word for group in ("alike", "general") for p in concept.prompts(group) for word in p.expect}
+    assert concept.base == "CompVis/stable-diffusion-v1-4"
+    assert judged <= set(concept.alternatives)
+    assert any(p.expect for p in concept.prompts("alike"))
+    assert label not in concept.alternatives
+    assert len({plain(a) for a in concept.alternatives}) == len(concept.alternatives)
+
+
+@pytest.mark.parametrize("path", [p for p in ON_SD if p.stem != "brad-pitt"], ids=lambda p: p.stem)
+def test_something_alike_is_tested_that_was_not_kept(path: Path) -> None:
+    concept = read_concept(path)
+    assert set(texts(concept.prompts("alike"))) - set(texts(concept.keep_prompts))
+    assert set(texts(concept.prompts("alike"))) & set(texts(concept.keep_prompts))
+
+
+@pytest.mark.parametrize("name", ["church", "tench"])
+def test_an_objects_labels_are_words_of_imagenets_classes(name: str) -> None:
+    info = pytest.importorskip("timm.data").ImageNetInfo()
+    concept = load_concept(name)
+    words = [word.strip() for i in range(1000) for word in info.index_to_description(i).split(",")]
+    for label in (concept.label, *concept.alternatives):
+        assert words.count(label) == 1
+
+
+@pytest.mark.parametrize("path", ON_DIGITS, ids=lambda p: p.stem)
 def test_what_the_bundled_base_must_keep_is_everything_else(path: Path) -> None:
     concept = read_concept(path)
     label = concept.label or concept.name
