@@ -19,6 +19,7 @@ from sd_unlearn.config import CLIP_MODEL, CLIP_PRETRAINED
 from sd_unlearn.dataset import Example
 from sd_unlearn.errors import UnlearnError, UsageError
 from sd_unlearn.prior import Embedded
+from sd_unlearn.records import file_sha256
 
 SMALL = 64  # pixels: CLIP looks at 224, and of images far smaller it tells little
 SIDE = 16  # latents are averaged down to this side: what a picture shows, not its texture
@@ -56,6 +57,10 @@ class ClipEncoder:
         self.tokenizer = open_clip.get_tokenizer(model)
         self.name = f"open_clip {model} {Path(pretrained).name if pretrained else 'random weights'}"
         self.scale = float(self.model.logit_scale.detach().exp())
+        local = Path(pretrained) if pretrained and Path(pretrained).is_file() else None
+        self.architecture = model
+        self.weights = f"sha256:{file_sha256(local)[:12]}" if local else pretrained or "random weights"
+        self.detector = f"open_clip {model} {self.weights}"  # says what the weights are, not where they lie
 
     def images(self, images: Iterable[Image.Image]) -> Features:
         """Features [N, D] of N > 0 images, not normalised."""
@@ -67,9 +72,13 @@ class ClipEncoder:
         return np.concatenate(features)
 
     def texts(self, texts: Sequence[str]) -> Features:
-        """Features [N, D] of texts, not normalised."""
+        """Features [N, D] of N > 0 texts, not normalised."""
+        features = []
         with self.torch.no_grad():
-            return self.model.encode_text(self.tokenizer(list(texts)).to(self.device)).float().cpu().numpy()
+            for start in range(0, len(texts), CHUNK):
+                tokens = self.tokenizer(list(texts[start : start + CHUNK])).to(self.device)
+                features.append(self.model.encode_text(tokens).float().cpu().numpy())
+        return np.concatenate(features)
 
 
 def embed(base: Base, examples: Sequence[Example], latents: Tensor) -> Embedded:

@@ -179,6 +179,16 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return list(read_jsonl_lines(path).values())
 
 
+def file_sha256(*files: Path) -> str:
+    """SHA-256 of what files hold, one after the other."""
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as data:
+            while block := data.read(1 << 24):
+                digest.update(block)
+    return digest.hexdigest()
+
+
 def weights_sha256(run: Path) -> str:
     """SHA-256 of what a run has learned.
 
@@ -190,9 +200,4 @@ def weights_sha256(run: Path) -> str:
     files = [run / name for name in names if (run / name).is_file()]
     if not files:
         raise UsageError(f"--run {run} holds no trained LoRA ({run / names[0]}). Run sd-unlearn train first.")
-    digest = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as data:
-            while block := data.read(1 << 24):
-                digest.update(block)
-    return digest.hexdigest()
+    return file_sha256(*files)

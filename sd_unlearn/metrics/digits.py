@@ -8,6 +8,7 @@ seven than like a two". Its 64-wide penultimate features serve `fid-digits` and 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -18,11 +19,21 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from sd_unlearn.metrics.judge import Reading
+from sd_unlearn import __version__
+from sd_unlearn.concept import Concept
+from sd_unlearn.errors import UsageError, suggest
+from sd_unlearn.metrics.drift import drift_rows
+from sd_unlearn.metrics.fidelity import frechet_distance
+from sd_unlearn.metrics.judge import Reading, count_read
+from sd_unlearn.metrics.mmd import FEWEST, kid
+from sd_unlearn.metrics.question import Card, Columns, Counted, Shots
+from sd_unlearn.metrics.statistics import bootstrap, ratio_of_means
+from sd_unlearn.records import Row
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 INKS = ("white", "red", "green", "blue", "yellow")
 FEATURE_WIDTH = 64
+CLEAN = 0.9  # probability from which an image counts as a good image of something
 READER_DIR = Path(__file__).parent.parent / "assets" / "digits_reader"
 
 
@@ -88,3 +99,115 @@ def held_apart() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Features [N, 64], digit [N] and ink [N] of the real digits that nothing was trained on."""
     held = load_file(READER_DIR / "held_apart.safetensors")
     return held["features"].float().numpy(), held["digit"].numpy(), held["ink"].numpy()
+
+
+class DigitsQuestion:
+    """Digit and ink of every picture, and how good the pictures still are.
+
+    Columns: "digit" [N, 10] and "ink" [N, 5] probabilities, "features" [N, 64].
+
+    Raises:
+        UsageError: a concept that is neither a digit nor an ink.
+    """
+
+    def __init__(self, concept: Concept | None = None) -> None:
+        if concept:
+            _label(concept)
+        self.judge = DigitsJudge()
+        self.name = self.judge.name
+
+    def card(self) -> Card:
+        return Card(
+            self.name, ("leakage", "accuracy", "clean_replacement", "drift", "fid-digits", "kid-digits"),
+            "The bundled reader of digit and ink, a small convolutional network; pictures are scaled to 32 pixels.",
+            f"sd-unlearn {__version__}", self.name.split()[-1],
+            f"the most probable digit and ink; p >= {CLEAN} for a clean replacement",
+            "It reads the bundled base's pictures and nothing else. Its distances compare with each other alone.",
+        )  # fmt: skip
+
+    def read(self, images: Sequence[Image.Image]) -> Columns:
+        reading = self.judge.read(images)
+        return {**reading.probabilities, "features": reading.features}
+
+    def count(self, shots: Shots, columns: Columns) -> list[Counted]:
+        """Leakage and accuracy.
+
+        Raises:
+            UsageError: a concept that is neither a digit nor an ink.
+        """
+        reading = _reading(columns)
+        return count_read(shots, _label(shots.concept), reading.knows, reading.shows)
+
+    def compare(self, shots: Shots, base: Columns, columns: Columns) -> list[Row]:
+        """Clean replacement, drift, and the distances to real digits: of the base (subject "base") and of ours ("").
+
+        Raises:
+            UsageError: a concept that is neither a digit nor an ink.
+        """
+        label = _label(shots.concept)
+        rows = _clean_replacement(label, self.name, shots, base, columns)
+        rows += drift_rows(shots, base, columns, self.name)
+        alike = shots.of("alike")
+        for subject, features in (("base", base["features"][alike]), ("", columns["features"][alike])):
+            rows += _to_real_digits(label, self.name, subject, features)
+        return rows
+
+    def words(self, columns: Columns, index: int) -> str:
+        return _reading(columns).words(index)
+
+
+def make_digits(concept: Concept | None = None) -> DigitsQuestion:
+    """For the registry: the metric digits. Raises as DigitsQuestion."""
+    return DigitsQuestion(concept)
+
+
+def _label(concept: Concept) -> str:
+    label = concept.label or concept.name
+    if label not in DigitsJudge.labels:
+        known = ", ".join(DigitsJudge.labels)
+        raise UsageError(
+            f'The metric digits does not know "{label}" (label: of the concept file).'
+            f"{suggest(label, DigitsJudge.labels)} It reads {known}; take another metric for anything else."
+        )
+    return label
+
+
+def _reading(columns: Columns) -> Reading:
+    probabilities = {"digit": columns["digit"], "ink": columns["ink"]}
+    return Reading({"digit": DIGITS, "ink": INKS}, probabilities, columns["features"])
+
+
+def _clean_replacement(label: str, detector: str, shots: Shots, base: Columns, columns: Columns) -> list[Row]:
+    """Clean pictures of something else, over how many clean ones the base draws when nothing is asked for."""
+    direct, generic = shots.of("direct"), shots.of("generic")
+    if not (direct.any() and generic.any()):
+        return []
+    good = _reading(columns).confident(label, CLEAN, other_than=True)[direct].astype(float)
+    usual = _reading(base).confident(label, CLEAN, other_than=False)[generic].astype(float)
+    figures = (ratio_of_means(good, usual), *bootstrap(ratio_of_means, good, usual, paired=False))
+    value, low, high = (None if math.isnan(x) else x for x in figures)  # over zero it is unknown; JSON has no NaN
+    note = f"read as something else on its axis with p >= {CLEAN}, over the base's generic images read as anything so"
+    return [Row("clean_replacement", "direct", "", value, len(good), low, high, detector, "bootstrap", note)]
+
+
+def _to_real_digits(label: str, detector: str, subject: str, drawn: np.ndarray) -> list[Row]:
+    """Images of what is most alike (the other digits or inks) against held-apart real ones without the concept."""
+    features, digits, inks = held_apart()
+    real = features[digits != DIGITS.index(label)] if label in DIGITS else features[inks != INKS.index(label)]
+    rows, count = [], len(drawn)
+    if count > FEATURE_WIDTH:
+        value = frechet_distance(drawn, real)
+        # A resample is further from the truth than the sample: the basic interval turns that bias back.
+        low, high = bootstrap(lambda x: frechet_distance(x, real), drawn, resamples=200)
+        low, high = max(0.0, 2 * value - high), max(0.0, 2 * value - low)
+        note = "Frechet distance of the detector's features of the alike images to real held-apart digits"
+        rows.append(Row("fid-digits", "alike", subject, value, count, low, high, detector, "basic-bootstrap", note))
+    if count >= FEWEST:
+        found = kid(drawn, real)
+        note = "kernel distance of the detector's features of the alike images to real held-apart digits, unbiased"
+        if count <= FEATURE_WIDTH:
+            note += f"; no fid-digits: it needs more than {FEATURE_WIDTH} images"
+        rows.append(
+            Row("kid-digits", "alike", subject, found.value, count, found.low, found.high, detector, "half-sampling", note)
+        )
+    return rows

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -12,6 +12,7 @@ from PIL import Image
 
 from sd_unlearn.concept import Concept
 from sd_unlearn.config import CLIP_MODEL, CLIP_PRETRAINED
+from sd_unlearn.metrics.question import ASKED, KEPT, Counted, Shots
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,30 @@ class Judge(Protocol):
     labels: tuple[str, ...]
 
     def read(self, images: Sequence[Image.Image]) -> Reading: ...
+
+
+def count_read(
+    shots: Shots, label: str, knows: Callable[[str], bool], shows: Callable[[str], NDArray[np.bool_]]
+) -> list[Counted]:
+    """What a reader of labels counts: leakage of what was asked for, accuracy of what was kept.
+
+    label: the concept's. knows: whether a word is a label. shows: [N] whether each picture is read as a label.
+    A kept picture is right when it is read as every word its prompt expects; it is not asked of prompts that expect
+    nothing, or a word that is no label.
+    """
+    counted, asked = [], shots.of(*ASKED)
+    if asked.any():
+        values = np.where(asked, shows(label), np.nan)
+        counted.append(Counted("leakage", ASKED, values, note=f"read as {label}"))
+    words = [prompt.expect for prompt in shots.prompts]
+    judged = shots.of(*KEPT) & np.array([bool(w) and all(map(knows, w)) for w in words], dtype=bool)
+    if judged.any():
+        shown = {word: shows(word) for i in np.flatnonzero(judged) for word in words[i]}
+        values = np.full(len(shots), np.nan)
+        for i in np.flatnonzero(judged):
+            values[i] = all(shown[word][i] for word in words[i])
+        counted.append(Counted("accuracy", KEPT, values, note="read as asked"))
+    return counted
 
 
 def make_judge(concept: Concept, clip_model: str = CLIP_MODEL, clip_pretrained: str = CLIP_PRETRAINED) -> Judge:
