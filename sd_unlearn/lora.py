@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel
+from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from sd_unlearn.errors import UsageError
@@ -76,3 +77,15 @@ def load(pipeline: Any, run: Path) -> list[PeftModel]:
         encoder, folder = pipeline.text_encoder, run / TEXT_ADAPTER_DIR
         adapters.append(PeftModel.from_pretrained(encoder, str(folder), adapter_name=ADAPTER_NAME).eval())
     return adapters
+
+
+@torch.no_grad()
+def set_strength(adapters: list[PeftModel], strength: float) -> None:
+    """Scale freshly loaded adapters: 0 is the base, 1 as trained. DoRA's magnitudes go the same way from the base's."""
+    layers = [m for adapter in adapters for m in adapter.modules() if isinstance(m, LoraLayer)]
+    for layer in layers if strength != 1 else []:
+        layer.scale_layer(strength)
+        for dora in getattr(layer, "lora_magnitude_vector", {}).values():
+            weight = layer.get_base_layer().weight
+            norms = weight.flatten(1).norm(dim=1).view_as(dora.weight)
+            dora.weight.copy_(norms.lerp(dora.weight, strength))

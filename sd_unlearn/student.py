@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from sd_unlearn import lora
@@ -105,10 +104,7 @@ def run_applied(base: Base, run: Path, strength: float = 1.0) -> Iterator[None]:
     if not (run / UNET_DIR).is_dir():
         adapters = lora.load(base.pipeline, run)
         try:
-            for adapter in adapters:
-                for module in adapter.modules():
-                    if isinstance(module, BaseTunerLayer):
-                        module.scale_layer(strength)
+            lora.set_strength(adapters, strength)
             yield
         finally:
             for adapter in adapters:

@@ -13,7 +13,7 @@ from torch import Tensor
 from sd_unlearn.base import Base, load_base
 from sd_unlearn.lora import TARGETS, targets_of
 from sd_unlearn.records import weights_sha256
-from sd_unlearn.student import Student, load_run, make_student
+from sd_unlearn.student import Student, make_student, run_applied
 from sd_unlearn.train_config import Weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -63,11 +63,22 @@ def test_it_starts_as_the_base_moves_and_comes_back(kind: str, loaded_base: Base
 
     student.save(run)
     fresh = load_base(str(tiny_base), device="cpu")
-    load_run(fresh, run)
-    again = text_of(fresh, Weights()) if options.train_text_encoder else text
-    with torch.no_grad():
+    with run_applied(fresh, run), torch.no_grad():
+        again = text_of(fresh, Weights()) if options.train_text_encoder else text
         loaded = fresh.pipeline.unet(NOISY, TIME, encoder_hidden_states=again).sample
     assert torch.allclose(loaded, learned, atol=1e-5)
+    again = text_of(fresh, Weights())  # and the base as it was once that is over
+    with torch.no_grad():
+        assert torch.equal(fresh.pipeline.unet(NOISY, TIME, encoder_hidden_states=again).sample, before)
+    for strength, expected in ((0.0, before), (1.0, learned)):
+        with run_applied(fresh, run, strength), torch.no_grad():
+            again = text_of(fresh, Weights()) if options.train_text_encoder else text
+            moved = fresh.pipeline.unet(NOISY, TIME, encoder_hidden_states=again).sample
+        assert torch.allclose(moved, expected, atol=1e-5)
+    with run_applied(fresh, run, 0.5), torch.no_grad():
+        again = text_of(fresh, Weights()) if options.train_text_encoder else text
+        half = fresh.pipeline.unet(NOISY, TIME, encoder_hidden_states=again).sample
+    assert min((half - before).abs().max(), (half - learned).abs().max()) > 1e-4
     assert len(weights_sha256(run)) == 64
 
 

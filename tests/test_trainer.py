@@ -29,7 +29,7 @@ from sd_unlearn.denoiser import Denoiser
 from sd_unlearn.errors import UnlearnError, UsageError
 from sd_unlearn.prior import ASSUMED_BETA
 from sd_unlearn.records import DATA_MANIFEST, TRAIN_SEEDS, read_json, read_jsonl
-from sd_unlearn.student import load_run
+from sd_unlearn.student import run_applied
 from sd_unlearn.train_config import TrainConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -102,12 +102,12 @@ def test_the_saved_lora_loads_into_a_fresh_base(trained: Path, loaded_base: Base
     unet = loaded_base.pipeline.unet
     with torch.no_grad():
         plain = unet(noisy, t, encoder_hidden_states=text).sample
-        load_run(loaded_base, trained)
-        assert (unet(noisy, t, encoder_hidden_states=text).sample - plain).abs().max() > 1e-6
-    assert not any(p.requires_grad for p in unet.parameters())
-    assert not unet.training
-    with pytest.raises(UsageError, match="--run nowhere"):
-        load_run(loaded_base, Path("nowhere"))
+        with run_applied(loaded_base, trained):
+            assert (unet(noisy, t, encoder_hidden_states=text).sample - plain).abs().max() > 1e-6
+            assert not any(p.requires_grad for p in unet.parameters())
+            assert not unet.training
+    with pytest.raises(UsageError, match="--run nowhere"), run_applied(loaded_base, Path("nowhere")):
+        pass
 
 
 def test_metrics_are_logged_as_they_come(trained: Path) -> None:
@@ -221,8 +221,8 @@ def test_full_fine_tuning_trains_every_weight_of_the_unet(
     assert {p.name for p in run.iterdir()} == {"concept.yaml", "config.yaml", "metrics.jsonl", "training.json", "unet"}
     assert read_json(run / "training.json")["method"] == "full"
     before = {name: value.clone() for name, value in loaded_base.pipeline.unet.state_dict().items()}
-    load_run(loaded_base, run)
-    after = loaded_base.pipeline.unet.state_dict()
+    with run_applied(loaded_base, run):
+        after = {name: value.clone() for name, value in loaded_base.pipeline.unet.state_dict().items()}
     still = [name for name in before if torch.equal(before[name], after[name])]
     assert not [name for name in still if "weight" in name]
 

@@ -29,7 +29,7 @@ class Asking:
 def _digits(asking: Asking) -> Question:
     from sd_unlearn.metrics.digits import make_digits
 
-    return make_digits()
+    return make_digits(asking.concept)
 
 
 def _clip(asking: Asking) -> Question:
@@ -75,6 +75,7 @@ def _fidelity(asking: Asking) -> Question:
 
 
 def _cmmd(asking: Asking) -> Question:
+    from sd_unlearn.embeddings import ClipEncoder
     from sd_unlearn.metrics.fidelity import make_cmmd
 
     return make_cmmd(
