@@ -142,7 +142,7 @@ def test_plain_text_is_a_prompt_a_line(tmp_path: Path) -> None:
         ("a.csv", "prompt,seed\nok,1\n,2\n", "line 3: the prompt is missing"),
         ("a.csv", "seed,prompt\n1\n", "line 2: the prompt is missing"),
         *(("a.csv", f"prompt,seed\na,{bad}\n", f"line 2: seed {bad} must") for bad in ("x", "-1", "1.5", 2**64, "inf")),
-        *(("a.csv", f"prompt,guidance\na,{bad}\n", f"line 2: guidance {bad} must") for bad in ("x", "-0.5", "inf")),
+        *(("a.csv", f"prompt,guidance\na,{bad}\n", f"line 2: guidance {bad} must") for bad in ("-0.5", "inf", "1e999")),
         ("a.jsonl", '{"prompt": "a"}\n{"prompt": \n', "line 2, is not valid JSON"),
         ("a.jsonl", '"a"\n', "line 1, must be an object"),
         ("a.jsonl", '{"prompt": 7}\n', "line 1: the prompt is 7; it must be text"),
