@@ -91,7 +91,8 @@ def make_many(folder: Path, side: int = 96, each: int = 3, **changes: Any) -> di
                      "value": leak - 0.965, "n": 200, "low": leak - 0.99, "high": leak - 0.93, "p": 1e-9,
                      "p_holm": 6e-9, "detector": READER, "interval": "paired-bootstrap"},
                     {"concept": slug, "metric": "retention", "group": "kept", "subject": subject, "against": "base",
-                     "value": -0.003, "n": 900, "low": -0.01, "high": 0.004, "p": 0.2, "p_holm": 0.6,
+                     "value": mine[4]["value"] - 1, "n": 900, "low": mine[4]["low"] - 1, "high": mine[4]["high"] - 1,
+                     "p": 0.2 if strength < 1 else 0.001, "p_holm": 0.6 if strength < 1 else 0.006,
                      "detector": READER, "interval": "paired-bootstrap"},
                 ]  # fmt: skip
                 pairs += pairs_of(folder, slug, subject, leak, side, each)

@@ -40,7 +40,7 @@ def anchors(cards: list[dict[str, Any]]) -> dict[str, str]:
 def _counts(n: list[int]) -> str:
     if not n:
         return ""
-    return f"n = {min(n):,}" if min(n) == max(n) else f"n = {min(n):,} to {max(n):,}, a figure"
+    return f"n = {min(n):,}" if min(n) == max(n) else f"n = {min(n):,} to {max(n):,} for each figure"
 
 
 def _texts(value: Any) -> list[str]:

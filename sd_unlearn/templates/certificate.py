@@ -10,7 +10,7 @@ from typing import Any
 from sd_unlearn.records import RESULTS
 from sd_unlearn.templates.cards import cards_of
 from sd_unlearn.templates.cases import Case
-from sd_unlearn.templates.figures import GROUPS, PRESENCE, Line, asked, number, shown
+from sd_unlearn.templates.figures import GONE, GROUPS, PRESENCE, Line, asked, number, shown
 
 MOST = 12  # figures on the page; all of them are in the report
 LIMITS = (
@@ -30,7 +30,7 @@ def context(folder: Path, results: dict[str, Any], cases: Sequence[Case]) -> dic
     meant = [case for case in cases if case.standing != "other"] or list(cases)
     base = {"name": "", "kind": "", "resolution": None, "sha256": "", **results["base"]}
     return {
-        "results": results, "base": base, "digest": digest, "limits": LIMITS,
+        "results": results, "base": base, "digest": digest, "limits": LIMITS, "gone": GONE,
         "pages": [_page(case, cards) for case in meant],
     }  # fmt: skip
 

@@ -86,19 +86,16 @@ def _cell(results: dict[str, Any], case: Case, line: Line | None) -> Cell | None
 
 
 def in_words(difference: dict[str, Any]) -> str:
-    """'95.5 points below the base, p < 0.001', or that no difference was shown."""
+    """'−95.5 points, p < 0.001', or that no difference was shown."""
     value = difference["value"]
     if value is None or not math.isfinite(value):
         return ""
-    far = distance(difference)
-    whom = "the base" if difference["against"] == BASE else "it"
     if value == 0:
-        return f"same as {whom}"
-    p = chance(difference)
-    place = f"{far} {'below' if value < 0 else 'above'} {whom}"
+        return "no difference"
+    p, far = chance(difference), ("−" if value < 0 else "+") + distance(difference)
     if p is None:
-        return place
-    return f"{place}, {said(p)}" if p < CLEAR else f"{place}, not shown to differ ({said(p)})"
+        return far
+    return f"{far}, {said(p)}" if p < CLEAR else f"{far}, not shown to differ, {said(p)}"
 
 
 def distance(difference: dict[str, Any]) -> str:
@@ -128,7 +125,8 @@ def differences(results: dict[str, Any]) -> list[dict[str, Any]]:
         made.append({
             "concept": about[d["concept"]], "subject": names[d["subject"]], "against": names[d["against"]],
             "metric": METRICS.get(d["metric"], (d["metric"],))[0], "group": GROUPS.get(d["group"], (d["group"],))[0],
-            "value": number(d["value"], row).replace(" %", " points"), "span": " to ".join(ends), "n": d["n"],
+            "value": number(d["value"], row).replace(" %", " points").replace("-", "−"),
+            "span": " to ".join(ends).replace("-", "−"), "n": d["n"],
             "p": "–" if p is None else said(p).removeprefix("p ").removeprefix("= "),
             "means": "" if p is None else "differ" if p < CLEAR else "not shown to differ",
         })  # fmt: skip
@@ -170,7 +168,8 @@ def headline(cases: Sequence[Case]) -> tuple[str, str]:
         return "Not measured", "No picture was judged."
     if asked == 1:
         return f"Gone with {gone} of {tried}", f"{tried} settings were tried on “{rows[0]['concept']['name']}”."
-    word = "All gone" if done == asked else "None gone" if not done else f"{done} of {asked} gone"
+    each = "All gone" if gone == tried else "Each is gone with some LoRA"
+    word = each if done == asked else "None gone" if not done else f"{done} of {asked} gone"
     return word, (
         f"{done} of {asked} concepts are gone with at least one setting; of all {tried} pairs of a concept and a LoRA "
         f"meant to forget it, {gone} are."

@@ -48,7 +48,7 @@ def markdown(text: Any) -> str:
 
 def unbroken(text: Any) -> Markup:
     """A number stays on one line with its unit, and an interval with both its ends."""
-    glue = r"(?<=\d) (?=%|s\b|h\b|min\b|MB\b|GB\b)|(?<=n) (?==)|(?<==) (?=\d)"
+    glue = r"(?<=\d) (?=%|points\b|s\b|h\b|min\b|MB\b|GB\b)|(?<=[np]) (?==|<|&lt;)|(?<==|<|;) (?=\d)"
     joined = re.sub(glue, "\u00a0", str(Markup.escape(text)))
     return Markup(re.sub(r"(?<=\d)–(?=\d)", "\u2060–\u2060", joined))
 

@@ -26,7 +26,8 @@ def shelves(results: dict[str, Any], folder: Path, most: int, blurred: bool) -> 
     if blurred:
         check_faces(results, pairs)
     chosen = sorted(pairs, key=lambda p: not (p["leak"] or p["lost"]))[:most]  # the sort keeps the order of equals
-    cards = _cards(chosen)
+    place = {s["id"]: i for i, s in enumerate(results["subjects"])}
+    cards = _cards(sorted(chosen, key=lambda p: place[p["subject"]]))
     images = embed(folder, *_asked(cards, blurred))
     order = {c["slug"]: i for i, c in enumerate(results["concepts"])}
     names = labels(results)

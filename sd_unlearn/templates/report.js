@@ -155,12 +155,13 @@
       frame.append(over);
       frame.classList.add("held");
       frame.setAttribute("aria-pressed", "true");
-      status.textContent = one("img", base).alt;
+      one("#pair-side").textContent = one("img", base).alt;
     };
     const release = (frame) => {
       one(".over", frame)?.remove();
       frame.classList.remove("held");
       frame.setAttribute("aria-pressed", "false");
+      one("#pair-side").textContent = "";
     };
     for (const shot of shots) {
       const plain = one(".frame", shot);
