@@ -10,13 +10,13 @@ Runs go to runs/table/<concept>; a finished one is not run again, so an interrup
 from __future__ import annotations
 
 import argparse
-import json
 import subprocess
 import sys
 from pathlib import Path
 
 from sd_unlearn.metrics.digits import DIGITS, INKS
 from sd_unlearn.records import RESULTS, TRAINING
+from sd_unlearn.results import judged, read_results, view
 
 CONCEPTS = (*DIGITS, *(f"{ink}-ink" for ink in INKS))
 COLUMNS = (
@@ -33,6 +33,13 @@ def street(slug: str, run: Path, train_options: list[str]) -> None:
         subprocess.run([*command, *train], check=True)
     if not (run / RESULTS).is_file():
         subprocess.run([*command, "evaluate", "--run", str(run)], check=True, stdout=subprocess.DEVNULL)
+
+
+def of_run(run: Path) -> dict:
+    """The results of a run's one LoRA, as results.view."""
+    results = read_results(run)
+    concept, subject = judged(results)[0]
+    return view(results, concept["slug"], subject["id"])
 
 
 def line(slug: str, results: dict) -> tuple[str, bool]:
@@ -71,7 +78,7 @@ def main() -> int:
     for slug in args.only:
         run = args.output_dir / slug
         street(slug, run, arguments[cut + 1 :])
-        text, met = line(slug, json.loads((run / RESULTS).read_text()))
+        text, met = line(slug, of_run(run))
         all_met &= met
         lines.append(text)
         print(text, flush=True)

@@ -88,6 +88,15 @@ class ExportConfig:
 class ReportConfig:
     """Write report.html, report.md and results.csv from results.json."""
 
-    run: Annotated[Path | None, option("Run folder of a finished evaluation.")] = None
+    run: Annotated[
+        Path | None, option("Folder with a results.json: a run that was evaluated, or an evaluation of many.")
+    ] = None
+    certificate: Annotated[
+        bool, option("Also write certificate.html: what was measured of each LoRA, on one printed page.")
+    ] = False
+    blur_faces: Annotated[
+        bool, option("Blur the faces that the evaluation found, in the embedded pictures themselves.")
+    ] = False
+    max_pairs: Annotated[int, option("Before/after pairs in report.html at most; leaks and losses come first.")] = 1000
     config: Annotated[Path | None, option("YAML file with these options as keys.")] = None
     debug: Annotated[bool, option("Show tracebacks.")] = False

@@ -35,7 +35,7 @@ from sd_unlearn.records import (
     write_text,
 )
 from sd_unlearn.render import data_dir_of, known_beta, plan
-from sd_unlearn.report import read_results
+from sd_unlearn.results import judged, read_results, view
 from sd_unlearn.sweep_report import SWEEP
 from sd_unlearn.train_config import TrainConfig
 
@@ -199,11 +199,18 @@ def _train(config: TrainConfig, point: Point, data_dir: Path, place: Path) -> No
 
 def _evaluate(place: Path) -> dict[str, Any]:
     """The results of a run, measured unless they are there for this very LoRA."""
-    if (place / RESULTS).is_file() and read_results(place).get("adapter_sha256") == weights_sha256(place):
+    if (place / RESULTS).is_file() and only(place)["adapter_sha256"] == weights_sha256(place):
         print(f"{place} is evaluated already.", file=sys.stderr)
     else:
         evaluate.run(EvaluateConfig(run=place))
-    return read_results(place)
+    return only(place)
+
+
+def only(place: Path) -> dict[str, Any]:
+    """The results of a run's one LoRA on its one concept, as results.view."""
+    results = read_results(place)
+    concept, subject = judged(results)[0]
+    return view(results, concept["slug"], subject["id"])
 
 
 def _record(
@@ -221,7 +228,7 @@ def _record(
     return {
         "schema_version": sweep_report.SCHEMA_VERSION, "concept": concept.slug, "name": concept.name,
         "caption": first["caption"], "generic": first["generic"], "base": first["base"],
-        "detector": first.get("detector", ""),
+        "detector": first["detector"],
         "target": config.target, "factors": [p.factor for p in points], "beta": beta, "beta_source": source,
         "push": config.push, "created": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()),
         "version": __version__, "runs": runs,

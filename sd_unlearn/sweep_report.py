@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from sd_unlearn.records import Row, write_text
-from sd_unlearn.report import environment
 from sd_unlearn.templates.figures import GROUPS, METRICS, Line, lines, pick, shown
+from sd_unlearn.templates.filling import environment
 from sd_unlearn.templates.tradeoff import Mark, tradeoff
 
 SCHEMA_VERSION = 1
@@ -72,7 +72,7 @@ def context(record: dict[str, Any]) -> dict[str, Any]:
         "base_cells": [_base(column) for column in zip(*cells, strict=True)],
         "table": list(zip(record["runs"], cells, strict=True)),
         "limits": LIMITS,
-        "METRICS": {metric: METRICS[metric] for metric in SHOWN},
+        "terms": [METRICS[metric] for metric in SHOWN],
     }
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import csv
+import hashlib
 import html
 import json
 import re
@@ -19,10 +21,12 @@ from sd_unlearn import records
 from sd_unlearn.config import ReportConfig
 from sd_unlearn.errors import UsageError
 from sd_unlearn.records import Row
-from sd_unlearn.report import format_table, read_results, run
-from sd_unlearn.templates import figures, pictures
+from sd_unlearn.report import format_table, run
+from sd_unlearn.results import read_results, upgrade
+from sd_unlearn.templates import curves, figures, filling, pictures
 
 EVIL = "<script>alert(1)</script>"
+FILLED = filling.script()
 JUDGE = "digits-reader sha256:abcdef"
 
 
@@ -223,9 +227,10 @@ def test_a_hostile_text_is_inert_everywhere(folder):
         sampler={"name": EVIL},
         detector=EVIL,
     )
-    assert "script" not in {tag for tag, _ in page.tags}
+    assert [tag for tag, _ in page.tags].count("script") == 1  # the page's own
     assert not [a for _, attributes in page.tags for a in attributes if a.startswith("on")]
-    assert EVIL not in source
+    assert EVIL not in source.replace(FILLED["text"], "")
+    assert source.count("</script") == 1
     assert EVIL in page.text  # shown as text, not dropped
     assert "<script" not in (folder / "report.md").read_text(encoding="utf-8")
 
@@ -235,9 +240,15 @@ def test_the_page_loads_nothing_from_outside(folder):
     for _, attributes in page.tags:
         for key in ("src", "href", "srcset", "data", "poster", "action"):
             assert re.match(r"data:image/|#", attributes.get(key) or "#")
-    assert not re.search(r"@import|url\(|<link|<iframe", source)
+    assert not re.search(r"@import|url\(|<link|<iframe|fetch\(|XMLHttp|import\(", source)
     policy = next(a["content"] for _, a in page.tags if a.get("http-equiv") == "Content-Security-Policy")
-    assert policy == "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+    assert policy == (
+        "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'; "
+        f"script-src '{FILLED['hash']}'"
+    )
+    inside = source[source.index("<script>") + len("<script>") : source.index("</script>")]
+    digest = base64.b64encode(hashlib.sha256(inside.encode()).digest()).decode()
+    assert FILLED["hash"] == f"sha256-{digest}"  # else the browser would refuse it
     anchors = {a["href"][1:] for tag, a in page.tags if tag == "a" and a["href"]}
     assert anchors <= {a.get("id") for _, a in page.tags}
 
@@ -263,7 +274,7 @@ def test_page_is_navigable(folder):
     assert tags.count("table") == tags.count("caption")
     assert ("html", {"lang": "en"}) in page.tags
     assert tags.index("h2") < tags.index("table")
-    assert "prefers-color-scheme: dark" in page.text
+    assert "color-scheme: light dark" in page.text
     assert "@media print" in page.text
 
 
@@ -283,7 +294,7 @@ def test_chart_keeps_to_its_box_and_skips_what_is_not_a_number():
         {"step": 1, "a": 4.0},
         {"step": 5, "a": 8.0},
     ]
-    drawn = pictures.chart(log, ("a", "absent"), target=10.0)
+    drawn = curves.chart(log, ("a", "absent"), target=10.0)
     assert drawn is not None
     left, right, top, bottom = drawn["box"]
     [line] = drawn["series"]
@@ -292,13 +303,13 @@ def test_chart_keeps_to_its_box_and_skips_what_is_not_a_number():
     assert points[-1][0] == right
     assert all(top <= y <= bottom for _, y in points)
     assert points[0][1] - points[-1][1] == pytest.approx((8 - 4) / 10.5 * (bottom - top), abs=0.2)
-    assert pictures.chart(log[:1], ("a",)) is None
+    assert curves.chart(log[:1], ("a",)) is None
 
 
 def test_ticks_are_round_and_inside():
-    assert pictures.ticks(0, 400) == [0, 100, 200, 300, 400]
-    assert pictures.ticks(0.03, 0.97) == pytest.approx([0.2, 0.4, 0.6, 0.8])
-    assert pictures.ticks(7, 7) == [7]
+    assert curves.ticks(0, 400) == [0, 100, 200, 300, 400]
+    assert curves.ticks(0.03, 0.97) == pytest.approx([0.2, 0.4, 0.6, 0.8])
+    assert curves.ticks(7, 7) == [7]
 
 
 @pytest.mark.parametrize(
@@ -342,7 +353,7 @@ def test_verdict_weighs_other_wordings_and_the_lack_of_figures():
 
 
 def test_terminal_table_is_aligned_with_the_verdict_first():
-    first, blank, head, rule, *body = format_table(make_results()).splitlines()
+    first, blank, head, rule, *body = format_table(upgrade(make_results())).splitlines()
     assert first.startswith("seven: Gone. ")
     assert "1.0 % (95 % interval 0.3–3.6 %)" in first
     assert blank == ""
@@ -403,16 +414,16 @@ def test_missing_run_folder_or_results_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ({"schema_version": 2}, "schema_version is 2, this version reads 1"),
+        ({"schema_version": 3}, "schema_version is 3, this version reads 1 and 2"),
         ({"schema_version": None}, "schema_version is None"),
         ({"rows": {}}, '"rows" is missing or not a list'),
         ({"caption": None}, '"caption" is missing or not a str'),
-        ({"pairs": 3}, '"pairs" is not a list'),
-        ({"rows": [{"metric": "leakage"}]}, r"rows\[0\] needs metric, group and subject"),
+        ({"pairs": 3}, '"pairs" is missing or not a list'),
+        ({"rows": [{"metric": "leakage"}]}, r"rows\[0\] needs metric, group, subject as text"),
         ({"rows": [make_row("leakage", "direct", "teacher", 1)]}, 'subject "teacher"'),
         ({"rows": [make_row("leakage", "direct", "lora", "1 %")]}, r"rows\[0\] needs a number as value"),
         ({"rows": [make_row("leakage", "direct", "lora", 0.1, n=None)]}, r"rows\[0\] needs a whole number as n"),  # type: ignore[arg-type]
-        ({"pairs": [{"prompt": "x"}]}, r"pairs\[0\] needs prompt, group, base and lora"),
+        ({"pairs": [{"prompt": "x"}]}, r"pairs\[0\] needs prompt, group, base, lora as text"),
     ],
 )
 def test_wrong_results_are_refused_by_name(tmp_path, change, match):

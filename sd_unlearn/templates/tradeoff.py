@@ -1,4 +1,4 @@
-"""Geometry of the sweep's picture: points with interval bars in both directions, and labels that hide nothing."""
+"""Geometry of leakage against retention: points with interval bars in both directions, and labels that hide nothing."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from sd_unlearn.records import Row
-from sd_unlearn.templates.pictures import ticks
+from sd_unlearn.templates.curves import finite, ticks
 
 WIDTH, HEIGHT = 720, 420
 LEFT, RIGHT, TOP, BOTTOM = 64, 696, 20, 360
@@ -21,6 +21,8 @@ class Mark(NamedTuple):
     label: str
     x: Row
     y: Row
+    style: int = 0  # points of one style are joined in their order
+    told: str = ""  # the figures in words, shown when the point is asked
 
 
 class Box(NamedTuple):
@@ -36,8 +38,11 @@ class Box(NamedTuple):
 
 
 def tradeoff(marks: Sequence[Mark]) -> dict[str, Any] | None:
-    """Points, bars, ticks and labels in a 720 x 420 box, x to the right and y upwards; None without a finite point."""
-    kept = [m for m in marks if _finite(m.x.value) and _finite(m.y.value)]
+    """Points, bars, ticks and labels in a 720 x 420 box, x to the right and y upwards; None without a finite point.
+
+    A point whose label finds no free place goes without: `text` is None. Its `tip` says the same.
+    """
+    kept = [m for m in marks if finite(m.x.value) and finite(m.y.value)]
     if not kept:
         return None
     xs, ys = [v for m in kept for v in _ends(m.x)], [v for m in kept for v in _ends(m.y)]
@@ -53,16 +58,21 @@ def tradeoff(marks: Sequence[Mark]) -> dict[str, Any] | None:
 
     points = [
         {
-            "label": m.label, "x": across(m.x.value or 0.0), "y": down(m.y.value or 0.0),
+            "label": m.label, "style": m.style, "told": m.told, "x": across(m.x.value or 0.0), "y": down(m.y.value or 0.0),
             "bar_x": [across(v) for v in (min(_ends(m.x)), max(_ends(m.x)))],
             "bar_y": [down(v) for v in (min(_ends(m.y)), max(_ends(m.y)))],
         }
         for m in kept
     ]  # fmt: skip
     _place_labels(points)
+    for point in points:
+        point["tip"] = _tip(point)
     return {
         "points": points,
-        "path": " ".join(f"{p['x']},{p['y']}" for p in points),
+        "paths": [
+            (style, " ".join(f"{p['x']},{p['y']}" for p in points if p["style"] == style))
+            for style in dict.fromkeys(p["style"] for p in points)
+        ],
         "x": [(across(t), f"{100 * t:.4g} %") for t in ticks(x0, x1, 7)],
         "y": [(down(t), f"{100 * t:.4g} %") for t in ticks(y0, y1, 6)],
         "box": (LEFT, RIGHT, TOP, BOTTOM),
@@ -78,10 +88,22 @@ def _place_labels(points: list[dict[str, Any]]) -> None:
     for p in points:
         wide = LETTER * len(p["label"])
         best = min(_places(p, wide), key=lambda box: (_met(box, taken), _met(box, bars)))
+        p["text"] = p["leader"] = None
+        if _met(best, taken):
+            continue
         taken.append(best)
         right = best.x0 > p["x"]
         p["text"] = (round(best.x0, 1), round(best.y1 - 4, 1))
         p["leader"] = (round(best.x0 - 2 if right else best.x1 + 2, 1), round((best.y0 + best.y1) / 2, 1))
+
+
+def _tip(p: dict[str, Any]) -> dict[str, Any]:
+    """A small box beside the point with its name and figures, inside the picture."""
+    rows = [p["label"], *(part.strip() for part in p["told"].split(";") if part)]
+    wide, high = 0.9 * LETTER * max(map(len, rows)) + 16, LINE * len(rows) + 10
+    x = p["x"] + 12 if p["x"] + 12 + wide <= WIDTH else p["x"] - 12 - wide
+    y = p["y"] - 12 - high if p["y"] - 12 - high >= 0 else p["y"] + 12
+    return {"x": round(max(0.0, x), 1), "y": round(y, 1), "wide": round(wide, 1), "high": high, "rows": rows}
 
 
 def _places(p: dict[str, Any], wide: float) -> list[Box]:
@@ -112,7 +134,3 @@ def _ends(row: Row) -> list[float]:
 def _padded(low: float, high: float) -> tuple[float, float]:
     room = max(0.0, NARROWEST - (high - low)) / 2 + 0.06 * (high - low)
     return low - room, high + room
-
-
-def _finite(value: float | None) -> bool:
-    return value is not None and math.isfinite(value)
