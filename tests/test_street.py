@@ -48,14 +48,14 @@ def test_every_room_leaves_its_files(run):
 def test_results_hold_every_figure_of_the_protocol(run):
     results = json.loads((run / "results.json").read_text())
     rows = {(r["metric"], r["group"], r["subject"]) for r in results["rows"]}
-    assert {("leakage", g, s) for g in ("direct", "held_out", "generic") for s in ("base", "lora")} <= rows
-    assert {("retention", g, "lora") for g in ("alike", "general", "kept")} <= rows
-    assert {("clean_replacement", "direct", "lora"), ("drift", "kept", "lora")} <= rows
+    assert {("leakage", g, s) for g in ("direct", "held_out", "generic") for s in ("base", "seven")} <= rows
+    assert {("retention", g, "seven") for g in ("alike", "general", "kept")} <= rows
+    assert {("clean_replacement", "direct", "seven"), ("drift", "kept", "seven")} <= rows
     assert all(r["low"] <= r["value"] <= r["high"] for r in results["rows"] if r["interval"] == "wilson")
-    assert results["schema_version"] == 1
+    assert results["schema_version"] == 2
     for pair in results["pairs"]:
         assert (run / pair["base"]).is_file()
-        assert (run / pair["lora"]).is_file()
+        assert (run / pair["image"]).is_file()
 
 
 def test_seeds_of_render_and_evaluation_are_disjoint(run):

@@ -11,7 +11,7 @@ from sd_unlearn.concept import Concept, Prompt
 from sd_unlearn.evaluation import tally
 from sd_unlearn.evaluation.tally import Seen
 from sd_unlearn.metrics.question import Columns, Counted, Shots
-from sd_unlearn.metrics.statistics import holm, paired_difference, wilson
+from sd_unlearn.metrics.statistics import holm, paired_difference, paired_ratio, wilson
 from sd_unlearn.records import Row
 
 CONCEPT = Concept("seven", "a seven", "a digit")
@@ -197,3 +197,23 @@ def test_counted_values_keep_their_place() -> None:
     seen = see("mine", [1, 5, 1, 0, 0, 0, 0, 0, 0, 0], [True, False] + [True] * 8)
     leak = tally.count(Bright(), make_shots(), seen)[0]
     assert leak.values[:4].tolist() == [1, 0, 1, 0]
+
+
+def test_a_ratio_of_paired_rates_keeps_its_width_and_its_promise() -> None:
+    """Of equals it holds 1 and is no point; over many draws the interval holds the true ratio about 95 times in 100."""
+    ones = np.ones(50)
+    value, low, high = paired_ratio(ones, ones)
+    assert (value, low * high) == (1.0, pytest.approx(1.0))
+    assert 0.94 < low < 0.98
+    assert np.isnan(paired_ratio(ones, ones * 0)).all()
+    assert paired_ratio(ones * 0, ones)[:2] == (0.0, 0.0)
+    rng, held = np.random.default_rng(0), 0
+    for _ in range(1000):
+        base = rng.random(100) < 0.9
+        mine = np.where(base, rng.random(100) < 0.8, rng.random(100) < 0.3)
+        _, low, high = paired_ratio(mine.astype(float), base.astype(float))
+        held += low <= (0.9 * 0.8 + 0.1 * 0.3) / 0.9 <= high
+    assert 925 < held < 980
+    a, b = mine.astype(float), base.astype(float)
+    there, back = paired_ratio(a, b), paired_ratio(b, a)
+    assert (there[1], there[2]) == pytest.approx((1 / back[2], 1 / back[1]))

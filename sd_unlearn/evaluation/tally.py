@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sd_unlearn.metrics.question import KEPT, Columns, Counted, Question, Shots
-from sd_unlearn.metrics.statistics import bootstrap, holm, paired_difference, ratio_of_means, wilson
+from sd_unlearn.metrics.statistics import bootstrap, holm, paired_difference, paired_ratio, wilson
 from sd_unlearn.records import Row
 from sd_unlearn.results import BASE, Difference
 
@@ -163,10 +163,9 @@ def _mean(counted: Counted, group: str, values: NDArray, seeds: NDArray, detecto
 
 
 def _retention(group: str, with_lora: NDArray, without: NDArray, detector: str) -> Row:
-    value = ratio_of_means(with_lora, without)
-    low, high = bootstrap(ratio_of_means, with_lora, without)
+    value, low, high = paired_ratio(with_lora, without)
     note = "accuracy with the LoRA over accuracy without, same seeds"
-    return Row("retention", group, "", value, len(without), low, high, detector, "paired-bootstrap", note)
+    return Row("retention", group, "", value, len(without), low, high, detector, "bonett-price", note)
 
 
 def _finished(row: Row, concept: str, subject: str) -> Row:

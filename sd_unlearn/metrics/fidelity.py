@@ -139,7 +139,9 @@ class SetDistance:
                 parts.append(self.read(images)["features"])
         read = len(self.real_files) - len(broken)
         if read < FEWEST:
-            raise UsageError(f"--real {self.real}: {read} images can be read; {FEWEST} are needed. Name another folder.")
+            raise UsageError(
+                f"--real {self.real}: {read} images can be read; {FEWEST} are needed. Name another folder."
+            )
         note = f"against {read:,} real images of {self.real.name if self.real else ''}"
         if broken:
             names = ", ".join(broken[:5]) + (", ..." if len(broken) > 5 else "")

@@ -91,3 +91,25 @@ def _sign_flip(difference: NDArray) -> float:
     signs = rng.integers(0, 2, (RESAMPLES, len(difference)), dtype=np.int8) * 2 - 1
     as_far = np.abs(signs @ difference) >= observed - 1e-12 * max(1.0, np.abs(difference).sum())
     return float((1 + as_far.sum()) / (1 + RESAMPLES))
+
+
+def paired_ratio(a: NDArray, b: NDArray) -> tuple[float, float, float]:
+    """(mean(a) / mean(b), low, high) of values [N > 0] that are 0 or 1 on the same pictures; nan where b is never 1.
+
+    The interval joins two of Wilson's, narrowed by how far a and b go together (Bonett and Price 2006). It keeps its
+    width where a bootstrap has none: 50 of 50 against 50 of 50 does not show that nothing was lost.
+    """
+    first, second = np.asarray(a) > 0, np.asarray(b) > 0
+    one, other, apart = int(first.sum()), int(second.sum()), int((first != second).sum())
+    either = int((first | second).sum())
+    if not other:
+        return float("nan"), float("nan"), float("nan")
+    joint = np.sqrt((apart + 2) / ((one + 1) * (other + 1)))
+    apiece = [np.sqrt((1 - (count + 1) / (either + 2)) / (count + 1)) for count in (one, other)]
+    z = Z * joint / sum(apiece)
+    ends = []
+    for count in (one, other):
+        half = z * np.sqrt(z * z + 4 * count * (1 - count / either))
+        ends.append([(2 * count + z * z + sign * half) / (2 * (either + z * z)) for sign in (-1, 1)])
+    (low, high), (low_b, high_b) = ends
+    return one / other, float(max(0.0, low) / high_b), float(high / low_b)

@@ -109,9 +109,7 @@ def _cards(pairs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return list(cards.values())
 
 
-def _shot(
-    subject: str, path: str, read: Any, faces: Boxes, leak: Any = False, lost: Any = False
-) -> dict[str, Any]:
+def _shot(subject: str, path: str, read: Any, faces: Boxes, leak: Any = False, lost: Any = False) -> dict[str, Any]:
     verdict = "leak" if leak else "lost" if lost else "good"
     return {"subject": subject, "path": path, "read": str(read or ""), "faces": faces, "verdict": verdict}
 
