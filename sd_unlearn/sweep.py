@@ -21,8 +21,8 @@ from sd_unlearn import __version__, evaluate, sweep_report, trainer
 from sd_unlearn.base import resolve_name
 from sd_unlearn.checks import as_dict, check_train, read_yaml
 from sd_unlearn.concept import Concept, load_concept
-from sd_unlearn.evaluate_config import EvaluateConfig
 from sd_unlearn.errors import UsageError
+from sd_unlearn.evaluate_config import EvaluateConfig
 from sd_unlearn.prior import ASSUMED_BETA, resolve_beta
 from sd_unlearn.records import (
     CONCEPT,

@@ -14,8 +14,8 @@ from conftest import tree
 
 from sd_unlearn import cli, evaluate, records, sweep, trainer
 from sd_unlearn.concept import Concept, load_concept, write_concept
-from sd_unlearn.evaluate_config import EvaluateConfig
 from sd_unlearn.errors import UsageError
+from sd_unlearn.evaluate_config import EvaluateConfig
 from sd_unlearn.records import read_json, weights_sha256, write_json
 from sd_unlearn.sweep import Point
 from sd_unlearn.train_config import TrainConfig

@@ -80,7 +80,7 @@ def _first(found: Judged, subject: str, metrics: tuple[str, ...]) -> NDArray[np.
 
 
 def _look(found: Judged, subject: str, index: int) -> _Look:
-    words, faces = "", ()
+    words, faces = "", tuple[tuple[float, ...], ...]()
     for question, seen in found.seen[subject]:
         if not seen.readable[index]:
             continue

@@ -70,7 +70,7 @@ def counts_of(tier: Tier, num_images: int | None, num_keep_images: int | None, g
     if num_keep_images is not None:
         tier = dataclasses.replace(tier, alike=num_keep_images, general=num_keep_images, of_each_prompt=True)
     if groups is not None:
-        unasked = {group: 0 for group in GROUPS if group not in groups}
+        unasked: dict[str, Any] = {group: 0 for group in GROUPS if group not in groups}
         for group in groups:
             if getattr(tier, group) == 0:  # asked for by name, though the tier leaves it out
                 unasked[group] = tier.direct

@@ -8,6 +8,7 @@ import sys
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,7 +46,8 @@ def read(
         (what was seen, why each unreadable picture could not be read)
     """
     unique = list(dict.fromkeys(paths))
-    known, failed = _kept(cache, question.name), {}
+    known = _kept(cache, question.name)
+    failed: dict[Path, str] = {}
     missing = [path for path in unique if _key(path, cache) not in known]
     with tqdm(total=len(missing), desc=title, unit="image", file=sys.stderr, disable=not missing) as bar:
         for start in range(0, len(missing), CHUNK):
@@ -82,9 +84,9 @@ def distances(
             order = iter(images)
             opened = [None if index in failed else next(order) for index in range(len(chunk))]
             pairs.append([image for index, image in enumerate(opened) if index not in bad and image is not None])
-        values = iter(question.distance(pairs[0], pairs[1]) if pairs[0] else [])
+        values = iter(question.distance(pairs[0], pairs[1]).tolist() if pairs[0] else [])
         for index, n in enumerate(chunk):
-            known[names[n]] = {"distance": np.float64(np.nan if index in bad else next(values))}
+            known[names[n]] = {"distance": np.array(np.nan if index in bad else next(values))}
         _keep(cache, question.name, known)
     return np.array([float(known[name]["distance"]) for name in names], dtype=np.float64)
 
@@ -123,7 +125,7 @@ def _keep(cache: Path | None, name: str, known: dict[str, dict[str, NDArray]]) -
     file = _file(cache, name)
     file.parent.mkdir(parents=True, exist_ok=True)
     first = next(iter(known.values()))
-    columns = {column: np.stack([row[column] for row in known.values()]) for column in first}
+    columns: dict[str, Any] = {column: np.stack([row[column] for row in known.values()]) for column in first}
     temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as target:

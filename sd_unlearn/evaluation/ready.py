@@ -76,7 +76,8 @@ def _by_metadata(folder: Path, concept: Concept) -> list[tuple[Shot, Path]]:
                 f"file.{suggest(str(group), GROUPS)}"
             )
         prompt = known[text][1] if text in known and known[text][0] == group else Prompt(text)
-        seed = line.get("seed") if isinstance(line.get("seed"), int) else number
+        seed = line.get("seed")
+        seed = seed if isinstance(seed, int) else number
         found.append((Shot(group, prompt, seed), folder / line["file_name"]))
     return found
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
@@ -91,7 +91,7 @@ def compared(question: Question, shots: Shots, base: Seen, seen: Seen) -> list[R
 
 
 def differences(
-    question: Question, shots: Shots, counted: dict[str, Sequence[Counted]], main: Iterable[str]
+    question: Question, shots: Shots, counted: Mapping[str, Sequence[Counted]], main: Iterable[str]
 ) -> list[Difference]:
     """Every subject against the base, and the subjects of `main` against each other, per metric and group.
 
@@ -113,7 +113,7 @@ def differences(
     return found
 
 
-def _kinds(counted: dict[str, Sequence[Counted]]) -> list[dict[str, Counted]]:
+def _kinds(counted: Mapping[str, Sequence[Counted]]) -> list[dict[str, Counted]]:
     """By metric, in order of appearance: subject -> what was counted."""
     kinds: dict[tuple[str, tuple[str, ...]], dict[str, Counted]] = {}
     for subject, found in counted.items():

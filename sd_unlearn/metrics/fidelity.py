@@ -253,7 +253,7 @@ class Cmmd(SetDistance):
 
 
 def make_fidelity(weights: Path | None = None, real: Path | None = None, device: Any = "cpu") -> InceptionFidelity:
-    """For the registry: the metric fidelity (options --inception_weights, --real_images). Raises as InceptionFidelity."""
+    """For the registry: the metric fidelity (--inception_weights, --real_images). Raises as InceptionFidelity."""
     return InceptionFidelity(weights, real, device)
 
 

@@ -78,9 +78,8 @@ def _cmmd(asking: Asking) -> Question:
     from sd_unlearn.embeddings import ClipEncoder
     from sd_unlearn.metrics.fidelity import make_cmmd
 
-    return make_cmmd(
-        asking.options.clip_model, asking.options.clip_pretrained, asking.options.real_images, asking.device
-    )
+    encoder = ClipEncoder(asking.options.clip_model, asking.options.clip_pretrained, asking.device)
+    return make_cmmd(encoder, asking.options.real_images)
 
 
 def _lpips(asking: Asking) -> PairQuestion:
@@ -146,8 +145,8 @@ def make_questions(asking: Asking) -> tuple[list[Question], list[PairQuestion]]:
             if asking.options.metrics or name in ("clip", "digits", "identity", "nudity", "classifier"):
                 raise
             failed.append(error)
-    for error in failed:
-        print(f"Left out: {error}", file=sys.stderr)
+    for why in failed:
+        print(f"Left out: {why}", file=sys.stderr)
     return questions, pairs
 
 

@@ -11,7 +11,7 @@ from sd_unlearn.records import Row
 from sd_unlearn.results import BASE
 from sd_unlearn.templates.answers import cost_answer
 from sd_unlearn.templates.cases import Case, labels
-from sd_unlearn.templates.figures import GROUPS, METRICS, Line, is_rate, lines, number
+from sd_unlearn.templates.figures import GROUPS, METRICS, Line, is_rate, number
 
 # (metric, groups in order of preference, title); "leakage" stands for whatever says that a concept is there
 COLUMNS = (
