@@ -203,8 +203,8 @@ def _fault(results: dict[str, Any], keys: dict[str, tuple[type, bool, _Fault | N
         value = results.setdefault(key, kind()) if optional else results.get(key)
         if not isinstance(value, kind):
             return f'"{key}" is missing or not a {kind.__name__}'
-        for number, item in enumerate(value) if check else ():
-            if why := check(item):
+        for number, item in enumerate(value if check and isinstance(value, list) else []):
+            if check and (why := check(item)):
                 return f"{key}[{number}] {why}"
     return None
 

@@ -126,10 +126,11 @@ def _keep(cache: Path | None, name: str, known: dict[str, dict[str, NDArray]]) -
     file.parent.mkdir(parents=True, exist_ok=True)
     first = next(iter(known.values()))
     columns: dict[str, Any] = {column: np.stack([row[column] for row in known.values()]) for column in first}
+    columns[_NAMES] = np.array(list(known), dtype=str)
     temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as target:
-            np.savez(target, **columns, **{_NAMES: np.array(list(known), dtype=str)})
+            np.savez(target, **columns)
         temporary.replace(file)
     finally:
         temporary.unlink(missing_ok=True)
