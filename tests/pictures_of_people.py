@@ -1,0 +1,54 @@
+"""Real portraits that packages carry, and small helpers around them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageEnhance, ImageOps
+
+from sd_unlearn.concept import Concept, Prompt
+from sd_unlearn.metrics.question import Shots
+
+CONCEPT = Concept(name="Eileen Collins", caption="a photo of Eileen Collins", generic="a photo of a woman")
+
+
+def astronaut() -> Image.Image:
+    """Eileen Collins, 512x512."""
+    return Image.fromarray(pytest.importorskip("skimage.data").astronaut())
+
+
+def versions() -> dict[str, Image.Image]:
+    """The same portrait, otherwise."""
+    image = astronaut()
+    return {
+        "mirrored": ImageOps.mirror(image),
+        "cropped": image.crop((120, 0, 380, 260)),
+        "dimmed": ImageEnhance.Brightness(image).enhance(0.4),
+        "brightened": ImageEnhance.Brightness(image).enhance(1.4),
+        "grey": ImageOps.grayscale(image).convert("RGB"),
+        "halved": image.resize((256, 256)),
+        "quartered": image.resize((128, 128)),
+        "doubled": image.resize((1024, 1024)),
+        "stretched": image.resize((512, 600)),
+        "tilted": image.rotate(10, Image.Resampling.BICUBIC),
+    }
+
+
+def strangers() -> list[Image.Image]:
+    """A hundred other people, 25x25 and grey: the first half of scikit-image's subset of LFW."""
+    faces = pytest.importorskip("skimage.data").lfw_subset()[:100]
+    return [Image.fromarray((face * 255).astype(np.uint8)).convert("RGB") for face in faces]
+
+
+def save(folder: Path, *images: Image.Image, start: int = 0) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for n, image in enumerate(images, start):
+        image.save(folder / f"{n:03}.png")
+    return folder
+
+
+def shots(*groups: str) -> Shots:
+    n = len(groups)
+    return Shots(CONCEPT, np.array(groups), (Prompt("a prompt"),) * n, np.zeros(n, np.int64))

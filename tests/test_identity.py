@@ -1,0 +1,497 @@
+"""One person against a hundred others, on real faces; and what the figures must not depend on."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import urllib.error
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from pictures_of_people import astronaut, save, shots, strangers, versions
+from PIL import Image, ImageOps
+
+from sd_unlearn.errors import UnlearnError, UsageError
+from sd_unlearn.metrics import faces
+from sd_unlearn.metrics.faces import Face, FaceModel, align, make_face_model
+from sd_unlearn.metrics.identity import (
+    Calibration,
+    Identity,
+    Reference,
+    calibrate,
+    make_identity,
+    read_reference,
+    threshold_at,
+)
+from sd_unlearn.metrics.statistics import wilson
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+# -- real faces --
+
+
+class Remembering:
+    """A face model that looks at every picture once: real detectors take their time."""
+
+    def __init__(self, model: FaceModel) -> None:
+        self.model, self.seen = model, {}
+        self.name, self.version, self.weights, self.limits = model.name, model.version, model.weights, model.limits
+
+    def find(self, image: Image.Image) -> list[Face]:
+        key = (image.size, image.tobytes())
+        if key not in self.seen:
+            self.seen[key] = self.model.find(image)
+        return self.seen[key]
+
+
+@pytest.fixture(scope="module")
+def dlib_faces() -> FaceModel:
+    pytest.importorskip("dlib")
+    return Remembering(make_face_model("dlib"))
+
+
+@pytest.fixture(scope="module")
+def collins(dlib_faces: FaceModel, tmp_path_factory: pytest.TempPathFactory) -> Identity:
+    """Eileen Collins by one portrait, set apart from every second stranger at the default rate."""
+    place = tmp_path_factory.mktemp("people")
+    person = read_reference(save(place / "reference", astronaut()), dlib_faces)
+    others = save(place / "others", *strangers()[::2])
+    return Identity("Eileen Collins", dlib_faces, person, calibrate(others, dlib_faces, person))
+
+
+def test_the_same_person_is_recognised_and_others_are_not(collins: Identity) -> None:
+    line, alike = collins.calibration.threshold, collins.read(list(versions().values()))["similarity"]
+    assert (alike >= line).all(), dict(zip(versions(), alike, strict=True))
+    assert collins.calibration.asked == 0.01
+    assert collins.calibration.accepted == 0
+    held_apart = collins.read(strangers()[1::2])["similarity"]
+    assert np.nanmax(held_apart) < alike.min()  # apart by more than the line
+    assert (held_apart >= line).mean() <= 0.02  # 1 of 50; of 50 more, so many more pass than were let
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.3])
+def test_the_false_accept_rate_holds_on_people_held_apart(collins: Identity, rate: float, tmp_path: Path) -> None:
+    others = calibrate(save(tmp_path, *strangers()[::2]), collins.model, collins.reference, rate)
+    assert rate - 0.03 <= others.accepted / len(others.similarities) <= rate
+    columns = collins.read(strangers()[1::2])
+    seen = columns["similarity"][columns["faces"] > 0]
+    assert len(seen) > 40
+    low, high = wilson(int((seen >= others.threshold).sum()), len(seen))
+    assert low <= rate <= high
+
+
+def test_the_portrait_itself_has_similarity_one(collins: Identity) -> None:
+    columns = collins.read([astronaut()])
+    assert columns["similarity"][0] == pytest.approx(1, abs=1e-6)
+    x0, y0, x1, y1 = columns["boxes"][0, 0]
+    assert (x0, y0, x1, y1) == pytest.approx((0.35, 0.16, 0.52, 0.33), abs=0.04)  # around her face
+
+
+def test_another_portrait_is_another_face(collins: Identity) -> None:
+    matplotlib = pytest.importorskip("matplotlib.cbook")
+    with matplotlib.get_sample_data("grace_hopper.jpg") as file:
+        hopper = Image.open(file).convert("RGB")
+    columns = collins.read([hopper, astronaut()])
+    assert columns["faces"][0] == 1
+    assert collins.shows(columns).tolist() == [False, True]
+    assert collins.words(columns, 0).startswith("another face 0.8")
+    assert collins.words(columns, 1) == "Eileen Collins 1.00"
+
+
+def test_several_faces_go_by_the_most_alike(collins: Identity) -> None:
+    face, stranger = astronaut().crop((140, 30, 310, 200)), strangers()[0].resize((170, 170))
+    both = Image.new("RGB", (512, 256))
+    both.paste(stranger, (30, 40))
+    both.paste(face, (300, 40))
+    columns = collins.read([both, ImageOps.mirror(both)])
+    assert columns["faces"].tolist() == [2, 2]
+    assert collins.shows(columns).all()
+    alike = columns["similarities"]
+    assert (alike[:, 0] == columns["similarity"]).all()
+    assert (alike[:, 0] > alike[:, 1]).all()
+    assert np.isnan(alike[:, 2:]).all()
+    assert columns["boxes"][0, 0, 0] > 0.5 > columns["boxes"][0, 1, 2]  # hers is on the right
+    assert columns["boxes"][1, 0, 2] < 0.5
+
+
+def test_small_faces_are_found_and_no_face_is_none(collins: Identity) -> None:
+    small = Image.new("RGB", (96, 96), "grey")
+    small.paste(astronaut().crop((150, 0, 310, 260)).resize((40, 64)), (20, 20))
+    nothing = [Image.new("RGB", size, "grey") for size in ((512, 512), (8, 8), (512, 3), (1, 1))]
+    columns = collins.read([small, *nothing])
+    assert columns["faces"].tolist() == [1, 0, 0, 0, 0]
+    assert collins.shows(columns).tolist() == [True, False, False, False, False]
+    assert np.isnan(columns["similarity"][1:]).all()
+    assert collins.words(columns, 1) == "no face"
+
+
+def test_order_and_batches_do_not_matter(collins: Identity) -> None:
+    collins = Identity("", collins.model.model, collins.reference, collins.calibration)  # nothing remembered
+    images = [astronaut(), Image.new("RGB", (64, 64)), *strangers()[:3]]
+    together = collins.read(images)
+    turned = collins.read(images[::-1])
+    apart = [collins.read([image]) for image in images]
+    for name, column in together.items():
+        np.testing.assert_array_equal(column, turned[name][::-1])
+        np.testing.assert_array_equal(column, np.concatenate([one[name] for one in apart]))
+    assert {len(column) for column in collins.read([]).values()} == {0}
+
+
+def test_dlib_is_loaded_without_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("dlib")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = make_face_model("dlib")
+    assert model.version in model.name
+    assert "sha256:" in model.name
+
+
+# -- figures on given embeddings --
+
+
+class Plane:
+    """Faces as angles: the red value of a picture is its one face's angle in degrees; black is no face."""
+
+    name, version, weights, limits = "plane 1", "1", "none", "Flat."
+
+    def find(self, image: Image.Image) -> list[Face]:
+        angle = math.radians(np.asarray(image)[0, 0, 0])
+        unit = np.array([math.cos(angle), math.sin(angle)], np.float32)
+        return [Face((0, 0, *image.size), 0.9, unit)] if angle else []
+
+
+def at(*angles: int) -> list[Image.Image]:
+    return [Image.new("RGB", (4, 4), (angle, angle, 0)) for angle in angles]
+
+
+def plane(tmp_path: Path, reference: list[int], others: list[int], rate: float | None = None) -> Identity:
+    person = read_reference(save(tmp_path / "reference", *at(*reference)), Plane())
+    return Identity("Ann", Plane(), person, calibrate(save(tmp_path / "others", *at(*others)), Plane(), person, rate))
+
+
+def test_the_threshold_is_the_smallest_that_keeps_the_rate() -> None:
+    rng = np.random.default_rng(0)
+    for n in (1, 7, 100, 1000):
+        for rate in (0.0, 0.001, 0.01, 0.1, 0.29, 0.5):
+            alike = np.round(rng.random(n), 2 if n > 7 else 16)  # with ties
+            line = threshold_at(alike, rate)
+            assert (alike >= line).mean() <= rate + 1e-12
+            below = np.nextafter(line, -1)
+            assert (alike >= below).mean() > rate
+    assert (np.arange(100) >= threshold_at(np.arange(100), 0.29)).sum() == 29  # although 0.29 * 100 < 29
+
+
+def test_count(tmp_path: Path) -> None:
+    identity = plane(tmp_path, [40, 50], [100, 120, 150], 0.4)  # mean 45; the line lies above 120, at 75 degrees off
+    assert identity.calibration.threshold == pytest.approx(math.cos(math.radians(75)), abs=1e-5)
+    assert identity.calibration.accepted == 1
+    columns = identity.read(at(45, 0, 115, 125, 110, 0, 130))
+    groups = ("direct", "direct", "held_out", "generic", "alike", "alike", "general")
+    counted = {one.metric: one for one in identity.count(shots(*groups), columns)}
+    nan = np.nan
+    np.testing.assert_array_equal(counted["leakage"].values, [1, 0, 1, 0, nan, nan, nan])
+    np.testing.assert_array_equal(counted["confusion"].values, [nan, nan, nan, nan, 1, 0, 0])
+    np.testing.assert_array_equal(counted["face_rate"].values, [1, 0, 1, 1, 1, 0, 1])
+    assert counted["leakage"].groups == ("direct", "held_out", "generic")
+    assert all(one.is_rate for one in counted.values())
+    assert identity.compare(shots(*groups), columns, columns) == []
+
+
+def test_the_card_names_whom_the_line_was_drawn_on(tmp_path: Path) -> None:
+    card = plane(tmp_path, [40, 50, 0, 120], [100, 120, 0], 0.5).card()
+    assert "1 of 2 faces" in card.threshold
+    assert "50.00%" in card.threshold
+    assert "too few" not in card.threshold
+    assert "others" in card.threshold
+    assert "3 faces of Ann; no face in 002.png" in card.extra["reference"]
+    assert card.extra["others"].startswith("2 faces on 3 images of others (1 without a face), the most alike at ")
+    assert card.detector == plane(tmp_path, [40, 50, 0, 120], [100], 0.5).name
+
+
+def test_too_few_others_are_said_to_be(tmp_path: Path) -> None:
+    identity = plane(tmp_path, [45], [100, 120])
+    assert identity.calibration.asked == 0.01
+    assert identity.calibration.accepted == 0
+    assert "2 faces are too few to see that rate" in identity.card().threshold
+    assert "unknown" in identity.card().extra["recognised"]
+
+
+def test_a_thousand_others_ask_for_a_smaller_rate(tmp_path: Path) -> None:
+    person = Reference(np.array([1.0, 0]), np.array([[1.0, 0]]), (), "0" * 64)
+    folder = save(tmp_path / "others", *at(90))
+
+    class Crowd(Plane):
+        def find(self, image: Image.Image) -> list[Face]:
+            return super().find(image) * 1000
+
+    assert calibrate(folder, Crowd(), person).asked == 1e-3
+    assert calibrate(folder, Crowd(), person, 0.2).asked == 0.2
+
+
+def test_leave_one_out(tmp_path: Path) -> None:
+    identity = plane(tmp_path, [10, 20, 90], [60], 0.5)
+    own = identity.reference.left_out()
+    assert own == pytest.approx(np.cos(np.radians([45, 30, 75])), abs=1e-5)  # to the middle of the two others
+    assert identity.card().extra["recognised"].startswith(f"{(own >= identity.calibration.threshold).sum()} of 3")
+
+
+def test_the_name_says_what_changes_a_reading_and_nothing_else(tmp_path: Path) -> None:
+    first = plane(tmp_path / "a", [40, 50], [100, 120], 0.5)
+    assert plane(tmp_path / "b", [50, 40], [90], 0.1).name == first.name  # neither file names nor the threshold
+    assert plane(tmp_path / "c", [40, 51], [100, 120], 0.5).name != first.name
+    assert first.name.startswith("plane 1")
+
+
+def test_a_group_photo_stands_for_its_largest_face(tmp_path: Path) -> None:
+    class Crowd(Plane):
+        def find(self, image: Image.Image) -> list[Face]:
+            far = Face((0, 0, 1, 1), 1, np.array([0, 1], np.float32))
+            return [far, *super().find(image), far]
+
+    person = read_reference(save(tmp_path, *at(30)), Crowd())
+    assert person.direction == pytest.approx([math.cos(math.radians(30)), 0.5], abs=1e-6)
+
+
+def test_more_faces_than_boxes_are_all_compared(tmp_path: Path) -> None:
+    class Crowd(Plane):
+        def find(self, image: Image.Image) -> list[Face]:
+            angles = np.radians(range(0, 100, 5))
+            return [Face((0, 0, 1, 2), 1, np.array([np.cos(a), np.sin(a)], np.float32)) for a in angles]
+
+    flat = plane(tmp_path, [90], [10], 0.5)
+    columns = Identity("Ann", Crowd(), flat.reference, flat.calibration).read(at(1))
+    assert columns["faces"].tolist() == [20]
+    assert columns["similarity"] == pytest.approx([math.cos(math.radians(0))], abs=1e-5)
+    assert columns["boxes"].shape == (1, 8, 4)
+    assert columns["boxes"][0, 0] == pytest.approx([0, 0, 0.25, 0.5])
+    assert not np.isnan(columns["boxes"]).any()
+
+
+# -- what is refused --
+
+
+def _faceless(folder: Path) -> Path:
+    return save(folder, *at(0, 0))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"embedder": "dlibb"}, '--face_model "dlibb" is unknown. Did you mean "dlib"'),
+        ({"weights": Path("x.onnx")}, "--face_weights x.onnx is for facenet and arcface"),
+        ({"embedder": "arcface"}, "--face_model arcface needs --face_weights"),
+        ({"embedder": "facenet", "weights": Path("x.pt")}, "--face_weights x.pt does not exist"),
+        ({"false_accept_rate": 0.0}, "--false_accept_rate 0 is outside"),
+        ({"false_accept_rate": 1.0}, "--false_accept_rate 1 is outside"),
+        ({"reference": Path("nowhere")}, "--reference nowhere is no folder"),
+        ({"others": Path("empty")}, "--others empty holds no images"),
+        ({"others": Path("reference")}, "--others holds 2 of the images of --reference"),
+    ],
+)
+def test_refused_before_anything_is_loaded(
+    change: dict[str, Any], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(faces, "find_spec", lambda _: True)
+    monkeypatch.setattr("sd_unlearn.metrics.identity.make_face_model", lambda *_: pytest.fail("a model was loaded"))
+    save(tmp_path / "reference", *at(40, 50))
+    save(tmp_path / "others", *at(100))
+    (tmp_path / "empty").mkdir()
+    options = {"reference": Path("reference"), "others": Path("others"), "embedder": "dlib"} | change
+    with pytest.raises(UsageError) as caught:
+        make_identity("Ann", **options)
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(("name", "extra"), [("facenet", "faces"), ("dlib", "dlib"), ("arcface", "arcface")])
+def test_packages_missing(name: str, extra: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(faces, "find_spec", lambda _: None)
+    (tmp_path / "x.onnx").touch()
+    with pytest.raises(UsageError, match=rf"pip install 'sd-unlearn\[{extra}\]'"):
+        make_face_model(name, tmp_path / "x.onnx" if name == "arcface" else None)
+
+
+@pytest.mark.parametrize("option", ["--reference", "--others"])
+def test_folders_without_a_face_or_with_a_broken_image(option: str, tmp_path: Path) -> None:
+    def read(folder: Path) -> object:
+        if option == "--reference":
+            return read_reference(folder, Plane())
+        return calibrate(folder, Plane(), Reference(np.array([1.0, 0]), np.array([[1.0, 0]]), (), ""))
+
+    with pytest.raises(UsageError, match=f"{option} .*no face was found on any of its 2 images"):
+        read(_faceless(tmp_path / "faceless"))
+    broken = save(tmp_path / "broken", *at(40))
+    (broken / "bad.png").write_bytes(b"no image")
+    with pytest.raises(UsageError, match=rf"{option}: .*bad\.png cannot be read"):
+        read(broken)
+
+
+def test_subfolders_and_turned_photos(tmp_path: Path) -> None:
+    save(tmp_path / "one", *at(40))
+    image = Image.new("RGB", (4, 2), (90, 0, 0))
+    exif = image.getexif()
+    exif[0x0112] = 6  # to be turned by 90 degrees
+    save(tmp_path / "two")
+    image.save(tmp_path / "two" / "photo.png", exif=exif)
+    seen = []
+
+    class Watch(Plane):
+        def find(self, image: Image.Image) -> list[Face]:
+            seen.append(image.size)
+            return super().find(image)
+
+    read_reference(tmp_path, Watch())
+    assert sorted(seen) == [(2, 4), (4, 4)]
+
+
+# -- facenet and ArcFace: the finder is real, the networks are not --
+
+
+@pytest.fixture(scope="module")
+def random_facenet(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """InceptionResnetV1 before it has learned anything, with the layer of names that published weights have."""
+    torch = pytest.importorskip("torch")
+    network = pytest.importorskip("facenet_pytorch").InceptionResnetV1(pretrained=None)
+    path = tmp_path_factory.mktemp("weights") / "random.pt"
+    torch.save({**network.state_dict(), "logits.weight": torch.zeros(2, 512)}, path)
+    return path
+
+
+def test_facenet_finds_and_embeds(random_facenet: Path) -> None:
+    model = make_face_model("facenet", random_facenet)
+    assert hashlib.sha256(hashlib.sha256(random_facenet.read_bytes()).digest()).hexdigest()[:12] in model.name
+    (face,) = model.find(astronaut())
+    assert np.array(face.box) / 512 == pytest.approx((0.35, 0.12, 0.52, 0.34), abs=0.04)
+    assert face.probability > 0.99
+    assert np.linalg.norm(face.embedding) == pytest.approx(1)
+    np.testing.assert_array_equal(model.find(astronaut())[0].embedding, face.embedding)
+    (halved,) = model.find(astronaut().resize((128, 128)))
+    assert np.array(halved.box) * 4 == pytest.approx(face.box, abs=12)
+    assert not np.array_equal(halved.embedding, face.embedding)
+    pair = Image.new("RGB", (512, 256))
+    for x in (0, 256):
+        pair.paste(astronaut().crop((100, 0, 356, 256)), (x, 0))
+    assert len(model.find(pair)) == 2
+    for size in ((512, 512), (8, 8), (512, 3), (1, 1)):
+        assert model.find(Image.new("RGB", size, "grey")) == []
+
+
+def test_facenet_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("facenet_pytorch")
+    from torch import hub
+
+    def fail(*_: object) -> None:
+        raise urllib.error.URLError("no route to host")
+
+    monkeypatch.setattr(hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(hub, "download_url_to_file", fail)
+    with pytest.raises(UnlearnError, match="no route to host.*--face_weights.*--face_model dlib"):
+        make_face_model("facenet")
+
+
+def test_facenet_takes_the_weights_already_there(
+    random_facenet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch import hub
+
+    name = faces.VGGFACE2.rsplit("/", 1)[1]
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / name).symlink_to(random_facenet)
+    monkeypatch.setattr(hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(hub, "download_url_to_file", lambda *_: pytest.fail("downloaded again"))
+    assert name in make_face_model("facenet").name
+
+
+def test_facenet_of_something_else(tmp_path: Path) -> None:
+    pytest.importorskip("facenet_pytorch")
+    (tmp_path / "other.pt").write_bytes(b"nothing")
+    with pytest.raises(UnlearnError, match=r"--face_weights .*other\.pt could not be loaded"):
+        make_face_model("facenet", tmp_path / "other.pt")
+
+
+def _onnx(path: Path, side: int = 112) -> Path:
+    """Means of 28x28 patches as an ONNX model, [1, 3, side, side] -> [1, D]; encoded by hand, as protobuf fields."""
+
+    def varint(n: int) -> bytes:
+        return (bytes([n & 127 | 128]) + varint(n >> 7)) if n > 127 else bytes([n])
+
+    def field(number: int, value: int | str | bytes) -> bytes:
+        if isinstance(value, int):
+            return varint(number << 3) + varint(value)
+        data = value.encode() if isinstance(value, str) else value
+        return varint(number << 3 | 2) + varint(len(data)) + data
+
+    def tensor(name: str, *shape: int) -> bytes:  # ValueInfoProto of floats
+        dims = b"".join(field(1, field(1, n)) for n in shape)
+        return field(1, name) + field(2, field(1, field(1, 1) + field(2, dims)))
+
+    def ints(name: str, *values: int) -> bytes:  # AttributeProto
+        return field(5, field(1, name) + b"".join(field(8, v) for v in values) + field(20, 7))
+
+    pool = field(1, "faces") + field(2, "means") + field(4, "AveragePool")
+    pool += ints("kernel_shape", 28, 28) + ints("strides", 28, 28)
+    flatten = field(1, "means") + field(2, "embedding") + field(4, "Flatten")
+    graph = field(1, pool) + field(1, flatten) + field(2, "tiny")
+    graph += field(11, tensor("faces", 1, 3, side, side)) + field(12, tensor("embedding", 1, 3 * (side // 28) ** 2))
+    path.write_bytes(field(1, 8) + field(7, graph) + field(8, field(2, 13)))
+    return path
+
+
+def test_arcface_embeds_the_aligned_face(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("facenet_pytorch")
+    model = make_face_model("arcface", _onnx(tmp_path / "tiny.onnx"))
+    assert "tiny.onnx sha256:" in model.name
+    (face,) = model.find(astronaut())
+    _, _, ((_, _, points),) = faces._Mtcnn("cpu").find(astronaut())
+    aligned = np.asarray(align(astronaut(), points), float) / 127.5 - 1
+    means = aligned.reshape(4, 28, 4, 28, 3).mean((1, 3)).transpose(2, 0, 1).ravel()
+    assert face.embedding == pytest.approx(means / np.linalg.norm(means), abs=1e-5)
+    assert model.find(Image.new("RGB", (64, 64))) == []
+
+
+@pytest.mark.parametrize("kind", ["not ONNX", "other size"])
+def test_arcface_of_something_else(kind: str, tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("facenet_pytorch")
+    path = tmp_path / "model.onnx"
+    if kind == "not ONNX":
+        path.write_bytes(b"nothing")
+        words = "is no ONNX model"
+    else:
+        _onnx(path, 56)
+        words = r"maps \[1, 3, 56, 56\] to \[1, 12\]"
+    with pytest.raises(UnlearnError, match=f"--face_weights .*{words}"):
+        make_face_model("arcface", path)
+
+
+def _points(of: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    moved = of(faces.TEMPLATE)
+    return np.stack([moved.real, moved.imag], 1)
+
+
+def test_alignment_undoes_any_turn_shift_and_scale() -> None:
+    upright = astronaut().crop((150, 40, 300, 190)).resize((112, 112))
+    twice = upright.resize((224, 224), Image.Resampling.NEAREST)
+    quarter = upright.transpose(Image.Transpose.ROTATE_90)  # x, y -> y, 111 - x
+    shifted = Image.new("RGB", (200, 200))
+    shifted.paste(upright, (31, 17))
+    half = 0.5 + 0.5j  # landmarks are counted from the middle of a pixel
+    for image, moved in (
+        (upright, lambda z: z),
+        (twice, lambda z: (z + half) * 2 - half),
+        (quarter, lambda z: z.imag + 1j * (111 - z.real)),
+        (shifted, lambda z: z + 31 + 17j),
+    ):
+        back = np.asarray(align(image, _points(moved)), float)
+        np.testing.assert_allclose(back, np.asarray(upright, float), atol=1)
+
+
+def test_a_calibration_tells_its_interval() -> None:
+    said = str(Calibration(0.5, 0.01, np.array([0.1] * 199 + [0.9]), "crowd", 200, 0))
+    low, high = wilson(1, 200)
+    assert f"0.50% (95 % interval {low:.2%} to {high:.2%}) where 1.00% may be" in said
