@@ -208,6 +208,17 @@ def _to_real_digits(label: str, detector: str, subject: str, drawn: np.ndarray) 
         if count <= FEATURE_WIDTH:
             note += f"; no fid-digits: it needs more than {FEATURE_WIDTH} images"
         rows.append(
-            Row("kid-digits", "alike", subject, found.value, count, found.low, found.high, detector, "half-sampling", note)
+            Row(
+                "kid-digits",
+                "alike",
+                subject,
+                found.value,
+                count,
+                found.low,
+                found.high,
+                detector,
+                "half-sampling",
+                note,
+            )
         )
     return rows
