@@ -94,7 +94,7 @@ def test_feature_drift_of_another_question() -> None:
     a, b = pictures(4), pictures(4, seed=2)
     assert drift.distance(a, a) == pytest.approx(np.zeros(4), abs=1e-6)
     assert drift.distance(a, b) == pytest.approx(drift.distance(b, a))
-    assert (drift.distance(a, b) > 1e-3).all()
+    assert drift.distance(a, b).max() > 1e-3  # to the reader most noise is nothing at all: equal
     assert (drift.metric, drift.card().detector) == ("drift", drift.name)
     assert "digits-reader" in drift.name
 
