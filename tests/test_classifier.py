@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
 from metric_tools import by_metric, make_shots, pictures
+
 from sd_unlearn.concept import Concept
 from sd_unlearn.errors import UnlearnError, UsageError
 from sd_unlearn.metrics.classifier import Classes, ClassifierQuestion, Network, make_classifier
@@ -35,9 +35,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
                           label2id={name: i for i, name in names.items()})  # fmt: skip
     ResNetForImageClassification(config).save_pretrained(folder / "transformers")
     ConvNextImageProcessor(size={"shortest_edge": 32}).save_pretrained(folder / "transformers")
-    ResNetForImageClassification(ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1], num_labels=3)).save_pretrained(
-        folder / "labels"
-    )
+    ResNetForImageClassification(
+        ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1], num_labels=3)
+    ).save_pretrained(folder / "labels")
     imagenet = timm.create_model("test_resnet")
     torch.save(imagenet.state_dict(), folder / "weights.pth")
     save_file(imagenet.state_dict(), folder / "weights.safetensors")

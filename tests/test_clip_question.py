@@ -9,8 +9,8 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
-
 from metric_tools import build_clip, by_metric, make_shots, pictures
+
 from sd_unlearn.concept import Concept
 from sd_unlearn.errors import UsageError
 from sd_unlearn.metrics.clip import ClipQuestion, clip_scores, make_clip
@@ -18,7 +18,9 @@ from sd_unlearn.metrics.judge import count_read
 from sd_unlearn.metrics.statistics import bootstrap
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-PERSON = Concept("Brad Pitt", "a photo of Brad Pitt", "a photo of a man", kind="person", alternatives=["Tom Hanks", "a dog"])
+PERSON = Concept(
+    "Brad Pitt", "a photo of Brad Pitt", "a photo of a man", kind="person", alternatives=["Tom Hanks", "a dog"]
+)
 LABELS = ("Brad Pitt", "Tom Hanks", "a dog")
 CELLS: list[tuple[str, str, tuple[str, ...]]] = [
     ("direct", "up", ()), ("direct", "right", ()), ("held_out", "up", ()), ("generic", "down", ()),

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-
 from metric_tools import make_shots
+
 from sd_unlearn.concept import Concept
 from sd_unlearn.errors import UsageError
 from sd_unlearn.metrics.digits import DIGITS, INKS, DigitsQuestion, held_apart, make_digits

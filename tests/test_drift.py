@@ -7,13 +7,13 @@ from urllib.error import URLError
 
 import numpy as np
 import pytest
+from metric_tools import make_shots, pictures
 from PIL import Image
 
 from sd_unlearn.concept import Concept
 from sd_unlearn.errors import UnlearnError, UsageError
 from sd_unlearn.metrics.digits import DigitsQuestion
 from sd_unlearn.metrics.drift import FeatureDrift, LpipsDrift, drift_rows, make_lpips, same_sizes
-from metric_tools import make_shots, pictures
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

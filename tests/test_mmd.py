@@ -73,7 +73,7 @@ def test_kid_of_one_distribution_is_unbiased_and_its_interval_holds_zero() -> No
 
 @pytest.mark.parametrize("paired", [False, True])
 def test_intervals_hold_the_distance_of_two_gaussians(paired: bool) -> None:
-    """E k(x, y) of two Gaussians N(m, I) under exp(-|x-y|^2 / 2s^2) is (s^2 / (s^2 + 2))^(d/2) exp(-m^2 / 2(s^2 + 2))."""
+    """Of N(0, I) and N(m, I), E exp(-|x-y|^2 / 2s^2) is (s^2 / (s^2 + 2))^(d/2) exp(-m^2 / 2(s^2 + 2))."""
     width, d, apart, trials = 2.0, 3, 1.5, 80
     truth = 2 * (4 / 6) ** (d / 2) * (1 - np.exp(-(apart**2) / (2 * 6)))
     found = []

@@ -135,7 +135,7 @@ class SetDistance:
                 try:
                     with Image.open(path) as image:
                         images.append(image.convert("RGB"))
-                except OSError:  # PIL's UnidentifiedImageError is one
+                except (OSError, SyntaxError, ValueError):  # what PIL raises over files that are no or half an image
                     broken.append(path.name)
             if images:
                 parts.append(self.read(images)["features"])
