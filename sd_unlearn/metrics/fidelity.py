@@ -10,18 +10,20 @@ from collections.abc import Sequence
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from sd_unlearn.embeddings import ClipEncoder
 from sd_unlearn.errors import UnlearnError, UsageError
 from sd_unlearn.metrics.drift import same_sizes
 from sd_unlearn.metrics.mmd import CMMD_SCALE, CMMD_SIGMA, FEWEST, Estimate, cmmd, kid
 from sd_unlearn.metrics.question import KEPT, Card, Columns, Counted, Shots
 from sd_unlearn.records import IMAGE_SUFFIXES, Row, file_sha256
+
+if TYPE_CHECKING:
+    from sd_unlearn.embeddings import ClipEncoder
 
 FID_FEWEST = 2048  # images: as many as the features are wide, below which a covariance is not of full rank
 WIDTH = 2048
@@ -133,7 +135,7 @@ class SetDistance:
                 try:
                     with Image.open(path) as image:
                         images.append(image.convert("RGB"))
-                except OSError:  # PIL's UnidentifiedImageError is one
+                except (OSError, SyntaxError, ValueError):  # what PIL raises over files that are no or half an image
                     broken.append(path.name)
             if images:
                 parts.append(self.read(images)["features"])

@@ -1,0 +1,123 @@
+"""The bundled reader as a question: the figures are those that rows.measure made of the same readings."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from metric_tools import make_shots
+
+from sd_unlearn.concept import Concept
+from sd_unlearn.errors import UsageError
+from sd_unlearn.metrics.digits import DIGITS, INKS, DigitsQuestion, held_apart, make_digits
+from sd_unlearn.metrics.judge import Reading
+from sd_unlearn.metrics.question import Columns
+from sd_unlearn.metrics.rows import measure
+from sd_unlearn.metrics.statistics import wilson
+from sd_unlearn.records import Row
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+SEVEN = Concept("seven", "the digit seven", "a digit", label="seven", kind="digit")
+RED = Concept("red ink", "red ink", "a digit", label="red", kind="ink")
+CELLS = [
+    *[("direct", "the digit seven", ())] * 12, *[("held_out", "sept", ())] * 7, *[("generic", "a digit", ())] * 9,
+    *[("alike", "the digit one", ("one",))] * 60, *[("alike", "a red two", ("red", "two"))] * 20,
+    *[("general", "green ink", ("green",))] * 8, *[("general", "a cat", ("a cat",))] * 3, *[("general", "x", ())] * 2,
+]  # fmt: skip
+
+
+def random_columns(seed: int, count: int = len(CELLS)) -> Columns:
+    rng = np.random.default_rng(seed)
+    sharp = [rng.dirichlet(np.full(n, 0.05), count) for n in (10, 5)]
+    return {"digit": sharp[0], "ink": sharp[1], "features": rng.random((count, 64)).astype(np.float32)}
+
+
+def reading(columns: Columns) -> Reading:
+    probabilities = {"digit": columns["digit"], "ink": columns["ink"]}
+    return Reading({"digit": DIGITS, "ink": INKS}, probabilities, columns["features"])
+
+
+@pytest.mark.parametrize("concept", [SEVEN, RED])
+def test_the_figures_are_those_of_rows(concept: Concept) -> None:
+    question, shots = DigitsQuestion(), make_shots(concept, CELLS)
+    base, other = random_columns(0), random_columns(1)
+    expected = [prompt.expect for prompt in shots.prompts]
+    wanted = measure(concept, question.name, shots.groups, expected, reading(base), reading(other))
+    want = {(r.metric, r.group, r.subject): r for r in wanted}
+    seen = set()
+    for row in question.compare(shots, base, other):
+        if row.metric != "kid-digits":
+            key = (row.metric, row.group, row.subject or "lora")
+            assert row == Row(**{**vars(want[key]), "subject": row.subject})
+            seen.add(key)
+    for subject, columns in (("base", base), ("lora", other)):
+        for counted in question.count(shots, columns):
+            for group in (*counted.groups, *(["kept"] if counted.metric == "accuracy" else [])):
+                here = shots.of(*(("alike", "general") if group == "kept" else (group,)))
+                values = counted.values[here]
+                values = values[~np.isnan(values)]
+                row = want[counted.metric, group, subject]
+                assert (values.mean(), len(values), counted.note) == (row.value, row.n, row.note)
+                assert wilson(int(values.sum()), len(values)) == (row.low, row.high)
+                seen.add((counted.metric, group, subject))
+    assert seen == {key for key in want if key[0] != "retention"}  # a ratio, made of what is counted
+
+
+def test_distances_to_real_digits() -> None:
+    features, digits, _ = held_apart()
+    sevens, others = features[digits == 7], features[digits != 7]
+    count = min(len(sevens), 60)
+    cells = [("alike", "a", ())] * count
+
+    def kid_of(drawn: np.ndarray) -> Row:
+        columns = {**random_columns(0, count), "features": drawn}
+        rows = DigitsQuestion().compare(make_shots(SEVEN, cells), columns, columns)
+        assert [r.metric for r in rows] == ["drift", "kid-digits", "kid-digits"]
+        assert [r.subject for r in rows] == ["", "base", ""]
+        assert "fid-digits" in rows[1].note  # says why there is none
+        assert (rows[1].value, rows[1].low) == (rows[2].value, rows[2].low)
+        return rows[1]
+
+    real, wrong = kid_of(others[:: len(others) // count][:count]), kid_of(sevens[:count])
+    assert real.low is not None
+    assert wrong.low is not None
+    assert real.high is not None
+    assert real.low <= 0 <= real.high
+    assert wrong.low > real.high
+
+
+def test_without_prompts_to_compare() -> None:
+    shots = make_shots(SEVEN, CELLS[:12])
+    assert DigitsQuestion().compare(shots, random_columns(0, 12), random_columns(1, 12)) == []
+    few = make_shots(SEVEN, [("alike", "a", ())] * 9)
+    rows = DigitsQuestion().compare(few, random_columns(0, 9), random_columns(1, 9))
+    assert [r.metric for r in rows] == ["drift"]
+
+
+def test_a_ratio_over_nothing_is_unknown() -> None:
+    unsure = random_columns(0, 28) | {"digit": np.full((28, 10), 0.1)}
+    (row,) = DigitsQuestion().compare(make_shots(SEVEN, CELLS[:28]), unsure, random_columns(1, 28))
+    assert (row.metric, row.value, row.low, row.high) == ("clean_replacement", None, None, None)
+
+
+def test_pictures_end_to_end() -> None:
+    from metric_tools import pictures
+
+    question, images = make_digits(SEVEN), pictures(5)
+    found = question.read(images)
+    assert {k: v.shape for k, v in found.items()} == {"digit": (5, 10), "ink": (5, 5), "features": (5, 64)}
+    assert {k: v.shape for k, v in question.read([]).items()} == {"digit": (0, 10), "ink": (0, 5), "features": (0, 64)}
+    for key, values in question.read(images[::-1]).items():
+        assert values[::-1] == pytest.approx(found[key], abs=1e-6)
+    digit, ink = question.words(found, 3).split()
+    assert (digit, ink) == (DIGITS[found["digit"][3].argmax()], INKS[found["ink"][3].argmax()])
+    card = question.card()
+    assert card.detector == question.name
+    assert card.weights.startswith("sha256:")
+
+
+def test_a_concept_that_is_no_digit() -> None:
+    sven = Concept("sven", "sven", "a digit", label="sevn")
+    with pytest.raises(UsageError, match=r'"sevn".*Did you mean "seven"'):
+        make_digits(sven)
+    with pytest.raises(UsageError, match="sevn"):
+        DigitsQuestion().count(make_shots(sven, CELLS), random_columns(0))
