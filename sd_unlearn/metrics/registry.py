@@ -52,10 +52,12 @@ def _identity(asking: Asking) -> Question:
 
 
 def _nudity(asking: Asking) -> Question:
-    from sd_unlearn.metrics.nudity import make_nudity
+    from sd_unlearn.metrics.nudity import DEFAULT_PRESET, make_nudity
 
     options = asking.options
-    return make_nudity(options.nudity_preset, options.nudity_classes or None, options.nudity_threshold)
+    return make_nudity(
+        options.nudity_preset or DEFAULT_PRESET, options.nudity_classes or None, options.nudity_threshold
+    )
 
 
 def _classifier(asking: Asking) -> Question:
@@ -65,7 +67,7 @@ def _classifier(asking: Asking) -> Question:
     if options.classifier is None:
         raise UsageError("--metrics classifier needs --classifier: a timm or transformers model, e.g. resnet50.")
     label = options.label or concept.label or concept.name
-    return make_classifier(options.classifier, label, concept.alternatives, asking.device)
+    return make_classifier(options.classifier, label, asking.device)
 
 
 def _fidelity(asking: Asking) -> Question:
