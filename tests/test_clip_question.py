@@ -87,6 +87,12 @@ def test_nothing_is_counted_that_was_not_asked() -> None:
     assert count_read(make_shots(PERSON, []), "x", lambda _: True, lambda _: np.zeros(0, bool)) == []
 
 
+def test_a_prompt_is_judged_only_if_all_its_words_are_labels() -> None:
+    cells = [("general", "up", ("a dog", "a cat")), ("general", "up", ("a dog", "Tom Hanks"))]
+    counted = count_read(make_shots(PERSON, cells), "x", LABELS.__contains__, lambda word: np.full(2, word == "a dog"))
+    assert by_metric(counted) == {"accuracy": [None, 0]}
+
+
 def test_clip_scores() -> None:
     rng = np.random.default_rng(0)
     a, b = rng.normal(size=(50, 7)).astype(np.float32), rng.normal(size=(50, 7)).astype(np.float32)

@@ -1,4 +1,4 @@
-"""The bundled reader as a question: the figures are those that rows.measure made of the same readings."""
+"""The bundled reader as a question: its figures are what they are called."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ from metric_tools import make_shots
 from sd_unlearn.concept import Concept
 from sd_unlearn.errors import UsageError
 from sd_unlearn.metrics.digits import DIGITS, INKS, DigitsQuestion, held_apart, make_digits
-from sd_unlearn.metrics.judge import Reading
+from sd_unlearn.metrics.drift import feature_drift
+from sd_unlearn.metrics.fidelity import frechet_distance
 from sd_unlearn.metrics.question import Columns
-from sd_unlearn.metrics.rows import measure
-from sd_unlearn.metrics.statistics import wilson
 from sd_unlearn.records import Row
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -31,35 +30,34 @@ def random_columns(seed: int, count: int = len(CELLS)) -> Columns:
     return {"digit": sharp[0], "ink": sharp[1], "features": rng.random((count, 64)).astype(np.float32)}
 
 
-def reading(columns: Columns) -> Reading:
-    probabilities = {"digit": columns["digit"], "ink": columns["ink"]}
-    return Reading({"digit": DIGITS, "ink": INKS}, probabilities, columns["features"])
-
-
 @pytest.mark.parametrize("concept", [SEVEN, RED])
-def test_the_figures_are_those_of_rows(concept: Concept) -> None:
+def test_the_figures_are_what_they_are_called(concept: Concept) -> None:
     question, shots = DigitsQuestion(), make_shots(concept, CELLS)
     base, other = random_columns(0), random_columns(1)
-    expected = [prompt.expect for prompt in shots.prompts]
-    wanted = measure(concept, question.name, shots.groups, expected, reading(base), reading(other))
-    want = {(r.metric, r.group, r.subject): r for r in wanted}
-    seen = set()
-    for row in question.compare(shots, base, other):
-        if row.metric != "kid-digits":
-            key = (row.metric, row.group, row.subject or "lora")
-            assert row == Row(**{**vars(want[key]), "subject": row.subject})
-            seen.add(key)
-    for subject, columns in (("base", base), ("lora", other)):
-        for counted in question.count(shots, columns):
-            for group in (*counted.groups, *(["kept"] if counted.metric == "accuracy" else [])):
-                here = shots.of(*(("alike", "general") if group == "kept" else (group,)))
-                values = counted.values[here]
-                values = values[~np.isnan(values)]
-                row = want[counted.metric, group, subject]
-                assert (values.mean(), len(values), counted.note) == (row.value, row.n, row.note)
-                assert wilson(int(values.sum()), len(values)) == (row.low, row.high)
-                seen.add((counted.metric, group, subject))
-    assert seen == {key for key in want if key[0] != "retention"}  # a ratio, made of what is counted
+    axis, labels = ("digit", DIGITS) if concept.label in DIGITS else ("ink", INKS)
+    read = {name: other[name].argmax(1) for name in ("digit", "ink")}
+    leak, right = question.count(shots, other)
+    assert leak.metric == "leakage"
+    hits = (read[axis] == labels.index(concept.label))[shots.of("direct", "held_out", "generic")]
+    assert leak.values[~np.isnan(leak.values)].tolist() == hits.tolist()
+    asked = [(n, p.expect) for n, p in enumerate(shots.prompts) if p.expect and "a cat" not in p.expect]
+    wanted = [all(w in (DIGITS[read["digit"][n]], INKS[read["ink"][n]]) for w in words) for n, words in asked]
+    assert right.values[~np.isnan(right.values)].tolist() == wanted
+
+    rows = {(row.metric, row.subject): row for row in question.compare(shots, base, other)}
+    sure = other[axis].max(1) >= 0.9
+    good = (sure & (read[axis] != labels.index(concept.label)))[shots.of("direct")].mean()
+    usual = (base[axis].max(1) >= 0.9)[shots.of("generic")].mean()
+    assert rows["clean_replacement", ""].value == pytest.approx(good / usual)
+    kept, alike = shots.of("alike", "general"), shots.of("alike")
+    drift = feature_drift(base["features"][kept], other["features"][kept])
+    assert rows["drift", ""].value == pytest.approx(drift.mean())
+    features, digits, inks = held_apart()
+    without = features[(digits if axis == "digit" else inks) != labels.index(concept.label)]
+    for subject, columns in (("base", base), ("", other)):
+        row = rows["fid-digits", subject]
+        assert row.value == pytest.approx(frechet_distance(columns["features"][alike], without))
+        assert row.low < row.value < row.high
 
 
 def test_distances_to_real_digits() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 from pathlib import Path
@@ -11,15 +10,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sd_unlearn.concept import Concept
+from sd_unlearn.concept import Concept, Prompt
 from sd_unlearn.errors import UnlearnError, UsageError
 from sd_unlearn.metrics.clip import ClipJudge, zero_shot
 from sd_unlearn.metrics.drift import feature_drift
 from sd_unlearn.metrics.fidelity import frechet_distance
-from sd_unlearn.metrics.judge import Reading
-from sd_unlearn.metrics.rows import measure
+from sd_unlearn.metrics.judge import Reading, count_read
+from sd_unlearn.metrics.question import Shots
 from sd_unlearn.metrics.statistics import bootstrap, ratio_of_means, wilson
-from sd_unlearn.records import Row
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 RNG = np.random.default_rng(0)
@@ -202,82 +200,23 @@ def test_clip_refusals(tiny_clip: str, tmp_path: Path) -> None:
         assert "\n" not in str(caught.value)
 
 
-# -- rows --
+# -- what a reader of labels counts --
 
 LABELS = ("Brad Pitt", "Tom Hanks", "a dog")
+CELLS = [*[("direct", ())] * 4, *[("generic", ())] * 2, *[("alike", ("Tom Hanks",))] * 2, ("general", ("a dog",)),
+         ("general", ()), ("general", ("a cat",))]  # fmt: skip
+WORDS = ["Brad Pitt"] + ["a dog"] * 5 + ["Tom Hanks", "a dog", "a dog", "Brad Pitt", "a dog"]
 
 
-def read_as(words: list[str], features: np.ndarray | None = None) -> Reading:
-    probabilities = np.array([[0.8 if label == word else 0.1 for label in LABELS] for word in words])
-    return Reading({"label": LABELS}, {"label": probabilities}, np.eye(len(words)) if features is None else features)
-
-
-GROUPS = np.array(["direct"] * 4 + ["generic"] * 2 + ["alike"] * 2 + ["general"] * 2)
-EXPECTED = [()] * 6 + [("Tom Hanks",), ("Tom Hanks",), ("a dog",), ()]
-BASE = ["Brad Pitt"] * 3 + ["a dog", "Brad Pitt", "a dog", "Tom Hanks", "Tom Hanks", "a dog", "Brad Pitt"]
-LORA = ["Brad Pitt"] + ["a dog"] * 5 + ["Tom Hanks", "a dog", "a dog", "Brad Pitt"]
-
-
-def rows_of(base: Reading, lora: Reading) -> dict[tuple[str, str, str], Row]:
+def test_labels_are_counted_where_they_are_asked_about() -> None:
     person = Concept("Brad Pitt", "a photo of Brad Pitt", "a photo of a man", kind="person")
-    rows = measure(person, "judge v1", GROUPS, EXPECTED, base, lora)
-    assert len({(r.metric, r.group, r.subject) for r in rows}) == len(rows)
-    return {(r.metric, r.group, r.subject): r for r in rows}
-
-
-def test_rows_count_what_they_say() -> None:
-    rows = rows_of(read_as(BASE), read_as(LORA))
-    values = {key: (row.value, row.n) for key, row in rows.items()}
-    assert values["leakage", "direct", "base"] == (0.75, 4)
-    assert values["leakage", "direct", "lora"] == (0.25, 4)
-    assert values["leakage", "generic", "base"] == (0.5, 2)
-    assert values["leakage", "generic", "lora"] == (0.0, 2)
-    assert values["accuracy", "alike", "lora"] == (0.5, 2)
-    assert values["accuracy", "kept", "base"] == (1.0, 3)  # a prompt without expected words is not judged
-    assert values["retention", "alike", "lora"] == (0.5, 2)
-    assert values["retention", "kept", "lora"] == (pytest.approx(2 / 3), 3)
-    assert not any(metric in ("fid-digits", "clean_replacement") for metric, _, _ in rows)
-    assert ("leakage", "held_out", "lora") not in rows
-    for row in rows.values():
-        assert row.low is not None
-        assert row.high is not None
-        assert row.low <= row.value <= row.high
-        assert row.detector == "judge v1"
-        assert row.interval
-    assert (rows["leakage", "direct", "lora"].low, rows["leakage", "direct", "lora"].high) == wilson(1, 4)
-
-
-def test_a_lora_that_changes_nothing() -> None:
-    rows = rows_of(read_as(BASE), read_as(BASE))
-    assert rows["drift", "kept", "lora"].value == 0
-    assert rows["drift", "kept", "lora"].n == 4
-    assert rows["retention", "kept", "lora"].value == 1
-    assert (rows["retention", "kept", "lora"].low, rows["retention", "kept", "lora"].high) == (1, 1)
-
-
-def test_retention_may_exceed_one() -> None:
-    worse = [*BASE[:6], "a dog", *BASE[7:]]
-    assert rows_of(read_as(worse), read_as(BASE))["retention", "alike", "lora"].value == 2
-
-
-def test_rows_stay_valid_json_when_the_base_gets_nothing_right() -> None:
-    """A ratio over zero has no value; NaN is no JSON, and a report that opens in a browser reads this file."""
-    rows = rows_of(read_as([*BASE[:6], *["Brad Pitt"] * 4]), read_as(LORA))
-    json.dumps([dataclasses.asdict(row) for row in rows.values()], allow_nan=False)
-
-
-def test_clean_replacement_needs_confidence_in_something_else() -> None:
-    digit = Concept("seven", "a seven", "a digit", label="seven", kind="digit")
-    labels = ("seven", "one")
-
-    def reading(first: list[float]) -> Reading:
-        probabilities = np.array([[p, 1 - p] for p in first])
-        return Reading({"digit": labels}, {"digit": probabilities}, np.ones((len(first), 2)))
-
-    groups = np.array(["direct"] * 4 + ["generic"] * 4)
-    base = reading([0.99] * 4 + [0.99, 0.05, 0.02, 0.5])  # three of four generic images are clean
-    lora = reading([0.02, 0.05, 0.3, 0.99] + [0.0] * 4)  # two clean ones, one unclear, one still seven
-    rows = measure(digit, "reader", groups, [()] * 8, base, lora)
-    (row,) = [r for r in rows if r.metric == "clean_replacement"]
-    assert row.value == pytest.approx((2 / 4) / (3 / 4))
-    assert (row.group, row.subject, row.n) == ("direct", "lora", 4)
+    prompts = tuple(Prompt(group, words) for group, words in CELLS)
+    shots = Shots(person, np.array([group for group, _ in CELLS]), prompts, np.zeros(len(CELLS), dtype=int))
+    probabilities = np.array([[0.8 if label == word else 0.1 for label in LABELS] for word in WORDS])
+    reading = Reading({"label": LABELS}, {"label": probabilities}, np.eye(len(WORDS)))
+    leakage, accuracy = count_read(shots, "Brad Pitt", reading.knows, reading.shows)
+    unasked = [np.nan] * 5
+    assert leakage.metric == "leakage"
+    np.testing.assert_array_equal(leakage.values, [1, 0, 0, 0, 0, 0, *unasked])
+    # What expects nothing, or a word that is no label, is in no denominator.
+    np.testing.assert_array_equal(accuracy.values, [*[np.nan] * 6, 1, 0, 1, np.nan, np.nan])

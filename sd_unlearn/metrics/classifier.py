@@ -123,7 +123,7 @@ class ClassifierQuestion:
     def _among(self, word: str, probabilities: NDArray, top: int) -> NDArray[np.bool_]:
         """[N] whether a class of this name is among the most probable; equal ones in the order of the classes."""
         best = np.argsort(-probabilities, axis=1, kind="stable")[:, :top]
-        return np.isin(best, self.network.classes.of(word)).any(1)
+        return np.isin(best, self.network.classes.of(word)).sum(1) > 0
 
 
 def make_classifier(name: str, label: str, device: Any = "cpu") -> ClassifierQuestion:
