@@ -57,7 +57,7 @@ def test_the_figures_are_what_they_are_called(concept: Concept) -> None:
     for subject, columns in (("base", base), ("", other)):
         row = rows["fid-digits", subject]
         assert row.value == pytest.approx(frechet_distance(columns["features"][alike], without))
-        assert row.low < row.value < row.high
+        assert row.low < row.high  # the basic interval turns a bias back, so the value itself may lie outside
 
 
 def test_distances_to_real_digits() -> None:
