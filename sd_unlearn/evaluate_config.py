@@ -19,7 +19,7 @@ TierName = Literal["digits", "quick", "standard", "full"]
 
 def several(text: str, group: Group) -> Parameter:
     """An option that takes one or more values."""
-    return Parameter(help=text, group=group, negative=(), consume_multiple=True)
+    return Parameter(help=text, group=group, negative=(), consume_multiple=True, show_default=False)
 
 
 def many() -> Any:
@@ -86,7 +86,8 @@ class Asked:
     seed: Annotated[
         list[int],
         several(
-            "Seeds of the evaluation, one set of pictures each; their range is disjoint from training's.", PICTURES
+            "Seeds of the evaluation, one set of pictures each; their range is disjoint from training's. Default: 0.",
+            PICTURES,
         ),
     ] = field(default_factory=lambda: [0])
     prompt_set: Annotated[

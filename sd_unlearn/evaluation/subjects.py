@@ -68,7 +68,7 @@ def open_lora(given: str, option: str = "--lora") -> Lora:
         return _of_file(_file_in(path, option), path.resolve().name, option)
     if path.is_file():
         return _of_file(path, path.stem, option)
-    if given.count("/") == 1 and not given.startswith((".", "/", "~")):
+    if given.count("/") == 1 and not given.startswith((".", "/", "~")) and not path.parent.is_dir():
         return _of_file(_download(given, option), given.rpartition("/")[2], option)
     near = suggest(path.name, [p.name for p in path.parent.iterdir()]) if path.parent.is_dir() else ""
     raise UsageError(

@@ -42,9 +42,8 @@ def _identity(asking: Asking) -> Question:
     from sd_unlearn.metrics.identity import make_identity
 
     options = asking.options
-    if asking.reference is None or options.others is None:
-        missing = "--reference" if asking.reference is None else "--others"
-        raise UsageError(f"The identity metric needs {missing}: a folder of pictures of people; see docs/metrics.md.")
+    assert asking.reference is not None  # chosen
+    assert options.others is not None
     return make_identity(
         asking.concept.name, asking.reference, options.others, options.face_model, options.face_weights,
         options.false_accept_rate, asking.device,
@@ -64,8 +63,7 @@ def _classifier(asking: Asking) -> Question:
     from sd_unlearn.metrics.classifier import make_classifier
 
     concept, options = asking.concept, asking.options
-    if options.classifier is None:
-        raise UsageError("--metrics classifier needs --classifier: a timm or transformers model, e.g. resnet50.")
+    assert options.classifier is not None  # chosen
     label = options.label or concept.label or concept.name
     return make_classifier(options.classifier, label, asking.device)
 
@@ -111,6 +109,7 @@ def chosen(asking: Asking) -> list[str]:
             raise UsageError(f'--metrics "{name}" is none of {", ".join(NAMES)}.{suggest(name, NAMES)}')
         if name == "digits" and not drawn_digits:
             raise UsageError(f"--metrics digits reads digits and inks; {concept.name} is of kind {concept.kind}.")
+    _check_given(asking)
     if options.metrics:
         return [name for name in NAMES if name in options.metrics]
     if drawn_digits:
@@ -125,6 +124,14 @@ def chosen(asking: Asking) -> list[str]:
     names += [name for name, module in (("fidelity", "torch_fidelity"), ("lpips", "torchmetrics")) if find_spec(module)]
     names += ["cmmd"] if asking.tier in ("standard", "full") else []
     return [name for name in NAMES if name in names]
+
+
+def _check_given(asking: Asking) -> None:
+    if "identity" in asking.options.metrics and (asking.reference is None or asking.options.others is None):
+        missing = "--reference" if asking.reference is None else "--others"
+        raise UsageError(f"--metrics identity needs {missing}: a folder of pictures of people; see docs/metrics.md.")
+    if "classifier" in asking.options.metrics and asking.options.classifier is None:
+        raise UsageError("--metrics classifier needs --classifier: a timm or transformers model, e.g. resnet50.")
 
 
 def make_questions(asking: Asking) -> tuple[list[Question], list[PairQuestion]]:
