@@ -149,6 +149,7 @@ def _results(
         "version": __version__, "tier": task.tier, "base": _base_record(task, gallery),
         "sampler": _sampler_record(task, gallery),
         "seeds": {"evaluate": list(EVALUATE_SEEDS), "seeds": list(config.seed)},
+        "prompt_set": config.prompt_set,
         "concepts": [_concept_record(concept) for concept in task.concepts.values()],
         "subjects": base + [subject.describe() for subject in task.subjects], "cards": cards,
         "rows": [as_json(row) for judged, _ in found for row in judged.rows],

@@ -234,6 +234,13 @@ def test_both_sides_are_drawn_with_the_schedule_of_the_training(
         prepare(EvaluateConfig(**few, lora=[str(plain), str(zero)]))
 
 
+def test_prompts_of_a_set_are_asked_beside_the_direct_ones(runs: Path, tmp_path: Path) -> None:
+    (tmp_path / "set.csv").write_text("prompt,seed\nthe number {7},3\n")
+    config = EvaluateConfig(**FEW, run=runs / "seven", prompt_set=str(tmp_path / "set.csv"))
+    texts = [shot.prompt.text for shot in prepare(config).plans["seven"] if shot.group == "direct"]
+    assert texts == ["a photo of the digit seven", "the number {7}"] * 2  # its braces are no alternatives
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
