@@ -109,11 +109,13 @@ def _judge(task: Task, gallery: Gallery | None) -> tuple[list[tuple[Judged, list
     found, cards = [], []
     for slug, concept in task.concepts.items():
         asking = asking_of(task.config, concept, task.loras, task.tier)
-        questions, pair_questions = make_questions(asking)
+        questions, pair_questions = make_questions(dataclasses.replace(asking, device=_device()))
         pictures = _pictures(task, gallery, slug)
         if not pictures:
             continue
-        main = [s.id for s in task.subjects if slug in s.concepts and (s.drawn is None or s.drawn.strength == 1)]
+        drawn = {s.drawn.strength for s in task.subjects if s.drawn}
+        usual = 1.0 if 1.0 in drawn else max(drawn, default=1.0)
+        main = [s.id for s in task.subjects if slug in s.concepts and (s.drawn is None or s.drawn.strength == usual)]
         found.append((judge(concept, questions, pair_questions, pictures, main), pictures))
         cards += cards_of([*questions, *pair_questions])
     return found, list({card["detector"]: card for card in cards}.values())

@@ -172,7 +172,7 @@ def _subjects(
 
 
 def asking_of(config: EvaluateConfig, concept: Concept, loras: Sequence[Lora], tier: str) -> Asking:
-    return Asking(concept, config, _reference(config, concept, loras), tier, _device())
+    return Asking(concept, config, _reference(config, concept, loras), tier)
 
 
 def _reference(config: EvaluateConfig, concept: Concept, loras: Sequence[Lora]) -> Path | None:
