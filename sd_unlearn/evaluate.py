@@ -138,6 +138,12 @@ def _pictures(task: Task, gallery: Gallery | None, slug: str) -> list[Pictures]:
     return pictures
 
 
+def _device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def _results(
     task: Task, gallery: Gallery | None, found: Sequence[tuple[Judged, list[Pictures]]], cards: list[dict[str, Any]]
 ) -> dict[str, Any]:
