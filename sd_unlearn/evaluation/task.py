@@ -187,9 +187,3 @@ def _reference(config: EvaluateConfig, concept: Concept, loras: Sequence[Lora]) 
             if data and (Path(data) / POSITIVE).is_dir():
                 return Path(data) / POSITIVE
     return None
-
-
-def _device() -> str:
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
