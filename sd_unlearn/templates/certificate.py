@@ -72,4 +72,5 @@ def _said(line: Line, way: str) -> str:
 
 
 def _measured(case: Case, group: str) -> bool:
-    return any(x.group == group for x in case.lines)
+    groups = {group} if group == "held_out" else {group, "kept"}  # kept is both groups that must stay
+    return any(x.group in groups for x in case.lines)

@@ -73,7 +73,7 @@
       }
       status.textContent = shown();
     };
-    fields.forEach((field) => field.addEventListener("input", filter));
+    for (const type of ["input", "change"]) fields.forEach((field) => field.addEventListener(type, filter));
     filter();
   }
 
