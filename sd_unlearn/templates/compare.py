@@ -167,7 +167,8 @@ def headline(cases: Sequence[Case]) -> tuple[str, str]:
     if not tried:
         return "Not measured", "No picture was judged."
     if asked == 1:
-        return f"Gone with {gone} of {tried}", f"{tried} settings were tried on “{rows[0]['concept']['name']}”."
+        best = rows[0]["best"]
+        return f"Gone with {gone} of {tried}", f"The best of them is {best.label}: {best.verdict}"
     each = "All gone" if gone == tried else "Each is gone with some LoRA"
     word = each if done == asked else "None gone" if not done else f"{done} of {asked} gone"
     return word, (

@@ -217,7 +217,6 @@
   addEventListener("beforeprint", () => {
     folded = all("details:not([open])");
     for (const details of folded) details.open = true;
-    for (const image of all("img[loading=lazy]")) image.loading = "eager";
   });
   addEventListener("afterprint", () => { for (const details of folded) details.open = false; });
 })();
