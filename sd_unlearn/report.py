@@ -186,7 +186,9 @@ def _aligned(head: tuple[str, ...], body: list[tuple[str, ...]]) -> list[str]:
 
     def line(row: tuple[str, ...]) -> str:
         left = (0, 1, 7)  # names and words; figures stand to the right
-        return "  ".join(c.ljust(w) if i in left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+        return "  ".join(
+            c.ljust(w) if i in left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
+        )
 
     return [line(head), "  ".join("-" * w for w in widths), *(line(row) for row in body)]
 

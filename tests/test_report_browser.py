@@ -19,7 +19,9 @@ from sd_unlearn.config import ReportConfig
 from sd_unlearn.records import write_json
 from sd_unlearn.report import run
 
-webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed (pip install 'sd-unlearn[dev]')")
+webdriver = pytest.importorskip(
+    "selenium.webdriver", reason="selenium is not installed (pip install 'sd-unlearn[dev]')"
+)
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")
 pytestmark = pytest.mark.skipif(
@@ -101,7 +103,9 @@ def choose(browser: Any, query: str, value: str) -> None:
 
 def column(browser: Any, index: int) -> list[str]:
     cells = f"#compare-table tbody tr > :nth-child({index})"
-    return browser.execute_script("return [...document.querySelectorAll(arguments[0])].map(e => e.dataset.value)", cells)
+    return browser.execute_script(
+        "return [...document.querySelectorAll(arguments[0])].map(e => e.dataset.value)", cells
+    )
 
 
 def head(browser: Any, name: str) -> tuple[Any, int]:

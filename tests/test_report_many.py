@@ -89,16 +89,17 @@ def test_a_lora_is_not_blamed_for_a_concept_it_was_not_trained_on(results):
     assert compare.summary(cases)[0]["of"] == 6  # not the seventh
 
 
-def test_of_two_judges_the_one_that_finds_more_speaks(results):
+def test_the_first_judge_decides_and_the_others_are_heard(results):
     case = next(c for c in cases_of(results) if c.label == "seven-teacher × 1")
-    assert case.standing == "gone"
+    assert (case.standing, "Another judge" in case.verdict) == ("gone", False)
     [row] = [r for r in results["rows"] if (r["subject"], r["metric"], r["group"]) ==
              ("seven-teacher@1", "leakage", "direct")]  # fmt: skip
     other = row | {"value": 0.5, "low": 0.4, "high": 0.6, "detector": "clip"}
     case = next(c for c in cases_of(results | {"rows": [*results["rows"], other]}) if c.label == "seven-teacher × 1")
+    assert case.standing == "gone"
+    assert "Another judge, clip, finds it in 50.0 % (95 % interval 40.0–60.0 %)." in case.verdict
+    case = next(c for c in cases_of(results | {"rows": [other, *results["rows"]]}) if c.label == "seven-teacher × 1")
     assert case.standing != "gone"
-    assert case.gone is not None
-    assert case.gone.main.detector == "clip"
 
 
 def test_names_tell_strengths_and_namesakes_apart():
@@ -289,8 +290,9 @@ def test_blur_faces_changes_every_picture_with_a_face_and_says_so(tmp_path, resu
 
 
 def test_no_face_is_promised_hidden_where_none_was_looked_for(tmp_path, results):
-    unseen = [p | {"faces": [], "base_faces": []} for p in results["pairs"]]
-    rewrite(tmp_path, results, pairs=unseen)
+    rewrite(tmp_path, results, rows=[r for r in results["rows"] if r["metric"] != "face_rate"])
+    source, _ = page_of(tmp_path)
+    assert "box detections" in source  # whatever was boxed, it was not faces
     with pytest.raises(UsageError, match="--blur_faces: results.json has no faces"):
         run(ReportConfig(run=tmp_path, blur_faces=True))
 
@@ -320,7 +322,7 @@ def test_boxes_that_are_no_boxes_are_passed_over(tmp_path, results):
 def test_every_figure_leads_to_the_card_of_its_judge(tmp_path, results):
     source, page = page_of(tmp_path)
     anchors = {a["href"] for tag, a in page.tags if tag == "a" and (a.get("href") or "").startswith("#card-")}
-    assert anchors == {"#card-1"}
+    assert anchors == {"#card-1", "#card-2"}
     assert 'id="card-1"' in source
     for text in ("the likeliest class", "Reads every picture as some digit", "n = 200 to 900", "sha256:abcdef"):
         assert text in plain(page.text), text

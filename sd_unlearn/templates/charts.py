@@ -114,7 +114,8 @@ def bands(series: Sequence[tuple[str, list[tuple[float, Row]]]]) -> dict[str, An
     apart(made, top, bottom)
     return {
         "series": made, "box": (left, right, top, bottom),
-        "x": [(across(x), f"{x:g}") for x in sorted(set(xs))], "y": [(down(t), f"{100 * t:.4g} %") for t in ticks(y0, y1)],
+        "x": [(across(x), f"{x:g}") for x in sorted(set(xs))],
+        "y": [(down(t), f"{100 * t:.4g} %") for t in ticks(y0, y1)],
     }  # fmt: skip
 
 

@@ -11,16 +11,17 @@ from sd_unlearn.records import Row
 from sd_unlearn.results import BASE
 from sd_unlearn.templates.answers import cost_answer
 from sd_unlearn.templates.cases import Case, labels
-from sd_unlearn.templates.figures import GROUPS, METRICS, Line, is_rate, lines, number
+from sd_unlearn.templates.figures import GROUPS, METRICS, Line, is_rate, number
 
 # (metric, groups in order of preference, title); "leakage" stands for whatever says that a concept is there
 COLUMNS = (
     ("leakage", ("direct",), "Leakage"), ("leakage", ("held_out",), "Leakage, other wordings"),
     ("leakage", ("generic",), "Leakage, generic prompt"), ("face_rate", ("direct",), "Face rate"),
+    ("confusion", ("alike", "kept", "general"), "Confusion"),
     ("clean_replacement", ("direct",), "Clean replacement"), ("retention", ("kept", "general", "alike"), "Retention"),
     ("drift", ("kept", "general", "alike"), "Drift"), ("lpips", ("kept", "general", "alike"), "LPIPS"),
-    ("fid-digits", ("alike", "kept"), "FID (digits)"), ("fid-inception", ("general", "kept", "alike"), "FID"),
-    ("kid-inception", ("general", "kept", "alike"), "KID"), ("cmmd", ("general", "kept", "alike"), "CMMD"),
+    ("fid-digits", ("alike", "kept"), "FID (digits)"), ("fid-inception", ("kept", "general", "alike"), "FID"),
+    ("kid-inception", ("kept", "general", "alike"), "KID"), ("cmmd", ("kept", "general", "alike"), "CMMD"),
     ("clip_score", ("general", "kept", "alike"), "CLIP score"),
 )  # fmt: skip
 FALLING = ("retention", "clean_replacement", "accuracy", "face_rate", "clip_score")  # more is better: largest first
