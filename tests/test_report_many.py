@@ -89,6 +89,17 @@ def test_a_lora_is_not_blamed_for_a_concept_it_was_not_trained_on(results):
     assert compare.summary(cases)[0]["of"] == 6  # not the seventh
 
 
+def test_at_strength_0_there_is_no_verdict(tmp_path, results):
+    [off] = [s for s in results["subjects"] if s["id"] == "seven-noise@0.5"]
+    off["strength"] = 0
+    cases = cases_of(results)
+    assert [case.word for case in cases if case.subject is off] == ["Switched off: strength 0"]
+    assert compare.summary(cases)[0]["of"] == 5
+    rewrite(tmp_path, results)
+    run(ReportConfig(run=tmp_path, certificate=True))
+    assert (tmp_path / "certificate.html").read_text(encoding="utf-8").count("<article") == 17
+
+
 def test_the_first_judge_decides_and_the_others_are_heard(results):
     case = next(c for c in cases_of(results) if c.label == "seven-teacher × 1")
     assert (case.standing, "Another judge" in case.verdict) == ("gone", False)

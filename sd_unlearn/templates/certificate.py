@@ -27,7 +27,7 @@ def context(folder: Path, results: dict[str, Any], cases: Sequence[Case]) -> dic
     """A page for each LoRA on the concept it was meant to forget, with the hash of the file the figures are from."""
     digest = hashlib.sha256((folder / RESULTS).read_bytes()).hexdigest()
     cards = {card["detector"]: card for card in cards_of(results)}
-    meant = [case for case in cases if case.standing != "other"] or list(cases)
+    meant = [case for case in cases if case.meant] or list(cases)
     base = {"name": "", "kind": "", "resolution": None, "sha256": "", **results["base"]}
     return {
         "results": results, "base": base, "digest": digest, "limits": LIMITS, "gone": GONE,

@@ -102,7 +102,7 @@ def bands(series: Sequence[tuple[str, list[tuple[float, Row]]]]) -> dict[str, An
 
     made = []
     for number, (name, points) in enumerate(drawn):
-        spread = [(x, r.value if r.low is None else r.low, r.value if r.high is None else r.high) for x, r in points]
+        spread = [(x, *(r.value or 0.0 if end is None else end for end in (r.low, r.high))) for x, r in points]
         upper = [f"{across(x)},{down(high)}" for x, _, high in spread]
         lower = [f"{across(x)},{down(low)}" for x, low, _ in reversed(spread)]
         made.append({

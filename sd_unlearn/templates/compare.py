@@ -138,7 +138,7 @@ def summary(cases: Sequence[Case]) -> list[dict[str, Any]]:
     """For each concept how many forget it, and the one that does with least harm (or leaks least)."""
     made = []
     for slug in dict.fromkeys(case.concept["slug"] for case in cases):
-        mine = [c for c in cases if c.concept["slug"] == slug and c.standing not in ("other", "unmeasured")]
+        mine = [c for c in cases if c.concept["slug"] == slug and c.meant and c.standing != "unmeasured"]
         gone = [c for c in mine if c.standing == "gone"]
         best = max(gone, key=_retention) if gone else min(mine, key=_leakage, default=None)
         made.append({

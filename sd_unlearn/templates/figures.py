@@ -51,6 +51,7 @@ STANDINGS = {
     "never": "Never there: the base hardly draws it",
     "unmeasured": "Not measured",
     "other": "Not trained to forget it",
+    "off": "Switched off: strength 0",
 }
 GROUPS = {
     "direct": ("as asked for", "the prompts the LoRA was trained to forget"),
