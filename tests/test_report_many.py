@@ -201,10 +201,11 @@ def test_bands_hold_their_lines_and_stay_in_the_box(results):
                 assert top <= high <= low <= bottom + 0.2
 
 
-def test_end_labels_keep_apart_and_inside():
-    labels = [{"y": y} for y in (200.0, 199.0, 201.0, 20.0)]
-    apart(labels, 16, 216)
-    found = sorted(label["y"] for label in labels)
+@pytest.mark.parametrize("wanted", [(200.0, 199.0, 201.0, 20.0), (18.0, 17.0, 19.0), (216.0, 216.0, 16.0, 16.0)])
+def test_end_labels_keep_apart_and_inside(wanted):
+    placed = [{"y": y} for y in wanted]
+    apart(placed, 16, 216)
+    found = sorted(label["y"] for label in placed)
     assert all(b - a >= 16 for a, b in zip(found, found[1:], strict=False))
     assert found[0] >= 16
     assert found[-1] <= 216
