@@ -92,6 +92,9 @@ def test_a_lora_is_not_blamed_for_a_concept_it_was_not_trained_on(results):
 def test_at_strength_0_there_is_no_verdict(tmp_path, results):
     [off] = [s for s in results["subjects"] if s["id"] == "seven-noise@0.5"]
     off["strength"] = 0
+    leaks = sum(p["leak"] for p in results["pairs"] if p["subject"] != "seven-noise@0.5")
+    assert leaks < sum(p["leak"] for p in results["pairs"])
+    assert pairs.shelves(results, tmp_path, 1000, False)["leaks"] == leaks  # its pictures are no leaks
     cases = cases_of(results)
     assert [case.word for case in cases if case.subject is off] == ["Switched off: strength 0"]
     assert compare.summary(cases)[0]["of"] == 5

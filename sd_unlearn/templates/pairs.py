@@ -9,7 +9,7 @@ from typing import Any
 
 from sd_unlearn.errors import UsageError
 from sd_unlearn.results import BASE
-from sd_unlearn.templates.cases import labels
+from sd_unlearn.templates.cases import cases_of, labels
 from sd_unlearn.templates.figures import GROUPS, rank
 from sd_unlearn.templates.pictures import Boxes, embed
 
@@ -23,6 +23,9 @@ def shelves(results: dict[str, Any], folder: Path, most: int, blurred: bool) -> 
         UsageError: `blurred` when no face was looked for.
     """
     pairs = [_completed(pair) for pair in results["pairs"]]
+    unmeant = {(c.concept["slug"], c.subject["id"]) for c in cases_of(results) if not c.meant}
+    for pair in pairs:  # what nobody tried to remove does not leak
+        pair["leak"] = bool(pair["leak"]) and (pair["concept"], pair["subject"]) not in unmeant
     looked = any(row["metric"] == "face_rate" for row in results["rows"])  # else boxes are not of faces
     if blurred and pairs and not looked:
         raise UsageError(
