@@ -163,6 +163,7 @@ def format_table(results: dict[str, Any]) -> str:
     cases = cases_of(results)
     if len(cases) == 1:
         found = cases[0].lines
+        body: list[tuple[str, ...]]
         head: tuple[str, ...] = ("metric", "group", "base", "lora", "95 % interval", "n")
         body = [(x.metric, x.group, shown(x.base), shown(x.lora), span(x.main), x.n) for x in found]
         first = f"{cases[0].concept['slug']}: {cases[0].word}. {cases[0].verdict}"

@@ -84,6 +84,8 @@ def make_many(folder: Path, side: int = 96, each: int = 3, **changes: Any) -> di
                     "cost": {"seconds": 41.2 + c, "steps": 400, "device": "cpu"},
                 })  # fmt: skip
                 mine = rows_of(slug, subject, strength, gentle)
+                if slug == "brad-pitt":
+                    mine.append(row(slug, subject, "face_rate", "direct", 0.9, detector=FACES))
                 rows += mine
                 leak = mine[0]["value"]
                 differences += [
@@ -112,7 +114,8 @@ def make_many(folder: Path, side: int = 96, each: int = 3, **changes: Any) -> di
              "version": "0.2.0", "weights": "sha256:abcdef", "threshold": "the likeliest class",
              "limits": "Reads every picture as some digit, also one of nothing.", "extra": {"accuracy": "99.1 %"}},
             {"detector": FACES, "metrics": ["face_rate"], "about": "Finds faces and compares them with references.",
-             "version": "facenet-pytorch 2.5.3", "weights": "vggface2", "threshold": "0.71, at a false-accept rate of 1 %",
+             "version": "facenet-pytorch 2.5.3", "weights": "vggface2",
+             "threshold": "0.71, at a false-accept rate of 1 %",
              "limits": "Misses faces smaller than 20 pixels.", "extra": {}},
         ],
         "rows": rows, "differences": differences, "pairs": pairs,

@@ -28,6 +28,11 @@ class Case:
         return STANDINGS[self.standing]
 
     @property
+    def meant(self) -> bool:
+        """Whether the subject was to forget the concept, so that a verdict is due."""
+        return self.standing not in ("other", "off")
+
+    @property
     def gone(self) -> Line | None:
         return asked(self.lines)
 
@@ -49,6 +54,8 @@ def cases_of(results: dict[str, Any]) -> list[Case]:
         standing = figures.standing(mine := lines(about))
         if forgets and forgets != concept["slug"]:
             standing = "other"  # that a LoRA leaves another concept alone is no failure to forget
+        elif subject.get("strength") == 0:
+            standing = "off"  # nor is it one of the LoRA that it does nothing at 0
         text = figures.verdict(about)[1]
         name = names[subject["id"]]
         made.append(Case(concept, subject, about, mine, name, family(subject), standing, text))

@@ -27,7 +27,7 @@ def context(folder: Path, results: dict[str, Any], cases: Sequence[Case]) -> dic
     """A page for each LoRA on the concept it was meant to forget, with the hash of the file the figures are from."""
     digest = hashlib.sha256((folder / RESULTS).read_bytes()).hexdigest()
     cards = {card["detector"]: card for card in cards_of(results)}
-    meant = [case for case in cases if case.standing != "other"] or list(cases)
+    meant = [case for case in cases if case.meant] or list(cases)
     base = {"name": "", "kind": "", "resolution": None, "sha256": "", **results["base"]}
     return {
         "results": results, "base": base, "digest": digest, "limits": LIMITS, "gone": GONE,
@@ -72,4 +72,5 @@ def _said(line: Line, way: str) -> str:
 
 
 def _measured(case: Case, group: str) -> bool:
-    return any(x.group == group for x in case.lines)
+    groups = {group} if group == "held_out" else {group, "kept"}  # kept is both groups that must stay
+    return any(x.group in groups for x in case.lines)

@@ -102,7 +102,7 @@ def bands(series: Sequence[tuple[str, list[tuple[float, Row]]]]) -> dict[str, An
 
     made = []
     for number, (name, points) in enumerate(drawn):
-        spread = [(x, r.value if r.low is None else r.low, r.value if r.high is None else r.high) for x, r in points]
+        spread = [(x, *(r.value or 0.0 if end is None else end for end in (r.low, r.high))) for x, r in points]
         upper = [f"{across(x)},{down(high)}" for x, _, high in spread]
         lower = [f"{across(x)},{down(low)}" for x, low, _ in reversed(spread)]
         made.append({
@@ -114,7 +114,8 @@ def bands(series: Sequence[tuple[str, list[tuple[float, Row]]]]) -> dict[str, An
     apart(made, top, bottom)
     return {
         "series": made, "box": (left, right, top, bottom),
-        "x": [(across(x), f"{x:g}") for x in sorted(set(xs))], "y": [(down(t), f"{100 * t:.4g} %") for t in ticks(y0, y1)],
+        "x": [(across(x), f"{x:g}") for x in sorted(set(xs))],
+        "y": [(down(t), f"{100 * t:.4g} %") for t in ticks(y0, y1)],
     }  # fmt: skip
 
 

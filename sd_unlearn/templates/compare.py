@@ -17,10 +17,11 @@ from sd_unlearn.templates.figures import GROUPS, METRICS, Line, is_rate, number
 COLUMNS = (
     ("leakage", ("direct",), "Leakage"), ("leakage", ("held_out",), "Leakage, other wordings"),
     ("leakage", ("generic",), "Leakage, generic prompt"), ("face_rate", ("direct",), "Face rate"),
+    ("confusion", ("alike", "kept", "general"), "Confusion"),
     ("clean_replacement", ("direct",), "Clean replacement"), ("retention", ("kept", "general", "alike"), "Retention"),
     ("drift", ("kept", "general", "alike"), "Drift"), ("lpips", ("kept", "general", "alike"), "LPIPS"),
-    ("fid-digits", ("alike", "kept"), "FID (digits)"), ("fid-inception", ("general", "kept", "alike"), "FID"),
-    ("kid-inception", ("general", "kept", "alike"), "KID"), ("cmmd", ("general", "kept", "alike"), "CMMD"),
+    ("fid-digits", ("alike", "kept"), "FID (digits)"), ("fid-inception", ("kept", "general", "alike"), "FID"),
+    ("kid-inception", ("kept", "general", "alike"), "KID"), ("cmmd", ("kept", "general", "alike"), "CMMD"),
     ("clip_score", ("general", "kept", "alike"), "CLIP score"),
 )  # fmt: skip
 FALLING = ("retention", "clean_replacement", "accuracy", "face_rate", "clip_score")  # more is better: largest first
@@ -137,7 +138,7 @@ def summary(cases: Sequence[Case]) -> list[dict[str, Any]]:
     """For each concept how many forget it, and the one that does with least harm (or leaks least)."""
     made = []
     for slug in dict.fromkeys(case.concept["slug"] for case in cases):
-        mine = [c for c in cases if c.concept["slug"] == slug and c.standing not in ("other", "unmeasured")]
+        mine = [c for c in cases if c.concept["slug"] == slug and c.meant and c.standing != "unmeasured"]
         gone = [c for c in mine if c.standing == "gone"]
         best = max(gone, key=_retention) if gone else min(mine, key=_leakage, default=None)
         made.append({
@@ -167,7 +168,8 @@ def headline(cases: Sequence[Case]) -> tuple[str, str]:
     if not tried:
         return "Not measured", "No picture was judged."
     if asked == 1:
-        return f"Gone with {gone} of {tried}", f"{tried} settings were tried on “{rows[0]['concept']['name']}”."
+        best = rows[0]["best"]
+        return f"Gone with {gone} of {tried}", f"The best of them is {best.label}: {best.verdict}"
     each = "All gone" if gone == tried else "Each is gone with some LoRA"
     word = each if done == asked else "None gone" if not done else f"{done} of {asked} gone"
     return word, (

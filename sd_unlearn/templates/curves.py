@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
@@ -82,5 +82,5 @@ def apart(labels: list[dict[str, Any]], top: float, bottom: float, gap: float = 
         limit = label["y"] - gap
 
 
-def finite(value: Any) -> bool:
+def finite(value: Any) -> TypeGuard[float]:
     return isinstance(value, int | float) and math.isfinite(value)

@@ -9,7 +9,7 @@ from typing import Any
 
 from sd_unlearn.errors import UsageError
 from sd_unlearn.results import BASE
-from sd_unlearn.templates.cases import labels
+from sd_unlearn.templates.cases import cases_of, labels
 from sd_unlearn.templates.figures import GROUPS, rank
 from sd_unlearn.templates.pictures import Boxes, embed
 
@@ -23,8 +23,15 @@ def shelves(results: dict[str, Any], folder: Path, most: int, blurred: bool) -> 
         UsageError: `blurred` when no face was looked for.
     """
     pairs = [_completed(pair) for pair in results["pairs"]]
-    if blurred:
-        check_faces(results, pairs)
+    unmeant = {(c.concept["slug"], c.subject["id"]) for c in cases_of(results) if not c.meant}
+    for pair in pairs:  # what nobody tried to remove does not leak
+        pair["leak"] = bool(pair["leak"]) and (pair["concept"], pair["subject"]) not in unmeant
+    looked = any(row["metric"] == "face_rate" for row in results["rows"])  # else boxes are not of faces
+    if blurred and pairs and not looked:
+        raise UsageError(
+            "--blur_faces: results.json has no faces, because no face detector was run. Evaluate with one (the "
+            "identity metric) first, or leave out --blur_faces."
+        )
     chosen = sorted(pairs, key=lambda p: not (p["leak"] or p["lost"]))[:most]  # the sort keeps the order of equals
     place = {s["id"]: i for i, s in enumerate(results["subjects"])}
     cards = _cards(sorted(chosen, key=lambda p: place[p["subject"]]))
@@ -45,28 +52,13 @@ def shelves(results: dict[str, Any], folder: Path, most: int, blurred: bool) -> 
     return {
         "groups": groups, "several": several, "total": len(chosen), "left_out": len(pairs) - len(chosen),
         "leaks": sum(p["leak"] for p in chosen), "lost": sum(p["lost"] for p in chosen),
-        "faces": any(p["faces"] or p["base_faces"] for p in chosen), "blurred": blurred,
+        "boxed": any(p["faces"] or p["base_faces"] for p in chosen), "blurred": blurred,
+        "box": "faces" if looked else "detections",
         "concepts": [about[slug] for slug in dict.fromkeys(key[0] for key in keys)],
         "subjects": [(i, names[i]) for i in dict.fromkeys(s["id"] for s in results["subjects"])
                      if i in {p["subject"] for p in chosen}],
         "names": list(dict.fromkeys(key[1] for key in keys)),
     }  # fmt: skip
-
-
-def check_faces(results: dict[str, Any], pairs: Sequence[dict[str, Any]]) -> None:
-    """Refuse to promise hidden faces where nobody looked for any.
-
-    Raises:
-        UsageError
-    """
-    looked = any(row["metric"] == "face_rate" for row in results["rows"]) or any(
-        p["faces"] or p["base_faces"] for p in pairs
-    )
-    if pairs and not looked:
-        raise UsageError(
-            "--blur_faces: results.json has no faces, because no face detector was run. Evaluate with one (the "
-            "identity metric) first, or leave out --blur_faces."
-        )
 
 
 def _completed(raw: dict[str, Any]) -> dict[str, Any]:

@@ -73,7 +73,7 @@
       }
       status.textContent = shown();
     };
-    fields.forEach((field) => field.addEventListener("input", filter));
+    for (const type of ["input", "change"]) fields.forEach((field) => field.addEventListener(type, filter));
     filter();
   }
 
@@ -217,7 +217,6 @@
   addEventListener("beforeprint", () => {
     folded = all("details:not([open])");
     for (const details of folded) details.open = true;
-    for (const image of all("img[loading=lazy]")) image.loading = "eager";
   });
   addEventListener("afterprint", () => { for (const details of folded) details.open = false; });
 })();
