@@ -10,8 +10,11 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import yaml
+
 from sd_unlearn import __version__
 from sd_unlearn.base import Base, choose_precision, load_base, sampling_of, use_zero_terminal_snr
+from sd_unlearn.checks import as_dict
 from sd_unlearn.concept import Concept
 from sd_unlearn.errors import UnlearnError, UsageError
 from sd_unlearn.evaluate_config import EvaluateConfig
@@ -21,7 +24,7 @@ from sd_unlearn.evaluation.judging import Judged, Pictures, judge
 from sd_unlearn.evaluation.plan import GROUPS, prompts_of, write_plan
 from sd_unlearn.evaluation.task import Task, asking_of, prepare
 from sd_unlearn.metrics.registry import cards_of, make_questions
-from sd_unlearn.records import EVALUATE_SEEDS, RESULTS, write_json
+from sd_unlearn.records import EVALUATE_SEEDS, EVALUATION, RESULTS, write_json, write_text
 from sd_unlearn.render import Sampler
 from sd_unlearn.results import BASE, SCHEMA_VERSION, as_json
 
@@ -48,6 +51,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     loaded.clear()  # the detectors need the memory
     found, cards = _judge(task, gallery)
     results = _results(task, gallery, found, cards)
+    write_text(task.output / EVALUATION, yaml.safe_dump(as_dict(config), sort_keys=False, allow_unicode=True))
     write_json(task.output / RESULTS, results)
     return results
 

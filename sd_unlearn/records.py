@@ -26,6 +26,7 @@ TRAINING, RESULTS, METRICS, CONFIG, CONCEPT = (
 )  # fmt: skip
 ADAPTER_DIR, TEXT_ADAPTER_DIR, UNET_DIR = "adapter", "text_encoder_adapter", "unet"
 PREVIEW_DIR, EXPORT_DIR, IMAGE_DIR = "previews", "export", "images"
+EVALUATION = "evaluate.yaml"  # what an evaluation was asked, for `evaluate --config`
 BEST_DIR, CHECKPOINT_DIR = "best", "checkpoints"
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
 

@@ -133,11 +133,6 @@ def view(results: dict[str, Any], concept: str, subject: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def write_order(row: dict[str, Any]) -> tuple[str, str, str, str]:
-    """Rows are written sorted by this, so that files of the same evaluation are equal."""
-    return row["concept"], row["subject"], row["metric"], row["group"]
-
-
 # -- what a file must hold --
 
 _Fault = Callable[[Any], str | None]

@@ -38,7 +38,7 @@ def run(tmp_path_factory):
 def test_every_room_leaves_its_files(run):
     expected = (
         "config.yaml", "concept.yaml", "metrics.jsonl", "training.json", "adapter/adapter_model.safetensors",
-        "previews/step-000002.png", "results.json", "export/pytorch_lora_weights.safetensors",
+        "previews/step-000002.png", "results.json", "evaluate.yaml", "export/pytorch_lora_weights.safetensors",
         "export/seven.safetensors", "report.html", "report.md", "results.csv",
     )  # fmt: skip
     assert [name for name in expected if not (run / name).is_file()] == []

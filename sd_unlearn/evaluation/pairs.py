@@ -86,7 +86,7 @@ def _look(found: Judged, subject: str, index: int) -> _Look:
             continue
         row = int(seen.readable[:index].sum())
         words = words or question.words(seen.columns, row)
-        if "boxes" in seen.columns and not faces:
+        if {"boxes", "faces"} <= set(seen.columns) and not faces:
             boxes = seen.columns["boxes"][row]
             faces = tuple(tuple(round(float(x), 4) for x in box) for box in boxes if not np.isnan(box).any())
     return _Look(words, faces)

@@ -9,8 +9,6 @@ from typing import Any
 from sd_unlearn import records
 from sd_unlearn.concept import Concept
 
-EVALUATION = "evaluate.yaml"  # the settings of an evaluation, where it wrote them beside its results
-
 
 def commands(folder: Path, about: dict[str, Any], concept: Concept | None) -> list[str]:
     """The commands that make this run again, from its own config and with as many pictures. about: results.view."""
@@ -29,7 +27,7 @@ def commands(folder: Path, about: dict[str, Any], concept: Concept | None) -> li
 
 def commands_of_many(folder: Path) -> list[str]:
     """The same for an evaluation of several LoRAs, which says itself what it was asked."""
-    settings = folder / EVALUATION
+    settings = folder / records.EVALUATION
     if not settings.is_file():
         return [f"sd-unlearn report --run {_quoted(folder)}"]
     again = _quoted(_again(folder))
