@@ -109,7 +109,9 @@ def _block(match: re.Match[str], layout: Layout) -> str:
         return f"input_blocks.{(i + 1) * size}.{slot}.op"
     if match["part"] == "upsamplers":
         return f"output_blocks.{(i + 1) * size - 1}.{slot}"
-    return f"input_blocks.{1 + i * size + j}.{slot}" if match["side"] == "down" else f"output_blocks.{i * size + j}.{slot}"
+    if match["side"] == "down":
+        return f"input_blocks.{1 + i * size + j}.{slot}"
+    return f"output_blocks.{i * size + j}.{slot}"
 
 
 def vae_key(key: str, blocks: int) -> str:
