@@ -94,8 +94,7 @@ def read_adapter(folder: Path, network: str = "unet") -> Adapter:
         raise UnlearnError(f"{folder / WEIGHTS_FILE} cannot be read ({error}). Train the run again.") from None
     pairs = _pairs(tensors, config, folder / WEIGHTS_FILE)
     if network != "unet":  # files say text_model. in front, whether this version of transformers does or not
-        prefix = "text_model."
-        pairs = [dataclasses.replace(p, module=prefix + p.module.removeprefix(prefix)) for p in pairs]
+        pairs = [dataclasses.replace(p, module=_text_module(p.module)) for p in pairs]
     return Adapter(pairs, config, network)
 
 
@@ -127,6 +126,10 @@ def kohya_tensors(adapter: Adapter, kind: str = "sd1") -> dict[str, Tensor]:
         tensors[f"{key}.lora_down.weight"] = pair.down.contiguous()
         tensors[f"{key}.lora_up.weight"] = up.contiguous()
     return tensors
+
+
+def _text_module(module: str) -> str:
+    return module if module == "text_projection" else "text_model." + module.removeprefix("text_model.")
 
 
 def _check_config(config: Any, path: Path) -> None:

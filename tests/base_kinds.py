@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 SIDE = 8
-WIDTHS = {"sd1": 16, "sd2": 1024, "sdxl": 32}  # of the text; 1024 is how an SD 2 is known
+WIDTHS = {"sd1": 16, "sd2": 1024, "sdxl": 36}  # of the text; 1024 is how an SD 2 is known
 PREDICTION = {"sd1": "epsilon", "sd2": "v_prediction", "sdxl": "epsilon"}
 _TIME, _POOLED = 8, 16
 
@@ -34,11 +34,12 @@ def make_base(kind: str, folder: Path, prediction_type: str | None = None) -> Pa
         down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
         block_out_channels=(4, 8), layers_per_block=1, norm_num_groups=2, sample_size=2 * SIDE,
     )  # fmt: skip
-    shared: dict[str, Any] = {"vae": vae, "unet": make_unet(kind), "scheduler": scheduler, "tokenizer": make_tokenizer()}
+    shared: dict[str, Any] = {"vae": vae, "unet": make_unet(kind), "scheduler": scheduler}
+    shared["tokenizer"] = make_tokenizer()
     if kind == "sdxl":
         StableDiffusionXLPipeline(
             **shared, text_encoder=_encoder(CLIPTextModel, 16), tokenizer_2=make_tokenizer(),
-            text_encoder_2=_encoder(CLIPTextModelWithProjection, 16),
+            text_encoder_2=_encoder(CLIPTextModelWithProjection, 20),  # readers tell the two by their widths
         ).save_pretrained(folder)  # fmt: skip
     else:
         StableDiffusionPipeline(
@@ -69,7 +70,7 @@ def _encoder(made: type, width: int) -> Any:
     tokenizer = make_tokenizer()
     return made(
         CLIPTextConfig(
-            vocab_size=len(tokenizer), hidden_size=width, intermediate_size=width, num_hidden_layers=2,
+            vocab_size=len(tokenizer), hidden_size=width, intermediate_size=16, num_hidden_layers=2,
             num_attention_heads=2, max_position_embeddings=TOKENS, projection_dim=_POOLED,
             bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,

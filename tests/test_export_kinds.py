@@ -38,6 +38,9 @@ CASES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
 @pytest.fixture(autouse=True)
 def _any_base_loads(monkeypatch: pytest.MonkeyPatch) -> None:
     """A base of each kind, loaded as load_base does: float32, frozen, with the identity of its UNet."""
