@@ -31,7 +31,7 @@ class Hub(BaseHTTPRequestHandler):
         body = self._body()
         server.seen.append((self.path, self.headers.get("Authorization")))
         if server.refuse and server.refuse in self.path:
-            return self._answer({"error": f"Invalid credentials {self.headers.get('Authorization')}"}, 401)
+            return self._answer({"error": f"Invalid credentials {self.headers.get('Authorization')}"}, 400)
         if self.path == "/api/repos/create":
             server.created.append(json.loads(body))
             return self._answer({"url": f"{server.url}/{REPO}"})
