@@ -55,8 +55,7 @@ def run(config: ExportConfig) -> list[Path]:
         _write(folder, files)
     written = list(files)
     if config.merge is not None:
-        options = {"strength": config.strength, "dtype": config.dtype, "licence": terms}
-        merge.write(found, pipeline, config.merge, **options)
+        merge.write(found, pipeline, config.merge, strength=config.strength, dtype=config.dtype, licence=terms)
         written.append(config.merge)
     if hub_id is not None:
         hub.push(hub_id, found, list(files), private=config.private)

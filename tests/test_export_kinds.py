@@ -182,13 +182,14 @@ def text_states(pipeline: Any) -> list[Tensor]:
     return found
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_text_encoders_are_in_every_output(bases: dict[str, Path], tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize(("kind", "use_dora"), [("sd1", False), ("sd1", True), ("sd2", False), ("sdxl", False)])
+def test_text_encoders_are_in_every_output(bases: dict[str, Path], tmp_path: Path, kind: str, use_dora: bool) -> None:
     base, run, whole = bases[kind], tmp_path / "run", open_pipeline(bases[kind])
-    unet, plain = trained_run(base, run, kind, r=4, lora_alpha=1.4), text_states(open_pipeline(bases[kind]))
+    unet = trained_run(base, run, kind, r=4, lora_alpha=1.4, use_dora=use_dora)
+    plain = text_states(open_pipeline(bases[kind]))
     for name, folder in ENCODERS.items():
         if getattr(whole, name, None) is not None:
-            model = adapted(getattr(whole, name), r=2, lora_alpha=3.0)
+            model = adapted(getattr(whole, name), r=2, lora_alpha=3.0, use_dora=use_dora)
             lora.save(model, run / folder)
     want = text_states(whole)
     assert all(largest(a, b) > EFFECT for a, b in zip(want, plain, strict=True))
