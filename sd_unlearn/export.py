@@ -36,7 +36,7 @@ def run(config: ExportConfig) -> list[Path]:
         raise UsageError("--run is missing: name the run folder of a finished training, e.g. --run runs/seven.")
     _check(config)
     found = read_run(config.run)
-    _check_method(found, config)
+    as_lora = _check_lora(found, config)
     hub_id = None
     if config.push_to_hub is not None:
         from sd_unlearn import hub
@@ -44,7 +44,7 @@ def run(config: ExportConfig) -> list[Path]:
         hub_id = hub.check(config.push_to_hub)
     pipeline = merge.trained_base(found) if config.merge or found.is_dora else None
     terms, files = licence(found, config.license), {}
-    if not found.is_full:
+    if as_lora:
         folder = config.output_dir or config.run / EXPORT_DIR
         files[folder / DIFFUSERS_FILE] = diffusers_bytes(found, config.dtype)
         files[folder / f"{found.concept.slug}.safetensors"] = kohya_bytes(found, config.dtype, pipeline, terms)
@@ -75,17 +75,21 @@ def _check(config: ExportConfig) -> None:
         merge.check_place(config.merge)
 
 
-def _check_method(found: Run, config: ExportConfig) -> None:
-    if not found.is_full:
-        return
-    if config.merge is None:
-        raise UnlearnError(
-            f"--run {found.folder} was trained with --method full: it has a whole UNet ({found.folder / UNET_DIR}) and "
-            "no LoRA. Write a whole checkpoint with --merge PATH, or give the UNet to a pipeline: "
-            "unet=UNet2DConditionModel.from_pretrained(...)."
+def _check_lora(found: Run, config: ExportConfig) -> bool:
+    """Whether the run can be said as LoRA files; if not, a whole checkpoint must be asked for."""
+    if found.is_full:
+        why = f"was trained with --method full: it has a whole UNet ({found.folder / UNET_DIR}) and no LoRA"
+    elif any(adapter.is_dora for adapter in found.adapters[1:]):
+        why = (
+            "has a DoRA on a text encoder (--use_dora, --train_text_encoder), whose magnitudes Diffusers' loader drops"
         )
+    else:
+        return True
+    if config.merge is None:
+        raise UnlearnError(f"--run {found.folder} {why}. Write a whole checkpoint with --merge PATH.")
     if config.push_to_hub is not None:
-        raise UnlearnError(f"--push_to_hub uploads a LoRA, and --run {found.folder} has none (--method full).")
+        raise UnlearnError(f"--push_to_hub uploads LoRA files, and --run {found.folder} {why}. Leave it out.")
+    return False
 
 
 def _write(folder: Path, files: dict[Path, bytes]) -> None:

@@ -182,14 +182,14 @@ def text_states(pipeline: Any) -> list[Tensor]:
     return found
 
 
-@pytest.mark.parametrize(("kind", "use_dora"), [("sd1", False), ("sd1", True), ("sd2", False), ("sdxl", False)])
-def test_text_encoders_are_in_every_output(bases: dict[str, Path], tmp_path: Path, kind: str, use_dora: bool) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_text_encoders_are_in_every_output(bases: dict[str, Path], tmp_path: Path, kind: str) -> None:
     base, run, whole = bases[kind], tmp_path / "run", open_pipeline(bases[kind])
-    unet = trained_run(base, run, kind, r=4, lora_alpha=1.4, use_dora=use_dora)
+    unet = trained_run(base, run, kind, r=4, lora_alpha=1.4)
     plain = text_states(open_pipeline(bases[kind]))
     for name, folder in ENCODERS.items():
         if getattr(whole, name, None) is not None:
-            model = adapted(getattr(whole, name), r=2, lora_alpha=3.0, use_dora=use_dora)
+            model = adapted(getattr(whole, name), r=2, lora_alpha=3.0)
             lora.save(model, run / folder)
     want = text_states(whole)
     assert all(largest(a, b) > EFFECT for a, b in zip(want, plain, strict=True))
@@ -262,6 +262,21 @@ def test_of_a_dora_the_kohya_file_mixes_evenly_down_to_the_base(bases: dict[str,
     assert all(largest(noise, untouched) < TOLERANCE for noise in found.values())
     halves = {who: predict(pipeline.unet) for who, pipeline in readings(base, run, 0.5, tmp_path)}
     assert largest(halves["kohya by the format"], halves["merged folder"]) < TOLERANCE
+
+
+def test_a_text_encoders_dora_is_merged_and_nothing_else(bases: dict[str, Path], tmp_path: Path) -> None:
+    """Diffusers' loader would drop its magnitudes."""
+    base, run, whole = bases["sd1"], tmp_path / "run", open_pipeline(bases["sd1"])
+    unet = trained_run(base, run, "sd1", r=4, lora_alpha=1.4, use_dora=True)
+    lora.save(adapted(whole.text_encoder, r=2, lora_alpha=3.0, use_dora=True), run / TEXT_ADAPTER_DIR)
+    with pytest.raises(UnlearnError, match=r"DoRA on a text encoder.*--merge"):
+        exported(run)
+    assert merge_path(run, tmp_path / "a.safetensors") == [tmp_path / "a.safetensors"]
+    read = single_file(tmp_path / "a.safetensors", base)
+    assert largest(predict(read.unet), predict(unet)) < TOLERANCE
+    assert largest(text_states(read)[0], text_states(whole)[0]) < TOLERANCE
+    assert largest(text_states(read)[0], text_states(open_pipeline(base))[0]) > EFFECT
+    assert not (run / "export").exists()
 
 
 # ---- the whole UNet, and what is refused ----
