@@ -86,7 +86,8 @@ def read_run(folder: Path) -> Run:
     _check_training(training, folder / TRAINING)
     architecture(training["base"])
     adapters = [] if (folder / UNET_DIR).is_dir() else _adapters(folder, training)
-    return Run(folder, read_concept(folder / CONCEPT), training, adapters, _results(folder))
+    concept = read_concept(folder / CONCEPT)
+    return Run(folder, concept, training, adapters, _results(folder, concept.slug))
 
 
 def architecture(base: dict[str, Any]) -> Architecture:
@@ -111,18 +112,39 @@ def architecture(base: dict[str, Any]) -> Architecture:
 
 
 def figures_of(results: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rows of results.json on the base (subject "base") and on what was trained (subject "lora").
-
-    The one place where export reads rows; a row has the keys of records.Row.
-    """
+    """The rows on the base (subject "base") and on what was trained ("lora"); a row has the keys of records.Row."""
     return [row for row in results["rows"] if row.get("subject") in ("base", "lora")]
 
 
 def pairs_of(results: dict[str, Any]) -> list[dict[str, Any]]:
-    """The pairs of results.json that name both pictures, under the keys `base` and `lora`, and their group."""
+    """The pairs that name their group and both pictures, `base` and `lora`."""
     pairs = results.get("pairs")
     found = [pair for pair in pairs if isinstance(pair, dict)] if isinstance(pairs, list) else []
     return [pair for pair in found if all(isinstance(pair.get(key), str) for key in ("base", "lora", "group"))]
+
+
+def evaluation_of(results: dict[str, Any], sha256: str, slug: str) -> dict[str, Any] | None:
+    """What results.json says of weights, as version 1 said it: detector, sampler, seeds, rows and pairs.
+
+    None where it judges other weights. Of version 2, which compares many, only figures of these weights at strength 1
+    on the run's own concept are taken.
+    """
+    if results.get("schema_version", 1) == 1:
+        return results if results.get("adapter_sha256") == sha256 else None
+    ids = [
+        s["id"] for s in results.get("subjects", []) if s.get("sha256") == sha256 and s.get("strength", 1) in (1, None)
+    ]
+    if not ids:
+        return None
+    names = {"base": "base", ids[0]: "lora"}
+    own = [row for row in results["rows"] if row.get("subject") in names and row.get("concept") in (slug, "")]
+    pairs = [p for p in results.get("pairs", []) if p.get("subject") == ids[0] and p.get("concept") == slug]
+    return {
+        "detector": ", ".join(dict.fromkeys(row["detector"] for row in own if row.get("detector"))),
+        "sampler": results.get("sampler"), "seeds": results.get("seeds"),
+        "rows": [row | {"subject": names[row["subject"]]} for row in own],
+        "pairs": [pair | {"lora": pair.get("image")} for pair in pairs],
+    }  # fmt: skip
 
 
 def _adapters(folder: Path, training: dict[str, Any]) -> list[Adapter]:
@@ -147,11 +169,11 @@ def _check_training(training: Any, path: Path) -> None:
         raise UsageError(f'{path} lacks "{missing[0]}", which every training writes. Train again with --overwrite.')
 
 
-def _results(folder: Path) -> dict[str, Any] | None:
+def _results(folder: Path, slug: str) -> dict[str, Any] | None:
     """The evaluation of exactly these weights, if there is one: figures of an earlier training would be a lie here."""
     if not (folder / RESULTS).is_file():
         return None
     results = read_json(folder / RESULTS)
     if not isinstance(results, dict) or not isinstance(results.get("rows"), list):
         raise UsageError(f'{folder / RESULTS} holds no "rows". Run sd-unlearn evaluate again, or delete it.')
-    return results if results.get("adapter_sha256") == weights_sha256(folder) else None
+    return evaluation_of(results, weights_sha256(folder), slug)

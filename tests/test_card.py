@@ -164,6 +164,34 @@ def test_only_pictures_of_the_run_are_shown(tmp_path: Path, path: str) -> None:
     assert "modelspec.thumbnail" not in read_header(exported(run)[1])
 
 
+def test_of_a_comparison_only_the_runs_own_figures_are_told(tmp_path: Path) -> None:
+    """Version 2 of results.json holds several LoRAs, strengths and concepts."""
+    run = evaluated(tmp_path)
+    one = json.loads((run / "results.json").read_text())
+    digest = one["adapter_sha256"]
+    subjects = [{"id": "base", "what": "base"}, {"id": "mine", "what": "lora", "strength": 1.0, "sha256": digest},
+                {"id": "half", "what": "lora", "strength": 0.5, "sha256": digest},
+                {"id": "other", "what": "lora", "strength": 1.0, "sha256": "00"}]  # fmt: skip
+    rows = [
+        row | {"concept": SLUG, "subject": {"lora": "mine"}.get(row["subject"], row["subject"])} for row in one["rows"]
+    ]
+    lies = [rows[1] | change for change in ({"subject": "half"}, {"subject": "other"}, {"concept": "somebody-else"})]
+    pairs = [p | {"concept": SLUG, "subject": "mine", "image": p["lora"]} for p in one["pairs"]]
+    pairs = [{k: v for k, v in pair.items() if k != "lora"} for pair in pairs]
+    two = {"schema_version": 2, "subjects": subjects, "rows": rows + [row | {"value": 0.5} for row in lies],
+           "pairs": pairs + [pairs[0] | {"subject": "other", "image": pairs[0]["base"]}],
+           "sampler": one["sampler"], "seeds": {}}  # fmt: skip
+    before = [file.read_bytes() for file in exported(run)] + [(run / "export" / "pairs.png").read_bytes()]
+    table = page(run)
+    write_json(run / "results.json", two)
+    header = json.loads(read_header(exported(run)[1])["sd_unlearn.results"])
+    assert [(row["metric"], row["value"]) for row in header["rows"]] == [("leakage", 0.01), ("retention", 0.99)]
+    assert (run / "export" / "pairs.png").read_bytes() == before[-1]
+    assert page(run)[1] == table[1].replace(card.inert("digits reader 1"), card.inert("reader"))
+    write_json(run / "results.json", two | {"subjects": subjects[:1] + subjects[2:]})
+    assert "sd_unlearn.results" not in read_header(exported(run)[1])
+
+
 def test_what_was_asked_is_in_the_header_by_its_hash(tmp_path: Path) -> None:
     one, same, other = (tmp_path / name for name in "abc")
     for run in (one, same, other):
