@@ -22,7 +22,7 @@ _FAMILY = {"sd1": "stable-diffusion", "sd2": "stable-diffusion", "sdxl": "stable
 _SETTINGS = ("method", "rank", "lora_alpha", "beta", "beta_source", "correction", "caption_mode", "target", "push",
              "reduction", "config_sha256")  # fmt: skip
 # A mark as a numeric entity is read as itself and starts nothing: no link, markup, table cell or HTML.
-_INERT = {ord(mark): f"&#{ord(mark)};" for mark in string.punctuation if mark not in ",'"}
+_INERT = {ord(mark): f"&#{ord(mark)};" for mark in string.punctuation if mark not in ",'%"}
 
 
 def render(run: Run, licence: str | None, hub_id: str | None, *, has_pictures: bool) -> str:
@@ -76,7 +76,8 @@ def table(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
 
 def inert(text: Any) -> str:
     """Any text as one piece of a Markdown line or table cell that says itself and does nothing."""
-    return " ".join(str(text).split()).translate(_INERT)
+    marked = " ".join(str(text).split()).translate(_INERT)
+    return re.sub(r"(?<=\d)&#46;(?=\d)", ".", marked)  # a decimal point
 
 
 def _complete(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ import math
 import os
 from pathlib import Path
 
-from sd_unlearn import card, gallery, merge
+from sd_unlearn import card, showcase, merge
 from sd_unlearn.config import ExportConfig
 from sd_unlearn.errors import UnlearnError, UsageError
 from sd_unlearn.finished import Run, read_run
@@ -48,7 +48,7 @@ def run(config: ExportConfig) -> list[Path]:
         folder = config.output_dir or config.run / EXPORT_DIR
         files[folder / DIFFUSERS_FILE] = diffusers_bytes(found, config.dtype)
         files[folder / f"{found.concept.slug}.safetensors"] = kohya_bytes(found, config.dtype, pipeline, terms)
-        pictures = gallery.grid(found)
+        pictures = showcase.grid(found)
         files[folder / card.FILE] = card.render(found, terms, hub_id, has_pictures=pictures is not None).encode()
         if pictures is not None:
             files[folder / card.PICTURES] = pictures

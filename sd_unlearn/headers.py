@@ -7,7 +7,7 @@ import hashlib
 import json
 from typing import Any
 
-from sd_unlearn import gallery
+from sd_unlearn import showcase
 from sd_unlearn.finished import REQUIRED, Run, architecture, figures_of
 
 # Recorded where the training says them; REQUIRED always is.
@@ -99,7 +99,7 @@ def _modelspec(run: Run, digest: str, licence: str | None) -> dict[str, str]:
         "modelspec.resolution": f"{base['resolution']}x{base['resolution']}" if base.get("resolution") else "",
         "modelspec.date": str(run.training.get("created") or ""),
         "modelspec.license": licence or "",
-        "modelspec.thumbnail": gallery.thumbnail(run) or "",
+        "modelspec.thumbnail": showcase.thumbnail(run) or "",
         "format": "pt",
     }
     return {key: value for key, value in header.items() if value}
