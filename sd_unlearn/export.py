@@ -12,7 +12,7 @@ import math
 import os
 from pathlib import Path
 
-from sd_unlearn import card, showcase, merge
+from sd_unlearn import card, merge, showcase
 from sd_unlearn.config import ExportConfig
 from sd_unlearn.errors import UnlearnError, UsageError
 from sd_unlearn.finished import Run, read_run
