@@ -85,7 +85,7 @@ def evaluate(config: Annotated[EvaluateConfig, Parameter(name="*")] = EvaluateCo
 
 @app.command
 def export(config: Annotated[ExportConfig, Parameter(name="*")] = ExportConfig()) -> None:
-    """Write the LoRA for Diffusers and for ComfyUI / A1111."""
+    """Write the LoRA for Diffusers and for ComfyUI / A1111, with a card; --merge: a whole checkpoint."""
     from sd_unlearn import export as room
 
     for path in room.run(config):

@@ -76,10 +76,37 @@ class RenderConfig(Common):
 
 @dataclass(kw_only=True)
 class ExportConfig:
-    """Write the LoRA where people use it: Diffusers, ComfyUI, A1111."""
+    """Write the LoRA where people use it: Diffusers, ComfyUI, A1111; with a card, or baked into a checkpoint."""
 
     run: Annotated[Path | None, option("Run folder of a finished training.")] = None
-    output_dir: Annotated[Path | None, option("Where the files go. Default: <run>/export.")] = None
+    output_dir: Annotated[Path | None, option("Where LoRA files and card go. Default: <run>/export.")] = None
+    dtype: Annotated[
+        Literal["fp32", "fp16"],
+        option("Numbers in the files written. fp32 is exact; fp16 takes half the space, as most published files do."),
+    ] = "fp32"
+    merge: Annotated[
+        Path | None,
+        option(
+            "Also write a whole checkpoint with the LoRA baked in, which nobody can leave out: a diffusers folder, or "
+            "one file for ComfyUI and A1111 if the path ends in .safetensors. Needs the base. After --method full the "
+            "only way to export."
+        ),
+    ] = None
+    strength: Annotated[
+        float, option("How much of the change --merge bakes in: 1 is what was trained and measured, 0 is the base.")
+    ] = 1.0
+    license: Annotated[
+        str | None,
+        option("Licence in card and header, as the hub spells it, e.g. openrail++. Default: that of a known base."),
+    ] = None
+    push_to_hub: Annotated[
+        str | None,
+        option(
+            "Upload LoRA, card and report to this repository of the Hugging Face hub (owner/name), made if it is not "
+            "there. The token is the one huggingface_hub knows: HF_TOKEN, or `hf auth login`."
+        ),
+    ] = None
+    private: Annotated[bool, option("Make the repository of --push_to_hub a private one.")] = False
     config: Annotated[Path | None, option("YAML file with these options as keys.")] = None
     debug: Annotated[bool, option("Show tracebacks.")] = False
 

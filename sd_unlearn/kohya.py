@@ -1,7 +1,7 @@
 """A trained PEFT adapter as plain tensors, and the same update under the names ComfyUI, A1111 and Forge read.
 
-Needs no UNet. PEFT applies W + alpha / r * up @ down (rsLoRA: alpha / sqrt(r)); a kohya file says alpha in a
-tensor of its own beside each pair, and a reader that finds none takes the scale to be 1.
+PEFT applies W + alpha / r * up @ down (rsLoRA: alpha / sqrt(r)); a kohya file says alpha in a tensor of its own
+beside each pair, and a reader that finds none takes the scale to be 1.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ import torch
 from torch import Tensor
 
 from sd_unlearn.errors import UnlearnError, UsageError
+from sd_unlearn.ldm import unet_key
 from sd_unlearn.records import read_json
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
-_KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
-# What changes the function and a plain up/down/alpha file cannot say.
-_UNSUPPORTED = ("use_dora", "lora_bias", "modules_to_save", "use_qalora", "layer_replication", "fan_in_fan_out")
+_KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>A\.weight|B\.weight|magnitude_vector)")
+# What changes the function and an exported file cannot say.
+_UNSUPPORTED = ("lora_bias", "modules_to_save", "use_qalora", "layer_replication", "fan_in_fan_out")
 
 
 @dataclass(frozen=True)
@@ -35,10 +36,25 @@ class LoraPair:
     down: Tensor  # lora_A, [r, in] or [r, in, kh, kw]
     up: Tensor  # lora_B, [out, r] or [out, r, 1, 1]
     alpha: float  # the update is alpha / r * up @ down; rsLoRA's square root is already in it
+    magnitude: Tensor | None = None  # DoRA's, one an output channel: [out], of a convolution [1, out, 1, 1]
 
     @property
     def rank(self) -> int:
         return self.down.shape[0]
+
+    def change(self, weight: Tensor) -> Tensor:
+        """What the pair adds to a weight [out, in, ...], in float64.
+
+        DoRA (Liu et al. 2024, equation 5) rescales each output channel of the sum to its magnitude.
+        """
+        plain = weight.double()
+        delta = self.alpha / self.rank * (self.up.double().flatten(1) @ self.down.double().flatten(1))
+        delta = delta.view(weight.shape)
+        if self.magnitude is None:
+            return delta
+        total = (plain + delta).flatten(1)
+        scaled = self.magnitude.double().view(-1, 1) * total / total.norm(dim=1, keepdim=True)
+        return scaled.view(weight.shape) - plain
 
 
 @dataclass(frozen=True)
@@ -47,21 +63,25 @@ class Adapter:
 
     pairs: list[LoraPair]
     config: dict[str, Any]
-    network: str = "unet"  # or text_encoder
+    network: str = "unet"  # or text_encoder, text_encoder_2
 
     @property
     def uniform(self) -> bool:
         """Whether one rank and one alpha hold for every module."""
         return len({(pair.rank, pair.alpha) for pair in self.pairs}) == 1
 
+    @property
+    def is_dora(self) -> bool:
+        return bool(self.config.get("use_dora"))
+
 
 def read_adapter(folder: Path, network: str = "unet") -> Adapter:
-    """The trained LoRA of an adapter folder, of the `unet` or the `text_encoder`, on the CPU in its own dtype.
+    """The trained LoRA of an adapter folder, on the CPU in its own dtype; network: unet, text_encoder, text_encoder_2.
 
     Raises:
         UsageError: a file is missing, or the config is not JSON.
         UnlearnError: the weights cannot be read, are incomplete or not finite, contradict the config, or hold
-            what the exported formats cannot say (DoRA, biases, other PEFT methods).
+            what the exported formats cannot say (biases, other PEFT methods).
     """
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / name).is_file():
@@ -73,27 +93,32 @@ def read_adapter(folder: Path, network: str = "unet") -> Adapter:
     except (safetensors.SafetensorError, OSError) as error:
         raise UnlearnError(f"{folder / WEIGHTS_FILE} cannot be read ({error}). Train the run again.") from None
     pairs = _pairs(tensors, config, folder / WEIGHTS_FILE)
-    if network == "text_encoder":  # files say text_model. in front, whether this version of transformers does or not
-        prefix = "text_model."
-        pairs = [dataclasses.replace(p, module=prefix + p.module.removeprefix(prefix)) for p in pairs]
+    if network != "unet":  # files say text_model. in front, whether this version of transformers does or not
+        pairs = [dataclasses.replace(p, module=_text_module(p.module)) for p in pairs]
     return Adapter(pairs, config, network)
 
 
-def module_key(module: str, network: str = "unet") -> str:
-    """A module's name as SD 1/2 files for ComfyUI and A1111 spell it: lora_unet_down_blocks_0_..._to_out_0."""
-    return ("lora_unet_" if network == "unet" else "lora_te_") + module.replace(".", "_")
+def module_key(module: str, network: str = "unet", kind: str = "sd1") -> str:
+    """A module's name in files for ComfyUI and A1111, by the base's kind: lora_unet_down_blocks_0_..._to_out_0.
+
+    SD 1/2 keep Diffusers' names of the UNet, SDXL takes those of the LDM layout.
+    """
+    if network == "unet":
+        return "lora_unet_" + (unet_key(module) if kind == "sdxl" else module).replace(".", "_")
+    prefix = {"sdxl": {"text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}}.get(kind, {})
+    return prefix.get(network, "lora_te_") + module.replace(".", "_")
 
 
-def kohya_tensors(adapter: Adapter) -> dict[str, Tensor]:
+def kohya_tensors(adapter: Adapter, kind: str = "sd1") -> dict[str, Tensor]:
     """The adapter as `<key>.lora_down.weight`, `.lora_up.weight` and, where one scale holds for all, `.alpha`.
 
-    Alpha is 0-d float32; weights keep their dtype.
+    Alpha is 0-d float32; weights keep their dtype. Not for DoRA, which these cannot say: `kohya_differences`.
     Where ranks or alphas differ, the scale is multiplied into up (float32) and no alpha is written: Diffusers gives
     the alpha of a minority to the wrong attention modules without a word.
     """
     tensors: dict[str, Tensor] = {}
     for pair in adapter.pairs:
-        key, up = module_key(pair.module, adapter.network), pair.up
+        key, up = module_key(pair.module, adapter.network, kind), pair.up
         if adapter.uniform:
             tensors[f"{key}.alpha"] = torch.tensor(pair.alpha, dtype=torch.float32)
         else:
@@ -101,6 +126,10 @@ def kohya_tensors(adapter: Adapter) -> dict[str, Tensor]:
         tensors[f"{key}.lora_down.weight"] = pair.down.contiguous()
         tensors[f"{key}.lora_up.weight"] = up.contiguous()
     return tensors
+
+
+def _text_module(module: str) -> str:
+    return module if module == "text_projection" else "text_model." + module.removeprefix("text_model.")
 
 
 def _check_config(config: Any, path: Path) -> None:
@@ -111,8 +140,7 @@ def _check_config(config: Any, path: Path) -> None:
         raise UnlearnError(f'{path}: peft_type is "{config.get("peft_type")}"; only LORA can be exported.')
     for key in _UNSUPPORTED:
         if config.get(key):
-            name = "DoRA (use_dora)" if key == "use_dora" else key
-            raise UnlearnError(f"{path}: {name} is on, which export cannot write yet. Train without it.")
+            raise UnlearnError(f"{path}: {key} is on, which export cannot write. Train without it.")
     if config.get("bias", "none") != "none":
         raise UnlearnError(f'{path}: bias is "{config["bias"]}", which export cannot write. Train with bias none.')
 
@@ -122,7 +150,7 @@ def _pairs(tensors: dict[str, Tensor], config: dict[str, Any], path: Path) -> li
     for key, tensor in tensors.items():
         match = _KEY.fullmatch(key)
         if match is None:
-            raise UnlearnError(f'{path}: "{key}" is neither up nor down of a LoRA; export cannot write it. Drop it.')
+            raise UnlearnError(f'{path}: "{key}" is no weight of a LoRA; export cannot write it. Drop it.')
         if not torch.isfinite(tensor).all():
             raise UnlearnError(f'{path}: "{key}" is not finite (NaN). Train again with a lower --learning_rate.')
         sides.setdefault(match["module"], {})[match["side"]] = tensor
@@ -132,9 +160,17 @@ def _pairs(tensors: dict[str, Tensor], config: dict[str, Any], path: Path) -> li
 
 
 def _pair(module: str, found: dict[str, Tensor], config: dict[str, Any], path: Path) -> LoraPair:
-    if set(found) != {"A", "B"}:
-        raise UnlearnError(f'{path}: "{module}" has only its lora_{"".join(found)} weight. Train the run again.')
-    down, up = found["A"], found["B"]
+    magnitude = found.pop("magnitude_vector", None)
+    if len(found) < 2:
+        side = next((side.removesuffix(".weight") for side in found), "magnitude_vector")
+        raise UnlearnError(f'{path}: "{module}" has only its lora_{side} weight. Train the run again.')
+    if (magnitude is not None) != bool(config.get("use_dora")):
+        has, says = ("no", "on") if magnitude is None else ("a", "off")
+        raise UnlearnError(
+            f'{path}: "{module}" has {has} magnitude_vector, but {CONFIG_FILE} says that DoRA (use_dora) is {says}. '
+            "Train the run again."
+        )
+    down, up = found["A.weight"], found["B.weight"]
     rank = _by_module(config, "rank_pattern", module, config["r"])
     if not down.shape[0] == up.shape[1] == rank:
         raise UnlearnError(
@@ -142,7 +178,7 @@ def _pair(module: str, found: dict[str, Tensor], config: dict[str, Any], path: P
             f"{rank}. Train the run again."
         )
     alpha = float(_by_module(config, "alpha_pattern", module, config["lora_alpha"]))
-    return LoraPair(module, down, up, alpha * math.sqrt(rank) if config.get("use_rslora") else alpha)
+    return LoraPair(module, down, up, alpha * math.sqrt(rank) if config.get("use_rslora") else alpha, magnitude)
 
 
 def _by_module(config: dict[str, Any], pattern: str, module: str, default: float) -> float:

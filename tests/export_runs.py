@@ -37,7 +37,7 @@ def write_run(run: Path, training: dict[str, Any]) -> Path:
 
 
 def exported(run: Path, **options: Any) -> tuple[Path, Path]:
-    diffusers_file, kohya_file = export.run(ExportConfig(run=run, **options))
+    diffusers_file, kohya_file, *_ = export.run(ExportConfig(run=run, **options))
     return diffusers_file, kohya_file
 
 

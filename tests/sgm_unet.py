@@ -1,0 +1,67 @@
+"""The UNet of the LDM / sgm code as names and shapes of its weights, built from its settings as that code builds it."""
+
+from __future__ import annotations
+
+Shapes = dict[str, tuple[int, ...]]
+SD1 = {"multiples": (1, 2, 4, 4), "depths": (1, 1, 1, 0), "context": 768, "linear": False, "label": 0}
+SD2 = {"multiples": (1, 2, 4, 4), "depths": (1, 1, 1, 0), "context": 1024, "linear": True, "label": 0}
+SDXL = {"multiples": (1, 2, 4), "depths": (0, 2, 10), "context": 2048, "linear": True, "label": 2816}
+WIDTH, LAYERS = 320, 2
+
+
+def sgm_modules(multiples: tuple[int, ...], depths: tuple[int, ...], context: int, linear: bool, label: int) -> Shapes:
+    """Module name -> shape of its weight, for every linear layer and convolution."""
+    found: Shapes = {
+        "time_embed.0": (4 * WIDTH, WIDTH), "time_embed.2": (4 * WIDTH, 4 * WIDTH),
+        "input_blocks.0.0": (WIDTH, 4, 3, 3), "out.2": (4, WIDTH, 3, 3),
+    }  # fmt: skip
+    if label:
+        found |= {"label_emb.0.0": (4 * WIDTH, label), "label_emb.0.2": (4 * WIDTH, 4 * WIDTH)}
+    number, channels, skipped = 0, WIDTH, [WIDTH]
+    for level, (multiple, depth) in enumerate(zip(multiples, depths, strict=True)):
+        for _ in range(LAYERS):
+            number += 1
+            found |= _resnet(f"input_blocks.{number}.0", channels, multiple * WIDTH)
+            channels = multiple * WIDTH
+            found |= _transformer(f"input_blocks.{number}.1", channels, depth, context, linear)
+            skipped.append(channels)
+        if level < len(multiples) - 1:
+            number += 1
+            found[f"input_blocks.{number}.0.op"] = (channels, channels, 3, 3)
+            skipped.append(channels)
+    found |= _resnet("middle_block.0", channels, channels) | _resnet("middle_block.2", channels, channels)
+    found |= _transformer("middle_block.1", channels, depths[-1] or 1, context, linear)
+    number = 0
+    for level, (multiple, depth) in reversed(list(enumerate(zip(multiples, depths, strict=True)))):
+        for layer in range(LAYERS + 1):
+            place = f"output_blocks.{number}"
+            found |= _resnet(f"{place}.0", channels + skipped.pop(), multiple * WIDTH)
+            channels = multiple * WIDTH
+            found |= _transformer(f"{place}.1", channels, depth, context, linear)
+            if level and layer == LAYERS:
+                found[f"{place}.{2 if depth else 1}.conv"] = (channels, channels, 3, 3)
+            number += 1
+    return found
+
+
+def _resnet(place: str, given: int, made: int) -> Shapes:
+    found: Shapes = {
+        f"{place}.in_layers.2": (made, given, 3, 3), f"{place}.emb_layers.1": (made, 4 * WIDTH),
+        f"{place}.out_layers.3": (made, made, 3, 3),
+    }  # fmt: skip
+    return found | ({f"{place}.skip_connection": (made, given, 1, 1)} if given != made else {})
+
+
+def _transformer(place: str, width: int, depth: int, context: int, linear: bool) -> Shapes:
+    if not depth:
+        return {}
+    one: tuple[int, ...] = () if linear else (1, 1)
+    found: Shapes = {f"{place}.proj_in": (width, width, *one), f"{place}.proj_out": (width, width, *one)}
+    for i in range(depth):
+        block = f"{place}.transformer_blocks.{i}"
+        for attention, seen in (("attn1", width), ("attn2", context)):
+            found[f"{block}.{attention}.to_q"] = (width, width)
+            found[f"{block}.{attention}.to_k"] = found[f"{block}.{attention}.to_v"] = (width, seen)
+            found[f"{block}.{attention}.to_out.0"] = (width, width)
+        found |= {f"{block}.ff.net.0.proj": (8 * width, width), f"{block}.ff.net.2": (width, 4 * width)}
+    return found
