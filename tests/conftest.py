@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from kinds import Kinds
 from PIL import Image
 from tokenizers import pre_tokenizers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -104,6 +105,12 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def v_base(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny base as one that predicts v."""
     return scheduled(tiny_base, tmp_path_factory.mktemp("v") / "base", prediction_type="v_prediction")
+
+
+@pytest.fixture(scope="session")
+def kinds(tmp_path_factory: pytest.TempPathFactory) -> Kinds:
+    """Narrow models of each real architecture, in each form."""
+    return Kinds(tmp_path_factory.mktemp("kinds"))
 
 
 def scheduled(base: Path, copy: Path, **changes: object) -> Path:
