@@ -160,9 +160,8 @@ def load_base(source: Source | str, precision: str = "no", device: Any = None) -
     from diffusers.utils import logging
     from transformers.utils import logging as transformers_logging
 
-    if isinstance(source, str):
-        source = Source(source)
-        check_source(source)
+    source = Source(source) if isinstance(source, str) else source
+    check_source(source)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision, torch.float32)
     logging.set_verbosity_error()
@@ -193,9 +192,7 @@ def load_recorded_base(
         UnlearnError: as load_base.
     """
     asked = {key: record.get(key) for key in ("vae", "variant", "single_file_config", "prediction_type")}
-    source = Source(record["name"], allow_pickle=allow_pickle, **asked)
-    check_source(source)
-    base = load_base(source, precision, device)
+    base = load_base(Source(record["name"], allow_pickle=allow_pickle, **asked), precision, device)
     for key, what in (("sha256", "weights"), ("vae_sha256", "VAE")):
         if record.get(key, getattr(base, key)) != getattr(base, key):  # runs of before the VAE was recorded say none
             raise UsageError(f"The {what} of {base.name} has changed since the run was trained: it is another base.")

@@ -19,15 +19,16 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from safetensors.torch import save_file
+from tokenizers import pre_tokenizers
 from torch import Tensor
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from sd_unlearn.single_file import clip_tokenizer
 from sd_unlearn.source import SINGLE_FILE_DIR
 
 KINDS = ("sd1", "sd2", "sdxl")
 FORMS = ("folder", "file", "fp16")
 PREDICTS = {"sd1": "epsilon", "sd2": "v_prediction", "sdxl": "epsilon"}
+TOKENS = 24
 WIDTH, POOLED = 16, 24  # of the first and the second text encoder
 SHRUNK: dict[str, dict[str, Any]] = {  # what is narrower than the published models' configurations; all else is theirs
     "unet": {"norm_num_groups": 4, "sample_size": 8, "layers_per_block": 1},
@@ -42,8 +43,16 @@ SHRUNK: dict[str, dict[str, Any]] = {  # what is narrower than the published mod
 }  # fmt: skip
 
 
+def make_tokenizer(pad_token: str = "<|endoftext|>") -> CLIPTokenizer:
+    """CLIP's byte vocabulary without merges: every string is encodable, one token a letter."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = [*alphabet, *(f"{letter}</w>" for letter in alphabet), "<|startoftext|>", "<|endoftext|>"]
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    return CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=TOKENS, pad_token=pad_token)
+
+
 def make_kind(kind: str) -> Any:
-    """64 x 64 pixels, 8 x 8 latents, CLIP's own vocabulary."""
+    """64 x 64 pixels, 8 x 8 latents, a vocabulary of letters."""
     torch.manual_seed(KINDS.index(kind))
     unet = UNet2DConditionModel.from_config(config_of(kind, "unet") | SHRUNK["unet"] | SHRUNK[kind])
     vae = AutoencoderKL.from_config(config_of(kind, "vae") | SHRUNK["vae"])
@@ -52,14 +61,14 @@ def make_kind(kind: str) -> Any:
     )
     parts = {"unet": unet, "vae": vae, "scheduler": scheduler}
     parts["text_encoder"] = CLIPTextModel(text_config(kind, "text_encoder", WIDTH))
-    parts["tokenizer"] = clip_tokenizer("!" if kind == "sd2" else "<|endoftext|>")
+    parts["tokenizer"] = make_tokenizer("!" if kind == "sd2" else "<|endoftext|>")
     if kind != "sdxl":
         return StableDiffusionPipeline(
             **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
         )
     second = CLIPTextModelWithProjection(text_config(kind, "text_encoder_2", POOLED))
     return StableDiffusionXLPipeline(
-        **parts, text_encoder_2=second, tokenizer_2=clip_tokenizer("!"), add_watermarker=False
+        **parts, text_encoder_2=second, tokenizer_2=make_tokenizer("!"), add_watermarker=False
     )
 
 
@@ -69,7 +78,10 @@ def config_of(kind: str, component: str, file: str = "config.json") -> dict[str,
 
 def text_config(kind: str, component: str, width: int) -> CLIPTextConfig:
     narrow = {"hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": 2, "num_attention_heads": 2}
-    return CLIPTextConfig(**config_of(kind, component) | narrow | {"projection_dim": width})
+    tokenizer = make_tokenizer()
+    words = {"vocab_size": len(tokenizer), "max_position_embeddings": TOKENS, "bos_token_id": tokenizer.bos_token_id,
+             "eos_token_id": tokenizer.eos_token_id}  # fmt: skip
+    return CLIPTextConfig(**config_of(kind, component) | narrow | words | {"projection_dim": width})
 
 
 class Kinds:
@@ -105,8 +117,8 @@ class Kinds:
         return path
 
     def _configs(self, kind: str) -> Path:
-        """The folder without its weights and tokenizers."""
-        unwanted = shutil.ignore_patterns("*.safetensors", "tokenizer*")
+        """The folder without its weights."""
+        unwanted = shutil.ignore_patterns("*.safetensors")
         return Path(shutil.copytree(self.folder(kind), self.root / f"{kind}-configs", ignore=unwanted))
 
 
@@ -128,7 +140,9 @@ def original_names(pipeline: Any) -> dict[str, Tensor]:
     return {name: value.detach().clone().contiguous() for name, value in (unet | vae | text).items()}
 
 
-def _rename(state: dict[str, Tensor], rules: list[tuple[str, str | Callable[[re.Match[str]], str]]]) -> dict[str, Tensor]:
+def _rename(
+    state: dict[str, Tensor], rules: list[tuple[str, str | Callable[[re.Match[str]], str]]]
+) -> dict[str, Tensor]:
     renamed = {}
     for name, value in state.items():
         for pattern, new in rules:
@@ -176,7 +190,8 @@ def _resnet(norm1: str, conv1: str, norm2: str, conv2: str) -> list[tuple[str, s
 def _vae(vae: Any) -> dict[str, Tensor]:
     last = len(vae.config.block_out_channels) - 1
     renamed = _rename(vae.state_dict(), [
-        (r"\.down_blocks\.(\d)\.resnets\.", r".down.\1.block."), (r"\.down_blocks\.(\d)\.downsamplers\.0", r".down.\1.downsample"),
+        (r"\.down_blocks\.(\d)\.resnets\.", r".down.\1.block."),
+        (r"\.down_blocks\.(\d)\.downsamplers\.0", r".down.\1.downsample"),
         (r"\.up_blocks\.(\d)\.resnets\.", lambda m: f".up.{last - int(m[1])}.block."),
         (r"\.up_blocks\.(\d)\.upsamplers\.0", lambda m: f".up.{last - int(m[1])}.upsample"),
         (r"\.mid_block\.resnets\.(\d)", lambda m: f".mid.block_{int(m[1]) + 1}"),
