@@ -7,23 +7,19 @@ import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from sd_unlearn.errors import UnlearnError, UsageError
+from sd_unlearn.errors import UsageError
+from sd_unlearn.pipelines import load_pipeline
 from sd_unlearn.source import (
     COMPONENTS,
     DIGITS,
-    OPTION,
-    PIPELINES,
     Source,
-    check_class,
     check_prediction,
     check_schedule,
     check_source,
     check_unet,
     kind_of,
-    variant_of,
 )
 from sd_unlearn.source import DIGITS_DIR as DIGITS_DIR  # where other rooms look for it
 
@@ -167,7 +163,7 @@ def load_base(source: Source | str, precision: str = "no", device: Any = None) -
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
-    pipeline = _load_pipeline(source, dtype)
+    pipeline = load_pipeline(source, dtype)
     check_schedule(source.name, type(pipeline.scheduler).__name__)
     check_prediction(source, pipeline.scheduler.config.prediction_type)
     check_unet(source.name, pipeline.unet.config)
@@ -197,81 +193,6 @@ def load_recorded_base(
         if record.get(key, getattr(base, key)) != getattr(base, key):  # runs of before the VAE was recorded say none
             raise UsageError(f"The {what} of {base.name} has changed since the run was trained: it is another base.")
     return base
-
-
-def _load_pipeline(source: Source, dtype: Any) -> Any:
-    try:
-        vae = _load_vae(source, dtype) if source.vae else None
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UnlearnError(f"--vae {source.vae} could not be loaded: {_first_line(error)}") from error
-    try:
-        return _load_file_or_folder(source, dtype, vae)
-    except (OSError, ValueError, RuntimeError) as error:
-        hint = "Without a network, name a local diffusers folder or file, or the bundled base: digits."
-        if source.is_file:
-            hint = "If it differs from the published models, --single_file_config names a folder that describes it."
-        elif "safetensors" in str(error) and not source.allow_pickle:
-            hint = "If it has pickled weights only (.bin), --allow_pickle loads them."
-        raise UnlearnError(f"{OPTION} {source.name} could not be loaded: {_first_line(error)} {hint}") from error
-
-
-def _load_file_or_folder(source: Source, dtype: Any, vae: Any) -> Any:
-    from diffusers import AutoencoderKL, StableDiffusionPipeline, StableDiffusionXLPipeline
-
-    if source.is_file:
-        from sd_unlearn.single_file import load_single_file
-
-        if vae is not None:
-            _check_scale(vae, source.config_of("vae"), source)
-        return load_single_file(source, dtype, vae)
-    place = str(source.place) if source.place.is_dir() else source.name
-    index = StableDiffusionPipeline.load_config(place)
-    check_class(source.name, index.get("_class_name"))
-    is_xl = index["_class_name"] == PIPELINES[1]
-    given: dict[str, Any] = {"add_watermarker": False} if is_xl else {
-        "safety_checker": None, "requires_safety_checker": False
-    }  # fmt: skip
-    if vae is not None:
-        _check_scale(vae, AutoencoderKL.load_config(place, subfolder="vae"), source)
-        given["vae"] = vae
-    if not source.allow_pickle:
-        given["use_safetensors"] = True
-    load = (StableDiffusionXLPipeline if is_xl else StableDiffusionPipeline).from_pretrained
-    variant = variant_of(source)
-    try:
-        return load(place, dtype=dtype, variant=variant, **given)
-    except (OSError, ValueError):
-        if variant or source.place.is_dir():
-            raise
-    return load(place, dtype=dtype, variant="fp16", **given)  # a repository may hold half precision only
-
-
-def _load_vae(source: Source, dtype: Any) -> Any:
-    from diffusers import AutoencoderKL
-
-    name = str(source.vae)
-    if Path(name).is_file():
-        from sd_unlearn.single_file import load_vae_file
-
-        return load_vae_file(Path(name), source, dtype)
-    inside = "vae" if (Path(name) / "vae" / "config.json").is_file() else None
-    safe = {} if source.allow_pickle else {"use_safetensors": True}
-    return AutoencoderKL.from_pretrained(name, subfolder=inside, dtype=dtype, **safe)
-
-
-def _check_scale(vae: Any, usual: Mapping[str, Any], source: Source) -> None:
-    """Refuse a VAE whose latents are not those that the base was trained on."""
-    for key, default in (("latent_channels", 4), ("scaling_factor", 0.18215)):
-        has, wants = vae.config[key], usual.get(key, default)
-        if has != wants:
-            raise UsageError(
-                f"--vae {source.vae} has {key} {has}, but {source.name} was trained on latents of {key} {wants}: "
-                "it is another kind's VAE."
-            )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def network_sha256(network: Any) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,10 @@ from kinds import FORMS, KINDS, PREDICTS, Kinds
 from PIL import Image
 from safetensors.torch import load_file
 
-from sd_unlearn import evaluate, render
+from sd_unlearn import assembly, evaluate, render
 from sd_unlearn.base import Base, Sampling, load_base, load_recorded_base
 from sd_unlearn.cli import main
+from sd_unlearn.concept import load_concept
 from sd_unlearn.dataset import encode_captions, encode_images, scan
 from sd_unlearn.denoiser import Denoiser
 from sd_unlearn.errors import UsageError
@@ -24,7 +26,8 @@ from sd_unlearn.painter import Painter
 from sd_unlearn.records import POSITIVE, read_json
 from sd_unlearn.render import Sampler, draw
 from sd_unlearn.source import Source
-from sd_unlearn.student import load_run
+from sd_unlearn.student import load_run, make_student
+from sd_unlearn.train_config import TrainConfig, Weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PROMPTS, SEEDS = ["a photo of the digit seven", "a photo of a handwritten digit"], [3, 4]
@@ -198,8 +201,6 @@ def test_the_vae_of_sdxl_is_lent_in_full_precision(kinds: Kinds, tmp_path: Path)
         (tmp_path / "data" / folder).mkdir(parents=True)
         for i in range(2):
             Image.new("RGB", (64, 64), (255, 255, 255 - i)).save(tmp_path / "data" / folder / f"{i}.png")
-    from sd_unlearn.concept import load_concept
-
     examples = scan(tmp_path / "data", load_concept("seven", None))
     mean, std = encode_images(base, examples, 64, tmp_path / "cache")
     assert mean.isfinite().all()
@@ -249,9 +250,6 @@ def test_a_run_of_before_the_vae_was_recorded(kinds: Kinds) -> None:
 
 
 def test_a_lora_of_sdxl_changes_what_is_drawn_after_loading(kinds: Kinds, tmp_path: Path) -> None:
-    from sd_unlearn.student import make_student
-    from sd_unlearn.train_config import Weights
-
     base = loaded(kinds, "sdxl")
     before = pixels(render.draw(base, PROMPTS, SEEDS, FEW))
     student = make_student(base, Weights(rank=2), 0, needs_teacher=False)
@@ -264,3 +262,21 @@ def test_a_lora_of_sdxl_changes_what_is_drawn_after_loading(kinds: Kinds, tmp_pa
     load_run(fresh, tmp_path)
     assert np.array_equal(pixels(render.draw(fresh, PROMPTS, SEEDS, FEW)), trained)
     assert not np.array_equal(before, trained)
+
+
+def test_both_text_encoders_of_sdxl_go_once_captions_are_cached(kinds: Kinds) -> None:
+    base = loaded(kinds, "sdxl")
+    student: Any = None
+    assert assembly._painter(TrainConfig(validation_steps=0), base, student, student) is None
+    assert base.pipeline.text_encoder is base.pipeline.text_encoder_2 is base.pipeline.vae is None
+
+
+def test_every_cell_of_the_documented_table_is_a_test() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "bases.md").read_text(encoding="utf-8")
+    named = re.findall(r"`(test_\w+)\[(\w+)-(\w+)\]`", page)
+    assert sorted(named) == sorted(
+        (test.__name__, kind, form)
+        for test in (test_render, test_train, test_evaluate)
+        for kind in KINDS
+        for form in FORMS
+    )

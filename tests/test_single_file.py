@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from kinds import KINDS, Kinds, config_of, original_names
 from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from sd_unlearn.base import Base, load_base
+from sd_unlearn.base import Base, load_base, load_recorded_base
 from sd_unlearn.errors import UnlearnError, UsageError
 from sd_unlearn.render import Sampler, draw
 from sd_unlearn.single_file import _tokenizers, clip_tokenizer, merges
@@ -123,6 +124,22 @@ def test_pickled_checkpoints(kinds: Kinds, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="is a pickle"):
         load(path, kinds, "sd1")
     assert load(path, kinds, "sd1", allow_pickle=True).sha256 == load(kinds.file("sd1"), kinds, "sd1").sha256
+
+
+@pytest.mark.parametrize(("predicts", "side"), [("epsilon", 512), ("v_prediction", 64)])
+def test_a_file_with_the_bundled_configuration(
+    kinds: Kinds, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, predicts: str, side: int
+) -> None:
+    """As a published SD 2.x is loaded; here the bundle is one of narrow configurations, without tokenizers."""
+    unwanted = shutil.ignore_patterns("tokenizer*")
+    shutil.copytree(kinds.configs("sd2"), tmp_path / "sd2", ignore=unwanted)
+    scheduled(tmp_path / "sd2", tmp_path / "bundle" / "sd2", prediction_type="epsilon")  # as the real bundle
+    monkeypatch.setattr("sd_unlearn.source.SINGLE_FILE_DIR", tmp_path / "bundle")
+    base = load_base(Source(str(kinds.file("sd2")), prediction_type=predicts), device="cpu")
+    assert (base.prediction_type, base.resolution) == (predicts, side)
+    assert base.pipeline.tokenizer("a", padding="max_length").input_ids == [49_406, 320, 49_407] + [0] * 74
+    again = load_recorded_base(base.describe(), device="cpu")
+    assert again.describe() == base.describe()
 
 
 def test_the_schedule_of_a_file(kinds: Kinds, tmp_path: Path) -> None:
