@@ -147,6 +147,8 @@ def _painter(config: TrainConfig, base: Base, data: Data, student: Student) -> P
     pipeline = base.pipeline
     if not config.train_text_encoder:
         pipeline.text_encoder = None
+        if base.kind == "sdxl":
+            pipeline.text_encoder_2 = None
     if not config.validation_steps and _probing(config) != "leakage":
         pipeline.vae = None
         return None

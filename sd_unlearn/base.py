@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from sd_unlearn.config import DEFAULT_BASE
-from sd_unlearn.errors import UnlearnError, UsageError
-
-DIGITS = "digits"
-DIGITS_DIR = Path(__file__).parent / "assets" / DIGITS
+from sd_unlearn.errors import UsageError
+from sd_unlearn.pipelines import load_pipeline
+from sd_unlearn.source import (
+    COMPONENTS,
+    DIGITS,
+    Source,
+    check_prediction,
+    check_schedule,
+    check_source,
+    check_unet,
+    kind_of,
+)
+from sd_unlearn.source import DIGITS_DIR as DIGITS_DIR  # where other rooms look for it
 
 
 @dataclass(frozen=True)
@@ -35,9 +42,16 @@ class Base:
     """A loaded Stable Diffusion pipeline, frozen, and what identifies it."""
 
     name: str
-    pipeline: Any  # diffusers.StableDiffusionPipeline with a DDIM scheduler
+    pipeline: Any  # diffusers.StableDiffusionPipeline or StableDiffusionXLPipeline with a DDIM scheduler
     sha256: str
     device: Any
+    source: Source
+    vae_sha256: str
+
+    @property
+    def kind(self) -> str:
+        """sd1, sd2 or sdxl."""
+        return kind_of(self.pipeline.unet.config)
 
     @property
     def resolution(self) -> int:
@@ -48,64 +62,46 @@ class Base:
     def prediction_type(self) -> str:
         return self.pipeline.scheduler.config.prediction_type
 
+    @property
+    def pooled_width(self) -> int | None:
+        """Width of the pooled embedding that an SDXL UNet takes beside the tokens'; None for other kinds."""
+        config = self.pipeline.unet.config
+        if self.kind != "sdxl":
+            return None
+        return config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+
     def describe(self) -> dict[str, Any]:
-        """The base's identity as written in manifests."""
+        """The base's identity as written in manifests, and how it was asked for (`load_recorded_base`)."""
+        source = self.source
+        asked = {"vae": source.vae, "variant": source.variant, "single_file_config": source.single_file_config}
         return {
-            "name": self.name, "kind": "sd2" if self.pipeline.unet.config.cross_attention_dim == 1024 else "sd1",
-            "sha256": self.sha256, "prediction_type": self.prediction_type, "resolution": self.resolution,
+            "name": self.name, "kind": self.kind, "sha256": self.sha256, "vae_sha256": self.vae_sha256,
+            "prediction_type": self.prediction_type, "resolution": self.resolution,
+            **{key: value for key, value in asked.items() if value},
         }  # fmt: skip
 
 
-def resolve_name(asked: str | None, from_concept: str | None) -> str:
-    """The base to use: the option, else the concept file's, else SD 1.4; checked to exist as far as that is cheap.
-
-    Raises:
-        UsageError: a local path that holds no diffusers pipeline.
-    """
-    name = asked or from_concept or DEFAULT_BASE
-    if name == DIGITS:
-        return name
-    path = Path(name)
-    if path.is_dir():
-        index = path / "model_index.json"
-        if not index.is_file():
-            raise UsageError(
-                f"--pretrained_model_name_or_path {name} holds no model_index.json; name a diffusers folder."
-            )
-        try:
-            kind = dict(json.loads(index.read_text(encoding="utf-8"))).get("_class_name")
-        except (ValueError, TypeError):
-            raise UsageError(
-                f"--pretrained_model_name_or_path {name}: {index.name} is damaged; restore it or name another model."
-            ) from None
-        if kind != "StableDiffusionPipeline":
-            raise UsageError(
-                f"--pretrained_model_name_or_path {name} is a {kind}; StableDiffusionPipeline (SD 1.x, 2.x) is needed."
-            )
-    elif path.exists():
-        raise UsageError(
-            f"--pretrained_model_name_or_path {name} is a file; name a hub id, a diffusers folder or digits."
-        )
-    elif name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise UsageError(
-            f"--pretrained_model_name_or_path {name} is no folder here and no hub id (owner/name). "
-            "For the bundled base: digits."
-        )
-    return name
-
-
-def check_zero_terminal_snr(name: str) -> None:
-    """Refuse --zero_terminal_snr for an epsilon model before it loads, where its configuration lies in a folder here.
+def check_zero_terminal_snr(source: Source) -> None:
+    """Refuse --zero_terminal_snr for an epsilon model before it loads, where its configuration lies here.
 
     Raises:
         UsageError: the model does not predict v.
     """
-    path = (DIGITS_DIR if name == DIGITS else Path(name)) / "scheduler" / "scheduler_config.json"
-    try:
-        prediction_type = json.loads(path.read_text(encoding="utf-8")).get("prediction_type", "epsilon")
-    except (OSError, ValueError, AttributeError):
-        return  # a hub id, or something that loading tells more about
-    _refuse_unless_v(name, prediction_type)
+    if source.predicts:  # else a hub id
+        _refuse_unless_v(source.name, source.predicts)
+
+
+def check_text_encoder(kind: str | None, name: str) -> None:
+    """Refuse --train_text_encoder for SDXL. kind None: not known yet.
+
+    Raises:
+        UsageError
+    """
+    if kind == "sdxl":
+        raise UsageError(
+            f"--train_text_encoder: {name} is an SDXL base, whose two text encoders are not trained: their embeddings "
+            "are cached, pooled ones included. Leave the option out."
+        )
 
 
 def use_zero_terminal_snr(base: Base) -> None:
@@ -146,43 +142,57 @@ def choose_precision(asked: str | None) -> str:
     return wanted
 
 
-def load_base(name: str, precision: str = "no", device: Any = None) -> Base:
+def load_base(source: Source | str, precision: str = "no", device: Any = None) -> Base:
     """Load a pipeline frozen, with DDIM sampling and no safety checker, on `device` (default: the best there is).
 
+    source: what find_base() gave, or just a name.
+
     Raises:
-        UnlearnError: the model cannot be had (no such id, no network, gated) or has an unsupported prediction type.
+        UsageError: it cannot be trained, or contradicts itself or what was asked.
+        UnlearnError: the model cannot be had (no such id, no network, gated) or its weights are not what they should.
     """
     import torch
-    from diffusers import DDIMScheduler, StableDiffusionPipeline
+    from diffusers import DDIMScheduler
     from diffusers.utils import logging
     from transformers.utils import logging as transformers_logging
 
+    source = Source(source) if isinstance(source, str) else source
+    check_source(source)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision, torch.float32)
-    source = str(DIGITS_DIR) if name == DIGITS else name
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
-    try:
-        pipeline = StableDiffusionPipeline.from_pretrained(
-            source, dtype=dtype, safety_checker=None, requires_safety_checker=False
-        )
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0][:200]
-        raise UnlearnError(
-            f"--pretrained_model_name_or_path {name} could not be loaded: {reason} "
-            "Without a network, name a local diffusers folder, or the bundled base: digits."
-        ) from error
+    pipeline = load_pipeline(source, dtype)
+    check_schedule(source.name, type(pipeline.scheduler).__name__)
+    check_prediction(source, pipeline.scheduler.config.prediction_type)
+    check_unet(source.name, pipeline.unet.config)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
-    if pipeline.scheduler.config.prediction_type not in ("epsilon", "v_prediction"):
-        raise UnlearnError(
-            f"{name} predicts {pipeline.scheduler.config.prediction_type}; epsilon and v_prediction are supported."
-        )
-    for network in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
-        network.requires_grad_(False).eval()
-    sha256 = network_sha256(pipeline.unet)
-    return Base(name, pipeline.to(device), sha256, torch.device(device))
+    for component in COMPONENTS:
+        if network := getattr(pipeline, component, None):
+            network.requires_grad_(False).eval()
+    if kind_of(pipeline.unet.config) == "sdxl":
+        pipeline.vae.enable_slicing()  # one picture of 1024 pixels at a time, which is plenty in full precision
+    sha256, vae_sha256 = network_sha256(pipeline.unet), network_sha256(pipeline.vae)
+    return Base(source.name, pipeline.to(device), sha256, torch.device(device), source, vae_sha256)
+
+
+def load_recorded_base(
+    record: Mapping[str, Any], precision: str = "no", device: Any = None, allow_pickle: bool = False
+) -> Base:
+    """The base of a run, as its training.json describes it under "base", loaded as it was for the training.
+
+    Raises:
+        UsageError: its weights or its VAE's have changed since; they are pickles, and allow_pickle is not given.
+        UnlearnError: as load_base.
+    """
+    asked = {key: record.get(key) for key in ("vae", "variant", "single_file_config", "prediction_type")}
+    base = load_base(Source(record["name"], allow_pickle=allow_pickle, **asked), precision, device)
+    for key, what in (("sha256", "weights"), ("vae_sha256", "VAE")):
+        if record.get(key, getattr(base, key)) != getattr(base, key):  # runs of before the VAE was recorded say none
+            raise UsageError(f"The {what} of {base.name} has changed since the run was trained: it is another base.")
+    return base
 
 
 def network_sha256(network: Any) -> str:

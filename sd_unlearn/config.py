@@ -17,7 +17,39 @@ def option(text: str, group: Group | None = None, negative: str = "") -> Paramet
 
 
 @dataclass(kw_only=True)
-class Common:
+class BaseOptions:
+    """Which base model, and how it is loaded."""
+
+    pretrained_model_name_or_path: Annotated[
+        str | None,
+        option(
+            "Base model (SD 1.x, 2.x, XL): hub id, diffusers folder, .safetensors file or digits. Default: the concept "
+            f"file's, else {DEFAULT_BASE}."
+        ),
+    ] = None
+    vae: Annotated[str | None, option("Another VAE than the base's own: hub id, folder or .safetensors file.")] = None
+    prediction_type: Annotated[
+        Literal["epsilon", "v_prediction"] | None,
+        option(
+            "What the base predicts, for a single file that cannot tell (SD 2.x; v models of SD 1.x and XL that do "
+            "not say so). Default: what its own configuration says."
+        ),
+    ] = None
+    variant: Annotated[
+        str | None,
+        option("Weights of a folder or hub id, e.g. fp16. Default: the usual ones, else those in half precision."),
+    ] = None
+    single_file_config: Annotated[
+        str | None,
+        option("Diffusers folder with the configuration of a single file that differs from the published models."),
+    ] = None
+    allow_pickle: Annotated[
+        bool, option("Open .ckpt and .bin weights, too: pickles, which can run code of whoever made them.")
+    ] = False
+
+
+@dataclass(kw_only=True)
+class Common(BaseOptions):
     """What every command that draws images shares."""
 
     concept: Annotated[
@@ -25,10 +57,6 @@ class Common:
     ] = None
     anchor: Annotated[
         str | None, option('Builds a concept without a file: what to draw instead, e.g. "a middle aged man".')
-    ] = None
-    pretrained_model_name_or_path: Annotated[
-        str | None,
-        option(f"Base model: hub id, diffusers folder or digits. Default: the concept file's, else {DEFAULT_BASE}."),
     ] = None
     data_dir: Annotated[Path | None, option("Folder holding 0_unlabeled and 1_positive. Default: data/<concept>.")] = (
         None

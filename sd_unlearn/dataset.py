@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from sd_unlearn.base import Base, network_sha256
 from sd_unlearn.concept import Concept
+from sd_unlearn.conditioning import pack
 from sd_unlearn.errors import UsageError
 from sd_unlearn.records import IMAGE_SUFFIXES, METADATA, NEGATIVE, POSITIVE, UNLABELED, read_jsonl_lines
 
@@ -171,11 +173,12 @@ def encode_images(base: Base, examples: Sequence[Example], resolution: int, cach
         found = load_file(path)
         return found["mean"], found["std"]
     size = 64 if resolution <= 64 else 4
-    for chunk in (examples[i : i + size] for i in range(0, len(examples), size)):
-        pixels = torch.stack([load_pixels(e.path, resolution) for e in chunk]).to(base.device, vae.dtype)
-        posterior = vae.encode(pixels).latent_dist
-        means.append(posterior.mean.float().cpu() * vae.config.scaling_factor)
-        stds.append(posterior.std.float().cpu() * vae.config.scaling_factor)
+    with _upcast(base) as vae:
+        for chunk in (examples[i : i + size] for i in range(0, len(examples), size)):
+            pixels = torch.stack([load_pixels(e.path, resolution) for e in chunk]).to(base.device, vae.dtype)
+            posterior = vae.encode(pixels).latent_dist
+            means.append(posterior.mean.float().cpu() * vae.config.scaling_factor)
+            stds.append(posterior.std.float().cpu() * vae.config.scaling_factor)
     mean, std = torch.cat(means).contiguous(), torch.cat(stds).contiguous()  # a large VAE may answer channels last
     cache.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
@@ -184,9 +187,34 @@ def encode_images(base: Base, examples: Sequence[Example], resolution: int, cach
     return mean, std
 
 
+@contextmanager
+def _upcast(base: Base) -> Iterator[Any]:
+    """The VAE; SDXL's overflows in fp16 and is lent in full precision, as the pipeline does to draw with it."""
+    vae = base.pipeline.vae
+    overflows = base.kind == "sdxl" and vae.dtype == torch.float16 and vae.config.force_upcast
+    try:
+        yield vae.float() if overflows else vae
+    finally:
+        if overflows:
+            vae.half()
+
+
 @torch.no_grad()
 def encode_captions(base: Base, captions: Sequence[str]) -> Tensor:
-    """Text embeddings [len(captions), tokens, width], as the pipeline makes them: padded, without attention mask."""
+    """Text embeddings [len(captions), tokens, width], as the pipeline makes them: padded, without attention mask.
+
+    SDXL's have the pooled embedding as one row more (conditioning.py), and those of the empty caption are zeros where
+    the pipeline's force_zeros_for_empty_prompt says so, since that is what guidance then subtracts.
+    """
+    if base.kind == "sdxl":
+        pipeline = base.pipeline
+        tokens, _, pooled, _ = pipeline.encode_prompt(
+            list(captions), device=base.device, do_classifier_free_guidance=False
+        )
+        text = pack(tokens.float(), pooled.float())
+        if pipeline.config.force_zeros_for_empty_prompt:
+            text[[n for n, caption in enumerate(captions) if not caption]] = 0
+        return text
     return base.pipeline.text_encoder(tokenize(base, captions).to(base.device))[0].float()
 
 

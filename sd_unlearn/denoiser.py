@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from sd_unlearn.base import Base
+from sd_unlearn.conditioning import time_ids, unpack
 
 
 @dataclass(frozen=True)
@@ -17,17 +18,26 @@ class Denoiser:
     alphas_cumprod: Tensor  # [T]
     prediction_type: str
     num_train_timesteps: int
+    pooled_width: int | None = None  # of the pooled embedding that SDXL takes; None: the UNet takes none
+    pixels_per_latent: int = 8
 
     @classmethod
     def of(cls, base: Base, model: nn.Module) -> Denoiser:
         schedule = base.pipeline.scheduler
         return cls(
-            model, schedule.alphas_cumprod.to(base.device), base.prediction_type, schedule.config.num_train_timesteps
-        )
+            model, schedule.alphas_cumprod.to(base.device), base.prediction_type, schedule.config.num_train_timesteps,
+            base.pooled_width, base.pipeline.vae_scale_factor,
+        )  # fmt: skip
 
     def predict(self, noisy: Tensor, timesteps: Tensor, text: Tensor) -> Tensor:
         """noisy [B, 4, H/8, W/8], timesteps [B], text [B, tokens, width] -> prediction, shaped as noisy.
 
+        For SDXL text has one more row, the pooled embedding (conditioning.py).
+
         No attention mask goes to the text: the pipelines pass none, so neither may training.
         """
-        return self.model(noisy, timesteps, encoder_hidden_states=text).sample
+        if self.pooled_width is None:
+            return self.model(noisy, timesteps, encoder_hidden_states=text).sample
+        tokens, pooled = unpack(text, self.pooled_width)
+        added = {"text_embeds": pooled, "time_ids": time_ids(noisy, self.pixels_per_latent)}
+        return self.model(noisy, timesteps, encoder_hidden_states=tokens, added_cond_kwargs=added).sample

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sd_unlearn.base import Base
 from sd_unlearn.concept import Concept
+from sd_unlearn.conditioning import unpack
 from sd_unlearn.records import PREVIEW_DIR, TRAIN_SEEDS, image_seed
 from sd_unlearn.render import Sampler, save_image
 
@@ -48,10 +49,14 @@ class Painter:
     def _chunk(self, prompts: list[str], seeds: list[int]) -> list[Image.Image]:
         dtype, device = self.base.pipeline.unet.dtype, self.base.device
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+        shown, empty = (self.embed(texts).to(device, dtype) for texts in (prompts, [""] * len(prompts)))
+        told = {"prompt_embeds": shown, "negative_prompt_embeds": empty}
+        if width := self.base.pooled_width:
+            told["prompt_embeds"], told["pooled_prompt_embeds"] = unpack(shown, width)
+            told["negative_prompt_embeds"], told["negative_pooled_prompt_embeds"] = unpack(empty, width)
         return self.base.pipeline(
-            prompt_embeds=self.embed(prompts).to(device, dtype),
-            negative_prompt_embeds=self.embed([""] * len(prompts)).to(device, dtype),
-            num_inference_steps=self.sampler.steps, guidance_scale=self.sampler.guidance_scale, generator=generators,
+            **told, generator=generators,
+            num_inference_steps=self.sampler.steps, guidance_scale=self.sampler.guidance_scale,
             height=self.sampler.resolution, width=self.sampler.resolution,
         ).images  # fmt: skip
 

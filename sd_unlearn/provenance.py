@@ -51,6 +51,7 @@ _NO_MATTER = {
     "num_unlabeled", "num_positive", "num_mixed_in", "num_keep", "num_inference_steps", "render_batch_size",
     "beta_sweep", "validation_steps", "gradient_share_steps", "max_skipped_steps", "report_to", "checkpointing_steps",
     "checkpoints_total_limit", "resume_from_checkpoint", "force_resume", "gradient_checkpointing", "torch_compile",
+    "vae", "prediction_type", "variant", "single_file_config", "allow_pickle",
 }  # fmt: skip
 
 
@@ -60,7 +61,10 @@ def identity_of(
     """What a resumed run must have in common with its checkpoint, by name."""
     options = {f"--{key}": value for key, value in as_dict(config).items() if key not in _NO_MATTER}
     told = hashlib.sha256(json.dumps(dataclasses.asdict(concept), sort_keys=True).encode()).hexdigest()
-    return options | {"--concept (content)": told, "base": base.sha256, "data": data_sha256, "processes": processes}
+    return options | {
+        "--concept (content)": told, "base": base.sha256, "--vae (content)": base.vae_sha256,
+        "--prediction_type": base.prediction_type, "data": data_sha256, "processes": processes,
+    }  # fmt: skip
 
 
 def peak_memory_mb() -> int:

@@ -20,7 +20,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from sd_unlearn import __version__
-from sd_unlearn.base import Base, load_base, resolve_name, sampling_of
+from sd_unlearn.base import Base, load_base, sampling_of
 from sd_unlearn.checks import check_render
 from sd_unlearn.concept import Concept, expand, load_concept
 from sd_unlearn.config import RenderConfig
@@ -39,6 +39,7 @@ from sd_unlearn.records import (
     write_json,
     write_jsonl,
 )
+from sd_unlearn.source import find_base
 
 
 @dataclass(frozen=True)
@@ -162,8 +163,8 @@ def run(config: RenderConfig) -> Path:
     """
     concept = load_concept(config.concept, config.anchor)
     check_render(config)
-    name = resolve_name(config.pretrained_model_name_or_path, concept.base)
-    return render_concept(concept, config, name, lambda: load_base(name, config.mixed_precision or "no"))
+    source = find_base(config, concept.base)
+    return render_concept(concept, config, source.name, lambda: load_base(source, config.mixed_precision or "no"))
 
 
 def render_concept(concept: Concept, config: RenderConfig, name: str, get_base: Callable[[], Base]) -> Path:
@@ -174,6 +175,7 @@ def render_concept(concept: Concept, config: RenderConfig, name: str, get_base: 
         "concept": concept.name, "base": name, "seed": config.seed, "steps": sampler.steps,
         "guidance_scale": sampler.guidance_scale, "batch_size": sampler.batch_size, "resolution": sampler.resolution,
         "plan": [list(group) for group in groups],
+        **{key: value for key in ("vae", "prediction_type") if (value := getattr(config, key))},
     }  # fmt: skip
     folder = data_dir_of(config, concept)
     check_writable(folder, "--data_dir")

@@ -18,7 +18,6 @@ from typing import Any
 import yaml
 
 from sd_unlearn import __version__, evaluate, sweep_report, trainer
-from sd_unlearn.base import resolve_name
 from sd_unlearn.checks import as_dict, check_train, read_yaml
 from sd_unlearn.concept import Concept, load_concept
 from sd_unlearn.errors import UsageError
@@ -36,6 +35,7 @@ from sd_unlearn.records import (
 )
 from sd_unlearn.render import data_dir_of, known_beta, plan
 from sd_unlearn.results import judged, read_results, view
+from sd_unlearn.source import find_base
 from sd_unlearn.sweep_report import SWEEP
 from sd_unlearn.train_config import TrainConfig
 
@@ -68,7 +68,7 @@ def run(config: TrainConfig) -> Path:
     concept = load_concept(config.concept, config.anchor)
     check_train(config)
     check_alone(config)
-    resolve_name(config.pretrained_model_name_or_path, concept.base)
+    find_base(config, concept.base)
     folder, output = data_dir_of(config, concept), config.output_dir or Path("runs") / f"{concept.slug}-sweep"
     beta, source = beta_of(config, concept, folder)
     points = scale(factors, beta, config.push, config.target, source)

@@ -21,10 +21,10 @@ from sd_unlearn import checkpoint, speed
 from sd_unlearn.assembly import Data, assemble, read_data, resolved
 from sd_unlearn.base import (
     Base,
+    check_text_encoder,
     check_zero_terminal_snr,
     choose_precision,
     load_base,
-    resolve_name,
     use_zero_terminal_snr,
 )
 from sd_unlearn.batches import check_batch_size
@@ -51,6 +51,7 @@ from sd_unlearn.records import (
     write_text,
 )
 from sd_unlearn.render import data_dir_of, plan, render_concept
+from sd_unlearn.source import Source, find_base
 from sd_unlearn.train_config import TrainConfig
 
 # How long processes wait for the first one, which alone draws previews and probes: minutes on a GPU, hours on a CPU.
@@ -68,9 +69,8 @@ def run(config: TrainConfig) -> Path:
     check_train(config)
     check_optimizer(config)
     groups = [group for group, _, count in plan(concept, config) for _ in range(count)]
-    name = resolve_name(config.pretrained_model_name_or_path, concept.base)
-    if config.zero_terminal_snr:
-        check_zero_terminal_snr(name)
+    source = find_base(config, concept.base)
+    check_base(config, source)
     folder, output = data_dir_of(config, concept), config.output_dir or Path("runs") / concept.slug
     own_photos = has_own_photos(folder)
     check_batch_size(config, concept, folder)
@@ -100,16 +100,28 @@ def run(config: TrainConfig) -> Path:
 
     def get_base() -> Base:
         if not loaded:  # what is trained must be in full precision; autocast computes in half all the same
-            loaded.append(load_base(name, "no" if config.method == "full" else precision, accelerator.device))
+            loaded.append(load_base(source, "no" if config.method == "full" else precision, accelerator.device))
         return loaded[0]
 
     if not own_photos:
         if not (folder / DATA_MANIFEST).is_file():
             print(f"{folder} is missing or unfinished: rendering it first.", file=sys.stderr)
-        render_concept(concept, config, name, get_base)
+        render_concept(concept, config, source.name, get_base)
         accelerator.wait_for_everyone()  # the metadata is written by the first process, after the last image
     config = dataclasses.replace(config, data_dir=folder, output_dir=output)
     return _train(config, concept, get_base(), accelerator, resume)
+
+
+def check_base(config: TrainConfig, source: Source) -> None:
+    """Refuse options that the base cannot be trained with, as far as that is known before it loads.
+
+    Raises:
+        UsageError
+    """
+    if config.zero_terminal_snr:
+        check_zero_terminal_snr(source)
+    if config.train_text_encoder:
+        check_text_encoder(source.kind, source.name)
 
 
 def has_own_photos(folder: Path) -> bool:
@@ -162,6 +174,8 @@ def _train(
     output = config.output_dir
     if config.zero_terminal_snr:  # not sooner: the folders are rendered with the base's own schedule
         use_zero_terminal_snr(base)
+    if config.train_text_encoder:
+        check_text_encoder(base.kind, base.name)
     data = read_data(config, concept, base)
     forced = config.force_resume
     config = dataclasses.replace(resolved(config, base, data), mixed_precision=accelerator.mixed_precision)

@@ -14,15 +14,15 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from kinds import TOKENS, Kinds, make_tokenizer
 from PIL import Image
-from tokenizers import pre_tokenizers
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel
 
 from sd_unlearn.base import Base, load_base
 from sd_unlearn.concept import Concept, read_concept
 from sd_unlearn.records import POSITIVE, UNLABELED, read_json
 
-WIDTH, TOKENS = 16, 24
+WIDTH = 16
 CONCEPT_FILE = """\
 name: Brad Pitt
 kind: person
@@ -51,13 +51,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-def make_tokenizer() -> CLIPTokenizer:
-    """CLIP's byte vocabulary without merges: every string is encodable, one token a letter."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokens = [*alphabet, *(f"{letter}</w>" for letter in alphabet), "<|startoftext|>", "<|endoftext|>"]
-    return CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[], model_max_length=TOKENS)
 
 
 def make_pipeline() -> StableDiffusionPipeline:
@@ -104,6 +97,12 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def v_base(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny base as one that predicts v."""
     return scheduled(tiny_base, tmp_path_factory.mktemp("v") / "base", prediction_type="v_prediction")
+
+
+@pytest.fixture(scope="session")
+def kinds(tmp_path_factory: pytest.TempPathFactory) -> Kinds:
+    """Narrow models of each real architecture, in each form."""
+    return Kinds(tmp_path_factory.mktemp("kinds"))
 
 
 def scheduled(base: Path, copy: Path, **changes: object) -> Path:
