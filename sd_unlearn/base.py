@@ -178,6 +178,12 @@ def load_base(source: Source | str, precision: str = "no", device: Any = None) -
     return Base(source.name, pipeline.to(device), sha256, torch.device(device), source, vae_sha256)
 
 
+def recorded_source(record: Mapping[str, Any], allow_pickle: bool = False) -> Source:
+    """What a run's base is loaded from, as its training.json describes it under "base"."""
+    asked = {key: record.get(key) for key in ("vae", "variant", "single_file_config", "prediction_type")}
+    return Source(record["name"], allow_pickle=allow_pickle, **asked)
+
+
 def load_recorded_base(
     record: Mapping[str, Any], precision: str = "no", device: Any = None, allow_pickle: bool = False
 ) -> Base:
@@ -187,12 +193,20 @@ def load_recorded_base(
         UsageError: its weights or its VAE's have changed since; they are pickles, and allow_pickle is not given.
         UnlearnError: as load_base.
     """
-    asked = {key: record.get(key) for key in ("vae", "variant", "single_file_config", "prediction_type")}
-    base = load_base(Source(record["name"], allow_pickle=allow_pickle, **asked), precision, device)
+    base = load_base(recorded_source(record, allow_pickle), precision, device)
+    check_recorded(base, record)
+    return base
+
+
+def check_recorded(base: Base, record: Mapping[str, Any]) -> None:
+    """Refuse a base that is not the one of a run's training.json.
+
+    Raises:
+        UsageError: its weights or its VAE's have changed since.
+    """
     for key, what in (("sha256", "weights"), ("vae_sha256", "VAE")):
         if record.get(key, getattr(base, key)) != getattr(base, key):  # runs of before the VAE was recorded say none
-            raise UsageError(f"The {what} of {base.name} has changed since the run was trained: it is another base.")
-    return base
+            raise UsageError(f"The {what} of {base.name} changed since the training: it is another version of it.")
 
 
 def network_sha256(network: Any) -> str:

@@ -135,6 +135,9 @@ class ExportConfig:
         ),
     ] = None
     private: Annotated[bool, option("Make the repository of --push_to_hub a private one.")] = False
+    allow_pickle: Annotated[
+        bool, option("Open the base even if its weights are pickles, which can run code of whoever made them.")
+    ] = False
     config: Annotated[Path | None, option("YAML file with these options as keys.")] = None
     debug: Annotated[bool, option("Show tracebacks.")] = False
 

@@ -13,10 +13,10 @@ from typing import Any
 import yaml
 
 from sd_unlearn import __version__
-from sd_unlearn.base import Base, choose_precision, load_base, sampling_of, use_zero_terminal_snr
+from sd_unlearn.base import Base, check_recorded, choose_precision, load_base, sampling_of, use_zero_terminal_snr
 from sd_unlearn.checks import as_dict
 from sd_unlearn.concept import Concept
-from sd_unlearn.errors import UnlearnError, UsageError
+from sd_unlearn.errors import UnlearnError
 from sd_unlearn.evaluate_config import EvaluateConfig
 from sd_unlearn.evaluation import conditions, pairs
 from sd_unlearn.evaluation.gallery import Drawn, Gallery
@@ -68,31 +68,25 @@ def check_conditions(config: EvaluateConfig, results: dict[str, Any]) -> None:
 
 
 def _gallery(task: Task, loaded: list[Base]) -> Gallery:
-    config, usual = task.config, sampling_of(task.base_name)
+    config, usual = task.config, sampling_of(task.source.name)
     sampler = Sampler(
         config.num_inference_steps or usual.steps,
         usual.guidance_scale if config.guidance_scale is None else config.guidance_scale,
         config.render_batch_size or usual.batch_size, config.resolution,
     )  # fmt: skip
-    sha256 = next((lora.base_sha256 for lora in task.loras if lora.is_run), None)
-    sha256 = sha256 or _load(task, loaded).sha256
-    setting = "-zero-snr" * task.zero_terminal_snr
-    precision = config.mixed_precision
-    return Gallery(
-        config.cache_dir, task.base_name, sha256, sampler, setting + f"-{precision}" * (precision != "no"),
-    )  # fmt: skip
+    record = None if task.base_named else next((lora.training["base"] for lora in task.loras if lora.is_run), None)
+    setting, precision = "-zero-snr" * task.zero_terminal_snr, config.mixed_precision
+    setting += f"-{precision}" * (precision != "no")
+    return Gallery(config.cache_dir, record or _load(task, loaded).describe(), sampler, setting)
 
 
 def _load(task: Task, loaded: list[Base]) -> Base:
-    """The base, loaded once, and checked to be the one that the runs were trained on."""
+    """The base, loaded once, and, unless the command names it, checked to be the one the runs were trained on."""
     if not loaded:
-        base = load_base(task.base_name, choose_precision(task.config.mixed_precision))
-        for lora in task.loras:
-            if lora.is_run and lora.base_sha256 != base.sha256:
-                raise UsageError(
-                    f"--run {lora.path} was trained on another version of {task.base_name}: its weights have changed "
-                    "since."
-                )
+        base = load_base(task.source, choose_precision(task.config.mixed_precision))
+        for lora in task.loras if not task.base_named else []:
+            if lora.is_run:
+                check_recorded(base, lora.training["base"])
         if task.zero_terminal_snr:
             use_zero_terminal_snr(base)
         loaded.append(base)
@@ -155,10 +149,10 @@ def _results(
     subjects_of = sum(len(pictures) for _, pictures in found)
     each = min(config.num_pairs, max(2, pairs.BUDGET // max(1, subjects_of * len(GROUPS))))
     shown = [pair for judged, pictures in found for pair in pairs.pick(judged, pictures, task.output, each)]
-    base = [{"id": BASE, "name": task.base_name, "what": "base"}] if gallery else []
+    base = [{"id": BASE, "name": task.source.name, "what": "base"}] if gallery else []
     return {
         "schema_version": SCHEMA_VERSION, "created": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()),
-        "version": __version__, "tier": task.tier, "base": _base_record(task, gallery),
+        "version": __version__, "tier": task.tier, "base": dict(gallery.base) if gallery else {},
         "sampler": _sampler_record(task, gallery),
         "seeds": {"evaluate": list(EVALUATE_SEEDS), "seeds": list(config.seed)},
         "prompt_set": config.prompt_set,
@@ -172,11 +166,6 @@ def _results(
             for judged, _ in found for path, (subject, why) in judged.skipped.items()
         ],
     }  # fmt: skip
-
-
-def _base_record(task: Task, gallery: Gallery | None) -> dict[str, Any]:
-    known = next((lora.training["base"] for lora in task.loras if lora.is_run), None)
-    return known or ({"name": task.base_name, "sha256": gallery.base_sha256} if gallery else {})
 
 
 def _sampler_record(task: Task, gallery: Gallery | None) -> dict[str, Any]:

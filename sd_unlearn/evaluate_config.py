@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from cyclopts import Group, Parameter
 
-from sd_unlearn.config import CLIP_MODEL, CLIP_PRETRAINED, option
+from sd_unlearn.config import CLIP_MODEL, CLIP_PRETRAINED, BaseOptions, option
 
 WHAT = Group("What is judged", sort_key=1)
 PICTURES = Group("Which pictures", sort_key=2)
@@ -101,12 +101,9 @@ class Asked:
 
 
 @dataclass(kw_only=True)
-class Drawing:
-    """How pictures are drawn."""
+class Drawing(BaseOptions):
+    """How pictures are drawn; on the base that the LoRAs were trained on unless another is named."""
 
-    pretrained_model_name_or_path: Annotated[
-        str | None, option("Base model. Default: the one that the LoRAs were trained on.", DRAWING)
-    ] = None
     num_inference_steps: Annotated[
         int | None, option("Sampler steps. Default: 25 on digits, 50 elsewhere.", DRAWING)
     ] = None

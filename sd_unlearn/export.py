@@ -12,12 +12,12 @@ import math
 import os
 from pathlib import Path
 
-from sd_unlearn import card, merge, showcase
 from sd_unlearn.config import ExportConfig
 from sd_unlearn.errors import UnlearnError, UsageError
-from sd_unlearn.finished import Run, read_run
-from sd_unlearn.headers import licence
-from sd_unlearn.lora_files import DIFFUSERS_FILE, diffusers_bytes, kohya_bytes
+from sd_unlearn.exporting import card, merge, showcase
+from sd_unlearn.exporting.finished import Run, read_run
+from sd_unlearn.exporting.headers import licence
+from sd_unlearn.exporting.lora_files import DIFFUSERS_FILE, diffusers_bytes, kohya_bytes
 from sd_unlearn.records import EXPORT_DIR, UNET_DIR
 
 
@@ -39,10 +39,10 @@ def run(config: ExportConfig) -> list[Path]:
     as_lora = _check_lora(found, config)
     hub_id = None
     if config.push_to_hub is not None:
-        from sd_unlearn import hub
+        from sd_unlearn.exporting import hub
 
         hub_id = hub.check(config.push_to_hub)
-    pipeline = merge.trained_base(found) if config.merge or found.is_dora else None
+    pipeline = merge.trained_base(found, config.allow_pickle) if config.merge or found.is_dora else None
     terms, files = licence(found, config.license), {}
     if as_lora:
         folder = config.output_dir or config.run / EXPORT_DIR

@@ -83,7 +83,7 @@ def run(config: TrainConfig) -> Path:
         head = f"Sweep, run {number} of {len(points)}: factor {point.factor:g}, beta {point.beta:g}"
         print(f"{head}, push {point.push:g}." if config.target == "teacher" else f"{head}.", file=sys.stderr)
         _train(config, point, folder, output / point.name)
-    results = [_evaluate(output / point.name) for point in points]
+    results = [_evaluate(output / point.name, config.allow_pickle) for point in points]
     record = _record(config, concept, beta, source, points, results)
     page = sweep_report.write(output, record)
     write_json(output / SWEEP, record)
@@ -197,12 +197,12 @@ def _train(config: TrainConfig, point: Point, data_dir: Path, place: Path) -> No
     )  # fmt: skip
 
 
-def _evaluate(place: Path) -> dict[str, Any]:
+def _evaluate(place: Path, allow_pickle: bool) -> dict[str, Any]:
     """The results of a run, measured unless they are there for this very LoRA."""
     if (place / RESULTS).is_file() and only(place)["adapter_sha256"] == weights_sha256(place):
         print(f"{place} is evaluated already.", file=sys.stderr)
     else:
-        evaluate.run(EvaluateConfig(run=place))
+        evaluate.run(EvaluateConfig(run=place, allow_pickle=allow_pickle))
     return only(place)
 
 

@@ -15,8 +15,8 @@ from export_runs import SLUG, exported, hand_run, read_header, training_record
 from markdown_it import MarkdownIt
 from PIL import Image
 
-from sd_unlearn import card
 from sd_unlearn.concept import Concept, write_concept
+from sd_unlearn.exporting import card
 from sd_unlearn.records import write_json
 
 HUB_BASE = "stabilityai/stable-diffusion-xl-base-1.0"

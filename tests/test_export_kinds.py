@@ -17,12 +17,14 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from sd_unlearn import lora, merge
-from sd_unlearn.base import Base, network_sha256
+from sd_unlearn import lora
+from sd_unlearn.base import Base, check_recorded, network_sha256
 from sd_unlearn.errors import UnlearnError, UsageError
-from sd_unlearn.finished import TEXT_ADAPTER_2_DIR
-from sd_unlearn.lora_files import DIFFUSERS_FILE
+from sd_unlearn.exporting import merge
+from sd_unlearn.exporting.finished import TEXT_ADAPTER_2_DIR
+from sd_unlearn.exporting.lora_files import DIFFUSERS_FILE
 from sd_unlearn.records import ADAPTER_DIR, TEXT_ADAPTER_DIR
+from sd_unlearn.source import Source
 
 KINDS = ("sd1", "sd2", "sdxl")
 STRENGTHS = (0.0, 0.5, 1.0)
@@ -43,13 +45,17 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(autouse=True)
 def _any_base_loads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A base of each kind, loaded as load_base does: float32, frozen, with the identity of its UNet."""
+    """A base of each kind as Diffusers itself loads it, with the identity of its UNet."""
 
-    def load(name: str, precision: str = "no", device: Any = None) -> Base:
+    def load(record: dict[str, Any], precision: str = "no", device: Any = None, allow_pickle: bool = False) -> Base:
+        name = record["name"]
         pipeline = DiffusionPipeline.from_pretrained(name)
-        return Base(name, pipeline, network_sha256(pipeline.unet), torch.device("cpu"))
+        sha256 = network_sha256(pipeline.unet), network_sha256(pipeline.vae)
+        base = Base(name, pipeline, sha256[0], torch.device("cpu"), Source(name), sha256[1])
+        check_recorded(base, record)
+        return base
 
-    monkeypatch.setattr(merge, "load_base", load)
+    monkeypatch.setattr(merge, "load_recorded_base", load)
 
 
 @pytest.fixture(scope="module")
@@ -322,7 +328,7 @@ def test_another_base_is_refused(bases: dict[str, Path], tmp_path: Path) -> None
     unet = UNet2DConditionModel.from_pretrained(changed, subfolder="unet")
     unet.conv_in.weight.data += 0.1
     unet.save_pretrained(changed / "unet")
-    with pytest.raises(UsageError, match="another version of changed"):
+    with pytest.raises(UsageError, match="another version of it"):
         merge_path(tmp_path / "run", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -337,7 +343,7 @@ def test_a_place_that_cannot_take_a_checkpoint_is_refused_before_anything_loads(
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "model_index.json").write_text("{}")
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr(merge, "load_base", None)
+    monkeypatch.setattr(merge, "load_recorded_base", None)
     with pytest.raises(UsageError, match=f"--merge .*{says}"):
         merge_path(tmp_path / "no run needed", tmp_path / name)
     assert (tmp_path / "there.safetensors").read_bytes() == b"somebody's model"

@@ -14,8 +14,9 @@ from test_ldm import real_unet
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from sd_unlearn import kohya, lora
-from sd_unlearn.kohya import Adapter, LoraPair
+from sd_unlearn import lora
+from sd_unlearn.exporting import kohya
+from sd_unlearn.exporting.kohya import Adapter, LoraPair
 
 DOCS = Path(__file__).parent.parent / "docs"
 ARCHITECTURES = {"sd1": sgm_unet.SD1, "sd2": sgm_unet.SD2, "sdxl": sgm_unet.SDXL}

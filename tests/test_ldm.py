@@ -16,8 +16,8 @@ from diffusers.loaders.single_file_utils import (
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from sd_unlearn import ldm
 from sd_unlearn.errors import UnlearnError
+from sd_unlearn.exporting import ldm
 
 DOWN, CROSS = "DownBlock2D", "CrossAttnDownBlock2D"
 UP, CROSS_UP = "UpBlock2D", "CrossAttnUpBlock2D"

@@ -9,10 +9,11 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from sd_unlearn.base import Base
 from sd_unlearn.evaluation.plan import Shot
@@ -40,8 +41,7 @@ class Gallery:
     """The pictures of one base and sampler. setting: what else changes them, e.g. the schedule."""
 
     cache: Path
-    base_name: str
-    base_sha256: str
+    base: Mapping[str, Any]  # its record, as training.json has it
     sampler: Sampler
     setting: str = ""
 
@@ -49,7 +49,8 @@ class Gallery:
     def place(self) -> Path:
         size = f"-{self.sampler.resolution}px" if self.sampler.resolution else ""
         sampler = f"{self.sampler.steps}-steps-guidance-{self.sampler.guidance_scale:g}{size}{self.setting}"
-        return self.cache / f"{slugify(Path(self.base_name).name)}-{self.base_sha256[:12]}" / sampler
+        vae = f"-vae-{self.base['vae_sha256'][:8]}" if self.base.get("vae") else ""  # another than its own
+        return self.cache / f"{slugify(Path(self.base['name']).name)}-{self.base['sha256'][:12]}{vae}" / sampler
 
     def folder(self, drawn: Drawn) -> Path:
         return self.place / drawn.folder

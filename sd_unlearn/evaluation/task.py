@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sd_unlearn.base import resolve_name
+from sd_unlearn.base import recorded_source
 from sd_unlearn.checks import check_evaluate, read_yaml
 from sd_unlearn.concept import Concept, Prompt, load_concept
 from sd_unlearn.errors import UsageError
@@ -21,6 +21,7 @@ from sd_unlearn.metrics.registry import Asking, chosen
 from sd_unlearn.published import load_prompt_set
 from sd_unlearn.records import CONFIG, POSITIVE, check_writable
 from sd_unlearn.results import BASE
+from sd_unlearn.source import DIGITS, Source, find_base
 
 OUTPUT = Path("runs/evaluation")
 _TRAINING = ("beta", "beta_source", "rank", "lora_alpha", "correction", "caption_mode", "target", "push")
@@ -60,7 +61,8 @@ class Task:
     concepts: dict[str, Concept]
     subjects: list[Subject]
     plans: dict[str, list[Shot]]
-    base_name: str
+    source: Source
+    base_named: bool  # by the command, so that it may be another than the LoRAs were trained on
     tier: str
     output: Path
     loras: list[Lora]
@@ -87,8 +89,8 @@ def prepare(config: EvaluateConfig) -> Task:
     loras = [open_run(config.run)] if config.run is not None else []
     loras += [open_lora(given) for given in config.lora]
     concepts = _concepts(config, loras)
-    base_name = _base_name(config, loras, concepts)
-    tier_name = config.tier or ("digits" if base_name == "digits" else "quick")
+    source, base_named = _source(config, loras, concepts)
+    tier_name = config.tier or ("digits" if source.name == DIGITS else "quick")
     tier = counts_of(TIERS[tier_name], config.num_images, config.num_keep_images, config.groups or None)
     further = [Prompt(p.text) for p in load_prompt_set(config.prompt_set)] if config.prompt_set else []
     plans = {slug: plan(concept, tier, config.seed, further) for slug, concept in concepts.items()}
@@ -100,7 +102,7 @@ def prepare(config: EvaluateConfig) -> Task:
     check_writable(output, "--output_dir")
     for concept in concepts.values():
         chosen(asking_of(config, concept, loras, tier_name))
-    return Task(config, concepts, subjects, plans, base_name, tier_name, output, loras)
+    return Task(config, concepts, subjects, plans, source, base_named, tier_name, output, loras)
 
 
 def _concepts(config: EvaluateConfig, loras: Sequence[Lora]) -> dict[str, Concept]:
@@ -132,9 +134,10 @@ def _evaluated(concept: Concept) -> tuple[Any, ...]:
             concept.evaluate)  # fmt: skip
 
 
-def _base_name(config: EvaluateConfig, loras: Sequence[Lora], concepts: dict[str, Concept]) -> str:
+def _source(config: EvaluateConfig, loras: Sequence[Lora], concepts: dict[str, Concept]) -> tuple[Source, bool]:
+    """The base, and whether the command named it rather than the LoRAs."""
     if config.pretrained_model_name_or_path is not None:
-        return resolve_name(config.pretrained_model_name_or_path, None)
+        return find_base(config), True
     names = {lora.base_name: lora for lora in loras if lora.base_name}
     if len(names) > 1:
         raise UsageError(
@@ -145,7 +148,9 @@ def _base_name(config: EvaluateConfig, loras: Sequence[Lora], concepts: dict[str
         raise UsageError(
             "Some of the LoRAs were trained with --zero_terminal_snr and some without; evaluate them apart."
         )
-    return next(iter(names), None) or resolve_name(None, next(iter(concepts.values())).base)
+    if records := [lora.training["base"] for lora in loras if lora.is_run]:
+        return recorded_source(records[0], config.allow_pickle), False
+    return find_base(config, next(iter(names), None) or next(iter(concepts.values())).base), False
 
 
 def _subjects(

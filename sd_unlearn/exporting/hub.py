@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sd_unlearn.card import HUB_ID
 from sd_unlearn.errors import UnlearnError, UsageError
-from sd_unlearn.finished import Run
+from sd_unlearn.exporting.card import HUB_ID
+from sd_unlearn.exporting.finished import Run
 from sd_unlearn.records import RESULTS
 
 REPORTS = ("report.html", "report.md")

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sd_unlearn import ldm, packing
-from sd_unlearn.base import load_base, use_zero_terminal_snr
+from sd_unlearn.base import load_recorded_base, use_zero_terminal_snr
 from sd_unlearn.errors import UnlearnError, UsageError
-from sd_unlearn.finished import Run
-from sd_unlearn.headers import checkpoint_header
+from sd_unlearn.exporting import ldm, packing
+from sd_unlearn.exporting.finished import Run
+from sd_unlearn.exporting.headers import checkpoint_header
 from sd_unlearn.records import UNET_DIR, check_writable
 
 SINGLE_FILE = ".safetensors"
@@ -34,18 +34,14 @@ def check_place(path: Path) -> None:
     check_writable(path.parent, "--merge")
 
 
-def trained_base(run: Run) -> Any:
+def trained_base(run: Run, allow_pickle: bool = False) -> Any:
     """The pipeline of the base that the run was trained on, in float32 on the CPU.
 
     Raises:
         UnlearnError: it cannot be loaded.
         UsageError: its weights are others than those trained on.
     """
-    base = load_base(str(run.base["name"]), device="cpu")
-    if base.sha256 != run.base["sha256"]:
-        raise UsageError(
-            f"--run {run.folder} was trained on another version of {run.base_name}: its weights have changed since."
-        )
+    base = load_recorded_base(run.base, device="cpu", allow_pickle=allow_pickle)
     if run.training.get("zero_terminal_snr"):
         use_zero_terminal_snr(base)
     return base.pipeline

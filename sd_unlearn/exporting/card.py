@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from sd_unlearn.finished import Run, figures_of
-from sd_unlearn.lora_files import DIFFUSERS_FILE
+from sd_unlearn.exporting.finished import Run, figures_of
+from sd_unlearn.exporting.lora_files import DIFFUSERS_FILE
 from sd_unlearn.records import Row
 from sd_unlearn.templates.figures import GROUPS, METRICS, shown, span
+from sd_unlearn.templates.filling import environment
 
 FILE, PICTURES = "README.md", "pairs.png"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
@@ -28,10 +28,7 @@ _INERT = {ord(mark): f"&#{ord(mark)};" for mark in string.punctuation if mark no
 def render(run: Run, licence: str | None, hub_id: str | None, *, has_pictures: bool) -> str:
     """The card of a run's LoRA. hub_id: where it will lie; licence: as the hub spells it, None if not known."""
     results, name = run.results or {"rows": []}, run.base_name
-    made = Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "templates"), undefined=StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True, keep_trailing_newline=True, autoescape=False,
-    )  # fmt: skip
+    made = environment(escape=False)
     made.filters["md"] = inert
     return made.get_template("card.md.j2").render(
         front=front_matter(run, licence), concept=run.concept, slug=run.concept.slug, base=name,

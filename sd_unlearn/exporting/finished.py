@@ -8,7 +8,7 @@ from typing import Any
 
 from sd_unlearn.concept import Concept, read_concept
 from sd_unlearn.errors import UnlearnError, UsageError
-from sd_unlearn.kohya import Adapter, read_adapter
+from sd_unlearn.exporting.kohya import Adapter, read_adapter
 from sd_unlearn.records import (
     ADAPTER_DIR,
     CONCEPT,

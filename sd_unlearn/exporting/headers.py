@@ -7,8 +7,8 @@ import hashlib
 import json
 from typing import Any
 
-from sd_unlearn import showcase
-from sd_unlearn.finished import REQUIRED, Run, architecture, figures_of
+from sd_unlearn.exporting import showcase
+from sd_unlearn.exporting.finished import REQUIRED, Run, architecture, figures_of
 
 # Recorded where the training says them; REQUIRED always is.
 _OPTIONAL = ("method", "target", "push", "reduction", "zero_terminal_snr", "beta_source", "seed")

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from sd_unlearn.errors import UnlearnError, UsageError
-from sd_unlearn.ldm import unet_key
+from sd_unlearn.exporting.ldm import unet_key
 from sd_unlearn.records import read_json
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"

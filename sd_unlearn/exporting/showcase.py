@@ -8,7 +8,7 @@ import os
 
 from PIL import Image
 
-from sd_unlearn.finished import Run, pairs_of
+from sd_unlearn.exporting.finished import Run, pairs_of
 from sd_unlearn.records import PREVIEW_DIR
 
 CELL, THUMBNAIL = 192, 256  # longest sides in pixels

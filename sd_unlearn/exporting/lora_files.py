@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sd_unlearn import packing
-from sd_unlearn.finished import Run
-from sd_unlearn.headers import lora_header, own_header
-from sd_unlearn.kohya import kohya_tensors, module_key
-from sd_unlearn.merge import changes
+from sd_unlearn.exporting import packing
+from sd_unlearn.exporting.finished import Run
+from sd_unlearn.exporting.headers import lora_header, own_header
+from sd_unlearn.exporting.kohya import kohya_tensors, module_key
+from sd_unlearn.exporting.merge import changes
 
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
