@@ -22,11 +22,12 @@ from sd_unlearn.concept import load_concept
 from sd_unlearn.dataset import encode_captions, encode_images, scan
 from sd_unlearn.denoiser import Denoiser
 from sd_unlearn.errors import UsageError
+from sd_unlearn.exporting.lora_files import DIFFUSERS_FILE
 from sd_unlearn.painter import Painter
 from sd_unlearn.records import POSITIVE, read_json
 from sd_unlearn.render import Sampler, draw
 from sd_unlearn.source import Source
-from sd_unlearn.student import load_run, make_student
+from sd_unlearn.student import make_student, run_applied
 from sd_unlearn.train_config import TrainConfig, Weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -117,6 +118,24 @@ def test_evaluate(kinds: Kinds, kind: str, form: str) -> None:
     assert pairs
     base, lora = ([(run / pair[side]).read_bytes() for pair in pairs] for side in ("base", "image"))
     assert base != lora  # the LoRA does something
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_export(kinds: Kinds, kind: str, form: str, tmp_path: Path) -> None:
+    """The file for Diffusers, and the checkpoint with the LoRA baked in, draw what the run draws."""
+    run = trained(kinds, kind, form) / "runs" / "seven"
+    out = ["--output_dir", str(tmp_path / "out"), "--merge", str(tmp_path / "merged")]
+    assert main(["export", "--run", str(run), *out]) == 0
+    assert {path.name for path in (tmp_path / "out").iterdir()} >= {"README.md", "seven.safetensors", DIFFUSERS_FILE}
+    base = loaded(kinds, kind, form)
+    with run_applied(base, run):
+        wanted = pixels(draw(base, PROMPTS, SEEDS, FEW))
+    assert not np.array_equal(pixels(draw(base, PROMPTS, SEEDS, FEW)), wanted)
+    merged = load_base(str(tmp_path / "merged"), device="cpu")
+    base.pipeline.load_lora_weights(tmp_path / "out", weight_name=DIFFUSERS_FILE)
+    for one in (base, merged):  # a rounding step of 8 bits at most
+        assert np.abs(pixels(draw(one, PROMPTS, SEEDS, FEW)).astype(int) - wanted.astype(int)).max() <= 1
 
 
 # -- one model, whatever it comes as --
@@ -257,8 +276,9 @@ def test_a_lora_of_sdxl_changes_what_is_drawn_after_loading(kinds: Kinds, tmp_pa
     trained = pixels(render.draw(base, PROMPTS, SEEDS, FEW))
     student.save(tmp_path)
     fresh = loaded(kinds, "sdxl")
-    load_run(fresh, tmp_path)
-    assert np.array_equal(pixels(render.draw(fresh, PROMPTS, SEEDS, FEW)), trained)
+    with run_applied(fresh, tmp_path):
+        assert np.array_equal(pixels(render.draw(fresh, PROMPTS, SEEDS, FEW)), trained)
+    assert np.array_equal(pixels(render.draw(fresh, PROMPTS, SEEDS, FEW)), before)
     assert not np.array_equal(before, trained)
 
 
@@ -274,7 +294,7 @@ def test_every_cell_of_the_documented_table_is_a_test() -> None:
     named = re.findall(r"`(test_\w+)\[(\w+)-(\w+)\]`", page)
     assert sorted(named) == sorted(
         (test.__name__, kind, form)
-        for test in (test_render, test_train, test_evaluate)
+        for test in (test_render, test_train, test_evaluate, test_export)
         for kind in KINDS
         for form in FORMS
     )
