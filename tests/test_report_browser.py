@@ -66,13 +66,18 @@ def page(browser: Any, many: Path) -> Iterator[Any]:
 
 
 def show(browser: Any, path: Path, size: tuple[int, int] = WIDE, dark: bool = False) -> None:
+    from selenium.webdriver.support.ui import WebDriverWait
+
     browser.get_log("browser")
     metrics = {"width": size[0], "height": size[1], "deviceScaleFactor": 1, "mobile": size == PHONE}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
     scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "", "features": [scheme]})
     browser.execute_cdp_cmd("Emulation.setFocusEmulationEnabled", {"enabled": True})
+    browser.get("about:blank")  # so that nothing below is asked of the page before
     browser.get(path.absolute().as_uri())
+    loaded = "return location.protocol === 'file:' && document.readyState === 'complete'"
+    WebDriverWait(browser, 30).until(lambda b: b.execute_script(loaded))
 
 
 def one(browser: Any, query: str) -> Any:
