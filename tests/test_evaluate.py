@@ -119,7 +119,6 @@ def test_a_killed_evaluation_goes_on_and_ends_the_same(
     assert figures(evaluate.run(config)) == figures(compared[1])
 
 
-@pytest.mark.slow
 def test_two_processes_give_the_results_of_one(
     runs: Path, compared: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:

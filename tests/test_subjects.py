@@ -87,6 +87,29 @@ def test_what_is_no_lora_is_refused(tmp_path: Path, name: str, content: bytes | 
         open_lora(str(tmp_path / name))
 
 
+def test_a_hub_id_is_fetched(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    file = kohya_file(run, tmp_path / "seven.safetensors")
+    offered = ["README.md", "seven.safetensors"]
+    asked: list[tuple[str, str]] = []
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda repository: offered)
+
+    def fetch(repository: str, name: str) -> str:
+        asked.append((repository, name))
+        return str(file)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fetch)
+    lora = open_lora("somebody/forget-seven")
+    assert (lora.name, asked) == ("forget-seven", [("somebody/forget-seven", "seven.safetensors")])
+    offered.append("other.safetensors")
+    with pytest.raises(UsageError, match="has 2 .safetensors files"):
+        open_lora("somebody/forget-seven")
+    offered.append("pytorch_lora_weights.safetensors")
+    open_lora("somebody/forget-seven")
+    assert asked[-1][1] == "pytorch_lora_weights.safetensors"
+
+
 def test_weights_that_are_no_lora_and_folders_without_one_are_refused(tmp_path: Path) -> None:
     save_file({"conv.weight": torch.zeros(1)}, tmp_path / "model.safetensors")
     with pytest.raises(UsageError, match="holds no LoRA"):
