@@ -28,6 +28,8 @@ The street, on the bundled base (no GPU, no download):
     sd-unlearn evaluate --run runs/seven     same seeds with and without the LoRA -> results.json
     sd-unlearn export   --run runs/seven     LoRA files for Diffusers, ComfyUI, A1111
     sd-unlearn report   --run runs/seven     report.html with pictures and intervals
+
+Several LoRAs on one page: evaluate --lora A B --strengths 0.5 1, then report --run runs/evaluation.
 """
 
 app = App(
