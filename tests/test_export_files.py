@@ -16,6 +16,7 @@ from sd_unlearn import export
 from sd_unlearn.concept import Concept, write_concept
 from sd_unlearn.config import ExportConfig
 from sd_unlearn.errors import UnlearnError, UsageError
+from sd_unlearn.exporting.lora_files import DIFFUSERS_FILE
 from sd_unlearn.records import write_json
 
 
@@ -206,6 +207,24 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     with pytest.raises(UnlearnError, match="is a folder"):
         exported(run, output_dir=tmp_path / "taken")
     assert [file.name for file in (tmp_path / "taken").iterdir()] == [f"{SLUG}.safetensors"]
+
+
+@pytest.mark.parametrize("name", ["README.md", DIFFUSERS_FILE, f"{SLUG}.safetensors"])
+def test_files_of_others_are_not_replaced(tmp_path: Path, name: str) -> None:
+    """Nor those of another concept's export, which have the same names."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).write_bytes(b"somebody's own")
+    with pytest.raises(UsageError, match=f"{name} is there already.*--output_dir"):
+        exported(hand_run(tmp_path / "run"), output_dir=tmp_path / "out")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == {name: b"somebody's own"}
+
+
+def test_of_two_concepts_the_second_does_not_replace_the_first(tmp_path: Path) -> None:
+    exported(hand_run(tmp_path / "one"), output_dir=tmp_path / "out")
+    write_concept(hand_run(tmp_path / "two") / "concept.yaml", Concept("Angelina", "a photo of Angelina", "a woman"))
+    with pytest.raises(UsageError, match="no export of .Angelina."):
+        exported(tmp_path / "two", output_dir=tmp_path / "out")
+    exported(tmp_path / "one", output_dir=tmp_path / "out")
 
 
 def test_a_full_disk_leaves_the_earlier_export_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sd_unlearn.exporting import packing
@@ -43,6 +45,15 @@ def diffusers_bytes(run: Run, dtype: str = "fp32") -> bytes:
         packed |= {f"{network}.{key}": value for key, value in settings.items()}
     metadata = {"format": "pt", "lora_adapter_metadata": json.dumps(packed, indent=2, sort_keys=True)}
     return packing.pack(packing.converted(tensors, DTYPES[dtype]), metadata | own_header(run))
+
+
+def concept_of(file: Path) -> str | None:
+    """What an exported file makes forget, by its header; None of any other file."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return (opened.metadata() or {}).get("sd_unlearn.concept")
+    except (SafetensorError, OSError):
+        return None
 
 
 def kohya_bytes(run: Run, dtype: str = "fp32", pipeline: Any = None, licence: str | None = None) -> bytes:
