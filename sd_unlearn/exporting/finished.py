@@ -9,6 +9,7 @@ from typing import Any
 from sd_unlearn.concept import Concept, read_concept
 from sd_unlearn.errors import UnlearnError, UsageError
 from sd_unlearn.exporting.kohya import Adapter, read_adapter
+from sd_unlearn.exporting.ldm import SDXL, Layout, layout_of
 from sd_unlearn.records import (
     ADAPTER_DIR,
     CONCEPT,
@@ -41,6 +42,11 @@ class Run:
     @property
     def kind(self) -> str:
         return self.base["kind"]
+
+    @property
+    def layout(self) -> Layout:
+        """How an SDXL's blocks are counted; runs of before that was recorded are on one like the published."""
+        return layout_of(self.base["unet"]) if self.base.get("unet") else SDXL
 
     @property
     def is_full(self) -> bool:

@@ -66,9 +66,9 @@ def kohya_bytes(run: Run, dtype: str = "fp32", pipeline: Any = None, licence: st
     tensors: dict[str, Tensor] = {}
     if run.is_dora:
         for network, module, _, change in changes(run, pipeline):
-            tensors[f"{module_key(module, network, run.kind)}.diff"] = change.float()
+            tensors[f"{module_key(module, network, run.kind, run.layout)}.diff"] = change.float()
     else:
         for adapter in run.adapters:
-            tensors |= kohya_tensors(adapter, run.kind)
+            tensors |= kohya_tensors(adapter, run.kind, run.layout)
     tensors = packing.converted(tensors, DTYPES[dtype])
     return packing.pack(tensors, lora_header(run, packing.digest(tensors), licence))
