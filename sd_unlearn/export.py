@@ -17,7 +17,7 @@ from sd_unlearn.errors import UnlearnError, UsageError
 from sd_unlearn.exporting import card, merge, showcase
 from sd_unlearn.exporting.finished import Run, read_run
 from sd_unlearn.exporting.headers import licence
-from sd_unlearn.exporting.lora_files import DIFFUSERS_FILE, diffusers_bytes, kohya_bytes
+from sd_unlearn.exporting.lora_files import DIFFUSERS_FILE, concept_of, diffusers_bytes, kohya_bytes
 from sd_unlearn.records import EXPORT_DIR, UNET_DIR
 
 
@@ -28,7 +28,8 @@ def run(config: ExportConfig) -> list[Path]:
         The paths written: the LoRA for Diffusers, that for ComfyUI, the card, its pictures, the checkpoint.
 
     Raises:
-        UsageError: --run is missing or is not the folder of a finished training, or options contradict each other.
+        UsageError: --run is missing or is not the folder of a finished training, options contradict each other, or
+            files of others are where these would go.
         UnlearnError: the run cannot be expressed in the formats, --output_dir or --merge cannot be written, or the
             hub refuses. Nothing is left half-written.
     """
@@ -36,7 +37,9 @@ def run(config: ExportConfig) -> list[Path]:
         raise UsageError("--run is missing: name the run folder of a finished training, e.g. --run runs/seven.")
     _check(config)
     found = read_run(config.run)
-    as_lora = _check_lora(found, config)
+    as_lora, folder = _check_lora(found, config), config.output_dir or config.run / EXPORT_DIR
+    if as_lora:
+        _check_places(found, folder, config.merge)
     hub_id = None
     if config.push_to_hub is not None:
         from sd_unlearn.exporting import hub
@@ -45,7 +48,6 @@ def run(config: ExportConfig) -> list[Path]:
     pipeline = merge.trained_base(found, config.allow_pickle) if config.merge or found.is_dora else None
     terms, files = licence(found, config.license), {}
     if as_lora:
-        folder = config.output_dir or config.run / EXPORT_DIR
         files[folder / DIFFUSERS_FILE] = diffusers_bytes(found, config.dtype)
         files[folder / f"{found.concept.slug}.safetensors"] = kohya_bytes(found, config.dtype, pipeline, terms)
         pictures = showcase.grid(found)
@@ -73,6 +75,21 @@ def _check(config: ExportConfig) -> None:
         raise UsageError("--private is for --push_to_hub, which was not given. Leave it out.")
     if config.merge is not None:
         merge.check_place(config.merge)
+
+
+def _check_places(found: Run, folder: Path, merged: Path | None) -> None:
+    """Neither what others put into the folder nor the LoRA that is about to be written there may be replaced."""
+    named, ours = (folder / DIFFUSERS_FILE, folder / f"{found.concept.slug}.safetensors"), found.concept.name
+    if merged is not None and merged.resolve() in {path.resolve() for path in (folder, *named)}:
+        raise UsageError(f"--merge {merged} is where the LoRA goes ({folder}). Choose another name.")
+    others = [path for path in named if path.is_file() and concept_of(path) != ours]
+    readme = folder / card.FILE
+    if readme.is_file() and card.title(ours) not in readme.read_text(encoding="utf-8", errors="replace"):
+        others.append(readme)
+    if others:
+        raise UsageError(
+            f'{others[0]} is there already and no export of "{ours}"; it is not replaced. Choose another --output_dir.'
+        )
 
 
 def _check_lora(found: Run, config: ExportConfig) -> bool:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sd_unlearn.errors import UnlearnError, UsageError
-from sd_unlearn.source import OPTION, PIPELINES, Source, check_class, variant_of
+from sd_unlearn.source import OPTION, PIPELINES, SINGLE_FILE_DIR, Source, check_class, variant_of
 
 
 def load_pipeline(source: Source, dtype: Any) -> Any:
@@ -71,9 +71,14 @@ def _config(source: Source, component: str | None, file: str) -> dict[str, Any]:
     """A configuration of the base, from here or from the hub."""
     if source.configs:
         return source.config_of(component or "", file)
+    return dict(json.loads(_fetched(source.name, component, file).read_text(encoding="utf-8")))
+
+
+def _fetched(name: str, component: str | None, file: str) -> Path:
+    """Where a file of a hub id lies once it is here."""
     from huggingface_hub import hf_hub_download
 
-    return dict(json.loads(Path(hf_hub_download(source.name, file, subfolder=component)).read_text(encoding="utf-8")))
+    return Path(hf_hub_download(name, file, subfolder=component))
 
 
 def _load_vae(source: Source, dtype: Any) -> Any:
@@ -83,10 +88,18 @@ def _load_vae(source: Source, dtype: Any) -> Any:
     if Path(name).is_file():
         from sd_unlearn.single_file import load_vae_file
 
-        return load_vae_file(Path(name), source, dtype)
+        return load_vae_file(Path(name), _vae_config(source), dtype)
     inside = "vae" if (Path(name) / "vae" / "config.json").is_file() else None
     safe = {} if source.allow_pickle else {"use_safetensors": True}
     return AutoencoderKL.from_pretrained(name, subfolder=inside, dtype=dtype, **safe)
+
+
+def _vae_config(source: Source) -> Path:
+    """The config.json of the base's own VAE; where it has none here, that of the published models of its kind."""
+    if source.configs is None:
+        return _fetched(source.name, "vae", "config.json")
+    own = source.configs / "vae" / "config.json"
+    return own if own.is_file() else SINGLE_FILE_DIR / (source.kind or "sd1") / "vae" / "config.json"
 
 
 def _check_scale(vae: Any, usual: Mapping[str, Any], source: Source) -> None:

@@ -90,13 +90,8 @@ def _check_whole(source: Source, pipeline: Any) -> None:
         )
 
 
-def load_vae_file(path: Path, source: Source, dtype: Any) -> Any:
-    """A VAE of one file; its scale is that of the base, since a file says none."""
+def load_vae_file(path: Path, config: Path, dtype: Any) -> Any:
+    """A VAE of one file, which says neither sizes nor scale: they are those of `config`, a VAE's config.json."""
     from diffusers import AutoencoderKL
 
-    config = source.configs
-    if config is None or not (config / "vae" / "config.json").is_file():
-        config = SINGLE_FILE_DIR / (source.kind or "sd1")
-    return AutoencoderKL.from_single_file(
-        str(path), config=str(config), subfolder="vae", local_files_only=True, dtype=dtype
-    )
+    return AutoencoderKL.from_single_file(str(path), config=str(config.parent), local_files_only=True, dtype=dtype)

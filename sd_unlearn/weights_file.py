@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ FOREIGN = {
     "control_model.": "a ControlNet", "controlnet_": "a ControlNet", "motion_modules.": "an AnimateDiff motion module",
     "string_to_param": "a textual inversion", "emb_params": "a textual inversion",
     "joint_blocks.": "a Stable Diffusion 3 model", "double_blocks.": "a FLUX model or a relative of it",
+    "edm_mean": "a Playground 2.5 model, which has an EDM schedule,", "edm_vpred.": "a model with an EDM schedule",
     "double_stream_blocks.": "a HiDream model", "clip_txt_mapper.": "a Stable Cascade model",
 }  # fmt: skip
 # Width of the text that the UNets of the published models see.
@@ -96,8 +97,10 @@ def _pickled(path: Path, option: str) -> dict[str, tuple[int, ...]]:
             f"{option} {path} holds more than tensors or is damaged, and is not opened ({str(error).splitlines()[0]}). "
             "Convert it to .safetensors where it is trusted."
         ) from None
-    while "state_dict" in found:
+    while isinstance(found, Mapping) and "state_dict" in found:
         found = found["state_dict"]
+    if not isinstance(found, Mapping):
+        raise UsageError(f"{option} {path} holds a {type(found).__name__} instead of named tensors: it is no model.")
     return {name: tuple(value.shape) for name, value in found.items() if isinstance(value, torch.Tensor)}
 
 

@@ -9,7 +9,9 @@ SDXL = {"multiples": (1, 2, 4), "depths": (0, 2, 10), "context": 2048, "linear":
 WIDTH, LAYERS = 320, 2
 
 
-def sgm_modules(multiples: tuple[int, ...], depths: tuple[int, ...], context: int, linear: bool, label: int) -> Shapes:
+def sgm_modules(
+    multiples: tuple[int, ...], depths: tuple[int, ...], context: int, linear: bool, label: int, layers: int = LAYERS
+) -> Shapes:
     """Module name -> shape of its weight, for every linear layer and convolution."""
     found: Shapes = {
         "time_embed.0": (4 * WIDTH, WIDTH), "time_embed.2": (4 * WIDTH, 4 * WIDTH),
@@ -19,7 +21,7 @@ def sgm_modules(multiples: tuple[int, ...], depths: tuple[int, ...], context: in
         found |= {"label_emb.0.0": (4 * WIDTH, label), "label_emb.0.2": (4 * WIDTH, 4 * WIDTH)}
     number, channels, skipped = 0, WIDTH, [WIDTH]
     for level, (multiple, depth) in enumerate(zip(multiples, depths, strict=True)):
-        for _ in range(LAYERS):
+        for _ in range(layers):
             number += 1
             found |= _resnet(f"input_blocks.{number}.0", channels, multiple * WIDTH)
             channels = multiple * WIDTH
@@ -33,12 +35,12 @@ def sgm_modules(multiples: tuple[int, ...], depths: tuple[int, ...], context: in
     found |= _transformer("middle_block.1", channels, depths[-1] or 1, context, linear)
     number = 0
     for level, (multiple, depth) in reversed(list(enumerate(zip(multiples, depths, strict=True)))):
-        for layer in range(LAYERS + 1):
+        for layer in range(layers + 1):
             place = f"output_blocks.{number}"
             found |= _resnet(f"{place}.0", channels + skipped.pop(), multiple * WIDTH)
             channels = multiple * WIDTH
             found |= _transformer(f"{place}.1", channels, depth, context, linear)
-            if level and layer == LAYERS:
+            if level and layer == layers:
                 found[f"{place}.{2 if depth else 1}.conv"] = (channels, channels, 3, 3)
             number += 1
     return found

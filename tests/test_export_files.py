@@ -16,6 +16,7 @@ from sd_unlearn import export
 from sd_unlearn.concept import Concept, write_concept
 from sd_unlearn.config import ExportConfig
 from sd_unlearn.errors import UnlearnError, UsageError
+from sd_unlearn.exporting.lora_files import DIFFUSERS_FILE
 from sd_unlearn.records import write_json
 
 
@@ -91,12 +92,14 @@ def test_header_says_dynamic_where_ranks_differ(tmp_path: Path) -> None:
     assert torch.equal(tensors["lora_unet_up_blocks_1_resnets_0_conv1.lora_up.weight"], torch.ones(4, 3, 1, 1))
 
 
-def test_date_is_the_trainings_and_a_base_folder_keeps_its_path_private(tmp_path: Path) -> None:
-    record = training_record(2, 3.0, name="/home/somebody/models/tiny") | {"created": "2026-11-22T10:00:00+00:00"}
+@pytest.mark.parametrize("place", ["/home/somebody/models/tiny", "../somebody/tiny", "somebody/tiny.safetensors"])
+def test_date_is_the_trainings_and_a_base_keeps_its_path_private(tmp_path: Path, place: str) -> None:
+    record = training_record(2, 3.0, name=place) | {"created": "2026-11-22T10:00:00+00:00"}
     _, file = exported(hand_run(tmp_path, training=record))
     assert read_header(file)["modelspec.date"] == "2026-11-22T10:00:00+00:00"
-    assert read_header(file)["sd_unlearn.base"] == "tiny"
-    assert b"somebody" not in file.read_bytes()
+    assert read_header(file)["sd_unlearn.base"] == Path(place).name
+    written = [path.read_bytes() for path in (tmp_path / "export").iterdir()]
+    assert not [data for data in written if b"somebody" in data]
 
 
 def test_results_enter_the_header_only_if_they_judge_this_adapter(tmp_path: Path) -> None:
@@ -108,6 +111,21 @@ def test_results_enter_the_header_only_if_they_judge_this_adapter(tmp_path: Path
     write_json(run / "results.json", results)
     assert json.loads(read_header(exported(run)[1])["sd_unlearn.results"]) == protocol | {"rows": rows[1:]}
     write_json(run / "results.json", results | {"adapter_sha256": "00" * 32})
+    assert "sd_unlearn.results" not in read_header(exported(run)[1])
+
+
+def test_results_on_another_base_are_not_told_as_those_of_its_own(tmp_path: Path) -> None:
+    run = hand_run(tmp_path)
+    digest = hashlib.sha256((run / "adapter" / "adapter_model.safetensors").read_bytes()).hexdigest()
+    own = training_record(2, 3.0)["base"]
+    for base, told in (
+        (own, True), (own | {"vae_sha256": "11" * 32}, True),  # the run is of before VAEs were recorded
+        (own | {"sha256": "11" * 32}, False),
+    ):  # fmt: skip
+        write_json(run / "results.json", {"adapter_sha256": digest, "rows": [], "base": base})
+        assert ("sd_unlearn.results" in read_header(exported(run)[1])) == told
+    write_json(run / "training.json", training_record(2, 3.0, vae_sha256="22" * 32))
+    write_json(run / "results.json", {"adapter_sha256": digest, "rows": [], "base": own | {"vae_sha256": "11" * 32}})
     assert "sd_unlearn.results" not in read_header(exported(run)[1])
 
 
@@ -206,6 +224,24 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     with pytest.raises(UnlearnError, match="is a folder"):
         exported(run, output_dir=tmp_path / "taken")
     assert [file.name for file in (tmp_path / "taken").iterdir()] == [f"{SLUG}.safetensors"]
+
+
+@pytest.mark.parametrize("name", ["README.md", DIFFUSERS_FILE, f"{SLUG}.safetensors"])
+def test_files_of_others_are_not_replaced(tmp_path: Path, name: str) -> None:
+    """Nor those of another concept's export, which have the same names."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).write_bytes(b"somebody's own")
+    with pytest.raises(UsageError, match=f"{name} is there already.*--output_dir"):
+        exported(hand_run(tmp_path / "run"), output_dir=tmp_path / "out")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == {name: b"somebody's own"}
+
+
+def test_of_two_concepts_the_second_does_not_replace_the_first(tmp_path: Path) -> None:
+    exported(hand_run(tmp_path / "one"), output_dir=tmp_path / "out")
+    write_concept(hand_run(tmp_path / "two") / "concept.yaml", Concept("Angelina", "a photo of Angelina", "a woman"))
+    with pytest.raises(UsageError, match="no export of .Angelina."):
+        exported(tmp_path / "two", output_dir=tmp_path / "out")
+    exported(tmp_path / "one", output_dir=tmp_path / "out")
 
 
 def test_a_full_disk_leaves_the_earlier_export_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from base_kinds import PREDICTION, make_base, open_pipeline, predict, sgm_spelled, spelled
 from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
-from export_runs import SLUG, exported, read_header, training_record, write_run
+from export_runs import SLUG, exported, hand_run, read_header, training_record, write_run
 from peft import LoraConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
@@ -334,8 +334,10 @@ def test_another_base_is_refused(bases: dict[str, Path], tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("name", "says"), [("a.ckpt", "pickle"), ("there.safetensors", "exists"), ("full", "exists"), ("file/a", "written")]
-)
+    ("name", "says"),
+    [("a.ckpt", "pickle"), ("a.pth", "pickle"), ("a.CKPT", "pickle"), ("there.safetensors", "exists"),
+     ("full", "exists"), ("file/a", "written")],
+)  # fmt: skip
 def test_a_place_that_cannot_take_a_checkpoint_is_refused_before_anything_loads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, says: str
 ) -> None:
@@ -347,6 +349,31 @@ def test_a_place_that_cannot_take_a_checkpoint_is_refused_before_anything_loads(
     with pytest.raises(UsageError, match=f"--merge .*{says}"):
         merge_path(tmp_path / "no run needed", tmp_path / name)
     assert (tmp_path / "there.safetensors").read_bytes() == b"somebody's model"
+
+
+def test_the_folder_one_is_in_is_no_place_for_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match=r"--merge \. is the folder you are in"):
+        merge_path(tmp_path / "no run needed", Path())
+
+
+@pytest.mark.parametrize("name", ["out", f"out/{SLUG}.safetensors", f"out/../out/{DIFFUSERS_FILE}"])
+def test_a_checkpoint_does_not_take_the_place_of_the_lora(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(merge, "load_recorded_base", None)
+    run = hand_run(tmp_path / "run")
+    with pytest.raises(UsageError, match="--merge .* where the LoRA goes"):
+        merge_path(run, tmp_path / name, output_dir=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_merged_folder_does_not_say_where_its_base_lay(bases: dict[str, Path], tmp_path: Path) -> None:
+    trained_run(bases["sdxl"], tmp_path / "run", "sdxl", r=4, lora_alpha=1.4)
+    merge_path(tmp_path / "run", tmp_path / "out")
+    configs = list((tmp_path / "out").rglob("*.json"))
+    assert len(configs) > 5
+    assert not [path for path in configs if str(bases["sdxl"]) in path.read_text(encoding="utf-8")]
 
 
 def test_what_fp16_cannot_hold_is_refused(bases: dict[str, Path], tmp_path: Path) -> None:

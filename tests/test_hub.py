@@ -73,6 +73,17 @@ def test_a_vae_of_the_hub(cache: Path, kinds: Kinds) -> None:
         load_base(Source(str(kinds.folder("sd1")), vae="owner/none"), device="cpu")
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_vae_file_for_a_base_of_the_hub(cache: Path, kinds: Kinds, kind: str) -> None:
+    """A file says neither sizes nor scale: they are those of the base's own VAE, of whatever kind that is."""
+    place = fetched(cache, kinds.folder(kind), "owner/model")
+    file = place / "vae" / "diffusion_pytorch_model.safetensors"
+    base = load_base(Source("owner/model", vae=str(file)), device="cpu")
+    plain = load_base("owner/model", device="cpu")
+    assert base.vae_sha256 == plain.vae_sha256
+    assert base.pipeline.vae.config.scaling_factor == plain.pipeline.vae.config.scaling_factor
+
+
 def test_pickles_of_the_hub(cache: Path, kinds: Kinds) -> None:
     place = fetched(cache, kinds.folder("sd1"), "owner/pickled")
     (place / "unet" / "diffusion_pytorch_model.safetensors").rename(place / "unet" / "diffusion_pytorch_model.bin")

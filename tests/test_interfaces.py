@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import sgm_unet
 import torch
-from test_ldm import real_unet
+from diffusers import UNet2DConditionModel
+from test_ldm import REAL, real_unet
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from sd_unlearn import lora
-from sd_unlearn.exporting import kohya
+from sd_unlearn.exporting import kohya, ldm
 from sd_unlearn.exporting.kohya import Adapter, LoraPair
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -98,6 +99,15 @@ def test_an_sdxl_file_has_the_names_of_the_sgm_code() -> None:
     found = applied(kohya.kohya_tensors(adapter_of(real_unet("sdxl")), "sdxl"))
     modules = {f"lora_unet_{name.replace('.', '_')}" for name in sgm_unet.sgm_modules(**sgm_unet.SDXL)}
     assert found.keys() == modules
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+def test_an_sdxl_of_other_depth_has_the_names_of_the_sgm_code_too(layers: int) -> None:
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**REAL["sdxl"][1], layers_per_block=layers)
+    found = applied(kohya.kohya_tensors(adapter_of(unet), "sdxl", ldm.layout_of(unet.config)))
+    modules = sgm_unet.sgm_modules(**sgm_unet.SDXL, layers=layers)
+    assert found == {f"lora_unet_{name.replace('.', '_')}": shape for name, shape in modules.items()}
 
 
 def a1111_module(key: str) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from kinds import FORMS, KINDS, PREDICTS, Kinds
+from kinds import FORMS, KINDS, PREDICTS, Kinds, original_names
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -29,6 +29,7 @@ from sd_unlearn.render import Sampler, draw
 from sd_unlearn.source import Source
 from sd_unlearn.student import make_student, run_applied
 from sd_unlearn.train_config import TrainConfig, Weights
+from sd_unlearn.weights_file import UNET
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PROMPTS, SEEDS = ["a photo of the digit seven", "a photo of a handwritten digit"], [3, 4]
@@ -129,6 +130,11 @@ def test_export(kinds: Kinds, kind: str, form: str, tmp_path: Path) -> None:
     assert main(["export", "--run", str(run), *out]) == 0
     assert {path.name for path in (tmp_path / "out").iterdir()} >= {"README.md", "seven.safetensors", DIFFUSERS_FILE}
     base = loaded(kinds, kind, form)
+    if kind == "sdxl":  # whose blocks have one layer here, and two in what was published
+        layers = original_names(kinds.pipeline(kind))
+        written = {name.split(".")[0] for name in load_file(tmp_path / "out" / "seven.safetensors")}
+        known = {name.removeprefix(UNET).removesuffix(".weight").replace(".", "_") for name in layers}
+        assert written <= {f"lora_unet_{name}" for name in known}
     with run_applied(base, run):
         wanted = pixels(draw(base, PROMPTS, SEEDS, FEW))
     assert not np.array_equal(pixels(draw(base, PROMPTS, SEEDS, FEW)), wanted)

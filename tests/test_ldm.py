@@ -77,6 +77,21 @@ def test_a_part_without_a_name_is_refused() -> None:
         ldm.unet_key("class_embedding.weight")
 
 
+@pytest.mark.parametrize(
+    "key",
+    ["up_blocks.1.resnets.3.conv1", "down_blocks.1.attentions.2.proj_in", "up_blocks.2.attentions.0.proj_in",
+     "up_blocks.3.resnets.0.conv1", "down_blocks.2.downsamplers.0.conv", "up_blocks.2.upsamplers.0.conv"],
+)  # fmt: skip
+def test_what_an_sdxl_cannot_have_gets_no_others_name(key: str) -> None:
+    with pytest.raises(UnlearnError, match=f"{key}.* no name"):
+        ldm.unet_key(key)
+
+
+def test_blocks_of_unequal_depth_are_refused() -> None:
+    with pytest.raises(UnlearnError, match=r"\[1, 2, 2\] layers"):
+        ldm.layout_of({"layers_per_block": [1, 2, 2], "up_block_types": [UP] * 3})
+
+
 @pytest.mark.parametrize("blocks", [2, 4])
 def test_diffusers_reads_the_vae_back(blocks: int) -> None:
     torch.manual_seed(0)

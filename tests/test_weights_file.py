@@ -69,6 +69,8 @@ def test_the_kind_of_published_and_of_narrow_models(kinds: Kinds, kind: str) -> 
         ({k: v for k, v in real("sdxl").items() if "embedders.1" not in k}, "the refiner"),
         ({"first_stage_model.decoder.conv_in.weight": (512, 4, 3, 3)}, "a VAE alone: that is for --vae"),
         ({"down_blocks.0.resnets.0.conv1.weight": (320, 320, 3, 3)}, "one network of a diffusers folder"),
+        (real("sdxl") | {"edm_mean": (1, 4, 1, 1), "edm_std": (1, 4, 1, 1)}, "Playground 2.5 model, .* EDM schedule"),
+        (real("sdxl") | {"edm_vpred.sigma_max": ()}, "a model with an EDM schedule"),
         ({"something": (1,)}, "no checkpoint of Stable Diffusion"),
         ({k: v for k, v in real("sd1").items() if "cond_stage" not in k}, "a UNet without its text encoder"),
     ],
@@ -114,6 +116,13 @@ def test_pickles_are_opened_when_asked_and_then_for_tensors_only(kinds: Kinds, t
     with pytest.raises(UsageError, match="more than tensors or is damaged"):
         read_layout(path, OPTION, allow_pickle=True)
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("held", [torch.zeros(3), [1, 2], {"state_dict": [1, 2]}])
+def test_pickles_that_hold_no_named_tensors(tmp_path: Path, held: object) -> None:
+    torch.save(held, tmp_path / "model.ckpt")
+    with pytest.raises(UsageError, match=r"--vae .*model\.ckpt holds a (Tensor|list) instead of named tensors"):
+        read_layout(tmp_path / "model.ckpt", "--vae", allow_pickle=True)
 
 
 def test_damaged_and_foreign_files(tmp_path: Path) -> None:

@@ -31,14 +31,20 @@ def render(run: Run, licence: str | None, hub_id: str | None, *, has_pictures: b
     made = environment(escape=False)
     made.filters["md"] = inert
     return made.get_template("card.md.j2").render(
-        front=front_matter(run, licence), concept=run.concept, slug=run.concept.slug, base=name,
-        base_id=name if _is_hub_id(run) else None, hub_id=hub_id, has_pictures=has_pictures,
+        front=front_matter(run, licence), title=title(run.concept.name), concept=run.concept,
+        slug=run.concept.slug, base=name, base_id=name if _is_hub_id(run) else None, hub_id=hub_id,
+        has_pictures=has_pictures,
         lines=table(figures_of(results)), detector=results.get("detector") or "not named",
         sampler=_sampler(results.get("sampler")), training=run.training, is_dora=run.is_dora, licence=licence,
         settings=[(key, run.training[key]) for key in _SETTINGS if run.training.get(key) is not None],
         pipeline_class="StableDiffusionXLPipeline" if run.kind == "sdxl" else "StableDiffusionPipeline",
         diffusers_file=DIFFUSERS_FILE, kohya_file=f"{run.concept.slug}.safetensors",
     )  # fmt: skip
+
+
+def title(name: str) -> str:
+    """A card's first line, by the name of what was forgotten."""
+    return f"# Forget “{inert(name)}”"
 
 
 def front_matter(run: Run, licence: str | None) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 from sd_unlearn.concept import Concept, read_concept
 from sd_unlearn.errors import UnlearnError, UsageError
 from sd_unlearn.exporting.kohya import Adapter, read_adapter
+from sd_unlearn.exporting.ldm import SDXL, Layout, layout_of
 from sd_unlearn.records import (
     ADAPTER_DIR,
     CONCEPT,
@@ -19,6 +20,7 @@ from sd_unlearn.records import (
     read_json,
     weights_sha256,
 )
+from sd_unlearn.weights_file import PICKLES
 
 TEXT_ADAPTER_2_DIR = "text_encoder_2_adapter"  # SDXL's second text encoder
 REQUIRED = ("rank", "lora_alpha", "beta", "correction", "caption_mode", "version", "config_sha256")
@@ -26,7 +28,8 @@ REQUIRED = ("rank", "lora_alpha", "beta", "correction", "caption_mode", "version
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run as it lies on disk. `results` is None before evaluation, or when they judge other weights."""
+    """A finished run as it lies on disk. `results` is None before evaluation, or when they judge other weights
+    or were drawn with another base."""
 
     folder: Path
     concept: Concept
@@ -43,6 +46,11 @@ class Run:
         return self.base["kind"]
 
     @property
+    def layout(self) -> Layout:
+        """How an SDXL's blocks are counted; runs of before that was recorded are on one like the published."""
+        return layout_of(self.base["unet"]) if self.base.get("unet") else SDXL
+
+    @property
     def is_full(self) -> bool:
         """Whether the whole UNet was trained, so that there is no LoRA."""
         return not self.adapters
@@ -53,9 +61,10 @@ class Run:
 
     @property
     def base_name(self) -> str:
-        """The base's name; of a folder on this machine only the last part, the rest is nobody's business."""
+        """The base's name; of a place on this machine only the last part, the rest is nobody's business."""
         name = str(self.base["name"])
-        return Path(name).name if Path(name).is_absolute() else name
+        here = Path(name).is_absolute() or name.startswith("..") or Path(name).suffix in (".safetensors", *PICKLES)
+        return Path(name).name if here else name
 
 
 @dataclass(frozen=True)
@@ -87,7 +96,7 @@ def read_run(folder: Path) -> Run:
     architecture(training["base"])
     adapters = [] if (folder / UNET_DIR).is_dir() else _adapters(folder, training)
     concept = read_concept(folder / CONCEPT)
-    return Run(folder, concept, training, adapters, _results(folder, concept.slug))
+    return Run(folder, concept, training, adapters, _results(folder, concept.slug, training["base"]))
 
 
 def architecture(base: dict[str, Any]) -> Architecture:
@@ -169,11 +178,14 @@ def _check_training(training: Any, path: Path) -> None:
         raise UsageError(f'{path} lacks "{missing[0]}", which every training writes. Train again with --overwrite.')
 
 
-def _results(folder: Path, slug: str) -> dict[str, Any] | None:
-    """The evaluation of exactly these weights, if there is one: figures of an earlier training would be a lie here."""
+def _results(folder: Path, slug: str, base: dict[str, Any]) -> dict[str, Any] | None:
+    """The evaluation of exactly these weights on their own base, if there is one: any other figures would be a lie."""
     if not (folder / RESULTS).is_file():
         return None
     results = read_json(folder / RESULTS)
     if not isinstance(results, dict) or not isinstance(results.get("rows"), list):
         raise UsageError(f'{folder / RESULTS} holds no "rows". Run sd-unlearn evaluate again, or delete it.')
+    judged = results.get("base") or {}
+    if any(judged.get(key, base.get(key)) != base.get(key, judged.get(key)) for key in ("sha256", "vae_sha256")):
+        return None  # an evaluation can be given another base
     return evaluation_of(results, weights_sha256(folder), slug)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from sd_unlearn.errors import UnlearnError, UsageError
-from sd_unlearn.exporting.ldm import unet_key
+from sd_unlearn.exporting.ldm import SDXL, Layout, unet_key
 from sd_unlearn.records import read_json
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -98,18 +98,21 @@ def read_adapter(folder: Path, network: str = "unet") -> Adapter:
     return Adapter(pairs, config, network)
 
 
-def module_key(module: str, network: str = "unet", kind: str = "sd1") -> str:
+def module_key(module: str, network: str = "unet", kind: str = "sd1", layout: Layout = SDXL) -> str:
     """A module's name in files for ComfyUI and A1111, by the base's kind: lora_unet_down_blocks_0_..._to_out_0.
 
-    SD 1/2 keep Diffusers' names of the UNet, SDXL takes those of the LDM layout.
+    SD 1/2 keep Diffusers' names of the UNet, SDXL takes those of the LDM layout, which count the base's layers.
+
+    Raises:
+        UnlearnError: an SDXL of that layout has no such module.
     """
     if network == "unet":
-        return "lora_unet_" + (unet_key(module) if kind == "sdxl" else module).replace(".", "_")
+        return "lora_unet_" + (unet_key(module, layout) if kind == "sdxl" else module).replace(".", "_")
     prefix = {"sdxl": {"text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}}.get(kind, {})
     return prefix.get(network, "lora_te_") + module.replace(".", "_")
 
 
-def kohya_tensors(adapter: Adapter, kind: str = "sd1") -> dict[str, Tensor]:
+def kohya_tensors(adapter: Adapter, kind: str = "sd1", layout: Layout = SDXL) -> dict[str, Tensor]:
     """The adapter as `<key>.lora_down.weight`, `.lora_up.weight` and, where one scale holds for all, `.alpha`.
 
     Alpha is 0-d float32; weights keep their dtype. Not for DoRA, which these cannot say: `kohya_differences`.
@@ -118,7 +121,7 @@ def kohya_tensors(adapter: Adapter, kind: str = "sd1") -> dict[str, Tensor]:
     """
     tensors: dict[str, Tensor] = {}
     for pair in adapter.pairs:
-        key, up = module_key(pair.module, adapter.network, kind), pair.up
+        key, up = module_key(pair.module, adapter.network, kind, layout), pair.up
         if adapter.uniform:
             tensors[f"{key}.alpha"] = torch.tensor(pair.alpha, dtype=torch.float32)
         else:

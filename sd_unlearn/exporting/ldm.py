@@ -7,6 +7,7 @@ under its names. Diffusers' own from_single_file goes the other way; both are he
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,10 +71,16 @@ class Layout:
 SDXL = Layout()
 
 
-def layout_of(unet_config: Any) -> Layout:
-    """The layout of a UNet2DConditionModel's config."""
-    attends = tuple(kind.startswith("CrossAttn") for kind in unet_config.up_block_types)
-    return Layout(unet_config.layers_per_block, attends)
+def layout_of(unet_config: Mapping[str, Any]) -> Layout:
+    """The layout of a UNet2DConditionModel's config.
+
+    Raises:
+        UnlearnError: its blocks differ in their number of layers.
+    """
+    layers = unet_config["layers_per_block"]
+    if not isinstance(layers, int):
+        raise UnlearnError(f"The base's UNet has {layers} layers in its blocks; the LDM layout has one number for all.")
+    return Layout(layers, tuple(kind.startswith("CrossAttn") for kind in unet_config["up_block_types"]))
 
 
 def unet_key(key: str, layout: Layout = SDXL) -> str:
@@ -83,7 +90,7 @@ def unet_key(key: str, layout: Layout = SDXL) -> str:
         UnlearnError: the layout has no name for it.
     """
     match = _BLOCK.fullmatch(key)
-    if match is not None:
+    if match is not None and _exists(match, layout):
         place, part, inner = _block(match, layout), match["part"], match["inner"]
     else:
         known = next((name for name in _PLACES if f"{key}.".startswith(f"{name}.")), None)
@@ -96,6 +103,16 @@ def unet_key(key: str, layout: Layout = SDXL) -> str:
     elif part == "downsamplers":  # the convolution itself is `op`
         inner = inner.removeprefix("conv").removeprefix(".")
     return f"{place}.{inner}" if inner else place
+
+
+def _exists(match: re.Match[str], layout: Layout) -> bool:
+    """Whether a UNet of the layout has such a block, and such a layer in it."""
+    blocks, layers, i, j = len(layout.up_attention), layout.layers_per_block, int(match["i"]), int(match["j"])
+    if match["part"] in ("downsamplers", "upsamplers"):  # the last block has none
+        return i < blocks - 1 and j == 0
+    if match["side"] == "down":
+        return i < blocks and j < layers
+    return i < blocks and j <= layers and (match["part"] != "attentions" or layout.up_attention[i])
 
 
 def _block(match: re.Match[str], layout: Layout) -> str:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sd_unlearn.exporting import packing
@@ -45,6 +47,15 @@ def diffusers_bytes(run: Run, dtype: str = "fp32") -> bytes:
     return packing.pack(packing.converted(tensors, DTYPES[dtype]), metadata | own_header(run))
 
 
+def concept_of(file: Path) -> str | None:
+    """What an exported file makes forget, by its header; None of any other file."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return (opened.metadata() or {}).get("sd_unlearn.concept")
+    except (SafetensorError, OSError):
+        return None
+
+
 def kohya_bytes(run: Run, dtype: str = "fp32", pipeline: Any = None, licence: str | None = None) -> bytes:
     """The file for ComfyUI, A1111 and Forge: kohya's names, the true alpha, ModelSpec and kohya header keys.
 
@@ -55,9 +66,9 @@ def kohya_bytes(run: Run, dtype: str = "fp32", pipeline: Any = None, licence: st
     tensors: dict[str, Tensor] = {}
     if run.is_dora:
         for network, module, _, change in changes(run, pipeline):
-            tensors[f"{module_key(module, network, run.kind)}.diff"] = change.float()
+            tensors[f"{module_key(module, network, run.kind, run.layout)}.diff"] = change.float()
     else:
         for adapter in run.adapters:
-            tensors |= kohya_tensors(adapter, run.kind)
+            tensors |= kohya_tensors(adapter, run.kind, run.layout)
     tensors = packing.converted(tensors, DTYPES[dtype])
     return packing.pack(tensors, lora_header(run, packing.digest(tensors), licence))

@@ -16,7 +16,8 @@ from sd_unlearn.errors import UnlearnError, UsageError
 from sd_unlearn.exporting import ldm, packing
 from sd_unlearn.exporting.finished import Run
 from sd_unlearn.exporting.headers import checkpoint_header
-from sd_unlearn.records import UNET_DIR, check_writable
+from sd_unlearn.records import UNET_DIR, check_writable, read_json, write_json
+from sd_unlearn.weights_file import PICKLES
 
 SINGLE_FILE = ".safetensors"
 
@@ -27,10 +28,12 @@ def check_place(path: Path) -> None:
     Raises:
         UsageError: there is something already, a pickle is asked for, or the place cannot be written.
     """
-    if path.suffix in (".ckpt", ".pt", ".bin"):
+    if path.suffix.lower() in PICKLES:
         raise UsageError(f"--merge {path}: a pickle can run code when loaded. Name a .safetensors file or a folder.")
     if path.is_file() or (path.is_dir() and (path.suffix == SINGLE_FILE or any(path.iterdir()))):
         raise UsageError(f"--merge {path} exists, and no checkpoint is replaced. Choose another name or delete it.")
+    if not path.name:
+        raise UsageError(f"--merge {path} is the folder you are in. Name a new one.")
     check_writable(path.parent, "--merge")
 
 
@@ -107,8 +110,17 @@ def _save_folder(pipeline: Any, path: Path) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         pipeline.save_pretrained(str(temporary))
+        for config in temporary.rglob("*.json"):
+            _forget_origin(config)
         if path.is_dir():
             path.rmdir()  # an empty one
         temporary.replace(path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _forget_origin(config: Path) -> None:
+    """Take out where on this machine the base lay: in what is published it is nobody's business."""
+    found = read_json(config)
+    if isinstance(found, dict) and found.pop("_name_or_path", None) is not None:
+        write_json(config, found)
