@@ -204,6 +204,20 @@ def test_pictures_alone_need_no_base(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert read_results(Path("runs/evaluation"))["subjects"][0]["id"] == "mine"
 
 
+def test_pairs_of_namesakes_keep_their_own_pictures(tmp_path: Path) -> None:
+    """One file name in two groups, and two methods whose names differ only in what a file name cannot hold."""
+    for number, (method, group) in enumerate([("a_b", "direct"), ("a_b", "held_out"), ("a-b", "direct")]):
+        (tmp_path / method / group).mkdir(parents=True)
+        Image.new("RGB", (32, 32), (number * 80,) * 3).save(tmp_path / method / group / "0.png")
+    folders = [str(tmp_path / "a_b"), str(tmp_path / "a-b")]
+    out = tmp_path / "out"
+    results = evaluate.run(EvaluateConfig(**FEW, images=folders, concept=["seven"], output_dir=out))
+    assert len(results["pairs"]) == 3
+    for pair in results["pairs"]:
+        source = tmp_path / pair["subject"] / pair["group"] / "0.png"
+        assert (out / pair["image"]).read_bytes() == source.read_bytes()
+
+
 def test_the_plan_is_written_and_nothing_drawn(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(evaluate, "load_base", pytest.fail)
     assert evaluate.run(every(runs, write_plan=tmp_path / "plan.jsonl")) == {}
