@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from evaluation_runs import DIGIT_FILE, make_run
 from PIL import Image
+from safetensors.torch import save_file
 
 from sd_unlearn import evaluate, render
 from sd_unlearn.base import Base
@@ -246,6 +248,12 @@ def test_both_sides_are_drawn_with_the_schedule_of_the_training(
     assert len({p.read_bytes() for p in (tmp_path / "cache").rglob("base/*.png")}) == 8
     with pytest.raises(UsageError, match="evaluate them apart"):
         prepare(EvaluateConfig(**few, lora=[str(plain), str(zero)]))
+    said = {"sd_unlearn.zero_terminal_snr": "True", "sd_unlearn.concept": "seven", "sd_unlearn.base": str(v_base)}
+    save_file({"lora_unet_x.lora_down.weight": torch.zeros(1)}, tmp_path / "zero.safetensors", said)
+    file = str(tmp_path / "zero.safetensors")  # an exported one says it in its header
+    assert prepare(EvaluateConfig(**few, lora=[file])).zero_terminal_snr
+    with pytest.raises(UsageError, match="evaluate them apart"):
+        prepare(EvaluateConfig(**few, lora=[str(plain), file], concept=["seven"]))
 
 
 def test_prompts_of_a_set_are_asked_beside_the_direct_ones(runs: Path, tmp_path: Path) -> None:

@@ -74,7 +74,7 @@ class Task:
 
     @property
     def zero_terminal_snr(self) -> bool:
-        return any(lora.training.get("zero_terminal_snr", False) for lora in self.loras)
+        return any(lora.zero_terminal_snr for lora in self.loras)
 
 
 def prepare(config: EvaluateConfig) -> Task:
@@ -144,7 +144,7 @@ def _source(config: EvaluateConfig, loras: Sequence[Lora], concepts: dict[str, C
             f"The LoRAs are of different bases ({', '.join(map(str, names))}); evaluate each base's by themselves, or "
             "name one with --pretrained_model_name_or_path."
         )
-    if len({lora.training.get("zero_terminal_snr", False) for lora in loras if lora.is_run}) > 1:
+    if len({lora.zero_terminal_snr for lora in loras} - {None}) > 1:
         raise UsageError(
             "Some of the LoRAs were trained with --zero_terminal_snr and some without; evaluate them apart."
         )
