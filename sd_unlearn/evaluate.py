@@ -152,7 +152,7 @@ def _results(
     base = [{"id": BASE, "name": task.source.name, "what": "base"}] if gallery else []
     return {
         "schema_version": SCHEMA_VERSION, "created": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()),
-        "version": __version__, "tier": task.tier, "base": dict(gallery.base) if gallery else {},
+        "version": __version__, "tier": task.tier * (not _counted(config)), "base": dict(gallery.base) if gallery else {},
         "sampler": _sampler_record(task, gallery),
         "seeds": {"evaluate": list(EVALUATE_SEEDS), "seeds": list(config.seed)},
         "prompt_set": config.prompt_set,
@@ -166,6 +166,11 @@ def _results(
             for judged, _ in found for path, (subject, why) in judged.skipped.items()
         ],
     }  # fmt: skip
+
+
+def _counted(config: EvaluateConfig) -> bool:
+    """Whether counts or groups were given in place of the tier's."""
+    return config.num_images is not None or config.num_keep_images is not None or bool(config.groups)
 
 
 def _sampler_record(task: Task, gallery: Gallery | None) -> dict[str, Any]:

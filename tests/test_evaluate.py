@@ -200,6 +200,7 @@ def test_pictures_alone_need_no_base(tmp_path: Path, monkeypatch: pytest.MonkeyP
     results = evaluate.run(EvaluateConfig(**FEW, images=[str(tmp_path / "mine")], concept=["seven"]))
     (row,) = [r for r in results["rows"] if r["metric"] == "leakage"]
     assert (row["subject"], row["group"], row["n"]) == ("mine", "direct", 4)
+    assert results["tier"] == ""  # of FEW pictures, none of the tiers
     assert results["base"] == {}
     assert results["differences"] == []
     assert len(results["skipped"]) == 1

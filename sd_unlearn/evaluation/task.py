@@ -168,7 +168,9 @@ def _subjects(
             identity = name if strengths == [1.0] else f"{name} at {strength:g}"
             subjects.append(Subject(identity, name, mine, Drawn(lora, float(strength))))
     for given in config.images:
-        ready = {slug: read_ready(given, concept, plans[slug]) for slug, concept in concepts.items()}
+        ready = {
+            slug: read_ready(given, concept, plans[slug], alone=len(concepts) == 1) for slug, concept in concepts.items()
+        }
         name = next(iter(ready.values())).name
         if name == BASE or name in {subject.id for subject in subjects}:
             raise UsageError(f"--images {given}: the name {name} is taken; give another, as in mine={given}.")
