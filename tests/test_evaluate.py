@@ -277,6 +277,9 @@ def test_prompts_of_a_set_are_asked_beside_the_direct_ones(runs: Path, tmp_path:
         ({"metrics": ["fid"]}, '--metrics "fid"'),
         ({"num_images": 0}, "--num_images 0"),
         ({"groups": ["direkt"]}, "--groups"),
+        ({"metrics": ["nudity"], "nudity_preset": "rec"}, '--nudity_preset "rec"'),
+        ({"metrics": ["identity"], "reference": ["."], "others": Path("no"), "face_model": "dlib"}, "--reference ."),
+        ({"real_images": Path("nowhere")}, "--real_images nowhere"),
     ],
 )
 def test_what_cannot_be_meant_is_refused_before_anything_loads(

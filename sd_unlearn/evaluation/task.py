@@ -17,7 +17,7 @@ from sd_unlearn.evaluation.gallery import Drawn
 from sd_unlearn.evaluation.plan import TIERS, Shot, Tier, counts_of, plan
 from sd_unlearn.evaluation.ready import Ready, read_ready, split_name
 from sd_unlearn.evaluation.subjects import Lora, names_of, open_lora, open_run
-from sd_unlearn.metrics.registry import Asking, chosen
+from sd_unlearn.metrics.registry import Asking, check
 from sd_unlearn.published import load_prompt_set
 from sd_unlearn.records import CONFIG, POSITIVE, check_writable
 from sd_unlearn.results import BASE
@@ -101,7 +101,7 @@ def prepare(config: EvaluateConfig) -> Task:
     output = config.output_dir or (config.run if config.run and not config.lora and not config.images else OUTPUT)
     check_writable(output, "--output_dir")
     for concept in concepts.values():
-        chosen(asking_of(config, concept, loras, tier_name))
+        check(asking_of(config, concept, loras, tier_name))
     return Task(config, concepts, subjects, plans, source, base_named, tier_name, output, loras)
 
 
