@@ -169,7 +169,8 @@ def _subjects(
             subjects.append(Subject(identity, name, mine, Drawn(lora, float(strength))))
     for given in config.images:
         ready = {
-            slug: read_ready(given, concept, plans[slug], alone=len(concepts) == 1) for slug, concept in concepts.items()
+            slug: read_ready(given, concept, plans[slug], alone=len(concepts) == 1)
+            for slug, concept in concepts.items()
         }
         name = next(iter(ready.values())).name
         if name == BASE or name in {subject.id for subject in subjects}:

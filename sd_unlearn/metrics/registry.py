@@ -143,8 +143,9 @@ def check(asking: Asking) -> None:
     if "nudity" in names:
         check_nudity(options.nudity_preset or DEFAULT_PRESET, options.nudity_classes or None, options.nudity_threshold)
     for option, path, there in (
-        ("inception_weights", options.inception_weights, Path.is_file), ("real_images", options.real_images, Path.is_dir)
-    ):  # fmt: skip
+        ("inception_weights", options.inception_weights, Path.is_file),
+        ("real_images", options.real_images, Path.is_dir),
+    ):
         if path is not None and not there(path):
             raise UsageError(f"--{option} {path} does not exist.")
 
@@ -188,3 +189,14 @@ def cards_of(questions: Sequence[Question | PairQuestion]) -> list[dict[str, Any
 
     cards = {question.name: as_json(question.card()) for question in questions}
     return list(cards.values())
+
+
+def merged(cards: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One card a detector; what differs between the concepts it was asked of, as a classifier's label, side by side."""
+    found: dict[str, dict[str, Any]] = {}
+    for card in cards:
+        known = found.setdefault(card["detector"], {**card, "extra": {}})
+        for key, text in card["extra"].items():
+            said = known["extra"].get(key)
+            known["extra"][key] = text if said in (None, text) else "; ".join(dict.fromkeys([*said.split("; "), text]))
+    return list(found.values())

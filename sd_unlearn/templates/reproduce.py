@@ -16,6 +16,7 @@ def commands(folder: Path, about: dict[str, Any], concept: Concept | None) -> li
     An evaluation that does not say what it was asked is repeated with as many pictures.
     """
     config, asking, again = folder / records.CONFIG, folder / records.EVALUATION, _again(folder)
+    place = _quoted(again)
     if asking.is_file() and not config.is_file():
         return commands_of_many(folder)
     target = again if config.is_file() else folder
@@ -28,7 +29,7 @@ def commands(folder: Path, about: dict[str, Any], concept: Concept | None) -> li
         evaluate += f" --num_keep_images {kept // prompts}"
     evaluate += f" --seed {_first(about['seeds'].get('seeds'))}"
     if asking.is_file():
-        evaluate = f"sd-unlearn evaluate --config {_quoted(asking)} --run {_quoted(again)} --output_dir {_quoted(again)}"
+        evaluate = f"sd-unlearn evaluate --config {_quoted(asking)} --run {place} --output_dir {place}"
     return [*([train] if config.is_file() else []), evaluate, f"sd-unlearn report --run {_quoted(target)}"]
 
 
