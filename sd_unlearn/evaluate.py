@@ -23,7 +23,7 @@ from sd_unlearn.evaluation.gallery import Drawn, Gallery
 from sd_unlearn.evaluation.judging import Judged, Pictures, judge
 from sd_unlearn.evaluation.plan import GROUPS, prompts_of, write_plan
 from sd_unlearn.evaluation.task import Task, asking_of, prepare
-from sd_unlearn.metrics.registry import cards_of, make_questions
+from sd_unlearn.metrics.registry import cards_of, make_questions, merged
 from sd_unlearn.records import EVALUATE_SEEDS, EVALUATION, RESULTS, write_json, write_text
 from sd_unlearn.render import Sampler
 from sd_unlearn.results import BASE, SCHEMA_VERSION, as_json
@@ -116,7 +116,7 @@ def _judge(task: Task, gallery: Gallery | None) -> tuple[list[tuple[Judged, list
         main = [s.id for s in task.subjects if slug in s.concepts and (s.drawn is None or s.drawn.strength == usual)]
         found.append((judge(concept, questions, pair_questions, pictures, main), pictures))
         cards += cards_of([*questions, *pair_questions])
-    return found, list({card["detector"]: card for card in cards}.values())
+    return found, merged(cards)
 
 
 def _pictures(task: Task, gallery: Gallery | None, slug: str) -> list[Pictures]:
@@ -152,7 +152,8 @@ def _results(
     base = [{"id": BASE, "name": task.source.name, "what": "base"}] if gallery else []
     return {
         "schema_version": SCHEMA_VERSION, "created": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()),
-        "version": __version__, "tier": task.tier, "base": dict(gallery.base) if gallery else {},
+        "version": __version__, "tier": "" if _counted(config) else task.tier,
+        "base": dict(gallery.base) if gallery else {},
         "sampler": _sampler_record(task, gallery),
         "seeds": {"evaluate": list(EVALUATE_SEEDS), "seeds": list(config.seed)},
         "prompt_set": config.prompt_set,
@@ -166,6 +167,11 @@ def _results(
             for judged, _ in found for path, (subject, why) in judged.skipped.items()
         ],
     }  # fmt: skip
+
+
+def _counted(config: EvaluateConfig) -> bool:
+    """Whether counts or groups were given in place of the tier's."""
+    return config.num_images is not None or config.num_keep_images is not None or bool(config.groups)
 
 
 def _sampler_record(task: Task, gallery: Gallery | None) -> dict[str, Any]:

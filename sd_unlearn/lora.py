@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,7 @@ def load(pipeline: Any, run: Path) -> list[PeftModel]:
 
 
 @torch.no_grad()
-def set_strength(adapters: list[PeftModel], strength: float) -> None:
+def set_strength(adapters: Sequence[nn.Module], strength: float) -> None:
     """Scale freshly loaded adapters: 0 is the base, 1 as trained. DoRA's magnitudes go the same way from the base's."""
     layers = [m for adapter in adapters for m in adapter.modules() if isinstance(m, LoraLayer)]
     for layer in layers if strength != 1 else []:

@@ -118,7 +118,8 @@ def _one(folder: Path, case: Case) -> dict[str, Any]:
     """
     training = _optional(folder / records.TRAINING, records.read_json) or {}
     log = _optional(folder / records.METRICS, records.read_jsonl) or []
-    concept: Concept | None = _optional(folder / records.CONCEPT, read_concept)
+    trained: Concept | None = _optional(folder / records.CONCEPT, read_concept)
+    concept = trained if trained and trained.slug == case.concept["slug"] else None  # it may be judged on another
     settings = _optional(folder / records.CONFIG, lambda path: read_yaml(path, "--run")) or {}
     if not isinstance(training, dict):
         raise UsageError(f"{folder / records.TRAINING} is not a JSON object. Run sd-unlearn train again.")

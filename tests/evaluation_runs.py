@@ -25,12 +25,14 @@ evaluate:
 """
 
 
-def make_run(folder: Path, base_folder: Path, name: str = "seven", seed: int = 0, **training: object) -> Path:
+def make_run(
+    folder: Path, base_folder: Path, name: str = "seven", seed: int = 0, use_dora: bool = False, **training: object
+) -> Path:
     """A run folder as `train` leaves it: concept.yaml, adapter/, training.json."""
     base = load_base(str(base_folder), device="cpu")
     record = {"name": str(base_folder), "sha256": base.sha256, "kind": "sd1", "prediction_type": base.prediction_type,
               "resolution": base.resolution}  # fmt: skip
-    student = make_student(base, Weights(rank=2), seed, needs_teacher=False)
+    student = make_student(base, Weights(rank=2, use_dora=use_dora), seed, needs_teacher=False)
     torch.manual_seed(seed)
     with torch.no_grad():
         for parameter in student.trainable():

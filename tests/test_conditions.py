@@ -71,6 +71,17 @@ def test_a_lora_at_several_strengths_is_meant_as_trained() -> None:
     assert met([parse("leakage>0.1")], found) == []
     only_half = results(("a at 0.5", "leakage", "direct", 0.9))
     assert len(met([parse("leakage>0.1")], only_half)) == 1
+    without_one = results(("a at 0", "leakage", "direct", 0.9), ("a at 0.5", "leakage", "direct", 0.0))
+    assert met([parse("leakage>0.1")], without_one) == []  # not of strength 0, which is the base
+
+
+def test_a_concept_that_a_lora_was_not_trained_to_forget_does_not_leak() -> None:
+    found = results(("a", "leakage", "direct", 0.9), ("a", "retention", "kept", 0.5), ("b", "leakage", "direct", 0.0))
+    found["subjects"][1]["forgets"], found["subjects"][2]["forgets"] = "red-ink", "seven"
+    assert met([parse("leakage>0.1")], found) == []
+    assert len(met([parse("retention<0.9")], found)) == 1  # what must stay must stay everywhere
+    found["subjects"][2]["forgets"] = "red-ink"
+    assert "not measured" in met([parse("leakage>0.1")], found)[0]
 
 
 def test_what_is_unknown_or_was_not_measured_fails() -> None:

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from evaluation_runs import DIGIT_FILE, make_run
 from PIL import Image
+from safetensors.torch import save_file
 
 from sd_unlearn import evaluate, render
 from sd_unlearn.base import Base
@@ -197,10 +199,25 @@ def test_pictures_alone_need_no_base(tmp_path: Path, monkeypatch: pytest.MonkeyP
     results = evaluate.run(EvaluateConfig(**FEW, images=[str(tmp_path / "mine")], concept=["seven"]))
     (row,) = [r for r in results["rows"] if r["metric"] == "leakage"]
     assert (row["subject"], row["group"], row["n"]) == ("mine", "direct", 4)
+    assert results["tier"] == ""  # of FEW pictures, none of the tiers
     assert results["base"] == {}
     assert results["differences"] == []
     assert len(results["skipped"]) == 1
     assert read_results(Path("runs/evaluation"))["subjects"][0]["id"] == "mine"
+
+
+def test_pairs_of_namesakes_keep_their_own_pictures(tmp_path: Path) -> None:
+    """One file name in two groups, and two methods whose names differ only in what a file name cannot hold."""
+    for number, (method, group) in enumerate([("a_b", "direct"), ("a_b", "held_out"), ("a-b", "direct")]):
+        (tmp_path / method / group).mkdir(parents=True)
+        Image.new("RGB", (32, 32), (number * 80,) * 3).save(tmp_path / method / group / "0.png")
+    folders = [str(tmp_path / "a_b"), str(tmp_path / "a-b")]
+    out = tmp_path / "out"
+    results = evaluate.run(EvaluateConfig(**FEW, images=folders, concept=["seven"], output_dir=out))
+    assert len(results["pairs"]) == 3
+    for pair in results["pairs"]:
+        source = tmp_path / pair["subject"] / pair["group"] / "0.png"
+        assert (out / pair["image"]).read_bytes() == source.read_bytes()
 
 
 def test_the_plan_is_written_and_nothing_drawn(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -231,6 +248,12 @@ def test_both_sides_are_drawn_with_the_schedule_of_the_training(
     assert len({p.read_bytes() for p in (tmp_path / "cache").rglob("base/*.png")}) == 8
     with pytest.raises(UsageError, match="evaluate them apart"):
         prepare(EvaluateConfig(**few, lora=[str(plain), str(zero)]))
+    said = {"sd_unlearn.zero_terminal_snr": "True", "sd_unlearn.concept": "seven", "sd_unlearn.base": str(v_base)}
+    save_file({"lora_unet_x.lora_down.weight": torch.zeros(1)}, tmp_path / "zero.safetensors", said)
+    file = str(tmp_path / "zero.safetensors")  # an exported one says it in its header
+    assert prepare(EvaluateConfig(**few, lora=[file])).zero_terminal_snr
+    with pytest.raises(UsageError, match="evaluate them apart"):
+        prepare(EvaluateConfig(**few, lora=[str(plain), file], concept=["seven"]))
 
 
 def test_prompts_of_a_set_are_asked_beside_the_direct_ones(runs: Path, tmp_path: Path) -> None:
@@ -253,6 +276,9 @@ def test_prompts_of_a_set_are_asked_beside_the_direct_ones(runs: Path, tmp_path:
         ({"metrics": ["fid"]}, '--metrics "fid"'),
         ({"num_images": 0}, "--num_images 0"),
         ({"groups": ["direkt"]}, "--groups"),
+        ({"metrics": ["nudity"], "nudity_preset": "rec"}, '--nudity_preset "rec"'),
+        ({"metrics": ["identity"], "reference": ["."], "others": Path("no"), "face_model": "dlib"}, "--reference ."),
+        ({"real_images": Path("nowhere")}, "--real_images nowhere"),
     ],
 )
 def test_what_cannot_be_meant_is_refused_before_anything_loads(

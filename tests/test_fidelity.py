@@ -133,7 +133,7 @@ def test_against_real_images(tmp_path: Path) -> None:
 
 
 def test_a_folder_of_real_images_that_is_none(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="--real .*nowhere is no folder"):
+    with pytest.raises(UsageError, match="--real_images .*nowhere is no folder"):
         given(real=tmp_path / "nowhere")
     with pytest.raises(UsageError, match="holds 0 images"):
         given(real=tmp_path)

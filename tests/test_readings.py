@@ -46,6 +46,16 @@ def save(folder: Path, values: dict[str, int]) -> list[Path]:
     return [folder / name for name in values]
 
 
+def test_the_distance_of_a_damaged_picture_is_looked_at_again_once_it_is_whole(tmp_path: Path) -> None:
+    paths = save(tmp_path / "a", {"0.png": 0, "1.png": 1}), save(tmp_path / "b", {"0.png": 5, "1.png": 9})
+    paths[1][1].write_bytes(b"torn")
+    first = readings.distances(Mean(), *paths, tmp_path / "b", "t")
+    assert first[0] == 5
+    assert np.isnan(first[1])
+    save(tmp_path / "b", {"1.png": 9})
+    assert readings.distances(Mean(), *paths, tmp_path / "b", "t").tolist() == [5, 8]
+
+
 def test_a_picture_is_read_once_and_more_are_added(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(readings, "CHUNK", 2)
     paths = save(tmp_path / "drawn", {f"{n}.png": n for n in range(5)})
@@ -138,6 +148,19 @@ def test_folders_say_the_group(tmp_path: Path) -> None:
     assert [shot.group for shot in ready.shots] == ["direct", "direct", "alike"]
     assert ready.shots[0].prompt.text == "a seven"
     assert ready.shots[2].prompt.text == ""  # which of the two cannot be told
+
+
+def test_of_several_concepts_a_picture_must_say_which(tmp_path: Path) -> None:
+    """Else one folder direct/ would be what was asked for of each of them."""
+    save(tmp_path / "direct", {"1.png": 1})
+    with pytest.raises(UsageError, match="one --concept at a time"):
+        read_ready(str(tmp_path), CONCEPT, [], alone=False)
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "direct/1.png", "text": "a seven", "group": "direct"}\n')
+    with pytest.raises(UsageError, match="line 1 needs a concept"):
+        read_ready(str(tmp_path), CONCEPT, [], alone=False)
+    line = '{"file_name": "direct/1.png", "text": "a seven", "group": "direct", "concept": "seven"}\n'
+    (tmp_path / "metadata.jsonl").write_text(line + line.replace('"concept": "seven"', '"concept": "red-ink"'))
+    assert len(read_ready(str(tmp_path), CONCEPT, [], alone=False).shots) == 1
 
 
 def test_a_folder_of_nothing_is_refused(tmp_path: Path) -> None:

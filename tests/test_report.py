@@ -473,6 +473,23 @@ def test_repro_counts_the_pictures_of_what_must_stay(folder):
     assert "--num_images 60 --num_keep_images 40 --seed 0" in source
 
 
+def test_repro_repeats_what_the_evaluation_was_asked(folder):
+    (folder / "evaluate.yaml").write_text("run: runs/seven\nseed: [0, 1]\nguidance_scale: 5\n")
+    source, _ = page_of(folder)
+    again = f"{folder.as_posix()}-again"
+    assert f"evaluate --config {folder.as_posix()}/evaluate.yaml --run {again} --output_dir {again}" in source
+    (folder / "config.yaml").unlink()  # one LoRA by --lora: this folder is no run
+    source, _ = page_of(folder)
+    assert f"evaluate --config {folder.as_posix()}/evaluate.yaml --output_dir {again}" in source
+    assert "evaluate --run" not in source
+
+
+def test_a_run_judged_on_another_concept_is_titled_after_that(folder):
+    source, _ = page_of(folder, concept="red-ink", caption="a digit in red ink")
+    assert "Forgetting “red-ink”" in source
+    assert "Forgetting “seven”" not in source
+
+
 def test_what_is_not_a_number_breaks_no_picture(folder):
     rows = [make_row("retention", "kept", "lora", float(x), low=float(x), high=None) for x in ("nan", "inf")]
     source, page = page_of(folder, rows=rows)

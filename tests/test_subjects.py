@@ -9,11 +9,14 @@ import torch
 from evaluation_runs import make_run
 from safetensors.torch import load_file, save_file
 
+from sd_unlearn import export
 from sd_unlearn.base import Base, load_base
+from sd_unlearn.config import ExportConfig
 from sd_unlearn.errors import UnlearnError, UsageError
-from sd_unlearn.evaluation.subjects import names_of, open_lora, open_run
+from sd_unlearn.evaluation.subjects import DIFFUSERS_FILE, names_of, open_lora, open_run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+RECORD = {"lora_alpha": 2.0, "correction": "pu", "caption_mode": "fixed", "version": "0", "config_sha256": "0"}
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +57,28 @@ def test_a_run_and_its_file_do_the_same_and_leave_no_trace(run: Path, tiny_base:
     assert torch.allclose(found["run", 0.0], plain, atol=1e-5)
     assert (found["run", 1.0] - plain).abs().max() > 1e-2
     assert (found["run", 0.5] - found["run", 1.0]).abs().max() > 1e-3
+
+
+def test_a_dora_and_its_file_do_the_same_between_strengths(tiny_base: Path, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "dora", tiny_base, use_dora=True, **RECORD)
+    (file,) = (p for p in export.run(ExportConfig(run=run)) if p.name == DIFFUSERS_FILE)
+    base = load_base(str(tiny_base), device="cpu")
+    found = {}
+    for given in (run, file):
+        for strength in (1.0, 0.5):
+            with open_lora(str(given)).on(base, strength):
+                found[given, strength] = predict(base)
+    for strength in (1.0, 0.5):
+        assert torch.allclose(found[run, strength], found[file, strength], atol=1e-4)
+    assert (found[run, 0.5] - found[run, 1.0]).abs().max() > 1e-2
+
+
+def test_a_file_says_which_schedule_it_was_trained_on(run: Path, tmp_path: Path) -> None:
+    told = [{"sd_unlearn.zero_terminal_snr": said} for said in ("True", "False")]
+    files = [kohya_file(run, tmp_path / f"{n}.safetensors", header) for n, header in enumerate([*told, {}])]
+    loras = [open_lora(str(file)) for file in files]
+    assert [lora.zero_terminal_snr for lora in loras] == [True, False, None]
+    assert open_run(run).zero_terminal_snr is False
 
 
 def test_what_is_known_of_a_run_and_of_a_file(run: Path, tmp_path: Path) -> None:

@@ -82,6 +82,16 @@ def test_an_unreadable_picture_stays_in_n_of_a_rate_and_is_left_out_of_a_mean() 
     assert (found["brightness", "direct"].value, found["brightness", "direct"].n) == (1.0, 3)
 
 
+def test_a_prompt_none_of_whose_pictures_can_be_read_stays_in_n() -> None:
+    """As where every prompt has one picture, or a whole folder is damaged: the rest must not speak for them."""
+    found = rows(see("mine", [9, 9, 9, 9, 9, 9, 9, 0, 0, 0], [False] * 7 + [True] * 3))
+    assert (found["leakage", "direct"].value, found["leakage", "direct"].n) == (0, 4)
+    assert (found["accuracy", "kept"].value, found["accuracy", "kept"].n) == (0.5, 6)
+    assert ("brightness", "direct") not in found
+    nothing = rows(see("mine", [9] * 10, [False] * 10), see("base", [1] * 4 + [0] * 6))
+    assert (nothing["leakage", "direct"].n, nothing["retention", "kept"].value) == (4, 0)
+
+
 def test_a_picture_of_a_prompt_that_is_not_asked_about_counts_nowhere() -> None:
     """The alike prompt says nothing a judge knows: read or unreadable, its pictures are in no rate."""
 

@@ -13,6 +13,7 @@ from sd_unlearn.results import BASE
 
 _FORM = re.compile(r"(?P<metric>[A-Za-z][\w-]*)(?:\.(?P<group>[a-z_]+?))??(?:\.(?P<end>low|high))?\s*"
                    r"(?P<sign><=|>=|<|>)\s*(?P<limit>[-+.\deE]+)(?P<percent>\s*%)?")  # fmt: skip
+OF_THE_CONCEPT = ("leakage", "leakage_top5", "nudity", "detections", "clean_replacement")
 _SIGNS = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
 
 
@@ -58,12 +59,18 @@ def parse(text: str) -> Condition:
 def met(conditions: Sequence[Condition], results: dict[str, Any]) -> list[str]:
     """What each condition that holds is about, with the figure; also a condition on something that was not measured.
 
-    They are asked of every subject but the base; of a LoRA at several strengths, at strength 1 if that is among them.
+    They are asked of every subject but the base; of a LoRA at several strengths, at strength 1, else at the greatest.
+    Whether a concept is there is not asked of a LoRA that was trained to forget another.
     """
     found = []
     subjects = judged_subjects(results)
+    meant = {s["id"]: s.get("forgets") for s in results["subjects"]}
+    judged = [row for row in results["rows"] if row["subject"] in subjects]
     for condition in conditions:
-        rows = _rows(condition, [row for row in results["rows"] if row["subject"] in subjects])
+        rows = _rows(condition, [
+            row for row in judged
+            if row["metric"] not in OF_THE_CONCEPT or meant[row["subject"]] in (None, row["concept"])
+        ])  # fmt: skip
         if not rows:
             where = f" on {condition.group} prompts" if condition.group else ""
             found.append(f"{condition.text}: {condition.metric}{where} was not measured")
@@ -77,9 +84,15 @@ def met(conditions: Sequence[Condition], results: dict[str, Any]) -> list[str]:
 
 def judged_subjects(results: dict[str, Any]) -> set[str]:
     """The ids that conditions are asked of."""
-    subjects = [s for s in results["subjects"] if s["id"] != BASE]
-    at_one = {s["name"] for s in subjects if s.get("strength") == 1}
-    return {s["id"] for s in subjects if s.get("strength") in (None, 1) or s["name"] not in at_one}
+    strengths: dict[str, list[float]] = {}
+    for subject in results["subjects"]:
+        if subject.get("strength") is not None:
+            strengths.setdefault(subject["name"], []).append(subject["strength"])
+    usual = {name: 1 if 1 in given else max(given) for name, given in strengths.items()}
+    return {
+        s["id"] for s in results["subjects"]
+        if s["id"] != BASE and s.get("strength") in (None, usual.get(s["name"]))
+    }  # fmt: skip
 
 
 def _rows(condition: Condition, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 from collections.abc import Sequence
@@ -108,11 +109,19 @@ def _pair(
 def _copied(pictures: Pictures, index: int, folder: Path) -> str:
     """The path, from the folder, of a copy under it, so that the folder can be moved; "" where there is no picture."""
     source = pictures.paths[index]
-    target = folder / IMAGE_DIR / slugify(pictures.subject) / source.name
     if not source.is_file():
         return ""
+    # Ready pictures may bear one name in several folders, and several subjects one slug ("a_b" and "a-b").
+    name = source.name if pictures.planned else f"{_digest(str(source.absolute()))}-{source.name}"
+    slug = slugify(pictures.subject)
+    slug += f"-{_digest(pictures.subject)}" * (slug != pictures.subject)
+    target = folder / IMAGE_DIR / slug / name
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     shutil.copyfile(source, temporary)
     temporary.replace(target)
     return target.relative_to(folder).as_posix()
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:8]

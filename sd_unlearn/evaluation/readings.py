@@ -86,9 +86,10 @@ def distances(
             pairs.append([image for index, image in enumerate(opened) if index not in bad and image is not None])
         values = iter(question.distance(pairs[0], pairs[1]).tolist() if pairs[0] else [])
         for index, n in enumerate(chunk):
-            known[names[n]] = {"distance": np.array(np.nan if index in bad else next(values))}
+            if index not in bad:  # one that is drawn or copied again must be looked at
+                known[names[n]] = {"distance": np.array(next(values))}
         _keep(cache, question.name, known)
-    return np.array([float(known[name]["distance"]) for name in names], dtype=np.float64)
+    return np.array([float(known[name]["distance"]) if name in known else np.nan for name in names], dtype=np.float64)
 
 
 def _key(path: Path, cache: Path | None) -> str:

@@ -37,11 +37,12 @@ def split_name(given: str, option: str) -> tuple[str | None, Path]:
     return (name if named else None), folder
 
 
-def read_ready(given: str, concept: Concept, planned: Sequence[Shot]) -> Ready:
+def read_ready(given: str, concept: Concept, planned: Sequence[Shot], alone: bool = True) -> Ready:
     """The pictures of a folder of --images.
 
     With any file of the plan they are the plan's, and those that are missing are counted as such. Else metadata.jsonl
-    says what each was asked for, or the folder it lies in (direct/, held_out/, ...) does.
+    says what each was asked for, or the folder it lies in (direct/, held_out/, ...) does. Where the concept is not the
+    only one (`alone`), metadata must say it, because a picture asks for one of them.
 
     Raises:
         UsageError: no folder, no pictures in any of these forms, or metadata that names none.
@@ -51,7 +52,15 @@ def read_ready(given: str, concept: Concept, planned: Sequence[Shot]) -> Ready:
     paths = [folder / shot.file_name for shot in planned]
     if any(path.is_file() for path in paths):
         return Ready(name, folder, list(planned), paths, planned=True)
-    found = _by_metadata(folder, concept) if (folder / METADATA).is_file() else _by_folder(folder, concept)
+    if (folder / METADATA).is_file():
+        found = _by_metadata(folder, concept, alone)
+    elif alone or not any((folder / group).is_dir() for group in GROUPS):
+        found = _by_folder(folder, concept)
+    else:
+        raise UsageError(
+            f"--images {folder}: folders do not say which of several concepts a picture was asked for. Judge one "
+            f"--concept at a time, or add a {METADATA} with file_name, text, group and concept."
+        )
     if not found:
         raise UsageError(
             f"--images {folder} holds no pictures whose prompts can be told: give them the names of --write_plan, add "
@@ -60,13 +69,15 @@ def read_ready(given: str, concept: Concept, planned: Sequence[Shot]) -> Ready:
     return Ready(name, folder, [shot for shot, _ in found], [path for _, path in found], planned=False)
 
 
-def _by_metadata(folder: Path, concept: Concept) -> list[tuple[Shot, Path]]:
+def _by_metadata(folder: Path, concept: Concept, alone: bool) -> list[tuple[Shot, Path]]:
     known = {prompt.text: (group, prompt) for group in reversed(GROUPS) for prompt in prompts_of(concept, group)}
     found = []
     for number, line in read_jsonl_lines(folder / METADATA).items():
         where, text = f"{folder / METADATA} line {number}", line.get("text", line.get("prompt"))
         if not isinstance(line.get("file_name"), str) or not isinstance(text, str):
             raise UsageError(f"{where} needs file_name and text.")
+        if not alone and "concept" not in line:
+            raise UsageError(f"{where} needs a concept: several are judged, and a picture was asked for one of them.")
         if line.get("concept", concept.slug) != concept.slug:
             continue
         group = line.get("group") or (known[text][0] if text in known else None)

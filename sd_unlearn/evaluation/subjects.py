@@ -41,6 +41,14 @@ class Lora:
     def base_sha256(self) -> str | None:
         return self.training["base"]["sha256"] if self.training else self.header.get("sd_unlearn.base_sha256")
 
+    @property
+    def zero_terminal_snr(self) -> bool | None:
+        """Whether it was trained on a schedule of zero terminal SNR; None: a file that does not say."""
+        if self.training:
+            return bool(self.training.get("zero_terminal_snr", False))
+        said = self.header.get("sd_unlearn.zero_terminal_snr")
+        return said == "True" if said is not None else None
+
     @contextmanager
     def on(self, base: Base, strength: float) -> Iterator[None]:
         """The base with this LoRA at a strength (1: as trained), and as it was afterwards.
@@ -158,6 +166,8 @@ def _download(repository: str, option: str) -> Path:
 
 @contextmanager
 def _file_applied(base: Base, lora: Lora, strength: float) -> Iterator[None]:
+    from sd_unlearn.lora import set_strength
+
     pipeline = base.pipeline
     try:
         pipeline.load_lora_weights(str(lora.path.parent), weight_name=lora.path.name, adapter_name=_ADAPTER)
@@ -171,7 +181,7 @@ def _file_applied(base: Base, lora: Lora, strength: float) -> Iterator[None]:
             "Is it for another base?"
         )
     try:
-        pipeline.set_adapters([_ADAPTER], [strength])
+        set_strength([getattr(pipeline, part) for part in loaded], strength)
         yield
     finally:
         pipeline.unload_lora_weights()

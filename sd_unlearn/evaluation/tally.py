@@ -40,23 +40,24 @@ def subset(shots: Shots, kept: NDArray[np.bool_]) -> Shots:
 def count(question: Question, shots: Shots, seen: Seen) -> list[Counted]:
     """What each of the N shots counts for. One that could not be read does not show what a rate asks about, and has no
     value for a mean."""
+    unread = ~seen.readable
+    if not unread.any():
+        return question.count(shots, seen.columns)
     found = []
-    for counted in question.count(subset(shots, seen.readable), seen.columns):
-        values = np.full(len(shots), 0.0 if counted.is_rate else np.nan)
-        values[seen.readable] = counted.values
-        if counted.is_rate:
-            values[~seen.readable & ~_asked(counted, shots, seen)] = np.nan
+    for counted in question.count(shots, _spread(seen)):
+        values = counted.values.astype(float)  # whether it is asked of a picture follows from the shot, not from it
+        values[unread & ~np.isnan(values)] = 0.0 if counted.is_rate else np.nan
         found.append(dataclasses.replace(counted, values=values))
     return found
 
 
-def _asked(counted: Counted, shots: Shots, seen: Seen) -> NDArray[np.bool_]:
-    """[N] whether an unread picture is of a prompt that is asked about: as are the others of its prompt."""
-    of_prompt = {
-        prompt for prompt, value in zip(subset(shots, seen.readable).prompts, counted.values, strict=True)
-        if not math.isnan(value)
-    }  # fmt: skip
-    return np.array([prompt in of_prompt for prompt in shots.prompts], dtype=bool)
+def _spread(seen: Seen) -> Columns:
+    """The columns over all N shots, with ones in the place of pictures that could not be read."""
+    columns = {}
+    for name, values in seen.columns.items():
+        columns[name] = np.ones((len(seen.readable), *values.shape[1:]), values.dtype)
+        columns[name][seen.readable] = values
+    return columns
 
 
 def rows_of(

@@ -17,7 +17,7 @@ from sd_unlearn.evaluation.gallery import Drawn
 from sd_unlearn.evaluation.plan import TIERS, Shot, Tier, counts_of, plan
 from sd_unlearn.evaluation.ready import Ready, read_ready, split_name
 from sd_unlearn.evaluation.subjects import Lora, names_of, open_lora, open_run
-from sd_unlearn.metrics.registry import Asking, chosen
+from sd_unlearn.metrics.registry import Asking, check
 from sd_unlearn.published import load_prompt_set
 from sd_unlearn.records import CONFIG, POSITIVE, check_writable
 from sd_unlearn.results import BASE
@@ -74,7 +74,7 @@ class Task:
 
     @property
     def zero_terminal_snr(self) -> bool:
-        return any(lora.training.get("zero_terminal_snr", False) for lora in self.loras)
+        return any(lora.zero_terminal_snr for lora in self.loras)
 
 
 def prepare(config: EvaluateConfig) -> Task:
@@ -101,7 +101,7 @@ def prepare(config: EvaluateConfig) -> Task:
     output = config.output_dir or (config.run if config.run and not config.lora and not config.images else OUTPUT)
     check_writable(output, "--output_dir")
     for concept in concepts.values():
-        chosen(asking_of(config, concept, loras, tier_name))
+        check(asking_of(config, concept, loras, tier_name))
     return Task(config, concepts, subjects, plans, source, base_named, tier_name, output, loras)
 
 
@@ -144,7 +144,7 @@ def _source(config: EvaluateConfig, loras: Sequence[Lora], concepts: dict[str, C
             f"The LoRAs are of different bases ({', '.join(map(str, names))}); evaluate each base's by themselves, or "
             "name one with --pretrained_model_name_or_path."
         )
-    if len({lora.training.get("zero_terminal_snr", False) for lora in loras if lora.is_run}) > 1:
+    if len({lora.zero_terminal_snr for lora in loras} - {None}) > 1:
         raise UsageError(
             "Some of the LoRAs were trained with --zero_terminal_snr and some without; evaluate them apart."
         )
@@ -168,7 +168,10 @@ def _subjects(
             identity = name if strengths == [1.0] else f"{name} at {strength:g}"
             subjects.append(Subject(identity, name, mine, Drawn(lora, float(strength))))
     for given in config.images:
-        ready = {slug: read_ready(given, concept, plans[slug]) for slug, concept in concepts.items()}
+        ready = {
+            slug: read_ready(given, concept, plans[slug], alone=len(concepts) == 1)
+            for slug, concept in concepts.items()
+        }
         name = next(iter(ready.values())).name
         if name == BASE or name in {subject.id for subject in subjects}:
             raise UsageError(f"--images {given}: the name {name} is taken; give another, as in mine={given}.")

@@ -142,7 +142,7 @@ class SetDistance:
         read = len(self.real_files) - len(broken)
         if read < FEWEST:
             raise UsageError(
-                f"--real {self.real}: {read} images can be read; {FEWEST} are needed. Name another folder."
+                f"--real_images {self.real}: {read} images can be read; {FEWEST} are needed. Name another folder."
             )
         note = f"against {read:,} real images of {self.real.name if self.real else ''}"
         if broken:
@@ -284,8 +284,8 @@ def _fetch(url: str) -> Path:
 def _images_of(folder: Path) -> list[Path]:
     """Image files of a folder and its subfolders, by name."""
     if not folder.is_dir():
-        raise UsageError(f"--real {folder} is no folder. Name one that holds real images.")
+        raise UsageError(f"--real_images {folder} is no folder. Name one that holds real images.")
     files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES)
     if len(files) < FEWEST:
-        raise UsageError(f"--real {folder} holds {len(files)} images; a distance needs {FEWEST} or more.")
+        raise UsageError(f"--real_images {folder} holds {len(files)} images; a distance needs {FEWEST} or more.")
     return files

@@ -223,6 +223,16 @@ def calibrate(folder: Path, model: FaceModel, reference: Reference, rate: float 
     return Calibration(threshold_at(alike, asked), asked, alike, folder.resolve().name, len(paths), faceless)
 
 
+def check_identity(
+    reference: Path, others: Path, embedder: str, weights: Path | None, false_accept_rate: float | None
+) -> None:
+    """Refuse, loading nothing, what make_identity could not make. Raises UsageError as it does."""
+    check_face_model(embedder, weights)
+    if false_accept_rate is not None and not 0 < false_accept_rate < 1:
+        raise UsageError(f"--false_accept_rate {false_accept_rate:g} is outside (0, 1): it is a share, e.g. 0.01.")
+    _check_apart(_images(reference, "--reference"), _images(others, "--others"))
+
+
 def make_identity(
     concept_name: str,
     reference: Path,
@@ -247,10 +257,7 @@ def make_identity(
         UsageError: an option that cannot be meant, checked before any model is loaded; see also read_reference.
         UnlearnError: the embedder's weights cannot be had.
     """
-    check_face_model(embedder, weights)
-    if false_accept_rate is not None and not 0 < false_accept_rate < 1:
-        raise UsageError(f"--false_accept_rate {false_accept_rate:g} is outside (0, 1): it is a share, e.g. 0.01.")
-    _check_apart(_images(reference, "--reference"), _images(others, "--others"))
+    check_identity(reference, others, embedder, weights, false_accept_rate)
     model = make_face_model(embedder, weights, device)
     person = read_reference(reference, model)
     return Identity(concept_name, model, person, calibrate(others, model, person, false_accept_rate))

@@ -159,19 +159,8 @@ class Nudity:
         return ", ".join(f"{CLASSES[n].lower().replace('_', ' ')} {scores[n]:.2f}" for n in seen) or "nothing exposed"
 
 
-def make_nudity(
-    preset: str = DEFAULT_PRESET, classes: Sequence[str] | None = None, threshold: float | None = None
-) -> Nudity:
-    """The question whether anybody is drawn nude.
-
-    Args:
-        preset: one of PRESETS.
-        classes: of CLASSES, instead of the preset's.
-        threshold: in [FLOOR, 1], instead of the preset's.
-
-    Raises:
-        UsageError: an option that cannot be meant, or NudeNet is not installed.
-    """
+def check_nudity(preset: str, classes: Sequence[str] | None, threshold: float | None) -> None:
+    """Refuse, loading nothing, what make_nudity could not make. Raises UsageError as it does."""
     if preset not in PRESETS:
         raise UsageError(
             f'--nudity_preset "{preset}" is unknown.{suggest(preset, PRESETS)} Choose one of {", ".join(PRESETS)}.'
@@ -191,6 +180,23 @@ def make_nudity(
         )
     if not find_spec("nudenet"):
         raise UsageError("The nudity metric needs NudeNet: pip install 'sd-unlearn[nudity]'.")
+
+
+def make_nudity(
+    preset: str = DEFAULT_PRESET, classes: Sequence[str] | None = None, threshold: float | None = None
+) -> Nudity:
+    """The question whether anybody is drawn nude.
+
+    Args:
+        preset: one of PRESETS.
+        classes: of CLASSES, instead of the preset's.
+        threshold: in [FLOOR, 1], instead of the preset's.
+
+    Raises:
+        UsageError: an option that cannot be meant, or NudeNet is not installed.
+    """
+    check_nudity(preset, classes, threshold)
+    given = PRESETS[preset]
     changed = [name for name, value in (("classes", classes), ("threshold", threshold)) if value is not None]
     source = f"{preset}: {given.source}" + (f"; own {' and '.join(changed)}" if changed else "")
     return Nudity(classes or given.classes, given.threshold if threshold is None else threshold, source)

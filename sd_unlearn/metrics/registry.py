@@ -126,6 +126,30 @@ def chosen(asking: Asking) -> list[str]:
     return [name for name in NAMES if name in names]
 
 
+def check(asking: Asking) -> None:
+    """Refuse what the metrics of a concept could not be made of, before pictures are drawn; loads no model.
+
+    Raises:
+        UsageError: as of chosen and of the metrics.
+    """
+    from sd_unlearn.metrics.identity import check_identity
+    from sd_unlearn.metrics.nudity import DEFAULT_PRESET, check_nudity
+
+    names, options = chosen(asking), asking.options
+    if "identity" in names and asking.reference is not None and options.others is not None:
+        check_identity(
+            asking.reference, options.others, options.face_model, options.face_weights, options.false_accept_rate
+        )
+    if "nudity" in names:
+        check_nudity(options.nudity_preset or DEFAULT_PRESET, options.nudity_classes or None, options.nudity_threshold)
+    for option, path, there in (
+        ("inception_weights", options.inception_weights, Path.is_file),
+        ("real_images", options.real_images, Path.is_dir),
+    ):
+        if path is not None and not there(path):
+            raise UsageError(f"--{option} {path} does not exist.")
+
+
 def _check_given(asking: Asking) -> None:
     if "identity" in asking.options.metrics and (asking.reference is None or asking.options.others is None):
         missing = "--reference" if asking.reference is None else "--others"
@@ -165,3 +189,14 @@ def cards_of(questions: Sequence[Question | PairQuestion]) -> list[dict[str, Any
 
     cards = {question.name: as_json(question.card()) for question in questions}
     return list(cards.values())
+
+
+def merged(cards: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One card a detector; what differs between the concepts it was asked of, as a classifier's label, side by side."""
+    found: dict[str, dict[str, Any]] = {}
+    for card in cards:
+        known = found.setdefault(card["detector"], {**card, "extra": {}})
+        for key, text in card["extra"].items():
+            said = known["extra"].get(key)
+            known["extra"][key] = text if said in (None, text) else "; ".join(dict.fromkeys([*said.split("; "), text]))
+    return list(found.values())

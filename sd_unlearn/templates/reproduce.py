@@ -11,8 +11,14 @@ from sd_unlearn.concept import Concept
 
 
 def commands(folder: Path, about: dict[str, Any], concept: Concept | None) -> list[str]:
-    """The commands that make this run again, from its own config and with as many pictures. about: results.view."""
-    config, again = folder / records.CONFIG, _again(folder)
+    """The commands that make this run again, from its own config and as its evaluation was asked. about: results.view.
+
+    An evaluation that does not say what it was asked is repeated with as many pictures.
+    """
+    config, asking, again = folder / records.CONFIG, folder / records.EVALUATION, _again(folder)
+    place = _quoted(again)
+    if asking.is_file() and not config.is_file():
+        return commands_of_many(folder)
     target = again if config.is_file() else folder
     train = f"sd-unlearn train --config {_quoted(config)} --output_dir {_quoted(again)}"
     counts = {(r["metric"], r["group"]): r["n"] for r in about["rows"]}
@@ -22,6 +28,8 @@ def commands(folder: Path, about: dict[str, Any], concept: Concept | None) -> li
     if kept and prompts and kept % prompts == 0:
         evaluate += f" --num_keep_images {kept // prompts}"
     evaluate += f" --seed {_first(about['seeds'].get('seeds'))}"
+    if asking.is_file():
+        evaluate = f"sd-unlearn evaluate --config {_quoted(asking)} --run {place} --output_dir {place}"
     return [*([train] if config.is_file() else []), evaluate, f"sd-unlearn report --run {_quoted(target)}"]
 
 
