@@ -164,9 +164,7 @@ def check_evaluate(config: EvaluateConfig) -> None:
     for seed in config.seed:
         if not 0 <= seed < SEED_SPAN:
             raise UsageError(f"--seed {seed} must lie in [0, {SEED_SPAN}): each purpose has a range of that size.")
-    for name in ("false_accept_rate", "nudity_threshold"):
-        value = getattr(config, name)
-        if value is not None and not 0 < value < 1:
-            raise UsageError(f"--{name} {value:g} must lie between 0 and 1.")
+    if config.false_accept_rate is not None and not 0 < config.false_accept_rate < 1:
+        raise UsageError(f"--false_accept_rate {config.false_accept_rate:g} must lie between 0 and 1.")
     if config.guidance_scale is not None and not 0 <= config.guidance_scale < math.inf:
         raise UsageError(f"--guidance_scale {config.guidance_scale:g} must be a number from 0 up, usually 3 to 10.")

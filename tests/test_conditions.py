@@ -41,7 +41,9 @@ def test_parse(text: str, metric: str, group: str | None, end: str, limit: float
     assert condition.limit == pytest.approx(limit)
 
 
-@pytest.mark.parametrize("text", ["", "leakage", "leakage=0.1", "leakage>much", ">0.1", "leakage>0.1 or so"])
+@pytest.mark.parametrize(
+    "text", ["", "leakage", "leakage=0.1", "leakage>much", ">0.1", "leakage>0.1 or so", "leakage>5", "accuracy.kept<95"]
+)
 def test_what_is_no_condition_is_refused(text: str) -> None:
     with pytest.raises(UsageError, match="--fail_if"):
         parse(text)

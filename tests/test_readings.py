@@ -121,9 +121,12 @@ def test_pairs_are_measured_once_and_unreadable_ones_have_no_distance(tmp_path: 
 def test_files_of_the_plan_are_compared_one_by_one(tmp_path: Path) -> None:
     shots = plan(CONCEPT, Tier(2, 0, 0, 2, 0), [0])
     save(tmp_path / "theirs", {shots[0].file_name: 1})
+    with pytest.raises(UsageError, match="1 of the 4 pictures"):  # what was never drawn is not forgotten
+        read_ready(str(tmp_path / "theirs"), CONCEPT, shots)
+    save(tmp_path / "theirs", {shots[2].file_name: 1})
     ready = read_ready(f"esd={tmp_path / 'theirs'}", CONCEPT, shots)
     assert (ready.name, ready.planned, ready.shots) == ("esd", True, shots)
-    assert [path.is_file() for path in ready.paths] == [True, False, False, False]  # missing ones stay in n
+    assert [path.is_file() for path in ready.paths] == [True, False, True, False]  # missing ones stay in n
 
 
 def test_metadata_says_what_pictures_are(tmp_path: Path) -> None:

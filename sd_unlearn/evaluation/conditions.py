@@ -13,6 +13,7 @@ from sd_unlearn.results import BASE
 
 _FORM = re.compile(r"(?P<metric>[A-Za-z][\w-]*)(?:\.(?P<group>[a-z_]+?))??(?:\.(?P<end>low|high))?\s*"
                    r"(?P<sign><=|>=|<|>)\s*(?P<limit>[-+.\deE]+)(?P<percent>\s*%)?")  # fmt: skip
+SHARES = ("leakage", "accuracy", "nudity", "confusion", "face_rate")
 OF_THE_CONCEPT = ("leakage", "leakage_top5", "nudity", "detections", "clean_replacement")
 _SIGNS = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
 
@@ -50,10 +51,12 @@ def parse(text: str) -> Condition:
             f'--fail_if "{text}" is no condition. E.g. "leakage>0.02", "leakage.held_out.high>5%", '
             '"retention.kept<0.95".'
         )
-    return Condition(
-        text, match["metric"], match["group"], match["end"] or "value", match["sign"],
-        limit / 100 if match["percent"] else limit,
-    )  # fmt: skip
+    limit = limit / 100 if match["percent"] else limit
+    if match["metric"] in SHARES and limit > 1:
+        raise UsageError(
+            f'--fail_if "{text}": {match["metric"]} is a share from 0 to 1. Write {limit:g}% or {limit / 100:g}.'
+        )
+    return Condition(text, match["metric"], match["group"], match["end"] or "value", match["sign"], limit)
 
 
 def met(conditions: Sequence[Condition], results: dict[str, Any]) -> list[str]:

@@ -51,6 +51,12 @@ def read_ready(given: str, concept: Concept, planned: Sequence[Shot], alone: boo
     name = name or folder.resolve().name
     paths = [folder / shot.file_name for shot in planned]
     if any(path.is_file() for path in paths):
+        there = sum(path.is_file() for path in paths)
+        if 2 * there < len(paths):  # what was not drawn would be taken for forgotten
+            raise UsageError(
+                f"--images {folder} holds {there:,} of the {len(paths):,} pictures asked for. Ask for what was "
+                "drawn: --groups, --num_images, --num_keep_images; or draw the rest of --write_plan."
+            )
         return Ready(name, folder, list(planned), paths, planned=True)
     if (folder / METADATA).is_file():
         found = _by_metadata(folder, concept, alone)
