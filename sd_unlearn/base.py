@@ -167,6 +167,7 @@ def load_base(source: Source | str, precision: str = "no", device: Any = None) -
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()  # else a plain install is told of optional packages it does not need
     pipeline = load_pipeline(source, dtype)
     check_schedule(source.name, type(pipeline.scheduler).__name__)
     check_prediction(source, pipeline.scheduler.config.prediction_type)
