@@ -156,18 +156,20 @@ def load_base(source: Source | str, precision: str = "no", device: Any = None) -
         UnlearnError: the model cannot be had (no such id, no network, gated) or its weights are not what they should.
     """
     import torch
-    from diffusers import DDIMScheduler
-    from diffusers.utils import logging
     from transformers.utils import logging as transformers_logging
 
+    # Before diffusers is imported: else a plain install is told of optional packages that nothing here needs.
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    from diffusers import DDIMScheduler
+    from diffusers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     source = Source(source) if isinstance(source, str) else source
     check_source(source)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision, torch.float32)
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()  # else a plain install is told of optional packages it does not need
     pipeline = load_pipeline(source, dtype)
     check_schedule(source.name, type(pipeline.scheduler).__name__)
     check_prediction(source, pipeline.scheduler.config.prediction_type)
