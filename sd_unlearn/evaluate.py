@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from sd_unlearn import __version__
-from sd_unlearn.base import Base, check_recorded, choose_precision, load_base, sampling_of, use_zero_terminal_snr
+from sd_unlearn.base import Base, check_recorded, choose_precision, load_base, use_zero_terminal_snr
 from sd_unlearn.checks import as_dict
 from sd_unlearn.concept import Concept
 from sd_unlearn.errors import UnlearnError
@@ -25,7 +25,7 @@ from sd_unlearn.evaluation.plan import GROUPS, prompts_of, write_plan
 from sd_unlearn.evaluation.task import Task, asking_of, prepare
 from sd_unlearn.metrics.registry import cards_of, make_questions, merged
 from sd_unlearn.records import EVALUATE_SEEDS, EVALUATION, RESULTS, write_json, write_text
-from sd_unlearn.render import Sampler
+from sd_unlearn.render import sampler_of
 from sd_unlearn.results import BASE, SCHEMA_VERSION, as_json
 
 
@@ -68,12 +68,8 @@ def check_conditions(config: EvaluateConfig, results: dict[str, Any]) -> None:
 
 
 def _gallery(task: Task, loaded: list[Base]) -> Gallery:
-    config, usual = task.config, sampling_of(task.source.name)
-    sampler = Sampler(
-        config.num_inference_steps or usual.steps,
-        usual.guidance_scale if config.guidance_scale is None else config.guidance_scale,
-        config.render_batch_size or usual.batch_size, config.resolution,
-    )  # fmt: skip
+    config = task.config
+    sampler = sampler_of(config, task.source.name)
     record = None if task.base_named else next((lora.training["base"] for lora in task.loras if lora.is_run), None)
     setting, precision = "-zero-snr" * task.zero_terminal_snr, config.mixed_precision
     setting += f"-{precision}" * (precision != "no")

@@ -7,6 +7,7 @@ batched matrix product depends on the batch it is in: so an interrupted run ends
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import sys
 import time
@@ -25,6 +26,7 @@ from sd_unlearn.checks import check_render
 from sd_unlearn.concept import Concept, expand, load_concept
 from sd_unlearn.config import RenderConfig
 from sd_unlearn.errors import UnlearnError, UsageError
+from sd_unlearn.evaluate_config import Drawing
 from sd_unlearn.records import (
     DATA_MANIFEST,
     METADATA,
@@ -144,7 +146,7 @@ def data_dir_of(config: RenderConfig, concept: Concept) -> Path:
     return config.data_dir or Path("data") / concept.slug
 
 
-def sampler_of(config: RenderConfig, name: str) -> Sampler:
+def sampler_of(config: RenderConfig | Drawing, name: str) -> Sampler:
     """How a base's images are drawn: the options, else what is usual for that base."""
     usual = sampling_of(name)
     return Sampler(
@@ -199,7 +201,7 @@ def render_concept(concept: Concept, config: RenderConfig, name: str, get_base: 
         drawn = draw_missing(load, requests, sampler, f"render {concept.slug}")
     except OSError as error:
         raise UnlearnError(f"--data_dir {folder} cannot be written: {error.strerror}.") from error
-    _wait_for(requests)
+    wait_for(requests)
     if int(os.environ.get("RANK", 0)) == 0:
         for sub, rs in records.items():
             write_jsonl(folder / sub / METADATA, rs)
@@ -253,8 +255,18 @@ def _complete(folder: Path) -> bool:
     return True
 
 
-def _wait_for(requests: Sequence[ImageRequest]) -> None:
-    """Wait until the other processes have drawn their shares."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        while not all(r.path.is_file() for r in requests):
-            time.sleep(0.5)
+def wait_for(requests: Sequence[ImageRequest], patience: float = math.inf) -> None:
+    """Wait until the other processes have drawn their shares.
+
+    Raises:
+        UnlearnError: none came for `patience` seconds.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) < 2:
+        return
+    missing, since = len(requests) + 1, time.monotonic()
+    while left := sum(not request.path.is_file() for request in requests):
+        if left < missing:
+            missing, since = left, time.monotonic()
+        if time.monotonic() - since > patience:
+            raise UnlearnError(f"{left} images are still missing; another process must have stopped. Start again.")
+        time.sleep(0.5)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 
 import numpy as np
 import pytest
+from metric_tools import build_clip
 from PIL import Image
 
 from sd_unlearn.concept import Concept, Prompt
@@ -133,16 +133,8 @@ def test_zero_shot_closed_form() -> None:
 @pytest.fixture(scope="session")
 def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A CLIP of random weights that open_clip builds from a file."""
-    open_clip = pytest.importorskip("open_clip")
-    folder = tmp_path_factory.mktemp("clip")
-    settings = {
-        "embed_dim": 16,
-        "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 8},
-        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
-    }
-    (folder / "tiny-clip.json").write_text(json.dumps(settings))
-    open_clip.add_model_config(folder)
-    return "tiny-clip"
+    pytest.importorskip("open_clip")
+    return build_clip(tmp_path_factory.mktemp("clip"))
 
 
 @pytest.fixture

@@ -6,9 +6,6 @@ are drawn once for all LoRAs, a second evaluation draws what is missing, and an 
 
 from __future__ import annotations
 
-import os
-import sys
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -19,7 +16,7 @@ from sd_unlearn.base import Base
 from sd_unlearn.evaluation.plan import Shot
 from sd_unlearn.evaluation.subjects import Lora
 from sd_unlearn.records import slugify
-from sd_unlearn.render import ImageRequest, Sampler, draw_missing
+from sd_unlearn.render import ImageRequest, Sampler, draw_missing, wait_for
 
 
 @dataclass(frozen=True)
@@ -65,30 +62,13 @@ class Gallery:
         ordered = sorted(unique.values(), key=lambda shot: shot.prompt.text)
         requests = [ImageRequest(self.folder(drawn) / s.file_name, s.prompt.text, s.seed) for s in ordered]
         with ExitStack() as stack:
-            attached: list[Base] = []
 
             def loaded() -> Base:
-                if not attached:
-                    base = get_base()
-                    if drawn.lora is not None and drawn.strength != 0:
-                        stack.enter_context(drawn.lora.on(base, drawn.strength))
-                    attached.append(base)
-                return attached[0]
+                base = get_base()
+                if drawn.lora is not None and drawn.strength != 0:
+                    stack.enter_context(drawn.lora.on(base, drawn.strength))
+                return base
 
             count = draw_missing(loaded, requests, self.sampler, title)
-        wait_for(requests)
+        wait_for(requests, patience=3600)
         return count
-
-
-def wait_for(requests: Sequence[ImageRequest], patience: float = 3600) -> None:
-    """Wait until the other processes have drawn their shares; gives up after `patience` seconds without a new one."""
-    if int(os.environ.get("WORLD_SIZE", 1)) < 2:
-        return
-    missing, since = len(requests) + 1, time.monotonic()
-    while left := sum(not request.path.is_file() for request in requests):
-        if left < missing:
-            missing, since = left, time.monotonic()
-        if time.monotonic() - since > patience:
-            print(f"{left} pictures are still missing; another process must have stopped.", file=sys.stderr)
-            raise SystemExit(1)
-        time.sleep(0.5)

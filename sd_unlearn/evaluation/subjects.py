@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,7 +11,7 @@ from typing import Any
 from sd_unlearn.base import Base
 from sd_unlearn.concept import Concept, available, read_concept
 from sd_unlearn.errors import UnlearnError, UsageError, suggest
-from sd_unlearn.records import CONCEPT, TRAINING, read_json, slugify, weights_sha256
+from sd_unlearn.records import CONCEPT, TRAINING, file_sha256, read_json, slugify, weights_sha256
 
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 _ADAPTER = "judged"
@@ -130,12 +129,8 @@ def _of_file(file: Path, name: str, option: str) -> Lora:
         raise UsageError(f"{option} {file} is damaged or no safetensors file ({error}).") from None
     if not any("lora" in key.lower() for key in keys):
         raise UsageError(f"{option} {file} holds no LoRA: none of its {len(keys)} weights is named so.")
-    digest = hashlib.sha256()
-    with file.open("rb") as data:
-        while block := data.read(1 << 24):
-            digest.update(block)
     forgets = available().get(slugify(header.get("sd_unlearn.concept", "")))
-    return Lora(name, file, digest.hexdigest(), read_concept(forgets) if forgets else None, {}, header)
+    return Lora(name, file, file_sha256(file), read_concept(forgets) if forgets else None, {}, header)
 
 
 def _file_in(folder: Path, option: str) -> Path:
