@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from sd_unlearn.errors import UsageError, suggest
+from sd_unlearn.train_config import Reduction
 
 Size = Literal["paper", "tiny"]
 Sampler = Literal["ddpm", "ddim"]
@@ -51,6 +52,7 @@ class Recipe:
     num_images: int  # drawn, for the rate and the distance
     lr_warmup_steps: int = 500
     ema_decay: float | None = None
+    reduction: Reduction = "sum"
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,10 @@ class Experiment:
     base: str | None = None  # the hub id of a DDPM to fine-tune; None: from scratch
     of_paper: bool = True
 
+    def side_of(self, size: Size) -> int:
+        """Of the images it is trained on, in pixels."""
+        return TINY_SIDE if size == "tiny" else self.side
+
     @property
     def sizes(self) -> tuple[Size, ...]:
         """The presets it can run at; what is fine-tuned has the size of its base."""
@@ -78,6 +84,7 @@ class Experiment:
         return "paper" if self.of_paper else "tiny"
 
 
+TINY_SIDE = 16  # pixels; MNIST's digits are cut to the middle 24 of 28 first
 # T = 1,000 everywhere. From scratch the paper samples by DDPM in all 1,000 steps, fine-tuned by DDIM in 50.
 _SCRATCH = Recipe(128, 100, 1e-4, "ddpm", 1000, 10_000)
 _STL10 = Recipe(32, 100, 1e-4, "ddpm", 1000, 10_000)

@@ -1,0 +1,173 @@
+"""`paper run`: one model trained, drawn from and judged -> <output_dir>/<experiment>/<variant>/results.json.
+
+The stages meet on disk, so a run that was killed goes on where it was, and one that is finished is not done again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate import PartialState
+
+from sd_unlearn import __version__
+from sd_unlearn.errors import UsageError
+from sd_unlearn.paper import judging
+from sd_unlearn.paper.classifier import Classifier, load_or_train
+from sd_unlearn.paper.datasets import load_dataset
+from sd_unlearn.paper.experiments import CLASSES, Experiment, find_experiment
+from sd_unlearn.paper.network import PIPELINE_DIR, load_network
+from sd_unlearn.paper.options import RunOptions
+from sd_unlearn.paper.sampling import SAMPLES, as_pictures, draw_all, make_sampler
+from sd_unlearn.paper.settings import Settings, plain_settings, resolve, variant_of
+from sd_unlearn.paper.split import split
+from sd_unlearn.paper.training import Run, train
+from sd_unlearn.provenance import PACKAGES, commit
+from sd_unlearn.records import CONFIG, RESULTS, TRAINING, check_writable, file_sha256, read_json, write_json, write_text
+
+SHEET = "samples.png"
+CLASSIFIERS = "classifiers"  # beside the runs: all runs of a dataset share one
+WEIGHTS = f"{PIPELINE_DIR}/unet/diffusion_pytorch_model.safetensors"
+
+
+def run(name: str, options: RunOptions) -> Path:
+    """Do what is missing of one run. Returns its folder, which then holds results.json.
+
+    Raises:
+        UsageError, UnlearnError: what is wrong, checked before anything heavy loads wherever that is possible.
+        Interrupted: Ctrl-C while training; a checkpoint was saved.
+    """
+    experiment = find_experiment(name)
+    settings, counts, size = resolve(experiment, options)
+    folder = folder_of(experiment, options)
+    check_writable(folder, "--output_dir")
+    told = {"experiment": name, "size": size, "seed": options.seed, **_plain(settings)}
+    check_same(folder, told, options.overwrite)
+    if (folder / RESULTS).is_file() and not options.overwrite:
+        print(f"{folder} is finished; --overwrite starts over.", file=sys.stderr)
+        return folder
+    data = load_dataset(experiment.dataset, options.data_root)
+    names = CLASSES[experiment.dataset]
+    normal, sensitive, missing = (
+        [names.index(n) for n in group] for group in (experiment.normal, experiment.sensitive, settings.missing)
+    )
+    images = split(data.labels, normal, sensitive, counts, options.seed, missing, settings.num_negative)
+    state = PartialState(cpu=not torch.cuda.is_available())
+    if state.is_main_process:
+        if options.overwrite:
+            shutil.rmtree(folder, ignore_errors=True)
+        write_text(folder / CONFIG, yaml.safe_dump(told, sort_keys=False))
+    state.wait_for_everyone()
+    job = Run(experiment, settings, size, options.seed, data, images, folder, options.checkpointing_steps)
+    cost = _train(job)
+    if state.is_main_process:
+        pixels, seconds = _draw(job, options.sample_batch_size, state.device)
+        classifier = load_or_train(data, job.side, size, folder.parent.parent / CLASSIFIERS, state.device)
+        rows = _judge(job, pixels, classifier, normal, options, state.device)
+        _record(job, told, cost | {"sampling_seconds": seconds}, classifier, rows)
+    state.wait_for_everyone()
+    return folder
+
+
+def folder_of(experiment: Experiment, options: RunOptions) -> Path:
+    """Where a run of these options lies; the same for the same settings.
+
+    Raises:
+        UsageError: as resolve.
+    """
+    settings, _, size = resolve(experiment, options)
+    variant = variant_of(settings, plain_settings(experiment, settings, size), size, options.seed)
+    return options.output_dir / experiment.name / variant
+
+
+def check_same(folder: Path, told: dict[str, Any], overwrite: bool) -> None:
+    """Refuse a folder of another run or of something else.
+
+    Raises:
+        UsageError
+    """
+    if overwrite or not folder.is_dir() or not any(folder.iterdir()):
+        return
+    config = folder / CONFIG
+    if not config.is_file():
+        raise UsageError(f"--output_dir: {folder} holds files that are no run of `paper`; name another place.")
+    before = yaml.safe_load(config.read_text(encoding="utf-8"))
+    changed = [key for key in told if before.get(key) != told[key]]
+    if changed:
+        key = changed[0]
+        raise UsageError(
+            f"{folder} holds a run with {key} {before.get(key)}, and this one has {told[key]}. Name another "
+            "--output_dir, or add --overwrite to start over."
+        )
+
+
+def _train(job: Run) -> dict[str, Any]:
+    """The cost of the training, which is done unless it is finished."""
+    record = job.folder / TRAINING
+    if not record.is_file():
+        counts = f"{job.split.unlabeled} unlabeled and {len(job.split.positive)} labeled sensitive images"
+        print(f"{job.folder}: {job.settings.max_train_steps} steps on {counts}.", file=sys.stderr)
+        cost = train(job)
+        if PartialState().is_main_process:
+            write_json(record, cost)
+            shutil.rmtree(job.folder / "checkpoints", ignore_errors=True)  # large, and nobody goes on from here
+        PartialState().wait_for_everyone()
+    return dict(read_json(record))
+
+
+def _draw(job: Run, batch_size: int, device: torch.device) -> tuple[Any, float]:
+    """(pictures [n, side, side, C] uint8, seconds); nothing is loaded where they are drawn already."""
+    settings, timing = job.settings, job.folder / "sampling.json"
+    started = time.monotonic()
+    if not (job.folder / SAMPLES).is_file():
+        unet, schedule = load_network(str(job.folder / PIPELINE_DIR), job.side, job.experiment.channels)
+        sampler = make_sampler(settings.sampler, schedule, settings.num_inference_steps)
+        draw_all(
+            unet.eval().to(device), sampler, job.folder, settings.num_images, job.seed, batch_size, settings.conditions
+        )
+        write_json(timing, {"seconds": round(time.monotonic() - started, 1)})
+    seconds = read_json(timing)["seconds"] if timing.is_file() else None
+    return draw_all(None, None, job.folder, settings.num_images, job.seed, batch_size), seconds
+
+
+def _judge(
+    job: Run, pixels: Any, classifier: Classifier, normal: list[int], options: RunOptions, device: torch.device
+) -> list[Any]:
+    """What the classifier and the features say of the pictures; also the contact sheet."""
+    fidelity = judging.fidelity_of(job.experiment.dataset, options.inception_weights, device)
+    pictures = as_pictures(pixels)
+    rows, sensitive = judging.judge(pictures, job.data, normal, classifier, fidelity, device)
+    temporary = job.folder / f".{SHEET}"
+    judging.picture_grid(pictures[:200], sensitive[:200]).save(temporary, "PNG")
+    temporary.replace(job.folder / SHEET)
+    return rows
+
+
+def _record(job: Run, told: dict[str, Any], cost: dict[str, Any], classifier: Classifier, rows: list[Any]) -> None:
+    """results.json, the last file of a run."""
+    images = job.split
+    record = {
+        "schema_version": 1, "kind": "paper", "experiment": job.experiment.name, "size": job.size, "seed": job.seed,
+        "settings": _plain(job.settings) | ({"betas": cost["betas"]} if cost.get("betas") else {}),
+        "counts": {"normal": len(images.normal), "mixed_in": len(images.mixed_in),
+                   "positive": len(images.positive), "negative": len(images.negative)},
+        "classifier": {"name": classifier.name, "sha256": classifier.sha256, "accuracy": classifier.accuracy,
+                       "n": classifier.n},
+        "rows": [dataclasses.asdict(row) for row in rows], "cost": {k: v for k, v in cost.items() if k != "betas"},
+        "data_sha256": job.data.sha256, "weights_sha256": file_sha256(job.folder / WEIGHTS),
+        "version": __version__, "versions": {p: version(p) for p in PACKAGES}, "commit": commit(),
+        "created": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()),
+    }  # fmt: skip
+    write_json(job.folder / RESULTS, record)
+
+
+def _plain(settings: Settings) -> dict[str, Any]:
+    """The settings as JSON has them."""
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(settings).items()}
