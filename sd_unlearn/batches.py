@@ -28,8 +28,8 @@ PLAIN = -1  # the `bracket` of an example that belongs to no caption's bracket
 class Batch:
     """What one forward pass sees: a part of a step's whole batch. Examples with a slot share timestep and noise."""
 
-    latents: Tensor  # [B, 4, H/8, W/8], scaled
-    text: Tensor  # [B, tokens, width]
+    latents: Tensor  # [B, 4, H/8, W/8], scaled; of a DDPM the images, [B, C, H, W] in [-1, 1]
+    text: Tensor  # [B, tokens, width], or what else Denoiser.predict takes
     teacher_text: Tensor  # as text: the caption each image was drawn from, under which the frozen base predicts
     label: Tensor  # [B] long: the number of a positive's set, from 0; UNLABELED, or NORMAL if known to be
     bracket: Tensor  # [B] long, index of the caption's bracket, PLAIN for keep images
@@ -100,9 +100,9 @@ class Layout:
     ) -> Layout:
         """Of a batch a quarter positives and 35 % unlabeled, shared out over the brackets, the rest keep images.
 
-        Without keep images the rest is unlabeled. Sets share the positives out, and negatives get half of the unlabeled
-        images' share. Every bracket has at least one image of each kind in each of the parts that the batch will be
-        cut into.
+        Without keep images the rest is unlabeled, without positives their quarter. Sets share the positives out, and
+        negatives get half of the unlabeled images' share. Every bracket has at least one image of each kind in each of
+        the parts that the batch will be cut into.
 
         Raises:
             UsageError: a batch too small for that.
@@ -113,8 +113,9 @@ class Layout:
                 f"--train_batch_size {batch_size // parts} is too small: brackets ({brackets}, by --caption_mode) "
                 f"times kinds of images in each ({kinds}) are {brackets * kinds}, the least for a micro-batch."
             )
-        positive = max(parts, int(0.25 * batch_size / brackets / sets))
-        unlabeled = int(0.35 * batch_size / brackets) if has_keep else batch_size // brackets - sets * positive
+        positive = max(parts, int(0.25 * batch_size / brackets / sets)) if sets else 0
+        usual = int((0.35 if sets else 0.6) * batch_size / brackets)
+        unlabeled = usual if has_keep else batch_size // brackets - sets * positive
         negative = max(parts, unlabeled // 2) if negatives else 0
         unlabeled = max(parts, unlabeled - negative)
         layout = cls(positive, unlabeled, 0, negative, sets)
@@ -163,10 +164,10 @@ class Row:
 class StratifiedBatches:
     """Endless steps, each a list of this process's micro-batches; mode: see captions_of_brackets.
 
-    batch_size is the whole step's. share_timesteps gives positives the timesteps and noise of unlabeled images, which
-    takes most of the noise out of the bracket's sign. timestep_bias is for the brackets: what must stay must stay at
-    every timestep. unconditional is the share of keep rows without a caption. noise_offset (>= 0) is the deviation of
-    noise that is constant over each channel, added to the other.
+    There may be no positives and no keep images. batch_size is the whole step's. share_timesteps gives positives the
+    timesteps and noise of unlabeled images, which takes most of the noise out of the bracket's sign. timestep_bias is
+    for the brackets: what must stay must stay at every timestep. unconditional is the share of keep rows without a
+    caption. noise_offset (>= 0) is the deviation of noise that is constant over each channel, added to the other.
     """
 
     def __init__(
@@ -181,10 +182,10 @@ class StratifiedBatches:
         self.examples, (self.mean, self.std), self.embeddings = examples, latents, captions
         self.brackets = captions_of_brackets(concept, mode)
         sets = members_of_sets(examples)
-        self.positives = ["positive", *(f"positive {k}" for k in range(1, len(sets)))]
+        self.positives = ["positive", *(f"positive {k}" for k in range(1, len(sets)))][: len(sets)]
         outside = ("positive", "negative", "keep")
         self.pools = {  # their order seeds their cycles
-            "positive": sets[0],
+            "positive": sets.get(0, []),
             "unlabeled": [i for i, e in enumerate(examples) if e.group not in outside],
             "keep": [i for i, e in enumerate(examples) if e.group == "keep"],
             "any": list(range(len(examples))),
@@ -265,8 +266,7 @@ class StratifiedBatches:
         noise = torch.randn((len(timesteps), *mean.shape[1:]), generator=self.generator)
         if self.noise_offset > 0:  # no draw without it: a run's noise is then what it is without the option
             noise += self.noise_offset * torch.randn((*noise.shape[:2], 1, 1), generator=self.generator)
-        noise = noise[slot]
-        timesteps = timesteps[slot]
+        noise, timesteps = noise[slot], timesteps[slot]
         batches = []
         for part in self.mine:
             here = [n for n, row in enumerate(rows) if row.order % self.parts == part]
