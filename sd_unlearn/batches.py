@@ -164,10 +164,11 @@ class Row:
 class StratifiedBatches:
     """Endless steps, each a list of this process's micro-batches; mode: see captions_of_brackets.
 
-    There may be no positives and no keep images. batch_size is the whole step's. share_timesteps gives positives the
-    timesteps and noise of unlabeled images, which takes most of the noise out of the bracket's sign. timestep_bias is
-    for the brackets: what must stay must stay at every timestep. unconditional is the share of keep rows without a
-    caption. noise_offset (>= 0) is the deviation of noise that is constant over each channel, added to the other.
+    There may be no positives and no keep images. batch_size is the whole step's, layout how it is shared out, if not
+    as usual. share_timesteps gives positives the timesteps and noise of unlabeled images, which takes most of the noise
+    out of the bracket's sign. timestep_bias is for the brackets: what must stay must stay at every timestep.
+    unconditional is the share of keep rows without a caption. noise_offset (>= 0) is the deviation of noise that is
+    constant over each channel, added to the other.
     """
 
     def __init__(
@@ -175,7 +176,7 @@ class StratifiedBatches:
         concept: Concept, mode: CaptionMode, batch_size: int, num_train_timesteps: int, seed: int, *,
         rank: int = 0, world: int = 1, micro_batches: int = 1, device: torch.device | str = "cpu",
         teacher: bool = False, timestep_bias: float = 0.0, share_timesteps: bool = True,
-        unconditional: float = 0.25, noise_offset: float = 0.0,
+        unconditional: float = 0.25, noise_offset: float = 0.0, layout: Layout | None = None,
     ) -> None:  # fmt: skip
         self.teacher, self.timestep_bias, self.share_timesteps = teacher, timestep_bias, share_timesteps
         self.unconditional, self.noise_offset = unconditional, noise_offset
@@ -195,7 +196,8 @@ class StratifiedBatches:
         self.parts, self.mine = world * micro_batches, [micro * world + rank for micro in range(micro_batches)]
         has_keep = bool(self.pools["keep"]) or teacher
         negatives = bool(self.pools["negative"])
-        self.layout = Layout.of(batch_size, len(self.brackets), has_keep, self.parts, len(sets), negatives)
+        usual = (batch_size, len(self.brackets), has_keep, self.parts, len(sets), negatives)
+        self.layout = layout or Layout.of(*usual)
         self.num_train_timesteps, self.device = num_train_timesteps, device
         self.generator = torch.Generator().manual_seed(seed)
         self.cycles = {

@@ -112,8 +112,9 @@ def _train(job: Run) -> dict[str, Any]:
     """The cost of the training, which is done unless it is finished."""
     record = job.folder / TRAINING
     if not record.is_file():
-        counts = f"{job.split.unlabeled} unlabeled and {len(job.split.positive)} labeled sensitive images"
-        print(f"{job.folder}: {job.settings.max_train_steps} steps on {counts}.", file=sys.stderr)
+        unlabeled, labeled = job.counts["normal"] + job.counts["mixed_in"], job.counts["positive"]
+        images = f"{unlabeled:,} unlabeled and {labeled:,} labeled sensitive images"
+        print(f"{job.folder}: {job.settings.max_train_steps:,} steps on {images}.", file=sys.stderr)
         cost = train(job)
         if PartialState().is_main_process:
             write_json(record, cost)
@@ -152,12 +153,10 @@ def _judge(
 
 def _record(job: Run, told: dict[str, Any], cost: dict[str, Any], classifier: Classifier, rows: list[Any]) -> None:
     """results.json, the last file of a run."""
-    images = job.split
     record = {
         "schema_version": 1, "kind": "paper", "experiment": job.experiment.name, "size": job.size, "seed": job.seed,
         "settings": _plain(job.settings) | ({"betas": cost["betas"]} if cost.get("betas") else {}),
-        "counts": {"normal": len(images.normal), "mixed_in": len(images.mixed_in),
-                   "positive": len(images.positive), "negative": len(images.negative)},
+        "counts": job.counts,
         "classifier": {"name": classifier.name, "sha256": classifier.sha256, "accuracy": classifier.accuracy,
                        "n": classifier.n},
         "rows": [dataclasses.asdict(row) for row in rows], "cost": {k: v for k, v in cost.items() if k != "betas"},

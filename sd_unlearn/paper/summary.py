@@ -33,7 +33,7 @@ def listed(as_json: bool) -> str:
         return json.dumps([dataclasses.asdict(e) for e in EXPERIMENTS.values()], indent=2)
     blocks = [_block(e) for e in EXPERIMENTS.values()]
     blocks.append(
-        f"{SD_BRAD_PITT}\n  Stable Diffusion 1.4, Brad Pitt hidden among middle aged men: 64 + 16 unlabeled, 20 labeled\n"
+        f"{SD_BRAD_PITT}\n  Stable Diffusion 1.4, Brad Pitt among middle aged men: 64 + 16 unlabeled, 20 labeled\n"
         "  7,000 steps of 16, lr 1e-05; the whole UNet as in the paper, or --method lora"
     )
     return "\n\n".join(blocks)
@@ -45,7 +45,7 @@ def _block(e: Experiment) -> str:
     lines = [
         f"{e.name}" + ("" if e.of_paper else "  (not the paper's: needs no network, runs at --size tiny by default)"),
         f"  normal {', '.join(e.normal)}; sensitive {', '.join(e.sensitive)}",
-        f"  {counts.normal:,} + {counts.mixed_in:,} unlabeled, {counts.positive:,} labeled sensitive, {e.side} pixels, {start}",
+        f"  {counts.normal:,} + {counts.mixed_in:,} unlabeled, {counts.positive:,} labeled; {e.side} pixels, {start}",
         f"  {_recipe(e.recipe)}",
     ]
     return "\n".join(lines)
@@ -53,6 +53,6 @@ def _block(e: Experiment) -> str:
 
 def _recipe(r: Recipe) -> str:
     return (
-        f"{r.epochs} epochs of batches of {r.train_batch_size}, lr {r.learning_rate:g}, {r.lr_warmup_steps} warm-up steps; "
+        f"{r.epochs} epochs, batch {r.train_batch_size}, lr {r.learning_rate:g}, {r.lr_warmup_steps} warm-up steps; "
         f"{r.num_images:,} pictures by {r.sampler.upper()} in {r.num_inference_steps:,} steps"
     )

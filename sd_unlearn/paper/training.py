@@ -49,6 +49,11 @@ class Run:
     def side(self) -> int:
         return self.experiment.side_of(self.size)
 
+    @property
+    def counts(self) -> dict[str, int]:
+        """Images of each kind: normal, mixed_in, positive, negative."""
+        return {field.name: len(getattr(self.split, field.name)) for field in dataclasses.fields(self.split)}
+
     def conditions(self, labels: Sequence[int]) -> list[int]:
         """What the network is told of images with these labels: a digit's pair, which holds a normal and a sensitive
         one; 0 where it is told nothing."""
@@ -137,7 +142,7 @@ def identity_of(run: Run, processes: int) -> dict[str, Any]:
     drawn = ("sampler", "num_inference_steps", "num_images")
     told = {f"--{k}": v for k, v in dataclasses.asdict(run.settings).items() if k not in drawn}
     told["--missing"] = list(run.settings.missing)
-    data = {"data": run.data.sha256, "counts": run.split.counts}
+    data = {"data": run.data.sha256, "counts": run.counts}
     return {
         "experiment": run.experiment.name,
         "--size": run.size,
