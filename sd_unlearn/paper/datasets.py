@@ -27,7 +27,8 @@ from sd_unlearn.errors import UnlearnError, UsageError
 from sd_unlearn.paper.experiments import CLASSES, Dataset
 from sd_unlearn.records import IMAGE_SUFFIXES
 
-PADDED_SIDE = 32  # MNIST's 28x28 pixels get a black border of two, so that a digit keeps its pixels
+PADDED_SIDE = 32  # MNIST's 28x28 pixels get a black border of two, so that a digit keeps its pixels,
+MARGIN = 2  # and lose as much before they are made smaller: digits lie in the middle
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class ImageData:
     def pixels(self, indices: Sequence[int] | NDArray[np.int64], side: int) -> Tensor:
         """[n, channels, side, side] in [-1, 1]: scaled and centre-cropped to a square.
 
-        Digits of 28x28 pixels are not scaled to 32 but get a border of -1.
+        Digits of 28x28 pixels are not scaled to 32 but get a border of -1; smaller ones are made of the middle 24x24.
 
         Raises:
             UnlearnError: a file that cannot be read.
@@ -60,8 +61,11 @@ class ImageData:
 def _square(image: Image.Image, side: int, channels: int) -> NDArray[np.uint8]:
     """[side, side, channels]"""
     image = image.convert("L" if channels == 1 else "RGB")
-    if channels == 1 and image.size == (28, 28) and side == PADDED_SIDE:
-        image = ImageOps.expand(image, border=2, fill=0)
+    if channels == 1 and image.size == (28, 28):
+        if side == PADDED_SIDE:
+            image = ImageOps.expand(image, border=MARGIN, fill=0)
+        elif side < 28:
+            image = ImageOps.crop(image, border=MARGIN)
     image = ImageOps.fit(image, (side, side), Image.Resampling.LANCZOS)
     return np.asarray(image).reshape(side, side, channels)
 

@@ -46,7 +46,11 @@ class Shared:
 
     contamination: Annotated[
         float | None,
-        option("True share of sensitive images among the unlabeled ones. Default: the paper's 1 in 11.", DATA),
+        option(
+            "True share of sensitive images among the unlabeled ones. Default: the paper's 1 in 11. 0, for "
+            "unsupervised: the best there could be.",
+            DATA,
+        ),
     ] = None
     missing: Annotated[
         str | None,

@@ -10,6 +10,7 @@ from typing import Literal
 from sd_unlearn.errors import UsageError, suggest
 from sd_unlearn.paper.experiments import CLASSES, TINY, Counts, Experiment, Sampler, Size
 from sd_unlearn.paper.options import ObjectiveName, RunOptions
+from sd_unlearn.paper.split import with_contamination
 from sd_unlearn.records import SEED_SPAN, slugify
 from sd_unlearn.train_config import Correction, Reduction
 
@@ -63,8 +64,7 @@ def resolve(experiment: Experiment, options: RunOptions) -> tuple[Settings, Coun
     recipe = TINY if size == "tiny" else experiment.recipe
     counts = experiment.counts
     if options.contamination is not None:
-        mixed_in = round(options.contamination / (1 - options.contamination) * counts.normal)
-        counts = dataclasses.replace(counts, mixed_in=max(1, mixed_in))
+        counts = with_contamination(counts, options.contamination)
     batch = options.train_batch_size or recipe.train_batch_size
     epochs = options.epochs or recipe.epochs
     steps = options.max_train_steps or epochs * math.ceil((counts.normal + counts.mixed_in) / batch)
@@ -143,8 +143,8 @@ def _check(experiment: Experiment, options: RunOptions) -> None:
         raise UsageError(f"--beta {options.beta:g} must lie between 0 and 1: it is a share, e.g. 0.1.")
     if options.beta == "estimate" and options.objective == "unsupervised":
         raise UsageError("--beta estimate: --objective unsupervised has no beta. Leave it out.")
-    if options.contamination is not None and not 0 < options.contamination < 1:
-        raise UsageError(f"--contamination {options.contamination:g} must lie between 0 and 1: a share, e.g. 0.2.")
+    if options.contamination == 0 and options.objective != "unsupervised":
+        raise UsageError("--contamination 0 leaves nothing to prevent: it is for --objective unsupervised, as a floor.")
     if not 0 < options.eta <= 1:
         raise UsageError(f"--eta {options.eta:g} must lie in (0, 1].")
     if options.num_negative is not None and options.objective != "pnu":

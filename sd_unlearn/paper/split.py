@@ -71,12 +71,12 @@ def with_contamination(counts: Counts, share: float) -> Counts:
     """The same counts, but as many images mixed in as make `share` of the unlabeled ones, rounded.
 
     Raises:
-        UsageError: a share outside (0, 1), or one of less than half an image.
+        UsageError: a share outside [0, 1), or one of less than half an image that is not 0.
     """
-    if not 0 < share < 1:
-        raise UsageError(f"--contamination {share} must lie between 0 and 1, both excluded.")
+    if not 0 <= share < 1:
+        raise UsageError(f"--contamination {share} must lie between 0 and 1: it is a share, e.g. 0.2.")
     mixed_in = round(counts.normal * share / (1 - share))
-    if mixed_in < 1:
+    if mixed_in < 1 and share:
         raise UsageError(f"--contamination {share} mixes no image into {counts.normal:,}. Ask for a larger share.")
     return replace(counts, mixed_in=mixed_in)
 
