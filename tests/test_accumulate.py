@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from sd_unlearn.batches import PLAIN, Batch
 from sd_unlearn.objectives.accumulate import accumulate_gradients
 from sd_unlearn.objectives.pu import LOGGED, PUObjective
-from sd_unlearn.risk import NORMAL, UNLABELED
+from sd_unlearn.risk import NORMAL, UNLABELED, Risk
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 KEEP = [(PLAIN, UNLABELED)] * 8
@@ -36,9 +36,10 @@ class Case:
     kinds: list[tuple[int, int]]
     betas: tuple[tuple[float, ...], ...]
     eta: float = 0.0
+    risk: Risk = "pu"
 
     def objective(self, correction: str) -> PUObjective:
-        return PUObjective(self.betas, correction, self.eta)  # type: ignore[arg-type]
+        return PUObjective(self.betas, correction, self.eta, self.risk)  # type: ignore[arg-type]
 
 
 PU = Case(kinds(0), ((0.3,), (0.4,)))
@@ -48,7 +49,7 @@ CASES = {
     "sets": Case(kinds(0, 1), ((0.1, 0.2), (0.3, 0.1))),
     "all": Case(kinds(0, 1, NORMAL), ((0.1, 0.2), (0.3, 0.1)), eta=0.35),
 }
-TWO_PROCESSES = {name: CASES[name] for name in ("pu", "all")}
+TWO_PROCESSES = {name: CASES[name] for name in ("pu", "all")} | {"supervised": replace(PU, risk="supervised")}
 
 
 class Linear(nn.Module):

@@ -23,9 +23,9 @@ from sd_unlearn import __version__
 from sd_unlearn.concept import Concept
 from sd_unlearn.errors import UsageError, suggest
 from sd_unlearn.metrics.drift import drift_rows
-from sd_unlearn.metrics.fidelity import frechet_distance
+from sd_unlearn.metrics.fidelity import frechet_estimate
 from sd_unlearn.metrics.judge import Reading, count_read
-from sd_unlearn.metrics.mmd import FEWEST, kid
+from sd_unlearn.metrics.mmd import FEWEST, Estimate, kid
 from sd_unlearn.metrics.question import Card, Columns, Counted, Shots
 from sd_unlearn.metrics.statistics import bootstrap, ratio_of_means
 from sd_unlearn.records import Row
@@ -194,31 +194,27 @@ def _to_real_digits(label: str, detector: str, subject: str, drawn: np.ndarray) 
     """Images of what is most alike (the other digits or inks) against held-apart real ones without the concept."""
     features, digits, inks = held_apart()
     real = features[digits != DIGITS.index(label)] if label in DIGITS else features[inks != INKS.index(label)]
+    return distance_rows(drawn, real, "alike", subject, detector, "of the alike images to real held-apart digits")
+
+
+def distance_rows(
+    drawn: np.ndarray, real: np.ndarray, group: str, subject: str, detector: str, told: str
+) -> list[Row]:  # fmt: skip
+    """fid-digits and kid-digits of the reader's features [N, 64] to real ones [M, 64]: what N is enough for.
+
+    told: whose features and to what, for the note: "of the images to 500 real ones".
+    """
     rows, count = [], len(drawn)
+
+    def row(metric: str, found: Estimate, interval: str, note: str) -> Row:
+        return Row(metric, group, subject, found.value, count, found.low, found.high, detector, interval, note)
+
     if count > FEATURE_WIDTH:
-        value = frechet_distance(drawn, real)
-        # A resample is further from the truth than the sample: the basic interval turns that bias back.
-        low, high = bootstrap(lambda x: frechet_distance(x, real), drawn, resamples=200)
-        low, high = max(0.0, 2 * value - high), max(0.0, 2 * value - low)
-        note = "Frechet distance of the detector's features of the alike images to real held-apart digits"
-        rows.append(Row("fid-digits", "alike", subject, value, count, low, high, detector, "basic-bootstrap", note))
+        note = f"Frechet distance of the detector's features {told}"
+        rows.append(row("fid-digits", frechet_estimate(drawn, real), "basic-bootstrap", note))
     if count >= FEWEST:
-        found = kid(drawn, real)
-        note = "kernel distance of the detector's features of the alike images to real held-apart digits, unbiased"
+        note = f"kernel distance of the detector's features {told}, unbiased"
         if count <= FEATURE_WIDTH:
             note += f"; no fid-digits: it needs more than {FEATURE_WIDTH} images"
-        rows.append(
-            Row(
-                "kid-digits",
-                "alike",
-                subject,
-                found.value,
-                count,
-                found.low,
-                found.high,
-                detector,
-                "half-sampling",
-                note,
-            )
-        )
+        rows.append(row("kid-digits", kid(drawn, real), "half-sampling", note))
     return rows

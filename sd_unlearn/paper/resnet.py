@@ -1,0 +1,102 @@
+"""The residual network that tells a dataset's classes apart, and how it is trained."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a classifier is built and trained. With the data's hash they are its key: the same are trained once."""
+
+    side: int  # of what it reads, in pixels
+    stem_stride: int
+    depths: tuple[int, ...]  # residual blocks of each stage
+    widths: tuple[int, ...]
+    epochs: int
+    learning_rate: float
+    mirror: bool  # digits must not be
+    turn: float  # most degrees a picture is turned by
+    shift: float  # most it is moved by, as a share of its side
+    num_train: int
+    num_held_out: int
+    seed: int
+    batch_size: int = 64
+    weight_decay: float = 0.05
+    label_smoothing: float = 0.05
+
+
+def build_network(channels: int, classes: int, settings: Settings) -> nn.Module:
+    """A ResNet of basic blocks (He et al. 2016) with a stem for small images: 3x3, no max pool. Seeded; on CPU."""
+    from transformers import ResNetConfig, ResNetForImageClassification
+
+    config = ResNetConfig(
+        num_channels=channels, embedding_size=settings.widths[0], hidden_sizes=list(settings.widths),
+        depths=list(settings.depths), layer_type="basic", num_labels=classes,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)
+        network = ResNetForImageClassification(config)
+        stem = network.resnet.embedder
+        width, stride = settings.widths[0], settings.stem_stride
+        stem.embedder.convolution = nn.Conv2d(channels, width, 3, stride, padding=1, bias=False)
+        stem.pooler = nn.Identity()
+    return network
+
+
+def fit(network: nn.Module, pixels: Tensor, labels: Tensor, settings: Settings, device: str, title: str) -> None:
+    """Train on pixels [n, C, side, side] uint8 and labels [n]; leaves the network in evaluation mode."""
+    generator = torch.Generator().manual_seed(settings.seed)
+    steps = settings.epochs * math.ceil(len(pixels) / settings.batch_size)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, settings.learning_rate, total_steps=steps)
+    network.train()
+    with tqdm(total=steps, desc=title, unit="step", file=sys.stderr) as bar:
+        for batch in _batches(len(pixels), settings, generator):
+            images = vary(to_float(pixels[batch]), settings, generator).to(device)
+            loss = F.cross_entropy(
+                network(images).logits, labels[batch].to(device), label_smoothing=settings.label_smoothing
+            )
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            bar.update()
+    network.eval().requires_grad_(False)
+
+
+def _batches(n: int, settings: Settings, generator: torch.Generator) -> Iterator[Tensor]:
+    for _ in range(settings.epochs):
+        yield from torch.randperm(n, generator=generator).tensor_split(math.ceil(n / settings.batch_size))
+
+
+def vary(images: Tensor, settings: Settings, generator: torch.Generator) -> Tensor:
+    """Images [B, C, H, W], each turned, moved and mirrored by chance; what comes in at the edge is its reflection."""
+    n = len(images)
+    angle = (2 * torch.rand(n, generator=generator) - 1) * math.radians(settings.turn)
+    moved = (2 * torch.rand(n, 2, generator=generator) - 1) * 2 * settings.shift  # a picture is 2 wide to affine_grid
+    mirrored = torch.where(torch.rand(n, generator=generator) < (0.5 if settings.mirror else 0.0), -1.0, 1.0)
+    cos, sin = angle.cos(), angle.sin()
+    rows = [torch.stack([mirrored * cos, -sin, moved[:, 0]], 1), torch.stack([mirrored * sin, cos, moved[:, 1]], 1)]
+    grid = F.affine_grid(torch.stack(rows, 1), list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
+
+
+def shrink(images: Tensor, side: int) -> Tensor:
+    """[n, C, side, side] of [n, C, S, S], S at least `side`; training and judging scale alike."""
+    if images.shape[-1] == side:
+        return images
+    return F.interpolate(images, size=(side, side), mode="bilinear", antialias=True).clamp(-1, 1)
+
+
+def to_float(pixels: Tensor) -> Tensor:
+    """[-1, 1] of uint8."""
+    return pixels.float() / 127.5 - 1
