@@ -20,19 +20,29 @@ from accelerate import PartialState
 from sd_unlearn import __version__
 from sd_unlearn.errors import UsageError
 from sd_unlearn.paper import judging
-from sd_unlearn.paper.classifier import Classifier, load_or_train
+from sd_unlearn.paper.classifier import Classifier, get_classifier
 from sd_unlearn.paper.datasets import load_dataset
-from sd_unlearn.paper.experiments import CLASSES, Experiment, find_experiment
+from sd_unlearn.paper.experiments import CLASSES, DIGITS, Experiment, find_experiment
 from sd_unlearn.paper.network import PIPELINE_DIR, load_network
 from sd_unlearn.paper.options import RunOptions
-from sd_unlearn.paper.sampling import SAMPLES, as_pictures, draw_all, make_sampler
+from sd_unlearn.paper.sampling import as_pictures, draw_all, load_samples, make_sampler
 from sd_unlearn.paper.settings import Settings, plain_settings, resolve, variant_of
 from sd_unlearn.paper.split import split
 from sd_unlearn.paper.training import Run, train
 from sd_unlearn.provenance import PACKAGES, commit
-from sd_unlearn.records import CONFIG, RESULTS, TRAINING, check_writable, file_sha256, read_json, write_json, write_text
+from sd_unlearn.records import (
+    CONFIG,
+    RESULTS,
+    TRAINING,
+    Row,
+    check_writable,
+    file_sha256,
+    read_json,
+    write_json,
+    write_text,
+)
 
-SHEET = "samples.png"
+SHEET, SAMPLING = "samples.png", "sampling.json"
 CLASSIFIERS = "classifiers"  # beside the runs: all runs of a dataset share one
 WEIGHTS = f"{PIPELINE_DIR}/unet/diffusion_pytorch_model.safetensors"
 
@@ -68,9 +78,10 @@ def run(name: str, options: RunOptions) -> Path:
     job = Run(experiment, settings, size, options.seed, data, images, folder, options.checkpointing_steps)
     cost = _train(job)
     if state.is_main_process:
-        pixels, seconds = _draw(job, options.sample_batch_size, state.device)
-        classifier = load_or_train(data, job.side, size, folder.parent.parent / CLASSIFIERS, state.device)
-        rows = _judge(job, pixels, classifier, normal, options, state.device)
+        device = str(state.device)
+        pixels, seconds = _draw(job, options.sample_batch_size, device)
+        classifier = get_classifier(data, job.side, size, 0, device, options.output_dir / CLASSIFIERS)
+        rows = _judge(job, pixels, classifier, options, device)
         _record(job, told, cost | {"sampling_seconds": seconds}, classifier, rows)
     state.wait_for_everyone()
     return folder
@@ -123,42 +134,41 @@ def _train(job: Run) -> dict[str, Any]:
     return dict(read_json(record))
 
 
-def _draw(job: Run, batch_size: int, device: torch.device) -> tuple[Any, float]:
-    """(pictures [n, side, side, C] uint8, seconds); nothing is loaded where they are drawn already."""
-    settings, timing = job.settings, job.folder / "sampling.json"
-    started = time.monotonic()
-    if not (job.folder / SAMPLES).is_file():
+def _draw(job: Run, batch_size: int, device: str) -> tuple[Any, float]:
+    """(pictures [n, side, side, C] uint8, seconds it took); no network is loaded where they are drawn already."""
+    settings, record = job.settings, job.folder / SAMPLING
+    if not record.is_file():
+        started = time.monotonic()
         unet, schedule = load_network(str(job.folder / PIPELINE_DIR), job.side, job.experiment.channels)
         sampler = make_sampler(settings.sampler, schedule, settings.num_inference_steps)
-        draw_all(
-            unet.eval().to(device), sampler, job.folder, settings.num_images, job.seed, batch_size, settings.conditions
-        )
-        write_json(timing, {"seconds": round(time.monotonic() - started, 1)})
-    seconds = read_json(timing)["seconds"] if timing.is_file() else None
-    return draw_all(None, None, job.folder, settings.num_images, job.seed, batch_size), seconds
+        count, network = settings.num_images, unet.eval().to(device)
+        draw_all(network, sampler, job.folder, count, job.seed, batch_size, settings.conditions)
+        write_json(record, {"seconds": round(time.monotonic() - started, 1)})
+    return load_samples(job.folder), float(read_json(record)["seconds"])
 
 
-def _judge(
-    job: Run, pixels: Any, classifier: Classifier, normal: list[int], options: RunOptions, device: torch.device
-) -> list[Any]:
+def _judge(job: Run, pixels: Any, classifier: Classifier, options: RunOptions, device: str) -> list[Row]:
     """What the classifier and the features say of the pictures; also the contact sheet."""
-    fidelity = judging.fidelity_of(job.experiment.dataset, options.inception_weights, device)
-    pictures = as_pictures(pixels)
-    rows, sensitive = judging.judge(pictures, job.data, normal, classifier, fidelity, device)
+    pictures, normal = as_pictures(pixels), job.experiment.normal
+    fidelity: judging.Fidelity = "digits" if CLASSES[job.experiment.dataset] == DIGITS else "inception"
+    rows = judging.judge(
+        pictures, job.data, normal, classifier, fidelity, inception_weights=options.inception_weights, device=device
+    )
+    shown = pictures[: judging.MOST_SHOWN]
+    sheet = judging.picture_grid(shown, ~classifier.is_normal(shown, normal))
     temporary = job.folder / f".{SHEET}"
-    judging.picture_grid(pictures[:200], sensitive[:200]).save(temporary, "PNG")
+    sheet.save(temporary, "PNG")
     temporary.replace(job.folder / SHEET)
     return rows
 
 
-def _record(job: Run, told: dict[str, Any], cost: dict[str, Any], classifier: Classifier, rows: list[Any]) -> None:
+def _record(job: Run, told: dict[str, Any], cost: dict[str, Any], classifier: Classifier, rows: list[Row]) -> None:
     """results.json, the last file of a run."""
     record = {
         "schema_version": 1, "kind": "paper", "experiment": job.experiment.name, "size": job.size, "seed": job.seed,
         "settings": _plain(job.settings) | ({"betas": cost["betas"]} if cost.get("betas") else {}),
         "counts": job.counts,
-        "classifier": {"name": classifier.name, "sha256": classifier.sha256, "accuracy": classifier.accuracy,
-                       "n": classifier.n},
+        "classifier": classifier.record(job.experiment.normal),
         "rows": [dataclasses.asdict(row) for row in rows], "cost": {k: v for k, v in cost.items() if k != "betas"},
         "data_sha256": job.data.sha256, "weights_sha256": file_sha256(job.folder / WEIGHTS),
         "version": __version__, "versions": {p: version(p) for p in PACKAGES}, "commit": commit(),

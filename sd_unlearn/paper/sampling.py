@@ -49,16 +49,13 @@ def draw(unet: UNet2DModel, sampler: Any, seeds: list[int], conditions: Tensor |
 
 def draw_all(
     unet: UNet2DModel, sampler: Any, folder: Path, count: int, seed: int, batch_size: int, classes: int = 0
-) -> NDArray[np.uint8]:
-    """folder/samples.npz with `count` pictures [count, side, side, C]; those of an earlier, killed run are kept.
+) -> None:
+    """Write folder/samples.npz with `count` pictures [count, side, side, C]; those of a killed run are kept.
 
     seed: of the run; the pictures' own are of the evaluation's range. classes: of a conditional network, asked for in
     turn; 0: unconditional.
     """
     target, parts = folder / SAMPLES, folder / PARTS_DIR
-    if target.is_file():
-        with np.load(target) as found:
-            return found["arr_0"]
     parts.mkdir(parents=True, exist_ok=True)
     starts = range(0, count, batch_size)
     for start in tqdm(starts, desc="draw", unit="batch", file=sys.stderr):
@@ -72,7 +69,12 @@ def draw_all(
     pictures = np.concatenate([np.load(part) for part in sorted(parts.glob("[0-9]*.npy"))])
     _save(target, pictures)
     shutil.rmtree(parts)
-    return pictures
+
+
+def load_samples(folder: Path) -> NDArray[np.uint8]:
+    """What draw_all wrote."""
+    with np.load(folder / SAMPLES) as found:
+        return found["arr_0"]
 
 
 def as_bytes(pictures: Tensor) -> NDArray[np.uint8]:

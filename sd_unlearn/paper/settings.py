@@ -93,14 +93,17 @@ def variant_of(settings: Settings, plain: Settings, size: Size, seed: int) -> st
     named = {"objective", "beta", "beta_source"}
     for field in dataclasses.fields(Settings):
         value = getattr(settings, field.name)
-        if field.name not in named and value != getattr(plain, field.name):
+        usual = getattr(plain, field.name)
+        if field.name not in named and value != usual and not _nearly(value, usual):
             parts.append(_told(field.name, value))
     return "-".join([*parts, f"seed{seed}"])
 
 
 def plain_settings(experiment: Experiment, settings: Settings, size: Size) -> Settings:
-    """The settings of the same objective with no other option given."""
-    return resolve(experiment, RunOptions(objective=settings.objective, size=size))[0]
+    """The settings of the same objective with no other option given; its steps are those for as many images."""
+    options = RunOptions(objective=settings.objective, size=size, contamination=settings.contamination)
+    plain = resolve(experiment, options)[0]
+    return dataclasses.replace(plain, contamination=experiment.counts.contamination)
 
 
 def missing_classes(experiment: Experiment, options: RunOptions) -> tuple[str, ...]:
@@ -131,10 +134,15 @@ def _beta(options: RunOptions, counts: Counts) -> dict[str, object]:
     return {"beta": counts.contamination if known else 0.1, "beta_source": "known" if known else "estimated"}
 
 
+def _nearly(one: object, other: object) -> bool:
+    """Whether two numbers are the same but for rounding."""
+    return isinstance(one, float) and isinstance(other, float) and math.isclose(one, other, rel_tol=1e-9)
+
+
 def _told(name: str, value: object) -> str:
     if value is True:
         return name
-    words = ".".join(value) if isinstance(value, tuple) else f"{value:g}" if isinstance(value, float) else str(value)
+    words = ".".join(value) if isinstance(value, tuple) else f"{value:.3g}" if isinstance(value, float) else str(value)
     return f"{name.replace('_', '-')}-{words if isinstance(value, float) else slugify(words)}"
 
 
