@@ -57,16 +57,16 @@ def draw_all(
     """
     target, parts = folder / SAMPLES, folder / PARTS_DIR
     parts.mkdir(parents=True, exist_ok=True)
-    starts = range(0, count, batch_size)
-    for start in tqdm(starts, desc="draw", unit="batch", file=sys.stderr):
-        part = parts / f"{start:06d}-{min(start + batch_size, count):06d}.npy"
-        if part.is_file():
-            continue
+    drawn = []
+    for start in tqdm(range(0, count, batch_size), desc="draw", unit="batch", file=sys.stderr):
         which = range(start, min(start + batch_size, count))
+        drawn.append(parts / f"{which.start:06d}-{which.stop:06d}.npy")  # another batch size has other parts
+        if drawn[-1].is_file():
+            continue
         asked = torch.tensor([i % classes for i in which]) if classes else None
         seeds = [image_seed(EVALUATE_SEEDS, seed, "paper", i) for i in which]
-        _save(part, as_bytes(draw(unet, sampler, seeds, asked)))
-    pictures = np.concatenate([np.load(part) for part in sorted(parts.glob("[0-9]*.npy"))])
+        _save(drawn[-1], as_bytes(draw(unet, sampler, seeds, asked)))
+    pictures = np.concatenate([np.load(part) for part in drawn])
     _save(target, pictures)
     shutil.rmtree(parts)
 
