@@ -121,8 +121,9 @@ def _experiments() -> list[Experiment]:
 
 
 EXPERIMENTS = {e.name: e for e in _experiments()}
-SD_BRAD_PITT = "sd-brad-pitt"  # Stable Diffusion goes the way of `train`: paper/stable_diffusion.py
-NAMES = (*EXPERIMENTS, SD_BRAD_PITT)
+# Text-to-image models go the way of `train`: paper/stable_diffusion.py
+SD_BRAD_PITT, DIGITS_SEVEN = "sd-brad-pitt", "digits-seven"
+NAMES = (*EXPERIMENTS, SD_BRAD_PITT, DIGITS_SEVEN)
 
 
 def find_experiment(name: str) -> Experiment:
