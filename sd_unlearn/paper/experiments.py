@@ -131,8 +131,9 @@ _ALL = [
     *_both_ways("celeba", _SEXES, _FEW, 256, 3, _CELEBA_FT, "google/ddpm-celebahq-256"),
 ]
 EXPERIMENTS = {e.name: e for e in _ALL}
-SD_BRAD_PITT = "sd-brad-pitt"  # Stable Diffusion goes the way of `train`: paper/stable_diffusion.py
-NAMES = (*EXPERIMENTS, SD_BRAD_PITT)
+# Text-to-image models go the way of `train`: paper/stable_diffusion.py
+SD_BRAD_PITT, DIGITS_SEVEN = "sd-brad-pitt", "digits-seven"
+NAMES = (*EXPERIMENTS, SD_BRAD_PITT, DIGITS_SEVEN)
 
 
 def find_experiment(name: str) -> Experiment:
