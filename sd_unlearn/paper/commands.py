@@ -30,12 +30,12 @@ def run(name: Name, /, config: Annotated[RunOptions, Parameter(name="*")] = RunO
     from sd_unlearn.launch import start_several
 
     start_several()
-    from sd_unlearn.paper import run as room
+    from sd_unlearn.paper.one import run_any
     from sd_unlearn.paper.summary import told
-    from sd_unlearn.records import RESULTS, read_json
+    from sd_unlearn.records import read_json
 
-    folder = room.run(name, config)
-    found = read_json(folder / RESULTS)
+    record = run_any(name, config)
+    found, folder = read_json(record), record.parent
     print(json.dumps(found, indent=2, ensure_ascii=False) if config.json else told(found, folder))
 
 

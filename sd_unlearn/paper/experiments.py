@@ -133,7 +133,8 @@ _ALL = [
 EXPERIMENTS = {e.name: e for e in _ALL}
 # Text-to-image models go the way of `train`: paper/stable_diffusion.py
 SD_BRAD_PITT, DIGITS_SEVEN = "sd-brad-pitt", "digits-seven"
-NAMES = (*EXPERIMENTS, SD_BRAD_PITT, DIGITS_SEVEN)
+TEXT_EXPERIMENTS = (SD_BRAD_PITT, DIGITS_SEVEN)
+NAMES = (*EXPERIMENTS, *TEXT_EXPERIMENTS)
 
 
 def find_experiment(name: str) -> Experiment:

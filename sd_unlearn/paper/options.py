@@ -10,7 +10,7 @@ from cyclopts import Group
 
 from sd_unlearn.config import option
 from sd_unlearn.paper.experiments import Sampler, Size
-from sd_unlearn.train_config import Correction, Reduction
+from sd_unlearn.train_config import Correction, Method, Reduction
 
 ObjectiveName = Literal["pu", "pnu", "supervised", "unsupervised"]
 
@@ -32,6 +32,9 @@ class Shared:
             WHAT,
         ),
     ] = None
+    method: Annotated[
+        Method, option("Of text-to-image models: train the whole UNet, as the paper does, or a LoRA.", WHAT)
+    ] = "full"
     correction: Annotated[
         Correction, option("abs (the paper's), nn (max(0, .) with Kiryo's step) or none (uPU).", WHAT)
     ] = "abs"
@@ -110,12 +113,13 @@ class RunOptions(Shared):
         ),
     ] = "pu"
     beta: Annotated[
-        float | Literal["known", "estimate"],
+        float | Literal["known", "estimate"] | None,
         option(
-            "Prior in (0, 1), the paper's is 0.1; known: the true share; estimate: found while training.",
+            "Prior in (0, 1); known: the true share; estimate: found while training. Default: the paper's 0.1; of "
+            "text-to-image models the true share.",
             WHAT,
         ),
-    ] = 0.1
+    ] = None
     seed: Annotated[
         int, option("Of the split, the weights and the noise; the paper's tables average over seeds.", WHAT)
     ] = 42
@@ -128,7 +132,7 @@ class SweepOptions(Shared):
     objective: Annotated[str, option("One or several objectives, e.g. unsupervised,supervised,pu.", WHAT)] = "pu"
     beta: Annotated[
         str, option("One or several betas, e.g. 0.05,0.1,0.15,0.2,0.25; known and estimate are betas, too.", WHAT)
-    ] = "0.1"
+    ] = ""
     seed: Annotated[str, option("One or several seeds, e.g. 42,43,44.", WHAT)] = "42"
 
 

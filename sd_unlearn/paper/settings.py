@@ -15,6 +15,7 @@ from sd_unlearn.records import SEED_SPAN, slugify
 from sd_unlearn.train_config import Correction, Reduction
 
 LABELED_SHARE = 3  # a step sees this many unlabeled images for each labeled one
+PAPERS_BETA = 0.1
 BetaSource = Literal["fixed", "known", "estimated"]
 
 
@@ -127,11 +128,11 @@ def missing_classes(experiment: Experiment, options: RunOptions) -> tuple[str, .
 def _beta(options: RunOptions, counts: Counts) -> dict[str, object]:
     if options.objective == "unsupervised":
         return {"beta": None, "beta_source": "fixed"}
-    if isinstance(options.beta, float):
-        return {"beta": options.beta, "beta_source": "fixed"}
-    # An estimate is not known before the data is there: training starts from the paper's value.
-    known = options.beta == "known"
-    return {"beta": counts.contamination if known else 0.1, "beta_source": "known" if known else "estimated"}
+    if options.beta == "known":
+        return {"beta": counts.contamination, "beta_source": "known"}
+    if options.beta == "estimate":  # not known before the data is there: training starts from the paper's value
+        return {"beta": PAPERS_BETA, "beta_source": "estimated"}
+    return {"beta": PAPERS_BETA if options.beta is None else options.beta, "beta_source": "fixed"}
 
 
 def _nearly(one: object, other: object) -> bool:
@@ -151,6 +152,10 @@ def _check(experiment: Experiment, options: RunOptions) -> None:
         raise UsageError(f"--beta {options.beta:g} must lie between 0 and 1: it is a share, e.g. 0.1.")
     if options.beta == "estimate" and options.objective == "unsupervised":
         raise UsageError("--beta estimate: --objective unsupervised has no beta. Leave it out.")
+    if options.method != "full":
+        raise UsageError(
+            f"--method {options.method} is for text-to-image models; {experiment.name} is none. Leave it out."
+        )
     if options.contamination == 0 and options.objective != "unsupervised":
         raise UsageError("--contamination 0 leaves nothing to prevent: it is for --objective unsupervised, as a floor.")
     if not 0 < options.eta <= 1:

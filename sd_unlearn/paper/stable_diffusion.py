@@ -36,6 +36,7 @@ from sd_unlearn.dataset import fingerprint, scan
 from sd_unlearn.errors import UsageError, suggest
 from sd_unlearn.evaluate_config import EvaluateConfig
 from sd_unlearn.paper.experiments import DIGITS_SEVEN, SD_BRAD_PITT, Size
+from sd_unlearn.paper.options import RunOptions
 from sd_unlearn.records import CONCEPT, CONFIG, DATA_MANIFEST, TRAINING, Row, read_json, weights_sha256, write_json
 from sd_unlearn.results import view
 from sd_unlearn.train_config import Method, Risk, TrainConfig
@@ -95,11 +96,9 @@ def settings(
     """
     found = _find(experiment)
     _check_known(overrides, TrainConfig, "train")
-    told = "true" if beta is None else f"{beta:g}"
-    variant = f"{objective}-{method}-{seed}" if objective == "unsupervised" else f"{objective}-{method}-{told}-{seed}"
     options = {
         "concept": found.concept, "objective": objective, "method": method, "beta": beta, "seed": seed,
-        "output_dir": output_dir or Path("runs/paper") / experiment / variant,
+        "output_dir": output_dir or Path("runs/paper") / experiment / variant_of(objective, method, beta, seed),
         "data_dir": Path("data/paper") / f"{experiment}-{seed}", "pretrained_model_name_or_path": base,
         **found.options,
     }  # fmt: skip
@@ -139,6 +138,45 @@ def run(
         found = _record(experiment, place, results, time.monotonic() - started)
         write_json(place / PAPER, found | {"asked_sha256": asked})
     return place
+
+
+# Options of `paper run` that mean the same here, by whose they are; the others say something about DDPMs.
+_OF_TRAIN = ("correction", "reduction", "train_batch_size", "max_train_steps", "learning_rate", "checkpointing_steps",
+             "overwrite")  # fmt: skip
+_OF_EVALUATE = ("num_images", "num_inference_steps")
+_ELSEWHERE = ("objective", "beta", "seed", "method", "pretrained_model_name_or_path", "mixed_precision", "output_dir",
+              "json", "config", "debug")  # fmt: skip
+
+
+def run_options(experiment: str, options: RunOptions) -> Path:
+    """`run` as `paper run` asks for it.
+
+    Raises:
+        UsageError: an option that is for DDPMs; as run.
+    """
+    for field in dataclasses.fields(options):
+        known = field.name in (*_OF_TRAIN, *_OF_EVALUATE, *_ELSEWHERE)
+        if not known and getattr(options, field.name) != field.default:
+            raise UsageError(f"--{field.name} is for the DDPMs; {experiment} is a text-to-image model. Leave it out.")
+    if options.objective == "pnu" or options.beta == "estimate":
+        told = "--objective pnu" if options.objective == "pnu" else "--beta estimate"
+        raise UsageError(f"{told} is for the DDPMs here; `sd-unlearn train` has it for any folder of images.")
+    asked = {name: getattr(options, name) for name in _OF_TRAIN if getattr(options, name) is not None}
+    if options.checkpointing_steps == RunOptions.checkpointing_steps:
+        del asked["checkpointing_steps"]  # a whole UNet is 10 GB
+    evaluation = {name: getattr(options, name) for name in _OF_EVALUATE if getattr(options, name) is not None}
+    variant = variant_of(options.objective, options.method, options.beta, options.seed)
+    return run(
+        options.objective, options.method, options.beta if isinstance(options.beta, float) else None, options.seed,
+        options.output_dir / experiment / variant, options.pretrained_model_name_or_path, experiment=experiment,
+        evaluation=evaluation, mixed_precision=options.mixed_precision, **asked,
+    )  # fmt: skip
+
+
+def variant_of(objective: str, method: str, beta: object, seed: int) -> str:
+    """The name of a run's folder."""
+    told = f"beta{beta:g}" if isinstance(beta, float) else "beta-known"
+    return "-".join([objective, *([] if objective == "unsupervised" else [told]), method, f"seed{seed}"])
 
 
 def _find(experiment: str) -> TextExperiment:

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from sd_unlearn.paper.experiments import EXPERIMENTS, SD_BRAD_PITT, Experiment, Recipe
+from sd_unlearn.paper.experiments import DIGITS_SEVEN, EXPERIMENTS, SD_BRAD_PITT, Experiment, Recipe
 
 
 def told(results: dict[str, Any], folder: Path) -> str:
@@ -32,10 +32,12 @@ def listed(as_json: bool) -> str:
     if as_json:
         return json.dumps([dataclasses.asdict(e) for e in EXPERIMENTS.values()], indent=2)
     blocks = [_block(e) for e in EXPERIMENTS.values()]
-    blocks.append(
+    blocks += [
         f"{SD_BRAD_PITT}\n  Stable Diffusion 1.4, Brad Pitt among middle aged men: 64 + 16 unlabeled, 20 labeled\n"
-        "  7,000 steps of 16, lr 1e-05; the whole UNet as in the paper, or --method lora"
-    )
+        "  7,000 steps of 16, lr 1e-05; the whole UNet as in the paper, or --method lora",
+        f"{DIGITS_SEVEN}  (not the paper's: the same on the bundled base, needs no network)\n"
+        "  the digit seven among handwritten digits: 256 + 64 unlabeled, 80 labeled; 600 steps of 32",
+    ]
     return "\n\n".join(blocks)
 
 

@@ -7,10 +7,11 @@ from dataclasses import fields
 from itertools import product
 
 from sd_unlearn.errors import UsageError
-from sd_unlearn.paper import run as one
 from sd_unlearn.paper import table
-from sd_unlearn.paper.experiments import find_experiment
+from sd_unlearn.paper.experiments import TEXT_EXPERIMENTS, find_experiment
+from sd_unlearn.paper.one import run_any
 from sd_unlearn.paper.options import RunOptions, Shared, SweepOptions
+from sd_unlearn.paper.run import folder_of
 
 OBJECTIVES = ("pu", "pnu", "supervised", "unsupervised")
 
@@ -21,14 +22,16 @@ def run(name: str, options: SweepOptions) -> str:
     Raises:
         UsageError, UnlearnError: as `paper run`; what is finished by then stays.
     """
-    experiment = find_experiment(name)
     runs = combinations(options)
-    for each in runs:  # all of them are checked before the first is trained
-        one.folder_of(experiment, each)
+    if name not in TEXT_EXPERIMENTS:
+        experiment = find_experiment(name)
+        for each in runs:  # all of them are checked before the first is trained
+            folder_of(experiment, each)
     for number, each in enumerate(runs, 1):
-        about = f"{each.objective}, beta {each.beta}, seed {each.seed}"
+        beta = "" if each.beta is None else f", beta {each.beta}"
+        about = f"{each.objective}{beta}, seed {each.seed}"
         print(f"Sweep, run {number} of {len(runs)}: {about}.", file=sys.stderr)
-        one.run(name, each)
+        run_any(name, each)
     folder = options.output_dir / name
     return table.run(folder, folder / "tables", None, None)
 
@@ -42,11 +45,11 @@ def combinations(options: SweepOptions) -> list[RunOptions]:
     shared = {field.name: getattr(options, field.name) for field in fields(Shared)}
     seeds = [_seed(word) for word in _words(options.seed, "--seed")]
     objectives = [_objective(word) for word in _words(options.objective, "--objective")]
-    betas = [_beta(word) for word in _words(options.beta, "--beta")]
+    betas = [_beta(word) for word in _words(options.beta, "--beta")] if options.beta else [None]
     runs: list[RunOptions] = []
     for seed, objective, beta in product(seeds, objectives, betas):
         if objective == "unsupervised":  # it has no beta: once is enough
-            beta = RunOptions.beta
+            beta = None
         each = RunOptions(**shared, seed=seed, objective=objective, beta=beta)  # type: ignore[arg-type]
         if each not in runs:
             runs.append(each)
