@@ -17,7 +17,7 @@ from sd_unlearn import loop
 from sd_unlearn.errors import UnlearnError, UsageError
 from sd_unlearn.paper import network, training
 from sd_unlearn.paper.datasets import ImageData
-from sd_unlearn.paper.experiments import CLASSES, EXPERIMENTS, Counts
+from sd_unlearn.paper.experiments import CLASSES, EXPERIMENTS, TINY_SIDE, Counts
 from sd_unlearn.paper.network import load_network, make_network, make_schedule, save_pipeline
 from sd_unlearn.paper.options import RunOptions
 from sd_unlearn.paper.settings import resolve
@@ -25,6 +25,7 @@ from sd_unlearn.paper.split import split
 from sd_unlearn.paper.training import Run, examples_of, layout_of, train
 from sd_unlearn.records import METRICS, read_jsonl
 
+SIDE = TINY_SIDE
 COUNTS = Counts(22, 6, 12)
 Make = Callable[..., Run]
 
@@ -58,7 +59,7 @@ def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
 
 
 def weights(run: Run) -> dict[str, torch.Tensor]:
-    return load_network(str(run.folder / "pipeline"), 16, 1)[0].state_dict()
+    return load_network(str(run.folder / "pipeline"), SIDE, 1)[0].state_dict()
 
 
 def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
@@ -83,7 +84,7 @@ def test_every_configuration_trains_and_is_a_pipeline_anybody_can_load(make: Mak
     pipeline = DDPMPipeline.from_pretrained(str(run.folder / "pipeline"))
     assert isinstance(pipeline.unet, UNet2DModel)
     torch.manual_seed(training.TRAIN_SEEDS[0] + run.seed)
-    assert not same(make_network("tiny", 16, 1, run.settings.conditions).state_dict(), weights(run))
+    assert not same(make_network("tiny", SIDE, 1, run.settings.conditions).state_dict(), weights(run))
 
 
 def test_the_same_seed_gives_the_same_weights_and_another_gives_others(make: Make) -> None:
@@ -204,13 +205,13 @@ def test_the_papers_network_is_the_papers() -> None:
     assert unet.config.down_block_types == ("DownBlock2D", "DownBlock2D", "AttnDownBlock2D", "DownBlock2D")
     assert unet.config.up_block_types == ("UpBlock2D", "AttnUpBlock2D", "UpBlock2D", "UpBlock2D")
     with torch.device("meta"):
-        tiny = make_network("tiny", 16, 1)
+        tiny = make_network("tiny", SIDE, 1)
     assert 0.8e6 < sum(p.numel() for p in tiny.parameters()) < 1.2e6
 
 
 def test_fine_tuning_starts_from_the_named_model(make: Make, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    unet = make_network("tiny", 16, 1)
+    unet = make_network("tiny", SIDE, 1)
     save_pipeline(unet, make_schedule(), tmp_path / "theirs")
     base = str(tmp_path / "theirs" / "pipeline")
     run = make(pretrained_model_name_or_path=base, max_train_steps=1, learning_rate=1e-9)
@@ -220,14 +221,14 @@ def test_fine_tuning_starts_from_the_named_model(make: Make, tmp_path: Path) -> 
 
 
 def test_models_that_do_not_fit_are_refused_by_what_is_wrong(tmp_path: Path) -> None:
-    save_pipeline(make_network("tiny", 16, 3), make_schedule(), tmp_path)
+    save_pipeline(make_network("tiny", SIDE, 3), make_schedule(), tmp_path)
     place = str(tmp_path / "pipeline")
     with pytest.raises(UsageError, match="3 channels; this experiment has 1"):
-        load_network(place, 16, 1)
-    with pytest.raises(UsageError, match="16 pixels a side; this experiment has 32"):
+        load_network(place, SIDE, 1)
+    with pytest.raises(UsageError, match="12 pixels a side; this experiment has 32"):
         load_network(place, 32, 3)
     (tmp_path / "empty").mkdir()
     with pytest.raises(UsageError, match=r"no model_index\.json"):
-        load_network(str(tmp_path / "empty"), 16, 3)
+        load_network(str(tmp_path / "empty"), SIDE, 3)
     with pytest.raises(UnlearnError, match="google/ddpm-cifar10-32 cannot be loaded"):
         load_network("google/ddpm-cifar10-32", 32, 3)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers.utils import logging
 
 from sd_unlearn.errors import UnlearnError, UsageError
 from sd_unlearn.paper.experiments import Size
@@ -50,6 +51,7 @@ def load_network(name: str, side: int, channels: int) -> tuple[UNet2DModel, DDPM
         UsageError: a folder without a model, one for other images, one that predicts something else than noise.
         UnlearnError: it cannot be had.
     """
+    logging.disable_progress_bar()
     option = "--pretrained_model_name_or_path"
     if Path(name).is_dir() and not (Path(name) / "model_index.json").is_file():
         raise UsageError(f"{option} {name} holds no model_index.json; name a DDPMPipeline's folder.")

@@ -91,7 +91,7 @@ def variant_of(settings: Settings, plain: Settings, size: Size, seed: int) -> st
     parts: list[str] = [size, settings.objective]
     if settings.objective in ("pu", "pnu", "supervised"):
         parts.append(f"beta{settings.beta:g}" if settings.beta_source == "fixed" else f"beta-{settings.beta_source}")
-    named = {"objective", "beta", "beta_source"}
+    named = {"objective", "beta", "beta_source", "lr_warmup_steps"}  # the last follows from others
     for field in dataclasses.fields(Settings):
         value = getattr(settings, field.name)
         usual = getattr(plain, field.name)
