@@ -74,7 +74,7 @@ EXPERIMENTS = {
         "seven", "tiny",
         _SHARED | {
             "num_unlabeled": 256, "num_mixed_in": 64, "num_positive": 80, "train_batch_size": 32,
-            "max_train_steps": 600, "learning_rate": 1e-4, "lr_warmup_steps": 50, "validation_steps": 0,
+            "max_train_steps": 300, "learning_rate": 1e-4, "lr_warmup_steps": 30, "validation_steps": 0,
             "checkpointing_steps": 300,
         },
         7e-4, ("generic", "direct", "alike"),
