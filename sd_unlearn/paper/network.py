@@ -18,7 +18,7 @@ PIPELINE_DIR = "pipeline"  # of a run folder: what DDPMPipeline.from_pretrained(
 _SHAPES: dict[Size, dict[str, Any]] = {
     "paper": {"block_out_channels": (128, 128, 256, 512), "layers_per_block": 2, "attention": 2},
     "tiny": {
-        "block_out_channels": (32, 48, 64), "layers_per_block": 1, "attention": 2, "norm_num_groups": 8,
+        "block_out_channels": (16, 48, 80), "layers_per_block": 1, "attention": 2, "norm_num_groups": 8,
         "attention_head_dim": 8,
     },
 }  # fmt: skip
