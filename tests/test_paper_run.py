@@ -123,7 +123,7 @@ def test_a_folder_of_something_else_is_left_alone(call: Call) -> None:
     ids=" ".join,
 )  # fmt: skip
 def test_every_configuration_on_real_digits(call: Call, options: tuple[str, ...]) -> None:
-    code, out, err = call("run", "mnist5k-odd", "--json", *FEW, *options)
+    code, out, err = call("run", "mnist5k-even", "--json", *FEW, *options)
     assert code == 0, err
     found = json.loads(out)
     told = found["settings"]
