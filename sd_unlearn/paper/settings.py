@@ -68,7 +68,8 @@ def resolve(experiment: Experiment, options: RunOptions) -> tuple[Settings, Coun
         counts = with_contamination(counts, options.contamination)
     batch = options.train_batch_size or recipe.train_batch_size
     epochs = options.epochs or recipe.epochs
-    steps = options.max_train_steps or epochs * math.ceil((counts.normal + counts.mixed_in) / batch)
+    usual = experiment.counts  # as many steps at every contamination, or they would not compare
+    steps = options.max_train_steps or epochs * math.ceil((usual.normal + usual.mixed_in) / batch)
     pnu = options.objective == "pnu"
     settings = Settings(
         objective=options.objective, correction=options.correction, **_beta(options, counts),  # type: ignore[arg-type]
@@ -95,16 +96,14 @@ def variant_of(settings: Settings, plain: Settings, size: Size, seed: int) -> st
     for field in dataclasses.fields(Settings):
         value = getattr(settings, field.name)
         usual = getattr(plain, field.name)
-        if field.name not in named and value != usual and not _nearly(value, usual):
+        if field.name not in named and value != usual:
             parts.append(_told(field.name, value))
     return "-".join([*parts, f"seed{seed}"])
 
 
 def plain_settings(experiment: Experiment, settings: Settings, size: Size) -> Settings:
-    """The settings of the same objective with no other option given; its steps are those for as many images."""
-    options = RunOptions(objective=settings.objective, size=size, contamination=settings.contamination)
-    plain = resolve(experiment, options)[0]
-    return dataclasses.replace(plain, contamination=experiment.counts.contamination)
+    """The settings of the same objective with no other option given."""
+    return resolve(experiment, RunOptions(objective=settings.objective, size=size))[0]
 
 
 def missing_classes(experiment: Experiment, options: RunOptions) -> tuple[str, ...]:
@@ -133,11 +132,6 @@ def _beta(options: RunOptions, counts: Counts) -> dict[str, object]:
     if options.beta == "estimate":  # not known before the data is there: training starts from the paper's value
         return {"beta": PAPERS_BETA, "beta_source": "estimated"}
     return {"beta": PAPERS_BETA if options.beta is None else options.beta, "beta_source": "fixed"}
-
-
-def _nearly(one: object, other: object) -> bool:
-    """Whether two numbers are the same but for rounding."""
-    return isinstance(one, float) and isinstance(other, float) and math.isclose(one, other, rel_tol=1e-9)
 
 
 def _told(name: str, value: object) -> str:
