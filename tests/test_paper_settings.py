@@ -96,6 +96,11 @@ def test_a_known_beta_is_the_true_share_and_nobody_tells_the_unsupervised_one() 
     assert settings(beta="estimate").beta_source == "estimated"
 
 
+@pytest.mark.parametrize("share", [0.05, 0.2, 0.5])
+def test_contaminations_are_compared_at_the_same_cost(share: float) -> None:
+    assert settings(contamination=share).max_train_steps == settings().max_train_steps
+
+
 def test_images_known_to_be_normal_are_for_pnu_alone() -> None:
     assert settings(objective="pnu").num_negative == 200
     assert settings(objective="pnu", num_negative=50).eta == 0.5

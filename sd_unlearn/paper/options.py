@@ -63,7 +63,10 @@ class Shared:
         int | None, option("With pnu: images known to be normal. Default: as many as labeled sensitive ones.", DATA)
     ] = None
 
-    epochs: Annotated[int | None, option("Passes over as many unlabeled images as the paper has.", RECIPE)] = None
+    epochs: Annotated[
+        int | None,
+        option("Passes over the unlabeled images, as many as there are at the paper's contamination.", RECIPE),
+    ] = None
     max_train_steps: Annotated[int | None, option("Optimizer steps, in place of --epochs.", RECIPE)] = None
     train_batch_size: Annotated[
         int | None, option("Unlabeled images of a step; the labeled ones, a third as many, come on top.", RECIPE)
