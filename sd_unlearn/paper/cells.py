@@ -6,12 +6,12 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from sd_unlearn.paper.finished import RATE, SHARE
-from sd_unlearn.paper.groups import ESTIMATED, Figure, Group, own_contamination, varying
+from sd_unlearn.paper.groups import Figure, Group, varying
 from sd_unlearn.records import Row
 from sd_unlearn.templates.figures import number
 
 NONE = "–"
-NAMES_OF = {"unsupervised": "Unsupervised", "supervised": "Supervised", "pu": "PU (proposed)"}
+NAMES_OF = {"unsupervised": "Unsupervised", "supervised": "Supervised", "pu": "PU (proposed)", "pnu": "PNU"}
 AXES = {
     "correction": "Correction", "beta": "Beta", "eta": "Eta", "conditional": "Conditional",
     "missing": "Labels missing of", "contamination": "Contamination", "num_negative": "Labeled normal",
@@ -37,11 +37,11 @@ def axis(group: Group, name: str) -> str:
     if name not in group.axes or (name == "eta" and not group.axes["num_negative"]):
         return NONE
     value = group.axes[name]
-    if name == "beta" and value == ESTIMATED:
-        beta = group.mean_of("settings", "beta")
-        return ESTIMATED if beta is None else f"{beta:.3f} (estimated)"
+    if name == "beta" and isinstance(value, str):
+        return value if (beta := group.beta()) is None else f"{beta:.3f} ({value})"
     if name == "contamination":
-        return f"{own_contamination(group.experiment) if value is None else value:.3f}"
+        share = group.mean_of("settings", name)
+        return NONE if share is None else f"{share:.3f}"
     if name == "missing":
         return ", ".join(value) or "none"
     return said(value)

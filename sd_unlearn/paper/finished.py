@@ -1,7 +1,8 @@
 """Finished runs of the paper's experiments as they lie on disk: read, and copied without their weights and pictures.
 
 Imports no torch. A run's folder is <anywhere>/<experiment>/<variant>/ and holds results.json once it is finished; the
-copies that a repository can hold are <anywhere>/<experiment>/<variant>.json. Both are read alike.
+copies that a repository can hold are <anywhere>/<experiment>/<variant>.json. Both are read alike. Runs of text-to-image
+models have their record in paper.json, beside the results.json of `evaluate`.
 """
 
 from __future__ import annotations
@@ -10,18 +11,20 @@ import dataclasses
 import math
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sd_unlearn.errors import UsageError
 from sd_unlearn.paper.experiments import NAMES
-from sd_unlearn.records import RESULTS, Row, read_json, write_text
+from sd_unlearn.records import CONFIG, RESULTS, Row, read_json, write_text
 
 SCHEMA_VERSION = 1
 KIND = "paper"
-OBJECTIVES = ("unsupervised", "supervised", "pu")
+RECORDS = (RESULTS, "paper.json")
+OBJECTIVES = ("unsupervised", "supervised", "pu", "pnu")
+ARMS = OBJECTIVES[:3]  # of the main tables
 RATE, SHARE, FID = "non_sensitive_rate", "share", "fid-"  # FID: how the names of the distances begin
 RERUN = "Delete it and run sd-unlearn paper run again."
 NAMED_AT_MOST = 5  # runs that are not finished
@@ -58,7 +61,13 @@ class PaperRun:
     @property
     def variant(self) -> str:
         """The name of its folder, or of its file where that is a copy."""
-        return self.path.parent.name if self.path.name == RESULTS else self.path.stem
+        return self.path.parent.name if self.path.name in RECORDS else self.path.stem
+
+    @property
+    def beta(self) -> float | None:
+        """The share of sensitive images that the risk went by; the last one where it was estimated on the way."""
+        estimates = self.settings.get("betas")
+        return estimates[-1]["beta"] if estimates else self.settings.get("beta")
 
     def value(self, metric: str, group: str = "all") -> float | None:
         row = self.rows.get((metric, group))
@@ -75,39 +84,41 @@ def read_runs(folder: Path) -> list[PaperRun]:
         UsageError: there is no such folder.
     """
     if not folder.is_dir():
-        raise UsageError(f"--runs {folder} is no folder. Give the folder of finished runs, e.g. --runs runs/paper.")
-    runs = []
+        raise UsageError(none_found(folder))
+    runs, known = [], set()
     for file in sorted(folder.rglob("*.json")):
         try:
             found = _read_run(file)
         except UsageError as error:
             print(f"Left out: {error}", file=sys.stderr)
+            known.add(file.parent)
         else:
             runs += [found] if found else []
-    if waiting := _unfinished(folder):
+            known |= {file.parent} if found else set()
+    if waiting := _unfinished(folder, known):
         names = ", ".join(waiting[:NAMED_AT_MOST]) + (", ..." if len(waiting) > NAMED_AT_MOST else "")
         print(f"Not finished, so not in the tables: {len(waiting)} ({names}).", file=sys.stderr)
     return runs
 
 
-def collect(runs: Path, target: Path) -> list[Path]:
-    """Copy the results.json of every finished run to target/<experiment>/<variant>.json, and nothing else of it.
+def collect(folder: Path, runs: Sequence[PaperRun], target: Path) -> list[Path]:
+    """Copy the record of every finished run to target/<experiment>/<variant>.json, and nothing else of it.
+
+    folder: what the runs were read from.
 
     Raises:
         UnlearnError: when the target cannot be written.
-        UsageError: no finished run, one folder inside the other, or two runs that would get the same name.
+        UsageError: one folder lies inside the other, or two runs would get the same name.
     """
-    inside = (runs.resolve(), target.resolve())
-    if inside[0].is_relative_to(inside[1]) or inside[1].is_relative_to(inside[0]):
-        raise UsageError(f"--collect {target} and --runs {runs} lie in one another: runs would be read twice.")
+    here, there = folder.resolve(), target.resolve()
+    if here.is_relative_to(there) or there.is_relative_to(here):
+        raise UsageError(f"--collect {target} and --runs {folder} lie in one another: runs would be read twice.")
     copies: dict[Path, PaperRun] = {}
-    for run in read_runs(runs):
+    for run in runs:
         copy = target / run.experiment / f"{run.variant}.json"
         if copy in copies:
             raise UsageError(f"{copies[copy].path} and {run.path} would both be {copy}. Rename one's folder.")
         copies[copy] = run
-    if not copies:
-        raise UsageError(none_found(runs))
     for copy, run in copies.items():
         write_text(copy, run.path.read_text(encoding="utf-8"))
     return list(copies)
@@ -121,10 +132,11 @@ def none_found(folder: Path) -> str:
     )
 
 
-def _unfinished(folder: Path) -> list[str]:
-    """Run folders without results.json, as <experiment>/<variant>."""
-    folders = (f for f in folder.resolve().rglob("*/") if f.is_dir() and f.parent.name in NAMES)
-    return sorted(f"{f.parent.name}/{f.name}" for f in folders if not any(f.rglob(RESULTS)))
+def _unfinished(folder: Path, known: set[Path]) -> list[str]:
+    """Folders of runs that were started and have no record, as <experiment>/<variant>; known: those that have one."""
+    started = (config.parent for config in folder.rglob(CONFIG) if config.parent not in known)
+    absolute = (place.resolve() for place in started)
+    return sorted(f"{place.parent.name}/{place.name}" for place in absolute if place.parent.name in NAMES)
 
 
 def _read_run(file: Path) -> PaperRun | None:
@@ -133,7 +145,7 @@ def _read_run(file: Path) -> PaperRun | None:
     Raises:
         UsageError: it should be, and cannot be read as such.
     """
-    ours = file.name == RESULTS or file.parent.name in NAMES
+    ours = file.name in RECORDS or file.parent.name in NAMES
     try:
         record = read_json(file)
     except OSError as error:
@@ -183,6 +195,12 @@ _SETTINGS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "correction": (_kind(str), "text or null"),
     "beta_source": (_kind(str), "text or null"),
     "conditional": (_kind(bool), "true, false or null"),
+    "betas": (
+        lambda value: (
+            not value or (isinstance(value, list) and isinstance(value[-1], dict) and _number(value[-1].get("beta")))
+        ),
+        "a list that ends with a beta, or null",
+    ),
     "missing": (
         lambda value: value is None or (isinstance(value, list) and all(isinstance(name, str) for name in value)),
         "a list of classes or null",

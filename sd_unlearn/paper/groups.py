@@ -12,7 +12,9 @@ from typing import Any
 from sd_unlearn.paper.experiments import EXPERIMENTS, NAMES
 from sd_unlearn.paper.finished import FID, OBJECTIVES, RATE, PaperRun
 
-ESTIMATED = "estimated"
+ESTIMATED, KNOWN = "estimated", "known"
+# Where a beta is from, in a run's settings -> what stands for it here; any other source is a number that was given.
+SOURCES = {"estimated": ESTIMATED, "estimate": ESTIMATED, "known": KNOWN, "manifest": KNOWN}
 # What the paper varies, and the value that its main tables have. A plain contamination is the experiment's own.
 PLAIN: dict[str, Any] = {
     "correction": "abs", "beta": 0.1, "eta": 0.0, "conditional": False, "missing": (), "contamination": None,
@@ -23,8 +25,9 @@ MEANINGLESS = {
     "unsupervised": {"correction", "beta", "eta", "missing", "reduction", "temperature"},
     "supervised": {"correction", "eta"},
     "pu": set(),
+    "pnu": set(),
 }  # fmt: skip
-NOT_A_SETTING = {"objective", "beta_source", "seed", *PLAIN}
+NOT_A_SETTING = {"objective", "beta_source", "betas", "seed", *PLAIN}
 SAME_CONTAMINATION = 0.002  # whole images make a share differ a little from what was asked
 
 
@@ -53,7 +56,14 @@ class Group:
 
     def off_plain(self) -> set[str]:
         """Names of the axes that differ from the main tables' settings."""
-        return {name for name, value in self.axes.items() if value != PLAIN[name]}
+        plain = plain_of(self.experiment)
+        known_normal = {"num_negative"} if self.objective == "pnu" else set()
+        return {name for name, value in self.axes.items() if value != plain[name]} | known_normal
+
+    def beta(self) -> float | None:
+        """The beta that was assumed; the mean over seeds where each has its own."""
+        betas = [run.beta for run in self.runs if run.beta is not None]
+        return statistics.fmean(betas) if betas else None
 
     def figure(self, metric: str, group: str = "all") -> Figure | None:
         """None where no run has the metric."""
@@ -108,13 +118,19 @@ def grouped(runs: Iterable[PaperRun]) -> list[Group]:
     return sorted(groups, key=lambda group: (*_place(group), *order(group, tuple(PLAIN)), str(group.context)))
 
 
+def plain_of(experiment: str) -> dict[str, Any]:
+    """The values of the main tables. A text-to-image model is conditional by nature, and the paper gives it the true
+    beta."""
+    return PLAIN if experiment in EXPERIMENTS else PLAIN | {"beta": KNOWN, "conditional": True}
+
+
 def order(group: Group, axes: Sequence[str]) -> list[tuple[int, float, str]]:
     """A sort key by axes, "objective" among them: what has none first, then numbers by size, then words."""
     key = []
     for name in axes:
-        value = OBJECTIVES.index(group.objective) if name == "objective" else group.axes.get(name, PLAIN[name])
+        value = OBJECTIVES.index(group.objective) if name == "objective" else group.axes.get(name)
         if value is None:
-            value = own_contamination(group.experiment)
+            value = own_contamination(group.experiment) if name == "contamination" else 0
         is_number = isinstance(value, int | float)
         key.append((0, float(value), "") if is_number else (1, 0.0, "" if value in ("abs", ()) else str(value)))
     return key
@@ -168,10 +184,10 @@ def true_beta(groups: Iterable[Group]) -> float | None:
 
 def _axes(run: PaperRun) -> dict[str, Any]:
     settings = run.settings
-    axes = {name: plain if settings.get(name) is None else settings[name] for name, plain in PLAIN.items()}
+    plain = plain_of(run.experiment)
+    axes = {name: usual if settings.get(name) is None else settings[name] for name, usual in plain.items()}
     axes["missing"] = tuple(sorted(axes["missing"]))
-    if str(settings.get("beta_source") or "").startswith("estimate"):
-        axes["beta"] = ESTIMATED  # its value is the seed's own
+    axes["beta"] = SOURCES.get(str(settings.get("beta_source")), axes["beta"])  # an estimate is the seed's own
     if not axes["num_negative"]:
         axes["eta"] = PLAIN["eta"]  # a weight of nothing
     share = axes["contamination"]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from sd_unlearn.errors import UsageError
 from sd_unlearn.paper.cells import NAMES_OF, label_of
-from sd_unlearn.paper.finished import OBJECTIVES
+from sd_unlearn.paper.finished import ARMS
 from sd_unlearn.paper.groups import ESTIMATED, Figure, Group, contexts, true_beta
 from sd_unlearn.paper.views import VIEWS
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 DPI = 150
+PREFIXES = ("main-", "beta-")  # how the names of the files begin
 # Colours of Okabe and Ito (2008), told apart by colour-blind readers, and a shape each for print in grey.
 STYLE = {"unsupervised": ("#7F7F7F", "o"), "supervised": ("#E69F00", "s"), "pu": ("#0072B2", "D")}
 LOG_FROM = 10  # betas that span more than this factor are drawn on a logarithmic axis
@@ -35,8 +36,8 @@ def check_available() -> None:
         import matplotlib  # noqa: F401
     except ImportError:
         raise UsageError(
-            "--output draws plots with matplotlib, which is not installed: pip install 'sd-unlearn[paper]'. "
-            "Without --output the tables are printed."
+            "Plots are drawn with matplotlib, which is not installed: pip install 'sd-unlearn[paper]'. "
+            "Without --output_dir the tables come without them."
         ) from None
 
 
@@ -54,7 +55,7 @@ def draw(groups: Sequence[Group]) -> dict[str, tuple[str, bytes]]:
     view = next(view for view in VIEWS if view.name == "beta")
     apart = contexts([group for group in groups if not group.off_plain() - set(view.rows)])
     for arms in apart:
-        if len({_beta(group) for group in _swept(arms)} - {None}) < 2:
+        if len({group.beta() for group in _swept(arms)} - {None}) < 2:
             continue
         for fid in _fids(arms):
             stem = "-".join(filter(None, ("beta", arms[0].experiment, arms[0].size, fid)))
@@ -74,7 +75,7 @@ def main_plot(lines: Sequence[Sequence[Group]], fid: str) -> bytes:
         for at, arms in enumerate(lines):
             for group in arms:
                 colour, shape = STYLE[group.objective]
-                lift = 0.2 * (OBJECTIVES.index(group.objective) - 1)
+                lift = 0.2 * (ARMS.index(group.objective) - 1)
                 if found := _figure(group, metric):
                     _mark(panel, found, at + lift, colour, shape, across=True)
         panel.set_yticks(range(len(lines)), [label_of(arms, lines) for arms in lines] if panel is panels[0] else [])
@@ -83,7 +84,7 @@ def main_plot(lines: Sequence[Sequence[Group]], fid: str) -> bytes:
         panel.grid(axis="x", color="#DDDDDD", linewidth=0.6)
         panel.set_xlabel(title)
         panel.tick_params(axis="y", length=0)
-    for objective in OBJECTIVES:
+    for objective in ARMS:
         if any(group.objective == objective for arms in lines for group in arms):
             colour, shape = STYLE[objective]
             panels[0].plot([], [], shape, color=colour, label=NAMES_OF[objective])
@@ -97,7 +98,7 @@ def sweep_plot(arms: Sequence[Group], fid: str, title: str = "") -> bytes:
     Filled marks: beta as given; open ones: estimated. Whiskers as in `main_plot`.
     """
     figure, panels = _panels(fid, 3.4)
-    points = sorted(((beta, group) for group in _swept(arms) if (beta := _beta(group)) is not None), key=lambda p: p[0])
+    points = sorted(((beta, group) for group in _swept(arms) if (beta := group.beta()) is not None), key=lambda p: p[0])
     unsupervised = next((group for group in arms if group.objective == "unsupervised"), None)
     share, colour = true_beta(arms), STYLE["pu"][0]
     for panel, (label, metric) in zip(panels, _metrics(fid), strict=True):
@@ -123,11 +124,6 @@ def sweep_plot(arms: Sequence[Group], fid: str, title: str = "") -> bytes:
 
 def _swept(arms: Sequence[Group]) -> list[Group]:
     return [group for group in arms if group.objective == "pu"]
-
-
-def _beta(group: Group) -> float | None:
-    """The beta of a group; where each seed estimated its own, their mean."""
-    return group.mean_of("settings", "beta") if group.axes["beta"] == ESTIMATED else float(group.axes["beta"])
 
 
 def _fids(arms: Sequence[Group]) -> list[str]:

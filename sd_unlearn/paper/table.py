@@ -12,7 +12,6 @@ from typing import Any
 
 from sd_unlearn.errors import UsageError, suggest
 from sd_unlearn.paper import plots
-from sd_unlearn.paper.cells import NONE, axis
 from sd_unlearn.paper.finished import PaperRun, collect, none_found, read_runs
 from sd_unlearn.paper.groups import PLAIN, Figure, Group, grouped
 from sd_unlearn.paper.views import LEGEND, TITLES, table_of
@@ -20,31 +19,39 @@ from sd_unlearn.records import check_writable, write_bytes, write_text
 
 __all__ = ["PaperRun", "collect", "document", "markers", "read_runs", "run", "update_document"]
 
-MARKDOWN, RUNS, GROUPS = "table.md", "runs.csv", "groups.csv"
+MARKDOWN, RUNS, GROUPS, TABLES = "table.md", "runs.csv", "groups.csv", "tables"
 
 
-def run(runs: Path, output: Path | None = None, update: Path | None = None) -> str:
+def run(runs: Path, output: Path | None = None, update: Path | None = None, target: Path | None = None) -> str:
     """The tables of every finished run under a folder, as Markdown.
 
     output: a folder for table.md, runs.csv (a line a run), groups.csv (a line for runs that differ in their seed alone)
-    and the plots as PNG. update: a Markdown document whose marked tables are replaced, see `update_document`; a marker
-    names a view, e.g. "beta", or a view of one experiment, e.g. "beta:mnist5k-even".
+    and the plots as PNG; None: runs/tables, unless there is something else to do. update: a Markdown document whose
+    marked tables are replaced, see `update_document`, and those of the plots that it shows; a marker names a view, e.g.
+    "beta", or a view of one experiment, e.g. "beta:mnist5k-even". target: where to `collect`.
 
     Raises:
-        UnlearnError: the output or document cannot be written.
-        UsageError: no finished run, matplotlib missing for `output`, or a document with no or unknown markers.
+        UnlearnError: something cannot be written.
+        UsageError: no finished run, matplotlib missing for `output`, or a document with no or unknown markers; and as
+            `collect`.
     """
     if output:
-        check_writable(output, "--output")
         plots.check_available()
+    elif not (update or target):
+        output = runs / TABLES
     wanted = markers(update) if update else []
     found = read_runs(runs)
     if not found:
         raise UsageError(none_found(runs))
+    if output:
+        check_writable(output, "--output_dir")
     groups = grouped(found)
     text = document(groups)
+    if target:
+        collect(runs, found, target)
     if update:
         update_document(update, _blocks(groups, wanted, update))
+        _renew_plots(update, groups)
     if output:
         _write(output, runs, found, groups, text)
     return text
@@ -58,20 +65,29 @@ def document(groups: Sequence[Group]) -> str:
 
 
 def _write(output: Path, folder: Path, runs: Sequence[PaperRun], groups: Sequence[Group], text: str) -> None:
-    drawn = plots.draw(groups)  # everything is made before the first file is replaced
+    drawn = _drawn(groups)  # everything is made before the first file is replaced
     for name, (_, png) in drawn.items():
         write_bytes(output / name, png)
     write_text(output / RUNS, _csv(_run_line(run, folder) for run in runs))
     write_text(output / GROUPS, _csv(_group_line(group) for group in groups))
     pictures = [f"![{title}]({name})" for name, (title, _) in drawn.items()]
-    write_text(
-        output / MARKDOWN, "\n\n".join([text.rstrip("\n"), *(["## Plots", *pictures] if pictures else [])]) + "\n"
-    )
+    parts = [text.rstrip("\n"), *(["## Plots", *pictures] if pictures else [])]
+    write_text(output / MARKDOWN, "\n\n".join(parts) + "\n")
+
+
+def _drawn(groups: Sequence[Group]) -> dict[str, tuple[str, bytes]]:
+    """The plots as plots.draw has them; none, which is said, without matplotlib."""
+    try:
+        return plots.draw(groups)
+    except UsageError as error:
+        print(f"No plots: {error}", file=sys.stderr)
+        return {}
 
 
 # -- a document with tables in it --
 
 _START = re.compile(r"<!-- table: (\S+) -->")
+_PICTURE = re.compile(r"!\[[^\]]*\]\(([^)\s]+\.png)\)")
 
 
 def markers(path: Path) -> list[str]:
@@ -107,6 +123,16 @@ def update_document(path: Path, markdown_blocks: dict[str, str]) -> None:
         text = f"{text[:first]}\n\n{block.strip()}\n\n{text[last:]}"
     if text != before:
         write_text(path, text)
+
+
+def _renew_plots(path: Path, groups: Sequence[Group]) -> None:
+    """Draw again those pictures of a document that have the name of a plot."""
+    shown = [path.parent / link for link in _PICTURE.findall(_read(path))]
+    shown = [picture for picture in shown if picture.name.startswith(plots.PREFIXES)]
+    drawn = _drawn(groups) if shown else {}
+    for picture in shown:
+        if picture.name in drawn:
+            write_bytes(picture, drawn[picture.name][1])
 
 
 def _read(path: Path) -> str:
@@ -165,17 +191,22 @@ def _run_line(run: PaperRun, folder: Path) -> dict[str, Any]:
         name = metric if group == "all" else f"{metric}_{group}"
         rows |= {name: row.value, f"{name}_low": row.low, f"{name}_high": row.high, f"{name}_n": row.n}
     parts = {f"{part}_{k}": v for part in ("counts", "cost", "classifier") for k, v in record.get(part, {}).items()}
+    settings = {k: v for k, v in run.settings.items() if k != "betas"} | {"beta": run.beta}
     return {
         "file": run.path.relative_to(folder).as_posix(), "experiment": run.experiment, "size": run.size,
-        "seed": run.seed, **run.settings, **rows, **parts,
+        "seed": run.seed, **settings, **rows, **parts,
         **{name: record.get(name) for name in ("data_sha256", "weights_sha256", "version", "commit", "created")},
     }  # fmt: skip
 
 
 def _group_line(group: Group) -> dict[str, Any]:
     """What the tables are made of, values unrounded."""
-    line = {"experiment": group.experiment, "size": group.size, "objective": group.objective}
-    line |= {name: "" if (value := axis(group, name)) == NONE else value for name in PLAIN}
+    line: dict[str, Any] = {"experiment": group.experiment, "size": group.size, "objective": group.objective}
+    line |= {name: group.axes.get(name) for name in PLAIN} | {"beta_source": ""}
+    if "beta" in group.axes:
+        source = group.axes["beta"] if isinstance(group.axes["beta"], str) else "fixed"
+        line |= {"beta": group.beta(), "beta_source": source}
+    line["contamination"] = group.mean_of("settings", "contamination")
     line |= group.context | {"seeds": [run.seed for run in group.runs]}
     metrics = dict.fromkeys(key for run in group.runs for key in run.rows)
     figures = {m if g == "all" else f"{m}_{g}": group.figure(m, g) for m, g in metrics}

@@ -23,9 +23,11 @@ from sd_unlearn.paper.cells import (
     seconds,
     seeds,
 )
-from sd_unlearn.paper.finished import OBJECTIVES
+from sd_unlearn.paper.experiments import EXPERIMENTS
+from sd_unlearn.paper.finished import ARMS
 from sd_unlearn.paper.groups import (
     ESTIMATED,
+    KNOWN,
     PLAIN,
     Figure,
     Group,
@@ -44,7 +46,8 @@ LEGEND = (
     "brackets. With one seed there is none; the rate then has its 95 % Wilson interval in square brackets, which "
     "covers the chance of which images were drawn, not what another training would have given. Unless a column says "
     "otherwise the settings are plain: the absolute value as correction, beta 0.1, every sensitive class labeled, no "
-    "image known to be normal, unconditional, and the experiment's own share of sensitive images among the unlabeled."
+    "image known to be normal, unconditional, and the experiment's own share of sensitive images among the unlabeled. "
+    "Text-to-image models are conditional and are given the true beta."
 )
 
 
@@ -73,7 +76,7 @@ class View:
 
 def _of_contamination(group: Group) -> bool:
     """Where the contamination is the plain one, a sweep of beta is another view's."""
-    return "contamination" in group.off_plain() or group.axes.get("beta") in (None, PLAIN["beta"], ESTIMATED)
+    return "contamination" in group.off_plain() or group.axes.get("beta") in (None, PLAIN["beta"], ESTIMATED, KNOWN)
 
 
 VIEWS = (
@@ -101,7 +104,7 @@ def table_of(name: str, groups: Sequence[Group]) -> str:
 
 
 def main_table(groups: Sequence[Group]) -> str:
-    """Experiments against objectives with the plain settings, a table each size and FID, and what is expected of them."""
+    """Experiments against objectives at the plain settings; a table for each size and FID."""
     plain = [group for group in groups if not group.off_plain()]
     tables: dict[tuple[str, str], list[list[Group]]] = {}
     for arms in contexts(plain):
@@ -111,14 +114,14 @@ def main_table(groups: Sequence[Group]) -> str:
 
 
 def _main(size: str, fid: str, lines: list[list[Group]]) -> str:
-    names = [NAMES_OF[objective] for objective in OBJECTIVES]
+    names = [NAMES_OF[objective] for objective in ARMS]
     head = ["Experiment", *(f"Rate, {name}" for name in names)]
     head += [f"{fid}, {name}" for name in names] if fid else []
     head += ["Seeds", "Images", "Training (s)"]
     cells, checks = [], []
     for arms in lines:
         by = {group.objective: group for group in arms}
-        found = [by.get(objective) for objective in OBJECTIVES]
+        found = [by.get(objective) for objective in ARMS]
         label = label_of(arms, lines)
         cells.append(
             [label, *(rate(group) for group in found), *([fid_of(group, fid) for group in found] if fid else []),
@@ -137,16 +140,16 @@ def expected(pu: Group | None, unsupervised: Group | None, fid: str) -> str:
     leaks = _compared(pu.leakage(), unsupervised.leakage(), MOST_LEAKAGE, percent)
     found = [f"PU leaks {leaks}" if leaks else "no rate was counted"]
     if fid:
-        distance = _compared(pu.figure(fid), unsupervised.figure(fid), MOST_FID, distance)
-        found.append(f"{fid} {distance}" if distance else f"{fid} was not measured for both")
+        apart = _compared(pu.figure(fid), unsupervised.figure(fid), MOST_FID, distance)
+        found.append(f"{fid} {apart}" if apart else f"{fid} was not measured for both")
     return "; ".join(found) + "."
 
 
 def caution(groups: Iterable[Group]) -> str:
     """What keeps figures from being compared: other judges or other data. "" for nothing."""
     records = [run.record for group in groups for run in group.runs]
-    judges = {str(record.get("classifier", {}).get("sha256")) for record in records}
-    data = {str(record.get("data_sha256")) for record in records}
+    judges = {(str(record["classifier"].get("name")), str(record["classifier"].get("sha256"))) for record in records}
+    data = {str(record.get("data_sha256")) for record in records if record["experiment"] in EXPERIMENTS}
     told = [" Not all of these were judged by the same classifier."] if len(judges) > 1 else []
     return "".join(told + ([" Not all of these were trained on the same data."] if len(data) > 1 else []))
 
