@@ -5,6 +5,7 @@ Imports no torch: `paper list` and `--help` answer at once.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -100,7 +101,7 @@ _FEW = Counts(2_000, 200, 200)  # STL10's and CelebA's
 
 
 def _both_ways(
-    dataset: Dataset, groups: dict[str, Classes], counts: Counts, side: int, channels: int, recipe: Recipe,
+    dataset: Dataset, groups: Mapping[str, Classes], counts: Counts, side: int, channels: int, recipe: Recipe,
     base: str | None = None,
 ) -> list[Experiment]:  # fmt: skip
     """Two experiments: each of two groups of classes normal once, named after it, and the other one sensitive."""
@@ -114,7 +115,7 @@ def _both_ways(
     ]  # fmt: skip
 
 
-def _vehicles_and_animals(dataset: Dataset, vehicles: Classes) -> dict[str, Classes]:
+def _vehicles_and_animals(dataset: Dataset, vehicles: Classes) -> Mapping[str, Classes]:
     return {"vehicles": vehicles, "animals": tuple(name for name in CLASSES[dataset] if name not in vehicles)}
 
 
