@@ -63,7 +63,7 @@ class Group:
     def beta(self) -> float | None:
         """The beta that was assumed; the mean over seeds where each has its own."""
         betas = [run.beta for run in self.runs if run.beta is not None]
-        return statistics.fmean(betas) if betas else None
+        return statistics.mean(betas) if betas else None
 
     def figure(self, metric: str, group: str = "all") -> Figure | None:
         """None where no run has the metric."""
@@ -74,7 +74,7 @@ class Group:
         one = len(values) == 1
         ends = (rows[0].low, rows[0].high) if one else (min(values), max(values))
         sd = None if one else statistics.stdev(values)
-        return Figure(statistics.fmean(values), sd, *ends, len(values), min(row.n for row in rows))
+        return Figure(statistics.mean(values), sd, *ends, len(values), min(row.n for row in rows))
 
     def leakage(self) -> Figure | None:
         """One minus the non-sensitive rate: the share of pictures that show what they must not."""
@@ -88,7 +88,7 @@ class Group:
         """Mean over the runs that have it of a number in a part of their record, e.g. "cost", "seconds"."""
         found = [run.record.get(part, {}).get(key) for run in self.runs]
         values = [float(v) for v in found if isinstance(v, int | float)]
-        return statistics.fmean(values) if values else None
+        return statistics.mean(values) if values else None
 
     def fids(self) -> list[str]:
         """Names of the distances its runs have, e.g. fid-digits."""
