@@ -119,7 +119,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as interrupt:
         way_on = "The same command goes on with the images that are missing."
         if str(interrupt):
-            way_on = f"{interrupt} Go on with --resume_from_checkpoint latest."
+            by = "the same command" if tokens[:1] == ["paper"] else "--resume_from_checkpoint latest"
+            way_on = f"{interrupt} Go on with {by}."
         print(f"\nInterrupted. {way_on}", file=sys.stderr)
         return 130
     except Exception as error:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -102,6 +104,23 @@ def test_a_finished_run_is_not_done_again_and_a_half_done_one_goes_on(call: Call
     assert read_json(folder / "results.json")["weights_sha256"] == first["weights_sha256"]
 
 
+def test_ctrl_c_leaves_what_the_same_command_goes_on_from(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sd_unlearn import loop
+
+    steps = loop.Tools.step
+    monkeypatch.setattr(loop.Tools, "step", lambda *a: (os.kill(os.getpid(), signal.SIGINT), steps(*a))[1])
+    code, _, err = call("run", "mnist5k-even", *FEW)
+    assert code == 130
+    assert "Go on with the same command." in err
+    (folder,) = Path("runs/paper/mnist5k-even").iterdir()
+    assert not (folder / "training.json").exists()
+    monkeypatch.setattr(loop.Tools, "step", steps)
+    code, _, err = call("run", "mnist5k-even", *FEW)
+    assert code == 0
+    assert "Going on from" in err
+    assert not (folder / "checkpoints").exists()
+
+
 def test_a_folder_of_something_else_is_left_alone(call: Call) -> None:
     place = Path("runs/paper/mnist5k-even/tiny-pu-beta0.1-seed42")
     place.mkdir(parents=True)
@@ -160,6 +179,7 @@ def few(monkeypatch: pytest.MonkeyPatch, name: str, counts: Counts, **changes: A
 
     monkeypatch.setattr(run_room, "get_classifier", guess)
     monkeypatch.setattr(judging, "FEWEST", 1)
+    monkeypatch.setattr(run_room, "check_distance", lambda *_: None)  # no weights of Inception here
     for distances in ("_to_real_digits", "_to_real_pictures"):
         monkeypatch.setattr(judging, distances, lambda *_: [])
 
@@ -239,6 +259,13 @@ def test_a_dataset_that_is_not_here_is_told_by_its_files(call: Call, monkeypatch
     assert code == 1
     assert "train-images-idx3-ubyte" in err
     assert "data/paper" in err
+
+
+def test_weights_that_are_not_there_are_told_before_anything_is_trained(call: Call) -> None:
+    code, _, err = call("run", "cifar10-animals", "--inception_weights", "nowhere.pth")
+    assert code == 2
+    assert "--inception_weights nowhere.pth" in err
+    assert not Path("data").exists()
 
 
 def test_options_come_from_a_file_too(call: Call) -> None:

@@ -19,6 +19,7 @@ from accelerate import PartialState
 
 from sd_unlearn import __version__
 from sd_unlearn.errors import UsageError
+from sd_unlearn.metrics.fidelity import InceptionFidelity
 from sd_unlearn.paper import judging
 from sd_unlearn.paper.classifier import Classifier, get_classifier
 from sd_unlearn.paper.datasets import load_dataset
@@ -41,6 +42,7 @@ from sd_unlearn.records import (
     write_json,
     write_text,
 )
+from sd_unlearn.trainer import PATIENCE
 
 SHEET, SAMPLING = "samples.png", "sampling.json"
 CLASSIFIERS = "classifiers"  # beside the runs: all runs of a dataset share one
@@ -63,13 +65,15 @@ def run(name: str, options: RunOptions) -> Path:
     if (folder / RESULTS).is_file() and not options.overwrite:
         print(f"{folder} is finished; --overwrite starts over.", file=sys.stderr)
         return folder
-    data = load_dataset(experiment.dataset, options.data_root)
+    check_distance(experiment, options)
+    state = PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)  # the first process judges alone
+    with state.main_process_first():  # which may download
+        data = load_dataset(experiment.dataset, options.data_root)
     names = CLASSES[experiment.dataset]
     normal, sensitive, missing = (
         [names.index(n) for n in group] for group in (experiment.normal, experiment.sensitive, settings.missing)
     )
     images = split(data.labels, normal, sensitive, counts, options.seed, missing, settings.num_negative)
-    state = PartialState(cpu=not torch.cuda.is_available())
     if state.is_main_process:
         if options.overwrite:
             shutil.rmtree(folder, ignore_errors=True)
@@ -77,12 +81,12 @@ def run(name: str, options: RunOptions) -> Path:
     state.wait_for_everyone()
     job = Run(experiment, settings, size, options.seed, data, images, folder, options.checkpointing_steps)
     cost = _train(job)
+    device = str(state.device)
+    cost["sampling_seconds"] = _draw(job, options.sample_batch_size, device)
     if state.is_main_process:
-        device = str(state.device)
-        pixels, seconds = _draw(job, options.sample_batch_size, device)
         classifier = get_classifier(data, job.side, size, 0, device, options.output_dir / CLASSIFIERS)
-        rows = _judge(job, pixels, classifier, options, device)
-        _record(job, told, cost | {"sampling_seconds": seconds}, classifier, rows)
+        rows = _judge(job, classifier, options, device)
+        _record(job, cost, classifier, rows)
     state.wait_for_everyone()
     return folder
 
@@ -119,6 +123,21 @@ def check_same(folder: Path, told: dict[str, Any], overwrite: bool) -> None:
         )
 
 
+def distance_of(experiment: Experiment) -> judging.Fidelity:
+    """Whose features the distance to real pictures is measured by."""
+    return "digits" if CLASSES[experiment.dataset] == DIGITS else "inception"
+
+
+def check_distance(experiment: Experiment, options: RunOptions) -> None:
+    """Fetch what the distance needs before hours of training rather than after.
+
+    Raises:
+        UsageError, UnlearnError: as InceptionFidelity.
+    """
+    if distance_of(experiment) == "inception":
+        InceptionFidelity(options.inception_weights)
+
+
 def _train(job: Run) -> dict[str, Any]:
     """The cost of the training, which is done unless it is finished."""
     record = job.folder / TRAINING
@@ -134,8 +153,8 @@ def _train(job: Run) -> dict[str, Any]:
     return dict(read_json(record))
 
 
-def _draw(job: Run, batch_size: int, device: str) -> tuple[Any, float]:
-    """(pictures [n, side, side, C] uint8, seconds it took); no network is loaded where they are drawn already."""
+def _draw(job: Run, batch_size: int, device: str) -> float:
+    """The seconds that the pictures took; no network is loaded where they are drawn already."""
     settings, record = job.settings, job.folder / SAMPLING
     if not record.is_file():
         started = time.monotonic()
@@ -143,17 +162,19 @@ def _draw(job: Run, batch_size: int, device: str) -> tuple[Any, float]:
         sampler = make_sampler(settings.sampler, schedule, settings.num_inference_steps)
         count, network = settings.num_images, unet.eval().to(device)
         draw_all(network, sampler, job.folder, count, job.seed, batch_size, settings.conditions)
-        write_json(record, {"seconds": round(time.monotonic() - started, 1)})
-    return load_samples(job.folder), float(read_json(record)["seconds"])
+        if PartialState().is_main_process:
+            write_json(record, {"seconds": round(time.monotonic() - started, 1)})
+        PartialState().wait_for_everyone()
+    return float(read_json(record)["seconds"])
 
 
-def _judge(job: Run, pixels: Any, classifier: Classifier, options: RunOptions, device: str) -> list[Row]:
+def _judge(job: Run, classifier: Classifier, options: RunOptions, device: str) -> list[Row]:
     """What the classifier and the features say of the pictures; also the contact sheet."""
-    pictures, normal = as_pictures(pixels), job.experiment.normal
-    fidelity: judging.Fidelity = "digits" if CLASSES[job.experiment.dataset] == DIGITS else "inception"
+    pictures, normal = as_pictures(load_samples(job.folder)), job.experiment.normal
     rows = judging.judge(
-        pictures, job.data, normal, classifier, fidelity, inception_weights=options.inception_weights, device=device
-    )
+        pictures, job.data, normal, classifier, distance_of(job.experiment),
+        inception_weights=options.inception_weights, device=device,
+    )  # fmt: skip
     shown = pictures[: judging.MOST_SHOWN]
     sheet = judging.picture_grid(shown, ~classifier.is_normal(shown, normal))
     temporary = job.folder / f".{SHEET}"
@@ -162,7 +183,7 @@ def _judge(job: Run, pixels: Any, classifier: Classifier, options: RunOptions, d
     return rows
 
 
-def _record(job: Run, told: dict[str, Any], cost: dict[str, Any], classifier: Classifier, rows: list[Row]) -> None:
+def _record(job: Run, cost: dict[str, Any], classifier: Classifier, rows: list[Row]) -> None:
     """results.json, the last file of a run."""
     record = {
         "schema_version": 1, "kind": "paper", "experiment": job.experiment.name, "size": job.size, "seed": job.seed,

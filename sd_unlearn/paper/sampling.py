@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from diffusers import DDIMScheduler, DDPMScheduler, UNet2DModel
 from numpy.typing import NDArray
 from torch import Tensor
@@ -53,22 +54,22 @@ def draw_all(
     """Write folder/samples.npz with `count` pictures [count, side, side, C]; those of a killed run are kept.
 
     seed: of the run; the pictures' own are of the evaluation's range. classes: of a conditional network, asked for in
-    turn; 0: unconditional.
+    turn; 0: unconditional. Called by every process, each of which draws its share.
     """
-    target, parts = folder / SAMPLES, folder / PARTS_DIR
+    state, parts = PartialState(), folder / PARTS_DIR
     parts.mkdir(parents=True, exist_ok=True)
-    drawn = []
-    for start in tqdm(range(0, count, batch_size), desc="draw", unit="batch", file=sys.stderr):
-        which = range(start, min(start + batch_size, count))
-        drawn.append(parts / f"{which.start:06d}-{which.stop:06d}.npy")  # another batch size has other parts
-        if drawn[-1].is_file():
-            continue
-        asked = torch.tensor([i % classes for i in which]) if classes else None
-        seeds = [image_seed(EVALUATE_SEEDS, seed, "paper", i) for i in which]
-        _save(drawn[-1], as_bytes(draw(unet, sampler, seeds, asked)))
-    pictures = np.concatenate([np.load(part) for part in drawn])
-    _save(target, pictures)
-    shutil.rmtree(parts)
+    batches = [range(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
+    files = [parts / f"{which.start:06d}-{which.stop:06d}.npy" for which in batches]  # other batches, other files
+    mine = list(zip(batches, files, strict=True))[state.process_index :: state.num_processes]
+    for which, file in tqdm(mine, desc="draw", unit="batch", file=sys.stderr, disable=not state.is_main_process):
+        if not file.is_file():
+            asked = torch.tensor([i % classes for i in which]) if classes else None
+            seeds = [image_seed(EVALUATE_SEEDS, seed, "paper", i) for i in which]
+            _save(file, as_bytes(draw(unet, sampler, seeds, asked)))
+    state.wait_for_everyone()
+    if state.is_main_process:
+        _save(folder / SAMPLES, np.concatenate([np.load(file) for file in files]))
+        shutil.rmtree(parts)
 
 
 def load_samples(folder: Path) -> NDArray[np.uint8]:
