@@ -121,7 +121,8 @@ def assemble(
         unconditional=config.unconditional or 0.0, noise_offset=config.noise_offset,
     )  # fmt: skip
     eta = config.eta if batches.layout.negative else 0.0
-    objective = PUObjective([list(data.betas.values())] * len(batches.brackets), config.correction, eta)
+    betas = [list(data.betas.values())] * len(batches.brackets)
+    objective = PUObjective(betas, config.correction, eta, config.objective)
     painter = _painter(config, base, data, student)
     probe = _probe(config, concept, data, student, alone, painter, held)
     return Training(

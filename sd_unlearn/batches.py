@@ -28,8 +28,8 @@ PLAIN = -1  # the `bracket` of an example that belongs to no caption's bracket
 class Batch:
     """What one forward pass sees: a part of a step's whole batch. Examples with a slot share timestep and noise."""
 
-    latents: Tensor  # [B, 4, H/8, W/8], scaled
-    text: Tensor  # [B, tokens, width]
+    latents: Tensor  # [B, 4, H/8, W/8], scaled; of a DDPM the images, [B, C, H, W] in [-1, 1]
+    text: Tensor  # [B, tokens, width], or what else Denoiser.predict takes
     teacher_text: Tensor  # as text: the caption each image was drawn from, under which the frozen base predicts
     label: Tensor  # [B] long: the number of a positive's set, from 0; UNLABELED, or NORMAL if known to be
     bracket: Tensor  # [B] long, index of the caption's bracket, PLAIN for keep images
@@ -100,9 +100,9 @@ class Layout:
     ) -> Layout:
         """Of a batch a quarter positives and 35 % unlabeled, shared out over the brackets, the rest keep images.
 
-        Without keep images the rest is unlabeled. Sets share the positives out, and negatives get half of the unlabeled
-        images' share. Every bracket has at least one image of each kind in each of the parts that the batch will be
-        cut into.
+        Without keep images the rest is unlabeled, without positives their quarter. Sets share the positives out, and
+        negatives get half of the unlabeled images' share. Every bracket has at least one image of each kind in each of
+        the parts that the batch will be cut into.
 
         Raises:
             UsageError: a batch too small for that.
@@ -113,8 +113,9 @@ class Layout:
                 f"--train_batch_size {batch_size // parts} is too small: brackets ({brackets}, by --caption_mode) "
                 f"times kinds of images in each ({kinds}) are {brackets * kinds}, the least for a micro-batch."
             )
-        positive = max(parts, int(0.25 * batch_size / brackets / sets))
-        unlabeled = int(0.35 * batch_size / brackets) if has_keep else batch_size // brackets - sets * positive
+        positive = max(parts, int(0.25 * batch_size / brackets / sets)) if sets else 0
+        usual = int((0.35 if sets else 0.6) * batch_size / brackets)
+        unlabeled = usual if has_keep else batch_size // brackets - sets * positive
         negative = max(parts, unlabeled // 2) if negatives else 0
         unlabeled = max(parts, unlabeled - negative)
         layout = cls(positive, unlabeled, 0, negative, sets)
@@ -163,10 +164,11 @@ class Row:
 class StratifiedBatches:
     """Endless steps, each a list of this process's micro-batches; mode: see captions_of_brackets.
 
-    batch_size is the whole step's. share_timesteps gives positives the timesteps and noise of unlabeled images, which
-    takes most of the noise out of the bracket's sign. timestep_bias is for the brackets: what must stay must stay at
-    every timestep. unconditional is the share of keep rows without a caption. noise_offset (>= 0) is the deviation of
-    noise that is constant over each channel, added to the other.
+    There may be no positives and no keep images. batch_size is the whole step's, layout how it is shared out, if not
+    as usual. share_timesteps gives positives the timesteps and noise of unlabeled images, which takes most of the noise
+    out of the bracket's sign. timestep_bias is for the brackets: what must stay must stay at every timestep.
+    unconditional is the share of keep rows without a caption. noise_offset (>= 0) is the deviation of noise that is
+    constant over each channel, added to the other.
     """
 
     def __init__(
@@ -174,17 +176,17 @@ class StratifiedBatches:
         concept: Concept, mode: CaptionMode, batch_size: int, num_train_timesteps: int, seed: int, *,
         rank: int = 0, world: int = 1, micro_batches: int = 1, device: torch.device | str = "cpu",
         teacher: bool = False, timestep_bias: float = 0.0, share_timesteps: bool = True,
-        unconditional: float = 0.25, noise_offset: float = 0.0,
+        unconditional: float = 0.25, noise_offset: float = 0.0, layout: Layout | None = None,
     ) -> None:  # fmt: skip
         self.teacher, self.timestep_bias, self.share_timesteps = teacher, timestep_bias, share_timesteps
         self.unconditional, self.noise_offset = unconditional, noise_offset
         self.examples, (self.mean, self.std), self.embeddings = examples, latents, captions
         self.brackets = captions_of_brackets(concept, mode)
         sets = members_of_sets(examples)
-        self.positives = ["positive", *(f"positive {k}" for k in range(1, len(sets)))]
+        self.positives = ["positive", *(f"positive {k}" for k in range(1, len(sets)))][: len(sets)]
         outside = ("positive", "negative", "keep")
         self.pools = {  # their order seeds their cycles
-            "positive": sets[0],
+            "positive": sets.get(0, []),
             "unlabeled": [i for i, e in enumerate(examples) if e.group not in outside],
             "keep": [i for i, e in enumerate(examples) if e.group == "keep"],
             "any": list(range(len(examples))),
@@ -194,7 +196,8 @@ class StratifiedBatches:
         self.parts, self.mine = world * micro_batches, [micro * world + rank for micro in range(micro_batches)]
         has_keep = bool(self.pools["keep"]) or teacher
         negatives = bool(self.pools["negative"])
-        self.layout = Layout.of(batch_size, len(self.brackets), has_keep, self.parts, len(sets), negatives)
+        usual = (batch_size, len(self.brackets), has_keep, self.parts, len(sets), negatives)
+        self.layout = layout or Layout.of(*usual)
         self.num_train_timesteps, self.device = num_train_timesteps, device
         self.generator = torch.Generator().manual_seed(seed)
         self.cycles = {
@@ -265,8 +268,7 @@ class StratifiedBatches:
         noise = torch.randn((len(timesteps), *mean.shape[1:]), generator=self.generator)
         if self.noise_offset > 0:  # no draw without it: a run's noise is then what it is without the option
             noise += self.noise_offset * torch.randn((*noise.shape[:2], 1, 1), generator=self.generator)
-        noise = noise[slot]
-        timesteps = timesteps[slot]
+        noise, timesteps = noise[slot], timesteps[slot]
         batches = []
         for part in self.mine:
             here = [n for n, row in enumerate(rows) if row.order % self.parts == part]

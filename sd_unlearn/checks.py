@@ -133,6 +133,22 @@ def _check_together(config: TrainConfig) -> None:
         raise UsageError("--force_resume needs --resume_from_checkpoint: name the checkpoint, or latest.")
     if config.overwrite and config.resume_from_checkpoint is not None:
         raise UsageError("--overwrite starts over and --resume_from_checkpoint goes on; give one of them.")
+    if config.objective != "pu":
+        _check_baseline(config)
+
+
+def _check_baseline(config: TrainConfig) -> None:
+    """The paper's baselines, which lack most of what the PU risk can be told."""
+    asked = f"--objective {config.objective}"
+    if config.target == "teacher":
+        raise UsageError(
+            f"{asked} needs --target noise: against --target teacher, the base's own prediction, unlabeled images "
+            "teach nothing."
+        )
+    if config.correction != "abs":
+        raise UsageError(f"--correction {config.correction} is for --objective pu; {asked} has no bracket to correct.")
+    if config.objective == "unsupervised" and config.beta_sweep is not None:
+        raise UsageError(f"--beta_sweep {config.beta_sweep}: {asked} does not depend on beta. Take another objective.")
 
 
 def check_positive(config: Any, names: tuple[str, ...]) -> None:

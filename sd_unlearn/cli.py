@@ -1,4 +1,4 @@
-"""sd-unlearn render | train | evaluate | export | report. Imports nothing heavy until a command runs."""
+"""sd-unlearn render | train | evaluate | export | report | paper. Imports nothing heavy until a command runs."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from sd_unlearn.checks import check_keys, read_yaml
 from sd_unlearn.config import ExportConfig, RenderConfig, ReportConfig
 from sd_unlearn.errors import UnlearnError, UsageError
 from sd_unlearn.evaluate_config import EvaluateConfig
+from sd_unlearn.paper import commands as paper
 from sd_unlearn.train_config import TrainConfig
 
 HELP = """Make Stable Diffusion forget a concept, and show that it did.
@@ -30,6 +31,7 @@ The street, on the bundled base (no GPU, no download):
     sd-unlearn report   --run runs/seven     report.html with pictures and intervals
 
 Several LoRAs on one page: evaluate --lora A B --strengths 0.5 1, then report --run runs/evaluation.
+The paper's own experiments: sd-unlearn paper --help.
 """
 
 app = App(
@@ -42,6 +44,7 @@ COMMANDS = {
     "render": RenderConfig, "train": TrainConfig, "evaluate": EvaluateConfig, "export": ExportConfig,
     "report": ReportConfig,
 }  # fmt: skip
+app.command(paper.app)
 
 
 @app.command
@@ -139,14 +142,15 @@ def _config_file(tokens: Sequence[str]) -> tuple[Any, ...]:
     Raises:
         UsageError: a missing or damaged file, an unknown key.
     """
-    command = next((t for t in tokens if t in COMMANDS), None)
+    known: dict[str, Any] = paper.COMMANDS if tokens[:1] == ["paper"] else COMMANDS
+    command = next((t for t in tokens if t in known), None)
     path = next((t.partition("=")[2] for t in tokens if t.startswith("--config=")), None)
     if "--config" in tokens[:-1]:
         path = tokens[tokens.index("--config") + 1]
     if command is None or path is None:
         return ()
     data = read_yaml(Path(path), "--config")
-    check_keys(data, {f.name for f in fields(COMMANDS[command])}, f"--config {path}")
+    check_keys(data, {f.name for f in fields(known[command])}, f"--config {path}")
     given = {key: value for key, value in data.items() if value is not None and key != "config"}
     return (cyclopts.config.Dict(given, use_commands_as_keys=False, source=path),)
 

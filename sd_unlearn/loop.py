@@ -75,6 +75,7 @@ class Progress:
     forgotten_in_a_row: int = 0  # probes
     probe_seconds: float = 0.0  # of `seconds`, spent on probes
     stopped: str = ""  # why before --max_train_steps
+    beta: float | None = None  # as a probe last estimated it; None: as it was given
 
 
 def fit(training: Training, resume: Path | None) -> Progress:
@@ -206,7 +207,9 @@ class Tools:
         alike = known is not None and len(known) == len(training.objective.betas)
         self.brackets = known.to(device) if alike else None
         training.accelerator.print(f"Going on from {place}.", file=sys.stderr)
-        return Progress(**state["progress"])
+        progress = Progress(**state["progress"])
+        _take_beta(training, progress.beta)
+        return progress
 
 
 def _figures(step: int, logs: Tensor, tools: Tools, norm: Tensor) -> dict[str, float]:
@@ -269,6 +272,9 @@ def _probe(training: Training, tools: Tools, progress: Progress) -> Verdict:
             if told[0].score > progress.best_score:
                 training.student.save(training.output / BEST_DIR)
     verdict: Verdict = broadcast_object_list(told)[0]
+    if verdict.beta is not None:
+        progress.beta = verdict.beta
+        _take_beta(training, verdict.beta)
     progress.probes_since_best += 1
     if verdict.score > progress.best_score:
         progress.best_score, progress.best_step, progress.probes_since_best = verdict.score, progress.step, 0
@@ -278,3 +284,9 @@ def _probe(training: Training, tools: Tools, progress: Progress) -> Verdict:
     elif 0 < training.config.early_stopping_patience <= progress.probes_since_best:
         progress.stopped = f"no better probe in {progress.probes_since_best}"
     return verdict
+
+
+def _take_beta(training: Training, beta: float | None) -> None:
+    """Go on with a beta that was estimated on the way, in every bracket."""
+    if beta is not None:
+        training.objective = replace(training.objective, betas=[[beta]] * len(training.objective.betas))

@@ -38,6 +38,7 @@ class Verdict:
     figures: dict[str, float]
     score: float
     forgotten: bool = False
+    beta: float | None = None  # to go on with, where the probe estimates it
 
 
 class Probe(Protocol):

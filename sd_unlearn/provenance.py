@@ -30,7 +30,7 @@ def training_record(
 ) -> dict[str, Any]:
     """What training.json says: everything later stages and an auditor need to know about a run."""
     settings = as_dict(config)
-    named = ("rank", "lora_alpha", "beta", "correction", "caption_mode", "target", "push", "method",
+    named = ("objective", "rank", "lora_alpha", "beta", "correction", "caption_mode", "target", "push", "method",
              "unconditional", "timestep_bias", "snr_gamma", "noise_offset", "zero_terminal_snr", "reduction", "eta",
              "seed")  # fmt: skip
     sha256 = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 Correction = Literal["abs", "nn", "none"]
+Risk = Literal["pu", "supervised", "unsupervised"]
 UNLABELED, NORMAL = -1, -2  # labels of examples; that of a sensitive image is the number of its set, from 0
 # Below this l the sensitive loss -log(1 - exp(-l)) is held constant: it and its gradient 1/l stay finite in float32.
 SMALLEST_NLL = 1e-6
@@ -40,7 +41,7 @@ def sensitive_nll(nll: Tensor) -> Tensor:
 
 
 def pu_terms(nll: Tensor, label: Tensor, betas: Sequence[float], weight: Tensor | None = None) -> PUTerms:
-    """The parts of the risk of a batch with at least one positive and one unlabeled example.
+    """The parts of the risk of a batch; those of a kind that it lacks are zero.
 
     p_U = sum_k beta_k p_k + (1 - sum_k beta_k) p_N: however many sensitive sets there are, they share one bracket.
 
@@ -62,19 +63,20 @@ def pu_terms(nll: Tensor, label: Tensor, betas: Sequence[float], weight: Tensor 
     total = sum(beta for beta, _ in sets)
     means = [(beta, mean(nll, here)) for beta, here in sets]
     sensitive = sensitive_nll(nll)
-    positive = _sum([beta * mean(sensitive, here) for beta, here in sets])
+    nothing = torch.zeros_like(sensitive).sum()  # no image, or no set, of a kind
+
+    def added(scalars: Sequence[Tensor]) -> Tensor:
+        return torch.stack([nothing, *scalars]).sum()
+
+    positive = added([beta * mean(sensitive, here) for beta, here in sets])
     mean_u, mean_n = (mean(nll, here) for here in (label == UNLABELED, label == NORMAL))
-    bracket = mean_u - _sum([beta * mean_k for beta, mean_k in means])
-    mean_s = _sum([beta / total * mean_k for beta, mean_k in means])
+    bracket = mean_u - added([beta * mean_k for beta, mean_k in means])
+    mean_s = added([beta / total * mean_k for beta, mean_k in means])
     return PUTerms(positive, bracket, mean_u, mean_s, (1 - total) * mean_n, mean_n)
 
 
 def _wide(nll: Tensor) -> Tensor:
     return nll if nll.dtype == torch.float64 else nll.float()
-
-
-def _sum(scalars: Sequence[Tensor]) -> Tensor:
-    return torch.stack(list(scalars)).sum()
 
 
 def _equal_weights(label: Tensor) -> Tensor:
@@ -110,6 +112,16 @@ def pnu_corrected(terms: PUTerms, correction: Correction, eta: float, bracket: T
     """
     risk = corrected(terms, correction, bracket)
     return (1 - eta) * risk + eta * (terms.negative + terms.positive) if eta else risk
+
+
+def supervised(terms: PUTerms, beta: float) -> Tensor:
+    """`supervised_risk` of the same examples, from their terms; beta: of all sets together, in (0, 1)."""
+    return (1 - beta) * terms.mean_u + terms.positive
+
+
+def unsupervised(terms: PUTerms) -> Tensor:
+    """`unsupervised_risk` of the same examples, from their terms: positives have no part in it."""
+    return terms.mean_u
 
 
 def pu_risk(nll: Tensor, is_positive: Tensor, beta: float, correction: Correction = "abs") -> Tensor:

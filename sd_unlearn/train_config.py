@@ -9,6 +9,7 @@ from cyclopts import Group
 from sd_unlearn.config import RenderConfig, option
 
 Correction = Literal["abs", "nn", "none"]
+Risk = Literal["pu", "supervised", "unsupervised"]
 CaptionMode = Literal["both", "own", "shared"]
 Reduction = Literal["sum", "mean"]
 Method = Literal["lora", "full"]
@@ -30,6 +31,14 @@ COST = Group("Speed and memory", sort_key=7)
 class Objective:
     """The risk: which losses, how they are weighed, what the concept's share is."""
 
+    objective: Annotated[
+        Risk,
+        option(
+            "The risk: positive-unlabeled, or a baseline of the paper: supervised takes 0_unlabeled for normal as it "
+            "is, unsupervised learns it and nothing else. Both need --target noise.",
+            OBJECTIVE,
+        ),
+    ] = "pu"
     correction: Annotated[
         Correction, option("How the bracket of the PU risk is kept from going negative.", OBJECTIVE)
     ] = "abs"

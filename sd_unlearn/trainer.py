@@ -30,7 +30,7 @@ from sd_unlearn.base import (
 from sd_unlearn.batches import check_batch_size
 from sd_unlearn.checks import as_dict, check_train
 from sd_unlearn.concept import Concept, load_concept, write_concept
-from sd_unlearn.dataset import fingerprint, scan
+from sd_unlearn.dataset import fingerprint, has_negatives, scan
 from sd_unlearn.errors import UnlearnError, UsageError
 from sd_unlearn.loop import Progress, Training, fit
 from sd_unlearn.optimizing import check_optimizer
@@ -42,6 +42,7 @@ from sd_unlearn.records import (
     CONCEPT,
     CONFIG,
     DATA_MANIFEST,
+    NEGATIVE,
     POSITIVE,
     TRAIN_SEEDS,
     TRAINING,
@@ -73,6 +74,7 @@ def run(config: TrainConfig) -> Path:
     check_base(config, source)
     folder, output = data_dir_of(config, concept), config.output_dir or Path("runs") / concept.slug
     own_photos = has_own_photos(folder)
+    check_folder(config, folder)
     check_batch_size(config, concept, folder)
     if own_photos:
         groups = [example.group for example in scan(folder, concept, config.eta)]
@@ -122,6 +124,19 @@ def check_base(config: TrainConfig, source: Source) -> None:
         check_zero_terminal_snr(source)
     if config.train_text_encoder:
         check_text_encoder(source.kind, source.name)
+
+
+def check_folder(config: TrainConfig, folder: Path) -> None:
+    """Refuse images that the objective has no use for.
+
+    Raises:
+        UsageError
+    """
+    if config.objective != "pu" and has_negatives(folder, config.eta):
+        raise UsageError(
+            f"{folder / NEGATIVE} holds images known to be normal, which --objective {config.objective} does not "
+            "learn from. Leave them out with --eta 0, or take --objective pu."
+        )
 
 
 def has_own_photos(folder: Path) -> bool:

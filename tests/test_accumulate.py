@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from sd_unlearn.batches import PLAIN, Batch
 from sd_unlearn.objectives.accumulate import accumulate_gradients
 from sd_unlearn.objectives.pu import LOGGED, PUObjective
-from sd_unlearn.risk import NORMAL, UNLABELED
+from sd_unlearn.risk import NORMAL, UNLABELED, Risk
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 KEEP = [(PLAIN, UNLABELED)] * 8
@@ -36,9 +36,10 @@ class Case:
     kinds: list[tuple[int, int]]
     betas: tuple[tuple[float, ...], ...]
     eta: float = 0.0
+    risk: Risk = "pu"
 
     def objective(self, correction: str) -> PUObjective:
-        return PUObjective(self.betas, correction, self.eta)  # type: ignore[arg-type]
+        return PUObjective(self.betas, correction, self.eta, self.risk)  # type: ignore[arg-type]
 
 
 PU = Case(kinds(0), ((0.3,), (0.4,)))
@@ -48,7 +49,7 @@ CASES = {
     "sets": Case(kinds(0, 1), ((0.1, 0.2), (0.3, 0.1))),
     "all": Case(kinds(0, 1, NORMAL), ((0.1, 0.2), (0.3, 0.1)), eta=0.35),
 }
-TWO_PROCESSES = {name: CASES[name] for name in ("pu", "all")}
+TWO_PROCESSES = {name: CASES[name] for name in ("pu", "all")} | {"supervised": replace(PU, risk="supervised")}
 
 
 class Linear(nn.Module):
@@ -111,6 +112,28 @@ def test_micro_batches_give_the_whole_batchs_gradient(
     assert torch.allclose(got, want, rtol=1e-9, atol=1e-12)
     assert torch.allclose(cut_brackets, brackets)
     assert cut_logs == pytest.approx(logs, rel=1e-5)
+
+
+@pytest.mark.parametrize("risk", ["supervised", "unsupervised"])
+@pytest.mark.parametrize("scale", [0.1, 5.0])
+def test_micro_batches_of_a_baseline_are_gone_through_once(risk: str, scale: float) -> None:
+    """No sign decides its gradient, so none is asked for again."""
+    found = []
+    for parts in (1, 4):
+        model, seen = Linear(), []
+        objective = replace(PU.objective("abs"), risk=risk)
+
+        def losses(batch: Batch, model: Linear = model, seen: list[Batch] = seen) -> Tensor:
+            seen.append(batch)
+            return model(batch)
+
+        batches, assumed = step(parts, scale), torch.tensor([-1.0, -1.0])
+        logs, _ = accumulate_gradients(Accelerator(cpu=True), model, losses, objective, batches, assumed)
+        assert len(seen) == parts
+        assert model.weight.grad is not None
+        found.append((model.weight.grad, logs))
+    assert torch.allclose(found[0][0], found[1][0], rtol=1e-9, atol=1e-12)
+    assert found[0][1].tolist() == pytest.approx(found[1][1].tolist(), rel=1e-5)
 
 
 def test_a_second_pass_sees_the_same_dropout() -> None:

@@ -65,6 +65,14 @@ def test_layout_is_a_quarter_positives_and_35_percent_unlabeled() -> None:
     assert Layout.of(32, 1, False) == Layout(8, 24, 0)
 
 
+def test_layout_without_positives_gives_their_rows_to_unlabeled_images() -> None:
+    assert Layout.of(32, 1, False, sets=0) == Layout(0, 32, 0, sets=0)
+    assert Layout.of(32, 2, True, sets=0) == Layout(0, 9, 14, sets=0)
+    assert Layout.of(2, 1, False, parts=2, sets=0) == Layout(0, 2, 0, sets=0)
+    with pytest.raises(UsageError, match="are 2, the least"):
+        Layout.of(1, 2, False, sets=0)
+
+
 @pytest.mark.parametrize("sets", [1, 2, 3])
 @pytest.mark.parametrize("negatives", [True, False])
 @pytest.mark.parametrize("brackets", [1, 2, 3, 4, 5])
@@ -121,12 +129,12 @@ def test_a_batch_too_small_is_refused_by_what_lies_in_the_folder(concept: Concep
 
 def make_batches(
     concept: Concept, mode: str, seed: int = 0, keep: bool = True, batch_size: int = 16, *,
-    negatives: int = 0, second: int = 0, **options: float
+    negatives: int = 0, second: int = 0, positives: int = 5, **options: float
 ) -> StratifiedBatches:  # fmt: skip
     """Six generic, three hidden, eight kept and five positive examples; an example's latents are its index, its
     caption's embedding is the caption's. negatives, second: how many known to be normal, and of a second set."""
     kinds = [("generic", GENERIC, 6), ("mixed_in", CAPTION, 3), *(("keep", text, 4 * keep) for text in KEEP)]
-    kinds += [("positive", CAPTION, 5), ("negative", GENERIC, negatives)]
+    kinds += [("positive", CAPTION, positives), ("negative", GENERIC, negatives)]
     examples = [Example(Path(f"{i}"), text, group) for group, text, count in kinds for i in range(count)]
     examples += [Example(Path(f"{i}"), CAPTION, "positive", 1) for i in range(second)]
     mean = torch.arange(len(examples)).float().view(-1, 1, 1, 1).expand(-1, 4, 2, 2)
@@ -180,6 +188,20 @@ def test_every_batch_has_its_share_under_the_right_captions(
         assert batch.is_positive.tolist() == [group == "positive" for _, group, _ in found]
     seen_hidden = Counter(group for batch in steps(batches, 20) for _, group, _ in rows(batches, batch))
     assert seen_hidden["mixed_in"] > 0
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+@pytest.mark.parametrize("keep", [True, False])
+def test_batches_without_positives(concept: Concept, keep: bool, micro_batches: int) -> None:
+    batches = make_batches(concept, "own", keep=keep, positives=0, micro_batches=micro_batches)
+    assert batches.layout.total(1) == 16
+    for parts in islice(batches, 6):
+        groups = Counter(group for batch in parts for _, group, _ in rows(batches, batch))
+        assert groups["generic"] + groups["mixed_in"] == (9 if keep else 16)
+        assert groups["keep"] == (7 if keep else 0)
+        weights = sum(batch.weight[batch.bracket == 0].sum().item() for batch in parts) / micro_batches
+        assert weights == pytest.approx(1)
+    batches.load_state_dict(batches.state_dict())
 
 
 @pytest.mark.parametrize("teacher", [True, False])

@@ -228,6 +228,16 @@ USAGE = [
     (["train", "--concept", "seven", "--max_grad_norm", "0"], "--max_grad_norm 0"),
     (["train", "--concept", "seven", "--train_batch_size", "3"], "--train_batch_size 3"),
     (["train", "--concept", "seven", "--push", "0"], "--push 0"),
+    (["train", "--concept", "seven", "--objective", "supervised"], "supervised needs --target noise"),
+    (["train", "--concept", "seven", "--objective", "unsupervised"], "unsupervised needs --target noise"),
+    (
+        ["train", "--concept", "seven", "--objective", "supervised", "--target", "noise", "--correction", "nn"],
+        "--correction nn is for --objective pu",
+    ),
+    (
+        ["train", "--concept", "seven", "--objective", "unsupervised", "--target", "noise", "--beta_sweep", "1,2"],
+        "does not depend on beta",
+    ),
     (["train", "--concept", "seven", "--eta", "1.1"], "--eta 1.1"),
     (["train", "--concept", "seven", "--eta", "-0.1"], "--eta -0.1"),
     (["train", "--concept", "seven", "--eta", "nan"], "--eta nan"),

@@ -8,7 +8,18 @@ from torch import Tensor
 
 from sd_unlearn.batches import PLAIN, Batch
 from sd_unlearn.objectives.pu import LOGGED, PUObjective
-from sd_unlearn.risk import NORMAL, PUTerms, corrected, pnu_risk, pu_risk, pu_terms, several_pu_risk
+from sd_unlearn.risk import (
+    NORMAL,
+    UNLABELED,
+    PUTerms,
+    corrected,
+    pnu_risk,
+    pu_risk,
+    pu_terms,
+    several_pu_risk,
+    supervised_risk,
+    unsupervised_risk,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 BETA = 0.2
@@ -167,3 +178,57 @@ def test_without_weight_on_them_images_known_to_be_normal_do_not_count() -> None
     assert leaf.grad is not None
     assert (leaf.grad[ALL.label == NORMAL] == 0).all()
     assert (leaf.grad[ALL.label != NORMAL] != 0).all()
+
+
+# The baselines of the paper
+
+
+@pytest.mark.parametrize("signs", [None, torch.tensor([-1.0, 1.0])])
+def test_supervised_is_its_risk_in_each_bracket_whatever_the_signs(signs: Tensor | None) -> None:
+    objective = PUObjective(((0.1,), (0.4,)), risk="supervised")
+    parts = objective.terms(NLL, WHOLE)
+    risks = []
+    for bracket, beta in enumerate((0.1, 0.4)):
+        here = WHOLE.bracket == bracket
+        risks.append(supervised_risk(NLL[here], WHOLE.is_positive[here], beta).item())
+    assert objective.loss(parts, signs).item() == pytest.approx(sum(risks) / 2 + 3)
+    assert objective.decided_alike(torch.tensor([1.0, -1.0]), torch.tensor([-1.0, 1.0]))
+
+
+def test_supervised_knows_all_sets() -> None:
+    several, nll = ALL.only(ALL.label != NORMAL), MANY[ALL.label != NORMAL]
+    parts = PUObjective(((0.2, 0.3),) * 2, risk="supervised").terms(nll, several)
+    terms = [pu_terms(nll[several.bracket == b], several.label[several.bracket == b], (0.2, 0.3)) for b in (0, 1)]
+    want = sum(0.5 * t.mean_u.item() + t.positive.item() for t in terms) / 2 + 2
+    assert PUObjective(((0.2, 0.3),) * 2, risk="supervised").loss(parts).item() == pytest.approx(want)
+
+
+def test_unsupervised_is_the_unlabeled_mean_and_positives_have_no_part_in_it() -> None:
+    objective = PUObjective(((BETA,), (BETA,)), risk="unsupervised")
+    leaf = NLL.clone().requires_grad_()
+    loss = loss_of(objective, leaf, WHOLE)
+    loss.backward()
+    here = WHOLE.bracket != PLAIN
+    assert loss.item() == pytest.approx(unsupervised_risk(NLL[here], WHOLE.is_positive[here]).item() + 3)
+    assert leaf.grad is not None
+    assert (leaf.grad[WHOLE.is_positive] == 0).all()
+    assert (leaf.grad[~WHOLE.is_positive] > 0).all()
+
+
+@pytest.mark.parametrize("risk", ["supervised", "unsupervised"])
+def test_what_is_logged_of_a_baseline_is_what_is_logged_of_pu(risk: str) -> None:
+    found = figures_of(PUObjective(((BETA,), (BETA,)), risk=risk), NLL, WHOLE)  # type: ignore[arg-type]
+    usual = figures_of(PUObjective(((BETA,), (BETA,))), NLL, WHOLE)
+    assert found.pop("loss") != usual.pop("loss")
+    assert found == usual
+
+
+@pytest.mark.parametrize("risk", ["pu", "supervised", "unsupervised"])
+@pytest.mark.parametrize("betas", [(), (BETA,)])
+def test_a_batch_without_positives(risk: str, betas: tuple[float, ...]) -> None:
+    plain = WHOLE.only(WHOLE.label == UNLABELED)
+    objective = PUObjective((betas, betas), risk=risk)  # type: ignore[arg-type]
+    figures = figures_of(objective, NLL[WHOLE.label == UNLABELED], plain)
+    assert (figures["mean_s"], figures["positive_term"], figures["bracket"]) == (0, 0, pytest.approx(4))
+    scale = 1 - sum(betas) if risk == "supervised" else 1
+    assert figures["loss"] == pytest.approx(4 * scale + 3)

@@ -21,7 +21,9 @@ from sd_unlearn.risk import (
     pu_terms,
     sensitive_nll,
     several_pu_risk,
+    supervised,
     supervised_risk,
+    unsupervised,
     unsupervised_risk,
 )
 
@@ -64,6 +66,29 @@ def test_five_numbers_by_hand() -> None:
         assert pu_risk(FIVE, POSITIVE, BETA, correction).item() == pytest.approx(4)
     assert unsupervised_risk(FIVE, POSITIVE).item() == pytest.approx(4)
     assert supervised_risk(FIVE, POSITIVE, BETA).item() == pytest.approx(0.75 * 4 + 0.25 * math.log(2))
+
+
+@pytest.mark.parametrize("positives", [0, 1, 3, 5])
+def test_the_baselines_of_terms_are_those_of_examples(positives: int) -> None:
+    nll, is_positive = FIVE * 0.7, torch.arange(5) < positives
+    terms = parts_of(nll, is_positive)
+    assert supervised(terms, BETA).item() == pytest.approx(supervised_risk(nll, is_positive, BETA).item())
+    assert unsupervised(terms).item() == pytest.approx(unsupervised_risk(nll, is_positive).item())
+
+
+@pytest.mark.parametrize("weight", [None, torch.full((5,), 0.2, dtype=torch.float64)])
+@pytest.mark.parametrize("betas", [[], [BETA], [0.1, 0.2]])
+def test_without_positives_their_terms_are_zero_and_the_bracket_is_the_unlabeled_mean(
+    weight: Tensor | None, betas: list[float]
+) -> None:
+    leaf = FIVE.clone().requires_grad_()
+    terms = pu_terms(leaf, torch.full((5,), UNLABELED), betas, weight)
+    assert (terms.positive.item(), terms.mean_s.item(), terms.mean_n.item()) == (0, 0, 0)
+    assert terms.bracket.item() == terms.mean_u.item() == pytest.approx(FIVE.mean().item())
+    for risk in (supervised(terms, BETA), unsupervised(terms), corrected(terms, "abs")):
+        (gradient,) = torch.autograd.grad(risk, leaf, retain_graph=True)
+        assert gradient.isfinite().all()
+        assert (gradient > 0).all()
 
 
 def test_corrections_of_a_negative_bracket_by_hand() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -69,6 +70,31 @@ def test_a_term_without_rows_or_without_gradient_has_no_share() -> None:
     elsewhere = torch.nn.Parameter(torch.zeros(2))  # takes no part in the losses
     shares = gradient_shares(model, PU.objective("abs"), batch, [elsewhere])
     assert [value.item() for value in shares.values()] == [0.0] * 4
+
+
+@pytest.mark.parametrize("risk", ["supervised", "unsupervised"])
+def test_shares_of_a_baseline(risk: str) -> None:
+    (batch,), model = step(1, 1.0), Linear()
+    objective = replace(PU.objective("abs"), risk=risk)
+    parts, supervised = objective.terms(model(batch), batch), risk == "supervised"
+    pairs = list(zip((0.3, 0.4) if supervised else (0.0, 0.0), parts.terms, strict=True))
+    norms = {
+        "share_positive": norm(sum(t.positive for t in parts.terms) / 2, model) if supervised else 0.0,
+        "share_u": norm(sum((1 - beta) * t.mean_u for beta, t in pairs) / 2, model),
+        "share_s": 0.0,
+        "share_keep": norm(parts.keep, model),
+    }  # fmt: skip
+    shares = gradient_shares(model, objective, batch, [model.weight])
+    want = {name: value / sum(norms.values()) for name, value in norms.items()}
+    assert {name: value.item() for name, value in shares.items()} == pytest.approx(want, rel=1e-6)
+
+
+@pytest.mark.parametrize("risk", ["pu", "supervised", "unsupervised"])
+def test_without_positives_and_keep_images_all_is_the_unlabeled_share(risk: str) -> None:
+    (batch,), model = step(1, 1.0), Linear()
+    plain = batch.only((batch.label == UNLABELED) & (batch.bracket != PLAIN))
+    shares = gradient_shares(model, replace(PU.objective("abs"), risk=risk), plain, [model.weight])
+    assert {name: value.item() for name, value in shares.items()} == {"share_u": pytest.approx(1)}
 
 
 def test_looking_changes_nothing_and_each_row_is_seen_once() -> None:

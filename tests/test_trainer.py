@@ -194,6 +194,38 @@ def test_beta_weighs_positives_against_the_noise_and_with_a_teacher_only_decides
     assert not alike(adapter(beta=0.99), adapter(beta=0.99, correction="none"))
 
 
+@pytest.mark.parametrize("parts", [1, 2])
+def test_each_objective_is_another_run_and_says_so(make_config: Config, parts: int) -> None:
+    files = {}
+    for objective in ("pu", "supervised", "unsupervised"):
+        run = trainer.run(
+            make_config(objective, objective=objective, target="noise", reduction="mean", gradient_share_steps=2,
+                        gradient_accumulation_steps=parts)
+        )  # fmt: skip
+        files[objective] = (run / ADAPTER).read_bytes()
+        assert read_json(run / "training.json")["objective"] == objective
+        lines = read_jsonl(run / "metrics.jsonl")
+        assert all(value is not None for line in lines for value in line.values())
+        assert all(line["mean_s"] > 0 for line in lines)
+        shares = [(line["share_positive"] > 0, line["share_s"] > 0) for line in lines if "share_u" in line]
+        assert set(shares) == {(objective != "unsupervised", objective == "pu")}
+    assert len(set(files.values())) == 3
+
+
+def test_a_baseline_refuses_images_known_to_be_normal(
+    photos: Callable[..., Path], concept_file: Path, tiny_base: Path
+) -> None:
+    folder = photos()
+    (folder / "2_negative").mkdir()
+    with pytest.raises(UsageError, match=r"2_negative .*--objective supervised .*--eta 0"):
+        trainer.run(
+            TrainConfig(
+                concept=str(concept_file), pretrained_model_name_or_path=str(tiny_base), data_dir=folder,
+                objective="supervised", target="noise",
+            )
+        )  # fmt: skip
+
+
 def test_another_seed_gives_another_lora(place: Path, make_config: Config) -> None:
     data = shutil.copytree(place / "data", Path("data"))  # as own photos: the same pictures whatever the seed
     for name in (DATA_MANIFEST, "settings.json"):

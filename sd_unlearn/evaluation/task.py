@@ -24,7 +24,7 @@ from sd_unlearn.results import BASE
 from sd_unlearn.source import DIGITS, Source, find_base
 
 OUTPUT = Path("runs/evaluation")
-_TRAINING = ("beta", "beta_source", "rank", "lora_alpha", "correction", "caption_mode", "target", "push")
+_TRAINING = ("objective", "beta", "beta_source", "rank", "lora_alpha", "correction", "caption_mode", "target", "push")
 
 
 @dataclass(frozen=True)

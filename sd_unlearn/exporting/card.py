@@ -19,8 +19,8 @@ from sd_unlearn.templates.filling import environment
 FILE, PICTURES = "README.md", "pairs.png"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 _FAMILY = {"sd1": "stable-diffusion", "sd2": "stable-diffusion", "sdxl": "stable-diffusion-xl"}
-_SETTINGS = ("method", "rank", "lora_alpha", "beta", "beta_source", "correction", "caption_mode", "target", "push",
-             "reduction", "config_sha256")  # fmt: skip
+_SETTINGS = ("objective", "method", "rank", "lora_alpha", "beta", "beta_source", "correction", "caption_mode", "target",
+             "push", "reduction", "config_sha256")  # fmt: skip
 # A mark as a numeric entity is read as itself and starts nothing: no link, markup, table cell or HTML.
 _INERT = {ord(mark): f"&#{ord(mark)};" for mark in string.punctuation if mark not in ",'%"}
 

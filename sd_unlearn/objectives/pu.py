@@ -1,8 +1,11 @@
-"""The PU objective of a training step: one bracket a caption, the plain loss for what must stay.
+"""The objective of a training step: one bracket a caption, the plain loss for what must stay.
 
 p_U = beta p_S + (1 - beta) p_N holds for the images seen under one caption, so every caption under which both
 unlabeled images and positives are seen has its own bracket; images seen under other captions (keep prompts)
 are plain unlabeled data.
+
+The paper's two baselines are the same step with another risk in place of the bracket's: unsupervised learns the
+unlabeled images alone, supervised takes them for normal as they are.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ import torch
 from torch import Tensor
 
 from sd_unlearn.batches import PLAIN, Batch
-from sd_unlearn.risk import Correction, PUTerms, pnu_corrected, pu_terms
+from sd_unlearn.risk import Correction, PUTerms, Risk, pnu_corrected, pu_terms, supervised, unsupervised
 
 LOGGED = ("loss", "mean_u", "mean_s", "mean_n", "bracket", "positive_term", "mean_keep")
 
@@ -34,11 +37,16 @@ class StepTerms:
 
 @dataclass(frozen=True)
 class PUObjective:
-    """Mean over captions of the PU or, with images known to be normal, PNU risk, plus the keep images' mean loss."""
+    """Mean over captions of the risk, plus the keep images' mean loss.
 
-    betas: Sequence[Sequence[float]]  # of each bracket (in StratifiedBatches' order), of each sensitive set
+    pu: the PU or, with images known to be normal, PNU risk. The baselines know neither correction nor eta, and no sign
+    decides their gradient; the figures of every risk are logged all the same.
+    """
+
+    betas: Sequence[Sequence[float]]  # of each bracket (in StratifiedBatches' order), of each sensitive set, if any
     correction: Correction = "abs"
     eta: float = 0.0  # in [0, 1], the weight of the images known to be normal; 0 when there are none
+    risk: Risk = "pu"
 
     def terms(self, nll: Tensor, batch: Batch) -> StepTerms:
         """nll [B] of the batch's examples -> the parts, with their gradients."""
@@ -54,8 +62,15 @@ class PUObjective:
         d|R| = sign(R) dR: with the whole step's signs, the average of the parts' gradients is the whole's gradient.
         """
         known = parts.brackets if brackets is None else brackets
-        risks = [pnu_corrected(t, self.correction, self.eta, b) for t, b in zip(parts.terms, known, strict=True)]
+        risks = [self._risk(*each) for each in zip(parts.terms, self.betas, known, strict=True)]
         return torch.stack(risks).mean() + parts.keep
+
+    def _risk(self, terms: PUTerms, betas: Sequence[float], bracket: Tensor) -> Tensor:
+        if self.risk == "unsupervised":
+            return unsupervised(terms)
+        if self.risk == "supervised":
+            return supervised(terms, sum(betas))
+        return pnu_corrected(terms, self.correction, self.eta, bracket)
 
     def figures(self, parts: StepTerms, loss: Tensor) -> Tensor:
         """[len(LOGGED)], detached: the figures to log, in the order of LOGGED, those of brackets as their mean."""
@@ -65,4 +80,4 @@ class PUObjective:
 
     def decided_alike(self, some: Tensor, others: Tensor) -> bool:
         """Whether two sets of brackets lead to the same step."""
-        return self.correction == "none" or bool(((some < 0) == (others < 0)).all())
+        return self.risk != "pu" or self.correction == "none" or bool(((some < 0) == (others < 0)).all())

@@ -20,8 +20,9 @@ def gradient_shares(
     """Norm of each term's gradient over the sum of these norms: scalars in [0, 1] that add up to 1 (all 0 at rest).
 
     share_positive: beta mean_S[-log(1 - exp(-l))]; share_u and share_s: the bracket's mean_U[l] and beta mean_S[l];
-    share_keep: what must stay; share_n, if there are any: images known to be normal. Each as it enters the loss, over
-    all brackets. With a teacher `losses` has the gradient that is followed, and so have these.
+    share_keep: what must stay; share_n: images known to be normal. Each as it enters the loss, over all brackets; a
+    kind of images that the batch lacks has none. With a teacher `losses` has the gradient that is followed, and so
+    have these.
 
     batch: one micro-batch of this process (its last, say), which decides the signs: an estimate, not the step's own
     gradient. losses: of the bare model, since a DDP wrapper would wait for the other processes. The rows of each term
@@ -36,10 +37,12 @@ def gradient_shares(
         for name, here in rows.items():
             nll[here] = found[name].detach()
         of_bracket, of_rest = _slopes(objective, nll, batch)
-        terms = {"positive": ("s", of_rest), "u": ("u", of_bracket), "s": ("s", of_bracket)}
-        terms |= {name: (name, of_rest) for name in ("keep", "n") if name in rows}
+        terms = {"positive": ("s", of_rest), "u": ("u", of_bracket + of_rest), "s": ("s", of_bracket)}
+        terms |= {name: (name, of_rest) for name in ("keep", "n")}
         norms = {
-            f"share_{term}": _norm(found[name], slope[rows[name]], parameters) for term, (name, slope) in terms.items()
+            f"share_{term}": _norm(found[name], slope[rows[name]], parameters)
+            for term, (name, slope) in terms.items()
+            if name in rows
         }
     total = torch.stack(list(norms.values())).sum().clamp(min=torch.finfo(torch.float32).tiny)
     return {name: norm / total for name, norm in norms.items()}

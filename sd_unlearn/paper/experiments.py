@@ -5,13 +5,16 @@ Imports no torch: `paper list` and `--help` answer at once.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 from sd_unlearn.errors import UsageError, suggest
+from sd_unlearn.train_config import Reduction
 
 Size = Literal["paper", "tiny"]
 Sampler = Literal["ddpm", "ddim"]
+Classes = tuple[str, ...]
 Dataset = Literal["mnist5k", "mnist", "cifar10", "stl10", "celeba"]
 
 EVEN, ODD = ("0", "2", "4", "6", "8"), ("1", "3", "5", "7", "9")
@@ -19,8 +22,7 @@ DIGITS = tuple("0123456789")
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 STL10 = ("airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck")
 CELEBA = ("female", "male")
-VEHICLES = {"cifar10": ("airplane", "automobile", "ship", "truck"), "stl10": ("airplane", "car", "ship", "truck")}
-CLASSES: dict[Dataset, tuple[str, ...]] = {
+CLASSES: dict[Dataset, Classes] = {
     "mnist5k": DIGITS, "mnist": DIGITS, "cifar10": CIFAR10, "stl10": STL10, "celeba": CELEBA,
 }  # fmt: skip
 
@@ -51,6 +53,7 @@ class Recipe:
     num_images: int  # drawn, for the rate and the distance
     lr_warmup_steps: int = 500
     ema_decay: float | None = None
+    reduction: Reduction = "sum"
 
 
 @dataclass(frozen=True)
@@ -59,14 +62,18 @@ class Experiment:
 
     name: str
     dataset: Dataset
-    normal: tuple[str, ...]
-    sensitive: tuple[str, ...]
+    normal: Classes
+    sensitive: Classes
     counts: Counts
     side: int  # of the images, in pixels
     channels: int
     recipe: Recipe
     base: str | None = None  # the hub id of a DDPM to fine-tune; None: from scratch
     of_paper: bool = True
+
+    def side_of(self, size: Size) -> int:
+        """Of the images it is trained on, in pixels."""
+        return TINY_SIDE if size == "tiny" else self.side
 
     @property
     def sizes(self) -> tuple[Size, ...]:
@@ -78,51 +85,57 @@ class Experiment:
         return "paper" if self.of_paper else "tiny"
 
 
+TINY_SIDE = 12  # pixels; MNIST's digits are cut to the middle 24 of 28 first, and then halved
 # T = 1,000 everywhere. From scratch the paper samples by DDPM in all 1,000 steps, fine-tuned by DDIM in 50.
 _SCRATCH = Recipe(128, 100, 1e-4, "ddpm", 1000, 10_000)
 _STL10 = Recipe(32, 100, 1e-4, "ddpm", 1000, 10_000)
 _CIFAR10_FT = Recipe(128, 100, 1e-4, "ddim", 50, 10_000)
 _CELEBA_FT = Recipe(16, 20, 1e-4, "ddim", 50, 2_048)
 # A network of a million weights that two CPU cores train in minutes: docs/paper.md says how it was found.
-TINY = Recipe(64, 30, 2e-3, "ddim", 50, 1_000, lr_warmup_steps=100, ema_decay=0.995)
+TINY = Recipe(32, 32, 1e-3, "ddim", 50, 1_000, lr_warmup_steps=100, ema_decay=0.995)
 
 _MNIST = Counts(25_000, 2_500, 2_500)
 _MNIST5K = Counts(2_000, 200, 200)  # 10 : 1 : 1, as MNIST's
 _CIFAR10 = Counts(20_000, 2_000, 2_000)
-_STL10_COUNTS = _CELEBA = Counts(2_000, 200, 200)
+_FEW = Counts(2_000, 200, 200)  # STL10's and CelebA's
 
 
-def _experiments() -> list[Experiment]:
-    found = []
-    for dataset, counts in (("mnist5k", _MNIST5K), ("mnist", _MNIST)):
-        for name, normal, sensitive in (("even", EVEN, ODD), ("odd", ODD, EVEN)):
-            found.append(
-                Experiment(
-                    f"{dataset}-{name}", dataset, normal, sensitive, counts, 32, 1, _SCRATCH,  # type: ignore[arg-type]
-                    of_paper=dataset == "mnist",
-                )
-            )  # fmt: skip
-    for dataset, counts, side, recipe in (("cifar10", _CIFAR10, 32, _SCRATCH), ("stl10", _STL10_COUNTS, 96, _STL10)):
-        vehicles = VEHICLES[dataset]
-        animals = tuple(name for name in CLASSES[dataset] if name not in vehicles)  # type: ignore[index]
-        for name, normal, sensitive in (("vehicles", vehicles, animals), ("animals", animals, vehicles)):
-            full = f"{dataset}-{name}"
-            found.append(Experiment(full, dataset, normal, sensitive, counts, side, 3, recipe))  # type: ignore[arg-type]
-            if dataset == "cifar10":
-                base = "google/ddpm-cifar10-32"
-                found.append(
-                    Experiment(f"{full}-ft", dataset, normal, sensitive, counts, side, 3, _CIFAR10_FT, base)
-                )  # fmt: skip
-    for normal, sensitive in (("male", "female"), ("female", "male")):
-        base = "google/ddpm-celebahq-256"
-        name = f"celeba-{normal}-ft"
-        found.append(Experiment(name, "celeba", (normal,), (sensitive,), _CELEBA, 256, 3, _CELEBA_FT, base))
-    return found
+def _both_ways(
+    dataset: Dataset, groups: Mapping[str, Classes], counts: Counts, side: int, channels: int, recipe: Recipe,
+    base: str | None = None,
+) -> list[Experiment]:  # fmt: skip
+    """Two experiments: each of two groups of classes normal once, named after it, and the other one sensitive."""
+    ending, (one, other) = "-ft" if base else "", groups
+    return [
+        Experiment(
+            f"{dataset}-{normal}{ending}", dataset, groups[normal], groups[sensitive], counts, side, channels, recipe,
+            base, of_paper=dataset != "mnist5k",
+        )
+        for normal, sensitive in ((one, other), (other, one))
+    ]  # fmt: skip
 
 
-EXPERIMENTS = {e.name: e for e in _experiments()}
-SD_BRAD_PITT = "sd-brad-pitt"  # Stable Diffusion goes the way of `train`: paper/stable_diffusion.py
-NAMES = (*EXPERIMENTS, SD_BRAD_PITT)
+def _vehicles_and_animals(dataset: Dataset, vehicles: Classes) -> Mapping[str, Classes]:
+    return {"vehicles": vehicles, "animals": tuple(name for name in CLASSES[dataset] if name not in vehicles)}
+
+
+_PARITY = {"even": EVEN, "odd": ODD}
+_OF_CIFAR10 = _vehicles_and_animals("cifar10", ("airplane", "automobile", "ship", "truck"))
+_OF_STL10 = _vehicles_and_animals("stl10", ("airplane", "car", "ship", "truck"))
+_SEXES = {"male": ("male",), "female": ("female",)}
+_ALL = [
+    *_both_ways("mnist5k", _PARITY, _MNIST5K, 32, 1, _SCRATCH),
+    *_both_ways("mnist", _PARITY, _MNIST, 32, 1, _SCRATCH),
+    *_both_ways("cifar10", _OF_CIFAR10, _CIFAR10, 32, 3, _SCRATCH),
+    *_both_ways("stl10", _OF_STL10, _FEW, 96, 3, _STL10),
+    *_both_ways("cifar10", _OF_CIFAR10, _CIFAR10, 32, 3, _CIFAR10_FT, "google/ddpm-cifar10-32"),
+    *_both_ways("celeba", _SEXES, _FEW, 256, 3, _CELEBA_FT, "google/ddpm-celebahq-256"),
+]
+EXPERIMENTS = {e.name: e for e in _ALL}
+# Text-to-image models go the way of `train`: paper/stable_diffusion.py
+SD_BRAD_PITT, DIGITS_SEVEN = "sd-brad-pitt", "digits-seven"
+TEXT_EXPERIMENTS = (SD_BRAD_PITT, DIGITS_SEVEN)
+NAMES = (*EXPERIMENTS, *TEXT_EXPERIMENTS)
 
 
 def find_experiment(name: str) -> Experiment:

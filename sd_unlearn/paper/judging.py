@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from torch import Tensor
+from torch.nn.functional import interpolate, pad
 
 from sd_unlearn.errors import UnlearnError, UsageError
 from sd_unlearn.metrics.digits import FEATURE_WIDTH, DigitsJudge, distance_rows, load_reader
@@ -29,7 +30,8 @@ if TYPE_CHECKING:
 
 Fidelity = Literal["digits", "inception"]
 MOST_REAL = 10_000  # real pictures that a distance is to
-READER_SIDE = 32
+READER_SIDE, MIDDLE = 32, 24
+MOST_SHOWN = 200  # pictures of a grid
 SECOND_OPINION = "second opinion"
 SENSITIVE_FRAME, FRAME = (0xD0, 0x20, 0x20), (0xC8, 0xCC, 0xD0)  # red and thick; grey and thin
 EDGE, THICK = 6, 5  # pixels around a picture of a grid, and how many of them the red frame takes
@@ -86,12 +88,21 @@ def real_normal(data: ImageData, normal: Sequence[str], most: int = MOST_REAL) -
 
 @torch.no_grad()
 def digit_features(images: Tensor, device: str = "cpu") -> NDArray[np.float32]:
-    """The bundled reader's features [n, 64] of digits [n, 1, 32, 32] in [-1, 1]."""
+    """The bundled reader's features [n, 64] of digits [n, 1, 32, 32] or smaller ones, in [-1, 1]."""
     reader, found = load_reader().to(device), [np.zeros((0, FEATURE_WIDTH), np.float32)]
     for chunk in images.split(BATCH):
-        found.append(reader.features(chunk.to(device).float().expand(-1, 3, -1, -1)).cpu().numpy())
+        digits = at_reader_size(chunk.to(device).float())
+        found.append(reader.features(digits.expand(-1, 3, -1, -1)).cpu().numpy())
     reader.to("cpu")  # it is shared by whoever asks for it
     return np.concatenate(found)
+
+
+def at_reader_size(digits: Tensor) -> Tensor:
+    """[n, 1, 32, 32]: smaller digits are enlarged to the middle they were made of (ImageData.pixels), and bordered."""
+    if digits.shape[-1] == READER_SIDE:
+        return digits
+    enlarged = interpolate(digits, (MIDDLE, MIDDLE), mode="bicubic", align_corners=False).clamp(-1, 1)
+    return pad(enlarged, [(READER_SIDE - MIDDLE) // 2] * 4, value=-1.0)
 
 
 @torch.no_grad()
@@ -107,7 +118,9 @@ def to_pictures(images: Tensor) -> list[Image.Image]:
     return [Image.fromarray(p[..., 0] if p.shape[-1] == 1 else p).convert("RGB") for p in pixels]
 
 
-def picture_grid(samples: Tensor, sensitive: NDArray[np.bool_], columns: int = 20, most: int = 200) -> Image.Image:
+def picture_grid(
+    samples: Tensor, sensitive: NDArray[np.bool_], columns: int = 20, most: int = MOST_SHOWN
+) -> Image.Image:
     """The first pictures of [n, C, side, side] in [-1, 1] on a sheet; those of the mask [n] have a thick red frame.
 
     Small pictures are enlarged by a whole number to 64 pixels or so, large ones shrunk to 128.
@@ -142,11 +155,8 @@ def _check(samples: Tensor, data: ImageData, fidelity: Fidelity) -> None:
             f"{broken} of {len(samples)} pictures are not finite numbers: training has diverged. "
             "Lower --learning_rate or --eta, or train without --mixed_precision fp16."
         )
-    if fidelity == "digits" and (data.classes != DIGITS or samples.shape[1:] != (1, READER_SIDE, READER_SIDE)):
-        raise UsageError(
-            f"The reader of digits takes 1x{READER_SIDE}x{READER_SIDE} digits; those of {data.name} are "
-            f"{'x'.join(map(str, samples.shape[1:]))}. Take inception."
-        )
+    if fidelity == "digits" and not (data.classes == DIGITS and samples.shape[1] == 1):
+        raise UsageError(f"The reader of digits cannot read the pictures of {data.name}. Take inception.")
 
 
 def _rate(metric: str, group: str, hits: NDArray[np.bool_], detector: str, note: str) -> Row:

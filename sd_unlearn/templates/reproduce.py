@@ -9,6 +9,8 @@ from typing import Any
 from sd_unlearn import records
 from sd_unlearn.concept import Concept
 
+_OBJECTIVE = ("objective", "correction", "caption_mode", "beta", "beta_source")
+
 
 def commands(folder: Path, about: dict[str, Any], concept: Concept | None) -> list[str]:
     """The commands that make this run again, from its own config and as its evaluation was asked. about: results.view.
@@ -73,7 +75,7 @@ def record(results: dict[str, Any], about: dict[str, Any], training: dict[str, A
     entries = [
         ("Tier", results["tier"]),
         ("Sampler", _listed(results["sampler"])),
-        ("Objective", _listed({k: made.get(k) for k in ("correction", "caption_mode", "beta", "beta_source")})),
+        ("Objective", _listed({k: made.get(k) for k in _OBJECTIVE})),
         ("LoRA", _listed({k: made.get(k) for k in ("rank", "lora_alpha")})),
         ("Seeds", _listed(ranges | {"seed": number})),
         ("Base sha256", base.get("sha256")),

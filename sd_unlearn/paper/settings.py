@@ -1,0 +1,178 @@
+"""From options to the settings of one run, checked before anything loads. Imports no torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from sd_unlearn.errors import UsageError, suggest
+from sd_unlearn.paper.experiments import CLASSES, TINY, Counts, Experiment, Sampler, Size
+from sd_unlearn.paper.options import ObjectiveName, RunOptions
+from sd_unlearn.paper.split import with_contamination
+from sd_unlearn.records import SEED_SPAN, slugify
+from sd_unlearn.train_config import Correction, Reduction
+
+LABELED_SHARE = 3  # a step sees this many unlabeled images for each labeled one
+PAPERS_BETA = 0.1
+BetaSource = Literal["fixed", "known", "estimated"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All that decides the figures of a run, its seed apart; recorded under "settings" in results.json."""
+
+    objective: ObjectiveName
+    correction: Correction
+    beta: float | None  # None: unsupervised
+    beta_source: BetaSource
+    eta: float  # 0 without images known to be normal
+    conditional: bool
+    missing: tuple[str, ...]
+    contamination: float  # the true beta
+    num_negative: int
+    reduction: Reduction
+    train_batch_size: int
+    max_train_steps: int
+    learning_rate: float
+    lr_warmup_steps: int
+    ema_decay: float | None
+    mixed_precision: str
+    sampler: Sampler
+    num_inference_steps: int
+    num_images: int
+    base: str | None
+
+    @property
+    def conditions(self) -> int:
+        """How many classes the network is told of; 0: unconditional."""
+        return 5 if self.conditional else 0
+
+
+def resolve(experiment: Experiment, options: RunOptions) -> tuple[Settings, Counts, Size]:
+    """The settings, the counts and the size that the options ask for.
+
+    Raises:
+        UsageError: an option that cannot be meant, alone or beside the others.
+    """
+    _check(experiment, options)
+    size = options.size or experiment.default_size
+    if size not in experiment.sizes:
+        raise UsageError(
+            f"--size {size}: {experiment.name} fine-tunes a published model and has its size. Leave it out."
+        )
+    recipe = TINY if size == "tiny" else experiment.recipe
+    counts = experiment.counts
+    if options.contamination is not None:
+        counts = with_contamination(counts, options.contamination)
+    batch = options.train_batch_size or recipe.train_batch_size
+    epochs = options.epochs or recipe.epochs
+    usual = experiment.counts  # as many steps at every contamination, or they would not compare
+    steps = options.max_train_steps or epochs * math.ceil((usual.normal + usual.mixed_in) / batch)
+    pnu = options.objective == "pnu"
+    settings = Settings(
+        objective=options.objective, correction=options.correction, **_beta(options, counts),  # type: ignore[arg-type]
+        eta=options.eta if pnu else 0.0, conditional=options.conditional, missing=missing_classes(experiment, options),
+        contamination=counts.contamination,
+        num_negative=(options.num_negative or counts.positive) if pnu else 0,
+        reduction=options.reduction or recipe.reduction,
+        train_batch_size=batch, max_train_steps=steps, learning_rate=options.learning_rate or recipe.learning_rate,
+        lr_warmup_steps=min(recipe.lr_warmup_steps, steps // 2), ema_decay=recipe.ema_decay,
+        mixed_precision=options.mixed_precision, sampler=options.sampler or recipe.sampler,
+        num_inference_steps=options.num_inference_steps or recipe.num_inference_steps,
+        num_images=options.num_images or recipe.num_images,
+        base=options.pretrained_model_name_or_path or experiment.base,
+    )  # fmt: skip
+    return settings, counts, size
+
+
+def variant_of(settings: Settings, plain: Settings, size: Size, seed: int) -> str:
+    """A run folder's name: the objective, then whatever differs from the experiment's plain settings, then the seed."""
+    parts: list[str] = [size, settings.objective]
+    if settings.objective in ("pu", "pnu", "supervised"):
+        parts.append(f"beta{settings.beta:g}" if settings.beta_source == "fixed" else f"beta-{settings.beta_source}")
+    named = {"objective", "beta", "beta_source", "lr_warmup_steps"}  # the last follows from others
+    for field in dataclasses.fields(Settings):
+        value = getattr(settings, field.name)
+        usual = getattr(plain, field.name)
+        if field.name not in named and value != usual:
+            parts.append(_told(field.name, value))
+    return "-".join([*parts, f"seed{seed}"])
+
+
+def plain_settings(experiment: Experiment, settings: Settings, size: Size) -> Settings:
+    """The settings of the same objective with no other option given."""
+    return resolve(experiment, RunOptions(objective=settings.objective, size=size))[0]
+
+
+def missing_classes(experiment: Experiment, options: RunOptions) -> tuple[str, ...]:
+    """The names of --missing.
+
+    Raises:
+        UsageError: one that is no sensitive class of the experiment, or all of them.
+    """
+    names = tuple(word.strip() for word in (options.missing or "").split(",") if word.strip())
+    for name in names:
+        if name not in experiment.sensitive:
+            raise UsageError(
+                f'--missing "{name}" is no sensitive class of {experiment.name}.'
+                f"{suggest(name, experiment.sensitive)} Those are {', '.join(experiment.sensitive)}."
+            )
+    if set(names) == set(experiment.sensitive):
+        raise UsageError(f"--missing {options.missing} leaves no labeled images; name fewer classes.")
+    return names
+
+
+def _beta(options: RunOptions, counts: Counts) -> dict[str, object]:
+    if options.objective == "unsupervised":
+        return {"beta": None, "beta_source": "fixed"}
+    if options.beta == "known":
+        return {"beta": counts.contamination, "beta_source": "known"}
+    if options.beta == "estimate":  # not known before the data is there: training starts from the paper's value
+        return {"beta": PAPERS_BETA, "beta_source": "estimated"}
+    return {"beta": PAPERS_BETA if options.beta is None else options.beta, "beta_source": "fixed"}
+
+
+def _told(name: str, value: object) -> str:
+    if value is True:
+        return name
+    words = ".".join(value) if isinstance(value, tuple) else f"{value:.3g}" if isinstance(value, float) else str(value)
+    return f"{name.replace('_', '-')}-{words if isinstance(value, float) else slugify(words)}"
+
+
+def _check(experiment: Experiment, options: RunOptions) -> None:
+    if isinstance(options.beta, float) and not 0 < options.beta < 1:
+        raise UsageError(f"--beta {options.beta:g} must lie between 0 and 1: it is a share, e.g. 0.1.")
+    if options.beta == "estimate" and options.objective == "unsupervised":
+        raise UsageError("--beta estimate: --objective unsupervised has no beta. Leave it out.")
+    if options.method != "full":
+        raise UsageError(
+            f"--method {options.method} is for text-to-image models; {experiment.name} is none. Leave it out."
+        )
+    if options.contamination == 0 and options.objective != "unsupervised":
+        raise UsageError("--contamination 0 leaves nothing to prevent: it is for --objective unsupervised, as a floor.")
+    if not 0 < options.eta <= 1:
+        raise UsageError(f"--eta {options.eta:g} must lie in (0, 1].")
+    if options.num_negative is not None and options.objective != "pnu":
+        raise UsageError(f"--num_negative is for --objective pnu; --objective is {options.objective}.")
+    if options.correction != "abs" and options.objective in ("unsupervised", "supervised"):
+        raise UsageError(f"--correction is for pu and pnu; --objective {options.objective} has no bracket to correct.")
+    _check_numbers(options)
+    if options.conditional and CLASSES[experiment.dataset] != CLASSES["mnist"]:
+        raise UsageError(
+            f"--conditional tells the network which pair of digits is asked for; {experiment.name} has none. "
+            "It is for the mnist experiments; text is the condition of sd-brad-pitt."
+        )
+
+
+def _check_numbers(options: RunOptions) -> None:
+    if not 0 <= options.seed < SEED_SPAN:
+        raise UsageError(f"--seed {options.seed} must lie in [0, {SEED_SPAN}).")
+    for name in ("epochs", "max_train_steps", "train_batch_size", "learning_rate", "num_images", "num_inference_steps",
+                 "num_negative", "sample_batch_size"):  # fmt: skip
+        value = getattr(options, name)
+        if value is not None and not 0 < value < math.inf:
+            raise UsageError(f"--{name} {value:g} must be a number above 0.")
+    if (options.num_inference_steps or 1) > 1000:
+        raise UsageError(f"--num_inference_steps {options.num_inference_steps} is above the 1,000 of the schedule.")

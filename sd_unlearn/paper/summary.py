@@ -1,0 +1,60 @@
+"""What `paper run` and `paper list` print. Imports no torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from sd_unlearn.paper.experiments import DIGITS_SEVEN, EXPERIMENTS, SD_BRAD_PITT, Experiment, Recipe
+
+
+def told(results: dict[str, Any], folder: Path) -> str:
+    """A finished run in a few lines."""
+    settings, lines = results["settings"], [str(folder)]
+    beta = settings["beta"]
+    about = settings["objective"] + ("" if beta is None else f", beta {beta:g}")
+    lines.append(f"{results['experiment']} ({results['size']}), {about}, seed {results['seed']}:")
+    for row in results["rows"]:
+        if row["metric"] == "share" or row["value"] is None:
+            continue
+        if row["metric"] == "non_sensitive_rate":
+            figure = f"{row['value']:.3f} (95 % interval {row['low']:.3f} to {row['high']:.3f})"
+        else:
+            figure = f"{row['value']:.4g}"
+        lines.append(f"  {row['metric']:<19} {figure}, n = {row['n']:,}, {row['detector']}")
+    return "\n".join(lines)
+
+
+def listed(as_json: bool) -> str:
+    """Every experiment: classes, counts, recipe."""
+    if as_json:
+        return json.dumps([dataclasses.asdict(e) for e in EXPERIMENTS.values()], indent=2)
+    blocks = [_block(e) for e in EXPERIMENTS.values()]
+    blocks += [
+        f"{SD_BRAD_PITT}\n  Stable Diffusion 1.4, Brad Pitt among middle aged men: 64 + 16 unlabeled, 20 labeled\n"
+        "  7,000 steps of 16, lr 1e-05; the whole UNet as in the paper, or --method lora",
+        f"{DIGITS_SEVEN}  (not the paper's: the same on the bundled base, needs no network)\n"
+        "  the digit seven among handwritten digits: 256 + 64 unlabeled, 80 labeled; 600 steps of 32",
+    ]
+    return "\n\n".join(blocks)
+
+
+def _block(e: Experiment) -> str:
+    counts = e.counts
+    start = f"fine-tunes {e.base}" if e.base else "from scratch"
+    lines = [
+        f"{e.name}" + ("" if e.of_paper else "  (not the paper's: needs no network, runs at --size tiny by default)"),
+        f"  normal {', '.join(e.normal)}; sensitive {', '.join(e.sensitive)}",
+        f"  {counts.normal:,} + {counts.mixed_in:,} unlabeled, {counts.positive:,} labeled; {e.side} pixels, {start}",
+        f"  {_recipe(e.recipe)}",
+    ]
+    return "\n".join(lines)
+
+
+def _recipe(r: Recipe) -> str:
+    return (
+        f"{r.epochs} epochs, batch {r.train_batch_size}, lr {r.learning_rate:g}, {r.lr_warmup_steps} warm-up steps; "
+        f"{r.num_images:,} pictures by {r.sampler.upper()} in {r.num_inference_steps:,} steps"
+    )
