@@ -202,7 +202,7 @@ def test_the_network_of_the_paper_is_resnet_18() -> None:
 
 
 def test_variations() -> None:
-    still = replace(settings_for(left_or_right(), 8, "tiny", 0), turn=0.0, shift=0.0)  # type: ignore[arg-type]
+    still = replace(settings_for(left_or_right(), 8, "tiny", 0), turn=0.0, shift=0.0, flatten=0.0, noise=0.0)  # type: ignore[arg-type]
     images, generator = torch.rand(40, 1, 8, 8), torch.Generator().manual_seed(0)
     assert torch.allclose(vary(images, still, generator), images, atol=1e-5)
     mirrored = vary(images, replace(still, mirror=True), generator)
@@ -212,3 +212,16 @@ def test_variations() -> None:
     assert 5 < same.sum() < 35
     moved = vary(plain([9] * 4), replace(still, turn=20.0, shift=0.2), generator)
     assert torch.allclose(moved, torch.ones_like(moved), atol=1e-5)  # nothing dark comes in at the edge
+
+
+def test_pictures_are_faded_and_made_noisy_within_bounds() -> None:
+    still = replace(settings_for(left_or_right(), 8, "tiny", 0), turn=0.0, shift=0.0, flatten=0.0, noise=0.0)  # type: ignore[arg-type]
+    images, generator = plain([0, 9] * 50), torch.Generator().manual_seed(0)
+    faded = vary(images, replace(still, flatten=0.4), generator)
+    assert faded.flatten(1).std(1).max() < 1e-5  # the same everywhere in a picture
+    lost = (faded - images).abs().flatten(1).mean(1)
+    assert 0.3 < lost.max() <= 0.8  # at most from one end to 0.4 of the other
+    grainy = vary(torch.zeros(100, 1, 32, 32), replace(still, noise=0.2), generator).flatten(1).std(1)
+    assert grainy.min() < 0.02
+    assert 0.18 < grainy.max() < 0.22
+    assert vary(images, replace(still, noise=0.5), generator).abs().max() == 1

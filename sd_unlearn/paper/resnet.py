@@ -29,6 +29,8 @@ class Settings:
     num_train: int
     num_held_out: int
     seed: int
+    flatten: float = 0.3  # most contrast it loses, as a share
+    noise: float = 0.3  # most standard deviation of the noise laid over it
     batch_size: int = 64
     weight_decay: float = 0.05
     label_smoothing: float = 0.05
@@ -79,15 +81,27 @@ def _batches(n: int, settings: Settings, generator: torch.Generator) -> Iterator
 
 
 def vary(images: Tensor, settings: Settings, generator: torch.Generator) -> Tensor:
-    """Images [B, C, H, W], each turned, moved and mirrored by chance; what comes in at the edge is its reflection."""
+    """Images [B, C, H, W] in [-1, 1], each turned, moved, mirrored, faded and made noisy by chance.
+
+    What comes in at the edge is the reflection. Drawn pictures are never as clean as real ones: a network that saw only
+    black backgrounds reads every digit on a grey one as an eight.
+    """
     n = len(images)
-    angle = (2 * torch.rand(n, generator=generator) - 1) * math.radians(settings.turn)
-    moved = (2 * torch.rand(n, 2, generator=generator) - 1) * 2 * settings.shift  # a picture is 2 wide to affine_grid
-    mirrored = torch.where(torch.rand(n, generator=generator) < (0.5 if settings.mirror else 0.0), -1.0, 1.0)
+
+    def between(low: float, high: float, *shape: int) -> Tensor:
+        return low + (high - low) * torch.rand(n, *shape, generator=generator)
+
+    angle = between(-1, 1) * math.radians(settings.turn)
+    moved = between(-2, 2, 2) * settings.shift  # a picture is 2 wide to affine_grid
+    mirrored = torch.where(between(0, 1) < (0.5 if settings.mirror else 0.0), -1.0, 1.0)
     cos, sin = angle.cos(), angle.sin()
     rows = [torch.stack([mirrored * cos, -sin, moved[:, 0]], 1), torch.stack([mirrored * sin, cos, moved[:, 1]], 1)]
     grid = F.affine_grid(torch.stack(rows, 1), list(images.shape), align_corners=False)
-    return F.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
+    images = F.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
+    lost = between(0, settings.flatten, 1, 1, 1)
+    images = images * (1 - lost) + lost * between(-1, 1, 1, 1, 1)
+    noise = torch.randn(images.shape, generator=generator) * between(0, settings.noise, 1, 1, 1)
+    return (images + noise).clamp(-1, 1)
 
 
 def shrink(images: Tensor, side: int) -> Tensor:
