@@ -129,8 +129,9 @@ def settings_for(data: ImageData, side: int, size: Size, seed: int) -> Settings:
     num_held_out = min(MOST_HELD_OUT, num_held_out)
     num_train = min(MOST_TRAIN.get(data.name, total), total if data.test else total - num_held_out)
     seen, paper = side if side <= LARGEST else SMALLER, size == "paper"
+    stride = 1 if seen < (64 if paper else 24) else 2
     return Settings(
-        side=seen, stem_stride=1 if paper and seen < 64 else 2, depths=(2, 2, 2, 2) if paper else (1, 1, 1),
+        side=seen, stem_stride=stride, depths=(2, 2, 2, 2) if paper else (1, 1, 1),
         widths=(64, 128, 256, 512) if paper else (24, 48, 96), epochs=30 if paper else 12,
         learning_rate=1e-3 if paper else 4e-3, mirror=not digits, turn=10.0 if digits else 0.0, shift=0.1,
         num_train=num_train, num_held_out=num_held_out, seed=seed,
