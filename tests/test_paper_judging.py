@@ -16,7 +16,15 @@ from sd_unlearn.metrics.fidelity import InceptionFidelity
 from sd_unlearn.metrics.statistics import wilson
 from sd_unlearn.paper import judging
 from sd_unlearn.paper.experiments import CIFAR10, DIGITS, EVEN, STL10
-from sd_unlearn.paper.judging import digit_features, judge, picture_grid, read_digits, real_normal, to_pictures
+from sd_unlearn.paper.judging import (
+    at_reader_size,
+    digit_features,
+    judge,
+    picture_grid,
+    read_digits,
+    real_normal,
+    to_pictures,
+)
 from sd_unlearn.records import Row
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -138,7 +146,6 @@ def test_what_cannot_be_judged() -> None:
         (good[:0], "shape"),
         (good[0], "shape"),
         (good.expand(-1, 3, -1, -1), "1, side, side"),
-        (good[:, :, :16, :16], "Take inception"),
     ):
         with pytest.raises(UsageError, match=words):
             judged(samples, data)
@@ -150,6 +157,17 @@ def test_what_cannot_be_judged() -> None:
     good[4, 0, 5, 5] = float("inf")
     with pytest.raises(UnlearnError, match="2 of 12 pictures are not finite"):
         judged(good, data)
+
+
+def test_small_digits_are_read_as_large_as_they_were_made_of() -> None:
+    large = torch.full((2, 1, 32, 32), -1.0)
+    large[:, :, 4:28, 4:28] = torch.linspace(-1, 1, 24)
+    assert at_reader_size(large) is large
+    small = torch.nn.functional.avg_pool2d(large[:, :, 4:28, 4:28], 2)
+    again = at_reader_size(small)
+    assert again.shape == large.shape
+    assert (again[:, :, :4] == -1).all()
+    assert torch.allclose(again, large, atol=0.1)
 
 
 def test_real_digits_are_read_right() -> None:

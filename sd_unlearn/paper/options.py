@@ -75,6 +75,14 @@ class Shared:
     reduction: Annotated[
         Reduction | None, option("Per-example loss as sum over the pixels (the likelihood) or mean.", RECIPE)
     ] = None
+    snr_gamma: Annotated[
+        float | None,
+        option(
+            "Min-SNR weights of timesteps (Hang et al. 2023): they move the push to where it is decided what a "
+            "picture shows; 0: all weigh the same, as in the paper. Default: 5 at tiny size, 0 else.",
+            RECIPE,
+        ),
+    ] = None
     mixed_precision: Annotated[
         Literal["no", "fp16", "bf16"], option("Arithmetic of the network in training.", RECIPE)
     ] = "no"

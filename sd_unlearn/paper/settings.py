@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from sd_unlearn.errors import UsageError, suggest
-from sd_unlearn.paper.experiments import CLASSES, TINY, Counts, Experiment, Sampler, Size
+from sd_unlearn.paper.experiments import CLASSES, TINY, Counts, Experiment, Recipe, Sampler, Size
 from sd_unlearn.paper.options import ObjectiveName, RunOptions
 from sd_unlearn.paper.split import with_contamination
 from sd_unlearn.records import SEED_SPAN, slugify
@@ -33,6 +33,7 @@ class Settings:
     contamination: float  # the true beta
     num_negative: int
     reduction: Reduction
+    snr_gamma: float | None
     train_batch_size: int
     max_train_steps: int
     learning_rate: float
@@ -76,7 +77,7 @@ def resolve(experiment: Experiment, options: RunOptions) -> tuple[Settings, Coun
         eta=options.eta if pnu else 0.0, conditional=options.conditional, missing=missing_classes(experiment, options),
         contamination=counts.contamination,
         num_negative=(options.num_negative or counts.positive) if pnu else 0,
-        reduction=options.reduction or recipe.reduction,
+        reduction=options.reduction or recipe.reduction, snr_gamma=_gamma(options, recipe),
         train_batch_size=batch, max_train_steps=steps, learning_rate=options.learning_rate or recipe.learning_rate,
         lr_warmup_steps=min(recipe.lr_warmup_steps, steps // 2), ema_decay=recipe.ema_decay,
         mixed_precision=options.mixed_precision, sampler=options.sampler or recipe.sampler,
@@ -134,6 +135,11 @@ def _beta(options: RunOptions, counts: Counts) -> dict[str, object]:
     return {"beta": PAPERS_BETA if options.beta is None else options.beta, "beta_source": "fixed"}
 
 
+def _gamma(options: RunOptions, recipe: Recipe) -> float | None:
+    asked = recipe.snr_gamma if options.snr_gamma is None else options.snr_gamma
+    return asked or None
+
+
 def _told(name: str, value: object) -> str:
     if value is True:
         return name
@@ -174,5 +180,7 @@ def _check_numbers(options: RunOptions) -> None:
         value = getattr(options, name)
         if value is not None and not 0 < value < math.inf:
             raise UsageError(f"--{name} {value:g} must be a number above 0.")
+    if options.snr_gamma is not None and not 0 <= options.snr_gamma < math.inf:
+        raise UsageError(f"--snr_gamma {options.snr_gamma:g} must be a number from 0 up; 0 weighs all timesteps alike.")
     if (options.num_inference_steps or 1) > 1000:
         raise UsageError(f"--num_inference_steps {options.num_inference_steps} is above the 1,000 of the schedule.")

@@ -10,8 +10,8 @@ show the concept. Not said by the paper, or ours:
 
 - beta: the true share, which the rendered folder knows (0.2 for sd-brad-pitt), in place of the 0.1 that the paper has
   where the share is taken to be unknown.
-- reduction mean: with the sum over the 16,384 elements of a latent -log(1 - exp(-l)) has no gradient, and supervised
-  would be unsupervised.
+- reduction sum, as for the DDPMs: with the mean the sensitive term outweighs all else and pictures fall apart
+  (docs/paper.md). Over the 16,384 elements of a latent it has no gradient, so supervised is unsupervised.
 - train_batch_size is that of a step, a quarter of it positives. Noise and timesteps are drawn for each image.
 - lora: the same with a LoRA, and the learning rate that such a one needs; unmeasured on Stable Diffusion.
 """
@@ -58,7 +58,7 @@ class TextExperiment:
 
 
 _SHARED: dict[str, Any] = {
-    "target": "noise", "caption_mode": "shared", "reduction": "mean", "share_timesteps": False, "eta": 0.0,
+    "target": "noise", "caption_mode": "shared", "reduction": "sum", "share_timesteps": False, "eta": 0.0,
     "num_keep": 0, "lr_scheduler": "cosine", "checkpointing_steps": 1000, "checkpoints_total_limit": 1,
 }  # fmt: skip
 EXPERIMENTS = {

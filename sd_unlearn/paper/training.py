@@ -157,12 +157,13 @@ def _config(run: Run) -> TrainConfig:
     """The trainer's own options, as far as the loop reads them."""
     s = run.settings
     return TrainConfig(
-        seed=run.seed, beta=s.beta, correction=s.correction, eta=s.eta, reduction=s.reduction, target="noise",
-        caption_mode="own", method="full", learning_rate=s.learning_rate, lr_warmup_steps=s.lr_warmup_steps,
-        max_train_steps=s.max_train_steps, train_batch_size=layout_of(s).total(1), ema_decay=s.ema_decay,
+        seed=run.seed, beta=s.beta, correction=s.correction, eta=s.eta, reduction=s.reduction, snr_gamma=s.snr_gamma,
+        target="noise", caption_mode="own", method="full", learning_rate=s.learning_rate,
+        lr_warmup_steps=s.lr_warmup_steps, max_train_steps=s.max_train_steps, ema_decay=s.ema_decay,
+        train_batch_size=layout_of(s).total(1), output_dir=run.folder,
         validation_steps=0, probe_steps=max(1, s.max_train_steps // 10) if s.beta_source == "estimated" else 0,
         gradient_share_steps=0, checkpointing_steps=run.checkpointing_steps, checkpoints_total_limit=1,
-        output_dir=run.folder, mixed_precision=s.mixed_precision,  # type: ignore[arg-type]
+        mixed_precision=s.mixed_precision,  # type: ignore[arg-type]
     )  # fmt: skip
 
 
