@@ -113,7 +113,7 @@ def test_copies_are_slim_and_read_as_the_runs_are() -> None:
     write_json(RUNS / "sd-brad-pitt" / "full" / "results.json", {"schema_version": 2})
     (first.parent / "samples.png").write_bytes(b"large")
     runs, target = read_runs(RUNS), Path("docs/runs")
-    copies = collect(RUNS, runs, target)
+    copies = collect(RUNS, target, runs)
     assert {str(copy.relative_to(target)) for copy in copies} == {
         "mnist5k-even/a.json", "mnist5k-odd/a.json", "sd-brad-pitt/full.json",
     }  # fmt: skip
@@ -123,10 +123,13 @@ def test_copies_are_slim_and_read_as_the_runs_are() -> None:
 
 
 def test_copies_overwrite_neither_runs_nor_one_another() -> None:
+    RUNS.mkdir(parents=True)
+    with pytest.raises(UsageError, match="holds no finished run"):
+        collect(RUNS, Path("docs"))
     make_results(RUNS, variant="a")
     with pytest.raises(UsageError, match="lie in one another"):
-        collect(RUNS, read_runs(RUNS), RUNS / "copies")
+        collect(RUNS, RUNS / "copies")
     make_results(RUNS / "old", "supervised", variant="a")
-    with pytest.raises(UsageError, match=r"old.*would both be docs/mnist5k-even/a\.json|would both be"):
-        collect(RUNS, read_runs(RUNS), Path("docs"))
+    with pytest.raises(UsageError, match=r"would both be docs/mnist5k-even/a\.json"):
+        collect(RUNS, Path("docs"))
     assert not Path("docs").exists()

@@ -86,7 +86,7 @@ def distance(figure: Figure) -> str:
 
 
 def _digits(figure: Figure) -> int:
-    return 2 if figure.mean >= 1 else 3
+    return 1 if figure.mean >= 100 else 2 if figure.mean >= 1 else 3
 
 
 def drawn(group: Group, label: str) -> str:

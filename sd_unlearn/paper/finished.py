@@ -101,20 +101,23 @@ def read_runs(folder: Path) -> list[PaperRun]:
     return runs
 
 
-def collect(folder: Path, runs: Sequence[PaperRun], target: Path) -> list[Path]:
+def collect(runs: Path, target: Path, found: Sequence[PaperRun] | None = None) -> list[Path]:
     """Copy the record of every finished run to target/<experiment>/<variant>.json, and nothing else of it.
 
-    folder: what the runs were read from.
+    found: what read_runs has read from `runs`, where that is done already. Returns the copies.
 
     Raises:
         UnlearnError: when the target cannot be written.
-        UsageError: one folder lies inside the other, or two runs would get the same name.
+        UsageError: no finished run, one folder inside the other, or two runs that would get the same name.
     """
-    here, there = folder.resolve(), target.resolve()
+    here, there = runs.resolve(), target.resolve()
     if here.is_relative_to(there) or there.is_relative_to(here):
-        raise UsageError(f"--collect {target} and --runs {folder} lie in one another: runs would be read twice.")
+        raise UsageError(f"--collect {target} and --runs {runs} lie in one another: runs would be read twice.")
+    found = read_runs(runs) if found is None else found
+    if not found:
+        raise UsageError(none_found(runs))
     copies: dict[Path, PaperRun] = {}
-    for run in runs:
+    for run in found:
         copy = target / run.experiment / f"{run.variant}.json"
         if copy in copies:
             raise UsageError(f"{copies[copy].path} and {run.path} would both be {copy}. Rename one's folder.")

@@ -48,7 +48,7 @@ def run(runs: Path, output: Path | None = None, update: Path | None = None, targ
     groups = grouped(found)
     text = document(groups)
     if target:
-        collect(runs, found, target)
+        collect(runs, target, found)
     if update:
         update_document(update, _blocks(groups, wanted, update))
         _renew_plots(update, groups)
