@@ -7,7 +7,7 @@ from dataclasses import fields
 from itertools import product
 
 from sd_unlearn.errors import UsageError
-from sd_unlearn.paper import table
+from sd_unlearn.paper import plots, table
 from sd_unlearn.paper.experiments import TEXT_EXPERIMENTS, find_experiment
 from sd_unlearn.paper.one import run_any
 from sd_unlearn.paper.options import RunOptions, Shared, SweepOptions
@@ -22,6 +22,7 @@ def run(name: str, options: SweepOptions) -> str:
     Raises:
         UsageError, UnlearnError: as `paper run`; what is finished by then stays.
     """
+    plots.check_available()
     runs = combinations(options)
     if name not in TEXT_EXPERIMENTS:
         experiment = find_experiment(name)
