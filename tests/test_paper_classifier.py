@@ -189,6 +189,8 @@ def test_settings_follow_the_images() -> None:
     assert settings_for(colour, 32, "tiny", 0).mirror  # type: ignore[arg-type]
     sides = [settings_for(colour, side, "paper", 0).side for side in (32, 96, 256)]  # type: ignore[arg-type]
     assert sides == [32, 96, 64]
+    strides = [settings_for(digits, side, "tiny", 0).stem_stride for side in (12, 32)]  # type: ignore[arg-type]
+    assert strides == [1, 2]  # twelve pixels leave nothing to skip
     with pytest.raises(UsageError, match=r"toy has 9 images of a class"):
         settings_for(left_or_right(18), 8, "tiny", 0)  # type: ignore[arg-type]
     json.dumps(asdict(settings_for(colour, 32, "paper", 0)))  # type: ignore[arg-type]

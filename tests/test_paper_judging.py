@@ -177,6 +177,8 @@ def test_real_digits_are_read_right() -> None:
     images = torch.from_numpy(pixels).float().view(-1, 1, 28, 28) / 127.5 - 1
     images = torch.nn.functional.pad(images, (2, 2, 2, 2), value=-1.0)
     assert (read_digits(images).argmax(1) == labels).mean() > 0.95
+    small = torch.nn.functional.interpolate(images[..., 4:28, 4:28], (12, 12), mode="bilinear", antialias=True)
+    assert (read_digits(small).argmax(1) == labels).mean() > 0.95  # as digits of the tiny size are made
     assert digit_features(images[:3]) == pytest.approx(digit_features(images)[:3], abs=1e-4)
 
 
