@@ -44,7 +44,7 @@ def test_every_variant_can_be_trained_and_has_a_folder_of_its_own(experiment: st
     check_train(config)
     assert config.output_dir is not None
     assert config.output_dir.parent == Path("runs/paper") / experiment
-    assert {"7", objective, method} <= set(config.output_dir.name.split("-"))
+    assert {"seed7", objective, method} <= set(config.output_dir.name.split("-"))
     assert (config.objective, config.method, config.beta, config.seed) == (objective, method, 0.1, 7)
 
 
