@@ -66,6 +66,24 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return all(torch.equal(one[name], other[name]) for name in one)
 
 
+def train_until_saved(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A training that is killed as soon as its first checkpoint is written."""
+
+    class Killed(Exception):
+        pass
+
+    saved = loop.Tools.save
+
+    def save_and_die(tools: loop.Tools, *rest: Any) -> None:
+        saved(tools, *rest)
+        raise Killed
+
+    with monkeypatch.context() as patched:
+        patched.setattr(loop.Tools, "save", save_and_die)
+        with pytest.raises(Killed):
+            train(run)
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -101,20 +119,8 @@ def test_a_killed_training_goes_on_to_the_same_weights(make: Make, monkeypatch: 
     whole = make("whole")
     train(whole)
 
-    class Killed(Exception):
-        pass
-
-    saved = loop.Tools.save
-
-    def save_and_die(tools: loop.Tools, *rest: Any) -> None:
-        saved(tools, *rest)
-        raise Killed
-
     broken = make("broken", checkpointing_steps=2)
-    with monkeypatch.context() as patched:
-        patched.setattr(loop.Tools, "save", save_and_die)
-        with pytest.raises(Killed):
-            train(broken)
+    train_until_saved(broken, monkeypatch)
     assert not (broken.folder / "pipeline").exists()
     train(broken)
     assert same(weights(whole), weights(broken))
@@ -177,20 +183,8 @@ def test_an_estimated_beta_survives_a_kill(make: Make, monkeypatch: pytest.Monke
         taken.append(beta or 0.0)
         take(training, beta)
 
-    class Killed(Exception):
-        pass
-
-    saved = loop.Tools.save
-
-    def save_and_die(tools: loop.Tools, *rest: Any) -> None:
-        saved(tools, *rest)
-        raise Killed
-
     broken = make("broken", checkpointing_steps=11, beta="estimate", max_train_steps=20)
-    with monkeypatch.context() as patched:
-        patched.setattr(loop.Tools, "save", save_and_die)
-        with pytest.raises(Killed):
-            train(broken)
+    train_until_saved(broken, monkeypatch)
     monkeypatch.setattr(loop, "_take_beta", remember)
     found = train(broken)["betas"]
     assert taken[0] == expected[4]["beta"]  # of step 10, the last before the checkpoint

@@ -4,6 +4,8 @@ p_U = beta p_S + (1 - beta) p_N holds for the images seen under one caption, so 
 unlabeled images and positives are seen has its own bracket; images seen under other captions (keep prompts)
 are plain unlabeled data.
 
+Nothing in the risk ends the push of positives before their loss is 1 / beta times that of U. `bounded` ends it sooner.
+
 The paper's two baselines are the same step with another risk in place of the bracket's: unsupervised learns the
 unlabeled images alone, supervised takes them for normal as they are.
 """
@@ -17,7 +19,16 @@ import torch
 from torch import Tensor
 
 from sd_unlearn.batches import PLAIN, Batch
-from sd_unlearn.risk import Correction, PUTerms, Risk, pnu_corrected, pu_terms, supervised, unsupervised
+from sd_unlearn.risk import (
+    UNLABELED,
+    Correction,
+    PUTerms,
+    Risk,
+    pnu_corrected,
+    pu_terms,
+    supervised,
+    unsupervised,
+)
 
 LOGGED = ("loss", "mean_u", "mean_s", "mean_n", "bracket", "positive_term", "mean_keep")
 
@@ -47,9 +58,11 @@ class PUObjective:
     correction: Correction = "abs"
     eta: float = 0.0  # in [0, 1], the weight of the images known to be normal; 0 when there are none
     risk: Risk = "pu"
+    max_ratio: float | None = None  # see `bounded`
 
     def terms(self, nll: Tensor, batch: Batch) -> StepTerms:
         """nll [B] of the batch's examples -> the parts, with their gradients."""
+        nll = nll if self.max_ratio is None else bounded(nll, batch, self.max_ratio)
         found = []
         for caption, betas in zip(range(batch.captions), self.betas, strict=True):
             weight = torch.where(batch.bracket == caption, batch.weight, 0)
@@ -81,3 +94,21 @@ class PUObjective:
     def decided_alike(self, some: Tensor, others: Tensor) -> bool:
         """Whether two sets of brackets lead to the same step."""
         return self.risk != "pu" or self.correction == "none" or bool(((some < 0) == (others < 0)).all())
+
+
+def bounded(nll: Tensor, batch: Batch, max_ratio: float) -> Tensor:
+    """nll [B] with that of positives at most `max_ratio` (>= 1) times the loss of U at the same timestep and noise.
+
+    There it is constant: a positive that is predicted badly enough is pushed no further. The loss to compare with is
+    the mean over the unlabeled images of its bracket that share the positive's timestep, as `share_timesteps` deals
+    them; where there is none, it stays as it is. With max_ratio < 1 / beta, no bracket over such pairs is negative.
+    """
+    values = nll.detach()
+    beside = (
+        (batch.timesteps[:, None] == batch.timesteps)
+        & (batch.bracket[:, None] == batch.bracket)
+        & (batch.label == UNLABELED)
+    )  # [B, B]: who stands beside whom
+    count = beside.sum(1)
+    limit = max_ratio * torch.where(beside, values, 0).sum(1) / count.clamp(min=1)
+    return torch.where(batch.is_positive & (count > 0) & (values > limit), limit, nll)

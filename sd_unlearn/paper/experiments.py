@@ -55,6 +55,7 @@ class Recipe:
     ema_decay: float | None = None
     reduction: Reduction = "sum"
     snr_gamma: float | None = None  # Min-SNR weights of timesteps; None: all weigh the same
+    max_ratio: float | None = None  # of a labeled image's loss to an unlabeled one's; None: whatever it comes to
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ _STL10 = Recipe(32, 100, 1e-4, "ddpm", 1000, 10_000)
 _CIFAR10_FT = Recipe(128, 100, 1e-4, "ddim", 50, 10_000)
 _CELEBA_FT = Recipe(16, 20, 1e-4, "ddim", 50, 2_048)
 # A network of a million weights that two CPU cores train in minutes: docs/paper.md says how it was found.
-TINY = Recipe(32, 32, 1e-3, "ddim", 50, 1_000, lr_warmup_steps=100, ema_decay=0.995, snr_gamma=5.0)
+TINY = Recipe(32, 32, 1e-3, "ddim", 50, 1_000, lr_warmup_steps=100, ema_decay=0.995, snr_gamma=5.0, max_ratio=4.0)
 
 _MNIST = Counts(25_000, 2_500, 2_500)
 _MNIST5K = Counts(2_000, 200, 200)  # 10 : 1 : 1, as MNIST's

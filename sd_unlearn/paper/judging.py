@@ -23,6 +23,7 @@ from sd_unlearn.metrics.mmd import FEWEST
 from sd_unlearn.metrics.statistics import wilson
 from sd_unlearn.paper.classifier import BATCH, Classifier, class_mask, normal_of
 from sd_unlearn.paper.experiments import DIGITS
+from sd_unlearn.paper.sampling import as_bytes
 from sd_unlearn.records import Row
 
 if TYPE_CHECKING:
@@ -114,7 +115,7 @@ def read_digits(images: Tensor, device: str = "cpu") -> NDArray[np.float32]:
 
 def to_pictures(images: Tensor) -> list[Image.Image]:
     """Pictures of [n, C, H, W] in [-1, 1]; one channel is grey."""
-    pixels = ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    pixels = as_bytes(images.float().cpu())
     return [Image.fromarray(p[..., 0] if p.shape[-1] == 1 else p).convert("RGB") for p in pixels]
 
 

@@ -83,6 +83,15 @@ class Shared:
             RECIPE,
         ),
     ] = None
+    max_ratio: Annotated[
+        float | None,
+        option(
+            "Of pu and pnu: a labeled image whose loss is this many times (1 or more) that of an unlabeled one at the "
+            "same timestep and noise is pushed no further; 0: no bound, as in the paper. Default: 4 at tiny size, 0 "
+            "else.",
+            RECIPE,
+        ),
+    ] = None
     mixed_precision: Annotated[
         Literal["no", "fp16", "bf16"], option("Arithmetic of the network in training.", RECIPE)
     ] = "no"

@@ -18,6 +18,7 @@ import yaml
 from accelerate import PartialState
 
 from sd_unlearn import __version__
+from sd_unlearn.checks import read_yaml
 from sd_unlearn.errors import UsageError
 from sd_unlearn.metrics.fidelity import InceptionFidelity
 from sd_unlearn.paper import judging
@@ -113,7 +114,7 @@ def check_same(folder: Path, told: dict[str, Any], overwrite: bool) -> None:
     config = folder / CONFIG
     if not config.is_file():
         raise UsageError(f"--output_dir: {folder} holds files that are no run of `paper`; name another place.")
-    before = yaml.safe_load(config.read_text(encoding="utf-8"))
+    before = read_yaml(config, "--output_dir")
     changed = [key for key in told if before.get(key) != told[key]]
     if changed:
         key = changed[0]

@@ -16,6 +16,7 @@ from sd_unlearn.train_config import Correction, Reduction
 
 LABELED_SHARE = 3  # a step sees this many unlabeled images for each labeled one
 PAPERS_BETA = 0.1
+WITH_BRACKET = ("pu", "pnu")
 BetaSource = Literal["fixed", "known", "estimated"]
 
 
@@ -34,6 +35,7 @@ class Settings:
     num_negative: int
     reduction: Reduction
     snr_gamma: float | None
+    max_ratio: float | None  # None: the push has no bound, or, of the baselines, there is none
     train_batch_size: int
     max_train_steps: int
     learning_rate: float
@@ -77,7 +79,8 @@ def resolve(experiment: Experiment, options: RunOptions) -> tuple[Settings, Coun
         eta=options.eta if pnu else 0.0, conditional=options.conditional, missing=missing_classes(experiment, options),
         contamination=counts.contamination,
         num_negative=(options.num_negative or counts.positive) if pnu else 0,
-        reduction=options.reduction or recipe.reduction, snr_gamma=_gamma(options, recipe),
+        reduction=options.reduction or recipe.reduction, snr_gamma=_or_none(options.snr_gamma, recipe.snr_gamma),
+        max_ratio=_or_none(options.max_ratio, recipe.max_ratio) if options.objective in WITH_BRACKET else None,
         train_batch_size=batch, max_train_steps=steps, learning_rate=options.learning_rate or recipe.learning_rate,
         lr_warmup_steps=min(recipe.lr_warmup_steps, steps // 2), ema_decay=recipe.ema_decay,
         mixed_precision=options.mixed_precision, sampler=options.sampler or recipe.sampler,
@@ -135,9 +138,9 @@ def _beta(options: RunOptions, counts: Counts) -> dict[str, object]:
     return {"beta": PAPERS_BETA if options.beta is None else options.beta, "beta_source": "fixed"}
 
 
-def _gamma(options: RunOptions, recipe: Recipe) -> float | None:
-    asked = recipe.snr_gamma if options.snr_gamma is None else options.snr_gamma
-    return asked or None
+def _or_none(asked: float | None, usual: float | None) -> float | None:
+    """What was asked for, 0 being the way to ask for none; else what is usual."""
+    return (usual if asked is None else asked) or None
 
 
 def _told(name: str, value: object) -> str:
@@ -162,8 +165,10 @@ def _check(experiment: Experiment, options: RunOptions) -> None:
         raise UsageError(f"--eta {options.eta:g} must lie in (0, 1].")
     if options.num_negative is not None and options.objective != "pnu":
         raise UsageError(f"--num_negative is for --objective pnu; --objective is {options.objective}.")
-    if options.correction != "abs" and options.objective in ("unsupervised", "supervised"):
+    if options.correction != "abs" and options.objective not in WITH_BRACKET:
         raise UsageError(f"--correction is for pu and pnu; --objective {options.objective} has no bracket to correct.")
+    if options.max_ratio and options.objective not in WITH_BRACKET:
+        raise UsageError(f"--max_ratio is for pu and pnu; --objective {options.objective} pushes no image that far.")
     _check_numbers(options)
     if options.conditional and CLASSES[experiment.dataset] != CLASSES["mnist"]:
         raise UsageError(
@@ -182,5 +187,7 @@ def _check_numbers(options: RunOptions) -> None:
             raise UsageError(f"--{name} {value:g} must be a number above 0.")
     if options.snr_gamma is not None and not 0 <= options.snr_gamma < math.inf:
         raise UsageError(f"--snr_gamma {options.snr_gamma:g} must be a number from 0 up; 0 weighs all timesteps alike.")
+    if options.max_ratio is not None and not (options.max_ratio == 0 or 1 <= options.max_ratio < math.inf):
+        raise UsageError(f"--max_ratio {options.max_ratio:g} must be a number from 1 up; 0 sets no bound.")
     if (options.num_inference_steps or 1) > 1000:
         raise UsageError(f"--num_inference_steps {options.num_inference_steps} is above the 1,000 of the schedule.")

@@ -36,7 +36,7 @@ def listed(as_json: bool) -> str:
         f"{SD_BRAD_PITT}\n  Stable Diffusion 1.4, Brad Pitt among middle aged men: 64 + 16 unlabeled, 20 labeled\n"
         "  7,000 steps of 16, lr 1e-05; the whole UNet as in the paper, or --method lora",
         f"{DIGITS_SEVEN}  (not the paper's: the same on the bundled base, needs no network)\n"
-        "  the digit seven among handwritten digits: 256 + 64 unlabeled, 80 labeled; 600 steps of 32",
+        "  the digit seven among handwritten digits: 256 + 64 unlabeled, 80 labeled; 300 steps of 32",
     ]
     return "\n\n".join(blocks)
 

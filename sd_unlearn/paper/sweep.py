@@ -5,15 +5,16 @@ from __future__ import annotations
 import sys
 from dataclasses import fields
 from itertools import product
+from typing import get_args
 
 from sd_unlearn.errors import UsageError
 from sd_unlearn.paper import plots, table
 from sd_unlearn.paper.experiments import TEXT_EXPERIMENTS, find_experiment
 from sd_unlearn.paper.one import run_any
-from sd_unlearn.paper.options import RunOptions, Shared, SweepOptions
+from sd_unlearn.paper.options import ObjectiveName, RunOptions, Shared, SweepOptions
 from sd_unlearn.paper.run import folder_of
 
-OBJECTIVES = ("pu", "pnu", "supervised", "unsupervised")
+OBJECTIVES = get_args(ObjectiveName)
 
 
 def run(name: str, options: SweepOptions) -> str:

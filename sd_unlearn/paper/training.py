@@ -24,7 +24,7 @@ from sd_unlearn.paper.datasets import ImageData
 from sd_unlearn.paper.experiments import Experiment, Size
 from sd_unlearn.paper.network import load_network, make_network, make_schedule, save_pipeline
 from sd_unlearn.paper.prior import PriorProbe
-from sd_unlearn.paper.settings import LABELED_SHARE, Settings
+from sd_unlearn.paper.settings import LABELED_SHARE, PAPERS_BETA, Settings
 from sd_unlearn.paper.split import Split
 from sd_unlearn.provenance import device_name, peak_memory_mb
 from sd_unlearn.records import METRICS, TRAIN_SEEDS, read_jsonl
@@ -85,14 +85,21 @@ def train(run: Run) -> dict[str, Any]:
         conditioning="class" if settings.conditions else "none",
     )  # fmt: skip
     examples, pixels, captions = examples_of(run)
-    batches = _batches(run, config, examples, pixels, captions, accelerator)
-    objective = PUObjective([[settings.beta or 0.1]], settings.correction, settings.eta, risk=_risk(settings))
+    about = Concept(run.experiment.name, run.experiment.name, run.experiment.name)
+    batches = StratifiedBatches(
+        examples, (pixels, torch.zeros(1).expand_as(pixels)),  # pixels have no posterior to be drawn from
+        captions, about, config.caption_mode, config.train_batch_size, denoiser.num_train_timesteps,
+        TRAIN_SEEDS[0] + run.seed, rank=accelerator.process_index, world=accelerator.num_processes,
+        device=accelerator.device, layout=layout_of(settings),
+    )  # fmt: skip
+    objective = PUObjective(
+        [[settings.beta or PAPERS_BETA]], settings.correction, settings.eta, _risk(settings), settings.max_ratio
+    )
     probe = None
     if settings.beta_source == "estimated":
         text = torch.stack([captions[example.caption] for example in examples])
         alone = dataclasses.replace(denoiser, model=network)
         probe = PriorProbe(alone, examples, pixels, text, TRAIN_SEEDS[0] + run.seed)
-    about = Concept(run.experiment.name, run.experiment.name, run.experiment.name)
     training = Training(
         config, about, run.folder, student, wrapped, denoiser, batches, objective, None, None, probe,
         identity_of(run, accelerator.num_processes), accelerator,
@@ -164,19 +171,6 @@ def _config(run: Run) -> TrainConfig:
         validation_steps=0, probe_steps=max(1, s.max_train_steps // 10) if s.beta_source == "estimated" else 0,
         gradient_share_steps=0, checkpointing_steps=run.checkpointing_steps, checkpoints_total_limit=1,
         mixed_precision=s.mixed_precision,  # type: ignore[arg-type]
-    )  # fmt: skip
-
-
-def _batches(
-    run: Run, config: TrainConfig, examples: list[Example], pixels: Tensor, captions: dict[str, Tensor],
-    accelerator: Accelerator,
-) -> StratifiedBatches:  # fmt: skip
-    nothing = torch.zeros(1).expand_as(pixels)  # pixels have no posterior to be drawn from
-    about = Concept(run.experiment.name, "", "")
-    return StratifiedBatches(
-        examples, (pixels, nothing), captions, about, "own", config.train_batch_size, 1000, TRAIN_SEEDS[0] + run.seed,
-        rank=accelerator.process_index, world=accelerator.num_processes, device=accelerator.device,
-        layout=layout_of(run.settings),
     )  # fmt: skip
 
 
