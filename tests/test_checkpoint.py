@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import random
@@ -12,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 
 import numpy as np
@@ -68,6 +69,20 @@ def interrupt_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[Non
     with monkeypatch.context() as patch:
         patch.setattr(loop.Tools, "step", counted)
         yield
+
+
+@contextmanager
+def full_disk() -> Iterator[Callable[[int], None]]:
+    """Yields fill(bytes): from then on no file may grow beyond that, till the end.
+
+    What is printed goes nowhere: a progress bar that could not be written would keep tqdm's lock for ever.
+    """
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        with redirect_stderr(io.StringIO()):
+            yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def same(run: Path, whole: Path) -> bool:
@@ -300,14 +315,11 @@ def test_other_images_are_refused(stopped: Path, make_config: Config, place: Pat
 
 
 def test_a_full_disk_costs_only_the_new_checkpoint(stopped: Path, make_config: Config, whole: Path) -> None:
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     before = {p: p.read_bytes() for p in (stopped / "checkpoints").rglob("*") if p.is_file()}
-    resource.setrlimit(resource.RLIMIT_FSIZE, (8000, limits[1]))  # metrics.jsonl fits, a checkpoint does not
-    try:
+    with full_disk() as fill:
+        fill(8000)  # metrics.jsonl fits, a checkpoint does not
         with pytest.raises(UnlearnError, match=r"Cannot write the checkpoint.*step-000008.*step-000007.*latest"):
             trainer.run(make_config("run", resume_from_checkpoint="latest"))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert {p: p.read_bytes() for p in (stopped / "checkpoints").rglob("*") if p.is_file()} == before
     trainer.run(make_config("run", resume_from_checkpoint="latest"))
     assert same(stopped, whole)
@@ -317,28 +329,19 @@ def test_a_full_disk_costs_only_the_new_checkpoint(stopped: Path, make_config: C
 def test_a_disk_that_fills_up_while_a_line_is_logged_or_the_end_is_written(
     stopped: Path, make_config: Config, whole: Path, monkeypatch: pytest.MonkeyPatch, at: int
 ) -> None:
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-
-    def fill(*_: object) -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
-
     name = (loop.Tools, "step") if at == 10 else (trainer, "_close_run")
     real, taken = getattr(*name), list(range(8, 30))
 
-    def filled(*arguments: object) -> object:
-        if at == 25 or taken.pop(0) == at:
-            fill()
-        return real(*arguments)
+    with monkeypatch.context() as patch, full_disk() as fill:
 
-    with monkeypatch.context() as patch:
+        def filled(*arguments: object) -> object:
+            if at == 25 or taken.pop(0) == at:
+                fill(100)
+            return real(*arguments)
+
         patch.setattr(*name, filled)
-        try:
-            with pytest.raises(
-                UnlearnError, match=r"Cannot write to run: .*step-0000.*--resume_from_checkpoint latest"
-            ):
-                trainer.run(make_config("run", resume_from_checkpoint="latest", checkpointing_steps=24))
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        with pytest.raises(UnlearnError, match=r"Cannot write to run: .*step-0000.*--resume_from_checkpoint latest"):
+            trainer.run(make_config("run", resume_from_checkpoint="latest", checkpointing_steps=24))
     trainer.run(make_config("run", resume_from_checkpoint="latest"))
     assert same(stopped, whole)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from sd_unlearn.errors import UsageError, suggest
-from sd_unlearn.paper.experiments import CLASSES, TINY, Counts, Experiment, Recipe, Sampler, Size
+from sd_unlearn.paper.experiments import CLASSES, TINY, Counts, Experiment, Sampler, Size
 from sd_unlearn.paper.options import ObjectiveName, RunOptions
 from sd_unlearn.paper.split import with_contamination
 from sd_unlearn.records import SEED_SPAN, slugify
