@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
 from sd_unlearn.batches import PLAIN, Batch
-from sd_unlearn.objectives.pu import LOGGED, PUObjective
+from sd_unlearn.objectives.pu import LOGGED, PUObjective, bounded
 from sd_unlearn.risk import (
     NORMAL,
     UNLABELED,
@@ -178,6 +180,45 @@ def test_without_weight_on_them_images_known_to_be_normal_do_not_count() -> None
     assert leaf.grad is not None
     assert (leaf.grad[ALL.label == NORMAL] == 0).all()
     assert (leaf.grad[ALL.label != NORMAL] != 0).all()
+
+
+# A bound on how far positives are pushed
+
+# Positives beside partners of their timestep and bracket; at 30 there is one in another bracket only
+PAIRED = replace(WHOLE, timesteps=torch.tensor([10, 20, 10, 30, 30, 20, 20, 20, 10, 20, 30]))
+#                  U        U        S at 10, S at 30    U of the other bracket, S at 20 twice    keep
+NLL_OF_PAIRS = torch.tensor([3.0, 5.0, 100.0, 100.0, 3.0, 5.0, 9.0, 60.0, 1.0, 2.0, 6.0], dtype=torch.float64)
+
+
+def test_positives_far_above_their_unlabeled_partner_are_pushed_no_further() -> None:
+    leaf = NLL_OF_PAIRS.clone().requires_grad_()
+    found = bounded(leaf, PAIRED, 4.0)
+    assert found.tolist() == [3, 5, 12, 100, 3, 5, 9, 20, 1, 2, 6]  # 4 * 3, nobody at 30, below, 4 * 5
+    found.sum().backward()
+    assert leaf.grad is not None
+    assert leaf.grad.tolist() == [1, 1, 0, 1, 1, 1, 1, 0, 1, 1, 1]  # unlabeled images are not moved for it
+
+
+def test_a_partner_is_the_mean_of_those_at_its_timestep() -> None:
+    both = replace(WHOLE, timesteps=torch.full((11,), 7))
+    assert bounded(NLL_OF_PAIRS, both, 2.0).tolist() == [3, 5, 8, 8, 3, 5, 8, 8, 1, 2, 6]
+
+
+def test_what_is_unlabeled_kept_or_known_to_be_normal_has_no_bound() -> None:
+    alike = replace(ALL, timesteps=torch.zeros(len(MANY), dtype=torch.long))
+    changed = bounded(MANY, alike, 1.0) != MANY
+    assert changed.any()
+    assert (changed <= alike.is_positive).all()
+
+
+@pytest.mark.parametrize("correction", ["abs", "nn", "none"])
+def test_a_bounded_bracket_of_pairs_is_never_negative(correction: str) -> None:
+    """So with max_ratio below 1 / beta the corrections have nothing to correct."""
+    pairs = replace(batch([0, 0, 0, 0], [0, 0, 1, 1]), timesteps=torch.tensor([1, 2, 1, 2]))
+    nll = torch.tensor([3.0, 5.0, 900.0, 4000.0], dtype=torch.float64)
+    objective = PUObjective(((BETA,),), correction, max_ratio=4.0)  # type: ignore[arg-type]
+    assert PUObjective(((BETA,),)).terms(nll, pairs).brackets.item() < 0
+    assert objective.terms(nll, pairs).brackets.item() == pytest.approx((1 - 4 * BETA) * 4)
 
 
 # The baselines of the paper

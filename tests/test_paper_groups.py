@@ -109,6 +109,14 @@ def test_arms_are_compared_where_their_other_settings_agree() -> None:
     assert found[-1][0].experiment == "mnist5k-odd"
 
 
+def test_baselines_are_compared_with_pu_whatever_its_bound() -> None:
+    made = [make_run("unsupervised"), make_run("supervised"), make_run("pu", max_ratio=4.0), make_run("pu")]
+    made += [make_run("supervised", seed=43)]
+    assert arms_of(contexts(grouped(made))) == [["unsupervised", "supervised", "pu"]] * 2
+    made += [make_run("supervised", learning_rate=1e-5)]
+    assert sorted(map(len, contexts(grouped(made)))) == [1, 3, 3]
+
+
 def test_what_varies_is_named() -> None:
     groups = grouped([make_run(), make_run(learning_rate=1e-3), make_run("unsupervised", reduction=None)])
     assert varying(groups) == ["learning_rate"]

@@ -84,6 +84,7 @@ def test_every_setting_that_can_be_asked_for_gives_another_folder() -> None:
         {"epochs": 3}, {"train_batch_size": 8}, {"learning_rate": 1e-5}, {"reduction": "mean"}, {"num_images": 7},
         {"sampler": "ddpm"}, {"num_inference_steps": 9}, {"mixed_precision": "fp16"},
         {"pretrained_model_name_or_path": "some/model"}, {"objective": "pnu"}, {"objective": "pnu", "num_negative": 9},
+        {"max_ratio": 0}, {"max_ratio": 2.5},
         {"objective": "pnu", "eta": 1.0}, {"objective": "supervised"}, {"objective": "unsupervised"},
     ]  # fmt: skip
     names = [variant(**options) for options in asked]
@@ -94,6 +95,14 @@ def test_a_known_beta_is_the_true_share_and_nobody_tells_the_unsupervised_one() 
     assert settings(beta="known", contamination=0.2).beta == pytest.approx(0.2)
     assert settings(objective="unsupervised").beta is None
     assert settings(beta="estimate").beta_source == "estimated"
+
+
+def test_the_papers_own_size_pushes_without_a_bound_and_the_baselines_have_none() -> None:
+    assert settings("mnist-even").max_ratio is None
+    assert settings("mnist-even", max_ratio=3.0).max_ratio == 3
+    assert settings().max_ratio == settings(objective="pnu").max_ratio == 4
+    assert settings(max_ratio=0.0).max_ratio is None
+    assert settings(objective="supervised").max_ratio is settings(objective="unsupervised").max_ratio is None
 
 
 @pytest.mark.parametrize("share", [0.05, 0.2, 0.5])
@@ -121,6 +130,9 @@ def test_images_known_to_be_normal_are_for_pnu_alone() -> None:
         ({"eta": 0.0}, "--eta 0"),
         ({"num_negative": 5}, "--num_negative is for --objective pnu"),
         ({"correction": "nn", "objective": "supervised"}, "--correction is for pu"),
+        ({"max_ratio": 4.0, "objective": "supervised"}, "--max_ratio is for pu"),
+        ({"max_ratio": 0.5}, "--max_ratio 0.5"),
+        ({"max_ratio": float("inf")}, "--max_ratio inf"),
         ({"epochs": 0}, "--epochs 0"),
         ({"learning_rate": float("nan")}, "--learning_rate nan"),
         ({"num_inference_steps": 1001}, "--num_inference_steps 1001"),

@@ -22,8 +22,8 @@ PLAIN: dict[str, Any] = {
 }  # fmt: skip
 # What has no meaning for an objective is not told apart, whatever the run's settings say.
 MEANINGLESS = {
-    "unsupervised": {"correction", "beta", "eta", "missing", "reduction", "temperature"},
-    "supervised": {"correction", "eta"},
+    "unsupervised": {"correction", "beta", "eta", "missing", "reduction", "temperature", "max_ratio"},
+    "supervised": {"correction", "eta", "max_ratio"},
     "pu": set(),
     "pnu": set(),
 }  # fmt: skip
@@ -139,26 +139,27 @@ def order(group: Group, axes: Sequence[str]) -> list[tuple[int, float, str]]:
 def contexts(groups: Sequence[Group]) -> list[list[Group]]:
     """Groups of the same experiment and size whose other settings agree, so that they may be compared.
 
-    A setting without meaning for an objective keeps nothing apart: an unsupervised group is in each list that agrees
-    with it in the rest.
+    A setting without meaning for an objective keeps nothing apart: a baseline is in each list that agrees with it in
+    the rest.
     """
 
     def key(group: Group, without: Iterable[str]) -> str:
         rest = {name: value for name, value in group.context.items() if name not in without}
         return json.dumps([group.experiment, group.size, rest], sort_keys=True, default=str)
 
-    loose = MEANINGLESS["unsupervised"]
     found: dict[str, list[Group]] = {}
     for group in groups:
-        if group.objective != "unsupervised":
+        if not MEANINGLESS[group.objective]:
             found.setdefault(key(group, ()), []).append(group)
-    for group in groups:
-        if group.objective == "unsupervised":
-            fitting = [some for some in found.values() if key(some[0], loose) == key(group, loose)]
-            for some in fitting or [found.setdefault(key(group, ()), [])]:
-                some.append(group)
+    for objective in ("supervised", "unsupervised"):  # first the one with more settings of its own
+        loose = MEANINGLESS[objective]
+        for group in groups:
+            if group.objective == objective:
+                fitting = [some for some in found.values() if key(some[0], loose) == key(group, loose)]
+                for some in fitting or [found.setdefault(key(group, ()), [])]:
+                    some.append(group)
     lists = [sorted(some, key=lambda group: OBJECTIVES.index(group.objective)) for some in found.values()]
-    return sorted(lists, key=lambda some: _place(some[0])[:2])
+    return sorted(lists, key=lambda some: _place(some[0]))
 
 
 def varying(groups: Sequence[Group]) -> list[str]:

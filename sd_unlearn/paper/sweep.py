@@ -13,6 +13,7 @@ from sd_unlearn.paper.experiments import TEXT_EXPERIMENTS, find_experiment
 from sd_unlearn.paper.one import run_any
 from sd_unlearn.paper.options import ObjectiveName, RunOptions, Shared, SweepOptions
 from sd_unlearn.paper.run import folder_of
+from sd_unlearn.paper.settings import WITH_BRACKET
 
 OBJECTIVES = get_args(ObjectiveName)
 
@@ -41,6 +42,8 @@ def run(name: str, options: SweepOptions) -> str:
 def combinations(options: SweepOptions) -> list[RunOptions]:
     """The runs of a sweep, seeds last to change, so that an early look has every arm; none twice.
 
+    What only pu and pnu can be told is for those among the objectives.
+
     Raises:
         UsageError: a word that is no objective, beta or seed.
     """
@@ -52,7 +55,8 @@ def combinations(options: SweepOptions) -> list[RunOptions]:
     for seed, objective, beta in product(seeds, objectives, betas):
         if objective == "unsupervised":  # it has no beta: once is enough
             beta = None
-        each = RunOptions(**shared, seed=seed, objective=objective, beta=beta)  # type: ignore[arg-type]
+        told = shared if objective in WITH_BRACKET else shared | {"correction": "abs", "max_ratio": None}
+        each = RunOptions(**told, seed=seed, objective=objective, beta=beta)  # type: ignore[arg-type]
         if each not in runs:
             runs.append(each)
     return runs
