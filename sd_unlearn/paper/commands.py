@@ -9,14 +9,17 @@ from cyclopts import App, Parameter
 
 from sd_unlearn.paper.options import RunOptions, SweepOptions, TableOptions
 
-HELP = """The experiments of the paper, and the same on 5,000 real digits that need no network and no GPU.
+HELP = """The experiments of the paper, and the same on 5,000 real digits.
 
-    sd-unlearn paper list                                        every experiment with its settings
-    sd-unlearn paper run mnist5k-even --objective pu --seed 42   one model: trained, drawn from, judged
-    sd-unlearn paper sweep mnist5k-even --objective unsupervised,supervised,pu --seed 42,43,44
-    sd-unlearn paper table                                       finished runs as Markdown, CSV and plots
+The latter need no network and no GPU.
 
-Each run is a folder of runs/paper; what is finished is not done again, what was killed goes on.
+sd-unlearn paper list                          every experiment, its settings
+sd-unlearn paper run mnist5k-even --seed 42    one model: trained, drawn, judged
+sd-unlearn paper sweep mnist5k-even --objective unsupervised,supervised,pu
+sd-unlearn paper table                         finished runs as tables and plots
+
+Each run is a folder of runs/paper. What is finished is not done again; what was
+killed goes on.
 """
 
 app = App(name="paper", help=HELP, help_format="plaintext")
