@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sd_unlearn.paper.experiments import DIGITS, EXPERIMENTS
+from sd_unlearn.paper.settings import WITH_BRACKET
 from sd_unlearn.records import write_json
 
 Z = 1.959964
@@ -34,6 +35,7 @@ def make_record(
     """The content of a results.json; other keys are settings that are not the plain ones."""
     beta = None if objective == "unsupervised" else 0.1
     known = EXPERIMENTS.get(experiment)
+    bound = known.recipe_of(size).max_ratio if known and objective in WITH_BRACKET else None  # type: ignore[arg-type]
     rows = [make_row("non_sensitive_rate", rate)] + ([make_row(fid_name, fid)] if fid is not None else [])
     rows += [make_row("share", (shares or {}).get(digit, 0.1), group=digit) for digit in DIGITS if shares]
     return {
@@ -43,7 +45,7 @@ def make_record(
             "conditional": False, "missing": [], "contamination": known.counts.contamination if known else None,
             "num_negative": 0, "reduction": "mean", "train_batch_size": 64, "max_train_steps": 1050,
             "learning_rate": 0.002, "ema_decay": 0.995, "sampler": "ddim", "num_inference_steps": 50,
-            "num_images": 1000,
+            "num_images": 1000, "max_ratio": bound,
         } | settings,
         "counts": {"normal": 2000, "mixed_in": 200, "positive": 200, "negative": 0},
         "classifier": {"name": "resnet-mnist5k", "sha256": "ab" * 32, "accuracy": 0.987, "n": 500},

@@ -109,12 +109,16 @@ def test_arms_are_compared_where_their_other_settings_agree() -> None:
     assert found[-1][0].experiment == "mnist5k-odd"
 
 
-def test_baselines_are_compared_with_pu_whatever_its_bound() -> None:
-    made = [make_run("unsupervised"), make_run("supervised"), make_run("pu", max_ratio=4.0), make_run("pu")]
-    made += [make_run("supervised", seed=43)]
-    assert arms_of(contexts(grouped(made))) == [["unsupervised", "supervised", "pu"]] * 2
-    made += [make_run("supervised", learning_rate=1e-5)]
-    assert sorted(map(len, contexts(grouped(made)))) == [1, 3, 3]
+def test_a_bound_is_plain_where_it_is_the_sizes_own() -> None:
+    def off_plain(**changes: Any) -> set[str]:
+        (group,) = grouped([make_run(**changes)])
+        return group.off_plain()
+
+    assert off_plain(max_ratio=4.0) == off_plain(size="paper", max_ratio=None) == set()
+    for change in ({"max_ratio": None}, {"max_ratio": 2.0}, {"size": "paper", "max_ratio": 4.0}):
+        assert off_plain(**change) == {"max_ratio"}
+    made = [make_run("supervised"), make_run("unsupervised"), make_run(max_ratio=None), make_run()]
+    assert arms_of(contexts(grouped(made))) == [["unsupervised", "supervised", "pu", "pu"]]
 
 
 def test_what_varies_is_named() -> None:

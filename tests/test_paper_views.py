@@ -119,6 +119,7 @@ def test_classes_without_labels_are_counted_among_the_drawn() -> None:
     ("view", "change", "name", "cells"),
     [
         ("correction", {"correction": "nn"}, "Correction", ["–", "abs", "nn"]),
+        ("bound", {"max_ratio": None}, "Bound", ["–", "none", "4"]),
         ("conditional", {"conditional": True}, "Conditional", ["no", "no", "yes"]),
         ("pnu", {"num_negative": 200, "eta": 0.5}, "Labeled normal", ["0", "0", "200"]),
     ],

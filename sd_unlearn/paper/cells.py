@@ -15,6 +15,7 @@ NAMES_OF = {"unsupervised": "Unsupervised", "supervised": "Supervised", "pu": "P
 AXES = {
     "correction": "Correction", "beta": "Beta", "eta": "Eta", "conditional": "Conditional",
     "missing": "Labels missing of", "contamination": "Contamination", "num_negative": "Labeled normal",
+    "max_ratio": "Bound",
 }  # fmt: skip
 
 
@@ -42,6 +43,9 @@ def axis(group: Group, name: str) -> str:
     if name == "contamination":
         share = group.mean_of("settings", name)
         return NONE if share is None else f"{share:.3f}"
+    if name == "max_ratio":
+        bound = group.mean_of("settings", name)
+        return "none" if bound is None else said(bound)
     if name == "missing":
         return ", ".join(value) or "none"
     return said(value)

@@ -77,6 +77,9 @@ class Experiment:
         """Of the images it is trained on, in pixels."""
         return TINY_SIDE if size == "tiny" else self.side
 
+    def recipe_of(self, size: Size) -> Recipe:
+        return TINY if size == "tiny" else self.recipe
+
     @property
     def sizes(self) -> tuple[Size, ...]:
         """The presets it can run at; what is fine-tuned has the size of its base."""

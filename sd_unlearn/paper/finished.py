@@ -195,6 +195,7 @@ _SETTINGS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "eta": (_number_or_null, "a number or null"),
     "contamination": (_number_or_null, "a number or null"),
     "num_negative": (_number_or_null, "a number or null"),
+    "max_ratio": (_number_or_null, "a number or null"),
     "correction": (_kind(str), "text or null"),
     "beta_source": (_kind(str), "text or null"),
     "conditional": (_kind(bool), "true, false or null"),

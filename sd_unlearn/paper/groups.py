@@ -15,10 +15,11 @@ from sd_unlearn.paper.finished import FID, OBJECTIVES, RATE, PaperRun
 ESTIMATED, KNOWN = "estimated", "known"
 # Where a beta is from, in a run's settings -> what stands for it here; any other source is a number that was given.
 SOURCES = {"estimated": ESTIMATED, "estimate": ESTIMATED, "known": KNOWN, "manifest": KNOWN}
-# What the paper varies, and the value that its main tables have. A plain contamination is the experiment's own.
+# What is varied, and the value that the main tables have. A plain contamination is the experiment's own, and a plain
+# bound (max_ratio) that of its size.
 PLAIN: dict[str, Any] = {
     "correction": "abs", "beta": 0.1, "eta": 0.0, "conditional": False, "missing": (), "contamination": None,
-    "num_negative": 0,
+    "num_negative": 0, "max_ratio": None,
 }  # fmt: skip
 # What has no meaning for an objective is not told apart, whatever the run's settings say.
 MEANINGLESS = {
@@ -127,10 +128,13 @@ def plain_of(experiment: str) -> dict[str, Any]:
 def order(group: Group, axes: Sequence[str]) -> list[tuple[int, float, str]]:
     """A sort key by axes, "objective" among them: what has none first, then numbers by size, then words."""
     key = []
+    own = {
+        "contamination": own_contamination(group.experiment), "max_ratio": own_bound(group.experiment, group.size)
+    }  # fmt: skip
     for name in axes:
         value = OBJECTIVES.index(group.objective) if name == "objective" else group.axes.get(name)
         if value is None:
-            value = own_contamination(group.experiment) if name == "contamination" else 0
+            value = own.get(name, 0)
         is_number = isinstance(value, int | float)
         key.append((0, float(value), "") if is_number else (1, 0.0, "" if value in ("abs", ()) else str(value)))
     return key
@@ -139,27 +143,26 @@ def order(group: Group, axes: Sequence[str]) -> list[tuple[int, float, str]]:
 def contexts(groups: Sequence[Group]) -> list[list[Group]]:
     """Groups of the same experiment and size whose other settings agree, so that they may be compared.
 
-    A setting without meaning for an objective keeps nothing apart: a baseline is in each list that agrees with it in
-    the rest.
+    A setting without meaning for an objective keeps nothing apart: an unsupervised group is in each list that agrees
+    with it in the rest.
     """
 
     def key(group: Group, without: Iterable[str]) -> str:
         rest = {name: value for name, value in group.context.items() if name not in without}
         return json.dumps([group.experiment, group.size, rest], sort_keys=True, default=str)
 
+    loose = MEANINGLESS["unsupervised"]
     found: dict[str, list[Group]] = {}
     for group in groups:
-        if not MEANINGLESS[group.objective]:
+        if group.objective != "unsupervised":
             found.setdefault(key(group, ()), []).append(group)
-    for objective in ("supervised", "unsupervised"):  # first the one with more settings of its own
-        loose = MEANINGLESS[objective]
-        for group in groups:
-            if group.objective == objective:
-                fitting = [some for some in found.values() if key(some[0], loose) == key(group, loose)]
-                for some in fitting or [found.setdefault(key(group, ()), [])]:
-                    some.append(group)
+    for group in groups:
+        if group.objective == "unsupervised":
+            fitting = [some for some in found.values() if key(some[0], loose) == key(group, loose)]
+            for some in fitting or [found.setdefault(key(group, ()), [])]:
+                some.append(group)
     lists = [sorted(some, key=lambda group: OBJECTIVES.index(group.objective)) for some in found.values()]
-    return sorted(lists, key=lambda some: _place(some[0]))
+    return sorted(lists, key=lambda some: _place(some[0])[:2])
 
 
 def varying(groups: Sequence[Group]) -> list[str]:
@@ -175,6 +178,12 @@ def varying(groups: Sequence[Group]) -> list[str]:
 def own_contamination(experiment: str) -> float:
     """The share of sensitive images among the unlabeled ones that an experiment has unless told otherwise."""
     return EXPERIMENTS[experiment].counts.contamination if experiment in EXPERIMENTS else 0.0
+
+
+def own_bound(experiment: str, size: str) -> float:
+    """The bound on the push that an experiment has at a size unless told otherwise; 0: none."""
+    known = EXPERIMENTS.get(experiment)
+    return known.recipe_of(size).max_ratio or 0.0 if known else 0.0  # type: ignore[arg-type]
 
 
 def true_beta(groups: Iterable[Group]) -> float | None:
@@ -194,6 +203,8 @@ def _axes(run: PaperRun) -> dict[str, Any]:
     share = axes["contamination"]
     if run.experiment not in EXPERIMENTS or abs((share or 0) - own_contamination(run.experiment)) < SAME_CONTAMINATION:
         axes["contamination"] = None
+    bound = axes["max_ratio"] or 0.0
+    axes["max_ratio"] = None if bound == own_bound(run.experiment, run.size) else bound
     return {name: value for name, value in axes.items() if name not in MEANINGLESS[run.objective]}
 
 

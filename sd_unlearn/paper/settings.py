@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from sd_unlearn.errors import UsageError, suggest
-from sd_unlearn.paper.experiments import CLASSES, TINY, Counts, Experiment, Sampler, Size
+from sd_unlearn.paper.experiments import CLASSES, Counts, Experiment, Sampler, Size
 from sd_unlearn.paper.options import ObjectiveName, RunOptions
 from sd_unlearn.paper.split import with_contamination
 from sd_unlearn.records import SEED_SPAN, slugify
@@ -65,7 +65,7 @@ def resolve(experiment: Experiment, options: RunOptions) -> tuple[Settings, Coun
         raise UsageError(
             f"--size {size}: {experiment.name} fine-tunes a published model and has its size. Leave it out."
         )
-    recipe = TINY if size == "tiny" else experiment.recipe
+    recipe = experiment.recipe_of(size)
     counts = experiment.counts
     if options.contamination is not None:
         counts = with_contamination(counts, options.contamination)

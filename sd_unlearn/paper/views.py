@@ -45,8 +45,9 @@ LEGEND = (
     "leakage is one minus the rate. Figures are the mean over seeds with the sample standard deviation in round "
     "brackets. With one seed there is none; the rate then has its 95 % Wilson interval in square brackets, which "
     "covers the chance of which images were drawn, not what another training would have given. Unless a column says "
-    "otherwise the settings are plain: the absolute value as correction, beta 0.1, every sensitive class labeled, no "
-    "image known to be normal, unconditional, and the experiment's own share of sensitive images among the unlabeled. "
+    "otherwise the settings are plain: the absolute value as correction, beta 0.1, labeled images pushed as far as is "
+    "usual at the size, every sensitive class labeled, no image known to be normal, unconditional, and the "
+    "experiment's own share of sensitive images among the unlabeled. "
     "Text-to-image models are conditional and are given the true beta."
 )
 
@@ -81,7 +82,8 @@ def _of_contamination(group: Group) -> bool:
 
 VIEWS = (
     View("beta", "The beta that is assumed", ("objective", "beta"), ("beta",)),
-    View("correction", "How the bracket is corrected", ("objective", "correction"), ("correction",)),
+    View("bound", "How far labeled images are pushed", ("objective", "max_ratio"), ("max_ratio",)),
+    View("correction", "How the bracket is corrected", ("objective", "max_ratio", "correction"), ("correction",)),
     View("missing", "Sensitive classes without labels", ("objective", "missing"), ("missing",), shares=True),
     View("pnu", "Images known to be normal (PNU)", ("objective", "num_negative", "eta"), ("num_negative",)),
     View("conditional", "Conditional on the class", ("conditional", "objective"), ("conditional",)),
