@@ -219,6 +219,8 @@ def test_a_bounded_bracket_of_pairs_is_never_negative(correction: str) -> None:
     objective = PUObjective(((BETA,),), correction, max_ratio=4.0)  # type: ignore[arg-type]
     assert PUObjective(((BETA,),)).terms(nll, pairs).brackets.item() < 0
     assert objective.terms(nll, pairs).brackets.item() == pytest.approx((1 - 4 * BETA) * 4)
+    uncorrected = PUObjective(((BETA,),), "none", max_ratio=4.0)
+    assert loss_of(objective, nll, pairs).item() == loss_of(uncorrected, nll, pairs).item()
 
 
 # The baselines of the paper

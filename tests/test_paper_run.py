@@ -24,7 +24,10 @@ from sd_unlearn.paper import run as run_room
 from sd_unlearn.paper.classifier import Classifier
 from sd_unlearn.paper.experiments import EXPERIMENTS, Counts
 from sd_unlearn.paper.network import make_network, make_schedule, save_pipeline
+from sd_unlearn.paper.options import SweepOptions
 from sd_unlearn.paper.sampling import load_samples
+from sd_unlearn.paper.settings import resolve
+from sd_unlearn.paper.sweep import combinations
 from sd_unlearn.records import read_json
 
 Call = Callable[..., tuple[int, str, str]]
@@ -209,6 +212,17 @@ def test_every_dataset_from_its_files(call: Call, monkeypatch: pytest.MonkeyPatc
     assert found["settings"]["base"] == ("published/pipeline" if tuned else None)
     (folder,) = Path("runs/paper", name).iterdir()
     assert load_samples(folder).shape == (12, 12, 12, EXPERIMENTS[name].channels)
+
+
+def test_what_only_pu_can_be_told_is_left_out_for_the_baselines_of_a_sweep() -> None:
+    asked = SweepOptions(objective="unsupervised,supervised,pu", correction="nn", max_ratio=2.0, epochs=3)
+    runs = combinations(asked)
+    assert [(r.objective, r.correction, r.max_ratio) for r in runs] == [
+        ("unsupervised", "abs", None), ("supervised", "abs", None), ("pu", "nn", 2.0),
+    ]  # fmt: skip
+    assert {r.epochs for r in runs} == {3}
+    for each in runs:
+        resolve(EXPERIMENTS["mnist5k-even"], each)
 
 
 def test_a_sweep_runs_what_is_missing_and_tells_of_all(call: Call) -> None:

@@ -44,8 +44,7 @@ def axis(group: Group, name: str) -> str:
         share = group.mean_of("settings", name)
         return NONE if share is None else f"{share:.3f}"
     if name == "max_ratio":
-        bound = group.mean_of("settings", name)
-        return "none" if bound is None else said(bound)
+        return said(value) if value else "none"
     if name == "missing":
         return ", ".join(value) or "none"
     return said(value)

@@ -78,6 +78,7 @@ class Experiment:
         return TINY_SIDE if size == "tiny" else self.side
 
     def recipe_of(self, size: Size) -> Recipe:
+        """How it is trained and drawn from at a size."""
         return TINY if size == "tiny" else self.recipe
 
     @property

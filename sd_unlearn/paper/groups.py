@@ -15,11 +15,10 @@ from sd_unlearn.paper.finished import FID, OBJECTIVES, RATE, PaperRun
 ESTIMATED, KNOWN = "estimated", "known"
 # Where a beta is from, in a run's settings -> what stands for it here; any other source is a number that was given.
 SOURCES = {"estimated": ESTIMATED, "estimate": ESTIMATED, "known": KNOWN, "manifest": KNOWN}
-# What is varied, and the value that the main tables have. A plain contamination is the experiment's own, and a plain
-# bound (max_ratio) that of its size.
+# What is varied, and the value that the main tables have, see plain_of. A plain contamination is the experiment's own.
 PLAIN: dict[str, Any] = {
     "correction": "abs", "beta": 0.1, "eta": 0.0, "conditional": False, "missing": (), "contamination": None,
-    "num_negative": 0, "max_ratio": None,
+    "num_negative": 0, "max_ratio": 0.0,
 }  # fmt: skip
 # What has no meaning for an objective is not told apart, whatever the run's settings say.
 MEANINGLESS = {
@@ -57,7 +56,7 @@ class Group:
 
     def off_plain(self) -> set[str]:
         """Names of the axes that differ from the main tables' settings."""
-        plain = plain_of(self.experiment)
+        plain = plain_of(self.experiment, self.size)
         known_normal = {"num_negative"} if self.objective == "pnu" else set()
         return {name for name, value in self.axes.items() if value != plain[name]} | known_normal
 
@@ -119,22 +118,22 @@ def grouped(runs: Iterable[PaperRun]) -> list[Group]:
     return sorted(groups, key=lambda group: (*_place(group), *order(group, tuple(PLAIN)), str(group.context)))
 
 
-def plain_of(experiment: str) -> dict[str, Any]:
-    """The values of the main tables. A text-to-image model is conditional by nature, and the paper gives it the true
-    beta."""
-    return PLAIN if experiment in EXPERIMENTS else PLAIN | {"beta": KNOWN, "conditional": True}
+def plain_of(experiment: str, size: str) -> dict[str, Any]:
+    """The values of the main tables. The bound on the push is the size's own. A text-to-image model is conditional by
+    nature, and the paper gives it the true beta."""
+    known = EXPERIMENTS.get(experiment)
+    if known is None:
+        return PLAIN | {"beta": KNOWN, "conditional": True}
+    return PLAIN | {"max_ratio": known.recipe_of(size).max_ratio or 0.0}  # type: ignore[arg-type]
 
 
 def order(group: Group, axes: Sequence[str]) -> list[tuple[int, float, str]]:
     """A sort key by axes, "objective" among them: what has none first, then numbers by size, then words."""
     key = []
-    own = {
-        "contamination": own_contamination(group.experiment), "max_ratio": own_bound(group.experiment, group.size)
-    }  # fmt: skip
     for name in axes:
         value = OBJECTIVES.index(group.objective) if name == "objective" else group.axes.get(name)
         if value is None:
-            value = own.get(name, 0)
+            value = own_contamination(group.experiment) if name == "contamination" else 0
         is_number = isinstance(value, int | float)
         key.append((0, float(value), "") if is_number else (1, 0.0, "" if value in ("abs", ()) else str(value)))
     return key
@@ -180,12 +179,6 @@ def own_contamination(experiment: str) -> float:
     return EXPERIMENTS[experiment].counts.contamination if experiment in EXPERIMENTS else 0.0
 
 
-def own_bound(experiment: str, size: str) -> float:
-    """The bound on the push that an experiment has at a size unless told otherwise; 0: none."""
-    known = EXPERIMENTS.get(experiment)
-    return known.recipe_of(size).max_ratio or 0.0 if known else 0.0  # type: ignore[arg-type]
-
-
 def true_beta(groups: Iterable[Group]) -> float | None:
     """The true share of sensitive images among the unlabeled ones, where all the runs have the same."""
     known = {round(run.settings.get("contamination") or 0.0, 3) for group in groups for run in group.runs}
@@ -194,7 +187,7 @@ def true_beta(groups: Iterable[Group]) -> float | None:
 
 def _axes(run: PaperRun) -> dict[str, Any]:
     settings = run.settings
-    plain = plain_of(run.experiment)
+    plain = plain_of(run.experiment, run.size)
     axes = {name: usual if settings.get(name) is None else settings[name] for name, usual in plain.items()}
     axes["missing"] = tuple(sorted(axes["missing"]))
     axes["beta"] = SOURCES.get(str(settings.get("beta_source")), axes["beta"])  # an estimate is the seed's own
@@ -203,8 +196,7 @@ def _axes(run: PaperRun) -> dict[str, Any]:
     share = axes["contamination"]
     if run.experiment not in EXPERIMENTS or abs((share or 0) - own_contamination(run.experiment)) < SAME_CONTAMINATION:
         axes["contamination"] = None
-    bound = axes["max_ratio"] or 0.0
-    axes["max_ratio"] = None if bound == own_bound(run.experiment, run.size) else bound
+    axes["max_ratio"] = settings.get("max_ratio") or 0.0  # null is no bound, whatever the size's own is
     return {name: value for name, value in axes.items() if name not in MEANINGLESS[run.objective]}
 
 

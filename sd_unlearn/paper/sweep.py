@@ -16,6 +16,7 @@ from sd_unlearn.paper.run import folder_of
 from sd_unlearn.paper.settings import WITH_BRACKET
 
 OBJECTIVES = get_args(ObjectiveName)
+OF_BRACKET = ("correction", "max_ratio")  # options that the baselines refuse: in a sweep they are for the others
 
 
 def run(name: str, options: SweepOptions) -> str:
@@ -55,7 +56,7 @@ def combinations(options: SweepOptions) -> list[RunOptions]:
     for seed, objective, beta in product(seeds, objectives, betas):
         if objective == "unsupervised":  # it has no beta: once is enough
             beta = None
-        told = shared if objective in WITH_BRACKET else shared | {"correction": "abs", "max_ratio": None}
+        told = {k: v for k, v in shared.items() if objective in WITH_BRACKET or k not in OF_BRACKET}
         each = RunOptions(**told, seed=seed, objective=objective, beta=beta)  # type: ignore[arg-type]
         if each not in runs:
             runs.append(each)
