@@ -28,7 +28,7 @@ def told(results: dict[str, Any], folder: Path) -> str:
 
 
 def listed(as_json: bool) -> str:
-    """Every experiment: classes, counts, recipe."""
+    """Every experiment: classes, counts, and the recipe it has at its default size."""
     if as_json:
         return json.dumps([dataclasses.asdict(e) for e in EXPERIMENTS.values()], indent=2)
     blocks = [_block(e) for e in EXPERIMENTS.values()]
@@ -42,13 +42,14 @@ def listed(as_json: bool) -> str:
 
 
 def _block(e: Experiment) -> str:
-    counts = e.counts
+    counts, size = e.counts, e.default_size
     start = f"fine-tunes {e.base}" if e.base else "from scratch"
+    kinds = f"{counts.normal:,} + {counts.mixed_in:,} unlabeled, {counts.positive:,} labeled"
     lines = [
         f"{e.name}" + ("" if e.of_paper else "  (not the paper's: needs no network, runs at --size tiny by default)"),
         f"  normal {', '.join(e.normal)}; sensitive {', '.join(e.sensitive)}",
-        f"  {counts.normal:,} + {counts.mixed_in:,} unlabeled, {counts.positive:,} labeled; {e.side} pixels, {start}",
-        f"  {_recipe(e.recipe)}",
+        f"  {kinds}; {e.side_of(size)} pixels, {start}",
+        f"  {_recipe(e.recipe_of(size))}",
     ]
     return "\n".join(lines)
 
