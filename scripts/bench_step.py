@@ -20,12 +20,12 @@ from PIL import Image
 from torch.nn.functional import mse_loss
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from sd_unlearn import lora
-from sd_unlearn.base import DIGITS, DIGITS_DIR
-from sd_unlearn.batches import Layout
-from sd_unlearn.provenance import device_name, peak_memory_mb
-from sd_unlearn.records import METADATA, POSITIVE, UNLABELED, ImageRecord, read_json, write_jsonl
-from sd_unlearn.train_config import TrainConfig, Weights
+from sd_unlearn.config.train import TrainConfig, Weights
+from sd_unlearn.data.batches import Layout
+from sd_unlearn.io.run_folder import METADATA, POSITIVE, UNLABELED, ImageRecord, read_json, write_jsonl
+from sd_unlearn.models import lora
+from sd_unlearn.models.base import DIGITS, DIGITS_DIR
+from sd_unlearn.training.provenance import device_name, peak_memory_mb
 
 WARM_UP = 2  # steps that are not counted: allocators and caches fill
 RANK, CONCEPT, IMAGES = 8, "seven", 16
@@ -134,7 +134,7 @@ def ours(target: str) -> Callable[[Setting, int, Path], None]:
     """The trainer's real loop, as a user starts it, on a folder of pictures."""
 
     def run(setting: Setting, steps: int, work: Path) -> None:
-        from sd_unlearn import trainer
+        from sd_unlearn.training import trainer
 
         data = make_folder(work / f"data-{setting.pixels}", setting.pixels)
         trainer.run(

@@ -14,8 +14,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from sd_unlearn.io.run_folder import RESULTS, TRAINING
 from sd_unlearn.metrics.digits import DIGITS, INKS
-from sd_unlearn.records import RESULTS, TRAINING
 from sd_unlearn.results import judged, read_results, view
 
 CONCEPTS = (*DIGITS, *(f"{ink}-ink" for ink in INKS))

@@ -14,12 +14,12 @@ import cyclopts
 from cyclopts import App, Parameter
 
 from sd_unlearn import __version__
-from sd_unlearn.checks import check_keys, read_yaml
-from sd_unlearn.config import ExportConfig, RenderConfig, ReportConfig
+from sd_unlearn.config.base import ExportConfig, RenderConfig, ReportConfig
+from sd_unlearn.config.checks import check_keys, read_yaml
+from sd_unlearn.config.evaluate import EvaluateConfig
+from sd_unlearn.config.train import TrainConfig
 from sd_unlearn.errors import UnlearnError, UsageError
-from sd_unlearn.evaluate_config import EvaluateConfig
 from sd_unlearn.paper import commands as paper
-from sd_unlearn.train_config import TrainConfig
 
 HELP = """Make Stable Diffusion forget a concept, and show that it did.
 
@@ -50,7 +50,7 @@ app.command(paper.app)
 @app.command
 def render(config: Annotated[RenderConfig, Parameter(name="*")] = RenderConfig()) -> None:
     """Render 0_unlabeled and 1_positive of a concept from its prompts; only what is missing."""
-    from sd_unlearn import render as room
+    from sd_unlearn.data import render as room
 
     print(room.run(config))
 
@@ -66,7 +66,7 @@ def train(config: Annotated[TrainConfig, Parameter(name="*")] = TrainConfig()) -
 
         print(sweep.run(config))
         return
-    from sd_unlearn import trainer
+    from sd_unlearn.training import trainer
 
     folder = trainer.run(config)
     if os.environ.get("RANK", "0") == "0":  # several processes, one answer
@@ -79,8 +79,8 @@ def evaluate(config: Annotated[EvaluateConfig, Parameter(name="*")] = EvaluateCo
     from sd_unlearn.launch import start_several
 
     start_several()
-    from sd_unlearn import evaluate as room
-    from sd_unlearn.report import format_table
+    from sd_unlearn.evaluation import evaluate as room
+    from sd_unlearn.report.report import format_table
 
     results = room.run(config)
     if results:  # the first of several processes has them
@@ -91,7 +91,7 @@ def evaluate(config: Annotated[EvaluateConfig, Parameter(name="*")] = EvaluateCo
 @app.command
 def export(config: Annotated[ExportConfig, Parameter(name="*")] = ExportConfig()) -> None:
     """Write the LoRA for Diffusers and for ComfyUI / A1111, with a card; --merge: a whole checkpoint."""
-    from sd_unlearn import export as room
+    from sd_unlearn.export import export as room
 
     for path in room.run(config):
         print(path)
@@ -100,7 +100,7 @@ def export(config: Annotated[ExportConfig, Parameter(name="*")] = ExportConfig()
 @app.command
 def report(config: Annotated[ReportConfig, Parameter(name="*")] = ReportConfig()) -> None:
     """Write report.html, report.md and results.csv of an evaluated run."""
-    from sd_unlearn import report as room
+    from sd_unlearn.report import report as room
 
     print(room.run(config))
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sd_unlearn.errors import UsageError
-from sd_unlearn.records import RESULTS, read_json
+from sd_unlearn.io.run_folder import RESULTS, read_json
 
 SCHEMA_VERSION = 2
 BASE = "base"  # the subject without any LoRA

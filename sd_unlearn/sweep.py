@@ -17,13 +17,16 @@ from typing import Any
 
 import yaml
 
-from sd_unlearn import __version__, evaluate, sweep_report, trainer
-from sd_unlearn.checks import as_dict, check_train, read_yaml
-from sd_unlearn.concept import Concept, load_concept
+from sd_unlearn import __version__
+from sd_unlearn.config.checks import as_dict, check_train, read_yaml
+from sd_unlearn.config.evaluate import EvaluateConfig
+from sd_unlearn.config.train import TrainConfig
+from sd_unlearn.data.concept import Concept, load_concept
+from sd_unlearn.data.prior import ASSUMED_BETA, resolve_beta
+from sd_unlearn.data.render import data_dir_of, known_beta, plan
 from sd_unlearn.errors import UsageError
-from sd_unlearn.evaluate_config import EvaluateConfig
-from sd_unlearn.prior import ASSUMED_BETA, resolve_beta
-from sd_unlearn.records import (
+from sd_unlearn.evaluation import evaluate
+from sd_unlearn.io.run_folder import (
     CONCEPT,
     DATA_MANIFEST,
     RESULTS,
@@ -33,11 +36,11 @@ from sd_unlearn.records import (
     write_json,
     write_text,
 )
-from sd_unlearn.render import data_dir_of, known_beta, plan
+from sd_unlearn.models.source import find_base
+from sd_unlearn.report import sweep
+from sd_unlearn.report.sweep import SWEEP
 from sd_unlearn.results import judged, read_results, view
-from sd_unlearn.source import find_base
-from sd_unlearn.sweep_report import SWEEP
-from sd_unlearn.train_config import TrainConfig
+from sd_unlearn.training import trainer
 
 SETTINGS = "sweep.yaml"  # what the runs share; a sweep that goes on must mean the same
 NOT_COMPARED = ("beta_sweep", "output_dir", "overwrite", "resume_from_checkpoint", "force_resume", "config", "debug")
@@ -85,7 +88,7 @@ def run(config: TrainConfig) -> Path:
         _train(config, point, folder, output / point.name)
     results = [_evaluate(output / point.name, config.allow_pickle) for point in points]
     record = _record(config, concept, beta, source, points, results)
-    page = sweep_report.write(output, record)
+    page = sweep.write(output, record)
     write_json(output / SWEEP, record)
     return page
 
@@ -221,12 +224,12 @@ def _record(
     runs = [
         dataclasses.asdict(point) | {
             "folder": point.name, "adapter_sha256": found["adapter_sha256"], "cost": found["cost"],
-            "rows": [row for row in found["rows"] if row["metric"] in sweep_report.SHOWN],
+            "rows": [row for row in found["rows"] if row["metric"] in sweep.SHOWN],
         }
         for point, found in zip(points, results, strict=True)
     ]  # fmt: skip
     return {
-        "schema_version": sweep_report.SCHEMA_VERSION, "concept": concept.slug, "name": concept.name,
+        "schema_version": sweep.SCHEMA_VERSION, "concept": concept.slug, "name": concept.name,
         "caption": first["caption"], "generic": first["generic"], "base": first["base"],
         "detector": first["detector"],
         "target": config.target, "factors": [p.factor for p in points], "beta": beta, "beta_source": source,

@@ -18,9 +18,9 @@ from kinds import TOKENS, Kinds, make_tokenizer
 from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from sd_unlearn.base import Base, load_base
-from sd_unlearn.concept import Concept, read_concept
-from sd_unlearn.records import POSITIVE, UNLABELED, read_json
+from sd_unlearn.data.concept import Concept, read_concept
+from sd_unlearn.io.run_folder import POSITIVE, UNLABELED, read_json
+from sd_unlearn.models.base import Base, load_base
 
 WIDTH = 16
 CONCEPT_FILE = """\

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import torch
 
-from sd_unlearn.base import load_base
-from sd_unlearn.concept import read_concept, write_concept
-from sd_unlearn.records import write_json
-from sd_unlearn.student import make_student
-from sd_unlearn.train_config import Weights
+from sd_unlearn.config.train import Weights
+from sd_unlearn.data.concept import read_concept, write_concept
+from sd_unlearn.io.run_folder import write_json
+from sd_unlearn.models.base import load_base
+from sd_unlearn.models.student import make_student
 
 DIGIT_FILE = """\
 name: {name}

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from sd_unlearn import export
-from sd_unlearn.concept import Concept, write_concept
-from sd_unlearn.config import ExportConfig
-from sd_unlearn.records import write_json
+from sd_unlearn.config.base import ExportConfig
+from sd_unlearn.data.concept import Concept, write_concept
+from sd_unlearn.export import export
+from sd_unlearn.io.run_folder import write_json
 
 SLUG = "brad-pitt"
 MODULES = ("mid_block.attentions.0.transformer_blocks.0.attn1.to_out.0", "up_blocks.1.resnets.0.conv1")
@@ -62,3 +64,30 @@ def hand_run(run: Path, *, training: dict[str, Any] | None = None, drop: str = "
 def read_header(file: Path) -> dict[str, str]:
     with safe_open(file, framework="pt") as opened:
         return opened.metadata()
+
+
+def evaluated(run: Path, **changes: Any) -> Path:
+    """A run with figures and pictures of two groups; `concept` and `training` replace what hand_run writes."""
+    hand_run(run, training=changes.pop("training", None))
+    if "concept" in changes:
+        write_concept(run / "concept.yaml", changes.pop("concept"))
+    rows = [
+        {"metric": metric, "group": group, "subject": who, "value": value, "low": low, "high": high, "n": 200,
+         "detector": "reader", "interval": "wilson", "note": ""}
+        for metric, group, who, value, low, high in (
+            ("leakage", "direct", "base", 0.96, 0.92, 0.98), ("leakage", "direct", "lora", 0.01, 0.002, 0.03),
+            ("retention", "alike", "lora", 0.99, 0.98, 1.0),
+        )
+    ]  # fmt: skip
+    pairs = []
+    for number, (group, colour) in enumerate((("direct", 250), ("direct", 200), ("alike", 100))):
+        for side, green in (("base", 0), ("lora", 255)):
+            (run / "images" / side).mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (32, 32), (colour, green, 0)).save(run / "images" / side / f"{number}.png")
+        paths = {side: f"images/{side}/{number}.png" for side in ("base", "lora")}
+        pairs.append({"prompt": "p", "group": group, "seed": number} | paths)
+    digest = hashlib.sha256((run / "adapter" / "adapter_model.safetensors").read_bytes()).hexdigest()
+    results = {"adapter_sha256": digest, "rows": rows, "pairs": pairs, "detector": "digits reader 1",
+               "sampler": {"name": "DDIM", "steps": 25, "guidance_scale": 3.0}, "seeds": {}}  # fmt: skip
+    write_json(run / "results.json", results | changes)
+    return run

@@ -23,7 +23,7 @@ from tokenizers import pre_tokenizers
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from sd_unlearn.source import SINGLE_FILE_DIR
+from sd_unlearn.models.source import SINGLE_FILE_DIR
 
 KINDS = ("sd1", "sd2", "sdxl")
 FORMS = ("folder", "file", "fp16")

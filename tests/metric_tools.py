@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from sd_unlearn.concept import Concept, Prompt
-from sd_unlearn.metrics.question import Counted, Shots
+from sd_unlearn.data.concept import Concept, Prompt
+from sd_unlearn.metrics.base import Counted, Shots
 
 
 def pictures(count: int, seed: int = 1, size: tuple[int, int] = (40, 24)) -> list[Image.Image]:

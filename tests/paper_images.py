@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
-from sd_unlearn.paper.classifier import Classifier
 from sd_unlearn.paper.experiments import DIGITS
+from sd_unlearn.paper.judge.classifier import Classifier
 
 
 def _none(index: int) -> Image.Image:

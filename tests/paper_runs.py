@@ -6,9 +6,10 @@ import math
 from pathlib import Path
 from typing import Any
 
+from sd_unlearn.io.run_folder import write_json
 from sd_unlearn.paper.experiments import DIGITS, EXPERIMENTS
 from sd_unlearn.paper.settings import WITH_BRACKET
-from sd_unlearn.records import write_json
+from sd_unlearn.paper.tables.finished import PaperRun, _rows
 
 Z = 1.959964
 
@@ -98,3 +99,8 @@ def make_many(runs: Path) -> None:
                 contamination=contamination, max_train_steps=1100, **extra,
             )  # fmt: skip
     make_results(runs, "pu", 0.9, 14.0, correction="nn", beta=0.2)
+
+
+def make_run(*args: Any, path: str = "a", **changes: Any) -> PaperRun:
+    record = make_record(*args, **changes)
+    return PaperRun(Path(path), record, _rows(record["rows"]))

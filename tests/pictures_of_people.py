@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageEnhance, ImageOps
 
-from sd_unlearn.concept import Concept, Prompt
-from sd_unlearn.metrics.question import Shots
+from sd_unlearn.data.concept import Concept, Prompt
+from sd_unlearn.metrics.base import Shots
 
 CONCEPT = Concept(name="Eileen Collins", caption="a photo of Eileen Collins", generic="a photo of a woman")
 

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+
 Shapes = dict[str, tuple[int, ...]]
 SD1 = {"multiples": (1, 2, 4, 4), "depths": (1, 1, 1, 0), "context": 768, "linear": False, "label": 0}
 SD2 = {"multiples": (1, 2, 4, 4), "depths": (1, 1, 1, 0), "context": 1024, "linear": True, "label": 0}
@@ -67,3 +72,32 @@ def _transformer(place: str, width: int, depth: int, context: int, linear: bool)
             found[f"{block}.{attention}.to_out.0"] = (width, width)
         found |= {f"{block}.ff.net.0.proj": (8 * width, width), f"{block}.ff.net.2": (width, 4 * width)}
     return found
+
+
+DOWN, CROSS = "DownBlock2D", "CrossAttnDownBlock2D"
+UP, CROSS_UP = "UpBlock2D", "CrossAttnUpBlock2D"
+REAL: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {
+    "sd1": (SD1, {"cross_attention_dim": 768, "attention_head_dim": 8}, 282),
+    "sd2": (
+        SD2,
+        {"cross_attention_dim": 1024, "attention_head_dim": [5, 10, 20, 20], "use_linear_projection": True},
+        282,
+    ),
+    "sdxl": (
+        SDXL,
+        {
+            "cross_attention_dim": 2048, "attention_head_dim": [5, 10, 20], "use_linear_projection": True,
+            "block_out_channels": (320, 640, 1280), "transformer_layers_per_block": [1, 2, 10],
+            "down_block_types": (DOWN, CROSS, CROSS), "up_block_types": (CROSS_UP, CROSS_UP, UP),
+            "addition_embed_type": "text_time", "addition_time_embed_dim": 256,
+            "projection_class_embeddings_input_dim": 2816,
+        },
+        794,
+    ),
+}  # fmt: skip
+
+
+def real_unet(kind: str) -> UNet2DConditionModel:
+    """The UNet in its real size, without memory."""
+    with torch.device("meta"):
+        return UNet2DConditionModel(**REAL[kind][1])

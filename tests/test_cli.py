@@ -14,9 +14,11 @@ import pytest
 import yaml
 from conftest import tree
 
-from sd_unlearn import __version__, cli, render, trainer
-from sd_unlearn.config import RenderConfig
-from sd_unlearn.train_config import TrainConfig
+from sd_unlearn import __version__, cli
+from sd_unlearn.config.base import RenderConfig
+from sd_unlearn.config.train import TrainConfig
+from sd_unlearn.data import render
+from sd_unlearn.training import trainer
 
 Run = Callable[..., SimpleNamespace]
 
@@ -150,7 +152,7 @@ def test_config_file_values_are_used_and_the_command_line_wins(run: Run, asked: 
 
 @pytest.mark.parametrize("overwrite", [True, False])
 def test_a_resolved_config_is_a_config_file(run: Run, asked: list[TrainConfig], overwrite: bool) -> None:
-    from sd_unlearn.checks import as_dict
+    from sd_unlearn.config.checks import as_dict
 
     config = TrainConfig(concept="seven", beta=0.1, overwrite=overwrite, output_dir=Path("runs/x"), guidance_scale=3)
     Path("config.yaml").write_text(yaml.safe_dump(as_dict(config)))

@@ -11,13 +11,13 @@ import pytest
 import sgm_unet
 import torch
 from diffusers import UNet2DConditionModel
-from test_ldm import REAL, real_unet
+from sgm_unet import REAL, real_unet
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from sd_unlearn import lora
-from sd_unlearn.exporting import kohya, ldm
-from sd_unlearn.exporting.kohya import Adapter, LoraPair
+from sd_unlearn.export import kohya, ldm_keys
+from sd_unlearn.export.kohya import Adapter, LoraPair
+from sd_unlearn.models import lora
 
 DOCS = Path(__file__).parent.parent / "docs"
 ARCHITECTURES = {"sd1": sgm_unet.SD1, "sd2": sgm_unet.SD2, "sdxl": sgm_unet.SDXL}
@@ -105,7 +105,7 @@ def test_an_sdxl_file_has_the_names_of_the_sgm_code() -> None:
 def test_an_sdxl_of_other_depth_has_the_names_of_the_sgm_code_too(layers: int) -> None:
     with torch.device("meta"):
         unet = UNet2DConditionModel(**REAL["sdxl"][1], layers_per_block=layers)
-    found = applied(kohya.kohya_tensors(adapter_of(unet), "sdxl", ldm.layout_of(unet.config)))
+    found = applied(kohya.kohya_tensors(adapter_of(unet), "sdxl", ldm_keys.layout_of(unet.config)))
     modules = sgm_unet.sgm_modules(**sgm_unet.SDXL, layers=layers)
     assert found == {f"lora_unet_{name.replace('.', '_')}": shape for name, shape in modules.items()}
 
@@ -215,7 +215,7 @@ def test_every_cell_of_the_table_is_a_test() -> None:
     named = [re.findall(r"`(test_\w+)`", line) for line in table]
     assert len(table) >= 15
     assert all(named), "a line without a test"
-    sources = "".join(path.read_text(encoding="utf-8") for path in Path(__file__).parent.glob("test_*.py"))
+    sources = "".join(path.read_text(encoding="utf-8") for path in Path(__file__).parent.rglob("test_*.py"))
     defined = set(re.findall(r"^def (test_\w+)\(", sources, re.MULTILINE))
     assert {name for names in named for name in names} <= defined
     kinds = {line.split("|")[1].strip() for line in table}

@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import load_file
 
 from sd_unlearn import cli, launch
+from sd_unlearn.io.run_folder import read_json
 from sd_unlearn.launch import Asked, Unclear, asked_in_vain, launch_tokens, read_command, threads_of_each
-from sd_unlearn.records import read_json
 
 ROOT = Path(__file__).parent.parent
 VAIN = {"ACCELERATE_USE_CPU": "True", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from conftest import CONCEPT_FILE
 
-from sd_unlearn import render
-from sd_unlearn.config import RenderConfig
-from sd_unlearn.train_config import TrainConfig
+from sd_unlearn.config.base import RenderConfig
+from sd_unlearn.config.train import TrainConfig
+from sd_unlearn.data import render
 
 ADAPTER = "adapter/adapter_model.safetensors"
 Config = Callable[..., TrainConfig]

@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from sd_unlearn.evaluation.judging import Judged, Pictures
-from sd_unlearn.evaluation.plan import GROUPS, Shot
-from sd_unlearn.metrics.question import ASKED
-from sd_unlearn.records import IMAGE_DIR, Pair, slugify
+from sd_unlearn.evaluation.prompts import GROUPS, Shot
+from sd_unlearn.evaluation.score import Judged, Pictures
+from sd_unlearn.io.run_folder import IMAGE_DIR, Pair, slugify
+from sd_unlearn.metrics.base import ASKED
 from sd_unlearn.results import BASE
 
 BUDGET = 900  # pairs of one report

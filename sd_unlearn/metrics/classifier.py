@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from sd_unlearn.errors import UnlearnError, UsageError, suggest
-from sd_unlearn.metrics.judge import count_read
-from sd_unlearn.metrics.question import ASKED, Card, Columns, Counted, Shots
-from sd_unlearn.records import Row, read_json
+from sd_unlearn.io.run_folder import Row, read_json
+from sd_unlearn.metrics.base import ASKED, Card, Columns, Counted, Shots
+from sd_unlearn.metrics.labels import count_read
 
 DEFAULT = "resnet50.a1_in1k"
 TOP = 5

@@ -9,10 +9,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from sd_unlearn.concept import Concept
+from sd_unlearn.config.evaluate import Detectors
+from sd_unlearn.data.concept import Concept
 from sd_unlearn.errors import UnlearnError, UsageError, suggest
-from sd_unlearn.evaluate_config import Detectors
-from sd_unlearn.metrics.question import PairQuestion, Question
+from sd_unlearn.metrics.base import PairQuestion, Question
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def _fidelity(asking: Asking) -> Question:
 
 
 def _cmmd(asking: Asking) -> Question:
-    from sd_unlearn.embeddings import ClipEncoder
+    from sd_unlearn.data.embeddings import ClipEncoder
     from sd_unlearn.metrics.fidelity import make_cmmd
 
     encoder = ClipEncoder(asking.options.clip_model, asking.options.clip_pretrained, asking.device)

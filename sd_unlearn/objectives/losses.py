@@ -7,9 +7,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from sd_unlearn.batches import PLAIN, Batch
-from sd_unlearn.denoiser import Denoiser
-from sd_unlearn.diffusion import add_noise, min_snr_weight, per_example_loss, training_target
+from sd_unlearn.data.batches import PLAIN, Batch
+from sd_unlearn.models.denoiser import Denoiser
+from sd_unlearn.models.diffusion import add_noise, min_snr_weight, per_example_loss, training_target
 from sd_unlearn.objectives.teacher import Teacher
 
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sd_unlearn.batches import PLAIN, Batch
+from sd_unlearn.data.batches import PLAIN, Batch
 from sd_unlearn.risk import (
     UNLABELED,
     Correction,

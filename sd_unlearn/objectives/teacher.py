@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from sd_unlearn.denoiser import Denoiser
+from sd_unlearn.models.denoiser import Denoiser
 
 
 @dataclass(frozen=True)

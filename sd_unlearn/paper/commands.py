@@ -33,9 +33,9 @@ def run(name: Name, /, config: Annotated[RunOptions, Parameter(name="*")] = RunO
     from sd_unlearn.launch import start_several
 
     start_several()
+    from sd_unlearn.io.run_folder import read_json
     from sd_unlearn.paper.one import run_any
-    from sd_unlearn.paper.summary import told
-    from sd_unlearn.records import read_json
+    from sd_unlearn.paper.printing import told
 
     record = run_any(name, config)
     found, folder = read_json(record), record.parent
@@ -53,7 +53,7 @@ def sweep(name: Name, /, config: Annotated[SweepOptions, Parameter(name="*")] = 
 @app.command
 def table(config: Annotated[TableOptions, Parameter(name="*")] = TableOptions()) -> None:
     """Finished runs as the paper's tables: mean and standard deviation over seeds."""
-    from sd_unlearn.paper import table as room
+    from sd_unlearn.paper.tables import table as room
 
     print(room.run(config.runs, config.output_dir, config.update, config.collect))
 
@@ -61,6 +61,6 @@ def table(config: Annotated[TableOptions, Parameter(name="*")] = TableOptions())
 @app.command(name="list")
 def list_(*, as_json: Annotated[bool, Parameter(name="--json", help="As JSON.", negative=())] = False) -> None:
     """Every experiment with its settings."""
-    from sd_unlearn.paper.summary import listed
+    from sd_unlearn.paper.printing import listed
 
     print(listed(as_json))

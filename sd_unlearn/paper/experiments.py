@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from sd_unlearn.config.train import Reduction
 from sd_unlearn.errors import UsageError, suggest
-from sd_unlearn.train_config import Reduction
 
 Size = Literal["paper", "tiny"]
 Sampler = Literal["ddpm", "ddim"]

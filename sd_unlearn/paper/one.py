@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from sd_unlearn.io.run_folder import RESULTS
 from sd_unlearn.paper import run, stable_diffusion
 from sd_unlearn.paper.experiments import TEXT_EXPERIMENTS
 from sd_unlearn.paper.options import RunOptions
-from sd_unlearn.records import RESULTS
 
 
 def run_any(name: str, options: RunOptions) -> Path:

@@ -8,9 +8,9 @@ from typing import Annotated, Literal
 
 from cyclopts import Group
 
-from sd_unlearn.config import option
+from sd_unlearn.config.base import option
+from sd_unlearn.config.train import Correction, Method, Reduction
 from sd_unlearn.paper.experiments import Sampler, Size
-from sd_unlearn.train_config import Correction, Method, Reduction
 
 ObjectiveName = Literal["pu", "pnu", "supervised", "unsupervised"]
 

@@ -18,21 +18,9 @@ import yaml
 from accelerate import PartialState
 
 from sd_unlearn import __version__
-from sd_unlearn.checks import read_yaml
+from sd_unlearn.config.checks import read_yaml
 from sd_unlearn.errors import UsageError
-from sd_unlearn.metrics.fidelity import InceptionFidelity
-from sd_unlearn.paper import judging
-from sd_unlearn.paper.classifier import Classifier, get_classifier
-from sd_unlearn.paper.datasets import load_dataset
-from sd_unlearn.paper.experiments import CLASSES, DIGITS, Experiment, find_experiment
-from sd_unlearn.paper.network import PIPELINE_DIR, load_network
-from sd_unlearn.paper.options import RunOptions
-from sd_unlearn.paper.sampling import as_pictures, draw_all, load_samples, make_sampler
-from sd_unlearn.paper.settings import Settings, plain_settings, resolve, variant_of
-from sd_unlearn.paper.split import split
-from sd_unlearn.paper.training import Run, train
-from sd_unlearn.provenance import PACKAGES, commit
-from sd_unlearn.records import (
+from sd_unlearn.io.run_folder import (
     CONFIG,
     RESULTS,
     TRAINING,
@@ -43,7 +31,19 @@ from sd_unlearn.records import (
     write_json,
     write_text,
 )
-from sd_unlearn.trainer import PATIENCE
+from sd_unlearn.metrics.fidelity import InceptionFidelity
+from sd_unlearn.paper.ddpm.datasets import load_dataset
+from sd_unlearn.paper.ddpm.sample import as_pictures, draw_all, load_samples, make_sampler
+from sd_unlearn.paper.ddpm.split import split
+from sd_unlearn.paper.ddpm.train import Run, train
+from sd_unlearn.paper.ddpm.unet import PIPELINE_DIR, load_network
+from sd_unlearn.paper.experiments import CLASSES, DIGITS, Experiment, find_experiment
+from sd_unlearn.paper.judge import score
+from sd_unlearn.paper.judge.classifier import Classifier, get_classifier
+from sd_unlearn.paper.options import RunOptions
+from sd_unlearn.paper.settings import Settings, plain_settings, resolve, variant_of
+from sd_unlearn.training.provenance import PACKAGES, commit
+from sd_unlearn.training.trainer import PATIENCE
 
 SHEET, SAMPLING = "samples.png", "sampling.json"
 CLASSIFIERS = "classifiers"  # beside the runs: all runs of a dataset share one
@@ -124,7 +124,7 @@ def check_same(folder: Path, told: dict[str, Any], overwrite: bool) -> None:
         )
 
 
-def distance_of(experiment: Experiment) -> judging.Fidelity:
+def distance_of(experiment: Experiment) -> score.Fidelity:
     """Whose features the distance to real pictures is measured by."""
     return "digits" if CLASSES[experiment.dataset] == DIGITS else "inception"
 
@@ -172,12 +172,12 @@ def _draw(job: Run, batch_size: int, device: str) -> float:
 def _judge(job: Run, classifier: Classifier, options: RunOptions, device: str) -> list[Row]:
     """What the classifier and the features say of the pictures; also the contact sheet."""
     pictures, normal = as_pictures(load_samples(job.folder)), job.experiment.normal
-    rows = judging.judge(
+    rows = score.judge(
         pictures, job.data, normal, classifier, distance_of(job.experiment),
         inception_weights=options.inception_weights, device=device,
     )  # fmt: skip
-    shown = pictures[: judging.MOST_SHOWN]
-    sheet = judging.picture_grid(shown, ~classifier.is_normal(shown, normal))
+    shown = pictures[: score.MOST_SHOWN]
+    sheet = score.picture_grid(shown, ~classifier.is_normal(shown, normal))
     temporary = job.folder / f".{SHEET}"
     sheet.save(temporary, "PNG")
     temporary.replace(job.folder / SHEET)

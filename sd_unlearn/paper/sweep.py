@@ -8,12 +8,12 @@ from itertools import product
 from typing import get_args
 
 from sd_unlearn.errors import UsageError
-from sd_unlearn.paper import plots, table
 from sd_unlearn.paper.experiments import TEXT_EXPERIMENTS, find_experiment
 from sd_unlearn.paper.one import run_any
 from sd_unlearn.paper.options import ObjectiveName, RunOptions, Shared, SweepOptions
 from sd_unlearn.paper.run import folder_of
 from sd_unlearn.paper.settings import WITH_BRACKET
+from sd_unlearn.paper.tables import plots, table
 
 OBJECTIVES = get_args(ObjectiveName)
 OF_BRACKET = ("correction", "max_ratio")  # options that the baselines refuse: in a sweep they are for the others

@@ -1,0 +1,1 @@
+"""From concept and prompts to images, latents and batches."""

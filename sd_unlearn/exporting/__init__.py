@@ -1,1 +1,0 @@
-"""A finished run -> what people load elsewhere: the parts of `export`, each usable alone."""

@@ -1,0 +1,1 @@
+"""Files and the layout of run folders."""

@@ -1,0 +1,1 @@
+"""Base models: found, loaded, sampled and given a LoRA."""

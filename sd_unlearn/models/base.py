@@ -1,0 +1,228 @@
+"""A base model: found by name before anything heavy loads, then loaded frozen on the device it will run on."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sd_unlearn.errors import UsageError
+from sd_unlearn.models.loading import load_pipeline
+from sd_unlearn.models.source import (
+    COMPONENTS,
+    DIGITS,
+    Source,
+    check_prediction,
+    check_schedule,
+    check_source,
+    check_unet,
+    kind_of,
+)
+from sd_unlearn.models.source import DIGITS_DIR as DIGITS_DIR
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a base is asked for images unless the command says otherwise."""
+
+    steps: int
+    guidance_scale: float
+    batch_size: int
+
+
+SAMPLING = {DIGITS: Sampling(25, 3.0, 100)}
+DEFAULT_SAMPLING = Sampling(50, 7.5, 4)
+
+
+@dataclass
+class Base:
+    """A loaded Stable Diffusion pipeline, frozen, and what identifies it."""
+
+    name: str
+    pipeline: Any  # diffusers.StableDiffusionPipeline or StableDiffusionXLPipeline with a DDIM scheduler
+    sha256: str
+    device: Any
+    source: Source
+    vae_sha256: str
+
+    @property
+    def kind(self) -> str:
+        """sd1, sd2 or sdxl."""
+        return kind_of(self.pipeline.unet.config)
+
+    @property
+    def resolution(self) -> int:
+        """The side in pixels the model was trained for."""
+        return self.pipeline.unet.config.sample_size * self.pipeline.vae_scale_factor
+
+    @property
+    def prediction_type(self) -> str:
+        return self.pipeline.scheduler.config.prediction_type
+
+    @property
+    def pooled_width(self) -> int | None:
+        """Width of the pooled embedding that an SDXL UNet takes beside the tokens'; None for other kinds."""
+        config = self.pipeline.unet.config
+        if self.kind != "sdxl":
+            return None
+        return config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+
+    def describe(self) -> dict[str, Any]:
+        """The base's identity as written in manifests, and how it was asked for (`load_recorded_base`)."""
+        source, unet = self.source, self.pipeline.unet.config
+        layers = unet.layers_per_block  # an XL LoRA's names in ComfyUI count them
+        blocks = {"layers_per_block": layers if isinstance(layers, int) else list(layers),
+                  "up_block_types": list(unet.up_block_types)}  # fmt: skip
+        asked = {"vae": source.vae, "variant": source.variant, "single_file_config": source.single_file_config}
+        return {
+            "name": self.name, "kind": self.kind, "sha256": self.sha256, "vae_sha256": self.vae_sha256,
+            "prediction_type": self.prediction_type, "resolution": self.resolution,
+            **({"unet": blocks} if self.kind == "sdxl" else {}),
+            **{key: value for key, value in asked.items() if value},
+        }  # fmt: skip
+
+
+def check_zero_terminal_snr(source: Source) -> None:
+    """Refuse --zero_terminal_snr for an epsilon model before it loads, where its configuration lies here.
+
+    Raises:
+        UsageError: the model does not predict v.
+    """
+    if source.predicts:  # else a hub id
+        _refuse_unless_v(source.name, source.predicts)
+
+
+def check_text_encoder(kind: str | None, name: str) -> None:
+    """Refuse --train_text_encoder for SDXL. kind None: not known yet.
+
+    Raises:
+        UsageError
+    """
+    if kind == "sdxl":
+        raise UsageError(
+            f"--train_text_encoder: {name} is an SDXL base, whose two text encoders are not trained: their embeddings "
+            "are cached, pooled ones included. Leave the option out."
+        )
+
+
+def use_zero_terminal_snr(base: Base) -> None:
+    """Rescale the base's schedule to end in pure noise and draw from there (Lin et al. 2023, sections 3.1 and 3.3).
+
+    Raises:
+        UsageError: the base does not predict v. An epsilon model has nothing to say about pure noise: x_t is eps.
+    """
+    from diffusers import DDIMScheduler
+
+    _refuse_unless_v(base.name, base.prediction_type)
+    base.pipeline.scheduler = DDIMScheduler.from_config(
+        base.pipeline.scheduler.config, rescale_betas_zero_snr=True, timestep_spacing="trailing"
+    )
+
+
+def _refuse_unless_v(name: str, prediction_type: str) -> None:
+    if prediction_type != "v_prediction":
+        raise UsageError(
+            f"--zero_terminal_snr needs a base that predicts v (SD 2.x at 768 pixels); {name} predicts "
+            f"{prediction_type}, and at pure noise that says nothing about the picture. Leave the option out."
+        )
+
+
+def sampling_of(name: str) -> Sampling:
+    """The sampler settings a base is used with by default."""
+    return SAMPLING.get(name, DEFAULT_SAMPLING)
+
+
+def choose_precision(asked: str | None) -> str:
+    """The arithmetic to use: the option, else accelerate's setting, else full. Without CUDA it is full, and says so."""
+    import torch
+
+    wanted = asked or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if wanted != "no" and not torch.cuda.is_available():
+        print(f"No CUDA device: training in full precision on the CPU instead of {wanted}.", file=sys.stderr)
+        return "no"
+    return wanted
+
+
+def load_base(source: Source | str, precision: str = "no", device: Any = None) -> Base:
+    """Load a pipeline frozen, with DDIM sampling and no safety checker, on `device` (default: the best there is).
+
+    source: what find_base() gave, or just a name.
+
+    Raises:
+        UsageError: it cannot be trained, or contradicts itself or what was asked.
+        UnlearnError: the model cannot be had (no such id, no network, gated) or its weights are not what they should.
+    """
+    import torch
+    from transformers.utils import logging as transformers_logging
+
+    # Before diffusers is imported: else a plain install is told of optional packages that nothing here needs.
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    from diffusers import DDIMScheduler
+    from diffusers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    source = Source(source) if isinstance(source, str) else source
+    check_source(source)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision, torch.float32)
+    pipeline = load_pipeline(source, dtype)
+    check_schedule(source.name, type(pipeline.scheduler).__name__)
+    check_prediction(source, pipeline.scheduler.config.prediction_type)
+    check_unet(source.name, pipeline.unet.config)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+    for component in COMPONENTS:
+        if network := getattr(pipeline, component, None):
+            network.requires_grad_(False).eval()
+    if kind_of(pipeline.unet.config) == "sdxl":
+        pipeline.vae.enable_slicing()  # one picture of 1024 pixels at a time, which is plenty in full precision
+    sha256, vae_sha256 = network_sha256(pipeline.unet), network_sha256(pipeline.vae)
+    return Base(source.name, pipeline.to(device), sha256, torch.device(device), source, vae_sha256)
+
+
+def recorded_source(record: Mapping[str, Any], allow_pickle: bool = False) -> Source:
+    """What a run's base is loaded from, as its training.json describes it under "base"."""
+    asked = {key: record.get(key) for key in ("vae", "variant", "single_file_config", "prediction_type")}
+    return Source(record["name"], allow_pickle=allow_pickle, **asked)
+
+
+def load_recorded_base(
+    record: Mapping[str, Any], precision: str = "no", device: Any = None, allow_pickle: bool = False
+) -> Base:
+    """The base of a run, as its training.json describes it under "base", loaded as it was for the training.
+
+    Raises:
+        UsageError: its weights or its VAE's have changed since; they are pickles, and allow_pickle is not given.
+        UnlearnError: as load_base.
+    """
+    base = load_base(recorded_source(record, allow_pickle), precision, device)
+    check_recorded(base, record)
+    return base
+
+
+def check_recorded(base: Base, record: Mapping[str, Any]) -> None:
+    """Refuse a base that is not the one of a run's training.json.
+
+    Raises:
+        UsageError: its weights or its VAE's have changed since.
+    """
+    for key, what in (("sha256", "weights"), ("vae_sha256", "VAE")):
+        if record.get(key, getattr(base, key)) != getattr(base, key):  # runs of before the VAE was recorded say none
+            raise UsageError(f"The {what} of {base.name} changed since the training: it is another version of it.")
+
+
+def network_sha256(network: Any) -> str:
+    """SHA-256 of a network's weights in half precision, so that a base and its fp16 copy are the same base."""
+    import torch
+
+    digest = hashlib.sha256()
+    for key, value in sorted(network.state_dict().items()):
+        digest.update(key.encode())
+        half = value.to("cpu", torch.float16).contiguous().view(-1)  # flat: a side of 1 may have any stride
+        digest.update(half.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,55 @@
+"""One `predict` over the network that is trained, whatever it is wrapped in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor, nn
+
+from sd_unlearn.models.base import Base
+from sd_unlearn.models.conditioning import time_ids, unpack
+
+
+@dataclass(frozen=True)
+class Denoiser:
+    """A UNet with its noise schedule. `model` may be the bare UNet, a PEFT model or a DDP wrapper of it.
+
+    conditioning: what the model is told besides the timestep. text: a caption's embeddings (UNet2DConditionModel);
+    class: a class's number, none: nothing (UNet2DModel, the DDPMs of the paper, which work on pixels).
+    """
+
+    model: nn.Module
+    alphas_cumprod: Tensor  # [T]
+    prediction_type: str
+    num_train_timesteps: int
+    pooled_width: int | None = None  # of the pooled embedding that SDXL takes; None: the UNet takes none
+    pixels_per_latent: int = 8
+    conditioning: Literal["text", "class", "none"] = "text"
+
+    @classmethod
+    def of(cls, base: Base, model: nn.Module) -> Denoiser:
+        schedule = base.pipeline.scheduler
+        return cls(
+            model, schedule.alphas_cumprod.to(base.device), base.prediction_type, schedule.config.num_train_timesteps,
+            base.pooled_width, base.pipeline.vae_scale_factor,
+        )  # fmt: skip
+
+    def predict(self, noisy: Tensor, timesteps: Tensor, text: Tensor) -> Tensor:
+        """noisy [B, C, h, w], timesteps [B], text [B, ...] -> prediction, shaped as noisy.
+
+        Of a latent model C is 4 and h, w an eighth of the image; of one of pixels, the image's own. text is
+        [B, tokens, width], and for SDXL one row more, the pooled embedding (conditioning.py); for classes [B, 1], their
+        numbers; without conditioning it may be anything.
+
+        No attention mask goes to the text: the pipelines pass none, so neither may training.
+        """
+        if self.conditioning == "none":
+            return self.model(noisy, timesteps).sample
+        if self.conditioning == "class":
+            return self.model(noisy, timesteps, class_labels=text[:, 0].long()).sample
+        if self.pooled_width is None:
+            return self.model(noisy, timesteps, encoder_hidden_states=text).sample
+        tokens, pooled = unpack(text, self.pooled_width)
+        added = {"text_embeds": pooled, "time_ids": time_ids(noisy, self.pixels_per_latent)}
+        return self.model(noisy, timesteps, encoder_hidden_states=tokens, added_cond_kwargs=added).sample

@@ -1,0 +1,92 @@
+"""The LoRA on the UNet and, if asked for, on the text encoder: attach, save, load."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from sd_unlearn.config.train import LoraTargets, Weights
+from sd_unlearn.errors import UsageError
+from sd_unlearn.io.run_folder import ADAPTER_DIR, TEXT_ADAPTER_DIR
+
+ADAPTER_NAME = "default"
+ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
+_ATTENTION = f"({'|'.join(re.escape(name) for name in ATTENTION)})"
+# Regular expressions over a UNet's module names; PEFT matches the whole name.
+TARGETS: dict[LoraTargets, str] = {
+    "attention": rf".*\.{_ATTENTION}",
+    "cross_attention": rf".*\.attn2\.{_ATTENTION}",
+    "attention+mlp": rf".*\.({_ATTENTION}|ff\.net\.0\.proj|ff\.net\.2)",
+}
+TEXT_TARGETS = r".*\.(q_proj|k_proj|v_proj|out_proj)"
+
+
+def attach(network: nn.Module, options: Weights, targets: list[str], seed: int) -> PeftModel:
+    """Wrap a network with a fresh LoRA on the modules named; up starts at zero, so nothing changes yet."""
+    config = LoraConfig(
+        r=options.rank, lora_alpha=options.lora_alpha or options.rank, lora_dropout=options.lora_dropout,
+        use_rslora=options.use_rslora, use_dora=options.use_dora, target_modules=targets, init_lora_weights="gaussian",
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return PeftModel(network, config, adapter_name=ADAPTER_NAME)
+
+
+def targets_of(network: nn.Module, group: LoraTargets | None) -> list[str]:
+    """The names of a network's modules in a group of --lora_targets; None: a text encoder's attention."""
+    if group == "all_linear+conv":
+        return [name for name, module in network.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+    pattern = re.compile(TEXT_TARGETS if group is None else TARGETS[group])
+    return [name for name, _ in network.named_modules() if pattern.fullmatch(name)]
+
+
+def save(model: PeftModel, target: Path) -> None:
+    """Write an adapter's folder as PEFT does, through a temporary one."""
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        model.save_pretrained(str(temporary))
+        (temporary / "README.md").unlink(missing_ok=True)  # PEFT's empty card; export writes a real one
+        target.mkdir(parents=True, exist_ok=True)
+        for file in sorted(temporary.iterdir()):
+            file.replace(target / file.name)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def load(pipeline: Any, run: Path) -> list[PeftModel]:
+    """Put the adapters of a run folder onto a pipeline's networks, frozen and in eval mode; returns them.
+
+    Raises:
+        UsageError: when the run folder holds no adapter.
+    """
+    folder = run / ADAPTER_DIR
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise UsageError(
+            f"--run {run} holds no trained LoRA ({folder}/adapter_model.safetensors). Run sd-unlearn train first."
+        )
+    adapters = [PeftModel.from_pretrained(pipeline.unet, str(folder), adapter_name=ADAPTER_NAME).eval()]
+    if (run / TEXT_ADAPTER_DIR).is_dir():
+        encoder, folder = pipeline.text_encoder, run / TEXT_ADAPTER_DIR
+        adapters.append(PeftModel.from_pretrained(encoder, str(folder), adapter_name=ADAPTER_NAME).eval())
+    return adapters
+
+
+@torch.no_grad()
+def set_strength(adapters: Sequence[nn.Module], strength: float) -> None:
+    """Scale freshly loaded adapters: 0 is the base, 1 as trained. DoRA's magnitudes go the same way from the base's."""
+    layers = [m for adapter in adapters for m in adapter.modules() if isinstance(m, LoraLayer)]
+    for layer in layers if strength != 1 else []:
+        layer.scale_layer(strength)
+        for dora in getattr(layer, "lora_magnitude_vector", {}).values():
+            weight = layer.get_base_layer().weight
+            norms = weight.flatten(1).norm(dim=1).view_as(dora.weight)
+            dora.weight.copy_(norms.lerp(dora.weight, strength))

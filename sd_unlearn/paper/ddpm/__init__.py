@@ -1,0 +1,1 @@
+"""DDPMs of the paper: data, network, training, samples."""

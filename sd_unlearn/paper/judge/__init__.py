@@ -1,0 +1,1 @@
+"""The paper's classifiers and what they measure."""

@@ -1,0 +1,1 @@
+"""results.json as HTML, Markdown and CSV."""

@@ -1,0 +1,111 @@
+"""The optimizer that skips a step whose gradient is not finite, its schedule, and the moving average of the weights."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from diffusers.optimization import get_scheduler
+from torch import Tensor, nn
+
+from sd_unlearn.config.train import Optimizing
+from sd_unlearn.errors import UsageError
+
+
+def check_optimizer(options: Optimizing) -> None:
+    """Refuse an optimizer that is not installed.
+
+    Raises:
+        UsageError
+    """
+    if options.optimizer == "adamw8bit" and not find_spec("bitsandbytes"):
+        raise UsageError(
+            "--optimizer adamw8bit needs bitsandbytes: pip install 'sd-unlearn[8bit]', or --optimizer adamw."
+        )
+
+
+def make_optimizer(parameters: list[nn.Parameter], options: Optimizing) -> torch.optim.Optimizer:
+    """AdamW (Loshchilov & Hutter 2019), in full precision or with its moments in 8 bits (Dettmers et al. 2022)."""
+    settings: dict[str, Any] = {"lr": options.learning_rate, "weight_decay": options.weight_decay}
+    if options.optimizer == "adamw8bit":
+        from bitsandbytes.optim import AdamW8bit
+
+        return AdamW8bit(parameters, **settings)
+    return torch.optim.AdamW(parameters, fused=True, **settings)
+
+
+def make_schedule(optimizer: Any, options: Optimizing) -> Any:
+    """The learning rate's schedule, one step an optimizer step."""
+    return get_scheduler(
+        options.lr_scheduler, optimizer, num_warmup_steps=options.lr_warmup_steps,
+        num_training_steps=options.max_train_steps,
+    )  # fmt: skip
+
+
+def set_rates(optimizer: Any, schedule: Any, options: Optimizing) -> None:
+    """Give an optimizer and its schedule the options' learning rate and weight decay, at the step where they stand.
+
+    What load_state_dict() gave them are the checkpoint's; where those are the same, nothing changes, to the last bit.
+    """
+    rates = [options.learning_rate * rule(schedule.last_epoch) for rule in schedule.lr_lambdas]
+    schedule.base_lrs = [options.learning_rate] * len(rates)
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group.update(lr=rate, initial_lr=options.learning_rate, weight_decay=options.weight_decay)
+    schedule._last_lr = rates
+
+
+class GuardedSteps:
+    """Optimizer steps that leave out those whose gradient is not finite, and count them.
+
+    The fused AdamW takes the verdict as a tensor, so nothing waits for the device; under fp16 the gradient scaler does
+    the same. The 8-bit AdamW cannot, and costs one wait a step.
+    """
+
+    def __init__(self, optimizer: Any, scaler: Any, device: torch.device) -> None:
+        self.optimizer, self.scaler = optimizer, scaler
+        self.skipped = torch.zeros(2, device=device)  # in all, and in a row
+
+    def step(self, norm: Tensor) -> None:
+        """Step, unless the gradient's norm (before clipping, a scalar) is not finite."""
+        bad = (~torch.isfinite(norm)).float().to(self.skipped.device)
+        self.skipped = torch.stack([self.skipped[0] + bad, (self.skipped[1] + 1) * bad])
+        inner = getattr(self.optimizer, "optimizer", self.optimizer)
+        if self.scaler is not None:
+            self.optimizer.step()
+        elif getattr(inner, "_step_supports_amp_scaling", False):
+            inner.grad_scale, inner.found_inf = None, bad
+            self.optimizer.step()
+        elif not bool(bad):
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+class MovingAverage:
+    """Exponential moving average of the trainable weights: after step t with decay min(decay, (1 + t) / (10 + t))."""
+
+    def __init__(self, parameters: list[nn.Parameter], decay: float) -> None:
+        self.parameters, self.decay, self.steps = parameters, decay, 0
+        self.averages = [p.detach().clone() for p in parameters]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        self.steps += 1
+        decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
+        torch._foreach_lerp_(self.averages, [p.detach() for p in self.parameters], 1 - decay)
+
+    @torch.no_grad()
+    def swap(self) -> None:
+        """Exchange the weights and their average; a second time puts them back."""
+        for parameter, average in zip(self.parameters, self.averages, strict=True):
+            held = parameter.detach().clone()
+            parameter.copy_(average)
+            average.copy_(held)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"steps": self.steps, "averages": [a.cpu() for a in self.averages]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.steps = state["steps"]
+        for average, saved in zip(self.averages, state["averages"], strict=True):
+            average.copy_(saved)

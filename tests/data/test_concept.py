@@ -1,0 +1,286 @@
+"""Concept files: braces, strict keys, the ones we ship, the ones built on the spot."""
+
+from __future__ import annotations
+
+import re
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import yaml
+
+from sd_unlearn.data.concept import (
+    HOME,
+    Concept,
+    Images,
+    Prompt,
+    available,
+    expand,
+    from_anchor,
+    load_concept,
+    read_concept,
+    write_concept,
+)
+from sd_unlearn.errors import UsageError
+
+SHIPPED = sorted((HOME.parent / "prompts").glob("*.yaml"))
+DIGITS = {"zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"}
+INKS = {"white", "red", "green", "blue", "yellow"}
+PEOPLE = {"Brad Pitt", "Barack Obama", "Angela Merkel", "Serena Williams", "Jackie Chan"}
+FOREIGN = {  # how a prompt of a language begins
+    "de": "ein Foto|ein Gemälde|eine Ziffer",
+    "fr": "une photo|une peinture|un chiffre",
+    "es": "una foto del?|una pintura|un dígito",
+    "it": "una foto di|una foto della|un dipinto|una cifra",
+}
+ON_DIGITS = [path for path in SHIPPED if read_concept(path).base == "digits"]
+ON_SD = [path for path in SHIPPED if path not in ON_DIGITS]
+MINIMAL = {"name": "x", "caption": "a photo of x", "generic": "a photo"}
+
+
+def write(path: Path, **changes: object) -> Path:
+    path.write_text(yaml.safe_dump(MINIMAL | changes))
+    return path
+
+
+def texts(prompts: list[Prompt]) -> list[str]:
+    return [prompt.text for prompt in prompts]
+
+
+def test_braces_list_alternatives_and_what_must_be_read() -> None:
+    assert expand(["plain"]) == [Prompt("plain", ())]
+    assert expand(["a {red, blue} {one,two}!"]) == [
+        Prompt("a red one!", ("red", "one")),
+        Prompt("a red two!", ("red", "two")),
+        Prompt("a blue one!", ("blue", "one")),
+        Prompt("a blue two!", ("blue", "two")),
+    ]
+    assert texts(expand(["{a,b} {a,b}"])) == ["a a", "a b", "b a", "b b"]
+    assert texts(expand([r"{\1,\g<0>}"])) == [r"\1", r"\g<0>"]  # alternatives are words, not patterns
+    assert expand([]) == []
+
+
+def test_every_file_is_there_and_of_its_kind() -> None:
+    kinds = {concept.name: concept.kind for concept in map(read_concept, SHIPPED)}
+    assert kinds == (
+        dict.fromkeys(DIGITS, "digit")
+        | {f"{ink} ink": "ink" for ink in INKS}
+        | dict.fromkeys(PEOPLE, "person")
+        | {"Van Gogh": "style", "church": "object", "tench": "object", "nudity": "nudity"}
+    )
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
+def test_a_shipped_file_is_consistent(path: Path) -> None:
+    concept = read_concept(path)
+    assert concept.slug == path.stem
+    assert load_concept(concept.name) == concept
+    direct, keep = texts(concept.prompts("direct")), texts(concept.keep_prompts)
+    assert direct
+    assert concept.caption in direct
+    for kept in keep + texts(concept.prompts("alike")) + texts(concept.prompts("general")):
+        assert not any(prompt in kept for prompt in direct)
+        assert not re.search(rf"\b{re.escape(concept.label or concept.name)}\b", kept, re.IGNORECASE)
+    assert keep
+    trained = {concept.caption, concept.generic, *keep}
+    held_out = texts(concept.prompts("held_out"))
+    assert len(held_out) >= 5
+    assert not trained & set(held_out)
+    assert not set(direct) & set(held_out)
+    for group in (direct, held_out, keep):
+        assert len(set(group)) == len(group)
+    assert concept.generic not in direct
+    assert "train" in path.read_text().splitlines()[0]  # its header is the command
+
+
+def plain(prompt: str) -> str:
+    return " ".join(prompt.casefold().split())
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
+def test_what_is_tested_was_not_trained(path: Path) -> None:
+    concept = read_concept(path)
+    groups = {g: texts(concept.prompts(g)) for g in ("direct", "held_out", "alike", "general")}
+    assert all(groups.values())
+    assert concept.evaluate.direct
+    assert len(set(map(plain, groups["held_out"]))) == len(groups["held_out"]) >= 8
+    trained = {*concept.wordings, concept.generic, *texts(concept.keep_prompts), *groups["direct"]}
+    assert not set(map(plain, groups["held_out"])) & set(map(plain, trained))
+
+
+@pytest.mark.parametrize("opening", FOREIGN.values(), ids=FOREIGN)
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
+def test_held_out_also_asks_in_other_languages(path: Path, opening: str) -> None:
+    assert any(re.match(rf"({opening})\b", prompt) for prompt in texts(read_concept(path).prompts("held_out")))
+
+
+@pytest.mark.parametrize("path", ON_SD, ids=lambda p: p.stem)
+def test_what_a_zero_shot_judge_must_read_is_among_its_labels(path: Path) -> None:
+    concept = read_concept(path)
+    label = concept.label or concept.name
+    judged = {word for group in ("alike", "general") for p in concept.prompts(group) for word in p.expect}
+    assert concept.base == "CompVis/stable-diffusion-v1-4"
+    assert judged <= set(concept.alternatives)
+    assert any(p.expect for p in concept.prompts("alike"))
+    assert label not in concept.alternatives
+    assert len({plain(a) for a in concept.alternatives}) == len(concept.alternatives)
+
+
+@pytest.mark.parametrize("path", [p for p in ON_SD if p.stem != "brad-pitt"], ids=lambda p: p.stem)
+def test_something_alike_is_tested_that_was_not_kept(path: Path) -> None:
+    concept = read_concept(path)
+    assert set(texts(concept.prompts("alike"))) - set(texts(concept.keep_prompts))
+    assert set(texts(concept.prompts("alike"))) & set(texts(concept.keep_prompts))
+
+
+@pytest.mark.parametrize("name", ["church", "tench"])
+def test_an_objects_labels_are_words_of_imagenets_classes(name: str) -> None:
+    timm = find_spec("timm")  # its table is read without importing it, which would load torchvision
+    if timm is None or not timm.origin:
+        pytest.skip("timm, whose table of classes this reads, is not installed")
+    tables = Path(timm.origin).parent / "data" / "_info"
+    lemmas = dict(row.split("\t", 1) for row in (tables / "imagenet_synset_to_lemma.txt").read_text().splitlines())
+    classes = (tables / "imagenet_synsets.txt").read_text().split()
+    words = [word.strip() for synset in classes for word in lemmas[synset].split(",")]
+    assert len(classes) == 1000
+    concept = load_concept(name)
+    for label in (concept.label, *concept.alternatives):
+        assert words.count(label) == 1
+
+
+@pytest.mark.parametrize("path", ON_DIGITS, ids=lambda p: p.stem)
+def test_what_the_bundled_base_must_keep_is_everything_else(path: Path) -> None:
+    concept = read_concept(path)
+    label = concept.label or concept.name
+    kept = {word for prompt in concept.keep_prompts for word in prompt.expect}
+    judged = {word for group in ("alike", "general") for p in concept.prompts(group) for word in p.expect}
+    assert concept.base == "digits"
+    assert concept.kind == ("digit" if label in DIGITS else "ink")
+    assert kept == judged == (DIGITS | INKS) - {label}
+
+
+def test_the_papers_setting_is_brad_pitts_default() -> None:
+    concept = load_concept("Brad Pitt")
+    assert (concept.images.unlabeled, concept.images.mixed_in, concept.images.positive) == (64, 16, 20)
+    assert concept.base == "CompVis/stable-diffusion-v1-4"
+    assert concept == load_concept("brad-pitt") == load_concept("BRAD PITT")
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    for number, concept in enumerate([*map(read_concept, SHIPPED), from_anchor('🙂 "x"/y: #1', "a man")]):
+        write_concept(tmp_path / f"{number}.yaml", concept)
+        assert read_concept(tmp_path / f"{number}.yaml") == concept
+
+
+def test_defaults(tmp_path: Path) -> None:
+    concept = read_concept(write(tmp_path / "x.yaml"))
+    assert concept == Concept("x", "a photo of x", "a photo")
+    assert concept.prompts("direct") == [Prompt("a photo of x")]
+    assert concept.prompts("held_out") == []
+    assert concept.images == Images()
+
+
+def test_paraphrases_are_wordings_to_train_with(tmp_path: Path) -> None:
+    path = write(tmp_path / "x.yaml", paraphrases=["{an,the} x", "x, please"], evaluate={"held_out": ["some x"]})
+    concept = read_concept(path)
+    assert concept.wordings == ["a photo of x", "an x", "the x", "x, please"]
+    assert read_concept(write(tmp_path / "y.yaml")).wordings == ["a photo of x"]
+    write_concept(tmp_path / "again.yaml", concept)
+    assert read_concept(tmp_path / "again.yaml") == concept
+
+
+def test_the_working_folders_file_wins(tmp_path: Path) -> None:
+    (tmp_path / "prompts").mkdir()
+    write(tmp_path / "prompts" / "seven.yaml", name="seven", caption="my own seven")
+    assert load_concept("seven").caption == "my own seven"
+    assert "eight" in available()
+
+
+def test_anchor_builds_a_concept() -> None:
+    concept = load_concept("Grumpy Cat", " a cat ")
+    assert (concept.name, concept.slug) == ("Grumpy Cat", "grumpy-cat")
+    assert (concept.caption, concept.generic) == ("a photo of Grumpy Cat", "a photo of a cat")
+    assert concept.alternatives == ["a cat"]
+    assert texts(concept.prompts("direct")) == ["a photo of Grumpy Cat"]
+    assert not {concept.caption, concept.generic} & set(texts(concept.prompts("held_out")))
+    with pytest.raises(UsageError, match="--anchor"):
+        load_concept("Grumpy Cat", " ")
+
+
+@pytest.mark.parametrize("name", ["a {curly} name", "{", "}{", "{a,b}"])
+def test_a_name_with_braces_is_asked_for_as_it_is_written(name: str) -> None:
+    concept = from_anchor(name, "a man")
+    assert texts(concept.prompts("direct")) == [concept.caption]
+
+
+def test_an_unknown_concept_lists_the_files_and_the_way_out() -> None:
+    with pytest.raises(UsageError) as caught:
+        load_concept("sevn")
+    message = str(caught.value)
+    assert 'Did you mean "seven"?' in message
+    assert "--concept" in message
+    assert "--anchor" in message
+    assert all(path.stem in message for path in SHIPPED)
+    for nothing in (None, "", "  "):
+        with pytest.raises(UsageError, match="--concept is missing"):
+            load_concept(nothing)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"captoin": "y"}, 'unknown key "captoin".*Did you mean "caption"'),
+        ({1: "y"}, 'unknown key "1"'),
+        ({"images": {"postive": 3}}, 'images: unknown key "postive".*Did you mean "positive"'),
+        ({"evaluate": {"heldout": []}}, 'evaluate: unknown key "heldout".*Did you mean "held_out"'),
+        ({"caption": ""}, '"caption" is missing'),
+        ({"generic": None}, '"generic" is missing'),
+        ({"name": 7}, '"name" is missing'),
+        ({"kind": "animal"}, 'kind "animal".*person'),
+        ({"generic_share": 1.0}, r"generic_share is 1\.0"),
+        ({"generic_share": "half"}, "generic_share is 'half'"),
+        ({"images": [1]}, "images must hold keys"),
+        ({"images": {"keep": -1}}, r"images\.keep is -1"),
+        ({"images": {"keep": 1.5}}, r"images\.keep is 1\.5"),
+        ({"keep": "one prompt"}, "keep must be a list"),
+        ({"alternatives": [1]}, "alternatives must be a list"),
+        ({"evaluate": {"direct": "one"}}, r"evaluate\.direct must be a list"),
+        ({"evaluate": {"direct": None}}, r"evaluate\.direct must be a list"),
+        ({"label": True}, "label"),
+        ({"base": 14}, "base"),
+        ({"paraphrases": "one"}, "paraphrases must be a list"),
+        ({"paraphrases": ["an x", "A  photo of X"]}, r'paraphrases: "A  photo of X" is also in caption'),
+        ({"paraphrases": ["a photo"]}, '"a photo" is also in generic'),
+        ({"paraphrases": ["an x", "An X "]}, '"An X " is there twice'),
+        ({"paraphrases": [" "]}, '" " is empty'),
+        ({"paraphrases": ["an x"], "evaluate": {"held_out": ["AN x"]}}, r'"an x" is also in evaluate\.held_out'),
+        (
+            {"paraphrases": ["{an,the} x"], "evaluate": {"held_out": ["the x"]}},
+            r'"the x" is also in evaluate\.held_out',
+        ),
+        ({"paraphrases": ["a y"], "keep": ["a {y,z}"]}, '"a y" is also in keep'),
+        ({"betas": {"1_positive": 1.5}}, "betas is .*1.5"),
+        ({"betas": {"1_positive": "much"}}, "betas is"),
+        ({"betas": [0.1]}, "betas is"),
+        ({"betas": {"1_positive": 0.6, "1_positive_2": 0.4}}, "betas add up to 1;"),
+    ],
+)
+def test_a_wrong_file_is_refused_by_file_and_key(tmp_path: Path, changes: dict[str, object], expected: str) -> None:
+    path = write(tmp_path / "mine.yaml", **{str(k): v for k, v in changes.items()})
+    if 1 in changes:
+        path.write_text(yaml.safe_dump(MINIMAL | changes))
+    with pytest.raises(UsageError, match=f"mine.yaml.*{expected}"):
+        load_concept(str(path))
+
+
+@pytest.mark.parametrize("content", [b"- a\n", b"", b"a: [", b"\xff\xfe\xff", b"name: !!python/object:os.system x"])
+def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "mine.yaml").write_bytes(content)
+    with pytest.raises(UsageError, match=r"--concept .*mine\.yaml") as caught:
+        load_concept(str(tmp_path / "mine.yaml"))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_file_is_named() -> None:
+    with pytest.raises(UsageError, match=r"--concept nowhere\.yaml: No such file"):
+        load_concept("nowhere.yaml")

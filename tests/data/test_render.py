@@ -1,0 +1,298 @@
+"""Prompts -> two folders of images: resumable to the byte, known beta, manifest last."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import CONCEPT_FILE, tree
+from PIL import Image
+
+from sd_unlearn.config.base import RenderConfig
+from sd_unlearn.data import render
+from sd_unlearn.data.concept import Concept, expand, load_concept, read_concept
+from sd_unlearn.errors import UnlearnError, UsageError
+from sd_unlearn.io.run_folder import DATA_MANIFEST, METADATA, POSITIVE, RENDER_SEEDS, UNLABELED, read_json, read_jsonl
+from sd_unlearn.models.base import Base, load_base
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+IMAGES = 4 + 1 + 4 + 4  # generic, mixed in, the keep line's two prompts, positive
+Config = Callable[..., RenderConfig]
+
+
+@pytest.fixture
+def config(tiny_base: Path, concept_file: Path, tmp_path: Path) -> Config:
+    """A quick rendering of the test concept into tmp_path/data unless told otherwise."""
+
+    def make(**changes: object) -> RenderConfig:
+        settings = {
+            "concept": str(concept_file), "pretrained_model_name_or_path": str(tiny_base),
+            "data_dir": tmp_path / "data", "num_inference_steps": 2, "render_batch_size": 3,
+        }  # fmt: skip
+        return RenderConfig(**(settings | changes))  # type: ignore[arg-type]
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def rendered(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted rendering, made once; not to be changed."""
+    folder = tmp_path_factory.mktemp("rendered")
+    (folder / "brad.yaml").write_text(CONCEPT_FILE)
+    return render.run(
+        RenderConfig(
+            concept=str(folder / "brad.yaml"), pretrained_model_name_or_path=str(tiny_base),
+            data_dir=folder / "data", num_inference_steps=2, render_batch_size=3,
+        )
+    )  # fmt: skip
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_folders_follow_the_imagefolder_convention(rendered: Path) -> None:
+    assert sorted(p.name for p in rendered.iterdir()) == [
+        UNLABELED, POSITIVE, DATA_MANIFEST, "settings.json",
+    ]  # fmt: skip
+    seen = []
+    for sub in (UNLABELED, POSITIVE):
+        lines = read_jsonl(rendered / sub / METADATA)
+        pictures = {p.name for p in (rendered / sub).iterdir()} - {METADATA}
+        names = [line["file_name"] for line in lines]
+        assert len(set(names)) == len(names)
+        assert set(names) == pictures
+        assert all({"file_name", "text", "seed", "guidance_scale", "steps", "group"} == set(line) for line in lines)
+        seen += lines
+    for picture in rendered.glob("*/*.png"):
+        with Image.open(picture) as image:
+            assert (image.format, image.mode, image.size) == ("PNG", "RGB", (32, 32))
+    assert Counter((line["group"], line["text"]) for line in seen) == {
+        ("generic", "a photo of a man"): 4, ("mixed_in", "a photo of Brad Pitt"): 1,
+        ("keep", "a photo of a dog"): 2, ("keep", "a photo of a cat"): 2, ("positive", "a photo of Brad Pitt"): 4,
+    }  # fmt: skip
+    assert len({line["seed"] for line in seen}) == IMAGES
+    assert all(RENDER_SEEDS[0] <= line["seed"] < RENDER_SEEDS[1] for line in seen)
+    assert len({p.read_bytes() for p in rendered.glob("*/*.png")}) == IMAGES
+
+
+def test_the_manifest_says_where_the_images_are_from(rendered: Path, tiny_base: Path) -> None:
+    manifest = read_json(rendered / DATA_MANIFEST)
+    assert manifest["beta"] == pytest.approx(1 / 5)
+    assert manifest["counts"] == {"generic": 4, "mixed_in": 1, "keep": 4, "positive": 4}
+    assert manifest["base"] == load_base(str(tiny_base), device="cpu").describe()
+    assert manifest["base"]["resolution"] == 32
+    assert manifest["seeds"]["render"] == list(RENDER_SEEDS)
+    assert manifest["sampler"] == {"name": "DDIM", "steps": 2, "guidance_scale": 7.5}
+
+
+def test_a_picture_is_what_diffusers_draws_from_its_line(rendered: Path, loaded_base: Base) -> None:
+    """Anyone can draw it again with the recorded prompt, seed, steps and guidance (rounding differs with the batch)."""
+    import numpy as np
+    import torch
+
+    line = read_jsonl(rendered / UNLABELED / METADATA)[5]
+    again = loaded_base.pipeline(
+        line["text"], num_inference_steps=line["steps"], guidance_scale=line["guidance_scale"],
+        generator=torch.Generator("cpu").manual_seed(line["seed"]),
+    ).images[0]  # fmt: skip
+    with Image.open(rendered / UNLABELED / line["file_name"]) as image:
+        off = np.abs(np.asarray(image, dtype=int) - np.asarray(again, dtype=int))
+    assert off.max() <= 1
+
+
+def test_beta_of_the_papers_setting_is_known() -> None:
+    concept = load_concept("Brad Pitt")
+    groups = render.plan(concept, RenderConfig())
+    assert groups[0] == ("generic", "a photo of a middle aged man", 64)
+    assert groups[1] == ("mixed_in", "a photo of Brad Pitt", 16)
+    assert groups[-1] == ("positive", "a photo of Brad Pitt", 20)
+    kept = sum(count for group, _, count in groups if group == "keep")
+    assert kept == concept.images.keep * len(concept.keep)
+    assert render.known_beta(concept, {"generic": 64, "mixed_in": 16, "keep": kept, "positive": 20}) == 0.2
+
+
+@pytest.mark.parametrize(
+    ("share", "generic", "mixed_in", "beta"),
+    [(0.0, 64, 0, None), (0.1, 400, 0, 0.1), (0.2, 300, 100, 0.4), (0.0, 0, 5, None), (0.5, 1, 1, 0.75)],
+)
+def test_beta_from_shares(concept: Concept, share: float, generic: int, mixed_in: int, beta: float | None) -> None:
+    mine = dataclasses.replace(concept, generic_share=share)
+    assert render.known_beta(mine, {"generic": generic, "mixed_in": mixed_in, "keep": 99, "positive": 7}) == beta
+
+
+def test_flags_win_over_the_concept_file(concept: Concept) -> None:
+    groups = render.plan(concept, RenderConfig(num_unlabeled=9, num_mixed_in=0, num_keep=0, num_positive=3))
+    assert [count for _, _, count in groups] == [9, 0, 0, 0, 3]
+    for wrong in ({"num_positive": 0}, {"num_unlabeled": 0, "num_mixed_in": 0}, {"num_keep": -1}):
+        with pytest.raises(UsageError, match="--num_"):
+            render.plan(concept, RenderConfig(**wrong))
+
+
+@pytest.mark.parametrize(
+    ("line", "count", "shares"),
+    [
+        ("a {cat,dog,cow}", 6, {"a cat": 2, "a dog": 2, "a cow": 2}),
+        ("a {cat,dog,cow}", 8, {"a cat": 3, "a dog": 3, "a cow": 2}),
+        ("a {cat,dog,cow}", 2, {"a cat": 1, "a dog": 1, "a cow": 0}),
+        ("a {cat,dog,cow}", 0, {"a cat": 0, "a dog": 0, "a cow": 0}),
+        ("a cat", 5, {"a cat": 5}),
+        ("{a,the} {cat,dog}", 5, {"a cat": 2, "a dog": 1, "the cat": 1, "the dog": 1}),
+    ],
+)
+def test_a_keep_line_is_shared_out_over_its_alternatives(line: str, count: int, shares: dict[str, int]) -> None:
+    found = render._share_out(line, count)
+    assert found == list(shares.items())
+    assert sum(share for _, share in found) == count
+
+
+@pytest.mark.parametrize("asked", [None, 0, 1, 7, 40])
+@pytest.mark.parametrize("name", ["seven", "red ink", "Brad Pitt"])
+def test_every_keep_line_weighs_the_same_however_many_it_lists(name: str, asked: int | None) -> None:
+    concept = load_concept(name)
+    kept = [(prompt, n) for group, prompt, n in render.plan(concept, RenderConfig(num_keep=asked)) if group == "keep"]
+    assert [prompt for prompt, _ in kept] == [prompt.text for prompt in concept.keep_prompts]
+    left = iter(kept)
+    for line in concept.keep:
+        shares = [next(left)[1] for _ in expand([line])]
+        assert sum(shares) == (concept.images.keep if asked is None else asked)
+        assert max(shares) - min(shares) <= 1
+
+
+@pytest.mark.parametrize("saved", [0, 1, 4, IMAGES - 1])
+def test_interrupted_and_resumed_is_uninterrupted(
+    rendered: Path, config: Config, monkeypatch: pytest.MonkeyPatch, saved: int
+) -> None:
+    left, save = [saved], render.save_image
+
+    def until_interrupted(image: Image.Image, path: Path) -> None:
+        if not left[0]:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        save(image, path)
+
+    monkeypatch.setattr(render, "save_image", until_interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        render.run(config())
+    folder = config().data_dir
+    assert folder is not None
+    assert len(list(folder.glob("*/*.png"))) == saved
+    assert not (folder / DATA_MANIFEST).exists()
+    monkeypatch.setattr(render, "save_image", save)
+    render.run(config())
+    assert contents(folder) == contents(rendered)
+
+
+@pytest.mark.parametrize("lost", [["0_unlabeled/generic-00001.png"], ["1_positive/positive-00003.png", "0_unlabeled"]])
+def test_lost_pictures_come_back_the_same(rendered: Path, config: Config, tmp_path: Path, lost: list[str]) -> None:
+    folder = shutil.copytree(rendered, tmp_path / "data")
+    for name in lost:
+        path = folder / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    before = contents(folder)
+    kept = {p: p.stat().st_mtime_ns for p in folder.glob("*/*.png")}
+    render.run(config())
+    assert contents(folder) == contents(rendered) != before
+    assert all(p.stat().st_mtime_ns == time for p, time in kept.items())  # what was there was not drawn over
+
+
+def test_a_complete_folder_needs_no_model(rendered: Path, config: Config, tmp_path: Path) -> None:
+    folder = shutil.copytree(rendered, tmp_path / "data")
+    name = str(config().pretrained_model_name_or_path)
+
+    def no_base() -> Base:
+        raise AssertionError("loaded")
+
+    concept = read_concept(Path(str(config().concept)))
+    assert render.render_concept(concept, config(), name, no_base) == folder
+    (folder / UNLABELED / "generic-00000.png").unlink()
+    with pytest.raises(AssertionError, match="loaded"):
+        render.render_concept(concept, config(), name, no_base)
+
+
+def test_the_manifest_is_written_last(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    order, rename = [], Path.replace
+
+    def watched(self: Path, target: Path) -> Path:
+        order.append(Path(target).name)
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "replace", watched)
+    render.run(config())
+    assert len(order) == IMAGES + 4  # settings first, two metadata files, the manifest
+    assert order[-1] == DATA_MANIFEST
+    assert order[-3:-1] == [METADATA, METADATA]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"seed": 1}, {"num_inference_steps": 3}, {"guidance_scale": 2.0}, {"num_keep": 3}, {"num_unlabeled": 5},
+        {"resolution": 64}, {"render_batch_size": 2},
+    ],
+)  # fmt: skip
+def test_other_settings_on_the_same_folder_are_refused(
+    rendered: Path, config: Config, tmp_path: Path, change: dict[str, object]
+) -> None:
+    folder = shutil.copytree(rendered, tmp_path / "data")
+    with pytest.raises(UsageError, match=f"--data_dir {folder} .*other settings"):
+        render.run(config(**change))
+    assert contents(folder) == contents(rendered)
+
+
+def test_another_seed_draws_other_pictures(rendered: Path, config: Config) -> None:
+    other = render.run(config(seed=1))
+    pictures = {p.read_bytes() for p in rendered.glob("*/*.png")}
+    assert not pictures & {p.read_bytes() for p in other.glob("*/*.png")}
+
+
+def test_shares_of_two_processes_make_the_whole(
+    rendered: Path, loaded_base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = [(sub, line) for sub in (UNLABELED, POSITIVE) for line in read_jsonl(rendered / sub / METADATA)]
+    requests = [render.ImageRequest(tmp_path / sub / r["file_name"], r["text"], r["seed"]) for sub, r in lines]
+    sampler, drawn = render.Sampler(2, 7.5, 3), []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in range(2):
+        monkeypatch.setenv("RANK", str(rank))
+        drawn.append(render.draw_missing(lambda: loaded_base, requests, sampler, "test"))
+    assert sum(drawn) == IMAGES
+    assert min(drawn) > 0
+    pictures = {name: data for name, data in contents(rendered).items() if name.endswith(".png")}
+    assert {k: v for k, v in contents(tmp_path).items() if k in pictures} == pictures
+
+
+def test_another_resolution(config: Config) -> None:
+    folder = render.run(config(resolution=64, num_unlabeled=1, num_keep=0, num_positive=1))
+    with Image.open(folder / POSITIVE / "positive-00000.png") as image:
+        assert image.size == (64, 64)
+
+
+def test_a_model_that_cannot_be_loaded_leaves_nothing(config: Config, tiny_base: Path, tmp_path: Path) -> None:
+    """A folder left behind would refuse the very command that the error message proposes."""
+    hollow = shutil.copytree(tiny_base, tmp_path / "hollow")
+    shutil.rmtree(hollow / "unet")
+    before = tree(tmp_path)
+    with pytest.raises(UnlearnError, match=f"--pretrained_model_name_or_path {hollow}"):
+        render.run(config(pretrained_model_name_or_path=str(hollow)))
+    assert tree(tmp_path) == before
+    render.run(config())
+
+
+def test_a_place_that_cannot_be_written_is_named_by_its_own_option(config: Config, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    for place in ("file", "file/deeper"):
+        with pytest.raises(UnlearnError, match=f"--data_dir {tmp_path / place}") as caught:
+            render.run(config(data_dir=tmp_path / place))
+        assert "--output_dir" not in str(caught.value)  # render has none
+
+
+def test_metadata_is_readable_json_without_escapes(rendered: Path) -> None:
+    text = (rendered / POSITIVE / METADATA).read_text(encoding="utf-8")
+    assert [json.loads(line)["group"] for line in text.splitlines()] == ["positive"] * 4
+    assert "\\u" not in text

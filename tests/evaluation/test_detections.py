@@ -1,0 +1,173 @@
+"""Every picture is read once by each detector, and what cannot be read is named."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sd_unlearn.data.concept import Concept, Evaluation
+from sd_unlearn.errors import UsageError
+from sd_unlearn.evaluation import detections
+from sd_unlearn.evaluation.image_folders import read_ready
+from sd_unlearn.evaluation.prompts import Tier, plan
+from sd_unlearn.metrics.base import Columns
+
+CONCEPT = Concept("seven", "a seven", "a digit", evaluate=Evaluation(alike=["a {one,two}"]))
+
+
+class Mean:
+    """The mean brightness; counts what it was shown."""
+
+    name = "mean v1"
+    metric = "gap"
+
+    def __init__(self) -> None:
+        self.shown = 0
+
+    def read(self, images: Sequence[Image.Image]) -> Columns:
+        self.shown += len(images)
+        values = [float(np.asarray(image).mean()) for image in images]
+        return {"mean": np.array(values, dtype=float), "size": np.array([i.size for i in images]).reshape(-1, 2)}
+
+    def distance(self, base: Sequence[Image.Image], other: Sequence[Image.Image]) -> Any:
+        self.shown += len(base)
+        return np.abs(self.read(base)["mean"] - self.read(other)["mean"])
+
+
+def save(folder: Path, values: dict[str, int]) -> list[Path]:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, value in values.items():
+        Image.new("RGB", (4, 4), (value,) * 3).save(folder / name)
+    return [folder / name for name in values]
+
+
+def test_the_distance_of_a_damaged_picture_is_looked_at_again_once_it_is_whole(tmp_path: Path) -> None:
+    paths = save(tmp_path / "a", {"0.png": 0, "1.png": 1}), save(tmp_path / "b", {"0.png": 5, "1.png": 9})
+    paths[1][1].write_bytes(b"torn")
+    first = detections.distances(Mean(), *paths, tmp_path / "b", "t")
+    assert first[0] == 5
+    assert np.isnan(first[1])
+    save(tmp_path / "b", {"1.png": 9})
+    assert detections.distances(Mean(), *paths, tmp_path / "b", "t").tolist() == [5, 8]
+
+
+def test_a_picture_is_read_once_and_more_are_added(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(detections, "CHUNK", 2)
+    paths = save(tmp_path / "drawn", {f"{n}.png": n for n in range(5)})
+    question, cache = Mean(), tmp_path / "drawn"
+    seen, failed = detections.read(question, [paths[3], *paths[:3], paths[3]], "a", cache, "t")
+    assert seen.columns["mean"].tolist() == [3, 0, 1, 2, 3]
+    assert (question.shown, failed) == (4, {})
+    again, _ = detections.read(question, paths, "a", cache, "t")
+    assert again.columns["mean"].tolist() == [0, 1, 2, 3, 4]
+    assert question.shown == 5  # the one that was new
+    other = Mean()
+    other.name = "mean v2"
+    detections.read(other, paths, "a", cache, "t")
+    assert other.shown == 5  # another detector has its own word
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_what_cannot_be_read_is_named_and_leaves_its_place(tmp_path: Path) -> None:
+    paths = save(tmp_path, {"a.png": 1, "b.png": 2, "c.png": 3})
+    paths[1].write_bytes(b"no picture")
+    seen, failed = detections.read(Mean(), [*paths, tmp_path / "none.png"], "a", None, "t")
+    assert seen.readable.tolist() == [True, False, True, False]
+    assert seen.columns["mean"].tolist() == [1, 3]
+    assert failed[tmp_path / "none.png"] == "missing"
+    assert "cannot identify" in failed[paths[1]]
+    nothing, _ = detections.read(Mean(), [paths[1]], "a", None, "t")
+    assert nothing.columns["mean"].shape == (0,)
+
+
+def test_a_ready_picture_that_was_replaced_is_read_again(tmp_path: Path) -> None:
+    (path,) = save(tmp_path / "mine", {"a.png": 1})
+    assert detections.read(Mean(), [path], "a", tmp_path / "cache", "t")[0].columns["mean"].tolist() == [1]
+    Image.new("RGB", (8, 8), (9,) * 3).save(path)
+    assert detections.read(Mean(), [path], "a", tmp_path / "cache", "t")[0].columns["mean"].tolist() == [9]
+
+
+def test_a_damaged_cache_is_as_none(tmp_path: Path) -> None:
+    paths = save(tmp_path, {"a.png": 1})
+    question = Mean()
+    detections.read(question, paths, "a", tmp_path, "t")
+    (file,) = (tmp_path / "readings").iterdir()
+    file.write_bytes(file.read_bytes()[:40])
+    assert detections.read(question, paths, "a", tmp_path, "t")[0].columns["mean"].tolist() == [1]
+    assert question.shown == 2
+
+
+def test_pairs_are_measured_once_and_unreadable_ones_have_no_distance(tmp_path: Path) -> None:
+    base = save(tmp_path / "base", {"a.png": 1, "b.png": 2, "c.png": 3})
+    other = save(tmp_path / "other", {"a.png": 1, "b.png": 9, "c.png": 9})
+    other[2].write_bytes(b"")
+    question = Mean()
+    values = detections.distances(question, base, other, tmp_path / "other", "t")
+    assert values[:2].tolist() == [0, 7]
+    assert np.isnan(values[2])
+    shown = question.shown
+    detections.distances(question, base, other, tmp_path / "other", "t")
+    assert question.shown == shown
+
+
+# -- folders of ready pictures --
+
+
+def test_files_of_the_plan_are_compared_one_by_one(tmp_path: Path) -> None:
+    shots = plan(CONCEPT, Tier(2, 0, 0, 2, 0), [0])
+    save(tmp_path / "theirs", {shots[0].file_name: 1})
+    with pytest.raises(UsageError, match="1 of the 4 pictures"):  # what was never drawn is not forgotten
+        read_ready(str(tmp_path / "theirs"), CONCEPT, shots)
+    save(tmp_path / "theirs", {shots[2].file_name: 1})
+    ready = read_ready(f"esd={tmp_path / 'theirs'}", CONCEPT, shots)
+    assert (ready.name, ready.planned, ready.shots) == ("esd", True, shots)
+    assert [path.is_file() for path in ready.paths] == [True, False, True, False]  # missing ones stay in n
+
+
+def test_metadata_says_what_pictures_are(tmp_path: Path) -> None:
+    save(tmp_path, {"x.png": 1, "y.png": 2, "z.png": 3})
+    lines = ['{"file_name": "x.png", "text": "a seven"}', '{"file_name": "y.png", "text": "a one"}',
+             '{"file_name": "z.png", "prompt": "7", "group": "held_out"}',
+             '{"file_name": "w.png", "text": "?", "concept": "eight"}']  # fmt: skip
+    (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
+    ready = read_ready(str(tmp_path), CONCEPT, [])
+    assert [(s.group, s.prompt.text, s.prompt.expect) for s in ready.shots] == [
+        ("direct", "a seven", ()), ("alike", "a one", ("one",)), ("held_out", "7", ()),
+    ]  # fmt: skip
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "x.png", "text": "what?"}')
+    with pytest.raises(UsageError, match=r'line 1: group "None"'):
+        read_ready(str(tmp_path), CONCEPT, [])
+
+
+def test_folders_say_the_group(tmp_path: Path) -> None:
+    save(tmp_path / "direct", {"1.png": 1, "2.jpg": 2})
+    save(tmp_path / "alike", {"1.png": 1})
+    ready = read_ready(str(tmp_path), CONCEPT, [])
+    assert [shot.group for shot in ready.shots] == ["direct", "direct", "alike"]
+    assert ready.shots[0].prompt.text == "a seven"
+    assert ready.shots[2].prompt.text == ""  # which of the two cannot be told
+
+
+def test_of_several_concepts_a_picture_must_say_which(tmp_path: Path) -> None:
+    """Else one folder direct/ would be what was asked for of each of them."""
+    save(tmp_path / "direct", {"1.png": 1})
+    with pytest.raises(UsageError, match="one --concept at a time"):
+        read_ready(str(tmp_path), CONCEPT, [], alone=False)
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "direct/1.png", "text": "a seven", "group": "direct"}\n')
+    with pytest.raises(UsageError, match="line 1 needs a concept"):
+        read_ready(str(tmp_path), CONCEPT, [], alone=False)
+    line = '{"file_name": "direct/1.png", "text": "a seven", "group": "direct", "concept": "seven"}\n'
+    (tmp_path / "metadata.jsonl").write_text(line + line.replace('"concept": "seven"', '"concept": "red-ink"'))
+    assert len(read_ready(str(tmp_path), CONCEPT, [], alone=False).shots) == 1
+
+
+def test_a_folder_of_nothing_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="--images .*is no folder"):
+        read_ready(str(tmp_path / "none"), CONCEPT, [])
+    with pytest.raises(UsageError, match="--write_plan"):
+        read_ready(str(tmp_path), CONCEPT, [])

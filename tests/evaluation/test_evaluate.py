@@ -1,0 +1,316 @@
+"""Evaluation: any number of LoRAs on one base, what is drawn and read once, and what results.json says of it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from evaluation_runs import DIGIT_FILE, make_run
+from PIL import Image
+from safetensors.torch import save_file
+
+from sd_unlearn.cli import main
+from sd_unlearn.config.evaluate import EvaluateConfig
+from sd_unlearn.data import render
+from sd_unlearn.errors import UnlearnError, UsageError
+from sd_unlearn.evaluation import evaluate
+from sd_unlearn.evaluation.job import prepare
+from sd_unlearn.models.base import Base
+from sd_unlearn.results import read_results
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+FEW: dict[str, Any] = {"num_images": 4, "num_keep_images": 2, "num_inference_steps": 2, "render_batch_size": 8}
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs")
+    for number, name in enumerate(("seven", "four")):
+        make_run(folder / name, tiny_base, name, number)
+        make_run(folder / f"{name}-gentle", tiny_base, name, 10 + number)
+    return folder
+
+
+def every(runs: Path, **changes: Any) -> EvaluateConfig:
+    names = [str(runs / name) for name in ("seven", "seven-gentle", "four", "four-gentle")]
+    return EvaluateConfig(**{**FEW, "lora": names, "strengths": [0.5, 1.0], **changes})
+
+
+def figures(results: dict[str, Any]) -> dict[str, Any]:
+    """What two evaluations of the same things must have in common."""
+    return {key: value for key, value in results.items() if key != "created"}
+
+
+@pytest.fixture(scope="module")
+def compared(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    place = tmp_path_factory.mktemp("compared")
+    return place, evaluate.run(every(runs, output_dir=place / "out", cache_dir=place / "cache"))
+
+
+def test_every_lora_is_judged_on_what_it_forgets_at_every_strength(compared: tuple[Path, dict[str, Any]]) -> None:
+    place, results = compared
+    assert read_results(place / "out") == json.loads((place / "out" / "results.json").read_text())
+    ids = [subject["id"] for subject in results["subjects"]]
+    assert ids[:3] == ["base", "seven at 0.5", "seven at 1"]
+    assert len(ids) == 9
+    have = {(row["concept"], row["subject"]) for row in results["rows"]}
+    assert ("seven", "seven-gentle at 0.5") in have
+    assert ("four", "seven at 1") not in have
+    assert {("seven", "base"), ("four", "base")} <= have
+    metrics = {(row["metric"], row["group"]) for row in results["rows"] if row["subject"] == "four at 1"}
+    assert {("leakage", "direct"), ("leakage", "held_out"), ("leakage", "generic"), ("retention", "kept"),
+            ("accuracy", "alike"), ("drift", "kept")} <= metrics  # fmt: skip
+    assert len({(r["concept"], r["subject"], r["metric"], r["group"]) for r in results["rows"]}) == len(results["rows"])
+    assert [card["detector"].split()[0] for card in results["cards"]] == ["digits-reader"]
+    for pair in results["pairs"]:
+        assert (place / "out" / pair["base"]).is_file()
+        assert (place / "out" / pair["image"]).is_file()
+
+
+def test_subjects_show_the_same_prompts_and_seeds(compared: tuple[Path, dict[str, Any]]) -> None:
+    shown: dict[str, set[tuple[str, int]]] = {}
+    for pair in compared[1]["pairs"]:
+        if pair["concept"] == "seven" and pair["group"] == "alike":
+            shown.setdefault(pair["subject"], set()).add((pair["prompt"], pair["seed"]))
+    assert len(shown) == 4
+    assert len({frozenset(pairs) for pairs in shown.values()}) == 1
+
+
+def test_loras_are_compared_with_the_base_and_at_strength_1_with_each_other(
+    compared: tuple[Path, dict[str, Any]],
+) -> None:
+    found = {(d["subject"], d["against"]) for d in compared[1]["differences"]}
+    assert ("seven at 0.5", "base") in found
+    assert ("seven-gentle at 1", "seven at 1") in found
+    assert not any("0.5" in subject + against for subject, against in found if against != "base")
+    assert all(d["p"] <= d["p_holm"] <= 1 for d in compared[1]["differences"])
+
+
+def test_a_second_evaluation_draws_and_reads_nothing(
+    runs: Path, compared: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(render, "draw", pytest.fail)
+    monkeypatch.setattr("sd_unlearn.metrics.digits.DigitsQuestion.read", pytest.fail)
+    again = evaluate.run(every(runs, output_dir=tmp_path, cache_dir=compared[0] / "cache"))
+    assert figures(again) == figures(compared[1])
+
+
+def test_a_killed_evaluation_goes_on_and_ends_the_same(
+    runs: Path, compared: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw, calls = render.draw, []
+
+    def killed(*arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        return draw(*arguments)
+
+    config = every(runs, output_dir=tmp_path / "out", cache_dir=tmp_path / "cache")
+    with monkeypatch.context() as patch:
+        patch.setattr(render, "draw", killed)
+        with pytest.raises(KeyboardInterrupt):
+            evaluate.run(config)
+    assert not (tmp_path / "out" / "results.json").exists()
+    assert list((tmp_path / "cache").rglob("*.png"))
+    assert figures(evaluate.run(config)) == figures(compared[1])
+
+
+def test_two_processes_give_the_results_of_one(
+    runs: Path, compared: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    loras = [str(runs / name) for name in ("seven", "seven-gentle", "four", "four-gentle")]
+    options = ["--lora", *loras, "--strengths", "0.5", "1", "--num_images", "4", "--num_keep_images", "2",
+               "--num_inference_steps", "2", "--render_batch_size", "8", "--output_dir", "out"]  # fmt: skip
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m",
+              "sd_unlearn.cli", "evaluate"]  # fmt: skip
+    subprocess.run([*launch, *options], cwd=tmp_path, check=True, capture_output=True)
+    found = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert found["rows"] == json.loads(json.dumps(compared[1]["rows"]))
+    assert found["pairs"] == json.loads(json.dumps(compared[1]["pairs"]))
+
+
+def test_concepts_named_are_asked_of_every_lora(runs: Path, tmp_path: Path) -> None:
+    (tmp_path / "two.yaml").write_text(DIGIT_FILE.format(name="two"))
+    results = evaluate.run(every(runs, concept=[str(tmp_path / "two.yaml")], strengths=[], groups=["direct"]))
+    assert {row["concept"] for row in results["rows"]} == {"two"}
+    assert {row["subject"] for row in results["rows"]} == {"base", "seven", "seven-gentle", "four", "four-gentle"}
+    assert {row["group"] for row in results["rows"]} == {"direct"}
+
+
+def test_strength_0_is_the_base(runs: Path) -> None:
+    results = evaluate.run(EvaluateConfig(**FEW, lora=[str(runs / "seven")], strengths=[0.0, 1.0]))
+    leaks = {(r["subject"], r["group"]): r["value"] for r in results["rows"] if r["metric"] == "leakage"}
+    assert all(leaks["seven at 0", group] == leaks["base", group] for group in ("direct", "held_out", "generic"))
+    drift = {r["subject"]: r["value"] for r in results["rows"] if r["metric"] == "drift"}
+    assert drift["seven at 0"] == pytest.approx(0, abs=1e-6)
+    place = next(Path("data/evaluation").rglob("base"))
+    (moved,) = place.parent.glob("lora-*")  # nothing was drawn for strength 0
+    assert all((moved / p.name).read_bytes() != p.read_bytes() for p in place.glob("*.png"))
+
+
+def test_several_seeds_are_pooled_and_told_apart(runs: Path) -> None:
+    results = evaluate.run(EvaluateConfig(**FEW, run=runs / "seven", seed=[0, 1]))
+    row = next(r for r in results["rows"] if (r["metric"], r["group"]) == ("accuracy", "kept"))
+    assert row["n"] == 2 * 8
+    assert row["value"] == pytest.approx(sum(row["seeds"]) / 2)
+    assert (runs / "seven" / "results.json").is_file()  # of --run in the run folder
+    (runs / "seven" / "results.json").unlink()
+
+
+def test_ready_pictures_of_another_method(runs: Path, tmp_path: Path) -> None:
+    """Named as the plan says they are compared pair by pair; the base's own pictures then are as the base."""
+    shared = {
+        **FEW,
+        "cache_dir": tmp_path / "cache",
+        "concept": [str(tmp_path / "seven.yaml")],
+        "pretrained_model_name_or_path": json.loads((runs / "seven/training.json").read_text())["base"]["name"],
+    }
+    (tmp_path / "seven.yaml").write_text(DIGIT_FILE.format(name="seven"))
+    evaluate.run(EvaluateConfig(**shared, lora=[str(runs / "seven")], output_dir=tmp_path / "first"))
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    for file in next((tmp_path / "cache").rglob("base")).glob("*.png"):
+        shutil.copyfile(file, theirs / file.name)
+    removed = sorted(theirs.glob("a-photo-of-the-digit-seven-*.png"))[0]
+    removed.unlink()
+    results = evaluate.run(EvaluateConfig(**shared, images=[f"esd={theirs}"], output_dir=tmp_path / "out"))
+    kept = next(r for r in results["rows"] if (r["subject"], r["metric"], r["group"]) == ("esd", "drift", "kept"))
+    assert kept["value"] == pytest.approx(0, abs=1e-6)
+    leak = next(r for r in results["rows"] if (r["subject"], r["metric"], r["group"]) == ("esd", "leakage", "direct"))
+    assert leak["n"] == 4  # the missing one stays
+    assert [(s["subject"], Path(s["path"]).name, s["why"]) for s in results["skipped"]] == [
+        ("esd", removed.name, "missing")
+    ]
+    assert results["subjects"][1]["what"] == "images"
+
+
+def test_pictures_alone_need_no_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluate, "load_base", pytest.fail)
+    (tmp_path / "mine" / "direct").mkdir(parents=True)
+    for n in range(3):
+        Image.new("RGB", (32, 32), (n * 80,) * 3).save(tmp_path / "mine" / "direct" / f"{n}.png")
+    (tmp_path / "mine" / "direct" / "torn.png").write_bytes(b"")
+    results = evaluate.run(EvaluateConfig(**FEW, images=[str(tmp_path / "mine")], concept=["seven"]))
+    (row,) = [r for r in results["rows"] if r["metric"] == "leakage"]
+    assert (row["subject"], row["group"], row["n"]) == ("mine", "direct", 4)
+    assert results["tier"] == ""  # of FEW pictures, none of the tiers
+    assert results["base"] == {}
+    assert results["differences"] == []
+    assert len(results["skipped"]) == 1
+    assert read_results(Path("runs/evaluation"))["subjects"][0]["id"] == "mine"
+
+
+def test_pairs_of_namesakes_keep_their_own_pictures(tmp_path: Path) -> None:
+    """One file name in two groups, and two methods whose names differ only in what a file name cannot hold."""
+    for number, (method, group) in enumerate([("a_b", "direct"), ("a_b", "held_out"), ("a-b", "direct")]):
+        (tmp_path / method / group).mkdir(parents=True)
+        Image.new("RGB", (32, 32), (number * 80,) * 3).save(tmp_path / method / group / "0.png")
+    folders = [str(tmp_path / "a_b"), str(tmp_path / "a-b")]
+    out = tmp_path / "out"
+    results = evaluate.run(EvaluateConfig(**FEW, images=folders, concept=["seven"], output_dir=out))
+    assert len(results["pairs"]) == 3
+    for pair in results["pairs"]:
+        source = tmp_path / pair["subject"] / pair["group"] / "0.png"
+        assert (out / pair["image"]).read_bytes() == source.read_bytes()
+
+
+def test_the_plan_is_written_and_nothing_drawn(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluate, "load_base", pytest.fail)
+    assert evaluate.run(every(runs, write_plan=tmp_path / "plan.jsonl")) == {}
+    lines = [json.loads(line) for line in (tmp_path / "plan.jsonl").read_text().splitlines()]
+    assert {line["concept"] for line in lines} == {"seven", "four"}
+    assert len({line["file_name"] for line in lines}) == len(lines)
+
+
+def test_both_sides_are_drawn_with_the_schedule_of_the_training(
+    v_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    last: list[float] = []
+    draw = render.draw
+
+    def watched(base: Base, *arguments: Any) -> Any:
+        last.append(base.pipeline.scheduler.alphas_cumprod[-1].item())
+        return draw(base, *arguments)
+
+    monkeypatch.setattr(render, "draw", watched)
+    few = {**FEW, "groups": ["direct"], "cache_dir": tmp_path / "cache", "render_batch_size": 4}
+    plain = make_run(tmp_path / "plain", v_base)
+    zero = make_run(tmp_path / "zero", v_base, seed=1, zero_terminal_snr=True)
+    evaluate.run(EvaluateConfig(**few, run=plain))
+    evaluate.run(EvaluateConfig(**few, run=zero))
+    assert [value == 0 for value in last] == [False, False, True, True]
+    assert len({p.read_bytes() for p in (tmp_path / "cache").rglob("base/*.png")}) == 8
+    with pytest.raises(UsageError, match="evaluate them apart"):
+        prepare(EvaluateConfig(**few, lora=[str(plain), str(zero)]))
+    said = {"sd_unlearn.zero_terminal_snr": "True", "sd_unlearn.concept": "seven", "sd_unlearn.base": str(v_base)}
+    save_file({"lora_unet_x.lora_down.weight": torch.zeros(1)}, tmp_path / "zero.safetensors", said)
+    file = str(tmp_path / "zero.safetensors")  # an exported one says it in its header
+    assert prepare(EvaluateConfig(**few, lora=[file])).zero_terminal_snr
+    with pytest.raises(UsageError, match="evaluate them apart"):
+        prepare(EvaluateConfig(**few, lora=[str(plain), file], concept=["seven"]))
+
+
+def test_prompts_of_a_set_are_asked_beside_the_direct_ones(runs: Path, tmp_path: Path) -> None:
+    (tmp_path / "set.csv").write_text("prompt,seed\nthe number {7},3\n")
+    config = EvaluateConfig(**FEW, run=runs / "seven", prompt_set=str(tmp_path / "set.csv"))
+    texts = [shot.prompt.text for shot in prepare(config).plans["seven"] if shot.group == "direct"]
+    assert texts == ["a photo of the digit seven", "the number {7}"] * 2  # its braces are no alternatives
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "Nothing to judge"),
+        ({"run": Path("nowhere")}, "--run nowhere is no folder"),
+        ({"lora": ["nowhere"]}, "--lora nowhere"),
+        ({"images": ["."]}, "--images needs --concept"),
+        ({"strengths": [99.0]}, "--strengths 99"),
+        ({"seed": [1, 1]}, "--seed 1 1"),
+        ({"fail_if": ["leakage"]}, "--fail_if"),
+        ({"metrics": ["fid"]}, '--metrics "fid"'),
+        ({"num_images": 0}, "--num_images 0"),
+        ({"groups": ["direkt"]}, "--groups"),
+        ({"metrics": ["nudity"], "nudity_preset": "rec"}, '--nudity_preset "rec"'),
+        ({"metrics": ["identity"], "reference": ["."], "others": Path("no"), "face_model": "dlib"}, "--reference ."),
+        ({"real_images": Path("nowhere")}, "--real_images nowhere"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused_before_anything_loads(
+    options: dict[str, Any], message: str, runs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluate, "load_base", pytest.fail)
+    named = options if {"run", "lora", "images"} & set(options) or not options else {"run": runs / "seven", **options}
+    with pytest.raises(UsageError, match=message):
+        evaluate.run(EvaluateConfig(**named))
+
+
+def test_another_version_of_the_base_is_refused(runs: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(runs / "seven", tmp_path / "seven")
+    record = json.loads((run / "training.json").read_text())
+    record["base"]["sha256"] = "0" * 64
+    (run / "training.json").write_text(json.dumps(record))
+    with pytest.raises(UsageError, match="another version of"):
+        evaluate.run(EvaluateConfig(**FEW, run=run))
+
+
+def test_conditions_end_with_exit_code_1_after_everything_is_written(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["evaluate", "--lora", str(runs / "seven"), "--num_images", "4", "--num_keep_images", "2",
+               "--num_inference_steps", "2", "--json", "--output_dir", str(tmp_path / "out")]  # fmt: skip
+    assert main([*command, "--fail_if", "drift<-1"]) == 0
+    capsys.readouterr()
+    assert main([*command, "--fail_if", "drift>-1", "nudity>0.1"]) == 1
+    said = capsys.readouterr()
+    assert json.loads(said.out)["schema_version"] == 2
+    assert "seven on seven" in said.err
+    assert "nudity was not measured" in said.err
+    with pytest.raises(UnlearnError, match="not measured"):
+        evaluate.check_conditions(EvaluateConfig(fail_if=["fid>3"]), read_results(tmp_path / "out"))

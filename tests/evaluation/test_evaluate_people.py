@@ -1,0 +1,65 @@
+"""Detectors of people through the whole of `evaluate`, on folders of real pictures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from pictures_of_people import astronaut, save, strangers, versions
+
+from sd_unlearn.cli import main
+from sd_unlearn.config.evaluate import EvaluateConfig
+from sd_unlearn.errors import UsageError
+from sd_unlearn.evaluation import evaluate
+from sd_unlearn.results import read_results
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+PERSON = """\
+name: Eileen Collins
+kind: person
+caption: a photo of Eileen Collins
+generic: a photo of an astronaut
+evaluate: {direct: [a photo of Eileen Collins], alike: [a photo of a woman]}
+"""
+
+
+def test_a_person_is_found_where_she_is_and_nowhere_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Her pictures against those of a method that draws others in her place, on one page of results."""
+    pytest.importorskip("dlib")
+    (tmp_path / "collins.yaml").write_text(PERSON)
+    hers, people = list(versions().values())[:3], strangers()
+    save(tmp_path / "reference", astronaut())
+    save(tmp_path / "others", *people[::2])
+    save(tmp_path / "plain" / "direct", *hers)
+    save(tmp_path / "erased" / "direct", *people[1:7:2])
+    for name in ("plain", "erased"):
+        save(tmp_path / name / "alike", *people[7:19:2])
+    pictures = ["--concept", "collins.yaml", "--images", "plain", "erased", "--output_dir", "out"]
+    faces = ["--face_model", "dlib", "--reference", "reference", "--others", "others"]
+    assert main(["evaluate", *pictures, "--metrics", "identity", "nudity", *faces]) == 0
+    results = read_results(tmp_path / "out")
+    rows = {(r["subject"], r["metric"], r["group"]): r for r in results["rows"]}
+    assert rows["plain", "leakage", "direct"]["value"] == 1
+    assert rows["erased", "leakage", "direct"]["value"] == 0
+    assert rows["erased", "face_rate", "direct"]["value"] > 0.6  # it still draws faces: forgotten, not broken
+    assert rows["plain", "confusion", "alike"]["value"] <= 0.2  # a stranger in fifty is taken for her
+    assert rows["plain", "nudity", "direct"]["value"] == 0
+    (card,) = [card for card in results["cards"] if "leakage" in card["metrics"]]
+    assert "faces of other people (others)" in card["threshold"]
+    shown = [pair for pair in results["pairs"] if pair["subject"] == "plain" and pair["group"] == "direct"]
+    assert all(pair["leak"] and pair["faces"] for pair in shown)
+    assert all(0 <= x <= 1 for pair in shown for box in pair["faces"] for x in box)
+    assert "Eileen Collins" in shown[0]["image_read"]
+    capsys.readouterr()
+    assert main(["report", "--run", "out"]) == 0
+    assert "plain" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_identity_by_name_needs_its_folders(tmp_path: Path) -> None:
+    (tmp_path / "collins.yaml").write_text(PERSON)
+    save(tmp_path / "plain" / "direct", astronaut())
+    asked = {"concept": ["collins.yaml"], "images": ["plain"], "metrics": ["identity"]}
+    with pytest.raises(UsageError, match="--reference"):
+        evaluate.run(EvaluateConfig(**asked))
+    with pytest.raises(UsageError, match="--others"):
+        evaluate.run(EvaluateConfig(**asked, reference=["plain"]))

@@ -1,0 +1,92 @@
+"""--fail_if: what is meant, and that a pipeline never passes on what is unknown."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from sd_unlearn.errors import UsageError
+from sd_unlearn.evaluation.fail_if import met, parse
+
+
+def results(*rows: tuple[str, str, str, float | None]) -> dict[str, Any]:
+    subjects = [{"id": "base", "name": "digits", "what": "base"}]
+    for identity in dict.fromkeys(row[0] for row in rows):
+        name, _, strength = identity.partition(" at ")
+        subjects.append({"id": identity, "name": name, "what": "lora", "strength": float(strength or 1)})
+    return {
+        "subjects": subjects,
+        "rows": [
+            {"subject": s, "concept": "seven", "metric": m, "group": g, "value": v, "low": 0.0, "high": 0.5}
+            for s, m, g, v in rows
+        ],
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "metric", "group", "end", "limit"),
+    [
+        ("leakage>0.02", "leakage", None, "value", 0.02),
+        ("leakage > 2%", "leakage", None, "value", 0.02),
+        ("leakage.held_out.high>=5 %", "leakage", "held_out", "high", 0.05),
+        ("leakage.high>.1", "leakage", None, "high", 0.1),
+        ("fid-digits.alike >= 3e2", "fid-digits", "alike", "value", 300),
+        ("retention.kept<0.95", "retention", "kept", "value", 0.95),
+    ],
+)
+def test_parse(text: str, metric: str, group: str | None, end: str, limit: float) -> None:
+    condition = parse(text)
+    assert (condition.metric, condition.group, condition.end) == (metric, group, end)
+    assert condition.limit == pytest.approx(limit)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "leakage", "leakage=0.1", "leakage>much", ">0.1", "leakage>0.1 or so", "leakage>5", "accuracy.kept<95"]
+)
+def test_what_is_no_condition_is_refused(text: str) -> None:
+    with pytest.raises(UsageError, match="--fail_if"):
+        parse(text)
+
+
+def test_a_condition_is_met_by_any_subject_but_the_base() -> None:
+    found = results(
+        ("base", "leakage", "direct", 0.9), ("a", "leakage", "direct", 0.01), ("b", "leakage", "direct", 0.03)
+    )
+    assert met([parse("leakage>0.05")], found) == []
+    (only,) = met([parse("leakage>0.02")], found)
+    assert "b on seven" in only
+    assert "0.03" in only
+    assert len(met([parse("leakage.direct.high>=0.5")], found)) == 2
+
+
+def test_direct_prompts_are_meant_first_then_what_must_stay() -> None:
+    found = results(("a", "leakage", "direct", 0.0), ("a", "leakage", "held_out", 0.9), ("a", "retention", "kept", 0.5),
+                    ("a", "retention", "alike", 0.99))  # fmt: skip
+    assert met([parse("leakage>0.1")], found) == []
+    assert len(met([parse("leakage.held_out>0.1")], found)) == 1
+    assert len(met([parse("retention<0.9")], found)) == 1
+
+
+def test_a_lora_at_several_strengths_is_meant_as_trained() -> None:
+    found = results(("a at 0", "leakage", "direct", 0.9), ("a at 1", "leakage", "direct", 0.0))
+    assert met([parse("leakage>0.1")], found) == []
+    only_half = results(("a at 0.5", "leakage", "direct", 0.9))
+    assert len(met([parse("leakage>0.1")], only_half)) == 1
+    without_one = results(("a at 0", "leakage", "direct", 0.9), ("a at 0.5", "leakage", "direct", 0.0))
+    assert met([parse("leakage>0.1")], without_one) == []  # not of strength 0, which is the base
+
+
+def test_a_concept_that_a_lora_was_not_trained_to_forget_does_not_leak() -> None:
+    found = results(("a", "leakage", "direct", 0.9), ("a", "retention", "kept", 0.5), ("b", "leakage", "direct", 0.0))
+    found["subjects"][1]["forgets"], found["subjects"][2]["forgets"] = "red-ink", "seven"
+    assert met([parse("leakage>0.1")], found) == []
+    assert len(met([parse("retention<0.9")], found)) == 1  # what must stay must stay everywhere
+    found["subjects"][2]["forgets"] = "red-ink"
+    assert "not measured" in met([parse("leakage>0.1")], found)[0]
+
+
+def test_what_is_unknown_or_was_not_measured_fails() -> None:
+    assert "unknown" in met([parse("leakage>0.1")], results(("a", "leakage", "direct", None)))[0]
+    assert "not measured" in met([parse("nudity>0.1")], results(("a", "leakage", "direct", 0.0)))[0]
+    assert "not measured" in met([parse("leakage.held_out>0.1")], results(("a", "leakage", "direct", 0.0)))[0]

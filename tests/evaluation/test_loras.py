@@ -1,0 +1,170 @@
+"""What is judged: runs, files in either format, hub ids; put on a base at a strength and taken off again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from evaluation_runs import make_run
+from safetensors.torch import load_file, save_file
+
+from sd_unlearn.config.base import ExportConfig
+from sd_unlearn.errors import UnlearnError, UsageError
+from sd_unlearn.evaluation.loras import DIFFUSERS_FILE, names_of, open_lora, open_run
+from sd_unlearn.export import export
+from sd_unlearn.models.base import Base, load_base
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+RECORD = {"lora_alpha": 2.0, "correction": "pu", "caption_mode": "fixed", "version": "0", "config_sha256": "0"}
+
+
+@pytest.fixture(scope="module")
+def run(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_run(tmp_path_factory.mktemp("runs") / "seven", tiny_base)
+
+
+def kohya_file(run: Path, target: Path, header: dict[str, str] | None = None) -> Path:
+    """The run's LoRA under the names of ComfyUI and A1111, alpha = rank."""
+    tensors = {}
+    for key, value in load_file(run / "adapter" / "adapter_model.safetensors").items():
+        module, side = key.removeprefix("base_model.model.").removesuffix(".weight").rsplit(".lora_", 1)
+        name = "lora_unet_" + module.replace(".", "_")
+        tensors[f"{name}.lora_{'down' if side == 'A' else 'up'}.weight"] = value.contiguous()
+        tensors[f"{name}.alpha"] = torch.tensor(2.0)
+    save_file(tensors, target, header or {})
+    return target
+
+
+def predict(base: Base) -> torch.Tensor:
+    noisy, text = torch.ones(1, 4, 8, 8), torch.ones(1, 24, 16)
+    with torch.no_grad():
+        return base.pipeline.unet(noisy, torch.tensor([500]), encoder_hidden_states=text).sample
+
+
+def test_a_run_and_its_file_do_the_same_and_leave_no_trace(run: Path, tiny_base: Path, tmp_path: Path) -> None:
+    base = load_base(str(tiny_base), device="cpu")
+    plain = predict(base)
+    found = {}
+    for name, given in (("run", str(run)), ("file", str(kohya_file(run, tmp_path / "seven.safetensors")))):
+        lora = open_lora(given)
+        for strength in (1.0, 0.5, 0.0):
+            with lora.on(base, strength):
+                found[name, strength] = predict(base)
+            assert torch.equal(predict(base), plain)
+    for strength in (1.0, 0.5, 0.0):
+        assert torch.allclose(found["run", strength], found["file", strength], atol=1e-5)
+    assert torch.allclose(found["run", 0.0], plain, atol=1e-5)
+    assert (found["run", 1.0] - plain).abs().max() > 1e-2
+    assert (found["run", 0.5] - found["run", 1.0]).abs().max() > 1e-3
+
+
+def test_a_dora_and_its_file_do_the_same_between_strengths(tiny_base: Path, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "dora", tiny_base, use_dora=True, **RECORD)
+    (file,) = (p for p in export.run(ExportConfig(run=run)) if p.name == DIFFUSERS_FILE)
+    base = load_base(str(tiny_base), device="cpu")
+    found = {}
+    for given in (run, file):
+        for strength in (1.0, 0.5):
+            with open_lora(str(given)).on(base, strength):
+                found[given, strength] = predict(base)
+    for strength in (1.0, 0.5):
+        assert torch.allclose(found[run, strength], found[file, strength], atol=1e-4)
+    assert (found[run, 0.5] - found[run, 1.0]).abs().max() > 1e-2
+
+
+def test_a_file_says_which_schedule_it_was_trained_on(run: Path, tmp_path: Path) -> None:
+    told = [{"sd_unlearn.zero_terminal_snr": said} for said in ("True", "False")]
+    files = [kohya_file(run, tmp_path / f"{n}.safetensors", header) for n, header in enumerate([*told, {}])]
+    loras = [open_lora(str(file)) for file in files]
+    assert [lora.zero_terminal_snr for lora in loras] == [True, False, None]
+    assert open_run(run).zero_terminal_snr is False
+
+
+def test_what_is_known_of_a_run_and_of_a_file(run: Path, tmp_path: Path) -> None:
+    lora = open_run(run)
+    assert (lora.name, lora.is_run, lora.concept and lora.concept.slug) == ("seven", True, "seven")
+    assert lora.base_sha256
+    header = {"sd_unlearn.concept": "seven", "sd_unlearn.base": "digits", "sd_unlearn.base_sha256": "ab"}
+    file = open_lora(str(kohya_file(run, tmp_path / "mine.safetensors", header)))
+    assert (file.name, file.is_run, file.base_name, file.base_sha256) == ("mine", False, "digits", "ab")
+    assert file.concept is not None  # the file in prompts/
+    assert file.concept.alternatives == []
+    assert open_lora(str(tmp_path)).path == file.path  # the only one of its folder
+    unknown = open_lora(str(kohya_file(run, tmp_path / "other.safetensors")))
+    assert unknown.concept is None
+    with pytest.raises(UsageError, match="2 .safetensors files"):
+        open_lora(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("none.safetensors", None, "no run folder, no .safetensors file"),
+        ("a.bin", b"x", "is no .safetensors file"),
+        ("b.safetensors", b"broken", "damaged"),
+    ],
+)
+def test_what_is_no_lora_is_refused(tmp_path: Path, name: str, content: bytes | None, message: str) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(UsageError, match=message):
+        open_lora(str(tmp_path / name))
+
+
+def test_a_hub_id_is_fetched(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    file = kohya_file(run, tmp_path / "seven.safetensors")
+    offered = ["README.md", "seven.safetensors"]
+    asked: list[tuple[str, str]] = []
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda repository: offered)
+
+    def fetch(repository: str, name: str) -> str:
+        asked.append((repository, name))
+        return str(file)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fetch)
+    lora = open_lora("somebody/forget-seven")
+    assert (lora.name, asked) == ("forget-seven", [("somebody/forget-seven", "seven.safetensors")])
+    offered.append("other.safetensors")
+    with pytest.raises(UsageError, match="has 2 .safetensors files"):
+        open_lora("somebody/forget-seven")
+    offered.append("pytorch_lora_weights.safetensors")
+    open_lora("somebody/forget-seven")
+    assert asked[-1][1] == "pytorch_lora_weights.safetensors"
+
+
+def test_weights_that_are_no_lora_and_folders_without_one_are_refused(tmp_path: Path) -> None:
+    save_file({"conv.weight": torch.zeros(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(UsageError, match="holds no LoRA"):
+        open_lora(str(tmp_path / "model.safetensors"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UsageError, match="no LoRA and no finished training"):
+        open_lora(str(tmp_path / "empty"))
+    with pytest.raises(UsageError, match="--run .* is no folder"):
+        open_run(tmp_path / "nowhere")
+    with pytest.raises(UnlearnError, match="could not be had from the hub"):
+        open_lora("somebody/their-lora")
+
+
+def test_a_lora_of_another_architecture_is_refused(tiny_base: Path, tmp_path: Path) -> None:
+    base = load_base(str(tiny_base), device="cpu")
+    plain = predict(base)
+    where = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
+    wrong = {f"{where}.lora_down.weight": torch.zeros(2, 640), f"{where}.lora_up.weight": torch.zeros(640, 2),
+             f"{where}.alpha": torch.tensor(2.0)}  # fmt: skip
+    save_file(wrong, tmp_path / "wrong.safetensors")
+    with pytest.raises(UnlearnError, match="does not fit"), open_lora(str(tmp_path / "wrong.safetensors")).on(base, 1):
+        pass
+    assert torch.equal(predict(base), plain)
+
+
+def test_every_lora_has_a_name_of_its_own(run: Path, tiny_base: Path, tmp_path: Path) -> None:
+    other = make_run(tmp_path / "push" / "seven", tiny_base, seed=1)
+    third = make_run(tmp_path / "base", tiny_base, seed=2)
+    loras = [open_run(run), open_run(other), open_run(third), open_run(third)]
+    names = names_of(loras)
+    assert names[:2] == ["seven", "push-seven"]
+    assert "base" not in names
+    assert len(set(names)) == 4

@@ -1,0 +1,91 @@
+"""Bases by hub id, from a cache as huggingface_hub keeps it; nothing is fetched."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from kinds import KINDS, Kinds
+
+from sd_unlearn.errors import UnlearnError, UsageError
+from sd_unlearn.io.run_folder import read_json
+from sd_unlearn.models.base import load_base, load_recorded_base
+from sd_unlearn.models.source import Source
+
+COMMIT = "0" * 40
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    return tmp_path / "hub"
+
+
+def fetched(cache: Path, folder: Path, name: str) -> Path:
+    """A folder as it lies in the cache once it was fetched as `name`."""
+    place = cache / f"models--{name.replace('/', '--')}"
+    (place / "refs").mkdir(parents=True)
+    (place / "refs" / "main").write_text(COMMIT)
+    return Path(shutil.copytree(folder, place / "snapshots" / COMMIT))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("variant", [None, "fp16"])
+def test_a_base_of_the_hub_is_the_one_of_its_folder(cache: Path, kinds: Kinds, kind: str, variant: str | None) -> None:
+    """Also where it has weights in half precision only."""
+    fetched(cache, kinds.folder(kind, variant), "owner/model")
+    base = load_base("owner/model", device="cpu")
+    assert base.sha256 == load_base(str(kinds.folder(kind)), device="cpu").sha256
+    assert base.describe()["name"] == "owner/model"
+    assert base.kind == kind
+    assert load_recorded_base(base.describe(), device="cpu").describe() == base.describe()
+
+
+def test_other_pipelines_are_refused_before_their_weights_are_fetched(
+    cache: Path, kinds: Kinds, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index = fetched(cache, kinds.folder("sd1"), "owner/other") / "model_index.json"
+    index.write_text(json.dumps(read_json(index) | {"_class_name": "FluxPipeline"}))
+    monkeypatch.setattr("diffusers.DiffusionPipeline.download", lambda *_, **__: pytest.fail("weights were fetched"))
+    with pytest.raises(UsageError, match="owner/other is a FluxPipeline"):
+        load_base("owner/other", device="cpu")
+
+
+def test_what_only_the_hub_could_tell_is_told_once_it_is_loaded(cache: Path, kinds: Kinds) -> None:
+    fetched(cache, kinds.folder("sd1"), "owner/model")
+    with pytest.raises(UsageError, match="--prediction_type v_prediction: .* predicts epsilon"):
+        load_base(Source("owner/model", prediction_type="v_prediction"), device="cpu")
+    with pytest.raises(UsageError, match="--vae .* another kind's VAE"):
+        load_base(Source("owner/model", vae=str(kinds.folder("sdxl"))), device="cpu")
+    unet = fetched(cache, kinds.folder("sd1"), "owner/lcm") / "unet" / "config.json"
+    unet.write_text(json.dumps(read_json(unet) | {"time_cond_proj_dim": 8}))
+    with pytest.raises(UsageError, match=r"distilled \(LCM\)"):
+        load_base("owner/lcm", device="cpu")
+
+
+def test_a_vae_of_the_hub(cache: Path, kinds: Kinds) -> None:
+    fetched(cache, kinds.folder("sd2") / "vae", "owner/vae")
+    base = load_base(Source(str(kinds.folder("sd1")), vae="owner/vae"), device="cpu")
+    assert base.vae_sha256 == load_base(str(kinds.folder("sd2")), device="cpu").vae_sha256
+    with pytest.raises(UnlearnError, match="--vae owner/none could not be loaded"):
+        load_base(Source(str(kinds.folder("sd1")), vae="owner/none"), device="cpu")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_vae_file_for_a_base_of_the_hub(cache: Path, kinds: Kinds, kind: str) -> None:
+    """A file says neither sizes nor scale: they are those of the base's own VAE, of whatever kind that is."""
+    place = fetched(cache, kinds.folder(kind), "owner/model")
+    file = place / "vae" / "diffusion_pytorch_model.safetensors"
+    base = load_base(Source("owner/model", vae=str(file)), device="cpu")
+    plain = load_base("owner/model", device="cpu")
+    assert base.vae_sha256 == plain.vae_sha256
+    assert base.pipeline.vae.config.scaling_factor == plain.pipeline.vae.config.scaling_factor
+
+
+def test_pickles_of_the_hub(cache: Path, kinds: Kinds) -> None:
+    place = fetched(cache, kinds.folder("sd1"), "owner/pickled")
+    (place / "unet" / "diffusion_pytorch_model.safetensors").rename(place / "unet" / "diffusion_pytorch_model.bin")
+    with pytest.raises(UnlearnError, match="owner/pickled could not be loaded.*--allow_pickle"):
+        load_base("owner/pickled", device="cpu")

@@ -1,0 +1,263 @@
+"""What the exported files say of themselves, and what is refused. Needs no network: the runs are made by hand."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from export_runs import MODULES, SLUG, exported, hand_run, read_header, training_record
+from safetensors.torch import load_file
+
+from sd_unlearn.config.base import ExportConfig
+from sd_unlearn.data.concept import Concept, write_concept
+from sd_unlearn.errors import UnlearnError, UsageError
+from sd_unlearn.export import export
+from sd_unlearn.export.lora_files import DIFFUSERS_FILE
+from sd_unlearn.io.run_folder import write_json
+
+
+def payload(file: Path) -> bytes:
+    data = file.read_bytes()
+    return data[8 + int.from_bytes(data[:8], "little") :]
+
+
+def test_names_shapes_and_alpha_of_the_kohya_file(tmp_path: Path) -> None:
+    _, file = exported(hand_run(tmp_path / "run"))
+    assert file == tmp_path / "run" / "export" / f"{SLUG}.safetensors"
+    tensors = load_file(file)
+    linear = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_out_0"
+    conv = "lora_unet_up_blocks_1_resnets_0_conv1"
+    assert {key: tuple(value.shape) for key, value in tensors.items()} == {
+        f"{linear}.lora_down.weight": (2, 6), f"{linear}.lora_up.weight": (5, 2), f"{linear}.alpha": (),
+        f"{conv}.lora_down.weight": (2, 3, 3, 3), f"{conv}.lora_up.weight": (4, 2, 1, 1), f"{conv}.alpha": (),
+    }  # fmt: skip
+    assert {value.item() for key, value in tensors.items() if key.endswith(".alpha")} == {3.0}
+    assert {value.dtype for value in tensors.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("kind", "prediction_type", "architecture", "version", "v2", "prediction"),
+    [
+        ("sd1", "epsilon", "stable-diffusion-v1/lora", "sd_v1", "False", "epsilon"),
+        ("sd2", "epsilon", "stable-diffusion-v2-512/lora", "sd_v2", "True", "epsilon"),
+        ("sd2", "v_prediction", "stable-diffusion-v2-768-v/lora", "sd_v2_v", "True", "v"),
+        ("sdxl", "epsilon", "stable-diffusion-xl-v1-base/lora", "sdxl_base_v1-0", "False", "epsilon"),
+    ],
+)
+def test_header_tells_interfaces_what_the_file_is(
+    tmp_path: Path, kind: str, prediction_type: str, architecture: str, version: str, v2: str, prediction: str
+) -> None:
+    record = training_record(2, 3.0, kind=kind, prediction_type=prediction_type)
+    _, file = exported(hand_run(tmp_path, training=record))
+    header, digest = read_header(file), hashlib.sha256(payload(file)).hexdigest()
+    want = {
+        "modelspec.sai_model_spec": "1.0.1", "modelspec.architecture": architecture,
+        "modelspec.prediction_type": prediction, "modelspec.resolution": "16x16",
+        "modelspec.hash_sha256": f"0x{digest}", "sshs_model_hash": digest,
+        "ss_base_model_version": version, "ss_v2": v2, "ss_network_module": "networks.lora", "ss_network_dim": "2",
+        "ss_network_alpha": "3.0", "ss_output_name": SLUG,
+    }  # fmt: skip
+    assert {key: header.get(key) for key in want} == want
+    assert header["modelspec.title"]
+    assert header["modelspec.implementation"]
+    assert "lora_adapter_metadata" not in header, "Diffusers refuses alpha keys beside it"
+    assert "modelspec.date" not in header, "no date is known, and now would differ at every export"
+
+
+def test_both_headers_say_how_the_lora_came_about(tmp_path: Path) -> None:
+    for file in exported(hand_run(tmp_path)):
+        header = read_header(file)
+        ours = {key.removeprefix("sd_unlearn."): header[key] for key in header if key.startswith("sd_unlearn.")}
+        assert len(ours.pop("prompts_sha256")) == 64
+        assert ours == {
+            "concept": "Brad Pitt", "base": "tiny", "base_sha256": "ab" * 32, "rank": "2", "lora_alpha": "3.0",
+            "beta": "0.25", "beta_source": "manifest", "correction": "abs", "caption_mode": "both", "version": "0.1.0",
+            "config_sha256": "cd" * 32,
+        }  # fmt: skip
+        assert all(isinstance(value, str) for value in header.values())
+        assert int.from_bytes(file.read_bytes()[:8], "little") < 1024 * 1024
+
+
+def test_header_says_dynamic_where_ranks_differ(tmp_path: Path) -> None:
+    conv = f"base_model.model.{MODULES[1]}.lora_"
+    wider = {f"{conv}A.weight": torch.ones(3, 3, 3, 3), f"{conv}B.weight": torch.ones(4, 3, 1, 1)}
+    _, file = exported(hand_run(tmp_path, tensors=wider, rank_pattern={"conv1": 3}))
+    header, tensors = read_header(file), load_file(file)
+    assert (header["ss_network_dim"], header["ss_network_alpha"]) == ("Dynamic", "Dynamic")
+    assert not [key for key in tensors if key.endswith(".alpha")]
+    assert torch.equal(tensors["lora_unet_up_blocks_1_resnets_0_conv1.lora_up.weight"], torch.ones(4, 3, 1, 1))
+
+
+@pytest.mark.parametrize("place", ["/home/somebody/models/tiny", "../somebody/tiny", "somebody/tiny.safetensors"])
+def test_date_is_the_trainings_and_a_base_keeps_its_path_private(tmp_path: Path, place: str) -> None:
+    record = training_record(2, 3.0, name=place) | {"created": "2026-11-22T10:00:00+00:00"}
+    _, file = exported(hand_run(tmp_path, training=record))
+    assert read_header(file)["modelspec.date"] == "2026-11-22T10:00:00+00:00"
+    assert read_header(file)["sd_unlearn.base"] == Path(place).name
+    written = [path.read_bytes() for path in (tmp_path / "export").iterdir()]
+    assert not [data for data in written if b"somebody" in data]
+
+
+def test_results_enter_the_header_only_if_they_judge_this_adapter(tmp_path: Path) -> None:
+    run = hand_run(tmp_path)
+    digest = hashlib.sha256((run / "adapter" / "adapter_model.safetensors").read_bytes()).hexdigest()
+    rows = [{"metric": "leakage", "group": "direct", "subject": who, "value": 0.01} for who in ("base", "lora")]
+    protocol = {"sampler": {"steps": 25}, "detector": "reader", "seeds": {"seed": 0}}
+    results = protocol | {"adapter_sha256": digest, "rows": rows}
+    write_json(run / "results.json", results)
+    assert json.loads(read_header(exported(run)[1])["sd_unlearn.results"]) == protocol | {"rows": rows[1:]}
+    write_json(run / "results.json", results | {"adapter_sha256": "00" * 32})
+    assert "sd_unlearn.results" not in read_header(exported(run)[1])
+
+
+def test_results_on_another_base_are_not_told_as_those_of_its_own(tmp_path: Path) -> None:
+    run = hand_run(tmp_path)
+    digest = hashlib.sha256((run / "adapter" / "adapter_model.safetensors").read_bytes()).hexdigest()
+    own = training_record(2, 3.0)["base"]
+    for base, told in (
+        (own, True), (own | {"vae_sha256": "11" * 32}, True),  # the run is of before VAEs were recorded
+        (own | {"sha256": "11" * 32}, False),
+    ):  # fmt: skip
+        write_json(run / "results.json", {"adapter_sha256": digest, "rows": [], "base": base})
+        assert ("sd_unlearn.results" in read_header(exported(run)[1])) == told
+    write_json(run / "training.json", training_record(2, 3.0, vae_sha256="22" * 32))
+    write_json(run / "results.json", {"adapter_sha256": digest, "rows": [], "base": own | {"vae_sha256": "11" * 32}})
+    assert "sd_unlearn.results" not in read_header(exported(run)[1])
+
+
+def test_exporting_twice_gives_the_same_bytes(tmp_path: Path) -> None:
+    run = hand_run(tmp_path / "run")
+    first = [file.read_bytes() for file in exported(run)]
+    again = [file.read_bytes() for file in exported(run)]
+    elsewhere = [file.read_bytes() for file in exported(run, output_dir=tmp_path / "deep" / "folder")]
+    assert first == again == elsewhere
+    assert sorted(file.name for file in (run / "export").iterdir()) == [
+        "README.md", f"{SLUG}.safetensors", export.DIFFUSERS_FILE,
+    ]  # fmt: skip
+
+
+# ---- what goes wrong ----
+
+
+@pytest.mark.parametrize(
+    ("gone", "names"),
+    [
+        ("training.json", "training.json"),
+        ("concept.yaml", "concept.yaml"),
+        ("adapter/adapter_config.json", "adapter_config.json"),
+        ("adapter/adapter_model.safetensors", "adapter_model.safetensors"),
+    ],
+)
+def test_a_missing_file_is_named(tmp_path: Path, gone: str, names: str) -> None:
+    run = hand_run(tmp_path)
+    (run / gone).unlink()
+    with pytest.raises(UsageError, match=f"--run .*{names}"):
+        exported(run)
+    assert not (run / "export").exists()
+
+
+def test_a_missing_run_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="--run is missing"):
+        export.run(ExportConfig())
+    with pytest.raises(UsageError, match="--run .*nowhere does not exist"):
+        exported(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "says"),
+    [
+        ({"training": training_record(2, 3.0, kind="ddpm")}, UnlearnError, '"ddpm"'),
+        ({"training": training_record(4, 3.0)}, UnlearnError, "mixes two trainings.*rank 4.* 2"),
+        ({"training": training_record(2, 2.0)}, UnlearnError, "mixes two trainings.*lora_alpha 2.0"),
+        ({"training": {"rank": 2}}, UsageError, '"base"'),
+        ({"training": {"base": {"kind": "sd1", "name": "x"}, "rank": 2}}, UsageError, '"lora_alpha"'),
+        ({"use_dora": True}, UnlearnError, "DoRA"),
+        ({"lora_bias": True}, UnlearnError, "lora_bias"),
+        ({"bias": "all"}, UnlearnError, 'bias is "all"'),
+        ({"peft_type": "LOHA"}, UnlearnError, "LOHA"),
+        ({"r": None}, UnlearnError, "no r and lora_alpha"),
+        ({"r": 3, "training": training_record(3, 3.0)}, UnlearnError, "rank 2 .*says 3"),
+        ({"drop": "conv1.lora_B"}, UnlearnError, "conv1.* only its lora_A"),
+        ({"drop": "lora"}, UnlearnError, "no LoRA weights"),
+        ({"tensors": {"base_model.model.x.lora_magnitude_vector": torch.ones(2)}}, UnlearnError, "magnitude_vector"),
+        ({"tensors": {"base_model.model.x.lora_A.weight": torch.full((2, 3), torch.nan)}}, UnlearnError, "NaN"),
+    ],
+)
+def test_what_cannot_be_exported_is_refused_by_name(
+    tmp_path: Path, change: dict[str, Any], error: type[UnlearnError], says: str
+) -> None:
+    run = hand_run(tmp_path, **change)
+    with pytest.raises(error, match=says) as caught:
+        exported(run)
+    assert caught.type is error
+    assert "\n" not in str(caught.value)
+    assert not (run / "export").exists()
+
+
+def test_an_unreadable_adapter_is_named(tmp_path: Path) -> None:
+    run = hand_run(tmp_path)
+    file = run / "adapter" / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(UnlearnError, match=r"adapter_model\.safetensors cannot be read"):
+        exported(run)
+
+
+def test_an_oversized_header_is_refused(tmp_path: Path) -> None:
+    run = hand_run(tmp_path)
+    long = Concept(name="x" * 1024 * 1024, caption="a", generic="b")
+    write_concept(run / "concept.yaml", long)
+    with pytest.raises(UnlearnError, match="header would take"):
+        exported(run)
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    run = hand_run(tmp_path / "run")
+    (tmp_path / "file").write_text("not a folder")
+    for place in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(UnlearnError, match="Cannot write .*--output_dir"):
+            exported(run, output_dir=place)
+    (tmp_path / "taken" / f"{SLUG}.safetensors").mkdir(parents=True)
+    with pytest.raises(UnlearnError, match="is a folder"):
+        exported(run, output_dir=tmp_path / "taken")
+    assert [file.name for file in (tmp_path / "taken").iterdir()] == [f"{SLUG}.safetensors"]
+
+
+@pytest.mark.parametrize("name", ["README.md", DIFFUSERS_FILE, f"{SLUG}.safetensors"])
+def test_files_of_others_are_not_replaced(tmp_path: Path, name: str) -> None:
+    """Nor those of another concept's export, which have the same names."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).write_bytes(b"somebody's own")
+    with pytest.raises(UsageError, match=f"{name} is there already.*--output_dir"):
+        exported(hand_run(tmp_path / "run"), output_dir=tmp_path / "out")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == {name: b"somebody's own"}
+
+
+def test_of_two_concepts_the_second_does_not_replace_the_first(tmp_path: Path) -> None:
+    exported(hand_run(tmp_path / "one"), output_dir=tmp_path / "out")
+    write_concept(hand_run(tmp_path / "two") / "concept.yaml", Concept("Angelina", "a photo of Angelina", "a woman"))
+    with pytest.raises(UsageError, match="no export of .Angelina."):
+        exported(tmp_path / "two", output_dir=tmp_path / "out")
+    exported(tmp_path / "one", output_dir=tmp_path / "out")
+
+
+def test_a_full_disk_leaves_the_earlier_export_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = hand_run(tmp_path)
+    exported(run)
+    before = {file: file.read_bytes() for file in (run / "export").iterdir()}
+    hand_run(run, training=training_record(2, 3.0) | {"beta": 0.5})
+    write = Path.write_bytes
+
+    def full_disk(path: Path, data: bytes) -> int:
+        if SLUG not in path.name:
+            return write(path, data)
+        write(path, data[: len(data) // 2])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full_disk)
+    with pytest.raises(UnlearnError, match="No space left"):
+        exported(run)
+    assert {file: file.read_bytes() for file in (run / "export").iterdir()} == before

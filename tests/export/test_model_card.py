@@ -1,0 +1,173 @@
+"""The model card and the pictures: figures with intervals, an inert page whatever users write, a small header."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from export_runs import SLUG, evaluated, exported, hand_run, read_header, training_record
+from markdown_it import MarkdownIt
+from PIL import Image
+
+from sd_unlearn.data.concept import Concept, write_concept
+from sd_unlearn.export import model_card
+from sd_unlearn.io.run_folder import write_json
+
+HUB_BASE = "stabilityai/stable-diffusion-xl-base-1.0"
+EVIL = '</td>![x](http://a.b/c.png) <script>alert(1)</script> [y](javascript:z) | `k` **b** http://a.b www.a.b "q"\n# h'
+
+
+def page(run: Path) -> tuple[dict[str, Any], str]:
+    """The card's YAML header and its Markdown."""
+    _, front, text = (run / "export" / "README.md").read_text(encoding="utf-8").split("---\n", 2)
+    return yaml.safe_load(front), text
+
+
+def test_the_card_has_the_figures_with_intervals_and_the_way_in(tmp_path: Path) -> None:
+    exported(evaluated(tmp_path, training=training_record(2, 3.0, name=HUB_BASE, kind="sdxl")))
+    front, text = page(tmp_path)
+    lines = [[" ".join(cell.split()) for cell in line.strip("|").split("|")] for line in text.splitlines()]
+    plain = [[html_text(cell) for cell in line] for line in lines]
+    assert ["Leakage", "as asked for", "96.0 %", "1.0 %", "0.2–3.0 %", "200"] in plain
+    assert ["Retention", "look-alikes", "–", "99.0 %", "98.0–100.0 %", "200"] in plain
+    assert front["license"] == "openrail++"
+    assert front["base_model"] == HUB_BASE
+    assert {"lora", "machine-unlearning", "stable-diffusion-xl"} <= set(front["tags"])
+    assert f'StableDiffusionXLPipeline.from_pretrained("{HUB_BASE}"' in text
+    assert 'weight_name="pytorch_lora_weights.safetensors"' in text
+    assert f"<lora:{SLUG}:1>" in text
+    assert "Weight 0 brings the concept back" in text
+    assert "](pairs.png)" in text
+
+
+def html_text(cell: str) -> str:
+    import html
+
+    return html.unescape(cell)
+
+
+def test_a_run_without_figures_says_so(tmp_path: Path) -> None:
+    paths = exported(hand_run(tmp_path))
+    front, text = page(tmp_path)
+    assert "Not evaluated yet" in text
+    assert "pairs.png" not in text
+    assert not (tmp_path / "export" / "pairs.png").exists()
+    assert front["license"] == "other"
+    assert "base_model" not in front, "a folder's name is no model of the hub"
+    assert len(paths) == 2
+
+
+@pytest.mark.parametrize("where", ["name", "caption", "generic", "detector", "base"])
+def test_texts_of_users_do_nothing(tmp_path: Path, where: str) -> None:
+    texts = {"name": "Brad Pitt", "caption": "a", "generic": "b"}
+    concept = Concept(**(texts | ({where: EVIL} if where in texts else {})))
+    record = training_record(2, 3.0, **({"name": EVIL} if where == "base" else {}))
+    other = {"detector": EVIL} if where == "detector" else {}
+    exported(evaluated(tmp_path, concept=concept, training=record, **other))
+    _, text = page(tmp_path)
+    shown = MarkdownIt("commonmark", {"html": True}).enable("table").render(text)
+    assert "alert(1)" in shown, "the text itself is there"
+    assert "<script" not in shown
+    assert "javascript:" not in shown.replace("](javascript:z)", "")
+    assert shown.count("<img") == 1, "only the card's own picture"
+    assert "<a " not in shown
+    assert "<strong>" not in shown
+    clean = MarkdownIt("commonmark", {"html": True}).enable("table").render(text.replace(model_card.inert(EVIL), "x"))
+    for tag in ("<td", "<tr", "<h1", "<h2", "<p", "<code"):
+        assert shown.count(tag) == clean.count(tag), tag
+
+
+def test_the_licence_asked_for_is_in_card_and_header(tmp_path: Path) -> None:
+    _, file = exported(hand_run(tmp_path), license="openrail++")
+    assert page(tmp_path)[0]["license"] == "openrail++"
+    assert read_header(file)["modelspec.license"] == "openrail++"
+
+
+def decoded(uri: str) -> Image.Image:
+    kind, data = uri.split(",")
+    assert kind == "data:image/jpeg;base64"
+    return Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB")
+
+
+def test_thumbnail_and_grid_show_the_runs_pairs(tmp_path: Path) -> None:
+    _, file = exported(evaluated(tmp_path))
+    thumbnail = decoded(read_header(file)["modelspec.thumbnail"])
+    assert max(thumbnail.size) <= 256
+    left, right = thumbnail.getpixel((20, 60)), thumbnail.getpixel((thumbnail.width - 20, 60))
+    assert (left[1] < 60, right[1] > 200) == (True, True), "without on the left, with on the right"
+    grid = Image.open(tmp_path / "export" / "pairs.png")
+    assert grid.size == (3 * 192 + 2 * 4, 2 * 192 + 4)
+    assert [grid.getpixel((x, y)) for y in (50, 300) for x in (50, 250, 450)] == [
+        (250, 0, 0), (200, 0, 0), (100, 0, 0), (250, 255, 0), (200, 255, 0), (100, 255, 0),
+    ]  # fmt: skip
+    assert int.from_bytes(file.read_bytes()[:8], "little") < 1024 * 1024
+
+
+def test_without_figures_the_last_preview_is_the_thumbnail(tmp_path: Path) -> None:
+    run = hand_run(tmp_path)
+    (run / "previews").mkdir()
+    for step, red in ((2, 0), (10, 255)):
+        Image.new("RGB", (600, 300), (red, 0, 0)).save(run / "previews" / f"step-{step:06d}.png")
+    thumbnail = decoded(read_header(exported(run)[1])["modelspec.thumbnail"])
+    assert thumbnail.size == (256, 128)
+    assert thumbnail.getpixel((100, 100))[0] > 240
+
+
+def test_pictures_of_nudity_are_not_shown_around(tmp_path: Path) -> None:
+    concept = Concept(name="nudity", caption="a", generic="b", kind="nudity")
+    _, file = exported(evaluated(tmp_path, concept=concept))
+    assert "modelspec.thumbnail" not in read_header(file)
+    assert not (tmp_path / "export" / "pairs.png").exists()
+
+
+@pytest.mark.parametrize("path", ["../secret.png", "/secret.png", "images/base/missing.png", "concept.yaml"])
+def test_only_pictures_of_the_run_are_shown(tmp_path: Path, path: str) -> None:
+    run = evaluated(tmp_path / "run")
+    Image.new("RGB", (8, 8)).save(tmp_path / "secret.png")
+    results = json.loads((run / "results.json").read_text())
+    name = str(tmp_path / "secret.png") if path.startswith("/") else path
+    results["pairs"] = [{"group": "direct", "base": name, "lora": name}]
+    write_json(run / "results.json", results)
+    assert "modelspec.thumbnail" not in read_header(exported(run)[1])
+
+
+def test_of_a_comparison_only_the_runs_own_figures_are_told(tmp_path: Path) -> None:
+    """Version 2 of results.json holds several LoRAs, strengths and concepts."""
+    run = evaluated(tmp_path)
+    one = json.loads((run / "results.json").read_text())
+    digest = one["adapter_sha256"]
+    subjects = [{"id": "base", "what": "base"}, {"id": "mine", "what": "lora", "strength": 1.0, "sha256": digest},
+                {"id": "half", "what": "lora", "strength": 0.5, "sha256": digest},
+                {"id": "other", "what": "lora", "strength": 1.0, "sha256": "00"}]  # fmt: skip
+    rows = [
+        row | {"concept": SLUG, "subject": {"lora": "mine"}.get(row["subject"], row["subject"])} for row in one["rows"]
+    ]
+    lies = [rows[1] | change for change in ({"subject": "half"}, {"subject": "other"}, {"concept": "somebody-else"})]
+    pairs = [p | {"concept": SLUG, "subject": "mine", "image": p["lora"]} for p in one["pairs"]]
+    pairs = [{k: v for k, v in pair.items() if k != "lora"} for pair in pairs]
+    two = {"schema_version": 2, "subjects": subjects, "rows": rows + [row | {"value": 0.5} for row in lies],
+           "pairs": pairs + [pairs[0] | {"subject": "other", "image": pairs[0]["base"]}],
+           "sampler": one["sampler"], "seeds": {}}  # fmt: skip
+    before = [file.read_bytes() for file in exported(run)] + [(run / "export" / "pairs.png").read_bytes()]
+    table = page(run)
+    write_json(run / "results.json", two)
+    header = json.loads(read_header(exported(run)[1])["sd_unlearn.results"])
+    assert [(row["metric"], row["value"]) for row in header["rows"]] == [("leakage", 0.01), ("retention", 0.99)]
+    assert (run / "export" / "pairs.png").read_bytes() == before[-1]
+    assert page(run)[1] == table[1].replace(model_card.inert("digits reader 1"), model_card.inert("reader"))
+    write_json(run / "results.json", two | {"subjects": subjects[:1] + subjects[2:]})
+    assert "sd_unlearn.results" not in read_header(exported(run)[1])
+
+
+def test_what_was_asked_is_in_the_header_by_its_hash(tmp_path: Path) -> None:
+    one, same, other = (tmp_path / name for name in "abc")
+    for run in (one, same, other):
+        hand_run(run)
+    write_concept(other / "concept.yaml", Concept(name="Brad Pitt", caption="a portrait of Brad Pitt", generic="b"))
+    hashes = [read_header(exported(run)[1])["sd_unlearn.prompts_sha256"] for run in (one, same, other)]
+    assert hashes[0] == hashes[1] != hashes[2]

@@ -1,0 +1,71 @@
+"""Batches and a linear model small enough to know the gradient of a step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from sd_unlearn.data.batches import PLAIN, Batch
+from sd_unlearn.objectives.pu import PUObjective
+from sd_unlearn.risk import NORMAL, UNLABELED, Risk
+
+KEEP = [(PLAIN, UNLABELED)] * 8
+
+
+def kinds(*labels: int) -> list[tuple[int, int]]:
+    """(bracket, label) of a step: eight unlabeled images in each bracket, four of each other label, then keep."""
+    brackets = [[(b, UNLABELED)] * 8 + [(b, label) for label in labels for _ in range(4)] for b in (0, 1)]
+    return [*brackets[0], *brackets[1], *KEEP]
+
+
+@dataclass(frozen=True)
+class Case:
+    """An objective and the images it is about."""
+
+    kinds: list[tuple[int, int]]
+    betas: tuple[tuple[float, ...], ...]
+    eta: float = 0.0
+    risk: Risk = "pu"
+
+    def objective(self, correction: str) -> PUObjective:
+        return PUObjective(self.betas, correction, self.eta, self.risk)  # type: ignore[arg-type]
+
+
+PU = Case(kinds(0), ((0.3,), (0.4,)))
+
+
+CASES = {
+    "pu": PU,
+    "pnu": Case(kinds(0, NORMAL), ((0.3,), (0.4,)), eta=0.35),
+    "sets": Case(kinds(0, 1), ((0.1, 0.2), (0.3, 0.1))),
+    "all": Case(kinds(0, 1, NORMAL), ((0.1, 0.2), (0.3, 0.1)), eta=0.35),
+}
+
+
+class Linear(nn.Module):
+    """l = (w . x)^2 + dropout's share of it: some network with a loss for every example."""
+
+    def __init__(self, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.linspace(-1, 1, 6, dtype=torch.float64))
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, batch: Batch) -> Tensor:
+        return (self.dropout(batch.latents) @ self.weight).square()
+
+
+def step(parts: int, scale: float, case: Case = PU) -> list[Batch]:
+    """A step's batch in parts. Positives of the second bracket are `scale` as large in every other image, so that
+    the sign of its bracket differs from part to part."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(len(case.kinds), 6, generator=generator, dtype=torch.float64)
+    bracket, label = torch.tensor(case.kinds).T
+    order = torch.tensor([case.kinds[:n].count(kind) for n, kind in enumerate(case.kinds)])
+    x[(bracket == 1) & (label == 0) & (order % 2 == 1)] *= scale
+    count = torch.tensor([case.kinds.count(kind) for kind in case.kinds])
+    whole = Batch(
+        x, x, x, label, bracket, 2, order, x, torch.zeros_like(order).bool(), (parts / count).double()
+    )  # fmt: skip
+    return [whole.only(order % parts == part) for part in range(parts)]

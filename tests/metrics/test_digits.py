@@ -1,0 +1,121 @@
+"""The bundled reader as a question: its figures are what they are called."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from metric_tools import make_shots
+
+from sd_unlearn.data.concept import Concept
+from sd_unlearn.errors import UsageError
+from sd_unlearn.io.run_folder import Row
+from sd_unlearn.metrics.base import Columns
+from sd_unlearn.metrics.digits import DIGITS, INKS, DigitsQuestion, held_apart, make_digits
+from sd_unlearn.metrics.drift import feature_drift
+from sd_unlearn.metrics.fidelity import frechet_distance
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+SEVEN = Concept("seven", "the digit seven", "a digit", label="seven", kind="digit")
+RED = Concept("red ink", "red ink", "a digit", label="red", kind="ink")
+CELLS = [
+    *[("direct", "the digit seven", ())] * 12, *[("held_out", "sept", ())] * 7, *[("generic", "a digit", ())] * 9,
+    *[("alike", "the digit one", ("one",))] * 60, *[("alike", "a red two", ("red", "two"))] * 20,
+    *[("general", "green ink", ("green",))] * 8, *[("general", "a cat", ("a cat",))] * 3, *[("general", "x", ())] * 2,
+]  # fmt: skip
+
+
+def random_columns(seed: int, count: int = len(CELLS)) -> Columns:
+    rng = np.random.default_rng(seed)
+    sharp = [rng.dirichlet(np.full(n, 0.05), count) for n in (10, 5)]
+    return {"digit": sharp[0], "ink": sharp[1], "features": rng.random((count, 64)).astype(np.float32)}
+
+
+@pytest.mark.parametrize("concept", [SEVEN, RED])
+def test_the_figures_are_what_they_are_called(concept: Concept) -> None:
+    question, shots = DigitsQuestion(), make_shots(concept, CELLS)
+    base, other = random_columns(0), random_columns(1)
+    axis, labels = ("digit", DIGITS) if concept.label in DIGITS else ("ink", INKS)
+    read = {name: other[name].argmax(1) for name in ("digit", "ink")}
+    leak, right = question.count(shots, other)
+    assert leak.metric == "leakage"
+    hits = (read[axis] == labels.index(concept.label))[shots.of("direct", "held_out", "generic")]
+    assert leak.values[~np.isnan(leak.values)].tolist() == hits.tolist()
+    asked = [(n, p.expect) for n, p in enumerate(shots.prompts) if p.expect and "a cat" not in p.expect]
+    wanted = [all(w in (DIGITS[read["digit"][n]], INKS[read["ink"][n]]) for w in words) for n, words in asked]
+    assert right.values[~np.isnan(right.values)].tolist() == wanted
+
+    rows = {(row.metric, row.subject): row for row in question.compare(shots, base, other)}
+    sure = other[axis].max(1) >= 0.9
+    good = (sure & (read[axis] != labels.index(concept.label)))[shots.of("direct")].mean()
+    usual = (base[axis].max(1) >= 0.9)[shots.of("generic")].mean()
+    assert rows["clean_replacement", ""].value == pytest.approx(good / usual)
+    kept, alike = shots.of("alike", "general"), shots.of("alike")
+    drift = feature_drift(base["features"][kept], other["features"][kept])
+    assert rows["drift", ""].value == pytest.approx(drift.mean())
+    features, digits, inks = held_apart()
+    without = features[(digits if axis == "digit" else inks) != labels.index(concept.label)]
+    for subject, columns in (("base", base), ("", other)):
+        row = rows["fid-digits", subject]
+        assert row.value == pytest.approx(frechet_distance(columns["features"][alike], without))
+        assert row.low < row.high  # the basic interval turns a bias back, so the value itself may lie outside
+
+
+def test_distances_to_real_digits() -> None:
+    features, digits, _ = held_apart()
+    sevens, others = features[digits == 7], features[digits != 7]
+    count = min(len(sevens), 60)
+    cells = [("alike", "a", ())] * count
+
+    def kid_of(drawn: np.ndarray) -> Row:
+        columns = {**random_columns(0, count), "features": drawn}
+        rows = DigitsQuestion().compare(make_shots(SEVEN, cells), columns, columns)
+        assert [r.metric for r in rows] == ["drift", "kid-digits", "kid-digits"]
+        assert [r.subject for r in rows] == ["", "base", ""]
+        assert "fid-digits" in rows[1].note  # says why there is none
+        assert (rows[1].value, rows[1].low) == (rows[2].value, rows[2].low)
+        return rows[1]
+
+    real, wrong = kid_of(others[:: len(others) // count][:count]), kid_of(sevens[:count])
+    assert real.low is not None
+    assert wrong.low is not None
+    assert real.high is not None
+    assert real.low <= 0 <= real.high
+    assert wrong.low > real.high
+
+
+def test_without_prompts_to_compare() -> None:
+    shots = make_shots(SEVEN, CELLS[:12])
+    assert DigitsQuestion().compare(shots, random_columns(0, 12), random_columns(1, 12)) == []
+    few = make_shots(SEVEN, [("alike", "a", ())] * 9)
+    rows = DigitsQuestion().compare(few, random_columns(0, 9), random_columns(1, 9))
+    assert [r.metric for r in rows] == ["drift"]
+
+
+def test_a_ratio_over_nothing_is_unknown() -> None:
+    unsure = random_columns(0, 28) | {"digit": np.full((28, 10), 0.1)}
+    (row,) = DigitsQuestion().compare(make_shots(SEVEN, CELLS[:28]), unsure, random_columns(1, 28))
+    assert (row.metric, row.value, row.low, row.high) == ("clean_replacement", None, None, None)
+
+
+def test_pictures_end_to_end() -> None:
+    from metric_tools import pictures
+
+    question, images = make_digits(SEVEN), pictures(5)
+    found = question.read(images)
+    assert {k: v.shape for k, v in found.items()} == {"digit": (5, 10), "ink": (5, 5), "features": (5, 64)}
+    assert {k: v.shape for k, v in question.read([]).items()} == {"digit": (0, 10), "ink": (0, 5), "features": (0, 64)}
+    for key, values in question.read(images[::-1]).items():
+        assert values[::-1] == pytest.approx(found[key], abs=1e-6)
+    digit, ink = question.words(found, 3).split()
+    assert (digit, ink) == (DIGITS[found["digit"][3].argmax()], INKS[found["ink"][3].argmax()])
+    card = question.card()
+    assert card.detector == question.name
+    assert card.weights.startswith("sha256:")
+
+
+def test_a_concept_that_is_no_digit() -> None:
+    sven = Concept("sven", "sven", "a digit", label="sevn")
+    with pytest.raises(UsageError, match=r'"sevn".*Did you mean "seven"'):
+        make_digits(sven)
+    with pytest.raises(UsageError, match="sevn"):
+        DigitsQuestion().count(make_shots(sven, CELLS), random_columns(0))

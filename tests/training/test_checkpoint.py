@@ -1,0 +1,407 @@
+"""A run that is killed, interrupted or out of disk goes on as if nothing had happened, or says what it needs."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from accelerate import Accelerator
+from PIL import Image
+from train_runs import ADAPTER, Config, flags, make, rendered, settings
+
+from sd_unlearn import cli
+from sd_unlearn.errors import UnlearnError, UsageError
+from sd_unlearn.io.run_folder import read_json, read_jsonl, weights_sha256
+from sd_unlearn.training import checkpoint, loop, trainer
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def place(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return rendered(tmp_path_factory.mktemp("place"), tiny_base)
+
+
+@pytest.fixture(scope="module")
+def make_config(place: Path, tiny_base: Path) -> Config:
+    return lambda output, **changes: make(place, tiny_base, output, **changes)
+
+
+@pytest.fixture(scope="module")
+def whole(make_config: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run that nothing happened to; not to be changed."""
+    return trainer.run(make_config(tmp_path_factory.mktemp("runs") / "whole", checkpointing_steps=0))
+
+
+@pytest.fixture
+def stopped(make_config: Config, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run that Ctrl-C ended after step 7."""
+    with interrupt_after(7, monkeypatch), pytest.raises(KeyboardInterrupt):
+        trainer.run(make_config("run", checkpointing_steps=3))
+    return Path("run")
+
+
+@contextmanager
+def interrupt_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A real SIGINT to this process while step `steps` is being taken."""
+    step, taken = loop.Tools.step, []
+
+    def counted(self: loop.Tools, *arguments: object) -> object:
+        taken.append(1)
+        if len(taken) == steps:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(self, *arguments)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Tools, "step", counted)
+        yield
+
+
+@contextmanager
+def full_disk() -> Iterator[Callable[[int], None]]:
+    """Yields fill(bytes): from then on no file may grow beyond that, till the end.
+
+    What is printed goes nowhere: a progress bar that could not be written would keep tqdm's lock for ever.
+    """
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        with redirect_stderr(io.StringIO()):
+            yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def same(run: Path, whole: Path) -> bool:
+    """Whether two runs ended with the same LoRA and logged the same figures, to the last bit."""
+    logs = [(folder / "metrics.jsonl").read_text() for folder in (run, whole)]
+    return (run / ADAPTER).read_bytes() == (whole / ADAPTER).read_bytes() and logs[0] == logs[1]
+
+
+def test_killed_at_five_random_moments_it_ends_as_if_it_had_not_been(place: Path, tiny_base: Path, whole: Path) -> None:
+    """A checkpoint every step, so that many of the moments lie within a save."""
+    command = [
+        sys.executable, "-m", "sd_unlearn.cli", "train", *flags(settings(place, tiny_base)),
+        "--output_dir", "run", "--resume_from_checkpoint", "latest",
+    ]  # fmt: skip
+    moments, output, errors = random.Random(5), Path("run"), Path("errors.txt")
+    for number in range(5):
+        with errors.open("w") as sink:
+            process = subprocess.Popen(command, stderr=sink, stdout=sink, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        reach = 4 * number + moments.randrange(4)
+        wait_for(lambda reach=reach: "Forgetting" in errors.read_text() and newest(output) >= reach, process)
+        time.sleep(moments.uniform(0, 0.08))  # about a step and its save
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL, errors.read_text()
+        assert not (output / "training.json").exists()
+    assert checkpoint.found(output), "no kill came after a checkpoint"
+    subprocess.run(command, check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert same(output, whole)
+    assert {p.name for p in (output / "checkpoints").iterdir()} == {"step-000023", "step-000024"}
+    assert not [p for p in output.rglob("*") if p.name.endswith((".tmp", ".old"))]
+
+
+def newest(output: Path) -> int:
+    """The step of the newest checkpoint, 0 before the first."""
+    return max((int(p.name.removeprefix("step-")) for p in checkpoint.found(output)), default=0)
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen) -> None:
+    end = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None, "it ended by itself"
+        assert time.monotonic() < end, "it never started"
+        time.sleep(0.005)
+
+
+def test_ctrl_c_saves_and_the_run_goes_on(
+    stopped: Path, make_config: Config, whole: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert [p.name for p in checkpoint.found(stopped)] == ["step-000006", "step-000007"]
+    assert not (stopped / "training.json").exists()
+    trainer.run(make_config("run", resume_from_checkpoint="latest"))
+    assert "Going on from run/checkpoints/step-000007" in capsys.readouterr().err
+    assert same(stopped, whole)
+    record = read_json(stopped / "training.json")
+    assert yaml.safe_load((stopped / "config.yaml").read_text())["resume_from_checkpoint"] is None
+    assert record["cost"]["steps"] == 24
+    assert record["cost"]["images_seen"] == read_json(whole / "training.json")["cost"]["images_seen"]
+
+
+def test_the_command_says_how_to_go_on(
+    place: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with interrupt_after(2, monkeypatch):
+        assert cli.main(["train", *flags(settings(place, tiny_base)), "--output_dir", "run"]) == 130
+    said = capsys.readouterr().err
+    assert "Saved step 2 of 24 in run. Go on with --resume_from_checkpoint latest." in said
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"optimizer": "adamw8bit"}, {"method": "full", "lora_dropout": 0.0, "target": "noise"},
+     {"method": "full", "lora_dropout": 0.0},
+     {"train_text_encoder": True}, {"use_dora": True, "lora_targets": "all_linear+conv"},
+     {"probe_steps": 3, "gradient_share_steps": 2, "validation_steps": 5}],
+)  # fmt: skip
+def test_every_kind_of_run_goes_on_exactly(
+    make_config: Config, monkeypatch: pytest.MonkeyPatch, options: dict[str, object]
+) -> None:
+    usual = {"max_train_steps": 10, "checkpointing_steps": 4, **options}
+    whole = trainer.run(make_config("whole", **usual))
+    with interrupt_after(6, monkeypatch), pytest.raises(KeyboardInterrupt):
+        trainer.run(make_config("run", **usual))
+    for resume in ("run/checkpoints/step-000004", "latest"):
+        trainer.run(make_config("run", **usual, resume_from_checkpoint=resume))
+        assert weights_sha256(Path("run")) == weights_sha256(whole)
+        lines = [read_jsonl(folder / "metrics.jsonl") for folder in (Path("run"), whole)]
+        assert [line | {"seconds": 0} for line in lines[0]] == [line | {"seconds": 0} for line in lines[1]]
+        Path("run/training.json").unlink()
+
+
+def test_an_unfinished_run_is_not_lost_by_the_same_command(stopped: Path, make_config: Config) -> None:
+    before = {p: p.stat().st_mtime_ns for p in stopped.rglob("*")}
+    with pytest.raises(UsageError, match=r"step-000007.*--resume_from_checkpoint latest.*--overwrite"):
+        trainer.run(make_config("run"))
+    assert {p: p.stat().st_mtime_ns for p in stopped.rglob("*")} == before
+    trainer.run(make_config("run", overwrite=True, max_train_steps=2))
+    assert [p.name for p in checkpoint.found(stopped)] == ["step-000001", "step-000002"]
+
+
+def test_latest_starts_where_nothing_was_saved(
+    make_config: Config, whole: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert same(trainer.run(make_config("run", resume_from_checkpoint="latest")), whole)
+    assert "run holds no checkpoint yet" in capsys.readouterr().err
+
+
+def test_an_earlier_checkpoint_by_its_path(stopped: Path, make_config: Config, whole: Path) -> None:
+    path = stopped / "checkpoints" / "step-000006"
+    trainer.run(make_config("run", resume_from_checkpoint=str(path)))
+    assert same(stopped, whole)
+    with pytest.raises(UsageError, match=r"nowhere is no checkpoint.*step-0000"):
+        trainer.run(make_config("run", resume_from_checkpoint="nowhere"))
+
+
+def test_a_finished_run_has_nothing_to_go_on_with(
+    whole: Path, make_config: Config, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer.run(make_config("run", max_train_steps=4))
+    before = {p: p.stat().st_mtime_ns for p in Path("run").rglob("*")}
+    trainer.run(make_config("run", max_train_steps=4, resume_from_checkpoint="latest"))
+    assert "run is finished" in capsys.readouterr().err
+    assert {p: p.stat().st_mtime_ns for p in Path("run").rglob("*")} == before
+
+
+def test_a_finished_run_without_checkpoints_is_not_trained_again(
+    whole: Path, make_config: Config, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Saved without them, or they were deleted since: the command that may be repeated must not empty the folder."""
+    run = shutil.copytree(whole, Path("run"))
+    before = {p: p.stat().st_mtime_ns for p in run.rglob("*")}
+    for forced in (False, True):
+        assert trainer.run(make_config("run", resume_from_checkpoint="latest", force_resume=forced)) == run
+        assert "run is finished" in capsys.readouterr().err
+    assert {p: p.stat().st_mtime_ns for p in run.rglob("*")} == before
+
+
+@pytest.mark.parametrize("part", ["write_concept", "write_text"])
+def test_a_run_killed_while_its_folder_is_made_can_be_started_again(
+    make_config: Config, whole: Path, monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, part, killed)
+        with pytest.raises(KeyboardInterrupt):
+            trainer.run(make_config("run", resume_from_checkpoint="latest"))
+    assert same(trainer.run(make_config("run", resume_from_checkpoint="latest")), whole)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [({"beta": 0.3}, r"--beta was 0\.\d+ and is 0\.3"), ({"push": 1.0}, "--push was 2.0 and is 1.0"),
+     ({"caption_mode": "own"}, "--caption_mode was both and is own"), ({"seed": 1}, "--seed"),
+     ({"max_train_steps": 30}, "--max_train_steps was 24 and is 30"), ({"learning_rate": 1e-3}, "--learning_rate")],
+)  # fmt: skip
+def test_a_changed_option_is_refused_by_name(
+    stopped: Path, make_config: Config, place: Path, change: dict[str, object], told: str
+) -> None:
+    data = shutil.copytree(place / "data", Path("photos"))  # as own photos: the same pictures whatever the seed
+    for name in ("manifest.json", "settings.json"):
+        (data / name).unlink()
+    before = read_json(checkpoint.found(stopped)[-1] / "checkpoint.json")
+    config = make_config("run", resume_from_checkpoint="latest", data_dir=data, **({"beta": before["--beta"]} | change))
+    with pytest.raises(UsageError, match=rf"{told}.*--force_resume"):
+        trainer.run(config)
+    assert not (stopped / "training.json").exists()
+
+
+def test_what_does_not_matter_may_change(stopped: Path, make_config: Config, whole: Path, place: Path) -> None:
+    elsewhere = shutil.copytree(place / "data", Path("elsewhere"))
+    options = {"data_dir": elsewhere, "checkpoints_total_limit": 1, "checkpointing_steps": 5, "max_skipped_steps": 3}
+    trainer.run(make_config("run", resume_from_checkpoint="latest", **options))
+    assert same(stopped, whole)
+    assert [p.name for p in checkpoint.found(stopped)] == ["step-000020"]
+
+
+def test_forced_it_goes_on_all_the_same(stopped: Path, make_config: Config, whole: Path) -> None:
+    trainer.run(make_config("run", resume_from_checkpoint="latest", force_resume=True, push=1.0))
+    assert read_json(stopped / "training.json")["push"] == 1.0
+    assert not same(stopped, whole)
+
+
+def test_forced_the_learning_rate_is_the_one_that_is_given(stopped: Path, make_config: Config) -> None:
+    """It is what a run that diverged is told to lower."""
+    trainer.run(make_config("run", resume_from_checkpoint="latest", force_resume=True, learning_rate=1e-4))
+    rates = [line["lr"] for line in read_jsonl(stopped / "metrics.jsonl")]
+    assert len(rates) == 3
+    assert 0 < max(rates) < 1e-4
+
+
+def test_forced_it_goes_on_with_fewer_images_and_other_captions(
+    stopped: Path, make_config: Config, place: Path
+) -> None:
+    data = shutil.copytree(place / "data", Path("photos"))
+    for path in (*data.glob("*.json"), *data.glob("*/*.jsonl"), *data.glob("*/keep*"), *data.glob("*/*-0000[2-9].png")):
+        path.unlink(missing_ok=True)
+    options = {"data_dir": data, "caption_mode": "own", "train_batch_size": 4}
+    trainer.run(make_config("run", resume_from_checkpoint="latest", force_resume=True, **options))
+    assert read_json(stopped / "training.json")["caption_mode"] == "own"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"rank": 3}, {"lora_targets": "attention+mlp"}, {"use_dora": True}, {"train_text_encoder": True},
+     {"method": "full", "lora_dropout": 0.0}, {"optimizer": "adamw8bit"}],
+)  # fmt: skip
+def test_not_even_by_force_do_weights_go_where_they_do_not_fit(
+    stopped: Path, make_config: Config, change: dict[str, object]
+) -> None:
+    name = next(iter(change))
+    with pytest.raises(UsageError, match=rf"--{name} was .*cannot put its weights"):
+        trainer.run(make_config("run", resume_from_checkpoint="latest", force_resume=True, **change))
+    assert checkpoint.found(stopped)
+
+
+def test_checkpoints_of_a_way_that_was_left_go_before_new_ones() -> None:
+    accelerator, weights = Accelerator(), {"w": torch.zeros(1)}
+    for step, limit in ((3, 3), (6, 3), (9, 3), (4, 1)):  # at last it went on from step 3 again
+        checkpoint.save(Path("run"), step, weights, {}, {}, accelerator, limit)
+    assert [p.name for p in checkpoint.found(Path("run"))] == ["step-000004"]
+
+
+def test_other_images_are_refused(stopped: Path, make_config: Config, place: Path) -> None:
+    data = shutil.copytree(place / "data", Path("data"))
+    Image.new("RGB", (32, 32), (1, 2, 3)).save(data / "1_positive" / "positive-00001.png")
+    with pytest.raises(UsageError, match=r"of another run: data was \w+ and is \w+"):
+        trainer.run(make_config("run", resume_from_checkpoint="latest", data_dir=data))
+
+
+def test_a_full_disk_costs_only_the_new_checkpoint(stopped: Path, make_config: Config, whole: Path) -> None:
+    before = {p: p.read_bytes() for p in (stopped / "checkpoints").rglob("*") if p.is_file()}
+    with full_disk() as fill:
+        fill(8000)  # metrics.jsonl fits, a checkpoint does not
+        with pytest.raises(UnlearnError, match=r"Cannot write the checkpoint.*step-000008.*step-000007.*latest"):
+            trainer.run(make_config("run", resume_from_checkpoint="latest"))
+    assert {p: p.read_bytes() for p in (stopped / "checkpoints").rglob("*") if p.is_file()} == before
+    trainer.run(make_config("run", resume_from_checkpoint="latest"))
+    assert same(stopped, whole)
+
+
+@pytest.mark.parametrize("at", [10, 25])
+def test_a_disk_that_fills_up_while_a_line_is_logged_or_the_end_is_written(
+    stopped: Path, make_config: Config, whole: Path, monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
+    name = (loop.Tools, "step") if at == 10 else (trainer, "_close_run")
+    real, taken = getattr(*name), list(range(8, 30))
+
+    with monkeypatch.context() as patch, full_disk() as fill:
+
+        def filled(*arguments: object) -> object:
+            if at == 25 or taken.pop(0) == at:
+                fill(100)
+            return real(*arguments)
+
+        patch.setattr(*name, filled)
+        with pytest.raises(UnlearnError, match=r"Cannot write to run: .*step-0000.*--resume_from_checkpoint latest"):
+            trainer.run(make_config("run", resume_from_checkpoint="latest", checkpointing_steps=24))
+    trainer.run(make_config("run", resume_from_checkpoint="latest"))
+    assert same(stopped, whole)
+
+
+def test_a_logged_line_that_was_cut_short_is_no_reason_not_to_go_on(
+    stopped: Path, make_config: Config, whole: Path
+) -> None:
+    (stopped / "metrics.jsonl").write_text('{"step": 5, "lo')
+    trainer.run(make_config("run", resume_from_checkpoint="latest"))
+    assert same(stopped, whole)
+
+
+@pytest.mark.parametrize("name", ["state.pt", "weights.safetensors"])
+def test_a_damaged_checkpoint_is_named(stopped: Path, make_config: Config, name: str) -> None:
+    path = checkpoint.found(stopped)[-1] / name
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(UsageError, match=r"step-000007 cannot be read"):
+        trainer.run(make_config("run", resume_from_checkpoint="latest"))
+
+
+def test_another_number_of_processes_is_refused(stopped: Path, make_config: Config) -> None:
+    path = checkpoint.found(stopped)[-1] / "checkpoint.json"
+    path.write_text(json.dumps(read_json(path) | {"processes": 2}))
+    with pytest.raises(UsageError, match="processes was 2 and is 1"):
+        trainer.run(make_config("run", resume_from_checkpoint="latest"))
+
+
+def test_the_random_states_of_more_gpus_than_there_are_now_do_no_harm(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[list[torch.Tensor]] = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_rng_state_all", given.append)
+    checkpoint.restore_random_state(checkpoint.random_state() | {"cuda": [torch.zeros(16), torch.ones(16)]})
+    assert [len(states) for states in given] == [1]
+
+
+def test_random_states_come_back() -> None:
+    state = checkpoint.random_state()
+    first = (random.random(), np.random.rand(), torch.rand(1).item(), random.gauss(0, 1))
+    checkpoint.restore_random_state(state)
+    assert (random.random(), np.random.rand(), torch.rand(1).item(), random.gauss(0, 1)) == first
+
+
+def test_two_processes_go_on_as_two(place: Path, tiny_base: Path) -> None:
+    """Each gets its own random state back. A run of one cannot go on with what two have saved."""
+    options = settings(place, tiny_base) | {"max_train_steps": 4, "checkpointing_steps": 2}
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "sd_unlearn.cli",
+        "train", *flags(options), "--output_dir", "run",
+    ]  # fmt: skip
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    subprocess.run(command, check=True, capture_output=True, env=environment)
+    whole = shutil.copytree("run", Path("whole"))
+    for name in ("training.json", "adapter", "checkpoints/step-000004"):  # as if killed after step 2
+        path = Path("run", name)
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    with pytest.raises(UsageError, match="processes was 2 and is 1"):
+        trainer.run(
+            make(place, tiny_base, "run", max_train_steps=4, checkpointing_steps=2, resume_from_checkpoint="latest")
+        )
+    again = [*command, "--resume_from_checkpoint", "latest"]
+    subprocess.run(again, check=True, capture_output=True, env=environment)
+    assert same(Path("run"), whole)

@@ -1,0 +1,137 @@
+"""One step's gradient, whole or cut: equal to 1e-5, also where the parts' own signs differ from the whole's."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from gradient_cases import CASES, PU, Case, Linear, step
+from torch import Tensor
+
+from sd_unlearn.data.batches import Batch
+from sd_unlearn.objectives.pu import LOGGED
+from sd_unlearn.training.gradients import accumulate_gradients
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+TWO_PROCESSES = {name: CASES[name] for name in ("pu", "all")} | {"supervised": replace(PU, risk="supervised")}
+
+
+def gradient(
+    parts: int, scale: float, correction: str, assumed: Tensor | None = None, dropout: float = 0.0, case: Case = PU
+) -> tuple[Tensor, dict[str, float], Tensor]:
+    model, objective, batches = Linear(dropout), case.objective(correction), step(parts, scale, case)
+    torch.manual_seed(0)
+    logs, brackets = accumulate_gradients(Accelerator(cpu=True), model, model, objective, batches, assumed)
+    assert model.weight.grad is not None
+    return model.weight.grad, dict(zip(LOGGED, logs.tolist(), strict=True)), brackets
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_the_parts_here_differ_in_sign(case: Case) -> None:
+    objective, model = case.objective("abs"), Linear()
+    brackets = torch.stack([objective.terms(model(batch), batch).brackets for batch in step(4, 5.0, case)])
+    assert (brackets[:, 1] < 0).any()
+    assert (brackets[:, 1] > 0).any()
+    assert brackets.mean(0)[1] < 0 < brackets.mean(0)[0]
+
+
+@pytest.mark.parametrize("correction", ["abs", "nn", "none"])
+@pytest.mark.parametrize(("parts", "scale"), product([2, 4], [0.1, 5.0]))
+@pytest.mark.parametrize("assumed", [None, (1.0, -1.0), (-1.0, 1.0)])
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_micro_batches_give_the_whole_batchs_gradient(
+    parts: int, scale: float, correction: str, assumed: tuple[float, float] | None, case: Case
+) -> None:
+    """Whatever was assumed of the signs before."""
+    before = None if assumed is None else torch.tensor(assumed)
+    want, logs, brackets = gradient(1, scale, correction, case=case)
+    got, cut_logs, cut_brackets = gradient(parts, scale, correction, before, case=case)
+    assert torch.allclose(got, want, rtol=1e-9, atol=1e-12)
+    assert torch.allclose(cut_brackets, brackets)
+    assert cut_logs == pytest.approx(logs, rel=1e-5)
+
+
+@pytest.mark.parametrize("risk", ["supervised", "unsupervised"])
+@pytest.mark.parametrize("scale", [0.1, 5.0])
+def test_micro_batches_of_a_baseline_are_gone_through_once(risk: str, scale: float) -> None:
+    """No sign decides its gradient, so none is asked for again."""
+    found = []
+    for parts in (1, 4):
+        model, seen = Linear(), []
+        objective = replace(PU.objective("abs"), risk=risk)
+
+        def losses(batch: Batch, model: Linear = model, seen: list[Batch] = seen) -> Tensor:
+            seen.append(batch)
+            return model(batch)
+
+        batches, assumed = step(parts, scale), torch.tensor([-1.0, -1.0])
+        logs, _ = accumulate_gradients(Accelerator(cpu=True), model, losses, objective, batches, assumed)
+        assert len(seen) == parts
+        assert model.weight.grad is not None
+        found.append((model.weight.grad, logs))
+    assert torch.allclose(found[0][0], found[1][0], rtol=1e-9, atol=1e-12)
+    assert found[0][1].tolist() == pytest.approx(found[1][1].tolist(), rel=1e-5)
+
+
+def test_a_second_pass_sees_the_same_dropout() -> None:
+    _, _, brackets = gradient(4, 5.0, "abs", dropout=0.5)
+    once, twice = (gradient(4, 5.0, "abs", assumed, dropout=0.5) for assumed in (brackets, -brackets))
+    assert torch.equal(once[0], twice[0])
+    assert once[1] == twice[1]
+
+
+@pytest.mark.parametrize("correction", ["abs", "nn"])
+def test_two_processes_give_the_whole_batchs_gradient(correction: str, tmp_path: Path) -> None:
+    """Real ones, over gloo, one and two micro-batches each; the parts' own signs differ from the whole's."""
+    # torchrun, because `accelerate launch --cpu --num_processes 2` starts a single process unless mpirun is there
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [*launch, __file__, correction, str(tmp_path)],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+        capture_output=True, text=True, timeout=180,
+    )  # fmt: skip
+    for name, case in TWO_PROCESSES.items():
+        want, logs, _ = gradient(1, 5.0, correction, case=case)
+        for micro_batches in (1, 2):
+            found = tmp_path / f"{name}-{micro_batches}.pt"
+            assert found.is_file(), done.stderr
+            got, cut_logs = torch.load(found)
+            assert torch.allclose(got, want, rtol=1e-9, atol=1e-12)
+            assert dict(zip(LOGGED, cut_logs.tolist(), strict=True)) == pytest.approx(logs, rel=1e-5)
+
+
+def one_of_two_processes(correction: str, folder: str) -> None:
+    """What `accelerate launch` runs: this file."""
+    accelerator = Accelerator(cpu=True)
+    for (name, case), micro_batches in product(TWO_PROCESSES.items(), (1, 2)):
+        model = accelerator.prepare(Linear())
+        mine = step(2 * micro_batches, 5.0, case)[accelerator.process_index :: 2]
+        logs, _ = accumulate_gradients(accelerator, model, model, case.objective(correction), mine, None)
+        if accelerator.is_main_process:
+            assert accelerator.num_processes == 2
+            torch.save((model.module.weight.grad, logs), f"{folder}/{name}-{micro_batches}.pt")
+    accelerator.wait_for_everyone()
+    os._exit(0)  # all is saved: what gloo's threads do to each other while Python shuts down is no concern of ours
+
+
+def test_signs_of_single_parts_would_give_another_gradient() -> None:
+    """What this module is for: |R| of each micro-batch is not |R| of the step."""
+    model, objective = Linear(), PU.objective("abs")
+    for batch in step(4, 5.0):
+        (objective.loss(objective.terms(model(batch), batch)) / 4).backward()
+    want, _, _ = gradient(1, 5.0, "abs")
+    assert model.weight.grad is not None
+    assert (model.weight.grad - want).norm() > 0.1 * want.norm()
+
+
+if __name__ == "__main__":
+    one_of_two_processes(*sys.argv[1:])

@@ -1,0 +1,304 @@
+"""The loop: steps that are not finite, probes, the best so far, stopping early, the moving average."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
+from train_runs import ADAPTER, Config, make, rendered
+
+from sd_unlearn.data.batches import Batch
+from sd_unlearn.data.dataset import Example
+from sd_unlearn.errors import UnlearnError, UsageError
+from sd_unlearn.io.run_folder import read_json, read_jsonl
+from sd_unlearn.training import checkpoint, loop, setup, trainer
+from sd_unlearn.training.probe import RatioProbe, Verdict, hold_out
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def place(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return rendered(tmp_path_factory.mktemp("place"), tiny_base)
+
+
+@pytest.fixture(scope="module")
+def make_config(place: Path, tiny_base: Path) -> Config:
+    def plain(output: Path | str, **changes: object) -> object:
+        usual = {"checkpointing_steps": 0, "lora_dropout": 0.0, "ema_decay": None, "max_train_steps": 12,
+                 "gradient_accumulation_steps": 1}  # fmt: skip
+        return make(place, tiny_base, output, **(usual | changes))
+
+    return plain  # type: ignore[return-value]
+
+
+def spoil(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
+    """Make the losses of these steps NaN."""
+    losses, taken = loop.example_losses, []
+
+    def spoiled(*arguments: object, **options: object) -> torch.Tensor:
+        taken.append(1)
+        found = losses(*arguments, **options)  # type: ignore[arg-type]
+        return found * float("nan") if len(taken) in steps else found
+
+    monkeypatch.setattr(loop, "example_losses", spoiled)
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_counted(make_config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    spoil(monkeypatch, {3, 4, 10})
+    run = trainer.run(make_config("run"))
+    at_ten, at_end = read_jsonl(run / "metrics.jsonl")
+    assert (at_ten["skipped_steps"], at_end["skipped_steps"]) == (3, 3)
+    assert at_ten["loss"] is None  # step 10 was one of them
+    assert at_end["loss"] > 0
+    assert all(value.isfinite().all() for value in load_file(run / ADAPTER).values())
+
+
+def test_too_many_in_a_row_end_the_run_with_the_last_good_state(
+    make_config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"max_train_steps": 40, "max_skipped_steps": 5, "checkpointing_steps": 2}
+    with monkeypatch.context() as patch:
+        spoil(patch, set(range(8, 100)))
+        with pytest.raises(UnlearnError, match=r"step 20.*13 steps in a row.*step-000006.*--learning_rate"):
+            trainer.run(make_config("run", **options))
+    assert not Path("run/training.json").exists()
+    assert [p.name for p in checkpoint.found(Path("run"))] == ["step-000004", "step-000006"]
+    run = trainer.run(make_config("run", **options, resume_from_checkpoint="latest"))
+    assert read_jsonl(run / "metrics.jsonl")[-1]["skipped_steps"] == 0
+
+
+@pytest.mark.parametrize("shown", ["scores", "nothing better"])
+def test_the_best_so_far_is_kept_and_a_run_that_gets_no_better_ends(
+    make_config: Config, monkeypatch: pytest.MonkeyPatch, shown: str
+) -> None:
+    scores = iter([0.1, 0.7, 0.3, 0.2, 0.9] if shown == "scores" else [0.5, 0.1, 0.1])
+    weights: list[dict[str, torch.Tensor]] = []
+
+    def judged(self: object) -> Verdict:
+        weights.append(self.student.state())  # type: ignore[attr-defined]
+        score = next(scores)
+        return Verdict({"probe_ratio": score}, score)
+
+    monkeypatch.setattr("sd_unlearn.training.probe.RatioProbe.__call__", judged)
+    run = trainer.run(make_config("run", probe_steps=2, early_stopping_patience=2))
+    best, end = (2, 4) if shown == "scores" else (1, 3)
+    record, of_best = read_json(run / "training.json"), read_json(run / "best" / "training.json")
+    assert (record["cost"]["steps"], of_best["cost"]["steps"]) == (2 * end, 2 * best)
+    assert record["cost"]["stopped"] == "no better probe in 2"
+    names = {name.replace(".default", ""): value for name, value in weights[best - 1].items()}
+    for name, value in load_file(run / "best" / ADAPTER).items():
+        assert torch.equal(value, names[name.removeprefix("")])
+    assert (run / "best" / ADAPTER).read_bytes() != (run / ADAPTER).read_bytes()
+    probes = [line for line in read_jsonl(run / "metrics.jsonl") if "probe_ratio" in line]
+    assert [line["images"] for line in probes] == [16 * n for n in range(1, end + 1)]
+    assert all({"step", "seconds"} <= set(line) for line in probes)
+
+
+def test_the_ratio_probe_sees_a_concept_being_forgotten(make_config: Config) -> None:
+    """Against the noise with a beta near 1 and no correction, the positives' loss must rise over the others'."""
+    options = {"probe_steps": 20, "max_train_steps": 60, "learning_rate": 0.03, "lora_targets": "all_linear+conv"}
+    run = trainer.run(make_config("run", **options, target="noise", beta=0.9, correction="none"))
+    ratios = [line["probe_ratio"] for line in read_jsonl(run / "metrics.jsonl") if "probe_ratio" in line]
+    assert len(ratios) == 3
+    assert ratios[-1] > 1.001
+
+
+def test_the_ratio_probe_sees_the_network_without_dropout(make_config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, alike, mode = RatioProbe.__call__, [], []
+
+    def twice(self: RatioProbe) -> Verdict:
+        alike.append(real(self) == real(self))
+        mode.append(self.student.model.training)
+        return real(self)
+
+    monkeypatch.setattr(RatioProbe, "__call__", twice)
+    options = {"probe_steps": 4, "learning_rate": 0.03, "lora_dropout": 0.5}
+    run = trainer.run(make_config("run", **options))
+    assert (alike, mode) == ([True] * 3, [True] * 3)
+    ratios = [line["probe_ratio"] for line in read_jsonl(run / "metrics.jsonl") if "probe_ratio" in line]
+    assert ratios[-1] != ratios[0]
+
+
+def test_images_of_every_set_are_held_out() -> None:
+    sets = [Example(Path(f"{n}"), "", "positive", n >= 4) for n in range(44)]
+    others = [Example(Path(f"u{n}"), "", "generic") for n in range(40)]
+    for seed in range(20):
+        kept, held = hold_out([*sets, *others], seed)
+        assert sorted(kept + held) == list(range(84))
+        assert [sum(low <= i < high for i in held) for low, high in ((0, 4), (4, 44), (44, 84))] == [2, 4, 4]
+    with pytest.raises(UsageError, match="one has 3"):
+        hold_out([*sets[1:], *others], 0)
+
+
+def test_too_few_images_to_hold_any_out_are_refused_before_a_base_is_loaded(
+    make_config: Config, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(trainer, "load_base", lambda *_: pytest.fail("a base was loaded"))
+    with pytest.raises(UsageError, match="one has 3; give 4"):
+        trainer.run(make_config("run", probe_steps=1, num_positive=3, data_dir=tmp_path / "data"))
+    assert not (tmp_path / "data").exists()
+
+
+def test_a_run_interrupted_as_it_ends_early_is_not_trained_further(
+    make_config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def judged(self: object) -> Verdict:
+        os.kill(os.getpid(), signal.SIGINT)
+        return Verdict({"probe_ratio": 0.0}, -math.inf)
+
+    monkeypatch.setattr("sd_unlearn.training.probe.RatioProbe.__call__", judged)
+    options = {"probe_steps": 4, "early_stopping_patience": 1}
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run(make_config("run", **options))
+    run = trainer.run(make_config("run", **options, resume_from_checkpoint="latest"))
+    assert read_json(run / "training.json")["cost"]["steps"] == 4
+
+
+def test_previews_show_the_weights_that_will_be_saved(make_config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[dict[str, torch.Tensor]] = []
+    watched = "sd_unlearn.training.previews.Painter.preview"
+    monkeypatch.setattr(watched, lambda self, *_: seen.append(weights_of(self.network)))
+    run = trainer.run(make_config("run", validation_steps=12, ema_decay=0.9))
+    (shown,) = seen
+    for name, value in load_file(run / ADAPTER).items():
+        assert torch.equal(shown[name], value)
+
+
+def weights_of(network: Any) -> dict[str, torch.Tensor]:
+    return {n.replace(".default", ""): p.detach().clone() for n, p in network.named_parameters() if p.requires_grad}
+
+
+def test_shares_are_logged_when_they_were_asked_for(make_config: Config) -> None:
+    lines = read_jsonl(trainer.run(make_config("run", gradient_share_steps=4)) / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [4, 8, 10, 12]
+    assert ["share_u" in line for line in lines] == [True, True, False, True]
+
+
+def test_held_out_images_are_never_trained_on(make_config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    real = setup.StratifiedBatches
+
+    def watched(examples: list, *arguments: object, **options: object) -> object:
+        made.append(examples)
+        return real(examples, *arguments, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(setup, "StratifiedBatches", watched)
+    trainer.run(make_config("plain", max_train_steps=1))
+    trainer.run(make_config("probed", max_train_steps=1, probe_steps=1))
+    everything, kept = made
+    assert len(everything) - len(kept) == 4  # two positives and two generic images
+    assert len({e.path for e in everything} - {e.path for e in kept}) == 4
+
+
+def test_the_leakage_probe_stops_where_its_rule_says(make_config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the tiny base nothing is drawn, so the judge is told what to see; the drawing is real."""
+    from sd_unlearn.metrics.labels import Reading
+
+    class Told:
+        name, labels = "told", ("Brad Pitt", "a dog", "a cat")
+        rounds = 0
+
+        def read(self, images: list) -> Reading:
+            Told.rounds += 1
+            assert len(images) == 120
+            assert len({image.size for image in images}) == 1
+            seen = torch.zeros(120, 3)
+            for i in range(60):  # half of the concept in the first and the third round, none in the others
+                seen[i, 0 if Told.rounds in (1, 3) and i < 30 else 1] = 1
+                seen[60 + i, 1 + i % 2] = 1
+            return Reading({"label": self.labels}, {"label": seen.numpy()}, seen.numpy())
+
+    monkeypatch.setattr(setup, "make_judge", lambda concept: Told())
+    monkeypatch.setattr("sd_unlearn.training.probe.labels_of", lambda concept: Told.labels)
+    options = {"probe": "leakage", "probe_steps": 2, "stop_when_forgotten": True}
+    run = trainer.run(make_config("run", **options))
+    probes = [line for line in read_jsonl(run / "metrics.jsonl") if "probe_leakage" in line]
+    assert [line["probe_leakage"] for line in probes] == [0.5, 0.0, 0.5, 0.0, 0.0]
+    assert all(line["probe_retention"] == 1 for line in probes)
+    assert (read_json(run / "training.json")["cost"]["steps"], len(list((run / "best").iterdir()))) == (10, 4)
+    monkeypatch.setattr(trainer, "load_base", lambda *_: pytest.fail("a base was loaded"))
+    for Told.labels in (("Brad Pitt", "a bird"), ("a dog", "a cat")):
+        with pytest.raises(UsageError, match="--probe leakage: the judge of 'Brad Pitt' can read none .*a "):
+            trainer.run(make_config("other", **options))
+
+
+def test_the_saved_weights_are_the_moving_average(make_config: Config) -> None:
+    """A decay of 0 follows the weights so closely that there is hardly a difference; a large one does not."""
+    plain = load_file(trainer.run(make_config("plain")) / ADAPTER)
+    ups = [name for name in plain if "lora_B" in name]
+    distances = {}
+    for decay in (0.0, 0.9):
+        found = load_file(trainer.run(make_config(f"decay-{decay}", ema_decay=decay)) / ADAPTER)
+        distances[decay] = sum(float((found[name] - plain[name]).norm()) for name in ups)
+    assert distances[0.0] == 0
+    assert distances[0.9] > 1e-4
+
+
+def test_every_logged_figure_is_there(make_config: Config) -> None:
+    (line, _) = read_jsonl(trainer.run(make_config("run")) / "metrics.jsonl")
+    assert {"mean_u", "mean_s", "ratio", "bracket", "negative_brackets", "loss", "lr", "grad_norm"} <= set(line)
+    assert line["negative_brackets"] in (0, 1, 2)
+    assert json.dumps(line)
+
+
+def test_a_negative_bracket_is_counted(make_config: Config) -> None:
+    (line, _) = read_jsonl(trainer.run(make_config("run", beta=0.999, learning_rate=1e-9)) / "metrics.jsonl")
+    assert (line["bracket"] < 0) == (line["negative_brackets"] > 0)
+
+
+class Waiting(TorchDispatchMode):
+    """Raises where a GPU would be waited for: a value read on the host, or a result whose size is not known before."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        masks = [i for i in (args[1] if func in INDEXING else []) if i is not None and i.dtype == torch.bool]
+        if func in WAITS or masks:
+            raise AssertionError(f"waits for the device: {func}")
+        return func(*args, **(kwargs or {}))
+
+
+ATEN = torch.ops.aten
+WAITS = {ATEN._local_scalar_dense.default, ATEN.nonzero.default, ATEN.masked_select.default, ATEN.equal.default}
+INDEXING = {ATEN.index.Tensor, ATEN.index_put.default, ATEN.index_put_.default, ATEN._index_put_impl_.default}
+
+
+@pytest.mark.parametrize("target", ["teacher", "noise"])
+def test_no_step_waits_for_the_device(make_config: Config, monkeypatch: pytest.MonkeyPatch, target: str) -> None:
+    step, watched = loop.Tools.step, []
+
+    def watch(self: loop.Tools, *arguments: Any) -> Any:
+        with Waiting():
+            watched.append(1)
+            return step(self, *arguments)
+
+    monkeypatch.setattr(loop.Tools, "step", watch)
+    trainer.run(make_config("run", target=target, max_train_steps=3, ema_decay=0.9))
+    assert len(watched) == 3
+    with pytest.raises(AssertionError, match="waits"), Waiting():
+        torch.ones(3)[torch.tensor([True, False, True])]
+    with pytest.raises(AssertionError, match="waits"), Waiting():
+        torch.ones(1).item()
+
+
+def test_no_networks_are_kept_that_are_not_needed(make_config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    held = {}
+    losses = loop.example_losses
+
+    def watched(denoiser: object, batch: Batch, *arguments: object) -> torch.Tensor:
+        held.update(vae=bases[0].pipeline.vae, text_encoder=bases[0].pipeline.text_encoder)
+        return losses(denoiser, batch, *arguments)  # type: ignore[arg-type]
+
+    bases: list = []
+    load = trainer.load_base
+    monkeypatch.setattr(trainer, "load_base", lambda *a: bases.append(load(*a)) or bases[0])
+    monkeypatch.setattr(loop, "example_losses", watched)
+    trainer.run(make_config("run", max_train_steps=1))
+    assert held == {"vae": None, "text_encoder": None}
