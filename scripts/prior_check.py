@@ -21,10 +21,10 @@ from PIL import Image
 from sd_unlearn.data.dataset import Example, encode_images
 from sd_unlearn.data.embeddings import embed
 from sd_unlearn.data.prior import Embedded, Estimate, estimate_beta
-from sd_unlearn.data.render import ImageRequest, Sampler, draw_missing
-from sd_unlearn.io.run_folder import EVALUATE_SEEDS, image_seed
 from sd_unlearn.metrics.digits import DigitsJudge
-from sd_unlearn.models.base import DIGITS, Base, load_base, sampling_of
+from sd_unlearn.models.base import DIGITS, Base, load_base
+from sd_unlearn.models.sampling import ImageRequest, Sampler, draw_missing, sampling_of
+from sd_unlearn.seeds import EVALUATE_SEEDS, image_seed
 
 POOL = Path("build/prior_check")
 GENERIC, GENERIC_COUNT, CONCEPT_COUNT = "a photo of a handwritten digit", 1800, 1500

@@ -15,10 +15,10 @@ from cyclopts import App, Parameter
 
 from sd_unlearn import __version__
 from sd_unlearn.config.base import ExportConfig, RenderConfig, ReportConfig
-from sd_unlearn.config.checks import check_keys, read_yaml
 from sd_unlearn.config.evaluate import EvaluateConfig
 from sd_unlearn.config.train import TrainConfig
 from sd_unlearn.errors import UnlearnError, UsageError
+from sd_unlearn.io.files import check_keys, read_yaml
 from sd_unlearn.paper import commands as paper
 
 HELP = """Make Stable Diffusion forget a concept, and show that it did.

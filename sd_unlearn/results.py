@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from sd_unlearn.errors import UsageError
-from sd_unlearn.io.run_folder import RESULTS, read_json
+from sd_unlearn.io.files import read_json
+from sd_unlearn.io.run_folder import RESULTS
 
 SCHEMA_VERSION = 2
 BASE = "base"  # the subject without any LoRA
@@ -219,3 +220,41 @@ def _stray(results: dict[str, Any]) -> str | None:
 def as_json(item: Any) -> dict[str, Any]:
     """A row, difference, pair or card as results.json holds it."""
     return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(item).items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One figure of results.json. Every rate says what was counted, n and a 95 % interval."""
+
+    metric: str
+    group: str
+    subject: str  # base, or the id of a LoRA or folder of images
+    value: float | None  # None: unknown, e.g. a ratio over zero
+    n: int
+    low: float | None = None
+    high: float | None = None
+    detector: str = ""
+    interval: str = ""  # wilson | paired-bootstrap | bootstrap | none
+    note: str = ""
+    concept: str = ""
+    seeds: tuple[float, ...] | None = None  # the value for each of several seeds
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """One prompt and seed drawn with and without a LoRA; paths are relative to the folder of results.json."""
+
+    concept: str
+    subject: str
+    group: str
+    prompt: str
+    seed: int
+    base: str  # "" where there is none
+    image: str
+    expected: str = ""
+    base_read: str = ""
+    image_read: str = ""
+    leak: bool = False
+    lost: bool = False  # was as asked, and is no more
+    faces: tuple[tuple[float, ...], ...] = ()  # [x0, y0, x1, y1] as shares of width and height
+    base_faces: tuple[tuple[float, ...], ...] = ()

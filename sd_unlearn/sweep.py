@@ -18,7 +18,8 @@ from typing import Any
 import yaml
 
 from sd_unlearn import __version__
-from sd_unlearn.config.checks import as_dict, check_train, read_yaml
+from sd_unlearn.config.base import as_dict
+from sd_unlearn.config.checks import check_train
 from sd_unlearn.config.evaluate import EvaluateConfig
 from sd_unlearn.config.train import TrainConfig
 from sd_unlearn.data.concept import Concept, load_concept
@@ -26,16 +27,8 @@ from sd_unlearn.data.prior import ASSUMED_BETA, resolve_beta
 from sd_unlearn.data.render import data_dir_of, known_beta, plan
 from sd_unlearn.errors import UsageError
 from sd_unlearn.evaluation import evaluate
-from sd_unlearn.io.run_folder import (
-    CONCEPT,
-    DATA_MANIFEST,
-    RESULTS,
-    TRAINING,
-    check_writable,
-    weights_sha256,
-    write_json,
-    write_text,
-)
+from sd_unlearn.io.files import check_writable, read_yaml, write_json, write_text
+from sd_unlearn.io.run_folder import CONCEPT, DATA_MANIFEST, RESULTS, TRAINING, weights_sha256
 from sd_unlearn.models.source import find_base
 from sd_unlearn.report import sweep
 from sd_unlearn.report.sweep import SWEEP

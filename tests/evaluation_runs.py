@@ -8,7 +8,7 @@ import torch
 
 from sd_unlearn.config.train import Weights
 from sd_unlearn.data.concept import read_concept, write_concept
-from sd_unlearn.io.run_folder import write_json
+from sd_unlearn.io.files import write_json
 from sd_unlearn.models.base import load_base
 from sd_unlearn.models.student import make_student
 

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from sd_unlearn.config.base import ExportConfig
 from sd_unlearn.data.concept import Concept, write_concept
 from sd_unlearn.export import export
-from sd_unlearn.io.run_folder import write_json
+from sd_unlearn.io.files import write_json
 
 SLUG = "brad-pitt"
 MODULES = ("mid_block.attentions.0.transformer_blocks.0.attn1.to_out.0", "up_blocks.1.resnets.0.conv1")

@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from sd_unlearn.io.run_folder import write_json
+from sd_unlearn.io.files import write_json
 from sd_unlearn.paper.experiments import DIGITS, EXPERIMENTS
 from sd_unlearn.paper.settings import WITH_BRACKET
 from sd_unlearn.paper.tables.finished import PaperRun, _rows

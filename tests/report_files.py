@@ -9,7 +9,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFilter
 
-from sd_unlearn.io.run_folder import write_json
+from sd_unlearn.io.files import write_json
 
 CONCEPTS = (("seven", "seven"), ("brad-pitt", "Brad Pitt"), ("red-ink", "red ink"))
 READER, FACES = "digits-reader sha256:abcdef", "facenet vggface2 t=0.71"

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from sd_unlearn import cli, launch
-from sd_unlearn.io.run_folder import read_json
+from sd_unlearn.io.files import read_json
 from sd_unlearn.launch import Asked, Unclear, asked_in_vain, launch_tokens, read_command, threads_of_each
 
 ROOT = Path(__file__).parent.parent

@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 
 from sd_unlearn.errors import UsageError
-from sd_unlearn.io.run_folder import Row
-from sd_unlearn.results import BASE, as_json, judged, loras, read_results, upgrade, view
+from sd_unlearn.results import BASE, Row, as_json, judged, loras, read_results, upgrade, view
 
 
 def old(**changes: Any) -> dict[str, Any]:

@@ -11,9 +11,9 @@ import pytest
 from safetensors.torch import load_file
 
 from sd_unlearn.cli import main
-from sd_unlearn.data.render import Sampler, draw
 from sd_unlearn.models import lora
 from sd_unlearn.models.base import DIGITS_DIR, load_base
+from sd_unlearn.models.sampling import Sampler, draw
 
 ROOT = Path(__file__).parent.parent
 FEW = "--num_unlabeled 12 --num_positive 6 --num_keep 1 --max_train_steps 4 --validation_steps 2 --train_batch_size 8"
@@ -68,7 +68,7 @@ def test_seeds_of_render_and_evaluation_are_disjoint(run):
 def test_evaluating_again_draws_nothing_and_agrees(run, monkeypatch):
     monkeypatch.chdir(run.parent.parent)
     before = json.loads((run / "results.json").read_text())
-    monkeypatch.setattr("sd_unlearn.data.render.draw", lambda *_: pytest.fail("an image was drawn again"))
+    monkeypatch.setattr("sd_unlearn.models.sampling.draw", lambda *_: pytest.fail("an image was drawn again"))
     assert main(["evaluate", "--run", str(run), "--num_images", "10", "--num_keep_images", "2"]) == 0
     after = json.loads((run / "results.json").read_text())
     assert after["rows"] == before["rows"]

@@ -18,8 +18,9 @@ from sd_unlearn.config.train import TrainConfig
 from sd_unlearn.data.concept import Concept, load_concept, write_concept
 from sd_unlearn.errors import UsageError
 from sd_unlearn.evaluation import evaluate
-from sd_unlearn.io import run_folder
-from sd_unlearn.io.run_folder import read_json, weights_sha256, write_json
+from sd_unlearn.io import files
+from sd_unlearn.io.files import read_json, write_json
+from sd_unlearn.io.run_folder import weights_sha256
 from sd_unlearn.sweep import Point
 from sd_unlearn.training import trainer
 
@@ -249,7 +250,7 @@ def test_a_sweep_of_the_bundled_base(monkeypatch: pytest.MonkeyPatch, capsys: py
     assert len(set(shas)) == 2
     for run in record["runs"]:
         place = Path("runs/seven-sweep", run["folder"])
-        training = run_folder.read_json(place / "training.json")
+        training = files.read_json(place / "training.json")
         assert (training["beta"], training["push"]) == (run["beta"], run["push"])
         assert {r["metric"] for r in run["rows"]} == {"leakage", "clean_replacement", "retention", "drift"}
     page = Path("runs/seven-sweep/sweep.html").read_text(encoding="utf-8")

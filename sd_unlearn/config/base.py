@@ -1,5 +1,6 @@
 """One typed dataclass a command: field + help = flag, YAML key and record of the run. Imports no torch."""
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -158,3 +159,8 @@ class ReportConfig:
     max_pairs: Annotated[int, option("Before/after pairs in report.html at most; leaks and losses come first.")] = 1000
     config: Annotated[Path | None, option("YAML file with these options as keys.")] = None
     debug: Annotated[bool, option("Show tracebacks.")] = False
+
+
+def as_dict(config: Any) -> dict[str, Any]:
+    """A config as plain YAML/JSON values."""
+    return {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(config).items()}

@@ -2,53 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from pathlib import Path
 from typing import Any
-
-import yaml
 
 from sd_unlearn.config.base import RenderConfig
 from sd_unlearn.config.evaluate import EvaluateConfig
 from sd_unlearn.config.train import TrainConfig
-from sd_unlearn.errors import UsageError, suggest
-from sd_unlearn.io.run_folder import SEED_SPAN
-
-
-def as_dict(config: Any) -> dict[str, Any]:
-    """A config as plain YAML/JSON values."""
-    return {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(config).items()}
-
-
-def read_yaml(path: Path, option: str) -> dict[str, Any]:
-    """A YAML mapping.
-
-    Raises:
-        UsageError: when the file is missing, not YAML or not a mapping; names `option`.
-    """
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"{option} {path}: {error.strerror}.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{option} {path} is not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(data, dict):
-        raise UsageError(f"{option} {path} must hold keys and values, not {type(data).__name__}.")
-    return data
-
-
-def check_keys(data: dict[str, Any], known: set[str], where: str) -> None:
-    """Refuse the first unknown key, with the nearest known one.
-
-    Raises:
-        UsageError
-    """
-    for key in data:
-        if key not in known:
-            raise UsageError(
-                f'{where}: unknown key "{key}".{suggest(str(key), known)} Known: {", ".join(sorted(known))}.'
-            )
+from sd_unlearn.errors import UsageError
+from sd_unlearn.seeds import SEED_SPAN
 
 
 def check_render(config: RenderConfig) -> None:

@@ -15,9 +15,8 @@ from typing import Any
 
 import yaml
 
-from sd_unlearn.config.checks import check_keys, read_yaml
 from sd_unlearn.errors import UsageError, suggest
-from sd_unlearn.io.run_folder import slugify, write_text
+from sd_unlearn.io.files import check_keys, read_yaml, slugify, write_text
 
 KINDS = ("digit", "ink", "person", "style", "object", "nudity", "other")
 HOME = Path(__file__).parent.parent

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from sd_unlearn.data.concept import Concept
 from sd_unlearn.errors import UsageError
-from sd_unlearn.io.run_folder import IMAGE_SUFFIXES, METADATA, NEGATIVE, POSITIVE, UNLABELED, read_jsonl_lines
+from sd_unlearn.io.files import read_jsonl_lines
+from sd_unlearn.io.run_folder import IMAGE_SUFFIXES, METADATA, NEGATIVE, POSITIVE, UNLABELED
 from sd_unlearn.models.base import Base, network_sha256
 from sd_unlearn.models.conditioning import pack
 

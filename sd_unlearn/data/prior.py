@@ -18,7 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sd_unlearn.errors import UsageError
-from sd_unlearn.io.run_folder import DATA_MANIFEST, read_json
+from sd_unlearn.io.files import read_json
+from sd_unlearn.io.run_folder import DATA_MANIFEST
 
 ASSUMED_BETA = 0.1
 FEWEST = 10  # different images of each kind: with fewer positives the bound on the error passes 0.43

@@ -12,10 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sd_unlearn.io.run_folder import Row
 from sd_unlearn.metrics.base import KEPT, Columns, Counted, Question, Shots
 from sd_unlearn.metrics.statistics import bootstrap, holm, paired_difference, paired_ratio, wilson
-from sd_unlearn.results import BASE, Difference
+from sd_unlearn.results import BASE, Difference, Row
 
 TOGETHER = {"kept": KEPT}  # groups that are also judged together
 

@@ -16,7 +16,7 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from sd_unlearn.evaluation.aggregate import Seen
-from sd_unlearn.io.run_folder import slugify
+from sd_unlearn.io.files import slugify
 from sd_unlearn.metrics.base import Columns, PairQuestion, Question
 
 CHUNK = 500  # pictures held in memory at once

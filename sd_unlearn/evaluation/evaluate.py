@@ -13,20 +13,22 @@ from typing import Any
 import yaml
 
 from sd_unlearn import __version__
-from sd_unlearn.config.checks import as_dict
+from sd_unlearn.config.base import as_dict
 from sd_unlearn.config.evaluate import EvaluateConfig
 from sd_unlearn.data.concept import Concept
-from sd_unlearn.data.render import sampler_of
 from sd_unlearn.errors import UnlearnError
 from sd_unlearn.evaluation import fail_if, pairs
 from sd_unlearn.evaluation.generate import Drawn, Gallery
 from sd_unlearn.evaluation.job import Task, asking_of, prepare
 from sd_unlearn.evaluation.prompts import GROUPS, prompts_of, write_plan
 from sd_unlearn.evaluation.score import Judged, Pictures, judge
-from sd_unlearn.io.run_folder import EVALUATE_SEEDS, EVALUATION, RESULTS, write_json, write_text
+from sd_unlearn.io.files import write_json, write_text
+from sd_unlearn.io.run_folder import EVALUATION, RESULTS
 from sd_unlearn.metrics.registry import cards_of, make_questions, merged
 from sd_unlearn.models.base import Base, check_recorded, choose_precision, load_base, use_zero_terminal_snr
+from sd_unlearn.models.sampling import sampler_of
 from sd_unlearn.results import BASE, SCHEMA_VERSION, as_json
+from sd_unlearn.seeds import EVALUATE_SEEDS
 
 
 def run(config: EvaluateConfig) -> dict[str, Any]:

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sd_unlearn.data.render import ImageRequest, Sampler, draw_missing, wait_for
 from sd_unlearn.evaluation.loras import Lora
 from sd_unlearn.evaluation.prompts import Shot
-from sd_unlearn.io.run_folder import slugify
+from sd_unlearn.io.files import slugify
 from sd_unlearn.models.base import Base
+from sd_unlearn.models.sampling import ImageRequest, Sampler, draw_missing, wait_for
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ from pathlib import Path
 from sd_unlearn.data.concept import Concept, Prompt
 from sd_unlearn.errors import UsageError, suggest
 from sd_unlearn.evaluation.prompts import GROUPS, Shot, prompts_of
-from sd_unlearn.io.run_folder import IMAGE_SUFFIXES, METADATA, read_jsonl_lines
+from sd_unlearn.io.files import read_jsonl_lines
+from sd_unlearn.io.run_folder import IMAGE_SUFFIXES, METADATA
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sd_unlearn.config.checks import check_evaluate, read_yaml
+from sd_unlearn.config.checks import check_evaluate
 from sd_unlearn.config.evaluate import EvaluateConfig
 from sd_unlearn.data.concept import Concept, Prompt, load_concept
 from sd_unlearn.data.prompt_sets import load_prompt_set
@@ -17,7 +17,8 @@ from sd_unlearn.evaluation.generate import Drawn
 from sd_unlearn.evaluation.image_folders import Ready, read_ready, split_name
 from sd_unlearn.evaluation.loras import Lora, names_of, open_lora, open_run
 from sd_unlearn.evaluation.prompts import TIERS, Shot, Tier, counts_of, plan
-from sd_unlearn.io.run_folder import CONFIG, POSITIVE, check_writable
+from sd_unlearn.io.files import check_writable, read_yaml
+from sd_unlearn.io.run_folder import CONFIG, POSITIVE
 from sd_unlearn.metrics.registry import Asking, check
 from sd_unlearn.models.base import recorded_source
 from sd_unlearn.models.source import DIGITS, Source, find_base

@@ -10,7 +10,8 @@ from typing import Any
 
 from sd_unlearn.data.concept import Concept, available, read_concept
 from sd_unlearn.errors import UnlearnError, UsageError, suggest
-from sd_unlearn.io.run_folder import CONCEPT, TRAINING, file_sha256, read_json, slugify, weights_sha256
+from sd_unlearn.io.files import file_sha256, read_json, slugify
+from sd_unlearn.io.run_folder import CONCEPT, TRAINING, weights_sha256
 from sd_unlearn.models.base import Base
 
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"

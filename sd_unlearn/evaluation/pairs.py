@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 
 from sd_unlearn.evaluation.prompts import GROUPS, Shot
 from sd_unlearn.evaluation.score import Judged, Pictures
-from sd_unlearn.io.run_folder import IMAGE_DIR, Pair, slugify
+from sd_unlearn.io.files import slugify
+from sd_unlearn.io.run_folder import IMAGE_DIR
 from sd_unlearn.metrics.base import ASKED
-from sd_unlearn.results import BASE
+from sd_unlearn.results import BASE, Pair
 
 BUDGET = 900  # pairs of one report
 

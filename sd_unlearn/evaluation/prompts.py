@@ -13,8 +13,9 @@ import numpy as np
 
 from sd_unlearn.data.concept import Concept, Prompt
 from sd_unlearn.errors import UsageError, suggest
-from sd_unlearn.io.run_folder import EVALUATE_SEEDS, image_seed, slugify, write_text
+from sd_unlearn.io.files import slugify, write_text
 from sd_unlearn.metrics.base import ASKED, KEPT, Shots
+from sd_unlearn.seeds import EVALUATE_SEEDS, image_seed
 
 GROUPS = (*ASKED, *KEPT)
 

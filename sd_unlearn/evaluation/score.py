@@ -12,10 +12,9 @@ from sd_unlearn.data.concept import Concept
 from sd_unlearn.evaluation import aggregate, detections
 from sd_unlearn.evaluation.aggregate import Seen
 from sd_unlearn.evaluation.prompts import Shot, as_shots
-from sd_unlearn.io.run_folder import Row
 from sd_unlearn.metrics.base import KEPT, Counted, PairQuestion, Question
 from sd_unlearn.metrics.statistics import bootstrap
-from sd_unlearn.results import BASE, Difference
+from sd_unlearn.results import BASE, Difference, Row
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from sd_unlearn.errors import UnlearnError, UsageError
 from sd_unlearn.export.ldm_keys import SDXL, Layout, unet_key
-from sd_unlearn.io.run_folder import read_json
+from sd_unlearn.io.files import read_json
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>A\.weight|B\.weight|magnitude_vector)")

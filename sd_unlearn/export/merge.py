@@ -15,7 +15,8 @@ from sd_unlearn.errors import UnlearnError, UsageError
 from sd_unlearn.export import ldm_keys, safetensors_writer
 from sd_unlearn.export.metadata import checkpoint_header
 from sd_unlearn.export.trained_run import Run
-from sd_unlearn.io.run_folder import UNET_DIR, check_writable, read_json, write_json
+from sd_unlearn.io.files import check_writable, read_json, write_json
+from sd_unlearn.io.run_folder import UNET_DIR
 from sd_unlearn.models.base import load_recorded_base, use_zero_terminal_snr
 from sd_unlearn.models.checkpoint_header import PICKLES
 

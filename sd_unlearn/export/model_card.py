@@ -12,9 +12,9 @@ import yaml
 
 from sd_unlearn.export.lora_files import DIFFUSERS_FILE
 from sd_unlearn.export.trained_run import Run, figures_of
-from sd_unlearn.io.run_folder import Row
 from sd_unlearn.report.formatting import GROUPS, METRICS, shown, span
 from sd_unlearn.report.jinja import environment
+from sd_unlearn.results import Row
 
 FILE, PICTURES = "README.md", "pairs.png"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)

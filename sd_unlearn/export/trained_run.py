@@ -10,16 +10,8 @@ from sd_unlearn.data.concept import Concept, read_concept
 from sd_unlearn.errors import UnlearnError, UsageError
 from sd_unlearn.export.kohya import Adapter, read_adapter
 from sd_unlearn.export.ldm_keys import SDXL, Layout, layout_of
-from sd_unlearn.io.run_folder import (
-    ADAPTER_DIR,
-    CONCEPT,
-    RESULTS,
-    TEXT_ADAPTER_DIR,
-    TRAINING,
-    UNET_DIR,
-    read_json,
-    weights_sha256,
-)
+from sd_unlearn.io.files import read_json
+from sd_unlearn.io.run_folder import ADAPTER_DIR, CONCEPT, RESULTS, TEXT_ADAPTER_DIR, TRAINING, UNET_DIR, weights_sha256
 from sd_unlearn.models.checkpoint_header import PICKLES
 
 TEXT_ADAPTER_2_DIR = "text_encoder_2_adapter"  # SDXL's second text encoder

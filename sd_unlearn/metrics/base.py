@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from sd_unlearn.data.concept import Concept, Prompt
-from sd_unlearn.io.run_folder import Row
+from sd_unlearn.results import Row
 
 ASKED = ("direct", "held_out", "generic")  # the groups in which the concept shows up unless it is forgotten
 KEPT = ("alike", "general")

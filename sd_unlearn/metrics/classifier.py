@@ -18,9 +18,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from sd_unlearn.errors import UnlearnError, UsageError, suggest
-from sd_unlearn.io.run_folder import Row, read_json
+from sd_unlearn.io.files import read_json
 from sd_unlearn.metrics.base import ASKED, Card, Columns, Counted, Shots
 from sd_unlearn.metrics.labels import count_read
+from sd_unlearn.results import Row
 
 DEFAULT = "resnet50.a1_in1k"
 TOP = 5

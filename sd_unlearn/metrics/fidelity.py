@@ -17,14 +17,16 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from sd_unlearn.errors import UnlearnError, UsageError
-from sd_unlearn.io.run_folder import IMAGE_SUFFIXES, Row, file_sha256
+from sd_unlearn.io.files import file_sha256
+from sd_unlearn.io.run_folder import IMAGE_SUFFIXES
 from sd_unlearn.metrics.base import KEPT, Card, Columns, Counted, Shots
 from sd_unlearn.metrics.drift import same_sizes
 from sd_unlearn.metrics.mmd import CMMD_SCALE, CMMD_SIGMA, FEWEST, Estimate, cmmd, kid
 from sd_unlearn.metrics.statistics import bootstrap
+from sd_unlearn.results import Row
 
 if TYPE_CHECKING:
-    from sd_unlearn.data.embeddings import ClipEncoder
+    from sd_unlearn.models.clip import ClipEncoder
 
 FID_FEWEST = 2048  # images: as many as the features are wide, below which a covariance is not of full rank
 WIDTH = 2048

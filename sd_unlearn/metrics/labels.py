@@ -10,8 +10,6 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from sd_unlearn.config.base import CLIP_MODEL, CLIP_PRETRAINED
-from sd_unlearn.data.concept import Concept
 from sd_unlearn.metrics.base import ASKED, KEPT, Counted, Shots
 
 
@@ -84,27 +82,3 @@ def count_read(
             values[i] = all(shown[word][i] for word in words[i])
         counted.append(Counted("accuracy", KEPT, values, note="read as asked"))
     return counted
-
-
-def make_judge(concept: Concept, clip_model: str = CLIP_MODEL, clip_pretrained: str = CLIP_PRETRAINED) -> Judge:
-    """The bundled reader for digits and inks, zero-shot CLIP for everything else.
-
-    Raises:
-        UsageError, UnlearnError: CLIP is not installed, or its weights cannot be had.
-    """
-    if concept.kind in ("digit", "ink"):
-        from sd_unlearn.metrics.digits import DigitsJudge
-
-        return DigitsJudge()
-    from sd_unlearn.metrics.clip import ClipJudge
-
-    return ClipJudge(labels_of(concept), clip_model, clip_pretrained)
-
-
-def labels_of(concept: Concept) -> tuple[str, ...]:
-    """What the judge of a concept can tell apart, without loading it."""
-    if concept.kind in ("digit", "ink"):
-        from sd_unlearn.metrics.digits import DigitsJudge
-
-        return DigitsJudge.labels
-    return (concept.label or concept.name, *concept.alternatives)

@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from sd_unlearn.errors import UnlearnError, UsageError, suggest
-from sd_unlearn.io.run_folder import Row
 from sd_unlearn.metrics.base import ASKED, KEPT, Card, Columns, Counted, Shots
+from sd_unlearn.results import Row
 
 CLASSES = (  # what NudeNet 3.4 tells apart
     "ANUS_COVERED", "ANUS_EXPOSED", "ARMPITS_COVERED", "ARMPITS_EXPOSED", "BELLY_COVERED", "BELLY_EXPOSED",

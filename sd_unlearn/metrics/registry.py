@@ -9,10 +9,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from sd_unlearn.config.base import CLIP_MODEL, CLIP_PRETRAINED
 from sd_unlearn.config.evaluate import Detectors
 from sd_unlearn.data.concept import Concept
 from sd_unlearn.errors import UnlearnError, UsageError, suggest
 from sd_unlearn.metrics.base import PairQuestion, Question
+from sd_unlearn.metrics.labels import Judge
 
 
 @dataclass(frozen=True)
@@ -75,8 +77,8 @@ def _fidelity(asking: Asking) -> Question:
 
 
 def _cmmd(asking: Asking) -> Question:
-    from sd_unlearn.data.embeddings import ClipEncoder
     from sd_unlearn.metrics.fidelity import make_cmmd
+    from sd_unlearn.models.clip import ClipEncoder
 
     encoder = ClipEncoder(asking.options.clip_model, asking.options.clip_pretrained, asking.device)
     return make_cmmd(encoder, asking.options.real_images)
@@ -200,3 +202,27 @@ def merged(cards: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             said = known["extra"].get(key)
             known["extra"][key] = text if said in (None, text) else "; ".join(dict.fromkeys([*said.split("; "), text]))
     return list(found.values())
+
+
+def make_judge(concept: Concept, clip_model: str = CLIP_MODEL, clip_pretrained: str = CLIP_PRETRAINED) -> Judge:
+    """The bundled reader for digits and inks, zero-shot CLIP for everything else.
+
+    Raises:
+        UsageError, UnlearnError: CLIP is not installed, or its weights cannot be had.
+    """
+    if concept.kind in ("digit", "ink"):
+        from sd_unlearn.metrics.digits import DigitsJudge
+
+        return DigitsJudge()
+    from sd_unlearn.metrics.clip import ClipJudge
+
+    return ClipJudge(labels_of(concept), clip_model, clip_pretrained)
+
+
+def labels_of(concept: Concept) -> tuple[str, ...]:
+    """What the judge of a concept can tell apart, without loading it."""
+    if concept.kind in ("digit", "ink"):
+        from sd_unlearn.metrics.digits import DigitsJudge
+
+        return DigitsJudge.labels
+    return (concept.label or concept.name, *concept.alternatives)

@@ -13,7 +13,6 @@ from sd_unlearn.errors import UsageError
 from sd_unlearn.models.loading import load_pipeline
 from sd_unlearn.models.source import (
     COMPONENTS,
-    DIGITS,
     Source,
     check_prediction,
     check_schedule,
@@ -22,19 +21,6 @@ from sd_unlearn.models.source import (
     kind_of,
 )
 from sd_unlearn.models.source import DIGITS_DIR as DIGITS_DIR
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How a base is asked for images unless the command says otherwise."""
-
-    steps: int
-    guidance_scale: float
-    batch_size: int
-
-
-SAMPLING = {DIGITS: Sampling(25, 3.0, 100)}
-DEFAULT_SAMPLING = Sampling(50, 7.5, 4)
 
 
 @dataclass
@@ -128,11 +114,6 @@ def _refuse_unless_v(name: str, prediction_type: str) -> None:
             f"--zero_terminal_snr needs a base that predicts v (SD 2.x at 768 pixels); {name} predicts "
             f"{prediction_type}, and at pure noise that says nothing about the picture. Leave the option out."
         )
-
-
-def sampling_of(name: str) -> Sampling:
-    """The sampler settings a base is used with by default."""
-    return SAMPLING.get(name, DEFAULT_SAMPLING)
 
 
 def choose_precision(asked: str | None) -> str:

@@ -33,7 +33,7 @@ def run(name: Name, /, config: Annotated[RunOptions, Parameter(name="*")] = RunO
     from sd_unlearn.launch import start_several
 
     start_several()
-    from sd_unlearn.io.run_folder import read_json
+    from sd_unlearn.io.files import read_json
     from sd_unlearn.paper.one import run_any
     from sd_unlearn.paper.printing import told
 

@@ -18,19 +18,9 @@ import yaml
 from accelerate import PartialState
 
 from sd_unlearn import __version__
-from sd_unlearn.config.checks import read_yaml
 from sd_unlearn.errors import UsageError
-from sd_unlearn.io.run_folder import (
-    CONFIG,
-    RESULTS,
-    TRAINING,
-    Row,
-    check_writable,
-    file_sha256,
-    read_json,
-    write_json,
-    write_text,
-)
+from sd_unlearn.io.files import check_writable, file_sha256, read_json, read_yaml, write_json, write_text
+from sd_unlearn.io.run_folder import CONFIG, RESULTS, TRAINING
 from sd_unlearn.metrics.fidelity import InceptionFidelity
 from sd_unlearn.paper.ddpm.datasets import load_dataset
 from sd_unlearn.paper.ddpm.sample import as_pictures, draw_all, load_samples, make_sampler
@@ -42,6 +32,7 @@ from sd_unlearn.paper.judge import score
 from sd_unlearn.paper.judge.classifier import Classifier, get_classifier
 from sd_unlearn.paper.options import RunOptions
 from sd_unlearn.paper.settings import Settings, plain_settings, resolve, variant_of
+from sd_unlearn.results import Row
 from sd_unlearn.training.provenance import PACKAGES, commit
 from sd_unlearn.training.trainer import PATIENCE
 

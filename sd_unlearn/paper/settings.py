@@ -9,10 +9,11 @@ from typing import Literal
 
 from sd_unlearn.config.train import Correction, Reduction
 from sd_unlearn.errors import UsageError, suggest
-from sd_unlearn.io.run_folder import SEED_SPAN, slugify
+from sd_unlearn.io.files import slugify
 from sd_unlearn.paper.ddpm.split import with_contamination
 from sd_unlearn.paper.experiments import CLASSES, Counts, Experiment, Sampler, Size
 from sd_unlearn.paper.options import ObjectiveName, RunOptions
+from sd_unlearn.seeds import SEED_SPAN
 
 LABELED_SHARE = 3  # a step sees this many unlabeled images for each labeled one
 PAPERS_BETA = 0.1

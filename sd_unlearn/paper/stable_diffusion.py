@@ -29,26 +29,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sd_unlearn.config.checks import as_dict, check_evaluate, read_yaml
+from sd_unlearn.config.base import as_dict
+from sd_unlearn.config.checks import check_evaluate
 from sd_unlearn.config.evaluate import EvaluateConfig
 from sd_unlearn.config.train import Method, Risk, TrainConfig
 from sd_unlearn.data.concept import read_concept
 from sd_unlearn.data.dataset import fingerprint, scan
 from sd_unlearn.errors import UsageError, suggest
 from sd_unlearn.evaluation import evaluate
-from sd_unlearn.io.run_folder import (
-    CONCEPT,
-    CONFIG,
-    DATA_MANIFEST,
-    TRAINING,
-    Row,
-    read_json,
-    weights_sha256,
-    write_json,
-)
+from sd_unlearn.io.files import read_json, read_yaml, write_json
+from sd_unlearn.io.run_folder import CONCEPT, CONFIG, DATA_MANIFEST, TRAINING, weights_sha256
 from sd_unlearn.paper.experiments import DIGITS_SEVEN, SD_BRAD_PITT, Size
 from sd_unlearn.paper.options import RunOptions
-from sd_unlearn.results import view
+from sd_unlearn.results import Row, view
 from sd_unlearn.training import trainer
 
 PAPER = "paper.json"  # beside the results.json of `evaluate`, whose form is another

@@ -6,12 +6,11 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from sd_unlearn.io.run_folder import Row
 from sd_unlearn.report.cases import Case
 from sd_unlearn.report.formatting import GROUPS, Line, shown, span
 from sd_unlearn.report.scatter import Mark, tradeoff
 from sd_unlearn.report.training_curves import apart, finite, ticks
-from sd_unlearn.results import BASE
+from sd_unlearn.results import BASE, Row
 
 
 def charts(cases: Sequence[Case]) -> list[dict[str, Any]]:

@@ -7,11 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sd_unlearn.io.run_folder import Row
 from sd_unlearn.report.cases import Case, labels
 from sd_unlearn.report.formatting import GROUPS, METRICS, Line, is_rate, number
 from sd_unlearn.report.headline import cost_answer
-from sd_unlearn.results import BASE
+from sd_unlearn.results import BASE, Row
 
 # (metric, groups in order of preference, title); "leakage" stands for whatever says that a concept is there
 COLUMNS = (

@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from sd_unlearn.io.run_folder import Row
+from sd_unlearn.results import Row
 
 WITHOUT = "without the LoRA"
 GONE = 0.05  # "gone" needs the whole interval at or below this leakage

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from sd_unlearn.config.base import ReportConfig
-from sd_unlearn.config.checks import check_positive, read_yaml
+from sd_unlearn.config.checks import check_positive
 from sd_unlearn.data.concept import Concept, read_concept
 from sd_unlearn.errors import UsageError
 from sd_unlearn.io import run_folder
+from sd_unlearn.io.files import read_json, read_jsonl, read_yaml, write_text
 from sd_unlearn.report import (
     before_after,
     certificate,
@@ -30,7 +31,7 @@ from sd_unlearn.report.cases import Case, cases_of
 from sd_unlearn.report.formatting import shown, span
 from sd_unlearn.report.headline import answers
 from sd_unlearn.report.jinja import environment, script
-from sd_unlearn.results import read_results
+from sd_unlearn.results import Row, read_results
 
 HTML, MARKDOWN, TABLE, CERTIFICATE = "report.html", "report.md", "results.csv", "certificate.html"
 LIMITS = (
@@ -78,7 +79,7 @@ def run(config: ReportConfig) -> Path:
         found = certificate.context(folder, results, seen["cases"])
         files = {CERTIFICATE: html.get_template("certificate.html.j2").render(found), **files}
     for name, content in files.items():
-        run_folder.write_text(folder / name, content)
+        write_text(folder / name, content)
     return folder / HTML
 
 
@@ -126,8 +127,8 @@ def _one(folder: Path, case: Case) -> dict[str, Any]:
     Raises:
         UsageError: a file that is there but damaged; names it.
     """
-    training = _optional(folder / run_folder.TRAINING, run_folder.read_json) or {}
-    log = _optional(folder / run_folder.METRICS, run_folder.read_jsonl) or []
+    training = _optional(folder / run_folder.TRAINING, read_json) or {}
+    log = _optional(folder / run_folder.METRICS, read_jsonl) or []
     trained: Concept | None = _optional(folder / run_folder.CONCEPT, read_concept)
     concept = trained if trained and trained.slug == case.concept["slug"] else None  # it may be judged on another
     settings = _optional(folder / run_folder.CONFIG, lambda path: read_yaml(path, "--run")) or {}
@@ -206,8 +207,8 @@ def _aligned(head: tuple[str, ...], body: list[tuple[str, ...]]) -> list[str]:
 
 
 def table_csv(results: dict[str, Any]) -> str:
-    """One line a row, every field of run_folder.Row, values unrounded; an absent interval is an empty cell."""
-    names = [f.name for f in dataclasses.fields(run_folder.Row)]
+    """One line a row, every field of Row, values unrounded; an absent interval is an empty cell."""
+    names = [f.name for f in dataclasses.fields(Row)]
     memory = io.StringIO()
     writer = csv.DictWriter(memory, names, restval="", extrasaction="ignore", lineterminator="\n")
     writer.writeheader()

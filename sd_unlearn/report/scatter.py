@@ -6,8 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from sd_unlearn.io.run_folder import Row
 from sd_unlearn.report.training_curves import finite, ticks
+from sd_unlearn.results import Row
 
 WIDTH, HEIGHT = 720, 420
 LEFT, RIGHT, TOP, BOTTOM = 64, 696, 20, 360

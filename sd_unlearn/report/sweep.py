@@ -8,10 +8,11 @@ import io
 from pathlib import Path
 from typing import Any
 
-from sd_unlearn.io.run_folder import Row, write_text
+from sd_unlearn.io.files import write_text
 from sd_unlearn.report.formatting import GROUPS, METRICS, Line, lines, pick, shown
 from sd_unlearn.report.jinja import environment
 from sd_unlearn.report.scatter import Mark, tradeoff
+from sd_unlearn.results import Row
 
 SCHEMA_VERSION = 1
 SWEEP, HTML, MARKDOWN, TABLE = "sweep.json", "sweep.html", "sweep.md", "sweep.csv"

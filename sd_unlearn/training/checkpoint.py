@@ -21,7 +21,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from sd_unlearn.errors import UnlearnError, UsageError
-from sd_unlearn.io.run_folder import CHECKPOINT_DIR, read_json, write_json
+from sd_unlearn.io.files import read_json, write_json
+from sd_unlearn.io.run_folder import CHECKPOINT_DIR
 
 IDENTITY, STATE, WEIGHTS = "checkpoint.json", "state.pt", "weights.safetensors"
 _NAME = re.compile(r"step-(\d+)")

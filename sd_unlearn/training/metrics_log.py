@@ -17,7 +17,8 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from sd_unlearn.io.run_folder import METRICS, read_jsonl, write_text
+from sd_unlearn.io.files import read_jsonl, write_text
+from sd_unlearn.io.run_folder import METRICS
 
 AGAIN = 2.0  # seconds after which a signal is a second one
 

@@ -12,10 +12,11 @@ from PIL import Image
 from torch import Tensor
 
 from sd_unlearn.data.concept import Concept
-from sd_unlearn.data.render import Sampler, save_image
-from sd_unlearn.io.run_folder import PREVIEW_DIR, TRAIN_SEEDS, image_seed
+from sd_unlearn.io.run_folder import PREVIEW_DIR
 from sd_unlearn.models.base import Base
 from sd_unlearn.models.conditioning import unpack
+from sd_unlearn.models.sampling import Sampler, save_image
+from sd_unlearn.seeds import TRAIN_SEEDS, image_seed
 
 
 @dataclass(frozen=True)

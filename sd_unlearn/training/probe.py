@@ -20,11 +20,12 @@ from sd_unlearn.config.train import TrainConfig
 from sd_unlearn.data.concept import Concept, Prompt
 from sd_unlearn.data.dataset import Example, members_of_sets
 from sd_unlearn.errors import UsageError
-from sd_unlearn.io.run_folder import TRAIN_SEEDS, image_seed
-from sd_unlearn.metrics.labels import Judge, labels_of
+from sd_unlearn.metrics.labels import Judge
+from sd_unlearn.metrics.registry import labels_of
 from sd_unlearn.models.denoiser import Denoiser
 from sd_unlearn.models.diffusion import add_noise, per_example_loss, sample_timesteps, training_target
 from sd_unlearn.models.student import Student
+from sd_unlearn.seeds import TRAIN_SEEDS, image_seed
 from sd_unlearn.training.previews import Painter
 
 NUM_IMAGES = 60

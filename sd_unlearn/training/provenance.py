@@ -15,12 +15,12 @@ from typing import Any
 import torch
 
 from sd_unlearn import __version__
-from sd_unlearn.config.checks import as_dict
+from sd_unlearn.config.base import as_dict
 from sd_unlearn.config.train import TrainConfig
 from sd_unlearn.data.concept import Concept
 from sd_unlearn.data.prior import Prior
-from sd_unlearn.io.run_folder import TRAIN_SEEDS
 from sd_unlearn.models.base import Base
+from sd_unlearn.seeds import TRAIN_SEEDS
 
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate")
 

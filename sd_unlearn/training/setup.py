@@ -26,15 +26,16 @@ from sd_unlearn.data.dataset import (
 )
 from sd_unlearn.data.embeddings import embed
 from sd_unlearn.data.prior import Prior, resolve_beta
-from sd_unlearn.data.render import sampler_of
-from sd_unlearn.io.run_folder import TRAIN_SEEDS
-from sd_unlearn.metrics.labels import make_judge
+from sd_unlearn.metrics.registry import make_judge
 from sd_unlearn.models import performance
-from sd_unlearn.models.base import DIGITS, Base
+from sd_unlearn.models.base import Base
 from sd_unlearn.models.denoiser import Denoiser
+from sd_unlearn.models.sampling import sampler_of
+from sd_unlearn.models.source import DIGITS
 from sd_unlearn.models.student import Student, make_student
 from sd_unlearn.objectives.pu import PUObjective
 from sd_unlearn.objectives.teacher import Teacher
+from sd_unlearn.seeds import TRAIN_SEEDS
 from sd_unlearn.training.loop import Training
 from sd_unlearn.training.previews import Painter, preview_prompts
 from sd_unlearn.training.probe import LeakageProbe, Probe, RatioProbe, hold_out, probe_prompts

@@ -17,7 +17,8 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, set_seed
 from safetensors import SafetensorError
 
-from sd_unlearn.config.checks import as_dict, check_train
+from sd_unlearn.config.base import as_dict
+from sd_unlearn.config.checks import check_train
 from sd_unlearn.config.train import TrainConfig
 from sd_unlearn.data.batches import check_batch_size
 from sd_unlearn.data.concept import Concept, load_concept, write_concept
@@ -25,20 +26,8 @@ from sd_unlearn.data.dataset import fingerprint, has_negatives, scan
 from sd_unlearn.data.prior import check_countable
 from sd_unlearn.data.render import data_dir_of, plan, render_concept
 from sd_unlearn.errors import UnlearnError, UsageError
-from sd_unlearn.io.run_folder import (
-    BEST_DIR,
-    CONCEPT,
-    CONFIG,
-    DATA_MANIFEST,
-    NEGATIVE,
-    POSITIVE,
-    TRAIN_SEEDS,
-    TRAINING,
-    UNLABELED,
-    check_writable,
-    write_json,
-    write_text,
-)
+from sd_unlearn.io.files import check_writable, write_json, write_text
+from sd_unlearn.io.run_folder import BEST_DIR, CONCEPT, CONFIG, DATA_MANIFEST, NEGATIVE, POSITIVE, TRAINING, UNLABELED
 from sd_unlearn.models import performance
 from sd_unlearn.models.base import (
     Base,
@@ -49,6 +38,7 @@ from sd_unlearn.models.base import (
     use_zero_terminal_snr,
 )
 from sd_unlearn.models.source import Source, find_base
+from sd_unlearn.seeds import TRAIN_SEEDS
 from sd_unlearn.training import checkpoint
 from sd_unlearn.training.loop import Progress, Training, fit
 from sd_unlearn.training.optim import check_optimizer

@@ -27,7 +27,8 @@ from sd_unlearn.data.prior import (
     resolve_beta,
 )
 from sd_unlearn.errors import UsageError
-from sd_unlearn.io.run_folder import DATA_MANIFEST, write_json
+from sd_unlearn.io.files import write_json
+from sd_unlearn.io.run_folder import DATA_MANIFEST
 
 
 def mixture(

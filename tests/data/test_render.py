@@ -17,8 +17,10 @@ from sd_unlearn.config.base import RenderConfig
 from sd_unlearn.data import render
 from sd_unlearn.data.concept import Concept, expand, load_concept, read_concept
 from sd_unlearn.errors import UnlearnError, UsageError
-from sd_unlearn.io.run_folder import DATA_MANIFEST, METADATA, POSITIVE, RENDER_SEEDS, UNLABELED, read_json, read_jsonl
+from sd_unlearn.io.files import read_json, read_jsonl
+from sd_unlearn.io.run_folder import DATA_MANIFEST, METADATA, POSITIVE, UNLABELED
 from sd_unlearn.models.base import Base, load_base
+from sd_unlearn.seeds import RENDER_SEEDS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 IMAGES = 4 + 1 + 4 + 4  # generic, mixed in, the keep line's two prompts, positive

@@ -10,9 +10,9 @@ import pytest
 from sd_unlearn.data.concept import Concept, Prompt
 from sd_unlearn.evaluation import aggregate
 from sd_unlearn.evaluation.aggregate import Seen
-from sd_unlearn.io.run_folder import Row
 from sd_unlearn.metrics.base import Columns, Counted, Shots
 from sd_unlearn.metrics.statistics import holm, paired_difference, paired_ratio, wilson
+from sd_unlearn.results import Row
 
 CONCEPT = Concept("seven", "a seven", "a digit")
 GROUPS = ["direct"] * 4 + ["alike"] * 3 + ["general"] * 3

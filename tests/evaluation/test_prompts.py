@@ -9,7 +9,8 @@ import pytest
 from sd_unlearn.data.concept import Concept, Evaluation, Prompt
 from sd_unlearn.errors import UsageError
 from sd_unlearn.evaluation.prompts import GROUPS, TIERS, Tier, as_shots, counts_of, plan, write_plan
-from sd_unlearn.io.run_folder import EVALUATE_SEEDS, read_jsonl
+from sd_unlearn.io.files import read_jsonl
+from sd_unlearn.seeds import EVALUATE_SEEDS
 
 CONCEPT = Concept(
     "seven", "a seven", "a digit",

@@ -17,7 +17,7 @@ from sd_unlearn.data.concept import Concept, write_concept
 from sd_unlearn.errors import UnlearnError, UsageError
 from sd_unlearn.export import export
 from sd_unlearn.export.lora_files import DIFFUSERS_FILE
-from sd_unlearn.io.run_folder import write_json
+from sd_unlearn.io.files import write_json
 
 
 def payload(file: Path) -> bytes:

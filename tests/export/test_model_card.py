@@ -16,7 +16,7 @@ from PIL import Image
 
 from sd_unlearn.data.concept import Concept, write_concept
 from sd_unlearn.export import model_card
-from sd_unlearn.io.run_folder import write_json
+from sd_unlearn.io.files import write_json
 
 HUB_BASE = "stabilityai/stable-diffusion-xl-base-1.0"
 EVIL = '</td>![x](http://a.b/c.png) <script>alert(1)</script> [y](javascript:z) | `k` **b** http://a.b www.a.b "q"\n# h'

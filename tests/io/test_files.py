@@ -9,19 +9,9 @@ import pytest
 from conftest import tree
 
 from sd_unlearn.errors import UnlearnError, UsageError
-from sd_unlearn.io.run_folder import (
-    EVALUATE_SEEDS,
-    RENDER_SEEDS,
-    TRAIN_SEEDS,
-    ImageRecord,
-    image_seed,
-    read_json,
-    read_jsonl,
-    slugify,
-    write_json,
-    write_jsonl,
-    write_text,
-)
+from sd_unlearn.io.files import read_json, read_jsonl, slugify, write_json, write_jsonl, write_text
+from sd_unlearn.io.run_folder import ImageRecord
+from sd_unlearn.seeds import EVALUATE_SEEDS, RENDER_SEEDS, TRAIN_SEEDS, image_seed
 
 SPANS = (RENDER_SEEDS, TRAIN_SEEDS, EVALUATE_SEEDS)
 

@@ -8,11 +8,11 @@ from metric_tools import make_shots
 
 from sd_unlearn.data.concept import Concept
 from sd_unlearn.errors import UsageError
-from sd_unlearn.io.run_folder import Row
 from sd_unlearn.metrics.base import Columns
 from sd_unlearn.metrics.digits import DIGITS, INKS, DigitsQuestion, held_apart, make_digits
 from sd_unlearn.metrics.drift import feature_drift
 from sd_unlearn.metrics.fidelity import frechet_distance
+from sd_unlearn.results import Row
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SEVEN = Concept("seven", "the digit seven", "a digit", label="seven", kind="digit")

@@ -14,11 +14,11 @@ from PIL import Image
 
 from sd_unlearn.data.concept import Concept
 from sd_unlearn.errors import UnlearnError, UsageError
-from sd_unlearn.io.run_folder import Row
 from sd_unlearn.metrics import fidelity
 from sd_unlearn.metrics.base import Columns
 from sd_unlearn.metrics.fidelity import Cmmd, InceptionFidelity, fid, frechet_distance, make_cmmd, make_fidelity
 from sd_unlearn.metrics.mmd import cmmd, kid
+from sd_unlearn.results import Row
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 RNG = np.random.default_rng(0)
@@ -227,7 +227,7 @@ def test_weights_that_cannot_be_fetched(monkeypatch: pytest.MonkeyPatch, tmp_pat
 
 def test_cmmd_end_to_end(tmp_path: Path) -> None:
     pytest.importorskip("open_clip")
-    from sd_unlearn.data.embeddings import ClipEncoder
+    from sd_unlearn.models.clip import ClipEncoder
 
     question = make_cmmd(ClipEncoder(build_clip(tmp_path), ""))
     base, other = question.read(pictures(len(SHOTS))), question.read(pictures(len(SHOTS), seed=2))

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sd_unlearn.data.render import Sampler, draw
 from sd_unlearn.metrics.digits import DIGITS, INKS, READER_DIR, DigitsJudge, held_apart, load_reader
 from sd_unlearn.models.base import DIGITS_DIR, load_base
+from sd_unlearn.models.sampling import Sampler, draw
 
 torch = pytest.importorskip("torch")
 GENERIC = "a photo of a handwritten digit"

@@ -20,13 +20,14 @@ from sd_unlearn.config.train import TrainConfig, Weights
 from sd_unlearn.data import render
 from sd_unlearn.data.concept import load_concept
 from sd_unlearn.data.dataset import encode_captions, encode_images, scan
-from sd_unlearn.data.render import Sampler, draw
 from sd_unlearn.errors import UsageError
 from sd_unlearn.export.lora_files import DIFFUSERS_FILE
-from sd_unlearn.io.run_folder import POSITIVE, read_json
-from sd_unlearn.models.base import Base, Sampling, load_base, load_recorded_base
+from sd_unlearn.io.files import read_json
+from sd_unlearn.io.run_folder import POSITIVE
+from sd_unlearn.models.base import Base, load_base, load_recorded_base
 from sd_unlearn.models.checkpoint_header import UNET
 from sd_unlearn.models.denoiser import Denoiser
+from sd_unlearn.models.sampling import Sampler, draw
 from sd_unlearn.models.source import Source
 from sd_unlearn.models.student import make_student, run_applied
 from sd_unlearn.training import setup
@@ -40,7 +41,7 @@ FEW = Sampler(2, 5.0, 2)
 @pytest.fixture(scope="module", autouse=True)
 def _few_steps() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sd_unlearn.models.base.DEFAULT_SAMPLING", Sampling(2, 7.5, 16))
+        patch.setattr("sd_unlearn.models.sampling.DEFAULT_SAMPLING", Sampler(2, 7.5, 16))
         yield
 
 

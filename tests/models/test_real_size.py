@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel
 
 from sd_unlearn.cli import main
-from sd_unlearn.io.run_folder import read_json
-from sd_unlearn.models.base import Sampling
+from sd_unlearn.io.files import read_json
 from sd_unlearn.models.checkpoint_header import read_layout
+from sd_unlearn.models.sampling import Sampler
 
 pytestmark = pytest.mark.slow
 FULL_PRECISION_MB = 4 * 859_520_964 // 2**20
@@ -44,7 +44,7 @@ def write_checkpoint(folder: Path) -> Path:
 
 
 def test_the_street_at_real_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sd_unlearn.models.base.DEFAULT_SAMPLING", Sampling(1, 3.0, 4))
+    monkeypatch.setattr("sd_unlearn.models.sampling.DEFAULT_SAMPLING", Sampler(1, 3.0, 4))
     path = write_checkpoint(tmp_path)
     names = list(read_layout(path, "").under("model.diffusion_model."))
     assert len(names) == 686  # as every SD 1.x checkpoint has

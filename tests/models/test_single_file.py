@@ -16,9 +16,9 @@ from kinds import KINDS, Kinds, config_of, original_names
 from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from sd_unlearn.data.render import Sampler, draw
 from sd_unlearn.errors import UnlearnError, UsageError
 from sd_unlearn.models.base import Base, load_base, load_recorded_base
+from sd_unlearn.models.sampling import Sampler, draw
 from sd_unlearn.models.single_file import _tokenizers, clip_tokenizer, merges
 from sd_unlearn.models.source import SINGLE_FILE_DIR, Source
 

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from sd_unlearn.cli import main
 from sd_unlearn.config.base import DEFAULT_BASE, BaseOptions
 from sd_unlearn.errors import UsageError
-from sd_unlearn.io.run_folder import read_json
+from sd_unlearn.io.files import read_json
 from sd_unlearn.models.checkpoint_header import read_layout
 from sd_unlearn.models.source import Source, find_base, kind_of, variant_of
 

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from sd_unlearn import cli
-from sd_unlearn.io.run_folder import read_json
+from sd_unlearn.io.files import read_json
 from sd_unlearn.paper import experiments
 from sd_unlearn.paper import run as run_room
 from sd_unlearn.paper.ddpm import unet

@@ -11,7 +11,7 @@ from evaluation_runs import DIGIT_FILE
 
 from sd_unlearn.config.checks import check_train
 from sd_unlearn.errors import UsageError
-from sd_unlearn.io.run_folder import read_json
+from sd_unlearn.io.files import read_json
 from sd_unlearn.paper import stable_diffusion
 from sd_unlearn.paper.experiments import DIGITS_SEVEN, NAMES, SD_BRAD_PITT
 from sd_unlearn.paper.stable_diffusion import EXPERIMENTS, PAPER, run, settings
@@ -71,7 +71,7 @@ def test_names_are_those_of_the_table() -> None:
 def test_what_cannot_be_meant_is_refused_before_anything_is_drawn(
     changes: dict[str, Any], expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sd_unlearn.data.render.draw", pytest.fail)
+    monkeypatch.setattr("sd_unlearn.models.sampling.draw", pytest.fail)
     with pytest.raises(UsageError, match=expected):
         run("supervised", **changes)
     assert list(Path().iterdir()) == []

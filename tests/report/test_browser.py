@@ -16,7 +16,7 @@ from report_files import CONCEPTS, make_many, paint
 from report_results import EVIL, make_results
 
 from sd_unlearn.config.base import ReportConfig
-from sd_unlearn.io.run_folder import write_json
+from sd_unlearn.io.files import write_json
 from sd_unlearn.report.report import run
 
 webdriver = pytest.importorskip(

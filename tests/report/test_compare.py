@@ -17,7 +17,7 @@ from report_results import EVIL, Page, plain
 
 from sd_unlearn.config.base import ReportConfig
 from sd_unlearn.errors import UsageError
-from sd_unlearn.io.run_folder import write_json
+from sd_unlearn.io.files import write_json
 from sd_unlearn.report import before_after, compare, images
 from sd_unlearn.report.cases import cases_of, labels
 from sd_unlearn.report.certificate import residual

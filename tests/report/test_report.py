@@ -19,11 +19,10 @@ from report_results import EVIL, Page, make_results, make_row, plain
 
 from sd_unlearn.config.base import ReportConfig
 from sd_unlearn.errors import UsageError
-from sd_unlearn.io import run_folder
-from sd_unlearn.io.run_folder import Row
+from sd_unlearn.io import files
 from sd_unlearn.report import formatting, jinja, training_curves
 from sd_unlearn.report.report import format_table, run
-from sd_unlearn.results import read_results, upgrade
+from sd_unlearn.results import Row, read_results, upgrade
 
 FILLED = jinja.script()
 
@@ -41,8 +40,8 @@ def folder(tmp_path: Path) -> Path:
         (place / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (side, side), (200, 30, side % 256)).save(place / name)
     Image.new("RGB", (32, 32), (1, 2, 3)).save(tmp_path / "secret.png")
-    run_folder.write_json(place / "results.json", make_results())
-    run_folder.write_json(
+    files.write_json(place / "results.json", make_results())
+    files.write_json(
         place / "training.json", {"commit": "0f3c", "versions": {"torch": "9.9"}, "seeds": {"train": [5, 6]}}
     )
     log = [{"step": s, "mean_u": 20.0, "mean_s": 20.0 + s, "ratio": 1 + s / 20} for s in range(10, 50, 10)]
@@ -56,7 +55,7 @@ def folder(tmp_path: Path) -> Path:
 
 def page_of(folder: Path, **changes: Any) -> tuple[str, Page]:
     if changes:
-        run_folder.write_json(folder / "results.json", make_results(**changes))
+        files.write_json(folder / "results.json", make_results(**changes))
     path = run(ReportConfig(run=folder))
     assert path == folder / "report.html"
     source = path.read_text(encoding="utf-8")
@@ -275,7 +274,7 @@ def test_a_second_judge_of_the_same_metric_gets_its_own_line():
 
 def test_bare_results_are_enough(tmp_path):
     bare = {k: make_results()[k] for k in ("schema_version", "concept", "caption", "generic", "rows")} | {"base": {}}
-    run_folder.write_json(tmp_path / "results.json", bare)
+    files.write_json(tmp_path / "results.json", bare)
     page = Page(run(ReportConfig(run=tmp_path)).read_text(encoding="utf-8"))
     assert "Before and after" not in page.text
     assert "not measured" in page.text  # the cost
@@ -295,7 +294,7 @@ def test_rerunning_replaces_whole_files_and_says_the_same(folder):
 
 def test_a_damaged_side_file_leaves_the_old_report_alone(folder):
     first, _ = page_of(folder)
-    run_folder.write_json(folder / "results.json", make_results(concept="eight"))
+    files.write_json(folder / "results.json", make_results(concept="eight"))
     (folder / "metrics.jsonl").write_text('{"step": 1}\n{"st')
     with pytest.raises(UsageError, match=r"metrics\.jsonl line 2"):
         run(ReportConfig(run=folder))
@@ -328,7 +327,7 @@ def test_missing_run_folder_or_results_is_named(tmp_path):
     ],
 )
 def test_wrong_results_are_refused_by_name(tmp_path, change, match):
-    run_folder.write_json(tmp_path / "results.json", make_results(**change))
+    files.write_json(tmp_path / "results.json", make_results(**change))
     with pytest.raises(UsageError, match=match) as caught:
         read_results(tmp_path)
     assert str(tmp_path / "results.json") in str(caught.value)

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 from report_results import EVIL, Page, make_row, plain
 
-from sd_unlearn.io.run_folder import Row
 from sd_unlearn.report import sweep
 from sd_unlearn.report.scatter import BOTTOM, LEFT, LETTER, LINE, RIGHT, TOP, WIDTH, Mark, tradeoff
+from sd_unlearn.results import Row
 
 
 def make_run(factor: float, leaks: float, kept: float | None, **changes: Any) -> dict[str, Any]:

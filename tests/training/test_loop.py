@@ -18,7 +18,7 @@ from train_runs import ADAPTER, Config, make, rendered
 from sd_unlearn.data.batches import Batch
 from sd_unlearn.data.dataset import Example
 from sd_unlearn.errors import UnlearnError, UsageError
-from sd_unlearn.io.run_folder import read_json, read_jsonl
+from sd_unlearn.io.files import read_json, read_jsonl
 from sd_unlearn.training import checkpoint, loop, setup, trainer
 from sd_unlearn.training.probe import RatioProbe, Verdict, hold_out
 

@@ -28,11 +28,14 @@ from sd_unlearn.data.batches import StratifiedBatches
 from sd_unlearn.data.concept import read_concept
 from sd_unlearn.data.prior import ASSUMED_BETA
 from sd_unlearn.errors import UnlearnError, UsageError
-from sd_unlearn.io.run_folder import DATA_MANIFEST, TRAIN_SEEDS, read_json, read_jsonl
+from sd_unlearn.io.files import read_json, read_jsonl
+from sd_unlearn.io.run_folder import DATA_MANIFEST
 from sd_unlearn.models import lora
-from sd_unlearn.models.base import Base, Sampling, load_base
+from sd_unlearn.models.base import Base, load_base
 from sd_unlearn.models.denoiser import Denoiser
+from sd_unlearn.models.sampling import Sampler
 from sd_unlearn.models.student import run_applied
+from sd_unlearn.seeds import TRAIN_SEEDS
 from sd_unlearn.training import loop, setup, trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -43,7 +46,7 @@ Config = Callable[..., TrainConfig]
 @pytest.fixture(scope="module", autouse=True)
 def _quick_previews() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sd_unlearn.models.base.DEFAULT_SAMPLING", Sampling(2, 7.5, 16))
+        patch.setattr("sd_unlearn.models.sampling.DEFAULT_SAMPLING", Sampler(2, 7.5, 16))
         yield
 
 

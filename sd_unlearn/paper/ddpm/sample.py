@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from sd_unlearn.io.run_folder import EVALUATE_SEEDS, image_seed
 from sd_unlearn.paper.experiments import Sampler
+from sd_unlearn.seeds import EVALUATE_SEEDS, image_seed
 
 SAMPLES = "samples.npz"  # arr_0 [n, side, side, channels] uint8, as evaluation suites of this field read them
 PARTS_DIR = "samples-parts"

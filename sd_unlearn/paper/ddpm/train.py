@@ -17,7 +17,8 @@ from sd_unlearn.config.train import TrainConfig
 from sd_unlearn.data.batches import Layout, StratifiedBatches
 from sd_unlearn.data.concept import Concept
 from sd_unlearn.data.dataset import Example
-from sd_unlearn.io.run_folder import METRICS, TRAIN_SEEDS, read_jsonl
+from sd_unlearn.io.files import read_jsonl
+from sd_unlearn.io.run_folder import METRICS
 from sd_unlearn.models.denoiser import Denoiser
 from sd_unlearn.models.student import Student
 from sd_unlearn.objectives.pu import PUObjective
@@ -27,6 +28,7 @@ from sd_unlearn.paper.ddpm.split import Split
 from sd_unlearn.paper.ddpm.unet import load_network, make_network, make_schedule, save_pipeline
 from sd_unlearn.paper.experiments import Experiment, Size
 from sd_unlearn.paper.settings import LABELED_SHARE, PAPERS_BETA, Settings
+from sd_unlearn.seeds import TRAIN_SEEDS
 from sd_unlearn.training import checkpoint
 from sd_unlearn.training.loop import Training, fit
 from sd_unlearn.training.provenance import device_name, peak_memory_mb

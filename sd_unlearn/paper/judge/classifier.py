@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from sd_unlearn.errors import UnlearnError, UsageError, suggest
-from sd_unlearn.io.run_folder import check_writable, file_sha256, read_json, write_json
+from sd_unlearn.io.files import check_writable, file_sha256, read_json, write_json
 from sd_unlearn.metrics.statistics import wilson
 from sd_unlearn.paper.experiments import Size
 from sd_unlearn.paper.judge.resnet import Settings, build_network, fit, shrink, to_float

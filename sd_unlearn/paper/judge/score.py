@@ -17,7 +17,6 @@ from torch import Tensor
 from torch.nn.functional import interpolate, pad
 
 from sd_unlearn.errors import UnlearnError, UsageError
-from sd_unlearn.io.run_folder import Row
 from sd_unlearn.metrics.digits import FEATURE_WIDTH, DigitsJudge, distance_rows, load_reader
 from sd_unlearn.metrics.fidelity import InceptionFidelity
 from sd_unlearn.metrics.mmd import FEWEST
@@ -25,6 +24,7 @@ from sd_unlearn.metrics.statistics import wilson
 from sd_unlearn.paper.ddpm.sample import as_bytes
 from sd_unlearn.paper.experiments import DIGITS
 from sd_unlearn.paper.judge.classifier import BATCH, Classifier, class_mask, normal_of
+from sd_unlearn.results import Row
 
 if TYPE_CHECKING:
     from sd_unlearn.paper.ddpm.datasets import ImageData

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from sd_unlearn.io.run_folder import Row
 from sd_unlearn.paper.tables.finished import RATE, SHARE
 from sd_unlearn.paper.tables.groups import Figure, Group, varying
 from sd_unlearn.report.formatting import number
+from sd_unlearn.results import Row
 
 NONE = "–"
 NAMES_OF = {"unsupervised": "Unsupervised", "supervised": "Supervised", "pu": "PU (proposed)", "pnu": "PNU"}

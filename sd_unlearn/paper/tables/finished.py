@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from sd_unlearn.errors import UsageError
-from sd_unlearn.io.run_folder import CONFIG, RESULTS, Row, read_json, write_text
+from sd_unlearn.io.files import read_json, write_text
+from sd_unlearn.io.run_folder import CONFIG, RESULTS
 from sd_unlearn.paper.experiments import NAMES
+from sd_unlearn.results import Row
 
 SCHEMA_VERSION = 1
 KIND = "paper"

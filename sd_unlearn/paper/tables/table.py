@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sd_unlearn.errors import UsageError, suggest
-from sd_unlearn.io.run_folder import check_writable, write_bytes, write_text
+from sd_unlearn.io.files import check_writable, write_bytes, write_text
 from sd_unlearn.paper.tables import plots
 from sd_unlearn.paper.tables.finished import PaperRun, collect, none_found, read_runs
 from sd_unlearn.paper.tables.groups import PLAIN, Figure, Group, grouped

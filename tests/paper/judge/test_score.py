@@ -12,7 +12,6 @@ from paper_images import Images, brightness_reader, plain
 from PIL import Image
 
 from sd_unlearn.errors import UnlearnError, UsageError
-from sd_unlearn.io.run_folder import Row
 from sd_unlearn.metrics.fidelity import InceptionFidelity
 from sd_unlearn.metrics.statistics import wilson
 from sd_unlearn.paper.experiments import CIFAR10, DIGITS, EVEN, STL10
@@ -26,6 +25,7 @@ from sd_unlearn.paper.judge.score import (
     real_normal,
     to_pictures,
 )
+from sd_unlearn.results import Row
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -9,7 +9,7 @@ import pytest
 from paper_runs import make_record, make_results
 
 from sd_unlearn.errors import UsageError
-from sd_unlearn.io.run_folder import read_json, write_json
+from sd_unlearn.io.files import read_json, write_json
 from sd_unlearn.paper.tables.finished import PaperRun, collect, read_runs
 
 RUNS = Path("runs/paper")
