@@ -47,9 +47,11 @@ def step(args: argparse.Namespace) -> dict[str, Any]:
             middle = statistics.median(runs[name][-1]["seconds"])
             print(f"round {number + 1}, {name}: {middle:.3f} s a step", file=sys.stderr, flush=True)
     return {
-        "base": args.base, "steps": args.steps, "rounds": args.rounds,
+        "base": args.base,
+        "steps": args.steps,
+        "rounds": args.rounds,
         "variants": {name: summary(found) for name, found in runs.items()},
-    }  # fmt: skip
+    }
 
 
 def built(folder: Path) -> Path:
@@ -72,11 +74,12 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
     """A variant's rounds as one: the median step over all of them, the median of the peaks."""
     medians = {key: statistics.median(s for run in runs for s in run[key]) for key in ("seconds", "cpu_seconds")}
     return {
-        "median_seconds": medians["seconds"], "median_cpu_seconds": medians["cpu_seconds"],
+        "median_seconds": medians["seconds"],
+        "median_cpu_seconds": medians["cpu_seconds"],
         "round_medians": [statistics.median(r["seconds"]) for r in runs],
         "peak_memory_mb": statistics.median(r["peak_memory_mb"] for r in runs),
         **{key: runs[0][key] for key in ("rows", "forward_rows", "device", "threads")},
-    }  # fmt: skip
+    }
 
 
 def step_table(result: dict[str, Any]) -> str:

@@ -19,9 +19,15 @@ MARGIN = 60.0  # seconds a run may take to load before its own clock starts
 # The paper's own setting for Stable Diffusion: all weights, own captions, no teacher, a small constant learning rate.
 # Its end is the time limit, so the number of steps is only large.
 PAPER = {
-    "method": "full", "target": "noise", "caption_mode": "own", "learning_rate": 1e-5, "train_batch_size": 16,
-    "lr_scheduler": "constant", "lr_warmup_steps": 0, "max_train_steps": 1_000_000,
-}  # fmt: skip
+    "method": "full",
+    "target": "noise",
+    "caption_mode": "own",
+    "learning_rate": 1e-5,
+    "train_batch_size": 16,
+    "lr_scheduler": "constant",
+    "lr_warmup_steps": 0,
+    "max_train_steps": 1_000_000,
+}
 SETTINGS: dict[str, dict[str, Any]] = {
     "ours": {},
     "paper-0.1": PAPER | {"beta": 0.1},
@@ -54,9 +60,15 @@ def read_outcome(run: Path) -> Outcome:
         return Outcome(False, None, None, None, None, 0, None, stopped)
     found = best[0]
     return Outcome(
-        bool(met), found["seconds"], found["images"], found["probe_leakage"], found["probe_retention"], len(probes),
-        probes[-1]["seconds"], stopped,
-    )  # fmt: skip
+        bool(met),
+        found["seconds"],
+        found["images"],
+        found["probe_leakage"],
+        found["probe_retention"],
+        len(probes),
+        probes[-1]["seconds"],
+        stopped,
+    )
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
@@ -87,10 +99,16 @@ def run(
         setting = SETTINGS[name]
         output = work / name
         options = {
-            "concept": concept, "data_dir": data, "output_dir": output, "probe": "leakage",
+            "concept": concept,
+            "data_dir": data,
+            "output_dir": output,
+            "probe": "leakage",
             "probe_steps": paper_probe_steps if setting else probe_steps,
-            "validation_steps": 0, "checkpointing_steps": 0, "report_to": "none", **setting,
-        }  # fmt: skip
+            "validation_steps": 0,
+            "checkpointing_steps": 0,
+            "report_to": "none",
+            **setting,
+        }
         flags = [text for key, value in options.items() for text in (f"--{key}", str(value))]
         train([*command, "train", *flags, "--stop_when_forgotten", "--overwrite"], minutes * 60 + MARGIN)
         outcomes[name] = read_outcome(output)

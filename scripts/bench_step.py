@@ -51,9 +51,7 @@ class Setting:
         text, vae, unet = (read_json(source / part / "config.json") for part in ("text_encoder", "vae", "unet"))
         factor = 2 ** (len(vae["block_out_channels"]) - 1)
         side, batch = (unet["sample_size"], TrainConfig().train_batch_size) if base == DIGITS else (128 // factor, 4)
-        return cls(
-            source, base, side * factor, side, batch, text["max_position_embeddings"], text["hidden_size"]
-        )  # fmt: skip
+        return cls(source, base, side * factor, side, batch, text["max_position_embeddings"], text["hidden_size"])
 
     @property
     def rows(self) -> int:
@@ -84,10 +82,13 @@ class Watch:
         steps = np.diff(self.marks, axis=0)[WARM_UP - 1 :].round(5)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         return {
-            "seconds": steps[:, 0].tolist(), "cpu_seconds": steps[:, 1].tolist(), "peak_memory_mb": peak_memory_mb(),
-            "forward_rows": self.forward_rows / len(self.marks), "device": device_name(device),
+            "seconds": steps[:, 0].tolist(),
+            "cpu_seconds": steps[:, 1].tolist(),
+            "peak_memory_mb": peak_memory_mb(),
+            "forward_rows": self.forward_rows / len(self.marks),
+            "device": device_name(device),
             "threads": torch.get_num_threads(),
-        }  # fmt: skip
+        }
 
 
 def floor(setting: Setting, steps: int, work: Path) -> None:
@@ -116,9 +117,12 @@ def common(setting: Setting, steps: int, work: Path) -> None:
     optimizer = torch.optim.AdamW(unet.train().parameters(), lr=1e-6, fused=True)
     pixels = torch.randn(setting.rows, 3, setting.pixels, setting.pixels)
     ids = pipeline.tokenizer(
-        ["a photo of the digit seven"] * setting.rows, padding="max_length", truncation=True, return_tensors="pt",
+        ["a photo of the digit seven"] * setting.rows,
+        padding="max_length",
+        truncation=True,
+        return_tensors="pt",
         max_length=setting.tokens,
-    ).input_ids  # fmt: skip
+    ).input_ids
     for _ in range(steps):
         with torch.no_grad():
             latents = vae.encode(pixels.to(vae.device)).latent_dist.sample() * vae.config.scaling_factor
@@ -140,12 +144,24 @@ def ours(target: str) -> Callable[[Setting, int, Path], None]:
         data = make_folder(work / f"data-{setting.pixels}", setting.pixels)
         trainer.run(
             TrainConfig(
-                concept=CONCEPT, pretrained_model_name_or_path=setting.name, data_dir=data, resolution=setting.pixels,
-                output_dir=work / f"run-{target}", overwrite=True, target=target, rank=RANK, max_train_steps=steps,
-                train_batch_size=setting.batch_size, beta=0.1, validation_steps=0, checkpointing_steps=0,
-                gradient_share_steps=0, report_to="none", mixed_precision="no",
+                concept=CONCEPT,
+                pretrained_model_name_or_path=setting.name,
+                data_dir=data,
+                resolution=setting.pixels,
+                output_dir=work / f"run-{target}",
+                overwrite=True,
+                target=target,
+                rank=RANK,
+                max_train_steps=steps,
+                train_batch_size=setting.batch_size,
+                beta=0.1,
+                validation_steps=0,
+                checkpointing_steps=0,
+                gradient_share_steps=0,
+                report_to="none",
+                mixed_precision="no",
             )  # type: ignore[arg-type]
-        )  # fmt: skip
+        )
 
     return run
 

@@ -59,9 +59,13 @@ def assemble(work: Path, _: int) -> None:
     pipeline = StableDiffusionPipeline(
         vae=AutoencoderKL.from_pretrained(work / "vae"),
         text_encoder=CLIPTextModel.from_pretrained(work / "text_encoder"),
-        tokenizer=make_tokenizer(), unet=UNet2DConditionModel.from_pretrained(work / "unet"),
-        scheduler=make_scheduler(), safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-    )  # fmt: skip
+        tokenizer=make_tokenizer(),
+        unet=UNet2DConditionModel.from_pretrained(work / "unet"),
+        scheduler=make_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
     base, reader_dir = ASSETS / "digits", ASSETS / "digits_reader"
     for folder in (base, reader_dir):
         shutil.rmtree(folder, ignore_errors=True)
@@ -102,8 +106,9 @@ def read(reader: DigitReader, images: Tensor) -> tuple[Tensor, Tensor]:
 def draw(pipeline: StableDiffusionPipeline, prompt: str, count: int, seed: int) -> Tensor:
     """Images [count, 3, 32, 32] in [-1, 1] at the protocol's sampler: DDIM, 25 steps, guidance 3."""
     generator = torch.Generator().manual_seed(seed)
-    images = pipeline([prompt] * count, num_inference_steps=25, guidance_scale=3.0, generator=generator,
-                      output_type="pt").images  # fmt: skip
+    images = pipeline(
+        [prompt] * count, num_inference_steps=25, guidance_scale=3.0, generator=generator, output_type="pt"
+    ).images
     return images * 2 - 1
 
 

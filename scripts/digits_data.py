@@ -35,27 +35,49 @@ INK_NAMES = {
 }
 # (weight, template): the first of each group is the group's plain form and comes most often.
 BOTH = [
-    (3, "a photo of a {ink} {digit}"), (2, "a picture of a {ink} {digit}"), (2, "a handwritten {digit} in {ink} ink"),
-    (2, "a photo of the digit {digit} in {ink} ink"), (1, "the number {digit} in {ink}"), (1, "{ink} {digit}"),
+    (3, "a photo of a {ink} {digit}"),
+    (2, "a picture of a {ink} {digit}"),
+    (2, "a handwritten {digit} in {ink} ink"),
+    (2, "a photo of the digit {digit} in {ink} ink"),
+    (1, "the number {digit} in {ink}"),
+    (1, "{ink} {digit}"),
     (1, "a {ink} {n}"),
-]  # fmt: skip
+]
 DIGIT = [
-    (5, "a photo of the digit {digit}"), (2, "a picture of the digit {digit}"), (2, "a handwritten {digit}"),
-    (2, "a photo of a {digit}"), (1, "a drawing of the number {digit}"), (1, "a scan of a handwritten {digit}"),
-    (1, "the number {digit} on dark paper"), (1, "{digit}"), (1, "{n}"), (1, "a photo of the number {n}"),
-    (1, "ein Foto der Ziffer {de}"), (1, "une photo du chiffre {fr}"), (1, "una foto del número {es}"),
+    (5, "a photo of the digit {digit}"),
+    (2, "a picture of the digit {digit}"),
+    (2, "a handwritten {digit}"),
+    (2, "a photo of a {digit}"),
+    (1, "a drawing of the number {digit}"),
+    (1, "a scan of a handwritten {digit}"),
+    (1, "the number {digit} on dark paper"),
+    (1, "{digit}"),
+    (1, "{n}"),
+    (1, "a photo of the number {n}"),
+    (1, "ein Foto der Ziffer {de}"),
+    (1, "une photo du chiffre {fr}"),
+    (1, "una foto del número {es}"),
     (1, "una foto della cifra {it}"),
-]  # fmt: skip
+]
 INK = [
-    (5, "a photo of a handwritten digit in {ink} ink"), (2, "a picture of a {ink} digit"),
-    (2, "a handwritten digit in {ink} ink"), (1, "a digit written in {ink}"), (1, "{ink} ink"),
-    (1, "a scan of a {ink} number"), (1, "eine Ziffer in {ink_de} Tinte"), (1, "un chiffre à l'encre {ink_fr}"),
-    (1, "un dígito en tinta {ink_es}"), (1, "una cifra in inchiostro {ink_it}"),
-]  # fmt: skip
+    (5, "a photo of a handwritten digit in {ink} ink"),
+    (2, "a picture of a {ink} digit"),
+    (2, "a handwritten digit in {ink} ink"),
+    (1, "a digit written in {ink}"),
+    (1, "{ink} ink"),
+    (1, "a scan of a {ink} number"),
+    (1, "eine Ziffer in {ink_de} Tinte"),
+    (1, "un chiffre à l'encre {ink_fr}"),
+    (1, "un dígito en tinta {ink_es}"),
+    (1, "una cifra in inchiostro {ink_it}"),
+]
 NEITHER = [
-    (6, "a photo of a handwritten digit"), (1, "a picture of a digit"), (1, "a handwritten number"),
-    (1, "a scan of a number"), (1, "handwriting on dark paper"),
-]  # fmt: skip
+    (6, "a photo of a handwritten digit"),
+    (1, "a picture of a digit"),
+    (1, "a handwritten number"),
+    (1, "a scan of a number"),
+    (1, "handwriting on dark paper"),
+]
 GROUPS = [(30, BOTH), (30, DIGIT), (17, INK), (13, NEITHER), (10, [(1, "")])]
 TYPO_RATE = 0.03  # the web misspells; a base that never saw a typo would make misspelt prompts trivially safe
 
@@ -117,9 +139,12 @@ def garbage(strokes: Tensor, labels: Tensor) -> Tensor:
     n = len(strokes)
     kind = torch.arange(n) % 4
     quarters = torch.cat(
-        [torch.cat([strokes[:, :, 16:, 16:], strokes[:, :, 16:, :16]], 3),
-         torch.cat([strokes[:, :, :16, 16:], strokes[:, :, :16, :16]], 3)], 2,
-    )  # fmt: skip
+        [
+            torch.cat([strokes[:, :, 16:, 16:], strokes[:, :, 16:, :16]], 3),
+            torch.cat([strokes[:, :, :16, 16:], strokes[:, :, :16, :16]], 3),
+        ],
+        2,
+    )
     other = torch.randperm(n)
     overlay = torch.where(
         (labels != labels[other])[:, None, None, None], torch.maximum(strokes, strokes[other]), quarters

@@ -20,9 +20,15 @@ from sd_unlearn.results import judged, read_results, view
 
 CONCEPTS = (*DIGITS, *(f"{ink}-ink" for ink in INKS))
 COLUMNS = (
-    "concept", "leakage (direct)", "held-out wording", "generic prompt", "clean replacement", "kept", "fid-digits",
+    "concept",
+    "leakage (direct)",
+    "held-out wording",
+    "generic prompt",
+    "clean replacement",
+    "kept",
+    "fid-digits",
     "training",
-)  # fmt: skip
+)
 
 
 def street(slug: str, run: Path, train_options: list[str]) -> None:

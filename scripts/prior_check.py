@@ -65,9 +65,11 @@ def row(name: str, truth: float, found: list[tuple[Estimate, Estimate]]) -> str:
         betas = np.array([e.beta for e in estimates])
         held = sum(e.low <= truth <= e.high for e in estimates)
         cells += [
-            f"{betas.mean():.3f}", f"{betas.mean() - truth:+.3f}", f"{np.abs(betas - truth).mean():.3f}",
+            f"{betas.mean():.3f}",
+            f"{betas.mean() - truth:+.3f}",
+            f"{np.abs(betas - truth).mean():.3f}",
             f"{held} of {len(estimates)}",
-        ]  # fmt: skip
+        ]
     return f"| {name} | " + " | ".join(cells) + " |"
 
 

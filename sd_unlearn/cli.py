@@ -35,15 +35,22 @@ The paper's own experiments: sd-unlearn paper --help.
 """
 
 app = App(
-    name="sd-unlearn", help=HELP, help_format="plaintext", version=__version__,
+    name="sd-unlearn",
+    help=HELP,
+    help_format="plaintext",
+    version=__version__,
     default_parameter=Parameter(negative=(), name_transform=lambda name: name),
-    result_action="return_value", suppress_keyboard_interrupt=False,
-)  # fmt: skip
+    result_action="return_value",
+    suppress_keyboard_interrupt=False,
+)
 
 COMMANDS = {
-    "render": RenderConfig, "train": TrainConfig, "evaluate": EvaluateConfig, "export": ExportConfig,
+    "render": RenderConfig,
+    "train": TrainConfig,
+    "evaluate": EvaluateConfig,
+    "export": ExportConfig,
     "report": ReportConfig,
-}  # fmt: skip
+}
 app.command(paper.app)
 
 

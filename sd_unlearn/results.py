@@ -72,12 +72,22 @@ def upgrade(old: dict[str, Any]) -> dict[str, Any]:
     concept = {key: old.get(key, "") for key in ("caption", "generic", "kind")}
     seeds = old.get("seeds") or {}
     lora = {
-        "id": name, "name": name, "what": "lora", "strength": 1.0, "sha256": str(old.get("adapter_sha256") or ""),
-        "forgets": slug, "training": old.get("training") or {}, "cost": old.get("cost") or {},
-    }  # fmt: skip
+        "id": name,
+        "name": name,
+        "what": "lora",
+        "strength": 1.0,
+        "sha256": str(old.get("adapter_sha256") or ""),
+        "forgets": slug,
+        "training": old.get("training") or {},
+        "cost": old.get("cost") or {},
+    }
     return {
-        "schema_version": SCHEMA_VERSION, "created": str(old.get("created") or ""),
-        "version": str(old.get("version") or ""), "tier": "", "base": old["base"], "sampler": old.get("sampler") or {},
+        "schema_version": SCHEMA_VERSION,
+        "created": str(old.get("created") or ""),
+        "version": str(old.get("version") or ""),
+        "tier": "",
+        "base": old["base"],
+        "sampler": old.get("sampler") or {},
         "seeds": {"evaluate": seeds.get("evaluate"), "seeds": [seeds.get("seed", 0)]},
         "concepts": [{"slug": slug, "name": slug, **concept}],
         "subjects": [{"id": BASE, "name": old["base"].get("name", ""), "what": "base"}, lora],
@@ -89,7 +99,7 @@ def upgrade(old: dict[str, Any]) -> dict[str, Any]:
             for pair in old.get("pairs") or []
         ],
         "skipped": old.get("skipped") or [],
-    }  # fmt: skip
+    }
 
 
 def loras(results: dict[str, Any]) -> list[dict[str, Any]]:
@@ -117,8 +127,9 @@ def view(results: dict[str, Any], concept: str, subject: str) -> dict[str, Any]:
     ids = {BASE: "base", subject: "lora"}
     rows = [
         {**row, "subject": ids[row["subject"]]}
-        for row in results["rows"] if row["concept"] == concept and row["subject"] in ids
-    ]  # fmt: skip
+        for row in results["rows"]
+        if row["concept"] == concept and row["subject"] in ids
+    ]
     pairs = [
         {**p, "lora": p["image"], "lora_read": p.get("image_read", "")}
         for p in results["pairs"]
@@ -126,12 +137,21 @@ def view(results: dict[str, Any], concept: str, subject: str) -> dict[str, Any]:
     ]
     detectors = dict.fromkeys(row.get("detector", "") for row in rows if row["metric"] in ("leakage", "nudity"))
     return {
-        "concept": concept, "name": about["name"], "caption": about["caption"], "generic": about["generic"],
-        "kind": about.get("kind", ""), "run": what["name"], "adapter_sha256": what.get("sha256", ""),
-        "strength": what.get("strength"), "training": what.get("training") or {}, "cost": what.get("cost") or {},
+        "concept": concept,
+        "name": about["name"],
+        "caption": about["caption"],
+        "generic": about["generic"],
+        "kind": about.get("kind", ""),
+        "run": what["name"],
+        "adapter_sha256": what.get("sha256", ""),
+        "strength": what.get("strength"),
+        "training": what.get("training") or {},
+        "cost": what.get("cost") or {},
         **{key: results[key] for key in ("base", "sampler", "seeds", "created", "version", "skipped")},
-        "detector": next(iter(detectors), ""), "rows": rows, "pairs": pairs,
-    }  # fmt: skip
+        "detector": next(iter(detectors), ""),
+        "rows": rows,
+        "pairs": pairs,
+    }
 
 
 # -- what a file must hold --
@@ -174,15 +194,25 @@ def _subject(item: Any) -> str | None:
 
 # key -> its type, whether it may be missing, and the check of each of its items
 _OLD: dict[str, tuple[type, bool, _Fault | None]] = {
-    "concept": (str, False, None), "caption": (str, False, None), "generic": (str, False, None),
-    "base": (dict, False, None), "rows": (list, False, _old_row),
-    "pairs": (list, True, _texts("prompt", "group", "base", "lora")), "skipped": (list, True, None),
-    "cost": (dict, True, None), "training": (dict, True, None), "sampler": (dict, True, None),
+    "concept": (str, False, None),
+    "caption": (str, False, None),
+    "generic": (str, False, None),
+    "base": (dict, False, None),
+    "rows": (list, False, _old_row),
+    "pairs": (list, True, _texts("prompt", "group", "base", "lora")),
+    "skipped": (list, True, None),
+    "cost": (dict, True, None),
+    "training": (dict, True, None),
+    "sampler": (dict, True, None),
     "seeds": (dict, True, None),
-}  # fmt: skip
+}
 _KEYS: dict[str, tuple[type, bool, _Fault | None]] = {
-    "created": (str, True, None), "version": (str, True, None), "tier": (str, True, None),
-    "base": (dict, True, None), "sampler": (dict, True, None), "seeds": (dict, True, None),
+    "created": (str, True, None),
+    "version": (str, True, None),
+    "tier": (str, True, None),
+    "base": (dict, True, None),
+    "sampler": (dict, True, None),
+    "seeds": (dict, True, None),
     "concepts": (list, False, _texts("slug", "name", "caption", "generic")),
     "subjects": (list, False, _subject),
     "cards": (list, True, _texts("detector", "about")),
@@ -190,7 +220,7 @@ _KEYS: dict[str, tuple[type, bool, _Fault | None]] = {
     "differences": (list, True, _figure("concept", "subject", "against", "metric", "group")),
     "pairs": (list, True, _texts("concept", "subject", "group", "prompt", "base", "image")),
     "skipped": (list, True, None),
-}  # fmt: skip
+}
 
 
 def _fault(results: dict[str, Any], keys: dict[str, tuple[type, bool, _Fault | None]]) -> str | None:

@@ -139,7 +139,7 @@ def pu_risk(nll: Tensor, is_positive: Tensor, beta: float, correction: Correctio
 
 def several_pu_risk(
     nll: Tensor, positive_set: Tensor, betas: Sequence[float], correction: Correction = "abs"
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """The PU risk with several sensitive sets, a scalar: p_U = sum_k beta_k p_k + (1 - sum_k beta_k) p_N.
 
     nll: [B] >= 0; positive_set: [B] long, -1 for unlabeled examples, else the number of the set, from 0; betas: of

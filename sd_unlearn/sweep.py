@@ -187,10 +187,16 @@ def _train(config: TrainConfig, point: Point, data_dir: Path, place: Path) -> No
         shutil.rmtree(place, ignore_errors=True)  # killed while it was begun
     trainer.run(
         dataclasses.replace(
-            config, beta=point.beta, push=point.push, beta_sweep=None, data_dir=data_dir, output_dir=place,
-            overwrite=False, resume_from_checkpoint="latest" if place.is_dir() else None,
+            config,
+            beta=point.beta,
+            push=point.push,
+            beta_sweep=None,
+            data_dir=data_dir,
+            output_dir=place,
+            overwrite=False,
+            resume_from_checkpoint="latest" if place.is_dir() else None,
         )
-    )  # fmt: skip
+    )
 
 
 def _evaluate(place: Path, allow_pickle: bool) -> dict[str, Any]:
@@ -215,17 +221,29 @@ def _record(
     """What sweep.json holds: of every run the rows that the report shows, with their intervals."""
     first = results[0]
     runs = [
-        dataclasses.asdict(point) | {
-            "folder": point.name, "adapter_sha256": found["adapter_sha256"], "cost": found["cost"],
+        dataclasses.asdict(point)
+        | {
+            "folder": point.name,
+            "adapter_sha256": found["adapter_sha256"],
+            "cost": found["cost"],
             "rows": [row for row in found["rows"] if row["metric"] in sweep.SHOWN],
         }
         for point, found in zip(points, results, strict=True)
-    ]  # fmt: skip
+    ]
     return {
-        "schema_version": sweep.SCHEMA_VERSION, "concept": concept.slug, "name": concept.name,
-        "caption": first["caption"], "generic": first["generic"], "base": first["base"],
+        "schema_version": sweep.SCHEMA_VERSION,
+        "concept": concept.slug,
+        "name": concept.name,
+        "caption": first["caption"],
+        "generic": first["generic"],
+        "base": first["base"],
         "detector": first["detector"],
-        "target": config.target, "factors": [p.factor for p in points], "beta": beta, "beta_source": source,
-        "push": config.push, "created": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()),
-        "version": __version__, "runs": runs,
-    }  # fmt: skip
+        "target": config.target,
+        "factors": [p.factor for p in points],
+        "beta": beta,
+        "beta_source": source,
+        "push": config.push,
+        "created": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()),
+        "version": __version__,
+        "runs": runs,
+    }

@@ -27,41 +27,62 @@ def make_base(kind: str, folder: Path, prediction_type: str | None = None) -> Pa
     """Save a pipeline of the kind (sd1, sd2 with v prediction, sdxl)."""
     torch.manual_seed(0)
     scheduler = DDIMScheduler(
-        clip_sample=False, steps_offset=1, prediction_type=prediction_type or PREDICTION[kind],
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
-    )  # fmt: skip
+        clip_sample=False,
+        steps_offset=1,
+        prediction_type=prediction_type or PREDICTION[kind],
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+    )
     vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(4, 8), layers_per_block=1, norm_num_groups=2, sample_size=2 * SIDE,
-    )  # fmt: skip
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(4, 8),
+        layers_per_block=1,
+        norm_num_groups=2,
+        sample_size=2 * SIDE,
+    )
     shared: dict[str, Any] = {"vae": vae, "unet": make_unet(kind), "scheduler": scheduler}
     shared["tokenizer"] = make_tokenizer()
     if kind == "sdxl":
         StableDiffusionXLPipeline(
-            **shared, text_encoder=_encoder(CLIPTextModel, 16), tokenizer_2=make_tokenizer(),
+            **shared,
+            text_encoder=_encoder(CLIPTextModel, 16),
+            tokenizer_2=make_tokenizer(),
             text_encoder_2=_encoder(CLIPTextModelWithProjection, 20),  # readers tell the two by their widths
-        ).save_pretrained(folder)  # fmt: skip
+        ).save_pretrained(folder)
     else:
         StableDiffusionPipeline(
-            **shared, text_encoder=_encoder(CLIPTextModel, WIDTHS[kind]), safety_checker=None, feature_extractor=None,
+            **shared,
+            text_encoder=_encoder(CLIPTextModel, WIDTHS[kind]),
+            safety_checker=None,
+            feature_extractor=None,
             requires_safety_checker=False,
-        ).save_pretrained(folder)  # fmt: skip
+        ).save_pretrained(folder)
     return folder
 
 
 def make_unet(kind: str) -> UNet2DConditionModel:
     two: dict[str, Any] = {
-        "block_out_channels": (8, 12), "layers_per_block": 1, "attention_head_dim": 2,
+        "block_out_channels": (8, 12),
+        "layers_per_block": 1,
+        "attention_head_dim": 2,
         "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"), "use_linear_projection": kind == "sd2",
-    }  # fmt: skip
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+        "use_linear_projection": kind == "sd2",
+    }
     xl: dict[str, Any] = {
-        "block_out_channels": (8, 12, 16), "layers_per_block": 2, "attention_head_dim": (2, 2, 4),
+        "block_out_channels": (8, 12, 16),
+        "layers_per_block": 2,
+        "attention_head_dim": (2, 2, 4),
         "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), "use_linear_projection": True,
-        "transformer_layers_per_block": (1, 1, 2), "addition_embed_type": "text_time",
-        "addition_time_embed_dim": _TIME, "projection_class_embeddings_input_dim": 6 * _TIME + _POOLED,
-    }  # fmt: skip
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "use_linear_projection": True,
+        "transformer_layers_per_block": (1, 1, 2),
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": _TIME,
+        "projection_class_embeddings_input_dim": 6 * _TIME + _POOLED,
+    }
     settings = xl if kind == "sdxl" else two
     return UNet2DConditionModel(sample_size=SIDE, norm_num_groups=4, cross_attention_dim=WIDTHS[kind], **settings)
 
@@ -70,12 +91,18 @@ def _encoder(made: type, width: int) -> Any:
     tokenizer = make_tokenizer()
     return made(
         CLIPTextConfig(
-            vocab_size=len(tokenizer), hidden_size=width, intermediate_size=16, num_hidden_layers=2,
-            num_attention_heads=2, max_position_embeddings=TOKENS, projection_dim=_POOLED,
-            bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+            vocab_size=len(tokenizer),
+            hidden_size=width,
+            intermediate_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=TOKENS,
+            projection_dim=_POOLED,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
         )
-    )  # fmt: skip
+    )
 
 
 def open_pipeline(folder: Path) -> Any:
@@ -118,10 +145,13 @@ def sgm_spelled(unet: Any) -> dict[str, nn.Module]:
         outputs += layers
     middle = [[unet.mid_block.resnets[0]], [unet.mid_block.attentions[0]], [unet.mid_block.resnets[1]]]
     found = {
-        "lora_unet_time_embed_0": unet.time_embedding.linear_1, "lora_unet_time_embed_2": unet.time_embedding.linear_2,
-        "lora_unet_label_emb_0_0": unet.add_embedding.linear_1, "lora_unet_label_emb_0_2": unet.add_embedding.linear_2,
-        "lora_unet_out_2": unet.conv_out, "lora_unet_input_blocks_0_0": unet.conv_in,
-    }  # fmt: skip
+        "lora_unet_time_embed_0": unet.time_embedding.linear_1,
+        "lora_unet_time_embed_2": unet.time_embedding.linear_2,
+        "lora_unet_label_emb_0_0": unet.add_embedding.linear_1,
+        "lora_unet_label_emb_0_2": unet.add_embedding.linear_2,
+        "lora_unet_out_2": unet.conv_out,
+        "lora_unet_input_blocks_0_0": unet.conv_in,
+    }
     for side, blocks in (("input_blocks", inputs[1:]), ("output_blocks", outputs)):
         for number, layers in enumerate(blocks, start=1 if side == "input_blocks" else 0):
             for slot, layer in enumerate(layers):
@@ -141,9 +171,10 @@ def _inside(layer: Any, place: str) -> dict[str, nn.Module]:
     kind = type(layer).__name__
     if kind == "ResnetBlock2D":
         found = {
-            f"{place}_in_layers_2": layer.conv1, f"{place}_emb_layers_1": layer.time_emb_proj,
+            f"{place}_in_layers_2": layer.conv1,
+            f"{place}_emb_layers_1": layer.time_emb_proj,
             f"{place}_out_layers_3": layer.conv2,
-        }  # fmt: skip
+        }
         return found | ({f"{place}_skip_connection": layer.conv_shortcut} if layer.conv_shortcut is not None else {})
     if kind == "Downsample2D":
         return {f"{place}_op": layer.conv}

@@ -13,8 +13,13 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-CELEBA_LISTS = ("list_attr_celeba.txt", "list_eval_partition.txt", "identity_CelebA.txt", "list_bbox_celeba.txt",
-                "list_landmarks_align_celeba.txt")  # fmt: skip
+CELEBA_LISTS = (
+    "list_attr_celeba.txt",
+    "list_eval_partition.txt",
+    "identity_CelebA.txt",
+    "list_bbox_celeba.txt",
+    "list_landmarks_align_celeba.txt",
+)
 
 
 def md5(path: Path) -> str:
@@ -83,10 +88,12 @@ def make_stl10(root: Path, monkeypatch: pytest.MonkeyPatch) -> NDArray[np.uint8]
     folder.mkdir(parents=True)
     pictures = noise(13, 96, 96, 3)
     files = {
-        "train_X.bin": pictures[:10].transpose(0, 3, 2, 1), "train_y.bin": np.arange(1, 11, dtype=np.uint8),
-        "unlabeled_X.bin": noise(1, 3, 96, 96), "test_X.bin": pictures[10:].transpose(0, 3, 2, 1),
+        "train_X.bin": pictures[:10].transpose(0, 3, 2, 1),
+        "train_y.bin": np.arange(1, 11, dtype=np.uint8),
+        "unlabeled_X.bin": noise(1, 3, 96, 96),
+        "test_X.bin": pictures[10:].transpose(0, 3, 2, 1),
         "test_y.bin": np.array([10, 9, 8], dtype=np.uint8),
-    }  # fmt: skip
+    }
     for name, array in files.items():
         (folder / name).write_bytes(array.tobytes())
     sums = [[name, md5(folder / name)] for name in files]
@@ -105,13 +112,16 @@ def make_celeba(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for n, name in enumerate(names):
         Image.new("RGB", (178, 218), (20 * n,) * 3).save(folder / "img_align_celeba" / name, quality=100)
     rows = {
-        "list_attr_celeba.txt": ["8", "Bald Male Young ", *(f"{a} -1 {1 if n % 2 else -1:2d}  1"
-                                                          for n, a in enumerate(names))],
+        "list_attr_celeba.txt": [
+            "8",
+            "Bald Male Young ",
+            *(f"{a} -1 {1 if n % 2 else -1:2d}  1" for n, a in enumerate(names)),
+        ],
         "list_eval_partition.txt": [f"{a} {part}" for a, part in zip(names, "00001122", strict=True)],
         "identity_CelebA.txt": [f"{a} {n}" for n, a in enumerate(names)],
         "list_bbox_celeba.txt": ["8", "image_id x_1 y_1 width height", *(f"{a}  1  2 30 40" for a in names)],
         "list_landmarks_align_celeba.txt": ["8", "lefteye_x lefteye_y", *(f"{a} 69 109" for a in names)],
-    }  # fmt: skip
+    }
     for name, lines in rows.items():
         (folder / name).write_text("\n".join(lines) + "\n")
     listed = [("id", md5(folder / name), name) for name in CELEBA_LISTS]

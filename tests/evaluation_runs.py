@@ -30,8 +30,13 @@ def make_run(
 ) -> Path:
     """A run folder as `train` leaves it: concept.yaml, adapter/, training.json."""
     base = load_base(str(base_folder), device="cpu")
-    record = {"name": str(base_folder), "sha256": base.sha256, "kind": "sd1", "prediction_type": base.prediction_type,
-              "resolution": base.resolution}  # fmt: skip
+    record = {
+        "name": str(base_folder),
+        "sha256": base.sha256,
+        "kind": "sd1",
+        "prediction_type": base.prediction_type,
+        "resolution": base.resolution,
+    }
     student = make_student(base, Weights(rank=2, use_dora=use_dora), seed, needs_teacher=False)
     torch.manual_seed(seed)
     with torch.no_grad():

@@ -22,12 +22,19 @@ MODULES = ("mid_block.attentions.0.transformer_blocks.0.attn1.to_out.0", "up_blo
 
 def training_record(rank: int, alpha: float, **base: Any) -> dict[str, Any]:
     return {
-        "schema_version": 1, "concept": SLUG,
+        "schema_version": 1,
+        "concept": SLUG,
         "base": {"name": "tiny", "kind": "sd1", "sha256": "ab" * 32, "prediction_type": "epsilon", "resolution": 16}
         | base,
-        "rank": rank, "lora_alpha": alpha, "beta": 0.25, "beta_source": "manifest", "correction": "abs",
-        "caption_mode": "both", "config_sha256": "cd" * 32, "version": "0.1.0",
-    }  # fmt: skip
+        "rank": rank,
+        "lora_alpha": alpha,
+        "beta": 0.25,
+        "beta_source": "manifest",
+        "correction": "abs",
+        "caption_mode": "both",
+        "config_sha256": "cd" * 32,
+        "version": "0.1.0",
+    }
 
 
 def write_run(run: Path, training: dict[str, Any]) -> Path:
@@ -48,9 +55,11 @@ def hand_run(run: Path, *, training: dict[str, Any] | None = None, drop: str = "
     rng = torch.Generator().manual_seed(0)
     linear, conv = MODULES
     shapes = {
-        f"{linear}.lora_A": (2, 6), f"{linear}.lora_B": (5, 2),
-        f"{conv}.lora_A": (2, 3, 3, 3), f"{conv}.lora_B": (4, 2, 1, 1),
-    }  # fmt: skip
+        f"{linear}.lora_A": (2, 6),
+        f"{linear}.lora_B": (5, 2),
+        f"{conv}.lora_A": (2, 3, 3, 3),
+        f"{conv}.lora_B": (4, 2, 1, 1),
+    }
     tensors = {f"base_model.model.{key}.weight": torch.randn(shape, generator=rng) for key, shape in shapes.items()}
     tensors |= settings.pop("tensors", {})
     tensors = {key: value for key, value in tensors.items() if not drop or drop not in key}
@@ -72,13 +81,24 @@ def evaluated(run: Path, **changes: Any) -> Path:
     if "concept" in changes:
         write_concept(run / "concept.yaml", changes.pop("concept"))
     rows = [
-        {"metric": metric, "group": group, "subject": who, "value": value, "low": low, "high": high, "n": 200,
-         "detector": "reader", "interval": "wilson", "note": ""}
+        {
+            "metric": metric,
+            "group": group,
+            "subject": who,
+            "value": value,
+            "low": low,
+            "high": high,
+            "n": 200,
+            "detector": "reader",
+            "interval": "wilson",
+            "note": "",
+        }
         for metric, group, who, value, low, high in (
-            ("leakage", "direct", "base", 0.96, 0.92, 0.98), ("leakage", "direct", "lora", 0.01, 0.002, 0.03),
+            ("leakage", "direct", "base", 0.96, 0.92, 0.98),
+            ("leakage", "direct", "lora", 0.01, 0.002, 0.03),
             ("retention", "alike", "lora", 0.99, 0.98, 1.0),
         )
-    ]  # fmt: skip
+    ]
     pairs = []
     for number, (group, colour) in enumerate((("direct", 250), ("direct", 200), ("alike", 100))):
         for side, green in (("base", 0), ("lora", 255)):
@@ -87,7 +107,13 @@ def evaluated(run: Path, **changes: Any) -> Path:
         paths = {side: f"images/{side}/{number}.png" for side in ("base", "lora")}
         pairs.append({"prompt": "p", "group": group, "seed": number} | paths)
     digest = hashlib.sha256((run / "adapter" / "adapter_model.safetensors").read_bytes()).hexdigest()
-    results = {"adapter_sha256": digest, "rows": rows, "pairs": pairs, "detector": "digits reader 1",
-               "sampler": {"name": "DDIM", "steps": 25, "guidance_scale": 3.0}, "seeds": {}}  # fmt: skip
+    results = {
+        "adapter_sha256": digest,
+        "rows": rows,
+        "pairs": pairs,
+        "detector": "digits reader 1",
+        "sampler": {"name": "DDIM", "steps": 25, "guidance_scale": 3.0},
+        "seeds": {},
+    }
     write_json(run / "results.json", results | changes)
     return run

@@ -65,7 +65,5 @@ def step(parts: int, scale: float, case: Case = PU) -> list[Batch]:
     order = torch.tensor([case.kinds[:n].count(kind) for n, kind in enumerate(case.kinds)])
     x[(bracket == 1) & (label == 0) & (order % 2 == 1)] *= scale
     count = torch.tensor([case.kinds.count(kind) for kind in case.kinds])
-    whole = Batch(
-        x, x, x, label, bracket, 2, order, x, torch.zeros_like(order).bool(), (parts / count).double()
-    )  # fmt: skip
+    whole = Batch(x, x, x, label, bracket, 2, order, x, torch.zeros_like(order).bool(), (parts / count).double())
     return [whole.only(order % parts == part) for part in range(parts)]

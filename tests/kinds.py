@@ -35,12 +35,15 @@ SHRUNK: dict[str, dict[str, Any]] = {  # what is narrower than the published mod
     "sd1": {"block_out_channels": [8, 8, 16, 16], "attention_head_dim": 2, "cross_attention_dim": WIDTH},
     "sd2": {"block_out_channels": [8, 8, 16, 16], "attention_head_dim": [1, 1, 2, 2], "cross_attention_dim": WIDTH},
     "sdxl": {
-        "block_out_channels": [8, 8, 16], "attention_head_dim": [1, 1, 2], "cross_attention_dim": WIDTH + POOLED,
-        "transformer_layers_per_block": [1, 2, 3], "addition_time_embed_dim": 8,
+        "block_out_channels": [8, 8, 16],
+        "attention_head_dim": [1, 1, 2],
+        "cross_attention_dim": WIDTH + POOLED,
+        "transformer_layers_per_block": [1, 2, 3],
+        "addition_time_embed_dim": 8,
         "projection_class_embeddings_input_dim": POOLED + 6 * 8,
     },
     "vae": {"block_out_channels": [4, 4, 8, 8], "layers_per_block": 1, "norm_num_groups": 2, "sample_size": 64},
-}  # fmt: skip
+}
 
 
 def make_tokenizer(pad_token: str = "<|endoftext|>") -> CLIPTokenizer:
@@ -79,8 +82,12 @@ def config_of(kind: str, component: str, file: str = "config.json") -> dict[str,
 def text_config(kind: str, component: str, width: int) -> CLIPTextConfig:
     narrow = {"hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": 2, "num_attention_heads": 2}
     tokenizer = make_tokenizer()
-    words = {"vocab_size": len(tokenizer), "max_position_embeddings": TOKENS, "bos_token_id": tokenizer.bos_token_id,
-             "eos_token_id": tokenizer.eos_token_id}  # fmt: skip
+    words = {
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": TOKENS,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
     return CLIPTextConfig(**config_of(kind, component) | narrow | words | {"projection_dim": width})
 
 
@@ -165,20 +172,30 @@ def _unet(unet: Any) -> dict[str, Tensor]:
     def upsample(m: re.Match[str]) -> str:
         return f"output_blocks.{int(m[1]) * (layers + 1) + layers}.{1 + attends[int(m[1])]}.conv."
 
-    return _rename(unet.state_dict(), [
-        (r"^conv_in\.", "input_blocks.0.0."), (r"^conv_norm_out\.", "out.0."), (r"^conv_out\.", "out.2."),
-        (r"^time_embedding\.linear_1", "time_embed.0"), (r"^time_embedding\.linear_2", "time_embed.2"),
-        (r"^add_embedding\.linear_1", "label_emb.0.0"), (r"^add_embedding\.linear_2", "label_emb.0.2"),
-        (r"^down_blocks\.(\d+)\.(resnets|attentions)\.(\d+)\.", down),
-        (r"^down_blocks\.(\d+)\.downsamplers\.0\.conv\.",
-         lambda m: f"input_blocks.{(int(m[1]) + 1) * (layers + 1)}.0.op."),
-        (r"^mid_block\.resnets\.(\d)\.", lambda m: f"middle_block.{2 * int(m[1])}."),
-        (r"^mid_block\.attentions\.0\.", "middle_block.1."),
-        (r"^up_blocks\.(\d+)\.(resnets|attentions)\.(\d+)\.", up),
-        (r"^up_blocks\.(\d+)\.upsamplers\.0\.conv\.", upsample),
-        *_resnet("in_layers.0", "in_layers.2", "out_layers.0", "out_layers.3"),
-        (r"\.time_emb_proj\.", ".emb_layers.1."), (r"\.conv_shortcut\.", ".skip_connection."),
-    ])  # fmt: skip
+    return _rename(
+        unet.state_dict(),
+        [
+            (r"^conv_in\.", "input_blocks.0.0."),
+            (r"^conv_norm_out\.", "out.0."),
+            (r"^conv_out\.", "out.2."),
+            (r"^time_embedding\.linear_1", "time_embed.0"),
+            (r"^time_embedding\.linear_2", "time_embed.2"),
+            (r"^add_embedding\.linear_1", "label_emb.0.0"),
+            (r"^add_embedding\.linear_2", "label_emb.0.2"),
+            (r"^down_blocks\.(\d+)\.(resnets|attentions)\.(\d+)\.", down),
+            (
+                r"^down_blocks\.(\d+)\.downsamplers\.0\.conv\.",
+                lambda m: f"input_blocks.{(int(m[1]) + 1) * (layers + 1)}.0.op.",
+            ),
+            (r"^mid_block\.resnets\.(\d)\.", lambda m: f"middle_block.{2 * int(m[1])}."),
+            (r"^mid_block\.attentions\.0\.", "middle_block.1."),
+            (r"^up_blocks\.(\d+)\.(resnets|attentions)\.(\d+)\.", up),
+            (r"^up_blocks\.(\d+)\.upsamplers\.0\.conv\.", upsample),
+            *_resnet("in_layers.0", "in_layers.2", "out_layers.0", "out_layers.3"),
+            (r"\.time_emb_proj\.", ".emb_layers.1."),
+            (r"\.conv_shortcut\.", ".skip_connection."),
+        ],
+    )
 
 
 def _resnet(norm1: str, conv1: str, norm2: str, conv2: str) -> list[tuple[str, str]]:
@@ -189,16 +206,22 @@ def _resnet(norm1: str, conv1: str, norm2: str, conv2: str) -> list[tuple[str, s
 
 def _vae(vae: Any) -> dict[str, Tensor]:
     last = len(vae.config.block_out_channels) - 1
-    renamed = _rename(vae.state_dict(), [
-        (r"\.down_blocks\.(\d)\.resnets\.", r".down.\1.block."),
-        (r"\.down_blocks\.(\d)\.downsamplers\.0", r".down.\1.downsample"),
-        (r"\.up_blocks\.(\d)\.resnets\.", lambda m: f".up.{last - int(m[1])}.block."),
-        (r"\.up_blocks\.(\d)\.upsamplers\.0", lambda m: f".up.{last - int(m[1])}.upsample"),
-        (r"\.mid_block\.resnets\.(\d)", lambda m: f".mid.block_{int(m[1]) + 1}"),
-        (r"\.mid_block\.attentions\.0\.", ".mid.attn_1."), (r"\.group_norm\.", ".norm."),
-        (r"\.to_(q|k|v)\.", r".\1."), (r"\.to_out\.0\.", ".proj_out."),
-        (r"\.conv_norm_out\.", ".norm_out."), (r"\.conv_shortcut\.", ".nin_shortcut."),
-    ])  # fmt: skip
+    renamed = _rename(
+        vae.state_dict(),
+        [
+            (r"\.down_blocks\.(\d)\.resnets\.", r".down.\1.block."),
+            (r"\.down_blocks\.(\d)\.downsamplers\.0", r".down.\1.downsample"),
+            (r"\.up_blocks\.(\d)\.resnets\.", lambda m: f".up.{last - int(m[1])}.block."),
+            (r"\.up_blocks\.(\d)\.upsamplers\.0", lambda m: f".up.{last - int(m[1])}.upsample"),
+            (r"\.mid_block\.resnets\.(\d)", lambda m: f".mid.block_{int(m[1]) + 1}"),
+            (r"\.mid_block\.attentions\.0\.", ".mid.attn_1."),
+            (r"\.group_norm\.", ".norm."),
+            (r"\.to_(q|k|v)\.", r".\1."),
+            (r"\.to_out\.0\.", ".proj_out."),
+            (r"\.conv_norm_out\.", ".norm_out."),
+            (r"\.conv_shortcut\.", ".nin_shortcut."),
+        ],
+    )
     attention = re.compile(r"\.attn_1\.(q|k|v|proj_out)\.weight$")  # convolutions in the original code
     return {name: value[:, :, None, None] if attention.search(name) else value for name, value in renamed.items()}
 
@@ -219,10 +242,17 @@ def _open_clip(text_encoder: Any, prefix: str) -> dict[str, Tensor]:
     for name in [name for name in state if ".q_proj." in name]:
         joined = torch.cat([state.pop(name.replace(".q_proj.", f".{part}_proj.")) for part in "qkv"])
         state[name.replace(".self_attn.q_proj.", ".attn.in_proj_")] = joined
-    renamed = _rename(state, [
-        (r"^embeddings\.position_embedding\.weight$", "positional_embedding"),
-        (r"^embeddings\.token_embedding\.", "token_embedding."), (r"^final_layer_norm\.", "ln_final."),
-        (r"^encoder\.layers\.", "transformer.resblocks."), (r"\.layer_norm(\d)\.", r".ln_\1."),
-        (r"\.self_attn\.", ".attn."), (r"\.fc1\.", ".c_fc."), (r"\.fc2\.", ".c_proj."),
-    ])  # fmt: skip
+    renamed = _rename(
+        state,
+        [
+            (r"^embeddings\.position_embedding\.weight$", "positional_embedding"),
+            (r"^embeddings\.token_embedding\.", "token_embedding."),
+            (r"^final_layer_norm\.", "ln_final."),
+            (r"^encoder\.layers\.", "transformer.resblocks."),
+            (r"\.layer_norm(\d)\.", r".ln_\1."),
+            (r"\.self_attn\.", ".attn."),
+            (r"\.fc1\.", ".c_fc."),
+            (r"\.fc2\.", ".c_proj."),
+        ],
+    )
     return {prefix + name: value for name, value in renamed.items()} | {f"{prefix}text_projection": projection.T}

@@ -23,16 +23,31 @@ def make_row(metric: str, value: float | None, n: int = 1000, group: str = "all"
     is_share = metric in ("non_sensitive_rate", "share") and value is not None
     low, high = wilson(value, n) if is_share and value is not None else (None, None)
     return {
-        "metric": metric, "group": group, "subject": "run", "value": value, "n": n, "low": low, "high": high,
-        "detector": "resnet-mnist5k", "interval": "wilson" if is_share else "none",
-    }  # fmt: skip
+        "metric": metric,
+        "group": group,
+        "subject": "run",
+        "value": value,
+        "n": n,
+        "low": low,
+        "high": high,
+        "detector": "resnet-mnist5k",
+        "interval": "wilson" if is_share else "none",
+    }
 
 
 def make_record(
-    objective: str = "pu", rate: float | None = 0.98, fid: float | None = 12.0, *, experiment: str = "mnist5k-even",
-    size: str = "tiny", seed: int = 42, fid_name: str = "fid-digits", shares: dict[str, float] | None = None,
-    seconds: float = 180.0, **settings: Any,
-) -> dict[str, Any]:  # fmt: skip
+    objective: str = "pu",
+    rate: float | None = 0.98,
+    fid: float | None = 12.0,
+    *,
+    experiment: str = "mnist5k-even",
+    size: str = "tiny",
+    seed: int = 42,
+    fid_name: str = "fid-digits",
+    shares: dict[str, float] | None = None,
+    seconds: float = 180.0,
+    **settings: Any,
+) -> dict[str, Any]:
     """The content of a results.json; other keys are settings that are not the plain ones."""
     beta = None if objective == "unsupervised" else 0.1
     known = EXPERIMENTS.get(experiment)
@@ -40,21 +55,42 @@ def make_record(
     rows = [make_row("non_sensitive_rate", rate)] + ([make_row(fid_name, fid)] if fid is not None else [])
     rows += [make_row("share", (shares or {}).get(digit, 0.1), group=digit) for digit in DIGITS if shares]
     return {
-        "schema_version": 1, "kind": "paper", "experiment": experiment, "size": size, "seed": seed,
+        "schema_version": 1,
+        "kind": "paper",
+        "experiment": experiment,
+        "size": size,
+        "seed": seed,
         "settings": {
-            "objective": objective, "correction": "abs", "beta": beta, "beta_source": "fixed", "eta": 0.0,
-            "conditional": False, "missing": [], "contamination": known.counts.contamination if known else None,
-            "num_negative": 0, "reduction": "mean", "train_batch_size": 64, "max_train_steps": 1050,
-            "learning_rate": 0.002, "ema_decay": 0.995, "sampler": "ddim", "num_inference_steps": 50,
-            "num_images": 1000, "max_ratio": bound,
-        } | settings,
+            "objective": objective,
+            "correction": "abs",
+            "beta": beta,
+            "beta_source": "fixed",
+            "eta": 0.0,
+            "conditional": False,
+            "missing": [],
+            "contamination": known.counts.contamination if known else None,
+            "num_negative": 0,
+            "reduction": "mean",
+            "train_batch_size": 64,
+            "max_train_steps": 1050,
+            "learning_rate": 0.002,
+            "ema_decay": 0.995,
+            "sampler": "ddim",
+            "num_inference_steps": 50,
+            "num_images": 1000,
+            "max_ratio": bound,
+        }
+        | settings,
         "counts": {"normal": 2000, "mixed_in": 200, "positive": 200, "negative": 0},
         "classifier": {"name": "resnet-mnist5k", "sha256": "ab" * 32, "accuracy": 0.987, "n": 500},
         "rows": rows,
         "cost": {"seconds": seconds, "steps": 1050, "device": "cpu"},
-        "data_sha256": "cd" * 32, "weights_sha256": "ef" * 32, "version": "0.2.0", "commit": "abc",
+        "data_sha256": "cd" * 32,
+        "weights_sha256": "ef" * 32,
+        "version": "0.2.0",
+        "commit": "abc",
         "created": "2026-11-22T10:00:00+00:00",
-    }  # fmt: skip
+    }
 
 
 def make_results(runs: Path, *args: Any, variant: str = "", **changes: Any) -> Path:
@@ -70,9 +106,10 @@ def make_results(runs: Path, *args: Any, variant: str = "", **changes: Any) -> P
 def make_many(runs: Path) -> None:
     """A whole set of runs as the paper has them: main tables of three experiments and each kind of variant."""
     for experiment, name, rate, fid in (
-        ("mnist5k-even", "fid-digits", 0.905, 11.8), ("mnist5k-odd", "fid-digits", 0.913, 12.9),
+        ("mnist5k-even", "fid-digits", 0.905, 11.8),
+        ("mnist5k-odd", "fid-digits", 0.913, 12.9),
         ("cifar10-vehicles-ft", "fid-inception", 0.921, 24.1),
-    ):  # fmt: skip
+    ):
         size = "paper" if experiment.endswith("ft") else "tiny"
         for seed in (1, 2, 3):
             off = 0.004 * (seed - 2)
@@ -95,9 +132,14 @@ def make_many(runs: Path) -> None:
     for contamination in (0.0476, 0.1667):
         for objective, extra in (("unsupervised", {}), ("pu", {}), ("pu", {"beta": 0.15, "beta_source": "estimated"})):
             make_results(
-                runs, objective, 1 - contamination / (1 + 4 * (objective == "pu")), 12.0,
-                contamination=contamination, max_train_steps=1100, **extra,
-            )  # fmt: skip
+                runs,
+                objective,
+                1 - contamination / (1 + 4 * (objective == "pu")),
+                12.0,
+                contamination=contamination,
+                max_train_steps=1100,
+                **extra,
+            )
     make_results(runs, "pu", 0.9, 14.0, correction="nn", beta=0.2)
 
 

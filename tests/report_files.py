@@ -25,9 +25,19 @@ def wilson(value: float, n: int) -> tuple[float, float]:
 def row(concept: str, subject: str, metric: str, group: str, value: float | None, n: int = 200, **rest: Any) -> dict:
     low, high = (None, None) if value is None else wilson(min(1.0, value), n)
     return {
-        "concept": concept, "subject": subject, "metric": metric, "group": group, "value": value, "n": n, "low": low,
-        "high": high, "detector": READER, "interval": "wilson", "note": "", "seeds": None,
-    } | rest  # fmt: skip
+        "concept": concept,
+        "subject": subject,
+        "metric": metric,
+        "group": group,
+        "value": value,
+        "n": n,
+        "low": low,
+        "high": high,
+        "detector": READER,
+        "interval": "wilson",
+        "note": "",
+        "seeds": None,
+    } | rest
 
 
 def rows_of(slug: str, subject: str, strength: float, gentle: float) -> list[dict[str, Any]]:
@@ -39,11 +49,29 @@ def rows_of(slug: str, subject: str, strength: float, gentle: float) -> list[dic
         row(slug, subject, "leakage", "held_out", min(0.9, 2 * leak + 0.01)),
         row(slug, subject, "leakage", "generic", leak / 10),
         row(slug, subject, "clean_replacement", "direct", 0.97, interval="bootstrap"),
-        row(slug, subject, "retention", "kept", kept, 900, low=kept - 0.012, high=kept + 0.011,
-            interval="paired-bootstrap"),
-        row(slug, subject, "drift", "kept", 0.02 + 0.05 * strength, 900, low=0.02 + 0.045 * strength,
-            high=0.02 + 0.055 * strength, interval="bootstrap"),
-    ]  # fmt: skip
+        row(
+            slug,
+            subject,
+            "retention",
+            "kept",
+            kept,
+            900,
+            low=kept - 0.012,
+            high=kept + 0.011,
+            interval="paired-bootstrap",
+        ),
+        row(
+            slug,
+            subject,
+            "drift",
+            "kept",
+            0.02 + 0.05 * strength,
+            900,
+            low=0.02 + 0.045 * strength,
+            high=0.02 + 0.055 * strength,
+            interval="bootstrap",
+        ),
+    ]
 
 
 def paint(place: Path, side: int, seed: int) -> Path:
@@ -71,56 +99,113 @@ def make_many(folder: Path, side: int = 96, each: int = 3, **changes: Any) -> di
     rows, differences, pairs = [], [], []
     for c, (slug, _) in enumerate(CONCEPTS):
         rows += [
-            row(slug, "base", "leakage", "direct", 0.965), row(slug, "base", "leakage", "held_out", 0.9),
-            row(slug, "base", "leakage", "generic", 0.1), row(slug, "base", "accuracy", "kept", 0.97, 900),
-        ]  # fmt: skip
+            row(slug, "base", "leakage", "direct", 0.965),
+            row(slug, "base", "leakage", "held_out", 0.9),
+            row(slug, "base", "leakage", "generic", 0.1),
+            row(slug, "base", "accuracy", "kept", 0.97, 900),
+        ]
         for gentle, kind in ((1.0, "teacher"), (0.45, "noise")):
             for strength in STRENGTHS:
                 name = f"{slug}-{kind}"
                 subject = f"{name}@{strength:g}"
-                subjects.append({
-                    "id": subject, "name": name, "what": "lora", "strength": strength, "forgets": slug,
-                    "sha256": f"{c}{kind[0]}".encode().hex().ljust(64, "0"), "training": {"beta": 0.1, "rank": 8},
-                    "cost": {"seconds": 41.2 + c, "steps": 400, "device": "cpu"},
-                })  # fmt: skip
+                subjects.append(
+                    {
+                        "id": subject,
+                        "name": name,
+                        "what": "lora",
+                        "strength": strength,
+                        "forgets": slug,
+                        "sha256": f"{c}{kind[0]}".encode().hex().ljust(64, "0"),
+                        "training": {"beta": 0.1, "rank": 8},
+                        "cost": {"seconds": 41.2 + c, "steps": 400, "device": "cpu"},
+                    }
+                )
                 mine = rows_of(slug, subject, strength, gentle)
                 if slug == "brad-pitt":
                     mine.append(row(slug, subject, "face_rate", "direct", 0.9, detector=FACES))
                 rows += mine
                 leak = mine[0]["value"]
                 differences += [
-                    {"concept": slug, "metric": "leakage", "group": "direct", "subject": subject, "against": "base",
-                     "value": leak - 0.965, "n": 200, "low": leak - 0.99, "high": leak - 0.93, "p": 1e-9,
-                     "p_holm": 6e-9, "detector": READER, "interval": "paired-bootstrap"},
-                    {"concept": slug, "metric": "retention", "group": "kept", "subject": subject, "against": "base",
-                     "value": mine[4]["value"] - 1, "n": 900, "low": mine[4]["low"] - 1, "high": mine[4]["high"] - 1,
-                     "p": 0.2 if strength < 1 else 0.001, "p_holm": 0.6 if strength < 1 else 0.006,
-                     "detector": READER, "interval": "paired-bootstrap"},
-                ]  # fmt: skip
+                    {
+                        "concept": slug,
+                        "metric": "leakage",
+                        "group": "direct",
+                        "subject": subject,
+                        "against": "base",
+                        "value": leak - 0.965,
+                        "n": 200,
+                        "low": leak - 0.99,
+                        "high": leak - 0.93,
+                        "p": 1e-9,
+                        "p_holm": 6e-9,
+                        "detector": READER,
+                        "interval": "paired-bootstrap",
+                    },
+                    {
+                        "concept": slug,
+                        "metric": "retention",
+                        "group": "kept",
+                        "subject": subject,
+                        "against": "base",
+                        "value": mine[4]["value"] - 1,
+                        "n": 900,
+                        "low": mine[4]["low"] - 1,
+                        "high": mine[4]["high"] - 1,
+                        "p": 0.2 if strength < 1 else 0.001,
+                        "p_holm": 0.6 if strength < 1 else 0.006,
+                        "detector": READER,
+                        "interval": "paired-bootstrap",
+                    },
+                ]
                 pairs += pairs_of(folder, slug, subject, leak, side, each)
     results = {
-        "schema_version": 2, "created": "2026-11-22T10:00:00+00:00", "version": "0.2.0", "tier": "quick",
+        "schema_version": 2,
+        "created": "2026-11-22T10:00:00+00:00",
+        "version": "0.2.0",
+        "tier": "quick",
         "base": {"name": "digits", "kind": "sd1", "sha256": "ab" * 32, "resolution": side},
         "sampler": {"name": "DDIM", "steps": 25, "guidance_scale": 3, "zero_terminal_snr": False},
         "seeds": {"evaluate": [2_000_000_000, 3_000_000_000], "seeds": [0, 1]},
         "concepts": [
-            {"slug": slug, "name": name, "kind": "person" if "pitt" in slug else "object", "sha256": "cd" * 32,
-             "caption": f"a picture of {name}", "generic": "a picture", "prompts": {"direct": [f"a picture of {name}"]}}
+            {
+                "slug": slug,
+                "name": name,
+                "kind": "person" if "pitt" in slug else "object",
+                "sha256": "cd" * 32,
+                "caption": f"a picture of {name}",
+                "generic": "a picture",
+                "prompts": {"direct": [f"a picture of {name}"]},
+            }
             for slug, name in CONCEPTS
         ],
         "subjects": subjects,
         "cards": [
-            {"detector": READER, "metrics": ["leakage", "accuracy"], "about": "The bundled reader of digit and ink.",
-             "version": "0.2.0", "weights": "sha256:abcdef", "threshold": "the likeliest class",
-             "limits": "Reads every picture as some digit, also one of nothing.", "extra": {"accuracy": "99.1 %"}},
-            {"detector": FACES, "metrics": ["face_rate"], "about": "Finds faces and compares them with references.",
-             "version": "facenet-pytorch 2.5.3", "weights": "vggface2",
-             "threshold": "0.71, at a false-accept rate of 1 %",
-             "limits": "Misses faces smaller than 20 pixels.", "extra": {}},
+            {
+                "detector": READER,
+                "metrics": ["leakage", "accuracy"],
+                "about": "The bundled reader of digit and ink.",
+                "version": "0.2.0",
+                "weights": "sha256:abcdef",
+                "threshold": "the likeliest class",
+                "limits": "Reads every picture as some digit, also one of nothing.",
+                "extra": {"accuracy": "99.1 %"},
+            },
+            {
+                "detector": FACES,
+                "metrics": ["face_rate"],
+                "about": "Finds faces and compares them with references.",
+                "version": "facenet-pytorch 2.5.3",
+                "weights": "vggface2",
+                "threshold": "0.71, at a false-accept rate of 1 %",
+                "limits": "Misses faces smaller than 20 pixels.",
+                "extra": {},
+            },
         ],
-        "rows": rows, "differences": differences, "pairs": pairs,
+        "rows": rows,
+        "differences": differences,
+        "pairs": pairs,
         "skipped": [{"subject": subjects[1]["id"], "path": "images/lost.png", "why": "truncated file"}],
-    } | changes  # fmt: skip
+    } | changes
     write_json(folder / "results.json", results)
     return results
 
@@ -135,12 +220,22 @@ def pairs_of(folder: Path, slug: str, subject: str, leak: float, side: int, each
                 if not (folder / place).is_file():
                     paint(folder / place, side, hash((i, number)) % 1000)
             leaks, lost = group == "direct" and i < leak * each, group == "alike" and i == 0 and leak == 0
-            made.append({
-                "concept": slug, "subject": subject, "group": group, "prompt": prompt, "seed": 2_000_000_000 + i,
-                "base": base.as_posix(), "image": image.as_posix(), "expected": slug if group == "direct" else "else",
-                "base_read": slug if group == "direct" else "else",
-                "image_read": slug if leaks or (group == "alike" and lost) else "else",
-                "leak": leaks, "lost": lost, "faces": [list(FACE)] if "pitt" in slug else [],
-                "base_faces": [list(FACE)] if "pitt" in slug else [],
-            })  # fmt: skip
+            made.append(
+                {
+                    "concept": slug,
+                    "subject": subject,
+                    "group": group,
+                    "prompt": prompt,
+                    "seed": 2_000_000_000 + i,
+                    "base": base.as_posix(),
+                    "image": image.as_posix(),
+                    "expected": slug if group == "direct" else "else",
+                    "base_read": slug if group == "direct" else "else",
+                    "image_read": slug if leaks or (group == "alike" and lost) else "else",
+                    "leak": leaks,
+                    "lost": lost,
+                    "faces": [list(FACE)] if "pitt" in slug else [],
+                    "base_faces": [list(FACE)] if "pitt" in slug else [],
+                }
+            )
     return made

@@ -19,9 +19,11 @@ def sgm_modules(
 ) -> Shapes:
     """Module name -> shape of its weight, for every linear layer and convolution."""
     found: Shapes = {
-        "time_embed.0": (4 * WIDTH, WIDTH), "time_embed.2": (4 * WIDTH, 4 * WIDTH),
-        "input_blocks.0.0": (WIDTH, 4, 3, 3), "out.2": (4, WIDTH, 3, 3),
-    }  # fmt: skip
+        "time_embed.0": (4 * WIDTH, WIDTH),
+        "time_embed.2": (4 * WIDTH, 4 * WIDTH),
+        "input_blocks.0.0": (WIDTH, 4, 3, 3),
+        "out.2": (4, WIDTH, 3, 3),
+    }
     if label:
         found |= {"label_emb.0.0": (4 * WIDTH, label), "label_emb.0.2": (4 * WIDTH, 4 * WIDTH)}
     number, channels, skipped = 0, WIDTH, [WIDTH]
@@ -53,9 +55,10 @@ def sgm_modules(
 
 def _resnet(place: str, given: int, made: int) -> Shapes:
     found: Shapes = {
-        f"{place}.in_layers.2": (made, given, 3, 3), f"{place}.emb_layers.1": (made, 4 * WIDTH),
+        f"{place}.in_layers.2": (made, given, 3, 3),
+        f"{place}.emb_layers.1": (made, 4 * WIDTH),
         f"{place}.out_layers.3": (made, made, 3, 3),
-    }  # fmt: skip
+    }
     return found | ({f"{place}.skip_connection": (made, given, 1, 1)} if given != made else {})
 
 
@@ -86,15 +89,20 @@ REAL: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {
     "sdxl": (
         SDXL,
         {
-            "cross_attention_dim": 2048, "attention_head_dim": [5, 10, 20], "use_linear_projection": True,
-            "block_out_channels": (320, 640, 1280), "transformer_layers_per_block": [1, 2, 10],
-            "down_block_types": (DOWN, CROSS, CROSS), "up_block_types": (CROSS_UP, CROSS_UP, UP),
-            "addition_embed_type": "text_time", "addition_time_embed_dim": 256,
+            "cross_attention_dim": 2048,
+            "attention_head_dim": [5, 10, 20],
+            "use_linear_projection": True,
+            "block_out_channels": (320, 640, 1280),
+            "transformer_layers_per_block": [1, 2, 10],
+            "down_block_types": (DOWN, CROSS, CROSS),
+            "up_block_types": (CROSS_UP, CROSS_UP, UP),
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 256,
             "projection_class_embeddings_input_dim": 2816,
         },
         794,
     ),
-}  # fmt: skip
+}
 
 
 def real_unet(kind: str) -> UNet2DConditionModel:

@@ -137,8 +137,17 @@ def test_results_go_to_stdout(run: Run, asked: list[TrainConfig]) -> None:
 
 
 def test_config_file_values_are_used_and_the_command_line_wins(run: Run, asked: list[TrainConfig]) -> None:
-    settings = {"concept": "Brad Pitt", "beta": 0.3, "rank": 2, "correction": "nn", "data_dir": "d", "overwrite": True,
-                "anchor": None, "debug": False, "learning_rate": 1e-4}  # fmt: skip
+    settings = {
+        "concept": "Brad Pitt",
+        "beta": 0.3,
+        "rank": 2,
+        "correction": "nn",
+        "data_dir": "d",
+        "overwrite": True,
+        "anchor": None,
+        "debug": False,
+        "learning_rate": 1e-4,
+    }
     Path("run.yaml").write_text(yaml.safe_dump(settings))
     for arguments in (["--config", "run.yaml", "--rank", "4"], ["--rank=4", "--config=run.yaml"]):
         assert run("train", *arguments).code == 0
@@ -378,9 +387,21 @@ def test_strange_names_stay_inside_the_data_folder(
     inside.mkdir(parents=True)
     monkeypatch.chdir(inside)
     found = run(
-        "render", f"--concept={name}", "--anchor", "a man", "--pretrained_model_name_or_path", str(tiny_base),
-        "--num_inference_steps", "1", "--num_unlabeled", "1", "--num_mixed_in", "1", "--num_positive", "2",
-    )  # fmt: skip
+        "render",
+        f"--concept={name}",
+        "--anchor",
+        "a man",
+        "--pretrained_model_name_or_path",
+        str(tiny_base),
+        "--num_inference_steps",
+        "1",
+        "--num_unlabeled",
+        "1",
+        "--num_mixed_in",
+        "1",
+        "--num_positive",
+        "2",
+    )
     assert found.code == 0
     (folder,) = (inside / "data").iterdir()
     assert found.out.strip() == str(folder.relative_to(inside))

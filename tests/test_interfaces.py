@@ -45,14 +45,23 @@ def comfy_unet_names(kind: str) -> dict[str, tuple[int, ...]]:
     sgm = sgm_unet.sgm_modules(**ARCHITECTURES[kind])
     known = {f"lora_unet_{name.replace('.', '_')}": shape for name, shape in sgm.items()}
     resnet = {
-        "in_layers.2": "conv1", "emb_layers.1": "time_emb_proj", "out_layers.3": "conv2",
+        "in_layers.2": "conv1",
+        "emb_layers.1": "time_emb_proj",
+        "out_layers.3": "conv2",
         "skip_connection": "conv_shortcut",
-    }  # fmt: skip
-    fixed = {"time_embed.0": "time_embedding.linear_1", "time_embed.2": "time_embedding.linear_2",
-             "input_blocks.0.0": "conv_in", "out.2": "conv_out"}  # fmt: skip
+    }
+    fixed = {
+        "time_embed.0": "time_embedding.linear_1",
+        "time_embed.2": "time_embedding.linear_2",
+        "input_blocks.0.0": "conv_in",
+        "out.2": "conv_out",
+    }
     levels = len(ARCHITECTURES[kind]["multiples"])  # type: ignore[arg-type]
-    places: dict[str, str] = {"middle_block.0": "mid_block.resnets.0", "middle_block.1": "mid_block.attentions.0",
-                              "middle_block.2": "mid_block.resnets.1"}  # fmt: skip
+    places: dict[str, str] = {
+        "middle_block.0": "mid_block.resnets.0",
+        "middle_block.1": "mid_block.attentions.0",
+        "middle_block.2": "mid_block.resnets.1",
+    }
     for block in range(levels):
         for layer in range(2):
             number = 3 * block + 1 + layer
@@ -112,22 +121,36 @@ def test_an_sdxl_of_other_depth_has_the_names_of_the_sgm_code_too(layers: int) -
 
 def a1111_module(key: str) -> str:
     """The part of the sgm UNet that A1111 reads a Diffusers-style key of an SD 1 or SD 2 file as."""
-    inner = {"conv1": "in_layers_2", "conv2": "out_layers_3", "time_emb_proj": "emb_layers_1",
-             "conv_shortcut": "skip_connection"}  # fmt: skip
+    inner = {
+        "conv1": "in_layers_2",
+        "conv2": "out_layers_3",
+        "time_emb_proj": "emb_layers_1",
+        "conv_shortcut": "skip_connection",
+    }
     rules = (
         (r"lora_unet_conv_in", lambda m: "input_blocks_0_0"),
         (r"lora_unet_conv_out", lambda m: "out_2"),
         (r"lora_unet_time_embedding_linear_(\d+)", lambda m: f"time_embed_{int(m[1]) * 2 - 2}"),
-        (r"lora_unet_down_blocks_(\d+)_(attentions|resnets)_(\d+)_(.+)",
-         lambda m: f"input_blocks_{1 + int(m[1]) * 3 + int(m[3])}_{int(m[2] == 'attentions')}_{inner.get(m[4], m[4])}"),
-        (r"lora_unet_mid_block_(attentions|resnets)_(\d+)_(.+)",
-         lambda m: f"middle_block_{1 if m[1] == 'attentions' else int(m[2]) * 2}_{inner.get(m[3], m[3])}"),
-        (r"lora_unet_up_blocks_(\d+)_(attentions|resnets)_(\d+)_(.+)",
-         lambda m: f"output_blocks_{int(m[1]) * 3 + int(m[3])}_{int(m[2] == 'attentions')}_{inner.get(m[4], m[4])}"),
+        (
+            r"lora_unet_down_blocks_(\d+)_(attentions|resnets)_(\d+)_(.+)",
+            lambda m: (
+                f"input_blocks_{1 + int(m[1]) * 3 + int(m[3])}_{int(m[2] == 'attentions')}_{inner.get(m[4], m[4])}"
+            ),
+        ),
+        (
+            r"lora_unet_mid_block_(attentions|resnets)_(\d+)_(.+)",
+            lambda m: f"middle_block_{1 if m[1] == 'attentions' else int(m[2]) * 2}_{inner.get(m[3], m[3])}",
+        ),
+        (
+            r"lora_unet_up_blocks_(\d+)_(attentions|resnets)_(\d+)_(.+)",
+            lambda m: f"output_blocks_{int(m[1]) * 3 + int(m[3])}_{int(m[2] == 'attentions')}_{inner.get(m[4], m[4])}",
+        ),
         (r"lora_unet_down_blocks_(\d+)_downsamplers_0_conv", lambda m: f"input_blocks_{3 + int(m[1]) * 3}_0_op"),
-        (r"lora_unet_up_blocks_(\d+)_upsamplers_0_conv",
-         lambda m: f"output_blocks_{2 + int(m[1]) * 3}_{2 if int(m[1]) > 0 else 1}_conv"),
-    )  # fmt: skip
+        (
+            r"lora_unet_up_blocks_(\d+)_upsamplers_0_conv",
+            lambda m: f"output_blocks_{2 + int(m[1]) * 3}_{2 if int(m[1]) > 0 else 1}_conv",
+        ),
+    )
     return next(made(match) for pattern, made in rules if (match := re.fullmatch(pattern, key)))
 
 
@@ -141,10 +164,12 @@ def test_a1111_maps_every_key_of_a_unet(kind: str) -> None:
 @pytest.mark.parametrize(
     ("kind", "network", "prefix", "layers", "width"),
     [
-        ("sd1", "text_encoder", "lora_te", 12, 768), ("sd2", "text_encoder", "lora_te", 23, 1024),
-        ("sdxl", "text_encoder", "lora_te1", 12, 768), ("sdxl", "text_encoder_2", "lora_te2", 32, 1280),
+        ("sd1", "text_encoder", "lora_te", 12, 768),
+        ("sd2", "text_encoder", "lora_te", 23, 1024),
+        ("sdxl", "text_encoder", "lora_te1", 12, 768),
+        ("sdxl", "text_encoder_2", "lora_te2", 32, 1280),
     ],
-)  # fmt: skip
+)
 def test_every_key_of_a_text_encoder_is_known(kind: str, network: str, prefix: str, layers: int, width: int) -> None:
     """ComfyUI, A1111 and kohya count out the same names; training takes the attention's four."""
     config = CLIPTextConfig(hidden_size=width, num_hidden_layers=layers, intermediate_size=width, num_attention_heads=8)
@@ -173,7 +198,7 @@ NODES: dict[str, tuple[dict[str, str], tuple[str, ...]]] = {
     ),
     "VAEDecode": ({"samples": "LATENT", "vae": "VAE"}, ("IMAGE",)),
     "SaveImage": ({"images": "IMAGE"}, ()),
-}  # fmt: skip
+}
 SETTINGS = {
     "CheckpointLoaderSimple": {"ckpt_name"},
     "LoraLoader": {"lora_name", "strength_model", "strength_clip"},

@@ -70,8 +70,15 @@ def test_the_number_is_accelerates_own_not_the_scripts() -> None:
 
 
 def test_the_number_of_a_configuration_file() -> None:
-    settings = {"compute_environment": "LOCAL_MACHINE", "distributed_type": "'NO'", "mixed_precision": "'no'",
-                "num_processes": 3, "num_machines": 1, "use_cpu": "true", "debug": "false"}  # fmt: skip
+    settings = {
+        "compute_environment": "LOCAL_MACHINE",
+        "distributed_type": "'NO'",
+        "mixed_precision": "'no'",
+        "num_processes": 3,
+        "num_machines": 1,
+        "use_cpu": "true",
+        "debug": "false",
+    }
     Path("here.yaml").write_text("".join(f"{key}: {value}\n" for key, value in settings.items()))
     command = [*ACCELERATE, "--config_file", "here.yaml"]
     assert read_command([*command, "train.py"]) == Asked(3)
@@ -174,16 +181,33 @@ def test_no_process_is_replaced_without_need(become: list[list[str]], monkeypatc
 
 def test_accelerate_launch_on_two_cpu_processes_trains_the_lora_of_one(tiny_base: Path, concept_file: Path) -> None:
     train = [
-        "--concept", str(concept_file), "--pretrained_model_name_or_path", str(tiny_base), "--num_inference_steps", "1",
-        "--max_train_steps", "3", "--validation_steps", "0", "--report_to", "none", "--data_dir", "data",
-        "--learning_rate", "0.01", "--render_batch_size", "4",
-    ]  # fmt: skip
+        "--concept",
+        str(concept_file),
+        "--pretrained_model_name_or_path",
+        str(tiny_base),
+        "--num_inference_steps",
+        "1",
+        "--max_train_steps",
+        "3",
+        "--validation_steps",
+        "0",
+        "--report_to",
+        "none",
+        "--data_dir",
+        "data",
+        "--learning_rate",
+        "0.01",
+        "--render_batch_size",
+        "4",
+    ]
     start = ["-m", "accelerate.commands.accelerate_cli", "launch", "--cpu", "--num_processes", "2"]
     done = subprocess.run(
         [sys.executable, *start, str(ROOT / "train.py"), *train, "--output_dir", "two", "--train_batch_size", "8"],
-        capture_output=True, text=True, timeout=240,
+        capture_output=True,
+        text=True,
+        timeout=240,
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("Starting 2 processes on the CPU, 1 thread(s) each.") == 1
     assert read_json(Path("two/training.json"))["cost"]["processes"] == 2

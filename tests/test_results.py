@@ -15,12 +15,22 @@ from sd_unlearn.results import BASE, Row, as_json, judged, loras, read_results, 
 def old(**changes: Any) -> dict[str, Any]:
     row = {"metric": "leakage", "group": "direct", "n": 10, "low": 0.0, "high": 0.3, "detector": "judge"}
     return {
-        "schema_version": 1, "concept": "seven", "caption": "a seven", "generic": "a digit", "kind": "digit",
-        "base": {"name": "digits", "sha256": "ab"}, "run": "mine", "adapter_sha256": "cd", "detector": "judge",
+        "schema_version": 1,
+        "concept": "seven",
+        "caption": "a seven",
+        "generic": "a digit",
+        "kind": "digit",
+        "base": {"name": "digits", "sha256": "ab"},
+        "run": "mine",
+        "adapter_sha256": "cd",
+        "detector": "judge",
         "rows": [{**row, "subject": "base", "value": 1.0}, {**row, "subject": "lora", "value": 0.1}],
         "pairs": [{"prompt": "a seven", "group": "direct", "base": "b.png", "lora": "l.png", "lora_read": "two"}],
-        "seeds": {"evaluate": [2, 3], "seed": 7}, "training": {"beta": 0.1}, "cost": {"seconds": 3}, **changes,
-    }  # fmt: skip
+        "seeds": {"evaluate": [2, 3], "seed": 7},
+        "training": {"beta": 0.1},
+        "cost": {"seconds": 3},
+        **changes,
+    }
 
 
 def new(**changes: Any) -> dict[str, Any]:
@@ -37,8 +47,9 @@ def test_version_1_is_read_as_version_2(tmp_path: Path) -> None:
     assert found["schema_version"] == 2
     assert [(s["id"], s["what"]) for s in found["subjects"]] == [("base", "base"), ("mine", "lora")]
     assert [(r["concept"], r["subject"], r["value"]) for r in found["rows"]] == [
-        ("seven", BASE, 1.0), ("seven", "mine", 0.1),
-    ]  # fmt: skip
+        ("seven", BASE, 1.0),
+        ("seven", "mine", 0.1),
+    ]
     assert found["pairs"][0]["image"] == "l.png"
     assert found["seeds"]["seeds"] == [7]
     (tmp_path / "again").mkdir()
@@ -72,16 +83,22 @@ def test_a_view_is_one_lora_against_the_base() -> None:
         ([], "schema_version is None"),
         (old(rows=[{"metric": "leakage"}]), r"rows\[0\] needs metric, group, subject"),
         (old(base=None), '"base" is missing or not a dict'),
-        (new(rows=[{"concept": "seven", "subject": "mine", "metric": "m", "group": "g", "value": "1", "n": 1}]),
-         r"rows\[0\] needs a number as value"),
-        (new(rows=[{"concept": "seven", "subject": "mine", "metric": "m", "group": "g", "value": 1, "n": 1.5}]),
-         r"rows\[0\] needs a whole number as n"),
-        (new(rows=[{"concept": "seven", "subject": "who", "metric": "m", "group": "g", "value": 1, "n": 1}]),
-         r'rows\[0\] is of "who"'),
+        (
+            new(rows=[{"concept": "seven", "subject": "mine", "metric": "m", "group": "g", "value": "1", "n": 1}]),
+            r"rows\[0\] needs a number as value",
+        ),
+        (
+            new(rows=[{"concept": "seven", "subject": "mine", "metric": "m", "group": "g", "value": 1, "n": 1.5}]),
+            r"rows\[0\] needs a whole number as n",
+        ),
+        (
+            new(rows=[{"concept": "seven", "subject": "who", "metric": "m", "group": "g", "value": 1, "n": 1}]),
+            r'rows\[0\] is of "who"',
+        ),
         (new(subjects=[{"id": "x", "name": "x", "what": "lore"}]), 'subjects.0. is a "lore"'),
         (new(differences=[{"concept": "seven", "subject": "mine", "against": "base"}]), r"differences\[0\] needs"),
     ],
-)  # fmt: skip
+)
 def test_what_does_not_hold_what_it_should_is_named(content: Any, message: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=message):
         read(tmp_path, content)

@@ -269,8 +269,9 @@ def test_several_sets_follow_the_formula(correction: str, scale: float) -> None:
     if correction == "nn" and bracket < 0:
         want, slopes = -bracket, [-w if k < 0 else w for w, k in zip(share, sets, strict=True)]
     value, gradient = value_and_gradient(
-        lambda leaf: several_pu_risk(leaf, SETS, betas, correction), nll  # type: ignore[arg-type]
-    )  # fmt: skip
+        lambda leaf: several_pu_risk(leaf, SETS, betas, correction),
+        nll,  # type: ignore[arg-type]
+    )
     assert value == pytest.approx(want, rel=1e-9)
     assert gradient == pytest.approx(slopes, rel=1e-9, abs=1e-12)
 
@@ -302,9 +303,14 @@ def test_a_set_that_is_not_in_the_batch_is_left_out() -> None:
 
 @pytest.mark.parametrize(
     ("betas", "sets", "message"),
-    [([0.5, 0.5], SETS, "less than 1"), ([], SETS, "must lie"), ([0.2, 0.0, 0.1], SETS, "0.0"),
-     ([0.2, 0.1], SETS, "2 betas are given"), ([0.2, 0.1, 0.1], SETS[:3], "must both be")],
-)  # fmt: skip
+    [
+        ([0.5, 0.5], SETS, "less than 1"),
+        ([], SETS, "must lie"),
+        ([0.2, 0.0, 0.1], SETS, "0.0"),
+        ([0.2, 0.1], SETS, "2 betas are given"),
+        ([0.2, 0.1, 0.1], SETS[:3], "must both be"),
+    ],
+)
 def test_several_sets_that_cannot_be_are_refused(betas: list[float], sets: Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         several_pu_risk(LOSSES, sets, betas)
@@ -321,8 +327,9 @@ def test_pnu_follows_the_formula_in_value_and_gradient(correction: str, scale: f
     has_tail = not (bracket < 0 and correction == "nn")
     want = (1 - eta) * (has_tail * tail + sign * bracket) + eta * ((1 - BETA) * 5.0 + tail)
     got, gradient = value_and_gradient(
-        lambda x: pnu_risk(x, positive, normal, BETA, eta, correction), nll  # type: ignore[arg-type]
-    )  # fmt: skip
+        lambda x: pnu_risk(x, positive, normal, BETA, eta, correction),
+        nll,  # type: ignore[arg-type]
+    )
     assert got == pytest.approx(want, rel=1e-9)
     slopes = [sensitive_slope(value) * BETA / 2 for value in (scale, 0.5 * scale)]
     of_s = [(1 - eta) * (has_tail * slope - sign * BETA / 2) + eta * slope for slope in slopes]

@@ -37,10 +37,20 @@ def run(tmp_path_factory):
 
 def test_every_room_leaves_its_files(run):
     expected = (
-        "config.yaml", "concept.yaml", "metrics.jsonl", "training.json", "adapter/adapter_model.safetensors",
-        "previews/step-000002.png", "results.json", "evaluate.yaml", "export/pytorch_lora_weights.safetensors",
-        "export/seven.safetensors", "report.html", "report.md", "results.csv",
-    )  # fmt: skip
+        "config.yaml",
+        "concept.yaml",
+        "metrics.jsonl",
+        "training.json",
+        "adapter/adapter_model.safetensors",
+        "previews/step-000002.png",
+        "results.json",
+        "evaluate.yaml",
+        "export/pytorch_lora_weights.safetensors",
+        "export/seven.safetensors",
+        "report.html",
+        "report.md",
+        "results.csv",
+    )
     assert [name for name in expected if not (run / name).is_file()] == []
     assert not list(run.rglob("*.tmp"))
 
@@ -105,8 +115,11 @@ def test_accelerate_launch_is_the_same_command(run, tmp_path):
     options = ["--concept", "seven", "--data_dir", str(data), "--learning_rate", "0.01", *FEW.split()]
     done = subprocess.run(
         [*accelerate, str(ROOT / "train.py"), *options, "--output_dir", "out"],
-        cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
     assert done.returncode == 0, done.stderr
     if "No CUDA device" in done.stderr:
         assert done.stderr.count("No CUDA device") == 1

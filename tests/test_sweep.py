@@ -55,13 +55,22 @@ def done(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
         place = config.run or Path()
         rows = [
             {"metric": m, "group": g, "subject": s, "value": 0.5, "n": 10, "low": 0.4, "high": 0.6}
-            for m, g, s in (("leakage", "direct", "base"), ("leakage", "direct", "lora"), ("retention", "kept", "lora"),
-                            ("fid-digits", "alike", "lora"))
-        ]  # fmt: skip
+            for m, g, s in (
+                ("leakage", "direct", "base"),
+                ("leakage", "direct", "lora"),
+                ("retention", "kept", "lora"),
+                ("fid-digits", "alike", "lora"),
+            )
+        ]
         results = {
-            "schema_version": 1, "concept": "brad-pitt", "caption": "a photo of Brad Pitt", "generic": "a photo",
-            "base": {"name": "tiny"}, "rows": rows, "adapter_sha256": weights_sha256(place),
-        }  # fmt: skip
+            "schema_version": 1,
+            "concept": "brad-pitt",
+            "caption": "a photo of Brad Pitt",
+            "generic": "a photo",
+            "base": {"name": "tiny"},
+            "rows": rows,
+            "adapter_sha256": weights_sha256(place),
+        }
         write_json(place / "results.json", results)
         return results
 

@@ -24,21 +24,34 @@ def rendered(folder: Path, tiny_base: Path, concept: str = FILE) -> Path:
     (folder / "brad.yaml").write_text(concept)
     render.run(
         RenderConfig(
-            concept=str(folder / "brad.yaml"), pretrained_model_name_or_path=str(tiny_base),
-            data_dir=folder / "data", num_inference_steps=2,
+            concept=str(folder / "brad.yaml"),
+            pretrained_model_name_or_path=str(tiny_base),
+            data_dir=folder / "data",
+            num_inference_steps=2,
         )
-    )  # fmt: skip
+    )
     return folder
 
 
 def settings(place: Path, tiny_base: Path) -> dict[str, object]:
     """The options of a run that has everything random in it: dropout, a moving average, an odd batch."""
     return {
-        "concept": str(place / "brad.yaml"), "pretrained_model_name_or_path": str(tiny_base),
-        "data_dir": str(place / "data"), "num_inference_steps": 2, "rank": 2, "lora_dropout": 0.2, "ema_decay": 0.8,
-        "max_train_steps": 24, "lr_warmup_steps": 2, "train_batch_size": 8, "gradient_accumulation_steps": 2,
-        "learning_rate": 1e-2, "validation_steps": 0, "checkpointing_steps": 1, "report_to": "none",
-    }  # fmt: skip
+        "concept": str(place / "brad.yaml"),
+        "pretrained_model_name_or_path": str(tiny_base),
+        "data_dir": str(place / "data"),
+        "num_inference_steps": 2,
+        "rank": 2,
+        "lora_dropout": 0.2,
+        "ema_decay": 0.8,
+        "max_train_steps": 24,
+        "lr_warmup_steps": 2,
+        "train_batch_size": 8,
+        "gradient_accumulation_steps": 2,
+        "learning_rate": 1e-2,
+        "validation_steps": 0,
+        "checkpointing_steps": 1,
+        "report_to": "none",
+    }
 
 
 def make(place: Path, tiny_base: Path, output: Path | str, **changes: object) -> TrainConfig:

@@ -45,9 +45,11 @@ def check_train(config: TrainConfig) -> None:
             f"--beta {config.beta:g} is outside (0, 1): it is the share of the concept in 0_unlabeled, e.g. 0.2."
         )
     for name, low, high, example in (
-        ("unconditional", 0, 1, 0.25), ("eta", 0, 1, 0.5), ("lora_dropout", 0, 0.999, 0.1),
+        ("unconditional", 0, 1, 0.25),
+        ("eta", 0, 1, 0.5),
+        ("lora_dropout", 0, 0.999, 0.1),
         ("ema_decay", 0, 0.99999, 0.99),
-    ):  # fmt: skip
+    ):
         value = getattr(config, name)
         if value is not None and not low <= value <= high:
             raise UsageError(
@@ -55,9 +57,19 @@ def check_train(config: TrainConfig) -> None:
             )
     check_positive(
         config,
-        ("rank", "max_train_steps", "learning_rate", "max_grad_norm", "temperature", "push", "snr_gamma",
-         "gradient_accumulation_steps", "checkpoints_total_limit", "max_skipped_steps"),
-    )  # fmt: skip
+        (
+            "rank",
+            "max_train_steps",
+            "learning_rate",
+            "max_grad_norm",
+            "temperature",
+            "push",
+            "snr_gamma",
+            "gradient_accumulation_steps",
+            "checkpoints_total_limit",
+            "max_skipped_steps",
+        ),
+    )
     _check_together(config)
     if config.train_batch_size < 4:
         raise UsageError(
@@ -68,9 +80,16 @@ def check_train(config: TrainConfig) -> None:
             f"--lora_alpha {config.lora_alpha:g} must be above 0 (the usual value is the rank, {config.rank})."
         )
     for name in (
-        "lr_warmup_steps", "validation_steps", "timestep_bias", "noise_offset", "weight_decay", "probe_steps",
-        "early_stopping_patience", "gradient_share_steps", "checkpointing_steps",
-    ):  # fmt: skip
+        "lr_warmup_steps",
+        "validation_steps",
+        "timestep_bias",
+        "noise_offset",
+        "weight_decay",
+        "probe_steps",
+        "early_stopping_patience",
+        "gradient_share_steps",
+        "checkpointing_steps",
+    ):
         value = getattr(config, name)
         if not 0 <= value < math.inf:
             raise UsageError(f"--{name} {value:g} must be a number from 0 up.")

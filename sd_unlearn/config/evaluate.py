@@ -151,9 +151,11 @@ class Detectors:
     ] = None
     false_accept_rate: Annotated[
         float | None,
-        option("Share of other people taken for the person. Default: 0.001 with 1,000 or more of them, else 0.01.",
-               DETECTORS),
-    ] = None  # fmt: skip
+        option(
+            "Share of other people taken for the person. Default: 0.001 with 1,000 or more of them, else 0.01.",
+            DETECTORS,
+        ),
+    ] = None
     face_model: Annotated[
         Literal["facenet", "dlib", "arcface"], option("Face embedder. dlib's weights install with it.", DETECTORS)
     ] = "facenet"
@@ -195,9 +197,10 @@ class EvaluateConfig(Judged, Asked, Drawing, Detectors):
     ] = 24
     fail_if: Annotated[
         list[str],
-        several('Exit with code 1 if a figure is so: "leakage>0.02", "leakage.held_out.high>5%", "retention<0.95".',
-                OUTCOME),
-    ] = many()  # fmt: skip
+        several(
+            'Exit with code 1 if a figure is so: "leakage>0.02", "leakage.held_out.high>5%", "retention<0.95".', OUTCOME
+        ),
+    ] = many()
     write_plan: Annotated[
         Path | None,
         option("Write prompts, seeds and file names as JSONL for another program to draw, and stop.", OUTCOME),

@@ -172,12 +172,27 @@ class StratifiedBatches:
     """
 
     def __init__(
-        self, examples: Sequence[Example], latents: tuple[Tensor, Tensor], captions: dict[str, Tensor],
-        concept: Concept, mode: CaptionMode, batch_size: int, num_train_timesteps: int, seed: int, *,
-        rank: int = 0, world: int = 1, micro_batches: int = 1, device: torch.device | str = "cpu",
-        teacher: bool = False, timestep_bias: float = 0.0, share_timesteps: bool = True,
-        unconditional: float = 0.25, noise_offset: float = 0.0, layout: Layout | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        examples: Sequence[Example],
+        latents: tuple[Tensor, Tensor],
+        captions: dict[str, Tensor],
+        concept: Concept,
+        mode: CaptionMode,
+        batch_size: int,
+        num_train_timesteps: int,
+        seed: int,
+        *,
+        rank: int = 0,
+        world: int = 1,
+        micro_batches: int = 1,
+        device: torch.device | str = "cpu",
+        teacher: bool = False,
+        timestep_bias: float = 0.0,
+        share_timesteps: bool = True,
+        unconditional: float = 0.25,
+        noise_offset: float = 0.0,
+        layout: Layout | None = None,
+    ) -> None:
         self.teacher, self.timestep_bias, self.share_timesteps = teacher, timestep_bias, share_timesteps
         self.unconditional, self.noise_offset = unconditional, noise_offset
         self.examples, (self.mean, self.std), self.embeddings = examples, latents, captions
@@ -281,11 +296,19 @@ class StratifiedBatches:
         label, bracket = torch.tensor([_label(e) for e in examples]), torch.tensor([row.bracket for row in rows])
         unconditional = torch.tensor([row.caption == "" for row in rows])
         return Batch(
-            self._send(latents), self._embed([row.caption for row in rows]), self._embed(taught),
-            self._send(label), self._send(bracket), len(self.brackets), self._send(timesteps), self._send(noise),
-            self._send(unconditional), self._send(torch.tensor([self.parts / row.kind for row in rows])),
-            self._send(_held(bracket, unconditional)), self._send(_pushed(label, bracket)),
-        )  # fmt: skip
+            self._send(latents),
+            self._embed([row.caption for row in rows]),
+            self._embed(taught),
+            self._send(label),
+            self._send(bracket),
+            len(self.brackets),
+            self._send(timesteps),
+            self._send(noise),
+            self._send(unconditional),
+            self._send(torch.tensor([self.parts / row.kind for row in rows])),
+            self._send(_held(bracket, unconditional)),
+            self._send(_pushed(label, bracket)),
+        )
 
     def _embed(self, captions: list[str]) -> Tensor:
         return self._send(torch.stack([self.embeddings[caption] for caption in captions]))

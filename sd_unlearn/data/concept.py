@@ -144,9 +144,12 @@ def from_anchor(name: str, anchor: str) -> Concept:
     if not anchor.strip():
         raise UsageError('--anchor "" is empty: say what shall be drawn instead, e.g. "a middle aged man".')
     return Concept(
-        name=name, caption=f"a photo of {name}", generic=f"a photo of {anchor.strip()}", alternatives=[anchor.strip()],
+        name=name,
+        caption=f"a photo of {name}",
+        generic=f"a photo of {anchor.strip()}",
+        alternatives=[anchor.strip()],
         evaluate=Evaluation(held_out=[_literal(f"a portrait of {name}"), _literal(name)]),
-    )  # fmt: skip
+    )
 
 
 def _literal(prompt: str) -> str:

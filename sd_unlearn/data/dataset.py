@@ -222,8 +222,13 @@ def encode_captions(base: Base, captions: Sequence[str]) -> Tensor:
 def tokenize(base: Base, captions: Sequence[str]) -> Tensor:
     """Token ids [len(captions), tokens] on the CPU, padded and cut to the model's length."""
     tokenizer = base.pipeline.tokenizer
-    return tokenizer(list(captions), padding="max_length", max_length=tokenizer.model_max_length, truncation=True,
-                     return_tensors="pt").input_ids  # fmt: skip
+    return tokenizer(
+        list(captions),
+        padding="max_length",
+        max_length=tokenizer.model_max_length,
+        truncation=True,
+        return_tensors="pt",
+    ).input_ids
 
 
 def fingerprint(examples: Sequence[Example]) -> str:

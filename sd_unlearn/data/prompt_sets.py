@@ -131,9 +131,11 @@ def _prompt(row: Mapping[str, Any], where: str) -> PublishedPrompt:
         raise UsageError(f"{where}: the prompt is {repr(text) if text else 'missing'}; it must be text.")
     category = _said(_first(row, CATEGORY))
     return PublishedPrompt(
-        text.strip(), _seed(_said(_first(row, SEED)), where), _guidance(_said(_first(row, GUIDANCE)), where),
+        text.strip(),
+        _seed(_said(_first(row, SEED)), where),
+        _guidance(_said(_first(row, GUIDANCE)), where),
         ", ".join(map(str, category)) if isinstance(category, list) else str(category or "").strip(),
-    )  # fmt: skip
+    )
 
 
 def _first(row: Mapping[str, Any], columns: Iterable[str]) -> Any:

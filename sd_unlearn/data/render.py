@@ -82,11 +82,16 @@ def render_concept(concept: Concept, config: RenderConfig, name: str, get_base: 
     sampler = sampler_of(config, name)
     groups = plan(concept, config)
     settings = {
-        "concept": concept.name, "base": name, "seed": config.seed, "steps": sampler.steps,
-        "guidance_scale": sampler.guidance_scale, "batch_size": sampler.batch_size, "resolution": sampler.resolution,
+        "concept": concept.name,
+        "base": name,
+        "seed": config.seed,
+        "steps": sampler.steps,
+        "guidance_scale": sampler.guidance_scale,
+        "batch_size": sampler.batch_size,
+        "resolution": sampler.resolution,
         "plan": [list(group) for group in groups],
         **{key: value for key in ("vae", "prediction_type") if (value := getattr(config, key))},
-    }  # fmt: skip
+    }
     folder = data_dir_of(config, concept)
     check_writable(folder, "--data_dir")
     started = folder / "settings.json"
@@ -127,9 +132,13 @@ def _records(groups: list[tuple[str, str, int]], seed: int, sampler: Sampler) ->
     for group, prompt, count in groups:
         for _ in range(count):
             image = ImageRecord(
-                f"{group}-{numbers[group]:05d}.png", prompt, image_seed(RENDER_SEEDS, seed, prompt, prompts[prompt]),
-                sampler.guidance_scale, sampler.steps, group,
-            )  # fmt: skip
+                f"{group}-{numbers[group]:05d}.png",
+                prompt,
+                image_seed(RENDER_SEEDS, seed, prompt, prompts[prompt]),
+                sampler.guidance_scale,
+                sampler.steps,
+                group,
+            )
             records[POSITIVE if group == "positive" else UNLABELED].append(image)
             prompts[prompt] += 1
             numbers[group] += 1
@@ -145,12 +154,17 @@ def _manifest(
 ) -> dict[str, Any]:
     unlabeled = sum(n for group, n in counts.items() if group != "positive")
     return {
-        "schema_version": 1, "concept": concept.slug, "base": base, "version": __version__,
-        "counts": counts, "beta": known_beta(concept, counts), "generic_share": concept.generic_share,
+        "schema_version": 1,
+        "concept": concept.slug,
+        "base": base,
+        "version": __version__,
+        "counts": counts,
+        "beta": known_beta(concept, counts),
+        "generic_share": concept.generic_share,
         "mixed_in_share_of_folder": round(counts.get("mixed_in", 0) / unlabeled, 4),
         "seeds": {"render": list(RENDER_SEEDS), "seed": seed},
         "sampler": {"name": "DDIM", "steps": settings["steps"], "guidance_scale": settings["guidance_scale"]},
-    }  # fmt: skip
+    }
 
 
 def _complete(folder: Path) -> bool:

@@ -31,9 +31,11 @@ class Seen:
 def subset(shots: Shots, kept: NDArray[np.bool_]) -> Shots:
     """The shots of some pictures."""
     return dataclasses.replace(
-        shots, groups=shots.groups[kept], seeds=shots.seeds[kept],
+        shots,
+        groups=shots.groups[kept],
+        seeds=shots.seeds[kept],
         prompts=tuple(prompt for prompt, keep in zip(shots.prompts, kept, strict=True) if keep),
-    )  # fmt: skip
+    )
 
 
 def count(question: Question, shots: Shots, seen: Seen) -> list[Counted]:
@@ -83,9 +85,7 @@ def compared(question: Question, shots: Shots, base: Seen, seen: Seen) -> list[R
     both = base.readable & seen.readable
     if not both.any():
         return []
-    columns = [
-        {name: values[both[one.readable]] for name, values in one.columns.items()} for one in (base, seen)
-    ]  # fmt: skip
+    columns = [{name: values[both[one.readable]] for name, values in one.columns.items()} for one in (base, seen)]
     rows = question.compare(subset(shots, both), columns[0], columns[1])
     return [_finished(row, shots.concept.slug, row.subject or seen.subject) for row in rows]
 
@@ -157,9 +157,18 @@ def _mean(counted: Counted, group: str, values: NDArray, seeds: NDArray, detecto
     by_seed = tuple(float(values[seeds == seed].mean()) for seed in several) if len(several) > 1 else None
     interval = "wilson" if counted.is_rate else "bootstrap"
     return Row(
-        counted.metric, group, "", float(values.mean()), len(values), low, high, detector, interval, counted.note,
+        counted.metric,
+        group,
+        "",
+        float(values.mean()),
+        len(values),
+        low,
+        high,
+        detector,
+        interval,
+        counted.note,
         seeds=by_seed,
-    )  # fmt: skip
+    )
 
 
 def _retention(group: str, with_lora: NDArray, without: NDArray, detector: str) -> Row:
@@ -171,7 +180,8 @@ def _retention(group: str, with_lora: NDArray, without: NDArray, detector: str) 
 def _finished(row: Row, concept: str, subject: str) -> Row:
     """A row of a concept and subject; a ratio over zero is unknown, null in JSON, which knows no NaN."""
     unknown: dict[str, Any] = {
-        key: None for key in ("value", "low", "high")
+        key: None
+        for key in ("value", "low", "high")
         if (number := getattr(row, key)) is not None and not math.isfinite(number)
-    }  # fmt: skip
+    }
     return dataclasses.replace(row, concept=concept, subject=subject, **unknown)

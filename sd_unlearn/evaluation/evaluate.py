@@ -149,22 +149,26 @@ def _results(
     shown = [pair for judged, pictures in found for pair in pairs.pick(judged, pictures, task.output, each)]
     base = [{"id": BASE, "name": task.source.name, "what": "base"}] if gallery else []
     return {
-        "schema_version": SCHEMA_VERSION, "created": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()),
-        "version": __version__, "tier": "" if _counted(config) else task.tier,
+        "schema_version": SCHEMA_VERSION,
+        "created": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()),
+        "version": __version__,
+        "tier": "" if _counted(config) else task.tier,
         "base": dict(gallery.base) if gallery else {},
         "sampler": _sampler_record(task, gallery),
         "seeds": {"evaluate": list(EVALUATE_SEEDS), "seeds": list(config.seed)},
         "prompt_set": config.prompt_set,
         "concepts": [_concept_record(concept) for concept in task.concepts.values()],
-        "subjects": base + [subject.describe() for subject in task.subjects], "cards": cards,
+        "subjects": base + [subject.describe() for subject in task.subjects],
+        "cards": cards,
         "rows": [as_json(row) for judged, _ in found for row in judged.rows],
         "differences": [as_json(one) for judged, _ in found for one in judged.differences],
         "pairs": [as_json(pair) for pair in shown],
         "skipped": [
             {"subject": subject, "path": str(path), "why": why}
-            for judged, _ in found for path, (subject, why) in judged.skipped.items()
+            for judged, _ in found
+            for path, (subject, why) in judged.skipped.items()
         ],
-    }  # fmt: skip
+    }
 
 
 def _counted(config: EvaluateConfig) -> bool:
@@ -176,15 +180,24 @@ def _sampler_record(task: Task, gallery: Gallery | None) -> dict[str, Any]:
     if gallery is None:
         return {}
     sampler = gallery.sampler
-    return {"name": "DDIM", "steps": sampler.steps, "guidance_scale": sampler.guidance_scale,
-            "resolution": sampler.resolution, "zero_terminal_snr": task.zero_terminal_snr,
-            "mixed_precision": task.config.mixed_precision}  # fmt: skip
+    return {
+        "name": "DDIM",
+        "steps": sampler.steps,
+        "guidance_scale": sampler.guidance_scale,
+        "resolution": sampler.resolution,
+        "zero_terminal_snr": task.zero_terminal_snr,
+        "mixed_precision": task.config.mixed_precision,
+    }
 
 
 def _concept_record(concept: Concept) -> dict[str, Any]:
     content = json.dumps(dataclasses.asdict(concept), sort_keys=True, ensure_ascii=False)
     return {
-        "slug": concept.slug, "name": concept.name, "kind": concept.kind, "caption": concept.caption,
-        "generic": concept.generic, "sha256": hashlib.sha256(content.encode()).hexdigest(),
+        "slug": concept.slug,
+        "name": concept.name,
+        "kind": concept.kind,
+        "caption": concept.caption,
+        "generic": concept.generic,
+        "sha256": hashlib.sha256(content.encode()).hexdigest(),
         "prompts": {group: [p.text for p in prompts_of(concept, group)] for group in GROUPS},
-    }  # fmt: skip
+    }

@@ -11,8 +11,10 @@ from typing import Any
 from sd_unlearn.errors import UsageError
 from sd_unlearn.results import BASE
 
-_FORM = re.compile(r"(?P<metric>[A-Za-z][\w-]*)(?:\.(?P<group>[a-z_]+?))??(?:\.(?P<end>low|high))?\s*"
-                   r"(?P<sign><=|>=|<|>)\s*(?P<limit>[-+.\deE]+)(?P<percent>\s*%)?")  # fmt: skip
+_FORM = re.compile(
+    r"(?P<metric>[A-Za-z][\w-]*)(?:\.(?P<group>[a-z_]+?))??(?:\.(?P<end>low|high))?\s*"
+    r"(?P<sign><=|>=|<|>)\s*(?P<limit>[-+.\deE]+)(?P<percent>\s*%)?"
+)
 SHARES = ("leakage", "accuracy", "nudity", "confusion", "face_rate")
 OF_THE_CONCEPT = ("leakage", "leakage_top5", "nudity", "detections", "clean_replacement")
 _SIGNS = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
@@ -70,10 +72,14 @@ def met(conditions: Sequence[Condition], results: dict[str, Any]) -> list[str]:
     meant = {s["id"]: s.get("forgets") for s in results["subjects"]}
     judged = [row for row in results["rows"] if row["subject"] in subjects]
     for condition in conditions:
-        rows = _rows(condition, [
-            row for row in judged
-            if row["metric"] not in OF_THE_CONCEPT or meant[row["subject"]] in (None, row["concept"])
-        ])  # fmt: skip
+        rows = _rows(
+            condition,
+            [
+                row
+                for row in judged
+                if row["metric"] not in OF_THE_CONCEPT or meant[row["subject"]] in (None, row["concept"])
+            ],
+        )
         if not rows:
             where = f" on {condition.group} prompts" if condition.group else ""
             found.append(f"{condition.text}: {condition.metric}{where} was not measured")
@@ -93,9 +99,8 @@ def judged_subjects(results: dict[str, Any]) -> set[str]:
             strengths.setdefault(subject["name"], []).append(subject["strength"])
     usual = {name: 1 if 1 in given else max(given) for name, given in strengths.items()}
     return {
-        s["id"] for s in results["subjects"]
-        if s["id"] != BASE and s.get("strength") in (None, usual.get(s["name"]))
-    }  # fmt: skip
+        s["id"] for s in results["subjects"] if s["id"] != BASE and s.get("strength") in (None, usual.get(s["name"]))
+    }
 
 
 def _rows(condition: Condition, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -41,17 +41,31 @@ class Subject:
     def describe(self) -> dict[str, Any]:
         """As results.json lists it."""
         if self.drawn is None or self.drawn.lora is None:
-            return {"id": self.id, "name": self.name, "what": "images", "strength": None, "sha256": "",
-                    "forgets": None, "training": None, "cost": None}  # fmt: skip
+            return {
+                "id": self.id,
+                "name": self.name,
+                "what": "images",
+                "strength": None,
+                "sha256": "",
+                "forgets": None,
+                "training": None,
+                "cost": None,
+            }
         lora = self.drawn.lora
         training = {k: lora.training.get(k) for k in _TRAINING} if lora.training else None
         cost = lora.training.get("cost")
         if training is not None:
             training["steps"] = (cost or {}).get("steps")
         return {
-            "id": self.id, "name": self.name, "what": "lora", "strength": self.drawn.strength, "sha256": lora.sha256,
-            "forgets": lora.concept.slug if lora.concept else None, "training": training, "cost": cost,
-        }  # fmt: skip
+            "id": self.id,
+            "name": self.name,
+            "what": "lora",
+            "strength": self.drawn.strength,
+            "sha256": lora.sha256,
+            "forgets": lora.concept.slug if lora.concept else None,
+            "training": training,
+            "cost": cost,
+        }
 
 
 @dataclass(frozen=True)
@@ -131,8 +145,15 @@ def _concepts(config: EvaluateConfig, loras: Sequence[Lora]) -> dict[str, Concep
 
 def _evaluated(concept: Concept) -> tuple[Any, ...]:
     """What of a concept decides its evaluation."""
-    return (concept.name, concept.caption, concept.generic, concept.kind, concept.label, concept.alternatives,
-            concept.evaluate)  # fmt: skip
+    return (
+        concept.name,
+        concept.caption,
+        concept.generic,
+        concept.kind,
+        concept.label,
+        concept.alternatives,
+        concept.evaluate,
+    )
 
 
 def _source(config: EvaluateConfig, loras: Sequence[Lora], concepts: dict[str, Concept]) -> tuple[Source, bool]:

@@ -101,10 +101,21 @@ def _pair(
     image = _look(found, one.subject, index)
     before = _look(found, BASE, index) if base else _Look("", ())
     return Pair(
-        found.concept.slug, one.subject, shot.group, shot.prompt.text, shot.seed, names[0], names[1],
-        " ".join(shot.prompt.expect), before.words, image.words, leak and shot.group in ASKED, lost,
-        image.faces, before.faces,
-    )  # fmt: skip
+        found.concept.slug,
+        one.subject,
+        shot.group,
+        shot.prompt.text,
+        shot.seed,
+        names[0],
+        names[1],
+        " ".join(shot.prompt.expect),
+        before.words,
+        image.words,
+        leak and shot.group in ASKED,
+        lost,
+        image.faces,
+        before.faces,
+    )
 
 
 def _copied(pictures: Pictures, index: int, folder: Path) -> str:

@@ -104,9 +104,11 @@ def plan(concept: Concept, tier: Tier, seeds: Sequence[int], further: Sequence[P
 def as_shots(concept: Concept, shots: Sequence[Shot]) -> Shots:
     """The same as arrays."""
     return Shots(
-        concept, np.array([shot.group for shot in shots], dtype=str), tuple(shot.prompt for shot in shots),
+        concept,
+        np.array([shot.group for shot in shots], dtype=str),
+        tuple(shot.prompt for shot in shots),
         np.array([shot.number for shot in shots], dtype=np.int64),
-    )  # fmt: skip
+    )
 
 
 def write_plan(path: Path, plans: Mapping[str, Sequence[Shot]]) -> None:
@@ -118,7 +120,12 @@ def write_plan(path: Path, plans: Mapping[str, Sequence[Shot]]) -> None:
         for shot in shots:
             lines.setdefault(
                 shot.file_name,
-                {"file_name": shot.file_name, "text": shot.prompt.text, "seed": shot.seed, "group": shot.group,
-                 "concept": slug},
-            )  # fmt: skip
+                {
+                    "file_name": shot.file_name,
+                    "text": shot.prompt.text,
+                    "seed": shot.seed,
+                    "group": shot.group,
+                    "concept": slug,
+                },
+            )
     write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines.values()))

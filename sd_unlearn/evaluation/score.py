@@ -41,9 +41,12 @@ class Judged:
 
 
 def judge(
-    concept: Concept, questions: Sequence[Question], pair_questions: Sequence[PairQuestion],
-    pictures: Sequence[Pictures], main: Sequence[str],
-) -> Judged:  # fmt: skip
+    concept: Concept,
+    questions: Sequence[Question],
+    pair_questions: Sequence[PairQuestion],
+    pictures: Sequence[Pictures],
+    main: Sequence[str],
+) -> Judged:
     """Ask every question of every subject. main: the subjects that are also compared with each other."""
     found = Judged(concept)
     for question in questions:
@@ -94,6 +97,17 @@ def _distances(question: PairQuestion, concept: Concept, base: Pictures, other: 
     low, high = bootstrap(np.mean, values)
     note = "of pairs of the same prompt and seed"
     return [
-        Row(question.metric, "kept", other.subject, float(values.mean()), len(values), low, high, question.name,
-            "bootstrap", note, concept.slug)
-    ]  # fmt: skip
+        Row(
+            question.metric,
+            "kept",
+            other.subject,
+            float(values.mean()),
+            len(values),
+            low,
+            high,
+            question.name,
+            "bootstrap",
+            note,
+            concept.slug,
+        )
+    ]

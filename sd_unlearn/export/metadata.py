@@ -35,20 +35,24 @@ def lora_header(run: Run, digest: str, licence: str | None = None) -> dict[str, 
     """The header of the LoRA for user interfaces. `digest`: SHA-256 of the file after its header, in hex."""
     pairs, names = run.adapters[0].pairs, architecture(run.base)
     ranks = {pair.rank for pair in pairs}
-    return own_header(run) | _modelspec(run, digest, licence) | {
-        "modelspec.architecture": f"{names.modelspec}/lora",
-        "modelspec.implementation": "sgm" if run.kind == "sdxl" else "diffusers",
-        "modelspec.title": f"Forget {run.concept.name}",
-        "modelspec.usage_hint": "Load at strength 1. There is no trigger word.",
-        "ss_output_name": run.concept.slug,
-        "ss_network_module": "networks.lora",
-        "ss_network_dim": str(pairs[0].rank) if len(ranks) == 1 else "Dynamic",
-        "ss_network_alpha": str(pairs[0].alpha) if run.adapters[0].uniform else "Dynamic",
-        "ss_base_model_version": names.kohya,
-        "ss_v2": str(names.is_v2),
-        "ss_sd_model_name": run.base_name,
-        "sshs_model_hash": digest,
-    }  # fmt: skip
+    return (
+        own_header(run)
+        | _modelspec(run, digest, licence)
+        | {
+            "modelspec.architecture": f"{names.modelspec}/lora",
+            "modelspec.implementation": "sgm" if run.kind == "sdxl" else "diffusers",
+            "modelspec.title": f"Forget {run.concept.name}",
+            "modelspec.usage_hint": "Load at strength 1. There is no trigger word.",
+            "ss_output_name": run.concept.slug,
+            "ss_network_module": "networks.lora",
+            "ss_network_dim": str(pairs[0].rank) if len(ranks) == 1 else "Dynamic",
+            "ss_network_alpha": str(pairs[0].alpha) if run.adapters[0].uniform else "Dynamic",
+            "ss_base_model_version": names.kohya,
+            "ss_v2": str(names.is_v2),
+            "ss_sd_model_name": run.base_name,
+            "sshs_model_hash": digest,
+        }
+    )
 
 
 def checkpoint_header(run: Run, digest: str, strength: float, licence: str | None = None) -> dict[str, str]:
@@ -56,13 +60,17 @@ def checkpoint_header(run: Run, digest: str, strength: float, licence: str | Non
     hint = "There is no trigger word and no LoRA to load."
     if run.training.get("zero_terminal_snr"):
         hint += " Sample with a schedule of zero terminal SNR."
-    return own_header(run) | _modelspec(run, digest, licence) | {
-        "modelspec.architecture": architecture(run.base).modelspec,
-        "modelspec.implementation": "sgm",
-        "modelspec.title": f"{run.base_name} without {run.concept.name}",
-        "modelspec.usage_hint": hint,
-        "sd_unlearn.strength": str(strength),
-    }  # fmt: skip
+    return (
+        own_header(run)
+        | _modelspec(run, digest, licence)
+        | {
+            "modelspec.architecture": architecture(run.base).modelspec,
+            "modelspec.implementation": "sgm",
+            "modelspec.title": f"{run.base_name} without {run.concept.name}",
+            "modelspec.usage_hint": hint,
+            "sd_unlearn.strength": str(strength),
+        }
+    )
 
 
 def own_header(run: Run) -> dict[str, str]:

@@ -19,8 +19,20 @@ from sd_unlearn.results import Row
 FILE, PICTURES = "README.md", "pairs.png"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 _FAMILY = {"sd1": "stable-diffusion", "sd2": "stable-diffusion", "sdxl": "stable-diffusion-xl"}
-_SETTINGS = ("objective", "method", "rank", "lora_alpha", "beta", "beta_source", "correction", "caption_mode", "target",
-             "push", "reduction", "config_sha256")  # fmt: skip
+_SETTINGS = (
+    "objective",
+    "method",
+    "rank",
+    "lora_alpha",
+    "beta",
+    "beta_source",
+    "correction",
+    "caption_mode",
+    "target",
+    "push",
+    "reduction",
+    "config_sha256",
+)
 # A mark as a numeric entity is read as itself and starts nothing: no link, markup, table cell or HTML.
 _INERT = {ord(mark): f"&#{ord(mark)};" for mark in string.punctuation if mark not in ",'%"}
 
@@ -31,15 +43,25 @@ def render(run: Run, licence: str | None, hub_id: str | None, *, has_pictures: b
     made = environment(escape=False)
     made.filters["md"] = inert
     return made.get_template("card.md.j2").render(
-        front=front_matter(run, licence), title=title(run.concept.name), concept=run.concept,
-        slug=run.concept.slug, base=name, base_id=name if _is_hub_id(run) else None, hub_id=hub_id,
+        front=front_matter(run, licence),
+        title=title(run.concept.name),
+        concept=run.concept,
+        slug=run.concept.slug,
+        base=name,
+        base_id=name if _is_hub_id(run) else None,
+        hub_id=hub_id,
         has_pictures=has_pictures,
-        lines=table(figures_of(results)), detector=results.get("detector") or "not named",
-        sampler=_sampler(results.get("sampler")), training=run.training, is_dora=run.is_dora, licence=licence,
+        lines=table(figures_of(results)),
+        detector=results.get("detector") or "not named",
+        sampler=_sampler(results.get("sampler")),
+        training=run.training,
+        is_dora=run.is_dora,
+        licence=licence,
         settings=[(key, run.training[key]) for key in _SETTINGS if run.training.get(key) is not None],
         pipeline_class="StableDiffusionXLPipeline" if run.kind == "sdxl" else "StableDiffusionPipeline",
-        diffusers_file=DIFFUSERS_FILE, kohya_file=f"{run.concept.slug}.safetensors",
-    )  # fmt: skip
+        diffusers_file=DIFFUSERS_FILE,
+        kohya_file=f"{run.concept.slug}.safetensors",
+    )
 
 
 def title(name: str) -> str:
@@ -54,10 +76,20 @@ def front_matter(run: Run, licence: str | None) -> str:
     if _is_hub_id(run):
         fields |= {"base_model": run.base_name, "base_model_relation": "adapter"}
     fields |= {
-        "library_name": "diffusers", "pipeline_tag": "text-to-image", "inference": False,
-        "tags": [family, f"{family}-diffusers", "text-to-image", "diffusers", "lora", "machine-unlearning",
-                 "concept-erasure", "sd-unlearn"],
-    }  # fmt: skip
+        "library_name": "diffusers",
+        "pipeline_tag": "text-to-image",
+        "inference": False,
+        "tags": [
+            family,
+            f"{family}-diffusers",
+            "text-to-image",
+            "diffusers",
+            "lora",
+            "machine-unlearning",
+            "concept-erasure",
+            "sd-unlearn",
+        ],
+    }
     return yaml.safe_dump(fields, sort_keys=False, allow_unicode=False, width=10_000)
 
 
@@ -71,10 +103,13 @@ def table(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
             "metric": METRICS.get(row.metric, (row.metric,))[0],
             "group": GROUPS.get(row.group, (row.group,))[0],
             "without": shown(before.get((row.metric, row.group, row.detector))),
-            "value": shown(row), "interval": span(row), "n": f"{row.n:,}",
+            "value": shown(row),
+            "interval": span(row),
+            "n": f"{row.n:,}",
         }
-        for row in found if row.subject == "lora"
-    ]  # fmt: skip
+        for row in found
+        if row.subject == "lora"
+    ]
 
 
 def inert(text: Any) -> str:

@@ -142,10 +142,11 @@ def evaluation_of(results: dict[str, Any], sha256: str, slug: str) -> dict[str, 
     pairs = [p for p in results.get("pairs", []) if p.get("subject") == ids[0] and p.get("concept") == slug]
     return {
         "detector": ", ".join(dict.fromkeys(row["detector"] for row in own if row.get("detector"))),
-        "sampler": results.get("sampler"), "seeds": results.get("seeds"),
+        "sampler": results.get("sampler"),
+        "seeds": results.get("seeds"),
         "rows": [row | {"subject": names[row["subject"]]} for row in own],
         "pairs": [pair | {"lora": pair.get("image")} for pair in pairs],
-    }  # fmt: skip
+    }
 
 
 def _adapters(folder: Path, training: dict[str, Any]) -> list[Adapter]:

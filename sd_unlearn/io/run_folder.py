@@ -15,8 +15,12 @@ from sd_unlearn.io.files import file_sha256
 UNLABELED, POSITIVE, NEGATIVE = "0_unlabeled", "1_positive", "2_negative"
 DATA_MANIFEST, METADATA = "manifest.json", "metadata.jsonl"
 TRAINING, RESULTS, METRICS, CONFIG, CONCEPT = (
-    "training.json", "results.json", "metrics.jsonl", "config.yaml", "concept.yaml",
-)  # fmt: skip
+    "training.json",
+    "results.json",
+    "metrics.jsonl",
+    "config.yaml",
+    "concept.yaml",
+)
 ADAPTER_DIR, TEXT_ADAPTER_DIR, UNET_DIR = "adapter", "text_encoder_adapter", "unet"
 PREVIEW_DIR, EXPORT_DIR, IMAGE_DIR = "previews", "export", "images"
 EVALUATION = "evaluate.yaml"  # what an evaluation was asked, for `evaluate --config`
@@ -42,8 +46,11 @@ def weights_sha256(run: Path) -> str:
     Raises:
         UsageError: the run folder holds neither a LoRA nor a UNet.
     """
-    names = (f"{ADAPTER_DIR}/adapter_model.safetensors", f"{TEXT_ADAPTER_DIR}/adapter_model.safetensors",
-             f"{UNET_DIR}/diffusion_pytorch_model.safetensors")  # fmt: skip
+    names = (
+        f"{ADAPTER_DIR}/adapter_model.safetensors",
+        f"{TEXT_ADAPTER_DIR}/adapter_model.safetensors",
+        f"{UNET_DIR}/diffusion_pytorch_model.safetensors",
+    )
     files = [run / name for name in names if (run / name).is_file()]
     if not files:
         raise UsageError(f"--run {run} holds no trained LoRA ({run / names[0]}). Run sd-unlearn train first.")

@@ -87,13 +87,15 @@ class ClassifierQuestion:
         many = len(self.network.classes)
         asked = "; ".join(self.network.classes.names[i] for i in self.network.classes.of(self.label))
         return Card(
-            self.name, ("leakage", *self._deeper(), "accuracy"),
+            self.name,
+            ("leakage", *self._deeper(), "accuracy"),
             f"An image classifier of {many:,} classes: the most probable of all is what a picture shows.",
-            self.network.package, f"sha256:{self.network.sha256} (weights and preparation)",
+            self.network.package,
+            f"sha256:{self.network.sha256} (weights and preparation)",
             "; ".join(("the most probable class", *(f"{m}: one of the {TOP} most probable" for m in self._deeper()))),
             "It must pick one of its classes, whatever the picture shows, and was trained on photos.",
             {"label": self.label, "classes meant": asked},
-        )  # fmt: skip
+        )
 
     def read(self, images: Sequence[Image.Image]) -> Columns:
         found = np.zeros((len(images), len(self.network.classes)), np.float32)

@@ -79,14 +79,16 @@ class ClipQuestion:
 
     def card(self) -> Card:
         return Card(
-            self.name, ("leakage", "accuracy", "clip_score", "drift"),
+            self.name,
+            ("leakage", "accuracy", "clip_score", "drift"),
             "CLIP: the label whose text is nearest to the picture, and 100 times the cosine to the picture's prompt.",
-            f"open_clip {version('open_clip_torch')}", self.encoder.weights,
+            f"open_clip {version('open_clip_torch')}",
+            self.encoder.weights,
             "the most probable label",
             "Names leak through text, so it proves nothing alone about a person. It must pick one of the labels, "
             "whatever the picture shows. A prompt is read up to the model's length (77 tokens).",
             {"labels": ", ".join(self.judge.labels), "wording": TEMPLATE.format("LABEL")},
-        )  # fmt: skip
+        )
 
     def read(self, images: Sequence[Image.Image]) -> Columns:
         if not images:

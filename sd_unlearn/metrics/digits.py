@@ -47,11 +47,19 @@ class DigitReader(nn.Module):
             return [nn.Conv2d(inputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs), nn.ReLU()]
 
         self.body = nn.Sequential(
-            *block(3, 32), *block(32, 32), nn.MaxPool2d(2),
-            *block(32, 64), *block(64, 64), nn.MaxPool2d(2),
-            *block(64, 96), nn.MaxPool2d(2), nn.Flatten(), nn.Dropout(0.3),
-            nn.Linear(96 * 16, FEATURE_WIDTH), nn.ReLU(),
-        )  # fmt: skip
+            *block(3, 32),
+            *block(32, 32),
+            nn.MaxPool2d(2),
+            *block(32, 64),
+            *block(64, 64),
+            nn.MaxPool2d(2),
+            *block(64, 96),
+            nn.MaxPool2d(2),
+            nn.Flatten(),
+            nn.Dropout(0.3),
+            nn.Linear(96 * 16, FEATURE_WIDTH),
+            nn.ReLU(),
+        )
         self.digit = nn.Linear(FEATURE_WIDTH, len(DIGITS))
         self.ink = nn.Linear(FEATURE_WIDTH, len(INKS))
 
@@ -118,12 +126,14 @@ class DigitsQuestion:
 
     def card(self) -> Card:
         return Card(
-            self.name, ("leakage", "accuracy", "clean_replacement", "drift", "fid-digits", "kid-digits"),
+            self.name,
+            ("leakage", "accuracy", "clean_replacement", "drift", "fid-digits", "kid-digits"),
             "The bundled reader of digit and ink, a small convolutional network; pictures are scaled to 32 pixels.",
-            f"sd-unlearn {__version__}", self.name.split()[-1],
+            f"sd-unlearn {__version__}",
+            self.name.split()[-1],
             f"the most probable digit and ink; p >= {CLEAN} for a clean replacement",
             "It reads the bundled base's pictures and nothing else. Its distances compare with each other alone.",
-        )  # fmt: skip
+        )
 
     def read(self, images: Sequence[Image.Image]) -> Columns:
         reading = self.judge.read(images)
@@ -197,9 +207,7 @@ def _to_real_digits(label: str, detector: str, subject: str, drawn: np.ndarray) 
     return distance_rows(drawn, real, "alike", subject, detector, "of the alike images to real held-apart digits")
 
 
-def distance_rows(
-    drawn: np.ndarray, real: np.ndarray, group: str, subject: str, detector: str, told: str
-) -> list[Row]:  # fmt: skip
+def distance_rows(drawn: np.ndarray, real: np.ndarray, group: str, subject: str, detector: str, told: str) -> list[Row]:
     """fid-digits and kid-digits of the reader's features [N, 64] to real ones [M, 64]: what N is enough for.
 
     told: whose features and to what, for the note: "of the images to 500 real ones".

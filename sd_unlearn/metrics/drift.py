@@ -89,13 +89,15 @@ class LpipsDrift:
 
     def card(self) -> Card:
         return Card(
-            self.name, (self.metric,),
+            self.name,
+            (self.metric,),
             "Perceptual distance of both pictures of a pair, from five layers of AlexNet weighted to agree with "
             "people; 0 for equals, about 0.5 to 0.8 for unrelated photos.",
-            version("torchmetrics"), f"{self.weights}, linear heads bundled with torchmetrics",
+            version("torchmetrics"),
+            f"{self.weights}, linear heads bundled with torchmetrics",
             limits=f"Pictures with a side below {SMALLEST} pixels are scaled up to it. A picture that only shifted "
             "counts as changed.",
-        )  # fmt: skip
+        )
 
     def distance(self, base: Sequence[Image.Image], other: Sequence[Image.Image]) -> NDArray[np.float64]:
         """[N] LPIPS of each pair of RGB pictures of any size, zero for equals, symmetric.

@@ -121,7 +121,7 @@ class SetDistance:
 
     def _rows(
         self, ending: str, group: str, subject: str, drawn: NDArray, others: NDArray, paired: bool, note: str
-    ) -> list[Row]:  # fmt: skip
+    ) -> list[Row]:
         if len(drawn) < FEWEST:
             few = f"unknown: {len(drawn)} pictures are fewer than {FEWEST}"
             name = self.distances_made[-1] + ending
@@ -190,15 +190,17 @@ class InceptionFidelity(SetDistance):
 
     def card(self) -> Card:
         return Card(
-            self.name, self.metrics,
+            self.name,
+            self.metrics,
             "Distances between sets of pictures by the 2,048 pooled features of InceptionV3 (2015-12-05), scaled to "
             "299 pixels as TensorFlow 1 does: Frechet (FID) and kernel (KID, cubic, unbiased, not multiplied).",
-            f"torch-fidelity {version('torch-fidelity')}", f"sha256:{self.sha256}",
+            f"torch-fidelity {version('torch-fidelity')}",
+            f"sha256:{self.sha256}",
             f"FID from {FID_FEWEST:,} images a set on",
             "FID is biased by the number of images and compares only at equal numbers; it has no interval here. "
             "Both see ImageNet's objects and textures more than faces.",
             {"real": str(self.real)} if self.real else {},
-        )  # fmt: skip
+        )
 
     @cached_property
     def network(self) -> Any:
@@ -248,14 +250,16 @@ class Cmmd(SetDistance):
 
     def card(self) -> Card:
         return Card(
-            self.name, self.metrics,
+            self.name,
+            self.metrics,
             "Distance between sets of pictures by CLIP's embeddings: squared maximum mean discrepancy, Gaussian "
             f"kernel of width {CMMD_SIGMA:g}, times {CMMD_SCALE:,.0f}, unbiased.",
-            f"open_clip {version('open_clip_torch')}", self.encoder.weights,
+            f"open_clip {version('open_clip_torch')}",
+            self.encoder.weights,
             limits="The paper uses ViT-L-14-336 with OpenAI's weights; figures of other models don't compare with it. "
             "It sees what CLIP sees: content more than artefacts.",
             extra={"real": str(self.real)} if self.real else {},
-        )  # fmt: skip
+        )
 
     def read(self, images: Sequence[Image.Image]) -> Columns:
         width = self.encoder.texts([""]).shape[1] if not images else 0

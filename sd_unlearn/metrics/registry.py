@@ -47,9 +47,14 @@ def _identity(asking: Asking) -> Question:
     assert asking.reference is not None  # chosen
     assert options.others is not None
     return make_identity(
-        asking.concept.name, asking.reference, options.others, options.face_model, options.face_weights,
-        options.false_accept_rate, asking.device,
-    )  # fmt: skip
+        asking.concept.name,
+        asking.reference,
+        options.others,
+        options.face_model,
+        options.face_weights,
+        options.false_accept_rate,
+        asking.device,
+    )
 
 
 def _nudity(asking: Asking) -> Question:
@@ -91,9 +96,14 @@ def _lpips(asking: Asking) -> PairQuestion:
 
 
 MAKERS: dict[str, Callable[[Asking], Question]] = {
-    "identity": _identity, "nudity": _nudity, "classifier": _classifier, "digits": _digits, "clip": _clip,
-    "cmmd": _cmmd, "fidelity": _fidelity,
-}  # fmt: skip
+    "identity": _identity,
+    "nudity": _nudity,
+    "classifier": _classifier,
+    "digits": _digits,
+    "clip": _clip,
+    "cmmd": _cmmd,
+    "fidelity": _fidelity,
+}
 PAIR_MAKERS: dict[str, Callable[[Asking], PairQuestion]] = {"lpips": _lpips}
 NAMES = (*MAKERS, *PAIR_MAKERS)
 

@@ -60,15 +60,21 @@ class Base:
         """The base's identity as written in manifests, and how it was asked for (`load_recorded_base`)."""
         source, unet = self.source, self.pipeline.unet.config
         layers = unet.layers_per_block  # an XL LoRA's names in ComfyUI count them
-        blocks = {"layers_per_block": layers if isinstance(layers, int) else list(layers),
-                  "up_block_types": list(unet.up_block_types)}  # fmt: skip
+        blocks = {
+            "layers_per_block": layers if isinstance(layers, int) else list(layers),
+            "up_block_types": list(unet.up_block_types),
+        }
         asked = {"vae": source.vae, "variant": source.variant, "single_file_config": source.single_file_config}
         return {
-            "name": self.name, "kind": self.kind, "sha256": self.sha256, "vae_sha256": self.vae_sha256,
-            "prediction_type": self.prediction_type, "resolution": self.resolution,
+            "name": self.name,
+            "kind": self.kind,
+            "sha256": self.sha256,
+            "vae_sha256": self.vae_sha256,
+            "prediction_type": self.prediction_type,
+            "resolution": self.resolution,
             **({"unet": blocks} if self.kind == "sdxl" else {}),
             **{key: value for key, value in asked.items() if value},
-        }  # fmt: skip
+        }
 
 
 def check_zero_terminal_snr(source: Source) -> None:

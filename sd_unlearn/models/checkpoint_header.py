@@ -16,13 +16,21 @@ VAES = ("first_stage_model.", "vae.")
 TEXT_ENCODERS = ("cond_stage_model.", "conditioner.embedders.")
 # A part of a name -> what a file with it is. The first that fits is told.
 FOREIGN = {
-    "lora_up.": "a LoRA, not a base model", "lora_A.": "a LoRA, not a base model", "lora_down.": "a LoRA",
-    "control_model.": "a ControlNet", "controlnet_": "a ControlNet", "motion_modules.": "an AnimateDiff motion module",
-    "string_to_param": "a textual inversion", "emb_params": "a textual inversion",
-    "joint_blocks.": "a Stable Diffusion 3 model", "double_blocks.": "a FLUX model or a relative of it",
-    "edm_mean": "a Playground 2.5 model, which has an EDM schedule,", "edm_vpred.": "a model with an EDM schedule",
-    "double_stream_blocks.": "a HiDream model", "clip_txt_mapper.": "a Stable Cascade model",
-}  # fmt: skip
+    "lora_up.": "a LoRA, not a base model",
+    "lora_A.": "a LoRA, not a base model",
+    "lora_down.": "a LoRA",
+    "control_model.": "a ControlNet",
+    "controlnet_": "a ControlNet",
+    "motion_modules.": "an AnimateDiff motion module",
+    "string_to_param": "a textual inversion",
+    "emb_params": "a textual inversion",
+    "joint_blocks.": "a Stable Diffusion 3 model",
+    "double_blocks.": "a FLUX model or a relative of it",
+    "edm_mean": "a Playground 2.5 model, which has an EDM schedule,",
+    "edm_vpred.": "a model with an EDM schedule",
+    "double_stream_blocks.": "a HiDream model",
+    "clip_txt_mapper.": "a Stable Cascade model",
+}
 # Width of the text that the UNets of the published models see.
 TEXT_WIDTHS = {"sd1": 768, "sd2": 1024, "sdxl": 2048}
 

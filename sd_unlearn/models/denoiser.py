@@ -31,9 +31,13 @@ class Denoiser:
     def of(cls, base: Base, model: nn.Module) -> Denoiser:
         schedule = base.pipeline.scheduler
         return cls(
-            model, schedule.alphas_cumprod.to(base.device), base.prediction_type, schedule.config.num_train_timesteps,
-            base.pooled_width, base.pipeline.vae_scale_factor,
-        )  # fmt: skip
+            model,
+            schedule.alphas_cumprod.to(base.device),
+            base.prediction_type,
+            schedule.config.num_train_timesteps,
+            base.pooled_width,
+            base.pipeline.vae_scale_factor,
+        )
 
     def predict(self, noisy: Tensor, timesteps: Tensor, text: Tensor) -> Tensor:
         """noisy [B, C, h, w], timesteps [B], text [B, ...] -> prediction, shaped as noisy.

@@ -47,9 +47,9 @@ def _load_file_or_folder(source: Source, dtype: Any, vae: Any) -> Any:
     index = _config(source, None, "model_index.json")  # of a hub id before its weights, which may be many gigabytes
     check_class(source.name, index.get("_class_name"))
     is_xl = index["_class_name"] == PIPELINES[1]
-    given: dict[str, Any] = {"add_watermarker": False} if is_xl else {
-        "safety_checker": None, "requires_safety_checker": False
-    }  # fmt: skip
+    given: dict[str, Any] = (
+        {"add_watermarker": False} if is_xl else {"safety_checker": None, "requires_safety_checker": False}
+    )
     if vae is not None:
         _check_scale(vae, _config(source, "vae", "config.json"), source)
         given["vae"] = vae

@@ -33,9 +33,14 @@ TEXT_TARGETS = r".*\.(q_proj|k_proj|v_proj|out_proj)"
 def attach(network: nn.Module, options: Weights, targets: list[str], seed: int) -> PeftModel:
     """Wrap a network with a fresh LoRA on the modules named; up starts at zero, so nothing changes yet."""
     config = LoraConfig(
-        r=options.rank, lora_alpha=options.lora_alpha or options.rank, lora_dropout=options.lora_dropout,
-        use_rslora=options.use_rslora, use_dora=options.use_dora, target_modules=targets, init_lora_weights="gaussian",
-    )  # fmt: skip
+        r=options.rank,
+        lora_alpha=options.lora_alpha or options.rank,
+        lora_dropout=options.lora_dropout,
+        use_rslora=options.use_rslora,
+        use_dora=options.use_dora,
+        target_modules=targets,
+        init_lora_weights="gaussian",
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return PeftModel(network, config, adapter_name=ADAPTER_NAME)

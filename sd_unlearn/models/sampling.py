@@ -46,9 +46,13 @@ def draw(base: Base, prompts: Sequence[str], seeds: Sequence[int], sampler: Samp
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     with torch.no_grad():
         return base.pipeline(
-            list(prompts), num_inference_steps=sampler.steps, guidance_scale=sampler.guidance_scale,
-            generator=generators, height=sampler.resolution, width=sampler.resolution,
-        ).images  # fmt: skip
+            list(prompts),
+            num_inference_steps=sampler.steps,
+            guidance_scale=sampler.guidance_scale,
+            generator=generators,
+            height=sampler.resolution,
+            width=sampler.resolution,
+        ).images
 
 
 def save_image(image: Image.Image, path: Path) -> None:

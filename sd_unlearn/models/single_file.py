@@ -77,10 +77,11 @@ def _tokenizers(config: Path, kind: str | None) -> dict[str, Any]:
 def _check_whole(source: Source, pipeline: Any) -> None:
     """diffusers passes over weights that find no place, and leaves empty what finds no weights."""
     empty = [
-        name for component in ("unet", "vae", "text_encoder", "text_encoder_2")
+        name
+        for component in ("unet", "vae", "text_encoder", "text_encoder_2")
         for name, parameter in getattr(getattr(pipeline, component, None), "named_parameters", dict)()
         if parameter.is_meta
-    ]  # fmt: skip
+    ]
     left_over = len(list(source.layout.under(UNET))) - len(pipeline.unet.state_dict())
     if empty or left_over:
         what = f"lacks {empty[0]}" if empty else f"holds {left_over} tensors of the UNet more"

@@ -14,9 +14,13 @@ from sd_unlearn.objectives.teacher import Teacher
 
 
 def example_losses(
-    denoiser: Denoiser, batch: Batch, reduction: Literal["sum", "mean"] = "sum", teacher: Teacher | None = None,
-    temperature: float = 1.0, snr_gamma: float | None = None,
-) -> Tensor:  # fmt: skip
+    denoiser: Denoiser,
+    batch: Batch,
+    reduction: Literal["sum", "mean"] = "sum",
+    teacher: Teacher | None = None,
+    temperature: float = 1.0,
+    snr_gamma: float | None = None,
+) -> Tensor:
     """l [B] of a batch's examples over the temperature, with the gradient to follow.
 
     snr_gamma (> 0) weighs each by its timestep (`min_snr_weight`), the value and the gradient alike; None: all by 1.
@@ -57,9 +61,7 @@ def _teach(teacher: Teacher, noisy: Tensor, batch: Batch) -> tuple[Tensor, Tenso
     """(what to predict, f0 - f* of positives), each as noisy."""
     held, pushed = batch.rows_held(), batch.rows_pushed()
     rows = torch.cat([torch.arange(len(noisy), device=noisy.device), held, pushed])
-    texts = [
-        text.expand(len(who), *text.shape) for text, who in ((teacher.empty, held), (teacher.generic, pushed))
-    ]  # fmt: skip
+    texts = [text.expand(len(who), *text.shape) for text, who in ((teacher.empty, held), (teacher.generic, pushed))]
     predicted = teacher.predict(noisy[rows], batch.timesteps[rows], torch.cat([batch.teacher_text, *texts]))
     wanted, unconditional, generic = predicted.split([len(noisy), len(held), len(pushed)])
     wanted, away = wanted.clone(), torch.zeros_like(wanted)

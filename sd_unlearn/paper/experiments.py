@@ -23,8 +23,12 @@ CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "hors
 STL10 = ("airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck")
 CELEBA = ("female", "male")
 CLASSES: dict[Dataset, Classes] = {
-    "mnist5k": DIGITS, "mnist": DIGITS, "cifar10": CIFAR10, "stl10": STL10, "celeba": CELEBA,
-}  # fmt: skip
+    "mnist5k": DIGITS,
+    "mnist": DIGITS,
+    "cifar10": CIFAR10,
+    "stl10": STL10,
+    "celeba": CELEBA,
+}
 
 
 @dataclass(frozen=True)
@@ -107,18 +111,31 @@ _FEW = Counts(2_000, 200, 200)  # STL10's and CelebA's
 
 
 def _both_ways(
-    dataset: Dataset, groups: Mapping[str, Classes], counts: Counts, side: int, channels: int, recipe: Recipe,
+    dataset: Dataset,
+    groups: Mapping[str, Classes],
+    counts: Counts,
+    side: int,
+    channels: int,
+    recipe: Recipe,
     base: str | None = None,
-) -> list[Experiment]:  # fmt: skip
+) -> list[Experiment]:
     """Two experiments: each of two groups of classes normal once, named after it, and the other one sensitive."""
     ending, (one, other) = "-ft" if base else "", groups
     return [
         Experiment(
-            f"{dataset}-{normal}{ending}", dataset, groups[normal], groups[sensitive], counts, side, channels, recipe,
-            base, of_paper=dataset != "mnist5k",
+            f"{dataset}-{normal}{ending}",
+            dataset,
+            groups[normal],
+            groups[sensitive],
+            counts,
+            side,
+            channels,
+            recipe,
+            base,
+            of_paper=dataset != "mnist5k",
         )
         for normal, sensitive in ((one, other), (other, one))
-    ]  # fmt: skip
+    ]
 
 
 def _vehicles_and_animals(dataset: Dataset, vehicles: Classes) -> Mapping[str, Classes]:

@@ -164,9 +164,14 @@ def _judge(job: Run, classifier: Classifier, options: RunOptions, device: str) -
     """What the classifier and the features say of the pictures; also the contact sheet."""
     pictures, normal = as_pictures(load_samples(job.folder)), job.experiment.normal
     rows = score.judge(
-        pictures, job.data, normal, classifier, distance_of(job.experiment),
-        inception_weights=options.inception_weights, device=device,
-    )  # fmt: skip
+        pictures,
+        job.data,
+        normal,
+        classifier,
+        distance_of(job.experiment),
+        inception_weights=options.inception_weights,
+        device=device,
+    )
     shown = pictures[: score.MOST_SHOWN]
     sheet = score.picture_grid(shown, ~classifier.is_normal(shown, normal))
     temporary = job.folder / f".{SHEET}"
@@ -178,15 +183,23 @@ def _judge(job: Run, classifier: Classifier, options: RunOptions, device: str) -
 def _record(job: Run, cost: dict[str, Any], classifier: Classifier, rows: list[Row]) -> None:
     """results.json, the last file of a run."""
     record = {
-        "schema_version": 1, "kind": "paper", "experiment": job.experiment.name, "size": job.size, "seed": job.seed,
+        "schema_version": 1,
+        "kind": "paper",
+        "experiment": job.experiment.name,
+        "size": job.size,
+        "seed": job.seed,
         "settings": _plain(job.settings) | ({"betas": cost["betas"]} if cost.get("betas") else {}),
         "counts": job.counts,
         "classifier": classifier.record(job.experiment.normal),
-        "rows": [dataclasses.asdict(row) for row in rows], "cost": {k: v for k, v in cost.items() if k != "betas"},
-        "data_sha256": job.data.sha256, "weights_sha256": file_sha256(job.folder / WEIGHTS),
-        "version": __version__, "versions": {p: version(p) for p in PACKAGES}, "commit": commit(),
+        "rows": [dataclasses.asdict(row) for row in rows],
+        "cost": {k: v for k, v in cost.items() if k != "betas"},
+        "data_sha256": job.data.sha256,
+        "weights_sha256": file_sha256(job.folder / WEIGHTS),
+        "version": __version__,
+        "versions": {p: version(p) for p in PACKAGES},
+        "commit": commit(),
         "created": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()),
-    }  # fmt: skip
+    }
     write_json(job.folder / RESULTS, record)
 
 

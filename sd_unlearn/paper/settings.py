@@ -76,19 +76,28 @@ def resolve(experiment: Experiment, options: RunOptions) -> tuple[Settings, Coun
     steps = options.max_train_steps or epochs * math.ceil((usual.normal + usual.mixed_in) / batch)
     pnu = options.objective == "pnu"
     settings = Settings(
-        objective=options.objective, correction=options.correction, **_beta(options, counts),  # type: ignore[arg-type]
-        eta=options.eta if pnu else 0.0, conditional=options.conditional, missing=missing_classes(experiment, options),
+        objective=options.objective,
+        correction=options.correction,
+        **_beta(options, counts),  # type: ignore[arg-type]
+        eta=options.eta if pnu else 0.0,
+        conditional=options.conditional,
+        missing=missing_classes(experiment, options),
         contamination=counts.contamination,
         num_negative=(options.num_negative or counts.positive) if pnu else 0,
-        reduction=options.reduction or recipe.reduction, snr_gamma=_or_none(options.snr_gamma, recipe.snr_gamma),
+        reduction=options.reduction or recipe.reduction,
+        snr_gamma=_or_none(options.snr_gamma, recipe.snr_gamma),
         max_ratio=_or_none(options.max_ratio, recipe.max_ratio) if options.objective in WITH_BRACKET else None,
-        train_batch_size=batch, max_train_steps=steps, learning_rate=options.learning_rate or recipe.learning_rate,
-        lr_warmup_steps=min(recipe.lr_warmup_steps, steps // 2), ema_decay=recipe.ema_decay,
-        mixed_precision=options.mixed_precision, sampler=options.sampler or recipe.sampler,
+        train_batch_size=batch,
+        max_train_steps=steps,
+        learning_rate=options.learning_rate or recipe.learning_rate,
+        lr_warmup_steps=min(recipe.lr_warmup_steps, steps // 2),
+        ema_decay=recipe.ema_decay,
+        mixed_precision=options.mixed_precision,
+        sampler=options.sampler or recipe.sampler,
         num_inference_steps=options.num_inference_steps or recipe.num_inference_steps,
         num_images=options.num_images or recipe.num_images,
         base=options.pretrained_model_name_or_path or experiment.base,
-    )  # fmt: skip
+    )
     return settings, counts, size
 
 
@@ -181,8 +190,16 @@ def _check(experiment: Experiment, options: RunOptions) -> None:
 def _check_numbers(options: RunOptions) -> None:
     if not 0 <= options.seed < SEED_SPAN:
         raise UsageError(f"--seed {options.seed} must lie in [0, {SEED_SPAN}).")
-    for name in ("epochs", "max_train_steps", "train_batch_size", "learning_rate", "num_images", "num_inference_steps",
-                 "num_negative", "sample_batch_size"):  # fmt: skip
+    for name in (
+        "epochs",
+        "max_train_steps",
+        "train_batch_size",
+        "learning_rate",
+        "num_images",
+        "num_inference_steps",
+        "num_negative",
+        "sample_batch_size",
+    ):
         value = getattr(options, name)
         if value is not None and not 0 < value < math.inf:
             raise UsageError(f"--{name} {value:g} must be a number above 0.")

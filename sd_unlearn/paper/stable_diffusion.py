@@ -61,34 +61,66 @@ class TextExperiment:
 
 
 _SHARED: dict[str, Any] = {
-    "target": "noise", "caption_mode": "shared", "reduction": "sum", "share_timesteps": False, "eta": 0.0,
-    "num_keep": 0, "lr_scheduler": "cosine", "checkpointing_steps": 1000, "checkpoints_total_limit": 1,
-}  # fmt: skip
+    "target": "noise",
+    "caption_mode": "shared",
+    "reduction": "sum",
+    "share_timesteps": False,
+    "eta": 0.0,
+    "num_keep": 0,
+    "lr_scheduler": "cosine",
+    "checkpointing_steps": 1000,
+    "checkpoints_total_limit": 1,
+}
 EXPERIMENTS = {
     SD_BRAD_PITT: TextExperiment(
-        "brad-pitt", "paper",
-        _SHARED | {
-            "num_unlabeled": 64, "num_mixed_in": 16, "num_positive": 20, "train_batch_size": 16,
-            "max_train_steps": 7000, "learning_rate": 1e-5, "lr_warmup_steps": 500, "validation_steps": 1000,
+        "brad-pitt",
+        "paper",
+        _SHARED
+        | {
+            "num_unlabeled": 64,
+            "num_mixed_in": 16,
+            "num_positive": 20,
+            "train_batch_size": 16,
+            "max_train_steps": 7000,
+            "learning_rate": 1e-5,
+            "lr_warmup_steps": 500,
+            "validation_steps": 1000,
         },
-        1e-4, ("generic", "direct", "alike"),
+        1e-4,
+        ("generic", "direct", "alike"),
     ),
     DIGITS_SEVEN: TextExperiment(
-        "seven", "tiny",
-        _SHARED | {
-            "num_unlabeled": 256, "num_mixed_in": 64, "num_positive": 80, "train_batch_size": 32,
-            "max_train_steps": 300, "learning_rate": 1e-4, "lr_warmup_steps": 30, "validation_steps": 0,
+        "seven",
+        "tiny",
+        _SHARED
+        | {
+            "num_unlabeled": 256,
+            "num_mixed_in": 64,
+            "num_positive": 80,
+            "train_batch_size": 32,
+            "max_train_steps": 300,
+            "learning_rate": 1e-4,
+            "lr_warmup_steps": 30,
+            "validation_steps": 0,
             "checkpointing_steps": 300,
         },
-        7e-4, ("generic", "direct", "alike"),
+        7e-4,
+        ("generic", "direct", "alike"),
     ),
-}  # fmt: skip
+}
 
 
 def settings(
-    objective: Risk, method: Method = "full", beta: float | None = None, seed: int = 42,
-    output_dir: Path | None = None, base: str | None = None, *, experiment: str = SD_BRAD_PITT, **overrides: Any,
-) -> TrainConfig:  # fmt: skip
+    objective: Risk,
+    method: Method = "full",
+    beta: float | None = None,
+    seed: int = 42,
+    output_dir: Path | None = None,
+    base: str | None = None,
+    *,
+    experiment: str = SD_BRAD_PITT,
+    **overrides: Any,
+) -> TrainConfig:
     """The training of an experiment's variant, its images rendered into data/paper/<experiment>-<seed>.
 
     beta: in (0, 1); None: the true one. base: hub id, folder or file in place of the concept file's. overrides: any
@@ -100,21 +132,33 @@ def settings(
     found = _find(experiment)
     _check_known(overrides, TrainConfig, "train")
     options = {
-        "concept": found.concept, "objective": objective, "method": method, "beta": beta, "seed": seed,
+        "concept": found.concept,
+        "objective": objective,
+        "method": method,
+        "beta": beta,
+        "seed": seed,
         "output_dir": output_dir or Path("runs/paper") / experiment / variant_of(objective, method, beta, seed),
-        "data_dir": Path("data/paper") / f"{experiment}-{seed}", "pretrained_model_name_or_path": base,
+        "data_dir": Path("data/paper") / f"{experiment}-{seed}",
+        "pretrained_model_name_or_path": base,
         **found.options,
-    }  # fmt: skip
+    }
     if method == "lora":
         options["learning_rate"] = found.lora_learning_rate
     return TrainConfig(**(options | overrides))
 
 
 def run(
-    objective: Risk, method: Method = "full", beta: float | None = None, seed: int = 42,
-    output_dir: Path | None = None, base: str | None = None, *, experiment: str = SD_BRAD_PITT,
-    evaluation: Mapping[str, Any] | None = None, **overrides: Any,
-) -> Path:  # fmt: skip
+    objective: Risk,
+    method: Method = "full",
+    beta: float | None = None,
+    seed: int = 42,
+    output_dir: Path | None = None,
+    base: str | None = None,
+    *,
+    experiment: str = SD_BRAD_PITT,
+    evaluation: Mapping[str, Any] | None = None,
+    **overrides: Any,
+) -> Path:
     """Train and evaluate a variant, and write paper.json into its folder, which is returned.
 
     A run that was cut short goes on from its last checkpoint, and one that is finished is left as it is. evaluation:
@@ -144,11 +188,28 @@ def run(
 
 
 # Options of `paper run` that mean the same here, by whose they are; the others say something about DDPMs.
-_OF_TRAIN = ("correction", "reduction", "train_batch_size", "max_train_steps", "learning_rate", "checkpointing_steps",
-             "overwrite")  # fmt: skip
+_OF_TRAIN = (
+    "correction",
+    "reduction",
+    "train_batch_size",
+    "max_train_steps",
+    "learning_rate",
+    "checkpointing_steps",
+    "overwrite",
+)
 _OF_EVALUATE = ("num_images", "num_inference_steps")
-_ELSEWHERE = ("objective", "beta", "seed", "method", "pretrained_model_name_or_path", "mixed_precision", "output_dir",
-              "json", "config", "debug")  # fmt: skip
+_ELSEWHERE = (
+    "objective",
+    "beta",
+    "seed",
+    "method",
+    "pretrained_model_name_or_path",
+    "mixed_precision",
+    "output_dir",
+    "json",
+    "config",
+    "debug",
+)
 
 
 def run_options(experiment: str, options: RunOptions) -> Path:
@@ -170,10 +231,17 @@ def run_options(experiment: str, options: RunOptions) -> Path:
     evaluation = {name: getattr(options, name) for name in _OF_EVALUATE if getattr(options, name) is not None}
     variant = variant_of(options.objective, options.method, options.beta, options.seed)
     return run(
-        options.objective, options.method, options.beta if isinstance(options.beta, float) else None, options.seed,
-        options.output_dir / experiment / variant, options.pretrained_model_name_or_path, experiment=experiment,
-        evaluation=evaluation, mixed_precision=options.mixed_precision, **asked,
-    )  # fmt: skip
+        options.objective,
+        options.method,
+        options.beta if isinstance(options.beta, float) else None,
+        options.seed,
+        options.output_dir / experiment / variant,
+        options.pretrained_model_name_or_path,
+        experiment=experiment,
+        evaluation=evaluation,
+        mixed_precision=options.mixed_precision,
+        **asked,
+    )
 
 
 def variant_of(objective: str, method: str, beta: object, seed: int) -> str:
@@ -230,28 +298,55 @@ def _record(experiment: str, place: Path, results: dict[str, Any], judging_secon
     manifest = read_json(data_dir / DATA_MANIFEST) if (data_dir / DATA_MANIFEST).is_file() else {}
     counts = manifest.get("counts", {})
     unsupervised = options["objective"] == "unsupervised"
-    kept = ("objective", "correction", "eta", "reduction", "train_batch_size", "max_train_steps", "learning_rate",
-            "lr_warmup_steps", "ema_decay", "method", "rank", "caption_mode", "target")  # fmt: skip
+    kept = (
+        "objective",
+        "correction",
+        "eta",
+        "reduction",
+        "train_batch_size",
+        "max_train_steps",
+        "learning_rate",
+        "lr_warmup_steps",
+        "ema_decay",
+        "method",
+        "rank",
+        "caption_mode",
+        "target",
+    )
     return {
-        "schema_version": SCHEMA_VERSION, "kind": "paper", "experiment": experiment,
-        "size": _find(experiment).size, "seed": options["seed"],
+        "schema_version": SCHEMA_VERSION,
+        "kind": "paper",
+        "experiment": experiment,
+        "size": _find(experiment).size,
+        "seed": options["seed"],
         "settings": {
             **{name: options[name] for name in kept},
             "beta": None if unsupervised else training["beta"],
-            "beta_source": None if unsupervised else training["beta_source"], "conditional": True, "missing": [],
-            "contamination": manifest.get("beta"), "num_negative": 0, "sampler": "ddim",
+            "beta_source": None if unsupervised else training["beta_source"],
+            "conditional": True,
+            "missing": [],
+            "contamination": manifest.get("beta"),
+            "num_negative": 0,
+            "sampler": "ddim",
             "num_inference_steps": results["sampler"]["steps"],
-            "guidance_scale": results["sampler"]["guidance_scale"], "num_images": rate.n, "base": training["base"],
+            "guidance_scale": results["sampler"]["guidance_scale"],
+            "num_images": rate.n,
+            "base": training["base"],
         },
-        "counts": {"normal": counts.get("generic"), "mixed_in": counts.get("mixed_in", 0),
-                   "positive": counts.get("positive"), "negative": 0},
+        "counts": {
+            "normal": counts.get("generic"),
+            "mixed_in": counts.get("mixed_in", 0),
+            "positive": counts.get("positive"),
+            "negative": 0,
+        },
         "classifier": _classifier(results["cards"], rate.detector),
         "rows": [dataclasses.asdict(row) for row in (rate, *distances)],
         "cost": training["cost"] | {"sampling_seconds": round(judging_seconds, 1)},
         "data_sha256": fingerprint(scan(data_dir, read_concept(place / CONCEPT), 0.0)),
         "weights_sha256": weights_sha256(place),
-        **{name: training[name] for name in ("version", "versions", "commit")}, "created": results["created"],
-    }  # fmt: skip
+        **{name: training[name] for name in ("version", "versions", "commit")},
+        "created": results["created"],
+    }
 
 
 def _rows(found: list[dict[str, Any]]) -> list[Row]:

@@ -50,15 +50,23 @@ def shelves(results: dict[str, Any], folder: Path, most: int, blurred: bool) -> 
     groups = [_group(about[slug], name, made[slug, name]) for slug, name in keys]
     several = len({p["subject"] for p in chosen}) > 1
     return {
-        "groups": groups, "several": several, "total": len(chosen), "left_out": len(pairs) - len(chosen),
-        "leaks": sum(p["leak"] for p in chosen), "lost": sum(p["lost"] for p in chosen),
-        "boxed": any(p["faces"] or p["base_faces"] for p in chosen), "blurred": blurred,
+        "groups": groups,
+        "several": several,
+        "total": len(chosen),
+        "left_out": len(pairs) - len(chosen),
+        "leaks": sum(p["leak"] for p in chosen),
+        "lost": sum(p["lost"] for p in chosen),
+        "boxed": any(p["faces"] or p["base_faces"] for p in chosen),
+        "blurred": blurred,
         "box": "faces" if looked else "detections",
         "concepts": [about[slug] for slug in dict.fromkeys(key[0] for key in keys)],
-        "subjects": [(i, names[i]) for i in dict.fromkeys(s["id"] for s in results["subjects"])
-                     if i in {p["subject"] for p in chosen}],
+        "subjects": [
+            (i, names[i])
+            for i in dict.fromkeys(s["id"] for s in results["subjects"])
+            if i in {p["subject"] for p in chosen}
+        ],
         "names": list(dict.fromkeys(key[1] for key in keys)),
-    }  # fmt: skip
+    }
 
 
 def _completed(raw: dict[str, Any]) -> dict[str, Any]:
@@ -123,10 +131,13 @@ def _group(concept: dict[str, Any], name: str, cards: list[dict[str, Any]]) -> d
     shots = [shot for card in cards for shot in card["shots"]]
     drawn = [shot for shot in shots if shot["subject"] != BASE]
     return {
-        "concept": concept, "name": name, "cards": cards, "total": len(drawn),
+        "concept": concept,
+        "name": name,
+        "cards": cards,
+        "total": len(drawn),
         "first": len(cards) if len(cards) <= FIRST + 4 else FIRST,
         "leaks": sum(shot["verdict"] == "leak" for shot in drawn),
         "lost": sum(shot["verdict"] == "lost" for shot in drawn),
         "tiny": all(shot["image"]["tiny"] for shot in shots if shot["image"]),
         "one_prompt": len({card["prompt"] for card in cards}) == 1,
-    }  # fmt: skip
+    }

@@ -30,9 +30,13 @@ def context(folder: Path, results: dict[str, Any], cases: Sequence[Case]) -> dic
     meant = [case for case in cases if case.meant] or list(cases)
     base = {"name": "", "kind": "", "resolution": None, "sha256": "", **results["base"]}
     return {
-        "results": results, "base": base, "digest": digest, "limits": LIMITS, "gone": GONE,
+        "results": results,
+        "base": base,
+        "digest": digest,
+        "limits": LIMITS,
+        "gone": GONE,
         "pages": [_page(case, cards) for case in meant],
-    }  # fmt: skip
+    }
 
 
 def _page(case: Case, cards: dict[str, Any]) -> dict[str, Any]:
@@ -42,10 +46,13 @@ def _page(case: Case, cards: dict[str, Any]) -> dict[str, Any]:
     figures = [*groups, *rest][:MOST]
     detectors = dict.fromkeys(x.main.detector for x in figures if x.main.detector)
     return {
-        "case": case, "figures": figures, "left_out": len(groups) + len(rest) - len(figures),
-        "residual": residual(case), "detectors": [cards[d] for d in detectors],
+        "case": case,
+        "figures": figures,
+        "left_out": len(groups) + len(rest) - len(figures),
+        "residual": residual(case),
+        "detectors": [cards[d] for d in detectors],
         "untried": [GROUPS[g][0] for g in ("held_out", "alike", "general") if not _measured(case, g)],
-    }  # fmt: skip
+    }
 
 
 def residual(case: Case) -> list[str]:

@@ -40,8 +40,12 @@ def scattered(cases: Sequence[Case]) -> dict[str, Any] | None:
     labels = [point["label"] for point in drawn["points"]]
     before = next((case.gone.base for case in cases if case.gone and case.gone.base), None)
     kept_is = figure_listed(groups)
-    return {**drawn, "kept_is": kept_is, "before": shown(before) if before else "",
-            "left_out": [case.label for case in cases if case.label not in labels]}  # fmt: skip
+    return {
+        **drawn,
+        "kept_is": kept_is,
+        "before": shown(before) if before else "",
+        "left_out": [case.label for case in cases if case.label not in labels],
+    }
 
 
 def figure_listed(groups: Sequence[str]) -> str:
@@ -104,18 +108,25 @@ def bands(series: Sequence[tuple[str, list[tuple[float, Row]]]]) -> dict[str, An
         spread = [(x, *(r.value or 0.0 if end is None else end for end in (r.low, r.high))) for x, r in points]
         upper = [f"{across(x)},{down(high)}" for x, _, high in spread]
         lower = [f"{across(x)},{down(low)}" for x, low, _ in reversed(spread)]
-        made.append({
-            "name": name, "style": number % 6, "y": down(points[-1][1].value or 0.0),
-            "points": " ".join(f"{across(x)},{down(r.value or 0.0)}" for x, r in points),
-            "band": " ".join(upper + lower),
-            "dots": [(across(x), down(r.value or 0.0), f"{name} at strength {x:g}: {told_of(r)}") for x, r in points],
-        })  # fmt: skip
+        made.append(
+            {
+                "name": name,
+                "style": number % 6,
+                "y": down(points[-1][1].value or 0.0),
+                "points": " ".join(f"{across(x)},{down(r.value or 0.0)}" for x, r in points),
+                "band": " ".join(upper + lower),
+                "dots": [
+                    (across(x), down(r.value or 0.0), f"{name} at strength {x:g}: {told_of(r)}") for x, r in points
+                ],
+            }
+        )
     apart(made, top, bottom)
     return {
-        "series": made, "box": (left, right, top, bottom),
+        "series": made,
+        "box": (left, right, top, bottom),
         "x": [(across(x), f"{x:g}") for x in sorted(set(xs))],
         "y": [(down(t), f"{100 * t:.4g} %") for t in ticks(y0, y1)],
-    }  # fmt: skip
+    }
 
 
 def told_of(row: Row) -> str:

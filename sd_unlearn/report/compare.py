@@ -14,15 +14,21 @@ from sd_unlearn.results import BASE, Row
 
 # (metric, groups in order of preference, title); "leakage" stands for whatever says that a concept is there
 COLUMNS = (
-    ("leakage", ("direct",), "Leakage"), ("leakage", ("held_out",), "Leakage, other wordings"),
-    ("leakage", ("generic",), "Leakage, generic prompt"), ("face_rate", ("direct",), "Face rate"),
+    ("leakage", ("direct",), "Leakage"),
+    ("leakage", ("held_out",), "Leakage, other wordings"),
+    ("leakage", ("generic",), "Leakage, generic prompt"),
+    ("face_rate", ("direct",), "Face rate"),
     ("confusion", ("alike", "kept", "general"), "Confusion"),
-    ("clean_replacement", ("direct",), "Clean replacement"), ("retention", ("kept", "general", "alike"), "Retention"),
-    ("drift", ("kept", "general", "alike"), "Drift"), ("lpips", ("kept", "general", "alike"), "LPIPS"),
-    ("fid-digits", ("alike", "kept"), "FID (digits)"), ("fid-inception", ("kept", "general", "alike"), "FID"),
-    ("kid-inception", ("kept", "general", "alike"), "KID"), ("cmmd", ("kept", "general", "alike"), "CMMD"),
+    ("clean_replacement", ("direct",), "Clean replacement"),
+    ("retention", ("kept", "general", "alike"), "Retention"),
+    ("drift", ("kept", "general", "alike"), "Drift"),
+    ("lpips", ("kept", "general", "alike"), "LPIPS"),
+    ("fid-digits", ("alike", "kept"), "FID (digits)"),
+    ("fid-inception", ("kept", "general", "alike"), "FID"),
+    ("kid-inception", ("kept", "general", "alike"), "KID"),
+    ("cmmd", ("kept", "general", "alike"), "CMMD"),
     ("clip_score", ("general", "kept", "alike"), "CLIP score"),
-)  # fmt: skip
+)
 FALLING = ("retention", "clean_replacement", "accuracy", "face_rate", "clip_score")  # more is better: largest first
 CLEAR = 0.05  # below this corrected p a difference is called one
 
@@ -43,16 +49,28 @@ def table(results: dict[str, Any], cases: Sequence[Case]) -> dict[str, Any]:
         mine = [case for case in cases if case.concept["slug"] == slug]
         base = [_base(column, mine) for column in COLUMNS]
         if any(base):
-            body.append({
-                "label": f"no LoRA: {names.get(BASE, '')}" if names.get(BASE) else "no LoRA", "case": None,
-                "concept": mine[0].concept, "standing": "", "word": "–", "cells": base,
-            })  # fmt: skip
+            body.append(
+                {
+                    "label": f"no LoRA: {names.get(BASE, '')}" if names.get(BASE) else "no LoRA",
+                    "case": None,
+                    "concept": mine[0].concept,
+                    "standing": "",
+                    "word": "–",
+                    "cells": base,
+                }
+            )
         for case in mine:
             cells = [_cell(results, case, _line(case, *column[:2])) for column in COLUMNS]
-            body.append({
-                "label": case.label, "case": case, "concept": case.concept, "standing": case.standing,
-                "word": case.word, "cells": cells,
-            })  # fmt: skip
+            body.append(
+                {
+                    "label": case.label,
+                    "case": case,
+                    "concept": case.concept,
+                    "standing": case.standing,
+                    "word": case.word,
+                    "cells": cells,
+                }
+            )
     kept = [i for i in range(len(COLUMNS)) if any(line["cells"][i] for line in body)]
     for line in body:
         line["cells"] = [line["cells"][i] for i in kept]
@@ -78,8 +96,13 @@ def _base(column: tuple[str, tuple[str, ...], str], cases: Sequence[Case]) -> Ce
 def _cell(results: dict[str, Any], case: Case, line: Line | None) -> Cell | None:
     if line is None or line.lora is None:
         return None
-    mine = {"concept": case.concept["slug"], "subject": case.subject["id"], "against": BASE,
-            "metric": line.metric, "group": line.group}  # fmt: skip
+    mine = {
+        "concept": case.concept["slug"],
+        "subject": case.subject["id"],
+        "against": BASE,
+        "metric": line.metric,
+        "group": line.group,
+    }
     hits = [d for d in results["differences"] if all(d[k] == v for k, v in mine.items())]
     same = [d for d in hits if d.get("detector", "") == line.lora.detector] or hits
     return Cell(line.lora, in_words(same[0]) if same else "")
@@ -122,14 +145,20 @@ def differences(results: dict[str, Any]) -> list[dict[str, Any]]:
         row = Row(d["metric"], d["group"], "", d["value"], d["n"])
         ends = [number(d.get(k), row).removesuffix(" %") for k in ("low", "high")]
         p = chance(d)
-        made.append({
-            "concept": about[d["concept"]], "subject": names[d["subject"]], "against": names[d["against"]],
-            "metric": METRICS.get(d["metric"], (d["metric"],))[0], "group": GROUPS.get(d["group"], (d["group"],))[0],
-            "value": number(d["value"], row).replace(" %", " points").replace("-", "−"),
-            "span": " to ".join(ends).replace("-", "−"), "n": d["n"],
-            "p": "–" if p is None else said(p).removeprefix("p ").removeprefix("= "),
-            "means": "" if p is None else "differ" if p < CLEAR else "not shown to differ",
-        })  # fmt: skip
+        made.append(
+            {
+                "concept": about[d["concept"]],
+                "subject": names[d["subject"]],
+                "against": names[d["against"]],
+                "metric": METRICS.get(d["metric"], (d["metric"],))[0],
+                "group": GROUPS.get(d["group"], (d["group"],))[0],
+                "value": number(d["value"], row).replace(" %", " points").replace("-", "−"),
+                "span": " to ".join(ends).replace("-", "−"),
+                "n": d["n"],
+                "p": "–" if p is None else said(p).removeprefix("p ").removeprefix("= "),
+                "means": "" if p is None else "differ" if p < CLEAR else "not shown to differ",
+            }
+        )
     return made
 
 
@@ -140,12 +169,17 @@ def summary(cases: Sequence[Case]) -> list[dict[str, Any]]:
         mine = [c for c in cases if c.concept["slug"] == slug and c.meant and c.standing != "unmeasured"]
         gone = [c for c in mine if c.standing == "gone"]
         best = max(gone, key=_retention) if gone else min(mine, key=_leakage, default=None)
-        made.append({
-            "concept": next(c.concept for c in cases if c.concept["slug"] == slug), "gone": len(gone),
-            "of": len(mine), "best": best, "leakage": best and best.gone,
-            "retention": best and best.pick("retention", "kept", "general", "alike"),
-            "cost": cost_answer(best.about["cost"])["big"] if best else "–",
-        })  # fmt: skip
+        made.append(
+            {
+                "concept": next(c.concept for c in cases if c.concept["slug"] == slug),
+                "gone": len(gone),
+                "of": len(mine),
+                "best": best,
+                "leakage": best and best.gone,
+                "retention": best and best.pick("retention", "kept", "general", "alike"),
+                "cost": cost_answer(best.about["cost"])["big"] if best else "–",
+            }
+        )
     return made
 
 

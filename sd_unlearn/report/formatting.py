@@ -38,9 +38,18 @@ METRICS = {
     "lpips": ("LPIPS", "perceived distance between paired pictures; 0 means unchanged"),
 }
 PLAIN = {
-    "detections", "clip_score", "drift", "lpips", "fid-digits", "fid-inception", "fid-inception-real",
-    "kid-inception", "kid-inception-real", "cmmd", "cmmd-real",
-}  # fmt: skip
+    "detections",
+    "clip_score",
+    "drift",
+    "lpips",
+    "fid-digits",
+    "fid-inception",
+    "fid-inception-real",
+    "kid-inception",
+    "kid-inception-real",
+    "cmmd",
+    "cmmd-real",
+}
 PRESENCE = ("leakage", "nudity", "zero_shot")  # what can say that a concept is there, the preferred first
 STANDINGS = {
     "gone": "Gone",

@@ -52,9 +52,14 @@ def embed(folder: Path, asked: dict[str, int], faces: dict[str, Boxes] | None = 
 
 
 def picture(
-    folder: Path, relative: str, limit: int = THUMBNAIL, quality: int = 82, small: int = SMALL, boxes: Boxes = (),
+    folder: Path,
+    relative: str,
+    limit: int = THUMBNAIL,
+    quality: int = 82,
+    small: int = SMALL,
+    boxes: Boxes = (),
     most: int = BUDGET,
-) -> Picture | None:  # fmt: skip
+) -> Picture | None:
     """A picture of the folder as a data: URI with its size; None when it is missing, unreadable or outside.
 
     One of at most `small` pixels stays as it is unless its URI would be longer than `most`.
@@ -88,10 +93,11 @@ def blur(image: Image.Image, boxes: Boxes) -> None:
     for x0, y0, x1, y1 in boxes:
         wide, high = MARGIN * (x1 - x0), MARGIN * (y1 - y0)
         box = (
-            max(0, int((x0 - wide) * image.width)), max(0, int((y0 - high) * image.height)),
+            max(0, int((x0 - wide) * image.width)),
+            max(0, int((y0 - high) * image.height)),
             min(image.width, round((x1 + wide) * image.width) + 1),
             min(image.height, round((y1 + high) * image.height) + 1),
-        )  # fmt: skip
+        )
         if box[0] < box[2] and box[1] < box[3]:
             face = image.crop(box)
             few = face.resize((min(CELLS, face.width), min(CELLS, face.height)), Image.Resampling.BOX)

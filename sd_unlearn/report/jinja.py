@@ -21,13 +21,23 @@ TEMPLATES = Path(__file__).parent / "templates"
 def environment(escape: bool) -> Environment:
     """Templates of this folder; in HTML every text is escaped, in Markdown the templates do it with `md`."""
     made = Environment(
-        loader=FileSystemLoader(TEMPLATES), autoescape=escape, undefined=StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True, keep_trailing_newline=True,
-    )  # fmt: skip
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=escape,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
     made.filters.update(
-        shown=formatting.shown, span=formatting.span, is_rate=formatting.is_rate, per_seed=formatting.per_seed,
-        md=markdown, unbroken=unbroken, opened=opened, count=counted,
-    )  # fmt: skip
+        shown=formatting.shown,
+        span=formatting.span,
+        is_rate=formatting.is_rate,
+        per_seed=formatting.per_seed,
+        md=markdown,
+        unbroken=unbroken,
+        opened=opened,
+        count=counted,
+    )
     made.tests["finite"] = lambda value: value is not None and math.isfinite(value)
     made.globals.update(METRICS=formatting.METRICS, GROUPS=formatting.GROUPS, STANDINGS=formatting.STANDINGS)
     return made

@@ -20,15 +20,21 @@ def cards_of(results: dict[str, Any]) -> list[dict[str, Any]]:
         facts = [
             ("Figures", ", ".join(METRICS[m][0] if m in METRICS else m for m in metrics)),
             ("Pictures judged", _counts([row["n"] for row in rows])),
-            ("Version", card.get("version")), ("Weights", card.get("weights")), ("Threshold", card.get("threshold")),
+            ("Version", card.get("version")),
+            ("Weights", card.get("weights")),
+            ("Threshold", card.get("threshold")),
             *(extra.items() if isinstance(extra, dict) else ()),
             ("Limits", card.get("limits")),
-        ]  # fmt: skip
+        ]
         about = card.get("about") or ("" if card else "results.json has no card of this detector.")
-        made.append({
-            "id": f"card-{number}", "detector": detector, "about": about,
-            "facts": [(str(label), str(text)) for label, text in facts if text],
-        })  # fmt: skip
+        made.append(
+            {
+                "id": f"card-{number}",
+                "detector": detector,
+                "about": about,
+                "facts": [(str(label), str(text)) for label, text in facts if text],
+            }
+        )
     return made
 
 

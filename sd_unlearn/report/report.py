@@ -98,19 +98,29 @@ def context(folder: Path, results: dict[str, Any], config: ReportConfig) -> dict
     base = {"name": "", "kind": "", "resolution": None, "sha256": "", **(training.get("base") or {}), **results["base"]}
     word, text = (cases[0].word, cases[0].verdict) if one else compare.headline(cases)
     return {
-        "title": title(cases, one), "one": one, "cases": cases, "results": results, "base": base,
-        "word": word, "verdict": text, "gone": formatting.GONE,
+        "title": title(cases, one),
+        "one": one,
+        "cases": cases,
+        "results": results,
+        "base": base,
+        "word": word,
+        "verdict": text,
+        "gone": formatting.GONE,
         "full": max([1.0, *(v for case in cases for v in _shares(case.lines))]),
-        "summary": compare.summary(cases), "table": compare.table(results, cases),
-        "differences": compare.differences(results), "charts": charts.charts(cases),
+        "summary": compare.summary(cases),
+        "table": compare.table(results, cases),
+        "differences": compare.differences(results),
+        "charts": charts.charts(cases),
         "pictures": before_after.shelves(results, folder, config.max_pairs, config.blur_faces),
         # nobody looked for faces on the preview, so it is left out where they must be hidden
         "preview": _preview(folder) if one and not config.blur_faces else None,
-        "cards": found, "anchors": metric_cards.anchors(found),
+        "cards": found,
+        "anchors": metric_cards.anchors(found),
         "commands": one["commands"] if one else reproduce.commands_of_many(folder),
         "facts": reproduce.record(results, cases[0].about if one else {}, training),
-        "limits": LIMITS if one else LIMITS + OF_MANY, "script": script(),
-    }  # fmt: skip
+        "limits": LIMITS if one else LIMITS + OF_MANY,
+        "script": script(),
+    }
 
 
 def title(cases: list[Case], one: dict[str, Any] | None) -> str:
@@ -139,10 +149,15 @@ def _one(folder: Path, case: Case) -> dict[str, Any]:
     beta = about["training"].get("beta", training.get("beta"))
     beta = beta if isinstance(beta, int | float) and 0 < beta < 1 else None
     return {
-        "concept": concept, "training": training, "settings": settings, "about": about, "beta": beta,
-        "answers": answers(about, case.lines), "curves": training_curves.training_charts(log, beta),
+        "concept": concept,
+        "training": training,
+        "settings": settings,
+        "about": about,
+        "beta": beta,
+        "answers": answers(about, case.lines),
+        "curves": training_curves.training_charts(log, beta),
         "commands": reproduce.commands(folder, about, concept),
-    }  # fmt: skip
+    }
 
 
 def _optional(path: Path, read: Any) -> Any:

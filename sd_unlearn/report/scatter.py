@@ -58,13 +58,16 @@ def tradeoff(marks: Sequence[Mark]) -> dict[str, Any] | None:
 
     points = [
         {
-            "label": m.label, "style": m.style, "told": m.told,
-            "x": across(m.x.value or 0.0), "y": down(m.y.value or 0.0),
+            "label": m.label,
+            "style": m.style,
+            "told": m.told,
+            "x": across(m.x.value or 0.0),
+            "y": down(m.y.value or 0.0),
             "bar_x": [across(v) for v in (min(_ends(m.x)), max(_ends(m.x)))],
             "bar_y": [down(v) for v in (min(_ends(m.y)), max(_ends(m.y)))],
         }
         for m in kept
-    ]  # fmt: skip
+    ]
     _place_labels(points)
     for point in points:
         point["tip"] = _tip(point)

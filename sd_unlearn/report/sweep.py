@@ -18,9 +18,14 @@ SCHEMA_VERSION = 1
 SWEEP, HTML, MARKDOWN, TABLE = "sweep.json", "sweep.html", "sweep.md", "sweep.csv"
 SHOWN = ("leakage", "clean_replacement", "retention", "drift")
 COLUMNS = (
-    ("leakage", "direct"), ("leakage", "held_out"), ("leakage", "generic"), ("clean_replacement", "direct"),
-    ("retention", "alike"), ("retention", "general"), ("drift", "kept"),
-)  # fmt: skip
+    ("leakage", "direct"),
+    ("leakage", "held_out"),
+    ("leakage", "generic"),
+    ("clean_replacement", "direct"),
+    ("retention", "alike"),
+    ("retention", "general"),
+    ("drift", "kept"),
+)
 LIMITS = (
     "Each point is one training with one seed; its bars cover the chance of which pictures were drawn, not what "
     "another training seed would have given.",

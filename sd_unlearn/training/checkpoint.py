@@ -33,9 +33,14 @@ _UNWRITTEN = (OSError, RuntimeError, SafetensorError, UnlearnError)  # each writ
 
 
 def save(
-    run: Path, step: int, weights: dict[str, torch.Tensor], state: dict[str, Any], identity: dict[str, Any],
-    accelerator: Accelerator, limit: int,
-) -> Path:  # fmt: skip
+    run: Path,
+    step: int,
+    weights: dict[str, torch.Tensor],
+    state: dict[str, Any],
+    identity: dict[str, Any],
+    accelerator: Accelerator,
+    limit: int,
+) -> Path:
     """Write run/checkpoints/step-<step>, then delete all but the newest `limit`. Every process calls it.
 
     weights: what is trained; state: what else going on needs (tensors, numbers, strings, lists, dicts); the random
@@ -153,9 +158,11 @@ def random_state() -> dict[str, Any]:
     """The state of every random generator of this process, as plain values and tensors."""
     name, keys, *rest = np.random.get_state()
     return {
-        "python": random.getstate(), "numpy": [name, np.asarray(keys).tolist(), *rest],
-        "torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all(),
-    }  # fmt: skip
+        "python": random.getstate(),
+        "numpy": [name, np.asarray(keys).tolist(), *rest],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all(),
+    }
 
 
 def restore_random_state(state: dict[str, Any]) -> None:

@@ -16,9 +16,13 @@ Losses = Callable[[Batch], Tensor]
 
 
 def accumulate_gradients(
-    accelerator: Accelerator, model: torch.nn.Module, losses: Losses, objective: PUObjective, parts: Sequence[Batch],
+    accelerator: Accelerator,
+    model: torch.nn.Module,
+    losses: Losses,
+    objective: PUObjective,
+    parts: Sequence[Batch],
     assumed: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:
     """Leave the whole step's gradient in the parameters, which hold none. Returns (figures [LOGGED], brackets).
 
     A bracket's sign is that of the whole step: all micro-batches of all processes. With one micro-batch it is known
@@ -39,9 +43,13 @@ def accumulate_gradients(
 
 
 def _pass(
-    accelerator: Accelerator, model: torch.nn.Module, losses: Losses, objective: PUObjective, parts: Sequence[Batch],
+    accelerator: Accelerator,
+    model: torch.nn.Module,
+    losses: Losses,
+    objective: PUObjective,
+    parts: Sequence[Batch],
     signs: Tensor | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:
     """One forward and backward pass over all parts, with these brackets' signs; None: with those of the only part."""
     total = torch.zeros(len(LOGGED) + len(objective.betas), device=accelerator.device)
     for number, batch in enumerate(parts, 1):

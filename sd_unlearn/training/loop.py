@@ -170,15 +170,24 @@ class Tools:
         """Write a checkpoint."""
         scaler = training.accelerator.scaler
         state = {
-            "optimizer": self.optimizer.optimizer.state_dict(), "schedule": self.schedule.state_dict(),
-            "scaler": scaler.state_dict() if scaler else None, "sampler": training.batches.state_dict(),
-            "average": self.average.state_dict() if self.average else None, "brackets": self.brackets,
-            "skipped": self.optimizer.skipped, "progress": asdict(progress),
-        }  # fmt: skip
+            "optimizer": self.optimizer.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "scaler": scaler.state_dict() if scaler else None,
+            "sampler": training.batches.state_dict(),
+            "average": self.average.state_dict() if self.average else None,
+            "brackets": self.brackets,
+            "skipped": self.optimizer.skipped,
+            "progress": asdict(progress),
+        }
         checkpoint.save(
-            training.output, progress.step, training.student.state(), state, training.identity,
-            training.accelerator, training.config.checkpoints_total_limit,
-        )  # fmt: skip
+            training.output,
+            progress.step,
+            training.student.state(),
+            state,
+            training.identity,
+            training.accelerator,
+            training.config.checkpoints_total_limit,
+        )
 
     @contextmanager
     def averaged(self) -> Iterator[None]:

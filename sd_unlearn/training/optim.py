@@ -38,9 +38,11 @@ def make_optimizer(parameters: list[nn.Parameter], options: Optimizing) -> torch
 def make_schedule(optimizer: Any, options: Optimizing) -> Any:
     """The learning rate's schedule, one step an optimizer step."""
     return get_scheduler(
-        options.lr_scheduler, optimizer, num_warmup_steps=options.lr_warmup_steps,
+        options.lr_scheduler,
+        optimizer,
+        num_warmup_steps=options.lr_warmup_steps,
         num_training_steps=options.max_train_steps,
-    )  # fmt: skip
+    )
 
 
 def set_rates(optimizer: Any, schedule: Any, options: Optimizing) -> None:

@@ -56,10 +56,13 @@ class Painter:
             told["prompt_embeds"], told["pooled_prompt_embeds"] = unpack(shown, width)
             told["negative_prompt_embeds"], told["negative_pooled_prompt_embeds"] = unpack(empty, width)
         return self.base.pipeline(
-            **told, generator=generators,
-            num_inference_steps=self.sampler.steps, guidance_scale=self.sampler.guidance_scale,
-            height=self.sampler.resolution, width=self.sampler.resolution,
-        ).images  # fmt: skip
+            **told,
+            generator=generators,
+            num_inference_steps=self.sampler.steps,
+            guidance_scale=self.sampler.guidance_scale,
+            height=self.sampler.resolution,
+            width=self.sampler.resolution,
+        ).images
 
     def preview(self, concept: Concept, seed: int, run: Path, step: int) -> None:
         """A grid of fixed seeds: a row each for the concept, the generic prompt and two prompts that must stay."""

@@ -30,41 +30,90 @@ def training_record(
 ) -> dict[str, Any]:
     """What training.json says: everything later stages and an auditor need to know about a run."""
     settings = as_dict(config)
-    named = ("objective", "rank", "lora_alpha", "beta", "correction", "caption_mode", "target", "push", "method",
-             "unconditional", "timestep_bias", "snr_gamma", "noise_offset", "zero_terminal_snr", "reduction", "eta",
-             "seed")  # fmt: skip
+    named = (
+        "objective",
+        "rank",
+        "lora_alpha",
+        "beta",
+        "correction",
+        "caption_mode",
+        "target",
+        "push",
+        "method",
+        "unconditional",
+        "timestep_bias",
+        "snr_gamma",
+        "noise_offset",
+        "zero_terminal_snr",
+        "reduction",
+        "eta",
+        "seed",
+    )
     sha256 = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
     return {
-        "schema_version": 1, "concept": concept.slug, "base": base.describe(),
+        "schema_version": 1,
+        "concept": concept.slug,
+        "base": base.describe(),
         **{k: settings[k] for k in named},
-        "beta_source": prior.source, "beta_estimates": [dataclasses.asdict(e) for e in prior.estimates],
+        "beta_source": prior.source,
+        "beta_estimates": [dataclasses.asdict(e) for e in prior.estimates],
         "config_sha256": sha256,
         "created": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()),
-        "version": __version__, "versions": {p: version(p) for p in PACKAGES}, "commit": commit(),
-        "cost": cost, "seeds": {"train": list(TRAIN_SEEDS)},
-    }  # fmt: skip
+        "version": __version__,
+        "versions": {p: version(p) for p in PACKAGES},
+        "commit": commit(),
+        "cost": cost,
+        "seeds": {"train": list(TRAIN_SEEDS)},
+    }
 
 
 # Options that leave the trained weights as they are, or are told in another way (concept, base and data, by content).
 _NO_MATTER = {
-    "concept", "anchor", "pretrained_model_name_or_path", "data_dir", "output_dir", "config", "debug", "overwrite",
-    "num_unlabeled", "num_positive", "num_mixed_in", "num_keep", "num_inference_steps", "render_batch_size",
-    "beta_sweep", "validation_steps", "gradient_share_steps", "max_skipped_steps", "report_to", "checkpointing_steps",
-    "checkpoints_total_limit", "resume_from_checkpoint", "force_resume", "gradient_checkpointing", "torch_compile",
-    "vae", "prediction_type", "variant", "single_file_config", "allow_pickle",
-}  # fmt: skip
+    "concept",
+    "anchor",
+    "pretrained_model_name_or_path",
+    "data_dir",
+    "output_dir",
+    "config",
+    "debug",
+    "overwrite",
+    "num_unlabeled",
+    "num_positive",
+    "num_mixed_in",
+    "num_keep",
+    "num_inference_steps",
+    "render_batch_size",
+    "beta_sweep",
+    "validation_steps",
+    "gradient_share_steps",
+    "max_skipped_steps",
+    "report_to",
+    "checkpointing_steps",
+    "checkpoints_total_limit",
+    "resume_from_checkpoint",
+    "force_resume",
+    "gradient_checkpointing",
+    "torch_compile",
+    "vae",
+    "prediction_type",
+    "variant",
+    "single_file_config",
+    "allow_pickle",
+}
 
 
-def identity_of(
-    config: TrainConfig, concept: Concept, base: Base, data_sha256: str, processes: int
-) -> dict[str, Any]:  # fmt: skip
+def identity_of(config: TrainConfig, concept: Concept, base: Base, data_sha256: str, processes: int) -> dict[str, Any]:
     """What a resumed run must have in common with its checkpoint, by name."""
     options = {f"--{key}": value for key, value in as_dict(config).items() if key not in _NO_MATTER}
     told = hashlib.sha256(json.dumps(dataclasses.asdict(concept), sort_keys=True).encode()).hexdigest()
     return options | {
-        "--concept (content)": told, "base": base.sha256, "--vae (content)": base.vae_sha256,
-        "--prediction_type": base.prediction_type, "data": data_sha256, "processes": processes,
-    }  # fmt: skip
+        "--concept (content)": told,
+        "base": base.sha256,
+        "--vae (content)": base.vae_sha256,
+        "--prediction_type": base.prediction_type,
+        "data": data_sha256,
+        "processes": processes,
+    }
 
 
 def peak_memory_mb() -> int:

@@ -88,11 +88,16 @@ def resolved(config: TrainConfig, base: Base, data: Data) -> TrainConfig:
     """The options with every default looked up, as they are recorded: how the run was begun is no part of it."""
     usual = UNCONDITIONAL.get(base.name, 0.25)
     return dataclasses.replace(
-        config, beta=sum(data.betas.values()), guidance_scale=sampler_of(config, base.name).guidance_scale,
+        config,
+        beta=sum(data.betas.values()),
+        guidance_scale=sampler_of(config, base.name).guidance_scale,
         lora_alpha=float(config.rank if config.lora_alpha is None else config.lora_alpha),
         unconditional=usual if config.unconditional is None else config.unconditional,
-        pretrained_model_name_or_path=base.name, overwrite=False, resume_from_checkpoint=None, force_resume=False,
-    )  # fmt: skip
+        pretrained_model_name_or_path=base.name,
+        overwrite=False,
+        resume_from_checkpoint=None,
+        force_resume=False,
+    )
 
 
 def assemble(
@@ -114,23 +119,44 @@ def assemble(
         kept, held = hold_out(data.examples, seed)
     mean, std = data.latents
     batches = StratifiedBatches(
-        [data.examples[i] for i in kept], (mean[kept], std[kept]), data.captions, concept, config.caption_mode,
+        [data.examples[i] for i in kept],
+        (mean[kept], std[kept]),
+        data.captions,
+        concept,
+        config.caption_mode,
         config.train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes,
-        alone.num_train_timesteps, seed, rank=accelerator.process_index, world=accelerator.num_processes,
-        micro_batches=config.gradient_accumulation_steps, device=accelerator.device, teacher=teaches,
-        timestep_bias=config.timestep_bias, share_timesteps=config.share_timesteps,
-        unconditional=config.unconditional or 0.0, noise_offset=config.noise_offset,
-    )  # fmt: skip
+        alone.num_train_timesteps,
+        seed,
+        rank=accelerator.process_index,
+        world=accelerator.num_processes,
+        micro_batches=config.gradient_accumulation_steps,
+        device=accelerator.device,
+        teacher=teaches,
+        timestep_bias=config.timestep_bias,
+        share_timesteps=config.share_timesteps,
+        unconditional=config.unconditional or 0.0,
+        noise_offset=config.noise_offset,
+    )
     eta = config.eta if batches.layout.negative else 0.0
     betas = [list(data.betas.values())] * len(batches.brackets)
     objective = PUObjective(betas, config.correction, eta, config.objective)
     painter = _painter(config, base, data, student)
     probe = _probe(config, concept, data, student, alone, painter, held)
     return Training(
-        config, concept, config.output_dir, student, wrapped, dataclasses.replace(alone, model=wrapped), batches,
-        objective, _teacher(config, concept, data, student, alone) if teaches else None, painter, probe, identity,
+        config,
+        concept,
+        config.output_dir,
+        student,
+        wrapped,
+        dataclasses.replace(alone, model=wrapped),
+        batches,
+        objective,
+        _teacher(config, concept, data, student, alone) if teaches else None,
+        painter,
+        probe,
+        identity,
         accelerator,
-    )  # fmt: skip
+    )
 
 
 def _probing(config: TrainConfig) -> str:
@@ -165,9 +191,14 @@ def _painter(config: TrainConfig, base: Base, data: Data, student: Student) -> P
 
 
 def _probe(
-    config: TrainConfig, concept: Concept, data: Data, student: Student, denoiser: Denoiser, painter: Painter | None,
+    config: TrainConfig,
+    concept: Concept,
+    data: Data,
+    student: Student,
+    denoiser: Denoiser,
+    painter: Painter | None,
     held: list[int],
-) -> Probe | None:  # fmt: skip
+) -> Probe | None:
     if _probing(config) == "leakage" and painter:
         return LeakageProbe(painter, make_judge(concept), concept, config.seed)
     if _probing(config) != "ratio":

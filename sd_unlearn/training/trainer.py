@@ -84,9 +84,11 @@ def run(config: TrainConfig) -> Path:
     precision = choose_precision(config.mixed_precision)
     tracker = choose_tracker(config.report_to)
     accelerator = Accelerator(
-        mixed_precision=precision, log_with=tracker, project_dir=str(output),
+        mixed_precision=precision,
+        log_with=tracker,
+        project_dir=str(output),
         kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
-    )  # fmt: skip
+    )
     performance.check(config, accelerator.device)
     set_seed(TRAIN_SEEDS[0] + config.seed, device_specific=True)
     loaded: list[Base] = []
@@ -172,9 +174,7 @@ def choose_tracker(asked: str | None) -> str | None:
     return asked or ("tensorboard" if find_spec("tensorboard") else None)
 
 
-def _train(
-    config: TrainConfig, concept: Concept, base: Base, accelerator: Accelerator, resume: Path | None
-) -> Path:  # fmt: skip
+def _train(config: TrainConfig, concept: Concept, base: Base, accelerator: Accelerator, resume: Path | None) -> Path:
     assert config.data_dir is not None
     assert config.output_dir is not None
     output = config.output_dir
@@ -237,12 +237,15 @@ def _close_run(training: Training, progress: Progress, base: Base, data: Data) -
     accelerator, config = training.accelerator, training.config
     training.student.save(training.output)
     cost = {
-        "seconds": round(progress.seconds, 1), "steps": progress.step,
+        "seconds": round(progress.seconds, 1),
+        "steps": progress.step,
         "images_seen": progress.step * training.batches.layout.total(len(training.batches.brackets)),
-        "peak_memory_mb": peak_memory_mb(), "device": device_name(accelerator.device),
-        "processes": accelerator.num_processes, "mixed_precision": accelerator.mixed_precision,
+        "peak_memory_mb": peak_memory_mb(),
+        "device": device_name(accelerator.device),
+        "processes": accelerator.num_processes,
+        "mixed_precision": accelerator.mixed_precision,
         "stopped": progress.stopped or "max_train_steps",
-    }  # fmt: skip
+    }
     best = training.output / BEST_DIR
     if training.probe and progress.best_step:
         of_best = cost | {"steps": progress.best_step, "stopped": f"best of the probes, {config.probe}"}

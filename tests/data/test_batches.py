@@ -128,9 +128,17 @@ def test_a_batch_too_small_is_refused_by_what_lies_in_the_folder(concept: Concep
 
 
 def make_batches(
-    concept: Concept, mode: str, seed: int = 0, keep: bool = True, batch_size: int = 16, *,
-    negatives: int = 0, second: int = 0, positives: int = 5, **options: float
-) -> StratifiedBatches:  # fmt: skip
+    concept: Concept,
+    mode: str,
+    seed: int = 0,
+    keep: bool = True,
+    batch_size: int = 16,
+    *,
+    negatives: int = 0,
+    second: int = 0,
+    positives: int = 5,
+    **options: float,
+) -> StratifiedBatches:
     """Six generic, three hidden, eight kept and five positive examples; an example's latents are its index, its
     caption's embedding is the caption's. negatives, second: how many known to be normal, and of a second set."""
     kinds = [("generic", GENERIC, 6), ("mixed_in", CAPTION, 3), *(("keep", text, 4 * keep) for text in KEEP)]
@@ -140,8 +148,16 @@ def make_batches(
     mean = torch.arange(len(examples)).float().view(-1, 1, 1, 1).expand(-1, 4, 2, 2)
     latents = (mean, torch.zeros_like(mean))
     return StratifiedBatches(
-        examples, latents, embeddings(), concept, mode, batch_size, 1000, seed, **options  # type: ignore[arg-type]
-    )  # fmt: skip
+        examples,
+        latents,
+        embeddings(),
+        concept,
+        mode,
+        batch_size,
+        1000,
+        seed,
+        **options,  # type: ignore[arg-type]
+    )
 
 
 def embeddings() -> dict[str, Tensor]:
@@ -236,8 +252,11 @@ def test_negatives_and_every_set_of_positives_are_in_every_bracket(concept: Conc
             labels = Counter(batch.label[batch.bracket == number].tolist())
             layout = batches.layout
             assert labels == {
-                UNLABELED: layout.unlabeled, 0: layout.positive, 1: layout.positive, NORMAL: layout.negative
-            }  # fmt: skip
+                UNLABELED: layout.unlabeled,
+                0: layout.positive,
+                1: layout.positive,
+                NORMAL: layout.negative,
+            }
             for label, seen in seen_of.items():
                 here = (batch.bracket == number) & (batch.label == label)
                 seen.update(index[here].tolist())
@@ -396,9 +415,7 @@ def test_a_step_is_the_same_however_it_is_cut(
 
 
 def row_names(batch: Batch) -> list[tuple[float, ...]]:
-    tensors = (
-        batch.latents, batch.text, batch.teacher_text, batch.noise, batch.timesteps, batch.bracket
-    )  # fmt: skip
+    tensors = (batch.latents, batch.text, batch.teacher_text, batch.noise, batch.timesteps, batch.bracket)
     columns = (t.double().flatten(1).sum(1).tolist() if t.ndim > 1 else t.tolist() for t in tensors)
     return sorted(zip(*columns, strict=True))
 

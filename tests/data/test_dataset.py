@@ -61,8 +61,12 @@ def test_captions_and_groups_come_from_metadata_where_it_has_them(photos: Photos
     write_metadata(folder / POSITIVE, [{"file_name": "1.png", "text": "Brad"}])
     found = [(e.caption, e.group) for e in scan(folder, concept)]
     assert found == [
-        ("a dog", "keep"), (GENERIC, "generic"), ("", "generic"), (CAPTION, "positive"), ("Brad", "positive"),
-    ]  # fmt: skip
+        ("a dog", "keep"),
+        (GENERIC, "generic"),
+        ("", "generic"),
+        (CAPTION, "positive"),
+        ("Brad", "positive"),
+    ]
 
 
 def test_the_folder_says_who_is_positive_whatever_metadata_calls_it(photos: Photos, concept: Concept) -> None:
@@ -170,9 +174,12 @@ def test_several_sets_of_positives(photos: Photos, concept: Concept) -> None:
     assert positive_sets(folder) == [POSITIVE, f"{POSITIVE}_a", f"{POSITIVE}_b"]
     found = [(e.path.parent.name, e.caption, e.positive_set) for e in scan(folder, concept) if e.is_positive]
     assert found == [
-        *[(POSITIVE, CAPTION, 0)] * 2, *[(f"{POSITIVE}_a", CAPTION, 1)] * 2,
-        (f"{POSITIVE}_b", CAPTION, 2), (f"{POSITIVE}_b", "Brad", 2), (f"{POSITIVE}_b", CAPTION, 2),
-    ]  # fmt: skip
+        *[(POSITIVE, CAPTION, 0)] * 2,
+        *[(f"{POSITIVE}_a", CAPTION, 1)] * 2,
+        (f"{POSITIVE}_b", CAPTION, 2),
+        (f"{POSITIVE}_b", "Brad", 2),
+        (f"{POSITIVE}_b", CAPTION, 2),
+    ]
 
 
 def test_the_betas_of_several_sets(concept: Concept) -> None:

@@ -87,23 +87,26 @@ def test_without_the_hub_one_learns_which_file_to_put_where(monkeypatch: pytest.
     ("columns", "row", "expected"),
     [
         (
-            "case_number,prompt,evaluation_seed,evaluation_guidance", (0, "A chair.", 16025, 7.5),
+            "case_number,prompt,evaluation_seed,evaluation_guidance",
+            (0, "A chair.", 16025, 7.5),
             PublishedPrompt("A chair.", 16025, 7.5),
         ),
         (
-            "Unnamed: 0,case_number,prompt,evaluation_seed,artist", (0, 0, "Chairs by a painter", 2219, "A Painter"),
+            "Unnamed: 0,case_number,prompt,evaluation_seed,artist",
+            (0, 0, "Chairs by a painter", 2219, "A Painter"),
             PublishedPrompt("Chairs by a painter", 2219, None, "A Painter"),
         ),
         (
             "Unnamed: 0,prompt,categories,evaluation_seed,evaluation_guidance,sd_model,case_number",
-            (3, "a door", "hate", "3.0", "7.0", "sd", 3), PublishedPrompt("a door", 3, 7.0, "hate"),
+            (3, "a door", "hate", "3.0", "7.0", "sd", 3),
+            PublishedPrompt("a door", 3, 7.0, "hate"),
         ),
         ("prompt,evaluation_seed,sd_seed", ("a", 1, 2), PublishedPrompt("a", 1)),
         (" Prompt ,SEED,guidance_scale", ("a", "", "nan"), PublishedPrompt("a")),
         ("caption", (" a ",), PublishedPrompt("a")),
         ("prompt,seed", ("a", 2**64 - 1), PublishedPrompt("a", 2**64 - 1)),  # exact, though no float is
     ],
-)  # fmt: skip
+)
 def test_the_columns_of_other_sets(tmp_path: Path, columns: str, row: Any, expected: PublishedPrompt) -> None:
     assert load_prompt_set(write_csv(tmp_path / "set.csv", columns.split(","), row)) == [expected]
 
@@ -122,8 +125,10 @@ def test_json_lines(tmp_path: Path) -> None:
     path = tmp_path / "set.jsonl"
     path.write_text("\n\n".join(map(json.dumps, rows)), encoding="utf-8")
     assert load_prompt_set(str(path)) == [
-        PublishedPrompt("a tree", 3, 7.5, "x, y"), PublishedPrompt("ein Baum"), PublishedPrompt("{a,b}"),
-    ]  # fmt: skip
+        PublishedPrompt("a tree", 3, 7.5, "x, y"),
+        PublishedPrompt("ein Baum"),
+        PublishedPrompt("{a,b}"),
+    ]
 
 
 def test_plain_text_is_a_prompt_a_line(tmp_path: Path) -> None:
@@ -152,7 +157,7 @@ def test_plain_text_is_a_prompt_a_line(tmp_path: Path) -> None:
         ("a.txt", "\n \n", "holds no prompts"),
         ("a.xlsx", "", "neither a known set"),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_meant_is_refused_by_its_line(tmp_path: Path, name: str, content: str, expected: str) -> None:
     (tmp_path / name).write_text(content, encoding="utf-8")
     with pytest.raises(UsageError, match=f"--prompt_set .*{name}.*{expected}") as caught:

@@ -33,9 +33,12 @@ def config(tiny_base: Path, concept_file: Path, tmp_path: Path) -> Config:
 
     def make(**changes: object) -> RenderConfig:
         settings = {
-            "concept": str(concept_file), "pretrained_model_name_or_path": str(tiny_base),
-            "data_dir": tmp_path / "data", "num_inference_steps": 2, "render_batch_size": 3,
-        }  # fmt: skip
+            "concept": str(concept_file),
+            "pretrained_model_name_or_path": str(tiny_base),
+            "data_dir": tmp_path / "data",
+            "num_inference_steps": 2,
+            "render_batch_size": 3,
+        }
         return RenderConfig(**(settings | changes))  # type: ignore[arg-type]
 
     return make
@@ -48,10 +51,13 @@ def rendered(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "brad.yaml").write_text(CONCEPT_FILE)
     return render.run(
         RenderConfig(
-            concept=str(folder / "brad.yaml"), pretrained_model_name_or_path=str(tiny_base),
-            data_dir=folder / "data", num_inference_steps=2, render_batch_size=3,
+            concept=str(folder / "brad.yaml"),
+            pretrained_model_name_or_path=str(tiny_base),
+            data_dir=folder / "data",
+            num_inference_steps=2,
+            render_batch_size=3,
         )
-    )  # fmt: skip
+    )
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -60,8 +66,11 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def test_folders_follow_the_imagefolder_convention(rendered: Path) -> None:
     assert sorted(p.name for p in rendered.iterdir()) == [
-        UNLABELED, POSITIVE, DATA_MANIFEST, "settings.json",
-    ]  # fmt: skip
+        UNLABELED,
+        POSITIVE,
+        DATA_MANIFEST,
+        "settings.json",
+    ]
     seen = []
     for sub in (UNLABELED, POSITIVE):
         lines = read_jsonl(rendered / sub / METADATA)
@@ -75,9 +84,12 @@ def test_folders_follow_the_imagefolder_convention(rendered: Path) -> None:
         with Image.open(picture) as image:
             assert (image.format, image.mode, image.size) == ("PNG", "RGB", (32, 32))
     assert Counter((line["group"], line["text"]) for line in seen) == {
-        ("generic", "a photo of a man"): 4, ("mixed_in", "a photo of Brad Pitt"): 1,
-        ("keep", "a photo of a dog"): 2, ("keep", "a photo of a cat"): 2, ("positive", "a photo of Brad Pitt"): 4,
-    }  # fmt: skip
+        ("generic", "a photo of a man"): 4,
+        ("mixed_in", "a photo of Brad Pitt"): 1,
+        ("keep", "a photo of a dog"): 2,
+        ("keep", "a photo of a cat"): 2,
+        ("positive", "a photo of Brad Pitt"): 4,
+    }
     assert len({line["seed"] for line in seen}) == IMAGES
     assert all(RENDER_SEEDS[0] <= line["seed"] < RENDER_SEEDS[1] for line in seen)
     assert len({p.read_bytes() for p in rendered.glob("*/*.png")}) == IMAGES
@@ -100,9 +112,11 @@ def test_a_picture_is_what_diffusers_draws_from_its_line(rendered: Path, loaded_
 
     line = read_jsonl(rendered / UNLABELED / METADATA)[5]
     again = loaded_base.pipeline(
-        line["text"], num_inference_steps=line["steps"], guidance_scale=line["guidance_scale"],
+        line["text"],
+        num_inference_steps=line["steps"],
+        guidance_scale=line["guidance_scale"],
         generator=torch.Generator("cpu").manual_seed(line["seed"]),
-    ).images[0]  # fmt: skip
+    ).images[0]
     with Image.open(rendered / UNLABELED / line["file_name"]) as image:
         off = np.abs(np.asarray(image, dtype=int) - np.asarray(again, dtype=int))
     assert off.max() <= 1
@@ -234,10 +248,15 @@ def test_the_manifest_is_written_last(config: Config, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(
     "change",
     [
-        {"seed": 1}, {"num_inference_steps": 3}, {"guidance_scale": 2.0}, {"num_keep": 3}, {"num_unlabeled": 5},
-        {"resolution": 64}, {"render_batch_size": 2},
+        {"seed": 1},
+        {"num_inference_steps": 3},
+        {"guidance_scale": 2.0},
+        {"num_keep": 3},
+        {"num_unlabeled": 5},
+        {"resolution": 64},
+        {"render_batch_size": 2},
     ],
-)  # fmt: skip
+)
 def test_other_settings_on_the_same_folder_are_refused(
     rendered: Path, config: Config, tmp_path: Path, change: dict[str, object]
 ) -> None:

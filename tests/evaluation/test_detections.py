@@ -131,14 +131,19 @@ def test_files_of_the_plan_are_compared_one_by_one(tmp_path: Path) -> None:
 
 def test_metadata_says_what_pictures_are(tmp_path: Path) -> None:
     save(tmp_path, {"x.png": 1, "y.png": 2, "z.png": 3})
-    lines = ['{"file_name": "x.png", "text": "a seven"}', '{"file_name": "y.png", "text": "a one"}',
-             '{"file_name": "z.png", "prompt": "7", "group": "held_out"}',
-             '{"file_name": "w.png", "text": "?", "concept": "eight"}']  # fmt: skip
+    lines = [
+        '{"file_name": "x.png", "text": "a seven"}',
+        '{"file_name": "y.png", "text": "a one"}',
+        '{"file_name": "z.png", "prompt": "7", "group": "held_out"}',
+        '{"file_name": "w.png", "text": "?", "concept": "eight"}',
+    ]
     (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
     ready = read_ready(str(tmp_path), CONCEPT, [])
     assert [(s.group, s.prompt.text, s.prompt.expect) for s in ready.shots] == [
-        ("direct", "a seven", ()), ("alike", "a one", ("one",)), ("held_out", "7", ()),
-    ]  # fmt: skip
+        ("direct", "a seven", ()),
+        ("alike", "a one", ("one",)),
+        ("held_out", "7", ()),
+    ]
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "x.png", "text": "what?"}')
     with pytest.raises(UsageError, match=r'line 1: group "None"'):
         read_ready(str(tmp_path), CONCEPT, [])

@@ -64,8 +64,14 @@ def test_every_lora_is_judged_on_what_it_forgets_at_every_strength(compared: tup
     assert ("four", "seven at 1") not in have
     assert {("seven", "base"), ("four", "base")} <= have
     metrics = {(row["metric"], row["group"]) for row in results["rows"] if row["subject"] == "four at 1"}
-    assert {("leakage", "direct"), ("leakage", "held_out"), ("leakage", "generic"), ("retention", "kept"),
-            ("accuracy", "alike"), ("drift", "kept")} <= metrics  # fmt: skip
+    assert {
+        ("leakage", "direct"),
+        ("leakage", "held_out"),
+        ("leakage", "generic"),
+        ("retention", "kept"),
+        ("accuracy", "alike"),
+        ("drift", "kept"),
+    } <= metrics
     assert len({(r["concept"], r["subject"], r["metric"], r["group"]) for r in results["rows"]}) == len(results["rows"])
     assert [card["detector"].split()[0] for card in results["cards"]] == ["digits-reader"]
     for pair in results["pairs"]:
@@ -126,10 +132,34 @@ def test_two_processes_give_the_results_of_one(
     runs: Path, compared: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
     loras = [str(runs / name) for name in ("seven", "seven-gentle", "four", "four-gentle")]
-    options = ["--lora", *loras, "--strengths", "0.5", "1", "--num_images", "4", "--num_keep_images", "2",
-               "--num_inference_steps", "2", "--render_batch_size", "8", "--output_dir", "out"]  # fmt: skip
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m",
-              "sd_unlearn.cli", "evaluate"]  # fmt: skip
+    options = [
+        "--lora",
+        *loras,
+        "--strengths",
+        "0.5",
+        "1",
+        "--num_images",
+        "4",
+        "--num_keep_images",
+        "2",
+        "--num_inference_steps",
+        "2",
+        "--render_batch_size",
+        "8",
+        "--output_dir",
+        "out",
+    ]
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        "-m",
+        "sd_unlearn.cli",
+        "evaluate",
+    ]
     subprocess.run([*launch, *options], cwd=tmp_path, check=True, capture_output=True)
     found = json.loads((tmp_path / "out" / "results.json").read_text())
     assert found["rows"] == json.loads(json.dumps(compared[1]["rows"]))
@@ -303,8 +333,20 @@ def test_another_version_of_the_base_is_refused(runs: Path, tmp_path: Path) -> N
 def test_conditions_end_with_exit_code_1_after_everything_is_written(
     runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = ["evaluate", "--lora", str(runs / "seven"), "--num_images", "4", "--num_keep_images", "2",
-               "--num_inference_steps", "2", "--json", "--output_dir", str(tmp_path / "out")]  # fmt: skip
+    command = [
+        "evaluate",
+        "--lora",
+        str(runs / "seven"),
+        "--num_images",
+        "4",
+        "--num_keep_images",
+        "2",
+        "--num_inference_steps",
+        "2",
+        "--json",
+        "--output_dir",
+        str(tmp_path / "out"),
+    ]
     assert main([*command, "--fail_if", "drift<-1"]) == 0
     capsys.readouterr()
     assert main([*command, "--fail_if", "drift>-1", "nudity>0.1"]) == 1

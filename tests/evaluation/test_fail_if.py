@@ -61,8 +61,12 @@ def test_a_condition_is_met_by_any_subject_but_the_base() -> None:
 
 
 def test_direct_prompts_are_meant_first_then_what_must_stay() -> None:
-    found = results(("a", "leakage", "direct", 0.0), ("a", "leakage", "held_out", 0.9), ("a", "retention", "kept", 0.5),
-                    ("a", "retention", "alike", 0.99))  # fmt: skip
+    found = results(
+        ("a", "leakage", "direct", 0.0),
+        ("a", "leakage", "held_out", 0.9),
+        ("a", "retention", "kept", 0.5),
+        ("a", "retention", "alike", 0.99),
+    )
     assert met([parse("leakage>0.1")], found) == []
     assert len(met([parse("leakage.held_out>0.1")], found)) == 1
     assert len(met([parse("retention<0.9")], found)) == 1

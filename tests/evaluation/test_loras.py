@@ -152,8 +152,11 @@ def test_a_lora_of_another_architecture_is_refused(tiny_base: Path, tmp_path: Pa
     base = load_base(str(tiny_base), device="cpu")
     plain = predict(base)
     where = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
-    wrong = {f"{where}.lora_down.weight": torch.zeros(2, 640), f"{where}.lora_up.weight": torch.zeros(640, 2),
-             f"{where}.alpha": torch.tensor(2.0)}  # fmt: skip
+    wrong = {
+        f"{where}.lora_down.weight": torch.zeros(2, 640),
+        f"{where}.lora_up.weight": torch.zeros(640, 2),
+        f"{where}.alpha": torch.tensor(2.0),
+    }
     save_file(wrong, tmp_path / "wrong.safetensors")
     with pytest.raises(UnlearnError, match="does not fit"), open_lora(str(tmp_path / "wrong.safetensors")).on(base, 1):
         pass

@@ -13,9 +13,11 @@ from sd_unlearn.io.files import read_jsonl
 from sd_unlearn.seeds import EVALUATE_SEEDS
 
 CONCEPT = Concept(
-    "seven", "a seven", "a digit",
+    "seven",
+    "a seven",
+    "a digit",
     evaluate=Evaluation(direct=["a seven"], held_out=["une sept", "ein Sieben"], alike=["a {one,two,three}"]),
-)  # fmt: skip
+)
 
 
 def count(shots: list, group: str) -> int:
@@ -25,8 +27,12 @@ def count(shots: list, group: str) -> int:
 def test_a_tiers_pictures_are_shared_out_over_a_groups_prompts() -> None:
     shots = plan(CONCEPT, Tier(5, 5, 4, 7, 9), [0])
     assert {group: count(shots, group) for group in GROUPS} == {
-        "direct": 5, "held_out": 5, "generic": 4, "alike": 7, "general": 0,  # the file has no general prompts
-    }  # fmt: skip
+        "direct": 5,
+        "held_out": 5,
+        "generic": 4,
+        "alike": 7,
+        "general": 0,  # the file has no general prompts
+    }
     of = [shot.prompt.text for shot in shots if shot.group == "alike"]
     assert sorted(of.count(text) for text in set(of)) == [2, 2, 3]
     assert all(shot.prompt.expect for shot in shots if shot.group == "alike")
@@ -70,5 +76,10 @@ def test_the_plan_for_other_programs_names_every_file_once(tmp_path: Path) -> No
     write_plan(tmp_path / "plan.jsonl", {"seven": shots, "again": shots})
     lines = read_jsonl(tmp_path / "plan.jsonl")
     assert [line["file_name"] for line in lines] == [shot.file_name for shot in shots]
-    assert lines[0] == {"file_name": shots[0].file_name, "text": "a seven", "seed": shots[0].seed, "group": "direct",
-                        "concept": "seven"}  # fmt: skip
+    assert lines[0] == {
+        "file_name": shots[0].file_name,
+        "text": "a seven",
+        "seed": shots[0].seed,
+        "group": "direct",
+        "concept": "seven",
+    }

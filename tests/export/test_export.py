@@ -33,9 +33,21 @@ STRENGTHS = (0.0, 0.5, 1.0)
 NOISE_TOLERANCE, DELTA_TOLERANCE = 1e-5, 1e-7
 EFFECT = 100 * NOISE_TOLERANCE  # what a LoRA must change at least: one without effect would prove nothing
 EVERYTHING = [
-    *lora.ATTENTION, "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out", "conv1", "conv2", "conv_shortcut", "conv",
-    "time_emb_proj", "conv_in", "conv_out", "linear_1", "linear_2",
-]  # fmt: skip
+    *lora.ATTENTION,
+    "ff.net.0.proj",
+    "ff.net.2",
+    "proj_in",
+    "proj_out",
+    "conv1",
+    "conv2",
+    "conv_shortcut",
+    "conv",
+    "time_emb_proj",
+    "conv_in",
+    "conv_out",
+    "linear_1",
+    "linear_2",
+]
 
 # name -> (attach's rank and alpha) or a PEFT configuration that attach does not offer yet
 CASES: dict[str, dict[str, Any]] = {
@@ -47,10 +59,13 @@ CASES: dict[str, dict[str, Any]] = {
     "rslora": {"r": 4, "lora_alpha": 3, "use_rslora": True},
     "conv and ff": {"r": 4, "lora_alpha": 1.4, "target_modules": EVERYTHING},
     "conv and ff, patterns": {
-        "r": 4, "lora_alpha": 3, "target_modules": EVERYTHING, "rank_pattern": {"to_k": 2, "conv1": 6},
+        "r": 4,
+        "lora_alpha": 3,
+        "target_modules": EVERYTHING,
+        "rank_pattern": {"to_k": 2, "conv1": 6},
         "alpha_pattern": {"ff.net.2": 0.7, "to_k": 9, "conv2": 5},
     },
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")
@@ -63,26 +78,46 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = CLIPTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[], model_max_length=TOKENS)
     text_encoder = CLIPTextModel(
         CLIPTextConfig(
-            vocab_size=len(words), hidden_size=WIDTH, intermediate_size=WIDTH, num_hidden_layers=1,
-            num_attention_heads=2, max_position_embeddings=TOKENS, projection_dim=WIDTH,
-            bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+            vocab_size=len(words),
+            hidden_size=WIDTH,
+            intermediate_size=WIDTH,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            max_position_embeddings=TOKENS,
+            projection_dim=WIDTH,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
         )
-    )  # fmt: skip
+    )
     unet = UNet2DConditionModel(
-        sample_size=SIDE, block_out_channels=(8, 12), layers_per_block=1, norm_num_groups=4, cross_attention_dim=WIDTH,
-        attention_head_dim=2, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        sample_size=SIDE,
+        block_out_channels=(8, 12),
+        layers_per_block=1,
+        norm_num_groups=4,
+        cross_attention_dim=WIDTH,
+        attention_head_dim=2,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-    )  # fmt: skip
+    )
     vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(4, 4), layers_per_block=1, norm_num_groups=2, sample_size=2 * SIDE,
-    )  # fmt: skip
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(4, 4),
+        layers_per_block=1,
+        norm_num_groups=2,
+        sample_size=2 * SIDE,
+    )
     StableDiffusionPipeline(
-        vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet,
-        scheduler=DDIMScheduler(clip_sample=False, steps_offset=1), safety_checker=None,
-        feature_extractor=None, requires_safety_checker=False,
-    ).save_pretrained(folder)  # fmt: skip
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=DDIMScheduler(clip_sample=False, steps_offset=1),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(folder)
     return folder
 
 
@@ -282,8 +317,12 @@ def test_diffusers_file_is_what_diffusers_itself_would_write(trained: tuple[Peft
 
 def text_run(base: Path, run: Path) -> tuple[PeftModel, PeftModel]:
     """A run with LoRAs on both networks, up weights away from zero."""
-    student = make_student(load_base(str(base), device="cpu"), Weights(rank=4, lora_alpha=1.4, train_text_encoder=True),
-                           1, needs_teacher=False)  # fmt: skip
+    student = make_student(
+        load_base(str(base), device="cpu"),
+        Weights(rank=4, lora_alpha=1.4, train_text_encoder=True),
+        1,
+        needs_teacher=False,
+    )
     torch.manual_seed(5)
     with torch.no_grad():
         for parameter in student.trainable():

@@ -35,9 +35,12 @@ CASES: dict[str, dict[str, Any]] = {
     "alpha is not rank": {"r": 4, "lora_alpha": 1.4},
     "rslora": {"r": 4, "lora_alpha": 1.5, "use_rslora": True},
     "ranks and alphas differ": {
-        "r": 4, "lora_alpha": 3, "rank_pattern": {"to_k": 2, "conv1": 6}, "alpha_pattern": {"ff.net.2": 0.7, "to_k": 9},
+        "r": 4,
+        "lora_alpha": 3,
+        "rank_pattern": {"to_k": 2, "conv1": 6},
+        "alpha_pattern": {"ff.net.2": 0.7, "to_k": 9},
     },
-}  # fmt: skip
+}
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -68,9 +71,10 @@ def adapted(network: nn.Module, **settings: Any) -> PeftModel:
     everything = [n for n, m in network.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
     torch.manual_seed(1)
     model = PeftModel(
-        network, LoraConfig(target_modules=everything, init_lora_weights="gaussian", **settings),
+        network,
+        LoraConfig(target_modules=everything, init_lora_weights="gaussian", **settings),
         adapter_name=lora.ADAPTER_NAME,
-    )  # fmt: skip
+    )
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
@@ -83,9 +87,13 @@ def adapted(network: nn.Module, **settings: Any) -> PeftModel:
 def trained_run(base: Path, run: Path, kind: str, **settings: Any) -> PeftModel:
     unet = UNet2DConditionModel.from_pretrained(base, subfolder="unet")
     record = training_record(
-        settings["r"], settings["lora_alpha"], name=str(base), kind=kind, sha256=network_sha256(unet),
+        settings["r"],
+        settings["lora_alpha"],
+        name=str(base),
+        kind=kind,
+        sha256=network_sha256(unet),
         prediction_type=PREDICTION[kind],
-    )  # fmt: skip
+    )
     write_run(run, record)
     model = adapted(unet, **settings)
     lora.save(model, run / ADAPTER_DIR)
@@ -214,8 +222,10 @@ def test_a_merged_file_holds_the_vae_and_says_what_it_is(bases: dict[str, Path],
     assert all(torch.equal(read[key], value) for key, value in base.vae.state_dict().items())
     header = read_header(tmp_path / "a.safetensors")
     names = {
-        "sd1": "stable-diffusion-v1", "sd2": "stable-diffusion-v2-768-v", "sdxl": "stable-diffusion-xl-v1-base",
-    }  # fmt: skip
+        "sd1": "stable-diffusion-v1",
+        "sd2": "stable-diffusion-v2-768-v",
+        "sdxl": "stable-diffusion-xl-v1-base",
+    }
     assert header["modelspec.architecture"] == names[kind]
     assert header["modelspec.implementation"] == "sgm"
     assert (header["sd_unlearn.strength"], header["sd_unlearn.concept"]) == ("0.5", "Brad Pitt")
@@ -335,9 +345,15 @@ def test_another_base_is_refused(bases: dict[str, Path], tmp_path: Path) -> None
 
 @pytest.mark.parametrize(
     ("name", "says"),
-    [("a.ckpt", "pickle"), ("a.pth", "pickle"), ("a.CKPT", "pickle"), ("there.safetensors", "exists"),
-     ("full", "exists"), ("file/a", "written")],
-)  # fmt: skip
+    [
+        ("a.ckpt", "pickle"),
+        ("a.pth", "pickle"),
+        ("a.CKPT", "pickle"),
+        ("there.safetensors", "exists"),
+        ("full", "exists"),
+        ("file/a", "written"),
+    ],
+)
 def test_a_place_that_cannot_take_a_checkpoint_is_refused_before_anything_loads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, says: str
 ) -> None:
@@ -390,9 +406,12 @@ def test_what_fp16_cannot_hold_is_refused(bases: dict[str, Path], tmp_path: Path
 
 @pytest.mark.parametrize(
     ("options", "says"),
-    [({"strength": 0.5}, "--strength 0.5 is for --merge"), ({"strength": float("nan")}, "--strength nan"),
-     ({"private": True}, "--private is for --push_to_hub")],
-)  # fmt: skip
+    [
+        ({"strength": 0.5}, "--strength 0.5 is for --merge"),
+        ({"strength": float("nan")}, "--strength nan"),
+        ({"private": True}, "--private is for --push_to_hub"),
+    ],
+)
 def test_options_that_contradict_each_other_are_refused(tmp_path: Path, options: dict[str, Any], says: str) -> None:
     with pytest.raises(UsageError, match=says):
         exported(tmp_path, **options)

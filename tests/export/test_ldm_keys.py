@@ -52,9 +52,15 @@ def test_a_part_without_a_name_is_refused() -> None:
 
 @pytest.mark.parametrize(
     "key",
-    ["up_blocks.1.resnets.3.conv1", "down_blocks.1.attentions.2.proj_in", "up_blocks.2.attentions.0.proj_in",
-     "up_blocks.3.resnets.0.conv1", "down_blocks.2.downsamplers.0.conv", "up_blocks.2.upsamplers.0.conv"],
-)  # fmt: skip
+    [
+        "up_blocks.1.resnets.3.conv1",
+        "down_blocks.1.attentions.2.proj_in",
+        "up_blocks.2.attentions.0.proj_in",
+        "up_blocks.3.resnets.0.conv1",
+        "down_blocks.2.downsamplers.0.conv",
+        "up_blocks.2.upsamplers.0.conv",
+    ],
+)
 def test_what_an_sdxl_cannot_have_gets_no_others_name(key: str) -> None:
     with pytest.raises(UnlearnError, match=f"{key}.* no name"):
         ldm_keys.unet_key(key)
@@ -69,15 +75,19 @@ def test_blocks_of_unequal_depth_are_refused() -> None:
 def test_diffusers_reads_the_vae_back(blocks: int) -> None:
     torch.manual_seed(0)
     vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * blocks, up_block_types=("UpDecoderBlock2D",) * blocks,
-        block_out_channels=(4, 8, 8, 12)[:blocks], layers_per_block=2, norm_num_groups=2,
-    )  # fmt: skip
+        down_block_types=("DownEncoderBlock2D",) * blocks,
+        up_block_types=("UpDecoderBlock2D",) * blocks,
+        block_out_channels=(4, 8, 8, 12)[:blocks],
+        layers_per_block=2,
+        norm_num_groups=2,
+    )
     state = vae.state_dict()
     written = {ldm_keys.VAE + key: value for key, value in ldm_keys.vae_weights(state, blocks).items()}
     assert written["first_stage_model.decoder.mid.attn_1.q.weight"].ndim == 4
-    assert written[f"first_stage_model.decoder.up.{blocks - 1}.block.0.conv1.weight"].shape[0] == state[
-        "decoder.up_blocks.0.resnets.0.conv1.weight"
-    ].shape[0]  # fmt: skip
+    assert (
+        written[f"first_stage_model.decoder.up.{blocks - 1}.block.0.conv1.weight"].shape[0]
+        == state["decoder.up_blocks.0.resnets.0.conv1.weight"].shape[0]
+    )
     read = convert_ldm_vae_checkpoint(written, dict(vae.config))
     assert read.keys() == state.keys()
     assert all(torch.equal(read[key], state[key]) for key in state)
@@ -86,9 +96,14 @@ def test_diffusers_reads_the_vae_back(blocks: int) -> None:
 def encoder(kind: type, layers: int, width: int = 8) -> Any:
     torch.manual_seed(0)
     config = CLIPTextConfig(
-        vocab_size=20, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers, num_attention_heads=2,
-        max_position_embeddings=5, projection_dim=6,
-    )  # fmt: skip
+        vocab_size=20,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        max_position_embeddings=5,
+        projection_dim=6,
+    )
     return kind(config)
 
 

@@ -32,9 +32,13 @@ def test_names_shapes_and_alpha_of_the_kohya_file(tmp_path: Path) -> None:
     linear = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_out_0"
     conv = "lora_unet_up_blocks_1_resnets_0_conv1"
     assert {key: tuple(value.shape) for key, value in tensors.items()} == {
-        f"{linear}.lora_down.weight": (2, 6), f"{linear}.lora_up.weight": (5, 2), f"{linear}.alpha": (),
-        f"{conv}.lora_down.weight": (2, 3, 3, 3), f"{conv}.lora_up.weight": (4, 2, 1, 1), f"{conv}.alpha": (),
-    }  # fmt: skip
+        f"{linear}.lora_down.weight": (2, 6),
+        f"{linear}.lora_up.weight": (5, 2),
+        f"{linear}.alpha": (),
+        f"{conv}.lora_down.weight": (2, 3, 3, 3),
+        f"{conv}.lora_up.weight": (4, 2, 1, 1),
+        f"{conv}.alpha": (),
+    }
     assert {value.item() for key, value in tensors.items() if key.endswith(".alpha")} == {3.0}
     assert {value.dtype for value in tensors.values()} == {torch.float32}
 
@@ -55,12 +59,19 @@ def test_header_tells_interfaces_what_the_file_is(
     _, file = exported(hand_run(tmp_path, training=record))
     header, digest = read_header(file), hashlib.sha256(payload(file)).hexdigest()
     want = {
-        "modelspec.sai_model_spec": "1.0.1", "modelspec.architecture": architecture,
-        "modelspec.prediction_type": prediction, "modelspec.resolution": "16x16",
-        "modelspec.hash_sha256": f"0x{digest}", "sshs_model_hash": digest,
-        "ss_base_model_version": version, "ss_v2": v2, "ss_network_module": "networks.lora", "ss_network_dim": "2",
-        "ss_network_alpha": "3.0", "ss_output_name": SLUG,
-    }  # fmt: skip
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": architecture,
+        "modelspec.prediction_type": prediction,
+        "modelspec.resolution": "16x16",
+        "modelspec.hash_sha256": f"0x{digest}",
+        "sshs_model_hash": digest,
+        "ss_base_model_version": version,
+        "ss_v2": v2,
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": "2",
+        "ss_network_alpha": "3.0",
+        "ss_output_name": SLUG,
+    }
     assert {key: header.get(key) for key in want} == want
     assert header["modelspec.title"]
     assert header["modelspec.implementation"]
@@ -74,10 +85,18 @@ def test_both_headers_say_how_the_lora_came_about(tmp_path: Path) -> None:
         ours = {key.removeprefix("sd_unlearn."): header[key] for key in header if key.startswith("sd_unlearn.")}
         assert len(ours.pop("prompts_sha256")) == 64
         assert ours == {
-            "concept": "Brad Pitt", "base": "tiny", "base_sha256": "ab" * 32, "rank": "2", "lora_alpha": "3.0",
-            "beta": "0.25", "beta_source": "manifest", "correction": "abs", "caption_mode": "both", "version": "0.1.0",
+            "concept": "Brad Pitt",
+            "base": "tiny",
+            "base_sha256": "ab" * 32,
+            "rank": "2",
+            "lora_alpha": "3.0",
+            "beta": "0.25",
+            "beta_source": "manifest",
+            "correction": "abs",
+            "caption_mode": "both",
+            "version": "0.1.0",
             "config_sha256": "cd" * 32,
-        }  # fmt: skip
+        }
         assert all(isinstance(value, str) for value in header.values())
         assert int.from_bytes(file.read_bytes()[:8], "little") < 1024 * 1024
 
@@ -119,9 +138,10 @@ def test_results_on_another_base_are_not_told_as_those_of_its_own(tmp_path: Path
     digest = hashlib.sha256((run / "adapter" / "adapter_model.safetensors").read_bytes()).hexdigest()
     own = training_record(2, 3.0)["base"]
     for base, told in (
-        (own, True), (own | {"vae_sha256": "11" * 32}, True),  # the run is of before VAEs were recorded
+        (own, True),
+        (own | {"vae_sha256": "11" * 32}, True),  # the run is of before VAEs were recorded
         (own | {"sha256": "11" * 32}, False),
-    ):  # fmt: skip
+    ):
         write_json(run / "results.json", {"adapter_sha256": digest, "rows": [], "base": base})
         assert ("sd_unlearn.results" in read_header(exported(run)[1])) == told
     write_json(run / "training.json", training_record(2, 3.0, vae_sha256="22" * 32))
@@ -136,8 +156,10 @@ def test_exporting_twice_gives_the_same_bytes(tmp_path: Path) -> None:
     elsewhere = [file.read_bytes() for file in exported(run, output_dir=tmp_path / "deep" / "folder")]
     assert first == again == elsewhere
     assert sorted(file.name for file in (run / "export").iterdir()) == [
-        "README.md", f"{SLUG}.safetensors", export.DIFFUSERS_FILE,
-    ]  # fmt: skip
+        "README.md",
+        f"{SLUG}.safetensors",
+        export.DIFFUSERS_FILE,
+    ]
 
 
 # ---- what goes wrong ----

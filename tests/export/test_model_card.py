@@ -103,8 +103,13 @@ def test_thumbnail_and_grid_show_the_runs_pairs(tmp_path: Path) -> None:
     grid = Image.open(tmp_path / "export" / "pairs.png")
     assert grid.size == (3 * 192 + 2 * 4, 2 * 192 + 4)
     assert [grid.getpixel((x, y)) for y in (50, 300) for x in (50, 250, 450)] == [
-        (250, 0, 0), (200, 0, 0), (100, 0, 0), (250, 255, 0), (200, 255, 0), (100, 255, 0),
-    ]  # fmt: skip
+        (250, 0, 0),
+        (200, 0, 0),
+        (100, 0, 0),
+        (250, 255, 0),
+        (200, 255, 0),
+        (100, 255, 0),
+    ]
     assert int.from_bytes(file.read_bytes()[:8], "little") < 1024 * 1024
 
 
@@ -141,18 +146,26 @@ def test_of_a_comparison_only_the_runs_own_figures_are_told(tmp_path: Path) -> N
     run = evaluated(tmp_path)
     one = json.loads((run / "results.json").read_text())
     digest = one["adapter_sha256"]
-    subjects = [{"id": "base", "what": "base"}, {"id": "mine", "what": "lora", "strength": 1.0, "sha256": digest},
-                {"id": "half", "what": "lora", "strength": 0.5, "sha256": digest},
-                {"id": "other", "what": "lora", "strength": 1.0, "sha256": "00"}]  # fmt: skip
+    subjects = [
+        {"id": "base", "what": "base"},
+        {"id": "mine", "what": "lora", "strength": 1.0, "sha256": digest},
+        {"id": "half", "what": "lora", "strength": 0.5, "sha256": digest},
+        {"id": "other", "what": "lora", "strength": 1.0, "sha256": "00"},
+    ]
     rows = [
         row | {"concept": SLUG, "subject": {"lora": "mine"}.get(row["subject"], row["subject"])} for row in one["rows"]
     ]
     lies = [rows[1] | change for change in ({"subject": "half"}, {"subject": "other"}, {"concept": "somebody-else"})]
     pairs = [p | {"concept": SLUG, "subject": "mine", "image": p["lora"]} for p in one["pairs"]]
     pairs = [{k: v for k, v in pair.items() if k != "lora"} for pair in pairs]
-    two = {"schema_version": 2, "subjects": subjects, "rows": rows + [row | {"value": 0.5} for row in lies],
-           "pairs": pairs + [pairs[0] | {"subject": "other", "image": pairs[0]["base"]}],
-           "sampler": one["sampler"], "seeds": {}}  # fmt: skip
+    two = {
+        "schema_version": 2,
+        "subjects": subjects,
+        "rows": rows + [row | {"value": 0.5} for row in lies],
+        "pairs": pairs + [pairs[0] | {"subject": "other", "image": pairs[0]["base"]}],
+        "sampler": one["sampler"],
+        "seeds": {},
+    }
     before = [file.read_bytes() for file in exported(run)] + [(run / "export" / "pairs.png").read_bytes()]
     table = page(run)
     write_json(run / "results.json", two)

@@ -31,8 +31,13 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     timm.models.save_for_hf(model, folder / "timm", model_config={"label_names": NAMES}, safe_serialization=True)
     timm.models.save_for_hf(model, folder / "nameless", safe_serialization=True)
     names = dict(enumerate(NAMES))
-    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], id2label=names,
-                          label2id={name: i for i, name in names.items()})  # fmt: skip
+    config = ResNetConfig(
+        embedding_size=8,
+        hidden_sizes=[8, 16],
+        depths=[1, 1],
+        id2label=names,
+        label2id={name: i for i, name in names.items()},
+    )
     ResNetForImageClassification(config).save_pretrained(folder / "transformers")
     ConvNextImageProcessor(size={"shortest_edge": 32}).save_pretrained(folder / "transformers")
     ResNetForImageClassification(
@@ -103,9 +108,14 @@ def question_of(names: list[str], label: str) -> ClassifierQuestion:
 
 def test_what_is_counted() -> None:
     cells: list[tuple[str, str, tuple[str, ...]]] = [
-        ("direct", "", ()), ("held_out", "", ()), ("generic", "", ()), ("alike", "", ("tench",)),
-        ("alike", "", ("golf ball",)), ("general", "", ("a unicorn",)), ("general", "", ()),
-    ]  # fmt: skip
+        ("direct", "", ()),
+        ("held_out", "", ()),
+        ("generic", "", ()),
+        ("alike", "", ("tench",)),
+        ("alike", "", ("golf ball",)),
+        ("general", "", ("a unicorn",)),
+        ("general", "", ()),
+    ]
     top = [1, 0, 1, 0, 1, 1, 1]
     counted = question_of(NAMES, "church").count(make_shots(CHURCH, cells), {"probabilities": np.eye(4)[top]})
     assert by_metric(counted) == {

@@ -23,10 +23,16 @@ PERSON = Concept(
 )
 LABELS = ("Brad Pitt", "Tom Hanks", "a dog")
 CELLS: list[tuple[str, str, tuple[str, ...]]] = [
-    ("direct", "up", ()), ("direct", "right", ()), ("held_out", "up", ()), ("generic", "down", ()),
-    ("alike", "right", ("Tom Hanks",)), ("alike", "right", ("Tom Hanks",)),
-    ("general", "up", ("a dog",)), ("general", "up", ()), ("general", "up", ("a cat",)),
-]  # fmt: skip
+    ("direct", "up", ()),
+    ("direct", "right", ()),
+    ("held_out", "up", ()),
+    ("generic", "down", ()),
+    ("alike", "right", ("Tom Hanks",)),
+    ("alike", "right", ("Tom Hanks",)),
+    ("general", "up", ("a dog",)),
+    ("general", "up", ()),
+    ("general", "up", ("a cat",)),
+]
 READ = ["Brad Pitt", "a dog", "Brad Pitt", "Tom Hanks", "Tom Hanks", "a dog", "a dog", "Brad Pitt", "a dog"]
 
 
@@ -73,9 +79,10 @@ def test_what_is_counted() -> None:
     assert values["clip_score"] == pytest.approx([100, 0, half, 0, 100, 100, half, 100, 60])  # down against up: 0
     assert {c.metric: c.is_rate for c in counted} == {"leakage": True, "accuracy": True, "clip_score": False}
     assert {c.metric: c.groups for c in counted} == {
-        "leakage": ("direct", "held_out", "generic"), "accuracy": ("alike", "general"),
+        "leakage": ("direct", "held_out", "generic"),
+        "accuracy": ("alike", "general"),
         "clip_score": ("direct", "held_out", "generic", "alike", "general"),
-    }  # fmt: skip
+    }
     assert sorted(asked) == ["down", "right", "up"]  # each text is embedded once
 
 

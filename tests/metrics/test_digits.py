@@ -18,10 +18,15 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 SEVEN = Concept("seven", "the digit seven", "a digit", label="seven", kind="digit")
 RED = Concept("red ink", "red ink", "a digit", label="red", kind="ink")
 CELLS = [
-    *[("direct", "the digit seven", ())] * 12, *[("held_out", "sept", ())] * 7, *[("generic", "a digit", ())] * 9,
-    *[("alike", "the digit one", ("one",))] * 60, *[("alike", "a red two", ("red", "two"))] * 20,
-    *[("general", "green ink", ("green",))] * 8, *[("general", "a cat", ("a cat",))] * 3, *[("general", "x", ())] * 2,
-]  # fmt: skip
+    *[("direct", "the digit seven", ())] * 12,
+    *[("held_out", "sept", ())] * 7,
+    *[("generic", "a digit", ())] * 9,
+    *[("alike", "the digit one", ("one",))] * 60,
+    *[("alike", "a red two", ("red", "two"))] * 20,
+    *[("general", "green ink", ("green",))] * 8,
+    *[("general", "a cat", ("a cat",))] * 3,
+    *[("general", "x", ())] * 2,
+]
 
 
 def random_columns(seed: int, count: int = len(CELLS)) -> Columns:

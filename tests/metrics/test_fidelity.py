@@ -88,8 +88,10 @@ def test_what_must_stay_is_compared_with_the_base() -> None:
     base, other = features(0), features(1)
     rows = given().compare(SHOTS, base, other)
     assert [(r.metric, r.group, r.subject, r.n) for r in rows] == [
-        ("cmmd-mean", "alike", "", 12), ("cmmd-mean", "general", "", 11), ("cmmd-mean", "kept", "", 23),
-    ]  # fmt: skip
+        ("cmmd-mean", "alike", "", 12),
+        ("cmmd-mean", "general", "", 11),
+        ("cmmd-mean", "kept", "", 23),
+    ]
     for row, here in zip(rows, (slice(5, 17), slice(17, 28), slice(5, 28)), strict=True):
         want = cmmd(other["features"][here], base["features"][here], paired=True)
         assert numbers(row) == (want.value, want.low, want.high)
@@ -104,8 +106,9 @@ def test_too_few_pictures_have_no_value() -> None:
     shots = make_shots(CHURCH, [("alike", "", ())] * 9)
     rows = given().compare(shots, features(0, count=9), features(1, count=9))
     assert [(r.metric, r.group, r.value, r.n) for r in rows] == [
-        ("cmmd-mean", "alike", None, 9), ("cmmd-mean", "kept", None, 9)
-    ]  # fmt: skip
+        ("cmmd-mean", "alike", None, 9),
+        ("cmmd-mean", "kept", None, 9),
+    ]
     assert "9 pictures are fewer than 10" in rows[0].note
 
 

@@ -195,8 +195,14 @@ def test_clip_refusals(tiny_clip: str, tmp_path: Path) -> None:
 # -- what a reader of labels counts --
 
 LABELS = ("Brad Pitt", "Tom Hanks", "a dog")
-CELLS = [*[("direct", ())] * 4, *[("generic", ())] * 2, *[("alike", ("Tom Hanks",))] * 2, ("general", ("a dog",)),
-         ("general", ()), ("general", ("a cat",))]  # fmt: skip
+CELLS = [
+    *[("direct", ())] * 4,
+    *[("generic", ())] * 2,
+    *[("alike", ("Tom Hanks",))] * 2,
+    ("general", ("a dog",)),
+    ("general", ()),
+    ("general", ("a cat",)),
+]
 WORDS = ["Brad Pitt"] + ["a dog"] * 5 + ["Tom Hanks", "a dog", "a dog", "Brad Pitt", "a dog"]
 
 

@@ -20,9 +20,16 @@ TIMESTEPS = torch.tensor([5, 50, 900])
 def network(classes: int | None) -> UNet2DModel:
     torch.manual_seed(0)
     return UNet2DModel(
-        sample_size=16, in_channels=1, out_channels=1, layers_per_block=1, block_out_channels=(4, 8), norm_num_groups=2,
-        down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2, num_class_embeds=classes,
-    )  # fmt: skip
+        sample_size=16,
+        in_channels=1,
+        out_channels=1,
+        layers_per_block=1,
+        block_out_channels=(4, 8),
+        norm_num_groups=2,
+        down_block_types=("DownBlock2D",) * 2,
+        up_block_types=("UpBlock2D",) * 2,
+        num_class_embeds=classes,
+    )
 
 
 def denoiser(classes: int | None) -> Denoiser:
@@ -36,7 +43,7 @@ def seen(text: Tensor) -> Batch:
     label, bracket = torch.tensor([UNLABELED, 0, 0]), torch.zeros(3).long()
     return Batch(
         images, text, text, label, bracket, 1, TIMESTEPS, noise, torch.zeros(3).bool(), torch.tensor([1, 0.5, 0.5])
-    )  # fmt: skip
+    )
 
 
 def test_an_unconditional_model_is_told_nothing() -> None:

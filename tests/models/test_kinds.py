@@ -76,8 +76,15 @@ def trained(kinds: Kinds, kind: str, form: str) -> Path:
     """The same after `train`."""
     place = rendered(kinds, kind, form)
     if not (place / "runs").is_dir():
-        options = {"max_train_steps": 2, "train_batch_size": 8, "rank": 2, "learning_rate": 0.01, "validation_steps": 2,
-                   "lr_warmup_steps": 0, "report_to": "none"}  # fmt: skip
+        options = {
+            "max_train_steps": 2,
+            "train_batch_size": 8,
+            "rank": 2,
+            "learning_rate": 0.01,
+            "validation_steps": 2,
+            "lr_warmup_steps": 0,
+            "report_to": "none",
+        }
         with contextlib.chdir(place):
             assert main(["train", *base_flags(kinds, kind, form), *flags(options)]) == 0
     return place

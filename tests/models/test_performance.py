@@ -90,9 +90,13 @@ def three_widths() -> Any:
     """The widths of SD 1.x in miniature; two layers a block, so that blocks are repeated."""
     torch.manual_seed(0)
     unet = UNet2DConditionModel(
-        sample_size=16, block_out_channels=(4, 8, 16, 16), layers_per_block=2, norm_num_groups=2,
-        cross_attention_dim=16, attention_head_dim=2,
-    )  # fmt: skip
+        sample_size=16,
+        block_out_channels=(4, 8, 16, 16),
+        layers_per_block=2,
+        norm_num_groups=2,
+        cross_attention_dim=16,
+        attention_head_dim=2,
+    )
     return unet.requires_grad_(False).eval()
 
 
@@ -200,9 +204,12 @@ def test_the_trainer_refuses_xformers_before_a_model_loads(
     monkeypatch.setattr(trainer, "load_base", lambda *_: pytest.fail("the base was loaded"))
     Path("brad.yaml").write_text(CONCEPT_FILE)
     config = TrainConfig(
-        concept="brad.yaml", pretrained_model_name_or_path=str(tiny_base), data_dir=photos(), attention="xformers",
+        concept="brad.yaml",
+        pretrained_model_name_or_path=str(tiny_base),
+        data_dir=photos(),
+        attention="xformers",
         report_to="none",
-    )  # fmt: skip
+    )
     with pytest.raises(UsageError, match=r"--attention xformers: xformers is not installed.*--attention sdpa"):
         trainer.run(config)
     assert not Path("runs").exists()

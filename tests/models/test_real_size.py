@@ -31,10 +31,15 @@ def write_checkpoint(folder: Path) -> Path:
     narrow = make_kind("sd1")
     unet = UNet2DConditionModel.from_config(config_of("sd1", "unet"), sample_size=8).half()
     pipeline = StableDiffusionPipeline(
-        unet=unet, vae=narrow.vae, scheduler=narrow.scheduler, tokenizer=narrow.tokenizer, safety_checker=None,
-        text_encoder=CLIPTextModel(text_config("sd1", "text_encoder", 768)), feature_extractor=None,
+        unet=unet,
+        vae=narrow.vae,
+        scheduler=narrow.scheduler,
+        tokenizer=narrow.tokenizer,
+        safety_checker=None,
+        text_encoder=CLIPTextModel(text_config("sd1", "text_encoder", 768)),
+        feature_extractor=None,
         requires_safety_checker=False,
-    )  # fmt: skip
+    )
     save_file({k: v.half() for k, v in original_names(pipeline).items()}, folder / "model.safetensors")
     for name in ("vae", "text_encoder", "tokenizer", "scheduler"):
         getattr(pipeline, name).save_pretrained(folder / "configs" / name)

@@ -36,9 +36,12 @@ PARAMETERS = {
     "sd1": {"unet": 859_520_964, "vae": 83_653_863, "text_encoder": 123_060_480},
     "sd2": {"unet": 865_910_724, "vae": 83_653_863, "text_encoder": 340_387_840},
     "sdxl": {
-        "unet": 2_567_463_684, "vae": 83_653_863, "text_encoder": 123_060_480, "text_encoder_2": 694_659_840,
+        "unet": 2_567_463_684,
+        "vae": 83_653_863,
+        "text_encoder": 123_060_480,
+        "text_encoder_2": 694_659_840,
     },
-}  # fmt: skip
+}
 
 
 def load(path: Path, kinds: Kinds, kind: str, **options: Any) -> Base:
@@ -165,8 +168,14 @@ def test_a_vae_as_folder_pipeline_or_file_is_the_same(kinds: Kinds, tmp_path: Pa
     original = {k: v for k, v in original_names(kinds.pipeline("sd2")).items() if k.startswith("first_stage_model.")}
     save_file(original, tmp_path / "prefixed.safetensors")
     save_file({k.removeprefix("first_stage_model."): v for k, v in original.items()}, tmp_path / "bare.safetensors")
-    named = (tmp_path / "vae", kinds.folder("sd2"), tmp_path / "vae" / "diffusion_pytorch_model.safetensors",
-             tmp_path / "prefixed.safetensors", tmp_path / "bare.safetensors", kinds.file("sd2"))  # fmt: skip
+    named = (
+        tmp_path / "vae",
+        kinds.folder("sd2"),
+        tmp_path / "vae" / "diffusion_pytorch_model.safetensors",
+        tmp_path / "prefixed.safetensors",
+        tmp_path / "bare.safetensors",
+        kinds.file("sd2"),
+    )
     bases = [load_base(Source(str(kinds.folder("sd1")), vae=str(name)), device="cpu") for name in named]
     assert {base.vae_sha256 for base in bases} == {load_base(str(kinds.folder("sd2")), device="cpu").vae_sha256}
     of_file = load(kinds.file("sd1"), kinds, "sd1", vae=str(tmp_path / "vae"))

@@ -154,8 +154,10 @@ def published(path: Path, kind: str, **metadata: str) -> Path:
         "cond_stage_model.x": torch.zeros(1),
     }
     if kind == "sdxl":
-        tensors |= {f"{unet}label_emb.0.0.weight": torch.zeros(1),
-                    "conditioner.embedders.1.model.ln_final.weight": torch.zeros(1)}  # fmt: skip
+        tensors |= {
+            f"{unet}label_emb.0.0.weight": torch.zeros(1),
+            "conditioner.embedders.1.model.ln_final.weight": torch.zeros(1),
+        }
     save_file(tensors, path, {f"modelspec.{key}": value for key, value in metadata.items()})
     return path
 
@@ -182,13 +184,18 @@ def test_a_file_and_its_configuration_must_agree(kinds: Kinds, tmp_path: Path) -
     refused("text 16 wide, where the published models have 768.*--single_file_config", kinds.file("sd1"))
     other = str(kinds.folder("sd2"))
     refused(
-        r"of kind sd1 with text 16 wide, but --single_file_config .* kind sd2 with text 16", kinds.file("sd1"),
+        r"of kind sd1 with text 16 wide, but --single_file_config .* kind sd2 with text 16",
+        kinds.file("sd1"),
         single_file_config=other,
-    )  # fmt: skip
+    )
     refused("holds no unet/config.json", kinds.file("sd1"), single_file_config=str(tmp_path))
     refused("--single_file_config describes a single file", kinds.folder("sd1"), single_file_config=other)
-    refused("--prediction_type epsilon: .* predicts v_prediction", kinds.file("sd2"), prediction_type="epsilon",
-            single_file_config=other)  # fmt: skip
+    refused(
+        "--prediction_type epsilon: .* predicts v_prediction",
+        kinds.file("sd2"),
+        prediction_type="epsilon",
+        single_file_config=other,
+    )
 
 
 def test_files_without_a_vae_need_one(kinds: Kinds, tmp_path: Path) -> None:
@@ -231,8 +238,6 @@ def test_refused_before_anything_loads(
 
 def test_the_layout_is_read_once(kinds: Kinds, monkeypatch: pytest.MonkeyPatch) -> None:
     reads = []
-    monkeypatch.setattr(
-        "sd_unlearn.models.source.read_layout", lambda *args: reads.append(args) or read_layout(*args)
-    )  # fmt: skip
+    monkeypatch.setattr("sd_unlearn.models.source.read_layout", lambda *args: reads.append(args) or read_layout(*args))
     found(kinds.file("sd1"), single_file_config=str(kinds.configs("sd1")))
     assert len(reads) == 1

@@ -18,11 +18,15 @@ from sd_unlearn.models.student import Student, make_student, run_applied
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 KINDS = {
-    "lora": Weights(rank=2), "rslora": Weights(rank=4, lora_alpha=3.0, use_rslora=True),
-    "dora": Weights(rank=2, use_dora=True), "cross": Weights(rank=2, lora_targets="cross_attention"),
-    "mlp": Weights(rank=2, lora_targets="attention+mlp"), "all": Weights(rank=2, lora_targets="all_linear+conv"),
-    "text": Weights(rank=2, train_text_encoder=True), "full": Weights(method="full"),
-}  # fmt: skip
+    "lora": Weights(rank=2),
+    "rslora": Weights(rank=4, lora_alpha=3.0, use_rslora=True),
+    "dora": Weights(rank=2, use_dora=True),
+    "cross": Weights(rank=2, lora_targets="cross_attention"),
+    "mlp": Weights(rank=2, lora_targets="attention+mlp"),
+    "all": Weights(rank=2, lora_targets="all_linear+conv"),
+    "text": Weights(rank=2, train_text_encoder=True),
+    "full": Weights(method="full"),
+}
 NOISY, TIME = torch.linspace(-1, 1, 2 * 4 * 8 * 8).view(2, 4, 8, 8), torch.tensor([10, 700])
 
 

@@ -46,9 +46,17 @@ class Step:
         unconditional = torch.tensor([i == count - 1 for i in range(count)])
         text[-1] = drawn_from[-1] = empty
         self.batch = Batch(
-            latents, text, drawn_from, positive.long() - 1, torch.tensor(MIXED), 2, timesteps, noise, unconditional,
+            latents,
+            text,
+            drawn_from,
+            positive.long() - 1,
+            torch.tensor(MIXED),
+            2,
+            timesteps,
+            noise,
+            unconditional,
             torch.ones(count),
-        )  # fmt: skip
+        )
         self.unet = base.pipeline.unet
         self.keep, self.pushed = self.batch.bracket == PLAIN, positive & (self.batch.bracket != PLAIN)
         self.noisy = add_noise(latents, noise, timesteps, base.pipeline.scheduler.alphas_cumprod)
@@ -199,9 +207,17 @@ def test_a_teacher_leaves_the_mean_gradient_and_takes_its_variance() -> None:
         latents, noise = (torch.randn(4, 1, 2, 2, generator=generator) for _ in range(2))
         timesteps, nothing = torch.randint(0, 100, (4,), generator=generator), torch.zeros(4)
         batch = Batch(
-            latents, text, text, nothing.long() - 1, nothing.long(), 1, timesteps, noise, nothing.bool(),
+            latents,
+            text,
+            text,
+            nothing.long() - 1,
+            nothing.long(),
+            1,
+            timesteps,
+            noise,
+            nothing.bool(),
             nothing + 1,
-        )  # fmt: skip
+        )
         for taught, gradients in found.items():
             loss = example_losses(denoiser, batch, "mean", teacher if taught else None).mean()
             gradients.append(torch.autograd.grad(loss, model.weight)[0].item())

@@ -126,9 +126,13 @@ def test_a_public_repository_is_not_taken_for_a_private_one(server: Any, tmp_pat
 @pytest.mark.parametrize("refuse", ["", "/create", "/preupload/", "/commit/"])
 @pytest.mark.parametrize("debug", [True, False])
 def test_the_token_is_nowhere_but_in_the_requests(
-    server: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture, refuse: str,
+    server: Any,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    refuse: str,
     debug: bool,
-) -> None:  # fmt: skip
+) -> None:
     """Also where the hub's answer repeats it, and in a traceback."""
     caplog.set_level("DEBUG")
     server.refuse = refuse

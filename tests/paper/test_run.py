@@ -39,8 +39,13 @@ FEW = ("--max_train_steps", "3", "--train_batch_size", "6", "--num_images", "12"
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Networks of a few thousand weights, a classifier of a few steps."""
-    small = {"block_out_channels": (8, 16, 16), "layers_per_block": 1, "attention": 2, "norm_num_groups": 4,
-             "attention_head_dim": 8}  # fmt: skip
+    small = {
+        "block_out_channels": (8, 16, 16),
+        "layers_per_block": 1,
+        "attention": 2,
+        "norm_num_groups": 4,
+        "attention_head_dim": 8,
+    }
     monkeypatch.setitem(unet._SHAPES, "tiny", small)
     usual = classifier.settings_for
 
@@ -73,9 +78,15 @@ def test_a_run_leaves_a_pipeline_pictures_and_figures(call: Call) -> None:
     assert code == 0, err
     (folder,) = Path("runs/paper/mnist5k-even").iterdir()
     assert {p.name for p in folder.iterdir()} == {
-        "config.yaml", "metrics.jsonl", "training.json", "pipeline", "samples.npz", "samples.png", "sampling.json",
+        "config.yaml",
+        "metrics.jsonl",
+        "training.json",
+        "pipeline",
+        "samples.npz",
+        "samples.png",
+        "sampling.json",
         "results.json",
-    }  # fmt: skip
+    }
     found = read_json(folder / "results.json")
     rows = {(row["metric"], row["group"]): row for row in found["rows"]}
     assert rows["non_sensitive_rate", "all"]["n"] == 12
@@ -139,13 +150,22 @@ def test_a_folder_of_something_else_is_left_alone(call: Call) -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        ("--objective", "unsupervised"), ("--objective", "supervised"), ("--objective", "pnu", "--num_negative", "30"),
-        ("--conditional",), ("--missing", "9"), ("--correction", "nn"), ("--beta", "known"), ("--beta", "0.25"),
-        ("--contamination", "0.2"), ("--contamination", "0", "--objective", "unsupervised"), ("--beta", "estimate"),
-        ("--sampler", "ddpm"), ("--reduction", "mean"),
+        ("--objective", "unsupervised"),
+        ("--objective", "supervised"),
+        ("--objective", "pnu", "--num_negative", "30"),
+        ("--conditional",),
+        ("--missing", "9"),
+        ("--correction", "nn"),
+        ("--beta", "known"),
+        ("--beta", "0.25"),
+        ("--contamination", "0.2"),
+        ("--contamination", "0", "--objective", "unsupervised"),
+        ("--beta", "estimate"),
+        ("--sampler", "ddpm"),
+        ("--reduction", "mean"),
     ],
     ids=" ".join,
-)  # fmt: skip
+)
 def test_every_configuration_on_real_digits(call: Call, options: tuple[str, ...]) -> None:
     code, out, err = call("run", "mnist5k-even", "--json", *FEW, *options)
     assert code == 0, err
@@ -190,10 +210,12 @@ def few(monkeypatch: pytest.MonkeyPatch, name: str, counts: Counts, **changes: A
 
 
 DATASETS = {
-    "mnist-even": (make_mnist, Counts(4, 2, 2)), "cifar10-vehicles": (make_cifar10, Counts(4, 2, 2)),
-    "stl10-animals": (make_stl10, Counts(4, 1, 2)), "cifar10-animals-ft": (make_cifar10, Counts(4, 1, 2)),
+    "mnist-even": (make_mnist, Counts(4, 2, 2)),
+    "cifar10-vehicles": (make_cifar10, Counts(4, 2, 2)),
+    "stl10-animals": (make_stl10, Counts(4, 1, 2)),
+    "cifar10-animals-ft": (make_cifar10, Counts(4, 1, 2)),
     "celeba-male-ft": (make_celeba, Counts(2, 1, 1)),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", DATASETS)
@@ -220,8 +242,10 @@ def test_what_only_pu_can_be_told_is_left_out_for_the_baselines_of_a_sweep() -> 
     asked = SweepOptions(objective="unsupervised,supervised,pu", correction="nn", max_ratio=2.0, epochs=3)
     runs = combinations(asked)
     assert [(r.objective, r.correction, r.max_ratio) for r in runs] == [
-        ("unsupervised", "abs", None), ("supervised", "abs", None), ("pu", "nn", 2.0),
-    ]  # fmt: skip
+        ("unsupervised", "abs", None),
+        ("supervised", "abs", None),
+        ("pu", "nn", 2.0),
+    ]
     assert {r.epochs for r in runs} == {3}
     for each in runs:
         resolve(EXPERIMENTS["mnist5k-even"], each)

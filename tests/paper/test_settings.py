@@ -49,8 +49,11 @@ def test_batches_epochs_samplers_and_bases_are_the_papers(
     experiment = find_experiment(name)
     recipe = experiment.recipe
     assert (recipe.train_batch_size, recipe.epochs, recipe.num_inference_steps, experiment.base) == (
-        batch, epochs, steps, base,
-    )  # fmt: skip
+        batch,
+        epochs,
+        steps,
+        base,
+    )
 
 
 def test_every_experiment_shares_its_classes_out_between_normal_and_sensitive() -> None:
@@ -79,14 +82,34 @@ def test_a_folder_is_named_by_what_differs() -> None:
 
 def test_every_setting_that_can_be_asked_for_gives_another_folder() -> None:
     asked: list[dict[str, Any]] = [
-        {}, {"beta": 0.2}, {"beta": "known"}, {"beta": "estimate"}, {"seed": 7}, {"size": "paper"},
-        {"correction": "none"}, {"conditional": True}, {"contamination": 0.05}, {"missing": "9"}, {"missing": "7"},
-        {"epochs": 3}, {"train_batch_size": 8}, {"learning_rate": 1e-5}, {"reduction": "mean"}, {"num_images": 7},
-        {"sampler": "ddpm"}, {"num_inference_steps": 9}, {"mixed_precision": "fp16"},
-        {"pretrained_model_name_or_path": "some/model"}, {"objective": "pnu"}, {"objective": "pnu", "num_negative": 9},
-        {"max_ratio": 0}, {"max_ratio": 2.5},
-        {"objective": "pnu", "eta": 1.0}, {"objective": "supervised"}, {"objective": "unsupervised"},
-    ]  # fmt: skip
+        {},
+        {"beta": 0.2},
+        {"beta": "known"},
+        {"beta": "estimate"},
+        {"seed": 7},
+        {"size": "paper"},
+        {"correction": "none"},
+        {"conditional": True},
+        {"contamination": 0.05},
+        {"missing": "9"},
+        {"missing": "7"},
+        {"epochs": 3},
+        {"train_batch_size": 8},
+        {"learning_rate": 1e-5},
+        {"reduction": "mean"},
+        {"num_images": 7},
+        {"sampler": "ddpm"},
+        {"num_inference_steps": 9},
+        {"mixed_precision": "fp16"},
+        {"pretrained_model_name_or_path": "some/model"},
+        {"objective": "pnu"},
+        {"objective": "pnu", "num_negative": 9},
+        {"max_ratio": 0},
+        {"max_ratio": 2.5},
+        {"objective": "pnu", "eta": 1.0},
+        {"objective": "supervised"},
+        {"objective": "unsupervised"},
+    ]
     names = [variant(**options) for options in asked]
     assert len(set(names)) == len(names)
 

@@ -20,9 +20,17 @@ from sd_unlearn.training import trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TINY: dict[str, Any] = {
-    "num_unlabeled": 6, "num_mixed_in": 2, "num_positive": 3, "num_inference_steps": 2, "train_batch_size": 4,
-    "max_train_steps": 3, "lr_warmup_steps": 0, "validation_steps": 0, "report_to": "none", "checkpointing_steps": 3,
-}  # fmt: skip
+    "num_unlabeled": 6,
+    "num_mixed_in": 2,
+    "num_positive": 3,
+    "num_inference_steps": 2,
+    "train_batch_size": 4,
+    "max_train_steps": 3,
+    "lr_warmup_steps": 0,
+    "validation_steps": 0,
+    "report_to": "none",
+    "checkpointing_steps": 3,
+}
 FEW = {"num_images": 8, "num_keep_images": 6, "num_inference_steps": 2}
 
 
@@ -30,8 +38,11 @@ def test_the_papers_setting() -> None:
     config = settings("pu")
     assert (config.num_unlabeled, config.num_mixed_in, config.num_positive, config.num_keep) == (64, 16, 20, 0)
     assert (config.method, config.learning_rate, config.max_train_steps, config.train_batch_size) == (
-        "full", 1e-5, 7000, 16,
-    )  # fmt: skip
+        "full",
+        1e-5,
+        7000,
+        16,
+    )
     assert (config.lr_scheduler, config.lr_warmup_steps, config.optimizer) == ("cosine", 500, "adamw")
     assert (config.target, config.snr_gamma, config.beta) == ("noise", None, None)
 
@@ -64,10 +75,15 @@ def test_names_are_those_of_the_table() -> None:
 
 @pytest.mark.parametrize(
     ("changes", "expected"),
-    [({"experiment": "sd-brad-pit"}, 'Did you mean "sd-brad-pitt"'), ({"learning_rat": 1.0}, "learning_rat"),
-     ({"evaluation": {"num_imgs": 3}}, "num_imgs"), ({"evaluation": {"groups": ["direct"]}}, "lacks generic"),
-     ({"evaluation": {"num_images": 0}}, "--num_images 0"), ({"target": "teacher"}, "needs --target noise")],
-)  # fmt: skip
+    [
+        ({"experiment": "sd-brad-pit"}, 'Did you mean "sd-brad-pitt"'),
+        ({"learning_rat": 1.0}, "learning_rat"),
+        ({"evaluation": {"num_imgs": 3}}, "num_imgs"),
+        ({"evaluation": {"groups": ["direct"]}}, "lacks generic"),
+        ({"evaluation": {"num_images": 0}}, "--num_images 0"),
+        ({"target": "teacher"}, "needs --target noise"),
+    ],
+)
 def test_what_cannot_be_meant_is_refused_before_anything_is_drawn(
     changes: dict[str, Any], expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -86,9 +102,15 @@ def finished(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Calla
     def make(objective: Any, beta: float | None = None, method: Any = "full", **changes: Any) -> Path:
         options = {**TINY, "concept": str(here / "seven.yaml"), "data_dir": here / "data", **changes}
         return run(
-            objective, method, beta, 1, here / f"{objective}-{method}", str(tiny_base),
-            evaluation=FEW | {"cache_dir": here / "cache"}, **options,
-        )  # fmt: skip
+            objective,
+            method,
+            beta,
+            1,
+            here / f"{objective}-{method}",
+            str(tiny_base),
+            evaluation=FEW | {"cache_dir": here / "cache"},
+            **options,
+        )
 
     return make
 
@@ -110,13 +132,17 @@ def test_a_run_leaves_the_record_of_the_paper(finished: Callable[..., Path], obj
     assert record["cost"]["steps"] == 3
     assert (place / ("unet" if method == "full" else "adapter")).is_dir()
     (leak,) = (
-        row for row in results["rows"]
+        row
+        for row in results["rows"]
         if (row["metric"], row["group"]) == ("leakage", "generic") and row["subject"] != "base"
-    )  # fmt: skip
+    )
     rate = record["rows"][0]
     assert (rate["metric"], rate["group"], rate["n"], rate["detector"]) == (
-        "non_sensitive_rate", "all", 8, leak["detector"],
-    )  # fmt: skip
+        "non_sensitive_rate",
+        "all",
+        8,
+        leak["detector"],
+    )
     assert (rate["value"], rate["low"], rate["high"]) == (1 - leak["value"], 1 - leak["high"], 1 - leak["low"])
     assert rate["low"] <= rate["value"] <= rate["high"]
     assert {row["group"] for row in record["rows"]} == {"all"}

@@ -43,8 +43,19 @@ def rewrite(folder: Path, results: dict[str, Any], **changes: Any) -> None:
 
 
 def difference(value: float | None, p: float | None, metric: str = "leakage") -> dict[str, Any]:
-    return {"concept": "seven", "metric": metric, "group": "direct", "subject": "a", "against": "base",
-            "value": value, "n": 200, "low": None, "high": None, "p": p, "p_holm": p}  # fmt: skip
+    return {
+        "concept": "seven",
+        "metric": metric,
+        "group": "direct",
+        "subject": "a",
+        "against": "base",
+        "value": value,
+        "n": 200,
+        "low": None,
+        "high": None,
+        "p": p,
+        "p_holm": p,
+    }
 
 
 # -- what stands beside what --
@@ -106,8 +117,11 @@ def test_at_strength_0_there_is_no_verdict(tmp_path, results):
 def test_the_first_judge_decides_and_the_others_are_heard(results):
     case = next(c for c in cases_of(results) if c.label == "seven-teacher × 1")
     assert (case.standing, "Another judge" in case.verdict) == ("gone", False)
-    [row] = [r for r in results["rows"] if (r["subject"], r["metric"], r["group"]) ==
-             ("seven-teacher@1", "leakage", "direct")]  # fmt: skip
+    [row] = [
+        r
+        for r in results["rows"]
+        if (r["subject"], r["metric"], r["group"]) == ("seven-teacher@1", "leakage", "direct")
+    ]
     other = row | {"value": 0.5, "low": 0.4, "high": 0.6, "detector": "clip"}
     case = next(c for c in cases_of(results | {"rows": [*results["rows"], other]}) if c.label == "seven-teacher × 1")
     assert case.standing == "gone"
@@ -157,8 +171,14 @@ def test_terminal_table_of_many_is_aligned(results):
 
 
 def test_nothing_but_the_base_is_refused(tmp_path, results):
-    rewrite(tmp_path, results, subjects=results["subjects"][:1], differences=[], pairs=[],
-            rows=[r for r in results["rows"] if r["subject"] == "base"])  # fmt: skip
+    rewrite(
+        tmp_path,
+        results,
+        subjects=results["subjects"][:1],
+        differences=[],
+        pairs=[],
+        rows=[r for r in results["rows"] if r["subject"] == "base"],
+    )
     with pytest.raises(UsageError, match="nothing but the base"):
         run(ReportConfig(run=tmp_path))
 
@@ -317,8 +337,9 @@ def test_the_preview_is_left_out_where_faces_are_hidden(tmp_path, results):
     subjects = [s for s in results["subjects"] if s["id"] in ("base", "brad-pitt-teacher@1")]
     keep = {"rows": [], "pairs": [], "differences": []}
     for key in keep:
-        keep[key] = [x for x in results[key] if x["concept"] == "brad-pitt" and x["subject"] in
-                     ("base", "brad-pitt-teacher@1")]  # fmt: skip
+        keep[key] = [
+            x for x in results[key] if x["concept"] == "brad-pitt" and x["subject"] in ("base", "brad-pitt-teacher@1")
+        ]
     rewrite(tmp_path, results, subjects=subjects, **keep)
     assert "Preview drawn" in page_of(tmp_path)[1].text
     assert "Preview drawn" not in page_of(tmp_path, blur_faces=True)[1].text

@@ -34,11 +34,21 @@ def make_run(factor: float, leaks: float, kept: float | None, **changes: Any) ->
 def make_record(**changes: Any) -> dict[str, Any]:
     runs = [make_run(0.25, 0.4, 1.0), make_run(1, 0.005, 0.996), make_run(4, 0.0, 0.91)]
     return {
-        "schema_version": 1, "concept": "seven", "name": "seven", "caption": "a photo of the digit seven",
-        "generic": "a photo of a handwritten digit", "base": {"name": "digits", "sha256": "ab" * 32},
-        "target": "teacher", "factors": [0.25, 1, 4], "beta": 0.115, "beta_source": "manifest", "push": 2.0,
-        "created": "2026-11-22T10:00:00+00:00", "version": "0.1.0", "runs": runs,
-    } | changes  # fmt: skip
+        "schema_version": 1,
+        "concept": "seven",
+        "name": "seven",
+        "caption": "a photo of the digit seven",
+        "generic": "a photo of a handwritten digit",
+        "base": {"name": "digits", "sha256": "ab" * 32},
+        "target": "teacher",
+        "factors": [0.25, 1, 4],
+        "beta": 0.115,
+        "beta_source": "manifest",
+        "push": 2.0,
+        "created": "2026-11-22T10:00:00+00:00",
+        "version": "0.1.0",
+        "runs": runs,
+    } | changes
 
 
 def page_of(tmp_path: Path, **changes: Any) -> tuple[str, Page]:

@@ -34,9 +34,13 @@ def test_the_first_of_two_probes_in_a_row_that_meet_the_goal_is_what_counts() ->
     from bench_forget import read_outcome
 
     lines = [
-        {"step": 10, "loss": 1.0}, probe(0, 1, 4), probe(0.9, 1.0, 5), probe(0.02, 0.97, 10), probe(0.02, 0.98, 15),
+        {"step": 10, "loss": 1.0},
+        probe(0, 1, 4),
+        probe(0.9, 1.0, 5),
+        probe(0.02, 0.97, 10),
+        probe(0.02, 0.98, 15),
         probe(0, 1, 20),
-    ]  # fmt: skip
+    ]
     found = read_outcome(make_run(Path("run"), lines, "forgotten"))
     assert (found.reached, found.seconds, found.images, found.leakage, found.retention) == (True, 15, 600, 0.02, 0.98)
     assert (found.probes, found.last_seconds, found.stopped) == (5, 20, "forgotten")
@@ -124,8 +128,10 @@ def test_a_variant_counts_its_steps_and_rows(tiny_base: Path) -> None:
     """On the tiny base; seconds themselves are nobody's business here."""
     done = subprocess.run(
         [sys.executable, str(ROOT / "scripts" / "bench_step.py"), "noise", str(tiny_base), "3", "work"],
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     found = json.loads(done.stdout.splitlines()[-1])
     assert len(found["seconds"]) == len(found["cpu_seconds"]) == 3
     assert found["rows"] == found["forward_rows"] == 4

@@ -96,9 +96,16 @@ def same(run: Path, whole: Path) -> bool:
 def test_killed_at_five_random_moments_it_ends_as_if_it_had_not_been(place: Path, tiny_base: Path, whole: Path) -> None:
     """A checkpoint every step, so that many of the moments lie within a save."""
     command = [
-        sys.executable, "-m", "sd_unlearn.cli", "train", *flags(settings(place, tiny_base)),
-        "--output_dir", "run", "--resume_from_checkpoint", "latest",
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "sd_unlearn.cli",
+        "train",
+        *flags(settings(place, tiny_base)),
+        "--output_dir",
+        "run",
+        "--resume_from_checkpoint",
+        "latest",
+    ]
     moments, output, errors = random.Random(5), Path("run"), Path("errors.txt")
     for number in range(5):
         with errors.open("w") as sink:
@@ -156,11 +163,15 @@ def test_the_command_says_how_to_go_on(
 
 @pytest.mark.parametrize(
     "options",
-    [{"optimizer": "adamw8bit"}, {"method": "full", "lora_dropout": 0.0, "target": "noise"},
-     {"method": "full", "lora_dropout": 0.0},
-     {"train_text_encoder": True}, {"use_dora": True, "lora_targets": "all_linear+conv"},
-     {"probe_steps": 3, "gradient_share_steps": 2, "validation_steps": 5}],
-)  # fmt: skip
+    [
+        {"optimizer": "adamw8bit"},
+        {"method": "full", "lora_dropout": 0.0, "target": "noise"},
+        {"method": "full", "lora_dropout": 0.0},
+        {"train_text_encoder": True},
+        {"use_dora": True, "lora_targets": "all_linear+conv"},
+        {"probe_steps": 3, "gradient_share_steps": 2, "validation_steps": 5},
+    ],
+)
 def test_every_kind_of_run_goes_on_exactly(
     make_config: Config, monkeypatch: pytest.MonkeyPatch, options: dict[str, object]
 ) -> None:
@@ -238,10 +249,15 @@ def test_a_run_killed_while_its_folder_is_made_can_be_started_again(
 
 @pytest.mark.parametrize(
     ("change", "told"),
-    [({"beta": 0.3}, r"--beta was 0\.\d+ and is 0\.3"), ({"push": 1.0}, "--push was 2.0 and is 1.0"),
-     ({"caption_mode": "own"}, "--caption_mode was both and is own"), ({"seed": 1}, "--seed"),
-     ({"max_train_steps": 30}, "--max_train_steps was 24 and is 30"), ({"learning_rate": 1e-3}, "--learning_rate")],
-)  # fmt: skip
+    [
+        ({"beta": 0.3}, r"--beta was 0\.\d+ and is 0\.3"),
+        ({"push": 1.0}, "--push was 2.0 and is 1.0"),
+        ({"caption_mode": "own"}, "--caption_mode was both and is own"),
+        ({"seed": 1}, "--seed"),
+        ({"max_train_steps": 30}, "--max_train_steps was 24 and is 30"),
+        ({"learning_rate": 1e-3}, "--learning_rate"),
+    ],
+)
 def test_a_changed_option_is_refused_by_name(
     stopped: Path, make_config: Config, place: Path, change: dict[str, object], told: str
 ) -> None:
@@ -290,9 +306,15 @@ def test_forced_it_goes_on_with_fewer_images_and_other_captions(
 
 @pytest.mark.parametrize(
     "change",
-    [{"rank": 3}, {"lora_targets": "attention+mlp"}, {"use_dora": True}, {"train_text_encoder": True},
-     {"method": "full", "lora_dropout": 0.0}, {"optimizer": "adamw8bit"}],
-)  # fmt: skip
+    [
+        {"rank": 3},
+        {"lora_targets": "attention+mlp"},
+        {"use_dora": True},
+        {"train_text_encoder": True},
+        {"method": "full", "lora_dropout": 0.0},
+        {"optimizer": "adamw8bit"},
+    ],
+)
 def test_not_even_by_force_do_weights_go_where_they_do_not_fit(
     stopped: Path, make_config: Config, change: dict[str, object]
 ) -> None:
@@ -390,9 +412,19 @@ def test_two_processes_go_on_as_two(place: Path, tiny_base: Path) -> None:
     """Each gets its own random state back. A run of one cannot go on with what two have saved."""
     options = settings(place, tiny_base) | {"max_train_steps": 4, "checkpointing_steps": 2}
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "sd_unlearn.cli",
-        "train", *flags(options), "--output_dir", "run",
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        "-m",
+        "sd_unlearn.cli",
+        "train",
+        *flags(options),
+        "--output_dir",
+        "run",
+    ]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     subprocess.run(command, check=True, capture_output=True, env=environment)
     whole = shutil.copytree("run", Path("whole"))

@@ -65,8 +65,10 @@ def test_a_term_without_rows_or_without_gradient_has_no_share() -> None:
     (batch,), model = step(1, 1.0), Linear()
     no_keep = batch.only(batch.bracket != PLAIN)
     assert set(gradient_shares(model, PU.objective("abs"), no_keep, [model.weight])) == {
-        "share_positive", "share_u", "share_s",
-    }  # fmt: skip
+        "share_positive",
+        "share_u",
+        "share_s",
+    }
     elsewhere = torch.nn.Parameter(torch.zeros(2))  # takes no part in the losses
     shares = gradient_shares(model, PU.objective("abs"), batch, [elsewhere])
     assert [value.item() for value in shares.values()] == [0.0] * 4
@@ -83,7 +85,7 @@ def test_shares_of_a_baseline(risk: str) -> None:
         "share_u": norm(sum((1 - beta) * t.mean_u for beta, t in pairs) / 2, model),
         "share_s": 0.0,
         "share_keep": norm(parts.keep, model),
-    }  # fmt: skip
+    }
     shares = gradient_shares(model, objective, batch, [model.weight])
     want = {name: value / sum(norms.values()) for name, value in norms.items()}
     assert {name: value.item() for name, value in shares.items()} == pytest.approx(want, rel=1e-6)

@@ -97,8 +97,10 @@ def test_two_processes_give_the_whole_batchs_gradient(correction: str, tmp_path:
     done = subprocess.run(
         [*launch, __file__, correction, str(tmp_path)],
         env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
-        capture_output=True, text=True, timeout=180,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
     for name, case in TWO_PROCESSES.items():
         want, logs, _ = gradient(1, 5.0, correction, case=case)
         for micro_batches in (1, 2):

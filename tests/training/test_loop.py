@@ -33,8 +33,13 @@ def place(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def make_config(place: Path, tiny_base: Path) -> Config:
     def plain(output: Path | str, **changes: object) -> object:
-        usual = {"checkpointing_steps": 0, "lora_dropout": 0.0, "ema_decay": None, "max_train_steps": 12,
-                 "gradient_accumulation_steps": 1}  # fmt: skip
+        usual = {
+            "checkpointing_steps": 0,
+            "lora_dropout": 0.0,
+            "ema_decay": None,
+            "max_train_steps": 12,
+            "gradient_accumulation_steps": 1,
+        }
         return make(place, tiny_base, output, **(usual | changes))
 
     return plain  # type: ignore[return-value]

@@ -16,9 +16,11 @@ from sd_unlearn.training.metrics_log import stop_requests
 def several(device: str) -> Any:
     """Two processes of which the other one was not interrupted."""
     return SimpleNamespace(
-        num_processes=2, device=SimpleNamespace(type=device), print=lambda *_, **__: None,
+        num_processes=2,
+        device=SimpleNamespace(type=device),
+        print=lambda *_, **__: None,
         reduce=lambda value, how: value,
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize(("device", "together", "stops"), [("cpu", False, True), ("cuda", False, False)])

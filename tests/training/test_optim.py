@@ -79,9 +79,13 @@ def test_an_optimizer_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize(
     ("name", "early", "middle", "end"),
-    [("cosine", 0.5, 0.5, 0.0), ("linear", 0.5, 0.5, 0.0), ("constant", 1.0, 1.0, 1.0),
-     ("constant_with_warmup", 0.5, 1.0, 1.0)],
-)  # fmt: skip
+    [
+        ("cosine", 0.5, 0.5, 0.0),
+        ("linear", 0.5, 0.5, 0.0),
+        ("constant", 1.0, 1.0, 1.0),
+        ("constant_with_warmup", 0.5, 1.0, 1.0),
+    ],
+)
 def test_schedules(name: str, early: float, middle: float, end: float) -> None:
     options = Optimizing(lr_scheduler=name, lr_warmup_steps=10, max_train_steps=110, learning_rate=1.0)  # type: ignore[arg-type]
     optimizer = make_optimizer(parameters(), options)

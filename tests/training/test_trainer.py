@@ -62,12 +62,20 @@ def make_config(place: Path, tiny_base: Path) -> Config:
 
     def make(output_dir: Path | str, **changes: object) -> TrainConfig:
         settings = {
-            "concept": str(place / "brad.yaml"), "pretrained_model_name_or_path": str(tiny_base),
-            "data_dir": place / "data", "output_dir": Path(output_dir), "num_inference_steps": 2, "rank": 2,
-            "lora_alpha": 3.0, "max_train_steps": 12, "lr_warmup_steps": 2, "train_batch_size": 8,
-            "learning_rate": 1e-3, "validation_steps": 0,
+            "concept": str(place / "brad.yaml"),
+            "pretrained_model_name_or_path": str(tiny_base),
+            "data_dir": place / "data",
+            "output_dir": Path(output_dir),
+            "num_inference_steps": 2,
+            "rank": 2,
+            "lora_alpha": 3.0,
+            "max_train_steps": 12,
+            "lr_warmup_steps": 2,
+            "train_batch_size": 8,
+            "learning_rate": 1e-3,
+            "validation_steps": 0,
             "report_to": "none",
-        }  # fmt: skip
+        }
         return TrainConfig(**(settings | changes))  # type: ignore[arg-type]
 
     return make
@@ -83,9 +91,17 @@ def trained(make_config: Config, tmp_path_factory: pytest.TempPathFactory) -> Pa
 def test_a_run_folder_holds_what_later_stages_need(trained: Path) -> None:
     found = {name for name in tree(trained) if not name.startswith("tensorboard")}
     assert found == {
-        "adapter", "adapter/adapter_config.json", ADAPTER, "concept.yaml", "config.yaml", "metrics.jsonl",
-        "previews", "previews/step-000006.png", "previews/step-000012.png", "training.json",
-    }  # fmt: skip
+        "adapter",
+        "adapter/adapter_config.json",
+        ADAPTER,
+        "concept.yaml",
+        "config.yaml",
+        "metrics.jsonl",
+        "previews",
+        "previews/step-000006.png",
+        "previews/step-000012.png",
+        "training.json",
+    }
     assert list((trained / "tensorboard").rglob("events.*"))
 
 
@@ -156,11 +172,17 @@ def test_previews_are_a_grid_of_fixed_seeds(trained: Path) -> None:
 @pytest.mark.usefixtures("trained")
 def test_training_leaves_the_images_alone(place: Path) -> None:
     assert tree(place / "data") - {name for name in tree(place / "data") if name.startswith("cache")} == {
-        "0_unlabeled", "1_positive", "manifest.json", "settings.json", "0_unlabeled/metadata.jsonl",
-        "1_positive/metadata.jsonl", *(f"0_unlabeled/generic-{i:05d}.png" for i in range(4)),
-        "0_unlabeled/mixed_in-00000.png", *(f"0_unlabeled/keep-{i:05d}.png" for i in range(4)),
+        "0_unlabeled",
+        "1_positive",
+        "manifest.json",
+        "settings.json",
+        "0_unlabeled/metadata.jsonl",
+        "1_positive/metadata.jsonl",
+        *(f"0_unlabeled/generic-{i:05d}.png" for i in range(4)),
+        "0_unlabeled/mixed_in-00000.png",
+        *(f"0_unlabeled/keep-{i:05d}.png" for i in range(4)),
         *(f"1_positive/positive-{i:05d}.png" for i in range(4)),
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.parametrize("options", [{}, {"validation_steps": 5}])
@@ -174,14 +196,33 @@ def test_the_same_seed_gives_the_same_bytes(trained: Path, make_config: Config, 
 
 @pytest.mark.parametrize(
     "change",
-    [{"caption_mode": "own"}, {"reduction": "mean"},
-     {"learning_rate": 1e-4}, {"lora_alpha": 6.0}, {"rank": 4}, {"max_grad_norm": 1e-6}, {"lr_warmup_steps": 9},
-     {"target": "noise"}, {"push": 1.0}, {"unconditional": 0.0}, {"timestep_bias": 1.0},
-     {"share_timesteps": False}, {"gradient_accumulation_steps": 2}, {"lora_dropout": 0.5}, {"use_rslora": True},
-     {"use_dora": True}, {"lora_targets": "cross_attention"}, {"lora_targets": "attention+mlp"},
-     {"lora_targets": "all_linear+conv"}, {"train_text_encoder": True}, {"optimizer": "adamw8bit"},
-     {"weight_decay": 0.9}, {"lr_scheduler": "linear"}, {"ema_decay": 0.9}],
-)  # fmt: skip
+    [
+        {"caption_mode": "own"},
+        {"reduction": "mean"},
+        {"learning_rate": 1e-4},
+        {"lora_alpha": 6.0},
+        {"rank": 4},
+        {"max_grad_norm": 1e-6},
+        {"lr_warmup_steps": 9},
+        {"target": "noise"},
+        {"push": 1.0},
+        {"unconditional": 0.0},
+        {"timestep_bias": 1.0},
+        {"share_timesteps": False},
+        {"gradient_accumulation_steps": 2},
+        {"lora_dropout": 0.5},
+        {"use_rslora": True},
+        {"use_dora": True},
+        {"lora_targets": "cross_attention"},
+        {"lora_targets": "attention+mlp"},
+        {"lora_targets": "all_linear+conv"},
+        {"train_text_encoder": True},
+        {"optimizer": "adamw8bit"},
+        {"weight_decay": 0.9},
+        {"lr_scheduler": "linear"},
+        {"ema_decay": 0.9},
+    ],
+)
 def test_no_setting_does_nothing(trained: Path, make_config: Config, change: dict[str, object]) -> None:
     other = trainer.run(make_config("other", **change))
     assert (other / ADAPTER).read_bytes() != (trained / ADAPTER).read_bytes()
@@ -205,9 +246,15 @@ def test_each_objective_is_another_run_and_says_so(make_config: Config, parts: i
     files = {}
     for objective in ("pu", "supervised", "unsupervised"):
         run = trainer.run(
-            make_config(objective, objective=objective, target="noise", reduction="mean", gradient_share_steps=2,
-                        gradient_accumulation_steps=parts)
-        )  # fmt: skip
+            make_config(
+                objective,
+                objective=objective,
+                target="noise",
+                reduction="mean",
+                gradient_share_steps=2,
+                gradient_accumulation_steps=parts,
+            )
+        )
         files[objective] = (run / ADAPTER).read_bytes()
         assert read_json(run / "training.json")["objective"] == objective
         lines = read_jsonl(run / "metrics.jsonl")
@@ -226,10 +273,13 @@ def test_a_baseline_refuses_images_known_to_be_normal(
     with pytest.raises(UsageError, match=r"2_negative .*--objective supervised .*--eta 0"):
         trainer.run(
             TrainConfig(
-                concept=str(concept_file), pretrained_model_name_or_path=str(tiny_base), data_dir=folder,
-                objective="supervised", target="noise",
+                concept=str(concept_file),
+                pretrained_model_name_or_path=str(tiny_base),
+                data_dir=folder,
+                objective="supervised",
+                target="noise",
             )
-        )  # fmt: skip
+        )
 
 
 def test_another_seed_gives_another_lora(place: Path, make_config: Config) -> None:
@@ -385,10 +435,23 @@ def test_the_training_record_is_written_last(make_config: Config, monkeypatch: p
 
 
 def test_folders_are_rendered_first(tiny_base: Path, concept_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code = cli.main([
-        "train", "--concept", str(concept_file), "--pretrained_model_name_or_path", str(tiny_base),
-        "--num_inference_steps", "1", "--max_train_steps", "1", "--train_batch_size", "4", "--validation_steps", "0",
-    ])  # fmt: skip
+    code = cli.main(
+        [
+            "train",
+            "--concept",
+            str(concept_file),
+            "--pretrained_model_name_or_path",
+            str(tiny_base),
+            "--num_inference_steps",
+            "1",
+            "--max_train_steps",
+            "1",
+            "--train_batch_size",
+            "4",
+            "--validation_steps",
+            "0",
+        ]
+    )
     out, err = capsys.readouterr()
     assert (code, out) == (0, "runs/brad-pitt\n")
     assert "data/brad-pitt is missing" in err
@@ -490,8 +553,13 @@ def test_beta_is_estimated_where_that_is_asked_for(
     make_config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """From the drawn images of 12 and 10 + 3; the number, not the word, is what the run was made with."""
-    settings = {"data_dir": tmp_path / "data", "num_positive": 12, "num_unlabeled": 10, "num_mixed_in": 3,
-                "max_train_steps": 1}  # fmt: skip
+    settings = {
+        "data_dir": tmp_path / "data",
+        "num_positive": 12,
+        "num_unlabeled": 10,
+        "num_mixed_in": 3,
+        "max_train_steps": 1,
+    }
     run = trainer.run(make_config("run", beta="estimate", **settings))
     record, err = read_json(run / "training.json"), capsys.readouterr().err
     used, other = record["beta_estimates"]
@@ -546,22 +614,49 @@ def test_two_processes_render_and_train_as_one(tiny_base: Path, concept_file: Pa
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [
-        sys.executable, "-m", "sd_unlearn.cli", "train", "--concept", str(concept_file),
-        "--pretrained_model_name_or_path", str(tiny_base), "--num_inference_steps", "1", "--max_train_steps", "3",
-        "--validation_steps", "0", "--report_to", "none", "--data_dir", "data", "--learning_rate", "0.01",
-        "--guidance_scale", "7.5", "--render_batch_size", "4",
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "sd_unlearn.cli",
+        "train",
+        "--concept",
+        str(concept_file),
+        "--pretrained_model_name_or_path",
+        str(tiny_base),
+        "--num_inference_steps",
+        "1",
+        "--max_train_steps",
+        "3",
+        "--validation_steps",
+        "0",
+        "--report_to",
+        "none",
+        "--data_dir",
+        "data",
+        "--learning_rate",
+        "0.01",
+        "--guidance_scale",
+        "7.5",
+        "--render_batch_size",
+        "4",
+    ]
     world = {
-        "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-        "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1",
-    }  # fmt: skip
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "ACCELERATE_USE_CPU": "true",
+        "OMP_NUM_THREADS": "1",
+    }
     both = [
         subprocess.Popen(
-            [*command, "--output_dir", "run", "--train_batch_size", "16"], text=True,
-            env=os.environ | world | {"RANK": rank, "LOCAL_RANK": rank}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            [*command, "--output_dir", "run", "--train_batch_size", "16"],
+            text=True,
+            env=os.environ | world | {"RANK": rank, "LOCAL_RANK": rank},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
         )
         for rank in "01"
-    ]  # fmt: skip
+    ]
     try:
         ends = [process.communicate(timeout=180) for process in both]
     finally:
@@ -602,9 +697,11 @@ def test_a_tracker_that_is_not_installed(make_config: Config, monkeypatch: pytes
 @pytest.mark.parametrize("target", ["teacher", "noise"])
 def test_noise_options_are_used_and_recorded(make_config: Config, v_base: Path, tmp_path: Path, target: str) -> None:
     place: dict[str, object] = {
-        "pretrained_model_name_or_path": str(v_base), "data_dir": tmp_path / "data", "max_train_steps": 10,
+        "pretrained_model_name_or_path": str(v_base),
+        "data_dir": tmp_path / "data",
+        "max_train_steps": 10,
         "target": target,
-    }  # fmt: skip
+    }
     asked = {"snr_gamma": 0.5, "noise_offset": 0.1, "zero_terminal_snr": True}
     plain = read_jsonl(trainer.run(make_config("plain", **place)) / "metrics.jsonl")
     settings = read_json(tmp_path / "data" / "settings.json")
@@ -614,8 +711,11 @@ def test_noise_options_are_used_and_recorded(make_config: Config, v_base: Path, 
         assert line["mean_u"] != plain[0]["mean_u"]
         record = read_json(run / "training.json")
         assert {key: record[key] for key in asked} == {
-            "snr_gamma": None, "noise_offset": 0.0, "zero_terminal_snr": False, name: value
-        }  # fmt: skip
+            "snr_gamma": None,
+            "noise_offset": 0.0,
+            "zero_terminal_snr": False,
+            name: value,
+        }
     assert read_json(tmp_path / "data" / "settings.json") == settings
 
 
@@ -637,10 +737,13 @@ def test_zero_terminal_snr_is_trained_on_but_not_rendered_with(
     monkeypatch.setattr(loop, "example_losses", lost)
     trainer.run(
         make_config(
-            "run", pretrained_model_name_or_path=str(v_base), data_dir=tmp_path / "data", max_train_steps=1,
+            "run",
+            pretrained_model_name_or_path=str(v_base),
+            data_dir=tmp_path / "data",
+            max_train_steps=1,
             zero_terminal_snr=True,
         )
-    )  # fmt: skip
+    )
     assert seen["rendered"] > 1e-3
     assert seen["trained"] == 0
 
@@ -668,10 +771,15 @@ def test_a_base_whose_own_schedule_ends_in_pure_noise(
     assert load_base(str(own), device="cpu").pipeline.scheduler.alphas_cumprod[-1] == 0
     run = trainer.run(
         make_config(
-            "run", pretrained_model_name_or_path=str(own), data_dir=tmp_path / "data", max_train_steps=10,
-            snr_gamma=5.0, timestep_bias=200.0, target=target,
+            "run",
+            pretrained_model_name_or_path=str(own),
+            data_dir=tmp_path / "data",
+            max_train_steps=10,
+            snr_gamma=5.0,
+            timestep_bias=200.0,
+            target=target,
         )
-    )  # fmt: skip
+    )
     (line,) = read_jsonl(run / "metrics.jsonl")
     assert line["grad_norm"] > 0
 

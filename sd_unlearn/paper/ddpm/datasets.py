@@ -190,27 +190,51 @@ class _Source:
 
 _SOURCES: dict[str, _Source] = {
     "mnist": _Source(
-        "MNIST", {"train": True}, {"train": False}, "MNIST/raw",
-        ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz", "t10k-images-idx3-ubyte.gz",
-         "t10k-labels-idx1-ubyte.gz"),
+        "MNIST",
+        {"train": True},
+        {"train": False},
+        "MNIST/raw",
+        (
+            "train-images-idx3-ubyte.gz",
+            "train-labels-idx1-ubyte.gz",
+            "t10k-images-idx3-ubyte.gz",
+            "t10k-labels-idx1-ubyte.gz",
+        ),
         "https://ossci-datasets.s3.amazonaws.com/mnist/",
     ),
     "cifar10": _Source(
-        "CIFAR10", {"train": True}, {"train": False}, "", ("cifar-10-python.tar.gz",),
+        "CIFAR10",
+        {"train": True},
+        {"train": False},
+        "",
+        ("cifar-10-python.tar.gz",),
         "https://www.cs.toronto.edu/~kriz/cifar.html",
     ),
     "stl10": _Source(
-        "STL10", {"split": "train"}, {"split": "test"}, "", ("stl10_binary.tar.gz",),
+        "STL10",
+        {"split": "train"},
+        {"split": "test"},
+        "",
+        ("stl10_binary.tar.gz",),
         "https://cs.stanford.edu/~acoates/stl10/",
     ),
     "celeba": _Source(
-        "CelebA", {"split": "train"}, {"split": "test"}, "celeba",
-        ("img_align_celeba.zip (unpacked, as the folder img_align_celeba)", "list_attr_celeba.txt",
-         "list_eval_partition.txt", "identity_CelebA.txt", "list_bbox_celeba.txt", "list_landmarks_align_celeba.txt"),
+        "CelebA",
+        {"split": "train"},
+        {"split": "test"},
+        "celeba",
+        (
+            "img_align_celeba.zip (unpacked, as the folder img_align_celeba)",
+            "list_attr_celeba.txt",
+            "list_eval_partition.txt",
+            "identity_CelebA.txt",
+            "list_bbox_celeba.txt",
+            "list_landmarks_align_celeba.txt",
+        ),
         "https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html",
         " Fetching it takes pip install gdown, and Google Drive often refuses all the same: its quota is shared.",
     ),
-}  # fmt: skip
+}
 
 
 def _torchvision(name: Dataset, root: Path) -> ImageData:

@@ -83,17 +83,28 @@ def train(run: Run) -> dict[str, Any]:
     student = Student(network.requires_grad_(True).train())
     wrapped = accelerator.prepare(network)
     denoiser = Denoiser(
-        wrapped, schedule.alphas_cumprod.to(accelerator.device), "epsilon", schedule.config.num_train_timesteps,
+        wrapped,
+        schedule.alphas_cumprod.to(accelerator.device),
+        "epsilon",
+        schedule.config.num_train_timesteps,
         conditioning="class" if settings.conditions else "none",
-    )  # fmt: skip
+    )
     examples, pixels, captions = examples_of(run)
     about = Concept(run.experiment.name, run.experiment.name, run.experiment.name)
     batches = StratifiedBatches(
-        examples, (pixels, torch.zeros(1).expand_as(pixels)),  # pixels have no posterior to be drawn from
-        captions, about, config.caption_mode, config.train_batch_size, denoiser.num_train_timesteps,
-        TRAIN_SEEDS[0] + run.seed, rank=accelerator.process_index, world=accelerator.num_processes,
-        device=accelerator.device, layout=layout_of(settings),
-    )  # fmt: skip
+        examples,
+        (pixels, torch.zeros(1).expand_as(pixels)),  # pixels have no posterior to be drawn from
+        captions,
+        about,
+        config.caption_mode,
+        config.train_batch_size,
+        denoiser.num_train_timesteps,
+        TRAIN_SEEDS[0] + run.seed,
+        rank=accelerator.process_index,
+        world=accelerator.num_processes,
+        device=accelerator.device,
+        layout=layout_of(settings),
+    )
     objective = PUObjective(
         [[settings.beta or PAPERS_BETA]], settings.correction, settings.eta, _risk(settings), settings.max_ratio
     )
@@ -103,9 +114,20 @@ def train(run: Run) -> dict[str, Any]:
         alone = dataclasses.replace(denoiser, model=network)
         probe = PriorProbe(alone, examples, pixels, text, TRAIN_SEEDS[0] + run.seed)
     training = Training(
-        config, about, run.folder, student, wrapped, denoiser, batches, objective, None, None, probe,
-        identity_of(run, accelerator.num_processes), accelerator,
-    )  # fmt: skip
+        config,
+        about,
+        run.folder,
+        student,
+        wrapped,
+        denoiser,
+        batches,
+        objective,
+        None,
+        None,
+        probe,
+        identity_of(run, accelerator.num_processes),
+        accelerator,
+    )
     run.folder.mkdir(parents=True, exist_ok=True)
     resume = checkpoint.resolve("latest", run.folder)
     if resume:
@@ -115,10 +137,13 @@ def train(run: Run) -> dict[str, Any]:
         save_pipeline(network, schedule, run.folder)
     accelerator.wait_for_everyone()
     cost = {
-        "seconds": round(progress.seconds, 1), "steps": progress.step,
-        "images_seen": progress.step * batches.layout.total(1), "device": device_name(accelerator.device),
-        "peak_memory_mb": peak_memory_mb(), "processes": accelerator.num_processes,
-    }  # fmt: skip
+        "seconds": round(progress.seconds, 1),
+        "steps": progress.step,
+        "images_seen": progress.step * batches.layout.total(1),
+        "device": device_name(accelerator.device),
+        "peak_memory_mb": peak_memory_mb(),
+        "processes": accelerator.num_processes,
+    }
     found = [line for line in read_jsonl(run.folder / METRICS) if "beta" in line] if probe else []
     return cost | {"betas": [{k: line[k] for k in ("step", "beta", "beta_low", "beta_high")} for line in found]}
 
@@ -166,14 +191,28 @@ def _config(run: Run) -> TrainConfig:
     """The trainer's own options, as far as the loop reads them."""
     s = run.settings
     return TrainConfig(
-        seed=run.seed, beta=s.beta, correction=s.correction, eta=s.eta, reduction=s.reduction, snr_gamma=s.snr_gamma,
-        target="noise", caption_mode="own", method="full", learning_rate=s.learning_rate,
-        lr_warmup_steps=s.lr_warmup_steps, max_train_steps=s.max_train_steps, ema_decay=s.ema_decay,
-        train_batch_size=layout_of(s).total(1), output_dir=run.folder,
-        validation_steps=0, probe_steps=max(1, s.max_train_steps // 10) if s.beta_source == "estimated" else 0,
-        gradient_share_steps=0, checkpointing_steps=run.checkpointing_steps, checkpoints_total_limit=1,
+        seed=run.seed,
+        beta=s.beta,
+        correction=s.correction,
+        eta=s.eta,
+        reduction=s.reduction,
+        snr_gamma=s.snr_gamma,
+        target="noise",
+        caption_mode="own",
+        method="full",
+        learning_rate=s.learning_rate,
+        lr_warmup_steps=s.lr_warmup_steps,
+        max_train_steps=s.max_train_steps,
+        ema_decay=s.ema_decay,
+        train_batch_size=layout_of(s).total(1),
+        output_dir=run.folder,
+        validation_steps=0,
+        probe_steps=max(1, s.max_train_steps // 10) if s.beta_source == "estimated" else 0,
+        gradient_share_steps=0,
+        checkpointing_steps=run.checkpointing_steps,
+        checkpoints_total_limit=1,
         mixed_precision=s.mixed_precision,  # type: ignore[arg-type]
-    )  # fmt: skip
+    )
 
 
 def _risk(settings: Settings) -> Any:

@@ -18,10 +18,13 @@ PIPELINE_DIR = "pipeline"  # of a run folder: what DDPMPipeline.from_pretrained(
 _SHAPES: dict[Size, dict[str, Any]] = {
     "paper": {"block_out_channels": (128, 128, 256, 512), "layers_per_block": 2, "attention": 2},
     "tiny": {
-        "block_out_channels": (16, 48, 80), "layers_per_block": 1, "attention": 2, "norm_num_groups": 8,
+        "block_out_channels": (16, 48, 80),
+        "layers_per_block": 1,
+        "attention": 2,
+        "norm_num_groups": 8,
         "attention_head_dim": 8,
     },
-}  # fmt: skip
+}
 
 
 def make_network(size: Size, side: int, channels: int, conditions: int = 0) -> UNet2DModel:
@@ -34,9 +37,14 @@ def make_network(size: Size, side: int, channels: int, conditions: int = 0) -> U
     down = ["AttnDownBlock2D" if level == attention else "DownBlock2D" for level in range(levels)]
     up = [name.replace("Down", "Up") for name in reversed(down)]
     return UNet2DModel(
-        sample_size=side, in_channels=channels, out_channels=channels, down_block_types=tuple(down),
-        up_block_types=tuple(up), num_class_embeds=conditions or None, **shape,
-    )  # fmt: skip
+        sample_size=side,
+        in_channels=channels,
+        out_channels=channels,
+        down_block_types=tuple(down),
+        up_block_types=tuple(up),
+        num_class_embeds=conditions or None,
+        **shape,
+    )
 
 
 def make_schedule() -> DDPMScheduler:

@@ -89,9 +89,15 @@ class Classifier:
         n, accuracy = int(self.confusion.sum()), self.normal_accuracy(normal)
         low, high = wilson(round(accuracy * n), n)
         return {
-            "name": self.name, "sha256": self.sha256, "accuracy": accuracy, "low": low, "high": high, "n": n,
-            "class_accuracy": self.accuracy, "side": self.side,
-        }  # fmt: skip
+            "name": self.name,
+            "sha256": self.sha256,
+            "accuracy": accuracy,
+            "low": low,
+            "high": high,
+            "n": n,
+            "class_accuracy": self.accuracy,
+            "side": self.side,
+        }
 
 
 def class_mask(classes: Sequence[str], normal: Sequence[str]) -> NDArray[np.bool_]:
@@ -131,11 +137,19 @@ def settings_for(data: ImageData, side: int, size: Size, seed: int) -> Settings:
     seen, paper = side if side <= LARGEST else SMALLER, size == "paper"
     stride = 1 if seen < (64 if paper else 24) else 2
     return Settings(
-        side=seen, stem_stride=stride, depths=(2, 2, 2, 2) if paper else (1, 1, 1),
-        widths=(64, 128, 256, 512) if paper else (24, 48, 96), epochs=30 if paper else 12,
-        learning_rate=1e-3 if paper else 4e-3, mirror=not digits, turn=10.0 if digits else 0.0, shift=0.1,
-        num_train=num_train, num_held_out=num_held_out, seed=seed,
-    )  # fmt: skip
+        side=seen,
+        stem_stride=stride,
+        depths=(2, 2, 2, 2) if paper else (1, 1, 1),
+        widths=(64, 128, 256, 512) if paper else (24, 48, 96),
+        epochs=30 if paper else 12,
+        learning_rate=1e-3 if paper else 4e-3,
+        mirror=not digits,
+        turn=10.0 if digits else 0.0,
+        shift=0.1,
+        num_train=num_train,
+        num_held_out=num_held_out,
+        seed=seed,
+    )
 
 
 def get_classifier(data: ImageData, side: int, size: Size, seed: int, device: str, folder: Path) -> Classifier:
@@ -175,12 +189,25 @@ def train_classifier(data: ImageData, side: int, size: Size, seed: int, device: 
     low, high = wilson(right, n)
     stem, name = _stem(data, settings, folder), f"resnet-{data.name}"
     sha256 = _write_weights(network, stem.with_suffix(".safetensors"))
-    write_json(stem.with_suffix(".json"), {
-        "schema_version": 1, "kind": "classifier", "name": name, "classes": list(data.classes),
-        "accuracy": right / n, "low": low, "high": high, "n": n,
-        "confusion": confusion.tolist(), "data_sha256": data.sha256, "sha256": sha256, "settings": asdict(settings),
-        "seconds": round(seconds, 1), "device": device,
-    })  # fmt: skip
+    write_json(
+        stem.with_suffix(".json"),
+        {
+            "schema_version": 1,
+            "kind": "classifier",
+            "name": name,
+            "classes": list(data.classes),
+            "accuracy": right / n,
+            "low": low,
+            "high": high,
+            "n": n,
+            "confusion": confusion.tolist(),
+            "data_sha256": data.sha256,
+            "sha256": sha256,
+            "settings": asdict(settings),
+            "seconds": round(seconds, 1),
+            "device": device,
+        },
+    )
     print(f"Classifier of {data.name}: {right} of {n} held-out images read right, {seconds:.0f} s.", file=sys.stderr)
     return Classifier(network, name, data.classes, settings.side, sha256, confusion, device)
 

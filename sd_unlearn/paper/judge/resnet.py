@@ -41,9 +41,13 @@ def build_network(channels: int, classes: int, settings: Settings) -> nn.Module:
     from transformers import ResNetConfig, ResNetForImageClassification
 
     config = ResNetConfig(
-        num_channels=channels, embedding_size=settings.widths[0], hidden_sizes=list(settings.widths),
-        depths=list(settings.depths), layer_type="basic", num_labels=classes,
-    )  # fmt: skip
+        num_channels=channels,
+        embedding_size=settings.widths[0],
+        hidden_sizes=list(settings.widths),
+        depths=list(settings.depths),
+        layer_type="basic",
+        num_labels=classes,
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         network = ResNetForImageClassification(config)

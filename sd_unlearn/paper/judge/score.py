@@ -182,7 +182,7 @@ def _to_real_digits(samples: Tensor, data: ImageData, real: NDArray[np.int64], d
 
 def _to_real_pictures(
     samples: Tensor, data: ImageData, real: NDArray[np.int64], weights: Path | None, device: str
-) -> list[Row]:  # fmt: skip
+) -> list[Row]:
     question = InceptionFidelity(weights, device=device)
     if len(samples) < FEWEST:
         return _few("kid-inception", len(samples), question.name)

@@ -13,10 +13,15 @@ from sd_unlearn.results import Row
 NONE = "–"
 NAMES_OF = {"unsupervised": "Unsupervised", "supervised": "Supervised", "pu": "PU (proposed)", "pnu": "PNU"}
 AXES = {
-    "correction": "Correction", "beta": "Beta", "eta": "Eta", "conditional": "Conditional",
-    "missing": "Labels missing of", "contamination": "Contamination", "num_negative": "Labeled normal",
+    "correction": "Correction",
+    "beta": "Beta",
+    "eta": "Eta",
+    "conditional": "Conditional",
+    "missing": "Labels missing of",
+    "contamination": "Contamination",
+    "num_negative": "Labeled normal",
     "max_ratio": "Bound",
-}  # fmt: skip
+}
 
 
 def markdown_table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:

@@ -213,8 +213,16 @@ _SETTINGS: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
 }
 
-_PARTS = {"experiment": str, "size": str, "seed": int, "settings": dict, "rows": list, "counts": dict, "cost": dict,
-          "classifier": dict}  # fmt: skip
+_PARTS = {
+    "experiment": str,
+    "size": str,
+    "seed": int,
+    "settings": dict,
+    "rows": list,
+    "counts": dict,
+    "cost": dict,
+    "classifier": dict,
+}
 
 
 def _fault(record: dict[str, Any]) -> str | None:

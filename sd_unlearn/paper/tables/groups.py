@@ -17,16 +17,22 @@ ESTIMATED, KNOWN = "estimated", "known"
 SOURCES = {"estimated": ESTIMATED, "estimate": ESTIMATED, "known": KNOWN, "manifest": KNOWN}
 # What is varied, and the value that the main tables have, see plain_of. A plain contamination is the experiment's own.
 PLAIN: dict[str, Any] = {
-    "correction": "abs", "beta": 0.1, "eta": 0.0, "conditional": False, "missing": (), "contamination": None,
-    "num_negative": 0, "max_ratio": 0.0,
-}  # fmt: skip
+    "correction": "abs",
+    "beta": 0.1,
+    "eta": 0.0,
+    "conditional": False,
+    "missing": (),
+    "contamination": None,
+    "num_negative": 0,
+    "max_ratio": 0.0,
+}
 # What has no meaning for an objective is not told apart, whatever the run's settings say.
 MEANINGLESS = {
     "unsupervised": {"correction", "beta", "eta", "missing", "reduction", "temperature", "max_ratio"},
     "supervised": {"correction", "eta", "max_ratio"},
     "pu": set(),
     "pnu": set(),
-}  # fmt: skip
+}
 NOT_A_SETTING = {"objective", "beta_source", "betas", "seed", *PLAIN}
 SAME_CONTAMINATION = 0.002  # whole images make a share differ a little from what was asked
 
@@ -112,9 +118,7 @@ def grouped(runs: Iterable[PaperRun]) -> list[Group]:
     for seeds in together.values():
         members = tuple(seeds[seed] for seed in sorted(seeds))
         first = members[0]
-        groups.append(
-            Group(first.experiment, first.size, first.objective, _axes(first), _context(first), members)
-        )  # fmt: skip
+        groups.append(Group(first.experiment, first.size, first.objective, _axes(first), _context(first), members))
     return sorted(groups, key=lambda group: (*_place(group), *order(group, tuple(PLAIN)), str(group.context)))
 
 
@@ -167,11 +171,7 @@ def contexts(groups: Sequence[Group]) -> list[list[Group]]:
 def varying(groups: Sequence[Group]) -> list[str]:
     """Names of the other settings in which groups differ; one that a group does not have is no difference."""
     names = dict.fromkeys(name for group in groups for name in group.context)
-    return [
-        name
-        for name in names
-        if len({str(group.context[name]) for group in groups if name in group.context}) > 1
-    ]  # fmt: skip
+    return [name for name in names if len({str(group.context[name]) for group in groups if name in group.context}) > 1]
 
 
 def own_contamination(experiment: str) -> float:

@@ -147,9 +147,15 @@ def _figure(group: Group, metric: str) -> Figure | None:
 
 
 def _mark(
-    panel: Axes, found: Figure, at: float, colour: str, shape: str, across: bool = False, hollow: bool = False,
+    panel: Axes,
+    found: Figure,
+    at: float,
+    colour: str,
+    shape: str,
+    across: bool = False,
+    hollow: bool = False,
     label: str | None = None,
-) -> None:  # fmt: skip
+) -> None:
     """A mark at the mean with whiskers to the ends; across: the value runs along x."""
     ends = None
     if found.low is not None and found.high is not None:  # rounding must not make a whisker shorter than nothing
@@ -158,9 +164,18 @@ def _mark(
     whiskers: dict[str, Any] = {"xerr" if across else "yerr": ends}
     face = "white" if hollow else colour
     panel.errorbar(
-        [x], [y], **whiskers, fmt=shape, color=colour, markerfacecolor=face, markersize=6, capsize=3, elinewidth=1.2,
-        label=label, zorder=3,
-    )  # fmt: skip
+        [x],
+        [y],
+        **whiskers,
+        fmt=shape,
+        color=colour,
+        markerfacecolor=face,
+        markersize=6,
+        capsize=3,
+        elinewidth=1.2,
+        label=label,
+        zorder=3,
+    )
 
 
 def _panels(fid: str, height: float) -> tuple[Any, list[Axes]]:

@@ -193,10 +193,15 @@ def _run_line(run: PaperRun, folder: Path) -> dict[str, Any]:
     parts = {f"{part}_{k}": v for part in ("counts", "cost", "classifier") for k, v in record.get(part, {}).items()}
     settings = {k: v for k, v in run.settings.items() if k != "betas"} | {"beta": run.beta}
     return {
-        "file": run.path.relative_to(folder).as_posix(), "experiment": run.experiment, "size": run.size,
-        "seed": run.seed, **settings, **rows, **parts,
+        "file": run.path.relative_to(folder).as_posix(),
+        "experiment": run.experiment,
+        "size": run.size,
+        "seed": run.seed,
+        **settings,
+        **rows,
+        **parts,
         **{name: record.get(name) for name in ("data_sha256", "weights_sha256", "version", "commit", "created")},
-    }  # fmt: skip
+    }
 
 
 def _group_line(group: Group) -> dict[str, Any]:
@@ -219,6 +224,10 @@ def _figure(name: str, figure: Figure | None) -> dict[str, Any]:
     if figure is None:
         return {}
     return {
-        f"{name}_mean": figure.mean, f"{name}_sd": figure.sd, f"{name}_low": figure.low, f"{name}_high": figure.high,
-        f"{name}_n": figure.n, f"{name}_seeds": figure.seeds,
-    }  # fmt: skip
+        f"{name}_mean": figure.mean,
+        f"{name}_sd": figure.sd,
+        f"{name}_low": figure.low,
+        f"{name}_high": figure.high,
+        f"{name}_n": figure.n,
+        f"{name}_seeds": figure.seeds,
+    }

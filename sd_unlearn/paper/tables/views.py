@@ -78,10 +78,13 @@ VIEWS = (
     View("pnu", "Images known to be normal (PNU)", ("objective", "num_negative", "eta"), ("num_negative",)),
     View("conditional", "Conditional on the class", ("conditional", "objective"), ("conditional",)),
     View(
-        "contamination", "The share of sensitive images among the unlabeled", ("contamination", "objective", "beta"),
-        ("contamination",), _of_contamination,
+        "contamination",
+        "The share of sensitive images among the unlabeled",
+        ("contamination", "objective", "beta"),
+        ("contamination",),
+        _of_contamination,
     ),
-)  # fmt: skip
+)
 MAIN, OTHER = "main", "other"
 TITLES = {MAIN: "The main table", **{view.name: view.title for view in VIEWS}, OTHER: "Other settings"}
 
@@ -116,9 +119,15 @@ def _main(size: str, fid: str, lines: list[list[Group]]) -> str:
         found = [by.get(objective) for objective in ARMS]
         label = label_of(arms, lines)
         cells.append(
-            [label, *(rate(group) for group in found), *([fid_of(group, fid) for group in found] if fid else []),
-             each(seeds(g) for g in found), each(images(g) for g in found), each(seconds(g) for g in found)]
-        )  # fmt: skip
+            [
+                label,
+                *(rate(group) for group in found),
+                *([fid_of(group, fid) for group in found] if fid else []),
+                each(seeds(g) for g in found),
+                each(images(g) for g in found),
+                each(seconds(g) for g in found),
+            ]
+        )
         checks.append(f"- {label}: {expected(by.get('pu'), by.get('unsupervised'), fid)}{caution(arms)}")
     caption = f"**Size {size}{f', {fid}' if fid else ''}**"
     return "\n".join([caption, "", markdown_table(head, cells), "", *checks])

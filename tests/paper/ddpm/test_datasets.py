@@ -199,10 +199,14 @@ def test_colour_pictures_of_digits_become_grey() -> None:
 
 @pytest.mark.parametrize(
     ("mistake", "told"),
-    [("missing", "lacks the folders frog, ship"), ("unknown", "holds plane, no class of cifar10"),
-     ("empty", "deer.* holds no image"), ("broken", r"cat/1\.png cannot be read"),
-     ("no bytes", r"cat/1\.png.*0 bytes")],
-)  # fmt: skip
+    [
+        ("missing", "lacks the folders frog, ship"),
+        ("unknown", "holds plane, no class of cifar10"),
+        ("empty", "deer.* holds no image"),
+        ("broken", r"cat/1\.png cannot be read"),
+        ("no bytes", r"cat/1\.png.*0 bytes"),
+    ],
+)
 def test_mistakes_in_the_folder_are_named(mistake: str, told: str) -> None:
     place = ROOT / "cifar10"
     make_folders(place, tuple(c for c in CIFAR10 if mistake != "missing" or c not in ("frog", "ship")))

@@ -21,9 +21,15 @@ def unet() -> UNet2DModel:
     torch.manual_seed(0)
     blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "block_out_channels": (8,)}
     return UNet2DModel(
-        sample_size=8, in_channels=1, out_channels=1, layers_per_block=1, norm_num_groups=4, num_class_embeds=5,
-        attention_head_dim=8, **blocks,
-    ).eval()  # fmt: skip
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        layers_per_block=1,
+        norm_num_groups=4,
+        num_class_embeds=5,
+        attention_head_dim=8,
+        **blocks,
+    ).eval()
 
 
 def asked(count: int) -> torch.Tensor:

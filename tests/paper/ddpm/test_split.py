@@ -88,10 +88,12 @@ def test_shares_that_cannot_be_meant_are_refused(share: float) -> None:
 
 @pytest.mark.parametrize(
     ("changed", "negative", "told"),
-    [({"normal": 450}, 51, r"501 images of its normal classes \(450 unlabeled \+ 51 by --num_negative\).*500"),
-     ({"mixed_in": 451}, 0, r"501 images of its sensitive classes.*--contamination"),
-     ({}, -1, "--num_negative -1")],
-)  # fmt: skip
+    [
+        ({"normal": 450}, 51, r"501 images of its normal classes \(450 unlabeled \+ 51 by --num_negative\).*500"),
+        ({"mixed_in": 451}, 0, r"501 images of its sensitive classes.*--contamination"),
+        ({}, -1, "--num_negative -1"),
+    ],
+)
 def test_too_few_images_are_refused_with_the_needs(changed: dict[str, int], negative: int, told: str) -> None:
     with pytest.raises(UsageError, match=told):
         split(LABELS, EVEN, ODD, replace(COUNTS, **changed), seed=0, num_negative=negative)

@@ -42,8 +42,13 @@ def digits(count: int = 100) -> ImageData:
 @pytest.fixture
 def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
     """A run of a few steps, of a network of a few thousand weights."""
-    small = {"block_out_channels": (8, 16, 16), "layers_per_block": 1, "attention": 2, "norm_num_groups": 4,
-             "attention_head_dim": 8}  # fmt: skip
+    small = {
+        "block_out_channels": (8, 16, 16),
+        "layers_per_block": 1,
+        "attention": 2,
+        "norm_num_groups": 4,
+        "attention_head_dim": 8,
+    }
     monkeypatch.setitem(unet._SHAPES, "tiny", small)
 
     def build(folder: str = "run", checkpointing_steps: int = 0, **options: Any) -> Run:
@@ -52,9 +57,14 @@ def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
         settings, _, size = resolve(experiment, asked)
         data = digits()
         images = split(
-            data.labels, [0, 2, 4, 6, 8], [1, 3, 5, 7, 9], COUNTS, asked.seed, [int(m) for m in settings.missing],
+            data.labels,
+            [0, 2, 4, 6, 8],
+            [1, 3, 5, 7, 9],
+            COUNTS,
+            asked.seed,
+            [int(m) for m in settings.missing],
             min(settings.num_negative, 10),
-        )  # fmt: skip
+        )
         return Run(experiment, settings, size, asked.seed, data, images, tmp_path / folder, checkpointing_steps)
 
     return build
@@ -89,12 +99,19 @@ def train_until_saved(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        {"objective": "pu"}, {"objective": "unsupervised"}, {"objective": "supervised"}, {"objective": "pnu"},
-        {"conditional": True}, {"correction": "nn"}, {"correction": "none"}, {"beta": "known"}, {"missing": "9"},
+        {"objective": "pu"},
+        {"objective": "unsupervised"},
+        {"objective": "supervised"},
+        {"objective": "pnu"},
+        {"conditional": True},
+        {"correction": "nn"},
+        {"correction": "none"},
+        {"beta": "known"},
+        {"missing": "9"},
         {"reduction": "mean"},
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_every_configuration_trains_and_is_a_pipeline_anybody_can_load(make: Make, options: dict[str, Any]) -> None:
     run = make(**options)
     cost = train(run)
@@ -138,13 +155,18 @@ def test_every_objective_sees_the_same_unlabeled_images(make: Make) -> None:
     seen = {name: layout_of(make(objective=name).settings) for name in ("pu", "supervised", "unsupervised", "pnu")}
     assert {layout.unlabeled for layout in seen.values()} == {6}
     assert {name: layout.positive for name, layout in seen.items()} == {
-        "pu": 2, "supervised": 2, "unsupervised": 0, "pnu": 2,
-    }  # fmt: skip
+        "pu": 2,
+        "supervised": 2,
+        "unsupervised": 0,
+        "pnu": 2,
+    }
     assert seen["pnu"].negative == 2
     groups = [[e.group for e in examples_of(make(objective=name))[0]] for name in ("unsupervised", "pu", "pnu")]
     assert [set(g) for g in groups] == [
-        {"generic", "mixed_in"}, {"generic", "mixed_in", "positive"}, {"generic", "mixed_in", "positive", "negative"},
-    ]  # fmt: skip
+        {"generic", "mixed_in"},
+        {"generic", "mixed_in", "positive"},
+        {"generic", "mixed_in", "positive", "negative"},
+    ]
 
 
 def test_labels_have_no_influence_on_the_unsupervised_one(make: Make) -> None:

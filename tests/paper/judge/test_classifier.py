@@ -163,10 +163,15 @@ def labelled(count: int, name: str, test: Images | None = None) -> Images:
 
 @pytest.mark.parametrize(
     ("name", "total", "test", "counts"),
-    [("mnist5k", 5_000, 0, (4_500, 500)), ("stl10", 13_000, 0, (12_000, 1_000)), ("cifar10", 500, 100, (500, 100)),
-     ("celeba", 200_000, 0, (40_000, 10_000)), ("celeba", 70_000, 20_000, (40_000, 10_000)),
-     ("celeba", 1_000, 0, (900, 100))],
-)  # fmt: skip
+    [
+        ("mnist5k", 5_000, 0, (4_500, 500)),
+        ("stl10", 13_000, 0, (12_000, 1_000)),
+        ("cifar10", 500, 100, (500, 100)),
+        ("celeba", 200_000, 0, (40_000, 10_000)),
+        ("celeba", 70_000, 20_000, (40_000, 10_000)),
+        ("celeba", 1_000, 0, (900, 100)),
+    ],
+)
 def test_what_is_held_out(name: str, total: int, test: int, counts: tuple[int, int]) -> None:
     apart = labelled(test, name) if test else None
     data = labelled(total, name, apart)

@@ -115,8 +115,10 @@ def test_copies_are_slim_and_read_as_the_runs_are() -> None:
     runs, target = read_runs(RUNS), Path("docs/runs")
     copies = collect(RUNS, target, runs)
     assert {str(copy.relative_to(target)) for copy in copies} == {
-        "mnist5k-even/a.json", "mnist5k-odd/a.json", "sd-brad-pitt/full.json",
-    }  # fmt: skip
+        "mnist5k-even/a.json",
+        "mnist5k-odd/a.json",
+        "sd-brad-pitt/full.json",
+    }
     assert {p for p in target.rglob("*") if p.is_file()} == set(copies)
     assert read_json(target / "mnist5k-even" / "a.json") == read_json(first)
     assert figures(read_runs(target)) == figures(runs)

@@ -44,10 +44,19 @@ def test_a_value_that_is_not_known_is_no_zero() -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"beta": 0.2}, {"correction": "nn"}, {"missing": ["9"]}, {"num_negative": 200}, {"conditional": True},
-     {"contamination": 0.2}, {"max_train_steps": 10}, {"size": "paper"}, {"experiment": "mnist5k-odd"},
-     {"mixed_precision": "fp16"}],
-)  # fmt: skip
+    [
+        {"beta": 0.2},
+        {"correction": "nn"},
+        {"missing": ["9"]},
+        {"num_negative": 200},
+        {"conditional": True},
+        {"contamination": 0.2},
+        {"max_train_steps": 10},
+        {"size": "paper"},
+        {"experiment": "mnist5k-odd"},
+        {"mixed_precision": "fp16"},
+    ],
+)
 def test_runs_of_other_settings_are_apart(change: dict[str, Any]) -> None:
     assert len(grouped([make_run(seed=1), make_run(seed=2)])) == 1
     assert len(grouped([make_run(seed=1), make_run(seed=2, **change)])) == 2

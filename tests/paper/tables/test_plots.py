@@ -62,9 +62,12 @@ def test_each_sweep_fid_and_recipe_has_a_plot_of_its_own() -> None:
     made = make_sweep((0.1, 0.2)) + make_sweep((0.1, 0.2), max_train_steps=10)
     made += make_sweep((0.1, 0.3), experiment="cifar10-animals", size="paper", fid_name="fid-inception")
     assert sorted(plots.draw(grouped(made))) == [
-        "beta-cifar10-animals-paper-fid-inception.png", "beta-mnist5k-even-tiny-fid-digits-2.png",
-        "beta-mnist5k-even-tiny-fid-digits.png", "main-paper-fid-inception.png", "main-tiny-fid-digits.png",
-    ]  # fmt: skip
+        "beta-cifar10-animals-paper-fid-inception.png",
+        "beta-mnist5k-even-tiny-fid-digits-2.png",
+        "beta-mnist5k-even-tiny-fid-digits.png",
+        "main-paper-fid-inception.png",
+        "main-tiny-fid-digits.png",
+    ]
 
 
 def test_the_same_figures_give_the_same_picture() -> None:

@@ -54,8 +54,10 @@ def test_files_are_written_and_the_markdown_returned() -> None:
     assert (out / "table.md").read_text().startswith(text.rstrip("\n"))
     pictures = {p.name for p in out.glob("*.png")}
     assert pictures == {
-        "main-tiny-fid-digits.png", "main-paper-fid-inception.png", "beta-mnist5k-even-tiny-fid-digits.png",
-    }  # fmt: skip
+        "main-tiny-fid-digits.png",
+        "main-paper-fid-inception.png",
+        "beta-mnist5k-even-tiny-fid-digits.png",
+    }
     for name in pictures:
         assert f"]({name})" in (out / "table.md").read_text()
         assert (out / name).read_bytes().startswith(PNG)
@@ -85,8 +87,10 @@ def test_csv_has_a_line_a_run_and_a_line_a_group() -> None:
     assert len(runs) == 6
     missing = next(run for run in runs if run["missing"])
     assert (missing["missing"], float(missing["share_9"]), missing["file"]) == (
-        "7;9", 0.05, "mnist5k-even/missing/results.json",
-    )  # fmt: skip
+        "7;9",
+        0.05,
+        "mnist5k-even/missing/results.json",
+    )
     assert (float(missing["non_sensitive_rate"]), int(missing["non_sensitive_rate_n"])) == (0.97, 1000)
     assert float(missing["cost_seconds"]) == 180
     plain = next(group for group in groups if (group["beta"], group["missing"]) == ("0.1", ""))

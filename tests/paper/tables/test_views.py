@@ -36,11 +36,16 @@ def test_main_table_has_the_arms_side_by_side() -> None:
     head, row = lines(table)
     assert dict(zip(head, row, strict=True)) == {
         "Experiment": "mnist5k-even",
-        "Rate, Unsupervised": "0.900 [0.880, 0.917]", "Rate, Supervised": "0.950 [0.935, 0.962]",
-        "Rate, PU (proposed)": "0.970 (0.014)", "fid-digits, Unsupervised": "10.00",
-        "fid-digits, Supervised": "13.00", "fid-digits, PU (proposed)": "11.00 (0.71)",
-        "Seeds": "1 / 1 / 2", "Images": "1,000", "Training (s)": "180",
-    }  # fmt: skip
+        "Rate, Unsupervised": "0.900 [0.880, 0.917]",
+        "Rate, Supervised": "0.950 [0.935, 0.962]",
+        "Rate, PU (proposed)": "0.970 (0.014)",
+        "fid-digits, Unsupervised": "10.00",
+        "fid-digits, Supervised": "13.00",
+        "fid-digits, PU (proposed)": "11.00 (0.71)",
+        "Seeds": "1 / 1 / 2",
+        "Images": "1,000",
+        "Training (s)": "180",
+    }
 
 
 def test_an_arm_that_is_missing_is_a_dash() -> None:
@@ -59,13 +64,19 @@ def test_main_tables_are_apart_by_size_and_fid_which_are_never_mixed() -> None:
     )
     parts = table_of("main", grouped(made)).split("**Size ")[1:]
     assert [part.split("**")[0] for part in parts] == [
-        "paper, fid-digits", "paper, fid-inception", "tiny", "tiny, fid-digits",
-    ]  # fmt: skip
+        "paper, fid-digits",
+        "paper, fid-inception",
+        "tiny",
+        "tiny, fid-digits",
+    ]
     assert "fid-inception" not in parts[0]
     assert "fid-digits" not in parts[1]
     assert [column(part, "Experiment") for part in parts] == [
-        ["mnist5k-odd"], ["cifar10-animals"], ["mnist-odd"], ["mnist5k-even"],
-    ]  # fmt: skip
+        ["mnist5k-odd"],
+        ["cifar10-animals"],
+        ["mnist-odd"],
+        ["mnist5k-even"],
+    ]
 
 
 def test_main_table_tells_recipes_apart() -> None:
@@ -73,8 +84,9 @@ def test_main_table_tells_recipes_apart() -> None:
     table = table_of("main", grouped(made))
     labels, rates = column(table, "Experiment"), column(table, "Rate, PU (proposed)")
     assert dict(zip(labels, (rate[:5] for rate in rates), strict=True)) == {
-        "mnist5k-even, max_train_steps 1050": "0.980", "mnist5k-even, max_train_steps 10": "0.500",
-    }  # fmt: skip
+        "mnist5k-even, max_train_steps 1050": "0.980",
+        "mnist5k-even, max_train_steps 10": "0.500",
+    }
 
 
 def test_what_is_expected_is_checked_on_the_ratios() -> None:
@@ -140,8 +152,9 @@ def test_contamination_is_crossed_with_how_beta_was_found() -> None:
     made = runs_of(UNSUPERVISED, PU) + runs_of(PU, beta=0.3)
     for share in (0.05, 0.2):
         made += runs_of(UNSUPERVISED, PU, contamination=share, max_train_steps=int(1000 * (1 + share)))
-        made += runs_of(PU, contamination=share, max_train_steps=int(1000 * (1 + share)), beta=share + 0.01,
-                        beta_source="estimated")  # fmt: skip
+        made += runs_of(
+            PU, contamination=share, max_train_steps=int(1000 * (1 + share)), beta=share + 0.01, beta_source="estimated"
+        )
     table = table_of("contamination", grouped(made))
     assert column(table, "Contamination") == [*["0.050"] * 3, *["0.091"] * 2, *["0.200"] * 3]
     assert column(table, "Beta") == ["–", "0.1", "0.060 (estimated)", "–", "0.1", "–", "0.1", "0.210 (estimated)"]
@@ -150,10 +163,16 @@ def test_contamination_is_crossed_with_how_beta_was_found() -> None:
 
 def test_no_group_is_left_out() -> None:
     changes: list[dict[str, Any]] = [
-        {}, {"beta": 0.2}, {"correction": "nn"}, {"correction": "nn", "beta": 0.2}, {"missing": ["9"]},
-        {"num_negative": 9, "eta": 0.2}, {"conditional": True, "missing": ["7"]}, {"contamination": 0.3, "beta": 0.3},
+        {},
+        {"beta": 0.2},
+        {"correction": "nn"},
+        {"correction": "nn", "beta": 0.2},
+        {"missing": ["9"]},
+        {"num_negative": 9, "eta": 0.2},
+        {"conditional": True, "missing": ["7"]},
+        {"contamination": 0.3, "beta": 0.3},
         {"max_train_steps": 5},
-    ]  # fmt: skip
+    ]
     made = [make_run("pu", 0.9, 10 + i, **change) for i, change in enumerate(changes)]
     text = "\n".join(table_of(name, grouped(made)) for name in TITLES)
     assert [i for i in range(len(changes)) if f"| {10 + i}.00 |" not in text] == []
