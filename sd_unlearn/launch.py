@@ -123,6 +123,16 @@ def torch_launcher(processes: int) -> list[str]:
     return ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), *program, *sys.argv[1:]]
 
 
+def process_rank() -> int:
+    """Number of this process among those of an `accelerate launch`, from 0."""
+    return int(os.environ.get("RANK", 0))
+
+
+def process_count() -> int:
+    """How many processes an `accelerate launch` started; 1 without one."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 

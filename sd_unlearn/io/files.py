@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
 import re
+import shutil
 import unicodedata
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from sd_unlearn.errors import UnlearnError, UsageError, suggest
+from sd_unlearn.errors import UnlearnError, UsageError, reason, suggest
 
 
 def slugify(name: str) -> str:
@@ -31,20 +34,59 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write through a temporary name, so a reader never sees half a file.
+    """Write a file whole or not at all.
 
     Raises:
         UnlearnError: when the place cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with atomic_path(path) as temporary:
+            temporary.write_bytes(data)
+    except OSError as error:
+        raise UnlearnError(f"Cannot write {path}: {reason(error)}. Choose another folder.") from error
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Lend a temporary name beside `path` for a file or a folder, and give it the final name when the block ends.
+
+    A reader never sees half of it: the content reaches the disk (fsync) before the name does. A file or folder that was
+    there before is replaced; when the block raises, it stays and the temporary one is removed.
+
+    Raises:
+        OSError: the place cannot be written.
+    """
+    temporary, former = (path.with_name(f".{path.name}.{os.getpid()}.{end}") for end in ("tmp", "old"))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(data)
+        yield temporary
+        for file in sorted(temporary.rglob("*")) if temporary.is_dir() else [temporary]:
+            if file.is_file():
+                _sync(file)
+        if path.is_dir():  # a folder cannot be renamed onto another one
+            path.replace(former)
         temporary.replace(path)
-    except OSError as error:
-        if temporary.parent.is_dir():
-            temporary.unlink(missing_ok=True)
-        raise UnlearnError(f"Cannot write {path}: {error.strerror}. Choose another folder.") from error
+        _sync(path.parent)
+    finally:
+        for left in (temporary, former):
+            shutil.rmtree(left) if left.is_dir() else _unlink(left)
+
+
+def _sync(path: Path) -> None:
+    """fsync a file or folder; a file system that cannot sync folders is not an error."""
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    except OSError:
+        if not path.is_dir():
+            raise
+    finally:
+        os.close(opened)
+
+
+def _unlink(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        path.unlink(missing_ok=True)
 
 
 def check_writable(folder: Path, option: str) -> None:

@@ -1,0 +1,66 @@
+"""The one place where an image file is opened."""
+
+from __future__ import annotations
+
+import warnings
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from sd_unlearn.errors import UsageError, reason
+
+# Only these are ever decoded: others start programs (EPS) or are rarely tested. By Pillow's names, whatever the suffix.
+FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "GIF", "TIFF", "BMP")
+UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError, Image.DecompressionBombWarning)
+
+
+class UnreadableImage(UsageError):
+    """An image file that cannot be decoded; `why` is the reason without the file's name."""
+
+    def __init__(self, path: Path, why: str) -> None:
+        super().__init__(f"{path} cannot be read as an image: {why}. Replace or delete it.")
+        self.why = why
+
+
+def open_image(path: Path) -> Image.Image:
+    """Decode an image file (of an animation, the first frame) into 8-bit RGB, turned upright by its EXIF orientation.
+
+    16-bit greyscale is scaled to 8 bits (Pillow's own conversion clips it to white); transparency is laid over white.
+
+    Raises:
+        UnreadableImage: the file is missing, empty, damaged, too large or of a format that is not in `FORMATS`.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path, formats=_readable()) as image:
+                return to_rgb(ImageOps.exif_transpose(image))
+    except FileNotFoundError:
+        raise UnreadableImage(path, "it does not exist") from None
+    except UnidentifiedImageError:
+        empty = path.is_file() and path.stat().st_size == 0
+        why = "it is empty (0 bytes)" if empty else f"it is not one of {', '.join(FORMATS)}"
+        raise UnreadableImage(path, why) from None
+    except UNREADABLE as error:
+        raise UnreadableImage(path, reason(error)) from None
+
+
+@cache
+def _readable() -> list[str]:
+    """FORMATS without those that this build of Pillow lacks."""
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """8-bit RGB of an image in any mode: 16-bit greyscale scaled, transparency laid over white."""
+    if image.mode.startswith("I"):
+        values = np.asarray(image, dtype=np.float64)
+        scaled = np.clip(np.rint(values / 257), 0, 255).astype(np.uint8)
+        return Image.fromarray(scaled, "L").convert("RGB")
+    if image.has_transparency_data:
+        layer = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
+    return image.convert("RGB")
