@@ -1,4 +1,4 @@
-"""What the tests share: a Stable Diffusion of a few thousand random weights, a concept for it, a working folder."""
+"""Fixtures for all tests: a Stable Diffusion of a few thousand random weights, a concept for it, a working folder."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ import os
 import shutil
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported: no test may wait for a network
+# Read when torch is imported, also by the programs that tests start: the models are so small that threads only wait for
+# each other. pytest-xdist uses the other cores.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
