@@ -7,7 +7,7 @@ version 1, which held one LoRA, is read as the same thing.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -268,6 +268,13 @@ class Row:
     note: str = ""
     concept: str = ""
     seeds: tuple[float, ...] | None = None  # the value for each of several seeds
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], **changes: Any) -> Row:
+        """A row from an entry of results.json, with `changes` in place of its values; unknown keys are ignored."""
+        names = {field.name for field in dataclasses.fields(cls)}
+        known = {key: tuple(value) if isinstance(value, list) else value for key, value in data.items() if key in names}
+        return cls(**{**known, **changes})
 
 
 @dataclasses.dataclass(frozen=True)

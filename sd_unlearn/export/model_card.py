@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 import string
 from pathlib import Path
@@ -95,8 +94,7 @@ def front_matter(run: Run, licence: str | None) -> str:
 
 def table(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
     """Figures as lines of the card: those with the LoRA, each with that of the base beside it, in their own units."""
-    fields = {field.name for field in dataclasses.fields(Row)}
-    found = [Row(**{key: value for key, value in row.items() if key in fields}) for row in _complete(rows)]
+    found = [Row.from_dict(row) for row in _complete(rows)]
     before = {(row.metric, row.group, row.detector): row for row in found if row.subject == "base"}
     return [
         {

@@ -358,10 +358,9 @@ def _rows(found: list[dict[str, Any]]) -> list[Row]:
     Raises:
         UsageError: no detector counted leakage.
     """
-    fields = {field.name for field in dataclasses.fields(Row)} - {"group", "subject"}
 
     def made(row: dict[str, Any], **changes: Any) -> Row:
-        return Row(**({k: v for k, v in row.items() if k in fields} | {"group": "all", "subject": ""} | changes))
+        return Row.from_dict(row, **({"group": "all", "subject": ""} | changes))
 
     ours = [row for row in found if row["subject"] == "lora"]
     leaks = [row for row in ours if (row["metric"], row["group"]) == ("leakage", "generic")]

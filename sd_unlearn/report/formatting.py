@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -95,10 +94,9 @@ class Line(NamedTuple):
 
 def lines(results: dict[str, Any]) -> list[Line]:
     """The rows of both subjects brought together, known metrics and groups first; none is dropped."""
-    fields = {f.name for f in dataclasses.fields(Row)}
     found: dict[tuple[str, str, str, int], dict[str, Row]] = {}
     for raw in results["rows"]:
-        row = Row(**{k: v for k, v in raw.items() if k in fields})
+        row = Row.from_dict(raw)
         repeat = 0  # a second figure of the same name and judge gets a line of its own
         while row.subject in found.setdefault((row.metric, row.group, row.detector, repeat), {}):
             repeat += 1

@@ -7,7 +7,6 @@ models have their record in paper.json, beside the results.json of `evaluate`.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import re
 import sys
@@ -168,10 +167,9 @@ def _read_run(file: Path) -> PaperRun | None:
 
 def _rows(raw: Iterable[dict[str, Any]]) -> dict[tuple[str, str], Row]:
     """By metric and group; of two rows of the same name the first counts."""
-    fields = {f.name for f in dataclasses.fields(Row)}
     rows: dict[tuple[str, str], Row] = {}
     for item in raw:
-        row = Row(**{"subject": "", **{k: v for k, v in item.items() if k in fields}})
+        row = Row.from_dict({"subject": "", **item})
         rows.setdefault((row.metric, row.group), row)
     return rows
 
