@@ -11,13 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-Correction = Literal["abs", "nn", "none"]
-Risk = Literal["pu", "supervised", "unsupervised"]
+from sd_unlearn.choices import Correction
+
 UNLABELED, NORMAL = -1, -2  # labels of examples; that of a sensitive image is the number of its set, from 0
 # Below this l the sensitive loss -log(1 - exp(-l)) is held constant: it and its gradient 1/l stay finite in float32.
 SMALLEST_NLL = 1e-6

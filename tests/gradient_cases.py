@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from sd_unlearn.choices import Risk
 from sd_unlearn.data.batches import PLAIN, Batch
 from sd_unlearn.objectives.pu import PUObjective
-from sd_unlearn.risk import NORMAL, UNLABELED, Risk
+from sd_unlearn.risk import NORMAL, UNLABELED
 
 KEEP = [(PLAIN, UNLABELED)] * 8
 

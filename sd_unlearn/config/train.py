@@ -6,12 +6,9 @@ from typing import Annotated, Literal
 
 from cyclopts import Group
 
+from sd_unlearn.choices import CaptionMode, Correction, Reduction, Risk
 from sd_unlearn.config.base import RenderConfig, option
 
-Correction = Literal["abs", "nn", "none"]
-Risk = Literal["pu", "supervised", "unsupervised"]
-CaptionMode = Literal["both", "own", "shared"]
-Reduction = Literal["sum", "mean"]
 Method = Literal["lora", "full"]
 LoraTargets = Literal["attention", "cross_attention", "attention+mlp", "all_linear+conv"]
 Schedule = Literal["cosine", "linear", "constant", "constant_with_warmup", "cosine_with_restarts", "polynomial"]
@@ -271,7 +268,12 @@ class Cost:
 
 
 @dataclass(kw_only=True)
-class TrainConfig(Cost, Checkpoints, Watching, Optimizing, Noise, Weights, Objective, RenderConfig):
+class LoopOptions(Checkpoints, Watching, Optimizing):
+    """What the training loop reads: steps, optimizer, probes and checkpoints."""
+
+
+@dataclass(kw_only=True)
+class TrainConfig(Cost, LoopOptions, Noise, Weights, Objective, RenderConfig):
     """Train a LoRA that forgets the concept (renders the folders first if they are missing)."""
 
     output_dir: Annotated[

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sd_unlearn.config.train import CaptionMode, TrainConfig
+from sd_unlearn.choices import CaptionMode
+from sd_unlearn.config.train import TrainConfig
 from sd_unlearn.data.concept import Concept
 from sd_unlearn.data.dataset import Example, has_negatives, members_of_sets, positive_sets
 from sd_unlearn.errors import UsageError

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
+from sd_unlearn.choices import Reduction
 from sd_unlearn.data.batches import PLAIN, Batch
 from sd_unlearn.models.denoiser import Denoiser
 from sd_unlearn.models.diffusion import add_noise, min_snr_weight, per_example_loss, training_target
@@ -16,7 +15,7 @@ from sd_unlearn.objectives.teacher import Teacher
 def example_losses(
     denoiser: Denoiser,
     batch: Batch,
-    reduction: Literal["sum", "mean"] = "sum",
+    reduction: Reduction = "sum",
     teacher: Teacher | None = None,
     temperature: float = 1.0,
     snr_gamma: float | None = None,

@@ -18,12 +18,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sd_unlearn.choices import Correction, Risk
 from sd_unlearn.data.batches import PLAIN, Batch
 from sd_unlearn.risk import (
     UNLABELED,
-    Correction,
     PUTerms,
-    Risk,
     pnu_corrected,
     pu_terms,
     supervised,

@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from sd_unlearn.config.train import Correction, Reduction
+from sd_unlearn.choices import Correction, Reduction
 from sd_unlearn.errors import UsageError, suggest
 from sd_unlearn.io.files import slugify
 from sd_unlearn.paper.ddpm.split import with_contamination

@@ -29,10 +29,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sd_unlearn.choices import Risk
 from sd_unlearn.config.base import as_dict
 from sd_unlearn.config.checks import check_evaluate
 from sd_unlearn.config.evaluate import EvaluateConfig
-from sd_unlearn.config.train import Method, Risk, TrainConfig
+from sd_unlearn.config.train import Method, TrainConfig
 from sd_unlearn.data.concept import read_concept
 from sd_unlearn.data.dataset import fingerprint, scan
 from sd_unlearn.errors import UsageError, suggest

@@ -1,0 +1,8 @@
+"""Types of the choices that options and algorithms share. Imports no torch, so that `--help` stays fast."""
+
+from typing import Literal
+
+Correction = Literal["abs", "nn", "none"]  # how the PU risk's bracket is kept from going negative
+Risk = Literal["pu", "supervised", "unsupervised"]
+Reduction = Literal["sum", "mean"]  # of the squared error over an example's elements
+CaptionMode = Literal["both", "own", "shared"]  # captions that form caption groups
