@@ -1,4 +1,4 @@
-"""Forget each of the fifteen concepts of the bundled base with the defaults, and print the README's table.
+"""Unlearn each of the fifteen concepts of the bundled base with default settings and print the table of docs/digits.md.
 
     python scripts/digits_table.py                        # about an hour on two cores
     python scripts/digits_table.py --only seven red-ink   # some of them
