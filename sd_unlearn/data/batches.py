@@ -135,7 +135,7 @@ def captions_of_brackets(concept: Concept, mode: CaptionMode) -> list[str | None
     brackets: dict[str, list[str | None]] = {
         "own": [None],
         "shared": [concept.generic],
-        "both": [concept.generic, *concept.wordings],
+        "both": [concept.generic, *concept.captions],
     }
     return brackets[mode]
 

@@ -1,31 +1,51 @@
-"""Concept: what to forget, what must stay and how to ask for both; read from prompts/*.yaml with strict keys.
+"""The concept to remove, the prompts that must keep working, and the evaluation prompts, read from prompts/*.yaml.
 
-Braces in a prompt list alternatives: "a photo of the digit {one,two}" is two prompts, and the chosen word
-is what the image must be read as when the prompt belongs to something that must stay.
+Braces in a prompt list alternatives: "a photo of the digit {one,two}" stands for two prompts. The chosen word is the
+label that a classifier must read in the image when the prompt belongs to a retained concept.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import itertools
+import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Literal
 
 import yaml
+from pydantic import AfterValidator, Field
 
 from sd_unlearn.errors import UsageError, suggest
-from sd_unlearn.io.files import check_keys, read_yaml, slugify, write_text
+from sd_unlearn.io.files import read_yaml, slugify, write_text
+from sd_unlearn.io.schema import STRICT, validate
 
-KINDS = ("digit", "ink", "person", "style", "object", "nudity", "other")
-HOME = Path(__file__).parent.parent
+PACKAGE = Path(__file__).parent.parent
 _BRACES = re.compile(r"\{([^{}]*)\}")
+
+
+def _not_blank(text: str) -> str:
+    if not text.strip():
+        raise ValueError("must not be empty")
+    return text
+
+
+def _below_one_together(betas: dict[str, float]) -> dict[str, float]:
+    if sum(betas.values()) >= 1:
+        raise ValueError(f"add up to {sum(betas.values()):g}; together they must be less than 1")
+    return betas
+
+
+Text = Annotated[str, AfterValidator(_not_blank)]
+Count = Annotated[int, Field(ge=0)]
+Beta = Annotated[float, Field(gt=0, lt=1)]
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt of the evaluation and the words its image should be read as (none: not judged)."""
+    """An evaluation prompt and the labels that its image should be classified as (empty: not classified)."""
 
     text: str
     expect: tuple[str, ...] = ()
@@ -33,17 +53,21 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Images:
-    """How many images `render` draws: of the concept, the generic prompt, hidden positives, each keep line."""
+    """How many images `render` generates."""
 
-    positive: int = 20
-    unlabeled: int = 64
-    mixed_in: int = 16
-    keep: int = 12  # of each keep line, shared out over its alternatives
+    __pydantic_config__ = STRICT
+
+    positive: Count = 20  # of the caption, for 1_positive
+    unlabeled: Count = 64  # of the generic prompt, for 0_unlabeled
+    mixed_in: Count = 16  # of the caption, hidden in 0_unlabeled
+    keep: Count = 12  # of each keep line, split evenly over its alternatives, for 0_unlabeled
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Prompt groups (see docs/results.md): direct, held_out, alike, general."""
+    """Prompt groups of the evaluation (docs/results.md)."""
+
+    __pydantic_config__ = STRICT
 
     direct: list[str] = field(default_factory=list)
     held_out: list[str] = field(default_factory=list)
@@ -53,19 +77,21 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Concept:
-    """One concept file."""
+    """The content of one concept file."""
 
-    name: str
-    caption: str  # how the concept is asked for
-    generic: str  # what 0_unlabeled shows, and what shall be drawn instead
-    kind: str = "other"
-    label: str = ""  # the word a judge reads; default: the name
-    base: str | None = None  # the base model when the command names none
-    generic_share: float = 0.0  # share of the concept among the images the base draws for `generic` by itself
-    alternatives: list[str] = field(default_factory=list)  # other labels of the zero-shot judge
-    keep: list[str] = field(default_factory=list)  # rendered into 0_unlabeled under their own captions
-    paraphrases: list[str] = field(default_factory=list)  # other ways to ask for it, for training: a bracket each
-    betas: dict[str, float] = field(default_factory=dict)  # of each 1_positive* folder, where there are several
+    __pydantic_config__ = STRICT
+
+    name: Text
+    caption: Text  # the prompt for the concept
+    generic: Text  # the prompt for the images in 0_unlabeled, and what the model should generate instead
+    kind: Literal["digit", "ink", "person", "style", "object", "nudity", "other"] = "other"
+    label: str = ""  # the concept's label for classifiers; default: the name
+    base: str | None = None  # the base model unless the command names one
+    generic_share: Annotated[float, Field(ge=0, lt=1)] = 0.0  # share of the concept in images of the generic prompt
+    alternatives: list[str] = field(default_factory=list)  # the other labels of the zero-shot classifier
+    keep: list[str] = field(default_factory=list)  # prompts of retained concepts, rendered into 0_unlabeled
+    paraphrases: list[str] = field(default_factory=list)  # more training prompts for the concept, each with a bracket
+    betas: Annotated[dict[str, Beta], AfterValidator(_below_one_together)] = field(default_factory=dict)  # by folder
     images: Images = Images()
     evaluate: Evaluation = Evaluation()
 
@@ -75,21 +101,26 @@ class Concept:
 
     @property
     def keep_prompts(self) -> list[Prompt]:
-        return expand(self.keep)
+        return expand_braces(self.keep)
 
     @property
-    def wordings(self) -> list[str]:
-        """Every way to ask for the concept in training: its caption, then the paraphrases."""
-        return [self.caption, *(p.text for p in expand(self.paraphrases))]
+    def captions(self) -> list[str]:
+        """All training prompts for the concept: the caption, then the paraphrases."""
+        return [self.caption, *(p.text for p in expand_braces(self.paraphrases))]
 
     def prompts(self, group: str) -> list[Prompt]:
-        """The expanded prompts of an evaluation group; direct falls back to the caption itself."""
-        found = expand(getattr(self.evaluate, group))
-        return found or ([Prompt(self.caption)] if group == "direct" else [])
+        """The expanded prompts of an evaluation group; `direct` defaults to the caption."""
+        prompts = expand_braces(getattr(self.evaluate, group))
+        return prompts or ([Prompt(self.caption)] if group == "direct" else [])
 
 
-def expand(templates: list[str]) -> list[Prompt]:
-    """Every combination of the alternatives in braces."""
+def concept_sha256(concept: Concept) -> str:
+    """SHA-256 of everything a concept file says. results.json, LoRA headers and checkpoints record this value."""
+    return hashlib.sha256(json.dumps(dataclasses.asdict(concept), sort_keys=True).encode()).hexdigest()
+
+
+def expand_braces(templates: list[str]) -> list[Prompt]:
+    """One prompt for every combination of the alternatives in braces."""
     prompts = []
     for template in templates:
         options = [[word.strip() for word in group.split(",")] for group in _BRACES.findall(template)]
@@ -101,27 +132,21 @@ def expand(templates: list[str]) -> list[Prompt]:
     return prompts
 
 
-def prompt_dirs() -> list[Path]:
-    """Where concept files are looked for: the working folder's prompts/, the checkout's, the installed ones."""
-    found = [Path("prompts"), HOME.parent / "prompts", HOME / "prompts"]
-    return [p for p in dict.fromkeys(found) if p.is_dir()]
-
-
-def available() -> dict[str, Path]:
-    """Slug -> concept file, nearest folder first."""
-    files = [f for folder in reversed(prompt_dirs()) for f in sorted(folder.glob("*.yaml"))]
-    return {f.stem: f for f in files}
+def concept_files() -> dict[str, Path]:
+    """Slug -> concept file. A file in the working folder's prompts/ overrides a bundled one."""
+    folders = (PACKAGE / "prompts", PACKAGE.parent / "prompts", Path("prompts"))
+    return {file.stem: file for folder in folders for file in sorted(folder.glob("*.yaml"))}
 
 
 def load_concept(name: str | None, anchor: str | None = None) -> Concept:
-    """The concept of a name, a path to a YAML file, or (with an anchor) one built on the spot.
+    """The concept with this name or at this path (.yaml); with an anchor, a concept built without a file.
 
     Raises:
-        UsageError: no name, no such file, unknown keys, wrong types.
+        UsageError: `name` is missing, has no file, or the file is not valid.
     """
-    files = available()
+    files = concept_files()
     if not name or not name.strip():
-        raise UsageError(f"--concept is missing: name what to forget. Files exist for: {', '.join(sorted(files))}.")
+        raise UsageError(f"--concept is missing. Concepts with a file: {', '.join(sorted(files))}.")
     if anchor is not None:
         return from_anchor(name, anchor)
     if name.endswith((".yaml", ".yml")):
@@ -130,50 +155,41 @@ def load_concept(name: str | None, anchor: str | None = None) -> Concept:
     if slug not in files:
         raise UsageError(
             f'--concept "{name}" has no file prompts/{slug}.yaml.{suggest(slug, files)} '
-            f'Files exist for: {", ".join(sorted(files))}. Or build one on the spot: --anchor "what to draw instead".'
+            f"Concepts with a file: {', '.join(sorted(files))}. "
+            'To train without a file, add --anchor "what to generate instead".'
         )
     return read_concept(files[slug])
 
 
 def from_anchor(name: str, anchor: str) -> Concept:
-    """A concept without a file: the anchor is what shall be drawn instead, and the alternative of the judge.
+    """A concept without a file. The anchor is what the model should generate instead, and the alternative label.
 
     Raises:
-        UsageError: an empty anchor.
+        UsageError: the anchor is empty.
     """
     if not anchor.strip():
-        raise UsageError('--anchor "" is empty: say what shall be drawn instead, e.g. "a middle aged man".')
+        raise UsageError('--anchor "" is empty. Say what to generate instead, e.g. "a middle aged man".')
     return Concept(
         name=name,
         caption=f"a photo of {name}",
         generic=f"a photo of {anchor.strip()}",
         alternatives=[anchor.strip()],
-        evaluate=Evaluation(held_out=[_literal(f"a portrait of {name}"), _literal(name)]),
+        evaluate=Evaluation(held_out=[_without_braces(f"a portrait of {name}"), _without_braces(name)]),
     )
 
 
-def _literal(prompt: str) -> str:
-    """A prompt without braces, so that a name that has some is not taken for alternatives."""
+def _without_braces(prompt: str) -> str:
+    """Braces in a name must not be read as alternatives."""
     return prompt.replace("{", "(").replace("}", ")")
 
 
 def read_concept(path: Path) -> Concept:
-    """A concept file, every key checked.
+    """Read and validate a concept file.
 
     Raises:
-        UsageError: naming the file, the key and what was expected.
+        UsageError: names the file, the key, the value and what is allowed.
     """
-    data = read_yaml(path, "--concept")
-    check_keys(data, {f.name for f in dataclasses.fields(Concept)}, str(path))
-    _check_fields(data, path)
-    data["images"] = _nested(Images, data.get("images", {}), f"{path}: images")
-    for name, count in dataclasses.asdict(data["images"]).items():
-        if not isinstance(count, int) or count < 0:
-            raise UsageError(f"{path}: images.{name} is {count!r}; it must be a number of images, 0 or more.")
-    data["evaluate"] = _nested(Evaluation, data.get("evaluate", {}), f"{path}: evaluate")
-    for group, prompts in dataclasses.asdict(data["evaluate"]).items():
-        _check_strings(prompts, f"{path}: evaluate.{group}")
-    concept = Concept(**data)
+    concept = validate(Concept, read_yaml(path, "--concept"), str(path))
     _check_paraphrases(concept, path)
     return concept
 
@@ -183,54 +199,22 @@ def write_concept(path: Path, concept: Concept) -> None:
     write_text(path, yaml.safe_dump(dataclasses.asdict(concept), sort_keys=False, allow_unicode=True))
 
 
-def _check_fields(data: dict[str, Any], path: Path) -> None:
-    for key in ("name", "caption", "generic"):
-        if not isinstance(data.get(key), str) or not data[key].strip():
-            raise UsageError(f'{path}: "{key}" is missing or empty; every concept needs name, caption and generic.')
-    if data.get("kind", "other") not in KINDS:
-        raise UsageError(f'{path}: kind "{data["kind"]}" is unknown; choose one of {", ".join(KINDS)}.')
-    for key in ("label", "base"):
-        if not isinstance(data.get(key, ""), str | None):
-            raise UsageError(f"{path}: {key} is {data[key]!r}; it must be text (put it in quotes).")
-    share = data.get("generic_share", 0.0)
-    if not isinstance(share, int | float) or not 0 <= share < 1:
-        raise UsageError(f"{path}: generic_share is {share!r}; it is a share in [0, 1).")
-    betas = data.get("betas", {})
-    if not isinstance(betas, dict) or not all(isinstance(b, float) and 0 < b < 1 for b in betas.values()):
-        raise UsageError(f"{path}: betas is {betas!r}; it gives folders their shares in (0, 1), e.g. 1_positive: 0.1.")
-    if sum(betas.values()) >= 1:
-        raise UsageError(f"{path}: betas add up to {sum(betas.values()):g}; together they must be less than 1.")
-    for key in ("keep", "alternatives", "paraphrases"):
-        _check_strings(data.get(key, []), f"{path}: {key}")
-
-
 def _check_paraphrases(concept: Concept, path: Path) -> None:
-    """A paraphrase that is tested would make a held-out prompt a trained one; one that is kept contradicts itself."""
-    taken = {"generic": [concept.generic], "keep": [p.text for p in concept.keep_prompts], "caption": [concept.caption]}
-    taken |= {
-        f"evaluate.{group}": [p.text for p in concept.prompts(group)] for group in ("held_out", "alike", "general")
+    """Refuse a paraphrase that is also a held-out prompt (it would no longer be held out) or a prompt to keep."""
+    others = {
+        "generic": [concept.generic],
+        "keep": [p.text for p in concept.keep_prompts],
+        "caption": [concept.caption],
+        **{f"evaluate.{group}": [p.text for p in concept.prompts(group)] for group in ("held_out", "alike", "general")},
     }
-    seen: set[str] = set()
-    for text in concept.wordings[1:]:
-        where = next((key for key, prompts in taken.items() if _plain(text) in map(_plain, prompts)), None)
-        if where or not text.strip() or _plain(text) in seen:
-            why = f"also in {where}" if where else "there twice" if text.strip() else "empty"
-            raise UsageError(f'{path}: paraphrases: "{text}" is {why}. Take it out, or word it otherwise.')
-        seen.add(_plain(text))
+    known = {_normalized(text): f"also in {key}" for key, texts in others.items() for text in texts}
+    for text in concept.captions[1:]:
+        fault = known.get(_normalized(text)) if text.strip() else "empty"
+        if fault:
+            raise UsageError(f'{path}: paraphrases: "{text}" is {fault}. Remove or change it.')
+        known[_normalized(text)] = "listed twice"
 
 
-def _plain(prompt: str) -> str:
-    """What two spellings of one prompt have in common."""
+def _normalized(prompt: str) -> str:
+    """The prompt without differences in case and white space."""
     return " ".join(prompt.casefold().split())
-
-
-def _nested(kind: type, data: Any, where: str) -> Any:
-    if not isinstance(data, dict):
-        raise UsageError(f"{where} must hold keys and values, not {type(data).__name__}.")
-    check_keys(data, {f.name for f in dataclasses.fields(kind)}, where)
-    return kind(**data)
-
-
-def _check_strings(value: Any, where: str) -> None:
-    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-        raise UsageError(f"{where} must be a list of prompts (strings).")

@@ -17,7 +17,7 @@ from typing import Any
 from sd_unlearn import __version__
 from sd_unlearn.config.base import RenderConfig
 from sd_unlearn.config.checks import check_render
-from sd_unlearn.data.concept import Concept, expand, load_concept
+from sd_unlearn.data.concept import Concept, expand_braces, load_concept
 from sd_unlearn.errors import UnlearnError, UsageError
 from sd_unlearn.io.files import check_writable, read_json, read_jsonl, write_json, write_jsonl
 from sd_unlearn.io.run_folder import DATA_MANIFEST, METADATA, POSITIVE, UNLABELED, ImageRecord
@@ -49,7 +49,7 @@ def plan(concept: Concept, config: RenderConfig) -> list[tuple[str, str, int]]:
 
 def _share_out(line: str, count: int) -> list[tuple[str, int]]:
     """A keep line's images over its alternatives, so that every line weighs the same however many it lists."""
-    prompts = expand([line])
+    prompts = expand_braces([line])
     return [(p.text, count // len(prompts) + (i < count % len(prompts))) for i, p in enumerate(prompts)]
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import os
 import time
 from collections.abc import Sequence
@@ -15,7 +14,7 @@ import yaml
 from sd_unlearn import __version__
 from sd_unlearn.config.base import as_dict
 from sd_unlearn.config.evaluate import EvaluateConfig
-from sd_unlearn.data.concept import Concept
+from sd_unlearn.data.concept import Concept, concept_sha256
 from sd_unlearn.errors import UnlearnError
 from sd_unlearn.evaluation import fail_if, pairs
 from sd_unlearn.evaluation.generate import Drawn, Gallery
@@ -191,13 +190,12 @@ def _sampler_record(task: Task, gallery: Gallery | None) -> dict[str, Any]:
 
 
 def _concept_record(concept: Concept) -> dict[str, Any]:
-    content = json.dumps(dataclasses.asdict(concept), sort_keys=True, ensure_ascii=False)
     return {
         "slug": concept.slug,
         "name": concept.name,
         "kind": concept.kind,
         "caption": concept.caption,
         "generic": concept.generic,
-        "sha256": hashlib.sha256(content.encode()).hexdigest(),
+        "sha256": concept_sha256(concept),
         "prompts": {group: [p.text for p in prompts_of(concept, group)] for group in GROUPS},
     }

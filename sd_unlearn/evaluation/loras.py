@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sd_unlearn.data.concept import Concept, available, read_concept
+from sd_unlearn.data.concept import Concept, concept_files, read_concept
 from sd_unlearn.errors import UnlearnError, UsageError, suggest
 from sd_unlearn.io.files import file_sha256, read_json, slugify
 from sd_unlearn.io.run_folder import CONCEPT, TRAINING, weights_sha256
@@ -130,7 +130,7 @@ def _of_file(file: Path, name: str, option: str) -> Lora:
         raise UsageError(f"{option} {file} is damaged or no safetensors file ({error}).") from None
     if not any("lora" in key.lower() for key in keys):
         raise UsageError(f"{option} {file} holds no LoRA: none of its {len(keys)} weights is named so.")
-    forgets = available().get(slugify(header.get("sd_unlearn.concept", "")))
+    forgets = concept_files().get(slugify(header.get("sd_unlearn.concept", "")))
     return Lora(name, file, file_sha256(file), read_concept(forgets) if forgets else None, {}, header)
 
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
 import json
 from typing import Any
 
+from sd_unlearn.data.concept import concept_sha256
 from sd_unlearn.export import thumbnails
 from sd_unlearn.export.trained_run import REQUIRED, Run, architecture, figures_of
 
@@ -78,7 +77,7 @@ def own_header(run: Run) -> dict[str, str]:
     recorded = [key for key in (*REQUIRED, *_OPTIONAL) if key in run.training]
     header = {f"sd_unlearn.{k}": str(run.training[k]) for k in recorded if not (run.is_full and k in _LORA_ONLY)}
     header["sd_unlearn.concept"] = run.concept.name
-    header["sd_unlearn.prompts_sha256"] = prompts_sha256(run)
+    header["sd_unlearn.prompts_sha256"] = concept_sha256(run.concept)
     header["sd_unlearn.base"] = run.base_name
     header["sd_unlearn.base_sha256"] = str(run.base["sha256"])
     if run.training.get("versions"):
@@ -88,11 +87,6 @@ def own_header(run: Run) -> dict[str, str]:
         kept["rows"] = [row for row in figures_of(run.results) if row["subject"] == "lora"]
         header["sd_unlearn.results"] = json.dumps(kept, sort_keys=True)
     return header
-
-
-def prompts_sha256(run: Run) -> str:
-    """SHA-256 of everything the concept says: two runs share it only if they were asked the same."""
-    return hashlib.sha256(json.dumps(dataclasses.asdict(run.concept), sort_keys=True).encode()).hexdigest()
 
 
 def _modelspec(run: Run, digest: str, licence: str | None) -> dict[str, str]:

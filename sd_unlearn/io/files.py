@@ -114,7 +114,7 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UsageError(f"{path} does not exist.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"{path} is not valid JSON ({error}). Delete it and run the stage again.") from None
 
 
@@ -139,8 +139,8 @@ def read_jsonl_lines(path: Path) -> dict[int, dict[str, Any]]:
             continue
         try:
             record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UsageError(f"{path} line {number} is not JSON ({error.msg}). Mend or delete the line.") from None
+        except (ValueError, RecursionError) as error:
+            raise UsageError(f"{path} line {number} is not JSON ({reason(error)}). Mend or delete the line.") from None
         if not isinstance(record, dict):
             raise UsageError(f"{path} line {number} is not a JSON object. Mend or delete the line.")
         records[number] = record
@@ -172,7 +172,7 @@ def read_yaml(path: Path, option: str) -> dict[str, Any]:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(f"{option} {path}: {error.strerror}.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UsageError(f"{option} {path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(data, dict):
         raise UsageError(f"{option} {path} must hold keys and values, not {type(data).__name__}.")

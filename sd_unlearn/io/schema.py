@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from functools import cache
 from typing import Any, TypeVar
 
-import pydantic_core
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from sd_unlearn.errors import UsageError, suggest
+from sd_unlearn.errors import UsageError, reason, suggest
 
 T = TypeVar("T")
 
 STRICT = ConfigDict(extra="forbid", strict=True)  # as `__pydantic_config__` of a dataclass: unknown keys are errors
 OPEN = ConfigDict(extra="ignore", strict=True)  # of a dataclass that later versions may add keys to
+
+# pydantic's error types in the words of YAML and JSON; other types keep pydantic's own message.
+_MESSAGES = {
+    "string_type": "must be text (in quotes)",
+    "list_type": "must be a list",
+    "tuple_type": "must be a list",
+    **dict.fromkeys(("dict_type", "dataclass_type"), "must hold keys and values"),
+}
 
 
 def validate(kind: type[T], data: Any, where: str, hint: str = "") -> T:
@@ -33,11 +41,11 @@ def validate(kind: type[T], data: Any, where: str, hint: str = "") -> T:
     """
     try:
         adapter: TypeAdapter[T] = _adapter(kind)  # type: ignore[arg-type]  # every type is hashable
-        return adapter.validate_json(pydantic_core.to_json(data, inf_nan_mode="constants"), strict=True)
+        return adapter.validate_json(json.dumps(data), strict=True)
     except ValidationError as error:
         fault = _describe(kind, error.errors(include_url=False)[0])
-    except (pydantic_core.PydanticSerializationError, ValueError, RecursionError) as error:
-        fault = f"holds a value that is not plain text, a number, a list or a mapping ({' '.join(str(error).split())})"
+    except (TypeError, ValueError, RecursionError) as error:  # a date, a set or bytes of YAML; a list inside itself
+        fault = f"holds a value that is not text, a number, a list or a mapping ({reason(error)})"
     raise UsageError(f"{where}: {fault}.{' ' if hint else ''}{hint}")
 
 
@@ -58,7 +66,9 @@ def _describe(kind: Any, fault: Mapping[str, Any]) -> str:
     if fault["type"] in ("missing", "missing_argument"):
         inside = f" in {_path(parents)}" if parents else ""
         return f'needs the key "{key}"{inside}'
-    message = fault["msg"].replace("Input should be", "must be").replace("Value error, ", "")
+    if fault["type"] == "value_error":  # raised by a validator of ours, whose message is complete
+        return f"{place or 'the content'} {fault['ctx']['error']}"
+    message = _MESSAGES.get(fault["type"]) or fault["msg"].replace("Input should be", "must be")
     shown = repr(fault["input"])
     value = f", not {shown}" if len(shown) <= 60 else ""
     return f"{place or 'the content'} {message}{value}"

@@ -17,7 +17,7 @@ import torch
 from sd_unlearn import __version__
 from sd_unlearn.config.base import as_dict
 from sd_unlearn.config.train import TrainConfig
-from sd_unlearn.data.concept import Concept
+from sd_unlearn.data.concept import Concept, concept_sha256
 from sd_unlearn.data.prior import Prior
 from sd_unlearn.models.base import Base
 from sd_unlearn.seeds import TRAIN_SEEDS
@@ -105,9 +105,8 @@ _NO_MATTER = {
 def identity_of(config: TrainConfig, concept: Concept, base: Base, data_sha256: str, processes: int) -> dict[str, Any]:
     """What a resumed run must have in common with its checkpoint, by name."""
     options = {f"--{key}": value for key, value in as_dict(config).items() if key not in _NO_MATTER}
-    told = hashlib.sha256(json.dumps(dataclasses.asdict(concept), sort_keys=True).encode()).hexdigest()
     return options | {
-        "--concept (content)": told,
+        "--concept (content)": concept_sha256(concept),
         "base": base.sha256,
         "--vae (content)": base.vae_sha256,
         "--prediction_type": base.prediction_type,

@@ -74,7 +74,7 @@ def read_data(config: TrainConfig, concept: Concept, base: Base) -> Data:
     prior = broadcast_object_list([prior])[0]  # rounding may differ between devices: one beta for all
     sets = positive_sets(config.data_dir)
     shared, source = share_beta(concept, sets, prior.beta, prior.source)
-    texts = ["", concept.generic, *concept.wordings, *preview_prompts(concept), *(e.caption for e in examples)]
+    texts = ["", concept.generic, *concept.captions, *preview_prompts(concept), *(e.caption for e in examples)]
     if _probing(config) == "leakage":
         texts += probe_prompts(concept)
     texts = list(dict.fromkeys(texts))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+import json
 import re
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,20 +13,22 @@ import pytest
 import yaml
 
 from sd_unlearn.data.concept import (
-    HOME,
+    PACKAGE,
     Concept,
     Images,
     Prompt,
-    available,
-    expand,
+    concept_files,
+    concept_sha256,
+    expand_braces,
     from_anchor,
     load_concept,
     read_concept,
     write_concept,
 )
 from sd_unlearn.errors import UsageError
+from sd_unlearn.evaluation.evaluate import _concept_record
 
-SHIPPED = sorted((HOME.parent / "prompts").glob("*.yaml"))
+SHIPPED = sorted((PACKAGE.parent / "prompts").glob("*.yaml"))
 DIGITS = {"zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"}
 INKS = {"white", "red", "green", "blue", "yellow"}
 PEOPLE = {"Brad Pitt", "Barack Obama", "Angela Merkel", "Serena Williams", "Jackie Chan"}
@@ -48,16 +53,16 @@ def texts(prompts: list[Prompt]) -> list[str]:
 
 
 def test_braces_list_alternatives_and_what_must_be_read() -> None:
-    assert expand(["plain"]) == [Prompt("plain", ())]
-    assert expand(["a {red, blue} {one,two}!"]) == [
+    assert expand_braces(["plain"]) == [Prompt("plain", ())]
+    assert expand_braces(["a {red, blue} {one,two}!"]) == [
         Prompt("a red one!", ("red", "one")),
         Prompt("a red two!", ("red", "two")),
         Prompt("a blue one!", ("blue", "one")),
         Prompt("a blue two!", ("blue", "two")),
     ]
-    assert texts(expand(["{a,b} {a,b}"])) == ["a a", "a b", "b a", "b b"]
-    assert texts(expand([r"{\1,\g<0>}"])) == [r"\1", r"\g<0>"]  # alternatives are words, not patterns
-    assert expand([]) == []
+    assert texts(expand_braces(["{a,b} {a,b}"])) == ["a a", "a b", "b a", "b b"]
+    assert texts(expand_braces([r"{\1,\g<0>}"])) == [r"\1", r"\g<0>"]  # alternatives are words, not patterns
+    assert expand_braces([]) == []
 
 
 def test_every_file_is_there_and_of_its_kind() -> None:
@@ -104,7 +109,7 @@ def test_what_is_tested_was_not_trained(path: Path) -> None:
     assert all(groups.values())
     assert concept.evaluate.direct
     assert len(set(map(plain, groups["held_out"]))) == len(groups["held_out"]) >= 8
-    trained = {*concept.wordings, concept.generic, *texts(concept.keep_prompts), *groups["direct"]}
+    trained = {*concept.captions, concept.generic, *texts(concept.keep_prompts), *groups["direct"]}
     assert not set(map(plain, groups["held_out"])) & set(map(plain, trained))
 
 
@@ -183,8 +188,8 @@ def test_defaults(tmp_path: Path) -> None:
 def test_paraphrases_are_wordings_to_train_with(tmp_path: Path) -> None:
     path = write(tmp_path / "x.yaml", paraphrases=["{an,the} x", "x, please"], evaluate={"held_out": ["some x"]})
     concept = read_concept(path)
-    assert concept.wordings == ["a photo of x", "an x", "the x", "x, please"]
-    assert read_concept(write(tmp_path / "y.yaml")).wordings == ["a photo of x"]
+    assert concept.captions == ["a photo of x", "an x", "the x", "x, please"]
+    assert read_concept(write(tmp_path / "y.yaml")).captions == ["a photo of x"]
     write_concept(tmp_path / "again.yaml", concept)
     assert read_concept(tmp_path / "again.yaml") == concept
 
@@ -193,7 +198,7 @@ def test_the_working_folders_file_wins(tmp_path: Path) -> None:
     (tmp_path / "prompts").mkdir()
     write(tmp_path / "prompts" / "seven.yaml", name="seven", caption="my own seven")
     assert load_concept("seven").caption == "my own seven"
-    assert "eight" in available()
+    assert "eight" in concept_files()
 
 
 def test_anchor_builds_a_concept() -> None:
@@ -231,27 +236,27 @@ def test_an_unknown_concept_lists_the_files_and_the_way_out() -> None:
     [
         ({"captoin": "y"}, 'unknown key "captoin".*Did you mean "caption"'),
         ({1: "y"}, 'unknown key "1"'),
-        ({"images": {"postive": 3}}, 'images: unknown key "postive".*Did you mean "positive"'),
-        ({"evaluate": {"heldout": []}}, 'evaluate: unknown key "heldout".*Did you mean "held_out"'),
-        ({"caption": ""}, '"caption" is missing'),
-        ({"generic": None}, '"generic" is missing'),
-        ({"name": 7}, '"name" is missing'),
-        ({"kind": "animal"}, 'kind "animal".*person'),
-        ({"generic_share": 1.0}, r"generic_share is 1\.0"),
-        ({"generic_share": "half"}, "generic_share is 'half'"),
-        ({"images": [1]}, "images must hold keys"),
-        ({"images": {"keep": -1}}, r"images\.keep is -1"),
-        ({"images": {"keep": 1.5}}, r"images\.keep is 1\.5"),
-        ({"keep": "one prompt"}, "keep must be a list"),
-        ({"alternatives": [1]}, "alternatives must be a list"),
+        ({"images": {"postive": 3}}, 'unknown key "postive" in images.*Did you mean "positive".*keep'),
+        ({"evaluate": {"heldout": []}}, 'unknown key "heldout" in evaluate.*Did you mean "held_out"'),
+        ({"caption": ""}, "caption must not be empty"),
+        ({"generic": None}, "generic must be text.*, not None"),
+        ({"name": 7}, "name must be text.*, not 7"),
+        ({"kind": "animal"}, "kind must be .*'person'.*, not 'animal'"),
+        ({"generic_share": 1.0}, r"generic_share must be less than 1, not 1\.0"),
+        ({"generic_share": "half"}, "generic_share must be a valid number, not 'half'"),
+        ({"images": [1]}, r"images must hold keys and values, not \[1\]"),
+        ({"images": {"keep": -1}}, r"images\.keep must be greater than or equal to 0, not -1"),
+        ({"images": {"keep": 1.5}}, r"images\.keep must be a valid integer, not 1\.5"),
+        ({"keep": "one prompt"}, "keep must be a list, not 'one prompt'"),
+        ({"alternatives": [1]}, r"alternatives\[0\] must be text.*, not 1"),
         ({"evaluate": {"direct": "one"}}, r"evaluate\.direct must be a list"),
         ({"evaluate": {"direct": None}}, r"evaluate\.direct must be a list"),
-        ({"label": True}, "label"),
-        ({"base": 14}, "base"),
+        ({"label": True}, "label must be text.*, not True"),
+        ({"base": 14}, "base must be text.*, not 14"),
         ({"paraphrases": "one"}, "paraphrases must be a list"),
         ({"paraphrases": ["an x", "A  photo of X"]}, r'paraphrases: "A  photo of X" is also in caption'),
         ({"paraphrases": ["a photo"]}, '"a photo" is also in generic'),
-        ({"paraphrases": ["an x", "An X "]}, '"An X " is there twice'),
+        ({"paraphrases": ["an x", "An X "]}, '"An X " is listed twice'),
         ({"paraphrases": [" "]}, '" " is empty'),
         ({"paraphrases": ["an x"], "evaluate": {"held_out": ["AN x"]}}, r'"an x" is also in evaluate\.held_out'),
         (
@@ -259,9 +264,9 @@ def test_an_unknown_concept_lists_the_files_and_the_way_out() -> None:
             r'"the x" is also in evaluate\.held_out',
         ),
         ({"paraphrases": ["a y"], "keep": ["a {y,z}"]}, '"a y" is also in keep'),
-        ({"betas": {"1_positive": 1.5}}, "betas is .*1.5"),
-        ({"betas": {"1_positive": "much"}}, "betas is"),
-        ({"betas": [0.1]}, "betas is"),
+        ({"betas": {"1_positive": 1.5}}, r"betas\.1_positive must be less than 1, not 1\.5"),
+        ({"betas": {"1_positive": "much"}}, r"betas\.1_positive must be a valid number, not 'much'"),
+        ({"betas": [0.1]}, "betas must hold keys and values"),
         ({"betas": {"1_positive": 0.6, "1_positive_2": 0.4}}, "betas add up to 1;"),
     ],
 )
@@ -284,3 +289,39 @@ def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path, content: bytes) ->
 def test_a_missing_file_is_named() -> None:
     with pytest.raises(UsageError, match=r"--concept nowhere\.yaml: No such file"):
         load_concept("nowhere.yaml")
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        "keep: &list [*list]",
+        f"keep: {'[' * 3000}{']' * 3000}",
+        "keep: 2020-13-45",
+        "keep: !!set {a, b}",
+        "label: 2020-01-02",
+        "label: !!binary aGk=",
+        "label: !!int x",
+        "images: {1: 2}",
+        "images: {keep: 1e400}",
+        "betas: {1_positive: .nan}",
+        "evaluate: {direct: [[a]]}",
+        "? [a]\n: b",
+    ],
+)
+def test_odd_yaml_is_refused_in_one_line(tmp_path: Path, odd: str) -> None:
+    path = tmp_path / "odd.yaml"
+    path.write_text(f"{yaml.safe_dump(MINIMAL)}{odd}\n")
+    with pytest.raises(UsageError, match=r"odd\.yaml") as caught:
+        read_concept(path)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
+def test_results_and_lora_header_record_the_same_hash(path: Path) -> None:
+    """The value is that of the LoRA header's sd_unlearn.prompts_sha256; most files hold text that is not ASCII."""
+    concept = read_concept(path)
+    content = json.dumps(dataclasses.asdict(concept), sort_keys=True)
+    assert content.isascii()
+    assert concept_sha256(concept) == hashlib.sha256(content.encode()).hexdigest()
+    assert _concept_record(concept)["sha256"] == concept_sha256(concept)

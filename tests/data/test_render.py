@@ -15,7 +15,7 @@ from PIL import Image
 
 from sd_unlearn.config.base import RenderConfig
 from sd_unlearn.data import render
-from sd_unlearn.data.concept import Concept, expand, load_concept, read_concept
+from sd_unlearn.data.concept import Concept, expand_braces, load_concept, read_concept
 from sd_unlearn.errors import UnlearnError, UsageError
 from sd_unlearn.io.files import read_json, read_jsonl
 from sd_unlearn.io.run_folder import DATA_MANIFEST, METADATA, POSITIVE, UNLABELED
@@ -175,7 +175,7 @@ def test_every_keep_line_weighs_the_same_however_many_it_lists(name: str, asked:
     assert [prompt for prompt, _ in kept] == [prompt.text for prompt in concept.keep_prompts]
     left = iter(kept)
     for line in concept.keep:
-        shares = [next(left)[1] for _ in expand([line])]
+        shares = [next(left)[1] for _ in expand_braces([line])]
         assert sum(shares) == (concept.images.keep if asked is None else asked)
         assert max(shares) - min(shares) <= 1
 
