@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
@@ -19,6 +18,7 @@ from sd_unlearn.config.evaluate import EvaluateConfig
 from sd_unlearn.config.train import TrainConfig
 from sd_unlearn.errors import UnlearnError, UsageError
 from sd_unlearn.io.files import check_keys, read_yaml
+from sd_unlearn.launch import prepare_processes, process_rank
 from sd_unlearn.paper import commands as paper
 
 HELP = """Make Stable Diffusion forget a concept, and show that it did.
@@ -65,9 +65,7 @@ def render(config: Annotated[RenderConfig, Parameter(name="*")] = RenderConfig()
 @app.command
 def train(config: Annotated[TrainConfig, Parameter(name="*")] = TrainConfig()) -> None:
     """Train a LoRA that forgets the concept; renders its folders first if they are missing."""
-    from sd_unlearn.launch import start_several
-
-    start_several()
+    prepare_processes()
     if config.beta_sweep is not None:
         from sd_unlearn import sweep
 
@@ -76,16 +74,14 @@ def train(config: Annotated[TrainConfig, Parameter(name="*")] = TrainConfig()) -
     from sd_unlearn.training import trainer
 
     folder = trainer.run(config)
-    if os.environ.get("RANK", "0") == "0":  # several processes, one answer
+    if process_rank() == 0:
         print(folder)
 
 
 @app.command
 def evaluate(config: Annotated[EvaluateConfig, Parameter(name="*")] = EvaluateConfig()) -> None:
     """Measure what is gone and what stayed, with intervals -> results.json; one LoRA or many."""
-    from sd_unlearn.launch import start_several
-
-    start_several()
+    prepare_processes()
     from sd_unlearn.evaluation import evaluate as room
     from sd_unlearn.report.report import format_table
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 import shutil
 import sys
 import time
@@ -29,6 +28,7 @@ from sd_unlearn.errors import UsageError
 from sd_unlearn.evaluation import evaluate
 from sd_unlearn.io.files import check_writable, read_yaml, write_json, write_text
 from sd_unlearn.io.run_folder import CONCEPT, DATA_MANIFEST, RESULTS, TRAINING, weights_sha256
+from sd_unlearn.launch import process_count
 from sd_unlearn.models.source import find_base
 from sd_unlearn.report import sweep
 from sd_unlearn.report.sweep import SWEEP
@@ -112,7 +112,7 @@ def check_alone(config: TrainConfig) -> None:
     Raises:
         UsageError
     """
-    world = int(os.environ.get("WORLD_SIZE", 1))
+    world = process_count()
     if world > 1:
         raise UsageError(
             f"--beta_sweep runs as one process, not {world}. Start each run of it with --beta and --push instead."

@@ -7,7 +7,6 @@ batched matrix product depends on the batch it is in: so an interrupted run ends
 from __future__ import annotations
 
 import dataclasses
-import os
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from sd_unlearn.data.concept import Concept, expand_braces, load_concept
 from sd_unlearn.errors import UnlearnError, UsageError
 from sd_unlearn.io.files import check_writable, read_json, read_jsonl, write_json, write_jsonl
 from sd_unlearn.io.run_folder import DATA_MANIFEST, METADATA, POSITIVE, UNLABELED, ImageRecord
+from sd_unlearn.launch import process_rank
 from sd_unlearn.models.base import Base, load_base
 from sd_unlearn.models.sampling import ImageRequest, Sampler, draw_missing, sampler_of, wait_for
 from sd_unlearn.models.source import find_base
@@ -115,7 +115,7 @@ def render_concept(concept: Concept, config: RenderConfig, name: str, get_base: 
     except OSError as error:
         raise UnlearnError(f"--data_dir {folder} cannot be written: {error.strerror}.") from error
     wait_for(requests)
-    if int(os.environ.get("RANK", 0)) == 0:
+    if process_rank() == 0:
         for sub, rs in records.items():
             write_jsonl(folder / sub / METADATA, rs)
         identity = (loaded[0] if loaded else get_base()).describe()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import os
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -23,6 +22,7 @@ from sd_unlearn.evaluation.prompts import GROUPS, prompts_of, write_plan
 from sd_unlearn.evaluation.score import Judged, Pictures, judge
 from sd_unlearn.io.files import write_json, write_text
 from sd_unlearn.io.run_folder import EVALUATION, RESULTS
+from sd_unlearn.launch import process_rank
 from sd_unlearn.metrics.registry import cards_of, make_questions, merged
 from sd_unlearn.models.base import Base, check_recorded, choose_precision, load_base, use_zero_terminal_snr
 from sd_unlearn.models.sampling import sampler_of
@@ -47,7 +47,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     gallery = _gallery(task, loaded) if task.draws else None
     if gallery is not None:
         _draw(task, gallery, loaded)
-    if int(os.environ.get("RANK", 0)) > 0:
+    if process_rank() > 0:
         return {}
     loaded.clear()  # the detectors need the memory
     found, cards = _judge(task, gallery)

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from sd_unlearn.config.base import RenderConfig
 from sd_unlearn.config.evaluate import Drawing
 from sd_unlearn.errors import UnlearnError
+from sd_unlearn.launch import process_count, process_rank
 from sd_unlearn.models.base import Base
 from sd_unlearn.models.source import DIGITS
 
@@ -65,9 +66,9 @@ def save_image(image: Image.Image, path: Path) -> None:
 def draw_missing(get_base: Callable[[], Base], requests: Sequence[ImageRequest], sampler: Sampler, title: str) -> int:
     """Draw every image that is not there yet; returns how many were drawn. The base is loaded only if one is missing.
 
-    Chunks are shared out over the processes of an `accelerate launch` by RANK and WORLD_SIZE.
+    Chunks are shared among the processes of a distributed run.
     """
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world = process_rank(), process_count()
     chunks = [requests[i : i + sampler.batch_size] for i in range(0, len(requests), sampler.batch_size)]
     todo = [c for c in chunks[rank::world] if not all(r.path.is_file() for r in c)]
     if not todo:
@@ -105,7 +106,7 @@ def wait_for(requests: Sequence[ImageRequest], patience: float = math.inf) -> No
     Raises:
         UnlearnError: none came for `patience` seconds.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) < 2:
+    if process_count() < 2:
         return
     missing, since = len(requests) + 1, time.monotonic()
     while left := sum(not request.path.is_file() for request in requests):

@@ -7,6 +7,7 @@ from typing import Annotated
 
 from cyclopts import App, Parameter
 
+from sd_unlearn.launch import prepare_processes
 from sd_unlearn.paper.options import RunOptions, SweepOptions, TableOptions
 
 HELP = """The experiments of the paper, and the same on 5,000 real digits.
@@ -30,9 +31,7 @@ Name = Annotated[str, Parameter(help="The experiment's name, see paper list.")]
 @app.command
 def run(name: Name, /, config: Annotated[RunOptions, Parameter(name="*")] = RunOptions()) -> None:
     """Train, draw and judge one model -> runs/paper/<experiment>/<variant>/results.json."""
-    from sd_unlearn.launch import start_several
-
-    start_several()
+    prepare_processes()
     from sd_unlearn.io.files import read_json
     from sd_unlearn.paper.one import run_any
     from sd_unlearn.paper.printing import told

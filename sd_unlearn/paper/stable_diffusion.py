@@ -21,7 +21,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import sys
 import time
 from collections.abc import Mapping
@@ -40,6 +39,7 @@ from sd_unlearn.errors import UsageError, suggest
 from sd_unlearn.evaluation import evaluate
 from sd_unlearn.io.files import read_json, read_yaml, write_json
 from sd_unlearn.io.run_folder import CONCEPT, CONFIG, DATA_MANIFEST, TRAINING, weights_sha256
+from sd_unlearn.launch import process_rank
 from sd_unlearn.paper.experiments import DIGITS_SEVEN, SD_BRAD_PITT, Size
 from sd_unlearn.paper.options import RunOptions
 from sd_unlearn.results import Row, view
@@ -182,7 +182,7 @@ def run(
     trainer.run(dataclasses.replace(config, resume_from_checkpoint=None if config.overwrite else "latest"))
     started = time.monotonic()
     results = evaluate.run(judging)
-    if int(os.environ.get("RANK", 0)) == 0:
+    if process_rank() == 0:
         found = _record(experiment, place, results, time.monotonic() - started)
         write_json(place / PAPER, found | {"asked_sha256": asked})
     return place
