@@ -1,4 +1,4 @@
-"""results.json files as runs of the paper's experiments write them, with figures of one's choice and no training."""
+"""Records of runs of the paper's experiments, with chosen metrics and without any training."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from sd_unlearn.io.files import write_json
+from sd_unlearn.io.schema import validate
 from sd_unlearn.paper.experiments import DIGITS, EXPERIMENTS
 from sd_unlearn.paper.settings import WITH_BRACKET
-from sd_unlearn.paper.tables.finished import PaperRun, _rows
+from sd_unlearn.paper.tables.records import FinishedRun, RunRecord
 
 Z = 1.959964
 
@@ -48,7 +49,7 @@ def make_record(
     seconds: float = 180.0,
     **settings: Any,
 ) -> dict[str, Any]:
-    """The content of a results.json; other keys are settings that are not the plain ones."""
+    """The content of a results.json; settings: those that differ from the main table's."""
     beta = None if objective == "unsupervised" else 0.1
     known = EXPERIMENTS.get(experiment)
     bound = known.recipe_of(size).max_ratio if known and objective in WITH_BRACKET else None  # type: ignore[arg-type]
@@ -94,17 +95,17 @@ def make_record(
 
 
 def make_results(runs: Path, *args: Any, variant: str = "", **changes: Any) -> Path:
-    """Write a run's results.json into its folder under `runs`, see make_record; returns the file's path."""
+    """Write a run's results.json (see make_record) into its folder under `runs`. Returns its path."""
     record = make_record(*args, **changes)
-    told = [record["settings"]["objective"], *(f"{k}-{v}" for k, v in changes.items() if k not in ("shares",))]
-    name = variant or "-".join(map(str, told)).replace("[", "").replace("]", "").replace("'", "")
+    words = [record["settings"]["objective"], *(f"{k}-{v}" for k, v in changes.items() if k not in ("shares",))]
+    name = variant or "-".join(map(str, words)).replace("[", "").replace("]", "").replace("'", "")
     file = runs / record["experiment"] / name / "results.json"
     write_json(file, record)
     return file
 
 
 def make_many(runs: Path) -> None:
-    """A whole set of runs as the paper has them: main tables of three experiments and each kind of variant."""
+    """The runs of main tables of three experiments and of each kind of variant."""
     for experiment, name, rate, fid in (
         ("mnist5k-even", "fid-digits", 0.905, 11.8),
         ("mnist5k-odd", "fid-digits", 0.913, 12.9),
@@ -143,6 +144,6 @@ def make_many(runs: Path) -> None:
     make_results(runs, "pu", 0.9, 14.0, correction="nn", beta=0.2)
 
 
-def make_run(*args: Any, path: str = "a", **changes: Any) -> PaperRun:
-    record = make_record(*args, **changes)
-    return PaperRun(Path(path), record, _rows(record["rows"]))
+def make_run(*args: Any, path: str = "a", **changes: Any) -> FinishedRun:
+    raw = make_record(*args, **changes)
+    return FinishedRun(Path(path), raw, validate(RunRecord, raw, path))

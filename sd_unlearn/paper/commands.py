@@ -52,9 +52,9 @@ def sweep(name: Name, /, config: Annotated[SweepOptions, Parameter(name="*")] = 
 @app.command
 def table(config: Annotated[TableOptions, Parameter(name="*")] = TableOptions()) -> None:
     """Finished runs as the paper's tables: mean and standard deviation over seeds."""
-    from sd_unlearn.paper.tables import table as room
+    from sd_unlearn.paper.tables.build import build_tables
 
-    print(room.run(config.runs, config.output_dir, config.update, config.collect))
+    print(build_tables(config.runs, config.output_dir, config.update, config.collect))
 
 
 @app.command(name="list")

@@ -13,7 +13,7 @@ from sd_unlearn.paper.one import run_any
 from sd_unlearn.paper.options import ObjectiveName, RunOptions, Shared, SweepOptions
 from sd_unlearn.paper.run import folder_of
 from sd_unlearn.paper.settings import WITH_BRACKET
-from sd_unlearn.paper.tables import plots, table
+from sd_unlearn.paper.tables.build import build_tables, check_packages
 
 OBJECTIVES = get_args(ObjectiveName)
 OF_BRACKET = ("correction", "max_ratio")  # options that the baselines refuse: in a sweep they are for the others
@@ -25,7 +25,7 @@ def run(name: str, options: SweepOptions) -> str:
     Raises:
         UsageError, UnlearnError: as `paper run`; what is finished by then stays.
     """
-    plots.check_available()
+    check_packages("pandas", "matplotlib")
     runs = combinations(options)
     if name not in TEXT_EXPERIMENTS:
         experiment = find_experiment(name)
@@ -37,7 +37,7 @@ def run(name: str, options: SweepOptions) -> str:
         print(f"Sweep, run {number} of {len(runs)}: {about}.", file=sys.stderr)
         run_any(name, each)
     folder = options.output_dir / name
-    return table.run(folder, folder / "tables", None, None)
+    return build_tables(folder, folder / "tables")
 
 
 def combinations(options: SweepOptions) -> list[RunOptions]:

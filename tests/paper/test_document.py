@@ -1,4 +1,4 @@
-"""The page of the paper's experiments is what `paper table` makes of the records beside it."""
+"""docs/paper.md shows the tables that `paper table` builds from docs/paper-runs."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ import shutil
 from pathlib import Path
 
 from sd_unlearn.paper.experiments import NAMES
-from sd_unlearn.paper.tables import table
+from sd_unlearn.paper.tables.build import build_tables
 
 DOCS = Path(__file__).parents[2] / "docs"
 
 
-def test_the_pages_tables_are_those_of_its_records(tmp_path: Path) -> None:
+def test_the_tables_of_the_page_are_up_to_date(tmp_path: Path) -> None:
     (tmp_path / "docs").mkdir()
     copy = Path(shutil.copy(DOCS / "paper.md", tmp_path / "docs"))
-    table.run(DOCS / "paper-runs", None, copy)
+    build_tables(DOCS / "paper-runs", None, copy)
     assert copy.read_text() == (DOCS / "paper.md").read_text()
     assert "| mnist5k-even |" in copy.read_text()
 
 
-def test_the_page_names_every_experiment_and_only_pictures_that_are_there() -> None:
+def test_the_page_names_every_experiment_and_its_images_exist() -> None:
     page = (DOCS / "paper.md").read_text()
     for name in NAMES:
         start, _, ending = name.partition("-animals")

@@ -1,213 +1,209 @@
-"""Runs that differ in nothing but their seed, taken together: means and deviations. Imports no torch."""
+"""Group runs that differ only in their seed, and take each metric's mean and deviation over the seeds (pandas)."""
 
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import sys
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
-from sd_unlearn.paper.experiments import EXPERIMENTS, NAMES
-from sd_unlearn.paper.tables.finished import FID, OBJECTIVES, RATE, PaperRun
+import pandas as pd
+from pandas import DataFrame, Series
 
-ESTIMATED, KNOWN = "estimated", "known"
-# Where a beta is from, in a run's settings -> what stands for it here; any other source is a number that was given.
+from sd_unlearn.paper.experiments import EXPERIMENTS, NAMES
+from sd_unlearn.paper.tables.records import OBJECTIVES, RATE, FinishedRun
+
+ESTIMATED, KNOWN, LEAKAGE = "estimated", "known", "leakage"
+# `beta_source` of a record -> what stands in the beta column; for any other source, the number itself.
 SOURCES = {"estimated": ESTIMATED, "estimate": ESTIMATED, "known": KNOWN, "manifest": KNOWN}
-# What is varied, and the value that the main tables have, see plain_of. A plain contamination is the experiment's own.
-PLAIN: dict[str, Any] = {
-    "correction": "abs",
-    "beta": 0.1,
-    "eta": 0.0,
-    "conditional": False,
-    "missing": (),
-    "contamination": None,
-    "num_negative": 0,
-    "max_ratio": 0.0,
+AXES = {  # the settings that the paper varies, and their column titles
+    "correction": "Correction",
+    "beta": "Beta",
+    "eta": "Eta",
+    "conditional": "Conditional",
+    "missing": "Labels missing of",
+    "contamination": "Contamination",
+    "num_negative": "Labeled normal",
+    "max_ratio": "Bound",
 }
-# What has no meaning for an objective is not told apart, whatever the run's settings say.
-MEANINGLESS = {
+# Settings that an objective does not use: runs that differ in them alone belong to the same group.
+UNUSED: dict[str, set[str]] = {
     "unsupervised": {"correction", "beta", "eta", "missing", "reduction", "temperature", "max_ratio"},
     "supervised": {"correction", "eta", "max_ratio"},
     "pu": set(),
     "pnu": set(),
 }
-NOT_A_SETTING = {"objective", "beta_source", "betas", "seed", *PLAIN}
-SAME_CONTAMINATION = 0.002  # whole images make a share differ a little from what was asked
+NOT_OTHER = {"objective", "beta_source", "betas", "seed", *AXES}
+SAME_CONTAMINATION = 0.002  # the share of whole images differs a little from the requested one
+ARM = ["experiment", "size"]  # only groups that share these are compared
 
 
 @dataclass(frozen=True)
-class Figure:
-    """One metric over the seeds of a group."""
+class Summary:
+    """Finished runs as three tables."""
 
-    mean: float
-    sd: float | None  # sample standard deviation over seeds; None for one seed
-    low: float | None  # one seed: its 95 % interval; several: the least and the largest of them
-    high: float | None
-    seeds: int
-    n: int  # pictures of one seed, or of the seed with the fewest
+    runs: DataFrame  # one row a run: group, seed, assumed_beta, true_beta, seconds, ... and run (FinishedRun)
+    groups: DataFrame  # one row a group, in page order: ARM, objective, AXES, other (dict), changed (set of AXES)
+    metrics: DataFrame  # index (group, metric): mean, sd, low, high, n, seeds
 
+    def mean(self, column: str) -> Series:
+        """The mean of a column of `runs` for each group; NaN where no run has a value."""
+        known = self.runs.dropna(subset=column)
+        return known.groupby("group")[column].agg(statistics.mean).astype(float).reindex(self.groups.index)
 
-@dataclass(frozen=True)
-class Group:
-    """Runs of one experiment, size and settings; one a seed."""
+    def metric(self, group: int, name: str) -> Any:
+        """A row of `metrics`, or None if no run has a value."""
+        return self.metrics.loc[(group, name)] if (group, name) in self.metrics.index else None
 
-    experiment: str
-    size: str
-    objective: str
-    axes: dict[str, Any]  # by the names of PLAIN; only what has a meaning for the objective
-    context: dict[str, Any]  # every other setting that is not null
-    runs: tuple[PaperRun, ...]
+    def fids(self, groups: DataFrame) -> list[str]:
+        """The Fréchet distances that runs of these groups have, e.g. fid-digits."""
+        return sorted({name for group, name in self.metrics.index if group in groups.index and name.startswith("fid-")})
 
-    def off_plain(self) -> set[str]:
-        """Names of the axes that differ from the main tables' settings."""
-        plain = plain_of(self.experiment, self.size)
-        known_normal = {"num_negative"} if self.objective == "pnu" else set()
-        return {name for name, value in self.axes.items() if value != plain[name]} | known_normal
-
-    def beta(self) -> float | None:
-        """The beta that was assumed; the mean over seeds where each has its own."""
-        betas = [run.beta for run in self.runs if run.beta is not None]
-        return statistics.mean(betas) if betas else None
-
-    def figure(self, metric: str, group: str = "all") -> Figure | None:
-        """None where no run has the metric."""
-        rows = [row for run in self.runs if (row := run.rows.get((metric, group))) and row.value is not None]
-        values = [float(row.value) for row in rows if row.value is not None]
-        if not values:
-            return None
-        one = len(values) == 1
-        ends = (rows[0].low, rows[0].high) if one else (min(values), max(values))
-        sd = None if one else statistics.stdev(values)
-        return Figure(statistics.mean(values), sd, *ends, len(values), min(row.n for row in rows))
-
-    def leakage(self) -> Figure | None:
-        """One minus the non-sensitive rate: the share of pictures that show what they must not."""
-        rate = self.figure(RATE)
-        if rate is None:
-            return None
-        low, high = (None if end is None else 1 - end for end in (rate.high, rate.low))
-        return Figure(1 - rate.mean, rate.sd, low, high, rate.seeds, rate.n)
-
-    def mean_of(self, part: str, key: str) -> float | None:
-        """Mean over the runs that have it of a number in a part of their record, e.g. "cost", "seconds"."""
-        found = [run.record.get(part, {}).get(key) for run in self.runs]
-        values = [float(v) for v in found if isinstance(v, int | float)]
-        return statistics.mean(values) if values else None
-
-    def fids(self) -> list[str]:
-        """Names of the distances its runs have, e.g. fid-digits."""
-        return sorted({metric for run in self.runs for metric, _ in run.rows if metric.startswith(FID)})
+    def true_beta(self, groups: DataFrame) -> float | None:
+        """The share of sensitive images among the unlabeled ones if all runs have the same, else None."""
+        shares = {round(share or 0.0, 3) for share in self.runs.true_beta[self.runs.group.isin(groups.index)]}
+        return shares.pop() or None if len(shares) == 1 else None
 
 
-def grouped(runs: Iterable[PaperRun]) -> list[Group]:
-    """The runs as groups, in the order of experiments, sizes, objectives and settings.
+def summarize(runs: list[FinishedRun]) -> Summary:
+    """Group runs by all settings except the seed. Of two runs with equal settings and seed the newer one counts."""
+    table = DataFrame([_row(run) for run in runs], dtype=object).sort_values("created", kind="stable")
+    for _, equal in table.groupby(["key", "seed"], sort=False):
+        for older, newer in pairwise(equal.run):
+            if older.raw != newer.raw:
+                both = f"{older.path} and {newer.path} have the same settings and seed"
+                print(f"{both}: the newer one counts.", file=sys.stderr)
+    table = table.drop_duplicates(["key", "seed"], keep="last").sort_values("seed", kind="stable")
+    groups = in_order(table.drop_duplicates("key"), ["experiment", "size", "objective", *AXES, "other"])
+    table["group"] = pd.Index(groups.key).get_indexer(table.key)
+    groups = groups[[*ARM, "objective", *AXES, "other", "changed"]].reset_index(drop=True).rename_axis("group")
+    return Summary(table.sort_values(["group", "seed"]), groups, _over_seeds(table))
 
-    Of two runs that differ in nothing the newest counts; that is said on stderr.
+
+def in_order(groups: DataFrame, columns: list[str]) -> DataFrame:
+    """Sort by columns: experiments and objectives in their usual order, unset values and numbers before words."""
+
+    def key(value: Any, column: str) -> str:
+        known = {"experiment": NAMES, "objective": OBJECTIVES}.get(column, ())
+        if value in known:
+            return f"{known.index(value):03d}"
+        if value is None or isinstance(value, int | float):
+            return f"{value or 0:020.9f}"
+        return f"~{'' if value in ('abs', ()) else value}"
+
+    return groups.sort_values(
+        columns, key=lambda column: column.map(lambda value: key(value, column.name)), kind="stable"
+    )
+
+
+def comparable(groups: DataFrame) -> list[DataFrame]:
+    """Groups of the same experiment and size whose other settings agree, ordered by objective.
+
+    An unsupervised group is part of each list that agrees with it in the settings that it uses.
     """
-    together: dict[str, dict[int, PaperRun]] = {}
-    for run in sorted(runs, key=lambda run: str(run.record.get("created") or "")):
-        what = [run.experiment, run.size, run.objective, _axes(run), _context(run)]
-        seeds = together.setdefault(json.dumps(what, sort_keys=True, default=str), {})
-        twin = seeds.get(run.seed)
-        if twin and twin.record != run.record:
-            print(f"{twin.path} and {run.path} have the same settings and seed: the newer one counts.", file=sys.stderr)
-        seeds[run.seed] = run
-    groups = []
-    for seeds in together.values():
-        members = tuple(seeds[seed] for seed in sorted(seeds))
-        first = members[0]
-        groups.append(Group(first.experiment, first.size, first.objective, _axes(first), _context(first), members))
-    return sorted(groups, key=lambda group: (*_place(group), *order(group, tuple(PLAIN)), str(group.context)))
+
+    def keys(unused: set[str]) -> list[str]:
+        return [
+            json.dumps({k: v for k, v in o.items() if k not in unused}, sort_keys=True, default=str)
+            for o in groups.other
+        ]
+
+    keyed = groups.assign(all=keys(set()), used=keys(UNUSED["unsupervised"])).reset_index()
+    is_baseline = keyed.objective == "unsupervised"
+    others, baselines = keyed[~is_baseline], keyed[is_baseline].drop(columns="all")
+    matched = baselines.merge(others[[*ARM, "used", "all"]].drop_duplicates(), "left", [*ARM, "used"])
+    matched["all"] = matched["all"].fillna(matched.used)
+    arms = in_order(pd.concat([others, matched]).set_index("group"), ARM)
+    return [in_order(part, ["objective"]) for _, part in arms.groupby([*ARM, "all"], sort=False)]
 
 
-def plain_of(experiment: str, size: str) -> dict[str, Any]:
-    """The values of the main tables. The bound on the push is the size's own. A text-to-image model is conditional by
-    nature, and the paper gives it the true beta."""
+def varying(groups: DataFrame) -> list[str]:
+    """The other settings in which groups differ; groups without the setting do not count."""
+    table = DataFrame(list(groups.other), dtype=object)
+    return [name for name in table if table[name].dropna().astype(str).nunique() > 1]
+
+
+def main_settings(experiment: str, size: str) -> dict[str, Any]:
+    """The AXES of the main table. max_ratio is the size's own; a text-to-image model is conditional and is given the
+    true beta, as in the paper."""
     known = EXPERIMENTS.get(experiment)
-    if known is None:
-        return PLAIN | {"beta": KNOWN, "conditional": True}
-    return PLAIN | {"max_ratio": known.recipe_of(size).max_ratio or 0.0}  # type: ignore[arg-type]
+    return {
+        "correction": "abs",
+        "beta": 0.1 if known else KNOWN,
+        "eta": 0.0,
+        "conditional": known is None,
+        "missing": (),
+        "contamination": known.counts.contamination if known else 0.0,
+        "num_negative": 0,
+        "max_ratio": known and known.recipe_of(size).max_ratio or 0.0,  # type: ignore[arg-type]
+    }
 
 
-def order(group: Group, axes: Sequence[str]) -> list[tuple[int, float, str]]:
-    """A sort key by axes, "objective" among them: what has none first, then numbers by size, then words."""
-    key = []
-    for name in axes:
-        value = OBJECTIVES.index(group.objective) if name == "objective" else group.axes.get(name)
-        if value is None:
-            value = own_contamination(group.experiment) if name == "contamination" else 0
-        is_number = isinstance(value, int | float)
-        key.append((0, float(value), "") if is_number else (1, 0.0, "" if value in ("abs", ()) else str(value)))
-    return key
+def _row(run: FinishedRun) -> dict[str, Any]:
+    record, settings = run.record, run.record.settings
+    unused, usual = UNUSED[settings.objective], main_settings(record.experiment, record.size)
+    axes = _axes(run, usual) | dict.fromkeys(unused & set(AXES))
+    changed = {name for name, value in axes.items() if value is not None and value != usual[name]}
+    ignored = NOT_OTHER | unused
+    if record.experiment not in EXPERIMENTS:
+        ignored -= {"contamination"}  # it has no default that could be left out
+    other = {k: v for k, v in run.raw["settings"].items() if k not in ignored and v is not None}
+    about = {"experiment": record.experiment, "size": record.size, "objective": settings.objective}
+    return {
+        "key": json.dumps([about, axes, other], sort_keys=True, default=str),
+        **about,
+        **axes,
+        "other": other,
+        "changed": changed | ({"num_negative"} if settings.objective == "pnu" else set()),
+        "seed": record.seed,
+        "run": run,
+        "assumed_beta": run.beta,
+        "true_beta": settings.contamination,
+        "seconds": record.cost.get("seconds"),
+        "classifier": f"{record.classifier.get('name')} {record.classifier.get('sha256')}",
+        "data": str(run.raw.get("data_sha256")),
+        "created": str(run.raw.get("created") or ""),
+    }
 
 
-def contexts(groups: Sequence[Group]) -> list[list[Group]]:
-    """Groups of the same experiment and size whose other settings agree, so that they may be compared.
+def _axes(run: FinishedRun, usual: dict[str, Any]) -> dict[str, Any]:
+    settings = run.record.settings
+    axes = {name: usual[name] if (value := getattr(settings, name)) is None else value for name in AXES}
+    axes["missing"] = tuple(sorted(axes["missing"]))
+    axes["beta"] = SOURCES.get(str(settings.beta_source), axes["beta"])  # an estimate differs by seed
+    axes["max_ratio"] = settings.max_ratio or 0.0  # null means no bound, whatever the size's own is
+    if not axes["num_negative"]:
+        axes["eta"] = usual["eta"]  # the weight of no images
+    near = abs(axes["contamination"] - usual["contamination"]) < SAME_CONTAMINATION
+    if near or run.record.experiment not in EXPERIMENTS:
+        axes["contamination"] = usual["contamination"]
+    return axes
 
-    A setting without meaning for an objective keeps nothing apart: an unsupervised group is in each list that agrees
-    with it in the rest.
+
+def _over_seeds(runs: DataFrame) -> DataFrame:
+    """Mean and sample standard deviation of each metric of each group; unknown values are left out.
+
+    low and high: with one seed its 95 % interval, with several the least and the largest value. n: images of a seed,
+    the fewest of any.
     """
 
-    def key(group: Group, without: Iterable[str]) -> str:
-        rest = {name: value for name, value in group.context.items() if name not in without}
-        return json.dumps([group.experiment, group.size, rest], sort_keys=True, default=str)
+    def deviation(values: Series) -> float:
+        return statistics.stdev(values) if len(values) > 1 else math.nan
 
-    loose = MEANINGLESS["unsupervised"]
-    found: dict[str, list[Group]] = {}
-    for group in groups:
-        if group.objective != "unsupervised":
-            found.setdefault(key(group, ()), []).append(group)
-    for group in groups:
-        if group.objective == "unsupervised":
-            fitting = [some for some in found.values() if key(some[0], loose) == key(group, loose)]
-            for some in fitting or [found.setdefault(key(group, ()), [])]:
-                some.append(group)
-    lists = [sorted(some, key=lambda group: OBJECTIVES.index(group.objective)) for some in found.values()]
-    return sorted(lists, key=lambda some: _place(some[0])[:2])
-
-
-def varying(groups: Sequence[Group]) -> list[str]:
-    """Names of the other settings in which groups differ; one that a group does not have is no difference."""
-    names = dict.fromkeys(name for group in groups for name in group.context)
-    return [name for name in names if len({str(group.context[name]) for group in groups if name in group.context}) > 1]
-
-
-def own_contamination(experiment: str) -> float:
-    """The share of sensitive images among the unlabeled ones that an experiment has unless told otherwise."""
-    return EXPERIMENTS[experiment].counts.contamination if experiment in EXPERIMENTS else 0.0
-
-
-def true_beta(groups: Iterable[Group]) -> float | None:
-    """The true share of sensitive images among the unlabeled ones, where all the runs have the same."""
-    known = {round(run.settings.get("contamination") or 0.0, 3) for group in groups for run in group.runs}
-    return known.pop() or None if len(known) == 1 else None
-
-
-def _axes(run: PaperRun) -> dict[str, Any]:
-    settings = run.settings
-    plain = plain_of(run.experiment, run.size)
-    axes = {name: usual if settings.get(name) is None else settings[name] for name, usual in plain.items()}
-    axes["missing"] = tuple(sorted(axes["missing"]))
-    axes["beta"] = SOURCES.get(str(settings.get("beta_source")), axes["beta"])  # an estimate is the seed's own
-    if not axes["num_negative"]:
-        axes["eta"] = PLAIN["eta"]  # a weight of nothing
-    share = axes["contamination"]
-    if run.experiment not in EXPERIMENTS or abs((share or 0) - own_contamination(run.experiment)) < SAME_CONTAMINATION:
-        axes["contamination"] = None
-    axes["max_ratio"] = settings.get("max_ratio") or 0.0  # null is no bound, whatever the size's own is
-    return {name: value for name, value in axes.items() if name not in MEANINGLESS[run.objective]}
-
-
-def _context(run: PaperRun) -> dict[str, Any]:
-    without = NOT_A_SETTING | MEANINGLESS[run.objective]
-    if run.experiment not in EXPERIMENTS:
-        without -= {"contamination"}  # none of its values is known to be the plain one
-    return {name: value for name, value in run.settings.items() if name not in without and value is not None}
-
-
-def _place(group: Group) -> tuple[int, str, int]:
-    """Experiments as NAMES has them, unknown ones last; then sizes, then objectives."""
-    known = NAMES.index(group.experiment) if group.experiment in NAMES else len(NAMES)
-    return known, f"{group.experiment} {group.size}", OBJECTIVES.index(group.objective)
+    rows = [
+        (row.group, name, m.value, m.low, m.high, m.n)
+        for row in runs.sort_values(["group", "seed"]).itertuples()
+        for name, m in row.run.metrics.items()
+    ]
+    columns = ["group", "metric", "value", "least", "largest", "images"]
+    by = DataFrame(rows, columns=columns).dropna(subset="value").groupby(["group", "metric"], sort=False)
+    table = DataFrame({"mean": by.value.agg(statistics.mean), "sd": by.value.agg(deviation)})
+    table["low"] = by.least.min().where(by.size() == 1, by.value.min())
+    table["high"] = by.largest.max().where(by.size() == 1, by.value.max())
+    table["n"], table["seeds"] = by.images.min(), by.size()
+    rate = table[table.index.get_level_values("metric") == RATE].droplevel("metric")
+    leakage = rate.assign(mean=1 - rate["mean"], low=1 - rate.high, high=1 - rate.low, metric=LEAKAGE)
+    return pd.concat([leakage.set_index("metric", append=True), table])

@@ -11,7 +11,8 @@ import pytest
 from paper_runs import make_many, make_results
 
 from sd_unlearn.errors import UsageError
-from sd_unlearn.paper.tables import table
+from sd_unlearn.paper.tables.build import build_tables
+from sd_unlearn.paper.tables.document import update_document
 
 RUNS = Path("runs/paper")
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -20,7 +21,7 @@ DOCUMENT = """# Results
 Before.
 
 <!-- table: main -->
-old figures
+old values
 <!-- end: main -->
 
 Between.
@@ -50,7 +51,7 @@ def test_files_are_written_and_the_markdown_returned() -> None:
     pytest.importorskip("matplotlib")
     make_many(RUNS)
     out = Path("out")
-    text = table.run(RUNS, out)
+    text = build_tables(RUNS, out)
     assert (out / "table.md").read_text().startswith(text.rstrip("\n"))
     pictures = {p.name for p in out.glob("*.png")}
     assert pictures == {
@@ -63,23 +64,23 @@ def test_files_are_written_and_the_markdown_returned() -> None:
         assert (out / name).read_bytes().startswith(PNG)
         assert 5_000 < (out / name).stat().st_size < 100_000
     headings = [line[3:] for line in text.splitlines() if line.startswith("## ")]
-    assert headings[0] == "The main table"
-    assert len(headings) == 8  # every view has runs
+    assert headings[0] == "Main table"
+    assert len(headings) == 8  # every table has runs
 
 
-def test_without_a_place_they_lie_beside_the_runs_and_are_not_read_as_such() -> None:
+def test_by_default_tables_go_into_the_runs_folder_and_are_not_read_as_runs() -> None:
     pytest.importorskip("matplotlib")
     make_sweep()
-    first = table.run(RUNS)
+    first = build_tables(RUNS)
     assert {p.suffix for p in (RUNS / "tables").iterdir()} == {".md", ".csv", ".png"}
-    assert table.run(RUNS) == first
+    assert build_tables(RUNS) == first
 
 
-def test_csv_has_a_line_a_run_and_a_line_a_group() -> None:
+def test_csv_files_have_a_line_for_each_run_and_each_group() -> None:
     pytest.importorskip("matplotlib")
     make_sweep()
     make_results(RUNS, "pu", 0.97, 12.0, missing=["7", "9"], shares={"9": 0.05}, variant="missing")
-    table.run(RUNS, Path("out"))
+    build_tables(RUNS, Path("out"))
     with Path("out/runs.csv").open(newline="") as file:
         runs = list(csv.DictReader(file))
     with Path("out/groups.csv").open(newline="") as file:
@@ -106,88 +107,107 @@ def test_csv_has_a_line_a_run_and_a_line_a_group() -> None:
 def test_collected_results_give_the_same_tables() -> None:
     pytest.importorskip("matplotlib")
     make_many(RUNS)
-    before = table.run(RUNS, target=Path("docs/runs"))
-    assert table.run(Path("docs/runs"), Path("out")) == before
+    before = build_tables(RUNS, target=Path("docs/runs"))
+    assert build_tables(Path("docs/runs"), Path("out")) == before
     assert not (RUNS / "tables").exists()
 
 
-def test_no_runs_say_which_command_makes_one() -> None:
+def test_without_runs_the_error_names_the_command_to_run() -> None:
     RUNS.mkdir(parents=True)
     with pytest.raises(UsageError, match="holds no finished run.*sd-unlearn paper run mnist5k-even --objective pu"):
-        table.run(RUNS, Path("out"))
+        build_tables(RUNS, Path("out"))
     assert not Path("out").exists()
 
 
-def test_no_matplotlib_is_said_before_anything_and_tables_come_without(
+def test_missing_matplotlib_is_an_error_with_output_dir_and_skips_plots_without(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     make_sweep()
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(UsageError, match=r"pip install 'sd-unlearn\[paper\]'"):
-        table.run(RUNS, Path("out"))
+        build_tables(RUNS, Path("out"))
     assert not Path("out").exists()
-    table.run(RUNS)
+    build_tables(RUNS)
     assert {p.suffix for p in (RUNS / "tables").iterdir()} == {".md", ".csv"}
     assert "No plots" in capsys.readouterr().err
 
 
-def test_neither_torch_nor_matplotlib_is_imported_with_the_module() -> None:
-    code = "import sys, sd_unlearn.paper.table; print({'torch', 'matplotlib', 'numpy'} & set(sys.modules))"
+def test_importing_the_module_imports_nothing_heavy() -> None:
+    heavy = "{'torch', 'matplotlib', 'pandas', 'numpy'}"
+    code = f"import sys, sd_unlearn.paper.tables.build; print({heavy} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_missing_pandas_is_an_error_with_the_extra_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    make_sweep()
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(UsageError, match=r"need pandas: pip install 'sd-unlearn\[paper\]'"):
+        build_tables(RUNS)
+    assert not (RUNS / "tables").exists()
+
+
+def test_a_run_without_metrics_has_tables_of_dashes() -> None:
+    make_results(RUNS, "pu", None, None)
+    make_results(RUNS, "pu", None, None, correction="nn")
+    text = build_tables(RUNS)
+    assert "| PU (proposed) | 4 | nn | – | – | 1 | – | 180 |" in text
+    assert "nothing to compare, Unsupervised is missing." in text
 
 
 # -- documents --
 
 
-def test_a_document_gets_its_tables_and_keeps_the_rest(document: Path) -> None:
+def test_a_document_gets_its_tables_and_is_otherwise_unchanged(document: Path) -> None:
     make_sweep()
-    text = table.run(RUNS, update=document)
+    text = build_tables(RUNS, update=document)
     found = document.read_text()
     assert found.startswith("# Results\n\nBefore.\n\n<!-- table: main -->\n\n**Size tiny")
     assert found.endswith("<!-- end: beta:mnist5k-even -->\n\nAfter.\n")
-    assert "old figures" not in found
+    assert "old values" not in found
     for row in (line for line in text.splitlines() if line.startswith("|")):
         assert row in found
-    table.run(RUNS, update=document)
-    assert document.read_text() == found  # once more changes nothing
+    build_tables(RUNS, update=document)
+    assert document.read_text() == found  # updating again changes nothing
     assert not (RUNS / "tables").exists()
 
 
-def test_a_table_without_runs_is_left_and_that_is_said(document: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_table_without_runs_is_reported_and_left_unchanged(
+    document: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     make_results(RUNS, "pu")
     make_results(RUNS, "pu", correction="nn")
-    table.run(RUNS, update=document)
-    said = capsys.readouterr().err
-    assert "no run has anything for <!-- table: beta:mnist5k-even -->; left as it is" in said
-    assert "has no place for: correction." in said
+    build_tables(RUNS, update=document)
+    errors = capsys.readouterr().err
+    assert "no finished run for <!-- table: beta:mnist5k-even -->; it is left unchanged" in errors
+    assert "has no markers for: correction." in errors
 
 
-def test_a_plot_that_a_document_shows_is_drawn_again(document: Path) -> None:
+def test_a_plot_that_a_document_shows_is_updated(document: Path) -> None:
     pytest.importorskip("matplotlib")
     make_sweep()
     Path("pictures").mkdir()
     shown, other = Path("pictures/main-tiny-fid-digits.png"), Path("pictures/cat.png")
     for picture in (shown, other):
         picture.write_bytes(b"old")
-    document.write_text(f"{DOCUMENT}\n![Figures]({shown})\n\n![A cat]({other})\n")
-    table.run(RUNS, update=document)
+    document.write_text(f"{DOCUMENT}\n![Plot]({shown})\n\n![A cat]({other})\n")
+    build_tables(RUNS, update=document)
     assert shown.read_bytes().startswith(PNG)
     assert other.read_bytes() == b"old"
     assert not Path("pictures/beta-mnist5k-even-tiny-fid-digits.png").exists()
 
 
-def test_blocks_are_replaced_word_for_word_and_idempotently(document: Path) -> None:
+def test_tables_are_inserted_literally_and_idempotently(document: Path) -> None:
     block = "| a\\1 | \\g<0> |\n| --- | --- |"
-    table.update_document(document, {"main": block})
+    update_document(document, {"main": block})
     once = document.read_text()
     assert f"<!-- table: main -->\n\n{block}\n\n<!-- end: main -->" in once
-    table.update_document(document, {"main": block})
+    update_document(document, {"main": block})
     assert document.read_text() == once
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("nothing", "<!-- table: main --> 0 times"),
         ("<!-- table: main -->", "<!-- end: main --> 0 times"),
@@ -196,21 +216,21 @@ def test_blocks_are_replaced_word_for_word_and_idempotently(document: Path) -> N
         ("<!-- table: main --><!-- table: beta --><!-- end: main --><!-- end: beta -->", "before any other"),
     ],
 )
-def test_a_document_whose_markers_are_wrong_is_refused_and_kept(text: str, told: str) -> None:
+def test_a_document_with_wrong_markers_is_rejected_and_unchanged(text: str, message: str) -> None:
     path = Path("paper.md")
     path.write_text(text)
     with pytest.raises(UsageError) as error:
-        table.update_document(path, {"main": "figures"})
-    assert told in str(error.value)
+        update_document(path, {"main": "values"})
+    assert message in str(error.value)
     assert path.read_text() == text
 
 
 def test_a_document_is_checked_before_anything_is_written(document: Path) -> None:
     make_sweep()
-    for text, told in (("no markers", "has no place for a table"), ("<!-- table: bata -->", 'Did you mean "beta"')):
+    for text, message in (("no markers", "has no place for a table"), ("<!-- table: bata -->", 'Did you mean "beta"')):
         document.write_text(text)
-        with pytest.raises(UsageError, match=told):
-            table.run(RUNS, Path("out"), document)
+        with pytest.raises(UsageError, match=message):
+            build_tables(RUNS, Path("out"), document)
         assert not Path("out").exists()
     with pytest.raises(UsageError, match="--update nowhere.md cannot be read"):
-        table.run(RUNS, update=Path("nowhere.md"))
+        build_tables(RUNS, update=Path("nowhere.md"))

@@ -1,15 +1,15 @@
-"""The tables: main and variants, each group shown somewhere, a reader can compare and sees what was expected."""
+"""The main table, the tables of variants, and PU compared with Unsupervised; every group is shown somewhere."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import pytest
+from pandas import DataFrame
 from paper_runs import make_run
 
-from sd_unlearn.paper.tables.cells import markdown_table
-from sd_unlearn.paper.tables.groups import grouped
-from sd_unlearn.paper.tables.views import TITLES, expected, table_of
+from sd_unlearn.paper.tables.groups import summarize
+from sd_unlearn.paper.tables.pages import TITLES, comparison, markdown, table_of
 
 UNSUPERVISED, SUPERVISED, PU = ("unsupervised", 0.9, 10.0), ("supervised", 0.95, 13.0), ("pu", 0.98, 10.5)
 
@@ -29,9 +29,9 @@ def column(table: str, name: str) -> list[str]:
     return [row[head.index(name)] for row in rest]
 
 
-def test_main_table_has_the_arms_side_by_side() -> None:
-    made = runs_of(UNSUPERVISED, SUPERVISED, PU) + runs_of(("pu", 0.96, 11.5), seeds=(2,))
-    table = table_of("main", grouped(made))
+def test_main_table_has_a_column_for_each_objective() -> None:
+    runs = runs_of(UNSUPERVISED, SUPERVISED, PU) + runs_of(("pu", 0.96, 11.5), seeds=(2,))
+    table = table_of("main", summarize(runs))
     assert "**Size tiny, fid-digits**" in table
     head, row = lines(table)
     assert dict(zip(head, row, strict=True)) == {
@@ -48,21 +48,21 @@ def test_main_table_has_the_arms_side_by_side() -> None:
     }
 
 
-def test_an_arm_that_is_missing_is_a_dash() -> None:
-    table = table_of("main", grouped(runs_of(PU)))
+def test_a_missing_objective_is_a_dash() -> None:
+    table = table_of("main", summarize(runs_of(PU)))
     assert column(table, "Rate, Unsupervised") == ["–"]
     assert column(table, "fid-digits, Supervised") == ["–"]
     assert "nothing to compare, Unsupervised is missing" in table
 
 
-def test_main_tables_are_apart_by_size_and_fid_which_are_never_mixed() -> None:
-    made = (
+def test_sizes_and_fids_have_separate_main_tables() -> None:
+    runs = (
         runs_of(UNSUPERVISED, PU)
         + runs_of(PU, experiment="cifar10-animals", size="paper", fid_name="fid-inception")
         + runs_of(PU, experiment="mnist5k-odd", size="paper")
         + runs_of(("pu", 0.9, None), experiment="mnist-odd")  # type: ignore[arg-type]
     )
-    parts = table_of("main", grouped(made)).split("**Size ")[1:]
+    parts = table_of("main", summarize(runs)).split("**Size ")[1:]
     assert [part.split("**")[0] for part in parts] == [
         "paper, fid-digits",
         "paper, fid-inception",
@@ -79,9 +79,9 @@ def test_main_tables_are_apart_by_size_and_fid_which_are_never_mixed() -> None:
     ]
 
 
-def test_main_table_tells_recipes_apart() -> None:
-    made = runs_of(UNSUPERVISED, PU) + runs_of(("pu", 0.5, 50.0), max_train_steps=10)
-    table = table_of("main", grouped(made))
+def test_other_settings_that_differ_are_part_of_the_row_label() -> None:
+    runs = runs_of(UNSUPERVISED, PU) + runs_of(("pu", 0.5, 50.0), max_train_steps=10)
+    table = table_of("main", summarize(runs))
     labels, rates = column(table, "Experiment"), column(table, "Rate, PU (proposed)")
     assert dict(zip(labels, (rate[:5] for rate in rates), strict=True)) == {
         "mnist5k-even, max_train_steps 1050": "0.980",
@@ -89,39 +89,39 @@ def test_main_table_tells_recipes_apart() -> None:
     }
 
 
-def test_what_is_expected_is_checked_on_the_ratios() -> None:
-    told = table_of("main", grouped(runs_of(UNSUPERVISED, PU)))
-    assert "PU leaks 2.0 % against 10.0 %, ratio 0.20 (at most 0.5 is expected: yes)" in told
-    assert "fid-digits 10.50 against 10.00, ratio 1.05 (at most 1.1 is expected: yes)" in told
-    told = table_of("main", grouped(runs_of(UNSUPERVISED, ("pu", 0.94, 11.5))))
-    assert "ratio 0.60 (at most 0.5 is expected: no)" in told
-    assert "ratio 1.15 (at most 1.1 is expected: no)" in told
+def test_ratios_of_pu_to_unsupervised_are_checked_against_the_paper() -> None:
+    table = table_of("main", summarize(runs_of(UNSUPERVISED, PU)))
+    assert "PU leaks 2.0 % against 10.0 %, ratio 0.20 (at most 0.5 is expected: yes)" in table
+    assert "fid-digits 10.50 against 10.00, ratio 1.05 (at most 1.1 is expected: yes)" in table
+    table = table_of("main", summarize(runs_of(UNSUPERVISED, ("pu", 0.94, 11.5))))
+    assert "ratio 0.60 (at most 0.5 is expected: no)" in table
+    assert "ratio 1.15 (at most 1.1 is expected: no)" in table
 
 
-def test_nothing_is_divided_by_zero() -> None:
-    one, other = grouped(runs_of(("unsupervised", 1.0, 0.0), PU))
-    told = expected(other, one, "fid-digits")
-    assert told.startswith("PU leaks 2.0 % against 0.0 %, no ratio;")
-    assert told.endswith("no ratio.")
+def test_there_is_no_ratio_to_zero() -> None:
+    summary = summarize(runs_of(("unsupervised", 1.0, 0.0), PU))
+    text = comparison(summary, summary.groups, "fid-digits")
+    assert text.startswith("PU leaks 2.0 % against 0.0 %, no ratio;")
+    assert text.endswith("no ratio.")
 
 
-def test_a_sweep_of_beta_has_the_baselines_beside_it() -> None:
-    made = runs_of(UNSUPERVISED, SUPERVISED, PU)
-    assert table_of("beta", grouped(made)) == ""
+def test_the_beta_table_includes_the_baselines() -> None:
+    runs = runs_of(UNSUPERVISED, SUPERVISED, PU)
+    assert table_of("beta", summarize(runs)) == ""
     for beta in (0.2, 0.05):
-        made += runs_of(("pu", 0.9 + beta / 10, 12.0), beta=beta)
-    made += runs_of(("pu", 0.97, 10.4), beta=0.093, beta_source="estimated")
-    table = table_of("beta", grouped(made))
+        runs += runs_of(("pu", 0.9 + beta / 10, 12.0), beta=beta)
+    runs += runs_of(("pu", 0.97, 10.4), beta=0.093, beta_source="estimated")
+    table = table_of("beta", summarize(runs))
     assert "**mnist5k-even, size tiny, true beta 0.091**" in table
     assert column(table, "Objective") == ["Unsupervised", "Supervised", *["PU (proposed)"] * 4]
     assert column(table, "Beta") == ["–", "0.1", "0.05", "0.1", "0.2", "0.093 (estimated)"]
     assert column(table, "Leakage") == ["10.0 %", "5.0 %", "9.5 %", "2.0 %", "8.0 %", "3.0 %"]
 
 
-def test_classes_without_labels_are_counted_among_the_drawn() -> None:
-    made = runs_of(UNSUPERVISED, PU, shares={"9": 0.01})
-    made += runs_of(("pu", 0.96, 11.0), missing=["9"], shares={"9": 0.034})
-    table = table_of("missing", grouped(made))
+def test_the_missing_table_has_the_share_of_each_class_without_labels() -> None:
+    runs = runs_of(UNSUPERVISED, PU, shares={"9": 0.01})
+    runs += runs_of(("pu", 0.96, 11.0), missing=["9"], shares={"9": 0.034})
+    table = table_of("missing", summarize(runs))
     assert column(table, "Labels missing of") == ["–", "none", "9"]
     assert column(table, "Drawn “9”") == ["1.0 %", "1.0 %", "3.4 %"]
     assert "Drawn “7”" not in table
@@ -136,32 +136,34 @@ def test_classes_without_labels_are_counted_among_the_drawn() -> None:
         ("pnu", {"num_negative": 200, "eta": 0.5}, "Labeled normal", ["0", "0", "200"]),
     ],
 )
-def test_each_variant_is_beside_the_plain_runs(view: str, change: dict[str, Any], name: str, cells: list[str]) -> None:
-    table = table_of(view, grouped(runs_of(UNSUPERVISED, PU) + runs_of(PU, **change)))
+def test_each_variant_has_a_table_that_includes_the_main_groups(
+    view: str, change: dict[str, Any], name: str, cells: list[str]
+) -> None:
+    table = table_of(view, summarize(runs_of(UNSUPERVISED, PU) + runs_of(PU, **change)))
     assert column(table, name) == cells
-    assert not table_of("other", grouped(runs_of(UNSUPERVISED, PU) + runs_of(PU, **change)))
+    assert not table_of("other", summarize(runs_of(UNSUPERVISED, PU) + runs_of(PU, **change)))
 
 
-def test_pnu_is_a_variant_and_no_arm_of_the_main_table() -> None:
-    groups = grouped(runs_of(PU, ("pnu", 0.99, 10.0), num_negative=0) + runs_of(("pnu", 0.98, 9.0), num_negative=200))
+def test_pnu_has_its_own_table_and_is_not_in_the_main_table() -> None:
+    groups = summarize(runs_of(PU, ("pnu", 0.99, 10.0), num_negative=0) + runs_of(("pnu", 0.98, 9.0), num_negative=200))
     assert column(table_of("main", groups), "Rate, PU (proposed)") == ["0.980 [0.969, 0.987]"]
     assert column(table_of("pnu", groups), "Objective") == ["PU (proposed)", "PNU", "PNU"]
 
 
-def test_contamination_is_crossed_with_how_beta_was_found() -> None:
-    made = runs_of(UNSUPERVISED, PU) + runs_of(PU, beta=0.3)
+def test_the_contamination_table_has_given_and_estimated_betas() -> None:
+    runs = runs_of(UNSUPERVISED, PU) + runs_of(PU, beta=0.3)
     for share in (0.05, 0.2):
-        made += runs_of(UNSUPERVISED, PU, contamination=share, max_train_steps=int(1000 * (1 + share)))
-        made += runs_of(
+        runs += runs_of(UNSUPERVISED, PU, contamination=share, max_train_steps=int(1000 * (1 + share)))
+        runs += runs_of(
             PU, contamination=share, max_train_steps=int(1000 * (1 + share)), beta=share + 0.01, beta_source="estimated"
         )
-    table = table_of("contamination", grouped(made))
+    table = table_of("contamination", summarize(runs))
     assert column(table, "Contamination") == [*["0.050"] * 3, *["0.091"] * 2, *["0.200"] * 3]
     assert column(table, "Beta") == ["–", "0.1", "0.060 (estimated)", "–", "0.1", "–", "0.1", "0.210 (estimated)"]
     assert column(table, "max_train_steps")[0] == "1050"
 
 
-def test_no_group_is_left_out() -> None:
+def test_every_group_is_in_some_table() -> None:
     changes: list[dict[str, Any]] = [
         {},
         {"beta": 0.2},
@@ -173,19 +175,19 @@ def test_no_group_is_left_out() -> None:
         {"contamination": 0.3, "beta": 0.3},
         {"max_train_steps": 5},
     ]
-    made = [make_run("pu", 0.9, 10 + i, **change) for i, change in enumerate(changes)]
-    text = "\n".join(table_of(name, grouped(made)) for name in TITLES)
+    runs = [make_run("pu", 0.9, 10 + i, **change) for i, change in enumerate(changes)]
+    text = "\n".join(table_of(name, summarize(runs)) for name in TITLES)
     assert [i for i in range(len(changes)) if f"| {10 + i}.00 |" not in text] == []
 
 
-def test_other_judges_and_other_data_are_said() -> None:
-    made = runs_of(UNSUPERVISED, PU)
-    assert "Not all" not in table_of("main", grouped(made))
-    made[0].record["classifier"]["sha256"] = "other"
-    assert "Not all of these were judged by the same classifier." in table_of("main", grouped(made))
-    made[0].record["data_sha256"] = "other"
-    assert "Not all of these were trained on the same data." in table_of("main", grouped(made))
+def test_different_classifiers_and_data_are_reported() -> None:
+    runs = runs_of(UNSUPERVISED, PU)
+    assert "Not all" not in table_of("main", summarize(runs))
+    runs[0].record.classifier["sha256"] = "other"
+    assert "Not all of these were measured with the same classifier." in table_of("main", summarize(runs))
+    runs[0].raw["data_sha256"] = "other"
+    assert "Not all of these were trained on the same data." in table_of("main", summarize(runs))
 
 
-def test_cells_stay_in_their_column() -> None:
-    assert markdown_table(["a|b"], [["c\n| d"]]).splitlines() == ["| a\\|b |", "| --- |", "| c \\| d |"]
+def test_cells_cannot_break_the_table() -> None:
+    assert markdown(DataFrame({"a|b": ["c\n| d"]})).splitlines() == ["| a\\|b |", "| --- |", "| c \\| d |"]
