@@ -25,13 +25,13 @@ from sd_unlearn.metrics.fidelity import InceptionFidelity
 from sd_unlearn.paper.ddpm.datasets import load_dataset
 from sd_unlearn.paper.ddpm.sample import as_pictures, draw_all, load_samples, make_sampler
 from sd_unlearn.paper.ddpm.split import split
-from sd_unlearn.paper.ddpm.train import Run, train
+from sd_unlearn.paper.ddpm.train import TrainingJob, train
 from sd_unlearn.paper.ddpm.unet import PIPELINE_DIR, load_network
 from sd_unlearn.paper.experiments import CLASSES, DIGITS, Experiment, find_experiment
 from sd_unlearn.paper.judge import score
 from sd_unlearn.paper.judge.classifier import Classifier, get_classifier
 from sd_unlearn.paper.options import RunOptions
-from sd_unlearn.paper.settings import Settings, plain_settings, resolve, variant_of
+from sd_unlearn.paper.settings import ExperimentSettings, plain_settings, resolve, variant_of
 from sd_unlearn.results import Row
 from sd_unlearn.training.provenance import PACKAGES, commit
 from sd_unlearn.training.trainer import PATIENCE
@@ -71,7 +71,7 @@ def run(name: str, options: RunOptions) -> Path:
             shutil.rmtree(folder, ignore_errors=True)
         write_text(folder / CONFIG, yaml.safe_dump(told, sort_keys=False))
     state.wait_for_everyone()
-    job = Run(experiment, settings, size, options.seed, data, images, folder, options.checkpointing_steps)
+    job = TrainingJob(experiment, settings, size, options.seed, data, images, folder, options.checkpointing_steps)
     cost = _train(job)
     device = str(state.device)
     cost["sampling_seconds"] = _draw(job, options.sample_batch_size, device)
@@ -130,7 +130,7 @@ def check_distance(experiment: Experiment, options: RunOptions) -> None:
         InceptionFidelity(options.inception_weights)
 
 
-def _train(job: Run) -> dict[str, Any]:
+def _train(job: TrainingJob) -> dict[str, Any]:
     """The cost of the training, which is done unless it is finished."""
     record = job.folder / TRAINING
     if not record.is_file():
@@ -145,7 +145,7 @@ def _train(job: Run) -> dict[str, Any]:
     return dict(read_json(record))
 
 
-def _draw(job: Run, batch_size: int, device: str) -> float:
+def _draw(job: TrainingJob, batch_size: int, device: str) -> float:
     """The seconds that the pictures took; no network is loaded where they are drawn already."""
     settings, record = job.settings, job.folder / SAMPLING
     if not record.is_file():
@@ -160,7 +160,7 @@ def _draw(job: Run, batch_size: int, device: str) -> float:
     return float(read_json(record)["seconds"])
 
 
-def _judge(job: Run, classifier: Classifier, options: RunOptions, device: str) -> list[Row]:
+def _judge(job: TrainingJob, classifier: Classifier, options: RunOptions, device: str) -> list[Row]:
     """What the classifier and the features say of the pictures; also the contact sheet."""
     pictures, normal = as_pictures(load_samples(job.folder)), job.experiment.normal
     rows = score.judge(
@@ -180,7 +180,7 @@ def _judge(job: Run, classifier: Classifier, options: RunOptions, device: str) -
     return rows
 
 
-def _record(job: Run, cost: dict[str, Any], classifier: Classifier, rows: list[Row]) -> None:
+def _record(job: TrainingJob, cost: dict[str, Any], classifier: Classifier, rows: list[Row]) -> None:
     """results.json, the last file of a run."""
     record = {
         "schema_version": 1,
@@ -203,6 +203,6 @@ def _record(job: Run, cost: dict[str, Any], classifier: Classifier, rows: list[R
     write_json(job.folder / RESULTS, record)
 
 
-def _plain(settings: Settings) -> dict[str, Any]:
+def _plain(settings: ExperimentSettings) -> dict[str, Any]:
     """The settings as JSON has them."""
     return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(settings).items()}

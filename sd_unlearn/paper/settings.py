@@ -16,13 +16,13 @@ from sd_unlearn.paper.options import ObjectiveName, RunOptions
 from sd_unlearn.seeds import SEED_SPAN
 
 LABELED_SHARE = 3  # a step sees this many unlabeled images for each labeled one
-PAPERS_BETA = 0.1
+PAPER_BETA = 0.1
 WITH_BRACKET = ("pu", "pnu")
 BetaSource = Literal["fixed", "known", "estimated"]
 
 
 @dataclass(frozen=True)
-class Settings:
+class ExperimentSettings:
     """All that decides the figures of a run, its seed apart; recorded under "settings" in results.json."""
 
     objective: ObjectiveName
@@ -54,7 +54,7 @@ class Settings:
         return 5 if self.conditional else 0
 
 
-def resolve(experiment: Experiment, options: RunOptions) -> tuple[Settings, Counts, Size]:
+def resolve(experiment: Experiment, options: RunOptions) -> tuple[ExperimentSettings, Counts, Size]:
     """The settings, the counts and the size that the options ask for.
 
     Raises:
@@ -75,7 +75,7 @@ def resolve(experiment: Experiment, options: RunOptions) -> tuple[Settings, Coun
     usual = experiment.counts  # as many steps at every contamination, or they would not compare
     steps = options.max_train_steps or epochs * math.ceil((usual.normal + usual.mixed_in) / batch)
     pnu = options.objective == "pnu"
-    settings = Settings(
+    settings = ExperimentSettings(
         objective=options.objective,
         correction=options.correction,
         **_beta(options, counts),  # type: ignore[arg-type]
@@ -101,13 +101,13 @@ def resolve(experiment: Experiment, options: RunOptions) -> tuple[Settings, Coun
     return settings, counts, size
 
 
-def variant_of(settings: Settings, plain: Settings, size: Size, seed: int) -> str:
+def variant_of(settings: ExperimentSettings, plain: ExperimentSettings, size: Size, seed: int) -> str:
     """A run folder's name: the objective, then whatever differs from the experiment's plain settings, then the seed."""
     parts: list[str] = [size, settings.objective]
     if settings.objective in ("pu", "pnu", "supervised"):
         parts.append(f"beta{settings.beta:g}" if settings.beta_source == "fixed" else f"beta-{settings.beta_source}")
     named = {"objective", "beta", "beta_source", "lr_warmup_steps"}  # the last follows from others
-    for field in dataclasses.fields(Settings):
+    for field in dataclasses.fields(ExperimentSettings):
         value = getattr(settings, field.name)
         usual = getattr(plain, field.name)
         if field.name not in named and value != usual:
@@ -115,7 +115,7 @@ def variant_of(settings: Settings, plain: Settings, size: Size, seed: int) -> st
     return "-".join([*parts, f"seed{seed}"])
 
 
-def plain_settings(experiment: Experiment, settings: Settings, size: Size) -> Settings:
+def plain_settings(experiment: Experiment, settings: ExperimentSettings, size: Size) -> ExperimentSettings:
     """The settings of the same objective with no other option given."""
     return resolve(experiment, RunOptions(objective=settings.objective, size=size))[0]
 
@@ -144,8 +144,8 @@ def _beta(options: RunOptions, counts: Counts) -> dict[str, object]:
     if options.beta == "known":
         return {"beta": counts.contamination, "beta_source": "known"}
     if options.beta == "estimate":  # not known before the data is there: training starts from the paper's value
-        return {"beta": PAPERS_BETA, "beta_source": "estimated"}
-    return {"beta": PAPERS_BETA if options.beta is None else options.beta, "beta_source": "fixed"}
+        return {"beta": PAPER_BETA, "beta_source": "estimated"}
+    return {"beta": PAPER_BETA if options.beta is None else options.beta, "beta_source": "fixed"}
 
 
 def _or_none(asked: float | None, usual: float | None) -> float | None:

@@ -10,12 +10,12 @@ import pytest
 from sd_unlearn.errors import UsageError
 from sd_unlearn.paper.experiments import CLASSES, EXPERIMENTS, find_experiment
 from sd_unlearn.paper.options import RunOptions
-from sd_unlearn.paper.settings import Settings, plain_settings, resolve, variant_of
+from sd_unlearn.paper.settings import ExperimentSettings, plain_settings, resolve, variant_of
 
 EVEN = EXPERIMENTS["mnist5k-even"]
 
 
-def settings(name: str = "mnist5k-even", **options: Any) -> Settings:
+def settings(name: str = "mnist5k-even", **options: Any) -> ExperimentSettings:
     return resolve(find_experiment(name), RunOptions(**options))[0]
 
 

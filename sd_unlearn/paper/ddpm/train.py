@@ -27,7 +27,7 @@ from sd_unlearn.paper.ddpm.datasets import ImageData
 from sd_unlearn.paper.ddpm.split import Split
 from sd_unlearn.paper.ddpm.unet import load_network, make_network, make_schedule, save_pipeline
 from sd_unlearn.paper.experiments import Experiment, Size
-from sd_unlearn.paper.settings import LABELED_SHARE, PAPERS_BETA, Settings
+from sd_unlearn.paper.settings import LABELED_SHARE, PAPER_BETA, ExperimentSettings
 from sd_unlearn.seeds import TRAIN_SEEDS
 from sd_unlearn.training import checkpoint
 from sd_unlearn.training.loop import Training, fit
@@ -35,11 +35,11 @@ from sd_unlearn.training.provenance import device_name, peak_memory_mb
 
 
 @dataclass(frozen=True)
-class Run:
+class TrainingJob:
     """One model to be trained: what, on which images, with which seed, into which folder."""
 
     experiment: Experiment
-    settings: Settings
+    settings: ExperimentSettings
     size: Size
     seed: int
     data: ImageData
@@ -62,7 +62,7 @@ class Run:
         return [label // 2 if self.settings.conditional else 0 for label in labels]
 
 
-def train(run: Run) -> dict[str, Any]:
+def train(run: TrainingJob) -> dict[str, Any]:
     """Minimise the run's risk; a run that was killed goes on from its last checkpoint. Saves folder/pipeline.
 
     Returns what it cost, with "betas" where beta was estimated on the way: [{step, beta, beta_low, beta_high}].
@@ -106,7 +106,7 @@ def train(run: Run) -> dict[str, Any]:
         layout=layout_of(settings),
     )
     objective = PUObjective(
-        [[settings.beta or PAPERS_BETA]], settings.correction, settings.eta, _risk(settings), settings.max_ratio
+        [[settings.beta or PAPER_BETA]], settings.correction, settings.eta, _risk(settings), settings.max_ratio
     )
     probe = None
     if settings.beta_source == "estimated":
@@ -148,7 +148,7 @@ def train(run: Run) -> dict[str, Any]:
     return cost | {"betas": [{k: line[k] for k in ("step", "beta", "beta_low", "beta_high")} for line in found]}
 
 
-def examples_of(run: Run) -> tuple[list[Example], Tensor, dict[str, Tensor]]:
+def examples_of(run: TrainingJob) -> tuple[list[Example], Tensor, dict[str, Tensor]]:
     """(examples, their pixels [N, C, side, side] in [-1, 1], what the network is told [1] by caption)."""
     groups = {"generic": run.split.normal, "mixed_in": run.split.mixed_in}
     if run.settings.objective != "unsupervised":
@@ -162,7 +162,7 @@ def examples_of(run: Run) -> tuple[list[Example], Tensor, dict[str, Tensor]]:
     return examples, run.data.pixels([i for i, _ in indices], run.side), captions
 
 
-def layout_of(settings: Settings) -> Layout:
+def layout_of(settings: ExperimentSettings) -> Layout:
     """Every objective sees the same number of unlabeled images a step; labeled ones come on top."""
     unlabeled = settings.train_batch_size
     labeled = max(1, unlabeled // LABELED_SHARE)
@@ -171,7 +171,7 @@ def layout_of(settings: Settings) -> Layout:
     return Layout(labeled, unlabeled, 0, labeled if settings.objective == "pnu" else 0)
 
 
-def identity_of(run: Run, processes: int) -> dict[str, Any]:
+def identity_of(run: TrainingJob, processes: int) -> dict[str, Any]:
     """What a resumed run must have in common with its checkpoint, by name."""
     drawn = ("sampler", "num_inference_steps", "num_images")
     told = {f"--{k}": v for k, v in dataclasses.asdict(run.settings).items() if k not in drawn}
@@ -187,7 +187,7 @@ def identity_of(run: Run, processes: int) -> dict[str, Any]:
     }
 
 
-def _config(run: Run) -> TrainConfig:
+def _config(run: TrainingJob) -> TrainConfig:
     """The trainer's own options, as far as the loop reads them."""
     s = run.settings
     return TrainConfig(
@@ -215,5 +215,5 @@ def _config(run: Run) -> TrainConfig:
     )
 
 
-def _risk(settings: Settings) -> Any:
+def _risk(settings: ExperimentSettings) -> Any:
     return "pu" if settings.objective == "pnu" else settings.objective

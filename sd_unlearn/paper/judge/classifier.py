@@ -30,7 +30,7 @@ from sd_unlearn.errors import UnlearnError, UsageError, suggest
 from sd_unlearn.io.files import check_writable, file_sha256, read_json, write_json
 from sd_unlearn.metrics.statistics import wilson
 from sd_unlearn.paper.experiments import Size
-from sd_unlearn.paper.judge.resnet import Settings, build_network, fit, shrink, to_float
+from sd_unlearn.paper.judge.resnet import ClassifierSettings, build_network, fit, shrink, to_float
 
 if TYPE_CHECKING:
     from sd_unlearn.paper.ddpm.datasets import ImageData
@@ -120,7 +120,7 @@ def normal_of(probabilities: NDArray, mask: NDArray[np.bool_]) -> NDArray[np.boo
     return probabilities[:, mask].sum(1) > 0.5
 
 
-def settings_for(data: ImageData, side: int, size: Size, seed: int) -> Settings:
+def settings_for(data: ImageData, side: int, size: Size, seed: int) -> ClassifierSettings:
     """The settings of a dataset: ResNet-18 for "paper"; for "tiny" one that a CPU core trains in a minute or two.
 
     Raises:
@@ -136,7 +136,7 @@ def settings_for(data: ImageData, side: int, size: Size, seed: int) -> Settings:
     num_train = min(MOST_TRAIN.get(data.name, total), total if data.test else total - num_held_out)
     seen, paper = side if side <= LARGEST else SMALLER, size == "paper"
     stride = 1 if seen < (64 if paper else 24) else 2
-    return Settings(
+    return ClassifierSettings(
         side=seen,
         stem_stride=stride,
         depths=(2, 2, 2, 2) if paper else (1, 1, 1),
@@ -212,7 +212,7 @@ def train_classifier(data: ImageData, side: int, size: Size, seed: int, device: 
     return Classifier(network, name, data.classes, settings.side, sha256, confusion, device)
 
 
-def split(data: ImageData, settings: Settings) -> tuple[Part, Part]:
+def split(data: ImageData, settings: ClassifierSettings) -> tuple[Part, Part]:
     """What to train on and what to hold out: images and their indices; disjoint, each class with its share in both."""
     from sklearn.model_selection import train_test_split
 
@@ -264,14 +264,14 @@ def _write_weights(network: nn.Module, path: Path) -> str:
     return sha256
 
 
-def _stem(data: ImageData, settings: Settings, folder: Path) -> Path:
+def _stem(data: ImageData, settings: ClassifierSettings, folder: Path) -> Path:
     """Path without its ending: other data or settings have other files."""
     hashes = [data.sha256] + ([data.test.sha256] if data.test else [])
     told = json.dumps([data.name, hashes, data.classes, data.channels, asdict(settings)])
     return folder / f"resnet-{data.name}-{hashlib.sha256(told.encode()).hexdigest()[:12]}"
 
 
-def _load(stem: Path, settings: Settings, data: ImageData, device: str) -> Classifier:
+def _load(stem: Path, settings: ClassifierSettings, data: ImageData, device: str) -> Classifier:
     card, weights = read_json(stem.with_suffix(".json")), stem.with_suffix(".safetensors")
     if not weights.is_file() or file_sha256(weights) != card["sha256"]:
         raise UnlearnError(f"{weights} is not what {stem.name}.json says. Delete both: it is trained again.")

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 
 @dataclass(frozen=True)
-class Settings:
+class ClassifierSettings:
     """How a classifier is built and trained. With the data's hash they are its key: the same are trained once."""
 
     side: int  # of what it reads, in pixels
@@ -36,7 +36,7 @@ class Settings:
     label_smoothing: float = 0.05
 
 
-def build_network(channels: int, classes: int, settings: Settings) -> nn.Module:
+def build_network(channels: int, classes: int, settings: ClassifierSettings) -> nn.Module:
     """A ResNet of basic blocks (He et al. 2016) with a stem for small images: 3x3, no max pool. Seeded; on CPU."""
     from transformers import ResNetConfig, ResNetForImageClassification
 
@@ -58,7 +58,9 @@ def build_network(channels: int, classes: int, settings: Settings) -> nn.Module:
     return network
 
 
-def fit(network: nn.Module, pixels: Tensor, labels: Tensor, settings: Settings, device: str, title: str) -> None:
+def fit(
+    network: nn.Module, pixels: Tensor, labels: Tensor, settings: ClassifierSettings, device: str, title: str
+) -> None:
     """Train on pixels [n, C, side, side] uint8 and labels [n]; leaves the network in evaluation mode."""
     generator = torch.Generator().manual_seed(settings.seed)
     steps = settings.epochs * math.ceil(len(pixels) / settings.batch_size)
@@ -79,12 +81,12 @@ def fit(network: nn.Module, pixels: Tensor, labels: Tensor, settings: Settings, 
     network.eval().requires_grad_(False)
 
 
-def _batches(n: int, settings: Settings, generator: torch.Generator) -> Iterator[Tensor]:
+def _batches(n: int, settings: ClassifierSettings, generator: torch.Generator) -> Iterator[Tensor]:
     for _ in range(settings.epochs):
         yield from torch.randperm(n, generator=generator).tensor_split(math.ceil(n / settings.batch_size))
 
 
-def vary(images: Tensor, settings: Settings, generator: torch.Generator) -> Tensor:
+def vary(images: Tensor, settings: ClassifierSettings, generator: torch.Generator) -> Tensor:
     """Images [B, C, H, W] in [-1, 1], each turned, moved, mirrored, faded and made noisy by chance.
 
     What comes in at the edge is the reflection. Drawn pictures are never as clean as real ones: a network that saw only

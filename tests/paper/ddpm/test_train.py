@@ -20,7 +20,7 @@ from sd_unlearn.paper.ddpm import train as train_module
 from sd_unlearn.paper.ddpm import unet
 from sd_unlearn.paper.ddpm.datasets import ImageData
 from sd_unlearn.paper.ddpm.split import split
-from sd_unlearn.paper.ddpm.train import Run, examples_of, layout_of, train
+from sd_unlearn.paper.ddpm.train import TrainingJob, examples_of, layout_of, train
 from sd_unlearn.paper.ddpm.unet import load_network, make_network, make_schedule, save_pipeline
 from sd_unlearn.paper.experiments import CLASSES, EXPERIMENTS, TINY_SIDE, Counts
 from sd_unlearn.paper.options import RunOptions
@@ -29,7 +29,7 @@ from sd_unlearn.training import loop
 
 SIDE = TINY_SIDE
 COUNTS = Counts(22, 6, 12)
-Make = Callable[..., Run]
+Make = Callable[..., TrainingJob]
 
 
 def digits(count: int = 100) -> ImageData:
@@ -51,7 +51,7 @@ def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
     }
     monkeypatch.setitem(unet._SHAPES, "tiny", small)
 
-    def build(folder: str = "run", checkpointing_steps: int = 0, **options: Any) -> Run:
+    def build(folder: str = "run", checkpointing_steps: int = 0, **options: Any) -> TrainingJob:
         experiment = EXPERIMENTS["mnist5k-even"]
         asked = RunOptions(**({"max_train_steps": 4, "train_batch_size": 6} | options))
         settings, _, size = resolve(experiment, asked)
@@ -65,12 +65,12 @@ def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
             [int(m) for m in settings.missing],
             min(settings.num_negative, 10),
         )
-        return Run(experiment, settings, size, asked.seed, data, images, tmp_path / folder, checkpointing_steps)
+        return TrainingJob(experiment, settings, size, asked.seed, data, images, tmp_path / folder, checkpointing_steps)
 
     return build
 
 
-def weights(run: Run) -> dict[str, torch.Tensor]:
+def weights(run: TrainingJob) -> dict[str, torch.Tensor]:
     return load_network(str(run.folder / "pipeline"), SIDE, 1)[0].state_dict()
 
 
@@ -78,7 +78,7 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return all(torch.equal(one[name], other[name]) for name in one)
 
 
-def train_until_saved(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def train_until_saved(run: TrainingJob, monkeypatch: pytest.MonkeyPatch) -> None:
     """A training that is killed as soon as its first checkpoint is written."""
 
     class Killed(Exception):
