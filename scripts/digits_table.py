@@ -16,7 +16,7 @@ from pathlib import Path
 
 from sd_unlearn.io.run_folder import RESULTS, TRAINING
 from sd_unlearn.metrics.digits import DIGITS, INKS
-from sd_unlearn.results import judged, read_results, view
+from sd_unlearn.results import BASE, Results, read_results
 
 CONCEPTS = (*DIGITS, *(f"{ink}-ink" for ink in INKS))
 COLUMNS = (
@@ -41,33 +41,29 @@ def street(slug: str, run: Path, train_options: list[str]) -> None:
         subprocess.run([*command, "evaluate", "--run", str(run)], check=True, stdout=subprocess.DEVNULL)
 
 
-def of_run(run: Path) -> dict:
-    """The results of a run's one LoRA, as results.view."""
-    results = read_results(run)
-    concept, subject = judged(results)[0]
-    return view(results, concept["slug"], subject["id"])
+def line(slug: str, results: Results) -> tuple[str, bool]:
+    """One row of the table, and whether it meets the requirements for the defaults."""
+    concept, lora = results.evaluated[0]
+    rows = {(r.metric, r.group, r.subject): r for r in results.rows_of(concept.slug, lora.id)}
 
-
-def line(slug: str, results: dict) -> tuple[str, bool]:
-    """One row of the table, and whether it meets what is asked of the defaults."""
-    rows = {(r["metric"], r["group"], r["subject"]): r for r in results["rows"]}
-
-    def value(metric: str, group: str, subject: str = "lora") -> float:
-        return rows[metric, group, subject]["value"]
+    def value(metric: str, group: str, subject: str = lora.id) -> float:
+        found = rows[metric, group, subject].value
+        assert found is not None
+        return found
 
     leak, kept, clean = value("leakage", "direct"), value("retention", "kept"), value("clean_replacement", "direct")
-    generic, generic_base = value("leakage", "generic"), value("leakage", "generic", "base")
-    seconds = results["cost"]["seconds"]
+    generic, generic_base = value("leakage", "generic"), value("leakage", "generic", BASE)
+    seconds = (lora.cost or {})["seconds"]
     met = leak <= 0.02 and kept >= 0.98 and clean >= 0.8 and generic < generic_base / 3 and seconds <= 90
-    high = rows["leakage", "direct", "lora"]["high"]
+    high = rows["leakage", "direct", lora.id].high
     cells = [
         slug,
         f"{leak:.1%} (up to {high:.1%})",
-        f"{value('leakage', 'held_out'):.0%} of {value('leakage', 'held_out', 'base'):.0%}",
+        f"{value('leakage', 'held_out'):.0%} of {value('leakage', 'held_out', BASE):.0%}",
         f"{generic:.1%} of {generic_base:.1%}",
         f"{clean:.0%}",
         f"{kept:.1%} (alike {value('retention', 'alike'):.1%}, general {value('retention', 'general'):.1%})",
-        f"{value('fid-digits', 'alike', 'base'):.1f} -> {value('fid-digits', 'alike'):.1f}",
+        f"{value('fid-digits', 'alike', BASE):.1f} -> {value('fid-digits', 'alike'):.1f}",
         f"{seconds:.0f} s",
     ]
     return "| " + " | ".join(cells) + " |" + ("" if met else " <- not met"), met
@@ -84,7 +80,7 @@ def main() -> int:
     for slug in args.only:
         run = args.output_dir / slug
         street(slug, run, arguments[cut + 1 :])
-        text, met = line(slug, of_run(run))
+        text, met = line(slug, read_results(run))
         all_met &= met
         lines.append(text)
         print(text, flush=True)

@@ -83,11 +83,13 @@ def evaluate(config: Annotated[EvaluateConfig, Parameter(name="*")] = EvaluateCo
     """Measure what is gone and what stayed, with intervals -> results.json; one LoRA or many."""
     prepare_processes()
     from sd_unlearn.evaluation import evaluate as room
-    from sd_unlearn.report.report import format_table
+    from sd_unlearn.report.terminal import format_table
+    from sd_unlearn.results import parse_results
 
     results = room.run(config)
     if results:  # the first of several processes has them
-        print(json.dumps(results, indent=2, ensure_ascii=False) if config.json else format_table(results))
+        as_json = json.dumps(results, indent=2, ensure_ascii=False)
+        print(as_json if config.json else format_table(parse_results(results)))
         room.check_conditions(config, results)
 
 

@@ -32,7 +32,7 @@ from sd_unlearn.launch import process_count
 from sd_unlearn.models.source import find_base
 from sd_unlearn.report import sweep
 from sd_unlearn.report.sweep import SWEEP
-from sd_unlearn.results import judged, read_results, view
+from sd_unlearn.results import BASE, Results, as_json, read_results
 from sd_unlearn.training import trainer
 
 SETTINGS = "sweep.yaml"  # what the runs share; a sweep that goes on must mean the same
@@ -199,45 +199,29 @@ def _train(config: TrainConfig, point: Point, data_dir: Path, place: Path) -> No
     )
 
 
-def _evaluate(place: Path, allow_pickle: bool) -> dict[str, Any]:
-    """The results of a run, measured unless they are there for this very LoRA."""
-    if (place / RESULTS).is_file() and only(place)["adapter_sha256"] == weights_sha256(place):
-        print(f"{place} is evaluated already.", file=sys.stderr)
+def _evaluate(place: Path, allow_pickle: bool) -> Results:
+    """The results of a run, measured unless they are there for exactly this LoRA."""
+    if (place / RESULTS).is_file() and read_results(place).evaluated[0][1].sha256 == weights_sha256(place):
+        print(f"{place} is already evaluated.", file=sys.stderr)
     else:
         evaluate.run(EvaluateConfig(run=place, allow_pickle=allow_pickle))
-    return only(place)
-
-
-def only(place: Path) -> dict[str, Any]:
-    """The results of a run's one LoRA on its one concept, as results.view."""
-    results = read_results(place)
-    concept, subject = judged(results)[0]
-    return view(results, concept["slug"], subject["id"])
+    return read_results(place)
 
 
 def _record(
-    config: TrainConfig, concept: Concept, beta: float, source: str, points: list[Point], results: list[dict[str, Any]]
+    config: TrainConfig, concept: Concept, beta: float, source: str, points: list[Point], results: list[Results]
 ) -> dict[str, Any]:
-    """What sweep.json holds: of every run the rows that the report shows, with their intervals."""
-    first = results[0]
-    runs = [
-        dataclasses.asdict(point)
-        | {
-            "folder": point.name,
-            "adapter_sha256": found["adapter_sha256"],
-            "cost": found["cost"],
-            "rows": [row for row in found["rows"] if row["metric"] in sweep.SHOWN],
-        }
-        for point, found in zip(points, results, strict=True)
-    ]
+    """The content of sweep.json: of every run the rows that the report shows, with their intervals."""
+    evaluated = results[0].evaluated[0][0]
+    detectors = (row.detector for row in results[0].rows if row.metric in ("leakage", "nudity"))
     return {
         "schema_version": sweep.SCHEMA_VERSION,
         "concept": concept.slug,
         "name": concept.name,
-        "caption": first["caption"],
-        "generic": first["generic"],
-        "base": first["base"],
-        "detector": first["detector"],
+        "caption": evaluated.caption,
+        "generic": evaluated.generic,
+        "base": results[0].base,
+        "detector": next(detectors, ""),
         "target": config.target,
         "factors": [p.factor for p in points],
         "beta": beta,
@@ -245,5 +229,17 @@ def _record(
         "push": config.push,
         "created": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()),
         "version": __version__,
-        "runs": runs,
+        "runs": [_run_record(point, found) for point, found in zip(points, results, strict=True)],
+    }
+
+
+def _run_record(point: Point, results: Results) -> dict[str, Any]:
+    """A run as sweep.json holds it: its one LoRA on its one concept, as subject "lora"."""
+    concept, lora = results.evaluated[0]
+    rows = [row for row in results.rows_of(concept.slug, lora.id) if row.metric in sweep.SHOWN]
+    return dataclasses.asdict(point) | {
+        "folder": point.name,
+        "adapter_sha256": lora.sha256,
+        "cost": lora.cost or {},
+        "rows": [as_json(row) | ({} if row.subject == BASE else {"subject": "lora"}) for row in rows],
     }

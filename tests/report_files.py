@@ -1,4 +1,4 @@
-"""A results.json of version 2 as an evaluation of many writes it, with small pictures beside it."""
+"""A results.json as an evaluation of several LoRAs writes it, with small images."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def row(concept: str, subject: str, metric: str, group: str, value: float | None
 
 
 def rows_of(slug: str, subject: str, strength: float, gentle: float) -> list[dict[str, Any]]:
-    """Figures that fall and rise with the strength as a real LoRA's do; gentle: how much of the harm it spares."""
+    """Metrics that change with the strength as those of a real LoRA do; a lower `gentle` forgets and harms less."""
     leak = round(200 * 0.96 * math.exp(-6.5 * strength * gentle)) / 200
     kept = 1.004 - 0.03 * strength**2 * gentle
     return [
@@ -75,7 +75,7 @@ def rows_of(slug: str, subject: str, strength: float, gentle: float) -> list[dic
 
 
 def paint(place: Path, side: int, seed: int) -> Path:
-    """A soft picture with something like a face at FACE, of detail as a photo has."""
+    """A soft image with something like a face at FACE and as much detail as a photo."""
     draw = random.Random(seed)
     image = Image.effect_noise((side // 4, side // 4), 60).resize((side, side), Image.Resampling.BICUBIC)
     tint = tuple(draw.randrange(90, 255) for _ in range(3))
@@ -94,7 +94,7 @@ FACE = (0.34, 0.22, 0.66, 0.66)
 
 
 def make_many(folder: Path, side: int = 96, each: int = 3, **changes: Any) -> dict[str, Any]:
-    """3 concepts x 2 LoRAs x 3 strengths; `each` pairs a group, LoRA and strength. Writes results.json and pictures."""
+    """Write a results.json of 3 concepts x 2 LoRAs x 3 strengths, with `each` pairs per group, LoRA and strength."""
     subjects: list[dict[str, Any]] = [{"id": "base", "name": "digits", "what": "base"}]
     rows, differences, pairs = [], [], []
     for c, (slug, _) in enumerate(CONCEPTS):

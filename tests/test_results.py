@@ -1,4 +1,4 @@
-"""results.json as it is read: checked, whatever version it was written as."""
+"""results.json is validated when it is read."""
 
 from __future__ import annotations
 
@@ -8,111 +8,95 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from report_results import make_pair, make_results, make_row, parsed
 
 from sd_unlearn.errors import UsageError
-from sd_unlearn.results import BASE, Row, as_json, judged, loras, read_results, upgrade, view
+from sd_unlearn.results import BASE, Results, Row, as_json, read_results
 
 
-def old(**changes: Any) -> dict[str, Any]:
-    row = {"metric": "leakage", "group": "direct", "n": 10, "low": 0.0, "high": 0.3, "detector": "judge"}
-    return {
-        "schema_version": 1,
-        "concept": "seven",
-        "caption": "a seven",
-        "generic": "a digit",
-        "kind": "digit",
-        "base": {"name": "digits", "sha256": "ab"},
-        "run": "mine",
-        "adapter_sha256": "cd",
-        "detector": "judge",
-        "rows": [{**row, "subject": "base", "value": 1.0}, {**row, "subject": "lora", "value": 0.1}],
-        "pairs": [{"prompt": "a seven", "group": "direct", "base": "b.png", "lora": "l.png", "lora_read": "two"}],
-        "seeds": {"evaluate": [2, 3], "seed": 7},
-        "training": {"beta": 0.1},
-        "cost": {"seconds": 3},
-        **changes,
-    }
-
-
-def new(**changes: Any) -> dict[str, Any]:
-    return {**upgrade(old()), **changes}
-
-
-def read(folder: Path, content: Any) -> dict[str, Any]:
-    (folder / "results.json").write_text(json.dumps(content))
+def read(folder: Path, content: Any) -> Results:
+    (folder / "results.json").write_text(content if isinstance(content, str) else json.dumps(content))
     return read_results(folder)
 
 
-def test_version_1_is_read_as_version_2(tmp_path: Path) -> None:
-    found = read(tmp_path, old())
-    assert found["schema_version"] == 2
-    assert [(s["id"], s["what"]) for s in found["subjects"]] == [("base", "base"), ("mine", "lora")]
-    assert [(r["concept"], r["subject"], r["value"]) for r in found["rows"]] == [
-        ("seven", BASE, 1.0),
-        ("seven", "mine", 0.1),
-    ]
-    assert found["pairs"][0]["image"] == "l.png"
-    assert found["seeds"]["seeds"] == [7]
-    (tmp_path / "again").mkdir()
-    assert read(tmp_path / "again", found) == found  # and is then written as such
+def changed(key: str, **changes: Any) -> dict[str, Any]:
+    """`make_results` with a change in the first item of a list."""
+    results = make_results()
+    results[key][0] |= changes
+    return results
 
 
-def test_a_run_called_base_is_not_taken_for_the_base() -> None:
-    found = upgrade(old(run="base"))
-    assert [s["id"] for s in loras(found)] == ["base-lora"]
-
-
-def test_a_view_is_one_lora_against_the_base() -> None:
-    seen = view(new(), "seven", "mine")
-    assert [(row["subject"], row["value"]) for row in seen["rows"]] == [("base", 1.0), ("lora", 0.1)]
-    assert (seen["run"], seen["caption"], seen["detector"], seen["cost"]) == (
-        "mine",
-        "a seven",
-        "judge",
-        {"seconds": 3},
+def test_rows_of_a_subject_come_with_those_of_the_base() -> None:
+    results = parsed(
+        subjects=[{"id": name, "name": name, "what": "base" if name == BASE else "lora"} for name in (BASE, "a", "b")],
+        rows=[make_row("leakage", "direct", name, value) for name, value in ((BASE, 1.0), ("a", 0.1), ("b", 0.2))],
+        pairs=[],
     )
-    assert seen["pairs"][0]["lora"] == "l.png"
-    assert [(c["slug"], s["id"]) for c, s in judged(new())] == [("seven", "mine")]
-    with pytest.raises(KeyError):
-        view(new(), "eight", "mine")
+    assert [(row.subject, row.value) for row in results.rows_of("seven", "b")] == [(BASE, 1.0), ("b", 0.2)]
+    assert results.rows_of("eight", "b") == []
+    assert [subject.id for subject in results.compared] == ["a", "b"]
+    assert [(concept.slug, subject.id) for concept, subject in results.evaluated] == [("seven", "a"), ("seven", "b")]
+
+
+def test_keys_of_later_versions_are_ignored(tmp_path: Path) -> None:
+    results = make_results(later=1)
+    results["rows"][0]["later"] = {"a": [1]}
+    assert read(tmp_path, results) == parsed()
+    assert read_results(tmp_path / "results.json") == parsed()
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"schema_version": 3}, "schema_version is 3"),
-        ([], "schema_version is None"),
-        (old(rows=[{"metric": "leakage"}]), r"rows\[0\] needs metric, group, subject"),
-        (old(base=None), '"base" is missing or not a dict'),
+        (make_results(schema_version=3), "schema_version must be 2, not 3"),
+        (make_results(schema_version=1), "schema_version must be 2, not 1"),
+        (make_results(schema_version=None), "schema_version must be 2, not None"),
+        ([], "must be an object"),
+        ({}, 'needs the key "schema_version"'),
+        (make_results(rows={}), "rows must be a valid array"),
+        (make_results(pairs=3), "pairs must be a valid array, not 3"),
+        (make_results(concept={"caption": None}), r"concepts\[0\].caption must be a valid string, not None"),
+        (make_results(rows=[{"metric": "leakage"}]), r'needs the key "group" in rows\[0\]'),
+        (changed("rows", value="1 %"), r"rows\[0\].value must be a valid number, not '1 %'"),
+        (changed("rows", value=True), r"rows\[0\].value must be a valid number, not True"),
+        (changed("rows", n=1.5), r"rows\[0\].n must be a valid integer, not 1.5"),
+        (changed("rows", n=None), r"rows\[0\].n must be a valid integer, not None"),
+        (changed("rows", subject="teacher"), r'rows\[0\] refers to "teacher", which is not in subjects'),
+        (changed("rows", concept="eight"), r'rows\[0\] refers to "eight", which is not in concepts'),
+        (changed("pairs", subject="teacher"), r'pairs\[0\] refers to "teacher", which is not in subjects'),
+        (make_results(pairs=[{"prompt": "x"}]), r'needs the key "concept" in pairs\[0\]'),
+        (make_results(pairs=[make_pair("direct", 1, "a.png", faces=[[0, 0, 1]])]), r"pairs\[0\].faces\[0\]"),
+        (changed("subjects", what="lore"), r"subjects\[0\].what must be 'base', 'lora' or 'images', not 'lore'"),
         (
-            new(rows=[{"concept": "seven", "subject": "mine", "metric": "m", "group": "g", "value": "1", "n": 1}]),
-            r"rows\[0\] needs a number as value",
+            make_results(differences=[{"concept": "seven", "subject": "lora", "against": "base"}]),
+            r'needs the key "metric" in differences\[0\]',
         ),
         (
-            new(rows=[{"concept": "seven", "subject": "mine", "metric": "m", "group": "g", "value": 1, "n": 1.5}]),
-            r"rows\[0\] needs a whole number as n",
+            make_results(differences=[make_row("leakage", "direct", "lora", 0.1) | {"against": "other"}]),
+            r'differences\[0\] refers to "other", which is not in subjects',
         ),
-        (
-            new(rows=[{"concept": "seven", "subject": "who", "metric": "m", "group": "g", "value": 1, "n": 1}]),
-            r'rows\[0\] is of "who"',
-        ),
-        (new(subjects=[{"id": "x", "name": "x", "what": "lore"}]), 'subjects.0. is a "lore"'),
-        (new(differences=[{"concept": "seven", "subject": "mine", "against": "base"}]), r"differences\[0\] needs"),
+        ('{"schema_version": 2, "ro', "is not valid JSON"),
+        ("[" * 100_000, "is not valid JSON"),
+        ('{"schema_version": ' + "9" * 10_000 + "}", "is not valid JSON"),
+        (make_results(base={"name": json.loads("[" * 900 + "]" * 900)}), "depth"),
     ],
 )
-def test_what_does_not_hold_what_it_should_is_named(content: Any, message: str, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=message):
+def test_an_invalid_file_gives_one_line_that_names_the_key(content: Any, message: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=message) as caught:
         read(tmp_path, content)
+    assert str(caught.value).startswith(str(tmp_path / "results.json"))
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 500
 
 
-def test_what_is_missing_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="has no results.json"):
+def test_a_missing_file_or_folder_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"has no results.json. Run sd-unlearn evaluate --run .* first"):
         read_results(tmp_path)
-    with pytest.raises(UsageError, match="does not exist"):
+    with pytest.raises(UsageError, match="--run .*nowhere does not exist"):
         read_results(tmp_path / "nowhere")
 
 
-def test_a_row_survives_being_written() -> None:
-    row = Row("leakage", "direct", "mine", 0.1, 10, 0.0, 0.3, "judge", "wilson", "", "seven", (0.1, 0.2))
-    again = json.loads(json.dumps(as_json(row)))
-    assert Row.from_dict({**again, "later": 1}, group="kept") == dataclasses.replace(row, group="kept")
+def test_a_row_is_read_as_it_was_written(tmp_path: Path) -> None:
+    row = Row("leakage", "direct", "lora", 0.1, 10, 0.0, 0.3, "judge", "wilson", "", "seven", (0.1, 0.2))
+    assert read(tmp_path, make_results(rows=[as_json(row)])).rows == (row,)
+    assert Row.from_dict({**as_json(row), "later": 1}, group="kept") == dataclasses.replace(row, group="kept")

@@ -54,7 +54,16 @@ def done(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
         calls.append(("evaluate", config))
         place = config.run or Path()
         rows = [
-            {"metric": m, "group": g, "subject": s, "value": 0.5, "n": 10, "low": 0.4, "high": 0.6}
+            {
+                "concept": "brad-pitt",
+                "metric": m,
+                "group": g,
+                "subject": s,
+                "value": 0.5,
+                "n": 10,
+                "low": 0.4,
+                "high": 0.6,
+            }
             for m, g, s in (
                 ("leakage", "direct", "base"),
                 ("leakage", "direct", "lora"),
@@ -63,13 +72,16 @@ def done(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
             )
         ]
         results = {
-            "schema_version": 1,
-            "concept": "brad-pitt",
-            "caption": "a photo of Brad Pitt",
-            "generic": "a photo",
+            "schema_version": 2,
             "base": {"name": "tiny"},
+            "concepts": [
+                {"slug": "brad-pitt", "name": "Brad Pitt", "caption": "a photo of Brad Pitt", "generic": "a photo"}
+            ],
+            "subjects": [
+                {"id": "base", "name": "tiny", "what": "base"},
+                {"id": "lora", "name": place.name, "what": "lora", "sha256": weights_sha256(place)},
+            ],
             "rows": rows,
-            "adapter_sha256": weights_sha256(place),
         }
         write_json(place / "results.json", results)
         return results

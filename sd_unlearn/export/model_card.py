@@ -11,8 +11,9 @@ import yaml
 
 from sd_unlearn.export.lora_files import DIFFUSERS_FILE
 from sd_unlearn.export.trained_run import Run, figures_of
-from sd_unlearn.report.formatting import GROUPS, METRICS, shown, span
+from sd_unlearn.report.formatting import interval_text, value_text
 from sd_unlearn.report.jinja import environment
+from sd_unlearn.report.metric_names import group_name, metric_name
 from sd_unlearn.results import Row
 
 FILE, PICTURES = "README.md", "pairs.png"
@@ -98,11 +99,11 @@ def table(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
     before = {(row.metric, row.group, row.detector): row for row in found if row.subject == "base"}
     return [
         {
-            "metric": METRICS.get(row.metric, (row.metric,))[0],
-            "group": GROUPS.get(row.group, (row.group,))[0],
-            "without": shown(before.get((row.metric, row.group, row.detector))),
-            "value": shown(row),
-            "interval": span(row),
+            "metric": metric_name(row.metric),
+            "group": group_name(row.group),
+            "without": value_text(before.get((row.metric, row.group, row.detector))),
+            "value": value_text(row),
+            "interval": interval_text(row),
             "n": f"{row.n:,}",
         }
         for row in found

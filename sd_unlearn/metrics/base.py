@@ -7,7 +7,7 @@ that is asked of it later. Intervals and differences between subjects are made f
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from sd_unlearn.data.concept import Concept, Prompt
-from sd_unlearn.results import Row
+from sd_unlearn.results import Card, Row
 
 ASKED = ("direct", "held_out", "generic")  # the groups in which the concept shows up unless it is forgotten
 KEPT = ("alike", "general")
@@ -49,20 +49,6 @@ class Counted:
     values: NDArray[np.float64]  # [N] in the order of the shots; nan: not asked of this picture
     is_rate: bool = True  # values are 0 or 1: Wilson's interval; else a bootstrap's
     note: str = ""
-
-
-@dataclass(frozen=True)
-class Card:
-    """What one must know to cite a detector's figures; printed beside them."""
-
-    detector: str  # Question.name
-    metrics: tuple[str, ...]
-    about: str  # what it is and what it looks at, one sentence
-    version: str = ""  # of the package
-    weights: str = ""  # name or SHA-256
-    threshold: str = ""  # the value and where it is from
-    limits: str = ""  # what it gets wrong, one or two sentences
-    extra: dict[str, str] = field(default_factory=dict)  # e.g. the people a threshold was calibrated on
 
 
 class Question(Protocol):

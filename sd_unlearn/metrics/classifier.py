@@ -19,9 +19,9 @@ from PIL import Image
 
 from sd_unlearn.errors import UnlearnError, UsageError, suggest
 from sd_unlearn.io.files import read_json
-from sd_unlearn.metrics.base import ASKED, Card, Columns, Counted, Shots
+from sd_unlearn.metrics.base import ASKED, Columns, Counted, Shots
 from sd_unlearn.metrics.labels import count_read
-from sd_unlearn.results import Row
+from sd_unlearn.results import Card, Row
 
 DEFAULT = "resnet50.a1_in1k"
 TOP = 5

@@ -16,11 +16,11 @@ from PIL import Image
 from sd_unlearn.config.base import CLIP_MODEL, CLIP_PRETRAINED
 from sd_unlearn.data.concept import Concept
 from sd_unlearn.errors import UsageError
-from sd_unlearn.metrics.base import ASKED, KEPT, Card, Columns, Counted, Shots
+from sd_unlearn.metrics.base import ASKED, KEPT, Columns, Counted, Shots
 from sd_unlearn.metrics.drift import drift_rows
 from sd_unlearn.metrics.labels import Reading, count_read
 from sd_unlearn.models.clip import ClipEncoder
-from sd_unlearn.results import Row
+from sd_unlearn.results import Card, Row
 
 TEMPLATE = "a photo of {}"
 

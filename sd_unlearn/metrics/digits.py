@@ -22,13 +22,13 @@ from torch import Tensor, nn
 from sd_unlearn import __version__
 from sd_unlearn.data.concept import Concept
 from sd_unlearn.errors import UsageError, suggest
-from sd_unlearn.metrics.base import Card, Columns, Counted, Shots
+from sd_unlearn.metrics.base import Columns, Counted, Shots
 from sd_unlearn.metrics.drift import drift_rows
 from sd_unlearn.metrics.fidelity import frechet_estimate
 from sd_unlearn.metrics.labels import Reading, count_read
 from sd_unlearn.metrics.mmd import FEWEST, Estimate, kid
 from sd_unlearn.metrics.statistics import bootstrap, ratio_of_means
-from sd_unlearn.results import Row
+from sd_unlearn.results import Card, Row
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 INKS = ("white", "red", "green", "blue", "yellow")

@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from sd_unlearn.errors import UnlearnError, UsageError
-from sd_unlearn.metrics.base import KEPT, Card, Columns, Question, Shots
+from sd_unlearn.metrics.base import KEPT, Columns, Question, Shots
 from sd_unlearn.metrics.statistics import bootstrap
-from sd_unlearn.results import Row
+from sd_unlearn.results import Card, Row
 
 SMALLEST = 64  # pixels a side: LPIPS was fitted on patches of that size, and AlexNet reads nothing smaller
 _BATCH = 16

@@ -19,11 +19,11 @@ from PIL import Image
 from sd_unlearn.errors import UnlearnError, UsageError
 from sd_unlearn.io.files import file_sha256
 from sd_unlearn.io.run_folder import IMAGE_SUFFIXES
-from sd_unlearn.metrics.base import KEPT, Card, Columns, Counted, Shots
+from sd_unlearn.metrics.base import KEPT, Columns, Counted, Shots
 from sd_unlearn.metrics.drift import same_sizes
 from sd_unlearn.metrics.mmd import CMMD_SCALE, CMMD_SIGMA, FEWEST, Estimate, cmmd, kid
 from sd_unlearn.metrics.statistics import bootstrap
-from sd_unlearn.results import Row
+from sd_unlearn.results import Card, Row
 
 if TYPE_CHECKING:
     from sd_unlearn.models.clip import ClipEncoder

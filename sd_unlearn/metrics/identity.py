@@ -19,10 +19,10 @@ from tqdm import tqdm
 
 from sd_unlearn.errors import UsageError
 from sd_unlearn.io.run_folder import IMAGE_SUFFIXES
-from sd_unlearn.metrics.base import ASKED, KEPT, Card, Columns, Counted, Shots
+from sd_unlearn.metrics.base import ASKED, KEPT, Columns, Counted, Shots
 from sd_unlearn.metrics.faces import Face, FaceModel, check_face_model, make_face_model
 from sd_unlearn.metrics.statistics import wilson
-from sd_unlearn.results import Row
+from sd_unlearn.results import Card, Row
 
 MANY = 1000  # faces of other people, from which a rate of 1e-3 can be seen
 FACES = 8  # boxes kept of an image; all of its faces are compared

@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from sd_unlearn.errors import UnlearnError, UsageError, suggest
-from sd_unlearn.metrics.base import ASKED, KEPT, Card, Columns, Counted, Shots
-from sd_unlearn.results import Row
+from sd_unlearn.metrics.base import ASKED, KEPT, Columns, Counted, Shots
+from sd_unlearn.results import Card, Row
 
 CLASSES = (  # what NudeNet 3.4 tells apart
     "ANUS_COVERED",

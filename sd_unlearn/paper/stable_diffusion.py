@@ -23,16 +23,15 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sd_unlearn.choices import Risk
 from sd_unlearn.config.base import as_dict
 from sd_unlearn.config.checks import check_evaluate
 from sd_unlearn.config.evaluate import EvaluateConfig
-from sd_unlearn.config.train import Method, TrainConfig
+from sd_unlearn.config.train import Method, Risk, TrainConfig
 from sd_unlearn.data.concept import read_concept
 from sd_unlearn.data.dataset import fingerprint, scan
 from sd_unlearn.errors import UsageError, suggest
@@ -42,7 +41,7 @@ from sd_unlearn.io.run_folder import CONCEPT, CONFIG, DATA_MANIFEST, TRAINING, w
 from sd_unlearn.launch import process_rank
 from sd_unlearn.paper.experiments import DIGITS_SEVEN, SD_BRAD_PITT, Size
 from sd_unlearn.paper.options import RunOptions
-from sd_unlearn.results import Row, view
+from sd_unlearn.results import Card, Results, Row, parse_results
 from sd_unlearn.training import trainer
 
 PAPER = "paper.json"  # beside the results.json of `evaluate`, whose form is another
@@ -183,7 +182,7 @@ def run(
     started = time.monotonic()
     results = evaluate.run(judging)
     if process_rank() == 0:
-        found = _record(experiment, place, results, time.monotonic() - started)
+        found = _record(experiment, place, parse_results(results), time.monotonic() - started)
         write_json(place / PAPER, found | {"asked_sha256": asked})
     return place
 
@@ -290,11 +289,10 @@ def _digest(values: Any) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def _record(experiment: str, place: Path, results: dict[str, Any], judging_seconds: float) -> dict[str, Any]:
+def _record(experiment: str, place: Path, results: Results, judging_seconds: float) -> dict[str, Any]:
     """What paper.json says: the record of a run of the paper's experiments, as the DDPMs' results.json."""
     training, options = read_json(place / TRAINING), read_yaml(place / CONFIG, "--output_dir")
-    seen = view(results, results["concepts"][0]["slug"], results["subjects"][-1]["id"])
-    rate, *distances = _rows(seen["rows"])
+    rate, *distances = _rows([row for row in results.rows if row.subject == results.subjects[-1].id])
     data_dir = Path(options["data_dir"])
     manifest = read_json(data_dir / DATA_MANIFEST) if (data_dir / DATA_MANIFEST).is_file() else {}
     counts = manifest.get("counts", {})
@@ -329,8 +327,8 @@ def _record(experiment: str, place: Path, results: dict[str, Any], judging_secon
             "contamination": manifest.get("beta"),
             "num_negative": 0,
             "sampler": "ddim",
-            "num_inference_steps": results["sampler"]["steps"],
-            "guidance_scale": results["sampler"]["guidance_scale"],
+            "num_inference_steps": results.sampler["steps"],
+            "guidance_scale": results.sampler["guidance_scale"],
             "num_images": rate.n,
             "base": training["base"],
         },
@@ -340,46 +338,44 @@ def _record(experiment: str, place: Path, results: dict[str, Any], judging_secon
             "positive": counts.get("positive"),
             "negative": 0,
         },
-        "classifier": _classifier(results["cards"], rate.detector),
+        "classifier": _classifier(results.cards, rate.detector),
         "rows": [dataclasses.asdict(row) for row in (rate, *distances)],
         "cost": training["cost"] | {"sampling_seconds": round(judging_seconds, 1)},
         "data_sha256": fingerprint(scan(data_dir, read_concept(place / CONCEPT), 0.0)),
         "weights_sha256": weights_sha256(place),
         **{name: training[name] for name in ("version", "versions", "commit")},
-        "created": results["created"],
+        "created": results.created,
     }
 
 
-def _rows(found: list[dict[str, Any]]) -> list[Row]:
-    """The non-sensitive rate first, then the distances of what must stay, each to what its note says.
+def _rows(evaluated: Sequence[Row]) -> list[Row]:
+    """The non-sensitive rate first, then the distances on retained prompts, each with its prompt group in the note.
 
-    The rate is one minus the leakage of the generic prompt by the first detector, its interval turned round. Distances
-    are of one group of prompts each, which the note names: a record of this kind knows none but "all".
+    The rate is one minus the leakage on the generic prompt by the first detector; its interval is mirrored. Rows of
+    this kind of record have no prompt groups, so all are of the group "all".
+
+    Args:
+        evaluated: The rows of the trained model.
 
     Raises:
-        UsageError: no detector counted leakage.
+        UsageError: no detector measured leakage.
     """
-
-    def made(row: dict[str, Any], **changes: Any) -> Row:
-        return Row.from_dict(row, **({"group": "all", "subject": ""} | changes))
-
-    ours = [row for row in found if row["subject"] == "lora"]
-    leaks = [row for row in ours if (row["metric"], row["group"]) == ("leakage", "generic")]
-    if not leaks:
-        raise UsageError("Nobody judged the generic prompt: give --metrics a detector that counts leakage.")
-    leak = leaks[0]
-    low, high = (None if leak[end] is None else 1 - leak[end] for end in ("high", "low"))
-    rate = made(leak, metric="non_sensitive_rate", value=1 - leak["value"], low=low, high=high, seeds=None)
+    leak = next((row for row in evaluated if (row.metric, row.group) == ("leakage", "generic")), None)
+    if leak is None:
+        raise UsageError("No detector measured leakage on the generic prompt. Add one that does to --metrics.")
+    common: dict[str, Any] = {"group": "all", "subject": "", "seeds": None}
+    value, low, high = (None if end is None else 1 - end for end in (leak.value, leak.high, leak.low))
+    rate = dataclasses.replace(leak, metric="non_sensitive_rate", value=value, low=low, high=high, **common)
     distances: dict[str, Row] = {}
-    for row in ours:
-        if row["metric"] in DISTANCES and row["value"] is not None:
-            note = f"of the {row['group']} prompts: {row['note']}"
-            distances.setdefault(row["metric"], made(row, note=note, seeds=None))
+    for row in evaluated:
+        if row.metric in DISTANCES and row.value is not None:
+            note = f"of the {row.group} prompts: {row.note}"
+            distances.setdefault(row.metric, dataclasses.replace(row, note=note, **common))
     return [rate, *distances.values()]
 
 
-def _classifier(cards: list[dict[str, Any]], detector: str) -> dict[str, Any]:
+def _classifier(cards: Sequence[Card], detector: str) -> dict[str, Any]:
     """Who judged the rate. Its accuracy was not measured here."""
-    card = next((card for card in cards if card["detector"] == detector), {})
-    _, _, digest = str(card.get("weights", "")).partition("sha256:")
+    card = next((card for card in cards if card.detector == detector), Card(detector))
+    _, _, digest = card.weights.partition("sha256:")
     return {"name": detector, "sha256": digest or None, "accuracy": None, "n": None}

@@ -1,143 +1,172 @@
-"""Before/after pairs: brought together by prompt and seed, so that the base's picture is there once for all LoRAs."""
+"""Before and after: images of the same prompt and seed, grouped so that the base's image appears once for all LoRAs."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from sd_unlearn.errors import UsageError
 from sd_unlearn.report.cases import cases_of, labels
-from sd_unlearn.report.formatting import GROUPS, rank
-from sd_unlearn.report.images import Boxes, embed
-from sd_unlearn.results import BASE
+from sd_unlearn.report.images import Boxes, Embedded, embed_all
+from sd_unlearn.report.metric_names import group_rank
+from sd_unlearn.results import BASE, ConceptEntry, Pair, Results
 
-FIRST = 12  # cards of a group shown before the rest is unfolded
+FIRST = 12  # cards of a group that are visible before the rest is unfolded
+_ORDER = {"leak": 0, "lost": 1, "good": 2}
 
 
-def shelves(results: dict[str, Any], folder: Path, most: int, blurred: bool) -> dict[str, Any]:
-    """The pairs by concept and group as cards, leaks and losses first: what the section of pictures shows.
+@dataclass
+class Shot:
+    """One image of a card."""
+
+    subject: str
+    path: str
+    read: str  # what the detector read
+    faces: Boxes
+    outcome: str = "good"  # leak | lost | good
+    image: Embedded | None = None
+    name: str = ""  # of the subject
+    given: bool = False  # from a folder of images
+
+
+@dataclass
+class PairCard:
+    """One prompt and seed: the base's image, then that of each LoRA."""
+
+    concept: str
+    group: str
+    prompt: str
+    seed: int
+    expected: str
+    shots: list[Shot] = field(default_factory=list)
+
+    @property
+    def worst(self) -> int:
+        return min(_ORDER[shot.outcome] for shot in self.shots)
+
+
+@dataclass(frozen=True)
+class CardGroup:
+    """The cards of one concept and prompt group, leaks and losses first."""
+
+    concept: ConceptEntry
+    name: str
+    cards: list[PairCard]
+
+    @property
+    def _loras(self) -> list[Shot]:
+        return [shot for card in self.cards for shot in card.shots if shot.subject != BASE]
+
+    @property
+    def total(self) -> int:
+        return len(self._loras)
+
+    @property
+    def leaks(self) -> int:
+        return sum(shot.outcome == "leak" for shot in self._loras)
+
+    @property
+    def lost(self) -> int:
+        return sum(shot.outcome == "lost" for shot in self._loras)
+
+    @property
+    def first(self) -> int:
+        """How many cards are visible before the rest is unfolded."""
+        return len(self.cards) if len(self.cards) <= FIRST + 4 else FIRST
+
+    @property
+    def tiny(self) -> bool:
+        return all(shot.image.tiny for card in self.cards for shot in card.shots if shot.image)
+
+    @property
+    def one_prompt(self) -> bool:
+        return len({card.prompt for card in self.cards}) == 1
+
+
+def before_after(results: Results, folder: Path, max_pairs: int, blur_faces: bool) -> dict[str, Any]:
+    """What the section "Before and after" shows: cards by concept and prompt group, leaks and losses first.
 
     Raises:
-        UsageError: `blurred` when no face was looked for.
+        UsageError: `blur_faces` although no face detector was run.
     """
-    pairs = [_completed(pair) for pair in results["pairs"]]
-    unmeant = {(c.concept["slug"], c.subject["id"]) for c in cases_of(results) if not c.meant}
-    for pair in pairs:  # what nobody tried to remove does not leak
-        pair["leak"] = bool(pair["leak"]) and (pair["concept"], pair["subject"]) not in unmeant
-    looked = any(row["metric"] == "face_rate" for row in results["rows"])  # else boxes are not of faces
-    if blurred and pairs and not looked:
+    looked_for_faces = any(row.metric == "face_rate" for row in results.rows)  # else boxes are of something else
+    if blur_faces and results.pairs and not looked_for_faces:
         raise UsageError(
-            "--blur_faces: results.json has no faces, because no face detector was run. Evaluate with one (the "
-            "identity metric) first, or leave out --blur_faces."
+            "--blur_faces: results.json has no faces because no face detector was run. Evaluate with one (the identity "
+            "metric) first, or omit --blur_faces."
         )
-    chosen = sorted(pairs, key=lambda p: not (p["leak"] or p["lost"]))[:most]  # the sort keeps the order of equals
-    place = {s["id"]: i for i, s in enumerate(results["subjects"])}
-    cards = _cards(sorted(chosen, key=lambda p: place[p["subject"]]))
-    images = embed(folder, *_asked(cards, blurred))
-    order = {c["slug"]: i for i, c in enumerate(results["concepts"])}
-    names = labels(results)
-    what = {s["id"]: s["what"] for s in results["subjects"]}
-    made: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for card in cards:
-        for shot in card["shots"]:
-            shot["image"], shot["name"] = images.get(shot["path"]), names.get(shot["subject"], "")
-            shot["given"] = what.get(shot["subject"]) == "images"
-        made.setdefault((card["concept"], card["group"]), []).append(card)
-    keys = sorted(made, key=lambda key: (order[key[0]], rank(GROUPS, key[1])))
-    about = {c["slug"]: c for c in results["concepts"]}
-    groups = [_group(about[slug], name, made[slug, name]) for slug, name in keys]
-    several = len({p["subject"] for p in chosen}) > 1
+    # a LoRA that was not trained to forget a concept does not leak it
+    targets = {(case.concept.slug, case.subject.id) for case in cases_of(results) if case.is_target}
+    outcomes = [(pair, _outcome(pair, (pair.concept, pair.subject) in targets)) for pair in results.pairs]
+    chosen = sorted(outcomes, key=lambda both: both[1] == "good")[:max_pairs]  # keeps the order otherwise
+    cards = _cards(results, chosen)
+    _embed(folder, cards, blur_faces)
+    groups = _groups(results, cards)
+    used = {pair.subject for pair, _ in chosen}
+    names = labels(results.subjects)
     return {
         "groups": groups,
-        "several": several,
+        "several": len(used) > 1,
         "total": len(chosen),
-        "left_out": len(pairs) - len(chosen),
-        "leaks": sum(p["leak"] for p in chosen),
-        "lost": sum(p["lost"] for p in chosen),
-        "boxed": any(p["faces"] or p["base_faces"] for p in chosen),
-        "blurred": blurred,
-        "box": "faces" if looked else "detections",
-        "concepts": [about[slug] for slug in dict.fromkeys(key[0] for key in keys)],
-        "subjects": [
-            (i, names[i])
-            for i in dict.fromkeys(s["id"] for s in results["subjects"])
-            if i in {p["subject"] for p in chosen}
-        ],
-        "names": list(dict.fromkeys(key[1] for key in keys)),
+        "left_out": len(outcomes) - len(chosen),
+        "leaks": sum(outcome == "leak" for _, outcome in chosen),
+        "lost": sum(outcome == "lost" for _, outcome in chosen),
+        "boxed": any(pair.faces or pair.base_faces for pair, _ in chosen),
+        "blurred": blur_faces,
+        "box": "faces" if looked_for_faces else "detections",
+        "concepts": list({group.concept.slug: group.concept for group in groups}.values()),
+        "subjects": [(subject.id, names[subject.id]) for subject in results.subjects if subject.id in used],
+        "names": list(dict.fromkeys(group.name for group in groups)),
     }
 
 
-def _completed(raw: dict[str, Any]) -> dict[str, Any]:
-    pair = {"expected": "", "base_read": "", "image_read": "", "leak": False, "seed": None, **raw}
-    if "lost" not in raw:  # version 1 did not say. Only what the base drew can be lost
-        asked, before, after = (_words(pair[k]) for k in ("expected", "base_read", "image_read"))
-        kept = pair["group"] not in ("direct", "held_out", "generic")
-        pair["lost"] = bool(asked) and kept and asked <= before and not asked <= after
-    for key in ("faces", "base_faces"):
-        pair[key] = _boxes(raw.get(key))
-    return pair
+def _outcome(pair: Pair, is_target: bool) -> str:
+    return "leak" if pair.leak and is_target else "lost" if pair.lost else "good"
 
 
-def _boxes(found: Any) -> list[list[float]]:
-    """The boxes that are four numbers, cut to the picture."""
-    made = []
-    for box in found if isinstance(found, list | tuple) else ():
-        if isinstance(box, list | tuple) and len(box) == 4 and all(isinstance(v, int | float) for v in box):
-            x0, y0, x1, y1 = (min(1.0, max(0.0, float(v))) for v in box)
-            if x0 < x1 and y0 < y1:
-                made.append([x0, y0, x1, y1])
-    return made
-
-
-def _words(text: Any) -> set[str]:
-    return set(re.findall(r"\w+", str(text).lower()))
-
-
-def _cards(pairs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One card a prompt and seed: the base's picture, then every subject's."""
-    cards: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for pair in pairs:
-        key = (pair["concept"], pair["group"], pair["prompt"], str(pair["seed"]), pair["base"])
-        card = cards.setdefault(key, {k: pair[k] for k in ("concept", "group", "prompt", "seed", "expected")})
-        if not card.setdefault("shots", []) and pair["base"]:
-            card["shots"].append(_shot(BASE, pair["base"], pair["base_read"], pair["base_faces"]))
-        card["shots"].append(
-            _shot(pair["subject"], pair["image"], pair["image_read"], pair["faces"], pair["leak"], pair["lost"])
-        )
+def _cards(results: Results, pairs: Sequence[tuple[Pair, str]]) -> list[PairCard]:
+    """One card per prompt and seed, with the LoRAs in the order of results.json."""
+    place = {subject.id: i for i, subject in enumerate(results.subjects)}
+    names, what = labels(results.subjects), {subject.id: subject.what for subject in results.subjects}
+    cards: dict[tuple[Any, ...], PairCard] = {}
+    for pair, outcome in sorted(pairs, key=lambda both: place[both[0].subject]):
+        key = (pair.concept, pair.group, pair.prompt, pair.seed)
+        card = cards.setdefault((*key, pair.base), PairCard(*key, pair.expected))
+        if not card.shots and pair.base:
+            card.shots.append(Shot(BASE, pair.base, pair.base_read, _boxes(pair.base_faces)))
+        shot = Shot(pair.subject, pair.image, pair.image_read, _boxes(pair.faces), outcome)
+        shot.name, shot.given = names[pair.subject], what[pair.subject] == "images"
+        card.shots.append(shot)
     return list(cards.values())
 
 
-def _shot(subject: str, path: str, read: Any, faces: Boxes, leak: Any = False, lost: Any = False) -> dict[str, Any]:
-    verdict = "leak" if leak else "lost" if lost else "good"
-    return {"subject": subject, "path": path, "read": str(read or ""), "faces": faces, "verdict": verdict}
+def _boxes(boxes: Boxes) -> Boxes:
+    """Boxes cut to the image; empty ones are dropped."""
+    cut = [[min(1.0, max(0.0, value)) for value in box] for box in boxes]
+    return [box for box in cut if box[0] < box[2] and box[1] < box[3]]
 
 
-def _asked(cards: Sequence[dict[str, Any]], blurred: bool) -> tuple[dict[str, int], dict[str, Boxes]]:
-    """How often the page holds each picture, and where faces are on it."""
-    counts: dict[str, int] = {}
+def _embed(folder: Path, cards: Sequence[PairCard], blur_faces: bool) -> None:
+    """Load the image of each shot."""
+    shots = [shot for card in cards for shot in card.shots]
+    uses: dict[str, int] = {}
     faces: dict[str, Boxes] = {}
-    for shot in (shot for card in cards for shot in card["shots"]):
-        counts[shot["path"]] = counts.get(shot["path"], 0) + 1
-        if blurred:
-            faces[shot["path"]] = [*faces.get(shot["path"], ()), *shot["faces"]]
-    return counts, faces
+    for shot in shots:
+        uses[shot.path] = uses.get(shot.path, 0) + 1
+        if blur_faces:
+            faces[shot.path] = [*faces.get(shot.path, ()), *shot.faces]
+    images = embed_all(folder, uses, faces)
+    for shot in shots:
+        shot.image = images[shot.path]
 
 
-def _group(concept: dict[str, Any], name: str, cards: list[dict[str, Any]]) -> dict[str, Any]:
-    ranks = {"leak": 0, "lost": 1, "good": 2}
-    cards.sort(key=lambda card: min(ranks[shot["verdict"]] for shot in card["shots"]))
-    shots = [shot for card in cards for shot in card["shots"]]
-    drawn = [shot for shot in shots if shot["subject"] != BASE]
-    return {
-        "concept": concept,
-        "name": name,
-        "cards": cards,
-        "total": len(drawn),
-        "first": len(cards) if len(cards) <= FIRST + 4 else FIRST,
-        "leaks": sum(shot["verdict"] == "leak" for shot in drawn),
-        "lost": sum(shot["verdict"] == "lost" for shot in drawn),
-        "tiny": all(shot["image"]["tiny"] for shot in shots if shot["image"]),
-        "one_prompt": len({card["prompt"] for card in cards}) == 1,
-    }
+def _groups(results: Results, cards: Sequence[PairCard]) -> list[CardGroup]:
+    concepts = {concept.slug: concept for concept in results.concepts}
+    order = {slug: i for i, slug in enumerate(concepts)}
+    found: dict[tuple[str, str], list[PairCard]] = {}
+    for card in cards:
+        found.setdefault((card.concept, card.group), []).append(card)
+    keys = sorted(found, key=lambda key: (order[key[0]], group_rank(key[1])))
+    return [CardGroup(concepts[slug], name, sorted(found[slug, name], key=lambda c: c.worst)) for slug, name in keys]

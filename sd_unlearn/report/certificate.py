@@ -1,83 +1,79 @@
-"""The certificate: what was asked and what was measured of one LoRA, on one printed page. It claims no more."""
+"""The certificate: what was asked and measured of each LoRA, on one printed page. It claims no more than that."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from sd_unlearn.io.run_folder import RESULTS
 from sd_unlearn.report.cases import Case
-from sd_unlearn.report.formatting import GONE, GROUPS, PRESENCE, Line, asked, number, shown
-from sd_unlearn.report.metric_cards import cards_of
+from sd_unlearn.report.formatting import number, value_text
+from sd_unlearn.report.lines import Line, presence
+from sd_unlearn.report.metric_cards import MetricCard, cards_of
+from sd_unlearn.report.metric_names import PRESENCE, group_name
+from sd_unlearn.report.reproduce import base_record
+from sd_unlearn.report.verdict import GONE
+from sd_unlearn.results import Results
 
-MOST = 12  # figures on the page; all of them are in the report
+MOST = 12  # lines of the table; the report has all of them
 LIMITS = (
-    "The figures hold for this LoRA file at this strength on this base with this sampler. Without the LoRA the base "
-    "draws the concept as before.",
-    "Only the prompts counted here were tried. Other wording, pictures as input, or prompts searched on purpose may "
-    "bring the concept back.",
-    "The detectors err; what they are known to get wrong is stated with them. The intervals cover the chance of which "
-    "pictures were drawn, not the detectors' errors.",
+    "The values hold for this LoRA file at this strength, on this base, with this sampler. Without the LoRA the base "
+    "generates the concept as before.",
+    "Only the prompts counted here were tried. Other wordings, input images, or prompts optimized to find the concept "
+    "may bring it back.",
+    "Detectors make errors; their known errors are listed with them. The intervals cover the random choice of images, "
+    "not detector errors.",
 )
 
 
-def context(folder: Path, results: dict[str, Any], cases: Sequence[Case]) -> dict[str, Any]:
-    """A page for each LoRA on the concept it was meant to forget, with the hash of the file the figures are from."""
-    digest = hashlib.sha256((folder / RESULTS).read_bytes()).hexdigest()
-    cards = {card["detector"]: card for card in cards_of(results)}
-    meant = [case for case in cases if case.meant] or list(cases)
-    base = {"name": "", "kind": "", "resolution": None, "sha256": "", **results["base"]}
+def certificate(folder: Path, results: Results, cases: Sequence[Case]) -> dict[str, Any]:
+    """A page for each LoRA on the concept it was trained to forget, with the hash of results.json."""
+    cards = {card.detector: card for card in cards_of(results)}
+    targets = [case for case in cases if case.is_target] or list(cases)
     return {
         "results": results,
-        "base": base,
-        "digest": digest,
+        "base": base_record(results.base),
+        "digest": hashlib.sha256((folder / RESULTS).read_bytes()).hexdigest(),
         "limits": LIMITS,
         "gone": GONE,
-        "pages": [_page(case, cards) for case in meant],
+        "pages": [_page(case, cards) for case in targets],
     }
 
 
-def _page(case: Case, cards: dict[str, Any]) -> dict[str, Any]:
-    groups = [x for g in ("direct", "held_out", "generic") if (x := asked(case.lines, g))]
-    rest = [x for x in case.lines if x.lora and not any(x is g for g in groups)]
-    rest.sort(key=lambda x: x.metric not in PRESENCE)  # first what other judges of the concept's presence found
-    figures = [*groups, *rest][:MOST]
-    detectors = dict.fromkeys(x.main.detector for x in figures if x.main.detector)
+def _page(case: Case, cards: Mapping[str, MetricCard]) -> dict[str, Any]:
+    main = [line for group in ("direct", "held_out", "generic") if (line := presence(case.lines, group))]
+    rest = [line for line in case.lines if line.lora and not any(line is other for other in main)]
+    rest.sort(key=lambda line: line.metric not in PRESENCE)  # other detectors of the concept come first
+    shown = [*main, *rest][:MOST]
+    detectors = dict.fromkeys(line.main.detector for line in shown if line.main.detector)
     return {
         "case": case,
-        "figures": figures,
-        "left_out": len(groups) + len(rest) - len(figures),
-        "residual": residual(case),
-        "detectors": [cards[d] for d in detectors],
-        "untried": [GROUPS[g][0] for g in ("held_out", "alike", "general") if not _measured(case, g)],
+        "lines": shown,
+        "left_out": len(main) + len(rest) - len(shown),
+        "remaining": remaining(case),
+        "detectors": [cards[detector] for detector in detectors],
+        "untried": [group_name(group) for group in ("held_out", "alike", "general") if not _measured(case, group)],
     }
 
 
-def residual(case: Case) -> list[str]:
-    """What is left of the concept, a plain sentence for each way it was asked for."""
-    ways = {"direct": "asked for by name", "held_out": "asked for in wordings that training never saw"}
-    made = []
-    for group, way in ways.items():
-        line = asked(case.lines, group)
-        if line is None or line.lora is None or line.lora.value is None:
-            made.append(f"Pictures {way} were not judged.")
-            continue
-        made.append(_said(line, way))
-    return made
+def remaining(case: Case) -> list[str]:
+    """What remains of the concept, a sentence for each way of asking for it."""
+    ways = {"direct": "asked for by name", "held_out": "asked for in wordings that were not used in training"}
+    return [_remaining(presence(case.lines, group), way) for group, way in ways.items()]
 
 
-def _said(line: Line, way: str) -> str:
-    row = line.lora
-    assert row is not None
-    text = f"Of {row.n:,} pictures {way}, {shown(row)} still show it"
+def _remaining(line: Line | None, way: str) -> str:
+    row = line.lora if line else None
+    if line is None or row is None or row.value is None:
+        return f"Images {way} were not evaluated."
+    text = f"Of {row.n:,} images {way}, {value_text(row)} still show it"
     if row.high is not None:
         text += f": at most {number(row.high, row)} at 95 % confidence (upper end of the 95 % interval)"
-    before = f"; the base alone, {shown(line.base)}" if line.base else ""
-    return f"{text}{before}."
+    return f"{text}; with the base alone, {value_text(line.base)}." if line.base else f"{text}."
 
 
 def _measured(case: Case, group: str) -> bool:
-    groups = {group} if group == "held_out" else {group, "kept"}  # kept is both groups that must stay
-    return any(x.group in groups for x in case.lines)
+    groups = {group} if group == "held_out" else {group, "kept"}  # kept covers alike and general
+    return any(line.group in groups for line in case.lines)

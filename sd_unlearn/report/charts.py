@@ -1,4 +1,4 @@
-"""Many LoRAs as pictures: leakage against retention, and both against a LoRA's strength."""
+"""Charts that compare LoRAs: leakage against retention, and both against the strength of a LoRA."""
 
 from __future__ import annotations
 
@@ -6,128 +6,127 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from sd_unlearn.report.axes import Area, Axes, finite, percent, spread_labels
 from sd_unlearn.report.cases import Case
-from sd_unlearn.report.formatting import GROUPS, Line, shown, span
-from sd_unlearn.report.scatter import Mark, tradeoff
-from sd_unlearn.report.training_curves import apart, finite, ticks
+from sd_unlearn.report.formatting import NONE, interval_text, value_text
+from sd_unlearn.report.metric_names import group_name
+from sd_unlearn.report.scatter import Mark, scatter_chart
 from sd_unlearn.results import BASE, Row
+
+STRENGTH_AREA = Area(left=58, right=366, top=16, bottom=246)  # in a view box of 480 x 300
+STYLES = 6  # colours of the style sheet
 
 
 def charts(cases: Sequence[Case]) -> list[dict[str, Any]]:
-    """For each concept with something to compare: the scatter, the strength curves, and what is not in them."""
-    made = []
-    for slug in dict.fromkeys(case.concept["slug"] for case in cases):
-        mine = [case for case in cases if case.concept["slug"] == slug]
-        scatter, strengths = scattered(mine), strength_charts(mine)
+    """The scatter and strength charts of each concept that has something to compare."""
+    found = []
+    for slug in dict.fromkeys(case.concept.slug for case in cases):
+        members = [case for case in cases if case.concept.slug == slug]
+        scatter, strengths = compare_loras(members), strength_charts(members)
         if scatter or strengths:
-            made.append({"concept": mine[0].concept, "scatter": scatter, "strengths": strengths})
-    return made
+            found.append({"concept": members[0].concept, "scatter": scatter, "strengths": strengths})
+    return found
 
 
-def scattered(cases: Sequence[Case]) -> dict[str, Any] | None:
-    """Retention to the right, leakage upwards, a point a LoRA and strength; None for less than two points."""
+def compare_loras(cases: Sequence[Case]) -> dict[str, Any] | None:
+    """Retention (x) against leakage (y), a point for each LoRA and strength; None for fewer than two points."""
     families = list(dict.fromkeys(case.family for case in cases))
     marks, groups = [], []
     for case in cases:
-        leak, kept = case.gone, case.pick("retention", "kept", "general", "alike")
+        leak, kept = case.presence, case.retention
         if leak and kept and leak.lora and kept.lora:
-            told = f"leakage {told_of(leak.lora)}; retention {told_of(kept.lora)}"
-            marks.append(Mark(case.label, kept.lora, leak.lora, families.index(case.family), told))
+            values = f"leakage {describe(leak.lora)}; retention {describe(kept.lora)}"
+            marks.append(Mark(case.label, kept.lora, leak.lora, families.index(case.family) % STYLES, values))
             groups.append(kept.group)
-    drawn = tradeoff(marks)
-    if drawn is None or len(drawn["points"]) < 2:
+    chart = scatter_chart(marks)
+    if chart is None or len(chart["points"]) < 2:
         return None
-    labels = [point["label"] for point in drawn["points"]]
-    before = next((case.gone.base for case in cases if case.gone and case.gone.base), None)
-    kept_is = figure_listed(groups)
+    shown = {point["label"] for point in chart["points"]}
+    base = next((case.presence.base for case in cases if case.presence and case.presence.base), None)
     return {
-        **drawn,
-        "kept_is": kept_is,
-        "before": shown(before) if before else "",
-        "left_out": [case.label for case in cases if case.label not in labels],
+        **chart,
+        "kept_groups": " or ".join(dict.fromkeys(map(group_name, groups))),
+        "base_leakage": value_text(base) if base else "",
+        "left_out": [case.label for case in cases if case.label not in shown],
     }
-
-
-def figure_listed(groups: Sequence[str]) -> str:
-    return " or ".join(dict.fromkeys(GROUPS[g][0] if g in GROUPS else g for g in groups))
 
 
 def strength_charts(cases: Sequence[Case]) -> list[dict[str, Any]]:
-    """Leakage and retention of one concept against strength, a line and band for each LoRA that has two strengths.
+    """Leakage and retention of one concept against strength: a line and band for each LoRA with several strengths.
 
-    At 0 the LoRA does nothing: there the base's own figures stand.
+    At strength 0 a LoRA does nothing, so the line starts at the base's value.
     """
     families: dict[str, list[Case]] = {}
     for case in cases:
-        if finite(case.subject.get("strength")):
+        if finite(case.subject.strength):
             families.setdefault(case.family, []).append(case)
     several = [
-        sorted(members, key=lambda c: c.subject["strength"])
+        sorted(members, key=lambda case: case.subject.strength or 0.0)
         for members in families.values()
-        if len({c.subject["strength"] for c in members}) > 1
+        if len({case.subject.strength for case in members}) > 1
     ]
-    leaks = [(m[0].subject["name"], _along(m, "leakage")) for m in several]
-    kept = [(m[0].subject["name"], _along(m, "retention")) for m in several]
-    made = [("Leakage", "pictures that still show it", leaks), ("Retention", "accuracy as a share of the base’s", kept)]
-    return [{"title": title, "about": about, **drawn} for title, about, series in made if (drawn := bands(series))]
+    leakage = [(members[0].subject.name, _by_strength(members, "leakage")) for members in several]
+    retention = [(members[0].subject.name, _by_strength(members, "retention")) for members in several]
+    drawn = [
+        ("Leakage", "images that still show the concept", leakage),
+        ("Retention", "accuracy relative to the base", retention),
+    ]
+    return [
+        {"title": title, "about": about, **chart} for title, about, series in drawn if (chart := strength_chart(series))
+    ]
 
 
-def _along(members: Sequence[Case], metric: str) -> list[tuple[float, Row]]:
-    found: list[tuple[float, Line]] = []
+def _by_strength(members: Sequence[Case], metric: str) -> list[tuple[float, Row]]:
+    points, first = [], None
     for case in members:
-        line = case.gone if metric == "leakage" else case.pick("retention", "kept", "general", "alike")
+        line = case.presence if metric == "leakage" else case.retention
         if line and line.lora and finite(line.lora.value):
-            found.append((float(case.subject["strength"]), line))
-    points = [(strength, line.lora) for strength, line in found if line.lora]
-    if points and points[0][0] > 0:
-        first = found[0][1]
-        alone = Row(metric, first.group, BASE, 1.0, first.main.n) if metric == "retention" else first.base
-        points = [(0.0, alone), *points] if alone and finite(alone.value) else points
+            points.append((float(case.subject.strength or 0.0), line.lora))
+            first = first or line
+    if first and points[0][0] > 0:
+        base = Row(metric, first.group, BASE, 1.0, first.main.n) if metric == "retention" else first.base
+        points = [(0.0, base), *points] if base and finite(base.value) else points
     return points
 
 
-def bands(series: Sequence[tuple[str, list[tuple[float, Row]]]]) -> dict[str, Any] | None:
-    """Geometry of rates against strength in a 480 x 300 box; None when no line has two points."""
-    left, right, top, bottom = 58, 366, 16, 246
-    drawn = [(name, points) for name, points in series if len(points) > 1]
-    if not drawn:
+def strength_chart(series: Sequence[tuple[str, list[tuple[float, Row]]]]) -> dict[str, Any] | None:
+    """Geometry of rates against strength; None if no line has two points. series: name and (strength, row) points."""
+    lines = [(name, points) for name, points in series if len(points) > 1]
+    if not lines:
         return None
-    xs = [x for _, points in drawn for x, _ in points]
-    ys = [v for _, points in drawn for _, row in points for v in (row.value, row.low, row.high) if finite(v)]
-    x0, x1, y1 = min(xs), max(xs), max(1.0, *ys)
-    y0 = 0.0 if min(ys) < 0.5 else math.floor(20 * min(ys)) / 20 - 0.05
-
-    def across(x: float) -> float:
-        return round(left + (x - x0) / (x1 - x0) * (right - left), 1)
-
-    def down(y: float) -> float:
-        return round(bottom - (y - y0) / (y1 - y0) * (bottom - top), 1)
-
-    made = []
-    for number, (name, points) in enumerate(drawn):
-        spread = [(x, *(r.value or 0.0 if end is None else end for end in (r.low, r.high))) for x, r in points]
-        upper = [f"{across(x)},{down(high)}" for x, _, high in spread]
-        lower = [f"{across(x)},{down(low)}" for x, low, _ in reversed(spread)]
-        made.append(
-            {
-                "name": name,
-                "style": number % 6,
-                "y": down(points[-1][1].value or 0.0),
-                "points": " ".join(f"{across(x)},{down(r.value or 0.0)}" for x, r in points),
-                "band": " ".join(upper + lower),
-                "dots": [
-                    (across(x), down(r.value or 0.0), f"{name} at strength {x:g}: {told_of(r)}") for x, r in points
-                ],
-            }
-        )
-    apart(made, top, bottom)
+    strengths = sorted({x for _, points in lines for x, _ in points})
+    values = [v for _, points in lines for _, row in points for v in (row.value, row.low, row.high) if finite(v)]
+    bottom = 0.0 if min(values) < 0.5 else math.floor(20 * min(values)) / 20 - 0.05
+    axes = Axes(STRENGTH_AREA, (strengths[0], strengths[-1]), (bottom, max(1.0, *values)))
+    drawn = [_strength_line(axes, name, points, i % STYLES) for i, (name, points) in enumerate(lines)]
+    spread_labels(drawn, STRENGTH_AREA)
     return {
-        "series": made,
-        "box": (left, right, top, bottom),
-        "x": [(across(x), f"{x:g}") for x in sorted(set(xs))],
-        "y": [(down(t), f"{100 * t:.4g} %") for t in ticks(y0, y1)],
+        "series": drawn,
+        "area": STRENGTH_AREA,
+        "x": [(axes.x(x), f"{x:g}") for x in strengths],
+        "y": axes.y_ticks(percent),
     }
 
 
-def told_of(row: Row) -> str:
-    return f"{shown(row)} ({span(row)}, n = {row.n:,})" if span(row) != "–" else f"{shown(row)} (n = {row.n:,})"
+def _strength_line(axes: Axes, name: str, points: list[tuple[float, Row]], style: int) -> dict[str, Any]:
+    values = [(x, row.value or 0.0) for x, row in points]
+    low = [(x, row.value or 0.0 if row.low is None else row.low) for x, row in points]
+    high = [(x, row.value or 0.0 if row.high is None else row.high) for x, row in points]
+    return {
+        "name": name,
+        "style": style,
+        "y": axes.y(values[-1][1]),  # of the label at the end
+        "points": axes.points(values),
+        "band": axes.points([*high, *reversed(low)]),
+        "dots": [
+            (axes.x(x), axes.y(row.value or 0.0), f"{name} at strength {x:g}: {describe(row)}") for x, row in points
+        ],
+    }
+
+
+def describe(row: Row) -> str:
+    """'1.0 % (0.3–3.6 %, n = 200)'."""
+    interval = interval_text(row)
+    return (
+        f"{value_text(row)} (n = {row.n:,})" if interval == NONE else f"{value_text(row)} ({interval}, n = {row.n:,})"
+    )

@@ -1,90 +1,89 @@
-"""The four big figures of one LoRA on one concept: gone, drawn instead, stayed, cost."""
+"""The four headline answers about one LoRA: gone, replacement, retention, cost."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from sd_unlearn.report.formatting import GROUPS, WITHOUT, Line, asked, pick, sentence, shown, span
+from sd_unlearn.report.cases import Case
+from sd_unlearn.report.formatting import NONE, duration, interval_text, sentence, value_text
+from sd_unlearn.report.lines import Line
+from sd_unlearn.report.metric_names import group_name
 
 
-def answers(results: dict[str, Any], found: Sequence[Line]) -> list[dict[str, Any]]:
-    """The four big figures: gone, drawn instead, stayed, cost; each with a plain sentence and side figures."""
+@dataclass(frozen=True)
+class Answer:
+    """A question with one large value."""
 
-    def side(metric: str, *groups: str) -> list[tuple[str, str]]:
-        hits = [x for g in groups if (x := pick(found, metric, g))]
-        return [(GROUPS[x.group][0], sentence(x.lora, x.base, without)) for x in hits]
+    question: str
+    value: str
+    text: str = "not measured"  # what the value counts
+    interval: str = ""  # with n and the base's value
+    details: tuple[tuple[str, str], ...] = ()  # label and value
 
-    without = results.get("without", WITHOUT)
-    gone = asked(found)
-    clean = pick(found, "clean_replacement", "direct")
-    kept = pick(found, "retention", "kept", "general", "alike")
+
+def answers(case: Case, cost: Mapping[str, Any]) -> list[Answer]:
+    """The four questions that a reader has first. cost: of the training, as training.json records it."""
+    gone, kept = case.presence, case.retention
+    others = [group for group in ("alike", "general") if not kept or group != kept.group]
     return [
         _answer(
             "Is it gone?",
             gone,
-            "of the pictures asked for by name still show it",
-            side(gone.metric if gone else "leakage", "generic", "held_out"),
-            without,
+            case.without,
+            "of the images asked for by name still show it",
+            _details(case, gone.metric if gone else "leakage", "generic", "held_out"),
         ),
         _answer(
-            "What is drawn instead?",
-            clean,
-            "as many clean pictures of something else as the base's generic prompt gives",
-            [],
-            without,
+            "What appears instead?",
+            case.pick("clean_replacement", "direct"),
+            case.without,
+            "as many clear images of something else as the base gives for the generic prompt",
         ),
         _answer(
-            "What stayed?",
+            "What was kept?",
             kept,
-            "of the base's accuracy on " + (GROUPS[kept.group][0] if kept else ""),
-            side("retention", *[g for g in ("alike", "general") if not kept or g != kept.group]),
-            without,
+            case.without,
+            f"of the base's accuracy on {group_name(kept.group) if kept else ''}",
+            _details(case, "retention", *others),
         ),
-        cost_answer(results["cost"]),
+        cost_answer(cost),
     ]
+
+
+def _details(case: Case, metric: str, *groups: str) -> tuple[tuple[str, str], ...]:
+    lines = [line for group in groups if (line := case.pick(metric, group))]
+    return tuple((group_name(line.group), sentence(line.lora, line.base, case.without)) for line in lines)
 
 
 def _answer(
-    question: str, line: Line | None, meaning: str, side: list[tuple[str, str]], without: str
-) -> dict[str, Any]:
+    question: str, line: Line | None, without: str, text: str, details: tuple[tuple[str, str], ...] = ()
+) -> Answer:
     if line is None or line.lora is None:
-        return {"question": question, "big": "–", "text": "not measured", "interval": "", "side": side}
-    before = f"{without} {shown(line.base)}; " if line.base else ""
-    interval = f"95 % interval {span(line.lora)}; " if span(line.lora) != "–" else "no interval; "
-    return {
-        "question": question,
-        "big": shown(line.lora),
-        "text": meaning,
-        "interval": f"{interval}{before}n = {line.n}",
-        "side": side,
-    }
+        return Answer(question, NONE, details=details)
+    interval = interval_text(line.lora)
+    parts = ["no interval" if interval == NONE else f"95 % interval {interval}"]
+    parts += [f"{without} {value_text(line.base)}"] if line.base else []
+    return Answer(question, value_text(line.lora), text, "; ".join([*parts, f"n = {line.n}"]), details)
 
 
-def cost_answer(cost: dict[str, Any]) -> dict[str, Any]:
-    """Training cost in the units a person uses; what was not recorded is left out."""
-    cost = {k: v for k, v in cost.items() if isinstance(v, int | float) or k == "device"}
-    seconds, memory = cost.get("seconds"), cost.get("peak_memory_mb")
-    big = "–" if seconds is None else duration(seconds)
-    side = [
-        (label, f"{cost[key]:,}")
+def cost_answer(cost: Mapping[str, Any]) -> Answer:
+    """Training cost in everyday units; what was not recorded is left out."""
+    numbers = {k: v for k, v in cost.items() if isinstance(v, int | float) and math.isfinite(v)}
+    details = [
+        (label, f"{numbers[key]:,}")
         for key, label in (("steps", "optimizer steps"), ("images_seen", "images seen"))
-        if cost.get(key)
+        if numbers.get(key)
     ]
-    if memory:
-        side.append(("peak memory", f"{memory:,.0f} MB" if memory < 1000 else f"{memory / 1000:,.1f} GB"))
-    return {
-        "question": "What did it cost?",
-        "big": big,
-        "text": "of training" if big != "–" else "not measured",
-        "interval": f"on {cost['device']}" if cost.get("device") else "",
-        "side": side,
-    }
-
-
-def duration(seconds: float) -> str:
-    """41 s, 12 min 5 s, 2 h 10 min."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
-    return f"{whole // 60} min {whole % 60} s" if whole < 3600 else f"{whole // 3600} h {whole % 3600 // 60} min"
+    if memory := numbers.get("peak_memory_mb"):
+        details.append(("peak memory", f"{memory:,.0f} MB" if memory < 1000 else f"{memory / 1000:,.1f} GB"))
+    timed = "seconds" in numbers
+    return Answer(
+        "What did it cost?",
+        duration(numbers["seconds"]) if timed else NONE,
+        "of training" if timed else "not measured",
+        f"on {cost['device']}" if cost.get("device") else "",
+        tuple(details),
+    )

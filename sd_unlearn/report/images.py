@@ -1,95 +1,110 @@
-"""Pictures of the report: files of the folder as data: URIs, small enough that the page can be sent by mail."""
+"""Images of the report, embedded as data: URIs and small enough that the page can be sent by mail."""
 
 from __future__ import annotations
 
 import base64
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from PIL import Image
 
-# Longest side in pixels up to which a picture is shown magnified, and to which a larger one is shrunk.
+from sd_unlearn.io.images import UnreadableImage, open_image
+
+# Longest side in pixels: images up to SMALL are shown magnified, larger ones are shrunk to THUMBNAIL.
 SMALL, THUMBNAIL = 128, 384
-SMALL_GRID, GRID = 512, 1024  # the same for the preview, a grid of pictures
-# Longest side and WebP quality, the best first: a page takes the first at which all its pictures fit.
+SMALL_GRID, GRID = 512, 1024  # the same for the preview, a grid of images
+# Longest side and WebP quality, best first: a page takes the first level at which all its images fit.
 LEVELS = ((THUMBNAIL, 82), (320, 78), (256, 74), (224, 68), (192, 60), (160, 50), (128, 40), (96, 30))
 BUDGET = 13_000_000  # characters of data: URIs, so that a page with its tables stays under 15 MB
-SAMPLE = 16  # pictures on which a level is tried before all are encoded
-CELLS, MARGIN = 5, 0.15  # a blurred face keeps this many averages a side, and its box grows by this share
+SAMPLE = 16  # images on which a level is tried before all are encoded
+CELLS, MARGIN = 5, 0.15  # a blurred face keeps this many averages per side, and its box grows by this share
 
 Boxes = Sequence[Sequence[float]]  # [x0, y0, x1, y1] each, as shares of width and height
-Picture = dict[str, Any]  # uri, width, height, tiny
 
 
-def embed(folder: Path, asked: dict[str, int], faces: dict[str, Boxes] | None = None) -> dict[str, Picture | None]:
-    """Each picture of a folder as the page shows it, together within BUDGET.
+class Embedded(NamedTuple):
+    """An image as the page holds it."""
 
-    asked: path -> how often the page holds it. faces: path -> boxes to blur before anything is kept.
-    A picture that is missing, unreadable or outside the folder is None.
+    uri: str
+    width: int
+    height: int
+    tiny: bool  # not shrunk; shown magnified
+
+
+def embed_all(
+    folder: Path, uses: Mapping[str, int], faces: Mapping[str, Boxes] | None = None
+) -> dict[str, Embedded | None]:
+    """Embed images of a folder, together within BUDGET.
+
+    Args:
+        uses: path -> how often the page shows the image.
+        faces: path -> boxes to blur.
+
+    Returns:
+        path -> image; None if it is missing, unreadable or outside the folder.
     """
-    places = list(asked)
-    uses = sum(asked.values())
+    places, total = list(uses), max(1, sum(uses.values()))
     level = 0
 
-    def one(place: str) -> Picture | None:
-        return picture(folder, place, *LEVELS[level], boxes=(faces or {}).get(place, ()), most=BUDGET // max(1, uses))
+    def encode(place: str) -> Embedded | None:
+        return embed(folder, place, *LEVELS[level], boxes=(faces or {}).get(place, ()), max_length=BUDGET // total)
 
     for level in range(len(LEVELS)):
-        last = level == len(LEVELS) - 1
-        tried = [made for place in places[:: max(1, len(places) // SAMPLE)] if (made := one(place))]
-        mean = sum(len(made["uri"]) for made in tried) / max(1, len(tried))
-        if mean * uses > BUDGET and not last:
+        is_last = level == len(LEVELS) - 1
+        sample = [image for place in places[:: max(1, len(places) // SAMPLE)] if (image := encode(place))]
+        mean = sum(len(image.uri) for image in sample) / max(1, len(sample))
+        if mean * total > BUDGET and not is_last:
             continue
         with ThreadPoolExecutor() as pool:
-            made = dict(zip(places, pool.map(one, places), strict=True))
-        if last or sum(len(p["uri"]) * asked[place] for place, p in made.items() if p) <= BUDGET:
-            return made
+            images = dict(zip(places, pool.map(encode, places), strict=True))
+        if is_last or sum(len(image.uri) * uses[place] for place, image in images.items() if image) <= BUDGET:
+            return images
     raise AssertionError("the last level is always taken")
 
 
-def picture(
+def embed(
     folder: Path,
     relative: str,
     limit: int = THUMBNAIL,
     quality: int = 82,
     small: int = SMALL,
     boxes: Boxes = (),
-    most: int = BUDGET,
-) -> Picture | None:
-    """A picture of the folder as a data: URI with its size; None when it is missing, unreadable or outside.
+    max_length: int = BUDGET,
+) -> Embedded | None:
+    """Embed one image of a folder; None if it is missing, unreadable or outside the folder.
 
-    One of at most `small` pixels stays as it is unless its URI would be longer than `most`.
+    An image of at most `small` pixels keeps its size unless its URI would be longer than `max_length`; larger ones are
+    shrunk to `limit` pixels.
     """
-    plain = os.path.normpath(relative)
-    if not relative or os.path.isabs(plain) or plain.startswith(".."):
+    path = os.path.normpath(relative)
+    if not relative or os.path.isabs(path) or path.startswith(".."):
         return None  # a results.json from elsewhere must not pull other files of this machine into the report
     try:
-        with Image.open(folder / plain) as opened:
-            image = opened.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        image = open_image(folder / path)
+    except UnreadableImage:
         return None
     blur(image, boxes)
     tiny = max(image.size) <= small
-    kind, data = "png", _encoded(image, "PNG", optimize=True) if tiny else b""
-    if not tiny or 4 * len(data) / 3 > most:
+    kind, data = "png", _encode(image, "PNG", optimize=True) if tiny else b""
+    if not tiny or 4 * len(data) / 3 > max_length:
         image.thumbnail((limit, limit))
-        kind, data = "webp", _encoded(image, "WEBP", quality=quality)
+        kind, data = "webp", _encode(image, "WEBP", quality=quality)
     uri = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
-    return {"uri": uri, "width": image.width, "height": image.height, "tiny": tiny}
+    return Embedded(uri, image.width, image.height, tiny)
 
 
-def _encoded(image: Image.Image, kind: str, **settings: Any) -> bytes:
+def _encode(image: Image.Image, kind: str, **settings: Any) -> bytes:
     memory = io.BytesIO()
     image.save(memory, kind, **settings)
     return memory.getvalue()
 
 
 def blur(image: Image.Image, boxes: Boxes) -> None:
-    """Replace each box by a few averages of it, in place: unlike a soft focus, no filter brings the face back."""
+    """Replace each box by a few averages of it, in place. Unlike a soft focus, no filter can bring the face back."""
     for x0, y0, x1, y1 in boxes:
         wide, high = MARGIN * (x1 - x0), MARGIN * (y1 - y0)
         box = (
@@ -100,5 +115,5 @@ def blur(image: Image.Image, boxes: Boxes) -> None:
         )
         if box[0] < box[2] and box[1] < box[3]:
             face = image.crop(box)
-            few = face.resize((min(CELLS, face.width), min(CELLS, face.height)), Image.Resampling.BOX)
-            image.paste(few.resize(face.size, Image.Resampling.BICUBIC), box)
+            averages = face.resize((min(CELLS, face.width), min(CELLS, face.height)), Image.Resampling.BOX)
+            image.paste(averages.resize(face.size, Image.Resampling.BICUBIC), box)

@@ -1,53 +1,55 @@
-"""Metric cards: what one must know to cite a figure, for every detector that has one in the file."""
+"""Metric cards: what a reader must know to cite the metrics of a detector."""
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
 
-from sd_unlearn.report.formatting import METRICS
+from sd_unlearn.report.metric_names import metric_name
+from sd_unlearn.results import Card, Results
 
 
-def cards_of(results: dict[str, Any]) -> list[dict[str, Any]]:
-    """Each detector's card with its anchor, the figures it made and their n; one that has no card is named bare."""
-    used = dict.fromkeys(d for row in results["rows"] if (d := row.get("detector")))
-    known = {card["detector"]: card for card in results["cards"]}
-    made = []
+@dataclass(frozen=True)
+class MetricCard:
+    """A detector as the page describes it."""
+
+    id: str  # anchor on the page
+    detector: str
+    about: str
+    metrics: str
+    images: str  # how many it saw
+    facts: list[tuple[str, str]]  # label and text
+
+
+def cards_of(results: Results) -> list[MetricCard]:
+    """A card for each detector of the file; a detector that has no card in results.json is only named."""
+    known = {card.detector: card for card in results.cards}
+    used = (row.detector for row in results.rows if row.detector)
+    cards = []
     for number, detector in enumerate(dict.fromkeys([*known, *used]), 1):
-        card = known.get(detector, {})
-        rows = [row for row in results["rows"] if row.get("detector") == detector]
-        metrics = dict.fromkeys([*_texts(card.get("metrics")), *(row["metric"] for row in rows)])
-        extra = card.get("extra")
+        card = known.get(detector, Card(detector, about="results.json has no card of this detector."))
+        rows = [row for row in results.rows if row.detector == detector]
+        metrics = dict.fromkeys([*card.metrics, *(row.metric for row in rows)])
         facts = [
-            ("Figures", ", ".join(METRICS[m][0] if m in METRICS else m for m in metrics)),
-            ("Pictures judged", _counts([row["n"] for row in rows])),
-            ("Version", card.get("version")),
-            ("Weights", card.get("weights")),
-            ("Threshold", card.get("threshold")),
-            *(extra.items() if isinstance(extra, dict) else ()),
-            ("Limits", card.get("limits")),
+            ("Version", card.version),
+            ("Weights", card.weights),
+            ("Threshold", card.threshold),
+            *card.extra.items(),
+            ("Limits", card.limits),
         ]
-        about = card.get("about") or ("" if card else "results.json has no card of this detector.")
-        made.append(
-            {
-                "id": f"card-{number}",
-                "detector": detector,
-                "about": about,
-                "facts": [(str(label), str(text)) for label, text in facts if text],
-            }
+        cards.append(
+            MetricCard(
+                f"card-{number}",
+                detector,
+                card.about,
+                ", ".join(map(metric_name, metrics)),
+                _counts([row.n for row in rows]),
+                [(label, text) for label, text in facts if text],
+            )
         )
-    return made
-
-
-def anchors(cards: list[dict[str, Any]]) -> dict[str, str]:
-    """detector -> the id of its card."""
-    return {card["detector"]: card["id"] for card in cards}
+    return cards
 
 
 def _counts(n: list[int]) -> str:
     if not n:
         return ""
-    return f"n = {min(n):,}" if min(n) == max(n) else f"n = {min(n):,} to {max(n):,} for each figure"
-
-
-def _texts(value: Any) -> list[str]:
-    return [str(item) for item in value] if isinstance(value, list | tuple) else []
+    return f"n = {min(n):,}" if min(n) == max(n) else f"n = {min(n):,} to {max(n):,}, depending on the metric"

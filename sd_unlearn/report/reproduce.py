@@ -1,93 +1,109 @@
-"""How to make the figures again: commands, seeds, versions and hashes."""
+"""How to reproduce a report: commands, seeds, versions and hashes."""
 
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from sd_unlearn.data.concept import Concept
 from sd_unlearn.io import run_folder
+from sd_unlearn.report.cases import Case
+from sd_unlearn.results import Results
 
 _OBJECTIVE = ("objective", "correction", "caption_mode", "beta", "beta_source")
 
 
-def commands(folder: Path, about: dict[str, Any], concept: Concept | None) -> list[str]:
-    """The commands that make this run again, from its own config and as its evaluation was asked. about: results.view.
+def commands(folder: Path, case: Case, seed: int, concept: Concept | None) -> list[str]:
+    """The commands that repeat a run from its own config and with the options of its evaluation.
 
-    An evaluation that does not say what it was asked is repeated with as many pictures.
+    If the evaluation's options were not recorded, it is repeated with the same number of images.
     """
-    config, asking, again = folder / run_folder.CONFIG, folder / run_folder.EVALUATION, _again(folder)
-    place = _quoted(again)
-    if asking.is_file() and not config.is_file():
-        return commands_of_many(folder)
-    target = again if config.is_file() else folder
-    train = f"sd-unlearn train --config {_quoted(config)} --output_dir {_quoted(again)}"
-    counts = {(r["metric"], r["group"]): r["n"] for r in about["rows"]}
-    asked, kept = counts.get(("leakage", "direct")), counts.get(("drift", "kept"))
+    config, evaluation, copy = folder / run_folder.CONFIG, folder / run_folder.EVALUATION, _copy(folder)
+    if evaluation.is_file() and not config.is_file():
+        return commands_of_evaluation(folder)
+    place = _quote(copy)
+    target = place if config.is_file() else _quote(folder)
+    if evaluation.is_file():
+        evaluate = f"sd-unlearn evaluate --config {_quote(evaluation)} --run {place} --output_dir {place}"
+    else:
+        evaluate = f"sd-unlearn evaluate --run {target}{_counts(case, concept)} --seed {seed}"
+    train = [f"sd-unlearn train --config {_quote(config)} --output_dir {place}"] if config.is_file() else []
+    return [*train, evaluate, f"sd-unlearn report --run {target}"]
+
+
+def _counts(case: Case, concept: Concept | None) -> str:
+    """The options that repeat an evaluation's number of images."""
+    counts = {(row.metric, row.group): row.n for row in case.rows}
+    images, kept = counts.get(("leakage", "direct")), counts.get(("drift", "kept"))
+    options = f" --num_images {images}" if images else ""
     prompts = len(concept.prompts("alike") + concept.prompts("general")) if concept else 0
-    evaluate = f"sd-unlearn evaluate --run {_quoted(target)}" + (f" --num_images {asked}" if asked else "")
     if kept and prompts and kept % prompts == 0:
-        evaluate += f" --num_keep_images {kept // prompts}"
-    evaluate += f" --seed {_first(about['seeds'].get('seeds'))}"
-    if asking.is_file():
-        evaluate = f"sd-unlearn evaluate --config {_quoted(asking)} --run {place} --output_dir {place}"
-    return [*([train] if config.is_file() else []), evaluate, f"sd-unlearn report --run {_quoted(target)}"]
+        options += f" --num_keep_images {kept // prompts}"
+    return options
 
 
-def commands_of_many(folder: Path) -> list[str]:
-    """The same for an evaluation of several LoRAs, which says itself what it was asked."""
-    settings = folder / run_folder.EVALUATION
-    if not settings.is_file():
-        return [f"sd-unlearn report --run {_quoted(folder)}"]
-    again = _quoted(_again(folder))
+def commands_of_evaluation(folder: Path) -> list[str]:
+    """The commands that repeat an evaluation of several LoRAs from its own record."""
+    options = folder / run_folder.EVALUATION
+    if not options.is_file():
+        return [f"sd-unlearn report --run {_quote(folder)}"]
+    copy = _quote(_copy(folder))
     return [
-        f"sd-unlearn evaluate --config {_quoted(settings)} --output_dir {again}",
-        f"sd-unlearn report --run {again}",
+        f"sd-unlearn evaluate --config {_quote(options)} --output_dir {copy}",
+        f"sd-unlearn report --run {copy}",
     ]
 
 
-def _again(folder: Path) -> Path:
+def _copy(folder: Path) -> Path:
+    """The folder for the repeated run."""
     name = f"{folder.resolve().name}-again"
-    return folder.with_name(name) if folder.name.strip(".") else folder / ".." / name  # --run . has no name of its own
+    return folder.with_name(name) if folder.name.strip(".") else folder / ".." / name  # `--run .` has no name
 
 
-def _first(seeds: Any) -> Any:
-    return seeds[0] if isinstance(seeds, list) and seeds else 0
-
-
-def _quoted(path: Path) -> str:
+def _quote(path: Path) -> str:
     return shlex.quote(path.as_posix())
 
 
-def record(results: dict[str, Any], about: dict[str, Any], training: dict[str, Any]) -> list[tuple[str, str]]:
-    """What was run with which seeds and versions, as label and text; what was not recorded is left out.
+def base_record(*records: Mapping[str, Any] | None) -> dict[str, str]:
+    """Name, kind, resolution and SHA-256 of the base as texts, from records of which later ones win; "" if unknown."""
+    merged = {key: value for record in records for key, value in (record or {}).items() if value is not None}
+    return {key: str(merged.get(key, "")) for key in ("name", "kind", "resolution", "sha256")}
 
-    about: results.view of the only LoRA, or {} where there are several; training: its training.json, or {}.
+
+def run_record(results: Results, case: Case | None, training: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Settings, seeds, versions and hashes as (label, text); what was not recorded is left out.
+
+    case: the LoRA, if there is only one; training: its training.json, or empty.
     """
-    made = {**training, **about.get("training", {})}
-    base = {**(training.get("base") or {}), **results["base"]}
-    seeds = {"training": (training.get("seeds") or {}).get("train"), "evaluation": results["seeds"].get("evaluate")}
-    ranges = {k: f"[{v[0]}, {v[1]})" for k, v in seeds.items() if isinstance(v, list) and len(v) == 2}
-    given = results["seeds"].get("seeds")
-    number = ", ".join(str(seed) for seed in given) if isinstance(given, list) and given else None
-    subjects = [] if about else [s for s in results["subjects"] if s.get("sha256") and s["what"] != "base"]
+    settings = {**training, **(case.subject.training or {} if case else {})}
+    ranges = {"training": _mapping(training, "seeds").get("train"), "evaluation": results.seeds.evaluate}
+    seeds = {k: f"[{v[0]}, {v[1]})" for k, v in ranges.items() if isinstance(v, list | tuple) and len(v) == 2}
+    given = ", ".join(map(str, results.seeds.seeds)) or None
+    others = {s.sha256: s for s in results.compared if s.sha256} if case is None else {}
     entries = [
-        ("Tier", results["tier"]),
-        ("Sampler", _listed(results["sampler"])),
-        ("Objective", _listed({k: made.get(k) for k in _OBJECTIVE})),
-        ("LoRA", _listed({k: made.get(k) for k in ("rank", "lora_alpha")})),
-        ("Seeds", _listed(ranges | {"seed": number})),
-        ("Base sha256", base.get("sha256")),
-        ("LoRA sha256", about.get("adapter_sha256")),
-        *((f"{s['name']} sha256", s["sha256"]) for s in {s["sha256"]: s for s in subjects}.values()),
-        *((f"{c['name']}, concept sha256", c["sha256"]) for c in results["concepts"] if c.get("sha256")),
+        ("Tier", results.tier),
+        ("Sampler", _listed(results.sampler)),
+        ("Objective", _listed({key: settings.get(key) for key in _OBJECTIVE})),
+        ("LoRA", _listed({key: settings.get(key) for key in ("rank", "lora_alpha")})),
+        ("Seeds", _listed(seeds | {"seed": given})),
+        ("Base sha256", base_record(_mapping(training, "base"), results.base)["sha256"]),
+        ("LoRA sha256", case.subject.sha256 if case else ""),
+        *((f"{subject.name} sha256", subject.sha256) for subject in others.values()),
+        *((f"{concept.name}, concept sha256", concept.sha256) for concept in results.concepts),
         ("Config sha256", training.get("config_sha256")),
         ("Commit", training.get("commit")),
-        ("Versions", _listed({"sd-unlearn": results["version"] or None, **(training.get("versions") or {})})),
+        ("Versions", _listed({"sd-unlearn": results.version or None, **_mapping(training, "versions")})),
     ]
     return [(label, str(text)) for label, text in entries if text]
 
 
-def _listed(values: dict[str, Any]) -> str:
-    return ", ".join(f"{k} {v}" for k, v in values.items() if v is not None)
+def _mapping(record: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """A nested object of a record; empty if it is missing or something else."""
+    value = record.get(key)
+    return value if isinstance(value, Mapping) else {}
+
+
+def _listed(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in values.items() if value is not None)

@@ -1,17 +1,20 @@
-"""sweep.json's content -> sweep.html (one file), sweep.md and sweep.csv. Imports no torch."""
+"""The report of a sweep: sweep.json's content -> sweep.html (one file), sweep.md and sweep.csv. Imports no torch."""
 
 from __future__ import annotations
 
-import csv
-import dataclasses
-import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from sd_unlearn.io.files import write_text
-from sd_unlearn.report.formatting import GROUPS, METRICS, Line, lines, pick, shown
+from sd_unlearn.io.schema import validate
+from sd_unlearn.report.csv_table import rows_csv
+from sd_unlearn.report.formatting import value_text
 from sd_unlearn.report.jinja import environment
-from sd_unlearn.report.scatter import Mark, tradeoff
+from sd_unlearn.report.lines import KEPT, Line, lines_of, pick
+from sd_unlearn.report.metric_names import explanations, group_name, metric_name
+from sd_unlearn.report.reproduce import base_record
+from sd_unlearn.report.scatter import Mark, scatter_chart
 from sd_unlearn.results import Row
 
 SCHEMA_VERSION = 1
@@ -27,83 +30,77 @@ COLUMNS = (
     ("drift", "kept"),
 )
 LIMITS = (
-    "Each point is one training with one seed; its bars cover the chance of which pictures were drawn, not what "
-    "another training seed would have given.",
-    "All points are judged on the same prompts and seeds, so what they share in luck does not show between them.",
-    "The judge is a program with errors of its own; each run's results.json says which.",
+    "Each point is one training with one seed. Its bars cover the random choice of images, not what another training "
+    "seed would have given.",
+    "All points are evaluated on the same prompts and seeds, so chance that they share is not visible between them.",
+    "The detector is a program and makes errors; the results.json of each run names it.",
 )
 
 
 def write(output: Path, record: dict[str, Any]) -> Path:
-    """Write the three files into a sweep's folder, each whole or not at all. Returns the path of sweep.html.
+    """Write sweep.html, sweep.md and sweep.csv into a sweep's folder. Returns the path of sweep.html.
 
-    record: as sweep.json holds it, see `sweep`.
+    record: the content of sweep.json (docs/results.md).
 
     Raises:
-        UnlearnError: when the folder cannot be written.
+        UnlearnError: the folder cannot be written.
     """
-    seen = context(record)
-    page = environment(escape=True).get_template("sweep.html.j2").render(seen)
-    text = environment(escape=False).get_template("sweep.md.j2").render(seen)
-    write_text(output / TABLE, table_csv(record))  # everything is rendered before the first file is replaced
+    rows = [validate(tuple[Row, ...], run["rows"], f"{SWEEP} runs[{i}]") for i, run in enumerate(record["runs"])]
+    content = context(record, rows)
+    page = environment(escape=True).get_template("sweep.html.j2").render(content)
+    text = environment(escape=False).get_template("sweep.md.j2").render(content)
+    settings = ("factor", "beta", "push")
+    table = [
+        ({k: run[k] for k in settings}, row) for run, found in zip(record["runs"], rows, strict=True) for row in found
+    ]
+    write_text(output / TABLE, rows_csv(table, settings))  # everything is rendered before the first file is replaced
     write_text(output / MARKDOWN, text)
     write_text(output / HTML, page)
     return output / HTML
 
 
-def context(record: dict[str, Any]) -> dict[str, Any]:
-    """Everything the templates show."""
-    found = [lines(run) for run in record["runs"]]
-    pairs = [(pick(x, "retention", "kept", "general", "alike"), pick(x, "leakage", "direct")) for x in found]
+def context(record: dict[str, Any], rows: Sequence[Sequence[Row]]) -> dict[str, Any]:
+    """Everything the templates show. rows: of each run."""
+    lines = [lines_of(found) for found in rows]
     labels = [f"× {run['factor']:g}" for run in record["runs"]]
+    leakage, retention = [pick(x, "leakage", "direct") for x in lines], [pick(x, "retention", *KEPT) for x in lines]
     marks = [
-        Mark(label, x.lora, y.lora)
-        for label, (x, y) in zip(labels, pairs, strict=True)
-        if x and y and x.lora and y.lora
+        Mark(label, kept.lora, leak.lora)
+        for label, leak, kept in zip(labels, leakage, retention, strict=True)
+        if leak and kept and leak.lora and kept.lora
     ]
-    picture = tradeoff(marks)
-    drawn = [point["label"] for point in picture["points"]] if picture else []
-    cells = [[pick(x, *column) for column in COLUMNS] for x in found]
-    before = next((y.base for _, y in pairs if y), None)
+    chart = scatter_chart(marks)
+    drawn = {point["label"] for point in chart["points"]} if chart else set()
+    cells = [[pick(x, *column) for column in COLUMNS] for x in lines]
+    base = next((line.base for line in leakage if line), None)
     return {
         "record": record,
-        "base": {"name": "", "sha256": "", **record["base"]},
-        "picture": picture,
+        "base": base_record(record["base"]),
+        "chart": chart,
         "left_out": [label for label in labels if label not in drawn],
-        "kept_is": next((GROUPS[x.group][0] for x, _ in pairs if x), ""),
-        "before": shown(before) if before else "",
-        "n": next((y.n for _, y in pairs if y), "0"),
-        "multiplied": multiplied(record),
-        "columns": [(METRICS[metric][0], GROUPS[group][0]) for metric, group in COLUMNS],
+        "kept_group": next((group_name(line.group) for line in retention if line), ""),
+        "base_leakage": value_text(base) if base else "",
+        "n": next((line.n for line in leakage if line), "0"),
+        "scaled": describe_factors(record),
+        "columns": [(metric_name(metric), group_name(group)) for metric, group in COLUMNS],
         "base_cells": [_base(column) for column in zip(*cells, strict=True)],
         "table": list(zip(record["runs"], cells, strict=True)),
         "limits": LIMITS,
-        "terms": [METRICS[metric] for metric in SHOWN],
+        "terms": explanations(SHOWN),
     }
 
 
-def multiplied(record: dict[str, Any]) -> str:
+def describe_factors(record: dict[str, Any]) -> str:
     """What a factor multiplies, in a sentence."""
     beta = f"beta, {record['beta']:g} ({record['beta_source']})"
     if record["target"] == "teacher":
         return (
-            f"A factor multiplies {beta}, and the push, {record['push']:g}. With a teacher the push is how hard the "
-            "concept is forgotten, and beta decides a bracket's sign alone."
+            f"A factor multiplies {beta}, and the push, {record['push']:g}. With a teacher, the push determines how "
+            "strongly the concept is forgotten, and beta only the sign of a bracket."
         )
-    return f"A factor multiplies {beta}, which alone decides how hard the concept is forgotten."
+    return f"A factor multiplies {beta}, which alone determines how strongly the concept is forgotten."
 
 
 def _base(column: tuple[Line | None, ...]) -> Row | None:
-    """The base's figure, the same in every run."""
+    """The base's value, which is the same in every run."""
     return next((line.base for line in column if line and line.base), None)
-
-
-def table_csv(record: dict[str, Any]) -> str:
-    """One line a run and row: factor, beta, push and every field of records.Row, values unrounded."""
-    names = ["factor", "beta", "push", *(f.name for f in dataclasses.fields(Row))]
-    memory = io.StringIO()
-    writer = csv.DictWriter(memory, names, restval="", extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
-    for run in record["runs"]:
-        writer.writerows({k: run[k] for k in names[:3]} | row for row in run["rows"])
-    return memory.getvalue()

@@ -22,7 +22,7 @@ from sd_unlearn.errors import UnlearnError, UsageError
 from sd_unlearn.evaluation import evaluate
 from sd_unlearn.evaluation.job import prepare
 from sd_unlearn.models.base import Base
-from sd_unlearn.results import read_results
+from sd_unlearn.results import parse_results, read_results
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 FEW: dict[str, Any] = {"num_images": 4, "num_keep_images": 2, "num_inference_steps": 2, "render_batch_size": 8}
@@ -55,7 +55,9 @@ def compared(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
 
 def test_every_lora_is_judged_on_what_it_forgets_at_every_strength(compared: tuple[Path, dict[str, Any]]) -> None:
     place, results = compared
-    assert read_results(place / "out") == json.loads((place / "out" / "results.json").read_text())
+    written = json.loads((place / "out" / "results.json").read_text())
+    assert written == json.loads(json.dumps(results))
+    assert read_results(place / "out") == parse_results(results)
     ids = [subject["id"] for subject in results["subjects"]]
     assert ids[:3] == ["base", "seven at 0.5", "seven at 1"]
     assert len(ids) == 9
@@ -234,7 +236,7 @@ def test_pictures_alone_need_no_base(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert results["base"] == {}
     assert results["differences"] == []
     assert len(results["skipped"]) == 1
-    assert read_results(Path("runs/evaluation"))["subjects"][0]["id"] == "mine"
+    assert read_results(Path("runs/evaluation")).subjects[0].id == "mine"
 
 
 def test_pairs_of_namesakes_keep_their_own_pictures(tmp_path: Path) -> None:
@@ -355,4 +357,6 @@ def test_conditions_end_with_exit_code_1_after_everything_is_written(
     assert "seven on seven" in said.err
     assert "nudity was not measured" in said.err
     with pytest.raises(UnlearnError, match="not measured"):
-        evaluate.check_conditions(EvaluateConfig(fail_if=["fid>3"]), read_results(tmp_path / "out"))
+        evaluate.check_conditions(
+            EvaluateConfig(fail_if=["fid>3"]), json.loads((tmp_path / "out" / "results.json").read_text())
+        )

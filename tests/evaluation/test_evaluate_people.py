@@ -38,18 +38,18 @@ def test_a_person_is_found_where_she_is_and_nowhere_else(tmp_path: Path, capsys:
     faces = ["--face_model", "dlib", "--reference", "reference", "--others", "others"]
     assert main(["evaluate", *pictures, "--metrics", "identity", "nudity", *faces]) == 0
     results = read_results(tmp_path / "out")
-    rows = {(r["subject"], r["metric"], r["group"]): r for r in results["rows"]}
-    assert rows["plain", "leakage", "direct"]["value"] == 1
-    assert rows["erased", "leakage", "direct"]["value"] == 0
-    assert rows["erased", "face_rate", "direct"]["value"] > 0.6  # it still draws faces: forgotten, not broken
-    assert rows["plain", "confusion", "alike"]["value"] <= 0.2  # a stranger in fifty is taken for her
-    assert rows["plain", "nudity", "direct"]["value"] == 0
-    (card,) = [card for card in results["cards"] if "leakage" in card["metrics"]]
-    assert "faces of other people (others)" in card["threshold"]
-    shown = [pair for pair in results["pairs"] if pair["subject"] == "plain" and pair["group"] == "direct"]
-    assert all(pair["leak"] and pair["faces"] for pair in shown)
-    assert all(0 <= x <= 1 for pair in shown for box in pair["faces"] for x in box)
-    assert "Eileen Collins" in shown[0]["image_read"]
+    rows = {(row.subject, row.metric, row.group): row.value for row in results.rows}
+    assert rows["plain", "leakage", "direct"] == 1
+    assert rows["erased", "leakage", "direct"] == 0
+    assert rows["erased", "face_rate", "direct"] > 0.6  # it still draws faces: forgotten, not broken
+    assert rows["plain", "confusion", "alike"] <= 0.2  # a stranger in fifty is taken for her
+    assert rows["plain", "nudity", "direct"] == 0
+    (card,) = [card for card in results.cards if "leakage" in card.metrics]
+    assert "faces of other people (others)" in card.threshold
+    shown = [pair for pair in results.pairs if pair.subject == "plain" and pair.group == "direct"]
+    assert all(pair.leak and pair.faces for pair in shown)
+    assert all(0 <= x <= 1 for pair in shown for box in pair.faces for x in box)
+    assert "Eileen Collins" in shown[0].image_read
     capsys.readouterr()
     assert main(["report", "--run", "out"]) == 0
     assert "plain" in (tmp_path / "out" / "report.html").read_text()

@@ -132,21 +132,19 @@ def test_a_run_leaves_the_record_of_the_paper(finished: Callable[..., Path], obj
     assert record["cost"]["steps"] == 3
     assert (place / ("unet" if method == "full" else "adapter")).is_dir()
     (leak,) = (
-        row
-        for row in results["rows"]
-        if (row["metric"], row["group"]) == ("leakage", "generic") and row["subject"] != "base"
+        row for row in results.rows if (row.metric, row.group) == ("leakage", "generic") and row.subject != "base"
     )
     rate = record["rows"][0]
     assert (rate["metric"], rate["group"], rate["n"], rate["detector"]) == (
         "non_sensitive_rate",
         "all",
         8,
-        leak["detector"],
+        leak.detector,
     )
-    assert (rate["value"], rate["low"], rate["high"]) == (1 - leak["value"], 1 - leak["high"], 1 - leak["low"])
+    assert (rate["value"], rate["low"], rate["high"]) == (1 - leak.value, 1 - leak.high, 1 - leak.low)
     assert rate["low"] <= rate["value"] <= rate["high"]
     assert {row["group"] for row in record["rows"]} == {"all"}
-    assert record["classifier"]["sha256"] in leak["detector"]
+    assert record["classifier"]["sha256"] in leak.detector
 
 
 def test_objectives_share_their_images_and_not_their_weights(finished: Callable[..., Path]) -> None:

@@ -1,4 +1,4 @@
-"""The page in a real browser: sorting, filtering and comparing by hand and by keyboard, no error, nothing lost without.
+"""The page in a real browser: sorting, filtering and comparing with mouse and keyboard, no errors.
 
 Needs Debian's chromium and chromedriver (or Chrome's) on the PATH and the package selenium; skipped without them.
 """
@@ -59,7 +59,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The page of three concepts, two LoRAs each, at three strengths."""
+    """A page of three concepts with two LoRAs each, at three strengths."""
     folder = tmp_path_factory.mktemp("many")
     make_many(folder, side=64, each=8)
     return run(ReportConfig(run=folder, certificate=True))
@@ -69,7 +69,7 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def page(browser: Any, many: Path) -> Iterator[Any]:
     show(browser, many)
     yield browser
-    assert browser.get_log("browser") == []  # no error, no refused script or picture
+    assert browser.get_log("browser") == []  # no error, no blocked script or image
 
 
 def show(browser: Any, path: Path, size: tuple[int, int] = WIDE, dark: bool = False) -> None:
@@ -81,7 +81,7 @@ def show(browser: Any, path: Path, size: tuple[int, int] = WIDE, dark: bool = Fa
     scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "", "features": [scheme]})
     browser.execute_cdp_cmd("Emulation.setFocusEmulationEnabled", {"enabled": True})
-    browser.get("about:blank")  # so that nothing below is asked of the page before
+    browser.get("about:blank")  # so that the checks below do not see the previous page
     browser.get(path.absolute().as_uri())
     loaded = "return location.protocol === 'file:' && document.readyState === 'complete'"
     WebDriverWait(browser, 30).until(lambda b: b.execute_script(loaded))
@@ -127,7 +127,7 @@ def head(browser: Any, name: str) -> tuple[Any, int]:
     return buttons[number], number + 1
 
 
-def test_a_click_sorts_a_column_and_the_keyboard_turns_it_round(page: Any) -> None:
+def test_a_click_sorts_a_column_and_the_keyboard_reverses_it(page: Any) -> None:
     from selenium.webdriver.common.keys import Keys
 
     button, number = head(page, "Retention")
@@ -148,7 +148,7 @@ def test_a_click_sorts_a_column_and_the_keyboard_turns_it_round(page: Any) -> No
     assert column(page, 1) == sorted(column(page, 1))
 
 
-def test_the_comparison_is_filtered_by_concept_verdict_and_name(page: Any) -> None:
+def test_the_comparison_filters_by_concept_verdict_and_name(page: Any) -> None:
     status = one(page, "#compare-status")
     assert status.text == "18 of 18 lines shown."
     choose(page, "#compare-controls [data-filter=concept]", "brad-pitt")
@@ -163,14 +163,14 @@ def test_the_comparison_is_filtered_by_concept_verdict_and_name(page: Any) -> No
     assert seen(page, "#compare-table tbody tr") == []
 
 
-def test_show_me_the_leaks(page: Any) -> None:
+def test_show_the_leaks(page: Any) -> None:
     total = len(page.find_elements("css selector", ".shot[data-subject]"))
-    leaks = len(page.find_elements("css selector", ".shot[data-verdict=leak]"))
+    leaks = len(page.find_elements("css selector", ".shot[data-outcome=leak]"))
     assert 0 < leaks < total
     assert one(page, "#pair-status").text == f"{total} of {total} pairs shown."
     click(page, one(page, "a[data-show=leak]"))
     assert one(page, "#pair-status").text == f"{leaks} of {total} pairs shown."
-    assert {e.get_attribute("data-verdict") for e in seen(page, ".shot[data-subject]")} == {"leak"}
+    assert {e.get_attribute("data-outcome") for e in seen(page, ".shot[data-subject]")} == {"leak"}
     assert len(seen(page, ".shot[data-subject]")) == leaks
     assert seen(page, ".shelf h3")  # their headings stay
     choose(page, "#pair-controls [data-filter=subject]", "seven-noise@0.5")
@@ -178,12 +178,12 @@ def test_show_me_the_leaks(page: Any) -> None:
     choose(page, "#pair-controls [data-filter=group]", "alike")
     assert one(page, "#pair-status").text == f"0 of {total} pairs shown."
     assert one(page, "#no-pairs").is_displayed()
-    click(page, one(page, "input[name=verdict][value='']"))
+    click(page, one(page, "input[name=outcome][value='']"))
     assert not one(page, "#no-pairs").is_displayed()
     assert {e.get_attribute("data-group") for e in seen(page, ".shelf")} == {"alike"}
 
 
-def test_holding_a_picture_shows_the_base(page: Any) -> None:
+def test_holding_an_image_shows_the_base(page: Any) -> None:
     from selenium.webdriver import ActionChains
 
     frame = seen(page, "button.frame")[0]
@@ -200,7 +200,7 @@ def test_holding_a_picture_shows_the_base(page: Any) -> None:
     assert frame.get_attribute("aria-pressed") == "false"
 
 
-def test_pictures_are_compared_by_keyboard(page: Any) -> None:
+def test_images_are_compared_by_keyboard(page: Any) -> None:
     from selenium.webdriver import ActionChains
     from selenium.webdriver.common.keys import Keys
 
@@ -228,7 +228,7 @@ def test_faces_are_boxed_and_blurred_on_request(page: Any) -> None:
     assert "blur" in face.value_of_css_property("backdrop-filter")
 
 
-def test_a_point_of_the_scatter_says_its_figures_when_focused(page: Any) -> None:
+def test_a_point_of_the_scatter_shows_its_values_when_focused(page: Any) -> None:
     point = one(page, ".ask")
     tip = point.find_element("css selector", ".tip")
     assert tip.value_of_css_property("visibility") == "hidden"
@@ -253,7 +253,7 @@ def test_light_and_dark(browser: Any, many: Path) -> None:
     assert browser.get_log("browser") == []
 
 
-def test_every_control_and_picture_has_a_name(page: Any) -> None:
+def test_every_control_and_image_has_a_name(page: Any) -> None:
     roles = {"button", "link", "combobox", "searchbox", "radio", "checkbox", "image", "img", "region", "table"}
     nodes = page.execute_cdp_cmd("Accessibility.getFullAXTree", {})["nodes"]
     found = [n for n in nodes if not n.get("ignored") and n.get("role", {}).get("value") in roles]
@@ -272,13 +272,13 @@ def test_the_first_tab_skips_to_the_summary(page: Any) -> None:
 
 
 @pytest.mark.parametrize("size", [WIDE, PHONE])
-def test_nothing_hangs_over_the_edge(browser: Any, many: Path, size: tuple[int, int]) -> None:
+def test_nothing_is_wider_than_the_window(browser: Any, many: Path, size: tuple[int, int]) -> None:
     for path in (many, many.with_name("certificate.html")):
         show(browser, path, size)
         assert browser.execute_script("return document.documentElement.scrollWidth") <= size[0]
 
 
-def test_without_scripts_all_is_there_and_no_dead_control(browser: Any, many: Path) -> None:
+def test_without_scripts_everything_is_readable_and_controls_are_hidden(browser: Any, many: Path) -> None:
     browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": True})
     try:
         show(browser, many)
@@ -291,7 +291,7 @@ def test_without_scripts_all_is_there_and_no_dead_control(browser: Any, many: Pa
         browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": False})
 
 
-def test_paper_has_everything_unfolded_and_no_controls(page: Any) -> None:
+def test_print_unfolds_everything_and_hides_controls(page: Any) -> None:
     page.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
     page.execute_script("dispatchEvent(new Event('beforeprint'))")
     assert page.find_elements("css selector", "details:not([open])") == []
@@ -300,7 +300,7 @@ def test_paper_has_everything_unfolded_and_no_controls(page: Any) -> None:
     assert page.find_elements("css selector", "details:not([open])")
 
 
-def test_a_certificate_is_one_page_each(browser: Any, many: Path) -> None:
+def test_each_certificate_is_one_printed_page(browser: Any, many: Path) -> None:
     import base64
     import re
 
@@ -312,19 +312,19 @@ def test_a_certificate_is_one_page_each(browser: Any, many: Path) -> None:
     assert browser.get_log("browser") == []
 
 
-def test_a_file_of_version_1_gives_a_page_without_error(browser: Any, tmp_path: Path) -> None:
+def test_the_page_of_one_lora_has_no_errors(browser: Any, tmp_path: Path) -> None:
     for name in ("a", "b", "big"):
         paint(tmp_path / "images" / f"{name}.png", 32, len(name))
     write_json(tmp_path / "results.json", make_results())
     show(browser, run(ReportConfig(run=tmp_path)))
     assert one(browser, "h1").text == "Forgetting “seven”"
     assert one(browser, "#pair-status").text == "3 of 3 pairs shown."
-    click(browser, one(browser, "input[name=verdict][value=leak]"))
+    click(browser, one(browser, "input[name=outcome][value=leak]"))
     assert one(browser, "#pair-status").text == "1 of 3 pairs shown."
     assert browser.get_log("browser") == []
 
 
-def test_hostile_names_stay_text(browser: Any, tmp_path: Path) -> None:
+def test_hostile_names_are_shown_as_text(browser: Any, tmp_path: Path) -> None:
     bad = f'{EVIL}</script><img src=x onerror="alert(2)">\'"'
     results = make_many(tmp_path, side=32, each=1)
     concept, subject = results["concepts"][0], results["subjects"][1]
@@ -346,11 +346,11 @@ def test_hostile_names_stay_text(browser: Any, tmp_path: Path) -> None:
     assert browser.get_log("browser") == []
 
 
-def test_a_thousand_pairs_stay_under_15_mb_and_usable(browser: Any, tmp_path: Path) -> None:
+def test_a_thousand_pairs_stay_under_15_mb_and_can_be_filtered(browser: Any, tmp_path: Path) -> None:
     results = make_many(tmp_path, side=32, each=1)
     sources = [paint(tmp_path / "images" / f"source-{i}.png", 256, i) for i in range(12)]
     pairs = []
-    for i in range(1000):  # worst of all, no base picture is shared
+    for i in range(1000):  # the worst case: no image of the base is shared
         names = [f"images/{side}-{i}.png" for side in ("base", "lora")]
         for j, name in enumerate(names):
             os.link(sources[(i + 5 * j) % len(sources)], tmp_path / name)
@@ -359,7 +359,7 @@ def test_a_thousand_pairs_stay_under_15_mb_and_usable(browser: Any, tmp_path: Pa
     path = run(ReportConfig(run=tmp_path))
     assert 3e6 < path.stat().st_size < 15e6
     show(browser, path)
-    click(browser, one(browser, "input[name=verdict][value=leak]"))
+    click(browser, one(browser, "input[name=outcome][value=leak]"))
     assert one(browser, "#pair-status").text == "100 of 1,000 pairs shown."
     assert len(seen(browser, ".shot[data-subject]")) == 100
     assert browser.get_log("browser") == []

@@ -1,4 +1,4 @@
-"""The page of many LoRAs: what stands beside what, pictures once and small, faces hidden for good, the certificate."""
+"""The report of several LoRAs: comparison, charts, embedded images, blurred faces, certificate."""
 
 from __future__ import annotations
 
@@ -18,19 +18,24 @@ from report_results import EVIL, Page, plain
 from sd_unlearn.config.base import ReportConfig
 from sd_unlearn.errors import UsageError
 from sd_unlearn.io.files import write_json
-from sd_unlearn.report import before_after, compare, images
-from sd_unlearn.report.cases import cases_of, labels
-from sd_unlearn.report.certificate import residual
-from sd_unlearn.report.charts import bands, scattered, strength_charts
-from sd_unlearn.report.report import format_table, run
-from sd_unlearn.report.training_curves import apart
-from sd_unlearn.results import read_results
+from sd_unlearn.report import compare, images
+from sd_unlearn.report.axes import Area, spread_labels
+from sd_unlearn.report.before_after import before_after
+from sd_unlearn.report.cases import Case, cases_of, labels
+from sd_unlearn.report.certificate import remaining
+from sd_unlearn.report.charts import compare_loras, strength_chart, strength_charts
+from sd_unlearn.report.report import run
+from sd_unlearn.report.terminal import format_table
+from sd_unlearn.results import Difference, SubjectEntry, parse_results
 
 
 @pytest.fixture
 def results(tmp_path: Path) -> dict[str, Any]:
-    make_many(tmp_path, side=32, each=2)
-    return read_results(tmp_path)
+    return make_many(tmp_path, side=32, each=2)
+
+
+def cases_in(results: dict[str, Any], **changes: Any) -> list[Case]:
+    return cases_of(parse_results(results | changes))
 
 
 def page_of(folder: Path, **options: Any) -> tuple[str, Page]:
@@ -42,34 +47,24 @@ def rewrite(folder: Path, results: dict[str, Any], **changes: Any) -> None:
     write_json(folder / "results.json", results | changes)
 
 
-def difference(value: float | None, p: float | None, metric: str = "leakage") -> dict[str, Any]:
-    return {
-        "concept": "seven",
-        "metric": metric,
-        "group": "direct",
-        "subject": "a",
-        "against": "base",
-        "value": value,
-        "n": 200,
-        "low": None,
-        "high": None,
-        "p": p,
-        "p_holm": p,
-    }
+def difference(
+    value: float | None, p: float | None, metric: str = "leakage", p_holm: float | None = None
+) -> Difference:
+    return Difference("seven", metric, "direct", "a", "base", value, 200, p=p, p_holm=p if p_holm is None else p_holm)
 
 
-# -- what stands beside what --
+# -- comparison --
 
 
-def test_page_markdown_and_csv_have_every_lora_with_the_same_figures(tmp_path, results):
+def test_page_markdown_and_csv_have_every_lora_with_the_same_values(tmp_path, results):
     _, page = page_of(tmp_path)
     text, markdown = plain(page.text), (tmp_path / "report.md").read_text(encoding="utf-8")
-    for label in {case.label for case in cases_of(results)}:
+    for label in {case.label for case in cases_in(results)}:
         assert label in text
         assert label in markdown
-    for figure in ("3.5 %", "1.7–7.0 %", "97.4 %", "−93.0 points", "p < 0.001", "not shown to differ", "by seed"):
-        assert figure in text, figure
-        assert figure.replace("<", "&lt;") in markdown, figure
+    for value in ("3.5 %", "1.7–7.0 %", "97.4 %", "−93.0 points", "p < 0.001", "not shown to differ", "by seed"):
+        assert value in text, value
+        assert value.replace("<", "&lt;") in markdown, value
     with (tmp_path / "results.csv").open(newline="") as file:
         lines = list(csv.DictReader(file))
     assert [(x["concept"], x["subject"], float(x["value"])) for x in lines] == [
@@ -78,26 +73,29 @@ def test_page_markdown_and_csv_have_every_lora_with_the_same_figures(tmp_path, r
     assert lines[4]["seeds"] == "0.035 0.04"
 
 
-def test_the_summary_comes_first_and_picks_the_least_harm_among_those_gone(tmp_path, results):
+def test_the_summary_comes_first_and_picks_the_highest_retention_among_those_gone(tmp_path, results):
     source, page = page_of(tmp_path)
-    assert source.index('id="summary"') < source.index('id="comparison"') < source.index('id="figures"')
-    rows = compare.summary(cases_of(results))
-    assert [(r["concept"]["slug"], r["gone"], r["of"]) for r in rows] == [(slug, 2, 6) for slug, _ in CONCEPTS]
-    assert [r["best"].label for r in rows] == [f"{slug}-teacher × 1" for slug, _ in CONCEPTS]  # × 1.5 harms more
+    assert source.index('id="summary"') < source.index('id="comparison"') < source.index('id="metrics"')
+    rows = compare.summary(cases_in(results))
+    assert [(r.concept.slug, r.gone, r.of) for r in rows] == [(slug, 2, 6) for slug, _ in CONCEPTS]
+    assert [r.best and r.best.label for r in rows] == [
+        f"{slug}-teacher × 1" for slug, _ in CONCEPTS
+    ]  # × 1.5 harms more
     assert "Each is gone with some LoRA" in page.text
     worse = [r for r in results["rows"] if r["metric"] != "leakage" or r["value"] > 0]
-    left = compare.summary(cases_of(results | {"rows": worse}))
-    assert left[0]["gone"] == 0
-    assert left[0]["best"].label == "seven-noise × 1.5"  # nobody is gone: the one that leaks least
+    first = compare.summary(cases_in(results, rows=worse))[0]
+    assert first.gone == 0
+    assert first.best
+    assert first.best.label == "seven-noise × 1.5"  # none is gone: the one with the least leakage
 
 
-def test_a_lora_is_not_blamed_for_a_concept_it_was_not_trained_on(results):
+def test_a_lora_gets_no_verdict_on_a_concept_it_was_not_trained_on(results):
     stranger = "brad-pitt-noise@0.5"
     moved = [r | {"concept": "seven"} for r in results["rows"] if r["subject"] == stranger]
-    cases = cases_of(results | {"rows": results["rows"] + moved})
-    [case] = [c for c in cases if c.subject["id"] == stranger and c.concept["slug"] == "seven"]
+    cases = cases_in(results, rows=results["rows"] + moved)
+    [case] = [c for c in cases if c.subject.id == stranger and c.concept.slug == "seven"]
     assert case.standing == "other"
-    assert compare.summary(cases)[0]["of"] == 6  # not the seventh
+    assert compare.summary(cases)[0].of == 6  # not the seventh
 
 
 def test_at_strength_0_there_is_no_verdict(tmp_path, results):
@@ -105,41 +103,42 @@ def test_at_strength_0_there_is_no_verdict(tmp_path, results):
     off["strength"] = 0
     leaks = sum(p["leak"] for p in results["pairs"] if p["subject"] != "seven-noise@0.5")
     assert leaks < sum(p["leak"] for p in results["pairs"])
-    assert before_after.shelves(results, tmp_path, 1000, False)["leaks"] == leaks  # its pictures are no leaks
-    cases = cases_of(results)
-    assert [case.word for case in cases if case.subject is off] == ["Switched off: strength 0"]
-    assert compare.summary(cases)[0]["of"] == 5
+    assert before_after(parse_results(results), tmp_path, 1000, False)["leaks"] == leaks  # its images are not leaks
+    cases = cases_in(results)
+    assert [case.verdict for case in cases if case.subject.id == off["id"]] == ["Switched off: strength 0"]
+    assert compare.summary(cases)[0].of == 5
     rewrite(tmp_path, results)
     run(ReportConfig(run=tmp_path, certificate=True))
     assert (tmp_path / "certificate.html").read_text(encoding="utf-8").count("<article") == 17
 
 
-def test_the_first_judge_decides_and_the_others_are_heard(results):
-    case = next(c for c in cases_of(results) if c.label == "seven-teacher × 1")
-    assert (case.standing, "Another judge" in case.verdict) == ("gone", False)
+def test_the_first_detector_decides_and_the_others_are_quoted(results):
+    def case_of(rows: list[dict[str, Any]]) -> Case:
+        return next(c for c in cases_in(results, rows=rows) if c.label == "seven-teacher × 1")
+
+    case = case_of(results["rows"])
+    assert (case.standing, "Another detector" in case.explanation) == ("gone", False)
     [row] = [
         r
         for r in results["rows"]
         if (r["subject"], r["metric"], r["group"]) == ("seven-teacher@1", "leakage", "direct")
     ]
     other = row | {"value": 0.5, "low": 0.4, "high": 0.6, "detector": "clip"}
-    case = next(c for c in cases_of(results | {"rows": [*results["rows"], other]}) if c.label == "seven-teacher × 1")
+    case = case_of([*results["rows"], other])
     assert case.standing == "gone"
-    assert "Another judge, clip, finds it in 50.0 % (95 % interval 40.0–60.0 %)." in case.verdict
-    case = next(c for c in cases_of(results | {"rows": [other, *results["rows"]]}) if c.label == "seven-teacher × 1")
-    assert case.standing != "gone"
+    assert "Another detector, clip, finds it in 50.0 % (95 % interval 40.0–60.0 %)." in case.explanation
+    assert case_of([other, *results["rows"]]).standing != "gone"
 
 
-def test_names_tell_strengths_and_namesakes_apart():
+def test_labels_distinguish_strengths_and_equal_names():
     subjects = [
-        {"id": "base", "name": "b", "what": "base"},
-        {"id": "1", "name": "a", "what": "lora", "sha256": "x", "strength": 1.0},
-        {"id": "2", "name": "a", "what": "lora", "sha256": "x", "strength": 0.5},
-        {"id": "3", "name": "c", "what": "lora", "sha256": "y", "strength": 1.0},
-        {"id": "4", "name": "c", "what": "lora", "sha256": "z", "strength": 1.0},
+        SubjectEntry("base", "b", "base"),
+        SubjectEntry("1", "a", "lora", 1.0, "x"),
+        SubjectEntry("2", "a", "lora", 0.5, "x"),
+        SubjectEntry("3", "c", "lora", 1.0, "y"),
+        SubjectEntry("4", "c", "lora", 1.0, "z"),
     ]
-    made = labels({"subjects": subjects})
-    assert made == {"base": "b", "1": "a × 1", "2": "a × 0.5", "3": "c (3)", "4": "c (4)"}
+    assert labels(subjects) == {"base": "b", "1": "a × 1", "2": "a × 0.5", "3": "c (3)", "4": "c (4)"}
 
 
 @pytest.mark.parametrize(
@@ -158,19 +157,19 @@ def test_differences_in_words(value, p, metric, text):
     assert compare.in_words(difference(value, p, metric)) == text
 
 
-def test_words_are_of_the_corrected_p():
-    assert "not shown" in compare.in_words(difference(-0.1, 0.01) | {"p_holm": 0.06})
+def test_differences_in_words_use_the_corrected_p():
+    assert "not shown" in compare.in_words(difference(-0.1, 0.01, p_holm=0.06))
 
 
 def test_terminal_table_of_many_is_aligned(results):
-    first, _, head, rule, *body, skipped = format_table(results).splitlines()
+    first, _, head, rule, *body, skipped = format_table(parse_results(results)).splitlines()
     assert first.startswith("Each is gone with some LoRA. 3 of 3 concepts")
     assert {len(line) for line in (head, rule, *body)} == {len(rule)}
     assert len(body) == 18
-    assert "1 picture(s) could not be judged" in skipped
+    assert "1 image(s) could not be read" in skipped
 
 
-def test_nothing_but_the_base_is_refused(tmp_path, results):
+def test_an_evaluation_of_only_the_base_is_refused(tmp_path, results):
     rewrite(
         tmp_path,
         results,
@@ -179,41 +178,41 @@ def test_nothing_but_the_base_is_refused(tmp_path, results):
         pairs=[],
         rows=[r for r in results["rows"] if r["subject"] == "base"],
     )
-    with pytest.raises(UsageError, match="nothing but the base"):
+    with pytest.raises(UsageError, match="evaluates only the base"):
         run(ReportConfig(run=tmp_path))
 
 
-def test_ready_pictures_without_a_base_have_a_page(tmp_path, results):
+def test_image_folders_without_a_base_have_a_page(tmp_path, results):
     subject = {"id": "mace", "name": "MACE pictures", "what": "images"}
     rows = [r | {"subject": "mace"} for r in results["rows"] if r["subject"] == "seven-teacher@1"]
     pair = results["pairs"][0] | {"subject": "mace", "base": ""}
     rewrite(tmp_path, results, subjects=[subject], rows=rows, pairs=[pair], differences=[], base={}, skipped=[])
     _, page = page_of(tmp_path, certificate=True)
     assert "MACE pictures" in page.text
-    assert "The pictures given" in page.text
+    assert "Given images" in page.text
     assert sum("frame" in (a.get("class") or "") for _, a in page.tags) == 1
 
 
 # -- charts --
 
 
-def test_charts_are_there_only_where_there_is_something_to_compare(results):
-    cases = cases_of(results)
-    assert scattered(cases[:1]) is None
+def test_charts_need_something_to_compare(results):
+    cases = cases_in(results)
+    assert compare_loras(cases[:1]) is None
     assert strength_charts(cases[:1]) == []
-    both = strength_charts([c for c in cases if c.concept["slug"] == "seven"])
+    both = strength_charts([c for c in cases if c.concept.slug == "seven"])
     assert [chart["title"] for chart in both] == ["Leakage", "Retention"]
     for chart in both:
         assert [s["name"] for s in chart["series"]] == ["seven-teacher", "seven-noise"]
         assert all(len(s["dots"]) == len(STRENGTHS) + 1 for s in chart["series"])  # and the base, at 0
     assert "at strength 0: 96.5 %" in both[0]["series"][0]["dots"][0][2]
     assert "at strength 0: 100" in both[1]["series"][0]["dots"][0][2]
-    assert bands([]) is None
+    assert strength_chart([]) is None
 
 
-def test_bands_hold_their_lines_and_stay_in_the_box(results):
-    for chart in strength_charts([c for c in cases_of(results) if c.concept["slug"] == "seven"]):
-        left, right, top, bottom = chart["box"]
+def test_bands_contain_their_lines_and_stay_in_the_area(results):
+    for chart in strength_charts([c for c in cases_in(results) if c.concept.slug == "seven"]):
+        left, right, top, bottom = chart["area"]
         for series in chart["series"]:
             edge = [tuple(map(float, p.split(","))) for p in series["band"].split()]
             line = [tuple(map(float, p.split(","))) for p in series["points"].split()]
@@ -225,27 +224,27 @@ def test_bands_hold_their_lines_and_stay_in_the_box(results):
 
 
 @pytest.mark.parametrize("wanted", [(200.0, 199.0, 201.0, 20.0), (18.0, 17.0, 19.0), (216.0, 216.0, 16.0, 16.0)])
-def test_end_labels_keep_apart_and_inside(wanted):
+def test_end_labels_do_not_overlap_and_stay_inside(wanted):
     placed = [{"y": y} for y in wanted]
-    apart(placed, 16, 216)
+    spread_labels(placed, Area(0, 100, 16, 216))
     found = sorted(label["y"] for label in placed)
     assert all(b - a >= 16 for a, b in zip(found, found[1:], strict=False))
     assert found[0] >= 16
     assert found[-1] <= 216
 
 
-def test_every_point_says_its_figures(results):
-    drawn = scattered([c for c in cases_of(results) if c.concept["slug"] == "seven"])
+def test_every_point_has_its_values(results):
+    drawn = compare_loras([c for c in cases_in(results) if c.concept.slug == "seven"])
     assert drawn
     assert len(drawn["points"]) == 6
-    assert all("leakage" in p["told"] and "retention" in p["told"] for p in drawn["points"])
-    assert [style for style, _ in drawn["paths"]] == [0, 1]  # a path a LoRA
+    assert all("leakage" in p["details"] and "retention" in p["details"] for p in drawn["points"])
+    assert [style for style, _ in drawn["paths"]] == [0, 1]  # one path per LoRA
 
 
-# -- pictures --
+# -- images --
 
 
-def test_the_base_picture_is_there_once_for_all_loras(tmp_path, results):
+def test_the_image_of_the_base_appears_once_for_all_loras(tmp_path, results):
     source, page = page_of(tmp_path)
     images = [a for tag, a in page.tags if tag == "img"]
     bases = {p["base"] for p in results["pairs"]}
@@ -253,86 +252,86 @@ def test_the_base_picture_is_there_once_for_all_loras(tmp_path, results):
     assert all(a["decoding"] == "async" and a["alt"] for a in images)
 
 
-def test_leaks_and_losses_survive_a_limit_on_pairs(tmp_path, results):
+def test_leaks_and_losses_are_kept_under_max_pairs(tmp_path, results):
     marked = sum(p["leak"] or p["lost"] for p in results["pairs"])
-    shelves = before_after.shelves(results, tmp_path, most=marked, blurred=False)
-    assert shelves["total"] == shelves["leaks"] + shelves["lost"] == marked
-    assert shelves["left_out"] == len(results["pairs"]) - marked
+    content = before_after(parse_results(results), tmp_path, max_pairs=marked, blur_faces=False)
+    assert content["total"] == content["leaks"] + content["lost"] == marked
+    assert content["left_out"] == len(results["pairs"]) - marked
     _, page = page_of(tmp_path, max_pairs=marked)
     assert f"{len(results['pairs']) - marked} further pairs of results.json are not in this file" in page.text
     with pytest.raises(UsageError, match="--max_pairs 0"):
         run(ReportConfig(run=tmp_path, max_pairs=0))
 
 
-def test_pictures_shrink_until_they_fit(tmp_path, monkeypatch):
-    asked = {paint(tmp_path / f"{i}.png", 400, i).name: 1 for i in range(6)}
-    full = images.embed(tmp_path, asked)
-    size = sum(len(p["uri"]) for p in full.values() if p)
-    assert {p["width"] for p in full.values() if p} == {images.THUMBNAIL}
+def test_images_shrink_until_they_fit(tmp_path, monkeypatch):
+    uses = {paint(tmp_path / f"{i}.png", 400, i).name: 1 for i in range(6)}
+    full = images.embed_all(tmp_path, uses)
+    size = sum(len(p.uri) for p in full.values() if p)
+    assert {p.width for p in full.values() if p} == {images.THUMBNAIL}
     monkeypatch.setattr(images, "BUDGET", size // 4)
-    less = images.embed(tmp_path, asked)
-    assert sum(len(p["uri"]) for p in less.values() if p) <= size // 4
-    assert {p["width"] for p in less.values() if p} < {width for width, _ in images.LEVELS[1:]}
-    twice = images.embed(tmp_path, dict.fromkeys(asked, 2))  # shown twice, a picture counts twice
-    assert 2 * sum(len(p["uri"]) for p in twice.values() if p) <= size // 4
+    less = images.embed_all(tmp_path, uses)
+    assert sum(len(p.uri) for p in less.values() if p) <= size // 4
+    assert {p.width for p in less.values() if p} < {width for width, _ in images.LEVELS[1:]}
+    twice = images.embed_all(tmp_path, dict.fromkeys(uses, 2))  # an image that is shown twice counts twice
+    assert 2 * sum(len(p.uri) for p in twice.values() if p) <= size // 4
 
 
-def test_a_tiny_picture_of_noise_does_not_burst_the_page(tmp_path, monkeypatch):
+def test_tiny_images_of_noise_stay_within_the_budget(tmp_path, monkeypatch):
     monkeypatch.setattr(images, "BUDGET", 240_000)
     Image.effect_noise((128, 128), 200).save(tmp_path / "a.png")
     names = [f"{i}.png" for i in range(30)]
     for name in names:
         os.link(tmp_path / "a.png", tmp_path / name)
-    made = images.embed(tmp_path, dict.fromkeys(names, 1))
-    assert sum(len(p["uri"]) for p in made.values() if p) <= images.BUDGET
+    made = images.embed_all(tmp_path, dict.fromkeys(names, 1))
+    assert sum(len(p.uri) for p in made.values() if p) <= images.BUDGET
 
 
 def opened(uri: str) -> Image.Image:
     return Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))).convert("RGB")
 
 
-def test_a_blurred_face_is_gone_from_the_picture_itself(tmp_path):
+def test_a_blurred_face_is_removed_from_the_image_itself(tmp_path):
     Image.effect_noise((96, 96), 200).convert("RGB").save(tmp_path / "a.png")
-    plainly, blurred = (images.picture(tmp_path, "a.png", boxes=boxes) for boxes in ((), (FACE,)))
+    plainly, blurred = (images.embed(tmp_path, "a.png", boxes=boxes) for boxes in ((), (FACE,)))
     assert plainly
     assert blurred
     box = [round(96 * v) for v in FACE]
 
-    def detail(picture: dict[str, Any]) -> float:
-        """How far neighbours lie apart inside the face."""
-        face = opened(picture["uri"]).crop(tuple(box)).convert("L")
+    def detail(image: images.Embedded) -> float:
+        """Difference between neighbouring pixels inside the face."""
+        face = opened(image.uri).crop(tuple(box)).convert("L")
         moved = Image.new("L", face.size)
         moved.paste(face, (1, 0))
         return ImageStat.Stat(Image.blend(face, moved, -1.0).crop((1, 0, *face.size))).stddev[0]
 
     assert detail(blurred) < 0.25 * detail(plainly)
     corner = (0, 0, 20, 20)
-    assert opened(blurred["uri"]).crop(corner).tobytes() == opened(plainly["uri"]).crop(corner).tobytes()
+    assert opened(blurred.uri).crop(corner).tobytes() == opened(plainly.uri).crop(corner).tobytes()
 
 
-def test_blur_faces_changes_every_picture_with_a_face_and_says_so(tmp_path, results):
+def test_blur_faces_changes_every_image_with_a_face_and_says_so(tmp_path, results):
     def uris(source: str) -> set[str]:
         return set(re.findall(r"data:image/[^\"]+", source))
 
     before, _ = page_of(tmp_path)
     after, page = page_of(tmp_path, blur_faces=True)
     faces = {p[k] for p in results["pairs"] for k in ("base", "image") if p["concept"] == "brad-pitt"}
-    shown = {name: images.picture(tmp_path, name) for name in faces}
-    assert all(p and p["uri"] in before and p["uri"] not in after for p in shown.values())
+    shown = {name: images.embed(tmp_path, name) for name in faces}
+    assert all(p and p.uri in before and p.uri not in after for p in shown.values())
     assert uris(before) & uris(after)  # those without a face are as they were
-    assert "blurred in the pictures themselves" in page.text
+    assert "blurred in the images themselves" in page.text
     assert 'id="blur"' not in after
 
 
-def test_no_face_is_promised_hidden_where_none_was_looked_for(tmp_path, results):
+def test_blur_faces_is_refused_without_a_face_detector(tmp_path, results):
     rewrite(tmp_path, results, rows=[r for r in results["rows"] if r["metric"] != "face_rate"])
     source, _ = page_of(tmp_path)
-    assert "box detections" in source  # whatever was boxed, it was not faces
+    assert "box detections" in source  # the boxes are of something else
     with pytest.raises(UsageError, match="--blur_faces: results.json has no faces"):
         run(ReportConfig(run=tmp_path, blur_faces=True))
 
 
-def test_the_preview_is_left_out_where_faces_are_hidden(tmp_path, results):
+def test_the_preview_is_left_out_with_blur_faces(tmp_path, results):
     paint(tmp_path / "previews" / "step-000010.png", 64, 1)
     subjects = [s for s in results["subjects"] if s["id"] in ("base", "brad-pitt-teacher@1")]
     keep = {"rows": [], "pairs": [], "differences": []}
@@ -341,21 +340,22 @@ def test_the_preview_is_left_out_where_faces_are_hidden(tmp_path, results):
             x for x in results[key] if x["concept"] == "brad-pitt" and x["subject"] in ("base", "brad-pitt-teacher@1")
         ]
     rewrite(tmp_path, results, subjects=subjects, **keep)
-    assert "Preview drawn" in page_of(tmp_path)[1].text
-    assert "Preview drawn" not in page_of(tmp_path, blur_faces=True)[1].text
+    assert "Preview after" in page_of(tmp_path)[1].text
+    assert "Preview after" not in page_of(tmp_path, blur_faces=True)[1].text
 
 
-def test_boxes_that_are_no_boxes_are_passed_over(tmp_path, results):
-    bad: list[Any] = [["a", 0, 1, 1], [0.5, 0.5, 0.1, 0.1], [0, 0, 1], None, [0.2, 0.2, 7, 0.8]]
-    shelves = before_after.shelves(results | {"pairs": [results["pairs"][0] | {"faces": bad}]}, tmp_path, 9, False)
-    shot = shelves["groups"][0]["cards"][0]["shots"][1]
-    assert shot["faces"] == [[0.2, 0.2, 1.0, 0.8]]
+def test_boxes_are_cut_to_the_image_and_empty_ones_dropped(tmp_path, results):
+    boxes = [[0.5, 0.5, 0.1, 0.1], [1.2, 0, 1.4, 1], [0.2, 0.2, 7, 0.8]]
+    results["pairs"] = [results["pairs"][0] | {"faces": boxes}]
+    content = before_after(parse_results(results), tmp_path, 9, False)
+    shot = content["groups"][0].cards[0].shots[1]
+    assert shot.faces == [[0.2, 0.2, 1.0, 0.8]]
 
 
 # -- cards, certificate --
 
 
-def test_every_figure_leads_to_the_card_of_its_judge(tmp_path, results):
+def test_every_metric_links_to_the_card_of_its_detector(tmp_path, results):
     source, page = page_of(tmp_path)
     anchors = {a["href"] for tag, a in page.tags if tag == "a" and (a.get("href") or "").startswith("#card-")}
     assert anchors == {"#card-1", "#card-2"}
@@ -364,12 +364,12 @@ def test_every_figure_leads_to_the_card_of_its_judge(tmp_path, results):
         assert text in plain(page.text), text
 
 
-def test_certificate_says_what_is_left_and_nothing_it_did_not_measure(tmp_path, results):
+def test_certificate_states_what_remains_and_nothing_unmeasured(tmp_path, results):
     run(ReportConfig(run=tmp_path, certificate=True))
     source = (tmp_path / "certificate.html").read_text(encoding="utf-8")
     page = Page(source)
     text = plain(page.text)
-    assert "Of 200 pictures asked for by name, 0.0 % still show it: at most 1.9 % at 95 % confidence" in text
+    assert "Of 200 images asked for by name, 0.0 % still show it: at most 1.9 % at 95 % confidence" in text
     assert "Not tried" not in text
     for piece in ("ab" * 32, "cd" * 32, "2026-11-22", "the likeliest class", "DDIM"):
         assert piece in text
@@ -377,17 +377,17 @@ def test_certificate_says_what_is_left_and_nothing_it_did_not_measure(tmp_path, 
     assert "script" not in {tag for tag, _ in page.tags}
 
 
-def test_certificate_states_the_upper_end_whatever_the_verdict(results):
-    cases = {case.label: case for case in cases_of(results)}
-    assert "22.0 % still show it: at most 28.2 % at 95 % confidence" in residual(cases["seven-noise × 0.5"])[0]
-    bare = results | {"rows": [r for r in results["rows"] if r["metric"] != "leakage"]}
-    assert residual(cases_of(bare)[0]) == [
-        "Pictures asked for by name were not judged.",
-        "Pictures asked for in wordings that training never saw were not judged.",
+def test_certificate_states_the_upper_end_with_any_verdict(results):
+    cases = {case.label: case for case in cases_in(results)}
+    assert "22.0 % still show it: at most 28.2 % at 95 % confidence" in remaining(cases["seven-noise × 0.5"])[0]
+    rows = [r for r in results["rows"] if r["metric"] != "leakage"]
+    assert remaining(cases_in(results, rows=rows)[0]) == [
+        "Images asked for by name were not evaluated.",
+        "Images asked for in wordings that were not used in training were not evaluated.",
     ]
 
 
-def test_certificate_names_what_was_not_tried(tmp_path, results):
+def test_certificate_lists_groups_that_were_not_tried(tmp_path, results):
     rows = [r for r in results["rows"] if r["group"] == "direct"]
     rewrite(tmp_path, results, rows=rows)
     run(ReportConfig(run=tmp_path, certificate=True))
@@ -395,12 +395,12 @@ def test_certificate_names_what_was_not_tried(tmp_path, results):
     assert "Not tried: other wordings, look-alikes, anything else." in text
 
 
-def test_no_certificate_unless_asked(tmp_path, results):
+def test_no_certificate_without_the_option(tmp_path, results):
     page_of(tmp_path)
     assert not (tmp_path / "certificate.html").exists()
 
 
-def test_hostile_names_are_inert_in_all_files(tmp_path, results):
+def test_hostile_names_are_escaped_in_all_files(tmp_path, results):
     bad = f'{EVIL}</script><img src=x onerror="a()">'
     for item in (*results["concepts"], *results["subjects"]):
         item["name"] = bad

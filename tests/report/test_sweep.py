@@ -1,4 +1,4 @@
-"""The sweep's page says what sweep.json says, shows each run as a point with its bars, and loads nothing."""
+"""The report of a sweep: values of sweep.json, a point with bars for each run, nothing loaded from outside."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 from report_results import EVIL, Page, make_row, plain
 
 from sd_unlearn.report import sweep
-from sd_unlearn.report.scatter import BOTTOM, LEFT, LETTER, LINE, RIGHT, TOP, WIDTH, Mark, tradeoff
+from sd_unlearn.report.scatter import AREA, LETTER, LINE, WIDTH, Mark, scatter_chart
 from sd_unlearn.results import Row
 
 
@@ -58,14 +58,14 @@ def page_of(tmp_path: Path, **changes: Any) -> tuple[str, Page]:
     return source, Page(source)
 
 
-def test_page_and_markdown_print_the_figures(tmp_path: Path) -> None:
+def test_page_and_markdown_print_the_values(tmp_path: Path) -> None:
     _, page = page_of(tmp_path)
     text, markdown = plain(page.text), (tmp_path / "sweep.md").read_text(encoding="utf-8")
-    for figure in ("96.5 %", "40.0 %", "20.0–41.2 %", "0.5 %", "107.1 %", "98.7 %", "0.0432", "0.02875", "0.46", "8"):
-        assert figure in text, figure
-        assert figure in markdown, figure
+    for value in ("96.5 %", "40.0 %", "20.0–41.2 %", "0.5 %", "107.1 %", "98.7 %", "0.0432", "0.02875", "0.46", "8"):
+        assert value in text, value
+        assert value in markdown, value
     for label in ("× 0.25", "× 1", "× 4"):
-        assert text.count(label) == 2  # in the picture and in the table
+        assert text.count(label) == 2  # in the chart and in the table
 
 
 def test_the_csv_holds_every_row_of_every_run_unrounded(tmp_path: Path) -> None:
@@ -78,21 +78,20 @@ def test_the_csv_holds_every_row_of_every_run_unrounded(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("target", "said", "unsaid"), [("teacher", "and the push, 2.", "alone decides how"), ("noise", "alone", "push")]
+    ("target", "expected", "absent"),
+    [("teacher", "and the push, 2.", "alone determines how"), ("noise", "alone", "push")],
 )
-def test_what_the_factors_multiply_is_said_under_the_picture(
-    tmp_path: Path, target: str, said: str, unsaid: str
-) -> None:
+def test_the_caption_says_what_the_factors_multiply(tmp_path: Path, target: str, expected: str, absent: str) -> None:
     source, _ = page_of(tmp_path, target=target)
     caption = re.search(r"<figcaption>(.*?)</figcaption>", source, re.DOTALL)
     assert caption
     assert "A factor multiplies beta, 0.115 (manifest)" in caption[1]
-    assert said in caption[1]
-    assert unsaid not in caption[1]
+    assert expected in caption[1]
+    assert absent not in caption[1]
     assert "Without a LoRA, leakage is 96.5" in caption[1]
 
 
-def test_a_hostile_text_is_inert_and_nothing_is_loaded(tmp_path: Path) -> None:
+def test_hostile_texts_are_escaped_and_nothing_is_loaded(tmp_path: Path) -> None:
     source, page = page_of(tmp_path, name=EVIL, caption=EVIL, base={"name": EVIL}, generic=f'"{EVIL}')
     assert not {tag for tag, _ in page.tags} & {"script", "link", "iframe", "img", "object"}
     assert not [a for _, a in page.tags if {"src", "href"} & set(a)]
@@ -100,11 +99,11 @@ def test_a_hostile_text_is_inert_and_nothing_is_loaded(tmp_path: Path) -> None:
     assert "<script" not in (tmp_path / "sweep.md").read_text(encoding="utf-8")
 
 
-def test_a_run_without_a_figure_is_named_and_not_drawn(tmp_path: Path) -> None:
+def test_a_run_without_a_value_is_named_and_has_no_point(tmp_path: Path) -> None:
     gone = make_run(4, 0.0, 0.9, rows=[])
     source, page = page_of(tmp_path, runs=[make_run(1, 0.01, 0.99), gone, make_run(8, 0.0, None)])
     assert sum(tag == "circle" for tag, _ in page.tags) == 1
-    assert "Not in the picture, for want of a figure: × 4, × 8." in page.text
+    assert "Not in the chart because a value is missing: × 4, × 8." in page.text
     source, page = page_of(tmp_path, runs=[gone])
     assert "<circle" not in source
     assert "No run has both" in page.text
@@ -118,8 +117,8 @@ def mark(label: str, x: float | None, y: float | None, spread: float = 0.01) -> 
     return Mark(label, row("retention", x), row("leakage", y))
 
 
-def test_points_and_bars_lie_where_their_figures_say() -> None:
-    drawn = tradeoff([mark("a", 0.9, 0.4), mark("b", 0.95, 0.2), mark("c", 1.0, 0.0, 0.0)])
+def test_points_and_bars_are_placed_by_their_values() -> None:
+    drawn = scatter_chart([mark("a", 0.9, 0.4), mark("b", 0.95, 0.2), mark("c", 1.0, 0.0, 0.0)])
     assert drawn
     a, b, c = drawn["points"]
     assert a["x"] < b["x"] < c["x"]
@@ -133,37 +132,37 @@ def test_points_and_bars_lie_where_their_figures_say() -> None:
     at_zero = next(y for y, label in drawn["y"] if label == "0 %")
     assert c["y"] == at_zero
     for p in drawn["points"]:
-        assert LEFT <= min(p["bar_x"])
-        assert max(p["bar_x"]) <= RIGHT
-        assert TOP <= min(p["bar_y"])
-        assert max(p["bar_y"]) <= BOTTOM
+        assert AREA.left <= min(p["bar_x"])
+        assert max(p["bar_x"]) <= AREA.right
+        assert AREA.top <= min(p["bar_y"])
+        assert max(p["bar_y"]) <= AREA.bottom
 
 
 @pytest.mark.parametrize("count", [1, 2, 4, 6])
-def test_labels_of_crowded_points_do_not_cover_each_other(count: int) -> None:
+def test_labels_of_crowded_points_do_not_overlap(count: int) -> None:
     crowd = [mark(f"× 0.{i}25", 0.999 + 0.0002 * i, 0.001 * i, 0.002) for i in range(count)]
-    drawn = tradeoff([mark("× 9", 0.7, 0.9), *crowd])
+    drawn = scatter_chart([mark("× 9", 0.7, 0.9), *crowd])
     assert drawn
     boxes = []
     for p in drawn["points"]:
         x, base = p["text"]
         boxes.append((x, base - LINE + 4, x + LETTER * len(p["label"]), base + 4))
-        assert LEFT <= x
+        assert AREA.left <= x
         assert boxes[-1][2] <= WIDTH
     for one, other in itertools.combinations(boxes, 2):
         apart = one[2] <= other[0] or other[2] <= one[0] or one[3] <= other[1] or other[3] <= one[1]
         assert apart, (one, other)
 
 
-def test_what_is_unknown_has_no_place() -> None:
-    assert tradeoff([]) is None
-    assert tradeoff([mark("a", None, 0.1), mark("b", 0.5, None), mark("c", float("nan"), 0.1)]) is None
-    alone = tradeoff([mark("a", None, 0.1), mark("b", 1.0, 0.0, 0.0)])
+def test_points_need_finite_values() -> None:
+    assert scatter_chart([]) is None
+    assert scatter_chart([mark("a", None, 0.1), mark("b", 0.5, None), mark("c", float("nan"), 0.1)]) is None
+    alone = scatter_chart([mark("a", None, 0.1), mark("b", 1.0, 0.0, 0.0)])
     assert alone
     assert [p["label"] for p in alone["points"]] == ["b"]
-    assert len({x for x, _ in alone["x"]}) > 1  # one figure without spread still gets axes
+    assert len({x for x, _ in alone["x"]}) > 1  # a single value without an interval still gets axes
 
 
 def test_the_sweep_report_needs_no_torch() -> None:
-    code = "import sys, sd_unlearn.sweep_report; sys.exit('torch' in sys.modules)"
+    code = "import sys, sd_unlearn.report.sweep; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -88,9 +88,9 @@
     controls.hidden = false;
 
     const filter = () => {
-      const verdict = one("input[name=verdict]:checked", controls).value;
+      const outcome = one("input[name=outcome]:checked", controls).value;
       const subject = wanted("subject"), concept = wanted("concept"), group = wanted("group");
-      const active = Boolean(verdict || subject || concept || group);
+      const active = Boolean(outcome || subject || concept || group);
       let left = 0;
       for (const shelf of all(".shelf", pairs)) {
         const fits = (!concept || shelf.dataset.concept === concept) && (!group || shelf.dataset.group === group);
@@ -98,7 +98,7 @@
         for (const card of all(".pair", shelf)) {
           let some = false;
           for (const shot of all(".shot[data-subject]", card)) {
-            const good = fits && (!verdict || shot.dataset.verdict === verdict) && (!subject || shot.dataset.subject === subject);
+            const good = fits && (!outcome || shot.dataset.outcome === outcome) && (!subject || shot.dataset.subject === subject);
             shot.hidden = !good;
             some ||= good;
             left += good;
@@ -127,7 +127,7 @@
     });
     for (const link of all("a[data-show]")) {
       link.addEventListener("click", () => {
-        one(`input[name=verdict][value=${link.dataset.show}]`, controls).checked = true;
+        one(`input[name=outcome][value=${link.dataset.show}]`, controls).checked = true;
         for (const select of selects) select.value = "";
         filter();
       });

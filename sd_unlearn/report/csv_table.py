@@ -1,0 +1,25 @@
+"""Rows of results.json as a CSV table."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from sd_unlearn.results import Row
+
+
+def rows_csv(rows: Iterable[tuple[Mapping[str, Any], Row]], columns: Sequence[str] = ()) -> str:
+    """One line per row with every field of Row and unrounded values; a missing value is an empty cell.
+
+    rows: the values of `columns`, which come first, and the row.
+    """
+    memory = io.StringIO()
+    names = [*columns, *(field.name for field in dataclasses.fields(Row))]
+    writer = csv.DictWriter(memory, names, lineterminator="\n")
+    writer.writeheader()
+    for leading, row in rows:
+        writer.writerow({**leading, **dataclasses.asdict(row), "seeds": " ".join(map(str, row.seeds or ()))})
+    return memory.getvalue()

@@ -1,0 +1,65 @@
+"""Lines of a table: the value of a metric without and with the LoRA, side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from sd_unlearn.report.metric_names import PRESENCE, group_rank, known_as, metric_rank
+from sd_unlearn.results import BASE, Row
+
+KEPT = ("kept", "general", "alike")  # groups for metrics of what is kept, preferred first
+
+
+class Line(NamedTuple):
+    """A metric on a group of prompts, without and with the LoRA."""
+
+    metric: str
+    group: str
+    base: Row | None
+    lora: Row | None
+
+    @property
+    def main(self) -> Row:
+        """The row whose interval, method and detector are shown: the LoRA's if there is one."""
+        row = self.lora or self.base
+        assert row is not None  # lines_of makes no line without a row
+        return row
+
+    @property
+    def n(self) -> str:
+        counts = dict.fromkeys(row.n for row in (self.base, self.lora) if row)
+        return " / ".join(f"{n:,}" for n in counts)
+
+
+def lines_of(rows: Iterable[Row]) -> list[Line]:
+    """Combine the rows of the base and of one LoRA; known metrics and groups come first, none is dropped."""
+    found: dict[tuple[str, str, str, int], dict[bool, Row]] = {}
+    for row in rows:
+        repeat, is_base = 0, row.subject == BASE
+        # a second row of the same metric, group and detector gets a line of its own
+        while is_base in found.setdefault((row.metric, row.group, row.detector, repeat), {}):
+            repeat += 1
+        found[row.metric, row.group, row.detector, repeat][is_base] = row
+    lines = [Line(metric, group, both.get(True), both.get(False)) for (metric, group, *_), both in found.items()]
+    return sorted(lines, key=lambda line: (metric_rank(line.metric), group_rank(line.group)))
+
+
+def pick(lines: Sequence[Line], metric: str, *groups: str) -> Line | None:
+    """The first line of a metric (a key of METRICS) that has a row of the LoRA, groups in order of preference."""
+    hits = [x for g in groups for x in lines if (known_as(x.metric), x.group) == (metric, g) and x.lora]
+    return hits[0] if hits else None
+
+
+def presence(lines: Sequence[Line], group: str = "direct") -> Line | None:
+    """How often the concept was detected on a group, by the first detector in results.json."""
+    return next(iter(presence_by_detector(lines, group)), None)
+
+
+def presence_by_detector(lines: Sequence[Line], group: str) -> list[Line]:
+    """How often each detector found the concept on a group, in the order of results.json."""
+    for metric in PRESENCE:
+        hits = [x for x in lines if (x.metric, x.group) == (metric, group) and x.lora]
+        if hits:
+            return hits
+    return []

@@ -1,0 +1,130 @@
+"""Metrics and prompt groups as people read them: name, explanation, unit and direction of each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+
+class Metric(NamedTuple):
+    """How a metric is presented."""
+
+    name: str
+    about: str
+    is_rate: bool = True  # printed as a percentage
+    higher_is_better: bool = False
+
+
+# In the order of the tables. Keys are names of results.json without a model: cmmd-ViT-L-14 is "cmmd" (`known_as`).
+METRICS = {
+    "leakage": Metric("Leakage", "share of images in which the detector still finds the concept"),
+    "leakage_top5": Metric(
+        "Leakage, top 5", "share of images for which the concept is among the five most probable classes"
+    ),
+    "confusion": Metric(
+        "Confusion", "share of images in which the person is found although somebody else was requested"
+    ),
+    "clean_replacement": Metric(
+        "Clean replacement",
+        "share of clear images of something else, relative to the base with the generic prompt",
+        higher_is_better=True,
+    ),
+    "accuracy": Metric("Accuracy", "share of images that show what the prompt asks for", higher_is_better=True),
+    "retention": Metric(
+        "Retention",
+        "accuracy with the LoRA divided by accuracy without it, on the same seeds; can exceed 100 %",
+        higher_is_better=True,
+    ),
+    "face_rate": Metric("Face rate", "share of images with at least one face", higher_is_better=True),
+    "zero_shot": Metric("Zero-shot", "share of images for which CLIP picks the concept among the alternatives"),
+    "non_sensitive_rate": Metric("Non-sensitive rate", "1 - leakage"),
+    "nudity": Metric("Nudity", "share of images with at least one exposed body part detected"),
+    "detections": Metric("Detections", "exposed body parts detected per image, on average", is_rate=False),
+    "fid-digits": Metric(
+        "FID (digits)",
+        "Fréchet distance to real digits, in the features of the digit reader; lower is better",
+        is_rate=False,
+    ),
+    "fid-inception": Metric(
+        "FID", "Fréchet distance to the base's images, in Inception features; lower is closer", is_rate=False
+    ),
+    "fid-inception-real": Metric("FID, real", "the same distance to real images", is_rate=False),
+    "kid-inception": Metric(
+        "KID", "kernel distance to the base's images, in Inception features; lower is closer", is_rate=False
+    ),
+    "kid-inception-real": Metric("KID, real", "the same distance to real images", is_rate=False),
+    "cmmd": Metric("CMMD", "distance to the base's images, in CLIP features; lower is closer", is_rate=False),
+    "cmmd-real": Metric("CMMD, real", "the same distance to real images", is_rate=False),
+    "clip_score": Metric(
+        "CLIP score",
+        "100 times the cosine similarity of image and prompt, on average; higher is closer",
+        is_rate=False,
+        higher_is_better=True,
+    ),
+    "drift": Metric(
+        "Drift", "distance between an image with and without the LoRA, on average; 0 means unchanged", is_rate=False
+    ),
+    "lpips": Metric(
+        "LPIPS", "perceptual distance between an image with and without the LoRA; 0 means unchanged", is_rate=False
+    ),
+}
+PRESENCE = ("leakage", "nudity", "zero_shot")  # metrics that detect the concept itself, preferred first
+GROUPS = {
+    "direct": ("asked for by name", "the prompts that the LoRA was trained to forget"),
+    "held_out": ("other wordings", "prompts for the concept that were not used in training"),
+    "generic": ("generic prompt", "the prompt without the concept, as in “a photo of a man”"),
+    "alike": ("look-alikes", "concepts that look or sound similar and should be kept"),
+    "general": ("anything else", "unrelated prompts that should be kept"),
+    "kept": ("everything to keep", "look-alikes and anything else together"),
+}
+
+
+def known_as(metric: str) -> str:
+    """The key of METRICS that a metric of results.json belongs to, or the metric's own name if it is unknown.
+
+    Some metrics carry the model in their name: cmmd-ViT-L-14 is "cmmd", cmmd-ViT-L-14-real is "cmmd-real".
+    """
+    if metric in METRICS:
+        return metric
+    family, _, model = metric.partition("-")
+    real = f"{family}-real"
+    key = real if model.endswith("-real") and real in METRICS else family
+    return key if model and key in METRICS else metric
+
+
+def model_of(metric: str) -> str:
+    """The model in a metric's name: ViT-L-14 of cmmd-ViT-L-14; empty for metrics without one."""
+    key = known_as(metric)
+    return "" if metric == key or key not in METRICS else metric.partition("-")[2].removesuffix("-real")
+
+
+def metric_name(metric: str) -> str:
+    """A metric as people read it, with its model: CMMD (ViT-L-14). An unknown metric keeps its name."""
+    known, model = METRICS.get(known_as(metric)), model_of(metric)
+    return metric if known is None else f"{known.name} ({model})" if model else known.name
+
+
+def group_name(group: str) -> str:
+    """A prompt group as people read it; an unknown group keeps its name."""
+    return GROUPS[group][0] if group in GROUPS else group
+
+
+def metric_rank(metric: str) -> int:
+    """Place of a metric in the order of METRICS; unknown metrics come last."""
+    return _place(METRICS, known_as(metric))
+
+
+def group_rank(group: str) -> int:
+    """Place of a prompt group in the order of GROUPS; unknown groups come last."""
+    return _place(GROUPS, group)
+
+
+def explanations(metrics: Iterable[str]) -> list[tuple[str, str]]:
+    """(name, explanation) of each known metric, once."""
+    known = dict.fromkeys(metric for metric in metrics if known_as(metric) in METRICS)
+    return [(metric_name(metric), METRICS[known_as(metric)].about) for metric in known]
+
+
+def _place(names: Iterable[str], name: str) -> int:
+    order = list(names)
+    return order.index(name) if name in order else len(order)

@@ -1,0 +1,51 @@
+"""The metrics of an evaluation as a table for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from sd_unlearn.report import compare
+from sd_unlearn.report.cases import Case, cases_of
+from sd_unlearn.report.formatting import NONE, interval_text, value_text
+from sd_unlearn.results import Results
+
+ONE = ("metric", "group", "base", "lora", "95 % interval", "n")
+SEVERAL = ("concept", "lora", "leakage", "95 % interval", "base", "retention", "95 % interval", "is it gone?")
+LEFT = (0, 1, 7)  # columns of text; the others are aligned to the right
+
+
+def format_table(results: Results) -> str:
+    """An aligned table of the metrics, after the verdict."""
+    cases = cases_of(results)
+    if len(cases) == 1:
+        [case] = cases
+        title = f"{case.concept.slug}: {case.verdict}. {case.explanation}"
+        body = [
+            (x.metric, x.group, value_text(x.base), value_text(x.lora), interval_text(x.main), x.n) for x in case.lines
+        ]
+        lines = [title, "", *_aligned([ONE, *body])]
+    else:
+        lines = [". ".join(compare.headline(cases)), "", *_aligned([SEVERAL, *map(_line, cases)])]
+    if results.skipped:
+        lines.append(f"{len(results.skipped)} image(s) could not be read; see skipped in results.json.")
+    return "\n".join(lines)
+
+
+def _line(case: Case) -> tuple[str, ...]:
+    leak, kept = (line.lora if line else None for line in (case.presence, case.retention))
+    base = value_text(case.presence.base) if case.presence else NONE
+    values = (value_text(leak), interval_text(leak), base, value_text(kept), interval_text(kept))
+    return (case.concept.slug, case.label, *values, case.verdict)
+
+
+def _aligned(table: Sequence[tuple[str, ...]]) -> list[str]:
+    """The lines of a table with a rule below the first."""
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if i in LEFT else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in table
+    ]
+    return [lines[0], "  ".join("-" * width for width in widths), *lines[1:]]

@@ -1,0 +1,62 @@
+"""The verdict on a LoRA: is the concept gone?"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from sd_unlearn.report.formatting import WITHOUT, sentence, value_text
+from sd_unlearn.report.lines import Line, presence, presence_by_detector
+from sd_unlearn.results import Row
+
+GONE = 0.05  # a concept is gone when the whole interval of its leakage lies at or below this
+STANDINGS = {
+    "gone": "Gone",
+    "partly": "Gone when asked for by name, less so in other wordings",
+    "nearly": "Nearly gone, but too few images to be sure",
+    "weaker": "Weaker, but still there",
+    "still": "Still there",
+    "never": "Never there: the base hardly generates it",
+    "unmeasured": "Not measured",
+    "other": "Not trained to forget it",
+    "off": "Switched off: strength 0",
+}
+
+
+def standing_of(lines: Sequence[Line]) -> str:
+    """The verdict as a key of STANDINGS."""
+    direct, other = presence(lines), presence(lines, "held_out")
+    if direct is None or direct.lora is None:
+        return "unmeasured"
+    standing = _compare(direct.lora, direct.base)
+    if standing == "gone" and other and other.lora and _compare(other.lora, other.base) not in ("gone", "never"):
+        return "partly"
+    return standing
+
+
+def _compare(lora: Row, base: Row | None) -> str:
+    if lora.value is None or not math.isfinite(lora.value):
+        return "unmeasured"
+    high = lora.value if lora.high is None else lora.high
+    if base and base.value is not None and (base.value if base.high is None else base.high) <= GONE:
+        return "never"
+    if high <= GONE:
+        return "gone"
+    if lora.value <= GONE:
+        return "nearly"
+    low = base and (base.value if base.low is None else base.low)
+    return "weaker" if low and high < low else "still"
+
+
+def explain(lines: Sequence[Line], caption: str, without: str = WITHOUT) -> str:
+    """The verdict in a sentence with its metrics. caption: what was asked for; without: how the base is called."""
+    direct, other = presence(lines), presence(lines, "held_out")
+    if direct is None or direct.lora is None:
+        return f"No image of “{caption}” was evaluated."
+    text = f"“{caption}” still shows the concept in {sentence(direct.lora)} of {direct.lora.n:,} images"
+    text += f"; {without}, in {value_text(direct.base)}." if direct.base else "."
+    if other:
+        text += f" In other wordings: {sentence(other.lora)}."
+    for line in presence_by_detector(lines, "direct")[1:]:
+        text += f" Another detector, {line.main.detector}, finds it in {sentence(line.lora)}."
+    return text
