@@ -15,7 +15,7 @@ from sd_unlearn.io.files import read_json
 from sd_unlearn.paper import stable_diffusion
 from sd_unlearn.paper.experiments import DIGITS_SEVEN, NAMES, SD_BRAD_PITT
 from sd_unlearn.paper.stable_diffusion import EXPERIMENTS, PAPER, run, settings
-from sd_unlearn.results import read_results
+from sd_unlearn.results import Row, read_results
 from sd_unlearn.training import trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -181,4 +181,4 @@ def test_a_run_killed_while_it_was_judged_goes_on_there(
 
 def test_without_a_judge_of_the_generic_prompt_there_is_no_rate() -> None:
     with pytest.raises(UsageError, match="--metrics"):
-        stable_diffusion._rows([{"metric": "leakage", "group": "direct", "subject": "lora", "value": 0.5, "n": 2}])
+        stable_diffusion._rows([Row("leakage", "direct", "lora", 0.5, 2)])
