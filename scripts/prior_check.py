@@ -23,7 +23,7 @@ from sd_unlearn.data.embeddings import embed
 from sd_unlearn.data.prior import Embedded, Estimate, estimate_beta
 from sd_unlearn.metrics.digits import DigitsJudge
 from sd_unlearn.models.base import DIGITS, Base, load_base
-from sd_unlearn.models.sampling import ImageRequest, Sampler, draw_missing, sampling_of
+from sd_unlearn.models.sampling import ImageRequest, Sampler, default_sampler, generate_missing
 from sd_unlearn.seeds import EVALUATE_SEEDS, image_seed
 
 POOL = Path("build/prior_check")
@@ -32,11 +32,11 @@ GENERIC, GENERIC_COUNT, CONCEPT_COUNT = "a photo of a handwritten digit", 1800, 
 
 def paths(prompt: str, count: int, folder: Path) -> list[Path]:
     """The pictures of a prompt, drawn unless they are there."""
-    usual = sampling_of(DIGITS)
+    usual = default_sampler(DIGITS)
     requests = [
         ImageRequest(folder / f"{n:05d}.png", prompt, image_seed(EVALUATE_SEEDS, 0, prompt, n)) for n in range(count)
     ]
-    draw_missing(base, requests, Sampler(usual.steps, usual.guidance_scale, usual.batch_size), folder.name)
+    generate_missing(base, requests, Sampler(usual.steps, usual.guidance_scale, usual.batch_size), folder.name)
     return [request.path for request in requests]
 
 

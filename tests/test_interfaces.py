@@ -175,7 +175,7 @@ def test_every_key_of_a_text_encoder_is_known(kind: str, network: str, prefix: s
     config = CLIPTextConfig(hidden_size=width, num_hidden_layers=layers, intermediate_size=width, num_attention_heads=8)
     with torch.device("meta"):
         encoder = (CLIPTextModelWithProjection if network == "text_encoder_2" else CLIPTextModel)(config)
-    adapter = adapter_of(encoder, network, lora.targets_of(encoder, None))
+    adapter = adapter_of(encoder, network, lora.text_encoder_targets(encoder))
     known = {
         f"{prefix}_text_model_encoder_layers_{layer}_self_attn_{part}_proj"
         for layer in range(layers)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from sd_unlearn.cli import main
 from sd_unlearn.models import lora
 from sd_unlearn.models.base import DIGITS_DIR, load_base
-from sd_unlearn.models.sampling import Sampler, draw
+from sd_unlearn.models.sampling import Sampler, generate_images
 
 ROOT = Path(__file__).parent.parent
 FEW = "--num_unlabeled 12 --num_positive 6 --num_keep 1 --max_train_steps 4 --validation_steps 2 --train_batch_size 8"
@@ -78,7 +78,9 @@ def test_seeds_of_render_and_evaluation_are_disjoint(run):
 def test_evaluating_again_draws_nothing_and_agrees(run, monkeypatch):
     monkeypatch.chdir(run.parent.parent)
     before = json.loads((run / "results.json").read_text())
-    monkeypatch.setattr("sd_unlearn.models.sampling.draw", lambda *_: pytest.fail("an image was drawn again"))
+    monkeypatch.setattr(
+        "sd_unlearn.models.sampling.generate_images", lambda *_: pytest.fail("an image was drawn again")
+    )
     assert main(["evaluate", "--run", str(run), "--num_images", "10", "--num_keep_images", "2"]) == 0
     after = json.loads((run / "results.json").read_text())
     assert after["rows"] == before["rows"]
@@ -90,15 +92,15 @@ def test_exported_files_draw_what_the_training_process_draws(run):
 
     ours, seeds, sampler = load_base("digits"), [1, 2, 3], Sampler(5, 3.0, 3)
     prompts = ["a photo of the digit seven"] * 3
-    bare = np.stack([np.asarray(i) for i in draw(ours, prompts, seeds, sampler)])
+    bare = np.stack([np.asarray(i) for i in generate_images(ours, prompts, seeds, sampler)])
     lora.load(ours.pipeline, run)
-    wanted = np.stack([np.asarray(i) for i in draw(ours, prompts, seeds, sampler)])
+    wanted = np.stack([np.asarray(i) for i in generate_images(ours, prompts, seeds, sampler)])
     assert (bare != wanted).any()
     for file in ("pytorch_lora_weights.safetensors", "seven.safetensors"):
         fresh = load_base(str(DIGITS_DIR))
         assert isinstance(fresh.pipeline, StableDiffusionPipeline)
         fresh.pipeline.load_lora_weights(run / "export", weight_name=file)
-        got = np.stack([np.asarray(i) for i in draw(fresh, prompts, seeds, sampler)])
+        got = np.stack([np.asarray(i) for i in generate_images(fresh, prompts, seeds, sampler)])
         assert np.abs(got.astype(int) - wanted.astype(int)).max() <= 1  # a rounding step of 8 bits at most
 
 

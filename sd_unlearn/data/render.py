@@ -22,7 +22,7 @@ from sd_unlearn.io.files import check_writable, read_json, read_jsonl, write_jso
 from sd_unlearn.io.run_folder import DATA_MANIFEST, METADATA, POSITIVE, UNLABELED, ImageRecord
 from sd_unlearn.launch import process_rank
 from sd_unlearn.models.base import Base, load_base
-from sd_unlearn.models.sampling import ImageRequest, Sampler, draw_missing, sampler_of, wait_for
+from sd_unlearn.models.sampling import ImageRequest, Sampler, generate_missing, resolve_sampler, wait_for_images
 from sd_unlearn.models.source import find_base
 from sd_unlearn.seeds import RENDER_SEEDS, image_seed
 
@@ -79,7 +79,7 @@ def run(config: RenderConfig) -> Path:
 
 def render_concept(concept: Concept, config: RenderConfig, name: str, get_base: Callable[[], Base]) -> Path:
     """As run(), for a resolved concept and a base that is loaded only when something is missing."""
-    sampler = sampler_of(config, name)
+    sampler = resolve_sampler(config, name)
     groups = plan(concept, config)
     settings = {
         "concept": concept.name,
@@ -111,10 +111,10 @@ def render_concept(concept: Concept, config: RenderConfig, name: str, get_base: 
         return loaded[0]
 
     try:
-        drawn = draw_missing(load, requests, sampler, f"render {concept.slug}")
+        drawn = generate_missing(load, requests, sampler, f"render {concept.slug}")
     except OSError as error:
         raise UnlearnError(f"--data_dir {folder} cannot be written: {error.strerror}.") from error
-    wait_for(requests)
+    wait_for_images(requests)
     if process_rank() == 0:
         for sub, rs in records.items():
             write_jsonl(folder / sub / METADATA, rs)

@@ -25,7 +25,7 @@ from sd_unlearn.io.run_folder import EVALUATION, RESULTS
 from sd_unlearn.launch import process_rank
 from sd_unlearn.metrics.registry import cards_of, make_questions, merged
 from sd_unlearn.models.base import Base, check_recorded, choose_precision, load_base, use_zero_terminal_snr
-from sd_unlearn.models.sampling import sampler_of
+from sd_unlearn.models.sampling import resolve_sampler
 from sd_unlearn.results import BASE, SCHEMA_VERSION, as_json
 from sd_unlearn.seeds import EVALUATE_SEEDS
 
@@ -70,7 +70,7 @@ def check_conditions(config: EvaluateConfig, results: dict[str, Any]) -> None:
 
 def _gallery(task: Task, loaded: list[Base]) -> Gallery:
     config = task.config
-    sampler = sampler_of(config, task.source.name)
+    sampler = resolve_sampler(config, task.source.name)
     record = None if task.base_named else next((lora.training["base"] for lora in task.loras if lora.is_run), None)
     setting, precision = "-zero-snr" * task.zero_terminal_snr, config.mixed_precision
     setting += f"-{precision}" * (precision != "no")

@@ -16,7 +16,7 @@ from sd_unlearn.evaluation.loras import Lora
 from sd_unlearn.evaluation.prompts import Shot
 from sd_unlearn.io.files import slugify
 from sd_unlearn.models.base import Base
-from sd_unlearn.models.sampling import ImageRequest, Sampler, draw_missing, wait_for
+from sd_unlearn.models.sampling import ImageRequest, Sampler, generate_missing, wait_for_images
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,6 @@ class Gallery:
                     stack.enter_context(drawn.lora.on(base, drawn.strength))
                 return base
 
-            count = draw_missing(loaded, requests, self.sampler, title)
-        wait_for(requests, patience=3600)
+            count = generate_missing(loaded, requests, self.sampler, title)
+        wait_for_images(requests, timeout=3600)
         return count

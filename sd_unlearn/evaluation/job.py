@@ -107,7 +107,7 @@ def prepare(config: EvaluateConfig) -> Task:
     source, base_named = _source(config, loras, concepts)
     tier_name = config.tier or ("digits" if source.name == DIGITS else "quick")
     tier = counts_of(TIERS[tier_name], config.num_images, config.num_keep_images, config.groups or None)
-    further = [Prompt(p.text) for p in load_prompt_set(config.prompt_set)] if config.prompt_set else []
+    further = [Prompt(text) for text in load_prompt_set(config.prompt_set)] if config.prompt_set else []
     plans = {slug: plan(concept, tier, config.seed, further) for slug, concept in concepts.items()}
     for slug, shots in plans.items():
         if not shots:

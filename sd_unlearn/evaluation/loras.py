@@ -56,9 +56,9 @@ class Lora:
         Raises:
             UnlearnError: the file does not fit the base, or nothing in it does.
         """
-        from sd_unlearn.models.student import run_applied
+        from sd_unlearn.models.student import apply_run
 
-        with run_applied(base, self.path, strength) if self.is_run else _file_applied(base, self, strength):
+        with apply_run(base, self.path, strength) if self.is_run else _file_applied(base, self, strength):
             yield
 
 

@@ -1,10 +1,8 @@
-"""The LoRA on the UNet and, if asked for, on the text encoder: attach, save, load."""
+"""The LoRA on the UNet and, optionally, on the text encoder: attach, save, load."""
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,12 +14,13 @@ from torch import nn
 
 from sd_unlearn.config.train import LoraTargets, Weights
 from sd_unlearn.errors import UsageError
+from sd_unlearn.io.files import atomic_path
 from sd_unlearn.io.run_folder import ADAPTER_DIR, TEXT_ADAPTER_DIR
 
 ADAPTER_NAME = "default"
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 _ATTENTION = f"({'|'.join(re.escape(name) for name in ATTENTION)})"
-# Regular expressions over a UNet's module names; PEFT matches the whole name.
+# Regular expressions that match whole module names of a UNet.
 TARGETS: dict[LoraTargets, str] = {
     "attention": rf".*\.{_ATTENTION}",
     "cross_attention": rf".*\.attn2\.{_ATTENTION}",
@@ -30,15 +29,15 @@ TARGETS: dict[LoraTargets, str] = {
 TEXT_TARGETS = r".*\.(q_proj|k_proj|v_proj|out_proj)"
 
 
-def attach(network: nn.Module, options: Weights, targets: list[str], seed: int) -> PeftModel:
-    """Wrap a network with a fresh LoRA on the modules named; up starts at zero, so nothing changes yet."""
+def attach(network: nn.Module, options: Weights, target_modules: list[str], seed: int) -> PeftModel:
+    """Wrap a network with a new LoRA on the named modules. The up matrix starts at zero, so the output is unchanged."""
     config = LoraConfig(
         r=options.rank,
         lora_alpha=options.lora_alpha or options.rank,
         lora_dropout=options.lora_dropout,
         use_rslora=options.use_rslora,
         use_dora=options.use_dora,
-        target_modules=targets,
+        target_modules=target_modules,
         init_lora_weights="gaussian",
     )
     with torch.random.fork_rng(devices=[]):
@@ -46,32 +45,34 @@ def attach(network: nn.Module, options: Weights, targets: list[str], seed: int) 
         return PeftModel(network, config, adapter_name=ADAPTER_NAME)
 
 
-def targets_of(network: nn.Module, group: LoraTargets | None) -> list[str]:
-    """The names of a network's modules in a group of --lora_targets; None: a text encoder's attention."""
+def unet_targets(unet: nn.Module, group: LoraTargets) -> list[str]:
+    """Names of the UNet's modules that a choice of --lora_targets selects."""
     if group == "all_linear+conv":
-        return [name for name, module in network.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
-    pattern = re.compile(TEXT_TARGETS if group is None else TARGETS[group])
-    return [name for name, _ in network.named_modules() if pattern.fullmatch(name)]
+        return [name for name, module in unet.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+    return _matching(unet, TARGETS[group])
 
 
-def save(model: PeftModel, target: Path) -> None:
-    """Write an adapter's folder as PEFT does, through a temporary one."""
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
+def text_encoder_targets(text_encoder: nn.Module) -> list[str]:
+    """Names of the attention projections of a text encoder."""
+    return _matching(text_encoder, TEXT_TARGETS)
+
+
+def _matching(network: nn.Module, pattern: str) -> list[str]:
+    return [name for name, _ in network.named_modules() if re.fullmatch(pattern, name)]
+
+
+def save(model: PeftModel, folder: Path) -> None:
+    """Write an adapter folder in PEFT's format, atomically."""
+    with atomic_path(folder) as temporary:
         model.save_pretrained(str(temporary))
         (temporary / "README.md").unlink(missing_ok=True)  # PEFT's empty card; export writes a real one
-        target.mkdir(parents=True, exist_ok=True)
-        for file in sorted(temporary.iterdir()):
-            file.replace(target / file.name)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def load(pipeline: Any, run: Path) -> list[PeftModel]:
-    """Put the adapters of a run folder onto a pipeline's networks, frozen and in eval mode; returns them.
+    """Attach the adapters of a run folder to a pipeline's networks, frozen and in eval mode, and return them.
 
     Raises:
-        UsageError: when the run folder holds no adapter.
+        UsageError: the run folder holds no adapter.
     """
     folder = run / ADAPTER_DIR
     if not (folder / "adapter_model.safetensors").is_file():
@@ -87,7 +88,7 @@ def load(pipeline: Any, run: Path) -> list[PeftModel]:
 
 @torch.no_grad()
 def set_strength(adapters: Sequence[nn.Module], strength: float) -> None:
-    """Scale freshly loaded adapters: 0 is the base, 1 as trained. DoRA's magnitudes go the same way from the base's."""
+    """Scale newly loaded adapters: 0 is the base, 1 as trained. DoRA's magnitudes are interpolated the same way."""
     layers = [m for adapter in adapters for m in adapter.modules() if isinstance(m, LoraLayer)]
     for layer in layers if strength != 1 else []:
         layer.scale_layer(strength)

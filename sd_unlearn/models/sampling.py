@@ -1,21 +1,20 @@
-"""Prompts -> images of a base: seeded per image, resumable, sharded over processes."""
+"""Generate images from prompts: each image has its own seed, existing images are kept, processes share the work."""
 
 from __future__ import annotations
 
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from PIL import Image
 from tqdm import tqdm
 
-from sd_unlearn.config.base import RenderConfig
-from sd_unlearn.config.evaluate import Drawing
 from sd_unlearn.errors import UnlearnError
+from sd_unlearn.io.files import atomic_path
 from sd_unlearn.launch import process_count, process_rank
 from sd_unlearn.models.base import Base
 from sd_unlearn.models.source import DIGITS
@@ -23,7 +22,7 @@ from sd_unlearn.models.source import DIGITS
 
 @dataclass(frozen=True)
 class ImageRequest:
-    """One image to draw and where it goes."""
+    """One image to generate and the file it is saved to."""
 
     path: Path
     prompt: str
@@ -32,7 +31,7 @@ class ImageRequest:
 
 @dataclass(frozen=True)
 class Sampler:
-    """DDIM with these settings; `resolution` None is the base's own."""
+    """Settings of DDIM sampling; `resolution` in pixels, None for the base's own."""
 
     steps: int
     guidance_scale: float
@@ -40,8 +39,37 @@ class Sampler:
     resolution: int | None = None
 
 
-def draw(base: Base, prompts: Sequence[str], seeds: Sequence[int], sampler: Sampler) -> list[Image.Image]:
-    """Images of these prompts, each from its own seed, as one batch."""
+BASE_SAMPLERS = {DIGITS: Sampler(steps=25, guidance_scale=3.0, batch_size=100)}
+DEFAULT_SAMPLER = Sampler(steps=50, guidance_scale=7.5, batch_size=4)
+
+
+class SamplerOptions(Protocol):
+    """The options of a command that set the sampler; None takes the default."""
+
+    num_inference_steps: int | None
+    guidance_scale: float | None
+    render_batch_size: int | None
+    resolution: int | None
+
+
+def default_sampler(base_name: str) -> Sampler:
+    """The sampler settings that a base is used with unless options change them."""
+    return BASE_SAMPLERS.get(base_name, DEFAULT_SAMPLER)
+
+
+def resolve_sampler(options: SamplerOptions, base_name: str) -> Sampler:
+    """The sampler settings of a command: its options, and the base's defaults for those that are None."""
+    default = default_sampler(base_name)
+    return Sampler(
+        options.num_inference_steps or default.steps,
+        default.guidance_scale if options.guidance_scale is None else options.guidance_scale,
+        options.render_batch_size or default.batch_size,
+        options.resolution,
+    )
+
+
+def generate_images(base: Base, prompts: Sequence[str], seeds: Sequence[int], sampler: Sampler) -> list[Image.Image]:
+    """Generate one image per prompt and seed, as a single batch."""
     import torch
 
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
@@ -57,70 +85,52 @@ def draw(base: Base, prompts: Sequence[str], seeds: Sequence[int], sampler: Samp
 
 
 def save_image(image: Image.Image, path: Path) -> None:
-    """Write a PNG through a temporary name."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    image.save(temporary, format="PNG")
-    temporary.replace(path)
+    """Write a PNG file atomically."""
+    with atomic_path(path) as temporary:
+        image.save(temporary, format="PNG")
 
 
-def draw_missing(get_base: Callable[[], Base], requests: Sequence[ImageRequest], sampler: Sampler, title: str) -> int:
-    """Draw every image that is not there yet; returns how many were drawn. The base is loaded only if one is missing.
+def generate_missing(
+    get_base: Callable[[], Base], requests: Sequence[ImageRequest], sampler: Sampler, title: str
+) -> int:
+    """Generate the images that do not exist yet and return their number. Loads the base only if one is missing.
 
-    Chunks are shared among the processes of a distributed run.
+    Requests are split into fixed batches, which the processes of an `accelerate launch` share. A batch with a missing
+    image is generated as a whole, because rounding depends on the batch an image is in: an interrupted run that is
+    resumed gives the same bytes as an uninterrupted one.
     """
-    rank, world = process_rank(), process_count()
-    chunks = [requests[i : i + sampler.batch_size] for i in range(0, len(requests), sampler.batch_size)]
-    todo = [c for c in chunks[rank::world] if not all(r.path.is_file() for r in c)]
-    if not todo:
+    batches = [requests[i : i + sampler.batch_size] for i in range(0, len(requests), sampler.batch_size)]
+    own = batches[process_rank() :: process_count()]
+    unfinished = [batch for batch in own if not all(request.path.is_file() for request in batch)]
+    if not unfinished:
         return 0
     base = get_base()
-    for folder in {r.path.parent for r in requests}:
-        folder.mkdir(parents=True, exist_ok=True)
-    drawn = 0
-    with tqdm(total=sum(map(len, todo)), desc=title, unit="image", file=sys.stderr, disable=rank > 0) as bar:
-        for chunk in todo:
-            for request, image in zip(
-                chunk, draw(base, [r.prompt for r in chunk], [r.seed for r in chunk], sampler), strict=True
-            ):
+    generated, total = 0, sum(map(len, unfinished))
+    with tqdm(total=total, desc=title, unit="image", file=sys.stderr, disable=process_rank() > 0) as bar:
+        for batch in unfinished:
+            images = generate_images(base, [r.prompt for r in batch], [r.seed for r in batch], sampler)
+            for request, image in zip(batch, images, strict=True):
                 if not request.path.is_file():
                     save_image(image, request.path)
-                    drawn += 1
-            bar.update(len(chunk))
-    return drawn
+                    generated += 1
+            bar.update(len(batch))
+    return generated
 
 
-def sampler_of(config: RenderConfig | Drawing, name: str) -> Sampler:
-    """How a base's images are drawn: the options, else what is usual for that base."""
-    usual = sampling_of(name)
-    return Sampler(
-        config.num_inference_steps or usual.steps,
-        usual.guidance_scale if config.guidance_scale is None else config.guidance_scale,
-        config.render_batch_size or usual.batch_size,
-        config.resolution,
-    )
-
-
-def wait_for(requests: Sequence[ImageRequest], patience: float = math.inf) -> None:
-    """Wait until the other processes have drawn their shares.
+def wait_for_images(requests: Sequence[ImageRequest], timeout: float = math.inf) -> None:
+    """Wait until the other processes have generated their images; returns at once in a single process.
 
     Raises:
-        UnlearnError: none came for `patience` seconds.
+        UnlearnError: no new image appeared for `timeout` seconds.
     """
     if process_count() < 2:
         return
-    missing, since = len(requests) + 1, time.monotonic()
-    while left := sum(not request.path.is_file() for request in requests):
-        if left < missing:
-            missing, since = left, time.monotonic()
-        if time.monotonic() - since > patience:
-            raise UnlearnError(f"{left} images are still missing; another process must have stopped. Start again.")
+    fewest, since = len(requests) + 1, time.monotonic()
+    while missing := sum(not request.path.is_file() for request in requests):
+        if missing < fewest:
+            fewest, since = missing, time.monotonic()
+        if time.monotonic() - since > timeout:
+            raise UnlearnError(
+                f"{missing} images are still missing: another process must have stopped. Run the command again."
+            )
         time.sleep(0.5)
-
-
-SAMPLING = {DIGITS: Sampler(25, 3.0, 100)}
-DEFAULT_SAMPLING = Sampler(50, 7.5, 4)
-
-
-def sampling_of(name: str) -> Sampler:
-    """The sampler settings a base is used with by default."""
-    return SAMPLING.get(name, DEFAULT_SAMPLING)

@@ -1,10 +1,11 @@
-"""The network that learns, and the frozen one behind it: a LoRA or the whole UNet, a text encoder's LoRA beside it."""
+"""The trained network (student) and the frozen base behind it (teacher).
+
+The student is a LoRA on the UNet, optionally with one on the text encoder, or the whole UNet.
+"""
 
 from __future__ import annotations
 
 import copy
-import os
-import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -17,13 +18,14 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from sd_unlearn.config.train import Weights
+from sd_unlearn.io.files import atomic_path
 from sd_unlearn.io.run_folder import ADAPTER_DIR, TEXT_ADAPTER_DIR, UNET_DIR
 from sd_unlearn.models import lora
 from sd_unlearn.models.base import Base
 
 
 class WithTextEncoder(nn.Module):
-    """A UNet called with token ids [B, tokens] in place of embeddings, so that gradients reach both."""
+    """A UNet that takes token ids [B, tokens] instead of embeddings, so that gradients reach the text encoder, too."""
 
     def __init__(self, unet: nn.Module, text_encoder: nn.Module) -> None:
         super().__init__()
@@ -36,67 +38,68 @@ class WithTextEncoder(nn.Module):
 
 @dataclass
 class Student:
-    """What is trained. `model` is called as a UNet is; wrap it for many processes, and keep this one for the rest."""
+    """The trained network. `model` is called like a UNet; wrap `model` for DDP and keep this object for the rest."""
 
     model: nn.Module
-    base_copy: nn.Module | None = None  # of a fully trained UNet that needs a teacher
+    base_copy: nn.Module | None = None  # the teacher of a fully trained UNet
 
     @property
     def adapters(self) -> list[PeftModel]:
         return [module for module in self.model.modules() if isinstance(module, PeftModel)]
 
     def trainable(self) -> list[nn.Parameter]:
-        """The parameters to train, as a list: an iterator would be spent by the optimizer and nothing be clipped."""
+        """The trainable parameters, as a list: the optimizer would consume an iterator and clipping then clip none."""
         return [p for p in self.model.parameters() if p.requires_grad]
 
     @contextmanager
     def frozen(self) -> Iterator[nn.Module]:
-        """The base behind the student: the same network with its adapters off, or the copy kept of it."""
+        """The base: the student's own network with its adapters off, or the frozen copy of a fully trained UNet."""
         if self.base_copy is not None:
             yield self.base_copy
             return
-        with ExitStack() as off:
+        with ExitStack() as adapters_off:
             for adapter in self.adapters:
-                off.enter_context(adapter.disable_adapter())
+                adapters_off.enter_context(adapter.disable_adapter())
             yield self.model
 
     def state(self) -> dict[str, Tensor]:
-        """Copies of what is trained, by name, on the CPU."""
+        """Copies of the trainable parameters on the CPU, by name."""
         return {n: p.detach().to("cpu", copy=True) for n, p in self.model.named_parameters() if p.requires_grad}
 
     @torch.no_grad()
     def load_state(self, state: dict[str, Tensor]) -> None:
-        """Put back what state() gave."""
+        """Restore what state() returned."""
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad:
                 parameter.copy_(state[name])
 
     def save(self, folder: Path) -> None:
-        """Write what was learned into a run folder: adapter/ (and text_encoder_adapter/), or unet/."""
+        """Write the trained weights into a run folder: adapter/ (and text_encoder_adapter/), or unet/."""
         if not self.adapters:
-            _save_unet(self.model, folder / UNET_DIR)
+            with atomic_path(folder / UNET_DIR) as temporary:
+                self.model.save_pretrained(str(temporary), max_shard_size="100GB")  # type: ignore[operator]
         for adapter, name in zip(self.adapters, (ADAPTER_DIR, TEXT_ADAPTER_DIR), strict=False):
             lora.save(adapter, folder / name)
 
 
 def make_student(base: Base, options: Weights, seed: int, needs_teacher: bool) -> Student:
-    """The student of a loaded base, in training mode; with method full and a teacher it holds the UNet twice."""
+    """Make the student of a loaded base, in training mode. With method full and a teacher it holds the UNet twice."""
     unet = base.pipeline.unet
     if options.method == "full":
         base_copy = copy.deepcopy(unet).requires_grad_(False).eval() if needs_teacher else None
         return Student(unet.requires_grad_(True).train(), base_copy)
-    model: nn.Module = lora.attach(unet, options, lora.targets_of(unet, options.lora_targets), seed)
+    model: nn.Module = lora.attach(unet, options, lora.unet_targets(unet, options.lora_targets), seed)
     if options.train_text_encoder:
         encoder = base.pipeline.text_encoder
-        model = WithTextEncoder(model, lora.attach(encoder, options, lora.targets_of(encoder, None), seed + 1))
+        model = WithTextEncoder(model, lora.attach(encoder, options, lora.text_encoder_targets(encoder), seed + 1))
     return Student(model.train())
 
 
 @contextmanager
-def run_applied(base: Base, run: Path, strength: float = 1.0) -> Iterator[None]:
-    """A loaded base with what a run has learned, and as it was afterwards.
+def apply_run(base: Base, run: Path, strength: float = 1.0) -> Iterator[None]:
+    """Apply the trained weights of a run folder to a loaded base, and restore the base at the end of the block.
 
-    strength: 1 as trained, 0 the base. Of a fully trained UNet it is how far the weights go from the base's to its own.
+    strength: 1 as trained, 0 the base; a fully trained UNet is interpolated between the base's weights and its own.
 
     Raises:
         UsageError: the run folder holds neither a LoRA nor a UNet.
@@ -111,21 +114,11 @@ def run_applied(base: Base, run: Path, strength: float = 1.0) -> Iterator[None]:
                 adapter.unload()
         return
     unet = base.pipeline.unet
-    learned = UNet2DConditionModel.from_pretrained(str(run / UNET_DIR)).state_dict()
-    before = {name: value.clone() for name, value in unet.state_dict().items()}
-    moved = {n: v.lerp(learned[n].to(v), strength) if strength != 1 else learned[n] for n, v in before.items()}
+    trained = UNet2DConditionModel.from_pretrained(str(run / UNET_DIR)).state_dict()
+    original = {name: value.clone() for name, value in unet.state_dict().items()}
+    applied = {n: v.lerp(trained[n].to(v), strength) if strength != 1 else trained[n] for n, v in original.items()}
     try:
-        unet.load_state_dict(moved)
+        unet.load_state_dict(applied)
         yield
     finally:
-        unet.load_state_dict(before)
-
-
-def _save_unet(unet: nn.Module, target: Path) -> None:
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        unet.save_pretrained(str(temporary), max_shard_size="100GB")  # type: ignore[operator]
-        shutil.rmtree(target, ignore_errors=True)
-        temporary.replace(target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        unet.load_state_dict(original)

@@ -30,7 +30,7 @@ from sd_unlearn.metrics.registry import make_judge
 from sd_unlearn.models import performance
 from sd_unlearn.models.base import Base
 from sd_unlearn.models.denoiser import Denoiser
-from sd_unlearn.models.sampling import sampler_of
+from sd_unlearn.models.sampling import resolve_sampler
 from sd_unlearn.models.source import DIGITS
 from sd_unlearn.models.student import Student, make_student
 from sd_unlearn.objectives.pu import PUObjective
@@ -90,7 +90,7 @@ def resolved(config: TrainConfig, base: Base, data: Data) -> TrainConfig:
     return dataclasses.replace(
         config,
         beta=sum(data.betas.values()),
-        guidance_scale=sampler_of(config, base.name).guidance_scale,
+        guidance_scale=resolve_sampler(config, base.name).guidance_scale,
         lora_alpha=float(config.rank if config.lora_alpha is None else config.lora_alpha),
         unconditional=usual if config.unconditional is None else config.unconditional,
         pretrained_model_name_or_path=base.name,
@@ -187,7 +187,7 @@ def _painter(config: TrainConfig, base: Base, data: Data, student: Student) -> P
             return encode_captions(base, captions)
         return torch.stack([data.captions[caption] for caption in captions])
 
-    return Painter(base, sampler_of(config, base.name), embed, student.model)
+    return Painter(base, resolve_sampler(config, base.name), embed, student.model)
 
 
 def _probe(

@@ -232,5 +232,5 @@ def test_copies_do_not_make_it_enough(tmp_path: Path) -> None:
 
 def test_prior_is_imported_without_scikit_learn() -> None:
     """Which takes half a second that --help and a beta given by hand need not wait for."""
-    code = "import sys, sd_unlearn.prior; sys.exit('sklearn' in sys.modules)"
+    code = "import sys, sd_unlearn.data.prior; sys.exit('sklearn' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -19,6 +19,7 @@ from sd_unlearn.data.concept import Concept, expand_braces, load_concept, read_c
 from sd_unlearn.errors import UnlearnError, UsageError
 from sd_unlearn.io.files import read_json, read_jsonl
 from sd_unlearn.io.run_folder import DATA_MANIFEST, METADATA, POSITIVE, UNLABELED
+from sd_unlearn.models import sampling
 from sd_unlearn.models.base import Base, load_base
 from sd_unlearn.seeds import RENDER_SEEDS
 
@@ -184,7 +185,7 @@ def test_every_keep_line_weighs_the_same_however_many_it_lists(name: str, asked:
 def test_interrupted_and_resumed_is_uninterrupted(
     rendered: Path, config: Config, monkeypatch: pytest.MonkeyPatch, saved: int
 ) -> None:
-    left, save = [saved], render.save_image
+    left, save = [saved], sampling.save_image
 
     def until_interrupted(image: Image.Image, path: Path) -> None:
         if not left[0]:
@@ -192,14 +193,14 @@ def test_interrupted_and_resumed_is_uninterrupted(
         left[0] -= 1
         save(image, path)
 
-    monkeypatch.setattr(render, "save_image", until_interrupted)
+    monkeypatch.setattr(sampling, "save_image", until_interrupted)
     with pytest.raises(KeyboardInterrupt):
         render.run(config())
     folder = config().data_dir
     assert folder is not None
     assert len(list(folder.glob("*/*.png"))) == saved
     assert not (folder / DATA_MANIFEST).exists()
-    monkeypatch.setattr(render, "save_image", save)
+    monkeypatch.setattr(sampling, "save_image", save)
     render.run(config())
     assert contents(folder) == contents(rendered)
 
@@ -276,12 +277,12 @@ def test_shares_of_two_processes_make_the_whole(
     rendered: Path, loaded_base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lines = [(sub, line) for sub in (UNLABELED, POSITIVE) for line in read_jsonl(rendered / sub / METADATA)]
-    requests = [render.ImageRequest(tmp_path / sub / r["file_name"], r["text"], r["seed"]) for sub, r in lines]
-    sampler, drawn = render.Sampler(2, 7.5, 3), []
+    requests = [sampling.ImageRequest(tmp_path / sub / r["file_name"], r["text"], r["seed"]) for sub, r in lines]
+    sampler, drawn = sampling.Sampler(2, 7.5, 3), []
     monkeypatch.setenv("WORLD_SIZE", "2")
     for rank in range(2):
         monkeypatch.setenv("RANK", str(rank))
-        drawn.append(render.draw_missing(lambda: loaded_base, requests, sampler, "test"))
+        drawn.append(sampling.generate_missing(lambda: loaded_base, requests, sampler, "test"))
     assert sum(drawn) == IMAGES
     assert min(drawn) > 0
     pictures = {name: data for name, data in contents(rendered).items() if name.endswith(".png")}

@@ -17,10 +17,10 @@ from safetensors.torch import save_file
 
 from sd_unlearn.cli import main
 from sd_unlearn.config.evaluate import EvaluateConfig
-from sd_unlearn.data import render
 from sd_unlearn.errors import UnlearnError, UsageError
 from sd_unlearn.evaluation import evaluate
 from sd_unlearn.evaluation.job import prepare
+from sd_unlearn.models import sampling
 from sd_unlearn.models.base import Base
 from sd_unlearn.results import parse_results, read_results
 
@@ -103,7 +103,7 @@ def test_loras_are_compared_with_the_base_and_at_strength_1_with_each_other(
 def test_a_second_evaluation_draws_and_reads_nothing(
     runs: Path, compared: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(render, "draw", pytest.fail)
+    monkeypatch.setattr(sampling, "generate_images", pytest.fail)
     monkeypatch.setattr("sd_unlearn.metrics.digits.DigitsQuestion.read", pytest.fail)
     again = evaluate.run(every(runs, output_dir=tmp_path, cache_dir=compared[0] / "cache"))
     assert figures(again) == figures(compared[1])
@@ -112,17 +112,17 @@ def test_a_second_evaluation_draws_and_reads_nothing(
 def test_a_killed_evaluation_goes_on_and_ends_the_same(
     runs: Path, compared: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    draw, calls = render.draw, []
+    generate, calls = sampling.generate_images, []
 
     def killed(*arguments: Any) -> Any:
         calls.append(1)
         if len(calls) == 6:
             raise KeyboardInterrupt
-        return draw(*arguments)
+        return generate(*arguments)
 
     config = every(runs, output_dir=tmp_path / "out", cache_dir=tmp_path / "cache")
     with monkeypatch.context() as patch:
-        patch.setattr(render, "draw", killed)
+        patch.setattr(sampling, "generate_images", killed)
         with pytest.raises(KeyboardInterrupt):
             evaluate.run(config)
     assert not (tmp_path / "out" / "results.json").exists()
@@ -265,13 +265,13 @@ def test_both_sides_are_drawn_with_the_schedule_of_the_training(
     v_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     last: list[float] = []
-    draw = render.draw
+    generate = sampling.generate_images
 
     def watched(base: Base, *arguments: Any) -> Any:
         last.append(base.pipeline.scheduler.alphas_cumprod[-1].item())
-        return draw(base, *arguments)
+        return generate(base, *arguments)
 
-    monkeypatch.setattr(render, "draw", watched)
+    monkeypatch.setattr(sampling, "generate_images", watched)
     few = {**FEW, "groups": ["direct"], "cache_dir": tmp_path / "cache", "render_batch_size": 4}
     plain = make_run(tmp_path / "plain", v_base)
     zero = make_run(tmp_path / "zero", v_base, seed=1, zero_terminal_snr=True)

@@ -10,7 +10,7 @@ from PIL import Image
 
 from sd_unlearn.metrics.digits import DIGITS, INKS, READER_DIR, DigitsJudge, held_apart, load_reader
 from sd_unlearn.models.base import DIGITS_DIR, load_base
-from sd_unlearn.models.sampling import Sampler, draw
+from sd_unlearn.models.sampling import Sampler, generate_images
 
 torch = pytest.importorskip("torch")
 GENERIC = "a photo of a handwritten digit"
@@ -25,7 +25,7 @@ def read(prompt: str, count: int):
     images: list[Image.Image] = []
     for start in range(0, count, 100):
         seeds = range(start, min(start + 100, count))
-        images += draw(base(), [prompt] * len(seeds), list(seeds), Sampler(25, 3.0, 100))
+        images += generate_images(base(), [prompt] * len(seeds), list(seeds), Sampler(25, 3.0, 100))
     return DigitsJudge().read(images)
 
 

@@ -17,7 +17,6 @@ from safetensors.torch import load_file
 
 from sd_unlearn.cli import main
 from sd_unlearn.config.train import TrainConfig, Weights
-from sd_unlearn.data import render
 from sd_unlearn.data.concept import load_concept
 from sd_unlearn.data.dataset import encode_captions, encode_images, scan
 from sd_unlearn.errors import UsageError
@@ -27,9 +26,9 @@ from sd_unlearn.io.run_folder import POSITIVE
 from sd_unlearn.models.base import Base, load_base, load_recorded_base
 from sd_unlearn.models.checkpoint_header import UNET
 from sd_unlearn.models.denoiser import Denoiser
-from sd_unlearn.models.sampling import Sampler, draw
+from sd_unlearn.models.sampling import Sampler, generate_images
 from sd_unlearn.models.source import Source
-from sd_unlearn.models.student import make_student, run_applied
+from sd_unlearn.models.student import apply_run, make_student
 from sd_unlearn.training import setup
 from sd_unlearn.training.previews import Painter
 
@@ -41,7 +40,7 @@ FEW = Sampler(2, 5.0, 2)
 @pytest.fixture(scope="module", autouse=True)
 def _few_steps() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sd_unlearn.models.sampling.DEFAULT_SAMPLING", Sampler(2, 7.5, 16))
+        patch.setattr("sd_unlearn.models.sampling.DEFAULT_SAMPLER", Sampler(2, 7.5, 16))
         yield
 
 
@@ -144,13 +143,13 @@ def test_export(kinds: Kinds, kind: str, form: str, tmp_path: Path) -> None:
         written = {name.split(".")[0] for name in load_file(tmp_path / "out" / "seven.safetensors")}
         known = {name.removeprefix(UNET).removesuffix(".weight").replace(".", "_") for name in layers}
         assert written <= {f"lora_unet_{name}" for name in known}
-    with run_applied(base, run):
-        wanted = pixels(draw(base, PROMPTS, SEEDS, FEW))
-    assert not np.array_equal(pixels(draw(base, PROMPTS, SEEDS, FEW)), wanted)
+    with apply_run(base, run):
+        wanted = pixels(generate_images(base, PROMPTS, SEEDS, FEW))
+    assert not np.array_equal(pixels(generate_images(base, PROMPTS, SEEDS, FEW)), wanted)
     merged = load_base(str(tmp_path / "merged"), device="cpu")
     base.pipeline.load_lora_weights(tmp_path / "out", weight_name=DIFFUSERS_FILE)
     for one in (base, merged):  # a rounding step of 8 bits at most
-        assert np.abs(pixels(draw(one, PROMPTS, SEEDS, FEW)).astype(int) - wanted.astype(int)).max() <= 1
+        assert np.abs(pixels(generate_images(one, PROMPTS, SEEDS, FEW)).astype(int) - wanted.astype(int)).max() <= 1
 
 
 # -- one model, whatever it comes as --
@@ -162,7 +161,7 @@ def test_a_file_draws_what_its_folder_draws(kinds: Kinds, kind: str) -> None:
     assert folder.kind == file.kind == kind
     assert folder.sha256 == file.sha256 == fp16.sha256
     assert folder.vae_sha256 == file.vae_sha256 == fp16.vae_sha256
-    pictures = [pixels(draw(base, PROMPTS, SEEDS, FEW)) for base in (folder, file)]
+    pictures = [pixels(generate_images(base, PROMPTS, SEEDS, FEW)) for base in (folder, file)]
     assert np.array_equal(*pictures)
 
 
@@ -181,7 +180,7 @@ def test_what_training_predicts_is_what_drawing_predicts(
         return answer
 
     monkeypatch.setattr(base.pipeline.unet, "forward", watched)
-    draw(base, PROMPTS, SEEDS, FEW)
+    generate_images(base, PROMPTS, SEEDS, FEW)
     drawn = calls[0]  # with guidance: the empty caption twice, then both prompts
     denoiser = Denoiser.of(base, base.pipeline.unet)
     with torch.no_grad():
@@ -203,7 +202,7 @@ def test_what_training_predicts_is_what_drawing_predicts(
 def test_previews_are_drawn_as_images_are(kinds: Kinds, kind: str) -> None:
     """From embeddings, with the text encoders gone."""
     base = loaded(kinds, kind)
-    wanted = pixels(draw(base, PROMPTS, SEEDS, FEW))
+    wanted = pixels(generate_images(base, PROMPTS, SEEDS, FEW))
     known = {text: encode_captions(base, [text])[0] for text in ("", *PROMPTS)}
     base.pipeline.text_encoder = None
     if kind == "sdxl":
@@ -260,7 +259,7 @@ def test_another_vae_is_recorded_and_drawn_with(kinds: Kinds, tmp_path: Path) ->
     assert base.sha256 == plain.sha256
     assert base.vae_sha256 != plain.vae_sha256 == load_recorded_base(plain.describe(), device="cpu").vae_sha256
     assert load_recorded_base(base.describe(), device="cpu").vae_sha256 == base.vae_sha256
-    pictures = [pixels(draw(b, PROMPTS, SEEDS, FEW)) for b in (plain, base)]
+    pictures = [pixels(generate_images(b, PROMPTS, SEEDS, FEW)) for b in (plain, base)]
     assert not np.array_equal(*pictures)
     with pytest.raises(UsageError, match="VAE of .* changed"):
         load_recorded_base(base.describe() | {"vae_sha256": plain.vae_sha256}, device="cpu")
@@ -283,17 +282,17 @@ def test_a_run_of_before_the_vae_was_recorded(kinds: Kinds) -> None:
 
 def test_a_lora_of_sdxl_changes_what_is_drawn_after_loading(kinds: Kinds, tmp_path: Path) -> None:
     base = loaded(kinds, "sdxl")
-    before = pixels(render.draw(base, PROMPTS, SEEDS, FEW))
+    before = pixels(generate_images(base, PROMPTS, SEEDS, FEW))
     student = make_student(base, Weights(rank=2), 0, needs_teacher=False)
     with torch.no_grad():
         for parameter in student.trainable():
             parameter.normal_()
-    trained = pixels(render.draw(base, PROMPTS, SEEDS, FEW))
+    trained = pixels(generate_images(base, PROMPTS, SEEDS, FEW))
     student.save(tmp_path)
     fresh = loaded(kinds, "sdxl")
-    with run_applied(fresh, tmp_path):
-        assert np.array_equal(pixels(render.draw(fresh, PROMPTS, SEEDS, FEW)), trained)
-    assert np.array_equal(pixels(render.draw(fresh, PROMPTS, SEEDS, FEW)), before)
+    with apply_run(fresh, tmp_path):
+        assert np.array_equal(pixels(generate_images(fresh, PROMPTS, SEEDS, FEW)), trained)
+    assert np.array_equal(pixels(generate_images(fresh, PROMPTS, SEEDS, FEW)), before)
     assert not np.array_equal(before, trained)
 
 

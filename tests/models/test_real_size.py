@@ -49,7 +49,7 @@ def write_checkpoint(folder: Path) -> Path:
 
 
 def test_the_street_at_real_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sd_unlearn.models.sampling.DEFAULT_SAMPLING", Sampler(1, 3.0, 4))
+    monkeypatch.setattr("sd_unlearn.models.sampling.DEFAULT_SAMPLER", Sampler(1, 3.0, 4))
     path = write_checkpoint(tmp_path)
     names = list(read_layout(path, "").under("model.diffusion_model."))
     assert len(names) == 686  # as every SD 1.x checkpoint has

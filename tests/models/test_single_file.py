@@ -18,7 +18,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from sd_unlearn.errors import UnlearnError, UsageError
 from sd_unlearn.models.base import Base, load_base, load_recorded_base
-from sd_unlearn.models.sampling import Sampler, draw
+from sd_unlearn.models.sampling import Sampler, generate_images
 from sd_unlearn.models.single_file import _tokenizers, clip_tokenizer, merges
 from sd_unlearn.models.source import SINGLE_FILE_DIR, Source
 
@@ -179,8 +179,8 @@ def test_a_vae_as_folder_pipeline_or_file_is_the_same(kinds: Kinds, tmp_path: Pa
     bases = [load_base(Source(str(kinds.folder("sd1")), vae=str(name)), device="cpu") for name in named]
     assert {base.vae_sha256 for base in bases} == {load_base(str(kinds.folder("sd2")), device="cpu").vae_sha256}
     of_file = load(kinds.file("sd1"), kinds, "sd1", vae=str(tmp_path / "vae"))
-    pictures = [np.asarray(draw(base, ["a cat"], [1], Sampler(2, 3.0, 1))[0]) for base in (bases[0], of_file)]
-    assert np.array_equal(*pictures)
+    images = [generate_images(base, ["a cat"], [1], Sampler(2, 3.0, 1))[0] for base in (bases[0], of_file)]
+    assert np.array_equal(*images)
 
 
 def test_the_vae_of_another_kind_is_refused(kinds: Kinds) -> None:

@@ -13,8 +13,8 @@ from torch import Tensor
 from sd_unlearn.config.train import Weights
 from sd_unlearn.io.run_folder import weights_sha256
 from sd_unlearn.models.base import Base, load_base
-from sd_unlearn.models.lora import TARGETS, targets_of
-from sd_unlearn.models.student import Student, make_student, run_applied
+from sd_unlearn.models.lora import TARGETS, unet_targets
+from sd_unlearn.models.student import Student, apply_run, make_student
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 KINDS = {
@@ -67,7 +67,7 @@ def test_it_starts_as_the_base_moves_and_comes_back(kind: str, loaded_base: Base
 
     student.save(run)
     fresh = load_base(str(tiny_base), device="cpu")
-    with run_applied(fresh, run), torch.no_grad():
+    with apply_run(fresh, run), torch.no_grad():
         again = text_of(fresh, Weights()) if options.train_text_encoder else text
         loaded = fresh.pipeline.unet(NOISY, TIME, encoder_hidden_states=again).sample
     assert torch.allclose(loaded, learned, atol=1e-5)
@@ -75,11 +75,11 @@ def test_it_starts_as_the_base_moves_and_comes_back(kind: str, loaded_base: Base
     with torch.no_grad():
         assert torch.equal(fresh.pipeline.unet(NOISY, TIME, encoder_hidden_states=again).sample, before)
     for strength, expected in ((0.0, before), (1.0, learned)):
-        with run_applied(fresh, run, strength), torch.no_grad():
+        with apply_run(fresh, run, strength), torch.no_grad():
             again = text_of(fresh, Weights()) if options.train_text_encoder else text
             moved = fresh.pipeline.unet(NOISY, TIME, encoder_hidden_states=again).sample
         assert torch.allclose(moved, expected, atol=1e-5)
-    with run_applied(fresh, run, 0.5), torch.no_grad():
+    with apply_run(fresh, run, 0.5), torch.no_grad():
         again = text_of(fresh, Weights()) if options.train_text_encoder else text
         half = fresh.pipeline.unet(NOISY, TIME, encoder_hidden_states=again).sample
     assert min((half - before).abs().max(), (half - learned).abs().max()) > 1e-4
@@ -124,7 +124,7 @@ def test_the_scale_is_the_one_that_was_asked_for(loaded_base: Base) -> None:
 
 def test_the_groups_of_layers_are_what_their_names_say(loaded_base: Base) -> None:
     unet = loaded_base.pipeline.unet
-    found = {group: set(targets_of(unet, group)) for group in (*TARGETS, "all_linear+conv")}
+    found = {group: set(unet_targets(unet, group)) for group in (*TARGETS, "all_linear+conv")}
     assert all(name.split(".attn")[1][2:] in ("to_q", "to_k", "to_v", "to_out.0") for name in found["attention"])
     assert found["cross_attention"] == {name for name in found["attention"] if ".attn2." in name}
     assert {name for name in found["attention"] if ".attn1." in name}

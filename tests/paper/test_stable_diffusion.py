@@ -87,7 +87,7 @@ def test_names_are_those_of_the_table() -> None:
 def test_what_cannot_be_meant_is_refused_before_anything_is_drawn(
     changes: dict[str, Any], expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sd_unlearn.models.sampling.draw", pytest.fail)
+    monkeypatch.setattr("sd_unlearn.models.sampling.generate_images", pytest.fail)
     with pytest.raises(UsageError, match=expected):
         run("supervised", **changes)
     assert list(Path().iterdir()) == []

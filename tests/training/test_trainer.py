@@ -23,18 +23,17 @@ from train_runs import rendered
 
 from sd_unlearn import cli
 from sd_unlearn.config.train import TrainConfig
-from sd_unlearn.data import render
 from sd_unlearn.data.batches import StratifiedBatches
 from sd_unlearn.data.concept import read_concept
 from sd_unlearn.data.prior import ASSUMED_BETA
 from sd_unlearn.errors import UnlearnError, UsageError
 from sd_unlearn.io.files import read_json, read_jsonl
 from sd_unlearn.io.run_folder import DATA_MANIFEST
-from sd_unlearn.models import lora
+from sd_unlearn.models import lora, sampling
 from sd_unlearn.models.base import Base, load_base
 from sd_unlearn.models.denoiser import Denoiser
 from sd_unlearn.models.sampling import Sampler
-from sd_unlearn.models.student import run_applied
+from sd_unlearn.models.student import apply_run
 from sd_unlearn.seeds import TRAIN_SEEDS
 from sd_unlearn.training import loop, setup, trainer
 
@@ -46,7 +45,7 @@ Config = Callable[..., TrainConfig]
 @pytest.fixture(scope="module", autouse=True)
 def _quick_previews() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sd_unlearn.models.sampling.DEFAULT_SAMPLING", Sampler(2, 7.5, 16))
+        patch.setattr("sd_unlearn.models.sampling.DEFAULT_SAMPLER", Sampler(2, 7.5, 16))
         yield
 
 
@@ -124,11 +123,11 @@ def test_the_saved_lora_loads_into_a_fresh_base(trained: Path, loaded_base: Base
     unet = loaded_base.pipeline.unet
     with torch.no_grad():
         plain = unet(noisy, t, encoder_hidden_states=text).sample
-        with run_applied(loaded_base, trained):
+        with apply_run(loaded_base, trained):
             assert (unet(noisy, t, encoder_hidden_states=text).sample - plain).abs().max() > 1e-6
             assert not any(p.requires_grad for p in unet.parameters())
             assert not unet.training
-    with pytest.raises(UsageError, match="--run nowhere"), run_applied(loaded_base, Path("nowhere")):
+    with pytest.raises(UsageError, match="--run nowhere"), apply_run(loaded_base, Path("nowhere")):
         pass
 
 
@@ -309,7 +308,7 @@ def test_full_fine_tuning_trains_every_weight_of_the_unet(
     assert {p.name for p in run.iterdir()} == {"concept.yaml", "config.yaml", "metrics.jsonl", "training.json", "unet"}
     assert read_json(run / "training.json")["method"] == "full"
     before = {name: value.clone() for name, value in loaded_base.pipeline.unet.state_dict().items()}
-    with run_applied(loaded_base, run):
+    with apply_run(loaded_base, run):
         after = {name: value.clone() for name, value in loaded_base.pipeline.unet.state_dict().items()}
     still = [name for name in before if torch.equal(before[name], after[name])]
     assert not [name for name in still if "weight" in name]
@@ -723,17 +722,17 @@ def test_zero_terminal_snr_is_trained_on_but_not_rendered_with(
     make_config: Config, v_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: dict[str, float] = {}
-    draw, losses = render.draw, loop.example_losses
+    generate, losses = sampling.generate_images, loop.example_losses
 
     def drawn(base: Base, *arguments: object) -> object:
         seen["rendered"] = base.pipeline.scheduler.alphas_cumprod[-1].item()
-        return draw(base, *arguments)  # type: ignore[arg-type]
+        return generate(base, *arguments)  # type: ignore[arg-type]
 
     def lost(denoiser: Denoiser, *arguments: object) -> Tensor:
         seen["trained"] = denoiser.alphas_cumprod[-1].item()
         return losses(denoiser, *arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(render, "draw", drawn)
+    monkeypatch.setattr(sampling, "generate_images", drawn)
     monkeypatch.setattr(loop, "example_losses", lost)
     trainer.run(
         make_config(
