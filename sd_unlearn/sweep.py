@@ -1,7 +1,7 @@
-"""Several trainings that differ in how hard they forget, each evaluated -> one picture of what that costs.
+"""`train --beta_sweep`: several trainings that differ in how strongly they erase, each evaluated, and one report.
 
-The sensitivity analysis of Takahashi et al. (ICLR 2025), figure 4, on one's own concept: <output_dir>/factor-1 and so
-on are ordinary run folders, <output_dir>/sweep.html shows leakage against retention.
+The sensitivity analysis of Takahashi et al. (ICLR 2025), figure 4, for any concept: <output_dir>/factor-1 etc. are
+ordinary run folders, <output_dir>/sweep.html shows leakage against retention.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import math
 import shutil
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -18,30 +19,29 @@ import yaml
 
 from sd_unlearn import __version__
 from sd_unlearn.config.base import as_dict
-from sd_unlearn.config.checks import check_train
 from sd_unlearn.config.evaluate import EvaluateConfig
 from sd_unlearn.config.train import TrainConfig
-from sd_unlearn.data.concept import Concept, load_concept
+from sd_unlearn.data.concept import Concept
 from sd_unlearn.data.prior import ASSUMED_BETA, resolve_beta
-from sd_unlearn.data.render import data_dir_of, known_beta, plan
+from sd_unlearn.data.render import known_beta, plan
 from sd_unlearn.errors import UsageError
 from sd_unlearn.evaluation import evaluate
 from sd_unlearn.io.files import check_writable, read_yaml, write_json, write_text
-from sd_unlearn.io.run_folder import CONCEPT, DATA_MANIFEST, RESULTS, TRAINING, weights_sha256
+from sd_unlearn.io.run_folder import CONCEPT, DATA_MANIFEST, RESULTS, weights_sha256
 from sd_unlearn.launch import process_count
-from sd_unlearn.models.source import find_base
 from sd_unlearn.report import sweep
 from sd_unlearn.report.sweep import SWEEP
 from sd_unlearn.results import BASE, Results, as_json, read_results
 from sd_unlearn.training import trainer
+from sd_unlearn.training.preflight import check_inputs, has_own_images, is_finished
 
-SETTINGS = "sweep.yaml"  # what the runs share; a sweep that goes on must mean the same
+SETTINGS = "sweep.yaml"  # the options that all runs share; a sweep that is continued must have the same
 NOT_COMPARED = ("beta_sweep", "output_dir", "overwrite", "resume_from_checkpoint", "force_resume", "config", "debug")
 
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """One run of a sweep: the factor and what it makes of beta and push."""
+    """One run of a sweep: a factor, and beta and push scaled by it."""
 
     factor: float
     beta: float  # in (0, 1)
@@ -53,22 +53,20 @@ class Point:
 
 
 def run(config: TrainConfig) -> Path:
-    """Train and evaluate a run for each factor of --beta_sweep, then write the report. Returns sweep.html.
+    """Train and evaluate one run per factor of --beta_sweep, then write the report. Returns sweep.html.
 
-    What is finished already is not done again, so a sweep that was killed goes on, and one can be given more factors.
+    Finished runs are skipped, so an interrupted sweep resumes, and factors can be added later.
 
     Raises:
-        UsageError, UnlearnError: what is wrong, checked before a model is loaded wherever that is possible.
+        UsageError, UnlearnError: wherever possible before a model is loaded.
     """
     factors = parse_factors(config.beta_sweep or "")
-    concept = load_concept(config.concept, config.anchor)
-    check_train(config)
-    check_alone(config)
-    find_base(config, concept.base)
-    folder, output = data_dir_of(config, concept), config.output_dir or Path("runs") / f"{concept.slug}-sweep"
-    beta, source = beta_of(config, concept, folder)
+    check_options(config)
+    inputs = check_inputs(config)
+    concept, output = inputs.concept, config.output_dir or Path("runs") / f"{inputs.concept.slug}-sweep"
+    beta, source = beta_of(config, concept, inputs.data_dir)
     points = scale(factors, beta, config.push, config.target, source)
-    shared = as_dict(dataclasses.replace(config, beta=beta, data_dir=folder))
+    shared = as_dict(dataclasses.replace(config, beta=beta, data_dir=inputs.data_dir))
     settings = {k: v for k, v in shared.items() if k not in NOT_COMPARED}
     check_output(output, settings, config.overwrite)
     if config.overwrite:
@@ -76,9 +74,9 @@ def run(config: TrainConfig) -> Path:
     write_text(output / SETTINGS, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
 
     for number, point in enumerate(points, 1):
-        head = f"Sweep, run {number} of {len(points)}: factor {point.factor:g}, beta {point.beta:g}"
-        print(f"{head}, push {point.push:g}." if config.target == "teacher" else f"{head}.", file=sys.stderr)
-        _train(config, point, folder, output / point.name)
+        line = f"Sweep, run {number} of {len(points)}: factor {point.factor:g}, beta {point.beta:g}"
+        print(f"{line}, push {point.push:g}." if config.target == "teacher" else f"{line}.", file=sys.stderr)
+        _train(config, point, inputs.data_dir, output / point.name)
     results = [_evaluate(output / point.name, config.allow_pickle) for point in points]
     record = _record(config, concept, beta, source, points, results)
     page = sweep.write(output, record)
@@ -87,78 +85,81 @@ def run(config: TrainConfig) -> Path:
 
 
 def parse_factors(text: str) -> list[float]:
-    """The numbers of --beta_sweep, in the order given.
+    """The numbers of --beta_sweep, in the given order.
 
     Raises:
-        UsageError: one that is not a finite number above 0, or that comes twice.
+        UsageError: a factor is not a finite number above 0, or is given twice.
     """
     factors: list[float] = []
     for word in text.split(","):
         try:
             factor = float(word)
         except ValueError:
-            raise UsageError(f'--beta_sweep "{text}": "{word.strip()}" is no number. E.g. 0.5,1,2.') from None
+            raise UsageError(f'--beta_sweep "{text}": "{word.strip()}" is not a number. Example: 0.5,1,2.') from None
         if not 0 < factor < math.inf:
-            raise UsageError(f"--beta_sweep {text}: {factor:g} must be a number above 0; 1 is the beta as it is.")
+            raise UsageError(f"--beta_sweep {text}: {factor:g} must be a number above 0; 1 leaves beta as it is.")
         if f"{factor:g}" in {f"{known:g}" for known in factors}:  # as in the folders' names
-            raise UsageError(f"--beta_sweep {text}: {factor:g} comes twice. Give each factor once.")
+            raise UsageError(f"--beta_sweep {text}: {factor:g} is given twice.")
         factors.append(factor)
     return factors
 
 
-def check_alone(config: TrainConfig) -> None:
-    """Refuse what a sweep cannot share out over its runs.
+def check_options(config: TrainConfig) -> None:
+    """Refuse options that a sweep does not support.
 
     Raises:
         UsageError
     """
-    world = process_count()
-    if world > 1:
+    if process_count() > 1:
         raise UsageError(
-            f"--beta_sweep runs as one process, not {world}. Start each run of it with --beta and --push instead."
+            f"--beta_sweep runs as one process, not {process_count()}. Start single runs with --beta and --push "
+            "instead."
         )
     if config.beta == "estimate":
-        raise UsageError("--beta_sweep needs a number to multiply: train once with --beta estimate, then --beta X.")
+        raise UsageError(
+            "--beta_sweep cannot scale --beta estimate: train once with --beta estimate, then give its result as "
+            "--beta."
+        )
     if config.resume_from_checkpoint not in (None, "latest"):
         raise UsageError(
-            f"--resume_from_checkpoint {config.resume_from_checkpoint} belongs to one run; a sweep goes on by itself."
+            f"--resume_from_checkpoint {config.resume_from_checkpoint} belongs to a single run; a sweep resumes its "
+            "runs by itself."
         )
-    trainer.choose_tracker(config.report_to)
 
 
-def beta_of(config: TrainConfig, concept: Concept, folder: Path) -> tuple[float, str]:
-    """(beta, its source) before anything is rendered: as `train` will find it once the folders are there."""
-    assert config.beta != "estimate"  # check_alone
+def beta_of(config: TrainConfig, concept: Concept, data_dir: Path) -> tuple[float, str]:
+    """(beta, its source), as `train` will determine it once the folders are rendered."""
+    assert config.beta != "estimate"  # check_options
     if concept.betas and config.beta is None:
         return sum(concept.betas.values()), "concept"
-    if config.beta is not None or trainer.has_own_photos(folder) or (folder / DATA_MANIFEST).is_file():
-        prior = resolve_beta(config.beta, folder)
+    if config.beta is not None or has_own_images(data_dir) or (data_dir / DATA_MANIFEST).is_file():
+        prior = resolve_beta(config.beta, data_dir)
         return prior.beta, prior.source
-    counts: dict[str, int] = {}
+    counts = Counter[str]()
     for group, _, count in plan(concept, config):
-        counts[group] = counts.get(group, 0) + count
+        counts[group] += count
     known = known_beta(concept, counts)
     return (known, "manifest") if known else (ASSUMED_BETA, "assumed")
 
 
 def scale(factors: list[float], beta: float, push: float, target: str, source: str) -> list[Point]:
-    """Each factor times beta, and with a teacher times the push, which stands in for beta as how hard to forget.
+    """Scale beta by each factor, and with a teacher also the push, which then sets how strongly to erase.
 
     Raises:
-        UsageError: a factor that leaves no share for anything else among the unlabeled images (beta >= 1).
+        UsageError: a scaled beta is 1 or more.
     """
     for factor in factors:
         if factor * beta >= 1:
             raise UsageError(
                 f"--beta_sweep: {factor:g} times beta {beta:g} ({source}) is {factor * beta:g}, and beta must be below "
-                f"1. Give factors below {1 / beta:.3g}, or another --beta."
+                f"1. Use factors below {1 / beta:.3g}, or another --beta."
             )
     pushes = [factor * push if target == "teacher" else push for factor in factors]
     return [Point(f, float(f"{f * beta:.10g}"), float(f"{p:.10g}")) for f, p in zip(factors, pushes, strict=True)]
 
 
 def check_output(output: Path, settings: dict[str, Any], overwrite: bool) -> None:
-    """Refuse, touching nothing, a folder of something else, or a sweep whose runs would not belong together.
+    """Refuse a folder of something else, or a sweep with other settings. Changes nothing.
 
     Raises:
         UsageError
@@ -167,24 +168,24 @@ def check_output(output: Path, settings: dict[str, Any], overwrite: bool) -> Non
     if not output.is_dir() or not any(output.iterdir()):
         return
     if not (output / SETTINGS).is_file():
-        raise UsageError(f"--output_dir {output} holds files that are no sweep of sd-unlearn; name an empty folder.")
+        raise UsageError(f"--output_dir {output} is not an sd-unlearn sweep folder. Choose an empty folder.")
     before = read_yaml(output / SETTINGS, "--output_dir")
     changed = [k for k in settings if before.get(k) != settings[k]]
     if changed and not overwrite and any(output.glob("factor-*")):
         key = changed[0]
         raise UsageError(
-            f"--output_dir {output} holds a sweep with --{key} {before.get(key)}, and this one has {settings[key]}. "
-            "Name another --output_dir, or add --overwrite to start over."
+            f"--output_dir {output} holds a sweep with --{key} {before.get(key)}, but this one has {settings[key]}. "
+            "Choose another --output_dir, or add --overwrite to start over."
         )
 
 
-def _train(config: TrainConfig, point: Point, data_dir: Path, place: Path) -> None:
-    """Train one run unless it is finished; one that was cut short goes on from its last checkpoint."""
-    if (place / TRAINING).is_file():
-        print(f"{place} is trained already.", file=sys.stderr)
+def _train(config: TrainConfig, point: Point, data_dir: Path, run_dir: Path) -> None:
+    """Train one run unless it is finished; an interrupted run resumes from its last checkpoint."""
+    if is_finished(run_dir):
+        print(f"{run_dir} is already trained.", file=sys.stderr)
         return
-    if not (place / CONCEPT).is_file():
-        shutil.rmtree(place, ignore_errors=True)  # killed while it was begun
+    if not (run_dir / CONCEPT).is_file():
+        shutil.rmtree(run_dir, ignore_errors=True)  # the process was killed while it created the folder
     trainer.run(
         dataclasses.replace(
             config,
@@ -192,20 +193,20 @@ def _train(config: TrainConfig, point: Point, data_dir: Path, place: Path) -> No
             push=point.push,
             beta_sweep=None,
             data_dir=data_dir,
-            output_dir=place,
+            output_dir=run_dir,
             overwrite=False,
-            resume_from_checkpoint="latest" if place.is_dir() else None,
+            resume_from_checkpoint="latest" if run_dir.is_dir() else None,
         )
     )
 
 
-def _evaluate(place: Path, allow_pickle: bool) -> Results:
-    """The results of a run, measured unless they are there for exactly this LoRA."""
-    if (place / RESULTS).is_file() and read_results(place).evaluated[0][1].sha256 == weights_sha256(place):
-        print(f"{place} is already evaluated.", file=sys.stderr)
+def _evaluate(run_dir: Path, allow_pickle: bool) -> Results:
+    """The results of a run, evaluated unless there are results for exactly these weights."""
+    if (run_dir / RESULTS).is_file() and read_results(run_dir).evaluated[0][1].sha256 == weights_sha256(run_dir):
+        print(f"{run_dir} is already evaluated.", file=sys.stderr)
     else:
-        evaluate.run(EvaluateConfig(run=place, allow_pickle=allow_pickle))
-    return read_results(place)
+        evaluate.run(EvaluateConfig(run=run_dir, allow_pickle=allow_pickle))
+    return read_results(run_dir)
 
 
 def _record(

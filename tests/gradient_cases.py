@@ -8,22 +8,22 @@ import torch
 from torch import Tensor, nn
 
 from sd_unlearn.choices import Risk
-from sd_unlearn.data.batches import PLAIN, Batch
+from sd_unlearn.data.batch import NO_GROUP, Batch
 from sd_unlearn.objectives.pu import PUObjective
 from sd_unlearn.risk import NORMAL, UNLABELED
 
-KEEP = [(PLAIN, UNLABELED)] * 8
+KEEP = [(NO_GROUP, UNLABELED)] * 8
 
 
 def kinds(*labels: int) -> list[tuple[int, int]]:
-    """(bracket, label) of a step: eight unlabeled images in each bracket, four of each other label, then keep."""
-    brackets = [[(b, UNLABELED)] * 8 + [(b, label) for label in labels for _ in range(4)] for b in (0, 1)]
-    return [*brackets[0], *brackets[1], *KEEP]
+    """(caption group, label) of each image of a step: per group 8 unlabeled and 4 of each other label, then keep."""
+    groups = [[(g, UNLABELED)] * 8 + [(g, label) for label in labels for _ in range(4)] for g in (0, 1)]
+    return [*groups[0], *groups[1], *KEEP]
 
 
 @dataclass(frozen=True)
 class Case:
-    """An objective and the images it is about."""
+    """An objective and the kinds of images of its step."""
 
     kinds: list[tuple[int, int]]
     betas: tuple[tuple[float, ...], ...]
@@ -46,7 +46,7 @@ CASES = {
 
 
 class Linear(nn.Module):
-    """l = (w . x)^2 + dropout's share of it: some network with a loss for every example."""
+    """A network with a loss for every example: l = (w . x)^2, with dropout on x."""
 
     def __init__(self, dropout: float = 0.0) -> None:
         super().__init__()
@@ -58,13 +58,13 @@ class Linear(nn.Module):
 
 
 def step(parts: int, scale: float, case: Case = PU) -> list[Batch]:
-    """A step's batch in parts. Positives of the second bracket are `scale` as large in every other image, so that
-    the sign of its bracket differs from part to part."""
+    """A step's batch in parts. Every other positive of the second caption group is scaled by `scale`, so that the sign
+    of its bracket differs between parts."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(len(case.kinds), 6, generator=generator, dtype=torch.float64)
-    bracket, label = torch.tensor(case.kinds).T
+    group, label = torch.tensor(case.kinds).T
     order = torch.tensor([case.kinds[:n].count(kind) for n, kind in enumerate(case.kinds)])
-    x[(bracket == 1) & (label == 0) & (order % 2 == 1)] *= scale
+    x[(group == 1) & (label == 0) & (order % 2 == 1)] *= scale
     count = torch.tensor([case.kinds.count(kind) for kind in case.kinds])
-    whole = Batch(x, x, x, label, bracket, 2, order, x, torch.zeros_like(order).bool(), (parts / count).double())
+    whole = Batch(x, x, x, label, group, 2, order, x, torch.zeros_like(order).bool(), (parts / count).double())
     return [whole.only(order % parts == part) for part in range(parts)]

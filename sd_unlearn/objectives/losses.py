@@ -1,4 +1,4 @@
-"""The per-example losses of a training step, against the noise or, with less variance, against the frozen base."""
+"""The per-example losses of a training step, measured against the noise or, with less variance, the frozen base."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sd_unlearn.choices import Reduction
-from sd_unlearn.data.batches import PLAIN, Batch
+from sd_unlearn.data.batch import NO_GROUP, Batch
 from sd_unlearn.models.denoiser import Denoiser
 from sd_unlearn.models.diffusion import add_noise, min_snr_weight, per_example_loss, training_target
 from sd_unlearn.objectives.teacher import Teacher
@@ -20,21 +20,21 @@ def example_losses(
     temperature: float = 1.0,
     snr_gamma: float | None = None,
 ) -> Tensor:
-    """l [B] of a batch's examples over the temperature, with the gradient to follow.
+    """l [B] of a batch's examples divided by the temperature, differentiable.
 
-    snr_gamma (> 0) weighs each by its timestep (`min_snr_weight`), the value and the gradient alike; None: all by 1.
+    snr_gamma (> 0) weighs each example by its timestep (`min_snr_weight`), both value and gradient. None: no weighting.
 
-    Without a teacher: the noise-prediction loss. With one the value stays that loss, which decides the sign of a
-    bracket, but the gradient is that of another one. With f the prediction, f* the base's under the caption the image
-    was drawn from, f0 the base's under the generic caption, and all of them at x_t:
+    Without a teacher, l is the noise-prediction loss. With a teacher the value of l is still that loss, which
+    determines the sign of a bracket, but the gradient is that of another loss. Let f be the prediction, f* the base's
+    under the caption the image was generated from, and f0 the base's under the generic caption, all at x_t:
 
     unlabeled: |f - f*|^2. Where the base is optimal for its own images, f* = E[eps | x_t], so |f - eps|^2 and
-        |f - f*|^2 differ in expectation by a constant: the same mean gradient without the noise's variance.
-    positive: push * 2 <f - f0, f0 - f*>, what |f - f*|^2 grows by to first order as f leaves f0. A bracket subtracts
-        it, and minus a square has no minimum: what drives f from f* would drive it anywhere. Linearised, the bracket
-        is convex (the convex-concave procedure), and least at f = f0 + push beta p_S / p_U (f0 - f*), to first order
-        the prediction of p_N = (p_U - beta p_S) / (1 - beta): the concept is left in the one direction that is meant.
-    keep images: |f - f*|^2, for a value, too, since zero is what one wants there; f* moved by `Teacher.offset`.
+        |f - f*|^2 differ in expectation by a constant: the same mean gradient without the variance of the noise.
+    positive: push * 2 <f - f0, f0 - f*>, the first-order growth of |f - f*|^2 as f leaves f0. A bracket subtracts this
+        loss, and a negated square has no minimum: it would drive f away from f* in any direction. Linearised, the
+        bracket is convex (the convex-concave procedure), with its minimum at f = f0 + push beta p_S / p_U (f0 - f*),
+        to first order the prediction of p_N = (p_U - beta p_S) / (1 - beta). So f moves in the intended direction only.
+    keep images: |f - f*|^2, also as the value, since its optimum is zero. f* is shifted by `Teacher.offset`.
     """
     schedule = denoiser.alphas_cumprod
     noisy = add_noise(batch.latents, batch.noise, batch.timesteps, schedule)
@@ -45,30 +45,27 @@ def example_losses(
     if teacher is None:
         predicted = denoiser.predict(noisy, batch.timesteps, batch.text)
         return scale * per_example_loss(predicted, target, reduction)
-    # Before the prediction: switching the adapter off and on between a forward and its backward pass upsets DDP.
-    wanted, away = _teach(teacher, noisy, batch)
+    # Before the prediction: DDP fails if the adapter is switched between a forward and its backward pass.
+    teacher_target, away = _teach(teacher, noisy, batch)
     predicted = denoiser.predict(noisy, batch.timesteps, batch.text)
     against_noise = per_example_loss(predicted, target, reduction)
-    distance = per_example_loss(predicted, wanted, reduction)
+    distance = per_example_loss(predicted, teacher_target, reduction)
     along = 2 * (predicted.float() * away).flatten(1).sum(1) / (1 if reduction == "sum" else away[0].numel())
-    followed = torch.where(_pushed(batch), teacher.push * along, distance)
-    value = torch.where(batch.bracket == PLAIN, followed, against_noise).detach()
+    is_keep = batch.caption_group == NO_GROUP
+    followed = torch.where(batch.is_positive & ~is_keep, teacher.push * along, distance)
+    value = torch.where(is_keep, followed, against_noise).detach()
     return scale * (value + followed - followed.detach())
 
 
 def _teach(teacher: Teacher, noisy: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-    """(what to predict, f0 - f* of positives), each as noisy."""
-    held, pushed = batch.rows_held(), batch.rows_pushed()
-    rows = torch.cat([torch.arange(len(noisy), device=noisy.device), held, pushed])
-    texts = [text.expand(len(who), *text.shape) for text, who in ((teacher.empty, held), (teacher.generic, pushed))]
+    """(the target of each row, f0 - f* of positives and 0 elsewhere), each shaped as noisy."""
+    keep, positive = batch.captioned_keep_rows(), batch.positive_rows()
+    rows = torch.cat([torch.arange(len(noisy), device=noisy.device), keep, positive])
+    texts = [text.expand(len(who), *text.shape) for text, who in ((teacher.empty, keep), (teacher.generic, positive))]
     predicted = teacher.predict(noisy[rows], batch.timesteps[rows], torch.cat([batch.teacher_text, *texts]))
-    wanted, unconditional, generic = predicted.split([len(noisy), len(held), len(pushed)])
-    wanted, away = wanted.clone(), torch.zeros_like(wanted)
-    if len(held):
-        wanted[held] += teacher.offset(noisy[held], batch.timesteps[held], unconditional)
-    away[pushed] = generic - wanted[pushed]
-    return wanted, away
-
-
-def _pushed(batch: Batch) -> Tensor:
-    return batch.is_positive & (batch.bracket != PLAIN)
+    target, unconditional, generic = predicted.split([len(noisy), len(keep), len(positive)])
+    target, away = target.clone(), torch.zeros_like(target)
+    if len(keep):
+        target[keep] += teacher.offset(noisy[keep], batch.timesteps[keep], unconditional)
+    away[positive] = generic - target[positive]
+    return target, away

@@ -1,13 +1,14 @@
-"""The objective of a training step: one bracket a caption, the plain loss for what must stay.
+"""The objective of a training step: one risk per caption group, and the plain loss for keep images.
 
-p_U = beta p_S + (1 - beta) p_N holds for the images seen under one caption, so every caption under which both
-unlabeled images and positives are seen has its own bracket; images seen under other captions (keep prompts)
-are plain unlabeled data.
+p_U = beta p_S + (1 - beta) p_N holds for the images seen under one caption. So each caption under which both unlabeled
+images and positives are seen forms a caption group with a bracket mean_U[l] - beta mean_S[l] of its own. Images seen
+under other captions (keep images) get the plain loss.
 
-Nothing in the risk ends the push of positives before their loss is 1 / beta times that of U. `bounded` ends it sooner.
+Nothing in the risk stops the push on positives before their loss is 1 / beta times that of U; `bounded` stops it
+earlier.
 
-The paper's two baselines are the same step with another risk in place of the bracket's: unsupervised learns the
-unlabeled images alone, supervised takes them for normal as they are.
+The paper's two baselines use another risk: unsupervised learns from the unlabeled images only, supervised treats all
+unlabeled images as normal.
 """
 
 from __future__ import annotations
@@ -19,62 +20,56 @@ import torch
 from torch import Tensor
 
 from sd_unlearn.choices import Correction, Risk
-from sd_unlearn.data.batches import PLAIN, Batch
-from sd_unlearn.risk import (
-    UNLABELED,
-    PUTerms,
-    pnu_corrected,
-    pu_terms,
-    supervised,
-    unsupervised,
-)
+from sd_unlearn.data.batch import NO_GROUP, Batch
+from sd_unlearn.risk import UNLABELED, PUTerms, pnu_corrected, pu_terms, supervised, unsupervised
 
 LOGGED = ("loss", "mean_u", "mean_s", "mean_n", "bracket", "positive_term", "mean_keep")
 
 
 @dataclass(frozen=True)
 class StepTerms:
-    """The parts of the objective of one Batch: averaged over a step's batches, they are the whole step's."""
+    """The terms of the objective for one Batch. Averaged over the batches of a step, they are the whole step's."""
 
-    terms: tuple[PUTerms, ...]  # of each bracket
+    terms: tuple[PUTerms, ...]  # of each caption group
     keep: Tensor  # mean loss of the keep images, a scalar
 
     @property
     def brackets(self) -> Tensor:
-        """[captions], detached: what decides the signs, once averaged over the step."""
+        """[groups], detached. Averaged over the step, they determine the signs."""
         return torch.stack([t.bracket.detach() for t in self.terms])
 
 
 @dataclass(frozen=True)
 class PUObjective:
-    """Mean over captions of the risk, plus the keep images' mean loss.
+    """Mean of the risk over caption groups, plus the mean loss of the keep images.
 
-    pu: the PU or, with images known to be normal, PNU risk. The baselines know neither correction nor eta, and no sign
-    decides their gradient; the figures of every risk are logged all the same.
+    pu: the PU risk, or the PNU risk with images known to be normal. The baselines use neither correction nor eta, and
+    no sign affects their gradient. All metrics are logged for every risk.
     """
 
-    betas: Sequence[Sequence[float]]  # of each bracket (in StratifiedBatches' order), of each sensitive set, if any
+    betas: Sequence[Sequence[float]]  # for each caption group, of each set of positives (if any)
     correction: Correction = "abs"
-    eta: float = 0.0  # in [0, 1], the weight of the images known to be normal; 0 when there are none
+    eta: float = 0.0  # in [0, 1], weight of the images known to be normal; 0 without such images
     risk: Risk = "pu"
     max_ratio: float | None = None  # see `bounded`
 
     def terms(self, nll: Tensor, batch: Batch) -> StepTerms:
-        """nll [B] of the batch's examples -> the parts, with their gradients."""
+        """nll [B] of the batch's examples -> the terms, differentiable."""
         nll = nll if self.max_ratio is None else bounded(nll, batch, self.max_ratio)
-        found = []
-        for caption, betas in zip(range(batch.captions), self.betas, strict=True):
-            weight = torch.where(batch.bracket == caption, batch.weight, 0)
-            found.append(pu_terms(nll, batch.label, betas, weight))
-        return StepTerms(tuple(found), torch.where(batch.bracket == PLAIN, batch.weight * nll, 0).sum())
+        terms = []
+        for group, betas in zip(range(batch.num_groups), self.betas, strict=True):
+            weight = torch.where(batch.caption_group == group, batch.weight, 0)
+            terms.append(pu_terms(nll, batch.label, betas, weight))
+        keep = torch.where(batch.caption_group == NO_GROUP, batch.weight * nll, 0).sum()
+        return StepTerms(tuple(terms), keep)
 
     def loss(self, parts: StepTerms, brackets: Tensor | None = None) -> Tensor:
-        """The scalar to follow. `brackets` [captions] are the whole step's: only they know the signs.
+        """The scalar to minimise. `brackets` [groups]: the whole step's, which determine the signs.
 
         d|R| = sign(R) dR: with the whole step's signs, the average of the parts' gradients is the whole's gradient.
         """
-        known = parts.brackets if brackets is None else brackets
-        risks = [self._risk(*each) for each in zip(parts.terms, self.betas, known, strict=True)]
+        brackets = parts.brackets if brackets is None else brackets
+        risks = [self._risk(*each) for each in zip(parts.terms, self.betas, brackets, strict=True)]
         return torch.stack(risks).mean() + parts.keep
 
     def _risk(self, terms: PUTerms, betas: Sequence[float], bracket: Tensor) -> Tensor:
@@ -84,30 +79,31 @@ class PUObjective:
             return supervised(terms, sum(betas))
         return pnu_corrected(terms, self.correction, self.eta, bracket)
 
-    def figures(self, parts: StepTerms, loss: Tensor) -> Tensor:
-        """[len(LOGGED)], detached: the figures to log, in the order of LOGGED, those of brackets as their mean."""
+    def metrics(self, parts: StepTerms, loss: Tensor) -> Tensor:
+        """[len(LOGGED)], detached: the metrics to log, in the order of LOGGED; means over caption groups."""
         names = ("mean_u", "mean_s", "mean_n", "bracket", "positive")
         means = [torch.stack([getattr(t, name) for t in parts.terms]).mean() for name in names]
         return torch.stack([loss, *means, parts.keep]).detach().float()
 
-    def decided_alike(self, some: Tensor, others: Tensor) -> bool:
-        """Whether two sets of brackets lead to the same step."""
-        return self.risk != "pu" or self.correction == "none" or bool(((some < 0) == (others < 0)).all())
+    def same_signs(self, brackets: Tensor, others: Tensor) -> bool:
+        """Whether two sets of brackets lead to the same gradient."""
+        return self.risk != "pu" or self.correction == "none" or bool(((brackets < 0) == (others < 0)).all())
 
 
 def bounded(nll: Tensor, batch: Batch, max_ratio: float) -> Tensor:
-    """nll [B] with that of positives at most `max_ratio` (>= 1) times the loss of U at the same timestep and noise.
+    """nll [B] with the loss of positives capped at `max_ratio` (>= 1) times the loss of U at the same timestep.
 
-    There it is constant: a positive that is predicted badly enough is pushed no further. The loss to compare with is
-    the mean over the unlabeled images of its bracket that share the positive's timestep, as `share_timesteps` deals
-    them; where there is none, it stays as it is. With max_ratio < 1 / beta, no bracket over such pairs is negative.
+    At the cap the loss is constant, so a positive that is predicted badly enough is not pushed further. The reference
+    is the mean loss of the unlabeled images in the same caption group with the positive's timestep, which
+    `share_timesteps` provides; a positive without such images is not capped. With max_ratio < 1 / beta, the bracket
+    over such pairs is never negative.
     """
     values = nll.detach()
-    beside = (
+    is_reference = (
         (batch.timesteps[:, None] == batch.timesteps)
-        & (batch.bracket[:, None] == batch.bracket)
+        & (batch.caption_group[:, None] == batch.caption_group)
         & (batch.label == UNLABELED)
-    )  # [B, B]: who stands beside whom
-    count = beside.sum(1)
-    limit = max_ratio * torch.where(beside, values, 0).sum(1) / count.clamp(min=1)
+    )  # [B, B]: whether the column's image is a reference for the row's
+    count = is_reference.sum(1)
+    limit = max_ratio * torch.where(is_reference, values, 0).sum(1) / count.clamp(min=1)
     return torch.where(batch.is_positive & (count > 0) & (values > limit), limit, nll)

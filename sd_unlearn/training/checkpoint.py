@@ -1,12 +1,11 @@
-"""Save and resume everything that changes while training, atomically: a checkpoint is there whole or not at all.
+"""Checkpoints: everything that changes during training, saved atomically and restored to the same bits.
 
-A checkpoint is written into a folder with a temporary name, which is then renamed. So a process killed in the middle
-of a save leaves the earlier ones, and a full disk costs only the new one.
+A checkpoint is written to a folder with a temporary name, which is then renamed. A process killed while saving
+therefore leaves the earlier checkpoints intact, and a full disk costs only the new one.
 """
 
 from __future__ import annotations
 
-import os
 import random
 import re
 import shutil
@@ -20,16 +19,16 @@ from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from sd_unlearn.errors import UnlearnError, UsageError
-from sd_unlearn.io.files import read_json, write_json
+from sd_unlearn.errors import UnlearnError, UsageError, reason
+from sd_unlearn.io.files import atomic_path, read_json, write_json
 from sd_unlearn.io.run_folder import CHECKPOINT_DIR
 
 IDENTITY, STATE, WEIGHTS = "checkpoint.json", "state.pt", "weights.safetensors"
 _NAME = re.compile(r"step-(\d+)")
-# Options that decide which tensors a checkpoint holds: into others they cannot be put.
+# Options that decide which tensors a checkpoint holds. Changing one makes its weights unusable.
 _SHAPING = {"--method", "--rank", "--lora_targets", "--use_dora", "--train_text_encoder", "--optimizer", "processes"}
 
-_UNWRITTEN = (OSError, RuntimeError, SafetensorError, UnlearnError)  # each writer has its own for a full disk
+_WRITE_ERRORS = (OSError, RuntimeError, SafetensorError, UnlearnError)  # what the writers raise when the disk is full
 
 
 def save(
@@ -41,117 +40,119 @@ def save(
     accelerator: Accelerator,
     limit: int,
 ) -> Path:
-    """Write run/checkpoints/step-<step>, then delete all but the newest `limit`. Every process calls it.
+    """Write run/checkpoints/step-<step>, then delete all but the newest `limit`. Call it in every process.
 
-    weights: what is trained; state: what else going on needs (tensors, numbers, strings, lists, dicts); the random
-    state of every process is added. identity: what a resumed run must have in common with this one.
+    weights: the trained tensors. state: everything else that resuming needs (tensors, numbers, strings, lists, dicts);
+    the random state of each process is added. identity: what a resumed run must have in common with this one.
 
     Raises:
-        UnlearnError: it cannot be written; what was there before still is.
+        UnlearnError: it cannot be written. Earlier checkpoints are kept.
     """
     random_states = gather_object([random_state()])
     target = run / CHECKPOINT_DIR / f"step-{step:06d}"
-    error = [""]
+    failure = ""
     if accelerator.is_main_process:
         try:
             _write(target, weights, state | {"random": random_states, "step": step}, identity)
-        except _UNWRITTEN as failure:
-            error = [str(getattr(failure, "strerror", None) or str(failure).splitlines()[0])]
-        else:
-            places = found(run)
-            here = places.index(target) + 1  # later ones are of a way that was left for an earlier checkpoint
-            for old in [*places[:here][:-limit], *places[here:]]:
-                shutil.rmtree(old, ignore_errors=True)
-    reason = gather_object(error)[0]
-    if reason:
-        kept = found(run)
-        rest = f"The last good one is {kept[-1]}: go on from it with --resume_from_checkpoint latest." if kept else ""
-        raise UnlearnError(f"Cannot write the checkpoint {target}: {reason}. Make room, or change --output_dir. {rest}")
+            _delete_old(run, target, limit)
+        except _WRITE_ERRORS as error:
+            failure = reason(error)
+    failure = gather_object([failure])[0]
+    if failure:
+        kept = list_checkpoints(run)
+        hint = f" The last good one is {kept[-1]}: resume with --resume_from_checkpoint latest." if kept else ""
+        raise UnlearnError(
+            f"Cannot write the checkpoint {target}: {failure}. Free some disk space or change --output_dir.{hint}"
+        )
     return target
 
 
 def _write(target: Path, weights: dict[str, torch.Tensor], state: dict[str, Any], identity: dict[str, Any]) -> None:
-    for left_by_a_killed_run in target.parent.glob(".step-*"):
-        shutil.rmtree(left_by_a_killed_run, ignore_errors=True)
-    temporary, replaced = (target.with_name(f".{target.name}.{os.getpid()}.{end}") for end in ("tmp", "old"))
-    try:
-        temporary.mkdir(parents=True)
-        save_file(weights, temporary / WEIGHTS)
-        torch.save(state, temporary / STATE)
-        write_json(temporary / IDENTITY, {"step": state["step"], **identity})
-        if target.is_dir():
-            target.replace(replaced)
-        temporary.replace(target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(replaced, ignore_errors=True)
+    for leftover in target.parent.glob(".step-*"):  # of a process that was killed while saving
+        shutil.rmtree(leftover, ignore_errors=True)
+    with atomic_path(target) as folder:
+        folder.mkdir()
+        save_file(weights, folder / WEIGHTS)
+        torch.save(state, folder / STATE)
+        write_json(folder / IDENTITY, {"step": state["step"], **identity})
 
 
-def found(run: Path) -> list[Path]:
+def _delete_old(run: Path, newest: Path, limit: int) -> None:
+    """Keep the newest `limit`; later steps belong to a run that was abandoned by resuming an earlier checkpoint."""
+    checkpoints = list_checkpoints(run)
+    end = checkpoints.index(newest) + 1
+    for old in [*checkpoints[:end][:-limit], *checkpoints[end:]]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def list_checkpoints(run: Path) -> list[Path]:
     """The checkpoints of a run, oldest first."""
     folder = run / CHECKPOINT_DIR
-    places = [p for p in folder.iterdir() if _NAME.fullmatch(p.name)] if folder.is_dir() else []
-    return sorted(places, key=lambda p: int(p.name.removeprefix("step-")))
+    checkpoints = [p for p in folder.iterdir() if _NAME.fullmatch(p.name)] if folder.is_dir() else []
+    return sorted(checkpoints, key=lambda p: int(p.name.removeprefix("step-")))
 
 
-def resolve(asked: str | None, run: Path) -> Path | None:
-    """The checkpoint that --resume_from_checkpoint means; None: from the start, because nothing was saved yet.
+def resolve(option: str | None, run: Path) -> Path | None:
+    """The checkpoint that --resume_from_checkpoint names. None: start from the beginning, nothing was saved yet.
 
     Raises:
-        UsageError: a path that is no checkpoint.
+        UsageError: the path is not a checkpoint.
     """
-    if asked is None:
+    if option is None:
         return None
-    if asked == "latest":
-        return next(reversed(found(run)), None)
-    path = Path(asked)
+    if option == "latest":
+        return next(reversed(list_checkpoints(run)), None)
+    path = Path(option)
     if not all((path / name).is_file() for name in (IDENTITY, STATE, WEIGHTS)):
-        names = ", ".join(str(p) for p in found(run)) or "none"
-        raise UsageError(f"--resume_from_checkpoint {asked} is no checkpoint. In --output_dir {run}: {names}.")
+        names = ", ".join(str(p) for p in list_checkpoints(run)) or "none"
+        raise UsageError(
+            f"--resume_from_checkpoint {option} is not a checkpoint. Checkpoints in --output_dir {run}: {names}."
+        )
     return path
 
 
 def load(checkpoint: Path, accelerator: Accelerator) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """(weights, state) of a checkpoint, on the CPU; this process's random state is put back.
+    """(weights, state) of a checkpoint, on the CPU. Restores the random state of this process.
 
     Raises:
-        UsageError: damaged, or of another number of processes.
+        UsageError: the checkpoint is damaged, or was saved by another number of processes.
     """
     try:
         weights = load_file(checkpoint / WEIGHTS)
         state = torch.load(checkpoint / STATE, map_location="cpu", weights_only=True)
     except Exception as error:  # safetensors, pickle, zip and OS errors alike
-        reason = str(error).splitlines()[0][:200]
         raise UsageError(
-            f"--resume_from_checkpoint {checkpoint} cannot be read ({reason}). Name an earlier one, or start over "
-            "with --overwrite."
+            f"--resume_from_checkpoint {checkpoint} cannot be read ({reason(error)}). Name an earlier one, or start "
+            "over with --overwrite."
         ) from error
     count = len(state["random"])
     if count != accelerator.num_processes:
         raise UsageError(
-            f"--resume_from_checkpoint {checkpoint} is of {count} processes, and this run has "
-            f"{accelerator.num_processes}. Start as many as before."
+            f"--resume_from_checkpoint {checkpoint} was saved by {count} processes, but this run has "
+            f"{accelerator.num_processes}. Start {count} processes."
         )
     restore_random_state(state["random"][accelerator.process_index])
     return weights, state
 
 
 def check_same(checkpoint: Path, identity: dict[str, Any], forced: bool) -> None:
-    """Refuse another objective, base or data than the checkpoint's; if forced, only what its weights do not fit.
+    """Refuse to resume with another objective, base or data than the checkpoint's.
+
+    forced (--force_resume): refuse only options under which the saved weights do not fit.
 
     Raises:
-        UsageError: naming what changed, and both values.
+        UsageError: names what changed, with both values.
     """
     before = read_json(checkpoint / IDENTITY)
     changed = {key for key, value in identity.items() if before.get(key) != value}
     refused = changed & _SHAPING if forced else changed
     if not refused:
         return
-    told = [f"{key} was {before.get(key)} and is {identity[key]}" for key in sorted(refused)]
-    way_out = "Give what it was, or start over with --overwrite; --force_resume cannot put its weights into others."
-    if not changed & _SHAPING:
-        way_out = "Give what it was, start over with --overwrite, or add --force_resume."
-    raise UsageError(f"--resume_from_checkpoint {checkpoint} is of another run: {'; '.join(told)}. {way_out}")
+    differences = "; ".join(f"{key} was {before.get(key)} and is {identity[key]}" for key in sorted(refused))
+    hint = "Restore the old value, start over with --overwrite, or add --force_resume."
+    if changed & _SHAPING:
+        hint = "Restore the old value, or start over with --overwrite: --force_resume cannot load weights that differ."
+    raise UsageError(f"--resume_from_checkpoint {checkpoint} belongs to another run: {differences}. {hint}")
 
 
 def random_state() -> dict[str, Any]:
@@ -166,7 +167,7 @@ def random_state() -> dict[str, Any]:
 
 
 def restore_random_state(state: dict[str, Any]) -> None:
-    """Put back what random_state() gave."""
+    """Restore what random_state() returned."""
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     name, keys, *rest = state["numpy"]

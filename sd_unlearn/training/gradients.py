@@ -1,4 +1,4 @@
-"""The gradient of a whole step, however it is cut into processes and micro-batches."""
+"""The gradient of a whole step, however it is split into processes and micro-batches."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from sd_unlearn.data.batches import Batch
+from sd_unlearn.data.batch import Batch
 from sd_unlearn.objectives.pu import LOGGED, PUObjective
 
-Losses = Callable[[Batch], Tensor]
+Losses = Callable[[Batch], Tensor]  # l [B] of a batch, differentiable
 
 
 def accumulate_gradients(
@@ -20,26 +20,29 @@ def accumulate_gradients(
     model: torch.nn.Module,
     losses: Losses,
     objective: PUObjective,
-    parts: Sequence[Batch],
-    assumed: Tensor | None = None,
+    micro_batches: Sequence[Batch],
+    previous: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Leave the whole step's gradient in the parameters, which hold none. Returns (figures [LOGGED], brackets).
+    """Leave the whole step's gradient in the parameters, whose .grad must be empty.
 
-    A bracket's sign is that of the whole step: all micro-batches of all processes. With one micro-batch it is known
-    before the backward pass. With several it is assumed to be the previous step's (`assumed`, what this function
-    returned); when the step's own brackets then disagree, which is rare, the step is gone through again with them.
+    The sign of a bracket is that of the whole step: all micro-batches of all processes. With one micro-batch it is
+    known before the backward pass. With several, the signs of the previous step's brackets (`previous`) are assumed;
+    if the step's own brackets turn out to have other signs, which is rare, the step is repeated with them.
+
+    Returns:
+        (metrics [LOGGED], brackets [groups]) of the whole step.
     """
-    if len(parts) == 1:
-        return _pass(accelerator, model, losses, objective, parts, None)
-    if assumed is None:
-        assumed = torch.ones(len(objective.betas), device=accelerator.device)
+    if len(micro_batches) == 1:
+        return _pass(accelerator, model, losses, objective, micro_batches, None)
+    if previous is None:
+        previous = torch.ones(len(objective.betas), device=accelerator.device)
     state = _random_state()
-    figures, brackets = _pass(accelerator, model, losses, objective, parts, assumed)
-    if not objective.decided_alike(brackets, assumed):
+    metrics, brackets = _pass(accelerator, model, losses, objective, micro_batches, previous)
+    if not objective.same_signs(brackets, previous):
         model.zero_grad()
-        _restore(state)  # the same dropout, so that the brackets are those that were just seen
-        figures, _ = _pass(accelerator, model, losses, objective, parts, brackets)
-    return figures, brackets
+        _restore(state)  # the same dropout gives the same brackets
+        metrics, _ = _pass(accelerator, model, losses, objective, micro_batches, brackets)
+    return metrics, brackets
 
 
 def _pass(
@@ -47,19 +50,19 @@ def _pass(
     model: torch.nn.Module,
     losses: Losses,
     objective: PUObjective,
-    parts: Sequence[Batch],
+    micro_batches: Sequence[Batch],
     signs: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """One forward and backward pass over all parts, with these brackets' signs; None: with those of the only part."""
+    """One forward and backward pass with the signs of these brackets; None: those of the only micro-batch."""
     total = torch.zeros(len(LOGGED) + len(objective.betas), device=accelerator.device)
-    for number, batch in enumerate(parts, 1):
-        with nullcontext() if number == len(parts) else accelerator.no_sync(model):
+    for number, batch in enumerate(micro_batches, 1):
+        with nullcontext() if number == len(micro_batches) else accelerator.no_sync(model):
             terms = objective.terms(losses(batch), batch)
             loss = objective.loss(terms, accelerator.reduce(terms.brackets, "mean") if signs is None else signs)
-            accelerator.backward(loss / len(parts))
-        total += torch.cat([objective.figures(terms, loss), terms.brackets]) / len(parts)
-    figures, brackets = accelerator.reduce(total, "mean").split([len(LOGGED), len(objective.betas)])
-    return figures, brackets
+            accelerator.backward(loss / len(micro_batches))
+        total += torch.cat([objective.metrics(terms, loss), terms.brackets]) / len(micro_batches)
+    metrics, brackets = accelerator.reduce(total, "mean").split([len(LOGGED), len(objective.betas)])
+    return metrics, brackets
 
 
 def _random_state() -> tuple[Tensor, list[Tensor]]:

@@ -1,4 +1,4 @@
-"""What the user sees and says while a run trains: metrics.jsonl, the progress bar, Ctrl-C."""
+"""Progress bar, metrics.jsonl and Ctrl-C handling."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ from tqdm import tqdm
 from sd_unlearn.io.files import read_jsonl, write_text
 from sd_unlearn.io.run_folder import METRICS
 
-AGAIN = 2.0  # seconds after which a signal is a second one
+SECOND_SIGNAL = 2.0  # seconds; a signal sooner after the first may be the same one, passed on by a launcher
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C or SIGTERM, after everything was saved."""
+    """Ctrl-C or SIGTERM, raised after a checkpoint was saved."""
 
 
 class MetricsLog:
-    """metrics.jsonl, the tracker and the progress bar; only the first process shows and writes anything."""
+    """metrics.jsonl, the tracker and the progress bar. Only the first process shows and writes anything."""
 
     def __init__(self, run: Path, title: str, step: int, steps: int, accelerator: Accelerator) -> None:
         self.accelerator, self.path = accelerator, run / METRICS
-        shown = self.accelerator.is_main_process
-        if shown:  # a resumed run takes back what was logged after its checkpoint
+        main = self.accelerator.is_main_process
+        if main:  # a resumed run drops what was logged after its checkpoint
             _drop_torn_line(self.path)
             kept = [line for line in read_jsonl(self.path) if line["step"] <= step] if self.path.is_file() else []
             write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
-        self.file = open(self.path if shown else os.devnull, "a", encoding="utf-8")
-        self.bar = tqdm(total=steps, initial=step, desc=title, unit="step", file=sys.stderr, disable=not shown)
+        self.file = open(self.path if main else os.devnull, "a", encoding="utf-8")
+        self.bar = tqdm(total=steps, initial=step, desc=title, unit="step", file=sys.stderr, disable=not main)
 
     def __enter__(self) -> MetricsLog:
         return self
@@ -50,20 +50,21 @@ class MetricsLog:
     def advance(self) -> None:
         self.bar.update()
 
-    def write(self, figures: dict[str, float]) -> None:
-        """One line of figures; those that are not finite are null."""
-        known = {k: v for k, v in figures.items() if math.isfinite(v)}
-        if {"mean_u", "mean_s", "ratio"} <= set(known):
-            self.bar.set_postfix(U=f"{known['mean_u']:.3g}", S=f"{known['mean_s']:.3g}", ratio=f"{known['ratio']:.2f}")
-        elif "ratio" not in figures:
-            self.bar.write(f"step {figures['step']}: {known}", file=sys.stderr)
-        self.accelerator.log({k: v for k, v in known.items() if k != "step"}, step=int(figures["step"]))
-        self.file.write(json.dumps({k: known.get(k) for k in figures}) + "\n")
+    def write(self, metrics: dict[str, float]) -> None:
+        """Append one line; values that are not finite become null."""
+        finite = {k: v for k, v in metrics.items() if math.isfinite(v)}
+        if {"mean_u", "mean_s", "ratio"} <= set(finite):
+            means = {"U": f"{finite['mean_u']:.3g}", "S": f"{finite['mean_s']:.3g}", "ratio": f"{finite['ratio']:.2f}"}
+            self.bar.set_postfix(means)
+        elif "ratio" not in metrics:
+            self.bar.write(f"step {metrics['step']}: {finite}", file=sys.stderr)
+        self.accelerator.log({k: v for k, v in finite.items() if k != "step"}, step=int(metrics["step"]))
+        self.file.write(json.dumps({k: finite.get(k) for k in metrics}) + "\n")
         self.file.flush()
 
 
 def _drop_torn_line(path: Path) -> None:
-    """Take back a last line without an end, as a full disk leaves it."""
+    """Remove a last line without a line end, as a full disk leaves it."""
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
     if text and not text.endswith("\n"):
         write_text(path, text[: text.rfind("\n") + 1])
@@ -71,36 +72,37 @@ def _drop_torn_line(path: Path) -> None:
 
 @contextmanager
 def stop_requests(accelerator: Accelerator) -> Iterator[Any]:
-    """Ctrl-C and SIGTERM are noted, not obeyed at once; yields asked(together) -> whether to stop after this step.
+    """Catch Ctrl-C and SIGTERM; yields stop_requested(sync) -> whether to stop after this step.
 
-    A second Ctrl-C, two seconds later or more, is obeyed at once; sooner it may be the same one, which the terminal and
-    a launcher both pass on. Several processes must stop at the same step, so they agree on it, which waits
-    for a GPU: there only where `together` says so. On a CPU, where steps are slow, at every step: after a Ctrl-C
-    torch's launcher waits only so long (usually 30 seconds) before it kills.
+    A second Ctrl-C after SECOND_SIGNAL seconds raises KeyboardInterrupt at once.
+
+    Several processes must stop at the same step, so they agree on it. On a GPU that waits for the device, so they only
+    do it where `sync` is true. On a CPU they do it at every step: steps are slow there, and torch's launcher kills its
+    processes some time after a Ctrl-C (usually 30 seconds).
     """
-    noted: list[float] = []
+    signals: list[float] = []
 
     def note(number: int, frame: Any) -> None:
         now = time.monotonic()
-        if noted and now - noted[0] > AGAIN:
+        if signals and now - signals[0] > SECOND_SIGNAL:
             raise KeyboardInterrupt
-        if not noted:
-            accelerator.print("\nStopping after this step, saving. Once more: at once, without.", file=sys.stderr)
-        noted.append(now)
+        if not signals:
+            accelerator.print("\nSaving after this step. Press Ctrl-C again to quit without saving.", file=sys.stderr)
+        signals.append(now)
 
-    def asked(together: bool) -> bool:
+    def stop_requested(sync: bool) -> bool:
         if accelerator.num_processes == 1:
-            return bool(noted)
-        if not together and accelerator.device.type != "cpu":
+            return bool(signals)
+        if not sync and accelerator.device.type != "cpu":
             return False
-        return bool(accelerator.reduce(torch.tensor(float(bool(noted)), device=accelerator.device), "sum") > 0)
+        return bool(accelerator.reduce(torch.tensor(float(bool(signals)), device=accelerator.device), "sum") > 0)
 
     try:
         before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not the main thread: whoever runs us there handles signals
+    except ValueError:  # not the main thread: the caller handles signals
         before = {}
     try:
-        yield asked
+        yield stop_requested
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

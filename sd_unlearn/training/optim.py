@@ -1,4 +1,4 @@
-"""The optimizer that skips a step whose gradient is not finite, its schedule, and the moving average of the weights."""
+"""Optimizer, learning rate schedule, skipping of steps with a non-finite gradient, moving average of the weights."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def make_optimizer(parameters: list[nn.Parameter], options: Optimizing) -> torch
 
 
 def make_schedule(optimizer: Any, options: Optimizing) -> Any:
-    """The learning rate's schedule, one step an optimizer step."""
+    """The learning rate schedule; step it once per optimizer step."""
     return get_scheduler(
         options.lr_scheduler,
         optimizer,
@@ -46,9 +46,9 @@ def make_schedule(optimizer: Any, options: Optimizing) -> Any:
 
 
 def set_rates(optimizer: Any, schedule: Any, options: Optimizing) -> None:
-    """Give an optimizer and its schedule the options' learning rate and weight decay, at the step where they stand.
+    """Set learning rate and weight decay of an optimizer and its schedule to the options', at their current step.
 
-    What load_state_dict() gave them are the checkpoint's; where those are the same, nothing changes, to the last bit.
+    load_state_dict() sets them to the checkpoint's. If those equal the options', nothing changes.
     """
     rates = [options.learning_rate * rule(schedule.last_epoch) for rule in schedule.lr_lambdas]
     schedule.base_lrs = [options.learning_rate] * len(rates)
@@ -58,33 +58,37 @@ def set_rates(optimizer: Any, schedule: Any, options: Optimizing) -> None:
 
 
 class GuardedSteps:
-    """Optimizer steps that leave out those whose gradient is not finite, and count them.
+    """Optimizer steps that skip and count gradients that are not finite.
 
-    The fused AdamW takes the verdict as a tensor, so nothing waits for the device; under fp16 the gradient scaler does
-    the same. The 8-bit AdamW cannot, and costs one wait a step.
+    The fused AdamW takes that flag as a tensor, so nothing waits for the device; under fp16 the gradient scaler does
+    the same. The 8-bit AdamW cannot: it costs one wait per step.
     """
 
     def __init__(self, optimizer: Any, scaler: Any, device: torch.device) -> None:
         self.optimizer, self.scaler = optimizer, scaler
-        self.skipped = torch.zeros(2, device=device)  # in all, and in a row
+        self.skipped = torch.zeros(2, device=device)  # total, and in a row
 
     def step(self, norm: Tensor) -> None:
         """Step, unless the gradient's norm (before clipping, a scalar) is not finite."""
-        bad = (~torch.isfinite(norm)).float().to(self.skipped.device)
-        self.skipped = torch.stack([self.skipped[0] + bad, (self.skipped[1] + 1) * bad])
+        not_finite = (~torch.isfinite(norm)).float().to(self.skipped.device)
+        self.skipped = torch.stack([self.skipped[0] + not_finite, (self.skipped[1] + 1) * not_finite])
         inner = getattr(self.optimizer, "optimizer", self.optimizer)
         if self.scaler is not None:
             self.optimizer.step()
         elif getattr(inner, "_step_supports_amp_scaling", False):
-            inner.grad_scale, inner.found_inf = None, bad
+            inner.grad_scale, inner.found_inf = None, not_finite
             self.optimizer.step()
-        elif not bool(bad):
+        elif not bool(not_finite):
             self.optimizer.step()
         self.optimizer.zero_grad()
 
 
 class MovingAverage:
-    """Exponential moving average of the trainable weights: after step t with decay min(decay, (1 + t) / (10 + t))."""
+    """Exponential moving average of the trainable weights; the decay after step t is min(decay, (1 + t) / (10 + t)).
+
+    diffusers' EMAModel(update_after_step=-1) has the same rule but rounds differently (it computes s - w (s - p) where
+    lerp computes p - (p - s) (1 - w) for w >= 0.5), so it would change the weights of existing seeds.
+    """
 
     def __init__(self, parameters: list[nn.Parameter], decay: float) -> None:
         self.parameters, self.decay, self.steps = parameters, decay, 0
@@ -98,11 +102,11 @@ class MovingAverage:
 
     @torch.no_grad()
     def swap(self) -> None:
-        """Exchange the weights and their average; a second time puts them back."""
+        """Exchange the weights and their average. A second call restores them."""
         for parameter, average in zip(self.parameters, self.averages, strict=True):
-            held = parameter.detach().clone()
+            weights = parameter.detach().clone()
             parameter.copy_(average)
-            average.copy_(held)
+            average.copy_(weights)
 
     def state_dict(self) -> dict[str, Any]:
         return {"steps": self.steps, "averages": [a.cpu() for a in self.averages]}

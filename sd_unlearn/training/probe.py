@@ -1,9 +1,10 @@
-"""A run judged while it trains: is the concept gone by now, and is the rest still there?
+"""Probes: measure every N steps whether the concept is forgotten and the rest retained.
 
-Two rules, by --probe. `ratio` needs no judge: the mean loss of held-out positives over that of held-out unlabeled
-images (mean_S / mean_U), over the same in the base; the more, the further the concept is from what the network knows.
-`leakage` draws 60 pictures of the concept and 60 of what must stay from fixed seeds and lets the judge of `evaluate`
-read them; the best is where retention - leakage is largest.
+--probe ratio needs no classifier: the mean loss of held-out positives over that of held-out unlabeled images
+(mean_S / mean_U), divided by the same ratio of the base. Higher means that the network knows less of the concept.
+
+--probe leakage generates 60 images of the concept and 60 of keep prompts from fixed seeds, and classifies them as
+`evaluate` does. The best probe is the one with the largest retention - leakage.
 """
 
 from __future__ import annotations
@@ -26,28 +27,30 @@ from sd_unlearn.models.denoiser import Denoiser
 from sd_unlearn.models.diffusion import add_noise, per_example_loss, sample_timesteps, training_target
 from sd_unlearn.models.student import Student
 from sd_unlearn.seeds import TRAIN_SEEDS, image_seed
-from sd_unlearn.training.previews import Painter
+from sd_unlearn.training.previews import ImageGenerator
 
 NUM_IMAGES = 60
 LEAKAGE_LIMIT, RETENTION_LIMIT = 0.02, 0.98
+FIRST_SEED_INDEX = 1000  # previews use the first seeds of each prompt
+MIN_TO_HOLD_OUT = 4  # images of a kind, of which 2 are held out
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """Figures to log, a score of which more is better, and whether the concept counts as forgotten."""
+class ProbeResult:
+    """Metrics to log, a score (higher is better), and whether the concept counts as forgotten."""
 
-    figures: dict[str, float]
+    metrics: dict[str, float]
     score: float
     forgotten: bool = False
-    beta: float | None = None  # to go on with, where the probe estimates it
+    beta: float | None = None  # the beta to continue with, if the probe estimates it
 
 
 class Probe(Protocol):
-    def __call__(self) -> Verdict: ...
+    def __call__(self) -> ProbeResult: ...
 
 
 class RatioProbe:
-    """mean_S / mean_U of held-out images under both captions, noise and timesteps fixed, over the base's own."""
+    """mean_S / mean_U of held-out images under both captions, with fixed noise and timesteps, over the base's."""
 
     def __init__(
         self, denoiser: Denoiser, student: Student, latents: Tensor, text: Tensor, is_positive: Tensor, seed: int
@@ -60,115 +63,116 @@ class RatioProbe:
         self.timesteps, self.is_positive = timesteps.to(device), is_positive.to(device)
         self.denoiser, self.student = denoiser, student
         with student.frozen() as frozen:
-            self.at_start = self._ratio(frozen)
+            self.base_ratio = self._ratio(frozen)
 
     @torch.no_grad()
     def _ratio(self, model: nn.Module) -> float:
         denoiser = replace(self.denoiser, model=model)
-        losses, network = [], self.student.model
+        chunks, network = [], self.student.model
         training = network.training
         network.eval()  # no dropout
         for rows in torch.arange(len(self.latents), device=self.latents.device).split(8):
             x0, noise, t = self.latents[rows], self.noise[rows], self.timesteps[rows]
             target = training_target(x0, noise, t, denoiser.alphas_cumprod, denoiser.prediction_type)  # type: ignore[arg-type]
             predicted = denoiser.predict(add_noise(x0, noise, t, denoiser.alphas_cumprod), t, self.text[rows])
-            losses.append(per_example_loss(predicted, target))
+            chunks.append(per_example_loss(predicted, target))
         network.train(training)
-        found = torch.cat(losses)
-        return float(found[self.is_positive].mean() / found[~self.is_positive].mean())
+        losses = torch.cat(chunks)
+        return float(losses[self.is_positive].mean() / losses[~self.is_positive].mean())
 
-    def __call__(self) -> Verdict:
-        ratio = self._ratio(self.student.model) / self.at_start
-        return Verdict({"probe_ratio": ratio}, ratio)
+    def __call__(self) -> ProbeResult:
+        ratio = self._ratio(self.student.model) / self.base_ratio
+        return ProbeResult({"probe_ratio": ratio}, ratio)
 
 
 class LeakageProbe:
-    """What a judge reads in pictures of fixed seeds, of the concept and of what must stay.
+    """Leakage and retention of images generated from fixed seeds, as a classifier sees them.
 
     Raises:
-        UsageError: the judge cannot read the concept, or none of the keep prompts.
+        UsageError: the classifier does not know the concept, or no keep prompt's labels.
     """
 
-    def __init__(self, painter: Painter, judge: Judge, concept: Concept, seed: int) -> None:
-        self.painter, self.judge, self.label = painter, judge, concept.label or concept.name
-        readable = readable_prompts(concept, judge.labels)
-        self.kept = [readable[i % len(readable)] for i in range(NUM_IMAGES)]
-        self.cells = [*_cells([Prompt(concept.caption)] * NUM_IMAGES, seed), *_cells(self.kept, seed)]
+    def __init__(self, generator: ImageGenerator, classifier: Judge, concept: Concept, seed: int) -> None:
+        self.generator, self.classifier, self.label = generator, classifier, concept.label or concept.name
+        classifiable = classifiable_prompts(concept, classifier.labels)
+        self.kept = [classifiable[i % len(classifiable)] for i in range(NUM_IMAGES)]
+        self.requests = [*_requests([Prompt(concept.caption)] * NUM_IMAGES, seed), *_requests(self.kept, seed)]
 
-    def __call__(self) -> Verdict:
-        texts, seeds = zip(*self.cells, strict=True)
-        reading = self.judge.read(self.painter.draw(texts, seeds))
+    def __call__(self) -> ProbeResult:
+        prompts, seeds = zip(*self.requests, strict=True)
+        reading = self.classifier.read(self.generator.generate(prompts, seeds))
         leakage = float(reading.shows(self.label)[:NUM_IMAGES].mean())
-        right = [
+        retained = [
             all(bool(reading.shows(word)[NUM_IMAGES + i]) for word in prompt.expect)
             for i, prompt in enumerate(self.kept)
         ]
-        retention = sum(right) / len(right)
+        retention = sum(retained) / len(retained)
         forgotten = leakage <= LEAKAGE_LIMIT and retention >= RETENTION_LIMIT
-        return Verdict({"probe_leakage": leakage, "probe_retention": retention}, retention - leakage, forgotten)
+        return ProbeResult({"probe_leakage": leakage, "probe_retention": retention}, retention - leakage, forgotten)
 
 
 def check_probe(config: TrainConfig, concept: Concept, groups: Sequence[str]) -> None:
-    """Refuse probes that could not be taken, before anything is rendered or loaded. groups: of each image.
+    """Refuse a probe that could not run. groups: the group of each training image.
 
     Raises:
-        UsageError: too few images to hold some out; keep prompts that the judge cannot read; no judge.
+        UsageError: too few images to hold some out; no keep prompt with labels of the classifier; no classifier.
     """
     if not config.probe_steps:
         return
     if config.probe == "ratio":
-        _check_spare(groups.count("positive"), groups.count("generic") + groups.count("mixed_in"))
+        _check_enough(groups.count("positive"), groups.count("generic") + groups.count("mixed_in"))
         return
-    readable_prompts(concept, labels_of(concept))
+    classifiable_prompts(concept, labels_of(concept))
     if concept.kind not in ("digit", "ink") and not find_spec("open_clip"):
-        raise UsageError("--probe leakage needs open_clip: pip install 'sd-unlearn[clip]', or take --probe ratio.")
+        raise UsageError("--probe leakage needs open_clip: pip install 'sd-unlearn[clip]', or use --probe ratio.")
 
 
-def readable_prompts(concept: Concept, labels: Sequence[str]) -> list[Prompt]:
-    """The keep prompts that a judge of these labels can read.
+def classifiable_prompts(concept: Concept, labels: Sequence[str]) -> list[Prompt]:
+    """The keep prompts whose expected labels a classifier with these labels knows.
 
     Raises:
-        UsageError: there is none.
+        UsageError: there are none.
     """
     label = concept.label or concept.name
-    readable = [p for p in concept.keep_prompts if p.expect and {*p.expect, label} <= set(labels)]
-    if not readable:
+    prompts = [p for p in concept.keep_prompts if p.expect and {*p.expect, label} <= set(labels)]
+    if not prompts:
         raise UsageError(
-            f"--probe leakage: the judge of {concept.name!r} can read none of its keep prompts. Use --probe ratio, or "
-            f"name in the keep prompts' braces what the judge knows: {', '.join(labels)}."
+            f"--probe leakage: the classifier for {concept.name!r} knows the labels of none of its keep prompts. Use "
+            f"--probe ratio, or put labels that it knows in the keep prompts' braces: {', '.join(labels)}."
         )
-    return readable
+    return prompts
 
 
 def probe_prompts(concept: Concept) -> list[str]:
-    """The captions a LeakageProbe may draw."""
+    """The captions that a LeakageProbe may generate."""
     return [concept.caption, *(p.text for p in concept.keep_prompts)]
 
 
-def _cells(prompts: Sequence[Prompt], seed: int) -> list[tuple[str, int]]:
-    """(prompt, seed) of each picture; apart from those of the previews, which take the first of each prompt."""
-    return [(p.text, image_seed(TRAIN_SEEDS, seed, p.text, 1000 + i)) for i, p in enumerate(prompts)]
+def _requests(prompts: Sequence[Prompt], seed: int) -> list[tuple[str, int]]:
+    """(prompt, seed) of each image."""
+    return [(p.text, image_seed(TRAIN_SEEDS, seed, p.text, FIRST_SEED_INDEX + i)) for i, p in enumerate(prompts)]
 
 
 def hold_out(examples: Sequence[Example], seed: int) -> tuple[list[int], list[int]]:
-    """Indices (to train on, held out): a tenth of each set of positives and of the generic images, 2 to 64 of each.
+    """Indices (to train on, held out). Held out: a tenth, 2 to 64, of each set of positives and of the generic images.
 
     Raises:
-        UsageError: too few images to spare any.
+        UsageError: too few images.
     """
     generator = torch.Generator().manual_seed(seed)
-    held: list[int] = []
-    for members in (
-        *members_of_sets(examples).values(),
-        [i for i, e in enumerate(examples) if e.group in ("generic", "mixed_in")],
-    ):
-        _check_spare(len(members))
+    held_out: list[int] = []
+    generic = [i for i, e in enumerate(examples) if e.group in ("generic", "mixed_in")]
+    for members in (*members_of_sets(examples).values(), generic):
+        _check_enough(len(members))
         count = min(64, max(2, len(members) // 10))
-        held += [members[i] for i in torch.randperm(len(members), generator=generator)[:count].tolist()]
-    chosen = set(held)
-    return [i for i in range(len(examples)) if i not in chosen], sorted(held)
+        held_out += [members[i] for i in torch.randperm(len(members), generator=generator)[:count].tolist()]
+    excluded = set(held_out)
+    return [i for i in range(len(examples)) if i not in excluded], sorted(held_out)
 
 
-def _check_spare(*counts: int) -> None:
-    if min(counts) < 4:
-        raise UsageError(f"--probe ratio holds out images of every folder, and one has {min(counts)}; give 4.")
+def _check_enough(*counts: int) -> None:
+    if min(counts) < MIN_TO_HOLD_OUT:
+        raise UsageError(
+            f"--probe ratio holds out images of every folder, but one has only {min(counts)}; at least "
+            f"{MIN_TO_HOLD_OUT} are needed."
+        )

@@ -1,4 +1,4 @@
-"""What a run says about itself: everything later stages and an auditor need to know of where it came from."""
+"""The record of a training: options, base, data, versions and commit, for later stages and for auditors."""
 
 from __future__ import annotations
 
@@ -23,38 +23,32 @@ from sd_unlearn.models.base import Base
 from sd_unlearn.seeds import TRAIN_SEEDS
 
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate")
+# Options copied into training.json.
+RECORDED = (
+    *("objective", "rank", "lora_alpha", "beta", "correction", "caption_mode", "target", "push", "method"),
+    *("unconditional", "timestep_bias", "snr_gamma", "noise_offset", "zero_terminal_snr", "reduction", "eta", "seed"),
+)
+# Options that do not change the trained weights, or are compared by content (concept, base, data).
+NOT_COMPARED = {
+    *("concept", "anchor", "pretrained_model_name_or_path", "vae", "prediction_type", "variant", "single_file_config"),
+    *("allow_pickle", "data_dir", "output_dir", "config", "debug", "overwrite", "beta_sweep", "report_to"),
+    *("num_unlabeled", "num_positive", "num_mixed_in", "num_keep", "num_inference_steps", "render_batch_size"),
+    *("validation_steps", "gradient_share_steps", "max_skipped_steps", "checkpointing_steps"),
+    *("checkpoints_total_limit", "resume_from_checkpoint", "force_resume", "gradient_checkpointing", "torch_compile"),
+}
 
 
 def training_record(
-    config: TrainConfig, concept: Concept, base: Base, prior: Prior, cost: dict[str, Any]
+    config: TrainConfig, concept: Concept, base: Base, prior: Prior, betas: dict[str, float], cost: dict[str, Any]
 ) -> dict[str, Any]:
-    """What training.json says: everything later stages and an auditor need to know about a run."""
+    """The content of training.json. betas: of each set of positives; cost: steps, time, memory and device."""
     settings = as_dict(config)
-    named = (
-        "objective",
-        "rank",
-        "lora_alpha",
-        "beta",
-        "correction",
-        "caption_mode",
-        "target",
-        "push",
-        "method",
-        "unconditional",
-        "timestep_bias",
-        "snr_gamma",
-        "noise_offset",
-        "zero_terminal_snr",
-        "reduction",
-        "eta",
-        "seed",
-    )
     sha256 = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
     return {
         "schema_version": 1,
         "concept": concept.slug,
         "base": base.describe(),
-        **{k: settings[k] for k in named},
+        **{k: settings[k] for k in RECORDED},
         "beta_source": prior.source,
         "beta_estimates": [dataclasses.asdict(e) for e in prior.estimates],
         "config_sha256": sha256,
@@ -64,47 +58,13 @@ def training_record(
         "commit": commit(),
         "cost": cost,
         "seeds": {"train": list(TRAIN_SEEDS)},
+        "betas": betas,
     }
-
-
-# Options that leave the trained weights as they are, or are told in another way (concept, base and data, by content).
-_NO_MATTER = {
-    "concept",
-    "anchor",
-    "pretrained_model_name_or_path",
-    "data_dir",
-    "output_dir",
-    "config",
-    "debug",
-    "overwrite",
-    "num_unlabeled",
-    "num_positive",
-    "num_mixed_in",
-    "num_keep",
-    "num_inference_steps",
-    "render_batch_size",
-    "beta_sweep",
-    "validation_steps",
-    "gradient_share_steps",
-    "max_skipped_steps",
-    "report_to",
-    "checkpointing_steps",
-    "checkpoints_total_limit",
-    "resume_from_checkpoint",
-    "force_resume",
-    "gradient_checkpointing",
-    "torch_compile",
-    "vae",
-    "prediction_type",
-    "variant",
-    "single_file_config",
-    "allow_pickle",
-}
 
 
 def identity_of(config: TrainConfig, concept: Concept, base: Base, data_sha256: str, processes: int) -> dict[str, Any]:
     """What a resumed run must have in common with its checkpoint, by name."""
-    options = {f"--{key}": value for key, value in as_dict(config).items() if key not in _NO_MATTER}
+    options = {f"--{key}": value for key, value in as_dict(config).items() if key not in NOT_COMPARED}
     return options | {
         "--concept (content)": concept_sha256(concept),
         "base": base.sha256,
@@ -116,7 +76,7 @@ def identity_of(config: TrainConfig, concept: Concept, base: Base, data_sha256: 
 
 
 def peak_memory_mb() -> int:
-    """The most memory used: of the GPU where there is one, else of this process."""
+    """Peak memory in MiB: of the GPU if there is one, else of this process."""
     if torch.cuda.is_available():
         return int(torch.cuda.max_memory_allocated() / 2**20)
     return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10)
@@ -127,9 +87,16 @@ def device_name(device: torch.device) -> str:
 
 
 def commit() -> str | None:
-    """The checkout's commit, or None when the package runs from elsewhere."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    """The commit of this package's own checkout.
+
+    None when the package is not under version control, e.g. when it is installed in a virtual environment that lies
+    inside another repository.
+    """
+    init = Path(__file__).parents[1] / "__init__.py"
+    git = ["git", "-C", str(init.parent)]
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        for command in (["ls-files", "--error-unmatch", init.name], ["rev-parse", "HEAD"]):
+            output = subprocess.run([*git, *command], capture_output=True, text=True, check=True).stdout
+        return output.strip()
     except (OSError, subprocess.CalledProcessError):
         return None

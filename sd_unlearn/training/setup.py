@@ -1,30 +1,33 @@
-"""From options, folders and a loaded base to everything the loop works with."""
+"""From options, data folder and loaded base to everything the training loop needs."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from torch import Tensor
+from torch import Tensor, nn
 
 from sd_unlearn.config.train import TrainConfig
-from sd_unlearn.data.batches import StratifiedBatches
+from sd_unlearn.data.batch import Batch
+from sd_unlearn.data.batches import EncodedImages, NoiseSampling, Sharding, StratifiedBatches
 from sd_unlearn.data.concept import Concept
 from sd_unlearn.data.dataset import (
     CACHE_DIR,
-    Example,
     encode_captions,
     encode_images,
+    members_of_sets,
     positive_sets,
     scan,
     share_beta,
     tokenize,
 )
 from sd_unlearn.data.embeddings import embed
+from sd_unlearn.data.layout import Layout, caption_groups
 from sd_unlearn.data.prior import Prior, resolve_beta
 from sd_unlearn.metrics.registry import make_judge
 from sd_unlearn.models import performance
@@ -33,66 +36,66 @@ from sd_unlearn.models.denoiser import Denoiser
 from sd_unlearn.models.sampling import resolve_sampler
 from sd_unlearn.models.source import DIGITS
 from sd_unlearn.models.student import Student, make_student
+from sd_unlearn.objectives.losses import example_losses
 from sd_unlearn.objectives.pu import PUObjective
 from sd_unlearn.objectives.teacher import Teacher
 from sd_unlearn.seeds import TRAIN_SEEDS
 from sd_unlearn.training.loop import Training
-from sd_unlearn.training.previews import Painter, preview_prompts
+from sd_unlearn.training.previews import ImageGenerator, PreviewWriter, preview_prompts
 from sd_unlearn.training.probe import LeakageProbe, Probe, RatioProbe, hold_out, probe_prompts
 
-# The text encoder of digits gives the generic caption nearly the empty one's embedding: both forget, or neither does.
+# The text encoder of digits gives the generic and the empty caption nearly the same embedding, so the unconditional
+# prediction cannot be kept while the generic one changes.
 UNCONDITIONAL = {DIGITS: 0.0}
 
 
 @dataclass(frozen=True)
 class Data:
-    """What is trained on, encoded: the VAE and the text encoder are not needed for it any more."""
+    """The encoded training data. Training on it needs neither the VAE nor the text encoder."""
 
-    examples: list[Example]
-    latents: tuple[Tensor, Tensor]  # mean and standard deviation, each [N, 4, H/8, W/8]
-    captions: dict[str, Tensor]  # embeddings [tokens, width]; token ids [tokens] where the encoder is trained
+    images: EncodedImages
     betas: dict[str, float]  # share of each set of positives among the unlabeled images
-    prior: Prior  # where they are from
+    prior: Prior  # the source of the betas
 
     def counts(self) -> str:
-        """How many images there are of each kind, in words."""
-        positive, negative = (sum(getattr(e, f"is_{kind}") for e in self.examples) for kind in ("positive", "negative"))
-        known = f" and {negative} known to be normal" if negative else ""
-        return f"{len(self.examples) - positive - negative} unlabeled and {positive} positive images{known}"
+        """The number of images of each kind, in words."""
+        examples = self.images.examples
+        positive, negative = (sum(getattr(e, f"is_{kind}") for e in examples) for kind in ("positive", "negative"))
+        known = f", {negative} known to be normal" if negative else ""
+        return f"{len(examples) - positive - negative} unlabeled and {positive} positive images{known}"
 
 
 def read_data(config: TrainConfig, concept: Concept, base: Base) -> Data:
-    """Scan the data folder, encode it (cached), and find beta.
+    """Scan the data folder, encode images (cached) and captions, and determine beta.
 
     Raises:
-        UsageError: images, captions or betas that cannot be meant.
+        UsageError: invalid images, captions or betas.
     """
     assert config.data_dir is not None
     examples = scan(config.data_dir, concept, config.eta)
-    latents = encode_images(base, examples, config.resolution or base.resolution, config.data_dir / CACHE_DIR)
-    prior = resolve_beta(config.beta, config.data_dir, lambda: embed(base, examples, latents[0]))
+    mean, std = encode_images(base, examples, config.resolution or base.resolution, config.data_dir / CACHE_DIR)
+    prior = resolve_beta(config.beta, config.data_dir, lambda: embed(base, examples, mean))
     prior = broadcast_object_list([prior])[0]  # rounding may differ between devices: one beta for all
     sets = positive_sets(config.data_dir)
     shared, source = share_beta(concept, sets, prior.beta, prior.source)
-    texts = ["", concept.generic, *concept.captions, *preview_prompts(concept), *(e.caption for e in examples)]
-    if _probing(config) == "leakage":
-        texts += probe_prompts(concept)
-    texts = list(dict.fromkeys(texts))
+    captions = ["", concept.generic, *concept.captions, *preview_prompts(concept), *(e.caption for e in examples)]
+    if _probe_name(config) == "leakage":
+        captions += probe_prompts(concept)
+    captions = list(dict.fromkeys(captions))
     encode = tokenize if config.train_text_encoder else encode_captions
-    captions = dict(zip(texts, encode(base, texts), strict=True))
-    betas = dict(zip(sets, shared, strict=True))
-    return Data(examples, latents, captions, betas, dataclasses.replace(prior, source=source))
+    images = EncodedImages(examples, mean, std, dict(zip(captions, encode(base, captions), strict=True)))
+    return Data(images, dict(zip(sets, shared, strict=True)), dataclasses.replace(prior, source=source))
 
 
-def resolved(config: TrainConfig, base: Base, data: Data) -> TrainConfig:
-    """The options with every default looked up, as they are recorded: how the run was begun is no part of it."""
-    usual = UNCONDITIONAL.get(base.name, 0.25)
+def resolve_defaults(config: TrainConfig, base: Base, data: Data) -> TrainConfig:
+    """The options with every default filled in, as they are recorded; without those on how the run was started."""
+    default = UNCONDITIONAL.get(base.name, 0.25)
     return dataclasses.replace(
         config,
         beta=sum(data.betas.values()),
         guidance_scale=resolve_sampler(config, base.name).guidance_scale,
         lora_alpha=float(config.rank if config.lora_alpha is None else config.lora_alpha),
-        unconditional=usual if config.unconditional is None else config.unconditional,
+        unconditional=default if config.unconditional is None else config.unconditional,
         pretrained_model_name_or_path=base.name,
         overwrite=False,
         resume_from_checkpoint=None,
@@ -100,110 +103,128 @@ def resolved(config: TrainConfig, base: Base, data: Data) -> TrainConfig:
     )
 
 
-def assemble(
+def make_training(
     config: TrainConfig, concept: Concept, base: Base, data: Data, accelerator: Accelerator, identity: dict[str, Any]
 ) -> Training:
-    """Attach what is trained to the base and bring all together; the base's other networks go if nobody needs them."""
+    """Attach the trained weights to the base and assemble the run; drops the base's networks that nothing needs.
+
+    config: with defaults filled in.
+    """
     assert config.output_dir is not None
-    seed, teaches = TRAIN_SEEDS[0] + config.seed, config.target == "teacher"
+    seed, has_teacher = TRAIN_SEEDS[0] + config.seed, config.target == "teacher"
     performance.prepare(base.pipeline.unet, config)
-    student = make_student(base, config, seed, needs_teacher=teaches)
+    student = make_student(base, config, seed, needs_teacher=has_teacher)
     performance.compile_blocks(base.pipeline.unet, config)
     wrapped = accelerator.prepare(student.model)
     if student.base_copy is not None:
         student.base_copy = accelerator.prepare_model(student.base_copy, evaluation_mode=True)
-    alone = Denoiser.of(base, student.model)
-    held: list[int] = []
-    kept = list(range(len(data.examples)))
-    if _probing(config) == "ratio":
-        kept, held = hold_out(data.examples, seed)
-    mean, std = data.latents
-    batches = StratifiedBatches(
-        [data.examples[i] for i in kept],
-        (mean[kept], std[kept]),
-        data.captions,
-        concept,
-        config.caption_mode,
-        config.train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes,
-        alone.num_train_timesteps,
-        seed,
-        rank=accelerator.process_index,
-        world=accelerator.num_processes,
-        micro_batches=config.gradient_accumulation_steps,
-        device=accelerator.device,
-        teacher=teaches,
-        timestep_bias=config.timestep_bias,
-        share_timesteps=config.share_timesteps,
-        unconditional=config.unconditional or 0.0,
-        noise_offset=config.noise_offset,
-    )
+    denoiser = Denoiser.of(base, student.model)
+    held_out: list[int] = []
+    images = data.images
+    if _probe_name(config) == "ratio":
+        kept, held_out = hold_out(images.examples, seed)
+        images = images.subset(kept)
+    batches = make_batches(config, concept, images, denoiser.num_train_timesteps, accelerator)
     eta = config.eta if batches.layout.negative else 0.0
-    betas = [list(data.betas.values())] * len(batches.brackets)
+    betas = [list(data.betas.values())] * len(batches.caption_groups)
     objective = PUObjective(betas, config.correction, eta, config.objective)
-    painter = _painter(config, base, data, student)
-    probe = _probe(config, concept, data, student, alone, painter, held)
+    teacher = _make_teacher(config, concept, data, student, denoiser) if has_teacher else None
+
+    def losses(model: nn.Module, batch: Batch) -> Tensor:
+        of_model = dataclasses.replace(denoiser, model=model)
+        return example_losses(of_model, batch, config.reduction, teacher, config.temperature, config.snr_gamma)
+
+    generator = _make_generator(config, base, data, student)
+    probe = _make_probe(config, concept, data, student, denoiser, generator, held_out)
+    preview = PreviewWriter(generator, concept, config.seed, config.output_dir) if generator else None
     return Training(
-        config,
-        concept,
         config.output_dir,
+        f"forget {concept.slug}",
         student,
         wrapped,
-        dataclasses.replace(alone, model=wrapped),
+        losses,
         batches,
         objective,
-        _teacher(config, concept, data, student, alone) if teaches else None,
-        painter,
-        probe,
-        identity,
         accelerator,
+        identity,
+        preview,
+        probe,
     )
 
 
-def _probing(config: TrainConfig) -> str:
-    return config.probe if config.probe_steps else "no"
+def make_batches(
+    config: TrainConfig, concept: Concept, images: EncodedImages, num_train_timesteps: int, accelerator: Accelerator
+) -> StratifiedBatches:
+    """The batches of a run; a step's batch is split over all processes and micro-batches."""
+    has_teacher, examples = config.target == "teacher", images.examples
+    sharding = Sharding(accelerator.process_index, accelerator.num_processes, config.gradient_accumulation_steps)
+    parts = sharding.processes * sharding.micro_batches
+    groups = caption_groups(concept, config.caption_mode)
+    layout = Layout.of(
+        config.train_batch_size * parts,
+        len(groups),
+        has_keep=has_teacher or any(e.group == "keep" for e in examples),
+        parts=parts,
+        sets=len(members_of_sets(examples)),
+        negatives=any(e.is_negative for e in examples),
+    )
+    return StratifiedBatches(
+        images,
+        groups,
+        layout,
+        NoiseSampling(num_train_timesteps, config.timestep_bias, config.share_timesteps, config.noise_offset),
+        TRAIN_SEEDS[0] + config.seed,
+        unconditional=(config.unconditional or 0.0) if has_teacher else None,
+        sharding=sharding,
+        device=accelerator.device,
+    )
 
 
-def _teacher(config: TrainConfig, concept: Concept, data: Data, student: Student, denoiser: Denoiser) -> Teacher:
+def _probe_name(config: TrainConfig) -> str:
+    return config.probe if config.probe_steps else "none"
+
+
+def _make_teacher(config: TrainConfig, concept: Concept, data: Data, student: Student, denoiser: Denoiser) -> Teacher:
     device = denoiser.alphas_cumprod.device
-    generic, empty = (data.captions[caption].to(device) for caption in (concept.generic, ""))
+    generic, empty = (data.images.text[caption].to(device) for caption in (concept.generic, ""))
     guidance, beta = max(1.0, config.guidance_scale or 1.0), sum(data.betas.values())
     return Teacher(denoiser, student.frozen, generic, empty, guidance, config.push / beta)
 
 
-def _painter(config: TrainConfig, base: Base, data: Data, student: Student) -> Painter | None:
-    """What draws previews and probes; None, the VAE gone, if nothing is to be drawn."""
+def _make_generator(config: TrainConfig, base: Base, data: Data, student: Student) -> ImageGenerator | None:
+    """The generator of previews and probes. Drops the text encoder, and the VAE if no images are generated."""
     pipeline = base.pipeline
     if not config.train_text_encoder:
         pipeline.text_encoder = None
         if base.kind == "sdxl":
             pipeline.text_encoder_2 = None
-    if not config.validation_steps and _probing(config) != "leakage":
+    if not config.validation_steps and _probe_name(config) != "leakage":
         pipeline.vae = None
         return None
     pipeline.vae.to("cpu")
 
-    def embed(captions: Any) -> Tensor:
+    def embed_captions(captions: Sequence[str]) -> Tensor:
         if config.train_text_encoder:
             return encode_captions(base, captions)
-        return torch.stack([data.captions[caption] for caption in captions])
+        return torch.stack([data.images.text[caption] for caption in captions])
 
-    return Painter(base, resolve_sampler(config, base.name), embed, student.model)
+    return ImageGenerator(base, resolve_sampler(config, base.name), embed_captions, student.model)
 
 
-def _probe(
+def _make_probe(
     config: TrainConfig,
     concept: Concept,
     data: Data,
     student: Student,
     denoiser: Denoiser,
-    painter: Painter | None,
-    held: list[int],
+    generator: ImageGenerator | None,
+    held_out: list[int],
 ) -> Probe | None:
-    if _probing(config) == "leakage" and painter:
-        return LeakageProbe(painter, make_judge(concept), concept, config.seed)
-    if _probing(config) != "ratio":
+    if _probe_name(config) == "leakage" and generator:
+        return LeakageProbe(generator, make_judge(concept), concept, config.seed)
+    if _probe_name(config) != "ratio":
         return None
-    texts = torch.stack([data.captions[c] for c in (concept.caption, concept.generic) for _ in held])
-    positive = torch.tensor([data.examples[i].is_positive for i in held] * 2)
-    latents = data.latents[0][held].repeat(2, 1, 1, 1)
-    return RatioProbe(denoiser, student, latents, texts, positive, TRAIN_SEEDS[0] + config.seed)
+    images = data.images.subset(held_out)
+    text = torch.stack([images.text[c] for c in (concept.caption, concept.generic) for _ in held_out])
+    positive = torch.tensor([e.is_positive for e in images.examples] * 2)
+    return RatioProbe(denoiser, student, images.mean.repeat(2, 1, 1, 1), text, positive, TRAIN_SEEDS[0] + config.seed)

@@ -1,4 +1,4 @@
-"""Latents -> the stratified batches of a step, whole or cut into parts."""
+"""The stratified batches of a step, whole or split into parts."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from sd_unlearn.config.train import TrainConfig
-from sd_unlearn.data.batches import PLAIN, Batch, Cycle, Layout, StratifiedBatches, check_batch_size
+from sd_unlearn.data.batch import NO_GROUP, Batch
+from sd_unlearn.data.batches import Cycle, EncodedImages, NoiseSampling, Sharding, StratifiedBatches
 from sd_unlearn.data.concept import Concept
 from sd_unlearn.data.dataset import Example
+from sd_unlearn.data.layout import Layout, caption_groups, check_batch_size
 from sd_unlearn.errors import UsageError
 from sd_unlearn.models.diffusion import sample_timesteps
 from sd_unlearn.risk import NORMAL, UNLABELED
@@ -33,7 +35,7 @@ def steps(batches: StratifiedBatches, count: int) -> Iterator[Batch]:
 
 
 @pytest.mark.parametrize("size", [1, 5, 12])
-def test_a_cycle_goes_through_all_before_it_repeats(size: int) -> None:
+def test_a_cycle_takes_every_index_before_it_repeats(size: int) -> None:
     cycle = Cycle(size, 0)
     stream = [i for _ in range(6 * size) for i in cycle.take(2)]
     epochs = [stream[i : i + size] for i in range(0, len(stream), size)]
@@ -41,17 +43,17 @@ def test_a_cycle_goes_through_all_before_it_repeats(size: int) -> None:
     assert size < 5 or len({tuple(epoch) for epoch in epochs}) > 6  # in another order every time
 
 
-@pytest.mark.parametrize("brackets", [1, 2])
+@pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("has_keep", [True, False])
 @pytest.mark.parametrize("batch_size", [4, 5, 6, 7, 8, 13, 16, 31, 32, 100])
-def test_layout(batch_size: int, brackets: int, has_keep: bool) -> None:
-    layout = Layout.of(batch_size, brackets, has_keep)
-    total = brackets * (layout.positive + layout.unlabeled) + layout.keep
+def test_layout(batch_size: int, groups: int, has_keep: bool) -> None:
+    layout = Layout.of(batch_size, groups, has_keep)
+    total = groups * (layout.positive + layout.unlabeled) + layout.keep
     assert layout.positive >= 1
     assert layout.unlabeled >= layout.positive
-    assert total == (batch_size if has_keep else batch_size - batch_size % brackets)
-    assert brackets * layout.positive <= max(brackets, batch_size / 4)
-    assert not has_keep or brackets * layout.unlabeled <= max(brackets, 0.35 * batch_size)
+    assert total == (batch_size if has_keep else batch_size - batch_size % groups)
+    assert groups * layout.positive <= max(groups, batch_size / 4)
+    assert not has_keep or groups * layout.unlabeled <= max(groups, 0.35 * batch_size)
     assert has_keep or layout.keep == 0
     assert not has_keep or layout.keep >= int(0.4 * batch_size) or layout.positive == layout.unlabeled == 1
 
@@ -65,65 +67,65 @@ def test_layout_is_a_quarter_positives_and_35_percent_unlabeled() -> None:
     assert Layout.of(32, 1, False) == Layout(8, 24, 0)
 
 
-def test_layout_without_positives_gives_their_rows_to_unlabeled_images() -> None:
+def test_layout_without_positives_gives_their_share_to_unlabeled_images() -> None:
     assert Layout.of(32, 1, False, sets=0) == Layout(0, 32, 0, sets=0)
     assert Layout.of(32, 2, True, sets=0) == Layout(0, 9, 14, sets=0)
     assert Layout.of(2, 1, False, parts=2, sets=0) == Layout(0, 2, 0, sets=0)
-    with pytest.raises(UsageError, match="are 2, the least"):
+    with pytest.raises(UsageError, match="at least 2 images"):
         Layout.of(1, 2, False, sets=0)
 
 
 @pytest.mark.parametrize("sets", [1, 2, 3])
 @pytest.mark.parametrize("negatives", [True, False])
-@pytest.mark.parametrize("brackets", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("groups", [1, 2, 3, 4, 5])
 @pytest.mark.parametrize("batch_size", [40, 64, 200])
 @pytest.mark.parametrize("has_keep", [True, False])
 def test_layout_of_many_captions_and_kinds(
-    batch_size: int, brackets: int, negatives: bool, sets: int, has_keep: bool
+    batch_size: int, groups: int, negatives: bool, sets: int, has_keep: bool
 ) -> None:
-    layout = Layout.of(batch_size, brackets, has_keep, sets=sets, negatives=negatives)
-    assert layout.total(brackets) == (batch_size if has_keep else pytest.approx(batch_size, abs=brackets))
+    layout = Layout.of(batch_size, groups, has_keep, sets=sets, negatives=negatives)
+    assert layout.total(groups) == (batch_size if has_keep else pytest.approx(batch_size, abs=groups))
     assert min(layout.positive, layout.unlabeled) >= 1
     assert (layout.negative > 0) == negatives
     assert layout.sets == sets
-    if brackets * (sets + 2) <= batch_size / 4:  # where there is room, kinds have their shares
-        assert 0.125 * batch_size <= brackets * sets * layout.positive <= 0.25 * batch_size
+    if groups * (sets + 2) <= batch_size / 4:  # large batches have the usual shares
+        assert 0.125 * batch_size <= groups * sets * layout.positive <= 0.25 * batch_size
         assert layout.unlabeled >= layout.negative
         assert not has_keep or layout.keep >= 0.4 * batch_size
-    whole_share = Layout.of(batch_size, brackets, has_keep, sets=sets).unlabeled
-    assert layout.unlabeled + layout.negative == max(whole_share, 1 + negatives)  # shared out between them
+    whole_share = Layout.of(batch_size, groups, has_keep, sets=sets).unlabeled
+    assert layout.unlabeled + layout.negative == max(whole_share, 1 + negatives)  # divided between them
 
 
 def test_layout_of_the_default_batch() -> None:
-    found = [Layout.of(40, brackets, True) for brackets in (1, 2, 3, 4, 5)]
+    found = [Layout.of(40, groups, True) for groups in (1, 2, 3, 4, 5)]
     shares = [(10, 14, 16), (5, 7, 16), (3, 4, 19), (2, 3, 20), (2, 2, 20)]
     assert [(x.positive, x.unlabeled, x.keep) for x in found] == shares
 
 
 @pytest.mark.parametrize(
-    ("least", "brackets", "kinds"),
+    ("least", "groups", "kinds"),
     [(4, 2, {}), (10, 5, {}), (15, 5, {"negatives": True}), (8, 2, {"sets": 2, "negatives": True})],
 )
 @pytest.mark.parametrize("parts", [1, 4])
-def test_a_batch_too_small_is_refused(least: int, brackets: int, kinds: dict[str, int], parts: int) -> None:
-    layout = Layout.of(parts * least, brackets, True, parts, **kinds)  # type: ignore[arg-type]
-    assert layout.total(brackets) == parts * least
-    with pytest.raises(UsageError, match=f"--train_batch_size {least - 1} .* are {least}, the least"):
-        Layout.of(parts * (least - 1), brackets, True, parts, **kinds)  # type: ignore[arg-type]
+def test_a_batch_that_is_too_small_is_refused(least: int, groups: int, kinds: dict[str, int], parts: int) -> None:
+    layout = Layout.of(parts * least, groups, True, parts, **kinds)  # type: ignore[arg-type]
+    assert layout.total(groups) == parts * least
+    with pytest.raises(UsageError, match=f"--train_batch_size {least - 1} .* at least {least} images"):
+        Layout.of(parts * (least - 1), groups, True, parts, **kinds)  # type: ignore[arg-type]
 
 
-def test_a_batch_too_small_is_refused_by_what_lies_in_the_folder(concept: Concept, photos: Callable[..., Path]) -> None:
+def test_the_smallest_batch_depends_on_the_folders(concept: Concept, photos: Callable[..., Path]) -> None:
     folder, asked = photos(), dataclasses.replace(concept, paraphrases=["Brad, {please,now}"])
     config = TrainConfig(train_batch_size=7)
     check_batch_size(config, concept, folder)
-    with pytest.raises(UsageError, match="--train_batch_size 7 .*4, by --caption_mode.* are 8"):
+    with pytest.raises(UsageError, match="--train_batch_size 7 .*at least 8 images.*4, set by --caption_mode"):
         check_batch_size(config, asked, folder)
     check_batch_size(TrainConfig(train_batch_size=7, caption_mode="shared"), asked, folder)
     (folder / "2_negative").mkdir()
     (folder / "1_positive_2").mkdir()
-    with pytest.raises(UsageError, match="--train_batch_size 7 .*each \\(4\\) are 8"):
+    with pytest.raises(UsageError, match=r"--train_batch_size 7 .*at least 8 images, one of each kind \(4\)"):
         check_batch_size(config, concept, folder)
-    with pytest.raises(UsageError, match="are 12"):
+    with pytest.raises(UsageError, match="at least 12 images"):
         check_batch_size(TrainConfig(train_batch_size=7, eta=0.0), asked, folder)
 
 
@@ -137,26 +139,30 @@ def make_batches(
     negatives: int = 0,
     second: int = 0,
     positives: int = 5,
-    **options: float,
+    teacher: bool = False,
+    unconditional: float = 0.25,
+    sharding: Sharding = Sharding(),
+    **sampling: float,
 ) -> StratifiedBatches:
     """Six generic, three hidden, eight kept and five positive examples; an example's latents are its index, its
-    caption's embedding is the caption's. negatives, second: how many known to be normal, and of a second set."""
+    caption's embedding is constant. negatives, second: how many known to be normal, and of a second set."""
     kinds = [("generic", GENERIC, 6), ("mixed_in", CAPTION, 3), *(("keep", text, 4 * keep) for text in KEEP)]
     kinds += [("positive", CAPTION, positives), ("negative", GENERIC, negatives)]
     examples = [Example(Path(f"{i}"), text, group) for group, text, count in kinds for i in range(count)]
     examples += [Example(Path(f"{i}"), CAPTION, "positive", 1) for i in range(second)]
     mean = torch.arange(len(examples)).float().view(-1, 1, 1, 1).expand(-1, 4, 2, 2)
-    latents = (mean, torch.zeros_like(mean))
+    groups, parts = caption_groups(concept, mode), sharding.processes * sharding.micro_batches  # type: ignore[arg-type]
+    layout = Layout.of(
+        batch_size, len(groups), keep or teacher, parts, (positives > 0) + (second > 0), negatives=negatives > 0
+    )
     return StratifiedBatches(
-        examples,
-        latents,
-        embeddings(),
-        concept,
-        mode,
-        batch_size,
-        1000,
+        EncodedImages(examples, mean, torch.zeros_like(mean), embeddings()),
+        groups,
+        layout,
+        NoiseSampling(1000, **sampling),  # type: ignore[arg-type]
         seed,
-        **options,  # type: ignore[arg-type]
+        unconditional=unconditional if teacher else None,
+        sharding=sharding,
     )
 
 
@@ -165,40 +171,40 @@ def embeddings() -> dict[str, Tensor]:
     return {text: torch.full((3, 2), float(i)) for i, text in enumerate(texts)}
 
 
-def pictures(batches: StratifiedBatches, batch: Batch) -> list[tuple[int, Example, str]]:
-    """(bracket, example, caption seen) of each row of a batch."""
+def example_rows(batches: StratifiedBatches, batch: Batch) -> list[tuple[int, Example, str]]:
+    """(caption group, example, caption seen) of each row of a batch."""
     names = list(embeddings())
     index = batch.latents[:, 0, 0, 0].round().long().tolist()
     seen = [names[int(text[0, 0])] for text in batch.text]
-    return [(b, batches.examples[i], c) for b, i, c in zip(batch.bracket.tolist(), index, seen, strict=True)]
+    return [(b, batches.examples[i], c) for b, i, c in zip(batch.caption_group.tolist(), index, seen, strict=True)]
 
 
 def rows(batches: StratifiedBatches, batch: Batch) -> list[tuple[int, str, str]]:
-    """(bracket, group, caption seen) of each example of a batch."""
-    return [(bracket, example.group, seen) for bracket, example, seen in pictures(batches, batch)]
+    """(caption group, group of the metadata, caption seen) of each example of a batch."""
+    return [(index, example.group, seen) for index, example, seen in example_rows(batches, batch)]
 
 
 @pytest.mark.parametrize(
-    ("mode", "brackets", "per_bracket", "keep"),
+    ("mode", "groups", "per_group", "keep"),
     [("own", [None], (4, 5), 7), ("shared", [GENERIC], (4, 5), 7), ("both", [GENERIC, CAPTION], (2, 2), 8)],
 )
-def test_every_batch_has_its_share_under_the_right_captions(
-    concept: Concept, mode: str, brackets: list[str | None], per_bracket: tuple[int, int], keep: int
+def test_every_batch_has_the_right_counts_and_captions(
+    concept: Concept, mode: str, groups: list[str | None], per_group: tuple[int, int], keep: int
 ) -> None:
     batches = make_batches(concept, mode)
     for batch in steps(batches, 12):
         found = rows(batches, batch)
-        assert batch.captions == len(brackets)
+        assert batch.num_groups == len(groups)
         assert len(found) == 16
-        for number, caption in enumerate(brackets):
-            here = [(group, seen) for bracket, group, seen in found if bracket == number]
+        for number, caption in enumerate(groups):
+            here = [(group, seen) for index, group, seen in found if index == number]
             positives = [seen for group, seen in here if group == "positive"]
             unlabeled = [(group, seen) for group, seen in here if group != "positive"]
-            assert (len(positives), len(unlabeled)) == per_bracket
-            assert positives == [caption or CAPTION] * per_bracket[0]
+            assert (len(positives), len(unlabeled)) == per_group
+            assert positives == [caption or CAPTION] * per_group[0]
             for group, seen in unlabeled:
                 assert seen == (caption or {"generic": GENERIC, "mixed_in": CAPTION}[group])
-        kept = [(example, seen) for bracket, example, seen in pictures(batches, batch) if bracket == PLAIN]
+        kept = [(example, seen) for group, example, seen in example_rows(batches, batch) if group == NO_GROUP]
         assert len(kept) == keep
         assert all(example.group == "keep" and seen == example.caption for example, seen in kept)
         assert batch.is_positive.tolist() == [group == "positive" for _, group, _ in found]
@@ -209,47 +215,49 @@ def test_every_batch_has_its_share_under_the_right_captions(
 @pytest.mark.parametrize("micro_batches", [1, 2])
 @pytest.mark.parametrize("keep", [True, False])
 def test_batches_without_positives(concept: Concept, keep: bool, micro_batches: int) -> None:
-    batches = make_batches(concept, "own", keep=keep, positives=0, micro_batches=micro_batches)
-    assert batches.layout.total(1) == 16
+    batches = make_batches(concept, "own", keep=keep, positives=0, sharding=Sharding(micro_batches=micro_batches))
+    assert batches.images_per_step == 16
     for parts in islice(batches, 6):
         groups = Counter(group for batch in parts for _, group, _ in rows(batches, batch))
         assert groups["generic"] + groups["mixed_in"] == (9 if keep else 16)
         assert groups["keep"] == (7 if keep else 0)
-        weights = sum(batch.weight[batch.bracket == 0].sum().item() for batch in parts) / micro_batches
+        weights = sum(batch.weight[batch.caption_group == 0].sum().item() for batch in parts) / micro_batches
         assert weights == pytest.approx(1)
     batches.load_state_dict(batches.state_dict())
 
 
 @pytest.mark.parametrize("teacher", [True, False])
-def test_every_paraphrase_has_a_bracket(concept: Concept, teacher: bool) -> None:
+def test_every_paraphrase_has_a_caption_group(concept: Concept, teacher: bool) -> None:
     asked = dataclasses.replace(concept, paraphrases=list(PARAPHRASES))
     batches, names = make_batches(asked, "both", batch_size=40, teacher=teacher), list(embeddings())
     captions = [GENERIC, CAPTION, *PARAPHRASES]
     for batch in steps(batches, 12):
-        assert batch.captions == 5
-        found = pictures(batches, batch)
+        assert batch.num_groups == 5
+        found = example_rows(batches, batch)
         assert len(found) == 40
         taught = [names[int(text[0, 0])] for text in batch.teacher_text]
         for number, caption in enumerate(captions):
             here = [(e, seen, t) for (b, e, seen), t in zip(found, taught, strict=True) if b == number]
             assert [e.is_positive for e, _, _ in here] == [False, False, True, True]
             assert {seen for _, seen, _ in here} == {caption}
-            assert all(t == e.caption for e, _, t in here)  # what the picture was drawn from, never a paraphrase
-        assert not any(seen in PARAPHRASES for b, _, seen in found if b == PLAIN)
+            assert all(t == e.caption for e, _, t in here)  # the caption it was generated from, never a paraphrase
+        assert not any(seen in PARAPHRASES for b, _, seen in found if b == NO_GROUP)
     for mode in ("own", "shared"):  # which know no paraphrases
         batch = next(steps(make_batches(asked, mode, batch_size=40, teacher=teacher), 1))
-        assert batch.captions == 1
+        assert batch.num_groups == 1
 
 
 @pytest.mark.parametrize("mode", ["own", "shared", "both"])
 @pytest.mark.parametrize("teacher", [True, False])
-def test_negatives_and_every_set_of_positives_are_in_every_bracket(concept: Concept, mode: str, teacher: bool) -> None:
+def test_negatives_and_every_set_of_positives_are_in_every_caption_group(
+    concept: Concept, mode: str, teacher: bool
+) -> None:
     batches = make_batches(concept, mode, batch_size=40, teacher=teacher, negatives=4, second=3)
     seen_of: dict[int, set[int]] = {0: set(), 1: set(), NORMAL: set()}
     for batch in steps(batches, 10):
         index = batch.latents[:, 0, 0, 0].round().long()
-        for number, caption in enumerate(batches.brackets):
-            labels = Counter(batch.label[batch.bracket == number].tolist())
+        for number, caption in enumerate(batches.caption_groups):
+            labels = Counter(batch.label[batch.caption_group == number].tolist())
             layout = batches.layout
             assert labels == {
                 UNLABELED: layout.unlabeled,
@@ -258,13 +266,13 @@ def test_negatives_and_every_set_of_positives_are_in_every_bracket(concept: Conc
                 NORMAL: layout.negative,
             }
             for label, seen in seen_of.items():
-                here = (batch.bracket == number) & (batch.label == label)
+                here = (batch.caption_group == number) & (batch.label == label)
                 seen.update(index[here].tolist())
                 assert all(c == (caption or batches.examples[i].caption) for i, c in _captions(batches, batch, here))
-        unlabeled = batch.noise[(batch.bracket == 0) & (batch.label == UNLABELED)].sum((1, 2, 3)).tolist()
-        normal = batch.noise[(batch.bracket == 0) & (batch.label == NORMAL)].sum((1, 2, 3)).tolist()
+        unlabeled = batch.noise[(batch.caption_group == 0) & (batch.label == UNLABELED)].sum((1, 2, 3)).tolist()
+        normal = batch.noise[(batch.caption_group == 0) & (batch.label == NORMAL)].sum((1, 2, 3)).tolist()
         for k in (0, 1):  # positives of either set share noise with unlabeled images, negatives have their own
-            shared = batch.noise[(batch.bracket == 0) & (batch.label == k)].sum((1, 2, 3)).tolist()
+            shared = batch.noise[(batch.caption_group == 0) & (batch.label == k)].sum((1, 2, 3)).tolist()
             assert shared[: len(unlabeled)] == unlabeled[: len(shared)]
         assert not set(normal) & set(unlabeled)
     for label, group_size in ((0, 5), (1, 3), (NORMAL, 4)):
@@ -282,25 +290,27 @@ def _captions(batches: StratifiedBatches, batch: Batch, here: Tensor) -> list[tu
 @pytest.mark.parametrize("mode", ["own", "shared", "both"])
 @pytest.mark.parametrize("keep", [True, False])
 @pytest.mark.parametrize("teacher", [True, False])
-def test_positives_share_noise_and_timestep_with_an_unlabeled_image_of_their_bracket(
+def test_positives_share_noise_and_timestep_with_an_unlabeled_image_of_their_group(
     concept: Concept, mode: str, keep: bool, teacher: bool
 ) -> None:
     batch = next(steps(make_batches(concept, mode, keep=keep, teacher=teacher), 1))
     names = [(t, n.sum().item()) for t, n in zip(batch.timesteps.tolist(), batch.noise, strict=True)]
-    for bracket in range(batch.captions):
-        here = batch.bracket == bracket
+    for group in range(batch.num_groups):
+        here = batch.caption_group == group
         positive = [names[i] for i in torch.nonzero(here & batch.is_positive).flatten()]
         unlabeled = [names[i] for i in torch.nonzero(here & ~batch.is_positive).flatten()]
         assert positive == unlabeled[: len(positive)]
         assert len(set(unlabeled)) == len(unlabeled)
-    plain_or_unlabeled = [names[i] for i in torch.nonzero(~batch.is_positive | (batch.bracket == PLAIN)).flatten()]
-    assert len(set(plain_or_unlabeled)) == len(plain_or_unlabeled)  # nothing else is shared
+    plain_or_unlabeled = [
+        names[i] for i in torch.nonzero(~batch.is_positive | (batch.caption_group == NO_GROUP)).flatten()
+    ]
+    assert len(set(plain_or_unlabeled)) == len(plain_or_unlabeled)  # no other rows share noise
     assert batch.noise.shape == batch.latents.shape
 
 
 @pytest.mark.parametrize("batch_size", [8, 16, 31])
 @pytest.mark.parametrize("mode", ["own", "shared", "both"])
-def test_with_a_teacher_rows_are_own_pairs_mixed_ones_and_empty_captions(
+def test_keep_rows_with_a_teacher_are_matching_pairs_mixed_pairs_and_empty_captions(
     concept: Concept, mode: str, batch_size: int
 ) -> None:
     batches = make_batches(concept, mode, batch_size=batch_size, teacher=True)
@@ -310,13 +320,13 @@ def test_with_a_teacher_rows_are_own_pairs_mixed_ones_and_empty_captions(
     shown: dict[str, Counter[str]] = {"": Counter(), "pair": Counter(), "mixed": Counter()}
     under_mixed = set()
     for batch in steps(batches, 60):
-        kept = [(example, seen) for bracket, example, seen in pictures(batches, batch) if bracket == PLAIN]
+        kept = [(example, seen) for group, example, seen in example_rows(batches, batch) if group == NO_GROUP]
         captioned = [(example, seen) for example, seen in kept if seen]
         assert len(kept) == count
         assert len(captioned) == count - empty
         assert all(seen in KEEP for _, seen in captioned)
         strangers = [(example, seen) for example, seen in captioned if example.caption != seen]
-        assert len(strangers) <= mixed  # a picture drawn from all may happen to fit its caption
+        assert len(strangers) <= mixed  # an image sampled from all may match the caption by chance
         shown[""].update(example.group for example, seen in kept if not seen)
         shown["pair"].update(example.group for example, seen in captioned if example.caption == seen)
         shown["mixed"].update(example.group for example, _ in strangers)
@@ -324,84 +334,85 @@ def test_with_a_teacher_rows_are_own_pairs_mixed_ones_and_empty_captions(
     assert set(shown[""]) == set(shown["mixed"]) == {"generic", "mixed_in", "keep", "positive"}
     assert set(shown["pair"]) == {"keep"}
     assert under_mixed == set(KEEP)
-    assert shown["mixed"].total() > 60 * mixed / 2  # 18 of 22 pictures belong under another caption
+    assert shown["mixed"].total() > 60 * mixed / 2  # 18 of 22 images have another caption
 
 
 @pytest.mark.parametrize("mode", ["own", "shared", "both"])
-def test_a_teacher_touches_no_row_of_a_bracket(concept: Concept, mode: str) -> None:
+def test_a_teacher_changes_no_row_of_a_caption_group(concept: Concept, mode: str) -> None:
     both = (make_batches(concept, mode, teacher=teacher) for teacher in (True, False))
     for ours, theirs in zip(*(steps(batches, 12) for batches in both), strict=True):
-        assert torch.equal(ours.bracket, theirs.bracket)
-        here = ours.bracket != PLAIN
+        assert torch.equal(ours.caption_group, theirs.caption_group)
+        here = ours.caption_group != NO_GROUP
         for name in ("latents", "text", "is_positive", "timesteps", "noise"):
             assert torch.equal(getattr(ours, name)[here], getattr(theirs, name)[here])
         assert not torch.equal(ours.text[~here], theirs.text[~here])
 
 
 @pytest.mark.parametrize("mode", ["own", "shared", "both"])
-def test_with_a_teacher_but_nothing_to_keep_the_empty_caption_is_kept(concept: Concept, mode: str) -> None:
+def test_without_keep_images_a_teacher_keeps_the_empty_caption(concept: Concept, mode: str) -> None:
     batches = make_batches(concept, mode, keep=False, teacher=True)
     assert batches.layout == make_batches(concept, mode, teacher=True).layout
     shown = set()
     for batch in steps(batches, 20):
-        kept = [(example.group, seen) for bracket, example, seen in pictures(batches, batch) if bracket == PLAIN]
+        kept = [(example.group, seen) for group, example, seen in example_rows(batches, batch) if group == NO_GROUP]
         assert [seen for _, seen in kept] == [""] * batches.layout.keep
         shown.update(group for group, _ in kept)
     assert shown == {"generic", "mixed_in", "positive"}
-    batch = next(steps(make_batches(concept, mode, keep=False), 1))  # without a teacher there are no such rows
-    assert PLAIN not in batch.bracket
+    batch = next(steps(make_batches(concept, mode, keep=False), 1))  # not without a teacher
+    assert NO_GROUP not in batch.caption_group
 
 
 @pytest.mark.parametrize("mode", ["own", "shared", "both"])
-def test_the_teacher_sees_the_caption_an_image_was_drawn_from(concept: Concept, mode: str) -> None:
-    """In a bracket, that is; a keep row's teacher sees what the student sees."""
+def test_the_teacher_sees_the_caption_an_image_was_generated_from(concept: Concept, mode: str) -> None:
+    """In caption groups. For keep rows the teacher sees the same caption as the student."""
     batches, names = make_batches(concept, mode, teacher=True), list(embeddings())
     for batch in steps(batches, 12):
         taught = [names[int(text[0, 0])] for text in batch.teacher_text]
-        for (bracket, example, seen), caption in zip(pictures(batches, batch), taught, strict=True):
-            assert caption == (seen if bracket == PLAIN else example.caption)
+        for (group, example, seen), caption in zip(example_rows(batches, batch), taught, strict=True):
+            assert caption == (seen if group == NO_GROUP else example.caption)
 
 
 def test_latents_are_sampled_from_their_posterior(concept: Concept) -> None:
     batches = make_batches(concept, "both")
-    batches.std = torch.full_like(batches.mean, 0.05)
+    batches.images = dataclasses.replace(batches.images, std=torch.full_like(batches.images.mean, 0.05))
     drawn = torch.cat([b.latents for b in steps(batches, 200)])
     off = drawn - drawn.mean((1, 2, 3), keepdim=True).round()
     assert off.std().item() == pytest.approx(0.05, rel=0.05)
 
 
 @pytest.mark.parametrize("teacher", [True, False])
-def test_batches_follow_their_seed_alone(concept: Concept, teacher: bool) -> None:
-    def first(seed: int, **options: int) -> list[Tensor]:
+def test_batches_depend_only_on_their_seed(concept: Concept, teacher: bool) -> None:
+    def first(seed: int, **options: Sharding) -> list[Tensor]:
         torch.manual_seed(seed + 17)
         found = steps(make_batches(concept, "both", seed, teacher=teacher, **options), 3)
         return [torch.cat([b.latents.flatten(), b.noise.flatten(), b.timesteps, b.is_positive]) for b in found]
 
-    a, b, other, rank = first(5), first(5), first(6), first(5, rank=1, world=2)
+    a, b, other, rank = first(5), first(5), first(6), first(5, sharding=Sharding(1, 2))
     assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
     assert not torch.equal(a[0], a[1])
     assert not torch.equal(a[0], other[0])
     assert not torch.equal(a[0], rank[0])
 
 
-CUTS = [(1, 2), (1, 4), (2, 1), (2, 2), (3, 1)]  # processes, micro-batches
+SPLITS = [(1, 2), (1, 4), (2, 1), (2, 2), (3, 1)]  # processes, micro-batches
 
 
-def cut(concept: Concept, mode: str, world: int, micro_batches: int, **options: float) -> list[StratifiedBatches]:
+def shards(concept: Concept, mode: str, world: int, micro_batches: int, **options: float) -> list[StratifiedBatches]:
     """The samplers of all processes."""
-    settings = {"world": world, "micro_batches": micro_batches, "batch_size": 48, "teacher": True} | options
-    return [make_batches(concept, mode, rank=rank, **settings) for rank in range(world)]
+    settings = {"batch_size": 48, "teacher": True} | options
+    shardings = [Sharding(rank, world, micro_batches) for rank in range(world)]
+    return [make_batches(concept, mode, sharding=sharding, **settings) for sharding in shardings]  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("mode", ["own", "shared", "both"])
-@pytest.mark.parametrize(("world", "micro_batches"), CUTS)
+@pytest.mark.parametrize(("world", "micro_batches"), SPLITS)
 @pytest.mark.parametrize("more", [{}, {"negatives": 4, "second": 3}], ids=["pu", "pnu"])
-def test_a_step_is_the_same_however_it_is_cut(
+def test_a_step_is_the_same_however_it_is_split(
     concept: Concept, mode: str, world: int, micro_batches: int, more: dict[str, int]
 ) -> None:
-    """Every row of the whole batch, noise and all, is in one part, and weighted means over parts are the whole's."""
+    """Each row of the whole batch, with its noise, is in one part; weighted means over parts are the whole's."""
     whole = make_batches(concept, mode, batch_size=96, teacher=True, **more)
-    samplers = cut(concept, mode, world, micro_batches, batch_size=96, **more)
+    samplers = shards(concept, mode, world, micro_batches, batch_size=96, **more)
     for parts in islice(zip(whole, *samplers, strict=True), 5):
         ((one,), *shares) = parts
         batches = [batch for share in shares for batch in share]
@@ -410,23 +421,23 @@ def test_a_step_is_the_same_however_it_is_cut(
         for kind in kinds(one):
             mean = sum(value(batch, kind) for batch in batches) / len(batches)
             assert mean == pytest.approx(value(one, kind), rel=1e-5)
-            assert all(mask(batch, kind).any() for batch in batches)  # which holds of every kind in every part
+            assert all(mask(batch, kind).any() for batch in batches)  # every part has every kind
             assert value(one, kind) == pytest.approx(one.latents[mask(one, kind)].mean().item(), rel=1e-5)
 
 
 def row_names(batch: Batch) -> list[tuple[float, ...]]:
-    tensors = (batch.latents, batch.text, batch.teacher_text, batch.noise, batch.timesteps, batch.bracket)
+    tensors = (batch.latents, batch.text, batch.teacher_text, batch.noise, batch.timesteps, batch.caption_group)
     columns = (t.double().flatten(1).sum(1).tolist() if t.ndim > 1 else t.tolist() for t in tensors)
     return sorted(zip(*columns, strict=True))
 
 
 def kinds(batch: Batch) -> list[tuple[int, int]]:
-    labels = set(batch.label[batch.bracket != PLAIN].tolist())
-    return [(bracket, label) for bracket in range(batch.captions) for label in labels] + [(PLAIN, UNLABELED)]
+    labels = set(batch.label[batch.caption_group != NO_GROUP].tolist())
+    return [(group, label) for group in range(batch.num_groups) for label in labels] + [(NO_GROUP, UNLABELED)]
 
 
 def mask(batch: Batch, kind: tuple[int, int]) -> Tensor:
-    return (batch.bracket == kind[0]) & ((batch.label == kind[1]) | (batch.bracket == PLAIN))
+    return (batch.caption_group == kind[0]) & ((batch.label == kind[1]) | (batch.caption_group == NO_GROUP))
 
 
 def value(batch: Batch, kind: tuple[int, int]) -> float:
@@ -435,25 +446,25 @@ def value(batch: Batch, kind: tuple[int, int]) -> float:
 
 
 @pytest.mark.parametrize("world", [2, 3])
-def test_no_two_processes_see_the_same_picture_within_an_epoch(concept: Concept, world: int) -> None:
-    samplers = [iter(batches) for batches in cut(concept, "own", world, 1, batch_size=12)]
+def test_no_two_processes_see_the_same_image_within_an_epoch(concept: Concept, world: int) -> None:
+    samplers = [iter(batches) for batches in shards(concept, "own", world, 1, batch_size=12)]
     for _ in range(4):
         seen: list[float] = []
         for sampler in samplers:
             (batch,) = next(sampler)
-            seen += batch.latents[(batch.bracket == 0) & ~batch.is_positive][:, 0, 0, 0].tolist()
-        assert max(Counter(seen).values()) <= 2  # twice only where the epoch ends within the step
+            seen += batch.latents[(batch.caption_group == 0) & ~batch.is_positive][:, 0, 0, 0].tolist()
+        assert max(Counter(seen).values()) <= 2  # twice only if the epoch ends within the step
     assert len(seen) == 4
 
 
 @pytest.mark.parametrize("steps_before", [0, 1, 7])
-def test_a_restored_sampler_goes_on_where_the_other_stood(concept: Concept, steps_before: int) -> None:
+def test_a_restored_sampler_continues_with_the_same_batches(concept: Concept, steps_before: int) -> None:
     one, other = (make_batches(concept, "both", seed, teacher=True) for seed in (0, 1))
     for _ in steps(one, steps_before):
         pass
     other.load_state_dict(one.state_dict())
     for ours, theirs in zip(steps(one, 5), steps(other, 5), strict=True):
-        for name in ("latents", "text", "teacher_text", "noise", "timesteps", "bracket", "unconditional"):
+        for name in ("latents", "text", "teacher_text", "noise", "timesteps", "caption_group", "unconditional"):
             assert torch.equal(getattr(ours, name), getattr(theirs, name))
 
 
@@ -461,7 +472,7 @@ def test_a_restored_sampler_goes_on_where_the_other_stood(concept: Concept, step
 def test_the_share_of_rows_without_a_caption(concept: Concept, share: float) -> None:
     batches = make_batches(concept, "both", batch_size=40, teacher=True, unconditional=share)
     for batch in steps(batches, 5):
-        empty = [seen == "" for _, _, seen in pictures(batches, batch)]
+        empty = [seen == "" for _, _, seen in example_rows(batches, batch)]
         assert batch.unconditional.tolist() == empty
         assert sum(empty) == share * batches.layout.keep
 
@@ -470,38 +481,38 @@ def test_the_share_of_rows_without_a_caption(concept: Concept, share: float) -> 
 def test_sharing_timesteps_is_an_option(concept: Concept, share: bool) -> None:
     batch = next(steps(make_batches(concept, "both", batch_size=40, share_timesteps=share), 1))
     layout = Layout.of(40, 2, True)
-    drawn = {noise.sum().item() for noise in batch.noise[batch.bracket != PLAIN]}
+    drawn = {noise.sum().item() for noise in batch.noise[batch.caption_group != NO_GROUP]}
     assert len(drawn) == 2 * (layout.unlabeled + (0 if share else layout.positive))
 
 
 @pytest.mark.parametrize("share", [True, False])
-def test_offset_noise_is_constant_over_a_channel_and_the_rest_as_without(concept: Concept, share: bool) -> None:
-    """Drawn last and only when asked for: the first step's other draws are those of a run without the option."""
+def test_offset_noise_is_constant_over_a_channel_and_changes_nothing_else(concept: Concept, share: bool) -> None:
+    """It is sampled last and only with the option: the rest of the first step is as without it."""
     plain, moved = (
         next(steps(make_batches(concept, "both", batch_size=40, share_timesteps=share, noise_offset=offset), 1))
         for offset in (0.0, 0.5)
     )
-    for name in ("latents", "timesteps", "text", "bracket"):
+    for name in ("latents", "timesteps", "text", "caption_group"):
         assert torch.equal(getattr(plain, name), getattr(moved, name))
     off = (moved.noise - plain.noise).flatten(2)  # [B, C, elements]
     assert off.std(2).max() < 1e-6
     means = off.mean(2)
-    assert means.std(1).min() > 0  # each channel its own
-    for i, j in combinations(range(len(means)), 2):  # and each slot: who shares the noise shares the offset
+    assert means.std(1).min() > 0  # each channel has its own
+    for i, j in combinations(range(len(means)), 2):  # rows that share noise share the offset
         shared = torch.equal(plain.noise[i], plain.noise[j])
         assert torch.equal(means[i], means[j]) == shared
 
 
-def test_offset_noise_has_the_asked_deviation_and_goes_on(concept: Concept) -> None:
+def test_offset_noise_has_the_given_deviation_and_resumes(concept: Concept) -> None:
     one, other = (make_batches(concept, "both", seed, noise_offset=0.3) for seed in (0, 1))
-    level = torch.stack([b.noise[b.bracket == PLAIN].mean((2, 3)) for b in steps(one, 300)])
+    level = torch.stack([b.noise[b.caption_group == NO_GROUP].mean((2, 3)) for b in steps(one, 300)])
     assert level.std().item() == pytest.approx((0.3**2 + 1 / 4) ** 0.5, rel=0.03)  # 2 x 2 elements a channel
     other.load_state_dict(one.state_dict())
     assert torch.equal(next(steps(one, 1)).noise, next(steps(other, 1)).noise)
 
 
-def test_without_offset_noise_draws_are_those_of_the_generator(concept: Concept) -> None:
-    """In this order: timesteps of brackets and of keep rows, latents, noise a slot. Old seeds give old batches."""
+def test_the_order_of_random_draws_without_offset_noise(concept: Concept) -> None:
+    """Timesteps of caption groups and of keep rows, latents, noise of each slot: existing seeds keep their batches."""
     batches = make_batches(concept, "own")
     generator = torch.Generator().manual_seed(0)
     layout = batches.layout
@@ -515,10 +526,10 @@ def test_without_offset_noise_draws_are_those_of_the_generator(concept: Concept)
         assert torch.equal(batch.noise, noise[here])
 
 
-def test_the_timestep_bias_is_for_brackets_alone(concept: Concept) -> None:
+def test_the_timestep_bias_applies_to_caption_groups_only(concept: Concept) -> None:
     drawn: dict[bool, list[Tensor]] = {True: [], False: []}
     for batch in steps(make_batches(concept, "both", timestep_bias=3), 300):
         for plain, found in drawn.items():
-            found.append(batch.timesteps[(batch.bracket == PLAIN) == plain].float())
+            found.append(batch.timesteps[(batch.caption_group == NO_GROUP) == plain].float())
     assert torch.cat(drawn[True]).mean().item() == pytest.approx(500, abs=10)
     assert torch.cat(drawn[False]).mean().item() == pytest.approx(800, abs=10)

@@ -7,7 +7,7 @@ import torch
 from diffusers import DDPMScheduler, UNet2DModel
 from torch import Tensor
 
-from sd_unlearn.data.batches import Batch
+from sd_unlearn.data.batch import Batch
 from sd_unlearn.models.denoiser import Denoiser
 from sd_unlearn.objectives.losses import example_losses
 from sd_unlearn.risk import UNLABELED

@@ -30,7 +30,7 @@ from sd_unlearn.models.sampling import Sampler, generate_images
 from sd_unlearn.models.source import Source
 from sd_unlearn.models.student import apply_run, make_student
 from sd_unlearn.training import setup
-from sd_unlearn.training.previews import Painter
+from sd_unlearn.training.previews import ImageGenerator
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PROMPTS, SEEDS = ["a photo of the digit seven", "a photo of a handwritten digit"], [3, 4]
@@ -207,8 +207,8 @@ def test_previews_are_drawn_as_images_are(kinds: Kinds, kind: str) -> None:
     base.pipeline.text_encoder = None
     if kind == "sdxl":
         base.pipeline.text_encoder_2 = None
-    painter = Painter(base, FEW, lambda texts: torch.stack([known[t] for t in texts]), base.pipeline.unet)
-    found = pixels(painter.draw(PROMPTS, SEEDS))
+    generator = ImageGenerator(base, FEW, lambda texts: torch.stack([known[t] for t in texts]), base.pipeline.unet)
+    found = pixels(generator.generate(PROMPTS, SEEDS))
     assert np.abs(found.astype(int) - wanted).max() <= 1
 
 

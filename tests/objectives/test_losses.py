@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sd_unlearn.config.train import Weights
-from sd_unlearn.data.batches import PLAIN, Batch
+from sd_unlearn.data.batch import NO_GROUP, Batch
 from sd_unlearn.models.base import Base
 from sd_unlearn.models.denoiser import Denoiser
 from sd_unlearn.models.diffusion import add_noise, min_snr_weight, per_example_loss, training_target
@@ -22,7 +22,7 @@ from sd_unlearn.objectives.teacher import Teacher
 from sd_unlearn.risk import NORMAL, UNLABELED
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-MIXED = [PLAIN, 0, 0, PLAIN, 1, 1, PLAIN]
+MIXED = [NO_GROUP, 0, 0, NO_GROUP, 1, 1, NO_GROUP]
 GUIDANCE, PUSH = 3.0, 2.5
 
 
@@ -58,7 +58,7 @@ class Step:
             torch.ones(count),
         )
         self.unet = base.pipeline.unet
-        self.keep, self.pushed = self.batch.bracket == PLAIN, positive & (self.batch.bracket != PLAIN)
+        self.keep, self.pushed = self.batch.caption_group == NO_GROUP, positive & (self.batch.caption_group != NO_GROUP)
         self.noisy = add_noise(latents, noise, timesteps, base.pipeline.scheduler.alphas_cumprod)
         self.base_says, self.base_generic, self.base_empty = (
             self.ask(text) for text in (drawn_from, generic.expand(count, -1, -1), empty.expand(count, -1, -1))

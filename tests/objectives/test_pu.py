@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sd_unlearn.data.batches import PLAIN, Batch
+from sd_unlearn.data.batch import NO_GROUP, Batch
 from sd_unlearn.objectives.pu import LOGGED, PUObjective, bounded
 from sd_unlearn.risk import (
     NORMAL,
@@ -26,7 +26,7 @@ from sd_unlearn.risk import (
 pytestmark = pytest.mark.usefixtures("one_thread")
 BETA = 0.2
 #          first bracket (+)      second bracket (-)      keep
-BRACKET = [0, 0, 0, 0, 1, 1, 1, 1, PLAIN, PLAIN, PLAIN]
+BRACKET = [0, 0, 0, 0, 1, 1, 1, 1, NO_GROUP, NO_GROUP, NO_GROUP]
 POSITIVE = [0, 0, 1, 1, 0, 0, 1, 1, 0, 0, 0]
 NLL = torch.tensor([3.0, 5.0, 1.0, 2.0, 3.0, 5.0, 40.0, 60.0, 1.0, 2.0, 6.0], dtype=torch.float64)
 
@@ -50,16 +50,16 @@ def loss_of(objective: PUObjective, nll: Tensor, seen: Batch) -> Tensor:
 
 def figures_of(objective: PUObjective, nll: Tensor, seen: Batch) -> dict[str, float]:
     parts = objective.terms(nll, seen)
-    return dict(zip(LOGGED, objective.figures(parts, objective.loss(parts)).tolist(), strict=True))
+    return dict(zip(LOGGED, objective.metrics(parts, objective.loss(parts)).tolist(), strict=True))
 
 
 def risk_of(bracket: int, correction: str, nll: Tensor = NLL) -> Tensor:
-    here = WHOLE.bracket == bracket
+    here = WHOLE.caption_group == bracket
     return pu_risk(nll[here], WHOLE.is_positive[here], BETA, correction)  # type: ignore[arg-type]
 
 
 def terms_of(bracket: int) -> PUTerms:
-    here = WHOLE.bracket == bracket
+    here = WHOLE.caption_group == bracket
     return pu_terms(NLL[here], WHOLE.label[here], [BETA])
 
 
@@ -97,7 +97,7 @@ def test_one_caption_without_keep_images_is_the_pu_risk() -> None:
 def test_figures_are_means_over_captions_and_carry_no_gradient() -> None:
     objective = PUObjective(((BETA,), (BETA,)))
     parts = objective.terms(NLL.clone().requires_grad_(), WHOLE)
-    assert not objective.figures(parts, objective.loss(parts)).requires_grad
+    assert not objective.metrics(parts, objective.loss(parts)).requires_grad
     assert not parts.brackets.requires_grad
     figures = figures_of(objective, NLL, WHOLE)
     assert figures["mean_u"] == pytest.approx(4)
@@ -139,7 +139,7 @@ def test_following_the_loss_moves_both_means_towards_their_equilibrium() -> None
 
 
 #        unlabeled, sets 0 and 1, normal of the first bracket, then of the second, then keep
-ALL = batch([0] * 7 + [1] * 7 + [PLAIN], [0, 0, 1, 1, 2, -1, -1] * 2 + [0])
+ALL = batch([0] * 7 + [1] * 7 + [NO_GROUP], [0, 0, 1, 1, 2, -1, -1] * 2 + [0])
 MANY = torch.tensor([3, 5, 1, 2, 0.5, 2, 6, 3, 5, 40, 60, 20, 1, 3, 2], dtype=torch.float64)
 
 
@@ -149,7 +149,7 @@ def test_each_bracket_is_the_pnu_risk(correction: str) -> None:
     nll, eta = MANY[ALL.label != 1], 0.4
     risks = []
     for bracket in (0, 1):
-        here = one_set.bracket == bracket
+        here = one_set.caption_group == bracket
         positive, normal = one_set.is_positive[here], one_set.label[here] == NORMAL
         risks.append(pnu_risk(nll[here], positive, normal, BETA, eta, correction).item())  # type: ignore[arg-type]
     objective = PUObjective(((BETA,), (BETA,)), correction, eta)  # type: ignore[arg-type]
@@ -166,7 +166,9 @@ def test_sets_of_positives_share_their_bracket(correction: str) -> None:
     several = ALL.only(unlabeled_or_positive)
     nll = MANY[unlabeled_or_positive]
     risks = [
-        several_pu_risk(nll[several.bracket == b], several.label[several.bracket == b], betas, correction).item()  # type: ignore[arg-type]
+        several_pu_risk(
+            nll[several.caption_group == b], several.label[several.caption_group == b], betas, correction
+        ).item()  # type: ignore[arg-type]
         for b in (0, 1)
     ]
     objective = PUObjective((betas, betas), correction)  # type: ignore[arg-type]
@@ -232,16 +234,18 @@ def test_supervised_is_its_risk_in_each_bracket_whatever_the_signs(signs: Tensor
     parts = objective.terms(NLL, WHOLE)
     risks = []
     for bracket, beta in enumerate((0.1, 0.4)):
-        here = WHOLE.bracket == bracket
+        here = WHOLE.caption_group == bracket
         risks.append(supervised_risk(NLL[here], WHOLE.is_positive[here], beta).item())
     assert objective.loss(parts, signs).item() == pytest.approx(sum(risks) / 2 + 3)
-    assert objective.decided_alike(torch.tensor([1.0, -1.0]), torch.tensor([-1.0, 1.0]))
+    assert objective.same_signs(torch.tensor([1.0, -1.0]), torch.tensor([-1.0, 1.0]))
 
 
 def test_supervised_knows_all_sets() -> None:
     several, nll = ALL.only(ALL.label != NORMAL), MANY[ALL.label != NORMAL]
     parts = PUObjective(((0.2, 0.3),) * 2, risk="supervised").terms(nll, several)
-    terms = [pu_terms(nll[several.bracket == b], several.label[several.bracket == b], (0.2, 0.3)) for b in (0, 1)]
+    terms = [
+        pu_terms(nll[several.caption_group == b], several.label[several.caption_group == b], (0.2, 0.3)) for b in (0, 1)
+    ]
     want = sum(0.5 * t.mean_u.item() + t.positive.item() for t in terms) / 2 + 2
     assert PUObjective(((0.2, 0.3),) * 2, risk="supervised").loss(parts).item() == pytest.approx(want)
 
@@ -251,7 +255,7 @@ def test_unsupervised_is_the_unlabeled_mean_and_positives_have_no_part_in_it() -
     leaf = NLL.clone().requires_grad_()
     loss = loss_of(objective, leaf, WHOLE)
     loss.backward()
-    here = WHOLE.bracket != PLAIN
+    here = WHOLE.caption_group != NO_GROUP
     assert loss.item() == pytest.approx(unsupervised_risk(NLL[here], WHOLE.is_positive[here]).item() + 3)
     assert leaf.grad is not None
     assert (leaf.grad[WHOLE.is_positive] == 0).all()

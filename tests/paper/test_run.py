@@ -31,6 +31,7 @@ from sd_unlearn.paper.judge.classifier import Classifier
 from sd_unlearn.paper.options import SweepOptions
 from sd_unlearn.paper.settings import resolve
 from sd_unlearn.paper.sweep import combinations
+from sd_unlearn.training.state import TrainingState
 
 Call = Callable[..., tuple[int, str, str]]
 FEW = ("--max_train_steps", "3", "--train_batch_size", "6", "--num_images", "12", "--num_inference_steps", "2")
@@ -121,19 +122,18 @@ def test_a_finished_run_is_not_done_again_and_a_half_done_one_goes_on(call: Call
 
 
 def test_ctrl_c_leaves_what_the_same_command_goes_on_from(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
-    from sd_unlearn.training import loop
 
-    steps = loop.Tools.step
-    monkeypatch.setattr(loop.Tools, "step", lambda *a: (os.kill(os.getpid(), signal.SIGINT), steps(*a))[1])
+    steps = TrainingState.take_step
+    monkeypatch.setattr(TrainingState, "take_step", lambda *a: (os.kill(os.getpid(), signal.SIGINT), steps(*a))[1])
     code, _, err = call("run", "mnist5k-even", *FEW)
     assert code == 130
     assert "Go on with the same command." in err
     (folder,) = Path("runs/paper/mnist5k-even").iterdir()
     assert not (folder / "training.json").exists()
-    monkeypatch.setattr(loop.Tools, "step", steps)
+    monkeypatch.setattr(TrainingState, "take_step", steps)
     code, _, err = call("run", "mnist5k-even", *FEW)
     assert code == 0
-    assert "Going on from" in err
+    assert "Resuming from" in err
     assert not (folder / "checkpoints").exists()
 
 

@@ -171,7 +171,7 @@ def test_a_run_killed_while_it_was_judged_goes_on_there(
     place = finished("supervised")
     before = read_json(place / PAPER)
     (place / PAPER).unlink()
-    monkeypatch.setattr("sd_unlearn.training.loop.accumulate_gradients", pytest.fail)
+    monkeypatch.setattr("sd_unlearn.training.state.accumulate_gradients", pytest.fail)
     again = read_json(finished("supervised") / PAPER)
     for record in (before, again):
         record.pop("created")

@@ -28,7 +28,8 @@ from sd_unlearn import cli
 from sd_unlearn.errors import UnlearnError, UsageError
 from sd_unlearn.io.files import read_json, read_jsonl
 from sd_unlearn.io.run_folder import weights_sha256
-from sd_unlearn.training import checkpoint, loop, trainer
+from sd_unlearn.training import checkpoint, trainer
+from sd_unlearn.training.state import TrainingState
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -60,16 +61,16 @@ def stopped(make_config: Config, monkeypatch: pytest.MonkeyPatch) -> Path:
 @contextmanager
 def interrupt_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A real SIGINT to this process while step `steps` is being taken."""
-    step, taken = loop.Tools.step, []
+    step, taken = TrainingState.take_step, []
 
-    def counted(self: loop.Tools, *arguments: object) -> object:
+    def counted(self: TrainingState, *arguments: object) -> object:
         taken.append(1)
         if len(taken) == steps:
             os.kill(os.getpid(), signal.SIGINT)
         return step(self, *arguments)  # type: ignore[arg-type]
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop.Tools, "step", counted)
+        patch.setattr(TrainingState, "take_step", counted)
         yield
 
 
@@ -116,7 +117,7 @@ def test_killed_at_five_random_moments_it_ends_as_if_it_had_not_been(place: Path
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL, errors.read_text()
         assert not (output / "training.json").exists()
-    assert checkpoint.found(output), "no kill came after a checkpoint"
+    assert checkpoint.list_checkpoints(output), "no kill came after a checkpoint"
     subprocess.run(command, check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert same(output, whole)
     assert {p.name for p in (output / "checkpoints").iterdir()} == {"step-000023", "step-000024"}
@@ -125,7 +126,7 @@ def test_killed_at_five_random_moments_it_ends_as_if_it_had_not_been(place: Path
 
 def newest(output: Path) -> int:
     """The step of the newest checkpoint, 0 before the first."""
-    return max((int(p.name.removeprefix("step-")) for p in checkpoint.found(output)), default=0)
+    return max((int(p.name.removeprefix("step-")) for p in checkpoint.list_checkpoints(output)), default=0)
 
 
 def wait_for(condition: Callable[[], bool], process: subprocess.Popen) -> None:
@@ -139,10 +140,10 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen) -> None:
 def test_ctrl_c_saves_and_the_run_goes_on(
     stopped: Path, make_config: Config, whole: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert [p.name for p in checkpoint.found(stopped)] == ["step-000006", "step-000007"]
+    assert [p.name for p in checkpoint.list_checkpoints(stopped)] == ["step-000006", "step-000007"]
     assert not (stopped / "training.json").exists()
     trainer.run(make_config("run", resume_from_checkpoint="latest"))
-    assert "Going on from run/checkpoints/step-000007" in capsys.readouterr().err
+    assert "Resuming from run/checkpoints/step-000007" in capsys.readouterr().err
     assert same(stopped, whole)
     record = read_json(stopped / "training.json")
     assert yaml.safe_load((stopped / "config.yaml").read_text())["resume_from_checkpoint"] is None
@@ -193,21 +194,21 @@ def test_an_unfinished_run_is_not_lost_by_the_same_command(stopped: Path, make_c
         trainer.run(make_config("run"))
     assert {p: p.stat().st_mtime_ns for p in stopped.rglob("*")} == before
     trainer.run(make_config("run", overwrite=True, max_train_steps=2))
-    assert [p.name for p in checkpoint.found(stopped)] == ["step-000001", "step-000002"]
+    assert [p.name for p in checkpoint.list_checkpoints(stopped)] == ["step-000001", "step-000002"]
 
 
 def test_latest_starts_where_nothing_was_saved(
     make_config: Config, whole: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert same(trainer.run(make_config("run", resume_from_checkpoint="latest")), whole)
-    assert "run holds no checkpoint yet" in capsys.readouterr().err
+    assert "run has no checkpoints yet" in capsys.readouterr().err
 
 
 def test_an_earlier_checkpoint_by_its_path(stopped: Path, make_config: Config, whole: Path) -> None:
     path = stopped / "checkpoints" / "step-000006"
     trainer.run(make_config("run", resume_from_checkpoint=str(path)))
     assert same(stopped, whole)
-    with pytest.raises(UsageError, match=r"nowhere is no checkpoint.*step-0000"):
+    with pytest.raises(UsageError, match=r"nowhere is not a checkpoint.*step-0000"):
         trainer.run(make_config("run", resume_from_checkpoint="nowhere"))
 
 
@@ -264,7 +265,7 @@ def test_a_changed_option_is_refused_by_name(
     data = shutil.copytree(place / "data", Path("photos"))  # as own photos: the same pictures whatever the seed
     for name in ("manifest.json", "settings.json"):
         (data / name).unlink()
-    before = read_json(checkpoint.found(stopped)[-1] / "checkpoint.json")
+    before = read_json(checkpoint.list_checkpoints(stopped)[-1] / "checkpoint.json")
     config = make_config("run", resume_from_checkpoint="latest", data_dir=data, **({"beta": before["--beta"]} | change))
     with pytest.raises(UsageError, match=rf"{told}.*--force_resume"):
         trainer.run(config)
@@ -276,7 +277,7 @@ def test_what_does_not_matter_may_change(stopped: Path, make_config: Config, who
     options = {"data_dir": elsewhere, "checkpoints_total_limit": 1, "checkpointing_steps": 5, "max_skipped_steps": 3}
     trainer.run(make_config("run", resume_from_checkpoint="latest", **options))
     assert same(stopped, whole)
-    assert [p.name for p in checkpoint.found(stopped)] == ["step-000020"]
+    assert [p.name for p in checkpoint.list_checkpoints(stopped)] == ["step-000020"]
 
 
 def test_forced_it_goes_on_all_the_same(stopped: Path, make_config: Config, whole: Path) -> None:
@@ -319,22 +320,22 @@ def test_not_even_by_force_do_weights_go_where_they_do_not_fit(
     stopped: Path, make_config: Config, change: dict[str, object]
 ) -> None:
     name = next(iter(change))
-    with pytest.raises(UsageError, match=rf"--{name} was .*cannot put its weights"):
+    with pytest.raises(UsageError, match=rf"--{name} was .*cannot load weights"):
         trainer.run(make_config("run", resume_from_checkpoint="latest", force_resume=True, **change))
-    assert checkpoint.found(stopped)
+    assert checkpoint.list_checkpoints(stopped)
 
 
 def test_checkpoints_of_a_way_that_was_left_go_before_new_ones() -> None:
     accelerator, weights = Accelerator(), {"w": torch.zeros(1)}
     for step, limit in ((3, 3), (6, 3), (9, 3), (4, 1)):  # at last it went on from step 3 again
         checkpoint.save(Path("run"), step, weights, {}, {}, accelerator, limit)
-    assert [p.name for p in checkpoint.found(Path("run"))] == ["step-000004"]
+    assert [p.name for p in checkpoint.list_checkpoints(Path("run"))] == ["step-000004"]
 
 
 def test_other_images_are_refused(stopped: Path, make_config: Config, place: Path) -> None:
     data = shutil.copytree(place / "data", Path("data"))
     Image.new("RGB", (32, 32), (1, 2, 3)).save(data / "1_positive" / "positive-00001.png")
-    with pytest.raises(UsageError, match=r"of another run: data was \w+ and is \w+"):
+    with pytest.raises(UsageError, match=r"belongs to another run: data was \w+ and is \w+"):
         trainer.run(make_config("run", resume_from_checkpoint="latest", data_dir=data))
 
 
@@ -353,7 +354,7 @@ def test_a_full_disk_costs_only_the_new_checkpoint(stopped: Path, make_config: C
 def test_a_disk_that_fills_up_while_a_line_is_logged_or_the_end_is_written(
     stopped: Path, make_config: Config, whole: Path, monkeypatch: pytest.MonkeyPatch, at: int
 ) -> None:
-    name = (loop.Tools, "step") if at == 10 else (trainer, "_close_run")
+    name = (TrainingState, "take_step") if at == 10 else (trainer, "_close_run")
     real, taken = getattr(*name), list(range(8, 30))
 
     with monkeypatch.context() as patch, full_disk() as fill:
@@ -380,14 +381,14 @@ def test_a_logged_line_that_was_cut_short_is_no_reason_not_to_go_on(
 
 @pytest.mark.parametrize("name", ["state.pt", "weights.safetensors"])
 def test_a_damaged_checkpoint_is_named(stopped: Path, make_config: Config, name: str) -> None:
-    path = checkpoint.found(stopped)[-1] / name
+    path = checkpoint.list_checkpoints(stopped)[-1] / name
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(UsageError, match=r"step-000007 cannot be read"):
         trainer.run(make_config("run", resume_from_checkpoint="latest"))
 
 
 def test_another_number_of_processes_is_refused(stopped: Path, make_config: Config) -> None:
-    path = checkpoint.found(stopped)[-1] / "checkpoint.json"
+    path = checkpoint.list_checkpoints(stopped)[-1] / "checkpoint.json"
     path.write_text(json.dumps(read_json(path) | {"processes": 2}))
     with pytest.raises(UsageError, match="processes was 2 and is 1"):
         trainer.run(make_config("run", resume_from_checkpoint="latest"))

@@ -11,7 +11,7 @@ from gradient_cases import CASES, PU, Case, Linear, step
 from torch import Tensor
 
 from sd_unlearn.config.train import Weights
-from sd_unlearn.data.batches import PLAIN, Batch
+from sd_unlearn.data.batch import NO_GROUP, Batch
 from sd_unlearn.models.base import Base
 from sd_unlearn.models.denoiser import Denoiser
 from sd_unlearn.models.student import make_student
@@ -63,7 +63,7 @@ def test_shares_are_those_of_the_terms_gradients(case: Case, correction: str, sc
 
 def test_a_term_without_rows_or_without_gradient_has_no_share() -> None:
     (batch,), model = step(1, 1.0), Linear()
-    no_keep = batch.only(batch.bracket != PLAIN)
+    no_keep = batch.only(batch.caption_group != NO_GROUP)
     assert set(gradient_shares(model, PU.objective("abs"), no_keep, [model.weight])) == {
         "share_positive",
         "share_u",
@@ -94,7 +94,7 @@ def test_shares_of_a_baseline(risk: str) -> None:
 @pytest.mark.parametrize("risk", ["pu", "supervised", "unsupervised"])
 def test_without_positives_and_keep_images_all_is_the_unlabeled_share(risk: str) -> None:
     (batch,), model = step(1, 1.0), Linear()
-    plain = batch.only((batch.label == UNLABELED) & (batch.bracket != PLAIN))
+    plain = batch.only((batch.label == UNLABELED) & (batch.caption_group != NO_GROUP))
     shares = gradient_shares(model, replace(PU.objective("abs"), risk=risk), plain, [model.weight])
     assert {name: value.item() for name, value in shares.items()} == {"share_u": pytest.approx(1)}
 
@@ -115,12 +115,14 @@ def test_looking_changes_nothing_and_each_row_is_seen_once() -> None:
     assert torch.equal(model.weight.grad, torch.ones(6, dtype=torch.float64))
     assert not any(value.requires_grad for value in shares.values())
     assert sum(len(part.label) for part in seen) == len(batch.label)
-    kinds = [{(b == PLAIN, label if label < 0 else 0) for b, label in zip(*_lists(part), strict=True)} for part in seen]
+    kinds = [
+        {(b == NO_GROUP, label if label < 0 else 0) for b, label in zip(*_lists(part), strict=True)} for part in seen
+    ]
     assert sorted(map(len, kinds)) == [1] * 4
 
 
 def _lists(batch: Batch) -> tuple[list[int], list[int]]:
-    return batch.bracket.tolist(), batch.label.tolist()
+    return batch.caption_group.tolist(), batch.label.tolist()
 
 
 @pytest.mark.parametrize("taught", [True, False])
@@ -130,7 +132,7 @@ def test_on_a_lora_with_a_teacher_the_followed_gradient_counts(loaded_base: Base
     latents, noise = (torch.randn(6, 4, 8, 8, generator=generator) for _ in range(2))
     text, generic = torch.randn(6, 24, 16, generator=generator), torch.randn(24, 16, generator=generator)
     label = torch.tensor([UNLABELED, UNLABELED, 0, 0, NORMAL, UNLABELED])
-    bracket = torch.tensor([0, 0, 0, 0, 0, PLAIN])
+    bracket = torch.tensor([0, 0, 0, 0, 0, NO_GROUP])
     weight = torch.tensor([0.5, 0.5, 0.5, 0.5, 1.0, 1.0])
     batch = Batch(
         latents, text, text, label, bracket, 1, torch.linspace(50, 950, 6).long(), noise, torch.zeros(6).bool(), weight

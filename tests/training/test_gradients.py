@@ -1,4 +1,4 @@
-"""One step's gradient, whole or cut: equal to 1e-5, also where the parts' own signs differ from the whole's."""
+"""The gradient of a step is the same whole or split, also where the parts' own signs differ from the whole's."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from gradient_cases import CASES, PU, Case, Linear, step
 from torch import Tensor
 
-from sd_unlearn.data.batches import Batch
+from sd_unlearn.data.batch import Batch
 from sd_unlearn.objectives.pu import LOGGED
 from sd_unlearn.training.gradients import accumulate_gradients
 
@@ -36,7 +36,7 @@ def gradient(
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_the_parts_here_differ_in_sign(case: Case) -> None:
+def test_the_parts_of_these_cases_differ_in_sign(case: Case) -> None:
     objective, model = case.objective("abs"), Linear()
     brackets = torch.stack([objective.terms(model(batch), batch).brackets for batch in step(4, 5.0, case)])
     assert (brackets[:, 1] < 0).any()
@@ -48,10 +48,10 @@ def test_the_parts_here_differ_in_sign(case: Case) -> None:
 @pytest.mark.parametrize(("parts", "scale"), product([2, 4], [0.1, 5.0]))
 @pytest.mark.parametrize("assumed", [None, (1.0, -1.0), (-1.0, 1.0)])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_micro_batches_give_the_whole_batchs_gradient(
+def test_micro_batches_give_the_gradient_of_the_whole_batch(
     parts: int, scale: float, correction: str, assumed: tuple[float, float] | None, case: Case
 ) -> None:
-    """Whatever was assumed of the signs before."""
+    """Whatever signs were assumed."""
     before = None if assumed is None else torch.tensor(assumed)
     want, logs, brackets = gradient(1, scale, correction, case=case)
     got, cut_logs, cut_brackets = gradient(parts, scale, correction, before, case=case)
@@ -62,8 +62,8 @@ def test_micro_batches_give_the_whole_batchs_gradient(
 
 @pytest.mark.parametrize("risk", ["supervised", "unsupervised"])
 @pytest.mark.parametrize("scale", [0.1, 5.0])
-def test_micro_batches_of_a_baseline_are_gone_through_once(risk: str, scale: float) -> None:
-    """No sign decides its gradient, so none is asked for again."""
+def test_micro_batches_of_a_baseline_need_one_pass(risk: str, scale: float) -> None:
+    """No sign affects its gradient, so the step is never repeated."""
     found = []
     for parts in (1, 4):
         model, seen = Linear(), []
@@ -82,7 +82,7 @@ def test_micro_batches_of_a_baseline_are_gone_through_once(risk: str, scale: flo
     assert found[0][1].tolist() == pytest.approx(found[1][1].tolist(), rel=1e-5)
 
 
-def test_a_second_pass_sees_the_same_dropout() -> None:
+def test_a_repeated_step_has_the_same_dropout() -> None:
     _, _, brackets = gradient(4, 5.0, "abs", dropout=0.5)
     once, twice = (gradient(4, 5.0, "abs", assumed, dropout=0.5) for assumed in (brackets, -brackets))
     assert torch.equal(once[0], twice[0])
@@ -90,13 +90,14 @@ def test_a_second_pass_sees_the_same_dropout() -> None:
 
 
 @pytest.mark.parametrize("correction", ["abs", "nn"])
-def test_two_processes_give_the_whole_batchs_gradient(correction: str, tmp_path: Path) -> None:
-    """Real ones, over gloo, one and two micro-batches each; the parts' own signs differ from the whole's."""
+def test_two_processes_give_the_gradient_of_the_whole_batch(correction: str, tmp_path: Path) -> None:
+    """Real processes over gloo with one and two micro-batches each; the parts' own signs differ from the whole's."""
     # torchrun, because `accelerate launch --cpu --num_processes 2` starts a single process unless mpirun is there
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    paths = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]  # for gradient_cases
     done = subprocess.run(
         [*launch, __file__, correction, str(tmp_path)],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": os.pathsep.join(paths)},
         capture_output=True,
         text=True,
         timeout=180,
@@ -112,7 +113,7 @@ def test_two_processes_give_the_whole_batchs_gradient(correction: str, tmp_path:
 
 
 def one_of_two_processes(correction: str, folder: str) -> None:
-    """What `accelerate launch` runs: this file."""
+    """What torchrun runs: this file."""
     accelerator = Accelerator(cpu=True)
     for (name, case), micro_batches in product(TWO_PROCESSES.items(), (1, 2)):
         model = accelerator.prepare(Linear())
@@ -122,11 +123,11 @@ def one_of_two_processes(correction: str, folder: str) -> None:
             assert accelerator.num_processes == 2
             torch.save((model.module.weight.grad, logs), f"{folder}/{name}-{micro_batches}.pt")
     accelerator.wait_for_everyone()
-    os._exit(0)  # all is saved: what gloo's threads do to each other while Python shuts down is no concern of ours
+    os._exit(0)  # everything is saved, and gloo's threads may crash while Python shuts down
 
 
-def test_signs_of_single_parts_would_give_another_gradient() -> None:
-    """What this module is for: |R| of each micro-batch is not |R| of the step."""
+def test_signs_of_single_parts_would_give_a_wrong_gradient() -> None:
+    """|R| of each micro-batch is not |R| of the step."""
     model, objective = Linear(), PU.objective("abs")
     for batch in step(4, 5.0):
         (objective.loss(objective.terms(model(batch), batch)) / 4).backward()

@@ -15,12 +15,14 @@ from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from train_runs import ADAPTER, Config, make, rendered
 
-from sd_unlearn.data.batches import Batch
+from sd_unlearn.data.batch import Batch
+from sd_unlearn.data.batches import EncodedImages
 from sd_unlearn.data.dataset import Example
 from sd_unlearn.errors import UnlearnError, UsageError
 from sd_unlearn.io.files import read_json, read_jsonl
-from sd_unlearn.training import checkpoint, loop, setup, trainer
-from sd_unlearn.training.probe import RatioProbe, Verdict, hold_out
+from sd_unlearn.training import checkpoint, setup, trainer
+from sd_unlearn.training.probe import ProbeResult, RatioProbe, hold_out
+from sd_unlearn.training.state import TrainingState
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -47,14 +49,14 @@ def make_config(place: Path, tiny_base: Path) -> Config:
 
 def spoil(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
     """Make the losses of these steps NaN."""
-    losses, taken = loop.example_losses, []
+    losses, taken = setup.example_losses, []
 
     def spoiled(*arguments: object, **options: object) -> torch.Tensor:
         taken.append(1)
         found = losses(*arguments, **options)  # type: ignore[arg-type]
         return found * float("nan") if len(taken) in steps else found
 
-    monkeypatch.setattr(loop, "example_losses", spoiled)
+    monkeypatch.setattr(setup, "example_losses", spoiled)
 
 
 def test_a_step_that_is_not_finite_is_skipped_and_counted(make_config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,7 +78,7 @@ def test_too_many_in_a_row_end_the_run_with_the_last_good_state(
         with pytest.raises(UnlearnError, match=r"step 20.*13 steps in a row.*step-000006.*--learning_rate"):
             trainer.run(make_config("run", **options))
     assert not Path("run/training.json").exists()
-    assert [p.name for p in checkpoint.found(Path("run"))] == ["step-000004", "step-000006"]
+    assert [p.name for p in checkpoint.list_checkpoints(Path("run"))] == ["step-000004", "step-000006"]
     run = trainer.run(make_config("run", **options, resume_from_checkpoint="latest"))
     assert read_jsonl(run / "metrics.jsonl")[-1]["skipped_steps"] == 0
 
@@ -88,10 +90,10 @@ def test_the_best_so_far_is_kept_and_a_run_that_gets_no_better_ends(
     scores = iter([0.1, 0.7, 0.3, 0.2, 0.9] if shown == "scores" else [0.5, 0.1, 0.1])
     weights: list[dict[str, torch.Tensor]] = []
 
-    def judged(self: object) -> Verdict:
+    def judged(self: object) -> ProbeResult:
         weights.append(self.student.state())  # type: ignore[attr-defined]
         score = next(scores)
-        return Verdict({"probe_ratio": score}, score)
+        return ProbeResult({"probe_ratio": score}, score)
 
     monkeypatch.setattr("sd_unlearn.training.probe.RatioProbe.__call__", judged)
     run = trainer.run(make_config("run", probe_steps=2, early_stopping_patience=2))
@@ -120,7 +122,7 @@ def test_the_ratio_probe_sees_a_concept_being_forgotten(make_config: Config) -> 
 def test_the_ratio_probe_sees_the_network_without_dropout(make_config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     real, alike, mode = RatioProbe.__call__, [], []
 
-    def twice(self: RatioProbe) -> Verdict:
+    def twice(self: RatioProbe) -> ProbeResult:
         alike.append(real(self) == real(self))
         mode.append(self.student.model.training)
         return real(self)
@@ -140,7 +142,7 @@ def test_images_of_every_set_are_held_out() -> None:
         kept, held = hold_out([*sets, *others], seed)
         assert sorted(kept + held) == list(range(84))
         assert [sum(low <= i < high for i in held) for low, high in ((0, 4), (4, 44), (44, 84))] == [2, 4, 4]
-    with pytest.raises(UsageError, match="one has 3"):
+    with pytest.raises(UsageError, match="one has only 3"):
         hold_out([*sets[1:], *others], 0)
 
 
@@ -148,7 +150,7 @@ def test_too_few_images_to_hold_any_out_are_refused_before_a_base_is_loaded(
     make_config: Config, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(trainer, "load_base", lambda *_: pytest.fail("a base was loaded"))
-    with pytest.raises(UsageError, match="one has 3; give 4"):
+    with pytest.raises(UsageError, match="one has only 3"):
         trainer.run(make_config("run", probe_steps=1, num_positive=3, data_dir=tmp_path / "data"))
     assert not (tmp_path / "data").exists()
 
@@ -156,9 +158,9 @@ def test_too_few_images_to_hold_any_out_are_refused_before_a_base_is_loaded(
 def test_a_run_interrupted_as_it_ends_early_is_not_trained_further(
     make_config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def judged(self: object) -> Verdict:
+    def judged(self: object) -> ProbeResult:
         os.kill(os.getpid(), signal.SIGINT)
-        return Verdict({"probe_ratio": 0.0}, -math.inf)
+        return ProbeResult({"probe_ratio": 0.0}, -math.inf)
 
     monkeypatch.setattr("sd_unlearn.training.probe.RatioProbe.__call__", judged)
     options = {"probe_steps": 4, "early_stopping_patience": 1}
@@ -170,8 +172,8 @@ def test_a_run_interrupted_as_it_ends_early_is_not_trained_further(
 
 def test_previews_show_the_weights_that_will_be_saved(make_config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[dict[str, torch.Tensor]] = []
-    watched = "sd_unlearn.training.previews.Painter.preview"
-    monkeypatch.setattr(watched, lambda self, *_: seen.append(weights_of(self.network)))
+    write = "sd_unlearn.training.previews.PreviewWriter.__call__"
+    monkeypatch.setattr(write, lambda self, _: seen.append(weights_of(self.generator.network)))
     run = trainer.run(make_config("run", validation_steps=12, ema_decay=0.9))
     (shown,) = seen
     for name, value in load_file(run / ADAPTER).items():
@@ -192,9 +194,9 @@ def test_held_out_images_are_never_trained_on(make_config: Config, monkeypatch: 
     made = []
     real = setup.StratifiedBatches
 
-    def watched(examples: list, *arguments: object, **options: object) -> object:
-        made.append(examples)
-        return real(examples, *arguments, **options)  # type: ignore[arg-type]
+    def watched(images: EncodedImages, *arguments: object, **options: object) -> object:
+        made.append(images.examples)
+        return real(images, *arguments, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(setup, "StratifiedBatches", watched)
     trainer.run(make_config("plain", max_train_steps=1))
@@ -232,7 +234,9 @@ def test_the_leakage_probe_stops_where_its_rule_says(make_config: Config, monkey
     assert (read_json(run / "training.json")["cost"]["steps"], len(list((run / "best").iterdir()))) == (10, 4)
     monkeypatch.setattr(trainer, "load_base", lambda *_: pytest.fail("a base was loaded"))
     for Told.labels in (("Brad Pitt", "a bird"), ("a dog", "a cat")):
-        with pytest.raises(UsageError, match="--probe leakage: the judge of 'Brad Pitt' can read none .*a "):
+        with pytest.raises(
+            UsageError, match="--probe leakage: the classifier for 'Brad Pitt' knows the labels of none .*a "
+        ):
             trainer.run(make_config("other", **options))
 
 
@@ -277,14 +281,14 @@ INDEXING = {ATEN.index.Tensor, ATEN.index_put.default, ATEN.index_put_.default, 
 
 @pytest.mark.parametrize("target", ["teacher", "noise"])
 def test_no_step_waits_for_the_device(make_config: Config, monkeypatch: pytest.MonkeyPatch, target: str) -> None:
-    step, watched = loop.Tools.step, []
+    step, watched = TrainingState.take_step, []
 
-    def watch(self: loop.Tools, *arguments: Any) -> Any:
+    def watch(self: TrainingState, *arguments: Any) -> Any:
         with Waiting():
             watched.append(1)
             return step(self, *arguments)
 
-    monkeypatch.setattr(loop.Tools, "step", watch)
+    monkeypatch.setattr(TrainingState, "take_step", watch)
     trainer.run(make_config("run", target=target, max_train_steps=3, ema_decay=0.9))
     assert len(watched) == 3
     with pytest.raises(AssertionError, match="waits"), Waiting():
@@ -295,7 +299,7 @@ def test_no_step_waits_for_the_device(make_config: Config, monkeypatch: pytest.M
 
 def test_no_networks_are_kept_that_are_not_needed(make_config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     held = {}
-    losses = loop.example_losses
+    losses = setup.example_losses
 
     def watched(denoiser: object, batch: Batch, *arguments: object) -> torch.Tensor:
         held.update(vae=bases[0].pipeline.vae, text_encoder=bases[0].pipeline.text_encoder)
@@ -304,6 +308,6 @@ def test_no_networks_are_kept_that_are_not_needed(make_config: Config, monkeypat
     bases: list = []
     load = trainer.load_base
     monkeypatch.setattr(trainer, "load_base", lambda *a: bases.append(load(*a)) or bases[0])
-    monkeypatch.setattr(loop, "example_losses", watched)
+    monkeypatch.setattr(setup, "example_losses", watched)
     trainer.run(make_config("run", max_train_steps=1))
     assert held == {"vae": None, "text_encoder": None}

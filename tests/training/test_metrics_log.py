@@ -1,4 +1,4 @@
-"""What the user says while a run trains: several processes stop at the same step, on a CPU soon."""
+"""Several processes stop at the same step after a Ctrl-C; on a CPU they check at every step."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import torch
 from sd_unlearn.training.metrics_log import stop_requests
 
 
-def several(device: str) -> Any:
-    """Two processes of which the other one was not interrupted."""
+def two_processes(device: str) -> Any:
+    """An accelerator with a second process that was not interrupted."""
     return SimpleNamespace(
         num_processes=2,
         device=SimpleNamespace(type=device),
@@ -23,14 +23,14 @@ def several(device: str) -> Any:
     )
 
 
-@pytest.mark.parametrize(("device", "together", "stops"), [("cpu", False, True), ("cuda", False, False)])
-def test_on_a_cpu_processes_agree_at_every_step(
-    monkeypatch: pytest.MonkeyPatch, device: str, together: bool, stops: bool
+@pytest.mark.parametrize(("device", "sync", "stops"), [("cpu", False, True), ("cuda", False, False)])
+def test_cpu_processes_agree_to_stop_at_every_step(
+    monkeypatch: pytest.MonkeyPatch, device: str, sync: bool, stops: bool
 ) -> None:
-    """Torch's launcher gives them 30 seconds after a Ctrl-C, and ten steps may take longer."""
-    with stop_requests(several(device)) as asked:
+    """Torch's launcher kills them 30 seconds after a Ctrl-C, and ten steps may take longer."""
+    with stop_requests(two_processes(device)) as stop_requested:
         monkeypatch.setattr(torch, "tensor", lambda value, device: torch.full((), value))
-        assert not asked(together)
+        assert not stop_requested(sync)
         os.kill(os.getpid(), signal.SIGINT)
-        assert asked(together) is stops
-        assert asked(True)
+        assert stop_requested(sync) is stops
+        assert stop_requested(True)

@@ -35,7 +35,7 @@ from sd_unlearn.models.denoiser import Denoiser
 from sd_unlearn.models.sampling import Sampler
 from sd_unlearn.models.student import apply_run
 from sd_unlearn.seeds import TRAIN_SEEDS
-from sd_unlearn.training import loop, setup, trainer
+from sd_unlearn.training import preflight, setup, trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ADAPTER = "adapter/adapter_model.safetensors"
@@ -376,9 +376,9 @@ def test_batches_get_the_teacher_and_the_empty_caption(
     monkeypatch.setattr(setup, "StratifiedBatches", watched)
     trainer.run(make_config("run", max_train_steps=1, target=target))
     (batches,) = made
-    assert batches.teacher == (target == "teacher")
+    assert (batches.unconditional is not None) == (target == "teacher")
     want, _ = loaded_base.pipeline.encode_prompt("", "cpu", 1, do_classifier_free_guidance=False)
-    assert torch.allclose(batches.embeddings[""], want[0], atol=1e-5)
+    assert torch.allclose(batches.images.text[""], want[0], atol=1e-5)
 
 
 def test_a_finished_run_is_kept_unless_told(trained: Path, make_config: Config) -> None:
@@ -493,7 +493,7 @@ def test_several_sets_of_positives_and_images_known_to_be_normal(
     assert (trainer.run(make_config("zero", **options, eta=0.0)) / ADAPTER).read_bytes() == plain.read_bytes()
     capsys.readouterr()
     normal = trainer.run(make_config("normal", **options))
-    assert "4 unlabeled and 3 positive images and 3 known to be normal, beta 0.1" in capsys.readouterr().err
+    assert "4 unlabeled and 3 positive images, 3 known to be normal, beta 0.1" in capsys.readouterr().err
     assert (normal / ADAPTER).read_bytes() != plain.read_bytes()
     (line,) = read_jsonl(normal / "metrics.jsonl")
     assert line["mean_n"] > 0
@@ -686,11 +686,11 @@ def test_divergence_is_told_and_not_saved(make_config: Config) -> None:
 
 
 def test_a_tracker_that_is_not_installed(make_config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trainer, "find_spec", lambda name: None)
+    monkeypatch.setattr(preflight, "find_spec", lambda name: None)
     with pytest.raises(UsageError, match="--report_to wandb is not installed: pip install wandb"):
         trainer.run(make_config("run", report_to="wandb"))
-    assert trainer.choose_tracker(None) is None
-    assert trainer.choose_tracker("none") is None
+    assert preflight.choose_tracker(None) is None
+    assert preflight.choose_tracker("none") is None
 
 
 @pytest.mark.parametrize("target", ["teacher", "noise"])
@@ -722,7 +722,7 @@ def test_zero_terminal_snr_is_trained_on_but_not_rendered_with(
     make_config: Config, v_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: dict[str, float] = {}
-    generate, losses = sampling.generate_images, loop.example_losses
+    generate, losses = sampling.generate_images, setup.example_losses
 
     def drawn(base: Base, *arguments: object) -> object:
         seen["rendered"] = base.pipeline.scheduler.alphas_cumprod[-1].item()
@@ -733,7 +733,7 @@ def test_zero_terminal_snr_is_trained_on_but_not_rendered_with(
         return losses(denoiser, *arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(sampling, "generate_images", drawn)
-    monkeypatch.setattr(loop, "example_losses", lost)
+    monkeypatch.setattr(setup, "example_losses", lost)
     trainer.run(
         make_config(
             "run",
@@ -755,7 +755,7 @@ def test_zero_terminal_snr_is_refused_for_epsilon(
     if local:
         monkeypatch.setattr(trainer, "load_base", lambda *_: pytest.fail("the base was loaded"))
     else:
-        monkeypatch.setattr(trainer, "check_zero_terminal_snr", lambda name: None)
+        monkeypatch.setattr(preflight, "check_zero_terminal_snr", lambda name: None)
     with pytest.raises(UsageError, match=r"--zero_terminal_snr .* predicts epsilon"):
         trainer.run(make_config("run", zero_terminal_snr=True))
     assert not Path("run").exists()
@@ -787,13 +787,13 @@ def test_checkpointing_trains_the_same_lora(
     trained: Path, make_config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[bool] = []
-    losses = loop.example_losses
+    losses = setup.example_losses
 
     def watched(denoiser: Denoiser, *arguments: object) -> Tensor:
         seen.append(any(getattr(m, "gradient_checkpointing", False) for m in denoiser.model.modules()))
         return losses(denoiser, *arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(loop, "example_losses", watched)
+    monkeypatch.setattr(setup, "example_losses", watched)
     run = trainer.run(make_config("run", gradient_checkpointing=True))
     assert all(seen)
     ours, theirs = (load_file(folder / ADAPTER) for folder in (run, trained))

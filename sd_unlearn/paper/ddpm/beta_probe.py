@@ -1,69 +1,67 @@
-"""beta found again and again while a DDPM trains, from what its own network sees in the images.
+"""Estimate beta repeatedly while a DDPM trains, from the network's own activations.
 
-The paper takes beta as known (0.1). Here `prior.py` estimates it from the activations in the middle of the network
-that is being trained: as it learns what the images show, positives and normal images come apart, and the estimate that
-the risk goes on with gets better.
+The paper treats beta as known (0.1). Here `prior.py` estimates it from the activations in the middle of the network
+that is being trained: as it learns what the images show, positives and normal images become separable, and the
+estimate that the risk continues with improves.
 """
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from sd_unlearn.data.dataset import Example
+from sd_unlearn.data.batches import EncodedImages
 from sd_unlearn.data.prior import Embedded, Estimate, estimate_beta
 from sd_unlearn.models.denoiser import Denoiser
 from sd_unlearn.models.diffusion import add_noise
-from sd_unlearn.training.probe import Verdict
+from sd_unlearn.training.probe import ProbeResult
 
-TIMESTEPS = (50, 150, 300)  # of 1,000: enough noise that the network works, little enough that it sees the image
+TIMESTEPS = (50, 150, 300)  # of 1,000: enough noise to engage the network, little enough to recognise the image
 CHUNK = 256
 
 
 class PriorProbe:
-    """A probe that judges nothing and tells the share of sensitive images among the unlabeled ones.
+    """A probe that estimates the share of sensitive images among the unlabeled ones and scores nothing.
 
-    examples: of the run; pixels: theirs, [N, C, side, side] in [-1, 1]; seed: of the noise, the same at every call.
+    images: those of the run, pixels [N, C, side, side] in [-1, 1]. seed: of the noise, the same at every call.
     """
 
-    def __init__(
-        self, denoiser: Denoiser, examples: Sequence[Example], pixels: Tensor, text: Tensor, seed: int
-    ) -> None:
+    def __init__(self, denoiser: Denoiser, images: EncodedImages, seed: int) -> None:
         self.denoiser, self.seed = denoiser, seed
-        self.rows = [i for i, example in enumerate(examples) if not example.is_negative]
-        self.positive = np.array([examples[i].is_positive for i in self.rows])
-        self.pixels, self.text = pixels[self.rows], text[self.rows]
+        rows = [i for i, example in enumerate(images.examples) if not example.is_negative]
+        examples = [images.examples[i] for i in rows]
+        self.positive = np.array([example.is_positive for example in examples])
+        self.pixels = images.mean[rows]
+        self.text = torch.stack([images.text[example.caption] for example in examples])
 
-    def __call__(self) -> Verdict:
-        found = self.estimate()
-        figures = {"beta": found.beta, "beta_low": found.low, "beta_high": found.high}
-        return Verdict(figures, -float("inf"), beta=found.beta)  # nothing here says that one step is better
+    def __call__(self) -> ProbeResult:
+        estimate = self.estimate()
+        metrics = {"beta": estimate.beta, "beta_low": estimate.low, "beta_high": estimate.high}
+        return ProbeResult(metrics, -float("inf"), beta=estimate.beta)  # no step is better than another
 
     def estimate(self) -> Estimate:
-        """By BBE, with its interval (`prior.estimate_beta`)."""
+        """beta by BBE with its interval (`prior.estimate_beta`)."""
         rows = self.features()
-        seen = Embedded("the network's own activations", "", rows[self.positive], rows[~self.positive])
-        return estimate_beta(seen)[0]
+        embedded = Embedded("the network's own activations", "", rows[self.positive], rows[~self.positive])
+        return estimate_beta(embedded)[0]
 
     @torch.no_grad()
     def features(self) -> NDArray[np.float32]:
-        """[n, D]: the middle block's output, averaged over the picture, at each of TIMESTEPS."""
+        """[n, D]: the middle block's output, averaged over the image, at each of TIMESTEPS."""
         network = self.denoiser.model
-        seen: list[Tensor] = []
-        hook = network.mid_block.register_forward_hook(lambda _module, _inputs, output: seen.append(output))  # type: ignore[union-attr]
+        outputs: list[Tensor] = []
+        hook = network.mid_block.register_forward_hook(lambda _module, _inputs, output: outputs.append(output))  # type: ignore[union-attr]
         training = network.training
         try:
             network.eval()
-            return np.concatenate([self._at(network, timestep, seen) for timestep in TIMESTEPS], axis=1)
+            return np.concatenate([self._at(network, timestep, outputs) for timestep in TIMESTEPS], axis=1)
         finally:
             hook.remove()
             network.train(training)
 
-    def _at(self, network: nn.Module, timestep: int, seen: list[Tensor]) -> NDArray[np.float32]:
+    def _at(self, network: nn.Module, timestep: int, outputs: list[Tensor]) -> NDArray[np.float32]:
         device = self.denoiser.alphas_cumprod.device
         noise = torch.randn(self.pixels.shape, generator=torch.Generator().manual_seed(self.seed + timestep))
         parts = []
@@ -73,6 +71,6 @@ class PriorProbe:
                 self.pixels[rows].to(device), noise[rows].to(device), timesteps, self.denoiser.alphas_cumprod
             )
             self.denoiser.predict(noisy, timesteps, self.text[rows].to(device))
-            parts.append(seen.pop().mean((2, 3)).float().cpu())
-            seen.clear()
+            parts.append(outputs.pop().mean((2, 3)).float().cpu())
+            outputs.clear()
         return torch.cat(parts).numpy()

@@ -1,4 +1,4 @@
-"""Train one DDPM of the paper through the same loop, batches and risks as everything else."""
+"""Train one DDPM of the paper with the same loop, batches and risks as Stable Diffusion."""
 
 from __future__ import annotations
 
@@ -11,16 +11,19 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from torch import Tensor
+from torch import Tensor, nn
 
-from sd_unlearn.config.train import TrainConfig
-from sd_unlearn.data.batches import Layout, StratifiedBatches
-from sd_unlearn.data.concept import Concept
+from sd_unlearn.choices import Risk
+from sd_unlearn.config.train import LoopOptions
+from sd_unlearn.data.batch import Batch
+from sd_unlearn.data.batches import EncodedImages, NoiseSampling, Sharding, StratifiedBatches
 from sd_unlearn.data.dataset import Example
-from sd_unlearn.io.files import read_jsonl
+from sd_unlearn.data.layout import Layout
+from sd_unlearn.io.files import read_jsonl, slugify
 from sd_unlearn.io.run_folder import METRICS
 from sd_unlearn.models.denoiser import Denoiser
 from sd_unlearn.models.student import Student
+from sd_unlearn.objectives.losses import example_losses
 from sd_unlearn.objectives.pu import PUObjective
 from sd_unlearn.paper.ddpm.beta_probe import PriorProbe
 from sd_unlearn.paper.ddpm.datasets import ImageData
@@ -36,7 +39,7 @@ from sd_unlearn.training.provenance import device_name, peak_memory_mb
 
 @dataclass(frozen=True)
 class TrainingJob:
-    """One model to be trained: what, on which images, with which seed, into which folder."""
+    """One model to train: the experiment, its images, the seed and the folder."""
 
     experiment: Experiment
     settings: ExperimentSettings
@@ -57,22 +60,21 @@ class TrainingJob:
         return {field.name: len(getattr(self.split, field.name)) for field in dataclasses.fields(self.split)}
 
     def conditions(self, labels: Sequence[int]) -> list[int]:
-        """What the network is told of images with these labels: a digit's pair, which holds a normal and a sensitive
-        one; 0 where it is told nothing."""
+        """The class numbers that the network is conditioned on for images with these labels: a digit's pair, which
+        holds a normal and a sensitive digit; 0 without conditioning."""
         return [label // 2 if self.settings.conditional else 0 for label in labels]
 
 
 def train(run: TrainingJob) -> dict[str, Any]:
-    """Minimise the run's risk; a run that was killed goes on from its last checkpoint. Saves folder/pipeline.
+    """Minimise the run's risk and save folder/pipeline. A run that was killed resumes from its last checkpoint.
 
-    Returns what it cost, with "betas" where beta was estimated on the way: [{step, beta, beta_low, beta_high}].
+    Returns what it cost, with "betas" if beta is estimated while training: [{step, beta, beta_low, beta_high}].
 
     Raises:
         Interrupted: Ctrl-C; a checkpoint was saved.
-        UsageError, UnlearnError: as load_network, fit.
+        UsageError, UnlearnError: see load_network and fit.
     """
     settings = run.settings
-    config = _config(run)
     accelerator = Accelerator(mixed_precision=settings.mixed_precision, cpu=not torch.cuda.is_available())
     set_seed(TRAIN_SEEDS[0] + run.seed, device_specific=True)
     if settings.base:
@@ -80,90 +82,87 @@ def train(run: TrainingJob) -> dict[str, Any]:
     else:
         schedule = make_schedule()
         network = make_network(run.size, run.side, run.experiment.channels, settings.conditions)
+    training = _make_training(run, network, schedule, accelerator)
+    run.folder.mkdir(parents=True, exist_ok=True)
+    resume = checkpoint.resolve("latest", run.folder)
+    if resume:
+        checkpoint.check_same(resume, training.identity, forced=False)
+    state = fit(_loop_options(run), training, resume)
+    if accelerator.is_main_process:
+        save_pipeline(network, schedule, run.folder)
+    accelerator.wait_for_everyone()
+    cost = {
+        "seconds": round(state.seconds, 1),
+        "steps": state.step,
+        "images_seen": state.step * training.batches.images_per_step,
+        "device": device_name(accelerator.device),
+        "peak_memory_mb": peak_memory_mb(),
+        "processes": accelerator.num_processes,
+    }
+    estimates = [line for line in read_jsonl(run.folder / METRICS) if "beta" in line] if training.probe else []
+    return cost | {"betas": [{k: line[k] for k in ("step", "beta", "beta_low", "beta_high")} for line in estimates]}
+
+
+def _make_training(run: TrainingJob, network: nn.Module, schedule: Any, accelerator: Accelerator) -> Training:
+    settings, seed = run.settings, TRAIN_SEEDS[0] + run.seed
     student = Student(network.requires_grad_(True).train())
     wrapped = accelerator.prepare(network)
     denoiser = Denoiser(
-        wrapped,
+        network,
         schedule.alphas_cumprod.to(accelerator.device),
         "epsilon",
         schedule.config.num_train_timesteps,
         conditioning="class" if settings.conditions else "none",
     )
-    examples, pixels, captions = examples_of(run)
-    about = Concept(run.experiment.name, run.experiment.name, run.experiment.name)
+    images = encoded_images(run)
     batches = StratifiedBatches(
-        examples,
-        (pixels, torch.zeros(1).expand_as(pixels)),  # pixels have no posterior to be drawn from
-        captions,
-        about,
-        config.caption_mode,
-        config.train_batch_size,
-        denoiser.num_train_timesteps,
-        TRAIN_SEEDS[0] + run.seed,
-        rank=accelerator.process_index,
-        world=accelerator.num_processes,
+        images,
+        [None],
+        layout_of(settings),
+        NoiseSampling(denoiser.num_train_timesteps),
+        seed,
+        sharding=Sharding(accelerator.process_index, accelerator.num_processes),
         device=accelerator.device,
-        layout=layout_of(settings),
     )
     objective = PUObjective(
         [[settings.beta or PAPER_BETA]], settings.correction, settings.eta, _risk(settings), settings.max_ratio
     )
-    probe = None
-    if settings.beta_source == "estimated":
-        text = torch.stack([captions[example.caption] for example in examples])
-        alone = dataclasses.replace(denoiser, model=network)
-        probe = PriorProbe(alone, examples, pixels, text, TRAIN_SEEDS[0] + run.seed)
-    training = Training(
-        config,
-        about,
+
+    def losses(model: nn.Module, batch: Batch) -> Tensor:
+        of_model = dataclasses.replace(denoiser, model=model)
+        return example_losses(of_model, batch, settings.reduction, snr_gamma=settings.snr_gamma)
+
+    return Training(
         run.folder,
+        f"forget {slugify(run.experiment.name)}",
         student,
         wrapped,
-        denoiser,
+        losses,
         batches,
         objective,
-        None,
-        None,
-        probe,
-        identity_of(run, accelerator.num_processes),
         accelerator,
+        identity_of(run, accelerator.num_processes),
+        probe=PriorProbe(denoiser, images, seed) if settings.beta_source == "estimated" else None,
     )
-    run.folder.mkdir(parents=True, exist_ok=True)
-    resume = checkpoint.resolve("latest", run.folder)
-    if resume:
-        checkpoint.check_same(resume, training.identity, forced=False)
-    progress = fit(training, resume)
-    if accelerator.is_main_process:
-        save_pipeline(network, schedule, run.folder)
-    accelerator.wait_for_everyone()
-    cost = {
-        "seconds": round(progress.seconds, 1),
-        "steps": progress.step,
-        "images_seen": progress.step * batches.layout.total(1),
-        "device": device_name(accelerator.device),
-        "peak_memory_mb": peak_memory_mb(),
-        "processes": accelerator.num_processes,
-    }
-    found = [line for line in read_jsonl(run.folder / METRICS) if "beta" in line] if probe else []
-    return cost | {"betas": [{k: line[k] for k in ("step", "beta", "beta_low", "beta_high")} for line in found]}
 
 
-def examples_of(run: TrainingJob) -> tuple[list[Example], Tensor, dict[str, Tensor]]:
-    """(examples, their pixels [N, C, side, side] in [-1, 1], what the network is told [1] by caption)."""
+def encoded_images(run: TrainingJob) -> EncodedImages:
+    """The run's images as pixels [N, C, side, side] in [-1, 1]; an example's caption is its class number."""
     groups = {"generic": run.split.normal, "mixed_in": run.split.mixed_in}
     if run.settings.objective != "unsupervised":
         groups["positive"] = run.split.positive
     if run.settings.objective == "pnu":
         groups["negative"] = run.split.negative
     indices = [(int(i), group) for group, members in groups.items() for i in members]
-    told = run.conditions([int(run.data.labels[i]) for i, _ in indices])
-    examples = [Example(Path(str(i)), str(c), group) for (i, group), c in zip(indices, told, strict=True)]
-    captions = {str(c): torch.tensor([c]) for c in sorted(set(told))}
-    return examples, run.data.pixels([i for i, _ in indices], run.side), captions
+    classes = run.conditions([int(run.data.labels[i]) for i, _ in indices])
+    examples = [Example(Path(str(i)), str(c), group) for (i, group), c in zip(indices, classes, strict=True)]
+    pixels = run.data.pixels([i for i, _ in indices], run.side)
+    std = torch.zeros(1).expand_as(pixels)  # pixels have no posterior to sample from
+    return EncodedImages(examples, pixels, std, {str(c): torch.tensor([c]) for c in sorted(set(classes))})
 
 
 def layout_of(settings: ExperimentSettings) -> Layout:
-    """Every objective sees the same number of unlabeled images a step; labeled ones come on top."""
+    """Every objective has the same number of unlabeled images per step, plus the labeled ones that it uses."""
     unlabeled = settings.train_batch_size
     labeled = max(1, unlabeled // LABELED_SHARE)
     if settings.objective == "unsupervised":
@@ -173,47 +172,34 @@ def layout_of(settings: ExperimentSettings) -> Layout:
 
 def identity_of(run: TrainingJob, processes: int) -> dict[str, Any]:
     """What a resumed run must have in common with its checkpoint, by name."""
-    drawn = ("sampler", "num_inference_steps", "num_images")
-    told = {f"--{k}": v for k, v in dataclasses.asdict(run.settings).items() if k not in drawn}
-    told["--missing"] = list(run.settings.missing)
-    data = {"data": run.data.sha256, "counts": run.counts}
+    of_sampling = ("sampler", "num_inference_steps", "num_images")  # they do not affect training
+    options = {f"--{k}": v for k, v in dataclasses.asdict(run.settings).items() if k not in of_sampling}
+    options["--missing"] = list(run.settings.missing)
     return {
         "experiment": run.experiment.name,
         "--size": run.size,
         "--seed": run.seed,
         "processes": processes,
-        **told,
-        **data,
+        **options,
+        "data": run.data.sha256,
+        "counts": run.counts,
     }
 
 
-def _config(run: TrainingJob) -> TrainConfig:
-    """The trainer's own options, as far as the loop reads them."""
-    s = run.settings
-    return TrainConfig(
-        seed=run.seed,
-        beta=s.beta,
-        correction=s.correction,
-        eta=s.eta,
-        reduction=s.reduction,
-        snr_gamma=s.snr_gamma,
-        target="noise",
-        caption_mode="own",
-        method="full",
-        learning_rate=s.learning_rate,
-        lr_warmup_steps=s.lr_warmup_steps,
-        max_train_steps=s.max_train_steps,
-        ema_decay=s.ema_decay,
-        train_batch_size=layout_of(s).total(1),
-        output_dir=run.folder,
+def _loop_options(run: TrainingJob) -> LoopOptions:
+    settings = run.settings
+    return LoopOptions(
+        learning_rate=settings.learning_rate,
+        lr_warmup_steps=settings.lr_warmup_steps,
+        max_train_steps=settings.max_train_steps,
+        ema_decay=settings.ema_decay,
         validation_steps=0,
-        probe_steps=max(1, s.max_train_steps // 10) if s.beta_source == "estimated" else 0,
+        probe_steps=max(1, settings.max_train_steps // 10) if settings.beta_source == "estimated" else 0,
         gradient_share_steps=0,
         checkpointing_steps=run.checkpointing_steps,
         checkpoints_total_limit=1,
-        mixed_precision=s.mixed_precision,  # type: ignore[arg-type]
     )
 
 
-def _risk(settings: ExperimentSettings) -> Any:
+def _risk(settings: ExperimentSettings) -> Risk:
     return "pu" if settings.objective == "pnu" else settings.objective

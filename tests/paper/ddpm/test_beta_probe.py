@@ -1,4 +1,4 @@
-"""beta estimated from what the network that is trained sees in the images."""
+"""beta is estimated from the activations of the network in training."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from sd_unlearn.data.batches import EncodedImages
 from sd_unlearn.data.dataset import Example
 from sd_unlearn.models.denoiser import Denoiser
 from sd_unlearn.paper.ddpm import beta_probe
@@ -25,11 +26,12 @@ def examples(unlabeled: int, positive: int, negative: int = 0) -> list[Example]:
 
 def probe(model: nn.Module, pixels: Tensor, which: list[Example], seed: int = 0) -> PriorProbe:
     denoiser = Denoiser(model, make_schedule().alphas_cumprod, "epsilon", 1000, conditioning="none")
-    return PriorProbe(denoiser, which, pixels, torch.zeros(len(pixels), 1, dtype=torch.long), seed)
+    images = EncodedImages(which, pixels, torch.zeros_like(pixels), {"0": torch.zeros(1, dtype=torch.long)})
+    return PriorProbe(denoiser, images, seed)
 
 
-class Sees(nn.Module):
-    """A network whose middle is the picture itself."""
+class Identity(nn.Module):
+    """A network whose middle block outputs the image itself."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -40,18 +42,18 @@ class Sees(nn.Module):
 
 
 @pytest.mark.parametrize("share", [0.05, 0.2])
-def test_a_share_that_can_be_seen_is_found(share: float) -> None:
+def test_separable_images_give_the_true_share(share: float) -> None:
     generator = torch.Generator().manual_seed(0)
     hidden = round(400 * share)
     means = torch.tensor([0.0] * (400 - hidden) + [2.0] * hidden + [2.0] * 100)
     pixels = means[:, None, None, None] + 0.1 * torch.randn((500, 3, 4, 4), generator=generator)
-    found = probe(Sees(), pixels, examples(400, 100)).estimate()
-    assert found.beta == pytest.approx(share, abs=0.03)
-    assert found.low <= found.beta <= found.high
-    verdict = probe(Sees(), pixels, examples(400, 100))()
-    assert verdict.beta == found.beta
-    assert verdict.figures["beta_low"] == found.low
-    assert not verdict.score > -float("inf")  # no step is a best one
+    estimate = probe(Identity(), pixels, examples(400, 100)).estimate()
+    assert estimate.beta == pytest.approx(share, abs=0.03)
+    assert estimate.low <= estimate.beta <= estimate.high
+    result = probe(Identity(), pixels, examples(400, 100))()
+    assert result.beta == estimate.beta
+    assert result.metrics["beta_low"] == estimate.low
+    assert not result.score > -float("inf")  # no step becomes the best one
 
 
 def test_images_known_to_be_normal_are_not_counted() -> None:
@@ -61,7 +63,7 @@ def test_images_known_to_be_normal_are_not_counted() -> None:
     assert probe(model, pixels, examples(15, 10, 5)).features().shape == (25, 3 * 80)
 
 
-def test_features_do_not_depend_on_how_they_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_features_do_not_depend_on_the_chunk_size(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     model = make_network("tiny", 12, 1)
     pixels = torch.rand(20, 1, 12, 12)
@@ -71,7 +73,7 @@ def test_features_do_not_depend_on_how_they_are_computed(monkeypatch: pytest.Mon
     assert not np.allclose(probe(model, pixels, examples(10, 10), seed=1).features(), whole, atol=1e-4)
 
 
-def test_the_network_is_left_as_it_was() -> None:
+def test_a_probe_leaves_the_network_unchanged() -> None:
     model = make_network("tiny", 12, 1).train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     pixels, state = torch.rand(20, 1, 12, 12), torch.get_rng_state()

@@ -1,4 +1,4 @@
-"""A DDPM of the paper trained: its batches, its network, its way back after a kill, its beta found on the way."""
+"""Training a DDPM of the paper: batches, network, resuming after a kill, beta estimated while training."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from sd_unlearn.paper.ddpm import train as train_module
 from sd_unlearn.paper.ddpm import unet
 from sd_unlearn.paper.ddpm.datasets import ImageData
 from sd_unlearn.paper.ddpm.split import split
-from sd_unlearn.paper.ddpm.train import TrainingJob, examples_of, layout_of, train
+from sd_unlearn.paper.ddpm.train import TrainingJob, encoded_images, layout_of, train
 from sd_unlearn.paper.ddpm.unet import load_network, make_network, make_schedule, save_pipeline
 from sd_unlearn.paper.experiments import CLASSES, EXPERIMENTS, TINY_SIDE, Counts
 from sd_unlearn.paper.options import RunOptions
 from sd_unlearn.paper.settings import resolve
-from sd_unlearn.training import loop
+from sd_unlearn.training.state import TrainingState
 
 SIDE = TINY_SIDE
 COUNTS = Counts(22, 6, 12)
@@ -33,7 +33,7 @@ Make = Callable[..., TrainingJob]
 
 
 def digits(count: int = 100) -> ImageData:
-    """Pictures of ten kinds of noise."""
+    """Ten classes of noise images."""
     pixels = np.random.default_rng(0).integers(0, 256, (count, 28, 28), dtype=np.uint8)
     labels = np.arange(count) % 10
     return ImageData("mnist5k", CLASSES["mnist5k"], labels, 1, lambda i: Image.fromarray(pixels[i]), "0" * 64)
@@ -41,7 +41,7 @@ def digits(count: int = 100) -> ImageData:
 
 @pytest.fixture
 def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
-    """A run of a few steps, of a network of a few thousand weights."""
+    """A run of a few steps with a network of a few thousand weights."""
     small = {
         "block_out_channels": (8, 16, 16),
         "layers_per_block": 1,
@@ -79,19 +79,19 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 
 
 def train_until_saved(run: TrainingJob, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A training that is killed as soon as its first checkpoint is written."""
+    """Train until the first checkpoint is written, then die."""
 
     class Killed(Exception):
         pass
 
-    saved = loop.Tools.save
+    saved = TrainingState.save
 
-    def save_and_die(tools: loop.Tools, *rest: Any) -> None:
-        saved(tools, *rest)
+    def save_and_die(state: TrainingState, *rest: Any) -> None:
+        saved(state, *rest)
         raise Killed
 
     with monkeypatch.context() as patched:
-        patched.setattr(loop.Tools, "save", save_and_die)
+        patched.setattr(TrainingState, "save", save_and_die)
         with pytest.raises(Killed):
             train(run)
 
@@ -112,7 +112,7 @@ def train_until_saved(run: TrainingJob, monkeypatch: pytest.MonkeyPatch) -> None
     ],
     ids=str,
 )
-def test_every_configuration_trains_and_is_a_pipeline_anybody_can_load(make: Make, options: dict[str, Any]) -> None:
+def test_every_configuration_trains_and_saves_a_loadable_pipeline(make: Make, options: dict[str, Any]) -> None:
     run = make(**options)
     cost = train(run)
     assert cost["steps"] == 4
@@ -124,7 +124,7 @@ def test_every_configuration_trains_and_is_a_pipeline_anybody_can_load(make: Mak
     assert not same(make_network("tiny", SIDE, 1, run.settings.conditions).state_dict(), weights(run))
 
 
-def test_the_same_seed_gives_the_same_weights_and_another_gives_others(make: Make) -> None:
+def test_weights_depend_only_on_the_seed(make: Make) -> None:
     found = []
     for folder, seed in (("a", 1), ("b", 1), ("c", 2)):
         run = make(folder, seed=seed)
@@ -134,7 +134,7 @@ def test_the_same_seed_gives_the_same_weights_and_another_gives_others(make: Mak
     assert not same(found[0], found[2])
 
 
-def test_a_killed_training_goes_on_to_the_same_weights(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_training_resumes_to_the_same_weights(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = make("whole")
     train(whole)
 
@@ -151,7 +151,7 @@ def test_a_checkpoint_of_other_settings_is_refused(make: Make) -> None:
         train(make("run", checkpointing_steps=2, beta=0.2))
 
 
-def test_every_objective_sees_the_same_unlabeled_images(make: Make) -> None:
+def test_every_objective_has_the_same_number_of_unlabeled_images(make: Make) -> None:
     seen = {name: layout_of(make(objective=name).settings) for name in ("pu", "supervised", "unsupervised", "pnu")}
     assert {layout.unlabeled for layout in seen.values()} == {6}
     assert {name: layout.positive for name, layout in seen.items()} == {
@@ -161,7 +161,9 @@ def test_every_objective_sees_the_same_unlabeled_images(make: Make) -> None:
         "pnu": 2,
     }
     assert seen["pnu"].negative == 2
-    groups = [[e.group for e in examples_of(make(objective=name))[0]] for name in ("unsupervised", "pu", "pnu")]
+    groups = [
+        [e.group for e in encoded_images(make(objective=name)).examples] for name in ("unsupervised", "pu", "pnu")
+    ]
     assert [set(g) for g in groups] == [
         {"generic", "mixed_in"},
         {"generic", "mixed_in", "positive"},
@@ -169,7 +171,7 @@ def test_every_objective_sees_the_same_unlabeled_images(make: Make) -> None:
     ]
 
 
-def test_labels_have_no_influence_on_the_unsupervised_one(make: Make) -> None:
+def test_labels_do_not_affect_the_unsupervised_objective(make: Make) -> None:
     run = make("a", objective="unsupervised")
     others = dataclasses.replace(make("b", objective="unsupervised"))
     others = dataclasses.replace(others, split=dataclasses.replace(others.split, positive=others.split.positive[::-1]))
@@ -178,15 +180,15 @@ def test_labels_have_no_influence_on_the_unsupervised_one(make: Make) -> None:
     assert same(weights(run), weights(others))
 
 
-def test_a_condition_is_a_digits_pair_and_does_not_say_what_is_sensitive(make: Make) -> None:
+def test_the_condition_is_a_digit_pair_that_does_not_reveal_the_sensitive_digit(make: Make) -> None:
     run = make(conditional=True)
-    examples, _, captions = examples_of(run)
-    told = {int(run.data.labels[int(e.path.name)]): int(captions[e.caption]) for e in examples}
-    assert told == {digit: digit // 2 for digit in range(10)}
-    assert set(examples_of(make())[2]) == {"0"}
+    images = encoded_images(run)
+    classes = {int(run.data.labels[int(e.path.name)]): int(images.text[e.caption]) for e in images.examples}
+    assert classes == {digit: digit // 2 for digit in range(10)}
+    assert set(encoded_images(make()).text) == {"0"}
 
 
-def test_a_beta_found_on_the_way_is_the_one_trained_with_and_is_told(make: Make) -> None:
+def test_a_beta_estimated_while_training_is_used_and_reported(make: Make) -> None:
     run = make(beta="estimate", max_train_steps=20)
     cost = train(run)
     assert [found["step"] for found in cost["betas"]] == list(range(2, 21, 2))
@@ -201,22 +203,22 @@ def test_an_estimated_beta_survives_a_kill(make: Make, monkeypatch: pytest.Monke
     whole = make("whole", beta="estimate", max_train_steps=20)
     expected = train(whole)["betas"]
     taken: list[float] = []
-    take = loop._take_beta
+    use_beta = TrainingState.use_beta
 
-    def remember(training: Any, beta: float | None) -> None:
-        taken.append(beta or 0.0)
-        take(training, beta)
+    def remember(state: TrainingState, beta: float) -> None:
+        taken.append(beta)
+        use_beta(state, beta)
 
     broken = make("broken", checkpointing_steps=11, beta="estimate", max_train_steps=20)
     train_until_saved(broken, monkeypatch)
-    monkeypatch.setattr(loop, "_take_beta", remember)
+    monkeypatch.setattr(TrainingState, "use_beta", remember)
     found = train(broken)["betas"]
     assert taken[0] == expected[4]["beta"]  # of step 10, the last before the checkpoint
     assert found == expected
     assert same(weights(whole), weights(broken))
 
 
-def test_the_papers_network_is_the_papers() -> None:
+def test_the_paper_network_has_the_published_architecture() -> None:
     with torch.device("meta"):
         unet = make_network("paper", 32, 1)
     assert unet.config.block_out_channels == (128, 128, 256, 512)
@@ -227,7 +229,7 @@ def test_the_papers_network_is_the_papers() -> None:
     assert 0.8e6 < sum(p.numel() for p in tiny.parameters()) < 1.2e6
 
 
-def test_fine_tuning_starts_from_the_named_model(make: Make, tmp_path: Path) -> None:
+def test_fine_tuning_starts_from_the_given_model(make: Make, tmp_path: Path) -> None:
     torch.manual_seed(0)
     unet = make_network("tiny", SIDE, 1)
     save_pipeline(unet, make_schedule(), tmp_path / "theirs")
@@ -238,7 +240,7 @@ def test_fine_tuning_starts_from_the_named_model(make: Make, tmp_path: Path) -> 
         assert torch.allclose(value, unet.state_dict()[name], atol=1e-6), name
 
 
-def test_models_that_do_not_fit_are_refused_by_what_is_wrong(tmp_path: Path) -> None:
+def test_models_of_other_shapes_are_refused_with_the_reason(tmp_path: Path) -> None:
     save_pipeline(make_network("tiny", SIDE, 3), make_schedule(), tmp_path)
     place = str(tmp_path / "pipeline")
     with pytest.raises(UsageError, match="3 channels; this experiment has 1"):

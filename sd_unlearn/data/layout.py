@@ -1,0 +1,78 @@
+"""How a step's batch is divided among caption groups and kinds of images."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from sd_unlearn.choices import CaptionMode
+from sd_unlearn.config.train import TrainConfig
+from sd_unlearn.data.concept import Concept
+from sd_unlearn.data.dataset import has_negatives, positive_sets
+from sd_unlearn.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How many images of each kind a step's batch holds: per caption group, and of keep images."""
+
+    positive: int  # of each set of positives
+    unlabeled: int
+    keep: int
+    negative: int = 0
+    sets: int = 1
+
+    @classmethod
+    def of(
+        cls, batch_size: int, groups: int, has_keep: bool, parts: int = 1, sets: int = 1, negatives: bool = False
+    ) -> Layout:
+        """Of a batch, 25 % positives and 35 % unlabeled images, divided among the caption groups; the rest keep images.
+
+        Without keep images the rest is unlabeled; without positives, their quarter is. Positives are divided among
+        their sets, and negatives get half of the unlabeled images' share. Every caption group has at least one image of
+        each kind in each of the parts that the batch will be split into.
+
+        Raises:
+            UsageError: the batch is too small for that.
+        """
+        kinds = sets + 1 + negatives
+        if batch_size < parts * groups * kinds:
+            raise UsageError(
+                f"--train_batch_size {batch_size // parts} is too small: a micro-batch needs at least {groups * kinds} "
+                f"images, one of each kind ({kinds}) in each caption group ({groups}, set by --caption_mode)."
+            )
+        positive = max(parts, int(0.25 * batch_size / groups / sets)) if sets else 0
+        share = int((0.35 if sets else 0.6) * batch_size / groups)
+        unlabeled = share if has_keep else batch_size // groups - sets * positive
+        negative = max(parts, unlabeled // 2) if negatives else 0
+        unlabeled = max(parts, unlabeled - negative)
+        layout = cls(positive, unlabeled, 0, negative, sets)
+        return replace(layout, keep=max(0, batch_size - layout.total(groups)) if has_keep else 0)
+
+    def total(self, groups: int) -> int:
+        return groups * (self.sets * self.positive + self.unlabeled + self.negative) + self.keep
+
+
+def caption_groups(concept: Concept, mode: CaptionMode) -> list[str | None]:
+    """The caption of each caption group; None: each image has its own caption.
+
+    own: one group, every image under its own caption. shared: one group, all images under the generic caption. both:
+    one group under the generic caption and one under each wording of the concept, each with positives and generic
+    images.
+    """
+    groups: dict[str, list[str | None]] = {
+        "own": [None],
+        "shared": [concept.generic],
+        "both": [concept.generic, *concept.captions],
+    }
+    return groups[mode]
+
+
+def check_batch_size(config: TrainConfig, concept: Concept, folder: Path) -> None:
+    """Refuse a batch that cannot hold what every step needs.
+
+    Raises:
+        UsageError: names --train_batch_size and the smallest possible value.
+    """
+    groups, sets = len(caption_groups(concept, config.caption_mode)), len(positive_sets(folder))
+    Layout.of(config.train_batch_size, groups, True, sets=sets, negatives=has_negatives(folder, config.eta))

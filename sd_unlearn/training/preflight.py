@@ -1,0 +1,141 @@
+"""Everything that `train` and a sweep can refuse before a model is loaded or a file is written."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+from sd_unlearn.config.checks import check_train
+from sd_unlearn.config.train import TrainConfig
+from sd_unlearn.data.concept import Concept, load_concept
+from sd_unlearn.data.dataset import has_negatives, scan
+from sd_unlearn.data.layout import check_batch_size
+from sd_unlearn.data.prior import check_countable
+from sd_unlearn.data.render import data_dir_of, plan
+from sd_unlearn.errors import UsageError
+from sd_unlearn.io.files import check_writable
+from sd_unlearn.io.run_folder import CONCEPT, DATA_MANIFEST, NEGATIVE, POSITIVE, TRAINING, UNLABELED
+from sd_unlearn.models.base import check_text_encoder, check_zero_terminal_snr
+from sd_unlearn.models.source import Source, find_base
+from sd_unlearn.training import checkpoint
+from sd_unlearn.training.optim import check_optimizer
+from sd_unlearn.training.probe import check_probe
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a training starts from, found and checked."""
+
+    concept: Concept
+    source: Source  # of the base
+    data_dir: Path
+    own_images: bool  # the user's own; otherwise the folder is rendered if missing or unfinished
+    tracker: str | None
+
+
+def check_inputs(config: TrainConfig) -> Inputs:
+    """Check all options but the run folder, find concept and base, and read the user's own images if there are any.
+
+    Raises:
+        UsageError: names the option, its value and what to do.
+    """
+    concept = load_concept(config.concept, config.anchor)
+    check_train(config)
+    check_optimizer(config)
+    source = find_base(config, concept.base)
+    check_base(config, source)
+    data_dir = data_dir_of(config, concept)
+    own_images = has_own_images(data_dir)
+    check_data_dir(config, data_dir)
+    check_batch_size(config, concept, data_dir)
+    groups = image_groups(config, concept, data_dir, own_images)
+    if config.beta == "estimate":
+        check_countable(groups.count("positive"), groups.count("generic") + groups.count("mixed_in"))
+    check_probe(config, concept, groups)
+    return Inputs(concept, source, data_dir, own_images, choose_tracker(config.report_to))
+
+
+def check_base(config: TrainConfig, source: Source) -> None:
+    """Refuse options that the base does not support, as far as that is known before it loads.
+
+    Raises:
+        UsageError
+    """
+    if config.zero_terminal_snr:
+        check_zero_terminal_snr(source)
+    if config.train_text_encoder:
+        check_text_encoder(source.kind, source.name)
+
+
+def has_own_images(data_dir: Path) -> bool:
+    """Whether the images are the user's own: there are image folders that `render` did not start."""
+    rendered = (data_dir / "settings.json").is_file() or (data_dir / DATA_MANIFEST).is_file()
+    return not rendered and ((data_dir / UNLABELED).is_dir() or (data_dir / POSITIVE).is_dir())
+
+
+def check_data_dir(config: TrainConfig, data_dir: Path) -> None:
+    """Refuse images that the objective does not use, and a folder that is not writable.
+
+    Raises:
+        UsageError
+    """
+    if config.objective != "pu" and has_negatives(data_dir, config.eta):
+        raise UsageError(
+            f"{data_dir / NEGATIVE} holds images known to be normal, which --objective {config.objective} does not "
+            "use. Leave them out with --eta 0, or use --objective pu."
+        )
+    check_writable(data_dir, "--data_dir")
+
+
+def image_groups(config: TrainConfig, concept: Concept, data_dir: Path, own_images: bool) -> Sequence[str]:
+    """The group of each training image: of the user's own, or of those to be rendered.
+
+    Raises:
+        UsageError: an image cannot be read.
+    """
+    if own_images:
+        return [example.group for example in scan(data_dir, concept, config.eta)]
+    return [group for group, _, count in plan(concept, config) for _ in range(count)]
+
+
+def choose_tracker(report_to: str | None) -> str | None:
+    """The tracker's name for Accelerate: --report_to, by default TensorBoard if it is installed.
+
+    Raises:
+        UsageError: the tracker is not installed.
+    """
+    if report_to == "none":
+        return None
+    if report_to and not find_spec(report_to):
+        raise UsageError(f"--report_to {report_to} is not installed: pip install {report_to}, or use --report_to none.")
+    return report_to or ("tensorboard" if find_spec("tensorboard") else None)
+
+
+def check_output(config: TrainConfig, output: Path) -> Path | None:
+    """Refuse a run folder that must not be overwritten or cannot be written. Returns the checkpoint to resume from.
+
+    Raises:
+        UsageError: a finished or unfinished run without --overwrite, another kind of folder, or one that is not
+            writable; not a checkpoint.
+    """
+    if output.is_dir() and any(output.iterdir()) and not (output / CONCEPT).is_file():
+        raise UsageError(f"--output_dir {output} is not an sd-unlearn run folder. Choose an empty folder.")
+    if config.resume_from_checkpoint is None and not config.overwrite:
+        if is_finished(output):
+            raise UsageError(
+                f"--output_dir {output} holds a finished run. Choose another --output_dir, or add --overwrite."
+            )
+        if kept := checkpoint.list_checkpoints(output):
+            raise UsageError(
+                f"--output_dir {output} holds an unfinished run, saved at {kept[-1].name}. Resume it with "
+                "--resume_from_checkpoint latest, or start over with --overwrite."
+            )
+    check_writable(output, "--output_dir")
+    return checkpoint.resolve(config.resume_from_checkpoint, output)
+
+
+def is_finished(output: Path) -> bool:
+    """Whether the run's record, which is written last, exists."""
+    return (output / TRAINING).is_file()

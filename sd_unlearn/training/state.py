@@ -1,0 +1,159 @@
+"""Everything that changes while a run trains, saved to and restored from checkpoints."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from sd_unlearn.config.train import LoopOptions
+from sd_unlearn.data.batch import Batch
+from sd_unlearn.data.batches import StratifiedBatches
+from sd_unlearn.models.student import Student
+from sd_unlearn.objectives.pu import PUObjective
+from sd_unlearn.training import checkpoint
+from sd_unlearn.training.gradients import Losses, accumulate_gradients
+from sd_unlearn.training.optim import GuardedSteps, MovingAverage, make_optimizer, make_schedule, set_rates
+from sd_unlearn.training.probe import ProbeResult
+
+PROBES_TO_STOP = 2  # a probe sees few images: a single one may find the concept forgotten by chance
+PROGRESS = (
+    *("step", "seconds", "best_score", "best_step", "probes_since_best", "forgotten_in_a_row"),
+    *("probe_seconds", "stopped", "beta"),
+)
+
+
+@dataclass
+class TrainingState:
+    """What moves the weights, and how far the run is."""
+
+    accelerator: Accelerator
+    student: Student
+    batches: StratifiedBatches
+    objective: PUObjective
+    parameters: list[nn.Parameter]
+    optimizer: GuardedSteps
+    schedule: Any
+    average: MovingAverage | None
+    brackets: Tensor | None = None  # of the last step; the next step assumes their signs
+
+    step: int = 0
+    seconds: float = 0.0
+    best_score: float = -math.inf
+    best_step: int = 0
+    probes_since_best: int = 0
+    forgotten_in_a_row: int = 0  # probes
+    probe_seconds: float = 0.0  # part of `seconds`
+    stopped: str = ""  # why training ended before --max_train_steps
+    beta: float | None = None  # the last estimate of a probe; None: as given
+
+    @classmethod
+    def start(
+        cls,
+        options: LoopOptions,
+        student: Student,
+        batches: StratifiedBatches,
+        objective: PUObjective,
+        accelerator: Accelerator,
+    ) -> TrainingState:
+        parameters = student.trainable()
+        inner = make_optimizer(parameters, options)
+        schedule = make_schedule(inner, options)
+        optimizer = GuardedSteps(accelerator.prepare(inner), accelerator.scaler, accelerator.device)
+        average = MovingAverage(parameters, options.ema_decay) if options.ema_decay else None
+        return cls(accelerator, student, batches, objective, parameters, optimizer, schedule, average)
+
+    def take_step(
+        self, model: nn.Module, losses: Losses, micro_batches: Sequence[Batch], max_grad_norm: float
+    ) -> tuple[Tensor, Tensor]:
+        """One optimizer step. Returns (metrics [LOGGED], norm of the gradient before clipping)."""
+        metrics, self.brackets = accumulate_gradients(
+            self.accelerator, model, losses, self.objective, micro_batches, self.brackets
+        )
+        norm = self.accelerator.clip_grad_norm_(self.parameters, max_grad_norm)
+        self.optimizer.step(norm)
+        self.schedule.step()
+        if self.average:
+            self.average.update()
+        return metrics, norm
+
+    def last_step_skipped(self) -> bool:
+        """Waits for the device."""
+        return float(self.optimizer.skipped[1]) > 0
+
+    @contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        """The student temporarily has its moving average as weights, if there is one."""
+        if self.average:
+            self.average.swap()
+        yield
+        if self.average:
+            self.average.swap()
+
+    def is_best(self, probe: ProbeResult) -> bool:
+        return probe.score > self.best_score
+
+    def record_probe(self, probe: ProbeResult, options: LoopOptions) -> None:
+        """Update best score and beta; set `stopped` if training should end."""
+        if probe.beta is not None:
+            self.use_beta(probe.beta)
+        self.probes_since_best += 1
+        if self.is_best(probe):
+            self.best_score, self.best_step, self.probes_since_best = probe.score, self.step, 0
+        self.forgotten_in_a_row = self.forgotten_in_a_row + 1 if probe.forgotten else 0
+        if options.stop_when_forgotten and self.forgotten_in_a_row == PROBES_TO_STOP:
+            self.stopped = "forgotten"
+        elif 0 < options.early_stopping_patience <= self.probes_since_best:
+            self.stopped = f"no better probe in {self.probes_since_best}"
+
+    def use_beta(self, beta: float) -> None:
+        """Continue with this beta in every caption group."""
+        self.beta = beta
+        self.objective = replace(self.objective, betas=[[beta]] * len(self.objective.betas))
+
+    def save(self, run: Path, identity: dict[str, Any], limit: int) -> None:
+        """Write a checkpoint; see checkpoint.save."""
+        scaler = self.accelerator.scaler
+        state = {
+            "optimizer": self.optimizer.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "scaler": scaler.state_dict() if scaler else None,
+            "sampler": self.batches.state_dict(),
+            "average": self.average.state_dict() if self.average else None,
+            "brackets": self.brackets,
+            "skipped": self.optimizer.skipped,
+            "progress": {name: getattr(self, name) for name in PROGRESS},
+        }
+        checkpoint.save(run, self.step, self.student.state(), state, identity, self.accelerator, limit)
+
+    def load(self, path: Path, options: LoopOptions) -> None:
+        """Restore a checkpoint, with the learning rate and weight decay of `options`.
+
+        Raises:
+            UsageError: see checkpoint.load.
+        """
+        weights, state = checkpoint.load(path, self.accelerator)
+        device, scaler = self.accelerator.device, self.accelerator.scaler
+        self.student.load_state(weights)
+        self.optimizer.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        set_rates(self.optimizer.optimizer, self.schedule, options)  # --force_resume may have changed them
+        if scaler and state["scaler"]:
+            scaler.load_state_dict(state["scaler"])
+        if self.average and state["average"]:
+            self.average.load_state_dict(state["average"])
+        self.batches.load_state_dict(state["sampler"])
+        self.optimizer.skipped = state["skipped"].to(device)
+        brackets = state["brackets"]  # --force_resume may have changed the number of caption groups
+        same_groups = brackets is not None and len(brackets) == len(self.objective.betas)
+        self.brackets = brackets.to(device) if same_groups else None
+        for name, value in state["progress"].items():
+            setattr(self, name, value)
+        if self.beta is not None:
+            self.use_beta(self.beta)
