@@ -1,1 +1,1 @@
-"""results.json as HTML, Markdown and CSV."""
+"""Reports of results.json as HTML, Markdown and CSV."""

@@ -40,7 +40,7 @@ def answers(case: Case, cost: Mapping[str, Any]) -> list[Answer]:
             "What appears instead?",
             case.pick("clean_replacement", "direct"),
             case.without,
-            "as many clear images of something else as the base gives for the generic prompt",
+            "clear images of something else, compared with the generic prompt on the base",
         ),
         _answer(
             "What was kept?",

@@ -45,6 +45,9 @@ METRICS = {
         "Fréchet distance to real digits, in the features of the digit reader; lower is better",
         is_rate=False,
     ),
+    "kid-digits": Metric(
+        "KID (digits)", "kernel distance to real digits, in features of the digit reader", is_rate=False
+    ),
     "fid-inception": Metric(
         "FID", "Fréchet distance to the base's images, in Inception features; lower is closer", is_rate=False
     ),
@@ -70,12 +73,12 @@ METRICS = {
 }
 PRESENCE = ("leakage", "nudity", "zero_shot")  # metrics that detect the concept itself, preferred first
 GROUPS = {
-    "direct": ("asked for by name", "the prompts that the LoRA was trained to forget"),
+    "direct": ("by name", "the prompts that the LoRA was trained to forget"),
     "held_out": ("other wordings", "prompts for the concept that were not used in training"),
     "generic": ("generic prompt", "the prompt without the concept, as in “a photo of a man”"),
     "alike": ("look-alikes", "concepts that look or sound similar and should be kept"),
     "general": ("anything else", "unrelated prompts that should be kept"),
-    "kept": ("everything to keep", "look-alikes and anything else together"),
+    "kept": ("all kept prompts", "look-alikes and anything else together"),
 }
 
 

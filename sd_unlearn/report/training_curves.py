@@ -17,7 +17,7 @@ def training_charts(log: list[dict[str, Any]], beta: float | None) -> list[dict[
     ratio = line_chart(log, ("ratio",), target=1 / beta if beta else None)
     charts = [
         ("Mean loss", "loss of unlabeled images (mean_u) and concept images (mean_s)", losses),
-        ("Ratio", "mean_s divided by mean_u", ratio),
+        ("Ratio", "mean loss of concept images divided by that of unlabeled images (mean_s / mean_u)", ratio),
     ]
     return [{"title": title, "about": about, **chart} for title, about, chart in charts if chart]
 

@@ -1,5 +1,5 @@
 "use strict";
-/* Adds sorting, filtering and comparing. Everything can be read without it, and it loads nothing. */
+/* Adds sorting, filtering and comparing. The page is complete without it, and it loads nothing. */
 (() => {
   const all = (query, root = document) => [...root.querySelectorAll(query)];
   const one = (query, root = document) => root.querySelector(query);
@@ -9,14 +9,14 @@
   const theme = one("#theme");
   const dark = matchMedia("(prefers-color-scheme: dark)");
   const isDark = () => (document.documentElement.dataset.theme || (dark.matches ? "dark" : "light")) === "dark";
-  const tell = () => theme.setAttribute("aria-pressed", String(isDark()));
+  const showTheme = () => theme.setAttribute("aria-pressed", String(isDark()));
   theme.hidden = false;
   theme.addEventListener("click", () => {
     document.documentElement.dataset.theme = isDark() ? "light" : "dark";
-    tell();
+    showTheme();
   });
-  dark.addEventListener("change", tell);
-  tell();
+  dark.addEventListener("change", showTheme);
+  showTheme();
 
   /* -- the comparison: sort by a column, filter by concept, verdict and name -- */
   const table = one("#compare-table");
@@ -37,7 +37,7 @@
       const sign = direction === "descending" ? -1 : 1;
       const rows = [...body.rows].sort((a, b) => {
         const x = valueOf(a, column), y = valueOf(b, column);
-        if (x === "" || y === "") return (x === "") - (y === ""); /* what was not measured stays last */
+        if (x === "" || y === "") return (x === "") - (y === ""); /* lines without a value stay last */
         return sign * compare(x, y);
       });
       body.append(...rows);
@@ -118,7 +118,7 @@
       one("#no-pairs").hidden = left > 0;
       status.textContent = `${left.toLocaleString("en")} of ${plural(shots.length, "pair")} shown.`;
       const current = one("button.frame[tabindex='0']", pairs);
-      if (current && current.offsetParent === null) rove(frames().find((f) => f.offsetParent !== null));
+      if (current && current.offsetParent === null) moveTabStop(frames().find((f) => f.offsetParent !== null));
     };
     controls.addEventListener("change", (event) => {
       if (event.target.id === "boxes") pairs.classList.toggle("unboxed", !event.target.checked);
@@ -133,9 +133,9 @@
       });
     }
 
-    /* A picture drawn with a LoRA becomes a button; while it is held, the base's picture lies over it. */
+    /* The image of a LoRA becomes a button; while it is held, the image of the base covers it. */
     const frames = () => all("button.frame", pairs);
-    const rove = (to, focus = false) => {
+    const moveTabStop = (to, focus = false) => {
       if (!to) return;
       for (const frame of all("button.frame[tabindex='0']", pairs)) frame.tabIndex = -1;
       to.tabIndex = 0;
@@ -175,7 +175,7 @@
       frame.append(...plain.childNodes);
       plain.replaceWith(frame);
     }
-    rove(frames()[0]);
+    moveTabStop(frames()[0]);
     const frameOf = (event) => event.target.closest?.("button.frame");
     const onFrame = (type, act) => pairs.addEventListener(type, (event) => {
       const frame = frameOf(event);
@@ -183,7 +183,7 @@
     });
     onFrame("pointerdown", (frame, event) => {
       if (event.button !== 0) return;
-      rove(frame);
+      moveTabStop(frame);
       press(frame);
     });
     for (const type of ["pointerup", "pointercancel", "pointerout", "focusout"]) {
@@ -195,7 +195,7 @@
     onFrame("dragstart", (frame, event) => event.preventDefault());
     onFrame("keydown", (frame, event) => {
       if (event.key === " " || event.key === "Enter") {
-        event.preventDefault(); /* the space bar would scroll */
+        event.preventDefault(); /* Space would scroll the page */
         press(frame);
         return;
       }
@@ -204,7 +204,7 @@
       event.preventDefault();
       const seen = frames().filter((other) => other.offsetParent !== null);
       const next = event.key === "Home" ? 0 : event.key === "End" ? seen.length - 1 : seen.indexOf(frame) + step;
-      rove(seen[next], true);
+      moveTabStop(seen[next], true);
     });
     onFrame("keyup", (frame, event) => {
       if (event.key === " " || event.key === "Enter") { event.preventDefault(); release(frame); }
@@ -212,7 +212,7 @@
     filter();
   }
 
-  /* -- on paper everything is unfolded -- */
+  /* -- printing unfolds everything -- */
   let folded = [];
   addEventListener("beforeprint", () => {
     folded = all("details:not([open])");
