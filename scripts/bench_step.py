@@ -55,7 +55,7 @@ class Setting:
 
     @property
     def rows(self) -> int:
-        """Images a step of the trainer has, with the two brackets of --caption_mode both."""
+        """Images per step of the trainer, with the two caption groups of --caption_mode both."""
         return Layout.of(self.batch_size, 2, True).total(2)
 
 

@@ -4,7 +4,8 @@ Takahashi et al., "Positive-Unlabeled Diffusion Models for Preventing Sensitive 
 (arXiv 2503.03789). With l the noise-prediction loss of an example, p(normal | x) = exp(-l), so the loss of
 calling x normal is l and that of calling it sensitive is -log(1 - exp(-l)). Unlabeled images U are a mixture,
 p_U = beta p_S + (1 - beta) p_N, hence (1 - beta) E_N[l] = E_U[l] - beta E_S[l]: the *bracket*. A flexible model
-can drive its estimate below zero, which no expectation of l can be; `correction` says what happens then.
+can drive its estimate below zero, although the expectation of a loss cannot be negative; `correction` selects how that
+is handled.
 """
 
 from __future__ import annotations
@@ -17,14 +18,14 @@ from torch import Tensor
 
 from sd_unlearn.choices import Correction
 
-UNLABELED, NORMAL = -1, -2  # labels of examples; that of a sensitive image is the number of its set, from 0
+UNLABELED, NORMAL = -1, -2  # labels of examples; a sensitive image has the number of its set, from 0
 # Below this l the sensitive loss -log(1 - exp(-l)) is held constant: it and its gradient 1/l stay finite in float32.
 SMALLEST_NLL = 1e-6
 
 
 @dataclass(frozen=True)
 class PUTerms:
-    """The parts of one PU or PNU risk, each a scalar tensor with its gradient."""
+    """The terms of one PU or PNU risk: scalar tensors, differentiable."""
 
     positive: Tensor  # sum_k beta_k mean_k[-log(1 - exp(-l))], over the sensitive sets k
     bracket: Tensor  # mean_U[l] - sum_k beta_k mean_k[l]
@@ -40,14 +41,14 @@ def sensitive_nll(nll: Tensor) -> Tensor:
 
 
 def pu_terms(nll: Tensor, label: Tensor, betas: Sequence[float], weight: Tensor | None = None) -> PUTerms:
-    """The parts of the risk of a batch; those of a kind that it lacks are zero.
+    """The terms of the risk of a batch; terms of kinds that the batch lacks are zero.
 
-    p_U = sum_k beta_k p_k + (1 - sum_k beta_k) p_N: however many sensitive sets there are, they share one bracket.
+    p_U = sum_k beta_k p_k + (1 - sum_k beta_k) p_N: all sensitive sets share one bracket.
 
     nll: [B] >= 0; label: [B] long, UNLABELED, NORMAL or the number of a positive's set; betas: of each set, in (0, 1),
-    together below 1; weight: [B], for a part of a larger batch, so that the average of these terms over all parts is
-    the larger batch's. Without weights every kind is averaged, and a set that the batch lacks is left out of all sums.
-    Computed in float32 or wider.
+    together below 1; weight: [B], for a part of a larger batch, such that the average of these terms over all parts is
+    the larger batch's. Without weights each kind is averaged, and a set that the batch lacks is left out of all sums.
+    Computed in float32 or float64.
     """
     nll = _wide(nll)
     sets = [(beta, label == k) for k, beta in enumerate(betas)]
@@ -56,16 +57,16 @@ def pu_terms(nll: Tensor, label: Tensor, betas: Sequence[float], weight: Tensor 
         weight = _equal_weights(label)
     weight = weight.to(nll.dtype)
 
-    def mean(values: Tensor, here: Tensor) -> Tensor:  # no indexing by a mask: its size would be waited for
+    def mean(values: Tensor, here: Tensor) -> Tensor:  # indexing by a mask would wait for the device
         return torch.where(here, weight * values, 0).sum()
 
     total = sum(beta for beta, _ in sets)
     means = [(beta, mean(nll, here)) for beta, here in sets]
     sensitive = sensitive_nll(nll)
-    nothing = torch.zeros_like(sensitive).sum()  # no image, or no set, of a kind
+    zero = torch.zeros_like(sensitive).sum()  # the sum if there are no sets
 
     def added(scalars: Sequence[Tensor]) -> Tensor:
-        return torch.stack([nothing, *scalars]).sum()
+        return torch.stack([zero, *scalars]).sum()
 
     positive = added([beta * mean(sensitive, here) for beta, here in sets])
     mean_u, mean_n = (mean(nll, here) for here in (label == UNLABELED, label == NORMAL))
@@ -79,20 +80,20 @@ def _wide(nll: Tensor) -> Tensor:
 
 
 def _equal_weights(label: Tensor) -> Tensor:
-    """[B] float64: one over how many examples have the same label."""
+    """[B] float64: one over the number of examples with the same label."""
     _, kind, counts = label.unique(return_inverse=True, return_counts=True)
     return 1 / counts[kind].double()
 
 
 def corrected(terms: PUTerms, correction: Correction, bracket: Tensor | None = None) -> Tensor:
-    """The risk whose gradient is to be followed.
+    """The risk to minimise.
 
     abs:  positive + |bracket|                                      (the paper's choice)
     nn:   positive + bracket while it is >= 0, else -bracket alone  (Kiryo et al. 2017, algorithm 1)
     none: positive + bracket                                        (du Plessis et al. 2015)
 
-    `bracket` gives the value whose sign decides when these terms are only one rank's share of the batch:
-    d|R| = sign(R) dR needs the sign of the whole batch's R, and only its own dR.
+    `bracket`: the value whose sign counts, when these terms are only a part of the batch: d|R| = sign(R) dR needs the
+    sign of the whole batch's R, but only the part's own dR.
     """
     negative = (terms.bracket if bracket is None else bracket).detach() < 0
     if correction == "none":
@@ -114,12 +115,12 @@ def pnu_corrected(terms: PUTerms, correction: Correction, eta: float, bracket: T
 
 
 def supervised(terms: PUTerms, beta: float) -> Tensor:
-    """`supervised_risk` of the same examples, from their terms; beta: of all sets together, in (0, 1)."""
+    """`supervised_risk` from the terms of the examples; beta: of all sets together, in (0, 1)."""
     return (1 - beta) * terms.mean_u + terms.positive
 
 
 def unsupervised(terms: PUTerms) -> Tensor:
-    """`unsupervised_risk` of the same examples, from their terms: positives have no part in it."""
+    """`unsupervised_risk` from the terms of the examples."""
     return terms.mean_u
 
 
@@ -127,8 +128,8 @@ def pu_risk(nll: Tensor, is_positive: Tensor, beta: float, correction: Correctio
     """The PU risk of one batch, a scalar.
 
     nll: [B] >= 0, per-example noise-prediction losses; is_positive: [B] bool, True for labeled sensitive images;
-    beta: prior in (0, 1). A batch without positives is the unsupervised part alone, mean_U[l]; one without
-    unlabeled examples is zero, because the bracket of positives alone would, under abs, train the concept in.
+    beta: prior in (0, 1). Without positives the risk is the unsupervised part, mean_U[l]; without unlabeled examples
+    it is zero, because under abs the bracket of positives alone would train the concept in.
 
     Raises:
         ValueError: beta outside (0, 1), shapes that differ, an unknown correction.
@@ -159,10 +160,10 @@ def several_pu_risk(
 
 
 def check_betas(betas: Sequence[float]) -> None:
-    """Refuse priors that cannot be those of disjoint sets in one mixture.
+    """Check that the priors can be those of disjoint sets in one mixture.
 
     Raises:
-        ValueError: none at all, one outside (0, 1), together 1 or more.
+        ValueError: the list is empty, a beta is outside (0, 1), or their sum is 1 or more.
     """
     if not betas or not all(0 < beta < 1 for beta in betas) or sum(betas) >= 1:
         raise ValueError(f"beta is {list(betas)}; each must lie in (0, 1) and all together must be less than 1")
@@ -176,9 +177,9 @@ def unsupervised_risk(nll: Tensor, is_positive: Tensor | None = None) -> Tensor:
 
 
 def supervised_risk(nll: Tensor, is_positive: Tensor, beta: float) -> Tensor:
-    """(1 - beta) mean_U[l] + beta mean_S[-log(1 - exp(-l))]: U taken for normal as it is; the baseline of the paper.
+    """(1 - beta) mean_U[l] + beta mean_S[-log(1 - exp(-l))]: treats all of U as normal; a baseline of the paper.
 
-    nll: [B] >= 0; is_positive: [B] bool; beta: in (0, 1). A missing part counts zero.
+    nll: [B] >= 0; is_positive: [B] bool; beta: in (0, 1). A missing part counts as zero.
     """
     wide = _wide(nll)
     s = wide[is_positive.bool()]
@@ -192,8 +193,8 @@ def pnu_risk(
     """PNU: (1 - eta) PU risk + eta PN risk, for a batch that also holds images known to be normal (Sakai et al. 2017).
 
     nll: [B] >= 0; is_positive, is_normal: [B] bool, disjoint, the rest unlabeled; beta in (0, 1); eta in [0, 1].
-    The PN risk is (1 - beta) mean_N[l] + beta mean_S[-log(1 - exp(-l))]. Either risk is defined where a part of the
-    batch is missing, see pu_risk and supervised_risk.
+    The PN risk is (1 - beta) mean_N[l] + beta mean_S[-log(1 - exp(-l))]. Both risks are defined if a part of the batch
+    is missing, see pu_risk and supervised_risk.
 
     Raises:
         ValueError: eta outside [0, 1], shapes that differ, and as pu_risk.

@@ -1,4 +1,4 @@
-"""The PU risks against their formulas, by hand and in float64."""
+"""The PU risks equal their formulas, computed by hand and in float64."""
 
 from __future__ import annotations
 
@@ -62,14 +62,14 @@ def test_five_numbers_by_hand() -> None:
     assert terms.mean_s.item() == pytest.approx(math.log(2))
     assert terms.positive.item() == pytest.approx(0.25 * math.log(2))
     assert terms.bracket.item() == pytest.approx(4 - 0.25 * math.log(2))
-    for correction in ("abs", "nn", "none"):  # a bracket above zero: all three are the same, and here exactly 4
+    for correction in ("abs", "nn", "none"):  # the bracket is positive: all three are the same, here exactly 4
         assert pu_risk(FIVE, POSITIVE, BETA, correction).item() == pytest.approx(4)
     assert unsupervised_risk(FIVE, POSITIVE).item() == pytest.approx(4)
     assert supervised_risk(FIVE, POSITIVE, BETA).item() == pytest.approx(0.75 * 4 + 0.25 * math.log(2))
 
 
 @pytest.mark.parametrize("positives", [0, 1, 3, 5])
-def test_the_baselines_of_terms_are_those_of_examples(positives: int) -> None:
+def test_baselines_from_terms_equal_those_from_examples(positives: int) -> None:
     nll, is_positive = FIVE * 0.7, torch.arange(5) < positives
     terms = parts_of(nll, is_positive)
     assert supervised(terms, BETA).item() == pytest.approx(supervised_risk(nll, is_positive, BETA).item())
@@ -78,7 +78,7 @@ def test_the_baselines_of_terms_are_those_of_examples(positives: int) -> None:
 
 @pytest.mark.parametrize("weight", [None, torch.full((5,), 0.2, dtype=torch.float64)])
 @pytest.mark.parametrize("betas", [[], [BETA], [0.1, 0.2]])
-def test_without_positives_their_terms_are_zero_and_the_bracket_is_the_unlabeled_mean(
+def test_without_positives_the_bracket_is_the_unlabeled_mean_and_other_terms_are_zero(
     weight: Tensor | None, betas: list[float]
 ) -> None:
     leaf = FIVE.clone().requires_grad_()
@@ -101,7 +101,7 @@ def test_corrections_of_a_negative_bracket_by_hand() -> None:
 @pytest.mark.parametrize("correction", ["abs", "nn", "none"])
 @pytest.mark.parametrize("scale_s", [1e-3, 1e-2, 0.1, 1.0, 10.0, 100.0, 1e3, 1e4])
 @pytest.mark.parametrize("scale_u", [1e-3, 1.0, 1e4])
-def test_value_and_gradient_follow_the_formula(correction: str, scale_s: float, scale_u: float) -> None:
+def test_value_and_gradient_equal_the_formula(correction: str, scale_s: float, scale_u: float) -> None:
     u, s = [1.0 * scale_u, 1.5 * scale_u, 3.0 * scale_u], [1.0 * scale_s, 0.5 * scale_s]
     got, gradient = value_and_gradient(
         lambda nll: pu_risk(nll, POSITIVE, BETA, correction), torch.tensor([*u, *s], dtype=torch.float64)
@@ -116,7 +116,7 @@ def test_value_and_gradient_follow_the_formula(correction: str, scale_s: float, 
     assert gradient == pytest.approx(want, rel=1e-9, abs=1e-12)
 
 
-def test_both_signs_of_the_bracket_were_among_those_scales() -> None:
+def test_those_scales_give_both_signs_of_the_bracket() -> None:
     signs = {math.copysign(1, 11 / 6 * u - BETA * 0.75 * s) for u in (1e-3, 1, 1e4) for s in (1e-3, 1e4)}
     assert signs == {1.0, -1.0}
 
@@ -136,7 +136,7 @@ def test_finite_from_zero_to_a_million(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("correction", ["abs", "nn", "none"])
 def test_autocast_changes_nothing(dtype: torch.dtype, correction: str) -> None:
-    """Losses come in float32 (per_example_loss), and 1e6 has no place in float16: all must stay as wide."""
+    """Losses are float32 (per_example_loss), and 1e6 overflows float16, so nothing may be computed in less."""
 
     def risk(x: Tensor) -> Tensor:
         return pnu_risk(x, POSITIVE, NORMALS, BETA, 0.4, correction)  # type: ignore[arg-type]
@@ -150,7 +150,7 @@ def test_autocast_changes_nothing(dtype: torch.dtype, correction: str) -> None:
             assert all(map(math.isfinite, [found[0], *found[1]]))
 
 
-def test_the_sensitive_loss_is_alive_where_l_is_small_and_gone_where_it_is_large() -> None:
+def test_the_sensitive_loss_has_a_gradient_for_small_l_and_none_for_large_l() -> None:
     _, gradient = value_and_gradient(lambda x: sensitive_nll(x).sum(), torch.tensor([1e-3, 1.0, 1e3]))
     assert gradient[0] == pytest.approx(-1e3, rel=1e-3)
     assert gradient[1] == pytest.approx(sensitive_slope(1.0), rel=1e-5)
@@ -159,14 +159,14 @@ def test_the_sensitive_loss_is_alive_where_l_is_small_and_gone_where_it_is_large
     assert below.tolist() == pytest.approx([-math.log(SMALLEST_NLL)] * 2, rel=1e-3)
 
 
-def test_a_batch_without_positives_is_the_unsupervised_part_alone() -> None:
+def test_without_positives_the_risk_is_the_unsupervised_part() -> None:
     got, gradient = value_and_gradient(lambda x: pu_risk(x, torch.zeros(5).bool(), BETA), FIVE)
     assert got == pytest.approx(FIVE.mean().item())
     assert gradient == pytest.approx([0.2] * 5)
 
 
 @pytest.mark.parametrize("correction", ["abs", "nn", "none"])
-def test_a_batch_without_unlabeled_images_trains_nothing(correction: str) -> None:
+def test_without_unlabeled_images_the_risk_and_its_gradient_are_zero(correction: str) -> None:
     got, gradient = value_and_gradient(lambda x: pu_risk(x, torch.ones(5).bool(), BETA, correction), FIVE)
     assert got == 0
     assert gradient == [0] * 5
@@ -174,7 +174,7 @@ def test_a_batch_without_unlabeled_images_trains_nothing(correction: str) -> Non
 
 @pytest.mark.parametrize(("nll", "other"), [(FIVE, -1.0), (NEGATIVE, 1.0)])
 @pytest.mark.parametrize("correction", ["abs", "nn"])
-def test_the_given_bracket_decides_the_sign_and_only_the_sign(nll: Tensor, other: float, correction: str) -> None:
+def test_the_given_bracket_determines_only_the_sign(nll: Tensor, other: float, correction: str) -> None:
     def by_own(x: Tensor) -> Tensor:
         terms = parts_of(x, POSITIVE)
         return corrected(terms, correction, terms.bracket.detach() * 1e-9)
@@ -190,8 +190,8 @@ def test_the_given_bracket_decides_the_sign_and_only_the_sign(nll: Tensor, other
     assert gradient[:3] == pytest.approx([math.copysign(1, other) / 3] * 3)
 
 
-def test_shares_of_a_batch_sum_to_the_whole_when_the_whole_decides() -> None:
-    """Two processes, brackets +1.5 and -11.5: alone they would pull apart; with the mean's sign they agree."""
+def test_parts_of_a_batch_give_the_whole_risk_with_the_whole_bracket() -> None:
+    """Two processes with brackets +1.5 and -11.5 use the sign of the mean."""
     shares = [torch.tensor([4.0, 10.0], dtype=torch.float64), torch.tensor([1.0, 50.0], dtype=torch.float64)]
     mask = torch.tensor([False, True])
     whole = torch.tensor([4.0, 1.0, 10.0, 50.0], dtype=torch.float64)
@@ -208,10 +208,10 @@ def test_shares_of_a_batch_sum_to_the_whole_when_the_whole_decides() -> None:
 
 
 def test_supervised_with_a_part_missing() -> None:
-    nothing, all_of_them = torch.zeros(5).bool(), torch.ones(5).bool()
-    assert supervised_risk(FIVE, nothing, BETA).item() == pytest.approx(0.75 * FIVE.mean().item())
+    none, every = torch.zeros(5).bool(), torch.ones(5).bool()
+    assert supervised_risk(FIVE, none, BETA).item() == pytest.approx(0.75 * FIVE.mean().item())
     want = 0.25 * sum(map(sensitive, FIVE.tolist())) / 5
-    assert supervised_risk(FIVE, all_of_them, BETA).item() == pytest.approx(want)
+    assert supervised_risk(FIVE, every, BETA).item() == pytest.approx(want)
 
 
 def test_pnu_is_pu_at_eta_zero_and_pn_at_eta_one() -> None:
@@ -225,12 +225,12 @@ def test_pnu_is_pu_at_eta_zero_and_pn_at_eta_one() -> None:
     assert pnu_risk(nll, positive, normal, BETA, 0.3).item() == pytest.approx(0.7 * pu.item() + 0.3 * pn)
     _, at_zero = value_and_gradient(lambda x: pnu_risk(x, positive, normal, BETA, 0.0), nll)
     _, at_one = value_and_gradient(lambda x: pnu_risk(x, positive, normal, BETA, 1.0), nll)
-    assert at_zero[5:] == [0, 0]  # images known to be normal are no part of the PU risk
-    assert at_one[:3] == [0, 0, 0]  # nor unlabeled ones of the PN risk
+    assert at_zero[5:] == [0, 0]  # normal images have no gradient in the PU risk
+    assert at_one[:3] == [0, 0, 0]  # nor have unlabeled ones in the PN risk
 
 
 @pytest.mark.parametrize("beta", [0.0, 1.0, -0.1, 1.5, math.nan])
-def test_beta_outside_its_range_is_refused(beta: float) -> None:
+def test_a_beta_outside_its_range_is_refused(beta: float) -> None:
     with pytest.raises(ValueError, match="beta"):
         pu_risk(FIVE, POSITIVE, beta)
 
@@ -250,7 +250,7 @@ LOSSES = torch.tensor([2.0, 0.5, 4.0, 1.5, 3.0, 9.0, 0.1, 6.0], dtype=torch.floa
 
 @pytest.mark.parametrize("correction", ["abs", "nn", "none"])
 @pytest.mark.parametrize("scale", [1.0, 30.0])
-def test_several_sets_follow_the_formula(correction: str, scale: float) -> None:
+def test_several_sets_equal_the_formula(correction: str, scale: float) -> None:
     """sum_k beta_k mean_k[-log(1 - exp(-l))] + |mean_U[l] - sum_k beta_k mean_k[l]|, its gradient."""
     betas = [0.2, 0.3, 0.1]
     factor = torch.where(SETS < 0, 1.0, scale).double()
@@ -282,15 +282,15 @@ def test_one_set_is_the_ordinary_risk() -> None:
         assert one.item() == pytest.approx(pu_risk(nll, POSITIVE, BETA).item(), rel=1e-12)
 
 
-def test_a_set_cut_in_two_is_still_that_set() -> None:
-    """With its beta shared out as its examples are."""
+def test_splitting_a_set_with_its_beta_changes_nothing() -> None:
+    """The beta is divided in proportion to the examples."""
     whole = pu_terms(LOSSES, torch.where(SETS < 0, -1, 0), [0.5])
     halves = pu_terms(LOSSES, SETS, [0.2, 0.2, 0.1])  # two, two and one example
     for name in ("positive", "bracket", "mean_u", "mean_s"):
         assert getattr(whole, name).item() == pytest.approx(getattr(halves, name).item(), rel=1e-12)
 
 
-def test_a_set_that_is_not_in_the_batch_is_left_out() -> None:
+def test_a_set_without_examples_is_left_out() -> None:
     missing = torch.where(SETS == 1, -1, SETS)
     without = torch.where(missing == 2, 1, missing)
     a = several_pu_risk(LOSSES, missing, [0.2, 0.3, 0.1])
@@ -311,14 +311,14 @@ def test_a_set_that_is_not_in_the_batch_is_left_out() -> None:
         ([0.2, 0.1, 0.1], SETS[:3], "must both be"),
     ],
 )
-def test_several_sets_that_cannot_be_are_refused(betas: list[float], sets: Tensor, message: str) -> None:
+def test_invalid_betas_and_sets_are_refused(betas: list[float], sets: Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         several_pu_risk(LOSSES, sets, betas)
 
 
 @pytest.mark.parametrize("correction", ["abs", "nn", "none"])
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e4])
-def test_pnu_follows_the_formula_in_value_and_gradient(correction: str, scale: float) -> None:
+def test_value_and_gradient_of_pnu_equal_the_formula(correction: str, scale: float) -> None:
     """(1 - eta) PU + eta [(1 - beta) mean_N l + beta mean_S -log(1 - exp(-l))], for losses from 1e-3 to 1e4."""
     nll, eta = torch.tensor([2.0, 5.0, 7.0, scale, 0.5 * scale, 3.0], dtype=torch.float64), 0.3
     positive, normal = torch.tensor([0, 0, 0, 1, 1, 0]).bool(), torch.tensor([0, 0, 1, 0, 0, 1]).bool()
@@ -340,7 +340,7 @@ def test_pnu_follows_the_formula_in_value_and_gradient(correction: str, scale: f
 
 @pytest.mark.parametrize("correction", ["abs", "nn", "none"])
 @pytest.mark.parametrize("nll", [FIVE, NEGATIVE])
-def test_pnu_terms_are_the_pnu_risk(nll: Tensor, correction: str) -> None:
+def test_pnu_from_terms_equals_pnu_from_examples(nll: Tensor, correction: str) -> None:
     label = torch.where(NORMALS, NORMAL, torch.where(POSITIVE, 0, UNLABELED))
     terms = pu_terms(nll, label, [BETA])
     for eta in (0.0, 0.4, 1.0):
@@ -367,7 +367,7 @@ def test_pnu_with_a_part_missing() -> None:
     assert pnu_risk(FIVE, nothing, nothing, BETA, 0.4).item() == pytest.approx(0.6 * FIVE.mean().item())
 
 
-def test_pnu_refuses_what_cannot_be() -> None:
+def test_pnu_refuses_invalid_eta_and_shapes() -> None:
     for eta in (-0.1, 1.1, math.nan):
         with pytest.raises(ValueError, match="eta"):
             pnu_risk(FIVE, POSITIVE, NORMALS, BETA, eta)

@@ -1,4 +1,4 @@
-"""A sweep scales what it says, trains and evaluates each run once, and goes on where it was killed."""
+"""A sweep scales beta and push, trains and evaluates each run once, and resumes after a kill."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def make(tiny_base: Path, concept_file: Path) -> Make:
 
 @pytest.fixture
 def done(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
-    """Training and evaluation that only note what they were asked, and leave the files by which they are known."""
+    """Replaces training and evaluation: records their configs and writes the files that mark them as done."""
     calls: list[tuple[str, Any]] = []
 
     def train(config: TrainConfig) -> Path:
@@ -98,20 +98,20 @@ def names(calls: list[tuple[str, Any]]) -> list[str]:
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("", "is no number"),
-        ("0.5,,1", "is no number"),
-        ("0.5;1", '"0.5;1" is no number'),
-        ("1,half", '"half" is no number'),
+        ("", "is not a number"),
+        ("0.5,,1", "is not a number"),
+        ("0.5;1", '"0.5;1" is not a number'),
+        ("1,half", '"half" is not a number'),
         ("0,1", "0 must be a number above 0"),
         ("-1", "above 0"),
         ("nan", "above 0"),
         ("1,inf", "above 0"),
-        ("0.5,1,0.50", "0.5 comes twice"),
+        ("0.5,1,0.50", "0.5 is given twice"),
         ("1,5", "5 times beta 0.3 (option) is 1.5"),
         ("1,2.5", None),
     ],
 )
-def test_what_cannot_be_meant_is_refused_and_nothing_is_written(
+def test_invalid_factors_are_refused_and_nothing_is_written(
     done: list[Any], capsys: pytest.CaptureFixture[str], tiny_base: Path, concept_file: Path, text: str, expected: str
 ) -> None:
     options = ["--pretrained_model_name_or_path", str(tiny_base), "--report_to", "none", "--beta", "0.3"]
@@ -126,7 +126,7 @@ def test_what_cannot_be_meant_is_refused_and_nothing_is_written(
     assert expected in err
 
 
-def test_the_factors_multiply_beta_and_with_a_teacher_the_push() -> None:
+def test_factors_scale_beta_and_with_a_teacher_the_push() -> None:
     taught = sweep.scale([0.5, 1, 3], 0.1, 2.0, "teacher", "manifest")
     assert taught == [Point(0.5, 0.05, 1.0), Point(1, 0.1, 2.0), Point(3, 0.3, 6.0)]
     assert [p.push for p in sweep.scale([0.5, 3], 0.1, 2.0, "noise", "manifest")] == [2.0, 2.0]
@@ -134,7 +134,9 @@ def test_the_factors_multiply_beta_and_with_a_teacher_the_push() -> None:
         sweep.scale([1, 2], 0.5, 2.0, "noise", "manifest")
 
 
-def test_beta_is_known_before_anything_is_rendered(make: Make, concept: Concept, photos: Callable[..., Path]) -> None:
+def test_beta_is_determined_before_anything_is_rendered(
+    make: Make, concept: Concept, photos: Callable[..., Path]
+) -> None:
     assert sweep.beta_of(make(beta=0.3), concept, Path("data")) == (0.3, "option")
     assert sweep.beta_of(make(), concept, Path("data")) == (0.2, "manifest")  # 1 hidden of 5
     assert sweep.beta_of(make(num_unlabeled=1), concept, Path("data")) == (0.5, "manifest")
@@ -147,7 +149,7 @@ def test_beta_is_known_before_anything_is_rendered(make: Make, concept: Concept,
     assert sweep.beta_of(make(), concept, Path("data")) == (0.25, "manifest")
 
 
-def test_each_factor_is_trained_and_evaluated_and_the_record_comes_last(
+def test_each_factor_is_trained_and_evaluated_and_the_record_is_written_last(
     make: Make, done: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     order, rename = [], Path.replace
@@ -173,7 +175,7 @@ def test_each_factor_is_trained_and_evaluated_and_the_record_comes_last(
     assert record["runs"][0]["rows"][1]["high"] == 0.6
 
 
-def test_a_killed_sweep_goes_on(make: Make, done: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_sweep_resumes(make: Make, done: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     train, config = trainer.run, make(output_dir=Path("out"))
 
     def killed(asked: TrainConfig) -> Path:
@@ -191,7 +193,7 @@ def test_a_killed_sweep_goes_on(make: Make, done: list[Any], monkeypatch: pytest
     sweep.run(config)
     evaluated = [f"evaluate factor-{x}" for x in ("0.5", "1", "2")]
     assert names(done) == ["train factor-1", "train factor-2", *evaluated]
-    # What was begun goes on from its checkpoints, what was not begins.
+    # The interrupted run resumes from its checkpoints, the other one starts.
     assert [c.resume_from_checkpoint for _, c in done[:2]] == ["latest", None]
     done.clear()
     sweep.run(make("0.5,1,2,4", output_dir=Path("out"), resume_from_checkpoint="latest"))
@@ -202,7 +204,7 @@ def test_a_killed_sweep_goes_on(make: Make, done: list[Any], monkeypatch: pytest
     assert names(done) == ["evaluate factor-1"]
 
 
-def test_a_folder_begun_by_half_is_begun_again(make: Make, done: list[Any]) -> None:
+def test_an_incomplete_run_folder_is_started_again(make: Make, done: list[Any]) -> None:
     sweep.run(make("1", output_dir=Path("out")))
     for path in ("training.json", "concept.yaml"):
         Path("out/factor-1", path).unlink()
@@ -212,9 +214,9 @@ def test_a_folder_begun_by_half_is_begun_again(make: Make, done: list[Any]) -> N
     assert done[0][1].resume_from_checkpoint is None
 
 
-def test_runs_of_other_settings_are_not_mixed(make: Make, done: list[Any]) -> None:
+def test_a_sweep_with_other_settings_is_refused(make: Make, done: list[Any]) -> None:
     sweep.run(make("1", output_dir=Path("out")))
-    for changes, match in (({"rank": 4}, "--rank 8, and this one has 4"), ({"beta": 0.3}, "--beta 0.2, and .* 0.3")):
+    for changes, match in (({"rank": 4}, "--rank 8, but this one has 4"), ({"beta": 0.3}, "--beta 0.2, but .* 0.3")):
         with pytest.raises(UsageError, match=match):
             sweep.run(make("1", output_dir=Path("out"), **changes))
     done.clear()
@@ -224,15 +226,15 @@ def test_runs_of_other_settings_are_not_mixed(make: Make, done: list[Any]) -> No
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_a_folder_of_something_else_is_left_alone(make: Make, done: list[Any], overwrite: bool) -> None:
+def test_another_kind_of_folder_is_refused(make: Make, done: list[Any], overwrite: bool) -> None:
     Path("out").mkdir()
     Path("out/config.yaml").write_text("concept: seven\n")
-    with pytest.raises(UsageError, match="--output_dir out holds files that are no sweep"):
+    with pytest.raises(UsageError, match="--output_dir out is not an sd-unlearn sweep folder"):
         sweep.run(make(output_dir=Path("out"), overwrite=overwrite))
     assert (done, tree(Path("out"))) == ([], {"config.yaml"})
 
 
-def test_what_fails_before_the_first_run_does_not_bind_the_next(
+def test_settings_of_a_sweep_without_runs_do_not_bind_the_next(
     make: Make, done: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(_: TrainConfig) -> Path:
@@ -246,8 +248,10 @@ def test_what_fails_before_the_first_run_does_not_bind_the_next(
     assert len(done) == 6
 
 
-def test_what_a_sweep_cannot_share_out(make: Make, done: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UsageError, match="--resume_from_checkpoint there belongs to one run"):
+def test_options_that_a_sweep_does_not_support_are_refused(
+    make: Make, done: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UsageError, match="--resume_from_checkpoint there belongs to a single run"):
         sweep.run(make(resume_from_checkpoint="there"))
     with pytest.raises(UsageError, match="--beta estimate"):
         sweep.run(make(beta="estimate"))
@@ -258,7 +262,7 @@ def test_what_a_sweep_cannot_share_out(make: Make, done: list[Any], monkeypatch:
 
 
 def test_a_sweep_of_the_bundled_base(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """For real, with so few images and steps that figures mean nothing."""
+    """A real sweep, with too few images and steps for meaningful metrics."""
     monkeypatch.setattr(sweep, "EvaluateConfig", functools.partial(EvaluateConfig, num_images=2, num_keep_images=1))
     few = "--num_unlabeled 6 --num_positive 4 --num_keep 1 --max_train_steps 2 --validation_steps 0"
     options = [*few.split(), "--train_batch_size", "8", "--learning_rate", "0.01", "--report_to", "none"]

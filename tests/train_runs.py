@@ -1,4 +1,4 @@
-"""A quick training on the tiny base, for the tests of what happens while it runs."""
+"""A quick training on the tiny base."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sd_unlearn.data import render
 
 ADAPTER = "adapter/adapter_model.safetensors"
 Config = Callable[..., TrainConfig]
-# enough of each kind that a probe can hold some out
+# enough images of each kind for a probe to hold some out
 FILE = CONCEPT_FILE.replace(
     "{positive: 4, unlabeled: 4, mixed_in: 1, keep: 4}", "{positive: 6, unlabeled: 6, mixed_in: 2, keep: 4}"
 )
@@ -34,7 +34,7 @@ def rendered(folder: Path, tiny_base: Path, concept: str = FILE) -> Path:
 
 
 def settings(place: Path, tiny_base: Path) -> dict[str, object]:
-    """The options of a run that has everything random in it: dropout, a moving average, an odd batch."""
+    """The options of a run with all kinds of state: dropout, a moving average, two micro-batches."""
     return {
         "concept": str(place / "brad.yaml"),
         "pretrained_model_name_or_path": str(tiny_base),

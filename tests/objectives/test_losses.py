@@ -1,4 +1,4 @@
-"""Per-example losses: the value that decides a bracket's sign, the gradient that is followed, the frozen teacher."""
+"""Per-example losses: their value, their gradient, and the frozen teacher."""
 
 from __future__ import annotations
 
@@ -28,27 +28,27 @@ GUIDANCE, PUSH = 3.0, 2.5
 
 @pytest.fixture(params=["epsilon", "v_prediction"])
 def base(request: pytest.FixtureRequest, loaded_base: Base) -> Base:
-    """The tiny base as either kind of model: random weights predict one as well as the other."""
+    """The tiny base as either kind of model."""
     loaded_base.pipeline.scheduler.register_to_config(prediction_type=request.param)
     return loaded_base
 
 
 class Step:
-    """A step's tensors on the tiny base, its keep rows between those of two brackets, and what the base predicts."""
+    """A step on the tiny base, with keep rows among the rows of two caption groups, and the base's predictions."""
 
     def __init__(self, base: Base, learned: bool) -> None:
         count, generator = len(MIXED), torch.Generator().manual_seed(1)
         latents, noise = (torch.randn(count, 4, 8, 8, generator=generator) for _ in range(2))
-        text, drawn_from = (torch.randn(count, 24, 16, generator=generator) for _ in range(2))
+        text, teacher_text = (torch.randn(count, 24, 16, generator=generator) for _ in range(2))
         timesteps = torch.linspace(50, 950, count).long()
-        positive = torch.tensor([i % 2 == 0 for i in range(count)])  # keep rows may show a positive, too
+        positive = torch.tensor([i % 2 == 0 for i in range(count)])  # keep rows may show a positive
         generic, empty = torch.randn(2, 24, 16, generator=generator)
         unconditional = torch.tensor([i == count - 1 for i in range(count)])
-        text[-1] = drawn_from[-1] = empty
+        text[-1] = teacher_text[-1] = empty
         self.batch = Batch(
             latents,
             text,
-            drawn_from,
+            teacher_text,
             positive.long() - 1,
             torch.tensor(MIXED),
             2,
@@ -58,10 +58,11 @@ class Step:
             torch.ones(count),
         )
         self.unet = base.pipeline.unet
-        self.keep, self.pushed = self.batch.caption_group == NO_GROUP, positive & (self.batch.caption_group != NO_GROUP)
+        self.keep = self.batch.caption_group == NO_GROUP
+        self.positive = positive & ~self.keep
         self.noisy = add_noise(latents, noise, timesteps, base.pipeline.scheduler.alphas_cumprod)
-        self.base_says, self.base_generic, self.base_empty = (
-            self.ask(text) for text in (drawn_from, generic.expand(count, -1, -1), empty.expand(count, -1, -1))
+        self.base_prediction, self.base_generic, self.base_empty = (
+            self.ask(text) for text in (teacher_text, generic.expand(count, -1, -1), empty.expand(count, -1, -1))
         )
         self.empty = empty
         self.student = make_student(base, Weights(rank=2), 0, needs_teacher=True)
@@ -78,34 +79,34 @@ class Step:
 
     @torch.no_grad()
     def ask(self, text: Tensor) -> Tensor:
-        """What the UNet says as it is now."""
+        """The prediction of the UNet in its current state."""
         return self.unet(self.noisy, self.batch.timesteps, encoder_hidden_states=text).sample
 
     def predict(self) -> Tensor:
         return self.denoiser.predict(self.noisy, self.batch.timesteps, self.batch.text)
 
-    def wanted(self) -> Tensor:
-        """What unlabeled and keep rows are drawn to: guided by it, a keep row's picture is the base's own."""
+    def teacher_target(self) -> Tensor:
+        """The target of unlabeled and keep rows; with it, guided sampling of keep rows is unchanged."""
         moved = self.ask(self.empty.expand(len(MIXED), -1, -1)) - self.base_empty
-        guided_rows = (self.keep & ~self.batch.unconditional).view(-1, 1, 1, 1)
-        return self.base_says + guided_rows * (1 - 1 / GUIDANCE) * moved
+        captioned_keep = (self.keep & ~self.batch.unconditional).view(-1, 1, 1, 1)
+        return self.base_prediction + captioned_keep * (1 - 1 / GUIDANCE) * moved
 
     def gradients(self, nll: Tensor) -> list[Tensor]:
         return list(torch.autograd.grad(nll.sum(), self.student.trainable(), retain_graph=True))
 
 
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
-def test_without_a_teacher_it_is_the_noise_prediction_loss(base: Base, reduction: str) -> None:
+def test_without_a_teacher_the_loss_is_the_noise_prediction_loss(base: Base, reduction: str) -> None:
     step = Step(base, learned=True)
     got = example_losses(step.denoiser, step.batch, reduction)  # type: ignore[arg-type]
     assert torch.equal(got, per_example_loss(step.predict(), step.target, reduction))  # type: ignore[arg-type]
     assert torch.equal(step.target, step.batch.noise) == (base.prediction_type == "epsilon")
 
 
-@pytest.mark.parametrize("taught", [True, False])
-def test_min_snr_weighs_the_value_and_the_gradient_of_each_example(base: Base, taught: bool) -> None:
+@pytest.mark.parametrize("has_teacher", [True, False])
+def test_min_snr_weighs_the_value_and_the_gradient_of_each_example(base: Base, has_teacher: bool) -> None:
     step = Step(base, learned=True)
-    teacher = step.teacher if taught else None
+    teacher = step.teacher if has_teacher else None
     plain = example_losses(step.denoiser, step.batch, "sum", teacher)
     got = example_losses(step.denoiser, step.batch, "sum", teacher, temperature=2.0, snr_gamma=0.7)
     schedule = base.pipeline.scheduler.alphas_cumprod
@@ -118,16 +119,19 @@ def test_min_snr_weighs_the_value_and_the_gradient_of_each_example(base: Base, t
 
 @pytest.mark.parametrize("learned", [True, False])
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
-def test_with_a_teacher_value_and_gradient_are_two_things(base: Base, learned: bool, reduction: str) -> None:
+def test_with_a_teacher_value_and_gradient_belong_to_different_losses(
+    base: Base, learned: bool, reduction: str
+) -> None:
     step = Step(base, learned)
     got = example_losses(step.denoiser, step.batch, reduction, step.teacher)  # type: ignore[arg-type]
     noise = per_example_loss(step.predict(), step.target, reduction)  # type: ignore[arg-type]
-    distance = per_example_loss(step.predict(), step.wanted(), reduction)  # type: ignore[arg-type]
+    distance = per_example_loss(step.predict(), step.teacher_target(), reduction)  # type: ignore[arg-type]
     assert torch.allclose(got[~step.keep], noise[~step.keep])
     assert torch.allclose(got[step.keep], distance[step.keep], atol=1e-6)
     elements = 1 if reduction == "sum" else step.noisy[0].numel()
-    along = 2 * ((step.predict() - step.base_generic) * (step.base_generic - step.base_says)).sum((1, 2, 3)) / elements
-    for mask, followed in ((step.pushed, PUSH * along), (~step.pushed, distance)):
+    away = step.base_generic - step.base_prediction
+    along = 2 * ((step.predict() - step.base_generic) * away).sum((1, 2, 3)) / elements
+    for mask, followed in ((step.positive, PUSH * along), (~step.positive, distance)):
         close(step.gradients(got[mask]), step.gradients(followed[mask]))
         assert any(
             (a - b).abs().max() > 1e-6
@@ -141,40 +145,40 @@ def close(ours: list[Tensor], theirs: list[Tensor]) -> None:
         assert torch.allclose(a, b, rtol=1e-4, atol=1e-5 * scale)
 
 
-def test_the_push_is_the_first_order_of_what_a_bracket_subtracts(loaded_base: Base) -> None:
-    """Where the prediction is the base's under the generic caption, both have the same gradient, push aside."""
-    step = Step(loaded_base, learned=False)  # predicts as the base does
+def test_the_push_is_the_first_order_of_the_subtracted_loss(loaded_base: Base) -> None:
+    """Where the prediction is the base's under the generic caption, both gradients are the same up to the push."""
+    step = Step(loaded_base, learned=False)  # predicts the same as the base
     generic = step.teacher.generic.expand(len(MIXED), -1, -1)
     batch = dataclasses.replace(step.batch, text=generic)
     got = example_losses(step.denoiser, batch, "sum", step.teacher)
-    square = per_example_loss(step.denoiser.predict(step.noisy, batch.timesteps, generic), step.base_says)
-    close(step.gradients(got[step.pushed]), step.gradients(PUSH * square[step.pushed]))
+    square = per_example_loss(step.denoiser.predict(step.noisy, batch.timesteps, generic), step.base_prediction)
+    close(step.gradients(got[step.positive]), step.gradients(PUSH * square[step.positive]))
 
 
-def test_what_is_held_is_the_guided_prediction(loaded_base: Base) -> None:
-    """A LoRA that predicts what keep rows are drawn to draws, with guidance, what the base draws."""
+def test_the_offset_preserves_the_guided_prediction(loaded_base: Base) -> None:
+    """If a LoRA predicts the target of keep rows, guided sampling gives the base's images."""
     step = Step(loaded_base, learned=True)
     empty = step.empty.expand(len(MIXED), -1, -1)
     offset = step.teacher.offset(step.noisy, step.batch.timesteps, step.base_empty)
     assert offset.abs().max() > 1e-3
     moved = step.ask(empty)
-    guided = moved + GUIDANCE * (step.base_says + offset - moved)
-    assert torch.allclose(guided, step.base_empty + GUIDANCE * (step.base_says - step.base_empty), atol=1e-5)
+    guided = moved + GUIDANCE * (step.base_prediction + offset - moved)
+    assert torch.allclose(guided, step.base_empty + GUIDANCE * (step.base_prediction - step.base_empty), atol=1e-5)
 
 
-def test_the_teacher_is_the_base_whatever_the_lora_has_learned(loaded_base: Base) -> None:
+def test_the_teacher_predicts_the_base_whatever_the_lora_has_learned(loaded_base: Base) -> None:
     step = Step(loaded_base, learned=True)
     trained = {name for name, p in step.model.named_parameters() if p.requires_grad}
     before = step.predict()
-    taught = step.teacher.predict(step.noisy, step.batch.timesteps, step.batch.teacher_text)
-    assert torch.allclose(taught, step.base_says, atol=1e-5)
-    assert not taught.requires_grad
-    assert taught.dtype == torch.float32
+    predicted = step.teacher.predict(step.noisy, step.batch.timesteps, step.batch.teacher_text)
+    assert torch.allclose(predicted, step.base_prediction, atol=1e-5)
+    assert not predicted.requires_grad
+    assert predicted.dtype == torch.float32
     assert {name for name, p in step.model.named_parameters() if p.requires_grad} == trained != set()
-    assert torch.equal(step.predict(), before)  # the adapter is on again
+    assert torch.equal(step.predict(), before)  # the adapter is enabled again
     with torch.no_grad():
-        off = (step.predict() - step.base_says).abs().amax((1, 2, 3))
-    assert (off > 1e-3).all()  # and makes a difference
+        off = (step.predict() - step.base_prediction).abs().amax((1, 2, 3))
+    assert (off > 1e-3).all()  # and changes the prediction
 
 
 class Gaussian(nn.Module):
@@ -195,7 +199,7 @@ class Gaussian(nn.Module):
         self.on = True
 
 
-def test_a_teacher_leaves_the_mean_gradient_and_takes_its_variance() -> None:
+def test_a_teacher_keeps_the_mean_gradient_and_reduces_its_variance() -> None:
     """d/dw E|(sigma + w) x_t - eps|^2 = 2 w E[x_t^2] = 2 w per element, at any timestep."""
     schedule, generator = torch.linspace(0.99, 0.01, 100), torch.Generator().manual_seed(0)
     model = Gaussian(schedule)
@@ -205,36 +209,36 @@ def test_a_teacher_leaves_the_mean_gradient_and_takes_its_variance() -> None:
     text = torch.zeros(4, 1, 1)
     for _ in range(2000):
         latents, noise = (torch.randn(4, 1, 2, 2, generator=generator) for _ in range(2))
-        timesteps, nothing = torch.randint(0, 100, (4,), generator=generator), torch.zeros(4)
+        timesteps, zeros = torch.randint(0, 100, (4,), generator=generator), torch.zeros(4)
         batch = Batch(
             latents,
             text,
             text,
-            nothing.long() - 1,
-            nothing.long(),
+            zeros.long() - 1,
+            zeros.long(),
             1,
             timesteps,
             noise,
-            nothing.bool(),
-            nothing + 1,
+            zeros.bool(),
+            zeros + 1,
         )
-        for taught, gradients in found.items():
-            loss = example_losses(denoiser, batch, "mean", teacher if taught else None).mean()
+        for has_teacher, gradients in found.items():
+            loss = example_losses(denoiser, batch, "mean", teacher if has_teacher else None).mean()
             gradients.append(torch.autograd.grad(loss, model.weight)[0].item())
-    taught, plain = (torch.tensor(found[k], dtype=torch.float64) for k in (True, False))
-    for gradients in (taught, plain):
+    with_teacher, plain = (torch.tensor(found[k], dtype=torch.float64) for k in (True, False))
+    for gradients in (with_teacher, plain):
         assert (gradients.mean() - 0.2).abs() < 4 * gradients.std() / 2000**0.5
-    assert taught.std() < plain.std() / 5
+    assert with_teacher.std() < plain.std() / 5
 
 
-def test_images_known_to_be_normal_are_followed_like_unlabeled_ones(loaded_base: Base) -> None:
+def test_normal_images_have_the_loss_of_unlabeled_ones(loaded_base: Base) -> None:
     step = Step(loaded_base, learned=True)
     unlabeled = dataclasses.replace(step.batch, label=torch.full_like(step.batch.label, UNLABELED))
     normal = dataclasses.replace(step.batch, label=torch.full_like(step.batch.label, NORMAL))
     ours, theirs = (example_losses(step.denoiser, batch, "sum", step.teacher) for batch in (normal, unlabeled))
     assert torch.equal(ours, theirs)
     close(step.gradients(ours), step.gradients(theirs))
-    distance = per_example_loss(step.predict(), step.wanted())
+    distance = per_example_loss(step.predict(), step.teacher_target())
     close(step.gradients(ours[~step.keep]), step.gradients(distance[~step.keep]))
 
 

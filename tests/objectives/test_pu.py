@@ -1,4 +1,4 @@
-"""The PU objective of a step: a bracket a caption, plain noise prediction for what must stay."""
+"""The PU objective of a step: one risk per caption group, the plain loss for keep images."""
 
 from __future__ import annotations
 
@@ -25,93 +25,92 @@ from sd_unlearn.risk import (
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 BETA = 0.2
-#          first bracket (+)      second bracket (-)      keep
-BRACKET = [0, 0, 0, 0, 1, 1, 1, 1, NO_GROUP, NO_GROUP, NO_GROUP]
+#        first group (bracket > 0), second group (bracket < 0), keep
+GROUP = [0, 0, 0, 0, 1, 1, 1, 1, NO_GROUP, NO_GROUP, NO_GROUP]
 POSITIVE = [0, 0, 1, 1, 0, 0, 1, 1, 0, 0, 0]
 NLL = torch.tensor([3.0, 5.0, 1.0, 2.0, 3.0, 5.0, 40.0, 60.0, 1.0, 2.0, 6.0], dtype=torch.float64)
 
 
-def batch(bracket: list[int], positive: list[int]) -> Batch:
+def batch(group: list[int], positive: list[int]) -> Batch:
     """positive: 0 for unlabeled images, k + 1 for those of set k, -1 for those known to be normal."""
-    nothing = torch.zeros(len(bracket))
-    captions = max(bracket) + 1
-    kinds = list(zip(bracket, positive, strict=True))
+    zeros = torch.zeros(len(group))
+    kinds = list(zip(group, positive, strict=True))
     weight = torch.tensor([1 / kinds.count(kind) for kind in kinds], dtype=torch.float64)
-    shown = torch.tensor(positive) - 1, torch.tensor(bracket), captions
-    return Batch(nothing, nothing, nothing, *shown, nothing, nothing, nothing, weight)
+    label, caption_group = torch.tensor(positive) - 1, torch.tensor(group)
+    return Batch(zeros, zeros, zeros, label, caption_group, max(group) + 1, zeros, zeros, zeros, weight)
 
 
-WHOLE = batch(BRACKET, POSITIVE)
+WHOLE = batch(GROUP, POSITIVE)
 
 
-def loss_of(objective: PUObjective, nll: Tensor, seen: Batch) -> Tensor:
-    return objective.loss(objective.terms(nll, seen))
+def loss_of(objective: PUObjective, nll: Tensor, batch: Batch) -> Tensor:
+    return objective.loss(objective.terms(nll, batch))
 
 
-def figures_of(objective: PUObjective, nll: Tensor, seen: Batch) -> dict[str, float]:
-    parts = objective.terms(nll, seen)
+def metrics_of(objective: PUObjective, nll: Tensor, batch: Batch) -> dict[str, float]:
+    parts = objective.terms(nll, batch)
     return dict(zip(LOGGED, objective.metrics(parts, objective.loss(parts)).tolist(), strict=True))
 
 
-def risk_of(bracket: int, correction: str, nll: Tensor = NLL) -> Tensor:
-    here = WHOLE.caption_group == bracket
+def risk_of(group: int, correction: str, nll: Tensor = NLL) -> Tensor:
+    here = WHOLE.caption_group == group
     return pu_risk(nll[here], WHOLE.is_positive[here], BETA, correction)  # type: ignore[arg-type]
 
 
-def terms_of(bracket: int) -> PUTerms:
-    here = WHOLE.caption_group == bracket
+def terms_of(group: int) -> PUTerms:
+    here = WHOLE.caption_group == group
     return pu_terms(NLL[here], WHOLE.label[here], [BETA])
 
 
 @pytest.mark.parametrize("correction", ["abs", "nn", "none"])
-def test_loss_is_the_mean_over_captions_plus_the_keep_images(correction: str) -> None:
+def test_loss_is_the_mean_over_caption_groups_plus_the_keep_images(correction: str) -> None:
     got = loss_of(PUObjective(((BETA,), (BETA,)), correction), NLL, WHOLE)  # type: ignore[arg-type]
     want = (risk_of(0, correction) + risk_of(1, correction)) / 2 + 3.0
     assert got.item() == pytest.approx(want.item())
 
 
-def test_each_caption_has_its_own_sign() -> None:
-    """Put in one bracket, these two would be one of +4 - 0.2 * 25.75 = -1.15."""
+def test_each_caption_group_has_its_own_sign() -> None:
+    """In one group, the bracket of all would be +4 - 0.2 * 25.75 = -1.15."""
     leaf = NLL.clone().requires_grad_()
     loss_of(PUObjective(((BETA,), (BETA,))), leaf, WHOLE).backward()
     gradient = leaf.grad
     assert gradient is not None
-    assert gradient[:2].tolist() == pytest.approx([0.25, 0.25])  # positive bracket: unlabeled images are learned
-    assert gradient[4:6].tolist() == pytest.approx([-0.25, -0.25])  # negative: the other way round
+    assert gradient[:2].tolist() == pytest.approx([0.25, 0.25])  # bracket > 0: the loss of unlabeled images falls
+    assert gradient[4:6].tolist() == pytest.approx([-0.25, -0.25])  # bracket < 0: it rises
     assert gradient[6:8].tolist() == pytest.approx([0.05, 0.05])
     assert gradient[8:].tolist() == pytest.approx([1 / 3] * 3)
 
 
-def test_each_caption_has_its_own_beta() -> None:
+def test_each_caption_group_has_its_own_beta() -> None:
     terms = PUObjective(((0.1,), (0.4,))).terms(NLL, WHOLE).terms
     assert [t.bracket.item() for t in terms] == pytest.approx([4 - 0.1 * 1.5, 4 - 0.4 * 50])
 
 
-def test_one_caption_without_keep_images_is_the_pu_risk() -> None:
-    alone = batch(BRACKET[:4], POSITIVE[:4])
+def test_one_caption_group_without_keep_images_is_the_pu_risk() -> None:
+    alone = batch(GROUP[:4], POSITIVE[:4])
     got = loss_of(PUObjective(((BETA,),)), NLL[:4], alone)
     assert got.item() == pytest.approx(risk_of(0, "abs").item())
-    assert figures_of(PUObjective(((BETA,),)), NLL[:4], alone)["mean_keep"] == 0
+    assert metrics_of(PUObjective(((BETA,),)), NLL[:4], alone)["mean_keep"] == 0
 
 
-def test_figures_are_means_over_captions_and_carry_no_gradient() -> None:
+def test_metrics_are_means_over_caption_groups_without_gradient() -> None:
     objective = PUObjective(((BETA,), (BETA,)))
     parts = objective.terms(NLL.clone().requires_grad_(), WHOLE)
     assert not objective.metrics(parts, objective.loss(parts)).requires_grad
     assert not parts.brackets.requires_grad
-    figures = figures_of(objective, NLL, WHOLE)
-    assert figures["mean_u"] == pytest.approx(4)
-    assert figures["mean_s"] == pytest.approx((1.5 + 50) / 2)
-    assert figures["bracket"] == pytest.approx(4 - BETA * (1.5 + 50) / 2)
-    assert figures["mean_keep"] == pytest.approx(3)
-    assert figures["loss"] == pytest.approx(loss_of(objective, NLL, WHOLE).item())
+    metrics = metrics_of(objective, NLL, WHOLE)
+    assert metrics["mean_u"] == pytest.approx(4)
+    assert metrics["mean_s"] == pytest.approx((1.5 + 50) / 2)
+    assert metrics["bracket"] == pytest.approx(4 - BETA * (1.5 + 50) / 2)
+    assert metrics["mean_keep"] == pytest.approx(3)
+    assert metrics["loss"] == pytest.approx(loss_of(objective, NLL, WHOLE).item())
     terms = [terms_of(c) for c in (0, 1)]
-    assert figures["positive_term"] == pytest.approx(sum(t.positive.item() for t in terms) / 2)
+    assert metrics["positive_term"] == pytest.approx(sum(t.positive.item() for t in terms) / 2)
 
 
 @pytest.mark.parametrize("correction", ["abs", "nn"])
-def test_the_sign_is_the_whole_steps(correction: str) -> None:
-    """Another part pulls the first bracket below zero; ours must follow, and keep its own gradient's size."""
+def test_the_sign_is_that_of_the_whole_step(correction: str) -> None:
+    """Another part makes the first bracket negative: ours uses that sign with the size of its own gradient."""
     objective, leaf = PUObjective(((BETA,), (BETA,)), correction), NLL.clone().requires_grad_()  # type: ignore[arg-type]
     loss = objective.loss(objective.terms(leaf, WHOLE), torch.tensor([-1.0, -1.0]))
     terms = [terms_of(c) for c in (0, 1)]
@@ -122,11 +121,11 @@ def test_the_sign_is_the_whole_steps(correction: str) -> None:
     assert leaf.grad[:2].tolist() == pytest.approx([-0.25, -0.25])
 
 
-def test_following_the_loss_moves_both_means_towards_their_equilibrium() -> None:
-    """At equilibrium mean_S l = mean_U l / beta: from below it positives get worse, from above they stop."""
-    logs = torch.tensor([0.0, 0.0, 0.0, 0.0], requires_grad=True)  # l = exp(logs), free numbers
+def test_minimising_the_loss_moves_both_means_towards_their_equilibrium() -> None:
+    """At equilibrium mean_S l = mean_U l / beta."""
+    logs = torch.tensor([0.0, 0.0, 0.0, 0.0], requires_grad=True)  # l = exp(logs), free parameters
     optimizer = torch.optim.SGD([logs], lr=0.02)
-    target = torch.tensor([1.0, 1.0, 0.0, 0.0])  # unlabeled losses are pulled to e, as if the data set their floor
+    target = torch.tensor([1.0, 1.0, 0.0, 0.0])  # unlabeled losses are pulled to e, as by data
     small = batch([0, 0, 0, 0], [0, 0, 1, 1])
     for _ in range(1000):
         optimizer.zero_grad()
@@ -138,29 +137,29 @@ def test_following_the_loss_moves_both_means_towards_their_equilibrium() -> None
     assert s == pytest.approx(u / BETA, rel=0.1)
 
 
-#        unlabeled, sets 0 and 1, normal of the first bracket, then of the second, then keep
+#        unlabeled, sets 0 and 1, normal of the first group, then of the second, then keep
 ALL = batch([0] * 7 + [1] * 7 + [NO_GROUP], [0, 0, 1, 1, 2, -1, -1] * 2 + [0])
 MANY = torch.tensor([3, 5, 1, 2, 0.5, 2, 6, 3, 5, 40, 60, 20, 1, 3, 2], dtype=torch.float64)
 
 
 @pytest.mark.parametrize("correction", ["abs", "nn", "none"])
-def test_each_bracket_is_the_pnu_risk(correction: str) -> None:
+def test_each_caption_group_has_the_pnu_risk(correction: str) -> None:
     one_set = ALL.only(ALL.label != 1)
     nll, eta = MANY[ALL.label != 1], 0.4
     risks = []
-    for bracket in (0, 1):
-        here = one_set.caption_group == bracket
+    for group in (0, 1):
+        here = one_set.caption_group == group
         positive, normal = one_set.is_positive[here], one_set.label[here] == NORMAL
         risks.append(pnu_risk(nll[here], positive, normal, BETA, eta, correction).item())  # type: ignore[arg-type]
     objective = PUObjective(((BETA,), (BETA,)), correction, eta)  # type: ignore[arg-type]
     assert loss_of(objective, nll, one_set).item() == pytest.approx(sum(risks) / 2 + 2)
-    assert figures_of(objective, nll, one_set)["mean_n"] == pytest.approx((4 + 2) / 2)
+    assert metrics_of(objective, nll, one_set)["mean_n"] == pytest.approx((4 + 2) / 2)
     signs = objective.terms(nll, one_set).brackets < 0
     assert signs.tolist() == [False, True]
 
 
 @pytest.mark.parametrize("correction", ["abs", "nn", "none"])
-def test_sets_of_positives_share_their_bracket(correction: str) -> None:
+def test_sets_of_positives_share_one_bracket(correction: str) -> None:
     betas = (0.2, 0.3)
     unlabeled_or_positive = ALL.label != NORMAL
     several = ALL.only(unlabeled_or_positive)
@@ -176,7 +175,7 @@ def test_sets_of_positives_share_their_bracket(correction: str) -> None:
     assert objective.terms(nll, several).brackets.tolist() == pytest.approx([4 - 0.3 - 0.15, 4 - 10 - 6])
 
 
-def test_without_weight_on_them_images_known_to_be_normal_do_not_count() -> None:
+def test_normal_images_do_not_count_at_eta_zero() -> None:
     leaf = MANY.clone().requires_grad_()
     loss_of(PUObjective(((0.2, 0.3),) * 2), leaf, ALL).backward()
     assert leaf.grad is not None
@@ -186,36 +185,36 @@ def test_without_weight_on_them_images_known_to_be_normal_do_not_count() -> None
 
 # A bound on how far positives are pushed
 
-# Positives beside partners of their timestep and bracket; at 30 there is one in another bracket only
+# Positives with reference images at their timestep; at 30 the only one is in another caption group
 PAIRED = replace(WHOLE, timesteps=torch.tensor([10, 20, 10, 30, 30, 20, 20, 20, 10, 20, 30]))
-#                  U        U        S at 10, S at 30    U of the other bracket, S at 20 twice    keep
+#                  U        U        S at 10, S at 30    U of the other group, S at 20 twice    keep
 NLL_OF_PAIRS = torch.tensor([3.0, 5.0, 100.0, 100.0, 3.0, 5.0, 9.0, 60.0, 1.0, 2.0, 6.0], dtype=torch.float64)
 
 
-def test_positives_far_above_their_unlabeled_partner_are_pushed_no_further() -> None:
+def test_positives_far_above_their_reference_are_not_pushed_further() -> None:
     leaf = NLL_OF_PAIRS.clone().requires_grad_()
     found = bounded(leaf, PAIRED, 4.0)
-    assert found.tolist() == [3, 5, 12, 100, 3, 5, 9, 20, 1, 2, 6]  # 4 * 3, nobody at 30, below, 4 * 5
+    assert found.tolist() == [3, 5, 12, 100, 3, 5, 9, 20, 1, 2, 6]  # 4 * 3, no reference at 30, below the cap, 4 * 5
     found.sum().backward()
     assert leaf.grad is not None
-    assert leaf.grad.tolist() == [1, 1, 0, 1, 1, 1, 1, 0, 1, 1, 1]  # unlabeled images are not moved for it
+    assert leaf.grad.tolist() == [1, 1, 0, 1, 1, 1, 1, 0, 1, 1, 1]  # the cap gives unlabeled images no gradient
 
 
-def test_a_partner_is_the_mean_of_those_at_its_timestep() -> None:
+def test_the_reference_is_the_mean_at_the_same_timestep() -> None:
     both = replace(WHOLE, timesteps=torch.full((11,), 7))
     assert bounded(NLL_OF_PAIRS, both, 2.0).tolist() == [3, 5, 8, 8, 3, 5, 8, 8, 1, 2, 6]
 
 
-def test_what_is_unlabeled_kept_or_known_to_be_normal_has_no_bound() -> None:
-    alike = replace(ALL, timesteps=torch.zeros(len(MANY), dtype=torch.long))
-    changed = bounded(MANY, alike, 1.0) != MANY
+def test_only_positives_are_capped() -> None:
+    same_timestep = replace(ALL, timesteps=torch.zeros(len(MANY), dtype=torch.long))
+    changed = bounded(MANY, same_timestep, 1.0) != MANY
     assert changed.any()
-    assert (changed <= alike.is_positive).all()
+    assert (changed <= same_timestep.is_positive).all()
 
 
 @pytest.mark.parametrize("correction", ["abs", "nn", "none"])
 def test_a_bounded_bracket_of_pairs_is_never_negative(correction: str) -> None:
-    """So with max_ratio below 1 / beta the corrections have nothing to correct."""
+    """With max_ratio below 1 / beta, all corrections are the same."""
     pairs = replace(batch([0, 0, 0, 0], [0, 0, 1, 1]), timesteps=torch.tensor([1, 2, 1, 2]))
     nll = torch.tensor([3.0, 5.0, 900.0, 4000.0], dtype=torch.float64)
     objective = PUObjective(((BETA,),), correction, max_ratio=4.0)  # type: ignore[arg-type]
@@ -229,18 +228,18 @@ def test_a_bounded_bracket_of_pairs_is_never_negative(correction: str) -> None:
 
 
 @pytest.mark.parametrize("signs", [None, torch.tensor([-1.0, 1.0])])
-def test_supervised_is_its_risk_in_each_bracket_whatever_the_signs(signs: Tensor | None) -> None:
+def test_supervised_is_its_risk_in_each_caption_group_whatever_the_signs(signs: Tensor | None) -> None:
     objective = PUObjective(((0.1,), (0.4,)), risk="supervised")
     parts = objective.terms(NLL, WHOLE)
     risks = []
-    for bracket, beta in enumerate((0.1, 0.4)):
-        here = WHOLE.caption_group == bracket
+    for group, beta in enumerate((0.1, 0.4)):
+        here = WHOLE.caption_group == group
         risks.append(supervised_risk(NLL[here], WHOLE.is_positive[here], beta).item())
     assert objective.loss(parts, signs).item() == pytest.approx(sum(risks) / 2 + 3)
     assert objective.same_signs(torch.tensor([1.0, -1.0]), torch.tensor([-1.0, 1.0]))
 
 
-def test_supervised_knows_all_sets() -> None:
+def test_supervised_uses_all_sets() -> None:
     several, nll = ALL.only(ALL.label != NORMAL), MANY[ALL.label != NORMAL]
     parts = PUObjective(((0.2, 0.3),) * 2, risk="supervised").terms(nll, several)
     terms = [
@@ -250,7 +249,7 @@ def test_supervised_knows_all_sets() -> None:
     assert PUObjective(((0.2, 0.3),) * 2, risk="supervised").loss(parts).item() == pytest.approx(want)
 
 
-def test_unsupervised_is_the_unlabeled_mean_and_positives_have_no_part_in_it() -> None:
+def test_unsupervised_is_the_unlabeled_mean_without_positives() -> None:
     objective = PUObjective(((BETA,), (BETA,)), risk="unsupervised")
     leaf = NLL.clone().requires_grad_()
     loss = loss_of(objective, leaf, WHOLE)
@@ -263,11 +262,11 @@ def test_unsupervised_is_the_unlabeled_mean_and_positives_have_no_part_in_it() -
 
 
 @pytest.mark.parametrize("risk", ["supervised", "unsupervised"])
-def test_what_is_logged_of_a_baseline_is_what_is_logged_of_pu(risk: str) -> None:
-    found = figures_of(PUObjective(((BETA,), (BETA,)), risk=risk), NLL, WHOLE)  # type: ignore[arg-type]
-    usual = figures_of(PUObjective(((BETA,), (BETA,))), NLL, WHOLE)
-    assert found.pop("loss") != usual.pop("loss")
-    assert found == usual
+def test_a_baseline_logs_the_same_metrics_as_pu(risk: str) -> None:
+    of_baseline = metrics_of(PUObjective(((BETA,), (BETA,)), risk=risk), NLL, WHOLE)  # type: ignore[arg-type]
+    of_pu = metrics_of(PUObjective(((BETA,), (BETA,))), NLL, WHOLE)
+    assert of_baseline.pop("loss") != of_pu.pop("loss")
+    assert of_baseline == of_pu
 
 
 @pytest.mark.parametrize("risk", ["pu", "supervised", "unsupervised"])
@@ -275,7 +274,7 @@ def test_what_is_logged_of_a_baseline_is_what_is_logged_of_pu(risk: str) -> None
 def test_a_batch_without_positives(risk: str, betas: tuple[float, ...]) -> None:
     plain = WHOLE.only(WHOLE.label == UNLABELED)
     objective = PUObjective((betas, betas), risk=risk)  # type: ignore[arg-type]
-    figures = figures_of(objective, NLL[WHOLE.label == UNLABELED], plain)
-    assert (figures["mean_s"], figures["positive_term"], figures["bracket"]) == (0, 0, pytest.approx(4))
+    metrics = metrics_of(objective, NLL[WHOLE.label == UNLABELED], plain)
+    assert (metrics["mean_s"], metrics["positive_term"], metrics["bracket"]) == (0, 0, pytest.approx(4))
     scale = 1 - sum(betas) if risk == "supervised" else 1
-    assert figures["loss"] == pytest.approx(4 * scale + 3)
+    assert metrics["loss"] == pytest.approx(4 * scale + 3)

@@ -1,4 +1,4 @@
-"""A run that is killed, interrupted or out of disk goes on as if nothing had happened, or says what it needs."""
+"""A run that is killed, interrupted or out of disk space resumes to identical results, or says what to do."""
 
 from __future__ import annotations
 
@@ -46,13 +46,13 @@ def make_config(place: Path, tiny_base: Path) -> Config:
 
 @pytest.fixture(scope="module")
 def whole(make_config: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run that nothing happened to; not to be changed."""
+    """The uninterrupted run. Do not change it."""
     return trainer.run(make_config(tmp_path_factory.mktemp("runs") / "whole", checkpointing_steps=0))
 
 
 @pytest.fixture
 def stopped(make_config: Config, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A run that Ctrl-C ended after step 7."""
+    """A run ended by Ctrl-C after step 7."""
     with interrupt_after(7, monkeypatch), pytest.raises(KeyboardInterrupt):
         trainer.run(make_config("run", checkpointing_steps=3))
     return Path("run")
@@ -60,7 +60,7 @@ def stopped(make_config: Config, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @contextmanager
 def interrupt_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A real SIGINT to this process while step `steps` is being taken."""
+    """Send a real SIGINT to this process during step `steps`."""
     step, taken = TrainingState.take_step, []
 
     def counted(self: TrainingState, *arguments: object) -> object:
@@ -76,9 +76,9 @@ def interrupt_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[Non
 
 @contextmanager
 def full_disk() -> Iterator[Callable[[int], None]]:
-    """Yields fill(bytes): from then on no file may grow beyond that, till the end.
+    """Yields fill(bytes), which limits the size of files until the block ends.
 
-    What is printed goes nowhere: a progress bar that could not be written would keep tqdm's lock for ever.
+    stderr is discarded: a progress bar that cannot be written would hold tqdm's lock forever.
     """
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
@@ -89,13 +89,13 @@ def full_disk() -> Iterator[Callable[[int], None]]:
 
 
 def same(run: Path, whole: Path) -> bool:
-    """Whether two runs ended with the same LoRA and logged the same figures, to the last bit."""
+    """Whether two runs have bit-identical LoRAs and metrics."""
     logs = [(folder / "metrics.jsonl").read_text() for folder in (run, whole)]
     return (run / ADAPTER).read_bytes() == (whole / ADAPTER).read_bytes() and logs[0] == logs[1]
 
 
-def test_killed_at_five_random_moments_it_ends_as_if_it_had_not_been(place: Path, tiny_base: Path, whole: Path) -> None:
-    """A checkpoint every step, so that many of the moments lie within a save."""
+def test_a_run_killed_at_five_random_moments_gives_identical_results(place: Path, tiny_base: Path, whole: Path) -> None:
+    """With a checkpoint at every step, so that many of the kills hit a save."""
     command = [
         sys.executable,
         "-m",
@@ -137,7 +137,7 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen) -> None:
         time.sleep(0.005)
 
 
-def test_ctrl_c_saves_and_the_run_goes_on(
+def test_ctrl_c_saves_a_checkpoint_that_resumes(
     stopped: Path, make_config: Config, whole: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert [p.name for p in checkpoint.list_checkpoints(stopped)] == ["step-000006", "step-000007"]
@@ -151,7 +151,7 @@ def test_ctrl_c_saves_and_the_run_goes_on(
     assert record["cost"]["images_seen"] == read_json(whole / "training.json")["cost"]["images_seen"]
 
 
-def test_the_command_says_how_to_go_on(
+def test_the_command_says_how_to_resume(
     place: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = signal.getsignal(signal.SIGINT)
@@ -173,7 +173,7 @@ def test_the_command_says_how_to_go_on(
         {"probe_steps": 3, "gradient_share_steps": 2, "validation_steps": 5},
     ],
 )
-def test_every_kind_of_run_goes_on_exactly(
+def test_every_kind_of_run_resumes_exactly(
     make_config: Config, monkeypatch: pytest.MonkeyPatch, options: dict[str, object]
 ) -> None:
     usual = {"max_train_steps": 10, "checkpointing_steps": 4, **options}
@@ -188,7 +188,7 @@ def test_every_kind_of_run_goes_on_exactly(
         Path("run/training.json").unlink()
 
 
-def test_an_unfinished_run_is_not_lost_by_the_same_command(stopped: Path, make_config: Config) -> None:
+def test_repeating_the_command_does_not_delete_an_unfinished_run(stopped: Path, make_config: Config) -> None:
     before = {p: p.stat().st_mtime_ns for p in stopped.rglob("*")}
     with pytest.raises(UsageError, match=r"step-000007.*--resume_from_checkpoint latest.*--overwrite"):
         trainer.run(make_config("run"))
@@ -197,14 +197,14 @@ def test_an_unfinished_run_is_not_lost_by_the_same_command(stopped: Path, make_c
     assert [p.name for p in checkpoint.list_checkpoints(stopped)] == ["step-000001", "step-000002"]
 
 
-def test_latest_starts_where_nothing_was_saved(
+def test_latest_starts_from_the_beginning_without_checkpoints(
     make_config: Config, whole: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert same(trainer.run(make_config("run", resume_from_checkpoint="latest")), whole)
     assert "run has no checkpoints yet" in capsys.readouterr().err
 
 
-def test_an_earlier_checkpoint_by_its_path(stopped: Path, make_config: Config, whole: Path) -> None:
+def test_resuming_an_earlier_checkpoint_by_its_path(stopped: Path, make_config: Config, whole: Path) -> None:
     path = stopped / "checkpoints" / "step-000006"
     trainer.run(make_config("run", resume_from_checkpoint=str(path)))
     assert same(stopped, whole)
@@ -212,7 +212,7 @@ def test_an_earlier_checkpoint_by_its_path(stopped: Path, make_config: Config, w
         trainer.run(make_config("run", resume_from_checkpoint="nowhere"))
 
 
-def test_a_finished_run_has_nothing_to_go_on_with(
+def test_resuming_a_finished_run_does_nothing(
     whole: Path, make_config: Config, capsys: pytest.CaptureFixture[str]
 ) -> None:
     trainer.run(make_config("run", max_train_steps=4))
@@ -225,7 +225,7 @@ def test_a_finished_run_has_nothing_to_go_on_with(
 def test_a_finished_run_without_checkpoints_is_not_trained_again(
     whole: Path, make_config: Config, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Saved without them, or they were deleted since: the command that may be repeated must not empty the folder."""
+    """Saved without them, or they were deleted since: repeating the command must not delete the run."""
     run = shutil.copytree(whole, Path("run"))
     before = {p: p.stat().st_mtime_ns for p in run.rglob("*")}
     for forced in (False, True):
@@ -235,7 +235,7 @@ def test_a_finished_run_without_checkpoints_is_not_trained_again(
 
 
 @pytest.mark.parametrize("part", ["write_concept", "write_text"])
-def test_a_run_killed_while_its_folder_is_made_can_be_started_again(
+def test_a_run_killed_while_its_folder_is_created_can_be_started_again(
     make_config: Config, whole: Path, monkeypatch: pytest.MonkeyPatch, part: str
 ) -> None:
     def killed(*_: object) -> None:
@@ -249,7 +249,7 @@ def test_a_run_killed_while_its_folder_is_made_can_be_started_again(
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         ({"beta": 0.3}, r"--beta was 0\.\d+ and is 0\.3"),
         ({"push": 1.0}, "--push was 2.0 and is 1.0"),
@@ -260,19 +260,21 @@ def test_a_run_killed_while_its_folder_is_made_can_be_started_again(
     ],
 )
 def test_a_changed_option_is_refused_by_name(
-    stopped: Path, make_config: Config, place: Path, change: dict[str, object], told: str
+    stopped: Path, make_config: Config, place: Path, change: dict[str, object], message: str
 ) -> None:
-    data = shutil.copytree(place / "data", Path("photos"))  # as own photos: the same pictures whatever the seed
+    data = shutil.copytree(place / "data", Path("photos"))  # as own images: the same whatever the seed
     for name in ("manifest.json", "settings.json"):
         (data / name).unlink()
     before = read_json(checkpoint.list_checkpoints(stopped)[-1] / "checkpoint.json")
     config = make_config("run", resume_from_checkpoint="latest", data_dir=data, **({"beta": before["--beta"]} | change))
-    with pytest.raises(UsageError, match=rf"{told}.*--force_resume"):
+    with pytest.raises(UsageError, match=rf"{message}.*--force_resume"):
         trainer.run(config)
     assert not (stopped / "training.json").exists()
 
 
-def test_what_does_not_matter_may_change(stopped: Path, make_config: Config, whole: Path, place: Path) -> None:
+def test_options_that_do_not_affect_the_weights_may_change(
+    stopped: Path, make_config: Config, whole: Path, place: Path
+) -> None:
     elsewhere = shutil.copytree(place / "data", Path("elsewhere"))
     options = {"data_dir": elsewhere, "checkpoints_total_limit": 1, "checkpointing_steps": 5, "max_skipped_steps": 3}
     trainer.run(make_config("run", resume_from_checkpoint="latest", **options))
@@ -280,23 +282,21 @@ def test_what_does_not_matter_may_change(stopped: Path, make_config: Config, who
     assert [p.name for p in checkpoint.list_checkpoints(stopped)] == ["step-000020"]
 
 
-def test_forced_it_goes_on_all_the_same(stopped: Path, make_config: Config, whole: Path) -> None:
+def test_force_resume_accepts_a_changed_option(stopped: Path, make_config: Config, whole: Path) -> None:
     trainer.run(make_config("run", resume_from_checkpoint="latest", force_resume=True, push=1.0))
     assert read_json(stopped / "training.json")["push"] == 1.0
     assert not same(stopped, whole)
 
 
-def test_forced_the_learning_rate_is_the_one_that_is_given(stopped: Path, make_config: Config) -> None:
-    """It is what a run that diverged is told to lower."""
+def test_force_resume_uses_the_given_learning_rate(stopped: Path, make_config: Config) -> None:
+    """A run that diverged is advised to lower it."""
     trainer.run(make_config("run", resume_from_checkpoint="latest", force_resume=True, learning_rate=1e-4))
     rates = [line["lr"] for line in read_jsonl(stopped / "metrics.jsonl")]
     assert len(rates) == 3
     assert 0 < max(rates) < 1e-4
 
 
-def test_forced_it_goes_on_with_fewer_images_and_other_captions(
-    stopped: Path, make_config: Config, place: Path
-) -> None:
+def test_force_resume_accepts_fewer_images_and_other_captions(stopped: Path, make_config: Config, place: Path) -> None:
     data = shutil.copytree(place / "data", Path("photos"))
     for path in (*data.glob("*.json"), *data.glob("*/*.jsonl"), *data.glob("*/keep*"), *data.glob("*/*-0000[2-9].png")):
         path.unlink(missing_ok=True)
@@ -316,7 +316,7 @@ def test_forced_it_goes_on_with_fewer_images_and_other_captions(
         {"optimizer": "adamw8bit"},
     ],
 )
-def test_not_even_by_force_do_weights_go_where_they_do_not_fit(
+def test_force_resume_refuses_weights_that_do_not_fit(
     stopped: Path, make_config: Config, change: dict[str, object]
 ) -> None:
     name = next(iter(change))
@@ -325,9 +325,9 @@ def test_not_even_by_force_do_weights_go_where_they_do_not_fit(
     assert checkpoint.list_checkpoints(stopped)
 
 
-def test_checkpoints_of_a_way_that_was_left_go_before_new_ones() -> None:
+def test_checkpoints_of_an_abandoned_continuation_are_deleted_first() -> None:
     accelerator, weights = Accelerator(), {"w": torch.zeros(1)}
-    for step, limit in ((3, 3), (6, 3), (9, 3), (4, 1)):  # at last it went on from step 3 again
+    for step, limit in ((3, 3), (6, 3), (9, 3), (4, 1)):  # the last one after resuming from step 3
         checkpoint.save(Path("run"), step, weights, {}, {}, accelerator, limit)
     assert [p.name for p in checkpoint.list_checkpoints(Path("run"))] == ["step-000004"]
 
@@ -351,7 +351,7 @@ def test_a_full_disk_costs_only_the_new_checkpoint(stopped: Path, make_config: C
 
 
 @pytest.mark.parametrize("at", [10, 25])
-def test_a_disk_that_fills_up_while_a_line_is_logged_or_the_end_is_written(
+def test_a_disk_that_fills_up_while_logging_or_finishing(
     stopped: Path, make_config: Config, whole: Path, monkeypatch: pytest.MonkeyPatch, at: int
 ) -> None:
     name = (TrainingState, "take_step") if at == 10 else (trainer, "_close_run")
@@ -371,16 +371,14 @@ def test_a_disk_that_fills_up_while_a_line_is_logged_or_the_end_is_written(
     assert same(stopped, whole)
 
 
-def test_a_logged_line_that_was_cut_short_is_no_reason_not_to_go_on(
-    stopped: Path, make_config: Config, whole: Path
-) -> None:
+def test_a_truncated_metrics_line_does_not_prevent_resuming(stopped: Path, make_config: Config, whole: Path) -> None:
     (stopped / "metrics.jsonl").write_text('{"step": 5, "lo')
     trainer.run(make_config("run", resume_from_checkpoint="latest"))
     assert same(stopped, whole)
 
 
 @pytest.mark.parametrize("name", ["state.pt", "weights.safetensors"])
-def test_a_damaged_checkpoint_is_named(stopped: Path, make_config: Config, name: str) -> None:
+def test_a_damaged_checkpoint_is_refused_by_name(stopped: Path, make_config: Config, name: str) -> None:
     path = checkpoint.list_checkpoints(stopped)[-1] / name
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(UsageError, match=r"step-000007 cannot be read"):
@@ -394,7 +392,7 @@ def test_another_number_of_processes_is_refused(stopped: Path, make_config: Conf
         trainer.run(make_config("run", resume_from_checkpoint="latest"))
 
 
-def test_the_random_states_of_more_gpus_than_there_are_now_do_no_harm(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_random_states_of_more_gpus_than_available_are_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[list[torch.Tensor]] = []
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "set_rng_state_all", given.append)
@@ -402,15 +400,15 @@ def test_the_random_states_of_more_gpus_than_there_are_now_do_no_harm(monkeypatc
     assert [len(states) for states in given] == [1]
 
 
-def test_random_states_come_back() -> None:
+def test_random_states_are_restored() -> None:
     state = checkpoint.random_state()
     first = (random.random(), np.random.rand(), torch.rand(1).item(), random.gauss(0, 1))
     checkpoint.restore_random_state(state)
     assert (random.random(), np.random.rand(), torch.rand(1).item(), random.gauss(0, 1)) == first
 
 
-def test_two_processes_go_on_as_two(place: Path, tiny_base: Path) -> None:
-    """Each gets its own random state back. A run of one cannot go on with what two have saved."""
+def test_two_processes_resume_as_two(place: Path, tiny_base: Path) -> None:
+    """Each process restores its own random state. A single process cannot resume a run of two."""
     options = settings(place, tiny_base) | {"max_train_steps": 4, "checkpointing_steps": 2}
     command = [
         sys.executable,

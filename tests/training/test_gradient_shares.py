@@ -1,4 +1,4 @@
-"""Shares of the gradient's norm: against the terms' own gradients, and that looking changes nothing."""
+"""Shares of the gradient norm equal those of the terms' own gradients, and computing them changes nothing."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def norm(loss: Tensor, model: Linear) -> float:
     return gradient.norm().item()
 
 
-def by_hand(case: Case, correction: str, model: Linear, batch: Batch) -> dict[str, float]:
-    """Norms of the terms of the loss, each written down, over their sum."""
+def expected_shares(case: Case, correction: str, model: Linear, batch: Batch) -> dict[str, float]:
+    """The norm of each term's gradient over their sum, with the terms written out."""
     parts = case.objective(correction).terms(model(batch), batch)
     signs = [-1.0 if t.bracket < 0 and correction != "none" else 1.0 for t in parts.terms]
     kept = [case.eta + (1 - case.eta) * (s > 0 or correction != "nn") for s in signs]
@@ -50,13 +50,13 @@ def by_hand(case: Case, correction: str, model: Linear, batch: Batch) -> dict[st
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 @pytest.mark.parametrize("correction", ["abs", "nn", "none"])
 @pytest.mark.parametrize("scale", [0.1, 5.0])
-def test_shares_are_those_of_the_terms_gradients(case: Case, correction: str, scale: float) -> None:
+def test_shares_equal_those_of_the_terms_gradients(case: Case, correction: str, scale: float) -> None:
     (batch,), model = step(1, scale, case), Linear()
     objective = case.objective(correction)
     negative = objective.terms(model(batch), batch).brackets < 0
     assert negative.tolist() == [False, scale > 1]
     shares = gradient_shares(model, objective, batch, [model.weight])
-    want = by_hand(case, correction, model, batch)
+    want = expected_shares(case, correction, model, batch)
     assert {name: value.item() for name, value in shares.items()} == pytest.approx(want, rel=1e-6)
     assert sum(shares.values()).item() == pytest.approx(1)  # type: ignore[union-attr]
 
@@ -69,8 +69,8 @@ def test_a_term_without_rows_or_without_gradient_has_no_share() -> None:
         "share_u",
         "share_s",
     }
-    elsewhere = torch.nn.Parameter(torch.zeros(2))  # takes no part in the losses
-    shares = gradient_shares(model, PU.objective("abs"), batch, [elsewhere])
+    unused = torch.nn.Parameter(torch.zeros(2))  # takes no part in the losses
+    shares = gradient_shares(model, PU.objective("abs"), batch, [unused])
     assert [value.item() for value in shares.values()] == [0.0] * 4
 
 
@@ -92,14 +92,14 @@ def test_shares_of_a_baseline(risk: str) -> None:
 
 
 @pytest.mark.parametrize("risk", ["pu", "supervised", "unsupervised"])
-def test_without_positives_and_keep_images_all_is_the_unlabeled_share(risk: str) -> None:
+def test_with_only_unlabeled_images_their_share_is_one(risk: str) -> None:
     (batch,), model = step(1, 1.0), Linear()
     plain = batch.only((batch.label == UNLABELED) & (batch.caption_group != NO_GROUP))
     shares = gradient_shares(model, replace(PU.objective("abs"), risk=risk), plain, [model.weight])
     assert {name: value.item() for name, value in shares.items()} == {"share_u": pytest.approx(1)}
 
 
-def test_looking_changes_nothing_and_each_row_is_seen_once() -> None:
+def test_computing_shares_changes_no_state_and_sees_each_row_once() -> None:
     (batch,), model = step(1, 5.0, CASES["all"]), Linear(dropout=0.5)
     seen: list[Batch] = []
 
@@ -125,29 +125,31 @@ def _lists(batch: Batch) -> tuple[list[int], list[int]]:
     return batch.caption_group.tolist(), batch.label.tolist()
 
 
-@pytest.mark.parametrize("taught", [True, False])
-def test_on_a_lora_with_a_teacher_the_followed_gradient_counts(loaded_base: Base, taught: bool) -> None:
-    """At its start a LoRA predicts what the base does: nothing pulls at unlabeled rows under their own caption."""
+@pytest.mark.parametrize("has_teacher", [True, False])
+def test_shares_of_a_lora_with_a_teacher_use_the_gradient_of_the_teacher_loss(
+    loaded_base: Base, has_teacher: bool
+) -> None:
+    """A new LoRA predicts what the base does: unlabeled rows under their own caption have no gradient."""
     generator = torch.Generator().manual_seed(1)
     latents, noise = (torch.randn(6, 4, 8, 8, generator=generator) for _ in range(2))
     text, generic = torch.randn(6, 24, 16, generator=generator), torch.randn(24, 16, generator=generator)
     label = torch.tensor([UNLABELED, UNLABELED, 0, 0, NORMAL, UNLABELED])
-    bracket = torch.tensor([0, 0, 0, 0, 0, NO_GROUP])
+    group = torch.tensor([0, 0, 0, 0, 0, NO_GROUP])
     weight = torch.tensor([0.5, 0.5, 0.5, 0.5, 1.0, 1.0])
     batch = Batch(
-        latents, text, text, label, bracket, 1, torch.linspace(50, 950, 6).long(), noise, torch.zeros(6).bool(), weight
+        latents, text, text, label, group, 1, torch.linspace(50, 950, 6).long(), noise, torch.zeros(6).bool(), weight
     )
-    student = make_student(loaded_base, Weights(rank=2), 0, needs_teacher=taught)
+    student = make_student(loaded_base, Weights(rank=2), 0, needs_teacher=has_teacher)
     denoiser, parameters = Denoiser.of(loaded_base, student.model), student.trainable()
-    teacher = Teacher(denoiser, student.frozen, generic, generic, 3.0, 2.0) if taught else None
+    teacher = Teacher(denoiser, student.frozen, generic, generic, 3.0, 2.0) if has_teacher else None
     losses: Callable[[Batch], Tensor] = lambda part: example_losses(denoiser, part, "sum", teacher)  # noqa: E731
     shares = gradient_shares(losses, PUObjective(((0.3,),), "abs", 0.5), batch, parameters)
     assert set(shares) == {"share_positive", "share_u", "share_s", "share_keep", "share_n"}
-    held = [shares[name].item() for name in ("share_u", "share_keep", "share_n")]
-    if taught:
-        assert held == pytest.approx([0.0] * 3, abs=1e-3)
+    retained = [shares[name].item() for name in ("share_u", "share_keep", "share_n")]
+    if has_teacher:
+        assert retained == pytest.approx([0.0] * 3, abs=1e-3)
         assert shares["share_s"].item() == pytest.approx(1, abs=1e-3)
     else:
-        assert min(held) > 0.05
+        assert min(retained) > 0.05
     assert all(p.grad is None for p in parameters)
     assert all(p.requires_grad for p in parameters)  # the adapter is on again

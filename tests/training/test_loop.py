@@ -1,4 +1,4 @@
-"""The loop: steps that are not finite, probes, the best so far, stopping early, the moving average."""
+"""The training loop: skipped steps, probes, the best weights, early stopping, the moving average."""
 
 from __future__ import annotations
 
@@ -47,20 +47,20 @@ def make_config(place: Path, tiny_base: Path) -> Config:
     return plain  # type: ignore[return-value]
 
 
-def spoil(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
+def make_nan(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
     """Make the losses of these steps NaN."""
     losses, taken = setup.example_losses, []
 
-    def spoiled(*arguments: object, **options: object) -> torch.Tensor:
+    def with_nan(*arguments: object, **options: object) -> torch.Tensor:
         taken.append(1)
         found = losses(*arguments, **options)  # type: ignore[arg-type]
         return found * float("nan") if len(taken) in steps else found
 
-    monkeypatch.setattr(setup, "example_losses", spoiled)
+    monkeypatch.setattr(setup, "example_losses", with_nan)
 
 
 def test_a_step_that_is_not_finite_is_skipped_and_counted(make_config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    spoil(monkeypatch, {3, 4, 10})
+    make_nan(monkeypatch, {3, 4, 10})
     run = trainer.run(make_config("run"))
     at_ten, at_end = read_jsonl(run / "metrics.jsonl")
     assert (at_ten["skipped_steps"], at_end["skipped_steps"]) == (3, 3)
@@ -69,12 +69,12 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(make_config: Config, m
     assert all(value.isfinite().all() for value in load_file(run / ADAPTER).values())
 
 
-def test_too_many_in_a_row_end_the_run_with_the_last_good_state(
+def test_too_many_skipped_steps_end_the_run_and_keep_the_last_good_state(
     make_config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = {"max_train_steps": 40, "max_skipped_steps": 5, "checkpointing_steps": 2}
     with monkeypatch.context() as patch:
-        spoil(patch, set(range(8, 100)))
+        make_nan(patch, set(range(8, 100)))
         with pytest.raises(UnlearnError, match=r"step 20.*13 steps in a row.*step-000006.*--learning_rate"):
             trainer.run(make_config("run", **options))
     assert not Path("run/training.json").exists()
@@ -84,18 +84,18 @@ def test_too_many_in_a_row_end_the_run_with_the_last_good_state(
 
 
 @pytest.mark.parametrize("shown", ["scores", "nothing better"])
-def test_the_best_so_far_is_kept_and_a_run_that_gets_no_better_ends(
+def test_the_best_weights_are_kept_and_a_run_without_progress_stops(
     make_config: Config, monkeypatch: pytest.MonkeyPatch, shown: str
 ) -> None:
     scores = iter([0.1, 0.7, 0.3, 0.2, 0.9] if shown == "scores" else [0.5, 0.1, 0.1])
     weights: list[dict[str, torch.Tensor]] = []
 
-    def judged(self: object) -> ProbeResult:
+    def probe(self: object) -> ProbeResult:
         weights.append(self.student.state())  # type: ignore[attr-defined]
         score = next(scores)
         return ProbeResult({"probe_ratio": score}, score)
 
-    monkeypatch.setattr("sd_unlearn.training.probe.RatioProbe.__call__", judged)
+    monkeypatch.setattr("sd_unlearn.training.probe.RatioProbe.__call__", probe)
     run = trainer.run(make_config("run", probe_steps=2, early_stopping_patience=2))
     best, end = (2, 4) if shown == "scores" else (1, 3)
     record, of_best = read_json(run / "training.json"), read_json(run / "best" / "training.json")
@@ -110,8 +110,8 @@ def test_the_best_so_far_is_kept_and_a_run_that_gets_no_better_ends(
     assert all({"step", "seconds"} <= set(line) for line in probes)
 
 
-def test_the_ratio_probe_sees_a_concept_being_forgotten(make_config: Config) -> None:
-    """Against the noise with a beta near 1 and no correction, the positives' loss must rise over the others'."""
+def test_the_ratio_probe_rises_while_a_concept_is_forgotten(make_config: Config) -> None:
+    """With the noise target, a beta near 1 and no correction, the loss of positives rises above that of the others."""
     options = {"probe_steps": 20, "max_train_steps": 60, "learning_rate": 0.03, "lora_targets": "all_linear+conv"}
     run = trainer.run(make_config("run", **options, target="noise", beta=0.9, correction="none"))
     ratios = [line["probe_ratio"] for line in read_jsonl(run / "metrics.jsonl") if "probe_ratio" in line]
@@ -119,7 +119,7 @@ def test_the_ratio_probe_sees_a_concept_being_forgotten(make_config: Config) -> 
     assert ratios[-1] > 1.001
 
 
-def test_the_ratio_probe_sees_the_network_without_dropout(make_config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_ratio_probe_disables_dropout(make_config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     real, alike, mode = RatioProbe.__call__, [], []
 
     def twice(self: RatioProbe) -> ProbeResult:
@@ -146,7 +146,7 @@ def test_images_of_every_set_are_held_out() -> None:
         hold_out([*sets[1:], *others], 0)
 
 
-def test_too_few_images_to_hold_any_out_are_refused_before_a_base_is_loaded(
+def test_too_few_images_to_hold_out_are_refused_before_a_base_is_loaded(
     make_config: Config, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(trainer, "load_base", lambda *_: pytest.fail("a base was loaded"))
@@ -155,14 +155,14 @@ def test_too_few_images_to_hold_any_out_are_refused_before_a_base_is_loaded(
     assert not (tmp_path / "data").exists()
 
 
-def test_a_run_interrupted_as_it_ends_early_is_not_trained_further(
+def test_a_run_interrupted_at_an_early_stop_is_not_trained_further(
     make_config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def judged(self: object) -> ProbeResult:
+    def probe(self: object) -> ProbeResult:
         os.kill(os.getpid(), signal.SIGINT)
         return ProbeResult({"probe_ratio": 0.0}, -math.inf)
 
-    monkeypatch.setattr("sd_unlearn.training.probe.RatioProbe.__call__", judged)
+    monkeypatch.setattr("sd_unlearn.training.probe.RatioProbe.__call__", probe)
     options = {"probe_steps": 4, "early_stopping_patience": 1}
     with pytest.raises(KeyboardInterrupt):
         trainer.run(make_config("run", **options))
@@ -170,21 +170,21 @@ def test_a_run_interrupted_as_it_ends_early_is_not_trained_further(
     assert read_json(run / "training.json")["cost"]["steps"] == 4
 
 
-def test_previews_show_the_weights_that_will_be_saved(make_config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[dict[str, torch.Tensor]] = []
+def test_previews_use_the_weights_that_will_be_saved(make_config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    used: list[dict[str, torch.Tensor]] = []
     write = "sd_unlearn.training.previews.PreviewWriter.__call__"
-    monkeypatch.setattr(write, lambda self, _: seen.append(weights_of(self.generator.network)))
+    monkeypatch.setattr(write, lambda self, _: used.append(weights_of(self.generator.network)))
     run = trainer.run(make_config("run", validation_steps=12, ema_decay=0.9))
-    (shown,) = seen
+    (weights,) = used
     for name, value in load_file(run / ADAPTER).items():
-        assert torch.equal(shown[name], value)
+        assert torch.equal(weights[name], value)
 
 
 def weights_of(network: Any) -> dict[str, torch.Tensor]:
     return {n.replace(".default", ""): p.detach().clone() for n, p in network.named_parameters() if p.requires_grad}
 
 
-def test_shares_are_logged_when_they_were_asked_for(make_config: Config) -> None:
+def test_gradient_shares_are_logged_at_their_interval(make_config: Config) -> None:
     lines = read_jsonl(trainer.run(make_config("run", gradient_share_steps=4)) / "metrics.jsonl")
     assert [line["step"] for line in lines] == [4, 8, 10, 12]
     assert ["share_u" in line for line in lines] == [True, True, False, True]
@@ -206,26 +206,28 @@ def test_held_out_images_are_never_trained_on(make_config: Config, monkeypatch: 
     assert len({e.path for e in everything} - {e.path for e in kept}) == 4
 
 
-def test_the_leakage_probe_stops_where_its_rule_says(make_config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the tiny base nothing is drawn, so the judge is told what to see; the drawing is real."""
+def test_the_leakage_probe_stops_at_the_second_good_probe_in_a_row(
+    make_config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Images of the tiny base show nothing, so the classifier's readings are given; the generation is real."""
     from sd_unlearn.metrics.labels import Reading
 
-    class Told:
-        name, labels = "told", ("Brad Pitt", "a dog", "a cat")
+    class GivenReadings:
+        name, labels = "given", ("Brad Pitt", "a dog", "a cat")
         rounds = 0
 
         def read(self, images: list) -> Reading:
-            Told.rounds += 1
+            GivenReadings.rounds += 1
             assert len(images) == 120
             assert len({image.size for image in images}) == 1
             seen = torch.zeros(120, 3)
-            for i in range(60):  # half of the concept in the first and the third round, none in the others
-                seen[i, 0 if Told.rounds in (1, 3) and i < 30 else 1] = 1
+            for i in range(60):  # half show the concept in the first and third round, none in the others
+                seen[i, 0 if GivenReadings.rounds in (1, 3) and i < 30 else 1] = 1
                 seen[60 + i, 1 + i % 2] = 1
             return Reading({"label": self.labels}, {"label": seen.numpy()}, seen.numpy())
 
-    monkeypatch.setattr(setup, "make_judge", lambda concept: Told())
-    monkeypatch.setattr("sd_unlearn.training.probe.labels_of", lambda concept: Told.labels)
+    monkeypatch.setattr(setup, "make_judge", lambda concept: GivenReadings())
+    monkeypatch.setattr("sd_unlearn.training.probe.labels_of", lambda concept: GivenReadings.labels)
     options = {"probe": "leakage", "probe_steps": 2, "stop_when_forgotten": True}
     run = trainer.run(make_config("run", **options))
     probes = [line for line in read_jsonl(run / "metrics.jsonl") if "probe_leakage" in line]
@@ -233,7 +235,7 @@ def test_the_leakage_probe_stops_where_its_rule_says(make_config: Config, monkey
     assert all(line["probe_retention"] == 1 for line in probes)
     assert (read_json(run / "training.json")["cost"]["steps"], len(list((run / "best").iterdir()))) == (10, 4)
     monkeypatch.setattr(trainer, "load_base", lambda *_: pytest.fail("a base was loaded"))
-    for Told.labels in (("Brad Pitt", "a bird"), ("a dog", "a cat")):
+    for GivenReadings.labels in (("Brad Pitt", "a bird"), ("a dog", "a cat")):
         with pytest.raises(
             UsageError, match="--probe leakage: the classifier for 'Brad Pitt' knows the labels of none .*a "
         ):
@@ -241,7 +243,7 @@ def test_the_leakage_probe_stops_where_its_rule_says(make_config: Config, monkey
 
 
 def test_the_saved_weights_are_the_moving_average(make_config: Config) -> None:
-    """A decay of 0 follows the weights so closely that there is hardly a difference; a large one does not."""
+    """A decay of 0 gives the last weights; a large one does not."""
     plain = load_file(trainer.run(make_config("plain")) / ADAPTER)
     ups = [name for name in plain if "lora_B" in name]
     distances = {}
@@ -252,7 +254,7 @@ def test_the_saved_weights_are_the_moving_average(make_config: Config) -> None:
     assert distances[0.9] > 1e-4
 
 
-def test_every_logged_figure_is_there(make_config: Config) -> None:
+def test_every_metric_is_logged(make_config: Config) -> None:
     (line, _) = read_jsonl(trainer.run(make_config("run")) / "metrics.jsonl")
     assert {"mean_u", "mean_s", "ratio", "bracket", "negative_brackets", "loss", "lr", "grad_norm"} <= set(line)
     assert line["negative_brackets"] in (0, 1, 2)
@@ -264,8 +266,8 @@ def test_a_negative_bracket_is_counted(make_config: Config) -> None:
     assert (line["bracket"] < 0) == (line["negative_brackets"] > 0)
 
 
-class Waiting(TorchDispatchMode):
-    """Raises where a GPU would be waited for: a value read on the host, or a result whose size is not known before."""
+class NoWaiting(TorchDispatchMode):
+    """Raises where the host would wait for a GPU: reading a value, or a result of unknown size."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         masks = [i for i in (args[1] if func in INDEXING else []) if i is not None and i.dtype == torch.bool]
@@ -281,23 +283,23 @@ INDEXING = {ATEN.index.Tensor, ATEN.index_put.default, ATEN.index_put_.default, 
 
 @pytest.mark.parametrize("target", ["teacher", "noise"])
 def test_no_step_waits_for_the_device(make_config: Config, monkeypatch: pytest.MonkeyPatch, target: str) -> None:
-    step, watched = TrainingState.take_step, []
+    step, steps = TrainingState.take_step, []
 
-    def watch(self: TrainingState, *arguments: Any) -> Any:
-        with Waiting():
-            watched.append(1)
+    def watched(self: TrainingState, *arguments: Any) -> Any:
+        with NoWaiting():
+            steps.append(1)
             return step(self, *arguments)
 
-    monkeypatch.setattr(TrainingState, "take_step", watch)
+    monkeypatch.setattr(TrainingState, "take_step", watched)
     trainer.run(make_config("run", target=target, max_train_steps=3, ema_decay=0.9))
-    assert len(watched) == 3
-    with pytest.raises(AssertionError, match="waits"), Waiting():
+    assert len(steps) == 3
+    with pytest.raises(AssertionError, match="waits"), NoWaiting():
         torch.ones(3)[torch.tensor([True, False, True])]
-    with pytest.raises(AssertionError, match="waits"), Waiting():
+    with pytest.raises(AssertionError, match="waits"), NoWaiting():
         torch.ones(1).item()
 
 
-def test_no_networks_are_kept_that_are_not_needed(make_config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_networks_that_are_not_needed_are_dropped(make_config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     held = {}
     losses = setup.example_losses
 

@@ -1,4 +1,4 @@
-"""Steps that are skipped leave no trace; the moving average averages; 8-bit state is 8-bit."""
+"""Skipped steps change nothing; learning rate schedules; the moving average; 8-bit optimizer state."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def give_gradients(found: list[nn.Parameter], seed: int, bad: float | None = Non
 
 @pytest.mark.parametrize("kind", ["adamw", "adamw8bit"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_a_step_that_is_not_finite_never_was(kind: str, bad: float) -> None:
-    """Good, bad, bad, good ends where good, good ends: weights, moments, the count of steps."""
+def test_a_step_with_a_gradient_that_is_not_finite_changes_nothing(kind: str, bad: float) -> None:
+    """Good, bad, bad, good gives the same weights, moments and step count as good, good."""
     if kind == "adamw8bit":
         pytest.importorskip("bitsandbytes")
     ends = []
@@ -70,7 +70,7 @@ def test_eight_bit_state_is_a_quarter_of_the_size() -> None:
     assert sizes["adamw8bit"] < 0.3 * sizes["adamw"]
 
 
-def test_an_optimizer_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_optimizer_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sd_unlearn.training.optim.find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r"--optimizer adamw8bit needs bitsandbytes: pip install"):
         check_optimizer(Optimizing(optimizer="adamw8bit"))
@@ -98,7 +98,7 @@ def test_schedules(name: str, early: float, middle: float, end: float) -> None:
     assert (rates[5], rates[60], rates[110]) == pytest.approx((early, middle, end), abs=1e-6)
 
 
-def test_rates_are_the_options_at_the_step_where_a_run_stands() -> None:
+def test_set_rates_applies_the_options_at_the_current_step() -> None:
     found = parameters()
     old, new = (
         Optimizing(lr_scheduler="linear", lr_warmup_steps=0, max_train_steps=10, learning_rate=rate, weight_decay=rate)
@@ -120,7 +120,7 @@ def test_rates_are_the_options_at_the_step_where_a_run_stands() -> None:
     assert group["lr"] == pytest.approx(0.25)
 
 
-def test_the_moving_average_is_the_formula() -> None:
+def test_the_moving_average_equals_the_formula() -> None:
     parameter = nn.Parameter(torch.zeros(1, dtype=torch.float64))
     average = MovingAverage([parameter], 0.5)
     expected = 0.0

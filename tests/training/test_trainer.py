@@ -51,13 +51,13 @@ def _quick_previews() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def place(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a concept file and its rendered images, which training must leave alone."""
+    """A folder with a concept file and its rendered images. Training must not change them."""
     return rendered(tmp_path_factory.mktemp("place"), tiny_base, CONCEPT_FILE)
 
 
 @pytest.fixture(scope="module")
 def make_config(place: Path, tiny_base: Path) -> Config:
-    """A quick training on those images unless told otherwise."""
+    """Options of a quick training on those images."""
 
     def make(output_dir: Path | str, **changes: object) -> TrainConfig:
         settings = {
@@ -82,7 +82,7 @@ def make_config(place: Path, tiny_base: Path) -> Config:
 
 @pytest.fixture(scope="module")
 def trained(make_config: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run with everything switched on; not to be changed."""
+    """A finished run with previews and a tracker. Do not change it."""
     output = tmp_path_factory.mktemp("runs") / "brad"
     return trainer.run(make_config(output, validation_steps=6, report_to="tensorboard"))
 
@@ -104,7 +104,7 @@ def test_a_run_folder_holds_what_later_stages_need(trained: Path) -> None:
     assert list((trained / "tensorboard").rglob("events.*"))
 
 
-def test_the_lora_is_on_the_attention_and_has_learned(trained: Path) -> None:
+def test_the_lora_is_on_the_attention_layers_and_is_trained(trained: Path) -> None:
     tensors = load_file(trained / ADAPTER)
     settings = read_json(trained / "adapter" / "adapter_config.json")
     assert (settings["r"], settings["lora_alpha"]) == (2, 3.0)
@@ -113,7 +113,7 @@ def test_the_lora_is_on_the_attention_and_has_learned(trained: Path) -> None:
     assert len(tensors) == 2 * len(modules)
     assert all(name.rsplit(".", 1)[-1] in ("to_q", "to_k", "to_v", "0") for name in modules)
     ups = [value for name, value in tensors.items() if "lora_B" in name]
-    assert all(value.abs().max() > 0 for value in ups)  # which start at zero
+    assert all(value.abs().max() > 0 for value in ups)  # they start at zero
     assert all(value.isfinite().all() for value in tensors.values())
     assert all(value.dtype == torch.float32 for value in tensors.values())
 
@@ -131,7 +131,7 @@ def test_the_saved_lora_loads_into_a_fresh_base(trained: Path, loaded_base: Base
         pass
 
 
-def test_metrics_are_logged_as_they_come(trained: Path) -> None:
+def test_metrics_are_logged(trained: Path) -> None:
     lines = read_jsonl(trained / "metrics.jsonl")
     assert [line["step"] for line in lines] == [10, 12]
     for line in lines:
@@ -163,13 +163,13 @@ def test_previews_are_a_grid_of_fixed_seeds(trained: Path) -> None:
     grids = []
     for step in (6, 12):
         with Image.open(trained / "previews" / f"step-{step:06d}.png") as image:
-            assert image.size == (8 * 32, 4 * 32)  # the concept, the generic prompt and two that must stay
+            assert image.size == (8 * 32, 4 * 32)  # the concept, the generic prompt and two keep prompts
             grids.append(image.tobytes())
     assert grids[0] != grids[1]
 
 
 @pytest.mark.usefixtures("trained")
-def test_training_leaves_the_images_alone(place: Path) -> None:
+def test_training_does_not_change_the_images(place: Path) -> None:
     assert tree(place / "data") - {name for name in tree(place / "data") if name.startswith("cache")} == {
         "0_unlabeled",
         "1_positive",
@@ -186,7 +186,7 @@ def test_training_leaves_the_images_alone(place: Path) -> None:
 
 @pytest.mark.parametrize("options", [{}, {"validation_steps": 5}])
 def test_the_same_seed_gives_the_same_bytes(trained: Path, make_config: Config, options: dict[str, int]) -> None:
-    """Whatever was drawn from any generator before, and whether previews are drawn on the way or not."""
+    """Whatever the state of the global generator, with previews or without."""
     torch.manual_seed(12345)
     again = trainer.run(make_config("again", **options))
     assert (again / ADAPTER).read_bytes() == (trained / ADAPTER).read_bytes()
@@ -222,12 +222,12 @@ def test_the_same_seed_gives_the_same_bytes(trained: Path, make_config: Config, 
         {"ema_decay": 0.9},
     ],
 )
-def test_no_setting_does_nothing(trained: Path, make_config: Config, change: dict[str, object]) -> None:
+def test_every_setting_has_an_effect(trained: Path, make_config: Config, change: dict[str, object]) -> None:
     other = trainer.run(make_config("other", **change))
     assert (other / ADAPTER).read_bytes() != (trained / ADAPTER).read_bytes()
 
 
-def test_beta_weighs_positives_against_the_noise_and_with_a_teacher_only_decides_the_sign(make_config: Config) -> None:
+def test_beta_weighs_positives_with_the_noise_target_and_only_sets_the_sign_with_a_teacher(make_config: Config) -> None:
     def adapter(**settings: object) -> dict[str, torch.Tensor]:
         name = "-".join(f"{key}-{value}" for key, value in settings.items())
         return load_file(trainer.run(make_config(name, **settings)) / ADAPTER)
@@ -241,7 +241,7 @@ def test_beta_weighs_positives_against_the_noise_and_with_a_teacher_only_decides
 
 
 @pytest.mark.parametrize("parts", [1, 2])
-def test_each_objective_is_another_run_and_says_so(make_config: Config, parts: int) -> None:
+def test_each_objective_gives_another_lora_and_is_recorded(make_config: Config, parts: int) -> None:
     files = {}
     for objective in ("pu", "supervised", "unsupervised"):
         run = trainer.run(
@@ -282,7 +282,7 @@ def test_a_baseline_refuses_images_known_to_be_normal(
 
 
 def test_another_seed_gives_another_lora(place: Path, make_config: Config) -> None:
-    data = shutil.copytree(place / "data", Path("data"))  # as own photos: the same pictures whatever the seed
+    data = shutil.copytree(place / "data", Path("data"))  # as own images: the same whatever the seed
     for name in (DATA_MANIFEST, "settings.json"):
         (data / name).unlink()
     found = [trainer.run(make_config(f"run-{seed}", seed=seed, data_dir=data)) / ADAPTER for seed in (0, 1)]
@@ -290,8 +290,8 @@ def test_another_seed_gives_another_lora(place: Path, make_config: Config) -> No
 
 
 def test_the_resolved_config_repeats_the_run(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """config.yaml is a --config file: defaults and what was looked up are in it, and the concept is still the one that
-    was asked for by its file, not another of that name (prompts/brad-pitt.yaml)."""
+    """config.yaml is a --config file with all defaults filled in. The concept is still the one of the given file, not
+    another one of that name (prompts/brad-pitt.yaml)."""
     settings = yaml.safe_load((trained / "config.yaml").read_text())
     assert (settings["beta"], settings["unconditional"], settings["lora_alpha"]) == (0.2, 0.25, 3.0)
     assert settings["target"] == "teacher"
@@ -329,14 +329,14 @@ def test_clipping_clips(make_config: Config, monkeypatch: pytest.MonkeyPatch, li
     (line,) = read_jsonl(run / "metrics.jsonl")
     assert len(norms) == 10
     assert max(norms) <= limit * 1.001
-    assert norms[-1] == pytest.approx(min(limit, line["grad_norm"]), rel=1e-3)  # which is the norm before clipping
+    assert norms[-1] == pytest.approx(min(limit, line["grad_norm"]), rel=1e-3)  # grad_norm is the norm before clipping
     assert limit == 1e6 or line["grad_norm"] > limit
 
 
 @pytest.mark.parametrize("target", ["teacher", "noise"])
 def test_training_moves_the_means_the_right_way(make_config: Config, target: str) -> None:
-    """With a bracket above zero everywhere (beta tiny), the unlabeled and kept images must be learned: on the very
-    same batches, a run that learns ends lower than one that stands still."""
+    """With positive brackets (a tiny beta) the loss of unlabeled and keep images falls: on the same batches it ends
+    lower than in a run with a learning rate of almost zero."""
     runs = {
         rate: trainer.run(
             make_config(f"run-{rate}", beta=0.001, max_train_steps=60, learning_rate=rate, rank=4, target=target)
@@ -348,13 +348,13 @@ def test_training_moves_the_means_the_right_way(make_config: Config, target: str
         for before, after in zip(still[2:], moved[2:], strict=True):
             assert after["mean_u"] + after["mean_keep"] < before["mean_u"] + before["mean_keep"]
             assert after["mean_u"] < before["mean_u"]
-    else:  # what stands still is the teacher, and what learns stays near it (these random weights know no better)
+    else:  # the run without training equals the teacher, and the other one stays near it
         assert all(line["mean_keep"] < 1e-6 for line in still)
         assert all(0 < line["mean_keep"] < 0.02 * line["mean_u"] for line in moved)
 
 
 @pytest.mark.parametrize("target", ["teacher", "noise"])
-def test_a_fresh_lora_has_nothing_to_keep_but_its_teacher(make_config: Config, target: str) -> None:
+def test_the_keep_loss_of_a_new_lora_is_zero_with_a_teacher(make_config: Config, target: str) -> None:
     run = trainer.run(make_config("run", max_train_steps=1, target=target))
     (line,) = read_jsonl(run / "metrics.jsonl")
     if target == "teacher":
@@ -364,7 +364,7 @@ def test_a_fresh_lora_has_nothing_to_keep_but_its_teacher(make_config: Config, t
 
 
 @pytest.mark.parametrize("target", ["teacher", "noise"])
-def test_batches_get_the_teacher_and_the_empty_caption(
+def test_batches_use_the_teacher_and_embed_the_empty_caption(
     make_config: Config, loaded_base: Base, monkeypatch: pytest.MonkeyPatch, target: str
 ) -> None:
     made: list[StratifiedBatches] = []
@@ -381,7 +381,7 @@ def test_batches_get_the_teacher_and_the_empty_caption(
     assert torch.allclose(batches.images.text[""], want[0], atol=1e-5)
 
 
-def test_a_finished_run_is_kept_unless_told(trained: Path, make_config: Config) -> None:
+def test_a_finished_run_is_kept_without_overwrite(trained: Path, make_config: Config) -> None:
     output = shutil.copytree(trained, Path("mine"))
     before = {name: (output / name).stat().st_mtime_ns for name in tree(output)}
     with pytest.raises(UsageError, match=r"--output_dir mine .*--overwrite"):
@@ -390,22 +390,24 @@ def test_a_finished_run_is_kept_unless_told(trained: Path, make_config: Config) 
     trainer.run(make_config(output, overwrite=True, rank=1, lora_alpha=None))
     assert read_json(output / "training.json")["rank"] == 1
     assert read_json(output / "training.json")["lora_alpha"] == 1.0  # the rank, when it is not given
-    assert not list((output / "previews").glob("*"))  # nothing of the earlier run is left
+    assert not list((output / "previews").glob("*"))  # the earlier run was deleted
 
 
 @pytest.mark.parametrize("files", [["thesis.txt"], ["config.yaml", "thesis.txt"], ["config.yaml", "photos/me.jpg"]])
-def test_somebody_elses_folder_is_never_emptied(make_config: Config, files: list[str]) -> None:
+def test_a_folder_of_another_program_is_never_deleted(make_config: Config, files: list[str]) -> None:
     """Many projects have a config.yaml."""
     for name in files:
         Path("work", name).parent.mkdir(parents=True, exist_ok=True)
         Path("work", name).write_text("precious: true")
     for overwrite in (False, True):
-        with contextlib.suppress(UsageError):  # refusing is fine, and so is training beside them
+        with contextlib.suppress(UsageError):  # both refusing and training next to the files are fine
             trainer.run(make_config("work", overwrite=overwrite, max_train_steps=1))
         assert Path("work", files[-1]).exists()
 
 
-def test_an_interrupted_run_starts_afresh(make_config: Config, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_run_without_checkpoints_starts_again(
+    make_config: Config, trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     save = lora.save
 
     def interrupted(*_: object) -> None:
@@ -458,7 +460,7 @@ def test_folders_are_rendered_first(tiny_base: Path, concept_file: Path, capsys:
     assert {p.name for p in Path().iterdir()} == {"brad.yaml", "data", "runs"}
 
 
-def test_a_rendering_cut_short_is_finished_first(place: Path, make_config: Config) -> None:
+def test_an_incomplete_rendering_is_finished_first(place: Path, make_config: Config) -> None:
     data = shutil.copytree(place / "data", Path("data"))
     lost = [data / DATA_MANIFEST, data / "0_unlabeled" / "metadata.jsonl", data / "1_positive" / "positive-00002.png"]
     before = lost[2].read_bytes()
@@ -469,7 +471,7 @@ def test_a_rendering_cut_short_is_finished_first(place: Path, make_config: Confi
     assert lost[0].is_file()
 
 
-def test_own_photos(photos: Callable[..., Path], make_config: Config, capsys: pytest.CaptureFixture[str]) -> None:
+def test_own_images(photos: Callable[..., Path], make_config: Config, capsys: pytest.CaptureFixture[str]) -> None:
     folder = photos(unlabeled=4, positive=3)
     before = tree(folder)
     run = trainer.run(make_config("run", data_dir=folder, max_train_steps=2))
@@ -502,9 +504,9 @@ def test_several_sets_of_positives_and_images_known_to_be_normal(
     shutil.copytree(folder / "1_positive", folder / "1_positive_2")
     record = read_json(trainer.run(make_config("equal", **options, beta=0.3)) / "training.json")
     assert record["betas"] == {"1_positive": 0.15, "1_positive_2": 0.15}
-    told = (place / "brad.yaml").read_text() + "betas: {1_positive: 0.2, 1_positive_2: 0.1}\n"
-    Path("told.yaml").write_text(told)
-    run = trainer.run(make_config("told", **options, concept="told.yaml"))
+    concept = (place / "brad.yaml").read_text() + "betas: {1_positive: 0.2, 1_positive_2: 0.1}\n"
+    Path("betas.yaml").write_text(concept)
+    run = trainer.run(make_config("betas", **options, concept="betas.yaml"))
     record = read_json(run / "training.json")
     assert record["betas"] == {"1_positive": 0.2, "1_positive_2": 0.1}
     assert (record["beta"], record["beta_source"]) == (pytest.approx(0.3), "concept")
@@ -512,7 +514,7 @@ def test_several_sets_of_positives_and_images_known_to_be_normal(
     assert line["bracket"] == pytest.approx(line["mean_u"] - 0.3 * line["mean_s"], rel=1e-4)
 
 
-def test_paraphrases_are_trained_with(place: Path, make_config: Config) -> None:
+def test_paraphrases_are_used_in_training(place: Path, make_config: Config) -> None:
     text = (place / "brad.yaml").read_text() + "paraphrases: ['Brad, {please,now}']\n"
     Path("brad.yaml").write_text(text)
     options = {"concept": "brad.yaml", "max_train_steps": 2}
@@ -525,10 +527,10 @@ def test_paraphrases_are_trained_with(place: Path, make_config: Config) -> None:
         assert read_json(run / "training.json")["cost"]["images_seen"] == 2 * images
         adapters.append((run / ADAPTER).read_bytes())
     without = trainer.run(make_config("without", max_train_steps=2, caption_mode="shared")) / ADAPTER
-    assert adapters[1] == without.read_bytes()  # which knows no paraphrases
+    assert adapters[1] == without.read_bytes()  # the shared caption ignores paraphrases
 
 
-def test_a_batch_too_small_is_refused_before_anything_loads(
+def test_a_batch_that_is_too_small_is_refused_before_anything_loads(
     make_config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(trainer, "load_base", None)
@@ -537,9 +539,7 @@ def test_a_batch_too_small_is_refused_before_anything_loads(
         trainer.run(make_config("run", train_batch_size=5, data_dir=Path("data")))
 
 
-def test_own_photos_that_must_all_stay_leave_nothing_to_compare_with(
-    photos: Callable[..., Path], make_config: Config
-) -> None:
+def test_own_images_without_generic_ones_are_refused(photos: Callable[..., Path], make_config: Config) -> None:
     folder = photos(unlabeled=2, positive=2)
     lines = [json.dumps({"file_name": f"{i}.png", "text": "a dog", "group": "keep"}) for i in range(2)]
     (folder / "0_unlabeled" / "metadata.jsonl").write_text("\n".join(lines))
@@ -548,10 +548,8 @@ def test_own_photos_that_must_all_stay_leave_nothing_to_compare_with(
     assert not Path("run").exists()
 
 
-def test_beta_is_estimated_where_that_is_asked_for(
-    make_config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """From the drawn images of 12 and 10 + 3; the number, not the word, is what the run was made with."""
+def test_beta_is_estimated_on_request(make_config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """From 12 and 10 + 3 rendered images. The estimate, not the word, is recorded."""
     settings = {
         "data_dir": tmp_path / "data",
         "num_positive": 12,
@@ -586,23 +584,23 @@ def test_too_few_images_to_estimate_from_are_refused_before_a_model_is_loaded(
     assert not (tmp_path / "data").exists()
 
 
-def test_the_asked_beta_wins(make_config: Config) -> None:
+def test_the_beta_option_takes_precedence(make_config: Config) -> None:
     record = read_json(trainer.run(make_config("run", beta=0.3, max_train_steps=1)) / "training.json")
     assert (record["beta"], record["beta_source"]) == (0.3, "option")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine can do fp16")
 @pytest.mark.parametrize("by", ["option", "accelerate"])
-def test_half_precision_falls_back_on_a_cpu_and_says_so_once(
+def test_half_precision_falls_back_on_a_cpu_with_one_warning(
     make_config: Config, trained: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, by: str
 ) -> None:
     options = {"mixed_precision": "fp16"} if by == "option" else {}
     if by == "accelerate":
         monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
     run = trainer.run(make_config("run", **options))
-    said = [line for line in capsys.readouterr().err.splitlines() if "fp16" in line]
-    assert len(said) == 1
-    assert "full precision" in said[0]
+    warnings = [line for line in capsys.readouterr().err.splitlines() if "fp16" in line]
+    assert len(warnings) == 1
+    assert "full precision" in warnings[0]
     assert (run / ADAPTER).read_bytes() == (trained / ADAPTER).read_bytes()
 
 
@@ -666,7 +664,7 @@ def test_two_processes_render_and_train_as_one(tiny_base: Path, concept_file: Pa
     assert (record["cost"]["processes"], record["cost"]["images_seen"]) == (2, 3 * 16 * 2)
     assert read_json(Path("data", DATA_MANIFEST))["counts"] == {"generic": 4, "mixed_in": 1, "keep": 4, "positive": 4}
     assert Path("run", ADAPTER).is_file()
-    assert sum("Forgetting" in err for _, err in ends) == 1  # said by one of them
+    assert sum("Forgetting" in err for _, err in ends) == 1  # printed by one of them
     of_both = load_file(Path("run", ADAPTER))
     for name, options in {"one": ("32", "1"), "cut": ("16", "2"), "small": ("8", "4")}.items():
         size = ["--output_dir", name, "--train_batch_size", options[0], "--gradient_accumulation_steps", options[1]]
@@ -678,14 +676,14 @@ def test_two_processes_render_and_train_as_one(tiny_base: Path, concept_file: Pa
         assert (ours - theirs).norm() <= 1e-4 * (ours.norm() + theirs.norm())
 
 
-def test_divergence_is_told_and_not_saved(make_config: Config) -> None:
+def test_divergence_is_reported_and_not_saved(make_config: Config) -> None:
     with pytest.raises(UnlearnError, match=r"diverged at step 12.*--learning_rate"):
         trainer.run(make_config("run", learning_rate=1e30))
     assert not Path("run/training.json").exists()
     assert not Path("run", ADAPTER).exists()
 
 
-def test_a_tracker_that_is_not_installed(make_config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tracker_that_is_not_installed_is_refused(make_config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preflight, "find_spec", lambda name: None)
     with pytest.raises(UsageError, match="--report_to wandb is not installed: pip install wandb"):
         trainer.run(make_config("run", report_to="wandb"))
@@ -701,15 +699,15 @@ def test_noise_options_are_used_and_recorded(make_config: Config, v_base: Path, 
         "max_train_steps": 10,
         "target": target,
     }
-    asked = {"snr_gamma": 0.5, "noise_offset": 0.1, "zero_terminal_snr": True}
+    options = {"snr_gamma": 0.5, "noise_offset": 0.1, "zero_terminal_snr": True}
     plain = read_jsonl(trainer.run(make_config("plain", **place)) / "metrics.jsonl")
     settings = read_json(tmp_path / "data" / "settings.json")
-    for name, value in asked.items():
+    for name, value in options.items():
         run = trainer.run(make_config(name, **place, **{name: value}))
         (line,) = read_jsonl(run / "metrics.jsonl")
         assert line["mean_u"] != plain[0]["mean_u"]
         record = read_json(run / "training.json")
-        assert {key: record[key] for key in asked} == {
+        assert {key: record[key] for key in options} == {
             "snr_gamma": None,
             "noise_offset": 0.0,
             "zero_terminal_snr": False,
@@ -751,7 +749,7 @@ def test_zero_terminal_snr_is_trained_on_but_not_rendered_with(
 def test_zero_terminal_snr_is_refused_for_epsilon(
     make_config: Config, monkeypatch: pytest.MonkeyPatch, local: bool
 ) -> None:
-    """Before the model loads where its files are at hand, and after for one of the hub."""
+    """Before the model loads if its files are local, after loading for one of the Hub."""
     if local:
         monkeypatch.setattr(trainer, "load_base", lambda *_: pytest.fail("the base was loaded"))
     else:
@@ -765,7 +763,7 @@ def test_zero_terminal_snr_is_refused_for_epsilon(
 def test_a_base_whose_own_schedule_ends_in_pure_noise(
     make_config: Config, v_base: Path, tmp_path: Path, target: str
 ) -> None:
-    """Its last alphas_cumprod is 0: nothing may be divided by it."""
+    """Its last alphas_cumprod is 0, by which nothing may be divided."""
     own = scheduled(v_base, tmp_path / "base", rescale_betas_zero_snr=True, timestep_spacing="trailing")
     assert load_base(str(own), device="cpu").pipeline.scheduler.alphas_cumprod[-1] == 0
     run = trainer.run(
@@ -801,7 +799,7 @@ def test_checkpointing_trains_the_same_lora(
         assert torch.allclose(ours[name], value, atol=1e-5)
 
 
-def test_v_prediction_bases_train_too(tiny_base: Path, make_config: Config, tmp_path: Path) -> None:
+def test_v_prediction_bases_can_be_trained(tiny_base: Path, make_config: Config, tmp_path: Path) -> None:
     other = shutil.copytree(tiny_base, tmp_path / "v-base")
     schedule = other / "scheduler" / "scheduler_config.json"
     schedule.write_text(json.dumps(read_json(schedule) | {"prediction_type": "v_prediction"}))
