@@ -1,4 +1,4 @@
-"""Run folders for the tests of export, and what is read back from the exported files."""
+"""Run folders for the tests of export, and a reader of the exported headers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from sd_unlearn.config.base import ExportConfig
-from sd_unlearn.data.concept import Concept, write_concept
+from sd_unlearn.data.concept import Concept, read_concept, write_concept
 from sd_unlearn.export import export
 from sd_unlearn.io.files import write_json
 
@@ -75,45 +75,46 @@ def read_header(file: Path) -> dict[str, str]:
         return opened.metadata()
 
 
-def evaluated(run: Path, **changes: Any) -> Path:
-    """A run with figures and pictures of two groups; `concept` and `training` replace what hand_run writes."""
-    hand_run(run, training=changes.pop("training", None))
-    if "concept" in changes:
-        write_concept(run / "concept.yaml", changes.pop("concept"))
+def evaluation(run: Path, rows: list[dict[str, Any]], pairs: Any = (), **changes: Any) -> dict[str, Any]:
+    """A results.json of the run's LoRA, with the id "mine", and the base; rows and pairs leave out the concept."""
+    concept = read_concept(run / "concept.yaml")
+    digest = hashlib.sha256((run / "adapter" / "adapter_model.safetensors").read_bytes()).hexdigest()
+    keys = ("slug", "name", "caption", "generic", "kind")
+    content = {
+        "schema_version": 2,
+        "concepts": [{key: getattr(concept, key) for key in keys}],
+        "subjects": [
+            {"id": "base", "name": "tiny", "what": "base"},
+            {"id": "mine", "name": "mine", "what": "lora", "strength": 1.0, "sha256": digest},
+        ],
+        "sampler": {"name": "DDIM", "steps": 25, "guidance_scale": 3.0},
+        "seeds": {"evaluate": [5, 9], "seeds": [0]},
+        "rows": [row | {"concept": concept.slug} for row in rows],
+        "pairs": [pair | {"concept": concept.slug} for pair in pairs],
+    }
+    return content | changes
+
+
+def evaluated(run: Path, *, concept: Concept | None = None, detector: str = "reader", **settings: Any) -> Path:
+    """A run with metrics and images of two groups; `concept` and `training` replace those of hand_run."""
+    hand_run(run, **settings)
+    if concept:
+        write_concept(run / "concept.yaml", concept)
+    shared = {"n": 200, "detector": detector, "interval": "wilson"}
     rows = [
-        {
-            "metric": metric,
-            "group": group,
-            "subject": who,
-            "value": value,
-            "low": low,
-            "high": high,
-            "n": 200,
-            "detector": "reader",
-            "interval": "wilson",
-            "note": "",
-        }
-        for metric, group, who, value, low, high in (
+        shared | {"metric": metric, "group": group, "subject": subject, "value": value, "low": low, "high": high}
+        for metric, group, subject, value, low, high in (
             ("leakage", "direct", "base", 0.96, 0.92, 0.98),
-            ("leakage", "direct", "lora", 0.01, 0.002, 0.03),
-            ("retention", "alike", "lora", 0.99, 0.98, 1.0),
+            ("leakage", "direct", "mine", 0.01, 0.002, 0.03),
+            ("retention", "alike", "mine", 0.99, 0.98, 1.0),
         )
     ]
     pairs = []
-    for number, (group, colour) in enumerate((("direct", 250), ("direct", 200), ("alike", 100))):
-        for side, green in (("base", 0), ("lora", 255)):
-            (run / "images" / side).mkdir(parents=True, exist_ok=True)
-            Image.new("RGB", (32, 32), (colour, green, 0)).save(run / "images" / side / f"{number}.png")
-        paths = {side: f"images/{side}/{number}.png" for side in ("base", "lora")}
-        pairs.append({"prompt": "p", "group": group, "seed": number} | paths)
-    digest = hashlib.sha256((run / "adapter" / "adapter_model.safetensors").read_bytes()).hexdigest()
-    results = {
-        "adapter_sha256": digest,
-        "rows": rows,
-        "pairs": pairs,
-        "detector": "digits reader 1",
-        "sampler": {"name": "DDIM", "steps": 25, "guidance_scale": 3.0},
-        "seeds": {},
-    }
-    write_json(run / "results.json", results | changes)
+    for number, (group, red) in enumerate((("direct", 250), ("direct", 200), ("alike", 100))):
+        files = {"base": f"images/base/{number}.png", "image": f"images/mine/{number}.png"}
+        for side, green in (("base", 0), ("image", 255)):
+            (run / files[side]).parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (32, 32), (red, green, 0)).save(run / files[side])
+        pairs.append({"subject": "mine", "prompt": "p", "group": group, "seed": number} | files)
+    write_json(run / "results.json", evaluation(run, rows, pairs))
     return run

@@ -114,7 +114,7 @@ def test_an_sdxl_file_has_the_names_of_the_sgm_code() -> None:
 def test_an_sdxl_of_other_depth_has_the_names_of_the_sgm_code_too(layers: int) -> None:
     with torch.device("meta"):
         unet = UNet2DConditionModel(**REAL["sdxl"][1], layers_per_block=layers)
-    found = applied(kohya.kohya_tensors(adapter_of(unet), "sdxl", ldm_keys.layout_of(unet.config)))
+    found = applied(kohya.kohya_tensors(adapter_of(unet), "sdxl", ldm_keys.blocks_of(unet.config)))
     modules = sgm_unet.sgm_modules(**sgm_unet.SDXL, layers=layers)
     assert found == {f"lora_unet_{name.replace('.', '_')}": shape for name, shape in modules.items()}
 

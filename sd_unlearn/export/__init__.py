@@ -1,1 +1,1 @@
-"""A finished run as files for other software."""
+"""Export a finished run for other software: Diffusers, ComfyUI, A1111, Forge and the Hugging Face hub."""

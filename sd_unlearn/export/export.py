@@ -1,76 +1,77 @@
-"""Export: what a run has learned, where people use it, at the scale it was trained at, in files that say what they are.
+"""The export command: write a run's LoRA in the formats of Diffusers, ComfyUI, A1111 and Forge, with a model card.
 
 `pytorch_lora_weights.safetensors` is for Diffusers' load_lora_weights, `<slug>.safetensors` for ComfyUI, A1111 and
-Forge, README.md is a model card; --merge writes a whole checkpoint. Nothing depends on the clock or on hash order: the
-same run gives the same bytes.
+Forge, and README.md is the model card. --merge also writes a whole checkpoint. Exporting the same run again gives the
+same bytes.
 """
 
 from __future__ import annotations
 
-import contextlib
 import math
-import os
+from contextlib import ExitStack
 from pathlib import Path
 
 from sd_unlearn.config.base import ExportConfig
-from sd_unlearn.errors import UnlearnError, UsageError
+from sd_unlearn.errors import UnlearnError, UsageError, reason
 from sd_unlearn.export import merge, model_card, thumbnails
 from sd_unlearn.export.lora_files import DIFFUSERS_FILE, concept_of, diffusers_bytes, kohya_bytes
-from sd_unlearn.export.metadata import licence
-from sd_unlearn.export.trained_run import Run, read_run
+from sd_unlearn.export.metadata import licence_of
+from sd_unlearn.export.trained_run import TrainedRun, read_run
+from sd_unlearn.io.files import atomic_path
 from sd_unlearn.io.run_folder import EXPORT_DIR, UNET_DIR
 
 
 def run(config: ExportConfig) -> list[Path]:
-    """Write the LoRA files and the card of a run, and the checkpoint asked for; upload them where asked.
+    """Write the LoRA files and model card of a run and, if requested, a merged checkpoint; upload them if requested.
 
     Returns:
-        The paths written: the LoRA for Diffusers, that for ComfyUI, the card, its pictures, the checkpoint.
+        The paths written: LoRA for Diffusers, LoRA for ComfyUI, card, images of the card, checkpoint.
 
     Raises:
         UsageError: --run is missing or is not the folder of a finished training, options contradict each other, or
-            files of others are where these would go.
-        UnlearnError: the run cannot be expressed in the formats, --output_dir or --merge cannot be written, or the
-            hub refuses. Nothing is left half-written.
+            the files would overwrite those of others.
+        UnlearnError: the formats cannot express the run, --output_dir or --merge cannot be written, or the hub
+            refuses. Nothing is left half-written.
     """
     if config.run is None:
         raise UsageError("--run is missing: name the run folder of a finished training, e.g. --run runs/seven.")
-    _check(config)
-    found = read_run(config.run)
-    as_lora, folder = _check_lora(found, config), config.output_dir or config.run / EXPORT_DIR
+    _check_options(config)
+    trained = read_run(config.run)
+    as_lora, folder = _check_lora(trained, config), config.output_dir or config.run / EXPORT_DIR
     if as_lora:
-        _check_places(found, folder, config.merge)
+        _check_overwriting(trained, folder, config.merge)
     hub_id = None
     if config.push_to_hub is not None:
         from sd_unlearn.export import hub
 
         hub_id = hub.check(config.push_to_hub)
-    pipeline = merge.trained_base(found, config.allow_pickle) if config.merge or found.is_dora else None
-    terms, files = licence(found, config.license), {}
+    pipeline = merge.trained_base(trained, config.allow_pickle) if config.merge or trained.is_dora else None
+    licence, files = licence_of(trained, config.license), {}
     if as_lora:
-        files[folder / DIFFUSERS_FILE] = diffusers_bytes(found, config.dtype)
-        files[folder / f"{found.concept.slug}.safetensors"] = kohya_bytes(found, config.dtype, pipeline, terms)
-        pictures = thumbnails.grid(found)
-        card = model_card.render(found, terms, hub_id, has_pictures=pictures is not None)
+        files[folder / DIFFUSERS_FILE] = diffusers_bytes(trained, config.dtype)
+        files[folder / f"{trained.concept.slug}.safetensors"] = kohya_bytes(trained, config.dtype, pipeline, licence)
+        grid = thumbnails.grid(trained)
+        card = model_card.render(trained, licence, hub_id, has_grid=grid is not None)
         files[folder / model_card.FILE] = card.encode()
-        if pictures is not None:
-            files[folder / model_card.PICTURES] = pictures
+        if grid is not None:
+            files[folder / model_card.GRID] = grid
         _write(folder, files)
     written = list(files)
     if config.merge is not None:
-        merge.write(found, pipeline, config.merge, strength=config.strength, dtype=config.dtype, licence=terms)
+        merge.write(trained, pipeline, config.merge, strength=config.strength, dtype=config.dtype, licence=licence)
         written.append(config.merge)
     if hub_id is not None:
-        hub.push(hub_id, found, list(files), private=config.private)
+        hub.push(hub_id, trained, list(files), private=config.private)
     return written
 
 
-def _check(config: ExportConfig) -> None:
+def _check_options(config: ExportConfig) -> None:
     if not math.isfinite(config.strength):
-        raise UsageError(f"--strength {config.strength} is no number to multiply with. 1 is what was trained.")
+        raise UsageError(f"--strength {config.strength} must be finite. 1 is the trained strength.")
     if config.strength != 1 and config.merge is None:
         raise UsageError(
-            f"--strength {config.strength:g} is for --merge: a LoRA gets its strength where it is loaded. Leave it out."
+            f"--strength {config.strength:g} is for --merge: the strength of a LoRA is set where it is loaded. "
+            "Leave it out."
         )
     if config.private and config.push_to_hub is None:
         raise UsageError("--private is for --push_to_hub, which was not given. Leave it out.")
@@ -78,51 +79,50 @@ def _check(config: ExportConfig) -> None:
         merge.check_place(config.merge)
 
 
-def _check_places(found: Run, folder: Path, merged: Path | None) -> None:
-    """Neither what others put into the folder nor the LoRA that is about to be written there may be replaced."""
-    named, ours = (folder / DIFFUSERS_FILE, folder / f"{found.concept.slug}.safetensors"), found.concept.name
-    if merged is not None and merged.resolve() in {path.resolve() for path in (folder, *named)}:
-        raise UsageError(f"--merge {merged} is where the LoRA goes ({folder}). Choose another name.")
-    others = [path for path in named if path.is_file() and concept_of(path) != ours]
+def _check_overwriting(trained: TrainedRun, folder: Path, merged: Path | None) -> None:
+    """Refuse to overwrite files of others in the folder, and to write the checkpoint over the LoRA."""
+    lora_files, name = (folder / DIFFUSERS_FILE, folder / f"{trained.concept.slug}.safetensors"), trained.concept.name
+    if merged is not None and merged.resolve() in {path.resolve() for path in (folder, *lora_files)}:
+        raise UsageError(f"--merge {merged} is where the LoRA is written ({folder}). Choose another name.")
+    others = [path for path in lora_files if path.is_file() and concept_of(path) != name]
     readme = folder / model_card.FILE
-    if readme.is_file() and model_card.title(ours) not in readme.read_text(encoding="utf-8", errors="replace"):
+    if readme.is_file() and model_card.title(name) not in readme.read_text(encoding="utf-8", errors="replace"):
         others.append(readme)
     if others:
         raise UsageError(
-            f'{others[0]} is there already and no export of "{ours}"; it is not replaced. Choose another --output_dir.'
+            f'{others[0]} already exists and is not an export of "{name}", so it is not overwritten. '
+            "Choose another --output_dir."
         )
 
 
-def _check_lora(found: Run, config: ExportConfig) -> bool:
-    """Whether the run can be said as LoRA files; if not, a whole checkpoint must be asked for."""
-    if found.is_full:
-        why = f"was trained with --method full: it has a whole UNet ({found.folder / UNET_DIR}) and no LoRA"
-    elif any(adapter.is_dora for adapter in found.adapters[1:]):
-        why = (
+def _check_lora(trained: TrainedRun, config: ExportConfig) -> bool:
+    """Whether the run can be written as LoRA files.
+
+    Raises:
+        UnlearnError: it cannot, and --merge is missing or --push_to_hub is given.
+    """
+    if trained.is_full:
+        obstacle = f"was trained with --method full: it has a whole UNet ({trained.folder / UNET_DIR}) and no LoRA"
+    elif any(adapter.is_dora for adapter in trained.adapters[1:]):
+        obstacle = (
             "has a DoRA on a text encoder (--use_dora, --train_text_encoder), whose magnitudes Diffusers' loader drops"
         )
     else:
         return True
     if config.merge is None:
-        raise UnlearnError(f"--run {found.folder} {why}. Write a whole checkpoint with --merge PATH.")
+        raise UnlearnError(f"--run {trained.folder} {obstacle}. Write a whole checkpoint with --merge PATH.")
     if config.push_to_hub is not None:
-        raise UnlearnError(f"--push_to_hub uploads LoRA files, and --run {found.folder} {why}. Leave it out.")
+        raise UnlearnError(f"--push_to_hub uploads LoRA files, but --run {trained.folder} {obstacle}. Leave it out.")
     return False
 
 
 def _write(folder: Path, files: dict[Path, bytes]) -> None:
-    """Write all files or none: every one under a temporary name first, renamed when all are whole."""
-    temporary = {path: path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in files}
+    """Write all files or none: the renames happen after all files are complete."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for path, data in files.items():
-            if path.is_dir():
-                raise IsADirectoryError(0, f"{path.name} is a folder")
-            temporary[path].write_bytes(data)
-        for path in files:
-            temporary[path].replace(path)
+        with ExitStack() as renames:
+            for path, data in files.items():
+                if path.is_dir():
+                    raise IsADirectoryError(0, f"{path.name} is a folder")
+                renames.enter_context(atomic_path(path)).write_bytes(data)
     except OSError as error:
-        for path in temporary.values():
-            with contextlib.suppress(OSError):
-                path.unlink(missing_ok=True)
-        raise UnlearnError(f"Cannot write {folder}: {error.strerror}. Choose another --output_dir.") from error
+        raise UnlearnError(f"Cannot write {folder}: {reason(error)}. Choose another --output_dir.") from error

@@ -1,7 +1,17 @@
-"""A trained PEFT adapter as plain tensors, and the same update under the names ComfyUI, A1111 and Forge read.
+"""Read a trained PEFT adapter, and write it under kohya's names, which ComfyUI, A1111 and Forge read.
 
-PEFT applies W + alpha / r * up @ down (rsLoRA: alpha / sqrt(r)); a kohya file says alpha in a tensor of its own
-beside each pair, and a reader that finds none takes the scale to be 1.
+`module_key` builds a kohya key from the name of a module in Diffusers:
+
+    module_key("down_blocks.1.attentions.0.proj_in")               lora_unet_down_blocks_1_attentions_0_proj_in
+    module_key("down_blocks.1.attentions.0.proj_in", kind="sdxl")  lora_unet_input_blocks_4_1_proj_in
+    module_key("text_model.encoder.layers.0.self_attn.q_proj", "text_encoder")
+                                                                   lora_te_text_model_encoder_layers_0_self_attn_q_proj
+
+SD 1 and SD 2 keep Diffusers' names. For SDXL's UNet, ldm_keys.unet_key renames the module first, and its text encoders
+have the prefixes lora_te1_ and lora_te2_. `kohya_tensors` appends .lora_down.weight, .lora_up.weight and .alpha.
+
+PEFT computes W + alpha / r * up @ down (rsLoRA: alpha / sqrt(r)). A kohya file stores alpha as a separate tensor next
+to each pair; a reader that finds no alpha uses the scale 1.
 """
 
 from __future__ import annotations
@@ -18,32 +28,50 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from sd_unlearn.errors import UnlearnError, UsageError
-from sd_unlearn.export.ldm_keys import SDXL, Layout, unet_key
+from sd_unlearn.errors import UnlearnError, UsageError, reason
+from sd_unlearn.export.ldm_keys import SDXL_BLOCKS, UNetBlocks, unet_key
 from sd_unlearn.io.files import read_json
+from sd_unlearn.io.schema import OPEN, validate
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>A\.weight|B\.weight|magnitude_vector)")
-# What changes the function and an exported file cannot say.
+# Settings of PEFT that change the result and that the exported formats cannot express.
 _UNSUPPORTED = ("lora_bias", "modules_to_save", "use_qalora", "layer_replication", "fan_in_fan_out")
 
 
 @dataclass(frozen=True)
+class AdapterConfig:
+    """The settings that export uses of PEFT's adapter_config.json."""
+
+    __pydantic_config__ = OPEN
+
+    peft_type: str
+    r: int
+    lora_alpha: float
+    bias: str = "none"
+    use_dora: bool = False
+    use_rslora: bool = False
+    rank_pattern: dict[str, int] | None = None
+    alpha_pattern: dict[str, float] | None = None
+    target_modules: list[str] | str | None = None
+
+
+@dataclass(frozen=True)
 class LoraPair:
-    """The update of one module."""
+    """The trained update of one module."""
 
     module: str  # name in the UNet, e.g. mid_block.attentions.0.transformer_blocks.0.attn1.to_q
     down: Tensor  # lora_A, [r, in] or [r, in, kh, kw]
     up: Tensor  # lora_B, [out, r] or [out, r, 1, 1]
-    alpha: float  # the update is alpha / r * up @ down; rsLoRA's square root is already in it
-    magnitude: Tensor | None = None  # DoRA's, one an output channel: [out], of a convolution [1, out, 1, 1]
+    alpha: float  # the update is alpha / r * up @ down; the square root of rsLoRA is already included
+    magnitude: Tensor | None = None  # DoRA: one value per output channel, [out], for a convolution [1, out, 1, 1]
 
     @property
     def rank(self) -> int:
         return self.down.shape[0]
 
     def change(self, weight: Tensor) -> Tensor:
-        """What the pair adds to a weight [out, in, ...], in float64.
+        """The difference that the pair adds to a weight [out, in, ...], in float64.
 
         DoRA (Liu et al. 2024, equation 5) rescales each output channel of the sum to its magnitude.
         """
@@ -59,15 +87,15 @@ class LoraPair:
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter folder read and checked: every pair, sorted by module, and PEFT's config."""
+    """A checked adapter folder: its pairs, sorted by module, and PEFT's config."""
 
     pairs: list[LoraPair]
-    config: dict[str, Any]
+    config: dict[str, Any]  # adapter_config.json as written, valid as AdapterConfig
     network: str = "unet"  # or text_encoder, text_encoder_2
 
     @property
     def uniform(self) -> bool:
-        """Whether one rank and one alpha hold for every module."""
+        """Whether all modules have the same rank and alpha."""
         return len({(pair.rank, pair.alpha) for pair in self.pairs}) == 1
 
     @property
@@ -76,52 +104,60 @@ class Adapter:
 
 
 def read_adapter(folder: Path, network: str = "unet") -> Adapter:
-    """The trained LoRA of an adapter folder, on the CPU in its own dtype; network: unet, text_encoder, text_encoder_2.
+    """Read a trained LoRA from an adapter folder, on the CPU in its own dtype.
+
+    Args:
+        network: "unet", "text_encoder" or "text_encoder_2".
 
     Raises:
-        UsageError: a file is missing, or the config is not JSON.
-        UnlearnError: the weights cannot be read, are incomplete or not finite, contradict the config, or hold
-            what the exported formats cannot say (biases, other PEFT methods).
+        UsageError: a file is missing, or the config is not the JSON that PEFT writes for a LoRA.
+        UnlearnError: the weights cannot be read, are incomplete or not finite, contradict the config, or use a
+            feature that the exported formats cannot express (biases, other PEFT methods).
     """
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / name).is_file():
-            raise UsageError(f"--run {folder.parent} holds no trained LoRA ({folder / name}). Train first.")
-    config = read_json(folder / CONFIG_FILE)
-    _check_config(config, folder / CONFIG_FILE)
+            raise UsageError(f"--run {folder.parent} holds no trained LoRA: {folder / name} is missing. Train first.")
+    data = read_json(folder / CONFIG_FILE)
+    config = validate(AdapterConfig, data, f"{folder / CONFIG_FILE}", "Train the run again.")
+    _check_supported(config, data, folder / CONFIG_FILE)
     try:
         tensors = safetensors.torch.load_file(folder / WEIGHTS_FILE)
     except (safetensors.SafetensorError, OSError) as error:
-        raise UnlearnError(f"{folder / WEIGHTS_FILE} cannot be read ({error}). Train the run again.") from None
+        raise UnlearnError(f"{folder / WEIGHTS_FILE} cannot be read: {reason(error)}. Train the run again.") from None
     pairs = _pairs(tensors, config, folder / WEIGHTS_FILE)
-    if network != "unet":  # files say text_model. in front, whether this version of transformers does or not
-        pairs = [dataclasses.replace(p, module=_text_module(p.module)) for p in pairs]
-    return Adapter(pairs, config, network)
+    if network != "unet":  # kohya names start with text_model., which some versions of transformers leave out
+        pairs = [dataclasses.replace(pair, module=_text_module(pair.module)) for pair in pairs]
+    return Adapter(pairs, data, network)
 
 
-def module_key(module: str, network: str = "unet", kind: str = "sd1", layout: Layout = SDXL) -> str:
-    """A module's name in files for ComfyUI and A1111, by the base's kind: lora_unet_down_blocks_0_..._to_out_0.
+def module_key(module: str, network: str = "unet", kind: str = "sd1", blocks: UNetBlocks = SDXL_BLOCKS) -> str:
+    """The kohya key of a module, without the ending of the tensor. Examples stand at the top of this file.
 
-    SD 1/2 keep Diffusers' names of the UNet, SDXL takes those of the LDM layout, which count the base's layers.
+    Args:
+        module: Name of the module in Diffusers.
+        network: "unet", "text_encoder" or "text_encoder_2".
+        kind: Kind of the base: "sd1", "sd2" or "sdxl".
+        blocks: The blocks of an SDXL UNet, by which its modules are numbered.
 
     Raises:
-        UnlearnError: an SDXL of that layout has no such module.
+        UnlearnError: an SDXL UNet with these blocks has no such module.
     """
     if network == "unet":
-        return "lora_unet_" + (unet_key(module, layout) if kind == "sdxl" else module).replace(".", "_")
+        return "lora_unet_" + (unet_key(module, blocks) if kind == "sdxl" else module).replace(".", "_")
     prefix = {"sdxl": {"text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}}.get(kind, {})
     return prefix.get(network, "lora_te_") + module.replace(".", "_")
 
 
-def kohya_tensors(adapter: Adapter, kind: str = "sd1", layout: Layout = SDXL) -> dict[str, Tensor]:
-    """The adapter as `<key>.lora_down.weight`, `.lora_up.weight` and, where one scale holds for all, `.alpha`.
+def kohya_tensors(adapter: Adapter, kind: str = "sd1", blocks: UNetBlocks = SDXL_BLOCKS) -> dict[str, Tensor]:
+    """The adapter's weights under kohya's names: `<key>.lora_down.weight`, `<key>.lora_up.weight` and `<key>.alpha`.
 
-    Alpha is 0-d float32; weights keep their dtype. Not for DoRA, which these cannot say: `kohya_differences`.
-    Where ranks or alphas differ, the scale is multiplied into up (float32) and no alpha is written: Diffusers gives
-    the alpha of a minority to the wrong attention modules without a word.
+    Alpha is a 0-d float32 tensor; weights keep their dtype. If ranks or alphas differ between modules, no alpha is
+    written and the scale is multiplied into up (float32), because Diffusers applies per-module alphas to the wrong
+    attention modules without a warning. Not for DoRA, which has no form here (see lora_files.kohya_bytes).
     """
     tensors: dict[str, Tensor] = {}
     for pair in adapter.pairs:
-        key, up = module_key(pair.module, adapter.network, kind, layout), pair.up
+        key, up = module_key(pair.module, adapter.network, kind, blocks), pair.up
         if adapter.uniform:
             tensors[f"{key}.alpha"] = torch.tensor(pair.alpha, dtype=torch.float32)
         else:
@@ -135,60 +171,56 @@ def _text_module(module: str) -> str:
     return module if module == "text_projection" else "text_model." + module.removeprefix("text_model.")
 
 
-def _check_config(config: Any, path: Path) -> None:
-    numbers = [config.get(key) for key in ("r", "lora_alpha")] if isinstance(config, dict) else [None]
-    if not all(isinstance(number, (int, float)) for number in numbers):
-        raise UnlearnError(f"{path} holds no r and lora_alpha: it is no LoRA that PEFT saved. Train the run again.")
-    if config.get("peft_type") != "LORA":
-        raise UnlearnError(f'{path}: peft_type is "{config.get("peft_type")}"; only LORA can be exported.')
+def _check_supported(config: AdapterConfig, data: dict[str, Any], path: Path) -> None:
+    if config.peft_type != "LORA":
+        raise UnlearnError(f'{path}: peft_type is "{config.peft_type}"; only LORA can be exported.')
     for key in _UNSUPPORTED:
-        if config.get(key):
-            raise UnlearnError(f"{path}: {key} is on, which export cannot write. Train without it.")
-    if config.get("bias", "none") != "none":
-        raise UnlearnError(f'{path}: bias is "{config["bias"]}", which export cannot write. Train with bias none.')
+        if data.get(key):
+            raise UnlearnError(f"{path}: {key} is on, which export does not support. Train without it.")
+    if config.bias != "none":
+        raise UnlearnError(f'{path}: bias is "{config.bias}", which export does not support. Train with bias none.')
 
 
-def _pairs(tensors: dict[str, Tensor], config: dict[str, Any], path: Path) -> list[LoraPair]:
-    sides: dict[str, dict[str, Tensor]] = {}
+def _pairs(tensors: dict[str, Tensor], config: AdapterConfig, path: Path) -> list[LoraPair]:
+    modules: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         match = _KEY.fullmatch(key)
         if match is None:
-            raise UnlearnError(f'{path}: "{key}" is no weight of a LoRA; export cannot write it. Drop it.')
+            raise UnlearnError(f'{path}: "{key}" is not a LoRA weight, so export cannot write it. Train the run again.')
         if not torch.isfinite(tensor).all():
             raise UnlearnError(f'{path}: "{key}" is not finite (NaN). Train again with a lower --learning_rate.')
-        sides.setdefault(match["module"], {})[match["side"]] = tensor
-    if not sides:
+        modules.setdefault(match["module"], {})[match["side"]] = tensor
+    if not modules:
         raise UnlearnError(f"{path} holds no LoRA weights. Train the run again.")
-    return [_pair(module, found, config, path) for module, found in sorted(sides.items())]
+    return [_pair(module, sides, config, path) for module, sides in sorted(modules.items())]
 
 
-def _pair(module: str, found: dict[str, Tensor], config: dict[str, Any], path: Path) -> LoraPair:
-    magnitude = found.pop("magnitude_vector", None)
-    if len(found) < 2:
-        side = next((side.removesuffix(".weight") for side in found), "magnitude_vector")
+def _pair(module: str, sides: dict[str, Tensor], config: AdapterConfig, path: Path) -> LoraPair:
+    magnitude = sides.pop("magnitude_vector", None)
+    if len(sides) < 2:
+        side = next((side.removesuffix(".weight") for side in sides), "magnitude_vector")
         raise UnlearnError(f'{path}: "{module}" has only its lora_{side} weight. Train the run again.')
-    if (magnitude is not None) != bool(config.get("use_dora")):
-        has, says = ("no", "on") if magnitude is None else ("a", "off")
+    if (magnitude is not None) != config.use_dora:
+        article, state = ("no", "on") if magnitude is None else ("a", "off")
         raise UnlearnError(
-            f'{path}: "{module}" has {has} magnitude_vector, but {CONFIG_FILE} says that DoRA (use_dora) is {says}. '
+            f'{path}: "{module}" has {article} magnitude_vector, but DoRA (use_dora) is {state} in {CONFIG_FILE}. '
             "Train the run again."
         )
-    down, up = found["A.weight"], found["B.weight"]
-    rank = _by_module(config, "rank_pattern", module, config["r"])
+    down, up = sides["A.weight"], sides["B.weight"]
+    rank = _setting_of(module, config.rank_pattern, config.r)
     if not down.shape[0] == up.shape[1] == rank:
         raise UnlearnError(
             f'{path}: "{module}" has rank {down.shape[0]} (down) and {up.shape[1]} (up), but {CONFIG_FILE} says '
             f"{rank}. Train the run again."
         )
-    alpha = float(_by_module(config, "alpha_pattern", module, config["lora_alpha"]))
-    return LoraPair(module, down, up, alpha * math.sqrt(rank) if config.get("use_rslora") else alpha, magnitude)
+    alpha = float(_setting_of(module, config.alpha_pattern, config.lora_alpha))
+    return LoraPair(module, down, up, alpha * math.sqrt(rank) if config.use_rslora else alpha, magnitude)
 
 
-def _by_module(config: dict[str, Any], pattern: str, module: str, default: float) -> float:
-    """The module's own rank or alpha. PEFT's own rule decides which pattern is meant, so both always agree."""
-    patterns = config.get(pattern)
+def _setting_of(module: str, patterns: dict[str, Any] | None, default: float) -> float:
+    """The rank or alpha of a module. PEFT's own function matches the patterns, so that both always agree."""
     if not patterns:
         return default
-    from peft.utils.other import get_pattern_key  # seconds to import, and hardly any run has patterns
+    from peft.utils.other import get_pattern_key  # takes seconds to import, and few runs have patterns
 
     return patterns.get(get_pattern_key(list(patterns), module), default)

@@ -1,7 +1,15 @@
-"""The LDM (sgm) layout of single-file checkpoints: its names for what Diffusers calls otherwise, as small rules.
+"""Rename Diffusers' weights to the LDM (sgm) layout of single-file checkpoints.
 
-A key may be a parameter's or a module's. ComfyUI, A1111 and Forge read checkpoints in this layout, and SDXL LoRAs
-under its names. Diffusers' own from_single_file goes the other way; both are held against each other in the tests.
+ComfyUI, A1111 and Forge read whole checkpoints in this layout, and the UNet part of SDXL LoRAs under its names
+(kohya.py builds LoRA keys). A key may name a parameter or a module:
+
+    unet_key("down_blocks.1.attentions.0.proj_in.weight")    "input_blocks.4.1.proj_in.weight"
+    unet_key("mid_block.resnets.1.conv1")                    "middle_block.2.in_layers.2"
+    vae_key("decoder.up_blocks.0.resnets.1.conv1.weight", blocks=4)    "decoder.up.3.block.1.conv1.weight"
+
+input_blocks.4: block 0 is conv_in, blocks 1 and 2 are the two layers of down block 0, block 3 is its downsampler, and
+block 4 is the first layer of down block 1. In that layer, 0 is the resnet and 1 the attention.
+Diffusers' from_single_file does the reverse; the tests check that each undoes the other.
 """
 
 from __future__ import annotations
@@ -20,7 +28,7 @@ UNET, VAE = "model.diffusion_model.", "first_stage_model."
 CLIP = {"sd1": "cond_stage_model.transformer.text_model.", "sdxl": "conditioner.embedders.0.transformer.text_model."}
 OPEN_CLIP = {"sd2": "cond_stage_model.model.", "sdxl": "conditioner.embedders.1.model."}
 
-_PLACES = {
+_PREFIXES = {
     "conv_in": "input_blocks.0.0",
     "conv_norm_out": "out.0",
     "conv_out": "out.2",
@@ -70,67 +78,74 @@ _OPEN_CLIP_RULES = (
 
 
 @dataclass(frozen=True)
-class Layout:
-    """What the numbering of a UNet's blocks depends on; as it is, SDXL's."""
+class UNetBlocks:
+    """The sizes of a UNet that determine how the LDM layout numbers its blocks. Defaults: SDXL."""
 
     layers_per_block: int = 2
-    up_attention: tuple[bool, ...] = (True, True, False)  # whether each up block has attention
+    up_attention: tuple[bool, ...] = (True, True, False)  # for each up block, whether it has attention
 
 
-SDXL = Layout()
+SDXL_BLOCKS = UNetBlocks()
 
 
-def layout_of(unet_config: Mapping[str, Any]) -> Layout:
-    """The layout of a UNet2DConditionModel's config.
+def blocks_of(unet_config: Mapping[str, Any]) -> UNetBlocks:
+    """Read the block sizes from the config of a UNet2DConditionModel.
 
     Raises:
-        UnlearnError: its blocks differ in their number of layers.
+        UnlearnError: the blocks differ in their number of layers.
     """
     layers = unet_config["layers_per_block"]
     if not isinstance(layers, int):
-        raise UnlearnError(f"The base's UNet has {layers} layers in its blocks; the LDM layout has one number for all.")
-    return Layout(layers, tuple(kind.startswith("CrossAttn") for kind in unet_config["up_block_types"]))
+        raise UnlearnError(
+            f"The base's UNet has {layers} layers in its blocks, but the LDM layout needs one number for all blocks. "
+            "Choose a run on another base."
+        )
+    return UNetBlocks(layers, tuple(kind.startswith("CrossAttn") for kind in unet_config["up_block_types"]))
 
 
-def unet_key(key: str, layout: Layout = SDXL) -> str:
-    """A UNet's key in the LDM layout: `down_blocks.1.attentions.0.proj_in` -> `input_blocks.4.1.proj_in`.
+def unet_key(key: str, blocks: UNetBlocks = SDXL_BLOCKS) -> str:
+    """Rename a UNet's key: `down_blocks.1.attentions.0.proj_in` -> `input_blocks.4.1.proj_in`.
 
     Raises:
-        UnlearnError: the layout has no name for it.
+        UnlearnError: a UNet with these blocks has no such module, or the LDM layout has no name for it.
     """
     match = _BLOCK.fullmatch(key)
-    if match is not None and _exists(match, layout):
-        place, part, inner = _block(match, layout), match["part"], match["inner"]
+    if match is not None and _exists(match, blocks):
+        prefix, part, rest = _block(match, blocks), match["part"], match["inner"]
     else:
-        known = next((name for name in _PLACES if f"{key}.".startswith(f"{name}.")), None)
+        known = next((name for name in _PREFIXES if f"{key}.".startswith(f"{name}.")), None)
         if known is None:
-            raise UnlearnError(f'The UNet\'s "{key}" has no name in the LDM layout, so it cannot be written.')
-        place, part, inner = _PLACES[known], known, key[len(known) + 1 :]
+            raise UnlearnError(
+                f'The UNet\'s "{key}" has no name in the LDM layout, so it cannot be written. '
+                "Choose a run on a base with the blocks of Stable Diffusion."
+            )
+        prefix, part, rest = _PREFIXES[known], known, key[len(known) + 1 :]
     if "resnets" in part:
-        head, dot, rest = inner.partition(".")
-        inner = _RESNET[head] + dot + rest
-    elif part == "downsamplers":  # the convolution itself is `op`
-        inner = inner.removeprefix("conv").removeprefix(".")
-    return f"{place}.{inner}" if inner else place
+        layer, dot, parameter = rest.partition(".")
+        rest = _RESNET[layer] + dot + parameter
+    elif part == "downsamplers":  # `op` at the end of the prefix already names the convolution
+        rest = rest.removeprefix("conv").removeprefix(".")
+    return f"{prefix}.{rest}" if rest else prefix
 
 
-def _exists(match: re.Match[str], layout: Layout) -> bool:
-    """Whether a UNet of the layout has such a block, and such a layer in it."""
-    blocks, layers, i, j = len(layout.up_attention), layout.layers_per_block, int(match["i"]), int(match["j"])
+def _exists(match: re.Match[str], blocks: UNetBlocks) -> bool:
+    """Whether a UNet with these blocks has the matched block, and the matched layer in it."""
+    count, layers, i, j = len(blocks.up_attention), blocks.layers_per_block, int(match["i"]), int(match["j"])
     if match["part"] in ("downsamplers", "upsamplers"):  # the last block has none
-        return i < blocks - 1 and j == 0
+        return i < count - 1 and j == 0
     if match["side"] == "down":
-        return i < blocks and j < layers
-    return i < blocks and j <= layers and (match["part"] != "attentions" or layout.up_attention[i])
+        return i < count and j < layers
+    return i < count and j <= layers and (match["part"] != "attentions" or blocks.up_attention[i])
 
 
-def _block(match: re.Match[str], layout: Layout) -> str:
-    """Where a part of a down or up block lies. Blocks are counted through: their layers, then one to change the size.
+def _block(match: re.Match[str], blocks: UNetBlocks) -> str:
+    """The LDM prefix of a part of a down or up block.
 
-    An upsampler has no number of its own: it is the last part of its block's last layer.
+    The LDM layout numbers the layers of all blocks in sequence. A downsampler counts as a layer of its own; an
+    upsampler does not, it is the last part of its block's last layer.
     """
-    i, j, size = int(match["i"]), int(match["j"]), layout.layers_per_block + 1
-    slot = {"resnets": 0, "attentions": 1, "downsamplers": 0}.get(match["part"], 1 + layout.up_attention[i])
+    i, j, size = int(match["i"]), int(match["j"]), blocks.layers_per_block + 1
+    slot = {"resnets": 0, "attentions": 1, "downsamplers": 0}.get(match["part"], 1 + blocks.up_attention[i])
     if match["part"] == "downsamplers":
         return f"input_blocks.{(i + 1) * size}.{slot}.op"
     if match["part"] == "upsamplers":
@@ -141,24 +156,24 @@ def _block(match: re.Match[str], layout: Layout) -> str:
 
 
 def vae_key(key: str, blocks: int) -> str:
-    """An AutoencoderKL's key in the LDM layout, which counts a decoder's `blocks` from the other end."""
-    key = re.sub(r"^decoder\.up_blocks\.(\d+)\.", lambda found: f"decoder.up.{blocks - 1 - int(found[1])}.", key)
+    """Rename an AutoencoderKL's key. The LDM layout counts the decoder's `blocks` from the last to the first."""
+    key = re.sub(r"^decoder\.up_blocks\.(\d+)\.", lambda match: f"decoder.up.{blocks - 1 - int(match[1])}.", key)
     return _replaced(key, _VAE_RULES)
 
 
 def vae_weights(state: dict[str, Tensor], blocks: int) -> dict[str, Tensor]:
-    """A VAE's weights in the LDM layout; its attention is made of 1x1 convolutions there: [C, C] -> [C, C, 1, 1]."""
-    made = {vae_key(key, blocks): value for key, value in state.items()}
-    return {k: v[:, :, None, None] if ".attn_1." in k and v.ndim == 2 else v for k, v in made.items()}
+    """Rename a VAE's weights. LDM's attention layers are 1x1 convolutions: [C, C] becomes [C, C, 1, 1]."""
+    renamed = {vae_key(key, blocks): value for key, value in state.items()}
+    return {k: v[:, :, None, None] if ".attn_1." in k and v.ndim == 2 else v for k, v in renamed.items()}
 
 
 def open_clip_weights(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A CLIP text encoder's weights as open_clip names and shapes them: q, k and v in one, the projection transposed.
+    """Convert a CLIP text encoder's weights to open_clip's names and shapes.
 
-    SD 2 reads the last layer but one of 24, and Diffusers leaves out the last, 23. Readers look for 24: the unused
-    one is filled with a copy of the 23rd.
+    q, k and v become one tensor, and the text projection is transposed. SD 2 uses the second to last of 24 layers, so
+    Diffusers stores 23. Readers of single files expect 24; the unused last layer becomes a copy of the 23rd.
     """
-    made: dict[str, Tensor] = {}
+    renamed: dict[str, Tensor] = {}
     state = {key.removeprefix("text_model."): value for key, value in state.items()}
     for key, value in state.items():
         if key.endswith("position_ids"):
@@ -171,33 +186,36 @@ def open_clip_weights(state: dict[str, Tensor]) -> dict[str, Tensor]:
         elif ".attn.q_proj." in name:
             value = torch.cat([state[key.replace("q_proj", f"{side}_proj")] for side in "qkv"])
             name = name.replace(".q_proj.", ".in_proj_")
-        made[name] = value
+        renamed[name] = value
     last = "transformer.resblocks.22."
-    if not any(key.startswith("transformer.resblocks.23.") for key in made):
-        made |= {key.replace(".22.", ".23.", 1): value for key, value in made.items() if key.startswith(last)}
-    return made
+    if not any(key.startswith("transformer.resblocks.23.") for key in renamed):
+        renamed |= {key.replace(".22.", ".23.", 1): value for key, value in renamed.items() if key.startswith(last)}
+    return renamed
 
 
 def checkpoint(pipeline: Any, kind: str) -> dict[str, Tensor]:
-    """All weights of an SD 1, SD 2 or SDXL pipeline in the LDM layout; kind: sd1, sd2 or sdxl.
+    """All weights of a pipeline under their names in a single-file checkpoint.
+
+    Args:
+        kind: "sd1", "sd2" or "sdxl".
 
     Raises:
         UnlearnError: the layout has no name for a part of the UNet.
     """
-    layout, blocks = layout_of(pipeline.unet.config), len(pipeline.vae.config.up_block_types)
-    made = {UNET + unet_key(key, layout): value for key, value in pipeline.unet.state_dict().items()}
-    made |= {VAE + key: value for key, value in vae_weights(pipeline.vae.state_dict(), blocks).items()}
+    unet_blocks, vae_blocks = blocks_of(pipeline.unet.config), len(pipeline.vae.config.up_block_types)
+    weights = {UNET + unet_key(key, unet_blocks): value for key, value in pipeline.unet.state_dict().items()}
+    weights |= {VAE + key: value for key, value in vae_weights(pipeline.vae.state_dict(), vae_blocks).items()}
     if kind in CLIP:
         state = pipeline.text_encoder.state_dict()
-        made |= {CLIP[kind] + key.removeprefix("text_model."): value for key, value in state.items()}
+        weights |= {CLIP[kind] + key.removeprefix("text_model."): value for key, value in state.items()}
     if kind in OPEN_CLIP:
         encoder = pipeline.text_encoder_2 if kind == "sdxl" else pipeline.text_encoder
-        made |= {OPEN_CLIP[kind] + key: value for key, value in open_clip_weights(encoder.state_dict()).items()}
+        weights |= {OPEN_CLIP[kind] + key: value for key, value in open_clip_weights(encoder.state_dict()).items()}
     if kind == "sdxl" and pipeline.scheduler.config.prediction_type == "v_prediction":
-        made["v_pred"] = torch.tensor([])  # how ComfyUI and Forge tell; an SD 2 that predicts v is known by its weights
+        weights["v_pred"] = torch.tensor([])  # ComfyUI and Forge look for this key; for SD 2 they test the weights
         if pipeline.scheduler.config.get("rescale_betas_zero_snr"):
-            made["ztsnr"] = torch.tensor([])
-    return made
+            weights["ztsnr"] = torch.tensor([])
+    return weights
 
 
 def _replaced(key: str, rules: tuple[tuple[str, str], ...]) -> str:

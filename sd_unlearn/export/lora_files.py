@@ -1,4 +1,4 @@
-"""The two LoRA files of a run: one for Diffusers, one for ComfyUI, A1111 and Forge, both with the trained scale."""
+"""The two LoRA files of a run: one for Diffusers, one for ComfyUI, A1111 and Forge. Both have the trained scale."""
 
 from __future__ import annotations
 
@@ -14,22 +14,28 @@ from sd_unlearn.export import safetensors_writer
 from sd_unlearn.export.kohya import kohya_tensors, module_key
 from sd_unlearn.export.merge import changes
 from sd_unlearn.export.metadata import lora_header, own_header
-from sd_unlearn.export.trained_run import Run
+from sd_unlearn.export.trained_run import TrainedRun
 
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
-# What Diffusers needs to rebuild the adapter. PEFT's whole config would make an older PEFT refuse the file over
-# settings it does not know, and can name folders of this machine.
+# The settings that Diffusers needs to rebuild the adapter. PEFT's whole config could contain local paths, and an older
+# PEFT would refuse the file because of settings that it does not know.
 _ADAPTER_KEYS = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "bias")
 
 
-def diffusers_bytes(run: Run, dtype: str = "fp32") -> bytes:
-    """The file for Diffusers: PEFT's names under `unet.` and `text_encoder.`, the adapters' scale in the header.
+def diffusers_bytes(run: TrainedRun, dtype: str = "fp32") -> bytes:
+    """The LoRA file for Diffusers: PEFT's names with the prefix `unet.` or `text_encoder.`.
 
-    Without `lora_adapter_metadata` load_lora_weights takes alpha = rank, whatever was trained.
+    The header key `lora_adapter_metadata` holds the scale. Without it, load_lora_weights assumes alpha = rank.
+
+    Args:
+        dtype: "fp32" or "fp16".
+
+    Raises:
+        UnlearnError: a weight is too large for fp16, or the header is too long.
     """
     tensors: dict[str, Tensor] = {}
-    packed: dict[str, Any] = {}
+    adapter_settings: dict[str, Any] = {}
     for adapter in run.adapters:
         network = adapter.network
         for pair in adapter.pairs:
@@ -42,13 +48,13 @@ def diffusers_bytes(run: Run, dtype: str = "fp32") -> bytes:
         targets = adapter.config.get("target_modules")
         modules = targets if isinstance(targets, list) else [pair.module for pair in adapter.pairs]
         settings["target_modules"] = sorted(modules)
-        packed |= {f"{network}.{key}": value for key, value in settings.items()}
-    metadata = {"format": "pt", "lora_adapter_metadata": json.dumps(packed, indent=2, sort_keys=True)}
+        adapter_settings |= {f"{network}.{key}": value for key, value in settings.items()}
+    metadata = {"format": "pt", "lora_adapter_metadata": json.dumps(adapter_settings, indent=2, sort_keys=True)}
     return safetensors_writer.pack(safetensors_writer.converted(tensors, DTYPES[dtype]), metadata | own_header(run))
 
 
 def concept_of(file: Path) -> str | None:
-    """What an exported file makes forget, by its header; None of any other file."""
+    """The concept in the header of an exported LoRA; None for any other file."""
     try:
         with safe_open(file, framework="pt") as opened:
             return (opened.metadata() or {}).get("sd_unlearn.concept")
@@ -56,19 +62,27 @@ def concept_of(file: Path) -> str | None:
         return None
 
 
-def kohya_bytes(run: Run, dtype: str = "fp32", pipeline: Any = None, licence: str | None = None) -> bytes:
-    """The file for ComfyUI, A1111 and Forge: kohya's names, the true alpha, ModelSpec and kohya header keys.
+def kohya_bytes(run: TrainedRun, dtype: str = "fp32", pipeline: Any = None, licence: str | None = None) -> bytes:
+    """The LoRA file for ComfyUI, A1111 and Forge: kohya's names and the trained alpha.
 
-    Of a DoRA it holds the whole change of every weight (`.diff`) and needs the base's `pipeline`. The format knows
-    `.dora_scale`, but its readers divide by other norms than PEFT does: ComfyUI and Forge by that of the base's
-    weights or along the other axis, by release.
+    A DoRA is written as the whole change of each weight (`.diff`), which needs the `pipeline` of the base. The format
+    also defines `.dora_scale`, but its readers divide by other norms than PEFT: ComfyUI and Forge by the norm of the
+    base's weights or, depending on the release, along the other axis.
+
+    Args:
+        dtype: "fp32" or "fp16".
+        pipeline: The pipeline of the base, needed for a DoRA.
+        licence: In the hub's spelling; None if unknown.
+
+    Raises:
+        UnlearnError: a weight is too large for fp16, the header is too long, or the base has other modules.
     """
     tensors: dict[str, Tensor] = {}
     if run.is_dora:
         for network, module, _, change in changes(run, pipeline):
-            tensors[f"{module_key(module, network, run.kind, run.layout)}.diff"] = change.float()
+            tensors[f"{module_key(module, network, run.kind, run.blocks)}.diff"] = change.float()
     else:
         for adapter in run.adapters:
-            tensors |= kohya_tensors(adapter, run.kind, run.layout)
+            tensors |= kohya_tensors(adapter, run.kind, run.blocks)
     tensors = safetensors_writer.converted(tensors, DTYPES[dtype])
     return safetensors_writer.pack(tensors, lora_header(run, safetensors_writer.digest(tensors), licence))

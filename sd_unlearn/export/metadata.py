@@ -1,4 +1,4 @@
-"""What an exported file says of itself: the keys user interfaces show and filter by, and ours beside them."""
+"""The metadata in the headers of exported files: the keys that user interfaces show and filter by, and our own."""
 
 from __future__ import annotations
 
@@ -7,12 +7,16 @@ from typing import Any
 
 from sd_unlearn.data.concept import concept_sha256
 from sd_unlearn.export import thumbnails
-from sd_unlearn.export.trained_run import REQUIRED, Run, architecture, figures_of
+from sd_unlearn.export.trained_run import TrainedRun, architecture
+from sd_unlearn.results import as_json
 
-# Recorded where the training says them; REQUIRED always is.
-_OPTIONAL = ("method", "target", "push", "reduction", "zero_terminal_snr", "beta_source", "seed")
+# Keys of training.json that are copied into the header, if present.
+_RECORDED = (
+    *("rank", "lora_alpha", "beta", "correction", "caption_mode", "version", "config_sha256"),
+    *("method", "target", "push", "reduction", "zero_terminal_snr", "beta_source", "seed"),
+)
 _LORA_ONLY = ("rank", "lora_alpha")
-LICENCES = {  # of the bases people use, as the hub spells them; a LoRA comes under its base's
+LICENCES = {  # of common bases, in the hub's spelling; a LoRA is under the licence of its base
     "CompVis/stable-diffusion-v1-4": "creativeml-openrail-m",
     "runwayml/stable-diffusion-v1-5": "creativeml-openrail-m",
     "stable-diffusion-v1-5/stable-diffusion-v1-5": "creativeml-openrail-m",
@@ -25,13 +29,18 @@ LICENCES = {  # of the bases people use, as the hub spells them; a LoRA comes un
 }
 
 
-def licence(run: Run, asked: str | None = None) -> str | None:
-    """The licence asked for, else that of a base we know, else None."""
-    return asked or LICENCES.get(run.base_name)
+def licence_of(run: TrainedRun, chosen: str | None = None) -> str | None:
+    """The licence that the user chose, else the licence of a known base, else None."""
+    return chosen or LICENCES.get(run.base_name)
 
 
-def lora_header(run: Run, digest: str, licence: str | None = None) -> dict[str, str]:
-    """The header of the LoRA for user interfaces. `digest`: SHA-256 of the file after its header, in hex."""
+def lora_header(run: TrainedRun, digest: str, licence: str | None = None) -> dict[str, str]:
+    """The header of the LoRA for ComfyUI, A1111 and Forge.
+
+    Args:
+        digest: SHA-256 of the file after its header, in hex.
+        licence: In the hub's spelling; None if unknown.
+    """
     pairs, names = run.adapters[0].pairs, architecture(run.base)
     ranks = {pair.rank for pair in pairs}
     return (
@@ -54,8 +63,8 @@ def lora_header(run: Run, digest: str, licence: str | None = None) -> dict[str, 
     )
 
 
-def checkpoint_header(run: Run, digest: str, strength: float, licence: str | None = None) -> dict[str, str]:
-    """The header of a checkpoint with what was trained baked in."""
+def checkpoint_header(run: TrainedRun, digest: str, strength: float, licence: str | None = None) -> dict[str, str]:
+    """The header of a merged checkpoint in one file."""
     hint = "There is no trigger word and no LoRA to load."
     if run.training.get("zero_terminal_snr"):
         hint += " Sample with a schedule of zero terminal SNR."
@@ -72,10 +81,10 @@ def checkpoint_header(run: Run, digest: str, strength: float, licence: str | Non
     )
 
 
-def own_header(run: Run) -> dict[str, str]:
-    """How the weights came about and, once evaluated, what they were measured to do."""
-    recorded = [key for key in (*REQUIRED, *_OPTIONAL) if key in run.training]
-    header = {f"sd_unlearn.{k}": str(run.training[k]) for k in recorded if not (run.is_full and k in _LORA_ONLY)}
+def own_header(run: TrainedRun) -> dict[str, str]:
+    """The `sd_unlearn.*` keys: how the weights were trained and, after an evaluation, its metrics."""
+    recorded = [key for key in _RECORDED if key in run.training and not (run.is_full and key in _LORA_ONLY)]
+    header = {f"sd_unlearn.{key}": str(run.training[key]) for key in recorded}
     header["sd_unlearn.concept"] = run.concept.name
     header["sd_unlearn.prompts_sha256"] = concept_sha256(run.concept)
     header["sd_unlearn.base"] = run.base_name
@@ -83,14 +92,16 @@ def own_header(run: Run) -> dict[str, str]:
     if run.training.get("versions"):
         header["sd_unlearn.versions"] = json.dumps(run.training["versions"], sort_keys=True)
     if run.results is not None:
-        kept: dict[str, Any] = {key: run.results.get(key) for key in ("detector", "sampler", "seeds")}
-        kept["rows"] = [row for row in figures_of(run.results) if row["subject"] == "lora"]
-        header["sd_unlearn.results"] = json.dumps(kept, sort_keys=True)
+        results = run.results
+        rows = [as_json(row) | {"subject": "lora"} for row in results.rows if row.subject == results.subject]
+        content: dict[str, Any] = {"detector": results.detector, "sampler": results.sampler, "rows": rows}
+        content["seeds"] = as_json(results.seeds)
+        header["sd_unlearn.results"] = json.dumps(content, sort_keys=True)
     return header
 
 
-def _modelspec(run: Run, digest: str, licence: str | None) -> dict[str, str]:
-    """The keys of ModelSpec that a LoRA and a checkpoint share."""
+def _modelspec(run: TrainedRun, digest: str, licence: str | None) -> dict[str, str]:
+    """The ModelSpec keys that a LoRA and a merged checkpoint have in common."""
     base = run.base
     header = {
         "modelspec.sai_model_spec": "1.0.1",

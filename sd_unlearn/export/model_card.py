@@ -1,4 +1,7 @@
-"""The model card: README.md beside the LoRA, with the header the Hugging Face hub reads. Texts of users are inert."""
+"""Write the model card: README.md next to the LoRA, with the YAML header of the Hugging Face hub.
+
+Texts of users (names, prompts) are escaped, so that they cannot add links, HTML or table cells.
+"""
 
 from __future__ import annotations
 
@@ -8,15 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from jinja2 import FileSystemLoader
 
 from sd_unlearn.export.lora_files import DIFFUSERS_FILE
-from sd_unlearn.export.trained_run import Run, figures_of
+from sd_unlearn.export.trained_run import OwnResults, TrainedRun
 from sd_unlearn.report.formatting import interval_text, value_text
 from sd_unlearn.report.jinja import environment
 from sd_unlearn.report.metric_names import group_name, metric_name
-from sd_unlearn.results import Row
+from sd_unlearn.results import BASE
 
-FILE, PICTURES = "README.md", "pairs.png"
+TEMPLATES = Path(__file__).parent / "templates"
+FILE, GRID = "README.md", "pairs.png"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 _FAMILY = {"sd1": "stable-diffusion", "sd2": "stable-diffusion", "sdxl": "stable-diffusion-xl"}
 _SETTINGS = (
@@ -33,16 +38,23 @@ _SETTINGS = (
     "reduction",
     "config_sha256",
 )
-# A mark as a numeric entity is read as itself and starts nothing: no link, markup, table cell or HTML.
-_INERT = {ord(mark): f"&#{ord(mark)};" for mark in string.punctuation if mark not in ",'%"}
+# Markdown shows a numeric entity as the character itself, but never reads it as markup.
+_ENTITIES = {ord(mark): f"&#{ord(mark)};" for mark in string.punctuation if mark not in ",'%"}
 
 
-def render(run: Run, licence: str | None, hub_id: str | None, *, has_pictures: bool) -> str:
-    """The card of a run's LoRA. hub_id: where it will lie; licence: as the hub spells it, None if not known."""
-    results, name = run.results or {"rows": []}, run.base_name
-    made = environment(escape=False)
-    made.filters["md"] = inert
-    return made.get_template("card.md.j2").render(
+def render(run: TrainedRun, licence: str | None, hub_id: str | None, *, has_grid: bool) -> str:
+    """The Markdown of a run's model card.
+
+    Args:
+        licence: In the hub's spelling; None if unknown.
+        hub_id: The repository that the card will be uploaded to, if any.
+        has_grid: Whether the image file GRID will be written next to the card.
+    """
+    name = run.base_name
+    jinja = environment(escape=False)
+    jinja.loader = FileSystemLoader(TEMPLATES)
+    jinja.filters["md"] = escaped
+    return jinja.get_template("card.md.j2").render(
         front=front_matter(run, licence),
         title=title(run.concept.name),
         concept=run.concept,
@@ -50,10 +62,10 @@ def render(run: Run, licence: str | None, hub_id: str | None, *, has_pictures: b
         base=name,
         base_id=name if _is_hub_id(run) else None,
         hub_id=hub_id,
-        has_pictures=has_pictures,
-        lines=table(figures_of(results)),
-        detector=results.get("detector") or "not named",
-        sampler=_sampler(results.get("sampler")),
+        has_grid=has_grid,
+        lines=metrics_table(run.results) if run.results else [],
+        detector=(run.results and run.results.detector) or "not named",
+        sampler=_sampler(run.results.sampler) if run.results else "",
         training=run.training,
         is_dora=run.is_dora,
         licence=licence,
@@ -65,12 +77,12 @@ def render(run: Run, licence: str | None, hub_id: str | None, *, has_pictures: b
 
 
 def title(name: str) -> str:
-    """A card's first line, by the name of what was forgotten."""
-    return f"# Forget “{inert(name)}”"
+    """The first line of the card of a concept."""
+    return f"# Forget “{escaped(name)}”"
 
 
-def front_matter(run: Run, licence: str | None) -> str:
-    """The YAML header: a licence the hub does not list must be `other` with a name."""
+def front_matter(run: TrainedRun, licence: str | None) -> str:
+    """The YAML header. The hub requires `other` and a name for a licence that it does not list."""
     family = _FAMILY[run.kind]
     fields: dict[str, Any] = {"license": licence} if licence else {"license": "other", "license_name": "as-the-base"}
     if _is_hub_id(run):
@@ -93,10 +105,9 @@ def front_matter(run: Run, licence: str | None) -> str:
     return yaml.safe_dump(fields, sort_keys=False, allow_unicode=False, width=10_000)
 
 
-def table(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
-    """Figures as lines of the card: those with the LoRA, each with that of the base beside it, in their own units."""
-    found = [Row.from_dict(row) for row in _complete(rows)]
-    before = {(row.metric, row.group, row.detector): row for row in found if row.subject == "base"}
+def metrics_table(results: OwnResults) -> list[dict[str, str]]:
+    """The lines of the card's table: each metric with the LoRA, next to the value of the base."""
+    before = {(row.metric, row.group, row.detector): row for row in results.rows if row.subject == BASE}
     return [
         {
             "metric": metric_name(row.metric),
@@ -106,28 +117,23 @@ def table(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
             "interval": interval_text(row),
             "n": f"{row.n:,}",
         }
-        for row in found
-        if row.subject == "lora"
+        for row in results.rows
+        if row.subject == results.subject
     ]
 
 
-def inert(text: Any) -> str:
-    """Any text as one piece of a Markdown line or table cell that says itself and does nothing."""
-    marked = " ".join(str(text).split()).translate(_INERT)
-    return re.sub(r"(?<=\d)&#46;(?=\d)", ".", marked)  # a decimal point
+def escaped(text: Any) -> str:
+    """Any text on one line, with every character that Markdown could interpret as an entity."""
+    line = " ".join(str(text).split()).translate(_ENTITIES)
+    return re.sub(r"(?<=\d)&#46;(?=\d)", ".", line)  # keeps decimal points
 
 
-def _complete(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows that say what they count: a file from elsewhere may lack a key."""
-    return [{"n": 0} | row for row in rows if {"metric", "group", "subject", "value"} <= row.keys()]
-
-
-def _is_hub_id(run: Run) -> bool:
+def _is_hub_id(run: TrainedRun) -> bool:
     return bool(HUB_ID.fullmatch(run.base_name)) and not Path(run.base_name).exists()
 
 
-def _sampler(sampler: Any) -> str:
-    if not isinstance(sampler, dict) or "steps" not in sampler:
+def _sampler(sampler: dict[str, Any]) -> str:
+    if "steps" not in sampler:
         return ""
     name, guidance = sampler.get("name", "a sampler"), sampler.get("guidance_scale")
     return f"{name}, {sampler['steps']} steps" + (f", guidance {guidance}" if guidance is not None else "")

@@ -1,10 +1,9 @@
-"""safetensors files whose bytes depend on nothing but their content: the library's writer orders metadata by chance."""
+"""Write safetensors files with reproducible bytes. (The library's own writer stores metadata in random order.)"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,13 +11,14 @@ import torch
 from torch import Tensor
 
 from sd_unlearn.errors import UnlearnError
+from sd_unlearn.io.files import atomic_path
 
-HEADER_LIMIT = 1024 * 1024  # above this ComfyUI shows no header at all
+HEADER_LIMIT = 1024 * 1024  # ComfyUI ignores longer headers
 _NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64", torch.int64: "I64"}
 
 
 def pack(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
-    """A safetensors file in memory.
+    """The bytes of a safetensors file.
 
     Raises:
         UnlearnError: the header reaches 1 MiB.
@@ -27,27 +27,25 @@ def pack(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
 
 
 def save(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """A safetensors file on disk, tensor by tensor, so that a whole checkpoint is not held twice.
+    """Write a safetensors file tensor by tensor, so that a whole checkpoint is in memory only once.
 
     Raises:
         UnlearnError: the header reaches 1 MiB.
-        OSError: the place cannot be written; nothing is left there.
+        OSError: the path cannot be written; nothing is left there.
     """
-    first, temporary = header(tensors, metadata), path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            file.write(first)
-            for block in payload(tensors):
-                file.write(block)
-        temporary.replace(path)
-    finally:
-        if temporary.parent.is_dir():
-            temporary.unlink(missing_ok=True)
+    start = header(tensors, metadata)
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        file.write(start)
+        for block in payload(tensors):
+            file.write(block)
 
 
 def header(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
-    """The length and the header: metadata sorted, tensors in their order in the payload."""
+    """The first bytes of the file: the header's length and the header. Metadata is sorted by key.
+
+    Raises:
+        UnlearnError: the header reaches 1 MiB.
+    """
     entries, end = {}, 0
     for name, tensor in _ordered(tensors):
         start, end = end, end + tensor.numel() * tensor.element_size()
@@ -57,40 +55,40 @@ def header(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
     text += b" " * (-len(text) % 8)  # the tensors start at a multiple of eight bytes
     if len(text) >= HEADER_LIMIT:
         raise UnlearnError(
-            f"The header would take {len(text)} bytes, and ComfyUI shows none above {HEADER_LIMIT}. "
+            f"The header would take {len(text)} bytes, but ComfyUI ignores headers above {HEADER_LIMIT} bytes. "
             "Shorten concept.yaml."
         )
     return len(text).to_bytes(8, "little") + text
 
 
 def payload(tensors: dict[str, Tensor]) -> Iterator[bytes]:
-    """Everything after the header, a tensor at a time."""
+    """The bytes after the header, one tensor at a time."""
     for _, tensor in _ordered(tensors):
         yield tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
 
 
 def digest(tensors: dict[str, Tensor]) -> str:
-    """SHA-256 of everything after the header, in hex: what ModelSpec and kohya put into it."""
-    made = hashlib.sha256()
+    """SHA-256 of the bytes after the header, in hex; ModelSpec and kohya store it in the header."""
+    sha256 = hashlib.sha256()
     for block in payload(tensors):
-        made.update(block)
-    return made.hexdigest()
+        sha256.update(block)
+    return sha256.hexdigest()
 
 
 def converted(tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """All weights as `dtype`; alphas, which are single numbers, stay as they are.
+    """Convert all weights to `dtype`, except alphas (0-d tensors) and integers.
 
     Raises:
         UnlearnError: a weight is too large for half precision.
     """
-    made = {}
+    weights = {}
     for name, tensor in tensors.items():
-        made[name] = tensor.to(dtype) if tensor.ndim and tensor.is_floating_point() else tensor
-        if dtype == torch.float16 and not torch.isfinite(made[name]).all():
-            raise UnlearnError(f'"{name}" holds values above 65504, the largest that fp16 can hold. Use --dtype fp32.')
-    return made
+        weights[name] = tensor.to(dtype) if tensor.ndim and tensor.is_floating_point() else tensor
+        if dtype == torch.float16 and not torch.isfinite(weights[name]).all():
+            raise UnlearnError(f'"{name}" holds values above 65504, the largest fp16 number. Use --dtype fp32.')
+    return weights
 
 
 def _ordered(tensors: dict[str, Tensor]) -> list[tuple[str, Tensor]]:
-    """Widest numbers first, so that each tensor starts at a multiple of its own, then by name."""
+    """Sorted by dtype width, widest first, then by name. Each tensor then starts at a multiple of its element size."""
     return sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))

@@ -1,4 +1,4 @@
-"""The LDM layout: every module of the real architectures, and the way back by Diffusers' own reader."""
+"""Names of the LDM layout for every module of the real architectures, and back again by Diffusers' own reader."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from sd_unlearn.export import ldm_keys
 @pytest.mark.parametrize("kind", list(REAL))
 def test_every_module_of_the_real_unet_has_its_ldm_name_and_shape(kind: str) -> None:
     unet = real_unet(kind)
-    layout = ldm_keys.layout_of(unet.config)
+    blocks = ldm_keys.blocks_of(unet.config)
     modules = {n: m for n, m in unet.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
-    found = {ldm_keys.unet_key(name, layout): tuple(module.weight.shape) for name, module in modules.items()}
+    found = {ldm_keys.unet_key(name, blocks): tuple(module.weight.shape) for name, module in modules.items()}
     assert len(found) == len(modules) == REAL[kind][2]
     assert found == sgm_unet.sgm_modules(**REAL[kind][0])
 
@@ -34,18 +34,18 @@ def test_every_module_of_the_real_unet_has_its_ldm_name_and_shape(kind: str) -> 
 @pytest.mark.parametrize("kind", list(REAL))
 def test_diffusers_reads_every_weight_of_the_real_unet_back(kind: str) -> None:
     unet = real_unet(kind)
-    layout, state = ldm_keys.layout_of(unet.config), unet.state_dict()
-    written = {ldm_keys.UNET + ldm_keys.unet_key(key, layout): value for key, value in state.items()}
+    blocks, state = ldm_keys.blocks_of(unet.config), unet.state_dict()
+    written = {ldm_keys.UNET + ldm_keys.unet_key(key, blocks): value for key, value in state.items()}
     assert len(written) == len(state)
     read = convert_ldm_unet_checkpoint(written, dict(unet.config))
     assert {k: v.shape for k, v in read.items()} == {k: v.shape for k, v in state.items()}
 
 
-def test_sdxl_is_the_layout_taken_where_no_unet_is_at_hand() -> None:
-    assert ldm_keys.layout_of(real_unet("sdxl").config) == ldm_keys.SDXL
+def test_default_blocks_are_those_of_sdxl() -> None:
+    assert ldm_keys.blocks_of(real_unet("sdxl").config) == ldm_keys.SDXL_BLOCKS
 
 
-def test_a_part_without_a_name_is_refused() -> None:
+def test_a_module_without_an_ldm_name_is_refused() -> None:
     with pytest.raises(UnlearnError, match="class_embedding.weight.* no name"):
         ldm_keys.unet_key("class_embedding.weight")
 
@@ -61,14 +61,14 @@ def test_a_part_without_a_name_is_refused() -> None:
         "up_blocks.2.upsamplers.0.conv",
     ],
 )
-def test_what_an_sdxl_cannot_have_gets_no_others_name(key: str) -> None:
+def test_a_module_that_sdxl_lacks_does_not_get_the_name_of_another(key: str) -> None:
     with pytest.raises(UnlearnError, match=f"{key}.* no name"):
         ldm_keys.unet_key(key)
 
 
-def test_blocks_of_unequal_depth_are_refused() -> None:
+def test_blocks_with_different_numbers_of_layers_are_refused() -> None:
     with pytest.raises(UnlearnError, match=r"\[1, 2, 2\] layers"):
-        ldm_keys.layout_of({"layers_per_block": [1, 2, 2], "up_block_types": [UP] * 3})
+        ldm_keys.blocks_of({"layers_per_block": [1, 2, 2], "up_block_types": [UP] * 3})
 
 
 @pytest.mark.parametrize("blocks", [2, 4])
@@ -119,11 +119,11 @@ def test_diffusers_reads_an_open_clip_encoder_back(kind: type, layers: int) -> N
     assert written["a.transformer.resblocks.1.attn.in_proj_weight"].shape == (24, 8)
 
 
-def test_an_encoder_cut_to_23_layers_gets_its_unused_24th() -> None:
-    made = ldm_keys.open_clip_weights(encoder(CLIPTextModel, 23).state_dict())
-    layers = {key.split(".")[2] for key in made if key.startswith("transformer.resblocks.")}
+def test_a_text_encoder_of_23_layers_gets_a_24th() -> None:
+    weights = ldm_keys.open_clip_weights(encoder(CLIPTextModel, 23).state_dict())
+    layers = {key.split(".")[2] for key in weights if key.startswith("transformer.resblocks.")}
     assert layers == {str(i) for i in range(24)}
-    twin = "transformer.resblocks.{}.mlp.c_fc.weight"
-    assert torch.equal(made[twin.format(22)], made[twin.format(23)])
+    key = "transformer.resblocks.{}.mlp.c_fc.weight"
+    assert torch.equal(weights[key.format(22)], weights[key.format(23)])
     whole = ldm_keys.open_clip_weights(encoder(CLIPTextModel, 24).state_dict())
-    assert not torch.equal(whole[twin.format(22)], whole[twin.format(23)])
+    assert not torch.equal(whole[key.format(22)], whole[key.format(23)])

@@ -1,4 +1,4 @@
-"""What the exported files say of themselves, and what is refused. Needs no network: the runs are made by hand."""
+"""Names, shapes and headers of the exported LoRA files, and errors. The runs are made by hand, without training."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from export_runs import MODULES, SLUG, exported, hand_run, read_header, training_record
+from export_runs import MODULES, SLUG, evaluation, exported, hand_run, read_header, training_record
 from safetensors.torch import load_file
 
 from sd_unlearn.config.base import ExportConfig
@@ -52,7 +52,7 @@ def test_names_shapes_and_alpha_of_the_kohya_file(tmp_path: Path) -> None:
         ("sdxl", "epsilon", "stable-diffusion-xl-v1-base/lora", "sdxl_base_v1-0", "False", "epsilon"),
     ],
 )
-def test_header_tells_interfaces_what_the_file_is(
+def test_header_names_architecture_prediction_type_and_hash(
     tmp_path: Path, kind: str, prediction_type: str, architecture: str, version: str, v2: str, prediction: str
 ) -> None:
     record = training_record(2, 3.0, kind=kind, prediction_type=prediction_type)
@@ -75,11 +75,13 @@ def test_header_tells_interfaces_what_the_file_is(
     assert {key: header.get(key) for key in want} == want
     assert header["modelspec.title"]
     assert header["modelspec.implementation"]
-    assert "lora_adapter_metadata" not in header, "Diffusers refuses alpha keys beside it"
-    assert "modelspec.date" not in header, "no date is known, and now would differ at every export"
+    assert "lora_adapter_metadata" not in header, "Diffusers refuses alpha keys together with it"
+    assert "modelspec.date" not in header, (
+        "the date is unknown, and the current date would change the file at every export"
+    )
 
 
-def test_both_headers_say_how_the_lora_came_about(tmp_path: Path) -> None:
+def test_both_headers_hold_the_training_settings(tmp_path: Path) -> None:
     for file in exported(hand_run(tmp_path)):
         header = read_header(file)
         ours = {key.removeprefix("sd_unlearn."): header[key] for key in header if key.startswith("sd_unlearn.")}
@@ -101,7 +103,7 @@ def test_both_headers_say_how_the_lora_came_about(tmp_path: Path) -> None:
         assert int.from_bytes(file.read_bytes()[:8], "little") < 1024 * 1024
 
 
-def test_header_says_dynamic_where_ranks_differ(tmp_path: Path) -> None:
+def test_header_says_dynamic_if_ranks_differ(tmp_path: Path) -> None:
     conv = f"base_model.model.{MODULES[1]}.lora_"
     wider = {f"{conv}A.weight": torch.ones(3, 3, 3, 3), f"{conv}B.weight": torch.ones(4, 3, 1, 1)}
     _, file = exported(hand_run(tmp_path, tensors=wider, rank_pattern={"conv1": 3}))
@@ -112,7 +114,7 @@ def test_header_says_dynamic_where_ranks_differ(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("place", ["/home/somebody/models/tiny", "../somebody/tiny", "somebody/tiny.safetensors"])
-def test_date_is_the_trainings_and_a_base_keeps_its_path_private(tmp_path: Path, place: str) -> None:
+def test_date_is_that_of_the_training_and_local_paths_stay_private(tmp_path: Path, place: str) -> None:
     record = training_record(2, 3.0, name=place) | {"created": "2026-11-22T10:00:00+00:00"}
     _, file = exported(hand_run(tmp_path, training=record))
     assert read_header(file)["modelspec.date"] == "2026-11-22T10:00:00+00:00"
@@ -121,31 +123,37 @@ def test_date_is_the_trainings_and_a_base_keeps_its_path_private(tmp_path: Path,
     assert not [data for data in written if b"somebody" in data]
 
 
-def test_results_enter_the_header_only_if_they_judge_this_adapter(tmp_path: Path) -> None:
+def leakage_rows() -> list[dict[str, Any]]:
+    shared = {"metric": "leakage", "group": "direct", "value": 0.01, "n": 200, "detector": "reader"}
+    return [shared | {"subject": subject} for subject in ("base", "mine")]
+
+
+def test_header_holds_results_of_this_adapter_only(tmp_path: Path) -> None:
     run = hand_run(tmp_path)
-    digest = hashlib.sha256((run / "adapter" / "adapter_model.safetensors").read_bytes()).hexdigest()
-    rows = [{"metric": "leakage", "group": "direct", "subject": who, "value": 0.01} for who in ("base", "lora")]
-    protocol = {"sampler": {"steps": 25}, "detector": "reader", "seeds": {"seed": 0}}
-    results = protocol | {"adapter_sha256": digest, "rows": rows}
+    results = evaluation(run, leakage_rows())
     write_json(run / "results.json", results)
-    assert json.loads(read_header(exported(run)[1])["sd_unlearn.results"]) == protocol | {"rows": rows[1:]}
-    write_json(run / "results.json", results | {"adapter_sha256": "00" * 32})
+    content = json.loads(read_header(exported(run)[1])["sd_unlearn.results"])
+    rows = content.pop("rows")
+    assert content == {"detector": "reader", "sampler": results["sampler"], "seeds": results["seeds"]}
+    expected = leakage_rows()[1] | {"concept": SLUG, "subject": "lora"}
+    assert [{key: row[key] for key in expected} for row in rows] == [expected]
+    results["subjects"][1]["sha256"] = "00" * 32
+    write_json(run / "results.json", results)
     assert "sd_unlearn.results" not in read_header(exported(run)[1])
 
 
-def test_results_on_another_base_are_not_told_as_those_of_its_own(tmp_path: Path) -> None:
+def test_header_does_not_hold_results_on_another_base(tmp_path: Path) -> None:
     run = hand_run(tmp_path)
-    digest = hashlib.sha256((run / "adapter" / "adapter_model.safetensors").read_bytes()).hexdigest()
     own = training_record(2, 3.0)["base"]
-    for base, told in (
+    for base, is_own in (
         (own, True),
-        (own | {"vae_sha256": "11" * 32}, True),  # the run is of before VAEs were recorded
+        (own | {"vae_sha256": "11" * 32}, True),  # training.json does not hold the VAE's hash
         (own | {"sha256": "11" * 32}, False),
     ):
-        write_json(run / "results.json", {"adapter_sha256": digest, "rows": [], "base": base})
-        assert ("sd_unlearn.results" in read_header(exported(run)[1])) == told
+        write_json(run / "results.json", evaluation(run, [], base=base))
+        assert ("sd_unlearn.results" in read_header(exported(run)[1])) == is_own
     write_json(run / "training.json", training_record(2, 3.0, vae_sha256="22" * 32))
-    write_json(run / "results.json", {"adapter_sha256": digest, "rows": [], "base": own | {"vae_sha256": "11" * 32}})
+    write_json(run / "results.json", evaluation(run, [], base=own | {"vae_sha256": "11" * 32}))
     assert "sd_unlearn.results" not in read_header(exported(run)[1])
 
 
@@ -162,7 +170,7 @@ def test_exporting_twice_gives_the_same_bytes(tmp_path: Path) -> None:
     ]
 
 
-# ---- what goes wrong ----
+# ---- errors ----
 
 
 @pytest.mark.parametrize(
@@ -193,15 +201,24 @@ def test_a_missing_run_is_named(tmp_path: Path) -> None:
     ("change", "error", "says"),
     [
         ({"training": training_record(2, 3.0, kind="ddpm")}, UnlearnError, '"ddpm"'),
-        ({"training": training_record(4, 3.0)}, UnlearnError, "mixes two trainings.*rank 4.* 2"),
-        ({"training": training_record(2, 2.0)}, UnlearnError, "mixes two trainings.*lora_alpha 2.0"),
+        ({"training": training_record(4, 3.0)}, UnlearnError, "mixes two trainings.*rank is 4 .*but 2"),
+        ({"training": training_record(2, 2.0)}, UnlearnError, "mixes two trainings.*lora_alpha is 2.0"),
         ({"training": {"rank": 2}}, UsageError, '"base"'),
-        ({"training": {"base": {"kind": "sd1", "name": "x"}, "rank": 2}}, UsageError, '"lora_alpha"'),
+        ({"training": {"base": {"kind": "sd1", "name": "x"}, "rank": 2}}, UsageError, '"sha256" in base'),
+        ({"training": {"base": {"kind": "sd1", "name": "x", "sha256": ""}, "rank": 2}}, UsageError, '"lora_alpha"'),
+        (
+            {"training": training_record(2, 3.0) | {"base": []}},
+            UsageError,
+            "training.json: base must be .*--overwrite",
+        ),
+        ({"training": training_record(2, 3.0, kind=["sd1"])}, UsageError, "base.kind must be .*string"),
+        ({"training": training_record(2, 3.0, unet={})}, UsageError, '"layers_per_block" in base.unet'),
         ({"use_dora": True}, UnlearnError, "DoRA"),
         ({"lora_bias": True}, UnlearnError, "lora_bias"),
         ({"bias": "all"}, UnlearnError, 'bias is "all"'),
         ({"peft_type": "LOHA"}, UnlearnError, "LOHA"),
-        ({"r": None}, UnlearnError, "no r and lora_alpha"),
+        ({"r": None}, UsageError, "adapter_config.json: r must be .*Train the run again"),
+        ({"rank_pattern": {"conv1": [2]}}, UsageError, "rank_pattern.conv1 must be"),
         ({"r": 3, "training": training_record(3, 3.0)}, UnlearnError, "rank 2 .*says 3"),
         ({"drop": "conv1.lora_B"}, UnlearnError, "conv1.* only its lora_A"),
         ({"drop": "lora"}, UnlearnError, "no LoRA weights"),
@@ -209,7 +226,7 @@ def test_a_missing_run_is_named(tmp_path: Path) -> None:
         ({"tensors": {"base_model.model.x.lora_A.weight": torch.full((2, 3), torch.nan)}}, UnlearnError, "NaN"),
     ],
 )
-def test_what_cannot_be_exported_is_refused_by_name(
+def test_an_unsupported_or_damaged_run_is_refused_with_its_reason(
     tmp_path: Path, change: dict[str, Any], error: type[UnlearnError], says: str
 ) -> None:
     run = hand_run(tmp_path, **change)
@@ -228,6 +245,16 @@ def test_an_unreadable_adapter_is_named(tmp_path: Path) -> None:
         exported(run)
 
 
+@pytest.mark.parametrize("file", ["training.json", "adapter/adapter_config.json", "results.json"])
+@pytest.mark.parametrize("content", ["{}", "[]", "null", "{", '"text"', '{"base": {"a": [1]}, "rows": 3}'])
+def test_a_damaged_json_file_is_named_in_one_line(tmp_path: Path, file: str, content: str) -> None:
+    run = hand_run(tmp_path)
+    (run / file).write_text(content)
+    with pytest.raises(UsageError, match=Path(file).name) as caught:
+        exported(run)
+    assert "\n" not in str(caught.value)
+
+
 def test_an_oversized_header_is_refused(tmp_path: Path) -> None:
     run = hand_run(tmp_path)
     long = Concept(name="x" * 1024 * 1024, caption="a", generic="b")
@@ -236,7 +263,7 @@ def test_an_oversized_header_is_refused(tmp_path: Path) -> None:
         exported(run)
 
 
-def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+def test_an_output_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     run = hand_run(tmp_path / "run")
     (tmp_path / "file").write_text("not a folder")
     for place in (tmp_path / "file", tmp_path / "file" / "below"):
@@ -250,23 +277,23 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["README.md", DIFFUSERS_FILE, f"{SLUG}.safetensors"])
 def test_files_of_others_are_not_replaced(tmp_path: Path, name: str) -> None:
-    """Nor those of another concept's export, which have the same names."""
+    """Nor are those of another concept's export, which have the same names."""
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / name).write_bytes(b"somebody's own")
-    with pytest.raises(UsageError, match=f"{name} is there already.*--output_dir"):
+    with pytest.raises(UsageError, match=f"{name} already exists.*--output_dir"):
         exported(hand_run(tmp_path / "run"), output_dir=tmp_path / "out")
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == {name: b"somebody's own"}
 
 
-def test_of_two_concepts_the_second_does_not_replace_the_first(tmp_path: Path) -> None:
+def test_a_second_concept_does_not_replace_the_export_of_the_first(tmp_path: Path) -> None:
     exported(hand_run(tmp_path / "one"), output_dir=tmp_path / "out")
     write_concept(hand_run(tmp_path / "two") / "concept.yaml", Concept("Angelina", "a photo of Angelina", "a woman"))
-    with pytest.raises(UsageError, match="no export of .Angelina."):
+    with pytest.raises(UsageError, match="not an export of .Angelina."):
         exported(tmp_path / "two", output_dir=tmp_path / "out")
     exported(tmp_path / "one", output_dir=tmp_path / "out")
 
 
-def test_a_full_disk_leaves_the_earlier_export_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_the_earlier_export_intact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = hand_run(tmp_path)
     exported(run)
     before = {file: file.read_bytes() for file in (run / "export").iterdir()}
