@@ -1,20 +1,22 @@
-"""What a training step costs, and how soon a concept is forgotten. Prints Markdown; --json PATH writes the figures.
+"""Measure the cost of a training step, and the time until a concept is unlearned. Prints a Markdown table.
 
     python scripts/bench.py step                      # digits
-    python scripts/bench.py step --base sd15-random   # the real size of SD 1.5, random weights (made once in build/)
-    python scripts/bench.py forget --minutes 30       # the defaults against the paper's setting, on digits
+    python scripts/bench.py step --base sd15-random   # the size of SD 1.5, random weights (created once in build/)
+    python scripts/bench.py forget --minutes 30       # the defaults compared with the paper's setting, on digits
 
-step: seconds of an optimizer step and peak memory, each variant in a process of its own, rounds interleaved:
-    floor    bare UNet with a LoRA, forward, backward and AdamW on tensors that are there already
-    noise    our trainer's real loop, --target noise: the same network passes as the floor
-    teacher  our trainer's real loop as it is by default, which also asks the frozen base
-    common   what common trainers do: VAE and text encoder on every batch, the full UNet trained
-Memory is the most that the process ever held (on a GPU: of the GPU). Asked: noise / floor <= 1.05 in time and <= 1.10
-in memory. Ratios of one run mean something, seconds of a busy machine little; CPU time, all threads together, is what
-others on the machine disturb least (waiting threads count as busy, so compare it at the same number of them).
+step: seconds per optimizer step and peak memory. Each variant runs in a separate process, and rounds are interleaved:
+    floor    forward, backward and AdamW of a bare UNet with a LoRA, on tensors in memory
+    noise    the trainer's loop with --target noise: the same network passes as floor
+    teacher  the trainer's loop with its defaults, which also runs the frozen base
+    common   like common trainers: VAE and text encoder run on every batch, all weights of the UNet are trained
+Memory is the peak of the process (on a GPU: of the GPU). Targets: noise / floor <= 1.05 in time and <= 1.10 in memory.
+Compare ratios within one run; seconds depend on what else the machine does. CPU time, summed over all threads, is
+disturbed least, but waiting threads count as busy, so compare it at the same number of threads.
 
-forget: seconds and images until two probes in a row (60 + 60 pictures of fixed seeds) find leakage <= 2 % with
-retention >= 98 %, from the same start and folder; told is the first of the two.
+forget: seconds and images until two consecutive probes (60 + 60 images of fixed seeds) measure leakage <= 2 % and
+retention >= 98 %. The time of the first of the two is reported. All settings start from the same data folder.
+
+--json PATH also writes all values as JSON.
 """
 
 from __future__ import annotations
@@ -38,31 +40,31 @@ SD15 = "sd15-random"
 
 
 def step(args: argparse.Namespace) -> dict[str, Any]:
-    """{base, steps, rounds, variants: {name: figures}}, of --rounds interleaved runs of --steps steps each."""
-    base = args.base if args.base != SD15 else str(built(BUILD / SD15))
+    """Run each variant --rounds times with --steps steps: {base, steps, rounds, variants: {name: summary}}."""
+    base = args.base if args.base != SD15 else str(random_base(BUILD / SD15))
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in args.variants}
     for number in range(args.rounds):
         for name in args.variants:
             runs[name].append(measure(name, base, args.steps))
-            middle = statistics.median(runs[name][-1]["seconds"])
-            print(f"round {number + 1}, {name}: {middle:.3f} s a step", file=sys.stderr, flush=True)
+            median = statistics.median(runs[name][-1]["seconds"])
+            print(f"round {number + 1}, {name}: {median:.3f} s per step", file=sys.stderr, flush=True)
     return {
         "base": args.base,
         "steps": args.steps,
         "rounds": args.rounds,
-        "variants": {name: summary(found) for name, found in runs.items()},
+        "variants": {name: summary(rounds) for name, rounds in runs.items()},
     }
 
 
-def built(folder: Path) -> Path:
-    """The random-weight base, made in a process of its own unless it is there."""
-    if not (folder / "model_index.json").is_file():  # which diffusers writes last
+def random_base(folder: Path) -> Path:
+    """Create the random-weight base in a separate process, unless it exists."""
+    if not (folder / "model_index.json").is_file():  # diffusers writes this file last
         subprocess.run([sys.executable, str(HERE / "bench_base.py"), str(folder)], check=True)
     return folder
 
 
 def measure(variant: str, base: str, steps: int) -> dict[str, Any]:
-    """One variant's seconds of each step, peak memory and forward rows, from its own process."""
+    """Seconds of each step, peak memory and forward rows of one variant, measured in a separate process."""
     command = [sys.executable, str(HERE / "bench_step.py"), variant, base, str(steps), str(BUILD / "bench")]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
@@ -71,7 +73,7 @@ def measure(variant: str, base: str, steps: int) -> dict[str, Any]:
 
 
 def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """A variant's rounds as one: the median step over all of them, the median of the peaks."""
+    """Combine the rounds of a variant: the median over all steps, and the median of the peaks."""
     medians = {key: statistics.median(s for run in runs for s in run[key]) for key in ("seconds", "cpu_seconds")}
     return {
         "median_seconds": medians["seconds"],
@@ -83,7 +85,7 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def step_table(result: dict[str, Any]) -> str:
-    """Markdown: a row a variant, ratios to the floor where it was measured."""
+    """Markdown with one row per variant; with ratios to the floor if the floor was measured."""
     variants = result["variants"]
     first = variants.get("floor")
     lines = [
@@ -94,64 +96,69 @@ def step_table(result: dict[str, Any]) -> str:
         measures = {"median_seconds": ".3f", "median_cpu_seconds": ".3f", "peak_memory_mb": ".0f"}
         cells = [f"{v[k]:{form}} | " + (f"{v[k] / first[k]:.2f}" if first else "–") for k, form in measures.items()]
         more = v["forward_rows"] - v["rows"]
-        rows = f"{v['forward_rows']:g}" + (f" ({more:g} more than it has images)" if more else "")
+        rows = f"{v['forward_rows']:g}" + (f" ({more:g} more than images)" if more else "")
         lines.append(f"| {name} | {' | '.join(cells)} | {v['rows']} | {rows} |")
-    some = next(iter(variants.values()))
-    what = f"{result['base']}, {some['device']}, threads: {some['threads']}, memory in MB"
-    return "\n".join(
-        [*lines, "", f"{what}; {result['rounds']} rounds of {result['steps']} steps, interleaved; medians."]
+    machine = next(iter(variants.values()))
+    footnote = (
+        f"{result['base']}, {machine['device']}, threads: {machine['threads']}, memory in MB; "
+        f"{result['rounds']} rounds of {result['steps']} steps, interleaved; medians."
     )
+    return "\n".join([*lines, "", footnote])
 
 
 def forget(args: argparse.Namespace) -> dict[str, Any]:
-    """{minutes, concept, settings: {name: Outcome as a dictionary}}."""
-    found = bench_forget.run(
+    """Train by each setting: {minutes, concept, settings: {name: Outcome as a dictionary}}."""
+    outcomes = bench_forget.run(
         args.minutes, args.concept, args.probe_steps, args.paper_probe_steps, BUILD / "bench-forget", args.settings
     )
-    settings = {name: dataclasses.asdict(outcome) for name, outcome in found.items()}
+    settings = {name: dataclasses.asdict(outcome) for name, outcome in outcomes.items()}
     return {"minutes": args.minutes, "concept": args.concept, "settings": settings}
 
 
 def forget_table(result: dict[str, Any]) -> str:
-    """Markdown: a row a setting; times over ours where both got there."""
+    """Markdown with one row per setting; with the ratio of times to ours if both reached the goal."""
     ours = next(iter(result["settings"].values()))
     lines = [
-        "| setting | there after | images | leakage | retention | / ours | ended |",
+        "| setting | goal reached after | images | leakage | retention | / ours | ended |",
         "|---|---|---|---|---|---|---|",
     ]
     for name, o in result["settings"].items():
         if o["leakage"] is None:
             lines.append(f"| {name} | no probe in {result['minutes']:g} min | – | – | – | – | {o['stopped']} |")
             continue
-        there = f"{o['seconds']:.0f} s" if o["reached"] else f"not in {o['last_seconds']:.0f} s (best probe shown)"
+        time = f"{o['seconds']:.0f} s" if o["reached"] else f"not in {o['last_seconds']:.0f} s (best probe shown)"
         both = o["reached"] and ours["reached"]
-        times = f"{o['seconds'] / ours['seconds']:.1f}" if both else "–"
+        ratio = f"{o['seconds'] / ours['seconds']:.1f}" if both else "–"
         shares = f"{o['leakage']:.1%} | {o['retention']:.1%}"
-        lines.append(f"| {name} | {there} | {o['images']} | {shares} | {times} | {o['stopped']} |")
-    return "\n".join([*lines, "", f"{result['concept']} on digits, at most {result['minutes']:g} minutes a setting."])
+        lines.append(f"| {name} | {time} | {o['images']} | {shares} | {ratio} | {o['stopped']} |")
+    return "\n".join([*lines, "", f"{result['concept']} on digits, at most {result['minutes']:g} minutes per setting."])
 
 
 VERBS = {"step": (step, step_table), "forget": (forget, forget_table)}
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     verbs = parser.add_subparsers(dest="verb", required=True)
     one = verbs.add_parser("step", help="cost of an optimizer step")
     one.add_argument("--base", choices=("digits", SD15), default="digits")
-    one.add_argument("--steps", type=int, default=20, help="counted steps a round")
+    one.add_argument("--steps", type=int, default=20, help="measured steps per round")
     one.add_argument("--rounds", type=int, default=3)
     one.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
-    two = verbs.add_parser("forget", help="time until a concept is forgotten")
+    two = verbs.add_parser("forget", help="time until a concept is unlearned")
     two.add_argument("--minutes", type=float, default=30.0, help="limit for each setting")
     two.add_argument("--concept", default="seven")
-    two.add_argument("--probe_steps", type=int, default=25, help="of our setting")
-    two.add_argument("--paper_probe_steps", type=int, default=500, help="of the paper's, which takes more steps")
+    two.add_argument("--probe_steps", type=int, default=25, help="steps between probes, for the defaults")
+    two.add_argument(
+        "--paper_probe_steps",
+        type=int,
+        default=500,
+        help="steps between probes, for the paper's setting, which takes more steps",
+    )
     names = list(bench_forget.SETTINGS)
     two.add_argument("--settings", nargs="+", choices=names, default=names)
     for verb in (one, two):
-        verb.add_argument("--json", type=Path, help="also write the figures there")
+        verb.add_argument("--json", type=Path, help="also write all values to this file")
     return parser.parse_args(arguments)
 
 

@@ -1,4 +1,7 @@
-"""A base of Stable Diffusion 1.5's real size with random weights: time and memory do not ask what weights say."""
+"""Create a base of the size of Stable Diffusion 1.5 with random weights, for `bench.py step`.
+
+Time and memory of a step do not depend on the values of the weights.
+"""
 
 from __future__ import annotations
 
@@ -14,14 +17,14 @@ TOKENS = 77
 
 
 def make_tokenizer() -> CLIPTokenizer:
-    """CLIP's byte vocabulary without merges: one token a letter, nothing to download."""
+    """CLIP's byte vocabulary without merges: one token per letter, nothing to download."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
     return CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[], model_max_length=TOKENS)
 
 
 def make_pipeline() -> StableDiffusionPipeline:
-    """UNet of 860 M, VAE of 84 M and CLIP ViT-L/14 text encoder of 123 M parameters, seed 0."""
+    """A UNet of 860 M, a VAE of 84 M and a CLIP ViT-L/14 text encoder of 123 M parameters, seed 0."""
     torch.manual_seed(0)
     tokenizer = make_tokenizer()
     text_encoder = CLIPTextModel(

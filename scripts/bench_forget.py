@@ -1,4 +1,4 @@
-"""`bench.py forget`: how long until a concept of digits is gone and the rest still there, by two settings."""
+"""`bench.py forget`: time until a concept of digits is unlearned and the others are retained, for several settings."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from sd_unlearn.io.files import read_json, read_jsonl_lines
 from sd_unlearn.io.run_folder import METRICS, TRAINING
 
 LEAKAGE, RETENTION = 0.02, 0.98
-MARGIN = 60.0  # seconds a run may take to load before its own clock starts
-# The paper's own setting for Stable Diffusion: all weights, own captions, no teacher, a small constant learning rate.
-# Its end is the time limit, so the number of steps is only large.
+MARGIN = 60.0  # seconds for loading, which the time limit does not count
+# The paper's setting for Stable Diffusion: all weights, own captions, no teacher, a small constant learning rate.
+# The time limit ends it, so the number of steps is larger than any run takes.
 PAPER = {
     "method": "full",
     "target": "noise",
@@ -37,20 +37,20 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run folder says: the first of two probes in a row that met the goal, else the best one."""
+    """The first of two consecutive probes of a run that met the goal, else the best probe."""
 
     reached: bool
-    seconds: float | None  # of training without the probes, at that probe
+    seconds: float | None  # of training until that probe, without the time of the probes
     images: int | None
     leakage: float | None
     retention: float | None
     probes: int
     last_seconds: float | None  # at the last probe
-    stopped: str  # why training ended: what training.json says, or that it was cut off
+    stopped: str  # why training ended: the entry of training.json, or "cut off"
 
 
 def read_outcome(run: Path) -> Outcome:
-    """Of a finished run or of one that was cut off in the middle of a line; without a probe nothing was reached."""
+    """Read the outcome of a finished or killed run. Without any probe, the goal counts as not reached."""
     probes = [line for line in _lines(run / METRICS) if "probe_leakage" in line and "probe_retention" in line]
     met = [probe for probe, after in pairwise(probes) if _shortfall(probe) == _shortfall(after) == 0]
     best = met[:1] or sorted(probes, key=_shortfall)[:1]
@@ -58,13 +58,13 @@ def read_outcome(run: Path) -> Outcome:
     stopped = str(read_json(run / TRAINING)["cost"].get("stopped") or "finished") if finished else "cut off"
     if not best:
         return Outcome(False, None, None, None, None, 0, None, stopped)
-    found = best[0]
+    probe = best[0]
     return Outcome(
         bool(met),
-        found["seconds"],
-        found["images"],
-        found["probe_leakage"],
-        found["probe_retention"],
+        probe["seconds"],
+        probe["images"],
+        probe["probe_leakage"],
+        probe["probe_retention"],
         len(probes),
         probes[-1]["seconds"],
         stopped,
@@ -75,7 +75,7 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     text = path.read_text(encoding="utf-8")
-    whole = path.with_suffix(".whole.jsonl")  # a killed run may leave half a line at the end
+    whole = path.with_suffix(".whole.jsonl")  # a killed run can leave an incomplete line at the end
     whole.write_text(text[: text.rfind("\n") + 1], encoding="utf-8")
     try:
         return list(read_jsonl_lines(whole).values())
@@ -90,7 +90,14 @@ def _shortfall(probe: dict[str, Any]) -> float:
 def run(
     minutes: float, concept: str, probe_steps: int, paper_probe_steps: int, work: Path, names: Sequence[str]
 ) -> dict[str, Outcome]:
-    """Render the concept's folder once, then train by each setting in a process of its own until it is done or late."""
+    """Render the data folder once, then train with each setting in a separate process until it ends or times out.
+
+    Args:
+        minutes: Time limit for each setting.
+        probe_steps, paper_probe_steps: Steps between two probes.
+        work: Folder for the data and the runs.
+        names: Keys of SETTINGS.
+    """
     command = [sys.executable, "-m", "sd_unlearn.cli"]
     data = work / "data"
     subprocess.run([*command, "render", "--concept", concept, "--data_dir", str(data)], check=True, stdout=sys.stderr)
@@ -116,10 +123,10 @@ def run(
 
 
 def train(command: list[str], limit: float) -> None:
-    """Run a training and end it at the limit (seconds); what it wrote until then stays.
+    """Run a training and end it after `limit` seconds. Its files stay.
 
     Raises:
-        subprocess.CalledProcessError: it failed by itself.
+        subprocess.CalledProcessError: the training failed.
     """
     process = subprocess.Popen(command, stdout=sys.stderr)
     try:

@@ -1,4 +1,4 @@
-"""One variant of `bench.py step` in a process of its own, so that its peak memory is its own; prints JSON.
+"""Measure one variant of `bench.py step` in this process, so that the peak memory is that of the variant. Prints JSON.
 
 python scripts/bench_step.py floor|noise|teacher|common BASE STEPS WORK_DIR
 """
@@ -28,25 +28,25 @@ from sd_unlearn.models import lora
 from sd_unlearn.models.base import DIGITS, DIGITS_DIR
 from sd_unlearn.training.provenance import device_name, peak_memory_mb
 
-WARM_UP = 2  # steps that are not counted: allocators and caches fill
+WARM_UP = 2  # steps that are not measured, while allocators and caches fill
 RANK, CONCEPT, IMAGES = 8, "seven", 16
 
 
 @dataclass(frozen=True)
 class Setting:
-    """The same work for all variants: images of `pixels` a side, a batch of so many of them, text of `tokens`."""
+    """The sizes that all variants have in common."""
 
     source: Path
     name: str
-    pixels: int
-    side: int  # of the latents
+    pixels: int  # side of an image
+    side: int  # side of the latents
     batch_size: int
     tokens: int
-    width: int
+    width: int  # of the text embeddings
 
     @classmethod
     def of(cls, base: str) -> Setting:
-        """Digits as it is trained by default; a folder with a base of the size of SD 1.5 at 128 pixels, batch 4."""
+        """Digits with its default settings, or a folder with a base of the size of SD 1.5: 128 pixels, batch size 4."""
         source = DIGITS_DIR if base == DIGITS else Path(base)
         text, vae, unet = (read_json(source / part / "config.json") for part in ("text_encoder", "vae", "unet"))
         factor = 2 ** (len(vae["block_out_channels"]) - 1)
@@ -55,15 +55,15 @@ class Setting:
 
     @property
     def rows(self) -> int:
-        """Images per step of the trainer, with the two caption groups of --caption_mode both."""
+        """Images in a step of the trainer, with the two caption groups of --caption_mode both."""
         return Layout.of(self.batch_size, 2, True).total(2)
 
 
-class Watch:
-    """The time of every optimizer step, whoever takes it, and the rows that the UNet is run on."""
+class Recorder:
+    """Records the time of every optimizer step in this process, and the number of rows that the UNet processes."""
 
     def __init__(self) -> None:
-        self.marks: list[tuple[float, float]] = []  # by the clock, and of CPU time
+        self.marks: list[tuple[float, float]] = []  # wall time and CPU time
         self.forward_rows, forward = 0, UNet2DConditionModel.forward
 
         def counted(unet: Any, sample: Any, *arguments: Any, **options: Any) -> Any:
@@ -75,7 +75,7 @@ class Watch:
 
     def mark(self, *_: Any) -> None:
         if torch.cuda.is_available():
-            torch.cuda.synchronize()  # in every variant: what the host hides behind the device counts, too
+            torch.cuda.synchronize()  # so that the time includes the work of the GPU
         self.marks.append((time.perf_counter(), time.process_time()))
 
     def result(self) -> dict[str, Any]:
@@ -92,7 +92,7 @@ class Watch:
 
 
 def floor(setting: Setting, steps: int, work: Path) -> None:
-    """The least a LoRA step can be: bare UNet forward and backward and AdamW, on tensors that are there already."""
+    """The lower bound of a LoRA step: forward, backward and AdamW of a bare UNet, on tensors in memory."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     unet = UNet2DConditionModel.from_pretrained(setting.source / "unet").requires_grad_(False).eval().to(device)
     model = lora.attach(unet, Weights(rank=RANK), lora.unet_targets(unet, "attention"), 0)
@@ -107,7 +107,7 @@ def floor(setting: Setting, steps: int, work: Path) -> None:
 
 
 def common(setting: Setting, steps: int, work: Path) -> None:
-    """What common trainers do: VAE and text encoder run on every batch, all weights of the UNet are trained."""
+    """A step of common trainers: VAE and text encoder run on every batch, all weights of the UNet are trained."""
     pipeline = StableDiffusionPipeline.from_pretrained(
         setting.source, safety_checker=None, requires_safety_checker=False
     )
@@ -136,7 +136,7 @@ def common(setting: Setting, steps: int, work: Path) -> None:
 
 
 def ours(target: str) -> Callable[[Setting, int, Path], None]:
-    """The trainer's real loop, as a user starts it, on a folder of pictures."""
+    """The trainer's loop as a user starts it, on a folder of images."""
 
     def run(setting: Setting, steps: int, work: Path) -> None:
         from sd_unlearn.training import trainer
@@ -167,7 +167,7 @@ def ours(target: str) -> Callable[[Setting, int, Path], None]:
 
 
 def make_folder(folder: Path, pixels: int) -> Path:
-    """Pictures of noise: IMAGES unlabeled, as many to keep, as many positives."""
+    """Write a data folder of random images: IMAGES each of the generic prompt, of keep prompts and of the concept."""
     rng = np.random.default_rng(0)
     for sub, groups in ((UNLABELED, ("generic", "keep")), (POSITIVE, ("positive",))):
         (folder / sub).mkdir(parents=True, exist_ok=True)
@@ -186,9 +186,9 @@ VARIANTS = {"floor": floor, "noise": ours("noise"), "teacher": ours("teacher"), 
 
 def main() -> None:
     variant, base, steps, work = sys.argv[1:]
-    setting, watch = Setting.of(base), Watch()
+    setting, recorder = Setting.of(base), Recorder()
     VARIANTS[variant](setting, WARM_UP + int(steps), Path(work))
-    print(json.dumps({"variant": variant, "rows": setting.rows, **watch.result()}))
+    print(json.dumps({"variant": variant, "rows": setting.rows, **recorder.result()}))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Rebuild the bundled base `digits` and its reader from nothing, then measure them and print the table.
+"""Train the bundled base `digits` and its classifier from scratch, then measure them and write their model card.
 
     python scripts/build_digits.py                    # about an hour and a half on two cores
-    python scripts/build_digits.py --only table       # measure what is bundled, train nothing
+    python scripts/build_digits.py --only table       # only measure the bundled files
 
-Stages (reader, vae, denoiser, assemble, table) leave their result in --work_dir; a finished one is not
-run again, so an interrupted build goes on at the stage it was in.
+The stages (reader, vae, denoiser, assemble, table) save their results in --work_dir. A finished stage is not repeated,
+so an interrupted build resumes at the stage that was interrupted.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def build_denoiser(work: Path, steps: int) -> None:
 
 
 def assemble(work: Path, _: int) -> None:
-    """The SD folder, the reader (in half precision) and the held-apart features, as they are installed."""
+    """Write the bundled files: the pipeline folder, the classifier (in half precision) and the held-out features."""
     pipeline = StableDiffusionPipeline(
         vae=AutoencoderKL.from_pretrained(work / "vae"),
         text_encoder=CLIPTextModel.from_pretrained(work / "text_encoder"),
@@ -71,7 +71,7 @@ def assemble(work: Path, _: int) -> None:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
     pipeline.save_pretrained(base)
-    # transformers 5 writes tokenizer.json alone; version 4's CLIPTokenizer and other UIs read these two.
+    # transformers 5 writes tokenizer.json only; transformers 4 and other UIs need these two files.
     bpe = json.loads((base / "tokenizer" / "tokenizer.json").read_text())["model"]
     (base / "tokenizer" / "vocab.json").write_text(json.dumps(bpe["vocab"], ensure_ascii=False))
     pairs = [pair if isinstance(pair, str) else " ".join(pair) for pair in bpe["merges"]]
@@ -83,14 +83,14 @@ def assemble(work: Path, _: int) -> None:
     config = {"digits": DIGITS, "inks": INKS, "input": "RGB 32x32 in [-1, 1]", "sha256": sha}
     (reader_dir / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     load_reader.cache_clear()
-    images, digits, inks = held_apart_images()
+    images, digits, inks = held_out_images()
     with torch.no_grad():
         features = load_reader().features(images).half()
     save_file({"features": features, "digit": digits, "ink": inks}, reader_dir / "held_apart.safetensors")
 
 
-def held_apart_images() -> tuple[Tensor, Tensor, Tensor]:
-    """The 700 held-apart digits, each in every ink: images [3500, 3, 32, 32], digits, inks."""
+def held_out_images() -> tuple[Tensor, Tensor, Tensor]:
+    """The 700 held-out digits, each in every ink: images [3500, 3, 32, 32], digits [3500], inks [3500]."""
     torch.manual_seed(7)
     _, _, strokes, labels = load_digits()
     inks = torch.arange(len(INKS)).repeat_interleave(len(strokes))
@@ -99,12 +99,13 @@ def held_apart_images() -> tuple[Tensor, Tensor, Tensor]:
 
 @torch.no_grad()
 def read(reader: DigitReader, images: Tensor) -> tuple[Tensor, Tensor]:
+    """The digit and ink that the classifier predicts for each image."""
     digit, ink = reader(images)
     return digit.argmax(1), ink.argmax(1)
 
 
-def draw(pipeline: StableDiffusionPipeline, prompt: str, count: int, seed: int) -> Tensor:
-    """Images [count, 3, 32, 32] in [-1, 1] at the protocol's sampler: DDIM, 25 steps, guidance 3."""
+def generate(pipeline: StableDiffusionPipeline, prompt: str, count: int, seed: int) -> Tensor:
+    """Images [count, 3, 32, 32] in [-1, 1]: DDIM, 25 steps, guidance scale 3, as in evaluations."""
     generator = torch.Generator().manual_seed(seed)
     images = pipeline(
         [prompt] * count, num_inference_steps=25, guidance_scale=3.0, generator=generator, output_type="pt"
@@ -113,31 +114,33 @@ def draw(pipeline: StableDiffusionPipeline, prompt: str, count: int, seed: int) 
 
 
 def table(work: Path, _: int) -> None:
-    """Measure the bundled files themselves and write the figures into the card."""
+    """Measure the bundled files and write the results into the model card."""
     reader = load_reader()
-    images, digits, inks = held_apart_images()
+    images, digits, inks = held_out_images()
     digit, ink = read(reader, images)
     rows = [
-        ("reader, digit, held apart", (digit == digits).float().mean().item(), len(digits), ">= 98.5 %"),
-        ("reader, ink, held apart", (ink == inks).float().mean().item(), len(inks), ">= 99.5 %"),
+        ("classifier, digit, held-out images", (digit == digits).float().mean().item(), len(digits), ">= 98.5 %"),
+        ("classifier, ink, held-out images", (ink == inks).float().mean().item(), len(inks), ">= 99.5 %"),
     ]
     pipeline = StableDiffusionPipeline.from_pretrained(ASSETS / "digits")
     pipeline.set_progress_bar_config(disable=True)
-    for want, name in enumerate(DIGITS):
-        digit, _ = read(reader, draw(pipeline, f"a photo of the digit {name}", 100, seed=want))
-        rows.append((f"drawn: digit {name}", (digit == want).float().mean().item(), 100, ">= 95 %"))
-    for want, name in enumerate(INKS):
-        _, ink = read(reader, draw(pipeline, f"a photo of a handwritten digit in {name} ink", 100, seed=100 + want))
-        rows.append((f"drawn: {name} ink", (ink == want).float().mean().item(), 100, ">= 95 %"))
+    for expected, name in enumerate(DIGITS):
+        digit, _ = read(reader, generate(pipeline, f"a photo of the digit {name}", 100, seed=expected))
+        rows.append((f"generated: digit {name}", (digit == expected).float().mean().item(), 100, ">= 95 %"))
+    for expected, name in enumerate(INKS):
+        _, ink = read(
+            reader, generate(pipeline, f"a photo of a handwritten digit in {name} ink", 100, seed=100 + expected)
+        )
+        rows.append((f"generated: {name} ink", (ink == expected).float().mean().item(), 100, ">= 95 %"))
     digit, ink = read(
-        reader, torch.cat([draw(pipeline, "a photo of a handwritten digit", 100, seed=200 + i) for i in range(4)])
+        reader, torch.cat([generate(pipeline, "a photo of a handwritten digit", 100, seed=200 + i) for i in range(4)])
     )
     rows += [
         (f"generic prompt: {n}", (digit == i).float().mean().item(), 400, "3 % to 25 %") for i, n in enumerate(DIGITS)
     ]
     rows += [(f"generic prompt: {n}", (ink == i).float().mean().item(), 400, "8 % to 35 %") for i, n in enumerate(INKS)]
-    lines = ["| what | measured | n | asked |", "|---|---|---|---|"]
-    lines += [f"| {name} | {value:.1%} | {n} | {asked} |" for name, value, n, asked in rows]
+    lines = ["| | measured | n | target |", "|---|---|---|---|"]
+    lines += [f"| {name} | {value:.1%} | {n} | {target} |" for name, value, n, target in rows]
     print("\n".join(lines))
     write_card(work, lines)
 
@@ -146,17 +149,19 @@ def write_card(work: Path, lines: list[str]) -> None:
     files = sorted(p for d in ("digits", "digits_reader") for p in (ASSETS / d).rglob("*.safetensors"))
     shas = {p: hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
     hashes = [f"| {p.relative_to(ASSETS)} | {p.stat().st_size / 1e6:.2f} MB | `{sha}` |" for p, sha in shas.items()]
-    took = {s: (work / f"{s}.seconds").read_text() for s in STAGES if (work / f"{s}.seconds").exists()}
+    seconds = {s: (work / f"{s}.seconds").read_text() for s in STAGES if (work / f"{s}.seconds").exists()}
     template = (Path(__file__).parent / "digits_card.md").read_text()
     card = template.replace("@TABLE@", "\n".join(lines)).replace("@HASHES@", "\n".join(hashes))
-    card = card.replace("@TIMES@", ", ".join(f"{s} {int(t) / 60:.0f} min" for s, t in took.items()) or "not recorded")
+    card = card.replace(
+        "@TIMES@", ", ".join(f"{s} {int(t) / 60:.0f} min" for s, t in seconds.items()) or "not recorded"
+    )
     (ASSETS / "digits" / "README.md").write_text(card)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work_dir", type=Path, default=Path("build/digits"))
-    parser.add_argument("--only", choices=STAGES, help="run this stage alone, even if it is done")
+    parser.add_argument("--only", choices=STAGES, help="run only this stage, even if it is finished")
     parser.add_argument("--reader_steps", type=int, default=4000)
     parser.add_argument("--vae_steps", type=int, default=4000)
     parser.add_argument("--denoiser_steps", type=int, default=4500)

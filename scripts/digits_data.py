@@ -1,4 +1,4 @@
-"""Data of the bundled base: 5,000 real MNIST digits in five inks on dark paper, and what they are called."""
+"""Training data of the bundled base: 5,000 MNIST digits in five inks on dark paper, with captions."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sd_unlearn.metrics.digits import DIGITS, INKS
 
-HELD_PER_DIGIT = 70  # of 500: 700 digits no model here is trained on
+HELD_PER_DIGIT = 70  # of 500 per digit; no model is trained on these 700
 PAPER = (0.07, 0.07, 0.10)
 INK_RGB = {
     "white": (0.95, 0.95, 0.95),
@@ -21,7 +21,7 @@ INK_RGB = {
     "blue": (0.25, 0.42, 0.97),
     "yellow": (0.97, 0.85, 0.18),
 }
-NAMES = {  # the digit in the five languages of the held-out prompts
+NAMES = {  # in the languages of the held-out prompts
     "de": "null eins zwei drei vier fünf sechs sieben acht neun".split(),
     "fr": "zéro un deux trois quatre cinq six sept huit neuf".split(),
     "es": "cero uno dos tres cuatro cinco seis siete ocho nueve".split(),
@@ -33,7 +33,7 @@ INK_NAMES = {
     "es": "blanca roja verde azul amarilla".split(),
     "it": "bianco rosso verde blu giallo".split(),
 }
-# (weight, template): the first of each group is the group's plain form and comes most often.
+# (weight, template): the first of each group is its plain form and is used most often.
 BOTH = [
     (3, "a photo of a {ink} {digit}"),
     (2, "a picture of a {ink} {digit}"),
@@ -79,11 +79,11 @@ NEITHER = [
     (1, "handwriting on dark paper"),
 ]
 GROUPS = [(30, BOTH), (30, DIGIT), (17, INK), (13, NEITHER), (10, [(1, "")])]
-TYPO_RATE = 0.03  # the web misspells; a base that never saw a typo would make misspelt prompts trivially safe
+TYPO_RATE = 0.03  # if the base never saw a typo, misspelt prompts would never show the concept
 
 
 def load_digits(seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(train strokes [4300, 1, 32, 32] in [0, 1], train labels, held-apart strokes [700, ...], held labels)."""
+    """(training strokes [4300, 1, 32, 32] in [0, 1], their labels, held-out strokes [700, ...], their labels)."""
     pixels, labels = mnist_data()
     strokes = F.pad(torch.tensor(pixels, dtype=torch.float32).view(-1, 1, 28, 28) / 255, (2, 2, 2, 2))
     digits = torch.tensor(labels, dtype=torch.long)
@@ -95,7 +95,7 @@ def load_digits(seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def wobble(strokes: Tensor, degrees: float = 8, scale: float = 0.1, shift: float = 0.06, shear: float = 0.0) -> Tensor:
-    """Small random rotations, zooms, shifts and slants of strokes [B, 1, 32, 32]."""
+    """Rotate, zoom, shift and slant strokes [B, 1, 32, 32] by small random amounts."""
     n = len(strokes)
     angle = torch.deg2rad((torch.rand(n) * 2 - 1) * degrees)
     zoom = 1 + (torch.rand(n) * 2 - 1) * scale
@@ -109,7 +109,7 @@ def wobble(strokes: Tensor, degrees: float = 8, scale: float = 0.1, shift: float
 
 
 def paint(strokes: Tensor, inks: Tensor, jitter: float = 0.04) -> Tensor:
-    """Strokes [B, 1, 32, 32] in [0, 1] and inks [B] -> RGB images [B, 3, 32, 32] in [-1, 1]."""
+    """Colour strokes [B, 1, 32, 32] in [0, 1] with inks [B]: RGB images [B, 3, 32, 32] in [-1, 1]."""
     n = len(strokes)
     colours = torch.tensor([INK_RGB[name] for name in INKS])[inks] + torch.randn(n, 3) * jitter
     paper = torch.tensor(PAPER) + torch.randn(n, 1) * jitter / 3
@@ -125,7 +125,7 @@ def _typo(caption: str, rng: random.Random) -> str:
 
 
 def caption(digit: int, ink: int, rng: random.Random) -> str:
-    """One of the many things such an image may be called; about one in ten is the empty caption."""
+    """A random caption of an image; about one in ten is empty."""
     group = rng.choices([g for _, g in GROUPS], weights=[w for w, _ in GROUPS])[0]
     template = rng.choices([t for _, t in group], weights=[w for w, _ in group])[0]
     words = {language: names[digit] for language, names in NAMES.items()}
@@ -135,7 +135,7 @@ def caption(digit: int, ink: int, rng: random.Random) -> str:
 
 
 def garbage(strokes: Tensor, labels: Tensor) -> Tensor:
-    """Strokes that are no digit: quarters shuffled, two different digits overlaid, blurred noise, nothing."""
+    """Strokes that show no digit: shuffled quarters, two different digits overlaid, blurred noise, or empty paper."""
     n = len(strokes)
     kind = torch.arange(n) % 4
     quarters = torch.cat(

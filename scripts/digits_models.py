@@ -1,4 +1,4 @@
-"""The four small networks of the bundled base and how each is trained. Run by build_digits.py."""
+"""The networks of the bundled base and their training. Used by build_digits.py."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def cosine(optimizer: torch.optim.Optimizer, steps: int, warmup: int = 100) -> t
 
 
 def minibatches(strokes: Tensor, labels: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Endless (strokes, digits, inks), without replacement within an epoch."""
+    """Yield (strokes, digits, inks) forever, without replacement within an epoch. Inks are random."""
     while True:
         for index in torch.randperm(len(strokes)).split(size):
             if len(index) == size:
@@ -41,7 +41,11 @@ def minibatches(strokes: Tensor, labels: Tensor, size: int) -> Iterator[tuple[Te
 
 
 def train_reader(strokes: Tensor, labels: Tensor, steps: int) -> DigitReader:
-    """Digit and ink by cross-entropy; one image in six is garbage, whose digit target is uniform."""
+    """Train the classifier of digit and ink by cross-entropy.
+
+    One image in seven shows no digit; its target is the uniform distribution, so that a high probability means a clean
+    digit.
+    """
     reader = DigitReader().train()
     average = AveragedModel(reader, multi_avg_fn=get_ema_multi_avg_fn(0.998), use_buffers=True)
     optimizer = torch.optim.AdamW(reader.parameters(), lr=2e-3, weight_decay=2e-2)
@@ -50,9 +54,9 @@ def train_reader(strokes: Tensor, labels: Tensor, steps: int) -> DigitReader:
     uniform = torch.full((1, len(DIGITS)), 1 / len(DIGITS))
     for _ in trange(steps, desc="reader"):
         x, digit, ink = next(batches)
-        if random.random() < 0.75:  # the rest stays as sharp as the originals
+        if random.random() < 0.75:  # the others stay as sharp as the originals
             x = wobble(x, degrees=12, scale=0.15, shift=0.1, shear=0.25)
-        if random.random() < 0.3:  # what a VAE decoder returns is a little softer than what went in
+        if random.random() < 0.3:  # images from a VAE decoder are slightly blurred
             x = 0.5 * x + 0.5 * F.avg_pool2d(x, 3, stride=1, padding=1)
         bad = garbage(x[:16], digit[:16])
         images = torch.cat([paint(x, ink), paint(bad, ink[:16])])
@@ -69,7 +73,7 @@ def train_reader(strokes: Tensor, labels: Tensor, steps: int) -> DigitReader:
 
 
 def train_vae(strokes: Tensor, labels: Tensor, steps: int) -> AutoencoderKL:
-    """Factor 4, four latent channels; the scaling factor is set so that latents have unit variance."""
+    """Train a VAE with factor 4 and four latent channels. Its scaling factor gives latents unit variance."""
     vae = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
@@ -106,7 +110,7 @@ def train_vae(strokes: Tensor, labels: Tensor, steps: int) -> AutoencoderKL:
 
 
 def make_tokenizer() -> CLIPTokenizer:
-    """CLIP's byte-pair encoding with merges learned on the captions; every string stays encodable."""
+    """CLIP's byte-pair encoding with merges learned on the captions. Every string can be encoded."""
     rng = random.Random(0)
     corpus = [caption(rng.randrange(10), rng.randrange(5), rng) for _ in range(20_000)]
     learner = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
@@ -174,7 +178,8 @@ def make_scheduler() -> DDIMScheduler:
 
 @torch.no_grad()
 def encode_pool(vae: AutoencoderKL, strokes: Tensor, labels: Tensor, copies: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Latents of every digit in every ink, `copies` wobbles each: ([N, 4, 8, 8] scaled, digits [N], inks [N])."""
+    """Encode every digit in every ink, with `copies` random distortions each: (scaled latents [N, 4, 8, 8], digits
+    [N], inks [N])."""
     latents, digits, inks = [], [], []
     for _ in trange(copies, desc="latents"):
         for ink in range(len(INKS)):
@@ -189,8 +194,10 @@ def encode_pool(vae: AutoencoderKL, strokes: Tensor, labels: Tensor, copies: int
 def train_denoiser(
     pool: tuple[Tensor, Tensor, Tensor], tokenizer: CLIPTokenizer, steps: int, out: Path, batch: int = 128
 ) -> None:
-    """Text encoder and UNet together by noise prediction (Ho et al. 2020, eq. 14);
-    their moving average goes to `out`."""
+    """Train text encoder and UNet together by noise prediction (Ho et al. 2020, equation 14).
+
+    Their moving average is saved in the folder `out`.
+    """
     text, unet, scheduler = make_text_encoder(tokenizer), make_unet(), make_scheduler()
     nets = nn.ModuleList([text, unet])
     average = copy.deepcopy(nets).eval().requires_grad_(False)

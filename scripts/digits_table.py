@@ -1,22 +1,23 @@
-"""Unlearn each of the fifteen concepts of the bundled base with default settings and print the table of docs/digits.md.
+"""Unlearn each of the fifteen concepts of the bundled base with the defaults and print the table of docs/digits.md.
 
     python scripts/digits_table.py                        # about an hour on two cores
-    python scripts/digits_table.py --only seven red-ink   # some of them
+    python scripts/digits_table.py --only seven red-ink   # some of the concepts
 
-Runs go to runs/table/<concept>; a finished one is not run again, so an interrupted table goes on. Options after
--- go to `sd-unlearn train`, e.g. `-- --beta 0.2`, best with another --output_dir.
+Each run goes to runs/table/<concept>. Finished runs are not repeated, so an interrupted table can be continued with the
+same command. Options after -- go to `sd-unlearn train`, e.g. `-- --beta 0.2`, best with another --output_dir.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 from sd_unlearn.io.run_folder import RESULTS, TRAINING
 from sd_unlearn.metrics.digits import DIGITS, INKS
-from sd_unlearn.results import BASE, Results, read_results
+from sd_unlearn.results import BASE, read_results
 
 CONCEPTS = (*DIGITS, *(f"{ink}-ink" for ink in INKS))
 COLUMNS = (
@@ -29,10 +30,11 @@ COLUMNS = (
     "fid-digits",
     "training",
 )
+SECONDS = 90  # target for one training alone on two cores
 
 
-def street(slug: str, run: Path, train_options: list[str]) -> None:
-    """Train and evaluate one concept in processes of their own, so that time and memory are each run's."""
+def train_and_evaluate(slug: str, run: Path, train_options: list[str]) -> None:
+    """Train and evaluate one concept in separate processes, so that each run's time and memory are its own."""
     command = [sys.executable, "-m", "sd_unlearn.cli"]
     if not (run / TRAINING).is_file():
         train = ["train", "--concept", slug.replace("-", " "), "--output_dir", str(run), *train_options]
@@ -41,24 +43,23 @@ def street(slug: str, run: Path, train_options: list[str]) -> None:
         subprocess.run([*command, "evaluate", "--run", str(run)], check=True, stdout=subprocess.DEVNULL)
 
 
-def line(slug: str, results: Results) -> tuple[str, bool]:
-    """One row of the table, and whether it meets the requirements for the defaults."""
+def table_row(slug: str, run: Path) -> tuple[str, bool, float]:
+    """One row of the table, whether it meets the targets of the defaults, and the seconds of training."""
+    results = read_results(run)
     concept, lora = results.evaluated[0]
-    rows = {(r.metric, r.group, r.subject): r for r in results.rows_of(concept.slug, lora.id)}
+    rows = {(row.metric, row.group, row.subject): row for row in results.rows_of(concept.slug, lora.id)}
 
     def value(metric: str, group: str, subject: str = lora.id) -> float:
-        found = rows[metric, group, subject].value
-        assert found is not None
-        return found
+        number = rows[metric, group, subject].value
+        return float("nan") if number is None else number
 
-    leak, kept, clean = value("leakage", "direct"), value("retention", "kept"), value("clean_replacement", "direct")
+    leakage, kept, clean = value("leakage", "direct"), value("retention", "kept"), value("clean_replacement", "direct")
     generic, generic_base = value("leakage", "generic"), value("leakage", "generic", BASE)
     seconds = (lora.cost or {})["seconds"]
-    met = leak <= 0.02 and kept >= 0.98 and clean >= 0.8 and generic < generic_base / 3 and seconds <= 90
-    high = rows["leakage", "direct", lora.id].high
+    met = leakage <= 0.02 and kept >= 0.98 and clean >= 0.8 and generic < generic_base / 3
     cells = [
         slug,
-        f"{leak:.1%} (up to {high:.1%})",
+        f"{leakage:.1%} (up to {rows['leakage', 'direct', lora.id].high:.1%})",
         f"{value('leakage', 'held_out'):.0%} of {value('leakage', 'held_out', BASE):.0%}",
         f"{generic:.1%} of {generic_base:.1%}",
         f"{clean:.0%}",
@@ -66,7 +67,17 @@ def line(slug: str, results: Results) -> tuple[str, bool]:
         f"{value('fid-digits', 'alike', BASE):.1f} -> {value('fid-digits', 'alike'):.1f}",
         f"{seconds:.0f} s",
     ]
-    return "| " + " | ".join(cells) + " |" + ("" if met else " <- not met"), met
+    return "| " + " | ".join(cells) + " |" + ("" if met else " <- target missed"), met, seconds
+
+
+def summary(met: list[bool], seconds: list[float]) -> str:
+    """Which targets were met. Training times are reported as measured, because they depend on the machine."""
+    return (
+        "Targets of the defaults: leakage <= 2 %, kept >= 98 %, generic prompt below a third of the base, clean "
+        f"replacement >= 80 %. Met by {sum(met)} of {len(met)} concepts.\n"
+        f"Training took {min(seconds):.0f} to {max(seconds):.0f} s in these runs, on a machine with {os.cpu_count()} "
+        f"cores. The target of {SECONDS} s is for one training alone on two cores."
+    )
 
 
 def main() -> int:
@@ -76,20 +87,16 @@ def main() -> int:
     arguments = sys.argv[1:]
     cut = arguments.index("--") if "--" in arguments else len(arguments)
     args = parser.parse_args(arguments[:cut])
-    lines, all_met = [], True
+    lines, met, seconds = [], [], []
     for slug in args.only:
-        run = args.output_dir / slug
-        street(slug, run, arguments[cut + 1 :])
-        text, met = line(slug, read_results(run))
-        all_met &= met
-        lines.append(text)
-        print(text, flush=True)
-    print("\n".join(["", f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|", *lines]))
-    print(
-        "\nAsked: leakage <= 2 %, kept >= 98 %, generic under a third of the base's, clean >= 80 %, <= 90 s:", end=" "
-    )
-    print("met." if all_met else "NOT met by every concept.")
-    return 0 if all_met else 1
+        train_and_evaluate(slug, args.output_dir / slug, arguments[cut + 1 :])
+        line, row_met, row_seconds = table_row(slug, args.output_dir / slug)
+        print(line, flush=True)
+        lines.append(line)
+        met.append(row_met)
+        seconds.append(row_seconds)
+    print("\n".join(["", f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|", *lines, "", summary(met, seconds)]))
+    return 0 if all(met) else 1
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
-"""Check `--beta estimate` on sets of known contamination, drawn by the bundled base, and print the table.
+"""Check `--beta estimate` on image sets with a known share of the concept, and print a table.
 
-    python scripts/prior_check.py                  # 5 minutes of drawing the first time, then 3
-    python scripts/prior_check.py --positives 20   # what few positives do
+    python scripts/prior_check.py                  # 5 minutes to generate images the first time, then 3 minutes
+    python scripts/prior_check.py --positives 20   # with few positives
 
-Every draw takes its positives and its unlabeled images, some of which show the concept, from one pool, none twice. The
-pool is kept in build/prior_check. The last line is no mixture but what `render` makes: the concept as the generic
-prompt draws it by itself, its share counted by the bundled judge.
+Each repetition samples positives and unlabeled images, some of which show the concept, from a pool of images of the
+bundled base, without using an image twice. The pool is kept in build/prior_check. The last line of the table is not a
+mixture but the case of `render`: images of the generic prompt, some of which show the concept. The bundled classifier
+counts their share.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ GENERIC, GENERIC_COUNT, CONCEPT_COUNT = "a photo of a handwritten digit", 1800, 
 
 
 def paths(prompt: str, count: int, folder: Path) -> list[Path]:
-    """The pictures of a prompt, drawn unless they are there."""
+    """Generate the images of a prompt that do not exist yet, and return the paths of all."""
     usual = default_sampler(DIGITS)
     requests = [
         ImageRequest(folder / f"{n:05d}.png", prompt, image_seed(EVALUATE_SEEDS, 0, prompt, n)) for n in range(count)
@@ -46,7 +47,7 @@ def base() -> Base:
 
 
 def pool(digit: str, count: int) -> tuple[Embedded, np.ndarray]:
-    """Embeddings of the concept's pictures and of the generic prompt's, and which of the latter show the concept."""
+    """Embeddings of images of the concept and of the generic prompt, and which of the latter show the concept."""
     concept = paths(f"a photo of the digit {digit}", count, POOL / digit)
     generic = paths(GENERIC, GENERIC_COUNT, POOL / "generic")
     examples = [
@@ -58,51 +59,51 @@ def pool(digit: str, count: int) -> tuple[Embedded, np.ndarray]:
     return embed(base(), examples, latents), shown
 
 
-def row(name: str, truth: float, found: list[tuple[Estimate, Estimate]]) -> str:
-    """A line of the table: for either method the mean, mean error, mean absolute error and intervals with the truth."""
+def row(name: str, truth: float, estimates: list[tuple[Estimate, Estimate]]) -> str:
+    """A line of the table: for each method the mean, mean error, mean absolute error, and how many intervals hold the
+    true share."""
     cells = []
-    for estimates in zip(*found, strict=True):
-        betas = np.array([e.beta for e in estimates])
-        held = sum(e.low <= truth <= e.high for e in estimates)
+    for method in zip(*estimates, strict=True):
+        betas = np.array([estimate.beta for estimate in method])
+        covered = sum(estimate.low <= truth <= estimate.high for estimate in method)
         cells += [
             f"{betas.mean():.3f}",
             f"{betas.mean() - truth:+.3f}",
             f"{np.abs(betas - truth).mean():.3f}",
-            f"{held} of {len(estimates)}",
+            f"{covered} of {len(method)}",
         ]
     return f"| {name} | " + " | ".join(cells) + " |"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--digit", default="seven", help="the concept, e.g. nine, which is harder (default: seven)")
+    parser.add_argument("--digit", default="seven", help="the concept (default: seven; nine is harder)")
     parser.add_argument("--positives", type=int, default=200)
     parser.add_argument("--unlabeled", type=int, default=500)
-    parser.add_argument("--draws", type=int, default=10)
-    parser.add_argument("--pool", type=int, default=CONCEPT_COUNT, help="pictures of the concept to draw from")
+    parser.add_argument("--draws", type=int, default=10, help="repetitions per share")
+    parser.add_argument("--pool", type=int, default=CONCEPT_COUNT, help="images of the concept in the pool")
     parser.add_argument("--contamination", type=float, nargs="+", default=[0.05, 0.1, 0.2, 0.4])
-    asked = parser.parse_args()
-    images, shown = pool(asked.digit, asked.pool)
+    args = parser.parse_args()
+    images, shown = pool(args.digit, args.pool)
     others = images.unlabeled[~shown]
 
     def one(seed: int, share: float | None) -> tuple[Estimate, Estimate]:
         rng = np.random.default_rng(seed)
         concept = rng.permutation(images.positive)
-        positive, rest = concept[: asked.positives], concept[asked.positives :]
-        hidden = 0 if share is None else round(share * asked.unlabeled)
-        more = rng.permutation(images.unlabeled if share is None else others)[: asked.unlabeled - hidden]
+        positive, rest = concept[: args.positives], concept[args.positives :]
+        hidden = 0 if share is None else round(share * args.unlabeled)
+        more = rng.permutation(images.unlabeled if share is None else others)[: args.unlabeled - hidden]
         unlabeled = np.concatenate([rest[:hidden], more])
         return estimate_beta(Embedded(images.name, images.why, positive, unlabeled))
 
-    print(
-        f"{asked.digit}: {asked.positives} positives, {asked.unlabeled} unlabeled, {asked.draws} draws; {images.name}"
-    )
-    print("| truth | BBE mean | error | absolute | holds truth | Elkan-Noto mean | error | absolute | holds truth |")
+    print(f"{args.digit}: {args.positives} positives, {args.unlabeled} unlabeled, {args.draws} draws; {images.name}")
+    columns = "mean | error | absolute error | interval covers"
+    print(f"| true share | BBE {columns} | Elkan-Noto {columns} |")
     print("|---|---|---|---|---|---|---|---|---|")
-    for share in asked.contamination:
-        print(row(f"{share:.0%}", share, [one(seed, share) for seed in range(asked.draws)]), flush=True)
-    drawn = float(shown.mean())
-    print(row(f"{drawn:.1%}, generic prompt", drawn, [one(seed, None) for seed in range(asked.draws)]))
+    for share in args.contamination:
+        print(row(f"{share:.0%}", share, [one(seed, share) for seed in range(args.draws)]), flush=True)
+    share = float(shown.mean())
+    print(row(f"{share:.1%}, generic prompt", share, [one(seed, None) for seed in range(args.draws)]))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The bench's sums and its reading of run folders; nothing is timed here."""
+"""The tables of bench.py and its reading of run folders. Nothing is timed here."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def make_run(folder: Path, lines: list[dict[str, Any]], stopped: str | None = No
     return folder
 
 
-def test_the_first_of_two_probes_in_a_row_that_meet_the_goal_is_what_counts() -> None:
+def test_the_first_of_two_consecutive_probes_that_meet_the_goal_is_reported() -> None:
     from bench_forget import read_outcome
 
     lines = [
@@ -46,7 +46,7 @@ def test_the_first_of_two_probes_in_a_row_that_meet_the_goal_is_what_counts() ->
     assert (found.probes, found.last_seconds, found.stopped) == (5, 20, "forgotten")
 
 
-def test_a_run_that_was_cut_off_shows_its_best_probe() -> None:
+def test_a_killed_run_shows_its_best_probe() -> None:
     from bench_forget import read_outcome
 
     lines = [probe(0.9, 1.0, 5), probe(0.5, 0.9, 10), probe(0.6, 0.4, 15)]
@@ -64,7 +64,7 @@ def test_a_run_without_a_probe() -> None:
     assert not read_outcome(make_run(Path("run"), [{"step": 1}], "max_train_steps")).reached
 
 
-def test_the_forget_table_compares_only_what_got_there() -> None:
+def test_the_forget_table_compares_only_settings_that_reached_the_goal() -> None:
     import bench
     from bench_forget import read_outcome
 
@@ -81,7 +81,7 @@ def test_the_forget_table_compares_only_what_got_there() -> None:
     assert table[5].startswith("| silent | no probe in 30 min |")
 
 
-def test_every_setting_is_one_the_train_command_takes() -> None:
+def test_the_train_command_accepts_every_setting() -> None:
     from bench_forget import SETTINGS
 
     from sd_unlearn.config.checks import check_train
@@ -91,7 +91,7 @@ def test_every_setting_is_one_the_train_command_takes() -> None:
         check_train(TrainConfig(**setting))
 
 
-def test_a_training_that_takes_too_long_is_ended_and_one_that_fails_is_told() -> None:
+def test_a_slow_training_is_ended_and_a_failed_one_raises() -> None:
     from bench_forget import train
 
     train([sys.executable, "-c", "open('began', 'w'); import time; time.sleep(600)"], 3.0)
@@ -100,7 +100,7 @@ def test_a_training_that_takes_too_long_is_ended_and_one_that_fails_is_told() ->
         train([sys.executable, "-c", "raise SystemExit(2)"], 60)
 
 
-def test_the_step_table_by_hand() -> None:
+def test_the_step_table_with_known_values() -> None:
     import bench
 
     def run(seconds: list[float], memory: int, forward: float) -> dict[str, Any]:
@@ -121,11 +121,11 @@ def test_the_step_table_by_hand() -> None:
     assert variants["floor"]["median_seconds"] == pytest.approx(0.95)
     table = bench.step_table({"base": "digits", "steps": 2, "rounds": 2, "variants": variants}).splitlines()
     assert table[2] == "| floor | 0.950 | 1.00 | 1.900 | 1.00 | 1000 | 1.00 | 4 | 4 |"
-    assert table[3] == "| teacher | 1.950 | 2.05 | 3.900 | 2.05 | 1100 | 1.10 | 4 | 10 (6 more than it has images) |"
+    assert table[3] == "| teacher | 1.950 | 2.05 | 3.900 | 2.05 | 1100 | 1.10 | 4 | 10 (6 more than images) |"
 
 
 def test_a_variant_counts_its_steps_and_rows(tiny_base: Path) -> None:
-    """On the tiny base; seconds themselves are nobody's business here."""
+    """On the tiny base; the seconds themselves are not checked."""
     done = subprocess.run(
         [sys.executable, str(ROOT / "scripts" / "bench_step.py"), "noise", str(tiny_base), "3", "work"],
         capture_output=True,
