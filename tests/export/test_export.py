@@ -1,4 +1,4 @@
-"""Every exported file, loaded afresh, must predict the noise of the trained network: same pairs, same scale."""
+"""Every exported file, loaded into a new pipeline, must predict the noise of the trained network."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from sd_unlearn.models.student import make_student
 WIDTH, SIDE, TOKENS = 16, 8, 12
 STRENGTHS = (0.0, 0.5, 1.0)
 NOISE_TOLERANCE, DELTA_TOLERANCE = 1e-5, 1e-7
-EFFECT = 100 * NOISE_TOLERANCE  # what a LoRA must change at least: one without effect would prove nothing
+EFFECT = 100 * NOISE_TOLERANCE  # minimum effect of a LoRA; without one, the comparisons would prove nothing
 EVERYTHING = [
     *lora.ATTENTION,
     "ff.net.0.proj",
@@ -49,7 +49,7 @@ EVERYTHING = [
     "linear_2",
 ]
 
-# name -> (attach's rank and alpha) or a PEFT configuration that attach does not offer yet
+# name -> rank and alpha for lora.attach, or a PEFT configuration that it does not offer
 CASES: dict[str, dict[str, Any]] = {
     "alpha is rank": {"rank": 4, "alpha": 4.0},
     "alpha is not rank": {"rank": 4, "alpha": 1.4},
@@ -70,7 +70,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Stable Diffusion 1 in miniature, as a pipeline folder."""
+    """The pipeline folder of a small random Stable Diffusion 1."""
     folder = tmp_path_factory.mktemp("base")
     torch.manual_seed(0)
     tokens = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -128,7 +128,7 @@ def fresh(base: Path) -> StableDiffusionPipeline:
 
 
 def train(base: Path, case: dict[str, Any]) -> PeftModel:
-    """A LoRA as training leaves it: up is no longer zero, deltas are below 1 (float32 resolves 1e-7 only there)."""
+    """A LoRA as after training: up is not zero, and deltas are below 1, where float32 resolves 1e-7."""
     unet = UNet2DConditionModel.from_pretrained(base, subfolder="unet")
     if "rank" in case:
         options = Weights(rank=case["rank"], lora_alpha=case["alpha"], lora_targets=case.get("targets", "attention"))
@@ -189,14 +189,14 @@ def loaded_noise(base: Path, file: Path, strength: float) -> Tensor:
 
 
 def spelled(module: nn.Module, prefix: str = "lora_unet") -> Iterator[tuple[str, nn.Module]]:
-    """Every module under the name a kohya file would give it, found by walking down the network."""
+    """Every module with its name in a kohya file, found by traversing the network."""
     for name, child in module.named_children():
         yield f"{prefix}_{name}", child
         yield from spelled(child, f"{prefix}_{name}")
 
 
 def kohya_deltas(unet: UNet2DConditionModel, file: Path) -> dict[nn.Module, Tensor]:
-    """An independent reader of the format: alpha / rank * up @ down, scale 1 where alpha is missing."""
+    """An independent reader of the format: alpha / rank * up @ down, scale 1 if alpha is missing."""
     tensors, modules, deltas = load_file(file), dict(spelled(unet)), {}
     for key in sorted({name.split(".")[0] for name in tensors}):
         down, up = tensors.pop(f"{key}.lora_down.weight"), tensors.pop(f"{key}.lora_up.weight")
@@ -223,7 +223,7 @@ def farthest(found: dict[str, Tensor], want: dict[str, Tensor]) -> float:
     return max(largest(found[name], want[name]) for name in want)
 
 
-# ---- the same function, wherever it is loaded ----
+# ---- all readers compute the same function ----
 
 
 def test_all_readers_predict_the_trained_noise(base: Path, trained: tuple[PeftModel, Path]) -> None:
@@ -316,7 +316,7 @@ def test_diffusers_file_is_what_diffusers_itself_would_write(trained: tuple[Peft
 
 
 def text_run(base: Path, run: Path) -> tuple[PeftModel, PeftModel]:
-    """A run with LoRAs on both networks, up weights away from zero."""
+    """A run with LoRAs on both networks, with up weights that are not zero."""
     student = make_student(
         load_base(str(base), device="cpu"),
         Weights(rank=4, lora_alpha=1.4, train_text_encoder=True),
@@ -333,8 +333,8 @@ def text_run(base: Path, run: Path) -> tuple[PeftModel, PeftModel]:
     return unet.eval(), encoder.eval()
 
 
-def test_a_text_encoders_lora_is_in_both_files(base: Path, tmp_path: Path) -> None:
-    """Diffusers draws the trained embeddings; an independent reading of the kohya names finds every module's delta."""
+def test_the_lora_of_a_text_encoder_is_in_both_files(base: Path, tmp_path: Path) -> None:
+    """Diffusers computes the trained embeddings, and the kohya file holds the delta of every module."""
     unet, encoder = text_run(base, tmp_path / "run")
     diffusers_file, kohya_file = exported(tmp_path / "run")
     ids = torch.arange(2 * TOKENS).view(2, TOKENS)
@@ -359,7 +359,7 @@ def test_a_text_encoders_lora_is_in_both_files(base: Path, tmp_path: Path) -> No
         assert largest(delta, layer.get_delta_weight(lora.ADAPTER_NAME)) < DELTA_TOLERANCE
 
 
-def test_a_whole_unet_is_no_lora(tmp_path: Path) -> None:
+def test_a_full_unet_is_not_exported_as_a_lora(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", training_record(4, 4.0))
     (run / "unet").mkdir()
     with pytest.raises(UnlearnError, match=r"--method full.*run/unet.*no LoRA"):

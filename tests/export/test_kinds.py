@@ -1,4 +1,4 @@
-"""One function, whoever loads it: PEFT, Diffusers, a reader of the kohya format, a merged folder, a merged file."""
+"""PEFT, Diffusers, a reader of the kohya format, a merged folder and a merged file all compute the same function."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from sd_unlearn.models.source import Source
 KINDS = ("sd1", "sd2", "sdxl")
 STRENGTHS = (0.0, 0.5, 1.0)
 TOLERANCE = 1e-4
-EFFECT = 20 * TOLERANCE  # what a LoRA must change at least: one without effect would prove nothing
+EFFECT = 20 * TOLERANCE  # minimum effect of a LoRA; without one, the comparisons would prove nothing
 ENCODERS = {"text_encoder": TEXT_ADAPTER_DIR, "text_encoder_2": TEXT_ADAPTER_2_DIR}
 CASES: dict[str, dict[str, Any]] = {
     "alpha is not rank": {"r": 4, "lora_alpha": 1.4},
@@ -48,7 +48,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(autouse=True)
 def _any_base_loads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A base of each kind as Diffusers itself loads it, with the identity of its UNet."""
+    """Load the base with Diffusers' own loader, with the SHA-256 of its UNet."""
 
     def load(record: dict[str, Any], precision: str = "no", device: Any = None, allow_pickle: bool = False) -> Base:
         name = record["name"]
@@ -67,7 +67,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def adapted(network: nn.Module, **settings: Any) -> PeftModel:
-    """A LoRA on every linear layer and convolution, as training leaves it: up is no longer zero."""
+    """A LoRA on every linear layer and convolution, with up weights that are not zero, as after training."""
     everything = [n for n, m in network.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
     torch.manual_seed(1)
     model = PeftModel(
@@ -111,7 +111,7 @@ def trained_noise(model: PeftModel, strength: float) -> Tensor:
 
 
 def kohya_weights(networks: dict[str, nn.Module], file: Path, strength: float) -> None:
-    """An independent reader of the format: W + strength * alpha / rank * up @ down; `.diff` is a whole change."""
+    """An independent reader of the format: W + strength * alpha / rank * up @ down, or W + strength * `.diff`."""
     tensors = load_file(file)
     for key in sorted({name.split(".")[0] for name in tensors}):
         weight = networks[key].weight
@@ -125,7 +125,7 @@ def kohya_weights(networks: dict[str, nn.Module], file: Path, strength: float) -
 
 
 def kohya_names(pipeline: Any) -> dict[str, nn.Module]:
-    """Every module by its name in a kohya file: SDXL's UNet as the sgm code names it."""
+    """Every module by its name in a kohya file; for SDXL's UNet, the name in the sgm code."""
     if not hasattr(pipeline, "text_encoder_2"):
         return spelled(pipeline.unet, "lora_unet") | _text_spelled(pipeline.text_encoder, "lora_te")
     texts = _text_spelled(pipeline.text_encoder, "lora_te1") | _text_spelled(pipeline.text_encoder_2, "lora_te2")
@@ -142,7 +142,7 @@ def single_file(file: Path, base: Path) -> Any:
 
 
 def readings(base: Path, run: Path, strength: float, place: Path) -> Iterator[tuple[str, Any]]:
-    """(who, the pipeline that reader makes of the run's files at a strength)."""
+    """(name of the reader, the pipeline that it loads from the run's files at a strength)."""
     pipeline = open_pipeline(base)
     pipeline.load_lora_weights(run / "export" / DIFFUSERS_FILE, adapter_name="it")
     pipeline.set_adapters("it", strength)
@@ -215,7 +215,7 @@ def test_text_encoders_are_in_every_output(bases: dict[str, Path], tmp_path: Pat
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_merged_file_holds_the_vae_and_says_what_it_is(bases: dict[str, Path], tmp_path: Path, kind: str) -> None:
+def test_a_merged_file_holds_the_vae_and_describes_itself(bases: dict[str, Path], tmp_path: Path, kind: str) -> None:
     trained_run(bases[kind], tmp_path / "run", kind, r=4, lora_alpha=1.4)
     exported(tmp_path / "run", merge=tmp_path / "a.safetensors", strength=0.5)
     read, base = single_file(tmp_path / "a.safetensors", bases[kind]).vae.state_dict(), open_pipeline(bases[kind])
@@ -229,10 +229,10 @@ def test_a_merged_file_holds_the_vae_and_says_what_it_is(bases: dict[str, Path],
     assert header["modelspec.architecture"] == names[kind]
     assert header["modelspec.implementation"] == "sgm"
     assert (header["sd_unlearn.strength"], header["sd_unlearn.concept"]) == ("0.5", "Brad Pitt")
-    assert not any(key.startswith("ss_") for key in header), "it is no network"
+    assert not any(key.startswith("ss_") for key in header), "a checkpoint has no keys of a LoRA"
 
 
-def test_half_precision_halves_the_files_and_moves_little(bases: dict[str, Path], tmp_path: Path) -> None:
+def test_half_precision_changes_the_predicted_noise_little(bases: dict[str, Path], tmp_path: Path) -> None:
     base, run = bases["sdxl"], tmp_path / "run"
     model = trained_run(base, run, "sdxl", r=4, lora_alpha=1.4)
     exported(run, dtype="fp16", merge=tmp_path / "a.safetensors")
@@ -251,24 +251,24 @@ def test_half_precision_halves_the_files_and_moves_little(bases: dict[str, Path]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_dora_is_what_was_trained_for_every_reader(bases: dict[str, Path], tmp_path: Path, kind: str) -> None:
+def test_every_reader_predicts_the_noise_of_a_trained_dora(bases: dict[str, Path], tmp_path: Path, kind: str) -> None:
     base, run = bases[kind], tmp_path / "run"
     model = trained_run(base, run, kind, r=4, lora_alpha=1.4, use_dora=True)
     exported(run)
     want = predict(model)
     without = {k: v for k, v in model.state_dict().items() if "magnitude" in k}
-    assert without, "PEFT keeps magnitudes"
+    assert without, "PEFT stores magnitudes"
     for reader, pipeline in readings(base, run, 1.0, tmp_path):
         assert largest(predict(pipeline.unet), want) < TOLERANCE, reader
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "magnitude" in name:
                 parameter.mul_(1.5)
-    assert largest(predict(model), want) > EFFECT, "the magnitudes matter here"
+    assert largest(predict(model), want) > EFFECT, "the magnitudes have an effect"
 
 
-def test_of_a_dora_the_kohya_file_mixes_evenly_down_to_the_base(bases: dict[str, Path], tmp_path: Path) -> None:
-    """PEFT's own scale is inside DoRA's norm, so Diffusers at 0 is not the base; the other files are."""
+def test_the_kohya_file_of_a_dora_mixes_linearly_down_to_the_base(bases: dict[str, Path], tmp_path: Path) -> None:
+    """PEFT's scale acts inside DoRA's norm, so Diffusers at strength 0 is not the base. The other files are."""
     base, run = bases["sd1"], tmp_path / "run"
     trained_run(base, run, "sd1", r=4, lora_alpha=1.4, use_dora=True)
     exported(run)
@@ -280,8 +280,8 @@ def test_of_a_dora_the_kohya_file_mixes_evenly_down_to_the_base(bases: dict[str,
     assert largest(halves["kohya by the format"], halves["merged folder"]) < TOLERANCE
 
 
-def test_a_text_encoders_dora_is_merged_and_nothing_else(bases: dict[str, Path], tmp_path: Path) -> None:
-    """Diffusers' loader would drop its magnitudes."""
+def test_a_dora_on_a_text_encoder_can_only_be_merged(bases: dict[str, Path], tmp_path: Path) -> None:
+    """The loader of Diffusers would drop its magnitudes."""
     base, run, whole = bases["sd1"], tmp_path / "run", open_pipeline(bases["sd1"])
     unet = trained_run(base, run, "sd1", r=4, lora_alpha=1.4, use_dora=True)
     lora.save(adapted(whole.text_encoder, r=2, lora_alpha=3.0, use_dora=True), run / TEXT_ADAPTER_DIR)
@@ -295,7 +295,7 @@ def test_a_text_encoders_dora_is_merged_and_nothing_else(bases: dict[str, Path],
     assert not (run / "export").exists()
 
 
-# ---- the whole UNet, and what is refused ----
+# ---- full UNets and errors ----
 
 
 def full_run(base: Path, run: Path) -> Tensor:
@@ -310,7 +310,7 @@ def full_run(base: Path, run: Path) -> Tensor:
     return predict(unet)
 
 
-def test_a_whole_unet_is_merged(bases: dict[str, Path], tmp_path: Path) -> None:
+def test_a_full_unet_is_merged(bases: dict[str, Path], tmp_path: Path) -> None:
     base, run = bases["sd1"], tmp_path / "run"
     want = full_run(base, run)
     untouched = predict(UNet2DConditionModel.from_pretrained(base, subfolder="unet"))
@@ -331,7 +331,7 @@ def merge_path(run: Path, path: Path, **options: Any) -> list[Path]:
     return export.run(ExportConfig(run=run, merge=path, **options))
 
 
-def test_another_base_is_refused(bases: dict[str, Path], tmp_path: Path) -> None:
+def test_a_changed_base_is_refused(bases: dict[str, Path], tmp_path: Path) -> None:
     changed = tmp_path / "changed"
     shutil.copytree(bases["sd1"], changed)
     trained_run(changed, tmp_path / "run", "sd1", r=4, lora_alpha=1.4)
@@ -354,7 +354,7 @@ def test_another_base_is_refused(bases: dict[str, Path], tmp_path: Path) -> None
         ("file/a", "written"),
     ],
 )
-def test_a_place_that_cannot_take_a_checkpoint_is_refused_before_anything_loads(
+def test_an_unusable_checkpoint_path_is_refused_before_anything_loads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, says: str
 ) -> None:
     (tmp_path / "there.safetensors").write_bytes(b"somebody's model")
@@ -367,24 +367,22 @@ def test_a_place_that_cannot_take_a_checkpoint_is_refused_before_anything_loads(
     assert (tmp_path / "there.safetensors").read_bytes() == b"somebody's model"
 
 
-def test_the_folder_one_is_in_is_no_place_for_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_current_folder_is_refused_as_checkpoint_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UsageError, match=r"--merge \. is the folder you are in"):
+    with pytest.raises(UsageError, match=r"--merge \. is the current folder"):
         merge_path(tmp_path / "no run needed", Path())
 
 
 @pytest.mark.parametrize("name", ["out", f"out/{SLUG}.safetensors", f"out/../out/{DIFFUSERS_FILE}"])
-def test_a_checkpoint_does_not_take_the_place_of_the_lora(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
+def test_a_checkpoint_does_not_overwrite_the_lora(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setattr(merge, "load_recorded_base", None)
     run = hand_run(tmp_path / "run")
-    with pytest.raises(UsageError, match="--merge .* where the LoRA goes"):
+    with pytest.raises(UsageError, match="--merge .* where the LoRA is written"):
         merge_path(run, tmp_path / name, output_dir=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_a_merged_folder_does_not_say_where_its_base_lay(bases: dict[str, Path], tmp_path: Path) -> None:
+def test_a_merged_folder_does_not_contain_the_path_of_its_base(bases: dict[str, Path], tmp_path: Path) -> None:
     trained_run(bases["sdxl"], tmp_path / "run", "sdxl", r=4, lora_alpha=1.4)
     merge_path(tmp_path / "run", tmp_path / "out")
     configs = list((tmp_path / "out").rglob("*.json"))
@@ -392,7 +390,7 @@ def test_a_merged_folder_does_not_say_where_its_base_lay(bases: dict[str, Path],
     assert not [path for path in configs if str(bases["sdxl"]) in path.read_text(encoding="utf-8")]
 
 
-def test_what_fp16_cannot_hold_is_refused(bases: dict[str, Path], tmp_path: Path) -> None:
+def test_values_too_large_for_fp16_are_refused(bases: dict[str, Path], tmp_path: Path) -> None:
     trained_run(bases["sd1"], tmp_path / "run", "sd1", r=4, lora_alpha=1.4)
     adapter = tmp_path / "run" / ADAPTER_DIR / "adapter_model.safetensors"
     from safetensors.torch import save_file
@@ -412,6 +410,6 @@ def test_what_fp16_cannot_hold_is_refused(bases: dict[str, Path], tmp_path: Path
         ({"private": True}, "--private is for --push_to_hub"),
     ],
 )
-def test_options_that_contradict_each_other_are_refused(tmp_path: Path, options: dict[str, Any], says: str) -> None:
+def test_contradicting_options_are_refused(tmp_path: Path, options: dict[str, Any], says: str) -> None:
     with pytest.raises(UsageError, match=says):
         exported(tmp_path, **options)

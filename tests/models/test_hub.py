@@ -1,4 +1,4 @@
-"""Bases by hub id, from a cache as huggingface_hub keeps it; nothing is fetched."""
+"""Bases by hub id, from a cache in huggingface_hub's layout. Nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def fetched(cache: Path, folder: Path, name: str) -> Path:
-    """A folder as it lies in the cache once it was fetched as `name`."""
+    """Put a folder into the cache as if it had been downloaded as `name`."""
     place = cache / f"models--{name.replace('/', '--')}"
     (place / "refs").mkdir(parents=True)
     (place / "refs" / "main").write_text(COMMIT)
@@ -33,8 +33,8 @@ def fetched(cache: Path, folder: Path, name: str) -> Path:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("variant", [None, "fp16"])
-def test_a_base_of_the_hub_is_the_one_of_its_folder(cache: Path, kinds: Kinds, kind: str, variant: str | None) -> None:
-    """Also where it has weights in half precision only."""
+def test_a_base_from_the_hub_equals_its_folder(cache: Path, kinds: Kinds, kind: str, variant: str | None) -> None:
+    """Also if it has weights in half precision only."""
     fetched(cache, kinds.folder(kind, variant), "owner/model")
     base = load_base("owner/model", device="cpu")
     assert base.sha256 == load_base(str(kinds.folder(kind)), device="cpu").sha256
@@ -43,17 +43,17 @@ def test_a_base_of_the_hub_is_the_one_of_its_folder(cache: Path, kinds: Kinds, k
     assert load_recorded_base(base.describe(), device="cpu").describe() == base.describe()
 
 
-def test_other_pipelines_are_refused_before_their_weights_are_fetched(
+def test_other_pipelines_are_refused_before_their_weights_are_downloaded(
     cache: Path, kinds: Kinds, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     index = fetched(cache, kinds.folder("sd1"), "owner/other") / "model_index.json"
     index.write_text(json.dumps(read_json(index) | {"_class_name": "FluxPipeline"}))
-    monkeypatch.setattr("diffusers.DiffusionPipeline.download", lambda *_, **__: pytest.fail("weights were fetched"))
+    monkeypatch.setattr("diffusers.DiffusionPipeline.download", lambda *_, **__: pytest.fail("weights were downloaded"))
     with pytest.raises(UsageError, match="owner/other is a FluxPipeline"):
         load_base("owner/other", device="cpu")
 
 
-def test_what_only_the_hub_could_tell_is_told_once_it_is_loaded(cache: Path, kinds: Kinds) -> None:
+def test_mismatches_that_only_the_download_shows_are_reported_after_loading(cache: Path, kinds: Kinds) -> None:
     fetched(cache, kinds.folder("sd1"), "owner/model")
     with pytest.raises(UsageError, match="--prediction_type v_prediction: .* predicts epsilon"):
         load_base(Source("owner/model", prediction_type="v_prediction"), device="cpu")
@@ -65,7 +65,7 @@ def test_what_only_the_hub_could_tell_is_told_once_it_is_loaded(cache: Path, kin
         load_base("owner/lcm", device="cpu")
 
 
-def test_a_vae_of_the_hub(cache: Path, kinds: Kinds) -> None:
+def test_a_vae_from_the_hub(cache: Path, kinds: Kinds) -> None:
     fetched(cache, kinds.folder("sd2") / "vae", "owner/vae")
     base = load_base(Source(str(kinds.folder("sd1")), vae="owner/vae"), device="cpu")
     assert base.vae_sha256 == load_base(str(kinds.folder("sd2")), device="cpu").vae_sha256
@@ -74,8 +74,8 @@ def test_a_vae_of_the_hub(cache: Path, kinds: Kinds) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_vae_file_for_a_base_of_the_hub(cache: Path, kinds: Kinds, kind: str) -> None:
-    """A file says neither sizes nor scale: they are those of the base's own VAE, of whatever kind that is."""
+def test_a_vae_file_for_a_base_from_the_hub(cache: Path, kinds: Kinds, kind: str) -> None:
+    """A file states neither sizes nor scale, so those of the base's own VAE are used."""
     place = fetched(cache, kinds.folder(kind), "owner/model")
     file = place / "vae" / "diffusion_pytorch_model.safetensors"
     base = load_base(Source("owner/model", vae=str(file)), device="cpu")
@@ -84,7 +84,7 @@ def test_a_vae_file_for_a_base_of_the_hub(cache: Path, kinds: Kinds, kind: str) 
     assert base.pipeline.vae.config.scaling_factor == plain.pipeline.vae.config.scaling_factor
 
 
-def test_pickles_of_the_hub(cache: Path, kinds: Kinds) -> None:
+def test_pickles_from_the_hub(cache: Path, kinds: Kinds) -> None:
     place = fetched(cache, kinds.folder("sd1"), "owner/pickled")
     (place / "unet" / "diffusion_pytorch_model.safetensors").rename(place / "unet" / "diffusion_pytorch_model.bin")
     with pytest.raises(UnlearnError, match="owner/pickled could not be loaded.*--allow_pickle"):

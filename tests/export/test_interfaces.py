@@ -1,4 +1,4 @@
-"""Names in files for ComfyUI and A1111, held against what those look for, on the real architectures (no memory)."""
+"""Names in files for ComfyUI and A1111, compared with the names that these programs look for, on real architectures."""
 
 from __future__ import annotations
 
@@ -19,12 +19,13 @@ from sd_unlearn.export import kohya, ldm_keys
 from sd_unlearn.export.kohya import Adapter, LoraPair
 from sd_unlearn.models import lora
 
-DOCS = Path(__file__).parent.parent / "docs"
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
 ARCHITECTURES = {"sd1": sgm_unet.SD1, "sd2": sgm_unet.SD2, "sdxl": sgm_unet.SDXL}
 
 
 def adapter_of(network: nn.Module, name: str = "unet", targets: list[str] | None = None) -> Adapter:
-    """A LoRA of rank 2 on the meta device on a network's modules, as read_adapter would give it."""
+    """An adapter of rank 2 for modules of a network, with weights on the meta device."""
     found = [n for n, m in network.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
     pairs = []
     for module in found if targets is None else targets:
@@ -240,7 +241,7 @@ def test_every_cell_of_the_table_is_a_test() -> None:
     named = [re.findall(r"`(test_\w+)`", line) for line in table]
     assert len(table) >= 15
     assert all(named), "a line without a test"
-    sources = "".join(path.read_text(encoding="utf-8") for path in Path(__file__).parent.rglob("test_*.py"))
+    sources = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
     defined = set(re.findall(r"^def (test_\w+)\(", sources, re.MULTILINE))
     assert {name for names in named for name in names} <= defined
     kinds = {line.split("|")[1].strip() for line in table}
