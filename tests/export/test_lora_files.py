@@ -209,9 +209,9 @@ def test_a_missing_run_is_named(tmp_path: Path) -> None:
         (
             {"training": training_record(2, 3.0) | {"base": []}},
             UsageError,
-            "training.json: base must be .*--overwrite",
+            "training.json: base must hold keys .*--overwrite",
         ),
-        ({"training": training_record(2, 3.0, kind=["sd1"])}, UsageError, "base.kind must be .*string"),
+        ({"training": training_record(2, 3.0, kind=["sd1"])}, UsageError, "base.kind must be text"),
         ({"training": training_record(2, 3.0, unet={})}, UsageError, '"layers_per_block" in base.unet'),
         ({"use_dora": True}, UnlearnError, "DoRA"),
         ({"lora_bias": True}, UnlearnError, "lora_bias"),
