@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, NamedTuple
 
 Tick = tuple[float, str]  # position in page units, label
 
@@ -77,8 +77,3 @@ def spread_labels(labels: list[dict[str, Any]], area: Area, gap: float = 16) -> 
     for label in reversed(order):
         label["y"] = max(min(label["y"], limit), area.top)
         limit = label["y"] - gap
-
-
-def finite(value: Any) -> TypeGuard[float]:
-    """Whether a value is a number that can be placed on an axis."""
-    return isinstance(value, int | float) and math.isfinite(value)

@@ -6,9 +6,9 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from sd_unlearn.report.axes import Area, Axes, finite, percent, spread_labels
+from sd_unlearn.report.axes import Area, Axes, percent, spread_labels
 from sd_unlearn.report.cases import Case
-from sd_unlearn.report.formatting import NONE, interval_text, value_text
+from sd_unlearn.report.formatting import NONE, finite, interval_text, value_text
 from sd_unlearn.report.metric_names import group_name
 from sd_unlearn.report.scatter import Mark, scatter_chart
 from sd_unlearn.results import BASE, Row
@@ -67,13 +67,12 @@ def strength_charts(cases: Sequence[Case]) -> list[dict[str, Any]]:
     ]
     leakage = [(members[0].subject.name, _by_strength(members, "leakage")) for members in several]
     retention = [(members[0].subject.name, _by_strength(members, "retention")) for members in several]
-    drawn = [
+    charts = [
         ("Leakage", "images that still show the concept", leakage),
         ("Retention", "accuracy relative to the base", retention),
     ]
-    return [
-        {"title": title, "about": about, **chart} for title, about, series in drawn if (chart := strength_chart(series))
-    ]
+    drawn = [(title, about, strength_chart(series)) for title, about, series in charts]
+    return [{"title": title, "about": about, **chart} for title, about, chart in drawn if chart]
 
 
 def _by_strength(members: Sequence[Case], metric: str) -> list[tuple[float, Row]]:
@@ -98,10 +97,10 @@ def strength_chart(series: Sequence[tuple[str, list[tuple[float, Row]]]]) -> dic
     values = [v for _, points in lines for _, row in points for v in (row.value, row.low, row.high) if finite(v)]
     bottom = 0.0 if min(values) < 0.5 else math.floor(20 * min(values)) / 20 - 0.05
     axes = Axes(STRENGTH_AREA, (strengths[0], strengths[-1]), (bottom, max(1.0, *values)))
-    drawn = [_strength_line(axes, name, points, i % STYLES) for i, (name, points) in enumerate(lines)]
-    spread_labels(drawn, STRENGTH_AREA)
+    geometry = [_strength_line(axes, name, points, i % STYLES) for i, (name, points) in enumerate(lines)]
+    spread_labels(geometry, STRENGTH_AREA)
     return {
-        "series": drawn,
+        "series": geometry,
         "area": STRENGTH_AREA,
         "x": [(axes.x(x), f"{x:g}") for x in strengths],
         "y": axes.y_ticks(percent),

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from sd_unlearn.report.cases import Case, labels
-from sd_unlearn.report.formatting import NONE, is_rate, number
+from sd_unlearn.report.formatting import NONE, finite, is_rate, number
 from sd_unlearn.report.headline import cost_answer
 from sd_unlearn.report.lines import KEPT, Line
 from sd_unlearn.report.metric_names import METRICS, group_name, metric_name
@@ -111,7 +111,7 @@ def _cell(results: Results, case: Case, column: Column) -> Cell | None:
 def in_words(difference: Difference) -> str:
     """'−95.5 points, p < 0.001', or that no difference was shown."""
     value = difference.value
-    if value is None or not math.isfinite(value):
+    if not finite(value):
         return ""
     if value == 0:
         return "no difference"

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
+from typing import Any, TypeGuard
 
 from sd_unlearn.report.metric_names import METRICS, known_as
 from sd_unlearn.results import Row
 
 NONE = "–"
+LARGEST = 1e15  # magnitude of a value that is printed or drawn; larger ones are treated as unknown
 WITHOUT = "without the LoRA"
+
+
+def finite(value: Any) -> TypeGuard[float]:
+    """Whether a value is a number that can be printed and drawn."""
+    return isinstance(value, int | float) and abs(value) <= LARGEST  # False for nan
 
 
 def is_rate(row: Row) -> bool:
@@ -20,7 +26,7 @@ def is_rate(row: Row) -> bool:
 
 def number(value: float | None, row: Row) -> str:
     """A value in the unit of a row's metric, with as many digits as n supports; an en dash for none."""
-    if value is None or not math.isfinite(value):
+    if not finite(value):
         return NONE
     if not is_rate(row):
         return f"{value:,.3g}" if abs(value) < 1000 else f"{value:,.0f}"

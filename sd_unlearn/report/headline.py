@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from sd_unlearn.report.cases import Case
-from sd_unlearn.report.formatting import NONE, duration, interval_text, sentence, value_text
+from sd_unlearn.report.formatting import NONE, duration, finite, interval_text, sentence, value_text
 from sd_unlearn.report.lines import Line
 from sd_unlearn.report.metric_names import group_name
 
@@ -71,7 +70,7 @@ def _answer(
 
 def cost_answer(cost: Mapping[str, Any]) -> Answer:
     """Training cost in everyday units; what was not recorded is left out."""
-    numbers = {k: v for k, v in cost.items() if isinstance(v, int | float) and math.isfinite(v)}
+    numbers = {k: v for k, v in cost.items() if finite(v)}
     details = [
         (label, f"{numbers[key]:,}")
         for key, label in (("steps", "optimizer steps"), ("images_seen", "images seen"))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import html
-import math
 import re
 from pathlib import Path
 from typing import Any
@@ -41,7 +40,7 @@ def environment(escape: bool) -> Environment:
         capitalized=capitalized,
         count=count,
     )
-    made.tests["finite"] = lambda value: value is not None and math.isfinite(value)
+    made.tests["finite"] = formatting.finite
     made.globals.update(GROUPS=metric_names.GROUPS, STANDINGS=STANDINGS)
     return made
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ from sd_unlearn.report.before_after import before_after
 from sd_unlearn.report.cases import Case, cases_of
 from sd_unlearn.report.certificate import certificate
 from sd_unlearn.report.csv_table import rows_csv
-from sd_unlearn.report.formatting import is_rate, listed
+from sd_unlearn.report.formatting import finite, is_rate, listed
 from sd_unlearn.report.headline import answers
 from sd_unlearn.report.jinja import environment, script
 from sd_unlearn.report.lines import Line
@@ -107,7 +106,7 @@ def context(folder: Path, results: Results, config: ReportConfig) -> dict[str, A
         "table": compare.table(results, cases),
         "differences": compare.differences(results),
         "charts": charts.charts(cases),
-        "pictures": before_after(results, folder, config.max_pairs, config.blur_faces),
+        "pairs": before_after(results, folder, config.max_pairs, config.blur_faces),
         # no detector looked for faces on the preview, so it is left out if faces must be hidden
         "preview": _preview(folder) if single and not config.blur_faces else None,
         "cards": cards,
@@ -165,7 +164,7 @@ def _optional(path: Path, read: Callable[[Path], T]) -> T | None:
 def _bar_ends(lines: Sequence[Line]) -> list[float]:
     """Every rate and interval end, to scale the bars: a retention can exceed 1."""
     rows = [row for line in lines for row in (line.base, line.lora) if row and is_rate(row)]
-    return [v for row in rows for v in (row.value, row.high) if v is not None and math.isfinite(v)]
+    return [v for row in rows for v in (row.value, row.high) if finite(v)]
 
 
 def _preview(folder: Path) -> dict[str, Any] | None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from sd_unlearn.report.axes import Area, Axes, finite, percent
+from sd_unlearn.report.axes import Area, Axes, percent
+from sd_unlearn.report.formatting import finite
 from sd_unlearn.results import Row
 
 WIDTH, HEIGHT = 720, 420

@@ -70,14 +70,14 @@ def context(record: dict[str, Any], rows: Sequence[Sequence[Row]]) -> dict[str, 
         if leak and kept and leak.lora and kept.lora
     ]
     chart = scatter_chart(marks)
-    drawn = {point["label"] for point in chart["points"]} if chart else set()
+    in_chart = {point["label"] for point in chart["points"]} if chart else set()
     cells = [[pick(x, *column) for column in COLUMNS] for x in lines]
     base = next((line.base for line in leakage if line), None)
     return {
         "record": record,
         "base": base_record(record["base"]),
         "chart": chart,
-        "left_out": [label for label in labels if label not in drawn],
+        "left_out": [label for label in labels if label not in in_chart],
         "kept_group": next((group_name(line.group) for line in retention if line), ""),
         "base_leakage": value_text(base) if base else "",
         "n": next((line.n for line in leakage if line), "0"),

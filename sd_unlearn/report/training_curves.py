@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from sd_unlearn.report.axes import Area, Axes, finite, spread_labels
+from sd_unlearn.report.axes import Area, Axes, spread_labels
+from sd_unlearn.report.formatting import finite
 
 AREA = Area(left=52, right=378, top=16, bottom=216)  # in a view box of 480 x 260
 MOST_POINTS = 400  # of a line; further ones would not be visible

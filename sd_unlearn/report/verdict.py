@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
-from sd_unlearn.report.formatting import WITHOUT, sentence, value_text
+from sd_unlearn.report.formatting import WITHOUT, finite, sentence, value_text
 from sd_unlearn.report.lines import Line, presence, presence_by_detector
 from sd_unlearn.results import Row
 
@@ -35,7 +34,7 @@ def standing_of(lines: Sequence[Line]) -> str:
 
 
 def _compare(lora: Row, base: Row | None) -> str:
-    if lora.value is None or not math.isfinite(lora.value):
+    if not finite(lora.value):
         return "unmeasured"
     high = lora.value if lora.high is None else lora.high
     if base and base.value is not None and (base.value if base.high is None else base.high) <= GONE:
