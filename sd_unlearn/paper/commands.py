@@ -10,56 +10,56 @@ from cyclopts import App, Parameter
 from sd_unlearn.launch import prepare_processes
 from sd_unlearn.paper.options import RunOptions, SweepOptions, TableOptions
 
-HELP = """The experiments of the paper, and the same on 5,000 real digits.
+HELP = """Run the experiments of the paper, and the same on 5,000 MNIST digits.
 
-The latter need no network and no GPU.
+The mnist5k experiments need neither network nor GPU.
 
-sd-unlearn paper list                          every experiment, its settings
-sd-unlearn paper run mnist5k-even --seed 42    one model: trained, drawn, judged
+sd-unlearn paper list                          show all experiments and their settings
+sd-unlearn paper run mnist5k-even --seed 42    train and evaluate one model
 sd-unlearn paper sweep mnist5k-even --objective unsupervised,supervised,pu
-sd-unlearn paper table                         finished runs as tables and plots
+sd-unlearn paper table                         build tables and plots of all finished runs
 
-Each run is a folder of runs/paper. What is finished is not done again; what was
-killed goes on.
+Each run has a folder in runs/paper. Running a command again skips finished runs
+and resumes interrupted ones.
 """
 
 app = App(name="paper", help=HELP, help_format="plaintext")
 COMMANDS = {"run": RunOptions, "sweep": SweepOptions, "table": TableOptions}
-Name = Annotated[str, Parameter(help="The experiment's name, see paper list.")]
+Name = Annotated[str, Parameter(help="Name of the experiment; see `paper list`.")]
 
 
 @app.command
 def run(name: Name, /, config: Annotated[RunOptions, Parameter(name="*")] = RunOptions()) -> None:
-    """Train, draw and judge one model -> runs/paper/<experiment>/<variant>/results.json."""
+    """Train and evaluate one model. Writes runs/paper/<experiment>/<variant>/results.json."""
     prepare_processes()
     from sd_unlearn.io.files import read_json
-    from sd_unlearn.paper.one import run_any
-    from sd_unlearn.paper.printing import told
+    from sd_unlearn.paper.printing import summary_of
+    from sd_unlearn.paper.run import run_experiment
 
-    record = run_any(name, config)
-    found, folder = read_json(record), record.parent
-    print(json.dumps(found, indent=2, ensure_ascii=False) if config.json else told(found, folder))
+    record = run_experiment(name, config)
+    results = read_json(record)
+    print(json.dumps(results, indent=2, ensure_ascii=False) if config.json else summary_of(results, record.parent))
 
 
 @app.command
 def sweep(name: Name, /, config: Annotated[SweepOptions, Parameter(name="*")] = SweepOptions()) -> None:
-    """Several objectives, betas or seeds; then their table, and leakage and FID against beta."""
-    from sd_unlearn.paper import sweep as room
+    """Run all combinations of objectives, betas and seeds, then build their tables and plots."""
+    from sd_unlearn.paper.sweep import run_sweep
 
-    print(room.run(name, config))
+    print(run_sweep(name, config))
 
 
 @app.command
 def table(config: Annotated[TableOptions, Parameter(name="*")] = TableOptions()) -> None:
-    """Finished runs as the paper's tables: mean and standard deviation over seeds."""
+    """Build the tables of all finished runs: mean and standard deviation over seeds."""
     from sd_unlearn.paper.tables.build import build_tables
 
     print(build_tables(config.runs, config.output_dir, config.update, config.collect))
 
 
 @app.command(name="list")
-def list_(*, as_json: Annotated[bool, Parameter(name="--json", help="As JSON.", negative=())] = False) -> None:
-    """Every experiment with its settings."""
-    from sd_unlearn.paper.printing import listed
+def list_(*, as_json: Annotated[bool, Parameter(name="--json", help="Print JSON.", negative=())] = False) -> None:
+    """Show all experiments and their settings."""
+    from sd_unlearn.paper.printing import list_experiments
 
-    print(listed(as_json))
+    print(list_experiments(as_json))

@@ -1,6 +1,6 @@
-"""What the paper runs (Takahashi et al. 2025, section 5 and appendix), a line each, and how: data, network, training.
+"""The experiments of the paper (Takahashi et al. 2025, section 5 and appendix): data, network, training.
 
-Imports no torch: `paper list` and `--help` answer at once.
+Imports no torch, so that `paper list` and `--help` stay fast.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ CLASSES: dict[Dataset, Classes] = {
 
 @dataclass(frozen=True)
 class Counts:
-    """How many images there are of each kind."""
+    """Numbers of training images."""
 
     normal: int  # unlabeled and normal
     mixed_in: int  # unlabeled and sensitive
@@ -41,30 +41,30 @@ class Counts:
 
     @property
     def contamination(self) -> float:
-        """The true beta: share of sensitive images among the unlabeled ones, in (0, 1)."""
+        """The true beta: share of sensitive images among the unlabeled ones, in [0, 1)."""
         return self.mixed_in / (self.normal + self.mixed_in)
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a network is trained and drawn from. Of a batch, the labeled images come on top: a third as many."""
+    """How a network is trained and sampled from."""
 
-    train_batch_size: int  # unlabeled images of a step
+    train_batch_size: int  # unlabeled images per step; a third as many labeled ones are added
     epochs: int  # passes over the unlabeled images
     learning_rate: float
     sampler: Sampler
     num_inference_steps: int
-    num_images: int  # drawn, for the rate and the distance
+    num_images: int  # generated for the metrics
     lr_warmup_steps: int = 500
     ema_decay: float | None = None
     reduction: Reduction = "sum"
-    snr_gamma: float | None = None  # Min-SNR weights of timesteps; None: all weigh the same
-    max_ratio: float | None = None  # of a labeled image's loss to an unlabeled one's; None: whatever it comes to
+    snr_gamma: float | None = None  # Min-SNR weights of the timesteps; None: equal weights
+    max_ratio: float | None = None  # cap on a labeled image's loss, relative to an unlabeled one's; None: no cap
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """One of the paper's settings: which classes are normal, which sensitive, how many of each, and the recipe."""
+    """Which classes are normal and which sensitive, numbers of images, and the recipe."""
 
     name: str
     dataset: Dataset
@@ -74,20 +74,20 @@ class Experiment:
     side: int  # of the images, in pixels
     channels: int
     recipe: Recipe
-    base: str | None = None  # the hub id of a DDPM to fine-tune; None: from scratch
+    base: str | None = None  # hub id of the DDPM to fine-tune; None: from scratch
     of_paper: bool = True
 
     def side_of(self, size: Size) -> int:
-        """Of the images it is trained on, in pixels."""
+        """Width and height of the training images, in pixels."""
         return TINY_SIDE if size == "tiny" else self.side
 
     def recipe_of(self, size: Size) -> Recipe:
-        """How it is trained and drawn from at a size."""
+        """The recipe of a size."""
         return TINY if size == "tiny" else self.recipe
 
     @property
     def sizes(self) -> tuple[Size, ...]:
-        """The presets it can run at; what is fine-tuned has the size of its base."""
+        """The sizes it can run at; a fine-tuned model has the size of its base."""
         return ("paper",) if self.base else ("paper", "tiny")
 
     @property
@@ -95,13 +95,14 @@ class Experiment:
         return "paper" if self.of_paper else "tiny"
 
 
-TINY_SIDE = 12  # pixels; MNIST's digits are cut to the middle 24 of 28 first, and then halved
-# T = 1,000 everywhere. From scratch the paper samples by DDPM in all 1,000 steps, fine-tuned by DDIM in 50.
+TINY_SIDE = 12  # pixels: the middle 24 of MNIST's 28, halved
+# T = 1,000. In the paper, models trained from scratch are sampled with DDPM in 1,000 steps, fine-tuned ones with DDIM
+# in 50.
 _SCRATCH = Recipe(128, 100, 1e-4, "ddpm", 1000, 10_000)
 _STL10 = Recipe(32, 100, 1e-4, "ddpm", 1000, 10_000)
 _CIFAR10_FT = Recipe(128, 100, 1e-4, "ddim", 50, 10_000)
 _CELEBA_FT = Recipe(16, 20, 1e-4, "ddim", 50, 2_048)
-# A network of a million weights that two CPU cores train in minutes: docs/paper.md says how it was found.
+# A network with a million weights that two CPU cores train in minutes; docs/paper.md explains the choices.
 TINY = Recipe(32, 32, 1e-3, "ddim", 50, 1_000, lr_warmup_steps=100, ema_decay=0.995, snr_gamma=5.0, max_ratio=4.0)
 
 _MNIST = Counts(25_000, 2_500, 2_500)
@@ -119,7 +120,7 @@ def _both_ways(
     recipe: Recipe,
     base: str | None = None,
 ) -> list[Experiment]:
-    """Two experiments: each of two groups of classes normal once, named after it, and the other one sensitive."""
+    """Two experiments, each named after the group of classes that is normal in it; the other group is sensitive."""
     ending, (one, other) = "-ft" if base else "", groups
     return [
         Experiment(
@@ -155,17 +156,17 @@ _ALL = [
     *_both_ways("celeba", _SEXES, _FEW, 256, 3, _CELEBA_FT, "google/ddpm-celebahq-256"),
 ]
 EXPERIMENTS = {e.name: e for e in _ALL}
-# Text-to-image models go the way of `train`: paper/stable_diffusion.py
+# Experiments on text-to-image models: paper/stable_diffusion.py
 SD_BRAD_PITT, DIGITS_SEVEN = "sd-brad-pitt", "digits-seven"
 TEXT_EXPERIMENTS = (SD_BRAD_PITT, DIGITS_SEVEN)
 NAMES = (*EXPERIMENTS, *TEXT_EXPERIMENTS)
 
 
 def find_experiment(name: str) -> Experiment:
-    """An experiment of a DDPM by name.
+    """A DDPM experiment by name.
 
     Raises:
-        UsageError: there is none of that name.
+        UsageError: the name is unknown.
     """
     if name not in EXPERIMENTS:
         raise UsageError(f'Experiment "{name}" is unknown.{suggest(name, NAMES)} Known: {", ".join(NAMES)}.')

@@ -1,4 +1,4 @@
-"""What the `paper` commands can be told. Imports no torch."""
+"""The options of the `paper` commands. Imports no torch."""
 
 from __future__ import annotations
 
@@ -15,161 +15,170 @@ from sd_unlearn.paper.experiments import Sampler, Size
 
 ObjectiveName = Literal["pu", "pnu", "supervised", "unsupervised"]
 
-WHAT = Group("What is run", sort_key=0)
-DATA = Group("The data", sort_key=1)
-RECIPE = Group("Training (default: the experiment's, see paper list)", sort_key=2)
-DRAWN = Group("Drawing and judging", sort_key=3)
-PLACES = Group("Places", sort_key=4)
+EXPERIMENT = Group("Experiment", sort_key=0)
+DATA = Group("Data", sort_key=1)
+TRAINING = Group("Training (defaults: the experiment's, see paper list)", sort_key=2)
+EVALUATION = Group("Generated images and metrics", sort_key=3)
+FILES = Group("Files and output", sort_key=4)
 
 
 @dataclass(kw_only=True)
-class Shared:
-    """What one run and many have in common."""
+class SharedOptions:
+    """The options that `run` and `sweep` share."""
 
     size: Annotated[
         Size | None,
         option(
-            "paper: its own network and schedule, for a GPU. tiny: minutes on a CPU. Default: tiny for mnist5k.",
-            WHAT,
+            "paper: the paper's network and schedule, for a GPU. tiny: minutes on a CPU. Default: tiny for mnist5k, "
+            "else paper.",
+            EXPERIMENT,
         ),
     ] = None
     method: Annotated[
-        Method, option("Of text-to-image models: train the whole UNet, as the paper does, or a LoRA.", WHAT)
+        Method, option("Text-to-image models only: train the whole UNet, as in the paper, or a LoRA.", EXPERIMENT)
     ] = "full"
     correction: Annotated[
-        Correction, option("abs (the paper's), nn (max(0, .) with Kiryo's step) or none (uPU).", WHAT)
+        Correction,
+        option("How pu and pnu handle a negative bracket: abs (the paper's), nn (nnPU) or none (uPU).", EXPERIMENT),
     ] = "abs"
-    eta: Annotated[float, option("With pnu: weight in (0, 1] of the images known to be normal.", WHAT)] = 0.5
+    eta: Annotated[float, option("pnu only: weight of the labeled normal images, in (0, 1].", EXPERIMENT)] = 0.5
     conditional: Annotated[
         bool,
         option(
-            "Tell the network a class that does not give away what is sensitive: a digit's pair (0 or 1, ...).",
-            WHAT,
+            "MNIST only: condition the network on the pair of the digit (0 or 1, 2 or 3, ...), which contains a normal "
+            "and a sensitive one.",
+            EXPERIMENT,
         ),
     ] = False
 
     contamination: Annotated[
         float | None,
         option(
-            "True share of sensitive images among the unlabeled ones. Default: the paper's 1 in 11. 0, for "
-            "unsupervised: the best there could be.",
+            "Share of sensitive images among the unlabeled ones. Default: the paper's 1/11. 0 (unsupervised only) "
+            "gives the best leakage that is possible.",
             DATA,
         ),
     ] = None
     missing: Annotated[
         str | None,
-        option("Sensitive classes that no labeled image shows, e.g. 9 or bird,cat; unlabeled images still do.", DATA),
+        option("Sensitive classes without labeled images, e.g. 9 or bird,cat; they stay in the unlabeled ones.", DATA),
     ] = None
     num_negative: Annotated[
-        int | None, option("With pnu: images known to be normal. Default: as many as labeled sensitive ones.", DATA)
+        int | None,
+        option("pnu only: number of labeled normal images. Default: as many as labeled sensitive ones.", DATA),
     ] = None
 
     epochs: Annotated[
         int | None,
-        option("Passes over the unlabeled images, as many as there are at the paper's contamination.", RECIPE),
+        option("Passes over the unlabeled images, counted at the paper's contamination.", TRAINING),
     ] = None
-    max_train_steps: Annotated[int | None, option("Optimizer steps, in place of --epochs.", RECIPE)] = None
+    max_train_steps: Annotated[int | None, option("Optimizer steps; overrides --epochs.", TRAINING)] = None
     train_batch_size: Annotated[
-        int | None, option("Unlabeled images of a step; the labeled ones, a third as many, come on top.", RECIPE)
+        int | None, option("Unlabeled images per step; a third as many labeled ones are added.", TRAINING)
     ] = None
-    learning_rate: Annotated[float | None, option("After warm-up.", RECIPE)] = None
+    learning_rate: Annotated[float | None, option("Learning rate after warm-up.", TRAINING)] = None
     reduction: Annotated[
-        Reduction | None, option("Per-example loss as sum over the pixels (the likelihood) or mean.", RECIPE)
+        Reduction | None,
+        option("Loss of an image: sum over its pixels (the likelihood, as in the paper) or mean.", TRAINING),
     ] = None
     snr_gamma: Annotated[
         float | None,
         option(
-            "Min-SNR weights of timesteps (Hang et al. 2023): they move the push to where it is decided what a "
-            "picture shows; 0: all weigh the same, as in the paper. Default: 5 at tiny size, 0 else.",
-            RECIPE,
+            "Min-SNR weights of the timesteps (Hang et al. 2023), which emphasize high noise; 0: equal weights, as in "
+            "the paper. Default: 5 for tiny, else 0.",
+            TRAINING,
         ),
     ] = None
     max_ratio: Annotated[
         float | None,
         option(
-            "Of pu and pnu: a labeled image whose loss is this many times (1 or more) that of an unlabeled one at the "
-            "same timestep and noise is pushed no further; 0: no bound, as in the paper. Default: 4 at tiny size, 0 "
-            "else.",
-            RECIPE,
+            "pu and pnu only: cap a labeled image's loss at N times (1 or more) the loss of an unlabeled one at the "
+            "same timestep and noise; 0: no cap, as in the paper. Default: 4 for tiny, else 0.",
+            TRAINING,
         ),
     ] = None
     mixed_precision: Annotated[
-        Literal["no", "fp16", "bf16"], option("Arithmetic of the network in training.", RECIPE)
+        Literal["no", "fp16", "bf16"], option("Precision of the network during training.", TRAINING)
     ] = "no"
     pretrained_model_name_or_path: Annotated[
-        str | None, option("What to fine-tune, in place of the experiment's base: a DDPM's hub id or folder.", RECIPE)
+        str | None, option("Model to fine-tune instead of the experiment's: hub id or folder.", TRAINING)
     ] = None
     checkpointing_steps: Annotated[
-        int, option("Everything needed to go on is saved every so many steps; a killed run goes on by itself.", RECIPE)
+        int, option("Save a checkpoint every N steps; an interrupted run resumes from it.", TRAINING)
     ] = 500
 
-    num_images: Annotated[int | None, option("Pictures drawn, for the rate and the distance.", DRAWN)] = None
-    sampler: Annotated[Sampler | None, option("ddpm or ddim.", DRAWN)] = None
-    num_inference_steps: Annotated[int | None, option("Sampler steps.", DRAWN)] = None
-    sample_batch_size: Annotated[int, option("Pictures drawn at once.", DRAWN)] = 250
+    num_images: Annotated[int | None, option("Images to generate for the metrics.", EVALUATION)] = None
+    sampler: Annotated[Sampler | None, option("ddpm or ddim.", EVALUATION)] = None
+    num_inference_steps: Annotated[int | None, option("Sampler steps.", EVALUATION)] = None
+    sample_batch_size: Annotated[int, option("Images generated at once.", EVALUATION)] = 250
     inception_weights: Annotated[
-        Path | None, option("File of InceptionV3 for fid-inception. Default: fetched by torch-fidelity.", DRAWN)
+        Path | None,
+        option("InceptionV3 weights for fid-inception. Default: downloaded by torch-fidelity.", EVALUATION),
     ] = None
 
-    data_root: Annotated[Path, option("Where datasets lie, or are downloaded to.", PLACES)] = Path("data/paper")
-    output_dir: Annotated[Path, option("The runs go to <output_dir>/<experiment>/<variant>.", PLACES)] = Path(
+    data_root: Annotated[Path, option("Folder of the datasets; missing ones are downloaded into it.", FILES)] = Path(
+        "data/paper"
+    )
+    output_dir: Annotated[Path, option("Runs are written to <output_dir>/<experiment>/<variant>.", FILES)] = Path(
         "runs/paper"
     )
-    overwrite: Annotated[bool, option("Start over, whatever is finished.", PLACES)] = False
-    json: Annotated[bool, option("Print results.json instead of a summary.", PLACES)] = False
-    config: Annotated[Path | None, option("YAML file with these options as keys.", PLACES)] = None
-    debug: Annotated[bool, option("Show tracebacks.", PLACES)] = False
+    overwrite: Annotated[bool, option("Discard an existing run and start again.", FILES)] = False
+    json: Annotated[bool, option("Print results.json instead of a summary.", FILES)] = False
+    config: Annotated[Path | None, option("YAML file with these options as keys.", FILES)] = None
+    debug: Annotated[bool, option("Show tracebacks.", FILES)] = False
 
 
 @dataclass(kw_only=True)
-class RunOptions(Shared):
-    """Train, draw and judge one model: one row of a table."""
+class RunOptions(SharedOptions):
+    """Train and evaluate one model."""
 
     objective: Annotated[
         ObjectiveName,
         option(
-            "pu: the paper's. unsupervised: on the unlabeled images alone; supervised: unlabeled images taken for "
-            "normal, the labeled ones pushed away; pnu: pu with some images known to be normal.",
-            WHAT,
+            "pu: the paper's. unsupervised: unlabeled images only. supervised: treats unlabeled images as normal. pnu: "
+            "pu with labeled normal images.",
+            EXPERIMENT,
         ),
     ] = "pu"
     beta: Annotated[
         float | Literal["known", "estimate"] | None,
         option(
-            "Prior in (0, 1); known: the true share; estimate: found while training. Default: the paper's 0.1; of "
-            "text-to-image models the true share.",
-            WHAT,
+            "Assumed share of sensitive images among the unlabeled ones, in (0, 1); known: the true share; estimate: "
+            "estimated during training. Default: the paper's 0.1; for text-to-image models the true share.",
+            EXPERIMENT,
         ),
     ] = None
-    seed: Annotated[
-        int, option("Of the split, the weights and the noise; the paper's tables average over seeds.", WHAT)
-    ] = 42
+    seed: Annotated[int, option("Seed of the data split, the weights and the noise.", EXPERIMENT)] = 42
 
 
 @dataclass(kw_only=True)
-class SweepOptions(Shared):
-    """Many runs, each finished one skipped: every combination of the lists."""
+class SweepOptions(SharedOptions):
+    """Every combination of the listed objectives, betas and seeds; finished runs are skipped."""
 
-    objective: Annotated[str, option("One or several objectives, e.g. unsupervised,supervised,pu.", WHAT)] = "pu"
+    objective: Annotated[str, option("Comma-separated objectives, e.g. unsupervised,supervised,pu.", EXPERIMENT)] = (
+        "pu"
+    )
     beta: Annotated[
-        str, option("One or several betas, e.g. 0.05,0.1,0.15,0.2,0.25; known and estimate are betas, too.", WHAT)
+        str, option("Comma-separated betas, e.g. 0.05,0.1,0.2; known and estimate are accepted.", EXPERIMENT)
     ] = ""
-    seed: Annotated[str, option("One or several seeds, e.g. 42,43,44.", WHAT)] = "42"
+    seed: Annotated[str, option("Comma-separated seeds, e.g. 42,43,44.", EXPERIMENT)] = "42"
 
 
 @dataclass(kw_only=True)
 class TableOptions:
-    """Finished runs as the paper's tables."""
+    """The tables of finished runs."""
 
-    runs: Annotated[Path, option("Folder of the runs, or of their collected results.")] = Path("runs/paper")
+    runs: Annotated[Path, option("Folder of the runs, or of their collected records.")] = Path("runs/paper")
     output_dir: Annotated[
-        Path | None, option("Also write table.md, runs.csv and the plots there. Default: <runs>/tables.")
+        Path | None,
+        option("Folder for table.md, runs.csv, groups.csv and the plots. Default: <runs>/tables."),
     ] = None
     update: Annotated[
-        Path | None, option("Renew the tables between the markers of this Markdown document, and its plots.")
+        Path | None, option("Update the tables between the markers of this Markdown document, and its plots.")
     ] = None
     collect: Annotated[
-        Path | None, option("Copy every results.json there (some kB each): tables can be rebuilt from them alone.")
+        Path | None,
+        option("Copy each run's record (some kB) there; tables can be built from the copies alone."),
     ] = None
     config: Annotated[Path | None, option("YAML file with these options as keys.")] = None
     debug: Annotated[bool, option("Show tracebacks.")] = False

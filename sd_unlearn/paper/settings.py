@@ -1,4 +1,4 @@
-"""From options to the settings of one run, checked before anything loads. Imports no torch."""
+"""Resolve and check the options of `paper run` before anything loads. Imports no torch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sd_unlearn.paper.experiments import CLASSES, Counts, Experiment, Sampler, S
 from sd_unlearn.paper.options import ObjectiveName, RunOptions
 from sd_unlearn.seeds import SEED_SPAN
 
-LABELED_SHARE = 3  # a step sees this many unlabeled images for each labeled one
+LABELED_SHARE = 3  # unlabeled images per labeled image of a step
 PAPER_BETA = 0.1
 WITH_BRACKET = ("pu", "pnu")
 BetaSource = Literal["fixed", "known", "estimated"]
@@ -23,20 +23,20 @@ BetaSource = Literal["fixed", "known", "estimated"]
 
 @dataclass(frozen=True)
 class ExperimentSettings:
-    """All that decides the figures of a run, its seed apart; recorded under "settings" in results.json."""
+    """Everything that affects the results of a run except its seed; "settings" in results.json."""
 
     objective: ObjectiveName
     correction: Correction
-    beta: float | None  # None: unsupervised
+    beta: float | None  # in (0, 1); None: unsupervised
     beta_source: BetaSource
-    eta: float  # 0 without images known to be normal
+    eta: float  # 0 without labeled normal images
     conditional: bool
-    missing: tuple[str, ...]
+    missing: tuple[str, ...]  # sensitive classes without labeled images
     contamination: float  # the true beta
     num_negative: int
     reduction: Reduction
     snr_gamma: float | None
-    max_ratio: float | None  # None: the push has no bound, or, of the baselines, there is none
+    max_ratio: float | None  # None: no cap
     train_batch_size: int
     max_train_steps: int
     learning_rate: float
@@ -50,21 +50,21 @@ class ExperimentSettings:
 
     @property
     def conditions(self) -> int:
-        """How many classes the network is told of; 0: unconditional."""
+        """Number of classes of the conditional network; 0: unconditional."""
         return 5 if self.conditional else 0
 
 
 def resolve(experiment: Experiment, options: RunOptions) -> tuple[ExperimentSettings, Counts, Size]:
-    """The settings, the counts and the size that the options ask for.
+    """The settings, numbers of images and size for these options.
 
     Raises:
-        UsageError: an option that cannot be meant, alone or beside the others.
+        UsageError: an invalid option or combination of options.
     """
     _check(experiment, options)
     size = options.size or experiment.default_size
     if size not in experiment.sizes:
         raise UsageError(
-            f"--size {size}: {experiment.name} fine-tunes a published model and has its size. Leave it out."
+            f"--size {size}: {experiment.name} fine-tunes a published model of fixed size. Remove the option."
         )
     recipe = experiment.recipe_of(size)
     counts = experiment.counts
@@ -72,8 +72,8 @@ def resolve(experiment: Experiment, options: RunOptions) -> tuple[ExperimentSett
         counts = with_contamination(counts, options.contamination)
     batch = options.train_batch_size or recipe.train_batch_size
     epochs = options.epochs or recipe.epochs
-    usual = experiment.counts  # as many steps at every contamination, or they would not compare
-    steps = options.max_train_steps or epochs * math.ceil((usual.normal + usual.mixed_in) / batch)
+    default = experiment.counts  # equal numbers of steps at every contamination, so that they can be compared
+    steps = options.max_train_steps or epochs * math.ceil((default.normal + default.mixed_in) / batch)
     pnu = options.objective == "pnu"
     settings = ExperimentSettings(
         objective=options.objective,
@@ -101,40 +101,42 @@ def resolve(experiment: Experiment, options: RunOptions) -> tuple[ExperimentSett
     return settings, counts, size
 
 
-def variant_of(settings: ExperimentSettings, plain: ExperimentSettings, size: Size, seed: int) -> str:
-    """A run folder's name: the objective, then whatever differs from the experiment's plain settings, then the seed."""
+def variant_of(settings: ExperimentSettings, defaults: ExperimentSettings, size: Size, seed: int) -> str:
+    """Name of a run folder: size, objective, the settings that differ from the defaults, seed.
+
+    defaults: as `default_settings`.
+    """
     parts: list[str] = [size, settings.objective]
     if settings.objective in ("pu", "pnu", "supervised"):
         parts.append(f"beta{settings.beta:g}" if settings.beta_source == "fixed" else f"beta-{settings.beta_source}")
-    named = {"objective", "beta", "beta_source", "lr_warmup_steps"}  # the last follows from others
+    skipped = {"objective", "beta", "beta_source", "lr_warmup_steps"}  # the last follows from the others
     for field in dataclasses.fields(ExperimentSettings):
         value = getattr(settings, field.name)
-        usual = getattr(plain, field.name)
-        if field.name not in named and value != usual:
-            parts.append(_told(field.name, value))
+        if field.name not in skipped and value != getattr(defaults, field.name):
+            parts.append(_name_part(field.name, value))
     return "-".join([*parts, f"seed{seed}"])
 
 
-def plain_settings(experiment: Experiment, settings: ExperimentSettings, size: Size) -> ExperimentSettings:
-    """The settings of the same objective with no other option given."""
+def default_settings(experiment: Experiment, settings: ExperimentSettings, size: Size) -> ExperimentSettings:
+    """The settings of the same objective and size with no other option."""
     return resolve(experiment, RunOptions(objective=settings.objective, size=size))[0]
 
 
 def missing_classes(experiment: Experiment, options: RunOptions) -> tuple[str, ...]:
-    """The names of --missing.
+    """The classes of --missing.
 
     Raises:
-        UsageError: one that is no sensitive class of the experiment, or all of them.
+        UsageError: a class that is not a sensitive one of the experiment, or all of them.
     """
     names = tuple(word.strip() for word in (options.missing or "").split(",") if word.strip())
     for name in names:
         if name not in experiment.sensitive:
             raise UsageError(
-                f'--missing "{name}" is no sensitive class of {experiment.name}.'
-                f"{suggest(name, experiment.sensitive)} Those are {', '.join(experiment.sensitive)}."
+                f'--missing "{name}" is not a sensitive class of {experiment.name}.'
+                f"{suggest(name, experiment.sensitive)} Sensitive classes: {', '.join(experiment.sensitive)}."
             )
     if set(names) == set(experiment.sensitive):
-        raise UsageError(f"--missing {options.missing} leaves no labeled images; name fewer classes.")
+        raise UsageError(f"--missing {options.missing} leaves no labeled images; list fewer classes.")
     return names
 
 
@@ -143,17 +145,17 @@ def _beta(options: RunOptions, counts: Counts) -> dict[str, object]:
         return {"beta": None, "beta_source": "fixed"}
     if options.beta == "known":
         return {"beta": counts.contamination, "beta_source": "known"}
-    if options.beta == "estimate":  # not known before the data is there: training starts from the paper's value
+    if options.beta == "estimate":  # training starts with the paper's value
         return {"beta": PAPER_BETA, "beta_source": "estimated"}
     return {"beta": PAPER_BETA if options.beta is None else options.beta, "beta_source": "fixed"}
 
 
-def _or_none(asked: float | None, usual: float | None) -> float | None:
-    """What was asked for, 0 being the way to ask for none; else what is usual."""
-    return (usual if asked is None else asked) or None
+def _or_none(value: float | None, default: float | None) -> float | None:
+    """The value of an option, or its default; 0 means None."""
+    return (default if value is None else value) or None
 
 
-def _told(name: str, value: object) -> str:
+def _name_part(name: str, value: object) -> str:
     if value is True:
         return name
     words = ".".join(value) if isinstance(value, tuple) else f"{value:.3g}" if isinstance(value, float) else str(value)
@@ -162,28 +164,28 @@ def _told(name: str, value: object) -> str:
 
 def _check(experiment: Experiment, options: RunOptions) -> None:
     if isinstance(options.beta, float) and not 0 < options.beta < 1:
-        raise UsageError(f"--beta {options.beta:g} must lie between 0 and 1: it is a share, e.g. 0.1.")
+        raise UsageError(f"--beta {options.beta:g} must lie in (0, 1), e.g. 0.1.")
     if options.beta == "estimate" and options.objective == "unsupervised":
-        raise UsageError("--beta estimate: --objective unsupervised has no beta. Leave it out.")
+        raise UsageError("--beta estimate cannot be used with --objective unsupervised, which has no beta. Remove it.")
     if options.method != "full":
         raise UsageError(
-            f"--method {options.method} is for text-to-image models; {experiment.name} is none. Leave it out."
+            f"--method {options.method} is for text-to-image models; {experiment.name} trains a DDPM. Remove the option."
         )
     if options.contamination == 0 and options.objective != "unsupervised":
-        raise UsageError("--contamination 0 leaves nothing to prevent: it is for --objective unsupervised, as a floor.")
+        raise UsageError("--contamination 0 needs --objective unsupervised: without sensitive images there is nothing to unlearn.")
     if not 0 < options.eta <= 1:
         raise UsageError(f"--eta {options.eta:g} must lie in (0, 1].")
     if options.num_negative is not None and options.objective != "pnu":
-        raise UsageError(f"--num_negative is for --objective pnu; --objective is {options.objective}.")
+        raise UsageError(f"--num_negative is for --objective pnu, not {options.objective}.")
     if options.correction != "abs" and options.objective not in WITH_BRACKET:
-        raise UsageError(f"--correction is for pu and pnu; --objective {options.objective} has no bracket to correct.")
+        raise UsageError(f"--correction is for pu and pnu; --objective {options.objective} has no bracket.")
     if options.max_ratio and options.objective not in WITH_BRACKET:
-        raise UsageError(f"--max_ratio is for pu and pnu; --objective {options.objective} pushes no image that far.")
+        raise UsageError(f"--max_ratio is for --objective pu and pnu, not {options.objective}.")
     _check_numbers(options)
     if options.conditional and CLASSES[experiment.dataset] != CLASSES["mnist"]:
         raise UsageError(
-            f"--conditional tells the network which pair of digits is asked for; {experiment.name} has none. "
-            "It is for the mnist experiments; text is the condition of sd-brad-pitt."
+            f"--conditional is for the MNIST experiments: it conditions on pairs of digits, and {experiment.name} has "
+            "none. Remove it."
         )
 
 
@@ -204,8 +206,8 @@ def _check_numbers(options: RunOptions) -> None:
         if value is not None and not 0 < value < math.inf:
             raise UsageError(f"--{name} {value:g} must be a number above 0.")
     if options.snr_gamma is not None and not 0 <= options.snr_gamma < math.inf:
-        raise UsageError(f"--snr_gamma {options.snr_gamma:g} must be a number from 0 up; 0 weighs all timesteps alike.")
+        raise UsageError(f"--snr_gamma {options.snr_gamma:g} must be 0 or more; 0 gives all timesteps equal weights.")
     if options.max_ratio is not None and not (options.max_ratio == 0 or 1 <= options.max_ratio < math.inf):
-        raise UsageError(f"--max_ratio {options.max_ratio:g} must be a number from 1 up; 0 sets no bound.")
+        raise UsageError(f"--max_ratio {options.max_ratio:g} must be 1 or more, or 0 for no cap.")
     if (options.num_inference_steps or 1) > 1000:
-        raise UsageError(f"--num_inference_steps {options.num_inference_steps} is above the 1,000 of the schedule.")
+        raise UsageError(f"--num_inference_steps {options.num_inference_steps} must be at most 1,000, the timesteps of the schedule.")
