@@ -1,4 +1,4 @@
-"""A few pictures each in the real file formats of MNIST, CIFAR10, STL10 and CelebA, with the checksums to match."""
+"""A few images in the file formats of MNIST, CIFAR10, STL10 and CelebA, with matching checksums."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def _idx(array: NDArray[np.uint8]) -> bytes:
 def make_mnist(
     root: Path, monkeypatch: pytest.MonkeyPatch, train: int = 12, test: int = 4, packed: bool = False
 ) -> NDArray[np.uint8]:
-    """Files of `train` pictures, label i % 10, and `test` ones; packed as .gz, or not. Returns [train, 28, 28]."""
+    """`train` images with label i % 10, and `test` images; packed: as .gz. Returns [train, 28, 28]."""
     from torchvision.datasets import MNIST
 
     folder = root / "MNIST" / "raw"
@@ -56,12 +56,12 @@ def make_mnist(
 
 
 def make_cifar10(root: Path, monkeypatch: pytest.MonkeyPatch) -> NDArray[np.uint8]:
-    """Five batches of two pictures, labels 0 to 9, and a test batch of two. Returns [10, 32, 32, 3]."""
+    """Five batches of two images, labels 0 to 9, and a test batch of two. Returns [10, 32, 32, 3]."""
     from torchvision.datasets import CIFAR10
 
     folder = root / "cifar-10-batches-py"
     folder.mkdir(parents=True)
-    pictures = noise(12, 3, 32, 32)
+    images = noise(12, 3, 32, 32)
     names = [*(f"data_batch_{n}" for n in range(1, 6)), "test_batch"]
 
     def write(name: str, content: Any) -> list[str]:
@@ -69,7 +69,7 @@ def make_cifar10(root: Path, monkeypatch: pytest.MonkeyPatch) -> NDArray[np.uint
         return [name, md5(folder / name)]
 
     sums = [
-        write(name, {"data": pictures[2 * n : 2 * n + 2].reshape(2, -1), "labels": [2 * n % 10, (2 * n + 1) % 10]})
+        write(name, {"data": images[2 * n : 2 * n + 2].reshape(2, -1), "labels": [2 * n % 10, (2 * n + 1) % 10]})
         for n, name in enumerate(names)
     ]
     classes = "airplane automobile bird cat deer dog frog horse ship truck".split()
@@ -77,21 +77,21 @@ def make_cifar10(root: Path, monkeypatch: pytest.MonkeyPatch) -> NDArray[np.uint
     monkeypatch.setattr(CIFAR10, "train_list", sums[:5])
     monkeypatch.setattr(CIFAR10, "test_list", sums[5:])
     monkeypatch.setattr(CIFAR10, "meta", {"filename": meta[0], "key": "label_names", "md5": meta[1]})
-    return pictures[:10].transpose(0, 2, 3, 1)
+    return images[:10].transpose(0, 2, 3, 1)
 
 
 def make_stl10(root: Path, monkeypatch: pytest.MonkeyPatch) -> NDArray[np.uint8]:
-    """Ten pictures for training, labels 0 to 9, and three for tests, labels 9, 8, 7. Returns [13, 96, 96, 3]."""
+    """Ten training images, labels 0 to 9, and three test images, labels 9, 8, 7. Returns [13, 96, 96, 3]."""
     from torchvision.datasets import STL10
 
     folder = root / "stl10_binary"
     folder.mkdir(parents=True)
-    pictures = noise(13, 96, 96, 3)
+    images = noise(13, 96, 96, 3)
     files = {
-        "train_X.bin": pictures[:10].transpose(0, 3, 2, 1),
+        "train_X.bin": images[:10].transpose(0, 3, 2, 1),
         "train_y.bin": np.arange(1, 11, dtype=np.uint8),
         "unlabeled_X.bin": noise(1, 3, 96, 96),
-        "test_X.bin": pictures[10:].transpose(0, 3, 2, 1),
+        "test_X.bin": images[10:].transpose(0, 3, 2, 1),
         "test_y.bin": np.array([10, 9, 8], dtype=np.uint8),
     }
     for name, array in files.items():
@@ -99,11 +99,11 @@ def make_stl10(root: Path, monkeypatch: pytest.MonkeyPatch) -> NDArray[np.uint8]
     sums = [[name, md5(folder / name)] for name in files]
     monkeypatch.setattr(STL10, "train_list", sums[:3])
     monkeypatch.setattr(STL10, "test_list", sums[3:])
-    return pictures
+    return images
 
 
 def make_celeba(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Eight grey pictures of 178x218 pixels, the n-th of grey 20 n; parts 0 0 0 0 1 1 2 2; those of odd n are male."""
+    """Eight images of 178x218 pixels, the n-th of grey 20 n; parts 0 0 0 0 1 1 2 2; odd n are male."""
     from torchvision.datasets import CelebA
 
     folder = root / "celeba"
@@ -129,7 +129,7 @@ def make_celeba(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def make_folders(place: Path, classes: tuple[str, ...], images: int = 2, side: int = 40) -> None:
-    """One folder a class, `images` pictures in each; the i-th of class c is of red 20 c + i."""
+    """One folder per class with `images` images; the i-th of class c has red 20 c + i."""
     for c, name in enumerate(classes):
         (place / name).mkdir(parents=True)
         for i in range(images):

@@ -1,4 +1,4 @@
-"""What the tests of the paper's judges share: images held in memory, and a classifier that reads brightness."""
+"""Images in memory and a classifier of brightness, for the tests of paper.judge."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _none(index: int) -> Image.Image:
 
 @dataclass(frozen=True)
 class Images:
-    """As datasets.ImageData, from a tensor [N, C, side, side] in [-1, 1]."""
+    """Like datasets.ImageData, from a tensor [N, C, side, side] in [-1, 1]."""
 
     data: Tensor
     labels: NDArray[np.int64]
@@ -43,7 +43,7 @@ class Images:
 
 
 def left_or_right(count: int = 120, channels: int = 1) -> Images:
-    """Noise of 8x8 pixels whose left ("a") or right ("b") half is brighter."""
+    """8x8 noise whose left ("a") or right ("b") half is brighter."""
     generator, labels = torch.Generator().manual_seed(0), np.arange(count) % 2
     data = torch.rand(count, channels, 8, 8, generator=generator) * 0.5 - 1
     for index, label in enumerate(labels):
@@ -61,11 +61,11 @@ class _Brightness(nn.Module):
 
 
 def plain(labels: Sequence[int], side: int = 32, channels: int = 1) -> Tensor:
-    """Pictures of one brightness, that of their class of ten."""
+    """Uniform images whose brightness encodes one of ten classes."""
     return torch.linspace(-1, 1, 10)[list(labels)].view(-1, 1, 1, 1).expand(-1, channels, side, side).clone()
 
 
 def brightness_reader(confusion: NDArray[np.int64] | None = None) -> Classifier:
-    """Knows each of ten classes by its brightness."""
+    """A classifier of ten classes by brightness."""
     found = np.eye(10, dtype=np.int64) if confusion is None else confusion
     return Classifier(_Brightness(10).eval(), "resnet-toy", DIGITS, 32, "f" * 64, found)

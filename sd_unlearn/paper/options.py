@@ -155,9 +155,7 @@ class RunOptions(SharedOptions):
 class SweepOptions(SharedOptions):
     """Every combination of the listed objectives, betas and seeds; finished runs are skipped."""
 
-    objective: Annotated[str, option("Comma-separated objectives, e.g. unsupervised,supervised,pu.", EXPERIMENT)] = (
-        "pu"
-    )
+    objective: Annotated[str, option("Comma-separated objectives, e.g. unsupervised,supervised,pu.", EXPERIMENT)] = "pu"
     beta: Annotated[
         str, option("Comma-separated betas, e.g. 0.05,0.1,0.2; known and estimate are accepted.", EXPERIMENT)
     ] = ""

@@ -169,10 +169,12 @@ def _check(experiment: Experiment, options: RunOptions) -> None:
         raise UsageError("--beta estimate cannot be used with --objective unsupervised, which has no beta. Remove it.")
     if options.method != "full":
         raise UsageError(
-            f"--method {options.method} is for text-to-image models; {experiment.name} trains a DDPM. Remove the option."
+            f"--method {options.method} is for text-to-image models; {experiment.name} trains a DDPM. Remove it."
         )
     if options.contamination == 0 and options.objective != "unsupervised":
-        raise UsageError("--contamination 0 needs --objective unsupervised: without sensitive images there is nothing to unlearn.")
+        raise UsageError(
+            "--contamination 0 needs --objective unsupervised: without sensitive images there is nothing to unlearn."
+        )
     if not 0 < options.eta <= 1:
         raise UsageError(f"--eta {options.eta:g} must lie in (0, 1].")
     if options.num_negative is not None and options.objective != "pnu":
@@ -210,4 +212,6 @@ def _check_numbers(options: RunOptions) -> None:
     if options.max_ratio is not None and not (options.max_ratio == 0 or 1 <= options.max_ratio < math.inf):
         raise UsageError(f"--max_ratio {options.max_ratio:g} must be 1 or more, or 0 for no cap.")
     if (options.num_inference_steps or 1) > 1000:
-        raise UsageError(f"--num_inference_steps {options.num_inference_steps} must be at most 1,000, the timesteps of the schedule.")
+        raise UsageError(
+            f"--num_inference_steps {options.num_inference_steps} must be at most 1,000, the timesteps of the schedule."
+        )

@@ -1,4 +1,4 @@
-"""`sd-unlearn paper run` and `sweep` from the command line: every configuration end to end in a few steps."""
+"""`sd-unlearn paper run` and `sweep` from the command line: every configuration, end to end in a few steps."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from sd_unlearn import cli
 from sd_unlearn.io.files import read_json
 from sd_unlearn.paper import experiments
-from sd_unlearn.paper import run as run_room
+from sd_unlearn.paper import run as run_module
 from sd_unlearn.paper.ddpm import unet
 from sd_unlearn.paper.ddpm.sample import load_samples
 from sd_unlearn.paper.ddpm.unet import make_network, make_schedule, save_pipeline
@@ -39,7 +39,7 @@ FEW = ("--max_train_steps", "3", "--train_batch_size", "6", "--num_images", "12"
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Networks of a few thousand weights, a classifier of a few steps."""
+    """Networks with a few thousand weights, and a classifier trained for a few steps."""
     small = {
         "block_out_channels": (8, 16, 16),
         "layers_per_block": 1,
@@ -74,7 +74,7 @@ def results(experiment: str, variant: str) -> dict[str, Any]:
     return found
 
 
-def test_a_run_leaves_a_pipeline_pictures_and_figures(call: Call) -> None:
+def test_a_run_writes_a_pipeline_images_and_metrics(call: Call) -> None:
     code, out, err = call("run", "mnist5k-even", *FEW)
     assert code == 0, err
     (folder,) = Path("runs/paper/mnist5k-even").iterdir()
@@ -100,7 +100,7 @@ def test_a_run_leaves_a_pipeline_pictures_and_figures(call: Call) -> None:
     assert str(folder) in out
 
 
-def test_a_finished_run_is_not_done_again_and_a_half_done_one_goes_on(call: Call) -> None:
+def test_a_finished_run_is_not_repeated_and_an_unfinished_one_resumes(call: Call) -> None:
     call("run", "mnist5k-even", *FEW)
     (folder,) = Path("runs/paper/mnist5k-even").iterdir()
     before = {p.name: p.stat().st_mtime_ns for p in folder.iterdir()}
@@ -121,7 +121,7 @@ def test_a_finished_run_is_not_done_again_and_a_half_done_one_goes_on(call: Call
     assert read_json(folder / "results.json")["weights_sha256"] == first["weights_sha256"]
 
 
-def test_ctrl_c_leaves_what_the_same_command_goes_on_from(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_run_resumes_from_its_checkpoint(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
 
     steps = TrainingState.take_step
     monkeypatch.setattr(TrainingState, "take_step", lambda *a: (os.kill(os.getpid(), signal.SIGINT), steps(*a))[1])
@@ -137,13 +137,13 @@ def test_ctrl_c_leaves_what_the_same_command_goes_on_from(call: Call, monkeypatc
     assert not (folder / "checkpoints").exists()
 
 
-def test_a_folder_of_something_else_is_left_alone(call: Call) -> None:
+def test_a_folder_with_other_files_is_rejected_and_unchanged(call: Call) -> None:
     place = Path("runs/paper/mnist5k-even/tiny-pu-beta0.1-seed42")
     place.mkdir(parents=True)
     (place / "thesis.tex").write_text("years of work")
     code, _, err = call("run", "mnist5k-even")
     assert code == 2
-    assert "no run of `paper`" in err
+    assert "is not a `paper` run" in err
     assert [p.name for p in place.iterdir()] == ["thesis.tex"]
 
 
@@ -170,21 +170,21 @@ def test_every_configuration_on_real_digits(call: Call, options: tuple[str, ...]
     code, out, err = call("run", "mnist5k-even", "--json", *FEW, *options)
     assert code == 0, err
     found = json.loads(out)
-    told = found["settings"]
+    used = found["settings"]
     for option, value in zip(options, options[1:], strict=False):
         if option == "--objective":
-            assert told["objective"] == value
+            assert used["objective"] == value
         if option == "--contamination":
-            assert told["contamination"] == pytest.approx(float(value))
+            assert used["contamination"] == pytest.approx(float(value))
         if option == "--missing":
-            assert told["missing"] == [value]
+            assert used["missing"] == [value]
     if "estimate" in options:
-        assert told["beta_source"] == "estimated"
-        assert told["betas"][-1]["step"] == 3
+        assert used["beta_source"] == "estimated"
+        assert used["betas"][-1]["step"] == 3
 
 
 class Guess(nn.Module):
-    """A classifier of nothing."""
+    """A classifier that returns pixels as logits."""
 
     def __init__(self, classes: int) -> None:
         super().__init__()
@@ -195,17 +195,17 @@ class Guess(nn.Module):
 
 
 def few(monkeypatch: pytest.MonkeyPatch, name: str, counts: Counts, **changes: Any) -> None:
-    """An experiment on the few pictures of a test, too few to train a classifier on or to measure a distance to."""
+    """An experiment on the few images of a test, too few for a classifier or a distance."""
     monkeypatch.setitem(EXPERIMENTS, name, dataclasses.replace(EXPERIMENTS[name], counts=counts, **changes))
 
     def guess(data: Any, side: int, *_: Any) -> Classifier:
         classes = len(data.classes)
         return Classifier(Guess(classes), "guess", data.classes, side, "0" * 64, np.eye(classes, dtype=np.int64))
 
-    monkeypatch.setattr(run_room, "get_classifier", guess)
+    monkeypatch.setattr(run_module, "get_classifier", guess)
     monkeypatch.setattr(score, "FEWEST", 1)
-    monkeypatch.setattr(run_room, "check_distance", lambda *_: None)  # no weights of Inception here
-    for distances in ("_to_real_digits", "_to_real_pictures"):
+    monkeypatch.setattr(run_module, "check_fid_weights", lambda *_: None)  # no weights of Inception here
+    for distances in ("_distances_to_real_digits", "_distances_to_real_images"):
         monkeypatch.setattr(score, distances, lambda *_: [])
 
 
@@ -238,9 +238,9 @@ def test_every_dataset_from_its_files(call: Call, monkeypatch: pytest.MonkeyPatc
     assert load_samples(folder).shape == (12, 12, 12, EXPERIMENTS[name].channels)
 
 
-def test_what_only_pu_can_be_told_is_left_out_for_the_baselines_of_a_sweep() -> None:
-    asked = SweepOptions(objective="unsupervised,supervised,pu", correction="nn", max_ratio=2.0, epochs=3)
-    runs = combinations(asked)
+def test_a_sweep_omits_the_options_that_the_baselines_do_not_have() -> None:
+    options = SweepOptions(objective="unsupervised,supervised,pu", correction="nn", max_ratio=2.0, epochs=3)
+    runs = combinations(options)
     assert [(r.objective, r.correction, r.max_ratio) for r in runs] == [
         ("unsupervised", "abs", None),
         ("supervised", "abs", None),
@@ -251,13 +251,13 @@ def test_what_only_pu_can_be_told_is_left_out_for_the_baselines_of_a_sweep() -> 
         resolve(EXPERIMENTS["mnist5k-even"], each)
 
 
-def test_a_sweep_runs_what_is_missing_and_tells_of_all(call: Call) -> None:
+def test_a_sweep_runs_what_is_not_finished_and_shows_all_runs(call: Call) -> None:
     code, out, err = call(
         "sweep", "mnist5k-even", "--beta", "0.05,0.2", "--objective", "unsupervised,pu", "--seed", "1,2", *FEW
     )
     assert code == 0, err
     names = sorted(p.name.partition("-lr")[0] for p in Path("runs/paper/mnist5k-even").glob("tiny-*"))
-    assert len(names) == 6  # the unsupervised one has no beta
+    assert len(names) == 6  # unsupervised has no beta
     assert "0.05" in out
     _, _, err = call(
         "sweep", "mnist5k-even", "--beta", "0.05,0.2", "--objective", "unsupervised,pu", "--seed", "1,2", *FEW
@@ -266,12 +266,12 @@ def test_a_sweep_runs_what_is_missing_and_tells_of_all(call: Call) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         (("run", "mnist5k-evne"), 'Did you mean "mnist5k-even"'),
         (("run", "mnist5k-even", "--beta", "2"), "--beta 2"),
         (("run", "mnist5k-even", "--objectiv", "pu"), "objectiv"),
-        (("sweep", "mnist5k-even", "--beta", "0.1,,0.2"), "is empty"),
+        (("sweep", "mnist5k-even", "--beta", "0.1,,0.2"), "empty entry"),
         (("sweep", "mnist5k-even", "--beta", "0.1,two"), '--beta "two"'),
         (("sweep", "mnist5k-even", "--seed", "one"), '--seed "one"'),
         (("sweep", "mnist5k-even", "--objective", "pu,nnpu"), '--objective "nnpu"'),
@@ -280,15 +280,15 @@ def test_a_sweep_runs_what_is_missing_and_tells_of_all(call: Call) -> None:
         (("table",), "sd-unlearn paper run"),
     ],
 )
-def test_what_cannot_be_meant_is_told_in_one_line(call: Call, words: tuple[str, ...], told: str) -> None:
+def test_invalid_options_give_one_line(call: Call, words: tuple[str, ...], message: str) -> None:
     code, out, err = call(*words)
     assert code == 2
-    assert told in err
+    assert message in err
     assert len(err.strip().splitlines()) == 1
     assert not Path("runs").exists()
 
 
-def test_a_dataset_that_is_not_here_is_told_by_its_files(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_dataset_is_reported_with_its_files(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     import urllib.request
 
     def no_network(*_: Any, **__: Any) -> None:
@@ -301,14 +301,14 @@ def test_a_dataset_that_is_not_here_is_told_by_its_files(call: Call, monkeypatch
     assert "data/paper" in err
 
 
-def test_weights_that_are_not_there_are_told_before_anything_is_trained(call: Call) -> None:
+def test_missing_inception_weights_are_reported_before_training(call: Call) -> None:
     code, _, err = call("run", "cifar10-animals", "--inception_weights", "nowhere.pth")
     assert code == 2
     assert "--inception_weights nowhere.pth" in err
     assert not Path("data").exists()
 
 
-def test_options_come_from_a_file_too(call: Call) -> None:
+def test_options_can_come_from_a_file(call: Call) -> None:
     Path("row.yaml").write_text("objective: unsupervised\nseed: 7\nmax_train_steps: 3\ntrain_batch_size: 6\n")
     code, _, err = call("run", "mnist5k-even", "--config", "row.yaml", *FEW[4:])
     assert code == 0, err
@@ -327,7 +327,7 @@ def test_the_list_names_every_experiment(call: Call) -> None:
     assert {e["name"] for e in json.loads(out)} == set(EXPERIMENTS)
 
 
-def test_pictures_are_of_the_seed(call: Call) -> None:
+def test_images_depend_on_the_seed(call: Call) -> None:
     for seed in ("1", "2"):
         call("run", "mnist5k-even", "--seed", seed, *FEW)
     one, two = (load_samples(p) for p in sorted(Path("runs/paper/mnist5k-even").iterdir()))

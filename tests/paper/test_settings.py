@@ -1,4 +1,4 @@
-"""What `paper run` is asked -> the settings of a run, its folder's name, and what is refused."""
+"""Options of `paper run` -> settings and folder name of a run, and invalid options."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from sd_unlearn.errors import UsageError
 from sd_unlearn.paper.experiments import CLASSES, EXPERIMENTS, find_experiment
 from sd_unlearn.paper.options import RunOptions
-from sd_unlearn.paper.settings import ExperimentSettings, plain_settings, resolve, variant_of
+from sd_unlearn.paper.settings import ExperimentSettings, default_settings, resolve, variant_of
 
 EVEN = EXPERIMENTS["mnist5k-even"]
 
@@ -21,10 +21,10 @@ def settings(name: str = "mnist5k-even", **options: Any) -> ExperimentSettings:
 
 def variant(**options: Any) -> str:
     found, _, size = resolve(EVEN, RunOptions(**options))
-    return variant_of(found, plain_settings(EVEN, found, size), size, RunOptions(**options).seed)
+    return variant_of(found, default_settings(EVEN, found, size), size, RunOptions(**options).seed)
 
 
-def test_the_papers_own_settings_are_its_sections_figures() -> None:
+def test_the_default_settings_are_those_of_the_paper() -> None:
     found, counts, size = resolve(find_experiment("mnist-even"), RunOptions())
     assert size == "paper"
     assert (counts.normal, counts.mixed_in, counts.positive) == (25_000, 2_500, 2_500)
@@ -43,7 +43,7 @@ def test_the_papers_own_settings_are_its_sections_figures() -> None:
         ("celeba-male-ft", 16, 20, 50, "google/ddpm-celebahq-256"),
     ],
 )
-def test_batches_epochs_samplers_and_bases_are_the_papers(
+def test_batches_epochs_samplers_and_bases_are_those_of_the_paper(
     name: str, batch: int, epochs: int, steps: int, base: str | None
 ) -> None:
     experiment = find_experiment(name)
@@ -56,20 +56,20 @@ def test_batches_epochs_samplers_and_bases_are_the_papers(
     )
 
 
-def test_every_experiment_shares_its_classes_out_between_normal_and_sensitive() -> None:
+def test_every_class_is_either_normal_or_sensitive() -> None:
     for experiment in EXPERIMENTS.values():
         assert sorted(experiment.normal + experiment.sensitive) == sorted(CLASSES[experiment.dataset])
         assert experiment.counts.contamination == pytest.approx(1 / 11)
 
 
-def test_five_thousand_digits_run_small_unless_they_are_asked_to_run_as_the_paper() -> None:
+def test_mnist5k_is_tiny_by_default() -> None:
     assert resolve(EVEN, RunOptions())[2] == "tiny"
     found, _, size = resolve(EVEN, RunOptions(size="paper"))
     assert size == "paper"
     assert found.max_train_steps == 100 * 18  # 2,200 in batches of 128
 
 
-def test_a_folder_is_named_by_what_differs() -> None:
+def test_the_folder_name_lists_the_settings_that_differ() -> None:
     assert variant() == "tiny-pu-beta0.1-seed42"
     assert variant(objective="unsupervised", beta=0.3, seed=1) == "tiny-unsupervised-seed1"
     assert variant(beta="estimate") == "tiny-pu-beta-estimated-seed42"
@@ -80,8 +80,8 @@ def test_a_folder_is_named_by_what_differs() -> None:
     assert "/" not in variant(missing="9,7", learning_rate=1e-5)
 
 
-def test_every_setting_that_can_be_asked_for_gives_another_folder() -> None:
-    asked: list[dict[str, Any]] = [
+def test_every_option_changes_the_folder_name() -> None:
+    all_options: list[dict[str, Any]] = [
         {},
         {"beta": 0.2},
         {"beta": "known"},
@@ -110,17 +110,17 @@ def test_every_setting_that_can_be_asked_for_gives_another_folder() -> None:
         {"objective": "supervised"},
         {"objective": "unsupervised"},
     ]
-    names = [variant(**options) for options in asked]
+    names = [variant(**options) for options in all_options]
     assert len(set(names)) == len(names)
 
 
-def test_a_known_beta_is_the_true_share_and_nobody_tells_the_unsupervised_one() -> None:
+def test_a_known_beta_is_the_true_share_and_unsupervised_has_none() -> None:
     assert settings(beta="known", contamination=0.2).beta == pytest.approx(0.2)
     assert settings(objective="unsupervised").beta is None
     assert settings(beta="estimate").beta_source == "estimated"
 
 
-def test_the_papers_own_size_pushes_without_a_bound_and_the_baselines_have_none() -> None:
+def test_the_paper_size_and_the_baselines_have_no_cap() -> None:
     assert settings("mnist-even").max_ratio is None
     assert settings("mnist-even", max_ratio=3.0).max_ratio == 3
     assert settings().max_ratio == settings(objective="pnu").max_ratio == 4
@@ -129,11 +129,11 @@ def test_the_papers_own_size_pushes_without_a_bound_and_the_baselines_have_none(
 
 
 @pytest.mark.parametrize("share", [0.05, 0.2, 0.5])
-def test_contaminations_are_compared_at_the_same_cost(share: float) -> None:
+def test_contamination_does_not_change_the_number_of_steps(share: float) -> None:
     assert settings(contamination=share).max_train_steps == settings().max_train_steps
 
 
-def test_images_known_to_be_normal_are_for_pnu_alone() -> None:
+def test_only_pnu_has_labeled_normal_images() -> None:
     assert settings(objective="pnu").num_negative == 200
     assert settings(objective="pnu", num_negative=50).eta == 0.5
     assert settings().eta == 0
@@ -141,19 +141,19 @@ def test_images_known_to_be_normal_are_for_pnu_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         ({"beta": 1.0}, "--beta 1 "),
         ({"beta": -0.1}, "--beta -0.1"),
         ({"beta": "estimate", "objective": "unsupervised"}, "--beta estimate"),
         ({"contamination": 1.2}, "--contamination 1.2"),
         ({"contamination": 0}, "--contamination 0 .*unsupervised"),
-        ({"missing": "4"}, '--missing "4" is no sensitive class'),
+        ({"missing": "4"}, '--missing "4" is not a sensitive class'),
         ({"missing": "1,3,5,7,9"}, "leaves no labeled images"),
         ({"eta": 0.0}, "--eta 0"),
         ({"num_negative": 5}, "--num_negative is for --objective pnu"),
         ({"correction": "nn", "objective": "supervised"}, "--correction is for pu"),
-        ({"max_ratio": 4.0, "objective": "supervised"}, "--max_ratio is for pu"),
+        ({"max_ratio": 4.0, "objective": "supervised"}, "--max_ratio is for --objective pu"),
         ({"max_ratio": 0.5}, "--max_ratio 0.5"),
         ({"max_ratio": float("inf")}, "--max_ratio inf"),
         ({"epochs": 0}, "--epochs 0"),
@@ -162,12 +162,12 @@ def test_images_known_to_be_normal_are_for_pnu_alone() -> None:
         ({"seed": -1}, "--seed -1"),
     ],
 )
-def test_what_cannot_be_meant_is_refused_by_name(options: dict[str, Any], told: str) -> None:
-    with pytest.raises(UsageError, match=told):
+def test_invalid_options_are_rejected_by_name(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
         settings(**options)
 
 
-def test_conditions_and_sizes_that_an_experiment_has_not() -> None:
+def test_conditions_and_sizes_that_an_experiment_does_not_have() -> None:
     with pytest.raises(UsageError, match="--conditional"):
         settings("cifar10-animals", conditional=True)
     with pytest.raises(UsageError, match="--size tiny"):
@@ -176,5 +176,5 @@ def test_conditions_and_sizes_that_an_experiment_has_not() -> None:
         settings("mnist-evne")
 
 
-def test_settings_can_be_written_down() -> None:
+def test_settings_are_a_plain_dataclass() -> None:
     assert set(dataclasses.asdict(settings())) >= {"objective", "beta", "beta_source", "contamination", "reduction"}

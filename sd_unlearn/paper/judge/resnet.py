@@ -1,4 +1,4 @@
-"""The residual network that tells a dataset's classes apart, and how it is trained."""
+"""The ResNet that classifies the images of a dataset, and its training."""
 
 from __future__ import annotations
 
@@ -15,29 +15,32 @@ from tqdm import tqdm
 
 @dataclass(frozen=True)
 class ClassifierSettings:
-    """How a classifier is built and trained. With the data's hash they are its key: the same are trained once."""
+    """How a classifier is built and trained. Classifiers with equal settings and data are trained once."""
 
-    side: int  # of what it reads, in pixels
+    side: int  # of its input, in pixels
     stem_stride: int
     depths: tuple[int, ...]  # residual blocks of each stage
     widths: tuple[int, ...]
     epochs: int
     learning_rate: float
-    mirror: bool  # digits must not be
-    turn: float  # most degrees a picture is turned by
-    shift: float  # most it is moved by, as a share of its side
+    mirror: bool  # flip horizontally; not for digits
+    turn: float  # largest rotation in degrees
+    shift: float  # largest translation, as a share of the side
     num_train: int
     num_held_out: int
     seed: int
-    flatten: float = 0.3  # most contrast it loses, as a share
-    noise: float = 0.3  # most standard deviation of the noise laid over it
+    flatten: float = 0.3  # largest loss of contrast, as a share
+    noise: float = 0.3  # largest standard deviation of the added noise
     batch_size: int = 64
     weight_decay: float = 0.05
     label_smoothing: float = 0.05
 
 
 def build_network(channels: int, classes: int, settings: ClassifierSettings) -> nn.Module:
-    """A ResNet of basic blocks (He et al. 2016) with a stem for small images: 3x3, no max pool. Seeded; on CPU."""
+    """A ResNet of basic blocks (He et al. 2016) with a stem for small images: 3x3, no max pooling.
+
+    Its weights depend on the seed only; it is on the CPU.
+    """
     from transformers import ResNetConfig, ResNetForImageClassification
 
     config = ResNetConfig(
@@ -61,7 +64,7 @@ def build_network(channels: int, classes: int, settings: ClassifierSettings) -> 
 def fit(
     network: nn.Module, pixels: Tensor, labels: Tensor, settings: ClassifierSettings, device: str, title: str
 ) -> None:
-    """Train on pixels [n, C, side, side] uint8 and labels [n]; leaves the network in evaluation mode."""
+    """Train on pixels [n, C, side, side] uint8 and labels [n]. Leaves the network in evaluation mode."""
     generator = torch.Generator().manual_seed(settings.seed)
     steps = settings.epochs * math.ceil(len(pixels) / settings.batch_size)
     optimizer = torch.optim.AdamW(network.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
@@ -69,7 +72,7 @@ def fit(
     network.train()
     with tqdm(total=steps, desc=title, unit="step", file=sys.stderr) as bar:
         for batch in _batches(len(pixels), settings, generator):
-            images = vary(to_float(pixels[batch]), settings, generator).to(device)
+            images = augment(to_float(pixels[batch]), settings, generator).to(device)
             loss = F.cross_entropy(
                 network(images).logits, labels[batch].to(device), label_smoothing=settings.label_smoothing
             )
@@ -86,11 +89,11 @@ def _batches(n: int, settings: ClassifierSettings, generator: torch.Generator) -
         yield from torch.randperm(n, generator=generator).tensor_split(math.ceil(n / settings.batch_size))
 
 
-def vary(images: Tensor, settings: ClassifierSettings, generator: torch.Generator) -> Tensor:
-    """Images [B, C, H, W] in [-1, 1], each turned, moved, mirrored, faded and made noisy by chance.
+def augment(images: Tensor, settings: ClassifierSettings, generator: torch.Generator) -> Tensor:
+    """Augment images [B, C, H, W] in [-1, 1]: random rotation, translation, flip, contrast and noise.
 
-    What comes in at the edge is the reflection. Drawn pictures are never as clean as real ones: a network that saw only
-    black backgrounds reads every digit on a grey one as an eight.
+    Edges are filled by reflection. Contrast and noise vary because generated images are never as clean as real ones: a
+    network trained on black backgrounds classifies every digit on a grey one as an eight.
     """
     n = len(images)
 
@@ -98,7 +101,7 @@ def vary(images: Tensor, settings: ClassifierSettings, generator: torch.Generato
         return low + (high - low) * torch.rand(n, *shape, generator=generator)
 
     angle = between(-1, 1) * math.radians(settings.turn)
-    moved = between(-2, 2, 2) * settings.shift  # a picture is 2 wide to affine_grid
+    moved = between(-2, 2, 2) * settings.shift  # affine_grid's coordinates span 2
     mirrored = torch.where(between(0, 1) < (0.5 if settings.mirror else 0.0), -1.0, 1.0)
     cos, sin = angle.cos(), angle.sin()
     rows = [torch.stack([mirrored * cos, -sin, moved[:, 0]], 1), torch.stack([mirrored * sin, cos, moved[:, 1]], 1)]
@@ -111,12 +114,12 @@ def vary(images: Tensor, settings: ClassifierSettings, generator: torch.Generato
 
 
 def shrink(images: Tensor, side: int) -> Tensor:
-    """[n, C, side, side] of [n, C, S, S], S at least `side`; training and judging scale alike."""
+    """[n, C, side, side] of [n, C, S, S], S at least `side`. Training and inference use the same scaling."""
     if images.shape[-1] == side:
         return images
     return F.interpolate(images, size=(side, side), mode="bilinear", antialias=True).clamp(-1, 1)
 
 
 def to_float(pixels: Tensor) -> Tensor:
-    """[-1, 1] of uint8."""
+    """uint8 -> float in [-1, 1]."""
     return pixels.float() / 127.5 - 1

@@ -1,4 +1,4 @@
-"""Datasets: each real file format is read, what is missing or broken is named, nothing is fetched unasked."""
+"""Datasets: every file format is read, missing and damaged files are named, downloads happen only when needed."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_mnist_is_read_from_its_files(monkeypatch: pytest.MonkeyPatch, packed: b
     assert data.test.test is None
 
 
-def test_a_digit_is_padded_to_32_and_scaled_to_other_sides(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_digit_is_padded_to_32_and_scaled_to_other_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     images = make_mnist(ROOT, monkeypatch)
     data = load_dataset("mnist", ROOT)
     padded = data.pixels([3, 5], 32)
@@ -70,7 +70,7 @@ def test_cifar10_is_read_from_its_batches(monkeypatch: pytest.MonkeyPatch) -> No
     assert np.allclose(data.pixels([7], 32)[0].numpy(), expected, atol=1e-6)
 
 
-def test_stl10_is_one_of_both_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stl10_joins_both_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     images = make_stl10(ROOT, monkeypatch)
     data = load_dataset("stl10", ROOT)
     assert data.labels.tolist() == [*range(10), 9, 8, 7]
@@ -79,7 +79,7 @@ def test_stl10_is_one_of_both_parts(monkeypatch: pytest.MonkeyPatch) -> None:
         assert (np.asarray(data.read(i)) == images[i]).all()
 
 
-def test_celeba_is_female_or_male_and_read_when_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_celeba_has_two_classes_and_is_read_on_demand(monkeypatch: pytest.MonkeyPatch) -> None:
     make_celeba(ROOT, monkeypatch)
     data = load_dataset("celeba", ROOT)
     assert [data.classes[label] for label in data.labels] == ["female", "male", "female", "male"]
@@ -92,7 +92,7 @@ def test_celeba_is_female_or_male_and_read_when_asked(monkeypatch: pytest.Monkey
         data.read(2)
 
 
-def test_missing_pictures_of_celeba_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_images_of_celeba_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     make_celeba(ROOT, monkeypatch)
     (ROOT / "celeba/img_align_celeba/000002.jpg").unlink()
     (ROOT / "celeba/img_align_celeba/000004.jpg").write_bytes(b"")
@@ -100,7 +100,7 @@ def test_missing_pictures_of_celeba_are_counted(monkeypatch: pytest.MonkeyPatch)
         load_dataset("celeba", ROOT)
 
 
-def test_the_sha256_tells_other_contents(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_sha256_depends_on_the_content(monkeypatch: pytest.MonkeyPatch) -> None:
     make_mnist(Path("a"), monkeypatch)
     make_mnist(Path("b"), monkeypatch, packed=True)
     one, same = (load_dataset("mnist", Path(root)) for root in "ab")
@@ -123,22 +123,22 @@ def test_the_sha256_tells_other_contents(monkeypatch: pytest.MonkeyPatch) -> Non
         ("celeba", "CelebA", "celeba"),
     ],
 )
-def test_without_network_the_files_and_their_folder_are_named(name: Any, kind: str, folder: str) -> None:
+def test_without_a_network_the_error_names_the_files_and_their_folder(name: Any, kind: str, folder: str) -> None:
     with pytest.raises(UnlearnError) as caught:
         load_dataset(name, ROOT)
-    told, dataset = str(caught.value), getattr(vision, kind)
+    message, dataset = str(caught.value), getattr(vision, kind)
     listed = {"mnist": [r[0] for r in vision.MNIST.resources], "celeba": [f[2] for f in vision.CelebA.file_list]}
     files = listed.get(name) or [dataset.filename]
-    assert all(file in told for file in files)
-    assert f" {ROOT / folder} " in told
-    assert f"--data_root {ROOT}" in told
-    assert "https://" in told
-    assert str(ROOT / name) in told
-    assert ("Google Drive" in told) == (name == "celeba")
+    assert all(file in message for file in files)
+    assert f" {ROOT / folder} " in message
+    assert f"--data_root {ROOT}" in message
+    assert "https://" in message
+    assert str(ROOT / name) in message
+    assert ("Google Drive" in message) == (name == "celeba")
 
 
 class _Answer(io.BytesIO):
-    """What urlopen returns."""
+    """The return value of urlopen."""
 
     def __init__(self, url: str, content: bytes) -> None:
         super().__init__(content)
@@ -146,7 +146,9 @@ class _Answer(io.BytesIO):
 
 
 @pytest.mark.parametrize("whole", [True, False])
-def test_what_is_not_there_is_fetched_and_its_checksum_compared(monkeypatch: pytest.MonkeyPatch, whole: bool) -> None:
+def test_a_missing_dataset_is_downloaded_and_its_checksum_compared(
+    monkeypatch: pytest.MonkeyPatch, whole: bool
+) -> None:
     make_cifar10(Path("elsewhere"), monkeypatch)
     with tarfile.open("packed.tar.gz", "w:gz") as archive:
         archive.add("elsewhere/cifar-10-batches-py", "cifar-10-batches-py")
@@ -161,7 +163,7 @@ def test_what_is_not_there_is_fetched_and_its_checksum_compared(monkeypatch: pyt
             load_dataset("cifar10", ROOT)
 
 
-def test_a_folder_a_class_goes_before_everything_else(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_local_class_folders_take_precedence(monkeypatch: pytest.MonkeyPatch) -> None:
     make_cifar10(ROOT, monkeypatch)
     make_folders(ROOT / "cifar10", CIFAR10)
     (ROOT / "cifar10" / ".cache").mkdir()
@@ -173,14 +175,14 @@ def test_a_folder_a_class_goes_before_everything_else(monkeypatch: pytest.Monkey
     assert load_dataset("cifar10", ROOT).sha256 != data.sha256
 
 
-def test_celebas_own_folder_is_no_folder_of_classes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_folder_of_torchvision_is_not_a_class_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     make_celeba(ROOT, monkeypatch)
     assert len(load_dataset("celeba", ROOT).labels) == 4
     make_folders(ROOT / "celeba", ("female", "male"), images=3)
     assert len(load_dataset("celeba", ROOT).labels) == 6
 
 
-def test_pictures_are_cropped_and_scaled_as_those_of_train_are() -> None:
+def test_images_are_cropped_and_scaled_as_by_train() -> None:
     make_folders(ROOT / "cifar10", CIFAR10)
     odd = ROOT / "cifar10" / "airplane" / "0.png"
     noise = np.random.default_rng(0).integers(0, 256, (70, 50, 3), dtype=np.uint8)
@@ -189,7 +191,7 @@ def test_pictures_are_cropped_and_scaled_as_those_of_train_are() -> None:
     assert (data.pixels([0], 32)[0] == load_pixels(odd, 32)).all()
 
 
-def test_colour_pictures_of_digits_become_grey() -> None:
+def test_color_images_of_digits_become_grey() -> None:
     make_folders(ROOT / "mnist", DIGITS, side=28)
     pixels = load_dataset("mnist", ROOT).pixels([0, 19], 32)
     assert pixels.shape == (2, 1, 32, 32)
@@ -198,29 +200,29 @@ def test_colour_pictures_of_digits_become_grey() -> None:
 
 
 @pytest.mark.parametrize(
-    ("mistake", "told"),
+    ("fault", "message"),
     [
         ("missing", "lacks the folders frog, ship"),
-        ("unknown", "holds plane, no class of cifar10"),
-        ("empty", "deer.* holds no image"),
+        ("unknown", "holds plane, not a class of cifar10"),
+        ("empty", "deer.* holds no images"),
         ("broken", r"cat/1\.png cannot be read"),
         ("no bytes", r"cat/1\.png.*0 bytes"),
     ],
 )
-def test_mistakes_in_the_folder_are_named(mistake: str, told: str) -> None:
+def test_faults_of_the_folder_are_named(fault: str, message: str) -> None:
     place = ROOT / "cifar10"
-    make_folders(place, tuple(c for c in CIFAR10 if mistake != "missing" or c not in ("frog", "ship")))
+    make_folders(place, tuple(c for c in CIFAR10 if fault != "missing" or c not in ("frog", "ship")))
     broken = place / "cat" / "1.png"
-    if mistake == "unknown":
+    if fault == "unknown":
         (place / "plane").mkdir()
-    elif mistake == "empty":
+    elif fault == "empty":
         for path in (place / "deer").iterdir():
             path.unlink()
-    elif mistake == "broken":
+    elif fault == "broken":
         broken.write_bytes(broken.read_bytes()[:-20])
-    elif mistake == "no bytes":
+    elif fault == "no bytes":
         broken.write_bytes(b"")
-    with pytest.raises(UsageError, match=told):
+    with pytest.raises(UsageError, match=message):
         load_dataset("cifar10", ROOT)
 
 
@@ -232,7 +234,7 @@ def test_mnist5k_is_five_hundred_of_each_digit() -> None:
     pixels = data.pixels(range(0, 5000, 50), 32)
     assert (pixels.min(), pixels.max()) == (-1, 1)
     ones, zeros = (pixels[data.labels[::50] == digit].mean() for digit in (1, 0))
-    assert ones < zeros < 0  # a zero has more ink than a one, and most of the picture is black
+    assert ones < zeros < 0  # a zero has more ink than a one, and most of the image is black
     assert not ROOT.exists()
 
 

@@ -1,4 +1,4 @@
-"""Splits: disjoint, of the sizes asked for, the same again by seed, shared by the arms of a comparison."""
+"""Splits are disjoint, have the requested sizes, are reproducible by seed, and are shared by all objectives."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def _parts(found: Split) -> list[list[int]]:
     return [found.normal.tolist(), found.mixed_in.tolist(), found.positive.tolist(), found.negative.tolist()]
 
 
-def test_parts_are_disjoint_and_of_the_sizes_and_classes_asked_for() -> None:
+def test_parts_are_disjoint_and_have_the_requested_sizes_and_classes() -> None:
     found = split(LABELS, EVEN, ODD, COUNTS, seed=3, num_negative=70)
     parts = _parts(found)
     assert [len(part) for part in parts] == [300, 60, 50, 70]
@@ -30,23 +30,23 @@ def test_parts_are_disjoint_and_of_the_sizes_and_classes_asked_for() -> None:
     assert set(LABELS[found.mixed_in]) == set(LABELS[found.positive]) == set(ODD)
 
 
-def test_all_images_of_both_pools_can_be_used() -> None:
+def test_all_images_can_be_used() -> None:
     found = split(LABELS, EVEN, ODD, Counts(450, 400, 100), seed=0, num_negative=50)
     assert sorted(sum(_parts(found), [])) == list(range(1000))
 
 
-def test_classes_of_neither_side_are_left_out() -> None:
+def test_classes_that_are_neither_normal_nor_sensitive_are_not_used() -> None:
     found = split(LABELS, (0,), (1, 2), Counts(100, 150, 50), seed=0)
     assert set(LABELS[sum(_parts(found), [])]) == {0, 1, 2}
 
 
-def test_a_seed_gives_the_same_again_and_another_one_another() -> None:
+def test_the_split_depends_on_the_seed() -> None:
     one, same, other = (_parts(split(LABELS, EVEN, ODD, COUNTS, seed=s, num_negative=9)) for s in (3, 3, 4))
     assert one == same
     assert all(a != b for a, b in zip(one, other, strict=True))
 
 
-def test_arms_share_their_images() -> None:
+def test_objectives_share_their_images() -> None:
     base = split(LABELS, EVEN, ODD, COUNTS, seed=3)
     more_mixed_in = split(LABELS, EVEN, ODD, replace(COUNTS, mixed_in=120), seed=3)
     fewer_positive = split(LABELS, EVEN, ODD, replace(COUNTS, positive=20), seed=3)
@@ -57,7 +57,7 @@ def test_arms_share_their_images() -> None:
         assert other.positive.tolist() == base.positive[: len(other.positive)].tolist()
 
 
-def test_missing_classes_are_never_labeled_but_mixed_in_as_before() -> None:
+def test_missing_classes_are_mixed_in_but_never_labeled() -> None:
     base = split(LABELS, EVEN, ODD, COUNTS, seed=3)
     found = split(LABELS, EVEN, ODD, COUNTS, seed=3, missing=(7, 9))
     assert set(LABELS[found.positive]) == {1, 3, 5}
@@ -68,41 +68,43 @@ def test_missing_classes_are_never_labeled_but_mixed_in_as_before() -> None:
 
 
 @pytest.mark.parametrize("share", [0, 0.05, 1 / 11, 0.3, 0.5, 0.9])
-def test_contamination_is_the_share_asked_for(share: float) -> None:
+def test_contamination_is_the_requested_share(share: float) -> None:
     found = with_contamination(Counts(2000, 200, 150), share)
     assert (found.normal, found.positive) == (2000, 150)
     assert found.contamination == pytest.approx(share, abs=0.5 / 2000)
     assert with_contamination(found, found.contamination) == found
 
 
-def test_every_experiments_own_contamination_changes_nothing() -> None:
+def test_the_default_contamination_keeps_the_counts() -> None:
     for experiment in EXPERIMENTS.values():
         assert with_contamination(experiment.counts, experiment.counts.contamination) == experiment.counts
 
 
 @pytest.mark.parametrize("share", [1.0, -0.1, 1.5, float("nan"), 1e-6])
-def test_shares_that_cannot_be_meant_are_refused(share: float) -> None:
+def test_invalid_shares_are_rejected(share: float) -> None:
     with pytest.raises(UsageError, match="--contamination"):
         with_contamination(COUNTS, share)
 
 
 @pytest.mark.parametrize(
-    ("changed", "negative", "told"),
+    ("changed", "negative", "message"),
     [
         ({"normal": 450}, 51, r"501 images of its normal classes \(450 unlabeled \+ 51 by --num_negative\).*500"),
         ({"mixed_in": 451}, 0, r"501 images of its sensitive classes.*--contamination"),
         ({}, -1, "--num_negative -1"),
     ],
 )
-def test_too_few_images_are_refused_with_the_needs(changed: dict[str, int], negative: int, told: str) -> None:
-    with pytest.raises(UsageError, match=told):
+def test_too_few_images_are_rejected_with_the_numbers_needed(
+    changed: dict[str, int], negative: int, message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
         split(LABELS, EVEN, ODD, replace(COUNTS, **changed), seed=0, num_negative=negative)
 
 
 @pytest.mark.parametrize(
-    ("missing", "positive", "told"),
-    [((2,), 50, "--missing 2 is none"), (ODD, 50, "--missing names all"), ((1, 3, 5, 7), 101, "--missing leaves")],
+    ("missing", "positive", "message"),
+    [((2,), 50, "--missing 2 is not one"), (ODD, 50, "--missing lists all"), ((1, 3, 5, 7), 101, "--missing leaves")],
 )
-def test_missing_classes_that_cannot_be_are_refused(missing: tuple[int, ...], positive: int, told: str) -> None:
-    with pytest.raises(UsageError, match=told):
+def test_invalid_missing_classes_are_rejected(missing: tuple[int, ...], positive: int, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
         split(LABELS, EVEN, ODD, replace(COUNTS, positive=positive), seed=0, missing=missing)

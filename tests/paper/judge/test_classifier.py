@@ -1,4 +1,4 @@
-"""The classifier of a dataset: it learns, is trained once, and what it says of itself is so."""
+"""The classifier of a dataset: it learns, is trained once, and its record is correct."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from sd_unlearn.metrics.statistics import wilson
 from sd_unlearn.paper.experiments import STL10
 from sd_unlearn.paper.judge import classifier
 from sd_unlearn.paper.judge.classifier import class_mask, get_classifier, settings_for, split
-from sd_unlearn.paper.judge.resnet import build_network, shrink, vary
+from sd_unlearn.paper.judge.resnet import augment, build_network, shrink
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 FOLDER = Path("classifiers")
@@ -31,25 +31,25 @@ def get(data: Images, seed: int = 0, folder: Path = FOLDER) -> classifier.Classi
 
 @pytest.fixture
 def fits(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """One entry a training; networks stay as they were made."""
+    """One entry per training; networks keep their initial weights."""
     done: list[str] = []
 
     def fit(network: Any, pixels: Any, labels: Any, settings: Any, device: str, title: str) -> None:
         done.append(title)
-        time.sleep(0.05)  # long enough for another thread to come by
+        time.sleep(0.05)  # long enough for another thread to start
         network.eval()
 
     monkeypatch.setattr(classifier, "fit", fit)
     return done
 
 
-def test_it_learns_and_says_how_well() -> None:
+def test_it_learns_and_records_its_accuracy() -> None:
     data = left_or_right(480)
     before = torch.get_rng_state()
     found = get(data)
-    assert torch.equal(torch.get_rng_state(), before)  # the caller's random numbers are its own
+    assert torch.equal(torch.get_rng_state(), before)  # the caller's random state is unchanged
     assert found.accuracy > 0.9
-    fresh = left_or_right(600)  # the first are the same, the last were never seen
+    fresh = left_or_right(600)  # the last 120 were not in the training data
     assert (found.probabilities(fresh.data[480:]).argmax(1) == fresh.labels[480:]).mean() > 0.9
 
     (card_file,) = FOLDER.glob("*.json")
@@ -79,7 +79,7 @@ def test_it_is_trained_once_for_the_same_data_and_settings(fits: list[str]) -> N
     assert len(fits) == len(list(FOLDER.glob("*.json"))) == 4
 
 
-def test_two_who_ask_at_once_train_once(fits: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_concurrent_calls_train_once(fits: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     found: list[str] = []
     threads = [threading.Thread(target=lambda: found.append(get(left_or_right()).sha256)) for _ in range(3)]
     for thread in threads:
@@ -91,7 +91,7 @@ def test_two_who_ask_at_once_train_once(fits: list[str], capsys: pytest.CaptureF
     assert len(set(found)) == 1
 
 
-def test_what_was_interrupted_is_not_taken_for_finished(fits: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_training_does_not_count_as_finished(fits: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
@@ -104,12 +104,12 @@ def test_what_was_interrupted_is_not_taken_for_finished(fits: list[str], monkeyp
         patched.setattr(classifier, "write_json", broken)
         with pytest.raises(OSError, match="No space left"):
             get(left_or_right())
-    get(left_or_right())  # weights without a card count for nothing
+    get(left_or_right())  # weights without their record are ignored
     assert len(fits) == 3
     assert len(list(FOLDER.glob("*.json"))) == 1
 
 
-def test_damaged_weights_are_refused(fits: list[str]) -> None:
+def test_damaged_weights_are_rejected(fits: list[str]) -> None:
     get(left_or_right())
     (weights,) = FOLDER.glob("*.safetensors")
     weights.write_bytes(weights.read_bytes()[:-1] + b"!")
@@ -120,7 +120,7 @@ def test_damaged_weights_are_refused(fits: list[str]) -> None:
         get(left_or_right())
 
 
-def test_what_is_read_does_not_hang_on_the_batch_or_the_size() -> None:
+def test_probabilities_do_not_depend_on_batch_size_or_image_size() -> None:
     torch.manual_seed(0)
     settings = settings_for(left_or_right(), 8, "tiny", 0)  # type: ignore[arg-type]
     network = build_network(1, 10, replace(settings, side=32)).eval()
@@ -137,7 +137,7 @@ def test_what_is_read_does_not_hang_on_the_batch_or_the_size() -> None:
     assert shrink(large, 32) == pytest.approx(plain([4, 7]), abs=1e-6)
 
 
-def test_accuracy_of_normal_or_sensitive() -> None:
+def test_accuracy_of_normal_against_sensitive() -> None:
     confusion = np.diag([8] * 10)
     confusion[0, 2] = confusion[4, 1] = 5  # 0 is taken for 2, both even; 4 for 1
     found = brightness_reader(confusion)
@@ -148,9 +148,9 @@ def test_accuracy_of_normal_or_sensitive() -> None:
     assert record["low"] < record["accuracy"] < record["high"]
 
 
-def test_normal_classes_are_some_of_the_classes() -> None:
+def test_some_but_not_all_classes_are_normal() -> None:
     assert class_mask(("a", "b", "c"), ("c", "a")).tolist() == [True, False, True]
-    with pytest.raises(UsageError, match=r'"horze" is no class. Did you mean "horse"'):
+    with pytest.raises(UsageError, match=r'"horze" is not a class. Did you mean "horse"'):
         class_mask(STL10, ("horze",))
     for none_or_all in ((), STL10):
         with pytest.raises(UsageError, match="are normal"):
@@ -172,7 +172,7 @@ def labelled(count: int, name: str, test: Images | None = None) -> Images:
         ("celeba", 1_000, 0, (900, 100)),
     ],
 )
-def test_what_is_held_out(name: str, total: int, test: int, counts: tuple[int, int]) -> None:
+def test_held_out_images_are_stratified_and_disjoint(name: str, total: int, test: int, counts: tuple[int, int]) -> None:
     apart = labelled(test, name) if test else None
     data = labelled(total, name, apart)
     settings = settings_for(data, 256, "paper", 3)  # type: ignore[arg-type]
@@ -188,7 +188,7 @@ def test_what_is_held_out(name: str, total: int, test: int, counts: tuple[int, i
         assert np.ptp(np.bincount(labels)) <= 1
 
 
-def test_settings_follow_the_images() -> None:
+def test_settings_depend_on_the_images() -> None:
     digits, colour = left_or_right(), left_or_right(channels=3)
     assert not settings_for(digits, 32, "tiny", 0).mirror  # type: ignore[arg-type]
     assert settings_for(colour, 32, "tiny", 0).mirror  # type: ignore[arg-type]
@@ -208,27 +208,27 @@ def test_the_network_of_the_paper_is_resnet_18() -> None:
     assert sum(p.numel() for p in network.parameters()) == 11_173_962  # as known for images of CIFAR10
 
 
-def test_variations() -> None:
+def test_augmentations() -> None:
     still = replace(settings_for(left_or_right(), 8, "tiny", 0), turn=0.0, shift=0.0, flatten=0.0, noise=0.0)  # type: ignore[arg-type]
     images, generator = torch.rand(40, 1, 8, 8), torch.Generator().manual_seed(0)
-    assert torch.allclose(vary(images, still, generator), images, atol=1e-5)
-    mirrored = vary(images, replace(still, mirror=True), generator)
+    assert torch.allclose(augment(images, still, generator), images, atol=1e-5)
+    mirrored = augment(images, replace(still, mirror=True), generator)
     same = torch.isclose(mirrored, images, atol=1e-5).flatten(1).all(1)
     turned = torch.isclose(mirrored, images.flip(-1), atol=1e-5).flatten(1).all(1)
     assert (same ^ turned).all()
     assert 5 < same.sum() < 35
-    moved = vary(plain([9] * 4), replace(still, turn=20.0, shift=0.2), generator)
+    moved = augment(plain([9] * 4), replace(still, turn=20.0, shift=0.2), generator)
     assert torch.allclose(moved, torch.ones_like(moved), atol=1e-5)  # nothing dark comes in at the edge
 
 
-def test_pictures_are_faded_and_made_noisy_within_bounds() -> None:
+def test_contrast_and_noise_stay_within_bounds() -> None:
     still = replace(settings_for(left_or_right(), 8, "tiny", 0), turn=0.0, shift=0.0, flatten=0.0, noise=0.0)  # type: ignore[arg-type]
     images, generator = plain([0, 9] * 50), torch.Generator().manual_seed(0)
-    faded = vary(images, replace(still, flatten=0.4), generator)
-    assert faded.flatten(1).std(1).max() < 1e-5  # the same everywhere in a picture
+    faded = augment(images, replace(still, flatten=0.4), generator)
+    assert faded.flatten(1).std(1).max() < 1e-5  # constant within an image
     lost = (faded - images).abs().flatten(1).mean(1)
     assert 0.3 < lost.max() <= 0.8  # at most from one end to 0.4 of the other
-    grainy = vary(torch.zeros(100, 1, 32, 32), replace(still, noise=0.2), generator).flatten(1).std(1)
+    grainy = augment(torch.zeros(100, 1, 32, 32), replace(still, noise=0.2), generator).flatten(1).std(1)
     assert grainy.min() < 0.02
     assert 0.18 < grainy.max() < 0.22
-    assert vary(images, replace(still, noise=0.5), generator).abs().max() == 1
+    assert augment(images, replace(still, noise=0.5), generator).abs().max() == 1
