@@ -15,11 +15,12 @@ from sd_unlearn.paper.experiments import Sampler, Size
 
 ObjectiveName = Literal["pu", "pnu", "supervised", "unsupervised"]
 
-EXPERIMENT = Group("Experiment", sort_key=0)
-DATA = Group("Data", sort_key=1)
-TRAINING = Group("Training (defaults: the experiment's, see paper list)", sort_key=2)
-EVALUATION = Group("Generated images and metrics", sort_key=3)
-FILES = Group("Files and output", sort_key=4)
+OBJECTIVE = Group("Objective and seed", sort_key=0)
+VARIANT = Group("Variants", sort_key=1)
+DATA = Group("Data", sort_key=2)
+TRAINING = Group("Training (defaults: the experiment's, see paper list)", sort_key=3)
+EVALUATION = Group("Generated images and metrics", sort_key=4)
+FILES = Group("Files and output", sort_key=5)
 
 
 @dataclass(kw_only=True)
@@ -31,31 +32,31 @@ class SharedOptions:
         option(
             "paper: the paper's network and schedule, for a GPU. tiny: minutes on a CPU. Default: tiny for mnist5k, "
             "else paper.",
-            EXPERIMENT,
+            VARIANT,
         ),
     ] = None
     method: Annotated[
-        Method, option("Text-to-image models only: train the whole UNet, as in the paper, or a LoRA.", EXPERIMENT)
+        Method, option("Text-to-image models only: train the whole UNet, as in the paper, or a LoRA.", VARIANT)
     ] = "full"
     correction: Annotated[
         Correction,
-        option("How pu and pnu handle a negative bracket: abs (the paper's), nn (nnPU) or none (uPU).", EXPERIMENT),
+        option("How pu and pnu handle a negative bracket: abs (the paper's), nn (nnPU) or none (uPU).", VARIANT),
     ] = "abs"
-    eta: Annotated[float, option("pnu only: weight of the labeled normal images, in (0, 1].", EXPERIMENT)] = 0.5
+    eta: Annotated[float, option("pnu only: weight of the labeled normal images, in (0, 1].", VARIANT)] = 0.5
     conditional: Annotated[
         bool,
         option(
             "MNIST only: condition the network on the pair of the digit (0 or 1, 2 or 3, ...), which contains a normal "
             "and a sensitive one.",
-            EXPERIMENT,
+            VARIANT,
         ),
     ] = False
 
     contamination: Annotated[
         float | None,
         option(
-            "Share of sensitive images among the unlabeled ones. Default: the paper's 1/11. 0 (unsupervised only) "
-            "gives the best leakage that is possible.",
+            "Share of sensitive images among the unlabeled ones. Default: the paper's 1/11. 0 (unsupervised only): "
+            "a reference model that never saw a sensitive image.",
             DATA,
         ),
     ] = None
@@ -137,7 +138,7 @@ class RunOptions(SharedOptions):
         option(
             "pu: the paper's. unsupervised: unlabeled images only. supervised: treats unlabeled images as normal. pnu: "
             "pu with labeled normal images.",
-            EXPERIMENT,
+            OBJECTIVE,
         ),
     ] = "pu"
     beta: Annotated[
@@ -145,21 +146,21 @@ class RunOptions(SharedOptions):
         option(
             "Assumed share of sensitive images among the unlabeled ones, in (0, 1); known: the true share; estimate: "
             "estimated during training. Default: the paper's 0.1; for text-to-image models the true share.",
-            EXPERIMENT,
+            OBJECTIVE,
         ),
     ] = None
-    seed: Annotated[int, option("Seed of the data split, the weights and the noise.", EXPERIMENT)] = 42
+    seed: Annotated[int, option("Seed of the data split, the weights and the noise.", OBJECTIVE)] = 42
 
 
 @dataclass(kw_only=True)
 class SweepOptions(SharedOptions):
     """Every combination of the listed objectives, betas and seeds; finished runs are skipped."""
 
-    objective: Annotated[str, option("Comma-separated objectives, e.g. unsupervised,supervised,pu.", EXPERIMENT)] = "pu"
+    objective: Annotated[str, option("Comma-separated objectives, e.g. unsupervised,supervised,pu.", OBJECTIVE)] = "pu"
     beta: Annotated[
-        str, option("Comma-separated betas, e.g. 0.05,0.1,0.2; known and estimate are accepted.", EXPERIMENT)
+        str, option("Comma-separated betas, e.g. 0.05,0.1,0.2; known and estimate are accepted.", OBJECTIVE)
     ] = ""
-    seed: Annotated[str, option("Comma-separated seeds, e.g. 42,43,44.", EXPERIMENT)] = "42"
+    seed: Annotated[str, option("Comma-separated seeds, e.g. 42,43,44.", OBJECTIVE)] = "42"
 
 
 @dataclass(kw_only=True)
