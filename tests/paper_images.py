@@ -60,12 +60,12 @@ class _Brightness(nn.Module):
         return SimpleNamespace(logits=-1000 * (images.flatten(1).mean(1)[:, None] - self.levels) ** 2)
 
 
-def plain(labels: Sequence[int], side: int = 32, channels: int = 1) -> Tensor:
+def uniform(labels: Sequence[int], side: int = 32, channels: int = 1) -> Tensor:
     """Uniform images whose brightness encodes one of ten classes."""
     return torch.linspace(-1, 1, 10)[list(labels)].view(-1, 1, 1, 1).expand(-1, channels, side, side).clone()
 
 
 def brightness_reader(confusion: NDArray[np.int64] | None = None) -> Classifier:
     """A classifier of ten classes by brightness."""
-    found = np.eye(10, dtype=np.int64) if confusion is None else confusion
-    return Classifier(_Brightness(10).eval(), "resnet-toy", DIGITS, 32, "f" * 64, found)
+    counts = np.eye(10, dtype=np.int64) if confusion is None else confusion
+    return Classifier(_Brightness(10).eval(), "resnet-toy", DIGITS, 32, "f" * 64, counts)

@@ -125,8 +125,8 @@ def make_many(runs: Path) -> None:
     make_results(runs, "pu", 0.983, 12.2, beta=0.093, beta_source="estimated")
     make_results(runs, "pu", 0.975, 12.6, correction="nn")
     make_results(runs, "pu", 0.955, 15.6, correction="none")
-    for missing, drawn in (([], 0.004), (["9"], 0.021)):
-        make_results(runs, "pu", 0.97, 12.1, seed=7, missing=missing, shares={"9": drawn})
+    for missing, share in (([], 0.004), (["9"], 0.021)):
+        make_results(runs, "pu", 0.97, 12.1, seed=7, missing=missing, shares={"9": share})
     make_results(runs, "pu", 0.99, 12.0, num_negative=200, eta=0.5)
     for objective, rate in (("unsupervised", 0.91), ("supervised", 0.95), ("pu", 0.98)):
         make_results(runs, objective, rate, 10.0, conditional=True)

@@ -1,1 +1,1 @@
-"""The paper's experiments, and ours beside them, as configurations of the other rooms."""
+"""The experiments of the paper and similar ones on small datasets."""

@@ -106,20 +106,20 @@ def train_config(
     Raises:
         UsageError: an unknown experiment or option.
     """
-    found = _find(experiment)
+    definition = _find(experiment)
     _check_known(options, TrainConfig, "train")
     defaults = {
-        "concept": found.concept,
+        "concept": definition.concept,
         "objective": objective,
         "method": method,
         "beta": beta,
         "seed": seed,
         "output_dir": Path("runs/paper") / experiment / variant_of(objective, method, beta, seed),
         "data_dir": Path("data/paper") / f"{experiment}-{seed}",
-        **found.options,
+        **definition.options,
     }
     if method == "lora":
-        defaults["learning_rate"] = found.lora_learning_rate
+        defaults["learning_rate"] = definition.lora_learning_rate
     return TrainConfig(**(defaults | options))
 
 

@@ -48,11 +48,11 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
         "attention_head_dim": 8,
     }
     monkeypatch.setitem(unet._SHAPES, "tiny", small)
-    usual = classifier.settings_for
+    original = classifier.settings_for
 
     def quick(*arguments: Any) -> Any:
-        found = usual(*arguments)
-        return dataclasses.replace(found, epochs=1, widths=(8, 8, 8), num_train=min(200, found.num_train))
+        settings = original(*arguments)
+        return dataclasses.replace(settings, epochs=1, widths=(8, 8, 8), num_train=min(200, settings.num_train))
 
     monkeypatch.setattr(classifier, "settings_for", quick)
 
@@ -70,8 +70,8 @@ def call(capsys: pytest.CaptureFixture[str]) -> Call:
 
 
 def results(experiment: str, variant: str) -> dict[str, Any]:
-    found: dict[str, Any] = read_json(Path("runs/paper") / experiment / variant / "results.json")
-    return found
+    record: dict[str, Any] = read_json(Path("runs/paper") / experiment / variant / "results.json")
+    return record
 
 
 def test_a_run_writes_a_pipeline_images_and_metrics(call: Call) -> None:
@@ -88,12 +88,12 @@ def test_a_run_writes_a_pipeline_images_and_metrics(call: Call) -> None:
         "sampling.json",
         "results.json",
     }
-    found = read_json(folder / "results.json")
-    rows = {(row["metric"], row["group"]): row for row in found["rows"]}
+    record = read_json(folder / "results.json")
+    rows = {(row["metric"], row["group"]): row for row in record["rows"]}
     assert rows["non_sensitive_rate", "all"]["n"] == 12
     shares = [rows["share", digit]["value"] for digit in "0123456789"]
     assert sum(shares) == pytest.approx(1)
-    assert found["counts"] == {"normal": 2000, "mixed_in": 200, "positive": 200, "negative": 0}
+    assert record["counts"] == {"normal": 2000, "mixed_in": 200, "positive": 200, "negative": 0}
     assert load_samples(folder).shape == (12, 12, 12, 1)
     assert Image.open(folder / "samples.png").size[0] > 12 * 12
     assert "non_sensitive_rate" in out
@@ -169,8 +169,8 @@ def test_a_folder_with_other_files_is_rejected_and_unchanged(call: Call) -> None
 def test_every_configuration_on_real_digits(call: Call, options: tuple[str, ...]) -> None:
     code, out, err = call("run", "mnist5k-even", "--json", *FEW, *options)
     assert code == 0, err
-    found = json.loads(out)
-    used = found["settings"]
+    record = json.loads(out)
+    used = record["settings"]
     for option, value in zip(options, options[1:], strict=False):
         if option == "--objective":
             assert used["objective"] == value
@@ -190,8 +190,8 @@ class Guess(nn.Module):
         super().__init__()
         self.classes = classes
 
-    def forward(self, pictures: Tensor) -> SimpleNamespace:
-        return SimpleNamespace(logits=pictures.flatten(1)[:, : self.classes])
+    def forward(self, images: Tensor) -> SimpleNamespace:
+        return SimpleNamespace(logits=images.flatten(1)[:, : self.classes])
 
 
 def few(monkeypatch: pytest.MonkeyPatch, name: str, counts: Counts, **changes: Any) -> None:
@@ -230,10 +230,10 @@ def test_every_dataset_from_its_files(call: Call, monkeypatch: pytest.MonkeyPatc
         options = ["--pretrained_model_name_or_path", "published/pipeline"]
     code, out, err = call("run", name, "--json", *options, *FEW)
     assert code == 0, err
-    found = json.loads(out)
-    assert found["counts"] == {**dataclasses.asdict(counts), "negative": 0}
-    assert found["size"] == ("paper" if tuned else "tiny")
-    assert found["settings"]["base"] == ("published/pipeline" if tuned else None)
+    record = json.loads(out)
+    assert record["counts"] == {**dataclasses.asdict(counts), "negative": 0}
+    assert record["size"] == ("paper" if tuned else "tiny")
+    assert record["settings"]["base"] == ("published/pipeline" if tuned else None)
     (folder,) = Path("runs/paper", name).iterdir()
     assert load_samples(folder).shape == (12, 12, 12, EXPERIMENTS[name].channels)
 

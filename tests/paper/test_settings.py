@@ -20,18 +20,23 @@ def settings(name: str = "mnist5k-even", **options: Any) -> ExperimentSettings:
 
 
 def variant(**options: Any) -> str:
-    found, _, size = resolve(EVEN, RunOptions(**options))
-    return variant_of(found, default_settings(EVEN, found, size), size, RunOptions(**options).seed)
+    resolved, _, size = resolve(EVEN, RunOptions(**options))
+    return variant_of(resolved, default_settings(EVEN, resolved, size), size, RunOptions(**options).seed)
 
 
 def test_the_default_settings_are_those_of_the_paper() -> None:
-    found, counts, size = resolve(find_experiment("mnist-even"), RunOptions())
+    resolved, counts, size = resolve(find_experiment("mnist-even"), RunOptions())
     assert size == "paper"
     assert (counts.normal, counts.mixed_in, counts.positive) == (25_000, 2_500, 2_500)
-    assert (found.learning_rate, found.train_batch_size, found.lr_warmup_steps, found.beta) == (1e-4, 128, 500, 0.1)
-    assert found.max_train_steps == 100 * 215  # 27,500 unlabeled images in batches of 128
-    assert (found.sampler, found.num_inference_steps) == ("ddpm", 1000)
-    assert (found.reduction, found.correction, found.ema_decay) == ("sum", "abs", None)
+    assert (resolved.learning_rate, resolved.train_batch_size, resolved.lr_warmup_steps, resolved.beta) == (
+        1e-4,
+        128,
+        500,
+        0.1,
+    )
+    assert resolved.max_train_steps == 100 * 215  # 27,500 unlabeled images in batches of 128
+    assert (resolved.sampler, resolved.num_inference_steps) == ("ddpm", 1000)
+    assert (resolved.reduction, resolved.correction, resolved.ema_decay) == ("sum", "abs", None)
 
 
 @pytest.mark.parametrize(
@@ -64,9 +69,9 @@ def test_every_class_is_either_normal_or_sensitive() -> None:
 
 def test_mnist5k_is_tiny_by_default() -> None:
     assert resolve(EVEN, RunOptions())[2] == "tiny"
-    found, _, size = resolve(EVEN, RunOptions(size="paper"))
+    resolved, _, size = resolve(EVEN, RunOptions(size="paper"))
     assert size == "paper"
-    assert found.max_train_steps == 100 * 18  # 2,200 in batches of 128
+    assert resolved.max_train_steps == 100 * 18  # 2,200 in batches of 128
 
 
 def test_the_folder_name_lists_the_settings_that_differ() -> None:

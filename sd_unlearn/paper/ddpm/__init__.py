@@ -1,1 +1,1 @@
-"""DDPMs of the paper: data, network, training, samples."""
+"""DDPMs: datasets, network, training, sampling."""

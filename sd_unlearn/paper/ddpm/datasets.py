@@ -2,7 +2,7 @@
 
 torchvision reads its datasets from the data root, or downloads them and compares their checksums. The test part of a
 dataset is kept separate, so that nothing is trained on it by mistake, except for STL10, whose 13,000 images the paper
-splits anew.
+splits itself.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from sd_unlearn.io.run_folder import IMAGE_SUFFIXES
 from sd_unlearn.paper.experiments import CLASSES, Dataset
 
 PADDED_SIDE = 32  # at this size, MNIST's 28x28 pixels are padded with black instead of scaled
-MARGIN = 2  # pixels padded, or cropped before scaling down: digits lie in the middle
+MARGIN = 2  # pixels padded, or cropped before scaling down: digits are centered
 
 
 @dataclass(frozen=True)
@@ -107,8 +107,8 @@ _NOT_CLASSES = {"raw", "processed", "img_align_celeba"}  # torchvision's; some f
 def _class_folders(name: Dataset, root: Path) -> set[str]:
     """The folders in root/<name> except hidden ones and torchvision's own."""
     place = root / name
-    found = {p.name for p in place.iterdir() if p.is_dir()} if place.is_dir() else set()
-    return {folder for folder in found - _NOT_CLASSES if not folder.startswith((".", "_"))}
+    folders = {p.name for p in place.iterdir() if p.is_dir()} if place.is_dir() else set()
+    return {folder for folder in folders - _NOT_CLASSES if not folder.startswith((".", "_"))}
 
 
 def _local(name: Dataset, root: Path, folders: set[str]) -> ImageData:
@@ -127,15 +127,15 @@ def _local(name: Dataset, root: Path, folders: set[str]) -> ImageData:
         )
     paths, labels, digest = [], [], hashlib.sha256()
     for label, folder in enumerate(classes):
-        found = sorted(p for p in (place / folder).iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
-        if not found:
+        files = sorted(p for p in (place / folder).iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
+        if not files:
             raise UsageError(f"--data_root {root}: {place / folder} holds no images. Add .png or .jpg files.")
-        for path in found:
+        for path in files:
             data = _checked_bytes(path, root)
             digest.update(f"{folder}/{path.name}\0{len(data)}\0".encode())
             digest.update(data)
-        paths += found
-        labels += [label] * len(found)
+        paths += files
+        labels += [label] * len(files)
     return _from_files(name, paths, labels, digest.hexdigest())
 
 

@@ -1,1 +1,1 @@
-"""The paper's classifiers and what they measure."""
+"""Classifiers of the datasets, and metrics of generated images."""

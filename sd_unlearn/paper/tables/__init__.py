@@ -1,1 +1,1 @@
-"""Records of finished runs as Markdown tables and plots."""
+"""Markdown tables, CSV and plots of finished runs."""

@@ -70,13 +70,13 @@ def build_tables(
 
 
 def _write(output: Path, folder: Path, runs: Sequence[FinishedRun], summary: Summary, text: str) -> None:
-    drawn = _plots(summary)  # everything is made before the first file is replaced
-    for name, (_, png) in drawn.items():
+    images = _plots(summary)  # everything is built before the first file is replaced
+    for name, (_, png) in images.items():
         write_bytes(output / name, png)
     write_text(output / RUNS, _csv(_run_line(run, folder) for run in runs))
     write_text(output / GROUPS, _csv(_group_lines(summary)))
-    images = [f"![{title}]({name})" for name, (title, _) in drawn.items()]
-    write_text(output / MARKDOWN, "\n\n".join([text.rstrip("\n"), *(["## Plots", *images] if images else [])]) + "\n")
+    links = [f"![{title}]({name})" for name, (title, _) in images.items()]
+    write_text(output / MARKDOWN, "\n\n".join([text.rstrip("\n"), *(["## Plots", *links] if links else [])]) + "\n")
 
 
 def _plots(summary: Summary) -> dict[str, tuple[str, bytes]]:
@@ -95,10 +95,10 @@ def _update_plots(document: Path, summary: Summary) -> None:
     from sd_unlearn.paper.tables.plots import PREFIXES
 
     shown = [image for image in shown_images(document) if image.name.startswith(PREFIXES)]
-    drawn = _plots(summary) if shown else {}
+    images = _plots(summary) if shown else {}
     for image in shown:
-        if image.name in drawn:
-            write_bytes(image, drawn[image.name][1])
+        if image.name in images:
+            write_bytes(image, images[image.name][1])
 
 
 def _tables_for(document: Path, wanted: Sequence[str], summary: Summary) -> dict[str, str]:

@@ -17,7 +17,7 @@ from sd_unlearn.paper.experiments import EXPERIMENTS, NAMES
 from sd_unlearn.paper.tables.records import OBJECTIVES, RATE, FinishedRun
 
 ESTIMATED, KNOWN, LEAKAGE = "estimated", "known", "leakage"
-# `beta_source` of a record -> what stands in the beta column; for any other source, the number itself.
+# `beta_source` of a record -> the value of the beta column; for any other source, the number itself.
 SOURCES = {"estimated": ESTIMATED, "estimate": ESTIMATED, "known": KNOWN, "manifest": KNOWN}
 AXES = {  # the settings that the paper varies, and their column titles
     "correction": "Correction",
@@ -174,7 +174,7 @@ def _axes(run: FinishedRun, usual: dict[str, Any]) -> dict[str, Any]:
     axes = {name: usual[name] if (value := getattr(settings, name)) is None else value for name in AXES}
     axes["missing"] = tuple(sorted(axes["missing"]))
     axes["beta"] = SOURCES.get(str(settings.beta_source), axes["beta"])  # an estimate differs by seed
-    axes["max_ratio"] = settings.max_ratio or 0.0  # null means no bound, whatever the size's own is
+    axes["max_ratio"] = settings.max_ratio or 0.0  # null means no cap, also where the default has one
     if not axes["num_negative"]:
         axes["eta"] = usual["eta"]  # the weight of no images
     near = abs(axes["contamination"] - usual["contamination"]) < SAME_CONTAMINATION

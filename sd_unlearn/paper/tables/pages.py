@@ -88,8 +88,8 @@ def select(name: str, groups: DataFrame) -> DataFrame:
     _, axis, order = VARIANTS[name]
     rows = groups[[changed <= set(order) for changed in groups.changed]]
     if name == "contamination":  # beta is swept in a table of its own
-        usual = rows.beta.isin([None, 0.1, ESTIMATED, KNOWN])
-        rows = rows[usual | rows.changed.map(lambda changed: "contamination" in changed).astype(bool)]
+        not_swept = rows.beta.isin([None, 0.1, ESTIMATED, KNOWN])
+        rows = rows[not_swept | rows.changed.map(lambda changed: "contamination" in changed).astype(bool)]
     return in_order(rows, order) if any(axis in changed for changed in rows.changed) else rows[:0]
 
 
@@ -173,12 +173,10 @@ def _main_table(summary: Summary, size: str, fid: str, lines: list[DataFrame]) -
     metrics = {"Rate": RATE} | ({fid: fid} if fid else {})
     for arms in lines:
         label = label_of(arms, lines)
-        found = texts.loc[arms.index].set_axis(arms.objective).reindex(MAIN_OBJECTIVES).fillna(NONE)
+        by = texts.loc[arms.index].set_axis(arms.objective).reindex(MAIN_OBJECTIVES).fillna(NONE)
         row = {"Experiment": label}
-        row |= {
-            f"{title}, {LABELS[name]}": found.loc[name, key] for title, key in metrics.items() for name in found.index
-        }
-        rows.append(row | {name: _agreed(found[name]) for name in COUNTS})
+        row |= {f"{title}, {LABELS[name]}": by.loc[name, key] for title, key in metrics.items() for name in by.index}
+        rows.append(row | {name: _agreed(by[name]) for name in COUNTS})
         checks.append(f"- {label}: {comparison(summary, arms, fid)}{caution(summary, arms)}")
     return "\n".join([f"**Size {size}{f', {fid}' if fid else ''}**", "", markdown(DataFrame(rows)), "", *checks])
 

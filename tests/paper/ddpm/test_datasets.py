@@ -87,7 +87,7 @@ def test_celeba_has_two_classes_and_is_read_on_demand(monkeypatch: pytest.Monkey
     assert data.test.labels.tolist() == [0, 1]
     assert data.test.pixels([1], 16).mean() == pytest.approx(140 / 127.5 - 1, abs=0.02)
     assert data.pixels([2], 256).shape == (1, 3, 256, 256)
-    (ROOT / "celeba/img_align_celeba/000003.jpg").write_bytes(b"no picture")
+    (ROOT / "celeba/img_align_celeba/000003.jpg").write_bytes(b"no image")
     with pytest.raises(UnlearnError, match=r"000003\.jpg cannot be read"):
         data.read(2)
 

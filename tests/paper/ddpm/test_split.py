@@ -16,28 +16,28 @@ EVEN, ODD = (0, 2, 4, 6, 8), (1, 3, 5, 7, 9)
 COUNTS = Counts(normal=300, mixed_in=60, positive=50)
 
 
-def _parts(found: Split) -> list[list[int]]:
-    return [found.normal.tolist(), found.mixed_in.tolist(), found.positive.tolist(), found.negative.tolist()]
+def _parts(result: Split) -> list[list[int]]:
+    return [result.normal.tolist(), result.mixed_in.tolist(), result.positive.tolist(), result.negative.tolist()]
 
 
 def test_parts_are_disjoint_and_have_the_requested_sizes_and_classes() -> None:
-    found = split(LABELS, EVEN, ODD, COUNTS, seed=3, num_negative=70)
-    parts = _parts(found)
+    result = split(LABELS, EVEN, ODD, COUNTS, seed=3, num_negative=70)
+    parts = _parts(result)
     assert [len(part) for part in parts] == [300, 60, 50, 70]
     everything = sum(parts, [])
     assert len(set(everything)) == len(everything)
-    assert set(LABELS[found.normal]) | set(LABELS[found.negative]) == set(EVEN)
-    assert set(LABELS[found.mixed_in]) == set(LABELS[found.positive]) == set(ODD)
+    assert set(LABELS[result.normal]) | set(LABELS[result.negative]) == set(EVEN)
+    assert set(LABELS[result.mixed_in]) == set(LABELS[result.positive]) == set(ODD)
 
 
 def test_all_images_can_be_used() -> None:
-    found = split(LABELS, EVEN, ODD, Counts(450, 400, 100), seed=0, num_negative=50)
-    assert sorted(sum(_parts(found), [])) == list(range(1000))
+    result = split(LABELS, EVEN, ODD, Counts(450, 400, 100), seed=0, num_negative=50)
+    assert sorted(sum(_parts(result), [])) == list(range(1000))
 
 
 def test_classes_that_are_neither_normal_nor_sensitive_are_not_used() -> None:
-    found = split(LABELS, (0,), (1, 2), Counts(100, 150, 50), seed=0)
-    assert set(LABELS[sum(_parts(found), [])]) == {0, 1, 2}
+    result = split(LABELS, (0,), (1, 2), Counts(100, 150, 50), seed=0)
+    assert set(LABELS[sum(_parts(result), [])]) == {0, 1, 2}
 
 
 def test_the_split_depends_on_the_seed() -> None:
@@ -59,20 +59,20 @@ def test_objectives_share_their_images() -> None:
 
 def test_missing_classes_are_mixed_in_but_never_labeled() -> None:
     base = split(LABELS, EVEN, ODD, COUNTS, seed=3)
-    found = split(LABELS, EVEN, ODD, COUNTS, seed=3, missing=(7, 9))
-    assert set(LABELS[found.positive]) == {1, 3, 5}
-    assert len(found.positive) == COUNTS.positive
-    assert found.mixed_in.tolist() == base.mixed_in.tolist()
-    assert {7, 9} < set(LABELS[found.mixed_in])
-    assert not set(found.positive) & set(found.mixed_in)
+    result = split(LABELS, EVEN, ODD, COUNTS, seed=3, missing=(7, 9))
+    assert set(LABELS[result.positive]) == {1, 3, 5}
+    assert len(result.positive) == COUNTS.positive
+    assert result.mixed_in.tolist() == base.mixed_in.tolist()
+    assert {7, 9} < set(LABELS[result.mixed_in])
+    assert not set(result.positive) & set(result.mixed_in)
 
 
 @pytest.mark.parametrize("share", [0, 0.05, 1 / 11, 0.3, 0.5, 0.9])
 def test_contamination_is_the_requested_share(share: float) -> None:
-    found = with_contamination(Counts(2000, 200, 150), share)
-    assert (found.normal, found.positive) == (2000, 150)
-    assert found.contamination == pytest.approx(share, abs=0.5 / 2000)
-    assert with_contamination(found, found.contamination) == found
+    result = with_contamination(Counts(2000, 200, 150), share)
+    assert (result.normal, result.positive) == (2000, 150)
+    assert result.contamination == pytest.approx(share, abs=0.5 / 2000)
+    assert with_contamination(result, result.contamination) == result
 
 
 def test_the_default_contamination_keeps_the_counts() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from paper_images import Images, brightness_reader, left_or_right, plain
+from paper_images import Images, brightness_reader, left_or_right, uniform
 
 from sd_unlearn.errors import UnlearnError, UsageError
 from sd_unlearn.metrics.statistics import wilson
@@ -132,9 +132,9 @@ def test_probabilities_do_not_depend_on_batch_size_or_image_size() -> None:
     for size in (1, 3):
         assert found.probabilities(images, size) == pytest.approx(whole, abs=1e-5)
     assert found.probabilities(images[:0]).shape == (0, 10)
-    large = plain([4, 7], side=64)
+    large = uniform([4, 7], side=64)
     assert brightness_reader().probabilities(large).argmax(1).tolist() == [4, 7]
-    assert shrink(large, 32) == pytest.approx(plain([4, 7]), abs=1e-6)
+    assert shrink(large, 32) == pytest.approx(uniform([4, 7]), abs=1e-6)
 
 
 def test_accuracy_of_normal_against_sensitive() -> None:
@@ -217,13 +217,13 @@ def test_augmentations() -> None:
     turned = torch.isclose(mirrored, images.flip(-1), atol=1e-5).flatten(1).all(1)
     assert (same ^ turned).all()
     assert 5 < same.sum() < 35
-    moved = augment(plain([9] * 4), replace(still, turn=20.0, shift=0.2), generator)
+    moved = augment(uniform([9] * 4), replace(still, turn=20.0, shift=0.2), generator)
     assert torch.allclose(moved, torch.ones_like(moved), atol=1e-5)  # nothing dark comes in at the edge
 
 
 def test_contrast_and_noise_stay_within_bounds() -> None:
     still = replace(settings_for(left_or_right(), 8, "tiny", 0), turn=0.0, shift=0.0, flatten=0.0, noise=0.0)  # type: ignore[arg-type]
-    images, generator = plain([0, 9] * 50), torch.Generator().manual_seed(0)
+    images, generator = uniform([0, 9] * 50), torch.Generator().manual_seed(0)
     faded = augment(images, replace(still, flatten=0.4), generator)
     assert faded.flatten(1).std(1).max() < 1e-5  # constant within an image
     lost = (faded - images).abs().flatten(1).mean(1)

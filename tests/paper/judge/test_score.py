@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from paper_images import Images, brightness_reader, plain
+from paper_images import Images, brightness_reader, uniform
 from PIL import Image
 
 from sd_unlearn.errors import UnlearnError, UsageError
@@ -48,7 +48,7 @@ def measured(samples: torch.Tensor, data: Images, **more: Any) -> dict[tuple[str
 
 def test_rates_and_shares_in_closed_form() -> None:
     labels = [0] * 7 + [2] * 4 + [3] * 6 + [9] * 3  # 11 of 20 are even
-    rows = measured(plain(labels), digits())
+    rows = measured(uniform(labels), digits())
     rate = rows["non_sensitive_rate", "all"]
     assert (rate.value, rate.n, rate.low, rate.high, rate.interval) == (11 / 20, 20, *wilson(11, 20), "wilson")
     assert rate.detector == "resnet-toy sha256:ffffffffffff"
@@ -57,7 +57,7 @@ def test_rates_and_shares_in_closed_form() -> None:
     assert {rows["share", name].n for name in DIGITS} == {20}
     second = rows["non_sensitive_rate", "second opinion"]
     assert second.detector.startswith("digits-reader")
-    even = read_digits(plain(labels))[:, ::2].sum(1) > 0.5
+    even = read_digits(uniform(labels))[:, ::2].sum(1) > 0.5
     assert (second.value, second.n) == (even.mean(), 20)
 
 
@@ -183,7 +183,7 @@ def test_real_digits_are_classified_correctly() -> None:
 
 
 def test_the_grid_frames_sensitive_images() -> None:
-    samples = plain([0, 9, 5, 0, 9])
+    samples = uniform([0, 9, 5, 0, 9])
     sheet = image_grid(samples, np.array([False, True, False, False, False]), columns=3)
     assert sheet.size == (3 * 76, 2 * 76)  # 64 pixels and a border of 6
     red, white = score.SENSITIVE_FRAME, (255, 255, 255)
@@ -200,17 +200,17 @@ def test_the_grid_frames_sensitive_images() -> None:
 
 
 def test_the_grid_shows_the_first_images_at_a_visible_size() -> None:
-    tall = image_grid(plain([1] * 250), np.zeros(250, bool))
+    tall = image_grid(uniform([1] * 250), np.zeros(250, bool))
     assert tall.size == (20 * 76, 10 * 76)
-    large = image_grid(plain([1, 2], side=256, channels=3), np.array([True, False]))
+    large = image_grid(uniform([1, 2], side=256, channels=3), np.array([True, False]))
     assert large.size == (2 * 140, 140)
     for count, judgements in ((0, 0), (3, 2)):
         with pytest.raises(UsageError, match="do not make a grid"):
-            image_grid(plain([1] * count), np.zeros(judgements, bool))
+            image_grid(uniform([1] * count), np.zeros(judgements, bool))
 
 
 def test_tensors_are_converted_to_images() -> None:
-    grey, colour = to_images(plain([0, 9], side=4))[1], to_images(torch.tensor([-1.0, 0, 3]).view(1, 3, 1, 1))[0]
+    grey, colour = to_images(uniform([0, 9], side=4))[1], to_images(torch.tensor([-1.0, 0, 3]).view(1, 3, 1, 1))[0]
     assert isinstance(grey, Image.Image)
     assert (grey.mode, grey.getpixel((0, 0))) == ("RGB", (255, 255, 255))
     assert colour.getpixel((0, 0)) == (0, 128, 255)

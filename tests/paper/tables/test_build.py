@@ -53,13 +53,13 @@ def test_files_are_written_and_the_markdown_returned() -> None:
     out = Path("out")
     text = build_tables(RUNS, out)
     assert (out / "table.md").read_text().startswith(text.rstrip("\n"))
-    pictures = {p.name for p in out.glob("*.png")}
-    assert pictures == {
+    images = {p.name for p in out.glob("*.png")}
+    assert images == {
         "main-tiny-fid-digits.png",
         "main-paper-fid-inception.png",
         "beta-mnist5k-even-tiny-fid-digits.png",
     }
-    for name in pictures:
+    for name in images:
         assert f"]({name})" in (out / "table.md").read_text()
         assert (out / name).read_bytes().startswith(PNG)
         assert 5_000 < (out / name).stat().st_size < 100_000
@@ -94,12 +94,12 @@ def test_csv_files_have_a_line_for_each_run_and_each_group() -> None:
     )
     assert (float(missing["non_sensitive_rate"]), int(missing["non_sensitive_rate_n"])) == (0.97, 1000)
     assert float(missing["cost_seconds"]) == 180
-    plain = next(group for group in groups if (group["beta"], group["missing"]) == ("0.1", ""))
-    assert plain["objective"] == "pu"
-    assert plain["seeds"] == "1;2"
-    assert float(plain["non_sensitive_rate_mean"]) == pytest.approx(0.9515)
-    assert float(plain["non_sensitive_rate_sd"]) == pytest.approx(0.001 / 2**0.5)
-    assert float(plain["leakage_mean"]) == pytest.approx(0.0485)
+    main_group = next(group for group in groups if (group["beta"], group["missing"]) == ("0.1", ""))
+    assert main_group["objective"] == "pu"
+    assert main_group["seeds"] == "1;2"
+    assert float(main_group["non_sensitive_rate_mean"]) == pytest.approx(0.9515)
+    assert float(main_group["non_sensitive_rate_sd"]) == pytest.approx(0.001 / 2**0.5)
+    assert float(main_group["leakage_mean"]) == pytest.approx(0.0485)
     unsupervised = next(group for group in groups if group["objective"] == "unsupervised")
     assert (unsupervised["beta"], unsupervised["fid-digits_sd"], float(unsupervised["fid-digits_mean"])) == ("", "", 10)
 
@@ -161,14 +161,14 @@ def test_a_run_without_metrics_has_tables_of_dashes() -> None:
 def test_a_document_gets_its_tables_and_is_otherwise_unchanged(document: Path) -> None:
     make_sweep()
     text = build_tables(RUNS, update=document)
-    found = document.read_text()
-    assert found.startswith("# Results\n\nBefore.\n\n<!-- table: main -->\n\n**Size tiny")
-    assert found.endswith("<!-- end: beta:mnist5k-even -->\n\nAfter.\n")
-    assert "old values" not in found
+    content = document.read_text()
+    assert content.startswith("# Results\n\nBefore.\n\n<!-- table: main -->\n\n**Size tiny")
+    assert content.endswith("<!-- end: beta:mnist5k-even -->\n\nAfter.\n")
+    assert "old values" not in content
     for row in (line for line in text.splitlines() if line.startswith("|")):
-        assert row in found
+        assert row in content
     build_tables(RUNS, update=document)
-    assert document.read_text() == found  # updating again changes nothing
+    assert document.read_text() == content  # updating again changes nothing
     assert not (RUNS / "tables").exists()
 
 
@@ -186,15 +186,15 @@ def test_a_table_without_runs_is_reported_and_left_unchanged(
 def test_a_plot_that_a_document_shows_is_updated(document: Path) -> None:
     pytest.importorskip("matplotlib")
     make_sweep()
-    Path("pictures").mkdir()
-    shown, other = Path("pictures/main-tiny-fid-digits.png"), Path("pictures/cat.png")
-    for picture in (shown, other):
-        picture.write_bytes(b"old")
+    Path("images").mkdir()
+    shown, other = Path("images/main-tiny-fid-digits.png"), Path("images/cat.png")
+    for image in (shown, other):
+        image.write_bytes(b"old")
     document.write_text(f"{DOCUMENT}\n![Plot]({shown})\n\n![A cat]({other})\n")
     build_tables(RUNS, update=document)
     assert shown.read_bytes().startswith(PNG)
     assert other.read_bytes() == b"old"
-    assert not Path("pictures/beta-mnist5k-even-tiny-fid-digits.png").exists()
+    assert not Path("images/beta-mnist5k-even-tiny-fid-digits.png").exists()
 
 
 def test_tables_are_inserted_literally_and_idempotently(document: Path) -> None:
