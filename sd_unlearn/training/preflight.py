@@ -1,4 +1,7 @@
-"""Everything that `train` and a sweep can refuse before a model is loaded or a file is written."""
+"""Everything that `train` and a sweep can refuse before a model is loaded or a file is written.
+
+Only models.performance.check comes later, because it needs the device.
+"""
 
 from __future__ import annotations
 
