@@ -1,0 +1,41 @@
+"""docs/architecture.md names every module and nothing that does not exist; the navigation lists every page."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "sd_unlearn"
+PAGE = (ROOT / "docs" / "architecture.md").read_text()
+PATHS = re.findall(r"`([\w/]+/\w+\.py|\w+\.py)`", PAGE)
+FUNCTIONS = re.findall(r"`([\w/]+\.py)`, `(\w+)`", PAGE)
+PARAGRAPHS = dict(re.findall(r"^\*\*(\w+)\*\* (.*?)\n\n", PAGE, re.MULTILINE | re.DOTALL))
+PACKAGES = [folder.name for folder in PACKAGE.iterdir() if (folder / "__init__.py").is_file()]
+
+
+@pytest.mark.parametrize("path", sorted({path for path in PATHS if "/" in path}))
+def test_every_path_on_the_page_exists(path: str) -> None:
+    assert (PACKAGE / path).is_file() or (ROOT / path).is_file()
+
+
+@pytest.mark.parametrize("package", [name for name in PACKAGES if name != "paper"])
+def test_the_paragraph_of_a_package_names_all_its_modules(package: str) -> None:
+    named = set(re.findall(r"`(\w+\.py)`", PARAGRAPHS[package]))
+    assert named == {path.name for path in (PACKAGE / package).glob("*.py")} - {"__init__.py"}
+
+
+@pytest.mark.parametrize(("path", "function"), FUNCTIONS)
+def test_every_function_on_the_page_is_in_the_module_named_before_it(path: str, function: str) -> None:
+    statements = ast.parse((PACKAGE / path).read_text()).body
+    defined = {statement.name for statement in statements if isinstance(statement, ast.FunctionDef | ast.ClassDef)}
+    defined |= {
+        target.id for s in statements if isinstance(s, ast.AnnAssign) and isinstance(target := s.target, ast.Name)
+    }
+    assert function in defined
+
+
+def test_the_navigation_lists_every_page() -> None:
+    pages = {path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").glob("*.md")}
+    assert set(re.findall(r": (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)) == pages
