@@ -1,4 +1,4 @@
-"""sd-unlearn render | train | evaluate | export | report | paper. Imports nothing heavy until a command runs."""
+"""The commands render, train, evaluate, export, report and paper. Imports nothing heavy until a command runs."""
 
 from __future__ import annotations
 
@@ -6,43 +6,36 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any
 
 import cyclopts
 from cyclopts import App, Parameter
+from cyclopts.help.formatters import DefaultFormatter
 
 from sd_unlearn import __version__
 from sd_unlearn.config.base import ExportConfig, RenderConfig, ReportConfig
 from sd_unlearn.config.evaluate import EvaluateConfig
+from sd_unlearn.config.options import START
 from sd_unlearn.config.train import TrainConfig
 from sd_unlearn.errors import UnlearnError, UsageError
 from sd_unlearn.io.files import check_keys, read_yaml
 from sd_unlearn.launch import prepare_processes, process_rank
 from sd_unlearn.paper import commands as paper
 
-HELP = """Make Stable Diffusion forget a concept, and show that it did.
+HELP = """Make Stable Diffusion forget a concept, and measure the result.
 
-The street, on the bundled base (no GPU, no download):
+On the bundled base model (no GPU, no download):
 
-    sd-unlearn train    --concept seven      renders data/seven first, then trains runs/seven
-    sd-unlearn evaluate --run runs/seven     same seeds with and without the LoRA -> results.json
-    sd-unlearn export   --run runs/seven     LoRA files for Diffusers, ComfyUI, A1111
-    sd-unlearn report   --run runs/seven     report.html with pictures and intervals
+    sd-unlearn train seven                 generates data/seven, then trains runs/seven
+    sd-unlearn evaluate --run runs/seven   generates images with and without the LoRA, writes results.json
+    sd-unlearn export --run runs/seven     writes LoRA files for Diffusers, ComfyUI and A1111
+    sd-unlearn report --run runs/seven     writes report.html with images and intervals
 
-Several LoRAs on one page: evaluate --lora A B --strengths 0.5 1, then report --run runs/evaluation.
-The paper's own experiments: sd-unlearn paper --help.
+To compare LoRAs: sd-unlearn evaluate --lora A B --strengths 0.5 1, then sd-unlearn report --run runs/evaluation.
+The paper's experiments: sd-unlearn paper --help.
 """
-
-app = App(
-    name="sd-unlearn",
-    help=HELP,
-    help_format="plaintext",
-    version=__version__,
-    default_parameter=Parameter(negative=(), name_transform=lambda name: name),
-    result_action="return_value",
-    suppress_keyboard_interrupt=False,
-)
 
 COMMANDS = {
     "render": RenderConfig,
@@ -51,20 +44,55 @@ COMMANDS = {
     "export": ExportConfig,
     "report": ReportConfig,
 }
+
+
+class ShortHelp(DefaultFormatter):
+    """Help of a command with many options: --help shows the group "Start here", --help_all every group."""
+
+    show_all = False
+
+    def __call__(self, console: Any, options: Any, panel: Any) -> None:
+        if self.show_all or str(panel.title) == START.name:
+            super().__call__(console, options, panel)
+        if not self.show_all and str(panel.title) == START.name:
+            console.print("--help_all shows all options, by group.", highlight=False)
+
+
+def versions() -> str:
+    """The text of --version, one package a line."""
+    lines = [f"sd-unlearn {__version__}"]
+    for package in ("torch", "diffusers", "peft"):
+        try:
+            lines.append(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            lines.append(f"{package} not installed")
+    return "\n".join(lines)
+
+
+short_help = ShortHelp()
+app = App(
+    name="sd-unlearn",
+    help=HELP,
+    help_format="plaintext",
+    version=versions,
+    default_parameter=Parameter(negative=(), name_transform=lambda name: name),
+    result_action="return_value",
+    suppress_keyboard_interrupt=False,
+)
 app.command(paper.app)
 
 
-@app.command
+@app.command(help_formatter=short_help)
 def render(config: Annotated[RenderConfig, Parameter(name="*")] = RenderConfig()) -> None:
-    """Render 0_unlabeled and 1_positive of a concept from its prompts; only what is missing."""
-    from sd_unlearn.data import render as room
+    """Generate the training images of a concept; only those that are missing."""
+    from sd_unlearn.data.render import run
 
-    print(room.run(config))
+    print(run(config))
 
 
-@app.command
+@app.command(help_formatter=short_help)
 def train(config: Annotated[TrainConfig, Parameter(name="*")] = TrainConfig()) -> None:
-    """Train a LoRA that forgets the concept; renders its folders first if they are missing."""
+    """Train a LoRA that erases a concept; missing training images are generated first."""
     prepare_processes()
     if config.beta_sweep is not None:
         from sd_unlearn import sweep
@@ -78,64 +106,65 @@ def train(config: Annotated[TrainConfig, Parameter(name="*")] = TrainConfig()) -
         print(folder)
 
 
-@app.command
+@app.command(help_formatter=short_help)
 def evaluate(config: Annotated[EvaluateConfig, Parameter(name="*")] = EvaluateConfig()) -> None:
-    """Measure what is gone and what stayed, with intervals -> results.json; one LoRA or many."""
+    """Measure erasure and retention of one or many LoRAs, with intervals; writes results.json."""
     prepare_processes()
-    from sd_unlearn.evaluation import evaluate as room
+    from sd_unlearn.evaluation.evaluate import check_conditions, run
     from sd_unlearn.report.terminal import format_table
     from sd_unlearn.results import parse_results
 
-    results = room.run(config)
-    if results:  # the first of several processes has them
+    results = run(config)
+    if results:  # empty in all processes but the first
         as_json = json.dumps(results, indent=2, ensure_ascii=False)
         print(as_json if config.json else format_table(parse_results(results)))
-        room.check_conditions(config, results)
+        check_conditions(config, results)
 
 
 @app.command
 def export(config: Annotated[ExportConfig, Parameter(name="*")] = ExportConfig()) -> None:
-    """Write the LoRA for Diffusers and for ComfyUI / A1111, with a card; --merge: a whole checkpoint."""
-    from sd_unlearn.export import export as room
+    """Write the LoRA for Diffusers, ComfyUI and A1111 with a model card, or merge it into a checkpoint."""
+    from sd_unlearn.export.export import run
 
-    for path in room.run(config):
+    for path in run(config):
         print(path)
 
 
 @app.command
 def report(config: Annotated[ReportConfig, Parameter(name="*")] = ReportConfig()) -> None:
-    """Write report.html, report.md and results.csv of an evaluated run."""
-    from sd_unlearn.report import report as room
+    """Write report.html, report.md and results.csv of an evaluation."""
+    from sd_unlearn.report.report import run
 
-    print(room.run(config))
+    print(run(config))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command. Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
+    """Run a command and return its exit code.
+
+    0 success, 1 failed or a --fail_if condition holds, 2 wrong usage, 130 interrupted.
+    """
     tokens = [_underscored(t) for t in (sys.argv[1:] if arguments is None else arguments)]
     debug = "--debug" in tokens
+    short_help.show_all = "--help_all" in tokens
+    tokens = ["--help" if token == "--help_all" else token for token in tokens]
     try:
         app.config = _config_file(tokens)
         app(tokens, exit_on_error=False, print_error=False)
     except cyclopts.CycloptsError as error:
-        return _fail(UsageError(" ".join(str(error).split())), debug)
+        return _fail(UsageError(_usage_message(error)), debug)
     except UnlearnError as error:
         return _fail(error, debug)
     except KeyboardInterrupt as interrupt:
-        way_on = "The same command goes on with the images that are missing."
-        if str(interrupt):
-            by = "the same command" if tokens[:1] == ["paper"] else "--resume_from_checkpoint latest"
-            way_on = f"{interrupt} Go on with {by}."
-        print(f"\nInterrupted. {way_on}", file=sys.stderr)
+        print(f"\nInterrupted. {_how_to_resume(tokens, str(interrupt))}", file=sys.stderr)
         return 130
     except Exception as error:
-        hint = "This is a fault of sd-unlearn: run again with --debug and report it."
+        hint = "This is a bug in sd-unlearn. Run again with --debug and report it."
         return _fail(UnlearnError(f"{type(error).__name__}: {error}. {hint}"), debug)
     return 0
 
 
 def _underscored(token: str) -> str:
-    """--train-batch-size as well as --train_batch_size."""
+    """--train-batch-size -> --train_batch_size; values stay as they are."""
     if not token.startswith("--"):
         return token
     name, equals, value = token.partition("=")
@@ -143,10 +172,10 @@ def _underscored(token: str) -> str:
 
 
 def _config_file(tokens: Sequence[str]) -> tuple[Any, ...]:
-    """The --config file of a command as cyclopts values under the command's flags, its keys checked.
+    """The options in the command's --config file, for cyclopts. Flags take precedence over them.
 
     Raises:
-        UsageError: a missing or damaged file, an unknown key.
+        UsageError: the file cannot be read, or has an unknown key.
     """
     known: dict[str, Any] = paper.COMMANDS if tokens[:1] == ["paper"] else COMMANDS
     command = next((t for t in tokens if t in known), None)
@@ -161,7 +190,25 @@ def _config_file(tokens: Sequence[str]) -> tuple[Any, ...]:
     return (cyclopts.config.Dict(given, use_commands_as_keys=False, source=path),)
 
 
+def _usage_message(error: cyclopts.CycloptsError) -> str:
+    """One line; a value out of range reads as when `check_ranges` refuses it."""
+    if isinstance(error, cyclopts.ValidationError) and error.argument is not None:
+        return f"{error.argument.name} {error.exception_message}"
+    if isinstance(error, cyclopts.UnusedCliTokensError):
+        return f"unexpected argument: {' '.join(error.unused_tokens or [])}"
+    return " ".join(str(error).split())
+
+
+def _how_to_resume(tokens: Sequence[str], saved: str) -> str:
+    """What to do after Ctrl-C; `saved` says what a training has saved, if it was one."""
+    if not saved:
+        return "Run the same command again to generate the missing images."
+    resume = "Run the same command again" if tokens[:1] == ["paper"] else "Add --resume_from_checkpoint latest"
+    return f"{saved} {resume} to continue."
+
+
 def _fail(error: UnlearnError, debug: bool) -> int:
+    """Print the error in one line on stderr; returns its exit code."""
     if debug and not isinstance(error.__context__, cyclopts.CycloptsError):
         import traceback
 
@@ -171,7 +218,7 @@ def _fail(error: UnlearnError, debug: bool) -> int:
 
 
 def entry() -> None:
-    """The console script."""
+    """The console script `sd-unlearn`."""
     sys.exit(main())
 
 

@@ -1,4 +1,4 @@
-"""What `train` can be told, in groups as --help shows them. Imports no torch."""
+"""Options of `train`, in groups as --help_all shows them. Imports no torch."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,142 +7,144 @@ from typing import Annotated, Literal
 from cyclopts import Group
 
 from sd_unlearn.choices import CaptionMode, Correction, Reduction, Risk
-from sd_unlearn.config.base import RenderConfig, option
+from sd_unlearn.config.base import RenderConfig
+from sd_unlearn.config.options import GENERAL, NOT_NEGATIVE, POSITIVE, START, Range, option
 
 Method = Literal["lora", "full"]
 LoraTargets = Literal["attention", "cross_attention", "attention+mlp", "all_linear+conv"]
 Schedule = Literal["cosine", "linear", "constant", "constant_with_warmup", "cosine_with_restarts", "polynomial"]
 Attention = Literal["sdpa", "xformers", "eager"]
 
-RUN = Group("The run", sort_key=0)
-OBJECTIVE = Group("What is minimised", sort_key=1)
-WEIGHTS = Group("What is trained", sort_key=2)
+OBJECTIVE = Group("Objective", sort_key=1)
+WEIGHTS = Group("Trained weights", sort_key=2)
 NOISE = Group("Noise and timesteps", sort_key=3)
 OPTIMIZER = Group("Optimizer", sort_key=4)
-STOPPING = Group("Watching and stopping", sort_key=5)
+MONITORING = Group("Monitoring and early stopping", sort_key=5)
 CHECKPOINTS = Group("Checkpoints", sort_key=6)
-COST = Group("Speed and memory", sort_key=7)
+PERFORMANCE = Group("Speed and memory", sort_key=7)
 
 
 @dataclass(kw_only=True)
 class Objective:
-    """The risk: which losses, how they are weighed, what the concept's share is."""
+    """The risk that training minimizes."""
 
     objective: Annotated[
         Risk,
         option(
-            "The risk: positive-unlabeled, or a baseline of the paper: supervised takes 0_unlabeled for normal as it "
-            "is, unsupervised learns it and nothing else. Both need --target noise.",
+            "Risk: positive-unlabeled, or one of the paper's baselines: supervised treats all unlabeled images as "
+            "normal, unsupervised trains on them alone. The baselines need --target noise.",
             OBJECTIVE,
         ),
     ] = "pu"
     correction: Annotated[
-        Correction, option("How the bracket of the PU risk is kept from going negative.", OBJECTIVE)
+        Correction, option("How a negative bracket (mean_U l - beta mean_S l) of the PU risk is corrected.", OBJECTIVE)
     ] = "abs"
     beta: Annotated[
         float | Literal["estimate"] | None,
         option(
-            "Prior in (0, 1): share of the concept in 0_unlabeled; with a teacher it decides a bracket's sign, and "
-            "--push how hard to forget. estimate: from the two folders. Default: the manifest's, else 0.1.",
+            "Class prior: the concept's share among the images in 0_unlabeled, in (0, 1), or estimate to estimate it "
+            "from the images. Default: the share recorded when the images were generated, else 0.1.",
             OBJECTIVE,
+            Range(above=0, below=1, note="it is the concept's share in 0_unlabeled, e.g. 0.2"),
         ),
     ] = None
     beta_sweep: Annotated[
         str | None,
         option(
-            "Several runs instead of one, e.g. 0.5,1,2: each with so many times the beta and the --push, and one "
-            "report of leakage against retention.",
+            "Train and evaluate one run per factor, e.g. 0.5,1,2; each scales beta and --push by that factor. The "
+            "report plots leakage against retention.",
             OBJECTIVE,
         ),
     ] = None
     eta: Annotated[
         float,
         option(
-            "Weight in [0, 1] of images known to be normal, the folder 2_negative (PNU; Sakai et al. 2017).", OBJECTIVE
+            "Weight of the images known not to show the concept, in 2_negative (PNU; Sakai et al. 2017).",
+            OBJECTIVE,
+            Range(at_least=0, at_most=1, note="it is a weight, e.g. 0.5"),
         ),
     ] = 0.5
     reduction: Annotated[
-        Reduction, option("Per-example loss as sum (the paper's likelihood) or mean over the latent.", OBJECTIVE)
+        Reduction, option("Per-example loss: sum (the paper's likelihood) or mean over the latent.", OBJECTIVE)
     ] = "sum"
-    temperature: Annotated[
-        float,
-        option("Divides every loss; above 1 it keeps the sensitive term alive where losses are large.", OBJECTIVE),
-    ] = 1.0
     caption_mode: Annotated[
         CaptionMode,
         option(
-            "Captions under which positives and generic images are seen: own, one shared, or both (a bracket each; "
-            "the concept file's paraphrases, too).",
+            "Captions of the positive and generic images: their own, the generic one for all (shared), or both, with "
+            "a bracket for each caption.",
             OBJECTIVE,
         ),
     ] = "both"
     target: Annotated[
         Literal["teacher", "noise"],
         option(
-            "What losses are measured against: the base's own prediction (the same gradient on average, with far "
-            "less variance), or the noise, as in the paper.",
+            "Regression target: the frozen base's prediction (same expected gradient, far lower variance), or the "
+            "noise, as in the paper.",
             OBJECTIVE,
         ),
     ] = "teacher"
     push: Annotated[
         float,
         option(
-            "With a teacher: how hard positives are pushed away, in place of beta, which then only decides the "
-            "bracket's sign. More forgets more and keeps less.",
-            OBJECTIVE,
+            "How strongly the model is pushed away from the concept (with --target teacher). Higher values erase more "
+            "but preserve less.",
+            START,
+            POSITIVE,
         ),
     ] = 2.0
     unconditional: Annotated[
         float | None,
         option(
-            "With a teacher: share of what is kept that is seen under the empty caption. Default: 0.25, and 0 on "
-            "digits, for which the generic caption means the same as none.",
+            "Share of the keep images that get the empty caption (with --target teacher). Default: 0.25; 0 on digits, "
+            "where the generic and the empty caption mean the same.",
             OBJECTIVE,
+            Range(at_least=0, at_most=1, note="it is a share, e.g. 0.25"),
         ),
     ] = None
 
 
 @dataclass(kw_only=True)
 class Weights:
-    """Which weights learn."""
+    """Which weights are trained."""
 
     method: Annotated[
-        Method,
-        option(
-            "A LoRA, or the whole UNet (full: as in the paper, with --learning_rate 1e-5; nothing to load as a LoRA).",
-            WEIGHTS,
-        ),
+        Method, option("Train a LoRA, or the full UNet as in the paper (use --learning_rate 1e-5).", WEIGHTS)
     ] = "lora"
-    rank: Annotated[int, option("LoRA rank.", WEIGHTS)] = 8
+    rank: Annotated[int, option("LoRA rank.", WEIGHTS, POSITIVE)] = 8
     lora_alpha: Annotated[
-        float | None, option("LoRA alpha; the update is scaled by alpha / rank. Default: the rank.", WEIGHTS)
+        float | None,
+        option(
+            "LoRA alpha; the update is scaled by alpha / rank. Default: the rank.",
+            WEIGHTS,
+            Range(above=0, note="the usual value is the rank"),
+        ),
     ] = None
-    lora_dropout: Annotated[float, option("Dropout in [0, 1) of the LoRA's input.", WEIGHTS)] = 0.0
-    use_rslora: Annotated[bool, option("Scale the update by alpha / sqrt(rank) (rank-stabilised LoRA).", WEIGHTS)] = (
-        False
-    )
-    use_dora: Annotated[bool, option("DoRA: a trained magnitude besides the LoRA's direction.", WEIGHTS)] = False
+    lora_dropout: Annotated[
+        float,
+        option("Dropout of the LoRA's input.", WEIGHTS, Range(at_least=0, below=1, note="it is a share, e.g. 0.1")),
+    ] = 0.0
+    use_dora: Annotated[bool, option("Train a DoRA: magnitude and direction of each weight.", WEIGHTS)] = False
     lora_targets: Annotated[
         LoraTargets,
         option(
-            "Layers of the UNet with a LoRA: attention projections, those of cross attention only, the feed-forward "
-            "layers, too, or every linear and convolutional layer.",
+            "UNet layers with a LoRA: attention projections, cross-attention projections, attention and feed-forward "
+            "layers, or all linear and convolutional layers.",
             WEIGHTS,
         ),
     ] = "attention"
     train_text_encoder: Annotated[
-        bool, option("A LoRA on the text encoder's attention, too; its embeddings are then not cached.", WEIGHTS)
+        bool, option("Also train a LoRA on the text encoder. Caption embeddings are then not cached.", WEIGHTS)
     ] = False
 
 
 @dataclass(kw_only=True)
 class Noise:
-    """How images are noised, and how timesteps are weighed."""
+    """How images are noised and how timesteps are sampled and weighted."""
 
     share_timesteps: Annotated[
         bool,
         option(
-            "Give positives the timesteps and noise of the unlabeled images of their batch.",
+            "Use the same timesteps and noise for the positive and unlabeled images of a batch (lower variance).",
             NOISE,
             negative="--no_share_timesteps",
         ),
@@ -150,135 +152,139 @@ class Noise:
     timestep_bias: Annotated[
         float,
         option(
-            "Timesteps at which the concept is forgotten are drawn with a density of t^bias: 0 is uniform; 1 favours "
-            "the noisy ones, where it is decided what a picture shows.",
+            "Sample the erasing timesteps with density t^bias. 0 is uniform; 1 favours high-noise timesteps, which "
+            "determine image content.",
             NOISE,
+            NOT_NEGATIVE,
         ),
     ] = 0.0
     snr_gamma: Annotated[
-        float | None, option("Min-SNR weighting of timesteps (Hang et al. 2023), usually 5. Default: none.", NOISE)
+        float | None,
+        option("Min-SNR weighting of timesteps (Hang et al. 2023), usually 5. Default: off.", NOISE, POSITIVE),
     ] = None
-    noise_offset: Annotated[
-        float,
-        option("Adds noise that is constant over each latent channel, usually 0.05 to 0.1. Default: none.", NOISE),
-    ] = 0.0
     zero_terminal_snr: Annotated[
-        bool, option("Rescale the schedule so that the last step is pure noise (for v prediction only).", NOISE)
+        bool, option("Rescale the noise schedule to zero terminal SNR (v-prediction bases only).", NOISE)
     ] = False
 
 
 @dataclass(kw_only=True)
 class Optimizing:
-    """The optimizer and how much it sees."""
+    """Optimizer, learning rate schedule and amount of training."""
 
-    learning_rate: Annotated[float, option("Learning rate after warm-up.", OPTIMIZER)] = 7e-4
+    max_train_steps: Annotated[int, option("Number of training steps.", START, POSITIVE)] = 500
+    learning_rate: Annotated[float, option("Peak learning rate.", OPTIMIZER, POSITIVE)] = 7e-4
     optimizer: Annotated[
         Literal["adamw", "adamw8bit"],
-        option("AdamW, or the one with 8-bit state (needs bitsandbytes: pip install 'sd-unlearn[8bit]').", OPTIMIZER),
+        option("AdamW, or AdamW with 8-bit states (extra 8bit: pip install 'sd-unlearn[8bit]').", OPTIMIZER),
     ] = "adamw"
-    weight_decay: Annotated[float, option("AdamW's weight decay.", OPTIMIZER)] = 1e-2
-    lr_scheduler: Annotated[
-        Schedule, option("What the learning rate does after warm-up, of which constant has none.", OPTIMIZER)
-    ] = "cosine"
-    lr_warmup_steps: Annotated[int, option("Steps of linear warm-up.", OPTIMIZER)] = 20
-    max_grad_norm: Annotated[float, option("Gradients are clipped to this norm.", OPTIMIZER)] = 1.0
+    weight_decay: Annotated[float, option("Weight decay of AdamW.", OPTIMIZER, NOT_NEGATIVE)] = 1e-2
+    lr_scheduler: Annotated[Schedule, option("Schedule after warm-up (constant: no warm-up).", OPTIMIZER)] = "cosine"
+    lr_warmup_steps: Annotated[int, option("Steps of linear warm-up.", OPTIMIZER, NOT_NEGATIVE)] = 20
+    max_grad_norm: Annotated[float, option("Clip gradients to this norm.", OPTIMIZER, POSITIVE)] = 1.0
     train_batch_size: Annotated[
-        int, option("Images of each process and micro-batch, unlabeled and positive together.", OPTIMIZER)
+        int,
+        option(
+            "Images per process and micro-batch, unlabeled and positive together. Lower it if memory runs out.",
+            START,
+            Range(at_least=4, note="a step needs unlabeled and positive images"),
+        ),
     ] = 40
     gradient_accumulation_steps: Annotated[
         int,
-        option(
-            "Micro-batches of --train_batch_size a step: the same objective as one batch of all of them.", OPTIMIZER
-        ),
+        option("Micro-batches per step; same objective as one batch of all their images.", OPTIMIZER, POSITIVE),
     ] = 1
-    max_train_steps: Annotated[int, option("Optimizer steps.", OPTIMIZER)] = 500
     ema_decay: Annotated[
         float | None,
-        option("Save a moving average of what is trained, e.g. with decay 0.99. Default: the last weights.", OPTIMIZER),
+        option(
+            "Save an exponential moving average of the weights with this decay. Default: off, the last weights.",
+            OPTIMIZER,
+            Range(at_least=0, below=1, note="e.g. 0.99"),
+        ),
     ] = None
 
 
 @dataclass(kw_only=True)
-class Watching:
-    """What is looked at while training, and when it ends before its time."""
+class Monitoring:
+    """What is logged during training, and when training stops early."""
 
-    validation_steps: Annotated[int, option("A preview grid is drawn every so many steps; 0 draws none.", STOPPING)] = (
-        250
-    )
+    validation_steps: Annotated[
+        int, option("Generate a grid of preview images every N steps; 0: never.", MONITORING, NOT_NEGATIVE)
+    ] = 250
     probe_steps: Annotated[
-        int, option("Every so many steps the run is judged by --probe, and the best so far kept; 0: never.", STOPPING)
+        int, option("Run --probe every N steps and keep the best weights; 0: never.", MONITORING, NOT_NEGATIVE)
     ] = 0
     probe: Annotated[
         Literal["ratio", "leakage"],
         option(
-            "ratio: mean loss of held-out positives over that of held-out unlabeled images, over what it was in the "
-            "base (more is better). leakage: what the judge of `evaluate` still finds in 60 images of a fixed seed, "
-            "and what it still finds of 60 that must stay.",
-            STOPPING,
+            "ratio: loss of held-out positives over loss of held-out unlabeled images, relative to the base (higher "
+            "is better). leakage: leakage and retention on 60 generated images each.",
+            MONITORING,
         ),
     ] = "ratio"
     early_stopping_patience: Annotated[
-        int, option("Stop after so many probes without a better one; 0: never. Needs --probe_steps.", STOPPING)
+        int, option("Stop after N probes without improvement; 0: never.", MONITORING, NOT_NEGATIVE)
     ] = 0
     stop_when_forgotten: Annotated[
         bool,
         option(
-            "With --probe leakage: stop at the second probe in a row with leakage <= 2 % and retention >= 98 %.",
-            STOPPING,
+            "With --probe leakage: stop when two probes in a row find leakage <= 2 % and retention >= 98 %.",
+            MONITORING,
         ),
     ] = False
     gradient_share_steps: Annotated[
-        int, option("Every so many steps each term's share of the gradient norm is logged; 0: never.", STOPPING)
+        int,
+        option("Log each loss term's share of the gradient norm every N steps; 0: never.", MONITORING, NOT_NEGATIVE),
     ] = 100
-    max_skipped_steps: Annotated[
-        int, option("Steps whose gradient is not finite are skipped; so many in a row end the run.", STOPPING)
-    ] = 20
     report_to: Annotated[
-        str | None, option("Tracker: tensorboard, wandb or none. Default: tensorboard if installed.", STOPPING)
+        Literal["tensorboard", "wandb", "none"] | None,
+        option("Experiment tracker. Default: tensorboard if it is installed.", MONITORING),
     ] = None
 
 
 @dataclass(kw_only=True)
 class Checkpoints:
-    """What is kept so that a run can go on."""
+    """What is saved for resuming a run."""
 
     checkpointing_steps: Annotated[
-        int, option("Everything needed to go on is saved every so many steps; 0: only on Ctrl-C.", CHECKPOINTS)
+        int, option("Save a checkpoint every N steps; 0: only on Ctrl-C.", CHECKPOINTS, NOT_NEGATIVE)
     ] = 100
-    checkpoints_total_limit: Annotated[int, option("Checkpoints kept; the oldest go first.", CHECKPOINTS)] = 2
+    checkpoints_total_limit: Annotated[
+        int, option("Number of checkpoints to keep; the oldest are deleted first.", CHECKPOINTS, POSITIVE)
+    ] = 2
     resume_from_checkpoint: Annotated[
-        str | None, option("Go on from a checkpoint: latest, or the path of one.", CHECKPOINTS)
+        str | None, option("Resume from a checkpoint: latest, or a path.", CHECKPOINTS)
     ] = None
     force_resume: Annotated[
-        bool, option("Go on although an option that matters (beta, learning rate, data) has changed.", CHECKPOINTS)
+        bool, option("Resume even if an option that affects the result has changed.", CHECKPOINTS)
     ] = False
 
 
 @dataclass(kw_only=True)
-class Cost:
+class Performance:
     """What is traded for speed or memory."""
 
     gradient_checkpointing: Annotated[
-        bool, option("Compute activations again in the backward pass: less memory, about a third more time.", COST)
+        bool, option("Recompute activations in the backward pass: less memory, about a third slower.", PERFORMANCE)
     ] = False
-    torch_compile: Annotated[bool, option("Compile the UNet: slow first steps, faster ones after.", COST)] = False
+    torch_compile: Annotated[
+        bool, option("Compile the UNet: minutes of compilation, then faster steps.", PERFORMANCE)
+    ] = False
     attention: Annotated[
-        Attention, option("Attention kernels: torch's own (sdpa), xformers, or plain matrix products (eager).", COST)
+        Attention, option("Attention implementation: torch's own (sdpa), xformers, or eager.", PERFORMANCE)
     ] = "sdpa"
 
 
 @dataclass(kw_only=True)
-class LoopOptions(Checkpoints, Watching, Optimizing):
-    """What the training loop reads: steps, optimizer, probes and checkpoints."""
+class LoopOptions(Checkpoints, Monitoring, Optimizing):
+    """Options that the training loop reads."""
 
 
 @dataclass(kw_only=True)
-class TrainConfig(Cost, LoopOptions, Noise, Weights, Objective, RenderConfig):
-    """Train a LoRA that forgets the concept (renders the folders first if they are missing)."""
+class TrainConfig(Performance, LoopOptions, Noise, Weights, Objective, RenderConfig):
+    """Train a LoRA that erases the concept. Missing training images are generated first."""
 
     output_dir: Annotated[
-        Path | None, option("Run folder. Default: runs/<concept>, and runs/<concept>-sweep with --beta_sweep.", RUN)
+        Path | None,
+        option("Run folder. Default: runs/<concept>, or runs/<concept>-sweep with --beta_sweep.", START),
     ] = None
-    overwrite: Annotated[
-        bool, option("Replace what is in --output_dir, a finished run or one that can go on.", RUN)
-    ] = False
+    overwrite: Annotated[bool, option("Delete an existing run in --output_dir and start over.", GENERAL)] = False

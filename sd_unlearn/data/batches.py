@@ -42,7 +42,6 @@ class NoiseSampling:
     num_train_timesteps: int
     timestep_bias: float = 0.0  # of images in caption groups; the timesteps of keep images are uniform
     share_timesteps: bool = True  # positives get timesteps and noise of unlabeled images: a less noisy bracket sign
-    noise_offset: float = 0.0  # >= 0, standard deviation of added noise that is constant over each channel
 
 
 @dataclass(frozen=True)
@@ -189,9 +188,6 @@ class StratifiedBatches:
         mean, std = self.images.mean[index], self.images.std[index]
         latents = mean + std * torch.randn(mean.shape, generator=self.generator)
         noise = torch.randn((len(timesteps), *mean.shape[1:]), generator=self.generator)
-        if self.sampling.noise_offset > 0:  # sampled last, so that the other noise is as without the option
-            channels = torch.randn((*noise.shape[:2], 1, 1), generator=self.generator)
-            noise += self.sampling.noise_offset * channels
         noise, timesteps = noise[slot], timesteps[slot]
         batches = []
         for part in self.mine:

@@ -144,7 +144,7 @@ def _results(
 ) -> dict[str, Any]:
     config = task.config
     subjects_of = sum(len(pictures) for _, pictures in found)
-    each = min(config.num_pairs, max(2, pairs.BUDGET // max(1, subjects_of * len(GROUPS))))
+    each = min(pairs.PER_GROUP, max(2, pairs.BUDGET // max(1, subjects_of * len(GROUPS))))
     shown = [pair for judged, pictures in found for pair in pairs.pick(judged, pictures, task.output, each)]
     base = [{"id": BASE, "name": task.source.name, "what": "base"}] if gallery else []
     return {

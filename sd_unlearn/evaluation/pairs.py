@@ -20,6 +20,7 @@ from sd_unlearn.metrics.base import ASKED
 from sd_unlearn.results import BASE, Pair
 
 BUDGET = 900  # pairs of one report
+PER_GROUP = 24  # pairs of each prompt group and subject; fewer if that exceeds BUDGET
 
 
 def pick(found: Judged, pictures: Sequence[Pictures], folder: Path, each: int) -> list[Pair]:

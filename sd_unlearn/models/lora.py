@@ -35,7 +35,6 @@ def attach(network: nn.Module, options: Weights, target_modules: list[str], seed
         r=options.rank,
         lora_alpha=options.lora_alpha or options.rank,
         lora_dropout=options.lora_dropout,
-        use_rslora=options.use_rslora,
         use_dora=options.use_dora,
         target_modules=target_modules,
         init_lora_weights="gaussian",

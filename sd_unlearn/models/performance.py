@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from sd_unlearn.config.train import Cost
+from sd_unlearn.config.train import Performance
 from sd_unlearn.errors import UsageError, reason
 
 # Dynamo keeps one graph of the transformer block for each width of the UNet (three in SD 1.x and 2.x), each with the
@@ -19,7 +19,7 @@ from sd_unlearn.errors import UsageError, reason
 RECOMPILE_LIMIT = 64
 
 
-def check(options: Cost, device: torch.device) -> None:
+def check(options: Performance, device: torch.device) -> None:
     """Try --attention xformers and --torch_compile on a small tensor on the device, before the base is loaded.
 
     Raises:
@@ -31,7 +31,7 @@ def check(options: Cost, device: torch.device) -> None:
         _check_compilation(device)
 
 
-def prepare(unet: Any, options: Cost) -> None:
+def prepare(unet: Any, options: Performance) -> None:
     """Set the frozen UNet's attention kernels and gradient checkpointing, in place.
 
     Checkpointing is diffusers' non-reentrant kind: the reentrant kind needs an input that requires a gradient, which a
@@ -48,7 +48,7 @@ def prepare(unet: Any, options: Cost) -> None:
         unet.enable_gradient_checkpointing()
 
 
-def compile_blocks(unet: Any, options: Cost) -> None:
+def compile_blocks(unet: Any, options: Performance) -> None:
     """With --torch_compile: compile the UNet's repeated blocks in place. Weights and their names do not change.
 
     Call it after the LoRA is attached, so that the LoRA is part of the graph. Only the blocks are compiled, where

@@ -17,10 +17,9 @@ def example_losses(
     batch: Batch,
     reduction: Reduction = "sum",
     teacher: Teacher | None = None,
-    temperature: float = 1.0,
     snr_gamma: float | None = None,
 ) -> Tensor:
-    """l [B] of a batch's examples divided by the temperature, differentiable.
+    """l [B] of a batch's examples, differentiable.
 
     snr_gamma (> 0) weighs each example by its timestep (`min_snr_weight`), both value and gradient. None: no weighting.
 
@@ -39,7 +38,7 @@ def example_losses(
     schedule = denoiser.alphas_cumprod
     noisy = add_noise(batch.latents, batch.noise, batch.timesteps, schedule)
     target = training_target(batch.latents, batch.noise, batch.timesteps, schedule, denoiser.prediction_type)  # type: ignore[arg-type]
-    scale = torch.full_like(batch.weight, 1 / temperature)  # [B]
+    scale = torch.ones_like(batch.weight)  # [B]
     if snr_gamma is not None:
         scale = scale * min_snr_weight(batch.timesteps, schedule, snr_gamma, denoiser.prediction_type)  # type: ignore[arg-type]
     if teacher is None:

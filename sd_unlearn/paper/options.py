@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from cyclopts import Group
 
 from sd_unlearn.choices import Correction, Reduction
-from sd_unlearn.config.base import option
+from sd_unlearn.config.options import option
 from sd_unlearn.config.train import Method
 from sd_unlearn.paper.experiments import Sampler, Size
 

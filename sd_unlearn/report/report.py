@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from sd_unlearn.config.base import ReportConfig
-from sd_unlearn.config.checks import check_positive
+from sd_unlearn.config.options import check_ranges
 from sd_unlearn.data.concept import Concept, read_concept
 from sd_unlearn.errors import UsageError
 from sd_unlearn.io import run_folder
@@ -58,7 +58,7 @@ def run(config: ReportConfig) -> Path:
     """
     if config.run is None:
         raise UsageError("--run is missing. Give the folder of a finished evaluation, e.g. --run runs/seven.")
-    check_positive(config, ("max_pairs",))
+    check_ranges(config)
     folder = Path(config.run)
     results = read_results(folder)
     content = context(folder, results, config)

@@ -34,6 +34,7 @@ from sd_unlearn.training.probe import Probe, ProbeResult
 from sd_unlearn.training.state import TrainingState
 
 LOG_EVERY = 10
+MAX_SKIPPED_STEPS = 20  # non-finite gradients in a row that end a run
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ def _shares(options: LoopOptions, training: Training, state: TrainingState, batc
 def _check_skipped(options: LoopOptions, training: Training, state: TrainingState) -> None:
     total, in_a_row = state.optimizer.skipped.tolist()
     at_end = state.step == options.max_train_steps
-    if in_a_row < options.max_skipped_steps and not (at_end and 2 * in_a_row > state.step):
+    if in_a_row < MAX_SKIPPED_STEPS and not (at_end and 2 * in_a_row > state.step):
         return
     kept = checkpoint.list_checkpoints(training.output)
     hint = "No checkpoint was saved before: start over (--overwrite)"
@@ -140,7 +141,7 @@ def _check_skipped(options: LoopOptions, training: Training, state: TrainingStat
         hint = f"The last good state is {kept[-1]}: resume it (--resume_from_checkpoint latest --force_resume)"
     raise UnlearnError(
         f"Training diverged at step {state.step}: the gradient was not finite for {in_a_row:.0f} steps in a row "
-        f"({total:.0f} in total; --max_skipped_steps is {options.max_skipped_steps}). {hint} with a lower "
+        f"({total:.0f} in total). {hint} with a lower "
         f"--learning_rate (now {options.learning_rate:g}), a lower --push or --mixed_precision bf16."
     )
 

@@ -26,14 +26,14 @@ PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate")
 # Options copied into training.json.
 RECORDED = (
     *("objective", "rank", "lora_alpha", "beta", "correction", "caption_mode", "target", "push", "method"),
-    *("unconditional", "timestep_bias", "snr_gamma", "noise_offset", "zero_terminal_snr", "reduction", "eta", "seed"),
+    *("unconditional", "timestep_bias", "snr_gamma", "zero_terminal_snr", "reduction", "eta", "seed"),
 )
 # Options that do not change the trained weights, or are compared by content (concept, base, data).
 NOT_COMPARED = {
     *("concept", "anchor", "pretrained_model_name_or_path", "vae", "prediction_type", "variant", "single_file_config"),
     *("allow_pickle", "data_dir", "output_dir", "config", "debug", "overwrite", "beta_sweep", "report_to"),
     *("num_unlabeled", "num_positive", "num_mixed_in", "num_keep", "num_inference_steps", "render_batch_size"),
-    *("validation_steps", "gradient_share_steps", "max_skipped_steps", "checkpointing_steps"),
+    *("validation_steps", "gradient_share_steps", "checkpointing_steps"),
     *("checkpoints_total_limit", "resume_from_checkpoint", "force_resume", "gradient_checkpointing", "torch_compile"),
 }
 

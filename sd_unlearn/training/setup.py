@@ -132,7 +132,7 @@ def make_training(
 
     def losses(model: nn.Module, batch: Batch) -> Tensor:
         of_model = dataclasses.replace(denoiser, model=model)
-        return example_losses(of_model, batch, config.reduction, teacher, config.temperature, config.snr_gamma)
+        return example_losses(of_model, batch, config.reduction, teacher, config.snr_gamma)
 
     generator = _make_generator(config, base, data, student)
     probe = _make_probe(config, concept, data, student, denoiser, generator, held_out)
@@ -172,7 +172,7 @@ def make_batches(
         images,
         groups,
         layout,
-        NoiseSampling(num_train_timesteps, config.timestep_bias, config.share_timesteps, config.noise_offset),
+        NoiseSampling(num_train_timesteps, config.timestep_bias, config.share_timesteps),
         TRAIN_SEEDS[0] + config.seed,
         unconditional=(config.unconditional or 0.0) if has_teacher else None,
         sharding=sharding,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterator
-from itertools import combinations, islice
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -485,33 +485,7 @@ def test_sharing_timesteps_is_an_option(concept: Concept, share: bool) -> None:
     assert len(drawn) == 2 * (layout.unlabeled + (0 if share else layout.positive))
 
 
-@pytest.mark.parametrize("share", [True, False])
-def test_offset_noise_is_constant_over_a_channel_and_changes_nothing_else(concept: Concept, share: bool) -> None:
-    """It is sampled last and only with the option: the rest of the first step is as without it."""
-    plain, moved = (
-        next(steps(make_batches(concept, "both", batch_size=40, share_timesteps=share, noise_offset=offset), 1))
-        for offset in (0.0, 0.5)
-    )
-    for name in ("latents", "timesteps", "text", "caption_group"):
-        assert torch.equal(getattr(plain, name), getattr(moved, name))
-    off = (moved.noise - plain.noise).flatten(2)  # [B, C, elements]
-    assert off.std(2).max() < 1e-6
-    means = off.mean(2)
-    assert means.std(1).min() > 0  # each channel has its own
-    for i, j in combinations(range(len(means)), 2):  # rows that share noise share the offset
-        shared = torch.equal(plain.noise[i], plain.noise[j])
-        assert torch.equal(means[i], means[j]) == shared
-
-
-def test_offset_noise_has_the_given_deviation_and_resumes(concept: Concept) -> None:
-    one, other = (make_batches(concept, "both", seed, noise_offset=0.3) for seed in (0, 1))
-    level = torch.stack([b.noise[b.caption_group == NO_GROUP].mean((2, 3)) for b in steps(one, 300)])
-    assert level.std().item() == pytest.approx((0.3**2 + 1 / 4) ** 0.5, rel=0.03)  # 2 x 2 elements a channel
-    other.load_state_dict(one.state_dict())
-    assert torch.equal(next(steps(one, 1)).noise, next(steps(other, 1)).noise)
-
-
-def test_the_order_of_random_draws_without_offset_noise(concept: Concept) -> None:
+def test_the_order_of_random_draws(concept: Concept) -> None:
     """Timesteps of caption groups and of keep rows, latents, noise of each slot: existing seeds keep their batches."""
     batches = make_batches(concept, "own")
     generator = torch.Generator().manual_seed(0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from pathlib import Path
 
 import pytest
@@ -19,7 +18,7 @@ from sd_unlearn.models.student import Student, apply_run, make_student
 pytestmark = pytest.mark.usefixtures("one_thread")
 KINDS = {
     "lora": Weights(rank=2),
-    "rslora": Weights(rank=4, lora_alpha=3.0, use_rslora=True),
+    "alpha": Weights(rank=4, lora_alpha=3.0),
     "dora": Weights(rank=2, use_dora=True),
     "cross": Weights(rank=2, lora_targets="cross_attention"),
     "mlp": Weights(rank=2, lora_targets="attention+mlp"),
@@ -113,8 +112,8 @@ def test_gradients_reach_the_text_encoder(loaded_base: Base) -> None:
 
 
 def test_the_scale_is_the_one_that_was_asked_for(loaded_base: Base) -> None:
-    """alpha / rank, and alpha / sqrt(rank) for rsLoRA (Kalajdzievski 2023, theorem 3.2)."""
-    for kind, scale in (("lora", 1.0), ("rslora", 3.0 / math.sqrt(4))):
+    """alpha / rank; alpha is the rank by default."""
+    for kind, scale in (("lora", 1.0), ("alpha", 3.0 / 4)):
         base = copy.deepcopy(loaded_base)
         (adapter,) = make_student(base, KINDS[kind], 0, needs_teacher=False).adapters
         layers = [module for module in adapter.modules() if hasattr(module, "scaling")]

@@ -127,7 +127,7 @@ def test_an_interrupted_run_resumes_from_its_checkpoint(call: Call, monkeypatch:
     monkeypatch.setattr(TrainingState, "take_step", lambda *a: (os.kill(os.getpid(), signal.SIGINT), steps(*a))[1])
     code, _, err = call("run", "mnist5k-even", *FEW)
     assert code == 130
-    assert "Go on with the same command." in err
+    assert "Run the same command again to continue." in err
     (folder,) = Path("runs/paper/mnist5k-even").iterdir()
     assert not (folder / "training.json").exists()
     monkeypatch.setattr(TrainingState, "take_step", steps)

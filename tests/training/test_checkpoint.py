@@ -158,7 +158,7 @@ def test_the_command_says_how_to_resume(
     with interrupt_after(2, monkeypatch):
         assert cli.main(["train", *flags(settings(place, tiny_base)), "--output_dir", "run"]) == 130
     said = capsys.readouterr().err
-    assert "Saved step 2 of 24 in run. Go on with --resume_from_checkpoint latest." in said
+    assert "Saved step 2 of 24 in run. Add --resume_from_checkpoint latest to continue." in said
     assert signal.getsignal(signal.SIGINT) is before
 
 
@@ -276,7 +276,7 @@ def test_options_that_do_not_affect_the_weights_may_change(
     stopped: Path, make_config: Config, whole: Path, place: Path
 ) -> None:
     elsewhere = shutil.copytree(place / "data", Path("elsewhere"))
-    options = {"data_dir": elsewhere, "checkpoints_total_limit": 1, "checkpointing_steps": 5, "max_skipped_steps": 3}
+    options = {"data_dir": elsewhere, "checkpoints_total_limit": 1, "checkpointing_steps": 5}
     trainer.run(make_config("run", resume_from_checkpoint="latest", **options))
     assert same(stopped, whole)
     assert [p.name for p in checkpoint.list_checkpoints(stopped)] == ["step-000020"]

@@ -20,7 +20,7 @@ from sd_unlearn.data.batches import EncodedImages
 from sd_unlearn.data.dataset import Example
 from sd_unlearn.errors import UnlearnError, UsageError
 from sd_unlearn.io.files import read_json, read_jsonl
-from sd_unlearn.training import checkpoint, setup, trainer
+from sd_unlearn.training import checkpoint, loop, setup, trainer
 from sd_unlearn.training.probe import ProbeResult, RatioProbe, hold_out
 from sd_unlearn.training.state import TrainingState
 
@@ -72,9 +72,10 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(make_config: Config, m
 def test_too_many_skipped_steps_end_the_run_and_keep_the_last_good_state(
     make_config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = {"max_train_steps": 40, "max_skipped_steps": 5, "checkpointing_steps": 2}
+    options = {"max_train_steps": 40, "checkpointing_steps": 2}
     with monkeypatch.context() as patch:
         make_nan(patch, set(range(8, 100)))
+        patch.setattr(loop, "MAX_SKIPPED_STEPS", 5)
         with pytest.raises(UnlearnError, match=r"step 20.*13 steps in a row.*step-000006.*--learning_rate"):
             trainer.run(make_config("run", **options))
     assert not Path("run/training.json").exists()

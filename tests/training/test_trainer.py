@@ -210,7 +210,6 @@ def test_the_same_seed_gives_the_same_bytes(trained: Path, make_config: Config, 
         {"share_timesteps": False},
         {"gradient_accumulation_steps": 2},
         {"lora_dropout": 0.5},
-        {"use_rslora": True},
         {"use_dora": True},
         {"lora_targets": "cross_attention"},
         {"lora_targets": "attention+mlp"},
@@ -699,7 +698,7 @@ def test_noise_options_are_used_and_recorded(make_config: Config, v_base: Path, 
         "max_train_steps": 10,
         "target": target,
     }
-    options = {"snr_gamma": 0.5, "noise_offset": 0.1, "zero_terminal_snr": True}
+    options = {"snr_gamma": 0.5, "zero_terminal_snr": True}
     plain = read_jsonl(trainer.run(make_config("plain", **place)) / "metrics.jsonl")
     settings = read_json(tmp_path / "data" / "settings.json")
     for name, value in options.items():
@@ -709,7 +708,6 @@ def test_noise_options_are_used_and_recorded(make_config: Config, v_base: Path, 
         record = read_json(run / "training.json")
         assert {key: record[key] for key in options} == {
             "snr_gamma": None,
-            "noise_offset": 0.0,
             "zero_terminal_snr": False,
             name: value,
         }

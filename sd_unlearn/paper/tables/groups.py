@@ -31,7 +31,7 @@ AXES = {  # the settings that the paper varies, and their column titles
 }
 # Settings that an objective does not use: runs that differ in them alone belong to the same group.
 UNUSED: dict[str, set[str]] = {
-    "unsupervised": {"correction", "beta", "eta", "missing", "reduction", "temperature", "max_ratio"},
+    "unsupervised": {"correction", "beta", "eta", "missing", "reduction", "max_ratio"},
     "supervised": {"correction", "eta", "max_ratio"},
     "pu": set(),
     "pnu": set(),
