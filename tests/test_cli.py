@@ -325,7 +325,7 @@ USAGE = [
     (["train", "--concept", "seven", "--method", "full", "--lora_targets", "cross_attention"], "--lora_targets is for"),
     (["train", "--concept", "seven", "--force_resume"], "--force_resume needs --resume_from_checkpoint"),
     (["train", "--concept", "seven", "--overwrite", "--resume_from_checkpoint", "latest"], "give one of them"),
-    (["train", "--concept", "seven", "--resume_from_checkpoint", "nowhere"], "nowhere is no checkpoint"),
+    (["train", "--concept", "seven", "--resume_from_checkpoint", "nowhere"], "nowhere is not a checkpoint"),
     (["train", "--concept", "seven", "--num_positive", "-2"], "--num_positive -2"),
     (["train", "--concept", "seven", "--num_positive", "1"], "--num_positive 1"),
     (["render", "--concept", "seven", "--num_positive", "0"], "--num_positive"),
