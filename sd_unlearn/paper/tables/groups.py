@@ -38,7 +38,7 @@ UNUSED: dict[str, set[str]] = {
 }
 NOT_OTHER = {"objective", "beta_source", "betas", "seed", *AXES}
 SAME_CONTAMINATION = 0.002  # the share of whole images differs a little from the requested one
-ARM = ["experiment", "size"]  # only groups that share these are compared
+SCOPE = ["experiment", "size"]  # only groups that share these are compared
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Summary:
     """Finished runs as three tables."""
 
     runs: DataFrame  # one row a run: group, seed, assumed_beta, true_beta, seconds, ... and run (FinishedRun)
-    groups: DataFrame  # one row a group, in page order: ARM, objective, AXES, other (dict), changed (set of AXES)
+    groups: DataFrame  # one row a group, in page order: SCOPE, objective, AXES, other (dict), changed (set of AXES)
     metrics: DataFrame  # index (group, metric): mean, sd, low, high, n, seeds
 
     def mean(self, column: str) -> Series:
@@ -79,7 +79,7 @@ def summarize(runs: list[FinishedRun]) -> Summary:
     table = table.drop_duplicates(["key", "seed"], keep="last").sort_values("seed", kind="stable")
     groups = in_order(table.drop_duplicates("key"), ["experiment", "size", "objective", *AXES, "other"])
     table["group"] = pd.Index(groups.key).get_indexer(table.key)
-    groups = groups[[*ARM, "objective", *AXES, "other", "changed"]].reset_index(drop=True).rename_axis("group")
+    groups = groups[[*SCOPE, "objective", *AXES, "other", "changed"]].reset_index(drop=True).rename_axis("group")
     return Summary(table.sort_values(["group", "seed"]), groups, _over_seeds(table))
 
 
@@ -114,10 +114,10 @@ def comparable(groups: DataFrame) -> list[DataFrame]:
     keyed = groups.assign(all=keys(set()), used=keys(UNUSED["unsupervised"])).reset_index()
     is_baseline = keyed.objective == "unsupervised"
     others, baselines = keyed[~is_baseline], keyed[is_baseline].drop(columns="all")
-    matched = baselines.merge(others[[*ARM, "used", "all"]].drop_duplicates(), "left", [*ARM, "used"])
+    matched = baselines.merge(others[[*SCOPE, "used", "all"]].drop_duplicates(), "left", [*SCOPE, "used"])
     matched["all"] = matched["all"].fillna(matched.used)
-    arms = in_order(pd.concat([others, matched]).set_index("group"), ARM)
-    return [in_order(part, ["objective"]) for _, part in arms.groupby([*ARM, "all"], sort=False)]
+    compared = in_order(pd.concat([others, matched]).set_index("group"), SCOPE)
+    return [in_order(part, ["objective"]) for _, part in compared.groupby([*SCOPE, "all"], sort=False)]
 
 
 def varying(groups: DataFrame) -> list[str]:

@@ -10,11 +10,11 @@ from pandas import DataFrame, Series
 
 from sd_unlearn.paper.experiments import EXPERIMENTS
 from sd_unlearn.paper.tables.groups import (
-    ARM,
     AXES,
     ESTIMATED,
     KNOWN,
     LEAKAGE,
+    SCOPE,
     Summary,
     comparable,
     in_order,
@@ -34,7 +34,7 @@ LEGEND = (
     "is one minus the rate. Values are means over seeds, with the sample standard deviation in round brackets. With "
     "one seed, the rate has its 95 % Wilson interval in square brackets instead: it covers the sampling of images, not "
     "the variation between trainings. Unless a column says otherwise, the settings are those of the main table: "
-    "correction abs, beta 0.1, the default bound (max_ratio) of the size, labels for every sensitive class, no labeled "
+    "correction abs, beta 0.1, the default cap (Bound) of the size, labels for every sensitive class, no labeled "
     "normal images, an unconditional model, and the experiment's own share of sensitive images among the unlabeled "
     "ones. Text-to-image models are conditional and are given the true beta."
 )
@@ -45,7 +45,7 @@ MAIN, OTHER = "main", "other"
 # the rows, which names all settings that may differ.
 VARIANTS: dict[str, tuple[str, str, list[str]]] = {
     "beta": ("The assumed beta", "beta", ["objective", "beta"]),
-    "bound": ("The bound on the loss of labeled images", "max_ratio", ["objective", "max_ratio"]),
+    "bound": ("The cap on the loss of labeled images", "max_ratio", ["objective", "max_ratio"]),
     "correction": ("The correction of the bracket", "correction", ["objective", "max_ratio", "correction"]),
     "missing": ("Sensitive classes without labels", "missing", ["objective", "missing"]),
     "pnu": ("Labeled normal images (PNU)", "num_negative", ["objective", "num_negative", "eta"]),
@@ -75,8 +75,8 @@ def table_of(name: str, summary: Summary, experiment: str = "") -> str:
     groups = groups[groups.experiment == experiment] if experiment else groups
     if name == MAIN:
         return _main_tables(summary, groups)
-    arms = [select(name, arm) for _, arm in groups.groupby(ARM, sort=False)]
-    return "\n\n".join(_variants_table(summary, name, rows) for rows in arms if len(rows))
+    compared = [select(name, part) for _, part in groups.groupby(SCOPE, sort=False)]
+    return "\n\n".join(_variants_table(summary, name, rows) for rows in compared if len(rows))
 
 
 def select(name: str, groups: DataFrame) -> DataFrame:
@@ -145,39 +145,39 @@ def markdown(table: DataFrame) -> str:
     return "\n".join([head, "|" + " --- |" * table.shape[1], *rows])
 
 
-def label_of(arms: DataFrame, among: Iterable[DataFrame]) -> str:
+def label_of(compared: DataFrame, among: Iterable[DataFrame]) -> str:
     """An experiment's name, followed by the other settings in which groups of that experiment differ."""
-    first = arms.iloc[0]
-    alike = pd.concat([other for other in among if (other.iloc[0][ARM] == first[ARM]).all()])
-    other = {name: value for settings in arms.other for name, value in settings.items()}
+    first = compared.iloc[0]
+    alike = pd.concat([other for other in among if (other.iloc[0][SCOPE] == first[SCOPE]).all()])
+    other = {name: value for settings in compared.other for name, value in settings.items()}
     return ", ".join([first.experiment, *(f"{name} {setting_text(other.get(name))}" for name in varying(alike))])
 
 
 def _main_tables(summary: Summary, groups: DataFrame) -> str:
     """Experiments against objectives at the main settings: one table for each size and FID."""
     tables = sorted(main_rows(summary, groups).items())
-    return "\n\n".join(_main_table(summary, size, fid, arms) for (size, fid), arms in tables)
+    return "\n\n".join(_main_table(summary, size, fid, compared) for (size, fid), compared in tables)
 
 
 def main_rows(summary: Summary, groups: DataFrame) -> dict[tuple[str, str], list[DataFrame]]:
     """(size, FID) -> the comparable groups at the main settings, one list for each row of a main table."""
     rows: dict[tuple[str, str], list[DataFrame]] = {}
-    for arms in comparable(groups[~groups.changed.map(bool)]):
-        for fid in summary.fids(arms) or [""]:
-            rows.setdefault((arms.iloc[0]["size"], fid), []).append(arms)
+    for compared in comparable(groups[~groups.changed.map(bool)]):
+        for fid in summary.fids(compared) or [""]:
+            rows.setdefault((compared.iloc[0]["size"], fid), []).append(compared)
     return rows
 
 
 def _main_table(summary: Summary, size: str, fid: str, lines: list[DataFrame]) -> str:
     texts, rows, checks = cells(summary), [], []
     metrics = {"Rate": RATE} | ({fid: fid} if fid else {})
-    for arms in lines:
-        label = label_of(arms, lines)
-        by = texts.loc[arms.index].set_axis(arms.objective).reindex(MAIN_OBJECTIVES).fillna(NONE)
+    for compared in lines:
+        label = label_of(compared, lines)
+        by = texts.loc[compared.index].set_axis(compared.objective).reindex(MAIN_OBJECTIVES).fillna(NONE)
         row = {"Experiment": label}
         row |= {f"{title}, {LABELS[name]}": by.loc[name, key] for title, key in metrics.items() for name in by.index}
         rows.append(row | {name: _agreed(by[name]) for name in COUNTS})
-        checks.append(f"- {label}: {comparison(summary, arms, fid)}{caution(summary, arms)}")
+        checks.append(f"- {label}: {comparison(summary, compared, fid)}{caution(summary, compared)}")
     return "\n".join([f"**Size {size}{f', {fid}' if fid else ''}**", "", markdown(DataFrame(rows)), "", *checks])
 
 
@@ -187,13 +187,13 @@ def _agreed(texts: Series) -> str:
     return known.pop() if len(known) == 1 else " / ".join(texts)
 
 
-def comparison(summary: Summary, arms: DataFrame, fid: str) -> str:
+def comparison(summary: Summary, compared: DataFrame, fid: str) -> str:
     """Leakage and FID of PU against Unsupervised, and whether their ratios are as expected from the paper."""
-    group_of = dict(zip(arms.objective, arms.index, strict=True))
+    group_of = dict(zip(compared.objective, compared.index, strict=True))
     if missing := [LABELS[name] for name in ("pu", "unsupervised") if name not in group_of]:
         return f"nothing to compare, {' and '.join(missing)} is missing."
 
-    def compared(metric: str, most: float, text: Callable[[Any], str]) -> str:
+    def ratio_text(metric: str, most: float, text: Callable[[Any], str]) -> str:
         pu, baseline = (summary.metric(group_of[name], metric) for name in ("pu", "unsupervised"))
         if pu is None or baseline is None:
             return ""
@@ -203,10 +203,10 @@ def comparison(summary: Summary, arms: DataFrame, fid: str) -> str:
         ratio = pu["mean"] / baseline["mean"]
         return f"{both}, ratio {ratio:.2f} (at most {most:g} is expected: {'yes' if ratio <= most else 'no'})"
 
-    leakage = compared(LEAKAGE, MAX_LEAKAGE_RATIO, percent)
+    leakage = ratio_text(LEAKAGE, MAX_LEAKAGE_RATIO, percent)
     parts = [f"PU leaks {leakage}" if leakage else "no rate was measured"]
     if fid:
-        distances = compared(fid, MAX_FID_RATIO, distance)
+        distances = ratio_text(fid, MAX_FID_RATIO, distance)
         parts.append(f"{fid} {distances}" if distances else f"{fid} was not measured for both")
     return "; ".join(parts) + "."
 

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure  # not pyplot: it holds state and may open 
 from matplotlib.ticker import NullLocator
 from pandas import DataFrame
 
-from sd_unlearn.paper.tables.groups import ARM, ESTIMATED, LEAKAGE, Summary, comparable
+from sd_unlearn.paper.tables.groups import ESTIMATED, LEAKAGE, SCOPE, Summary, comparable
 from sd_unlearn.paper.tables.pages import LABELS, MAIN_OBJECTIVES, VARIANTS, label_of, main_rows
 
 DPI = 150
@@ -32,15 +32,18 @@ def draw(summary: Summary) -> dict[str, tuple[str, bytes]]:
         plots["-".join(filter(None, ("main", size, fid))) + ".png"] = (title, main_plot(summary, lines, fid))
     order = set(VARIANTS["beta"][2])
     sweeps = comparable(groups[[changed <= order for changed in groups.changed]])
-    for arms in sweeps:
-        if _sweep(summary, arms).beta.nunique() < 2:
+    for compared in sweeps:
+        if _sweep(summary, compared).beta.nunique() < 2:
             continue
-        experiment, size = arms.iloc[0][ARM]
-        for fid in summary.fids(arms) or [""]:
+        experiment, size = compared.iloc[0][SCOPE]
+        for fid in summary.fids(compared) or [""]:
             stem = "-".join(filter(None, ("beta", experiment, size, fid)))
             names = (f"{stem}{f'-{i}' if i > 1 else ''}.png" for i in range(1, len(sweeps) + 2))
-            title = f"Leakage and FID against beta ({label_of(arms, sweeps)}, size {size})"
-            plots[next(name for name in names if name not in plots)] = (title, sweep_plot(summary, arms, fid, title))
+            title = f"Leakage and FID against beta ({label_of(compared, sweeps)}, size {size})"
+            plots[next(name for name in names if name not in plots)] = (
+                title,
+                sweep_plot(summary, compared, fid, title),
+            )
     return plots
 
 
@@ -51,33 +54,35 @@ def main_plot(summary: Summary, lines: Sequence[DataFrame], fid: str) -> bytes:
     """
     figure, panels = _panels(fid, 0.9 + 0.55 * len(lines) + 0.35)
     for panel, (title, metric) in zip(panels, _metrics(fid), strict=True):
-        for position, arms in enumerate(lines):
-            for index, objective in arms.objective.items():
+        for position, compared in enumerate(lines):
+            for index, objective in compared.objective.items():
                 offset = 0.2 * (MAIN_OBJECTIVES.index(objective) - 1)
                 color, shape = STYLE[objective]
                 _mark(panel, _value(summary, index, metric), position + offset, horizontal=True, color=color, fmt=shape)
-        panel.set_yticks(range(len(lines)), [label_of(arms, lines) for arms in lines] if panel is panels[0] else [])
+        panel.set_yticks(
+            range(len(lines)), [label_of(compared, lines) for compared in lines] if panel is panels[0] else []
+        )
         panel.set_ylim(len(lines) - 0.5, -0.5)
         panel.set_xlim(0, panel.get_xlim()[1] * MARGIN)
         panel.grid(axis="x", color="#DDDDDD", linewidth=0.6)
         panel.set_xlabel(title)
         panel.tick_params(axis="y", length=0)
     for objective in MAIN_OBJECTIVES:
-        if any(objective in arms.objective.to_numpy() for arms in lines):
+        if any(objective in compared.objective.to_numpy() for compared in lines):
             color, shape = STYLE[objective]
             panels[0].plot([], [], shape, color=color, label=LABELS[objective])
     figure.legend(loc="outside upper center", ncols=3, frameon=False)
     return _png(figure)
 
 
-def sweep_plot(summary: Summary, arms: DataFrame, fid: str, title: str = "") -> bytes:
+def sweep_plot(summary: Summary, compared: DataFrame, fid: str, title: str = "") -> bytes:
     """A PNG of PU's leakage and FID against the assumed beta, with the unsupervised level and the true beta.
 
     Filled markers: a given beta; open ones: an estimated one. Error bars as in `main_plot`.
     """
     figure, panels = _panels(fid, 3.4)
-    points, color = _sweep(summary, arms), STYLE["pu"][0]
-    baseline, true_beta = arms.index[arms.objective == "unsupervised"], summary.true_beta(arms)
+    points, color = _sweep(summary, compared), STYLE["pu"][0]
+    baseline, true_beta = compared.index[compared.objective == "unsupervised"], summary.true_beta(compared)
     for panel, (label, metric) in zip(panels, _metrics(fid), strict=True):
         values = {index: value for index in points.index if (value := _value(summary, index, metric)) is not None}
         line = [index for index in values if not points.estimated[index]]
@@ -99,10 +104,10 @@ def sweep_plot(summary: Summary, arms: DataFrame, fid: str, title: str = "") -> 
     return _png(figure)
 
 
-def _sweep(summary: Summary, arms: DataFrame) -> DataFrame:
+def _sweep(summary: Summary, compared: DataFrame) -> DataFrame:
     """The pu groups with a known beta, sorted by it: columns beta (mean over seeds), estimated."""
-    table = DataFrame({"beta": summary.mean("assumed_beta")[arms.index], "estimated": arms.beta == ESTIMATED})
-    return table[arms.objective == "pu"].dropna(subset="beta").sort_values("beta", kind="stable")
+    table = DataFrame({"beta": summary.mean("assumed_beta")[compared.index], "estimated": compared.beta == ESTIMATED})
+    return table[compared.objective == "pu"].dropna(subset="beta").sort_values("beta", kind="stable")
 
 
 def _metrics(fid: str) -> list[tuple[str, str]]:

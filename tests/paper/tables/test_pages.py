@@ -14,8 +14,8 @@ from sd_unlearn.paper.tables.pages import TITLES, comparison, markdown, table_of
 UNSUPERVISED, SUPERVISED, PU = ("unsupervised", 0.9, 10.0), ("supervised", 0.95, 13.0), ("pu", 0.98, 10.5)
 
 
-def runs_of(*arms: tuple[str, float, float], seeds: tuple[int, ...] = (1,), **changes: Any) -> list[Any]:
-    return [make_run(*arm, seed=seed, **changes) for arm in arms for seed in seeds]
+def runs_of(*values: tuple[str, float, float], seeds: tuple[int, ...] = (1,), **changes: Any) -> list[Any]:
+    return [make_run(*value, seed=seed, **changes) for value in values for seed in seeds]
 
 
 def lines(table: str) -> list[list[str]]:
