@@ -25,7 +25,7 @@ from sd_unlearn.data.layout import Layout
 from sd_unlearn.io.files import read_json, write_jsonl
 from sd_unlearn.io.run_folder import METADATA, POSITIVE, UNLABELED, ImageRecord
 from sd_unlearn.models import lora
-from sd_unlearn.models.base import DIGITS, DIGITS_DIR
+from sd_unlearn.models.source import DIGITS, DIGITS_DIR
 from sd_unlearn.training.provenance import device_name, peak_memory_mb
 
 WARM_UP = 2  # steps that are not measured, while allocators and caches fill

@@ -21,10 +21,10 @@ from PIL import Image
 
 from sd_unlearn.data.dataset import Example, encode_images
 from sd_unlearn.data.embeddings import embed
-from sd_unlearn.data.prior import Embedded, Estimate, estimate_beta
+from sd_unlearn.data.prior import BetaEstimate, ImageEmbeddings, estimate_beta
 from sd_unlearn.metrics.digits import DigitsJudge
 from sd_unlearn.models.base import DIGITS, Base, load_base
-from sd_unlearn.models.sampling import ImageRequest, Sampler, default_sampler, generate_missing
+from sd_unlearn.models.sampling import ImageRequest, default_sampler, generate_missing
 from sd_unlearn.seeds import EVALUATE_SEEDS, image_seed
 
 POOL = Path("build/prior_check")
@@ -33,11 +33,10 @@ GENERIC, GENERIC_COUNT, CONCEPT_COUNT = "a photo of a handwritten digit", 1800, 
 
 def paths(prompt: str, count: int, folder: Path) -> list[Path]:
     """Generate the images of a prompt that do not exist yet, and return the paths of all."""
-    usual = default_sampler(DIGITS)
     requests = [
         ImageRequest(folder / f"{n:05d}.png", prompt, image_seed(EVALUATE_SEEDS, 0, prompt, n)) for n in range(count)
     ]
-    generate_missing(base, requests, Sampler(usual.steps, usual.guidance_scale, usual.batch_size), folder.name)
+    generate_missing(base, requests, default_sampler(DIGITS), folder.name)
     return [request.path for request in requests]
 
 
@@ -46,7 +45,7 @@ def base() -> Base:
     return load_base(DIGITS, device="cpu")
 
 
-def pool(digit: str, count: int) -> tuple[Embedded, np.ndarray]:
+def pool(digit: str, count: int) -> tuple[ImageEmbeddings, np.ndarray]:
     """Embeddings of images of the concept and of the generic prompt, and which of the latter show the concept."""
     concept = paths(f"a photo of the digit {digit}", count, POOL / digit)
     generic = paths(GENERIC, GENERIC_COUNT, POOL / "generic")
@@ -59,7 +58,7 @@ def pool(digit: str, count: int) -> tuple[Embedded, np.ndarray]:
     return embed(base(), examples, latents), shown
 
 
-def row(name: str, truth: float, estimates: list[tuple[Estimate, Estimate]]) -> str:
+def row(name: str, truth: float, estimates: list[tuple[BetaEstimate, BetaEstimate]]) -> str:
     """A line of the table: for each method the mean, mean error, mean absolute error, and how many intervals hold the
     true share."""
     cells = []
@@ -87,14 +86,14 @@ def main() -> None:
     images, shown = pool(args.digit, args.pool)
     others = images.unlabeled[~shown]
 
-    def one(seed: int, share: float | None) -> tuple[Estimate, Estimate]:
+    def one(seed: int, share: float | None) -> tuple[BetaEstimate, BetaEstimate]:
         rng = np.random.default_rng(seed)
         concept = rng.permutation(images.positive)
         positive, rest = concept[: args.positives], concept[args.positives :]
         hidden = 0 if share is None else round(share * args.unlabeled)
         more = rng.permutation(images.unlabeled if share is None else others)[: args.unlabeled - hidden]
         unlabeled = np.concatenate([rest[:hidden], more])
-        return estimate_beta(Embedded(images.name, images.why, positive, unlabeled))
+        return estimate_beta(ImageEmbeddings(images.name, images.why, positive, unlabeled))
 
     print(f"{args.digit}: {args.positives} positives, {args.unlabeled} unlabeled, {args.draws} draws; {images.name}")
     columns = "mean | error | absolute error | interval covers"

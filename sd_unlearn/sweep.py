@@ -11,7 +11,6 @@ import math
 import shutil
 import sys
 import time
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from sd_unlearn.config.evaluate import EvaluateConfig
 from sd_unlearn.config.train import TrainConfig
 from sd_unlearn.data.concept import Concept
 from sd_unlearn.data.prior import ASSUMED_BETA, resolve_beta
-from sd_unlearn.data.render import known_beta, plan
+from sd_unlearn.data.render import images_by_group, known_beta, plan_images
 from sd_unlearn.errors import UsageError
 from sd_unlearn.evaluation import evaluate
 from sd_unlearn.io.files import check_writable, read_yaml, write_json, write_text
@@ -135,10 +134,7 @@ def beta_of(config: TrainConfig, concept: Concept, data_dir: Path) -> tuple[floa
     if config.beta is not None or has_own_images(data_dir) or (data_dir / DATA_MANIFEST).is_file():
         prior = resolve_beta(config.beta, data_dir)
         return prior.beta, prior.source
-    counts = Counter[str]()
-    for group, _, count in plan(concept, config):
-        counts[group] += count
-    known = known_beta(concept, counts)
+    known = known_beta(concept.generic_share, images_by_group(plan_images(concept, config)))
     return (known, "manifest") if known else (ASSUMED_BETA, "assumed")
 
 

@@ -1,4 +1,4 @@
-"""Images as vectors: by CLIP where open_clip and its weights are at hand, else by the base's own autoencoder."""
+"""Image embeddings for estimating beta: CLIP's if open_clip and its weights are available, else the base's latents."""
 
 from __future__ import annotations
 
@@ -7,55 +7,51 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
 from sd_unlearn.config.base import CLIP_MODEL, CLIP_PRETRAINED
 from sd_unlearn.data.dataset import Example
-from sd_unlearn.data.prior import Embedded
-from sd_unlearn.errors import UnlearnError
+from sd_unlearn.data.prior import ImageEmbeddings
+from sd_unlearn.errors import UnlearnError, reason
+from sd_unlearn.io.images import open_image
 from sd_unlearn.models.base import Base
 from sd_unlearn.models.clip import ClipEncoder, Features
 
-SMALL = 64  # pixels: CLIP looks at 224, and of images far smaller it tells little
-SIDE = 16  # latents are averaged down to this side: what a picture shows, not its texture
+MIN_CLIP_PIXELS = 64  # CLIP takes 224 pixels; from images up to this size it learns little
+MAX_LATENT_SIDE = 16  # latents are averaged to this size: image content, not texture
 
 
-def embed(base: Base, examples: Sequence[Example], latents: Tensor) -> Embedded:
-    """Embeddings of the positive and of the unlabeled examples, what must stay left out.
+def embed(base: Base, examples: Sequence[Example], latents: Tensor) -> ImageEmbeddings:
+    """Embed the positive and the unlabeled examples; keep images and negatives are left out.
 
-    By CLIP for bases of more than SMALL pixels where open_clip is installed and its weights can be had; else by the
-    examples' latents [N, C, h, w].
+    Uses CLIP for bases above MIN_CLIP_PIXELS if open_clip and its weights are available, else the examples' latents
+    [N, C, h, w].
     """
-    counted = [n for n, e in enumerate(examples) if e.group not in ("keep", "negative")]
-    chosen = [examples[n] for n in counted]
+    indices = [n for n, example in enumerate(examples) if example.group not in ("keep", "negative")]
+    chosen = [examples[n] for n in indices]
     clip, why = _clip_for(base)
-    rows = clip.images(_upright(e.path) for e in chosen) if clip else _pooled(latents[counted])
+    rows = clip.images(open_image(e.path) for e in chosen) if clip else _pooled(latents[indices])
     positive = np.array([e.is_positive for e in chosen])
     name = clip.name if clip else f"VAE latents of {Path(base.name).name}"
-    return Embedded(name, f"beta is estimated from {name}: {why}.", rows[positive], rows[~positive])
+    return ImageEmbeddings(name, f"beta is estimated from {name}: {why}.", rows[positive], rows[~positive])
 
 
 def _clip_for(base: Base) -> tuple[ClipEncoder | None, str]:
-    """CLIP, if it is fit for the base and at hand, and why or why not."""
-    if base.resolution <= SMALL:
+    """CLIP if it can be used for this base, and the reason why it is or is not used."""
+    if base.resolution <= MIN_CLIP_PIXELS:
         return None, f"images of {base.resolution} pixels are too small for CLIP"
     if not find_spec("open_clip"):
-        return None, "CLIP would tell more, but needs pip install 'sd-unlearn[clip]'"
+        return None, "CLIP would be more accurate, but needs pip install 'sd-unlearn[clip]'"
     try:
-        return ClipEncoder(CLIP_MODEL, CLIP_PRETRAINED, base.device), "open_clip and its weights are at hand"
+        return ClipEncoder(CLIP_MODEL, CLIP_PRETRAINED, base.device), "open_clip and its weights are available"
     except UnlearnError as error:
-        reason = str(error.__cause__ or error).splitlines()[0][:200]
-        return None, f"the weights {CLIP_PRETRAINED} of CLIP {CLIP_MODEL} cannot be had ({reason})"
-
-
-def _upright(path: Path) -> Image.Image:
-    with Image.open(path) as image:
-        return ImageOps.exif_transpose(image).convert("RGB")
+        cause = reason(error.__cause__ or error)
+        return None, f"the weights {CLIP_PRETRAINED} of CLIP {CLIP_MODEL} could not be loaded ({cause})"
 
 
 def _pooled(latents: Tensor) -> Features:
-    """[N, C, h, w] -> [N, C * min(h, SIDE) * min(w, SIDE)]."""
+    """[N, C, h, w] -> [N, C * min(h, MAX_LATENT_SIDE) * min(w, MAX_LATENT_SIDE)]."""
     height, width = latents.shape[2:]
-    return adaptive_avg_pool2d(latents.float(), (min(height, SIDE), min(width, SIDE))).flatten(1).cpu().numpy()
+    size = (min(height, MAX_LATENT_SIDE), min(width, MAX_LATENT_SIDE))
+    return adaptive_avg_pool2d(latents.float(), size).flatten(1).cpu().numpy()

@@ -1,4 +1,4 @@
-"""An open_clip model as an encoder of images and texts."""
+"""An open_clip model that encodes images and texts."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from sd_unlearn.errors import UnlearnError, UsageError
+from sd_unlearn.errors import UnlearnError, UsageError, reason
 from sd_unlearn.io.files import file_sha256
 
-CHUNK = 32
+BATCH_SIZE = 32
 Features = NDArray[np.float32]
 
 
@@ -23,7 +23,7 @@ class ClipEncoder:
 
     Raises:
         UsageError: open_clip is not installed.
-        UnlearnError: the weights cannot be had.
+        UnlearnError: the weights cannot be loaded.
     """
 
     def __init__(self, model: str, pretrained: str, device: Any = "cpu") -> None:
@@ -37,10 +37,9 @@ class ClipEncoder:
         try:
             self.model, _, self.preprocess = open_clip.create_model_and_transforms(model, pretrained=pretrained or None)
         except Exception as error:  # open_clip raises RuntimeError, OSError and hub errors alike
-            reason = str(error).splitlines()[0][:200]
             raise UnlearnError(
-                f"--clip_model {model} --clip_pretrained {pretrained} could not be loaded: {reason} "
-                "Without a network give --clip_pretrained the path of a weights file."
+                f"--clip_model {model} --clip_pretrained {pretrained} could not be loaded: {reason(error)}. "
+                "Without a network, set --clip_pretrained to the path of a weights file."
             ) from error
         self.torch, self.device = torch, device
         self.model.eval().to(device)
@@ -50,22 +49,22 @@ class ClipEncoder:
         local = Path(pretrained) if pretrained and Path(pretrained).is_file() else None
         self.architecture = model
         self.weights = f"sha256:{file_sha256(local)[:12]}" if local else pretrained or "random weights"
-        self.detector = f"open_clip {model} {self.weights}"  # says what the weights are, not where they lie
+        self.detector = f"open_clip {model} {self.weights}"  # identifies the weights, not their path
 
     def images(self, images: Iterable[Image.Image]) -> Features:
-        """Features [N, D] of N > 0 images, not normalised."""
+        """Features [N, D] of N > 0 images, not normalized."""
         pending, features = iter(images), []
         with self.torch.no_grad():
-            while chunk := list(islice(pending, CHUNK)):
-                pixels = self.torch.stack([self.preprocess(image.convert("RGB")) for image in chunk]).to(self.device)
+            while batch := list(islice(pending, BATCH_SIZE)):
+                pixels = self.torch.stack([self.preprocess(image.convert("RGB")) for image in batch]).to(self.device)
                 features.append(self.model.encode_image(pixels).float().cpu().numpy())
         return np.concatenate(features)
 
     def texts(self, texts: Sequence[str]) -> Features:
-        """Features [N, D] of N > 0 texts, not normalised."""
+        """Features [N, D] of N > 0 texts, not normalized."""
         features = []
         with self.torch.no_grad():
-            for start in range(0, len(texts), CHUNK):
-                tokens = self.tokenizer(list(texts[start : start + CHUNK])).to(self.device)
+            for start in range(0, len(texts), BATCH_SIZE):
+                tokens = self.tokenizer(list(texts[start : start + BATCH_SIZE])).to(self.device)
                 features.append(self.model.encode_text(tokens).float().cpu().numpy())
         return np.concatenate(features)

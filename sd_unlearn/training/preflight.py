@@ -16,7 +16,7 @@ from sd_unlearn.data.concept import Concept, load_concept
 from sd_unlearn.data.dataset import has_negatives, scan
 from sd_unlearn.data.layout import check_batch_size
 from sd_unlearn.data.prior import check_countable
-from sd_unlearn.data.render import data_dir_of, plan
+from sd_unlearn.data.render import plan_images, resolve_data_dir
 from sd_unlearn.errors import UsageError
 from sd_unlearn.io.files import check_writable
 from sd_unlearn.io.run_folder import CONCEPT, DATA_MANIFEST, NEGATIVE, POSITIVE, TRAINING, UNLABELED
@@ -49,7 +49,7 @@ def check_inputs(config: TrainConfig) -> Inputs:
     check_optimizer(config)
     source = find_base(config, concept.base)
     check_base(config, source)
-    data_dir = data_dir_of(config, concept)
+    data_dir = resolve_data_dir(config, concept)
     own_images = has_own_images(data_dir)
     check_data_dir(config, data_dir)
     check_batch_size(config, concept, data_dir)
@@ -100,7 +100,7 @@ def image_groups(config: TrainConfig, concept: Concept, data_dir: Path, own_imag
     """
     if own_images:
         return [example.group for example in scan(data_dir, concept, config.eta)]
-    return [group for group, _, count in plan(concept, config) for _ in range(count)]
+    return [group for group, _, count in plan_images(concept, config) for _ in range(count)]
 
 
 def choose_tracker(report_to: str | None) -> str | None:

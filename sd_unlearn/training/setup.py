@@ -23,7 +23,7 @@ from sd_unlearn.data.dataset import (
     members_of_sets,
     positive_sets,
     scan,
-    share_beta,
+    split_beta,
     tokenize,
 )
 from sd_unlearn.data.embeddings import embed
@@ -77,7 +77,7 @@ def read_data(config: TrainConfig, concept: Concept, base: Base) -> Data:
     prior = resolve_beta(config.beta, config.data_dir, lambda: embed(base, examples, mean))
     prior = broadcast_object_list([prior])[0]  # rounding may differ between devices: one beta for all
     sets = positive_sets(config.data_dir)
-    shared, source = share_beta(concept, sets, prior.beta, prior.source)
+    shared, source = split_beta(concept, sets, prior.beta, prior.source)
     captions = ["", concept.generic, *concept.captions, *preview_prompts(concept), *(e.caption for e in examples)]
     if _probe_name(config) == "leakage":
         captions += probe_prompts(concept)

@@ -21,7 +21,7 @@ from sd_unlearn.config.base import as_dict
 from sd_unlearn.config.train import TrainConfig
 from sd_unlearn.data.concept import Concept, write_concept
 from sd_unlearn.data.dataset import fingerprint
-from sd_unlearn.data.render import render_concept
+from sd_unlearn.data.render import make_job, render_concept
 from sd_unlearn.errors import UnlearnError, reason
 from sd_unlearn.io.files import write_json, write_text
 from sd_unlearn.io.run_folder import BEST_DIR, CONCEPT, CONFIG, DATA_MANIFEST, TRAINING
@@ -84,7 +84,7 @@ def _make_accelerator(config: TrainConfig, output: Path, tracker: str | None) ->
 def _render(config: TrainConfig, inputs: Inputs, get_base: Callable[[], Base]) -> None:
     if not (inputs.data_dir / DATA_MANIFEST).is_file():
         print(f"{inputs.data_dir} is missing or unfinished: rendering it first.", file=sys.stderr)
-    render_concept(inputs.concept, config, inputs.source.name, get_base)
+    render_concept(make_job(inputs.concept, config, inputs.source), get_base)
 
 
 def _train(config: TrainConfig, concept: Concept, base: Base, accelerator: Accelerator, resume: Path | None) -> Path:

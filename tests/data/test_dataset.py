@@ -21,7 +21,7 @@ from sd_unlearn.data.dataset import (
     load_pixels,
     positive_sets,
     scan,
-    share_beta,
+    split_beta,
 )
 from sd_unlearn.errors import UsageError
 from sd_unlearn.io.run_folder import METADATA, NEGATIVE, POSITIVE, UNLABELED
@@ -185,10 +185,10 @@ def test_several_sets_of_positives(photos: Photos, concept: Concept) -> None:
 def test_the_betas_of_several_sets(concept: Concept) -> None:
     sets = [POSITIVE, f"{POSITIVE}_2"]
     told = dataclasses.replace(concept, betas={f"{POSITIVE}_2": 0.1, POSITIVE: 0.3})
-    assert share_beta(concept, sets, 0.3, "option") == ([0.15, 0.15], "option")
-    assert share_beta(concept, sets[:1], 0.3, "manifest") == ([0.3], "manifest")
-    assert share_beta(told, sets, 0.1, "assumed") == ([0.3, 0.1], "concept")
-    betas, source = share_beta(told, sets, 0.2, "option")  # the total is the command's
+    assert split_beta(concept, sets, 0.3, "option") == ([0.15, 0.15], "option")
+    assert split_beta(concept, sets[:1], 0.3, "manifest") == ([0.3], "manifest")
+    assert split_beta(told, sets, 0.1, "assumed") == ([0.3, 0.1], "concept")
+    betas, source = split_beta(told, sets, 0.2, "option")  # the total is the command's
     assert betas == pytest.approx([0.15, 0.05])
     assert source == "option"
 

@@ -13,6 +13,7 @@ import torch
 from sd_unlearn.data import embeddings
 from sd_unlearn.data.dataset import Example
 from sd_unlearn.data.embeddings import embed
+from sd_unlearn.models import clip
 from sd_unlearn.models.base import Base
 
 GROUPS = ("generic", "positive", "keep", "mixed_in", "positive", "keep")
@@ -50,14 +51,14 @@ def test_large_latents_are_averaged_down(loaded_base: Base, examples: list[Examp
 def test_without_clip_the_reason_is_said(
     loaded_base: Base, examples: list[Example], monkeypatch: pytest.MonkeyPatch, why: str
 ) -> None:
-    monkeypatch.setattr(embeddings, "SMALL", 16)
+    monkeypatch.setattr(embeddings, "MIN_CLIP_PIXELS", 16)
     if why == "not installed":
         monkeypatch.setattr(embeddings, "find_spec", lambda _: None)
         expected = "pip install 'sd-unlearn[clip]'"
     else:
         pytest.importorskip("open_clip")
         monkeypatch.setattr(embeddings, "CLIP_MODEL", "no-such-model")
-        expected = "cannot be had"
+        expected = "could not be loaded"
     found = embed(loaded_base, examples, LATENTS)
     assert expected in found.why
     assert "VAE latents" in found.name
@@ -72,8 +73,8 @@ def test_by_clip(loaded_base: Base, examples: list[Example], monkeypatch: pytest
     }
     (tmp_path / "tiny-clip-for-beta.json").write_text(json.dumps(settings))
     open_clip.add_model_config(tmp_path / "tiny-clip-for-beta.json")
-    monkeypatch.setattr(embeddings, "SMALL", 16)
-    monkeypatch.setattr(embeddings, "CHUNK", 3)  # so that four images are two chunks
+    monkeypatch.setattr(embeddings, "MIN_CLIP_PIXELS", 16)
+    monkeypatch.setattr(clip, "BATCH_SIZE", 3)  # so that four images are two batches
     monkeypatch.setattr(embeddings, "CLIP_MODEL", "tiny-clip-for-beta")
     monkeypatch.setattr(embeddings, "CLIP_PRETRAINED", "")
     found = embed(loaded_base, examples, LATENTS)

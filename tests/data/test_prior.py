@@ -13,9 +13,9 @@ import pytest
 from sd_unlearn.data import prior
 from sd_unlearn.data.prior import (
     ASSUMED_BETA,
-    FEWEST,
-    Embedded,
-    Estimate,
+    MIN_IMAGES,
+    BetaEstimate,
+    ImageEmbeddings,
     Prior,
     best_bin,
     components,
@@ -33,13 +33,13 @@ from sd_unlearn.io.run_folder import DATA_MANIFEST
 
 def mixture(
     share: float, n_positive: int = 200, n_unlabeled: int = 500, seed: int = 0, apart: float = 6.0, width: int = 8
-) -> Embedded:
+) -> ImageEmbeddings:
     """Two Gaussians of unit variance whose means are `apart`, in some direction."""
     rng = np.random.default_rng(seed)
     hidden = round(share * n_unlabeled)
     normal, concept = (rng.normal(size=(n, width)) for n in (n_unlabeled - hidden, n_positive + hidden))
     concept += apart / width**0.5
-    return Embedded("a test", "because", concept[:n_positive], np.concatenate([concept[n_positive:], normal]))
+    return ImageEmbeddings("a test", "because", concept[:n_positive], np.concatenate([concept[n_positive:], normal]))
 
 
 def test_the_option_wins_over_the_manifest_and_the_manifest_over_the_assumption(tmp_path: Path) -> None:
@@ -208,16 +208,16 @@ def test_twenty_positives_are_warned_about(tmp_path: Path, n_positive: int, wide
     if wide:
         assert "20 positive and 500 unlabeled" in warned[0]
         assert "0.37 either way" in warned[0]
-        assert "More positives" in warned[0]
+        assert "Add positives" in warned[0]
         assert "--beta" in warned[0]
 
 
 def test_a_wide_interval_is_warned_about_however_many_images() -> None:
-    estimate = Estimate("BBE", 0.4, 0.25, 0.5, 500, 2000, "a test")
-    assert "0.12 by the bootstrap" in prior._told((estimate,))[-1]
+    estimate = BetaEstimate("BBE", 0.4, 0.25, 0.5, 500, 2000, "a test")
+    assert "0.12 by the less strict bootstrap" in prior._notes((estimate,))[-1]
 
 
-@pytest.mark.parametrize("counts", [(FEWEST - 1, 100), (100, FEWEST - 1), (2, 2)])
+@pytest.mark.parametrize("counts", [(MIN_IMAGES - 1, 100), (100, MIN_IMAGES - 1), (2, 2)])
 def test_too_few_images(tmp_path: Path, counts: tuple[int, int]) -> None:
     with pytest.raises(UsageError, match=f"--beta estimate: {counts[0]} .* {counts[1]} .*--beta as a number"):
         resolve_beta("estimate", tmp_path, lambda: mixture(0.5, *counts))
@@ -225,7 +225,7 @@ def test_too_few_images(tmp_path: Path, counts: tuple[int, int]) -> None:
 
 def test_copies_do_not_make_it_enough(tmp_path: Path) -> None:
     images = mixture(0.5, 5, 100)
-    many = Embedded("a test", "because", np.repeat(images.positive, 10, axis=0), images.unlabeled)
+    many = ImageEmbeddings("a test", "because", np.repeat(images.positive, 10, axis=0), images.unlabeled)
     with pytest.raises(UsageError, match="5 different positive"):
         resolve_beta("estimate", tmp_path, lambda: many)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
 from collections import Counter
@@ -21,6 +20,7 @@ from sd_unlearn.io.files import read_json, read_jsonl
 from sd_unlearn.io.run_folder import DATA_MANIFEST, METADATA, POSITIVE, UNLABELED
 from sd_unlearn.models import sampling
 from sd_unlearn.models.base import Base, load_base
+from sd_unlearn.models.source import find_base
 from sd_unlearn.seeds import RENDER_SEEDS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -125,30 +125,31 @@ def test_a_picture_is_what_diffusers_draws_from_its_line(rendered: Path, loaded_
 
 def test_beta_of_the_papers_setting_is_known() -> None:
     concept = load_concept("Brad Pitt")
-    groups = render.plan(concept, RenderConfig())
+    groups = render.plan_images(concept, RenderConfig())
     assert groups[0] == ("generic", "a photo of a middle aged man", 64)
     assert groups[1] == ("mixed_in", "a photo of Brad Pitt", 16)
     assert groups[-1] == ("positive", "a photo of Brad Pitt", 20)
     kept = sum(count for group, _, count in groups if group == "keep")
     assert kept == concept.images.keep * len(concept.keep)
-    assert render.known_beta(concept, {"generic": 64, "mixed_in": 16, "keep": kept, "positive": 20}) == 0.2
+    assert (
+        render.known_beta(concept.generic_share, {"generic": 64, "mixed_in": 16, "keep": kept, "positive": 20}) == 0.2
+    )
 
 
 @pytest.mark.parametrize(
     ("share", "generic", "mixed_in", "beta"),
     [(0.0, 64, 0, None), (0.1, 400, 0, 0.1), (0.2, 300, 100, 0.4), (0.0, 0, 5, None), (0.5, 1, 1, 0.75)],
 )
-def test_beta_from_shares(concept: Concept, share: float, generic: int, mixed_in: int, beta: float | None) -> None:
-    mine = dataclasses.replace(concept, generic_share=share)
-    assert render.known_beta(mine, {"generic": generic, "mixed_in": mixed_in, "keep": 99, "positive": 7}) == beta
+def test_beta_from_shares(share: float, generic: int, mixed_in: int, beta: float | None) -> None:
+    assert render.known_beta(share, {"generic": generic, "mixed_in": mixed_in, "keep": 99, "positive": 7}) == beta
 
 
 def test_flags_win_over_the_concept_file(concept: Concept) -> None:
-    groups = render.plan(concept, RenderConfig(num_unlabeled=9, num_mixed_in=0, num_keep=0, num_positive=3))
+    groups = render.plan_images(concept, RenderConfig(num_unlabeled=9, num_mixed_in=0, num_keep=0, num_positive=3))
     assert [count for _, _, count in groups] == [9, 0, 0, 0, 3]
     for wrong in ({"num_positive": 0}, {"num_unlabeled": 0, "num_mixed_in": 0}, {"num_keep": -1}):
         with pytest.raises(UsageError, match="--num_"):
-            render.plan(concept, RenderConfig(**wrong))
+            render.plan_images(concept, RenderConfig(**wrong))
 
 
 @pytest.mark.parametrize(
@@ -163,16 +164,18 @@ def test_flags_win_over_the_concept_file(concept: Concept) -> None:
     ],
 )
 def test_a_keep_line_is_shared_out_over_its_alternatives(line: str, count: int, shares: dict[str, int]) -> None:
-    found = render._share_out(line, count)
-    assert found == list(shares.items())
-    assert sum(share for _, share in found) == count
+    groups = render._split_evenly(line, count)
+    assert groups == [("keep", prompt, share) for prompt, share in shares.items()]
+    assert sum(group.images for group in groups) == count
 
 
 @pytest.mark.parametrize("asked", [None, 0, 1, 7, 40])
 @pytest.mark.parametrize("name", ["seven", "red ink", "Brad Pitt"])
 def test_every_keep_line_weighs_the_same_however_many_it_lists(name: str, asked: int | None) -> None:
     concept = load_concept(name)
-    kept = [(prompt, n) for group, prompt, n in render.plan(concept, RenderConfig(num_keep=asked)) if group == "keep"]
+    kept = [
+        (prompt, n) for group, prompt, n in render.plan_images(concept, RenderConfig(num_keep=asked)) if group == "keep"
+    ]
     assert [prompt for prompt, _ in kept] == [prompt.text for prompt in concept.keep_prompts]
     left = iter(kept)
     for line in concept.keep:
@@ -220,16 +223,16 @@ def test_lost_pictures_come_back_the_same(rendered: Path, config: Config, tmp_pa
 
 def test_a_complete_folder_needs_no_model(rendered: Path, config: Config, tmp_path: Path) -> None:
     folder = shutil.copytree(rendered, tmp_path / "data")
-    name = str(config().pretrained_model_name_or_path)
 
     def no_base() -> Base:
         raise AssertionError("loaded")
 
     concept = read_concept(Path(str(config().concept)))
-    assert render.render_concept(concept, config(), name, no_base) == folder
+    job = render.make_job(concept, config(), find_base(config()))
+    assert render.render_concept(job, no_base) == folder
     (folder / UNLABELED / "generic-00000.png").unlink()
     with pytest.raises(AssertionError, match="loaded"):
-        render.render_concept(concept, config(), name, no_base)
+        render.render_concept(job, no_base)
 
 
 def test_the_manifest_is_written_last(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Estimate beta repeatedly while a DDPM trains, from the network's own activations.
+"""BetaEstimate beta repeatedly while a DDPM trains, from the network's own activations.
 
 The paper treats beta as known (0.1). Here `prior.py` estimates it from the activations in the middle of the network
 that is being trained: as it learns what the images show, positives and normal images become separable, and the
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from sd_unlearn.data.batches import EncodedImages
-from sd_unlearn.data.prior import Embedded, Estimate, estimate_beta
+from sd_unlearn.data.prior import BetaEstimate, ImageEmbeddings, estimate_beta
 from sd_unlearn.models.denoiser import Denoiser
 from sd_unlearn.models.diffusion import add_noise
 from sd_unlearn.training.probe import ProbeResult
@@ -41,10 +41,10 @@ class PriorProbe:
         metrics = {"beta": estimate.beta, "beta_low": estimate.low, "beta_high": estimate.high}
         return ProbeResult(metrics, -float("inf"), beta=estimate.beta)  # no step is better than another
 
-    def estimate(self) -> Estimate:
+    def estimate(self) -> BetaEstimate:
         """beta by BBE with its interval (`prior.estimate_beta`)."""
         rows = self.features()
-        embedded = Embedded("the network's own activations", "", rows[self.positive], rows[~self.positive])
+        embedded = ImageEmbeddings("the network's own activations", "", rows[self.positive], rows[~self.positive])
         return estimate_beta(embedded)[0]
 
     @torch.no_grad()
