@@ -1,4 +1,4 @@
-"""The bundled base and its judge, as they are installed: the figures the card states, measured again."""
+"""The bundled base and its classifier, as installed: the results of the model card, measured again on fewer images."""
 
 import hashlib
 import json
@@ -30,17 +30,17 @@ def read(prompt: str, count: int):
 
 
 @pytest.mark.parametrize("digit", DIGITS)
-def test_each_digit_is_drawn_as_asked(digit):
-    assert read(f"a photo of the digit {digit}", 100).shows(digit).mean() >= 0.95
+def test_each_digit_is_generated_as_prompted(digit):
+    assert read(f"a photo of the digit {digit}", 40).shows(digit).mean() >= 0.95
 
 
 @pytest.mark.parametrize("ink", INKS)
-def test_each_ink_is_drawn_as_asked(ink):
-    assert read(f"a photo of a handwritten digit in {ink} ink", 100).shows(ink).mean() >= 0.95
+def test_each_ink_is_generated_as_prompted(ink):
+    assert read(f"a photo of a handwritten digit in {ink} ink", 40).shows(ink).mean() >= 0.95
 
 
-def test_the_generic_prompt_draws_everything():
-    reading = read(GENERIC, 400)
+def test_the_generic_prompt_generates_every_digit_and_ink():
+    reading = read(GENERIC, 200)
     digits = [reading.shows(d).mean() for d in DIGITS]
     inks = [reading.shows(i).mean() for i in INKS]
     assert min(digits) >= 0.03

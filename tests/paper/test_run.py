@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import shutil
@@ -55,6 +56,7 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
         return dataclasses.replace(settings, epochs=1, widths=(8, 8, 8), num_train=min(200, settings.num_train))
 
     monkeypatch.setattr(classifier, "settings_for", quick)
+    monkeypatch.setattr(score, "real_normal", functools.partial(score.real_normal, limit=300))
 
 
 @pytest.fixture
