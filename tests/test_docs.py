@@ -9,14 +9,14 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "sd_unlearn"
 PAGE = (ROOT / "docs" / "architecture.md").read_text()
-PATHS = re.findall(r"`([\w/]+/\w+\.py|\w+\.py)`", PAGE)
+PATHS = re.findall(r"`([\w/]+/\w+\.py)`", PAGE + (ROOT / "CONTRIBUTING.md").read_text())
 FUNCTIONS = re.findall(r"`([\w/]+\.py)`, `(\w+)`", PAGE)
 PARAGRAPHS = dict(re.findall(r"^\*\*(\w+)\*\* (.*?)\n\n", PAGE, re.MULTILINE | re.DOTALL))
 PACKAGES = [folder.name for folder in PACKAGE.iterdir() if (folder / "__init__.py").is_file()]
 
 
-@pytest.mark.parametrize("path", sorted({path for path in PATHS if "/" in path}))
-def test_every_path_on_the_page_exists(path: str) -> None:
+@pytest.mark.parametrize("path", sorted(set(PATHS)))
+def test_every_path_on_the_pages_exists(path: str) -> None:
     assert (PACKAGE / path).is_file() or (ROOT / path).is_file()
 
 
