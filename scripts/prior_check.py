@@ -22,7 +22,7 @@ from PIL import Image
 from sd_unlearn.data.dataset import Example, encode_images
 from sd_unlearn.data.embeddings import embed
 from sd_unlearn.data.prior import BetaEstimate, ImageEmbeddings, estimate_beta
-from sd_unlearn.metrics.digits import DigitsJudge
+from sd_unlearn.metrics.digits import DigitsClassifier
 from sd_unlearn.models.base import DIGITS, Base, load_base
 from sd_unlearn.models.sampling import ImageRequest, default_sampler, generate_missing
 from sd_unlearn.seeds import EVALUATE_SEEDS, image_seed
@@ -54,7 +54,7 @@ def pool(digit: str, count: int) -> tuple[ImageEmbeddings, np.ndarray]:
         *(Example(path, GENERIC, "generic") for path in generic),
     ]
     latents, _ = encode_images(base(), examples, base().resolution, POOL / "cache")
-    shown = DigitsJudge().read([Image.open(path) for path in generic]).shows(digit)
+    shown = DigitsClassifier().read([Image.open(path) for path in generic]).shows(digit)
     return embed(base(), examples, latents), shown
 
 

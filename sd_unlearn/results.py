@@ -96,7 +96,7 @@ class Card:
 
     __pydantic_config__ = OPEN
 
-    detector: str  # Question.name
+    detector: str  # Metric.name
     metrics: tuple[str, ...] = ()
     about: str = ""  # what it is and what it looks at, one sentence
     version: str = ""  # of the package

@@ -1,4 +1,4 @@
-"""What the tests of the metrics share: pictures of noise, shots for them, a CLIP of random weights."""
+"""What the tests of the metrics share: pictures of noise, prompted for them, a CLIP of random weights."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from sd_unlearn.data.concept import Concept, Prompt
-from sd_unlearn.metrics.base import Counted, Shots
+from sd_unlearn.metrics.base import ImageValues, PromptedImages
 
 
 def pictures(count: int, seed: int = 1, size: tuple[int, int] = (40, 24)) -> list[Image.Image]:
@@ -19,14 +19,14 @@ def pictures(count: int, seed: int = 1, size: tuple[int, int] = (40, 24)) -> lis
     return [Image.fromarray(pixels).resize(size, Image.Resampling.NEAREST) for pixels in coarse]
 
 
-def make_shots(concept: Concept, cells: list[tuple[str, str, tuple[str, ...]]]) -> Shots:
+def make_prompted(concept: Concept, cells: list[tuple[str, str, tuple[str, ...]]]) -> PromptedImages:
     """One shot a (group, prompt, expected words)."""
     groups = np.array([group for group, _, _ in cells], dtype=str)
     prompts = tuple(Prompt(text, words) for _, text, words in cells)
-    return Shots(concept, groups, prompts, np.arange(len(cells)))
+    return PromptedImages(concept, groups, prompts, np.arange(len(cells)))
 
 
-def by_metric(counted: list[Counted]) -> dict[str, list[float | None]]:
+def by_metric(counted: list[ImageValues]) -> dict[str, list[float | None]]:
     """Metric -> its values, None for pictures it is not asked of."""
     assert len({c.metric for c in counted}) == len(counted)
     return {c.metric: [None if np.isnan(v) else float(v) for v in c.values] for c in counted}

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image, ImageEnhance, ImageOps
 
 from sd_unlearn.data.concept import Concept, Prompt
-from sd_unlearn.metrics.base import Shots
+from sd_unlearn.metrics.base import PromptedImages
 
 CONCEPT = Concept(name="Eileen Collins", caption="a photo of Eileen Collins", generic="a photo of a woman")
 
@@ -49,6 +49,6 @@ def save(folder: Path, *images: Image.Image, start: int = 0) -> Path:
     return folder
 
 
-def shots(*groups: str) -> Shots:
+def prompted(*groups: str) -> PromptedImages:
     n = len(groups)
-    return Shots(CONCEPT, np.array(groups), (Prompt("a prompt"),) * n, np.zeros(n, np.int64))
+    return PromptedImages(CONCEPT, np.array(groups), (Prompt("a prompt"),) * n, np.zeros(n, np.int64))

@@ -1,1 +1,1 @@
-"""From what is asked to what was found: the parts of `evaluate`, in the order they are used."""
+"""Evaluate LoRAs and image folders with metrics; `evaluate.py` is the command."""

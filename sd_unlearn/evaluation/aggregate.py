@@ -1,184 +1,176 @@
-"""What was counted picture by picture -> the rows and differences of results.json, with intervals."""
+"""Values per image -> the rows and differences of results.json, with intervals."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sd_unlearn.metrics.base import KEPT, Columns, Counted, Question, Shots
-from sd_unlearn.metrics.statistics import bootstrap, holm, paired_difference, paired_ratio, wilson
+from sd_unlearn.evaluation.detections import Detections
+from sd_unlearn.metrics.base import KEEP_GROUPS, DetectorOutput, ImageValues, Metric, PromptedImages
+from sd_unlearn.metrics.statistics import bootstrap_mean, holm, paired_difference, paired_ratio, wilson
 from sd_unlearn.results import BASE, Difference, Row
 
-TOGETHER = {"kept": KEPT}  # groups that are also judged together
+COMBINED_GROUPS = {"kept": KEEP_GROUPS}  # name -> prompt groups that also get a row together
 
 
-@dataclass(frozen=True)
-class Seen:
-    """What a question read of one subject's pictures. `readable` [N]: columns hold those pictures alone, in order."""
-
-    subject: str
-    columns: Columns
-    readable: NDArray[np.bool_]
-
-
-def subset(shots: Shots, kept: NDArray[np.bool_]) -> Shots:
-    """The shots of some pictures."""
+def select(prompted: PromptedImages, mask: NDArray[np.bool_]) -> PromptedImages:
+    """The images of a mask [N]."""
     return dataclasses.replace(
-        shots,
-        groups=shots.groups[kept],
-        seeds=shots.seeds[kept],
-        prompts=tuple(prompt for prompt, keep in zip(shots.prompts, kept, strict=True) if keep),
+        prompted,
+        groups=prompted.groups[mask],
+        seeds=prompted.seeds[mask],
+        prompts=tuple(prompt for prompt, chosen in zip(prompted.prompts, mask, strict=True) if chosen),
     )
 
 
-def count(question: Question, shots: Shots, seen: Seen) -> list[Counted]:
-    """What each of the N shots counts for. One that could not be read does not show what a rate asks about, and has no
-    value for a mean."""
-    unread = ~seen.readable
-    if not unread.any():
-        return question.count(shots, seen.columns)
-    found = []
-    for counted in question.count(shots, _spread(seen)):
-        values = counted.values.astype(float)  # whether it is asked of a picture follows from the shot, not from it
-        values[unread & ~np.isnan(values)] = 0.0 if counted.is_rate else np.nan
-        found.append(dataclasses.replace(counted, values=values))
-    return found
+def image_values(metric: Metric, prompted: PromptedImages, detections: Detections) -> list[ImageValues]:
+    """The values of all N images. Unreadable images count as 0 in rates and are left out of means."""
+    unreadable = ~detections.readable
+    if not unreadable.any():
+        return metric.count(prompted, detections.output)
+    filled = []
+    for of_metric in metric.count(prompted, _fill_unreadable(detections)):
+        values = of_metric.values.astype(float)
+        defined = ~np.isnan(values)  # depends on the prompt, not on the placeholder
+        values[unreadable & defined] = 0.0 if of_metric.is_rate else np.nan
+        filled.append(dataclasses.replace(of_metric, values=values))
+    return filled
 
 
-def _spread(seen: Seen) -> Columns:
-    """The columns over all N shots, with ones in the place of pictures that could not be read."""
-    columns = {}
-    for name, values in seen.columns.items():
-        columns[name] = np.ones((len(seen.readable), *values.shape[1:]), values.dtype)
-        columns[name][seen.readable] = values
-    return columns
+def _fill_unreadable(detections: Detections) -> DetectorOutput:
+    """The output for all N images, with ones as placeholders for unreadable images."""
+    filled = {}
+    for name, values in detections.output.items():
+        filled[name] = np.ones((len(detections.readable), *values.shape[1:]), values.dtype)
+        filled[name][detections.readable] = values
+    return filled
 
 
-def rows_of(
-    question: Question, shots: Shots, seen: Seen, counted: Sequence[Counted], base: Sequence[Counted] | None
+def subject_rows(
+    metric: Metric,
+    prompted: PromptedImages,
+    subject: str,
+    values: Sequence[ImageValues],
+    base: Sequence[ImageValues] | None,
 ) -> list[Row]:
-    """The rows of one subject from what was counted; with the base's counts also what was retained of it."""
+    """The rows of one subject; with the base's values also the retention of accuracy."""
     rows = []
-    for one in counted:
-        for group, members in _groups(one, shots):
-            chosen = members & ~np.isnan(one.values)
-            if chosen.any():
-                rows.append(_mean(one, group, one.values[chosen], shots.seeds[chosen], question.name))
-    for one, before in _matched(counted, base or []):
-        if one.metric == "accuracy":
-            for group, members in _groups(one, shots):
-                chosen = members & ~np.isnan(one.values) & ~np.isnan(before.values)
-                if chosen.any():
-                    rows.append(_retention(group, one.values[chosen], before.values[chosen], question.name))
-    return [_finished(row, shots.concept.slug, seen.subject) for row in rows]
+    for of_metric in values:
+        for group, members in _groups(of_metric, prompted):
+            mask = members & ~np.isnan(of_metric.values)
+            if mask.any():
+                rows.append(_mean_row(of_metric, group, of_metric.values[mask], prompted.seeds[mask], metric.name))
+    for of_metric, before in _matched(values, base or []):
+        if of_metric.metric == "accuracy":
+            for group, members in _groups(of_metric, prompted):
+                mask = members & ~np.isnan(of_metric.values) & ~np.isnan(before.values)
+                if mask.any():
+                    rows.append(_retention_row(group, of_metric.values[mask], before.values[mask], metric.name))
+    return [_finish(row, prompted.concept.slug, subject) for row in rows]
 
 
-def compared(question: Question, shots: Shots, base: Seen, seen: Seen) -> list[Row]:
-    """Figures of whole sets and pairs, on the pictures that both subjects have."""
-    both = base.readable & seen.readable
+def comparison_rows(metric: Metric, prompted: PromptedImages, base: Detections, other: Detections) -> list[Row]:
+    """The rows of `Metric.compare`, on the images that are readable for both subjects."""
+    both = base.readable & other.readable
     if not both.any():
         return []
-    columns = [{name: values[both[one.readable]] for name, values in one.columns.items()} for one in (base, seen)]
-    rows = question.compare(subset(shots, both), columns[0], columns[1])
-    return [_finished(row, shots.concept.slug, row.subject or seen.subject) for row in rows]
+    outputs = [
+        {name: values[both[detections.readable]] for name, values in detections.output.items()}
+        for detections in (base, other)
+    ]
+    rows = metric.compare(select(prompted, both), *outputs)
+    return [_finish(row, prompted.concept.slug, row.subject or other.subject) for row in rows]
 
 
 def differences(
-    question: Question, shots: Shots, counted: Mapping[str, Sequence[Counted]], main: Iterable[str]
+    metric: Metric, prompted: PromptedImages, values: Mapping[str, Sequence[ImageValues]], main: Iterable[str]
 ) -> list[Difference]:
-    """Every subject against the base, and the subjects of `main` against each other, per metric and group.
+    """Paired differences per metric and group: every subject against the base, and `main` against each other.
 
-    counted: by subject, on the same shots. p_holm corrects over all comparisons of one metric and group.
+    p_holm corrects for all comparisons of one metric and group.
+
+    Args:
+        values: Subject -> its values, all of the same prompts and seeds.
     """
-    main, found = list(main), []
-    against = [(subject, BASE) for subject in counted if subject != BASE] if BASE in counted else []
-    for kinds in _kinds(counted):
-        one = next(iter(kinds.values()))
-        for group, members in _groups(one, shots):
-            made = [
-                _difference(kinds[a], kinds[b], a, b, group, members, question.name, shots.concept.slug)
-                for a, b in (*against, *((b, a) for a, b in combinations(main, 2)))
-                if a in kinds and b in kinds
+    main, corrected = list(main), []
+    with_base = [(subject, BASE) for subject in values if subject != BASE] if BASE in values else []
+    comparisons = [*with_base, *((b, a) for a, b in combinations(main, 2))]
+    for of_subject in _by_metric(values):
+        for group, members in _groups(next(iter(of_subject.values())), prompted):
+            found = [
+                _difference(of_subject, a, b, group, members, metric.name, prompted.concept.slug)
+                for a, b in comparisons
+                if a in of_subject and b in of_subject
             ]
-            kept = [difference for difference in made if difference is not None]
-            for difference, p in zip(kept, holm([d.p if d.p is not None else 1.0 for d in kept]), strict=True):
-                found.append(dataclasses.replace(difference, p_holm=p))
-    return found
+            defined = [difference for difference in found if difference is not None]
+            p_holm = holm([d.p if d.p is not None else 1.0 for d in defined])
+            corrected += [dataclasses.replace(d, p_holm=p) for d, p in zip(defined, p_holm, strict=True)]
+    return corrected
 
 
-def _kinds(counted: Mapping[str, Sequence[Counted]]) -> list[dict[str, Counted]]:
-    """By metric, in order of appearance: subject -> what was counted."""
-    kinds: dict[tuple[str, tuple[str, ...]], dict[str, Counted]] = {}
-    for subject, found in counted.items():
-        for one in found:
-            kinds.setdefault((one.metric, one.groups), {})[subject] = one
-    return list(kinds.values())
+def _by_metric(values: Mapping[str, Sequence[ImageValues]]) -> list[dict[str, ImageValues]]:
+    """For each metric in order of appearance: subject -> its values."""
+    by_metric: dict[tuple[str, tuple[str, ...]], dict[str, ImageValues]] = {}
+    for subject, of_subject in values.items():
+        for of_metric in of_subject:
+            by_metric.setdefault((of_metric.metric, of_metric.groups), {})[subject] = of_metric
+    return list(by_metric.values())
 
 
 def _difference(
-    a: Counted, b: Counted, subject: str, against: str, group: str, members: NDArray, detector: str, concept: str
+    of_subject: Mapping[str, ImageValues],
+    subject: str,
+    against: str,
+    group: str,
+    members: NDArray[np.bool_],
+    detector: str,
+    concept: str,
 ) -> Difference | None:
-    chosen = members & ~np.isnan(a.values) & ~np.isnan(b.values)
-    if not chosen.any():
+    a, b = of_subject[subject], of_subject[against]
+    mask = members & ~np.isnan(a.values) & ~np.isnan(b.values)
+    if not mask.any():
         return None
-    value, low, high, p = paired_difference(a.values[chosen], b.values[chosen], a.is_rate)
-    return Difference(
-        concept, a.metric, group, subject, against, value, int(chosen.sum()), low, high, p, None, detector
-    )
+    value, low, high, p = paired_difference(a.values[mask], b.values[mask], a.is_rate)
+    return Difference(concept, a.metric, group, subject, against, value, int(mask.sum()), low, high, p, None, detector)
 
 
-def _groups(counted: Counted, shots: Shots) -> list[tuple[str, NDArray[np.bool_]]]:
-    """The groups a metric is asked of, with their members; what must stay also together."""
-    groups = [(group, shots.of(group)) for group in counted.groups]
-    for name, parts in TOGETHER.items():
-        if set(parts) <= set(counted.groups):
-            groups.append((name, shots.of(*parts)))
+def _groups(values: ImageValues, prompted: PromptedImages) -> list[tuple[str, NDArray[np.bool_]]]:
+    """(name, mask [N]) of each non-empty prompt group of a metric, then of the combined groups."""
+    groups = [(group, prompted.in_groups(group)) for group in values.groups]
+    for name, parts in COMBINED_GROUPS.items():
+        if set(parts) <= set(values.groups):
+            groups.append((name, prompted.in_groups(*parts)))
     return [(group, members) for group, members in groups if members.any()]
 
 
-def _matched(counted: Sequence[Counted], base: Sequence[Counted]) -> list[tuple[Counted, Counted]]:
-    before = {(one.metric, one.groups): one for one in base}
-    return [(one, before[one.metric, one.groups]) for one in counted if (one.metric, one.groups) in before]
+def _matched(values: Sequence[ImageValues], base: Sequence[ImageValues]) -> list[tuple[ImageValues, ImageValues]]:
+    before = {(of_metric.metric, of_metric.groups): of_metric for of_metric in base}
+    return [(v, before[v.metric, v.groups]) for v in values if (v.metric, v.groups) in before]
 
 
-def _mean(counted: Counted, group: str, values: NDArray, seeds: NDArray, detector: str) -> Row:
-    if counted.is_rate:
-        low, high = wilson(int(values.sum()), len(values))
-    else:
-        low, high = bootstrap(np.mean, values)
+def _mean_row(of_metric: ImageValues, group: str, values: NDArray, seeds: NDArray, detector: str) -> Row:
+    low, high = wilson(int(values.sum()), len(values)) if of_metric.is_rate else bootstrap_mean(values)
+    interval = "wilson" if of_metric.is_rate else "bootstrap"
     several = sorted(set(seeds.tolist()))
     by_seed = tuple(float(values[seeds == seed].mean()) for seed in several) if len(several) > 1 else None
-    interval = "wilson" if counted.is_rate else "bootstrap"
-    return Row(
-        counted.metric,
-        group,
-        "",
-        float(values.mean()),
-        len(values),
-        low,
-        high,
-        detector,
-        interval,
-        counted.note,
-        seeds=by_seed,
-    )
+    mean, n, note = float(values.mean()), len(values), of_metric.note
+    return Row(of_metric.metric, group, "", mean, n, low, high, detector, interval, note, seeds=by_seed)
 
 
-def _retention(group: str, with_lora: NDArray, without: NDArray, detector: str) -> Row:
+def _retention_row(group: str, with_lora: NDArray, without: NDArray, detector: str) -> Row:
     value, low, high = paired_ratio(with_lora, without)
     note = "accuracy with the LoRA over accuracy without, same seeds"
     return Row("retention", group, "", value, len(without), low, high, detector, "bonett-price", note)
 
 
-def _finished(row: Row, concept: str, subject: str) -> Row:
-    """A row of a concept and subject; a ratio over zero is unknown, null in JSON, which knows no NaN."""
+def _finish(row: Row, concept: str, subject: str) -> Row:
+    """Set concept and subject; values that are not finite (a ratio over zero) become None, as JSON has no NaN."""
     unknown: dict[str, Any] = {
         key: None
         for key in ("value", "low", "high")

@@ -1,137 +1,139 @@
-"""Pictures read by a detector, each once: what was read lies beside them under the detector's name."""
+"""Run a metric's detector on image files once; its output is cached in the folder of the images."""
 
 from __future__ import annotations
 
 import hashlib
-import os
 import sys
 import zipfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image
 from tqdm import tqdm
 
-from sd_unlearn.evaluation.aggregate import Seen
-from sd_unlearn.io.files import slugify
-from sd_unlearn.metrics.base import Columns, PairQuestion, Question
+from sd_unlearn.io.files import atomic_path, slugify
+from sd_unlearn.io.images import UnreadableImage, open_image
+from sd_unlearn.metrics.base import DetectorOutput, Metric, PairMetric
 
-CHUNK = 500  # pictures held in memory at once
+CHUNK = 500  # images held in memory at once
+CACHE_DIR = "readings"
 _NAMES = "file_names"
+
+_CachedOutputs = dict[str, dict[str, NDArray]]  # image key -> name of the array -> its value for the image
+
+
+@dataclass(frozen=True)
+class Detections:
+    """A detector's output on the N images of one subject. Unreadable images have no entry in `output`."""
+
+    subject: str
+    output: DetectorOutput  # of the readable images, in their order
+    readable: NDArray[np.bool_]  # [N]
 
 
 def open_images(paths: Sequence[Path]) -> tuple[list[Image.Image], dict[int, str]]:
-    """The pictures that can be read, upright and in RGB, and why the others could not, by their index."""
+    """The readable images, and the reason for each unreadable one by its index."""
     images, failed = [], {}
     for index, path in enumerate(paths):
         try:
-            with Image.open(path) as image:
-                images.append(ImageOps.exif_transpose(image).convert("RGB"))
-        except FileNotFoundError:
-            failed[index] = "missing"
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            failed[index] = " ".join(str(error).split())[:200] or type(error).__name__
+            images.append(open_image(path))
+        except UnreadableImage as error:
+            failed[index] = error.why if path.exists() else "missing"
     return images, failed
 
 
-def read(
-    question: Question, paths: Sequence[Path], subject: str, cache: Path | None, title: str
-) -> tuple[Seen, dict[Path, str]]:
-    """What a question sees on pictures, in their order; those it saw before are taken from the cache folder.
+def detect(
+    metric: Metric, paths: Sequence[Path], subject: str, cache: Path | None, title: str
+) -> tuple[Detections, dict[Path, str]]:
+    """A metric's output on image files, in their order; images that are in the cache folder are not read again.
 
     Returns:
-        (what was seen, why each unreadable picture could not be read)
+        (detections, the reason for each unreadable image)
     """
     unique = list(dict.fromkeys(paths))
-    known = _kept(cache, question.name)
+    known = _load(cache, metric.name)
     failed: dict[Path, str] = {}
     missing = [path for path in unique if _key(path, cache) not in known]
     with tqdm(total=len(missing), desc=title, unit="image", file=sys.stderr, disable=not missing) as bar:
         for start in range(0, len(missing), CHUNK):
             chunk = missing[start : start + CHUNK]
-            images, why = open_images(chunk)
-            failed |= {chunk[index]: reason for index, reason in why.items()}
-            columns = question.read(images)
-            good = [path for index, path in enumerate(chunk) if index not in why]
-            for index, path in enumerate(good):
-                known[_key(path, cache)] = {name: values[index] for name, values in columns.items()}
+            images, reasons = open_images(chunk)
+            failed |= {chunk[index]: reason for index, reason in reasons.items()}
+            output = metric.read(images)
+            opened = [path for index, path in enumerate(chunk) if index not in reasons]
+            for index, path in enumerate(opened):
+                known[_key(path, cache)] = {name: values[index] for name, values in output.items()}
             bar.update(len(chunk))
-            _keep(cache, question.name, known)
+            _save(cache, metric.name, known)
     readable = np.array([_key(path, cache) in known and path not in failed for path in paths], dtype=bool)
-    chosen = [known[_key(path, cache)] for path, good in zip(paths, readable, strict=True) if good]
-    if not chosen:
-        return Seen(subject, question.read([]), readable), failed
-    columns = {name: np.stack([row[name] for row in chosen]) for name in chosen[0]}
-    return Seen(subject, columns, readable), failed
+    entries = [known[_key(path, cache)] for path, is_readable in zip(paths, readable, strict=True) if is_readable]
+    if not entries:
+        return Detections(subject, metric.read([]), readable), failed
+    output = {name: np.stack([entry[name] for entry in entries]) for name in entries[0]}
+    return Detections(subject, output, readable), failed
 
 
-def distances(
-    question: PairQuestion, base: Sequence[Path], other: Sequence[Path], cache: Path | None, title: str
+def pair_distances(
+    metric: PairMetric, base: Sequence[Path], other: Sequence[Path], cache: Path | None, title: str
 ) -> NDArray[np.float64]:
-    """[N] the distance of each pair, nan where one of the two cannot be read; those known are not looked at again."""
-    names = [f"{_key(a, cache)} {_key(b, cache)}" for a, b in zip(base, other, strict=True)]
-    known = _kept(cache, question.name)
-    missing = [n for n, name in enumerate(names) if name not in known]
+    """[N] the distance of each pair of image files, nan if one of them is unreadable; cached as in `detect`."""
+    keys = [f"{_key(a, cache)} {_key(b, cache)}" for a, b in zip(base, other, strict=True)]
+    known = _load(cache, metric.name)
+    missing = [n for n, key in enumerate(keys) if key not in known]
     for start in tqdm(range(0, len(missing), CHUNK), desc=title, file=sys.stderr, disable=not missing):
         chunk = missing[start : start + CHUNK]
-        sides = [open_images([paths[n] for n in chunk]) for paths in (base, other)]
-        bad = {index for _, failed in sides for index in failed}
-        pairs = []
-        for images, failed in sides:
-            order = iter(images)
-            opened = [None if index in failed else next(order) for index in range(len(chunk))]
-            pairs.append([image for index, image in enumerate(opened) if index not in bad and image is not None])
-        values = iter(question.distance(pairs[0], pairs[1]).tolist() if pairs[0] else [])
-        for index, n in enumerate(chunk):
-            if index not in bad:  # one that is drawn or copied again must be looked at
-                known[names[n]] = {"distance": np.array(next(values))}
-        _keep(cache, question.name, known)
-    return np.array([float(known[name]["distance"]) if name in known else np.nan for name in names], dtype=np.float64)
+        both = [(_open_or_none(base[n]), _open_or_none(other[n])) for n in chunk]
+        pairs = [(n, a, b) for n, (a, b) in zip(chunk, both, strict=True) if a is not None and b is not None]
+        if pairs:
+            distances = metric.distance([a for _, a, _ in pairs], [b for _, _, b in pairs])
+            for (n, _, _), distance in zip(pairs, distances, strict=True):  # unreadable pairs are tried again next time
+                known[keys[n]] = {"distance": np.array(float(distance))}
+        _save(cache, metric.name, known)
+    return np.array([float(known[key]["distance"]) if key in known else np.nan for key in keys], dtype=np.float64)
+
+
+def _open_or_none(path: Path) -> Image.Image | None:
+    images, _ = open_images([path])
+    return images[0] if images else None
 
 
 def _key(path: Path, cache: Path | None) -> str:
-    """A picture of a gallery's folder is known by its name, which says prompt and seed; others by size and time."""
+    """Generated images are identified by their name (prompt and seed), other files by path, size and time."""
     if path.parent == cache:
         return path.name
     try:
-        about = path.stat()
+        status = path.stat()
     except OSError:
         return path.name
-    return f"{path.absolute()}:{about.st_size}:{about.st_mtime_ns}"
+    return f"{path.absolute()}:{status.st_size}:{status.st_mtime_ns}"
 
 
-def _file(cache: Path, name: str) -> Path:
-    return cache / "readings" / f"{slugify(name)[:40]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}.npz"
+def _cache_file(cache: Path, name: str) -> Path:
+    return cache / CACHE_DIR / f"{slugify(name)[:40]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}.npz"
 
 
-def _kept(cache: Path | None, name: str) -> dict[str, dict[str, NDArray]]:
-    """What was read before, by picture; a damaged file is as none."""
-    if cache is None or not _file(cache, name).is_file():
+def _load(cache: Path | None, name: str) -> _CachedOutputs:
+    """The cached output of a detector; a damaged file counts as empty."""
+    if cache is None or not _cache_file(cache, name).is_file():
         return {}
     try:
-        with np.load(_file(cache, name), allow_pickle=False) as data:
-            columns: Columns = {key: data[key] for key in data.files}
+        with np.load(_cache_file(cache, name), allow_pickle=False) as data:
+            output: DetectorOutput = {key: data[key] for key in data.files}
     except (OSError, ValueError, zipfile.BadZipFile, EOFError):
         return {}
-    names = columns.pop(_NAMES).tolist()
-    return {key: {column: values[n] for column, values in columns.items()} for n, key in enumerate(names)}
+    keys = output.pop(_NAMES).tolist()
+    return {key: {column: values[n] for column, values in output.items()} for n, key in enumerate(keys)}
 
 
-def _keep(cache: Path | None, name: str, known: dict[str, dict[str, NDArray]]) -> None:
+def _save(cache: Path | None, name: str, known: _CachedOutputs) -> None:
     if cache is None or not known:
         return
-    file = _file(cache, name)
-    file.parent.mkdir(parents=True, exist_ok=True)
     first = next(iter(known.values()))
-    columns: dict[str, Any] = {column: np.stack([row[column] for row in known.values()]) for column in first}
-    columns[_NAMES] = np.array(list(known), dtype=str)
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as target:
-            np.savez(target, **columns)
-        temporary.replace(file)
-    finally:
-        temporary.unlink(missing_ok=True)
+    arrays: dict[str, Any] = {column: np.stack([entry[column] for entry in known.values()]) for column in first}
+    arrays[_NAMES] = np.array(list(known), dtype=str)
+    with atomic_path(_cache_file(cache, name)) as temporary, temporary.open("wb") as file:
+        np.savez(file, **arrays)

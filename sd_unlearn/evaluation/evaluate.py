@@ -1,11 +1,14 @@
-"""The same seeds with and without LoRAs -> results.json: what is gone, what stayed, how sure (docs/results.md)."""
+"""`sd-unlearn evaluate`: generate images with and without LoRAs from the same seeds, run metrics, write results.json.
+
+The format of results.json is described in docs/results.md.
+"""
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -15,122 +18,102 @@ from sd_unlearn.config.base import as_dict
 from sd_unlearn.config.evaluate import EvaluateConfig
 from sd_unlearn.data.concept import Concept, concept_sha256
 from sd_unlearn.errors import UnlearnError
-from sd_unlearn.evaluation import fail_if, pairs
-from sd_unlearn.evaluation.generate import Drawn, Gallery
-from sd_unlearn.evaluation.job import Task, asking_of, prepare
-from sd_unlearn.evaluation.prompts import GROUPS, prompts_of, write_plan
-from sd_unlearn.evaluation.score import Judged, Pictures, judge
+from sd_unlearn.evaluation.fail_if import met_conditions, parse_condition
+from sd_unlearn.evaluation.generate import ImageCache, generate_images
+from sd_unlearn.evaluation.job import EvaluationJob, Subject, resolve_job
+from sd_unlearn.evaluation.loras import ModelVariant
+from sd_unlearn.evaluation.pairs import MAX_PAIRS, PAIRS_PER_GROUP, pick_pairs
+from sd_unlearn.evaluation.prompts import GROUPS, group_prompts, write_plan
+from sd_unlearn.evaluation.score import ConceptResults, SubjectImages, run_metrics
 from sd_unlearn.io.files import write_json, write_text
 from sd_unlearn.io.run_folder import EVALUATION, RESULTS
 from sd_unlearn.launch import process_rank
-from sd_unlearn.metrics.registry import cards_of, make_questions, merged
-from sd_unlearn.models.base import Base, check_recorded, choose_precision, load_base, use_zero_terminal_snr
-from sd_unlearn.models.sampling import resolve_sampler
-from sd_unlearn.results import BASE, SCHEMA_VERSION, as_json
+from sd_unlearn.metrics.registry import make_metrics, merge_cards, metric_cards
+from sd_unlearn.results import BASE, SCHEMA_VERSION, Pair, as_json
 from sd_unlearn.seeds import EVALUATE_SEEDS
 
 
 def run(config: EvaluateConfig) -> dict[str, Any]:
-    """Draw, judge and write results.json; returns it. What was drawn or read before is not done again.
+    """Evaluate and write results.json. Existing images and cached detector outputs are reused.
 
-    Of several processes all draw, and the first judges; the others return {}.
+    All processes of a distributed launch generate images; the first one runs the metrics.
+
+    Returns:
+        The content of results.json; {} with --write_plan, and in all processes but the first.
 
     Raises:
-        UsageError: nothing to judge, LoRAs of different bases, values that cannot be meant.
-        UnlearnError: a model or detector cannot be had.
+        UsageError: invalid options, nothing to evaluate, or LoRAs of different bases.
+        UnlearnError: a model or detector cannot be loaded.
     """
-    task = prepare(config)
+    job = resolve_job(config)
     if config.write_plan is not None:
-        write_plan(config.write_plan, task.plans)
+        write_plan(config.write_plan, job.plans)
         return {}
-    loaded: list[Base] = []
-    gallery = _gallery(task, loaded) if task.draws else None
-    if gallery is not None:
-        _draw(task, gallery, loaded)
+    cache = generate_images(job)
     if process_rank() > 0:
         return {}
-    loaded.clear()  # the detectors need the memory
-    found, cards = _judge(task, gallery)
-    results = _results(task, gallery, found, cards)
-    write_text(task.output / EVALUATION, yaml.safe_dump(as_dict(config), sort_keys=False, allow_unicode=True))
-    write_json(task.output / RESULTS, results)
+    evaluated, cards = _run_all_metrics(job, cache)
+    results = _assemble(job, cache, evaluated, cards)
+    write_text(job.output / EVALUATION, yaml.safe_dump(as_dict(config), sort_keys=False, allow_unicode=True))
+    write_json(job.output / RESULTS, results)
     return results
 
 
 def check_conditions(config: EvaluateConfig, results: dict[str, Any]) -> None:
-    """Raise what --fail_if asks to fail on.
+    """Check --fail_if.
 
     Raises:
-        UnlearnError: naming every condition that is met, with its figure.
+        UnlearnError: at least one condition holds; names each of them with its value.
     """
-    met = fail_if.met([fail_if.parse(text) for text in config.fail_if], results)
+    met = met_conditions([parse_condition(text) for text in config.fail_if], results)
     if met:
         raise UnlearnError(f"--fail_if: {'; '.join(met)}.")
 
 
-def _gallery(task: Task, loaded: list[Base]) -> Gallery:
-    config = task.config
-    sampler = resolve_sampler(config, task.source.name)
-    record = None if task.base_named else next((lora.training["base"] for lora in task.loras if lora.is_run), None)
-    setting, precision = "-zero-snr" * task.zero_terminal_snr, config.mixed_precision
-    setting += f"-{precision}" * (precision != "no")
-    return Gallery(config.cache_dir, record or _load(task, loaded).describe(), sampler, setting)
+def _run_all_metrics(job: EvaluationJob, cache: ImageCache | None) -> tuple[list[ConceptResults], list[dict[str, Any]]]:
+    """The results of each concept that has images, and the metrics' cards."""
+    device = _device()
+    evaluated, cards = [], []
+    for slug, concept in job.concepts.items():
+        metrics, pair_metrics = make_metrics(job.metric_context(concept, device))
+        images = _images_of(job, cache, slug)
+        if images:
+            main = [subject.id for subject in _main_subjects(job) if slug in subject.concepts]
+            evaluated.append(run_metrics(concept, metrics, pair_metrics, images, main))
+            cards += metric_cards([*metrics, *pair_metrics])
+    return evaluated, merge_cards(cards)
 
 
-def _load(task: Task, loaded: list[Base]) -> Base:
-    """The base, loaded once, and, unless the command names it, checked to be the one the runs were trained on."""
-    if not loaded:
-        base = load_base(task.source, choose_precision(task.config.mixed_precision))
-        for lora in task.loras if not task.base_named else []:
-            if lora.is_run:
-                check_recorded(base, lora.training["base"])
-        if task.zero_terminal_snr:
-            use_zero_terminal_snr(base)
-        loaded.append(base)
-    return loaded[0]
+def _main_subjects(job: EvaluationJob) -> list[Subject]:
+    """The subjects that are compared with each other: folders, and LoRAs at strength 1 (else the highest strength)."""
+    strengths = {subject.variant.strength for subject in job.subjects if subject.variant}
+    main = 1.0 if 1.0 in strengths else max(strengths, default=1.0)
+    return [subject for subject in job.subjects if subject.variant is None or subject.variant.strength == main]
 
 
-def _draw(task: Task, gallery: Gallery, loaded: list[Base]) -> None:
-    """What is missing: the base's pictures once for all, then each LoRA's at each strength."""
-    every = [shot for shots in task.plans.values() for shot in shots]
-    gallery.draw(lambda: _load(task, loaded), Drawn(), every, "draw base")
-    for subject in task.subjects:
-        if subject.drawn is not None:
-            shots = [shot for slug in subject.concepts for shot in task.plans[slug]]
-            gallery.draw(lambda: _load(task, loaded), subject.drawn, shots, f"draw {subject.id}")
+def _images_of(job: EvaluationJob, cache: ImageCache | None, slug: str) -> list[SubjectImages]:
+    """The images of one concept: the base's, then each subject's."""
+    specs = job.plans[slug]
+    subjects = [subject for subject in job.subjects if slug in subject.concepts]
+    images = []
+    if cache is not None and subjects:
+        images.append(_generated(cache, BASE, ModelVariant(), specs))
+    for subject in subjects:
+        if subject.variant is not None and cache is not None:
+            images.append(_generated(cache, subject.id, subject.variant, specs))
+        elif subject.folders:
+            folder = subject.folders[slug]
+            detections = job.config.cache_dir / f"images-{_digest(folder.folder)}"
+            images.append(SubjectImages(subject.id, folder.specs, folder.paths, detections, folder.planned))
+    return images
 
 
-def _judge(task: Task, gallery: Gallery | None) -> tuple[list[tuple[Judged, list[Pictures]]], list[dict[str, Any]]]:
-    found, cards = [], []
-    for slug, concept in task.concepts.items():
-        asking = asking_of(task.config, concept, task.loras, task.tier)
-        questions, pair_questions = make_questions(dataclasses.replace(asking, device=_device()))
-        pictures = _pictures(task, gallery, slug)
-        if not pictures:
-            continue
-        drawn = {s.drawn.strength for s in task.subjects if s.drawn}
-        usual = 1.0 if 1.0 in drawn else max(drawn, default=1.0)
-        main = [s.id for s in task.subjects if slug in s.concepts and (s.drawn is None or s.drawn.strength == usual)]
-        found.append((judge(concept, questions, pair_questions, pictures, main), pictures))
-        cards += cards_of([*questions, *pair_questions])
-    return found, merged(cards)
+def _generated(cache: ImageCache, subject: str, variant: ModelVariant, specs: Sequence[Any]) -> SubjectImages:
+    return SubjectImages(subject, specs, cache.paths(variant, specs), cache.folder(variant))
 
 
-def _pictures(task: Task, gallery: Gallery | None, slug: str) -> list[Pictures]:
-    shots, pictures = task.plans[slug], []
-    mine = [subject for subject in task.subjects if slug in subject.concepts]
-    if gallery is not None and mine:
-        pictures.append(Pictures(BASE, shots, gallery.paths(Drawn(), shots), gallery.folder(Drawn())))
-    for subject in mine:
-        if subject.drawn is not None and gallery is not None:
-            paths = gallery.paths(subject.drawn, shots)
-            pictures.append(Pictures(subject.id, shots, paths, gallery.folder(subject.drawn)))
-        elif subject.ready:
-            ready = subject.ready[slug]
-            place = hashlib.sha256(str(ready.folder.absolute()).encode()).hexdigest()[:12]
-            cache = task.config.cache_dir / f"images-{place}"
-            pictures.append(Pictures(subject.id, ready.shots, ready.paths, cache, ready.planned))
-    return pictures
+def _digest(folder: Path) -> str:
+    return hashlib.sha256(str(folder.absolute()).encode()).hexdigest()[:12]
 
 
 def _device() -> str:
@@ -139,57 +122,55 @@ def _device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _results(
-    task: Task, gallery: Gallery | None, found: Sequence[tuple[Judged, list[Pictures]]], cards: list[dict[str, Any]]
+def _assemble(
+    job: EvaluationJob, cache: ImageCache | None, evaluated: Sequence[ConceptResults], cards: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    config = task.config
-    subjects_of = sum(len(pictures) for _, pictures in found)
-    each = min(pairs.PER_GROUP, max(2, pairs.BUDGET // max(1, subjects_of * len(GROUPS))))
-    shown = [pair for judged, pictures in found for pair in pairs.pick(judged, pictures, task.output, each)]
-    base = [{"id": BASE, "name": task.source.name, "what": "base"}] if gallery else []
+    """The content of results.json; copies the images of the before/after pairs into the output folder."""
+    config = job.config
+    base = [{"id": BASE, "name": job.source.name, "what": "base"}] if cache else []
+    custom_counts = config.num_images is not None or config.num_keep_images is not None or bool(config.groups)
     return {
         "schema_version": SCHEMA_VERSION,
         "created": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()),
         "version": __version__,
-        "tier": "" if _counted(config) else task.tier,
-        "base": dict(gallery.base) if gallery else {},
-        "sampler": _sampler_record(task, gallery),
+        "tier": "" if custom_counts else job.tier,
+        "base": dict(cache.base) if cache else {},
+        "sampler": _sampler_entry(job, cache) if cache else {},
         "seeds": {"evaluate": list(EVALUATE_SEEDS), "seeds": list(config.seed)},
         "prompt_set": config.prompt_set,
-        "concepts": [_concept_record(concept) for concept in task.concepts.values()],
-        "subjects": base + [subject.describe() for subject in task.subjects],
+        "concepts": [_concept_entry(concept) for concept in job.concepts.values()],
+        "subjects": base + [subject.describe() for subject in job.subjects],
         "cards": cards,
-        "rows": [as_json(row) for judged, _ in found for row in judged.rows],
-        "differences": [as_json(one) for judged, _ in found for one in judged.differences],
-        "pairs": [as_json(pair) for pair in shown],
+        "rows": [as_json(row) for concept in evaluated for row in concept.rows],
+        "differences": [as_json(difference) for concept in evaluated for difference in concept.differences],
+        "pairs": [as_json(pair) for pair in _pick_all_pairs(job, evaluated)],
         "skipped": [
-            {"subject": subject, "path": str(path), "why": why}
-            for judged, _ in found
-            for path, (subject, why) in judged.skipped.items()
+            {"subject": subject, "path": str(path), "why": reason}
+            for concept in evaluated
+            for path, (subject, reason) in concept.skipped.items()
         ],
     }
 
 
-def _counted(config: EvaluateConfig) -> bool:
-    """Whether counts or groups were given in place of the tier's."""
-    return config.num_images is not None or config.num_keep_images is not None or bool(config.groups)
+def _pick_all_pairs(job: EvaluationJob, evaluated: Sequence[ConceptResults]) -> list[Pair]:
+    """PAIRS_PER_GROUP of each subject and group; fewer for many subjects, at least 2."""
+    num_subjects = sum(len(concept.images) for concept in evaluated)
+    count = min(PAIRS_PER_GROUP, max(2, MAX_PAIRS // max(1, num_subjects * len(GROUPS))))
+    return [pair for concept in evaluated for pair in pick_pairs(concept, job.output, count)]
 
 
-def _sampler_record(task: Task, gallery: Gallery | None) -> dict[str, Any]:
-    if gallery is None:
-        return {}
-    sampler = gallery.sampler
+def _sampler_entry(job: EvaluationJob, cache: ImageCache) -> dict[str, Any]:
     return {
         "name": "DDIM",
-        "steps": sampler.steps,
-        "guidance_scale": sampler.guidance_scale,
-        "resolution": sampler.resolution,
-        "zero_terminal_snr": task.zero_terminal_snr,
-        "mixed_precision": task.config.mixed_precision,
+        "steps": cache.sampler.steps,
+        "guidance_scale": cache.sampler.guidance_scale,
+        "resolution": cache.sampler.resolution,
+        "zero_terminal_snr": job.zero_terminal_snr,
+        "mixed_precision": job.config.mixed_precision,
     }
 
 
-def _concept_record(concept: Concept) -> dict[str, Any]:
+def _concept_entry(concept: Concept) -> dict[str, Any]:
     return {
         "slug": concept.slug,
         "name": concept.name,
@@ -197,5 +178,5 @@ def _concept_record(concept: Concept) -> dict[str, Any]:
         "caption": concept.caption,
         "generic": concept.generic,
         "sha256": concept_sha256(concept),
-        "prompts": {group: [p.text for p in prompts_of(concept, group)] for group in GROUPS},
+        "prompts": {group: [p.text for p in group_prompts(concept, group)] for group in GROUPS},
     }

@@ -1,4 +1,4 @@
-"""--fail_if: conditions on figures that make `evaluate` end with exit code 1, for pipelines."""
+"""--fail_if: conditions on metrics that make `evaluate` end with exit code 1, for pipelines."""
 
 from __future__ import annotations
 
@@ -15,33 +15,34 @@ _FORM = re.compile(
     r"(?P<metric>[A-Za-z][\w-]*)(?:\.(?P<group>[a-z_]+?))??(?:\.(?P<end>low|high))?\s*"
     r"(?P<sign><=|>=|<|>)\s*(?P<limit>[-+.\deE]+)(?P<percent>\s*%)?"
 )
-SHARES = ("leakage", "accuracy", "nudity", "confusion", "face_rate")
-OF_THE_CONCEPT = ("leakage", "leakage_top5", "nudity", "detections", "clean_replacement")
+SHARES = ("leakage", "accuracy", "nudity", "confusion", "face_rate")  # metrics between 0 and 1
+CONCEPT_METRICS = ("leakage", "leakage_top5", "nudity", "detections", "clean_replacement")  # measure the concept itself
+DEFAULT_GROUPS = ("direct", "kept")  # of a condition without a group: the first that the metric has
 _SIGNS = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
 
 
 @dataclass(frozen=True)
 class Condition:
-    """metric[.group][.low|.high] < <= > >= limit; without a group it is of direct prompts, else of what must stay."""
+    """metric[.group][.low|.high] < <= > >= limit."""
 
     text: str
     metric: str
-    group: str | None
-    end: str  # value, or an end of its interval
+    group: str | None  # None: see DEFAULT_GROUPS
+    end: str  # value, low or high
     sign: str
     limit: float
 
     def holds(self, row: dict[str, Any]) -> bool:
-        """Whether a figure meets the condition. One that is unknown does: a pipeline must not pass on it."""
-        found = row.get(self.end)
-        return found is None or _SIGNS[self.sign](found, self.limit)
+        """Whether a row meets the condition. Unknown values do, so that a pipeline does not pass because of them."""
+        value = row.get(self.end)
+        return value is None or _SIGNS[self.sign](value, self.limit)
 
 
-def parse(text: str) -> Condition:
-    """A condition as it is written.
+def parse_condition(text: str) -> Condition:
+    """Parse a condition such as "leakage.held_out.high>5%".
 
     Raises:
-        UsageError: naming the form.
+        UsageError: not a condition, or a limit above 1 for a metric between 0 and 1.
     """
     match = _FORM.fullmatch(text.strip())
     try:
@@ -50,63 +51,63 @@ def parse(text: str) -> Condition:
         match = None
     if match is None:
         raise UsageError(
-            f'--fail_if "{text}" is no condition. E.g. "leakage>0.02", "leakage.held_out.high>5%", '
+            f'--fail_if "{text}" is not a condition. Examples: "leakage>0.02", "leakage.held_out.high>5%", '
             '"retention.kept<0.95".'
         )
     limit = limit / 100 if match["percent"] else limit
     if match["metric"] in SHARES and limit > 1:
         raise UsageError(
-            f'--fail_if "{text}": {match["metric"]} is a share from 0 to 1. Write {limit:g}% or {limit / 100:g}.'
+            f'--fail_if "{text}": {match["metric"]} is between 0 and 1. Write {limit:g}% or {limit / 100:g}.'
         )
     return Condition(text, match["metric"], match["group"], match["end"] or "value", match["sign"], limit)
 
 
-def met(conditions: Sequence[Condition], results: dict[str, Any]) -> list[str]:
-    """What each condition that holds is about, with the figure; also a condition on something that was not measured.
+def met_conditions(conditions: Sequence[Condition], results: dict[str, Any]) -> list[str]:
+    """A line with the value for each row that meets a condition, and for each condition on a metric without rows.
 
-    They are asked of every subject but the base; of a LoRA at several strengths, at strength 1, else at the greatest.
-    Whether a concept is there is not asked of a LoRA that was trained to forget another.
+    Conditions apply to every subject but the base; to a LoRA at several strengths at strength 1, else at the highest.
+    Metrics of the concept itself do not apply to a LoRA that was trained to unlearn another concept.
     """
-    found = []
-    subjects = judged_subjects(results)
-    meant = {s["id"]: s.get("forgets") for s in results["subjects"]}
-    judged = [row for row in results["rows"] if row["subject"] in subjects]
+    lines = []
+    subjects = checked_subjects(results)
+    unlearned = {subject["id"]: subject.get("forgets") for subject in results["subjects"]}
+    rows = [
+        row
+        for row in results["rows"]
+        if row["subject"] in subjects
+        and (row["metric"] not in CONCEPT_METRICS or unlearned[row["subject"]] in (None, row["concept"]))
+    ]
     for condition in conditions:
-        rows = _rows(
-            condition,
-            [
-                row
-                for row in judged
-                if row["metric"] not in OF_THE_CONCEPT or meant[row["subject"]] in (None, row["concept"])
-            ],
-        )
-        if not rows:
+        matching = _matching_rows(condition, rows)
+        if not matching:
             where = f" on {condition.group} prompts" if condition.group else ""
-            found.append(f"{condition.text}: {condition.metric}{where} was not measured")
-        for row in rows:
+            lines.append(f"{condition.text}: {condition.metric}{where} was not measured")
+        for row in matching:
             if condition.holds(row):
                 value = row.get(condition.end)
-                shown = "unknown" if value is None else f"{value:.4g}"
-                found.append(f"{condition.text}: {row['subject']} on {row['concept']} has {shown} ({row['group']})")
-    return found
+                text = "unknown" if value is None else f"{value:.4g}"
+                lines.append(f"{condition.text}: {row['subject']} on {row['concept']} has {text} ({row['group']})")
+    return lines
 
 
-def judged_subjects(results: dict[str, Any]) -> set[str]:
-    """The ids that conditions are asked of."""
+def checked_subjects(results: dict[str, Any]) -> set[str]:
+    """The ids of the subjects that conditions apply to."""
     strengths: dict[str, list[float]] = {}
     for subject in results["subjects"]:
         if subject.get("strength") is not None:
             strengths.setdefault(subject["name"], []).append(subject["strength"])
-    usual = {name: 1 if 1 in given else max(given) for name, given in strengths.items()}
+    main = {name: 1 if 1 in values else max(values) for name, values in strengths.items()}
     return {
-        s["id"] for s in results["subjects"] if s["id"] != BASE and s.get("strength") in (None, usual.get(s["name"]))
+        subject["id"]
+        for subject in results["subjects"]
+        if subject["id"] != BASE and subject.get("strength") in (None, main.get(subject["name"]))
     }
 
 
-def _rows(condition: Condition, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _matching_rows(condition: Condition, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     of_metric = [row for row in rows if row["metric"] == condition.metric]
-    for group in [condition.group] if condition.group else ["direct", "kept"]:
-        chosen = [row for row in of_metric if row["group"] == group]
-        if chosen:
-            return chosen
+    for group in [condition.group] if condition.group else DEFAULT_GROUPS:
+        matching = [row for row in of_metric if row["group"] == group]
+        if matching:
+            return matching
     return [] if condition.group else of_metric

@@ -1,7 +1,8 @@
-"""Where the pictures of an evaluation lie, and how missing ones get there.
+"""Generate the images of an evaluation that do not exist yet.
 
-A folder is named by all that determines its pictures: base, sampler, and the LoRA's hash and strength. So the base's
-are drawn once for all LoRAs, a second evaluation draws what is missing, and an interrupted one goes on.
+The name of an image folder contains everything that determines its images: base, sampler, the LoRA's hash and strength.
+So all LoRAs share the base's images, a second evaluation generates only what is missing, and an interrupted evaluation
+resumes.
 """
 
 from __future__ import annotations
@@ -12,63 +13,110 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sd_unlearn.evaluation.loras import Lora
-from sd_unlearn.evaluation.prompts import Shot
+from sd_unlearn.evaluation.job import EvaluationJob
+from sd_unlearn.evaluation.loras import ModelVariant
+from sd_unlearn.evaluation.prompts import ImageSpec
 from sd_unlearn.io.files import slugify
-from sd_unlearn.models.base import Base
-from sd_unlearn.models.sampling import ImageRequest, Sampler, generate_missing, wait_for_images
+from sd_unlearn.models.base import Base, check_recorded, choose_precision, load_base, use_zero_terminal_snr
+from sd_unlearn.models.sampling import ImageRequest, Sampler, generate_missing, resolve_sampler, wait_for_images
+
+TIMEOUT = 3600  # seconds to wait for an image of another process
 
 
 @dataclass(frozen=True)
-class Drawn:
-    """A LoRA at a strength. lora None: the base itself, and so is every LoRA at strength 0."""
+class ImageCache:
+    """The images of one base and sampler under --cache_dir."""
 
-    lora: Lora | None = None
-    strength: float = 1.0
-
-    @property
-    def folder(self) -> str:
-        if self.lora is None or self.strength == 0:
-            return "base"
-        return f"lora-{self.lora.sha256[:12]}" + (f"-at-{self.strength:g}" if self.strength != 1 else "")
-
-
-@dataclass(frozen=True)
-class Gallery:
-    """The pictures of one base and sampler. setting: what else changes them, e.g. the schedule."""
-
-    cache: Path
-    base: Mapping[str, Any]  # its record, as training.json has it
+    root: Path
+    base: Mapping[str, Any]  # the base's record, as in training.json
     sampler: Sampler
-    setting: str = ""
+    suffix: str = ""  # other settings that change the images: noise schedule, precision
 
     @property
-    def place(self) -> Path:
+    def base_folder(self) -> Path:
+        vae = f"-vae-{self.base['vae_sha256'][:8]}" if self.base.get("vae") else ""  # a VAE other than the base's own
+        base = f"{slugify(Path(self.base['name']).name)}-{self.base['sha256'][:12]}{vae}"
         size = f"-{self.sampler.resolution}px" if self.sampler.resolution else ""
-        sampler = f"{self.sampler.steps}-steps-guidance-{self.sampler.guidance_scale:g}{size}{self.setting}"
-        vae = f"-vae-{self.base['vae_sha256'][:8]}" if self.base.get("vae") else ""  # another than its own
-        return self.cache / f"{slugify(Path(self.base['name']).name)}-{self.base['sha256'][:12]}{vae}" / sampler
+        sampler = f"{self.sampler.steps}-steps-guidance-{self.sampler.guidance_scale:g}{size}{self.suffix}"
+        return self.root / base / sampler
 
-    def folder(self, drawn: Drawn) -> Path:
-        return self.place / drawn.folder
+    def folder(self, variant: ModelVariant) -> Path:
+        return self.base_folder / variant.folder
 
-    def paths(self, drawn: Drawn, shots: Sequence[Shot]) -> list[Path]:
-        return [self.folder(drawn) / shot.file_name for shot in shots]
+    def paths(self, variant: ModelVariant, specs: Sequence[ImageSpec]) -> list[Path]:
+        return [self.folder(variant) / spec.file_name for spec in specs]
 
-    def draw(self, get_base: Callable[[], Base], drawn: Drawn, shots: Iterable[Shot], title: str) -> int:
-        """Draw what is missing of one subject's pictures; returns how many. Several processes share the work and each
-        comes back when all are there."""
-        unique = {shot.file_name: shot for shot in shots}
-        ordered = sorted(unique.values(), key=lambda shot: shot.prompt.text)
-        requests = [ImageRequest(self.folder(drawn) / s.file_name, s.prompt.text, s.seed) for s in ordered]
+    def generate(
+        self, get_base: Callable[[], Base], variant: ModelVariant, specs: Iterable[ImageSpec], title: str
+    ) -> int:
+        """Generate a variant's missing images and return their number.
+
+        Several processes share the work; each returns when all images exist.
+        """
+        unique = {spec.file_name: spec for spec in specs}
+        ordered = sorted(unique.values(), key=lambda spec: spec.prompt.text)
+        requests = [ImageRequest(self.folder(variant) / s.file_name, s.prompt.text, s.seed) for s in ordered]
         with ExitStack() as stack:
 
-            def loaded() -> Base:
+            def get_variant() -> Base:
                 base = get_base()
-                if drawn.lora is not None and drawn.strength != 0:
-                    stack.enter_context(drawn.lora.on(base, drawn.strength))
+                if variant.lora is not None and not variant.is_base:
+                    stack.enter_context(variant.lora.applied_to(base, variant.strength))
                 return base
 
-            count = generate_missing(loaded, requests, self.sampler, title)
-        wait_for_images(requests, timeout=3600)
+            count = generate_missing(get_variant, requests, self.sampler, title)
+        wait_for_images(requests, timeout=TIMEOUT)
         return count
+
+
+def generate_images(job: EvaluationJob) -> ImageCache | None:
+    """Generate the missing images: the base's once, then those of each LoRA at each strength.
+
+    Returns:
+        Where the images are; None if the job needs no base, because all its images are given.
+
+    Raises:
+        UsageError: the base is not the one the LoRAs were trained on.
+        UnlearnError: the base cannot be loaded, or a LoRA does not fit it.
+    """
+    if not job.needs_base:
+        return None
+    loader = _BaseLoader(job)
+    cache = _image_cache(job, loader)
+    all_specs = [spec for specs in job.plans.values() for spec in specs]
+    cache.generate(loader.load, ModelVariant(), all_specs, "generate base")
+    for subject in job.subjects:
+        if subject.variant is not None:
+            specs = [spec for slug in subject.concepts for spec in job.plans[slug]]
+            cache.generate(loader.load, subject.variant, specs, f"generate {subject.id}")
+    return cache
+
+
+def _image_cache(job: EvaluationJob, loader: _BaseLoader) -> ImageCache:
+    config = job.config
+    recorded = [lora.training["base"] for lora in job.loras if lora.is_run] if not job.base_named else []
+    record = recorded[0] if recorded else loader.load().describe()
+    suffix = "-zero-snr" if job.zero_terminal_snr else ""
+    suffix += f"-{config.mixed_precision}" if config.mixed_precision != "no" else ""
+    return ImageCache(config.cache_dir, record, resolve_sampler(config, job.source.name), suffix)
+
+
+class _BaseLoader:
+    """Loads the job's base when it is first needed: not at all if every image exists."""
+
+    def __init__(self, job: EvaluationJob) -> None:
+        self.job = job
+        self.base: Base | None = None
+
+    def load(self) -> Base:
+        """The base; unless it is named in the command, checked to be the one the runs were trained on."""
+        if self.base is None:
+            job = self.job
+            base = load_base(job.source, choose_precision(job.config.mixed_precision))
+            for lora in job.loras if not job.base_named else []:
+                if lora.is_run:
+                    check_recorded(base, lora.training["base"])
+            if job.zero_terminal_snr:
+                use_zero_terminal_snr(base)
+            self.base = base
+        return self.base

@@ -1,4 +1,7 @@
-"""What an evaluation is asked to do: LoRAs and folders of pictures, on concepts, checked before anything loads."""
+"""Resolve the options of `evaluate` into a job: LoRAs and image folders, concepts, the image plan and the base.
+
+Everything that can be checked without loading a model is checked here.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +15,13 @@ from sd_unlearn.config.evaluate import EvaluateConfig
 from sd_unlearn.data.concept import Concept, Prompt, load_concept
 from sd_unlearn.data.prompt_sets import load_prompt_set
 from sd_unlearn.errors import UsageError
-from sd_unlearn.evaluation import fail_if
-from sd_unlearn.evaluation.generate import Drawn
-from sd_unlearn.evaluation.image_folders import Ready, read_ready, split_name
-from sd_unlearn.evaluation.loras import Lora, names_of, open_lora, open_run
-from sd_unlearn.evaluation.prompts import TIERS, Shot, Tier, counts_of, plan
+from sd_unlearn.evaluation.fail_if import parse_condition
+from sd_unlearn.evaluation.image_folders import ImageFolder, read_image_folder, split_name
+from sd_unlearn.evaluation.loras import Lora, ModelVariant, open_lora, open_run, unique_names
+from sd_unlearn.evaluation.prompts import TIERS, ImageSpec, Tier, override_counts, plan_images
 from sd_unlearn.io.files import check_writable, read_yaml
 from sd_unlearn.io.run_folder import CONFIG, POSITIVE
-from sd_unlearn.metrics.registry import Asking, check
+from sd_unlearn.metrics.registry import MetricContext, check_metrics
 from sd_unlearn.models.base import recorded_source
 from sd_unlearn.models.source import DIGITS, Source, find_base
 from sd_unlearn.results import BASE
@@ -30,37 +32,29 @@ _TRAINING = ("objective", "beta", "beta_source", "rank", "lora_alpha", "correcti
 
 @dataclass(frozen=True)
 class Subject:
-    """A LoRA at a strength, or a folder of pictures, and the concepts it is judged on."""
+    """What is compared with the base: a LoRA at a strength, or a folder of existing images."""
 
     id: str
     name: str
-    concepts: tuple[str, ...]
-    drawn: Drawn | None = None
-    ready: dict[str, Ready] = field(default_factory=dict)  # by concept
+    concepts: tuple[str, ...]  # slugs of the concepts it is evaluated on
+    variant: ModelVariant | None = None  # of a LoRA
+    folders: dict[str, ImageFolder] = field(default_factory=dict)  # of existing images, by concept
 
     def describe(self) -> dict[str, Any]:
-        """As results.json lists it."""
-        if self.drawn is None or self.drawn.lora is None:
-            return {
-                "id": self.id,
-                "name": self.name,
-                "what": "images",
-                "strength": None,
-                "sha256": "",
-                "forgets": None,
-                "training": None,
-                "cost": None,
-            }
-        lora = self.drawn.lora
+        """Its entry in results.json."""
+        entry = {"id": self.id, "name": self.name}
+        if self.variant is None or self.variant.lora is None:
+            empty = {"strength": None, "sha256": "", "forgets": None, "training": None, "cost": None}
+            return {**entry, "what": "images", **empty}
+        lora = self.variant.lora
         training = {k: lora.training.get(k) for k in _TRAINING} if lora.training else None
         cost = lora.training.get("cost")
         if training is not None:
             training["steps"] = (cost or {}).get("steps")
         return {
-            "id": self.id,
-            "name": self.name,
+            **entry,
             "what": "lora",
-            "strength": self.drawn.strength,
+            "strength": self.variant.strength,
             "sha256": lora.sha256,
             "forgets": lora.concept.slug if lora.concept else None,
             "training": training,
@@ -69,151 +63,146 @@ class Subject:
 
 
 @dataclass(frozen=True)
-class Task:
-    """An evaluation, checked as far as that is possible before anything heavy loads."""
+class EvaluationJob:
+    """A checked evaluation."""
 
     config: EvaluateConfig
-    concepts: dict[str, Concept]
+    concepts: dict[str, Concept]  # by slug
     subjects: list[Subject]
-    plans: dict[str, list[Shot]]
-    source: Source
-    base_named: bool  # by the command, so that it may be another than the LoRAs were trained on
+    plans: dict[str, list[ImageSpec]]  # the images to generate, by concept
+    source: Source  # of the base
+    base_named: bool  # the command names the base, which may differ from the one the LoRAs were trained on
     tier: str
     output: Path
     loras: list[Lora]
 
     @property
-    def draws(self) -> bool:
-        """Whether the base is needed: for LoRAs, and for folders whose pictures are those of the plan."""
-        return any(s.drawn or any(ready.planned for ready in s.ready.values()) for s in self.subjects)
+    def needs_base(self) -> bool:
+        """Whether base images are needed: for LoRAs, and for folders with the images of the plan."""
+        return any(s.variant or any(folder.planned for folder in s.folders.values()) for s in self.subjects)
 
     @property
     def zero_terminal_snr(self) -> bool:
         return any(lora.zero_terminal_snr for lora in self.loras)
 
+    def metric_context(self, concept: Concept, device: Any = "cpu") -> MetricContext:
+        reference = _reference_folder(self.config, concept, self.loras)
+        return MetricContext(concept, self.config, reference, self.tier, device)
 
-def prepare(config: EvaluateConfig) -> Task:
-    """What is to be judged on what, checked; nothing heavy is loaded.
+
+def resolve_job(config: EvaluateConfig) -> EvaluationJob:
+    """Resolve and check the options; loads no model.
 
     Raises:
-        UsageError, UnlearnError
+        UsageError: invalid options, or a file or folder that does not exist or does not fit.
+        UnlearnError: a LoRA or prompt set cannot be downloaded.
     """
     check_evaluate(config)
-    for text in config.fail_if:
-        fail_if.parse(text)
+    for condition in config.fail_if:
+        parse_condition(condition)
     loras = [open_run(config.run)] if config.run is not None else []
     loras += [open_lora(given) for given in config.lora]
-    concepts = _concepts(config, loras)
-    source, base_named = _source(config, loras, concepts)
+    concepts = _resolve_concepts(config, loras)
+    source, base_named = _resolve_base(config, loras, concepts)
     tier_name = config.tier or ("digits" if source.name == DIGITS else "quick")
-    tier = counts_of(TIERS[tier_name], config.num_images, config.num_keep_images, config.groups or None)
-    further = [Prompt(text) for text in load_prompt_set(config.prompt_set)] if config.prompt_set else []
-    plans = {slug: plan(concept, tier, config.seed, further) for slug, concept in concepts.items()}
-    for slug, shots in plans.items():
-        if not shots:
-            raise UsageError(f"No picture is asked for of {slug}: its file has no prompts in the groups asked for.")
-    subjects = _subjects(config, loras, concepts, plans, tier)
+    tier = override_counts(TIERS[tier_name], config.num_images, config.num_keep_images, config.groups)
+    extra_prompts = [Prompt(text) for text in load_prompt_set(config.prompt_set)] if config.prompt_set else []
+    plans = {slug: plan_images(concept, tier, config.seed, extra_prompts) for slug, concept in concepts.items()}
+    for slug, specs in plans.items():
+        if not specs:
+            raise UsageError(f"{slug}: the concept file has no prompts in the groups to evaluate. Change --groups.")
+    subjects = _resolve_subjects(config, loras, concepts, plans, tier)
     output = config.output_dir or (config.run if config.run and not config.lora and not config.images else OUTPUT)
     check_writable(output, "--output_dir")
+    job = EvaluationJob(config, concepts, subjects, plans, source, base_named, tier_name, output, loras)
     for concept in concepts.values():
-        check(asking_of(config, concept, loras, tier_name))
-    return Task(config, concepts, subjects, plans, source, base_named, tier_name, output, loras)
+        check_metrics(job.metric_context(concept))
+    return job
 
 
-def _concepts(config: EvaluateConfig, loras: Sequence[Lora]) -> dict[str, Concept]:
+def _resolve_concepts(config: EvaluateConfig, loras: Sequence[Lora]) -> dict[str, Concept]:
     if not loras and not config.images:
         raise UsageError(
-            "Nothing to judge: name a run folder (--run runs/seven), LoRAs (--lora A B) or folders of pictures "
+            "Nothing to evaluate. Give a run folder (--run runs/seven), LoRAs (--lora A B) or folders of images "
             "(--images)."
         )
     if config.concept:
         return {concept.slug: concept for concept in map(load_concept, config.concept)}
     if config.images:
-        raise UsageError("--images needs --concept: the pictures do not say what should be gone from them.")
-    found: dict[str, Concept] = {}
+        raise UsageError("--images needs --concept: a folder of images does not name the unlearned concept.")
+    concepts: dict[str, Concept] = {}
     for lora in loras:
         if lora.concept is None:
-            raise UsageError(f"--lora {lora.path} does not say what it forgets; name it with --concept.")
-        known = found.setdefault(lora.concept.slug, lora.concept)
-        if _evaluated(known) != _evaluated(lora.concept):
+            raise UsageError(f"--lora {lora.path} does not name the concept it unlearns. Give it as --concept.")
+        first = concepts.setdefault(lora.concept.slug, lora.concept)
+        if _evaluation_fields(first) != _evaluation_fields(lora.concept):
             raise UsageError(
                 f"{lora.path} was trained with another concept file for {lora.concept.slug} than the LoRAs before it. "
-                "Judge all on one file: --concept."
+                "Evaluate all with one file: --concept."
             )
-    return found
+    return concepts
 
 
-def _evaluated(concept: Concept) -> tuple[Any, ...]:
-    """What of a concept decides its evaluation."""
-    return (
-        concept.name,
-        concept.caption,
-        concept.generic,
-        concept.kind,
-        concept.label,
-        concept.alternatives,
-        concept.evaluate,
-    )
+def _evaluation_fields(concept: Concept) -> tuple[Any, ...]:
+    """The fields of a concept that its evaluation depends on."""
+    names = (concept.name, concept.caption, concept.generic, concept.kind, concept.label)
+    return (*names, concept.alternatives, concept.evaluate)
 
 
-def _source(config: EvaluateConfig, loras: Sequence[Lora], concepts: dict[str, Concept]) -> tuple[Source, bool]:
-    """The base, and whether the command named it rather than the LoRAs."""
+def _resolve_base(config: EvaluateConfig, loras: Sequence[Lora], concepts: dict[str, Concept]) -> tuple[Source, bool]:
+    """The base, and whether the command names it (rather than the LoRAs)."""
     if config.pretrained_model_name_or_path is not None:
         return find_base(config), True
     names = {lora.base_name: lora for lora in loras if lora.base_name}
     if len(names) > 1:
         raise UsageError(
-            f"The LoRAs are of different bases ({', '.join(map(str, names))}); evaluate each base's by themselves, or "
-            "name one with --pretrained_model_name_or_path."
+            f"The LoRAs were trained on different bases ({', '.join(map(str, names))}). Evaluate them separately, or "
+            "choose one base with --pretrained_model_name_or_path."
         )
     if len({lora.zero_terminal_snr for lora in loras} - {None}) > 1:
         raise UsageError(
-            "Some of the LoRAs were trained with --zero_terminal_snr and some without; evaluate them apart."
+            "Some of the LoRAs were trained with --zero_terminal_snr and some without. Evaluate them separately."
         )
     if records := [lora.training["base"] for lora in loras if lora.is_run]:
         return recorded_source(records[0], config.allow_pickle), False
     return find_base(config, next(iter(names), None) or next(iter(concepts.values())).base), False
 
 
-def _subjects(
+def _resolve_subjects(
     config: EvaluateConfig,
     loras: Sequence[Lora],
     concepts: dict[str, Concept],
-    plans: dict[str, list[Shot]],
+    plans: dict[str, list[ImageSpec]],
     tier: Tier,
 ) -> list[Subject]:
     strengths = list(dict.fromkeys(config.strengths or tier.strengths))
     subjects = []
-    for lora, name in zip(loras, names_of(loras), strict=True):
-        mine = tuple(concepts) if config.concept or lora.concept is None else (lora.concept.slug,)
+    for lora, name in zip(loras, unique_names(loras), strict=True):
+        slugs = tuple(concepts) if config.concept or lora.concept is None else (lora.concept.slug,)
         for strength in strengths:
-            identity = name if strengths == [1.0] else f"{name} at {strength:g}"
-            subjects.append(Subject(identity, name, mine, Drawn(lora, float(strength))))
+            subject_id = name if strengths == [1.0] else f"{name} at {strength:g}"
+            subjects.append(Subject(subject_id, name, slugs, ModelVariant(lora, float(strength))))
     for given in config.images:
-        ready = {
-            slug: read_ready(given, concept, plans[slug], alone=len(concepts) == 1)
+        folders = {
+            slug: read_image_folder(given, concept, plans[slug], only_concept=len(concepts) == 1)
             for slug, concept in concepts.items()
         }
-        name = next(iter(ready.values())).name
+        name = next(iter(folders.values())).name
         if name == BASE or name in {subject.id for subject in subjects}:
-            raise UsageError(f"--images {given}: the name {name} is taken; give another, as in mine={given}.")
-        subjects.append(Subject(name, name, tuple(concepts), None, ready))
+            raise UsageError(f"--images {given}: the name {name} is already used. Give another, as in mine={given}.")
+        subjects.append(Subject(name, name, tuple(concepts), None, folders))
     return subjects
 
 
-def asking_of(config: EvaluateConfig, concept: Concept, loras: Sequence[Lora], tier: str) -> Asking:
-    return Asking(concept, config, _reference(config, concept, loras), tier)
-
-
-def _reference(config: EvaluateConfig, concept: Concept, loras: Sequence[Lora]) -> Path | None:
-    """The folder of the person's pictures: named, or a run's own positives."""
+def _reference_folder(config: EvaluateConfig, concept: Concept, loras: Sequence[Lora]) -> Path | None:
+    """The folder of images of the person: --reference, else the positives of a run."""
     for given in config.reference:
         name, folder = split_name(given, "--reference")
         if name in (None, concept.slug, concept.name):
             return folder
     for lora in loras:
         if lora.is_run and lora.concept == concept and (lora.path / CONFIG).is_file():
-            data = read_yaml(lora.path / CONFIG, "--run").get("data_dir")
-            if data and (Path(data) / POSITIVE).is_dir():
-                return Path(data) / POSITIVE
+            data_dir = read_yaml(lora.path / CONFIG, "--run").get("data_dir")
+            if data_dir and (Path(data_dir) / POSITIVE).is_dir():
+                return Path(data_dir) / POSITIVE
     return None

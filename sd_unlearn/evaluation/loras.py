@@ -1,4 +1,4 @@
-"""What is judged: the LoRA of a run, of a file in either format or of a hub repository, at a strength."""
+"""Open a LoRA (run folder, .safetensors file or Hub repository) and apply it to a base at a strength."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from pathlib import Path
 from typing import Any
 
 from sd_unlearn.data.concept import Concept, concept_files, read_concept
-from sd_unlearn.errors import UnlearnError, UsageError, suggest
+from sd_unlearn.errors import UnlearnError, UsageError, reason, suggest
 from sd_unlearn.io.files import file_sha256, read_json, slugify
 from sd_unlearn.io.run_folder import CONCEPT, TRAINING, weights_sha256
 from sd_unlearn.models.base import Base
 
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
-_ADAPTER = "judged"
+_ADAPTER = "evaluated"
 
 
 @dataclass(frozen=True)
 class Lora:
-    """What somebody named, found and hashed; nothing of it is loaded yet."""
+    """A LoRA on disk; its weights are not loaded yet."""
 
     name: str
     path: Path  # a run folder, or a .safetensors file
     sha256: str
-    concept: Concept | None = None  # the one it was trained to forget, with its prompts; None: not known
-    training: dict[str, Any] = field(default_factory=dict)  # training.json of a run, else empty
-    header: dict[str, str] = field(default_factory=dict)  # of a file
+    concept: Concept | None = None  # the one it was trained to unlearn; None: unknown
+    training: dict[str, Any] = field(default_factory=dict)  # training.json of a run; empty for files
+    header: dict[str, str] = field(default_factory=dict)  # metadata of a .safetensors file; empty for runs
 
     @property
     def is_run(self) -> bool:
@@ -43,18 +43,18 @@ class Lora:
 
     @property
     def zero_terminal_snr(self) -> bool | None:
-        """Whether it was trained on a schedule of zero terminal SNR; None: a file that does not say."""
+        """Whether it was trained with zero terminal SNR; None: unknown (a file without our metadata)."""
         if self.training:
             return bool(self.training.get("zero_terminal_snr", False))
-        said = self.header.get("sd_unlearn.zero_terminal_snr")
-        return said == "True" if said is not None else None
+        value = self.header.get("sd_unlearn.zero_terminal_snr")
+        return value == "True" if value is not None else None
 
     @contextmanager
-    def on(self, base: Base, strength: float) -> Iterator[None]:
-        """The base with this LoRA at a strength (1: as trained), and as it was afterwards.
+    def applied_to(self, base: Base, strength: float) -> Iterator[None]:
+        """Apply the LoRA to the base at a strength (1: as trained); the base is restored when the block ends.
 
         Raises:
-            UnlearnError: the file does not fit the base, or nothing in it does.
+            UnlearnError: the LoRA does not fit the base.
         """
         from sd_unlearn.models.student import apply_run
 
@@ -62,12 +62,31 @@ class Lora:
             yield
 
 
+@dataclass(frozen=True)
+class ModelVariant:
+    """The base with a LoRA at a strength; without a LoRA, or at strength 0, the base itself."""
+
+    lora: Lora | None = None
+    strength: float = 1.0
+
+    @property
+    def is_base(self) -> bool:
+        return self.lora is None or self.strength == 0
+
+    @property
+    def folder(self) -> str:
+        """Name of the folder of its images: unique for the LoRA's weights and the strength."""
+        if self.lora is None or self.strength == 0:
+            return "base"
+        return f"lora-{self.lora.sha256[:12]}" + (f"-at-{self.strength:g}" if self.strength != 1 else "")
+
+
 def open_lora(given: str, option: str = "--lora") -> Lora:
-    """A LoRA by run folder, exported folder, .safetensors file or hub id (owner/name).
+    """Open a run folder, exported folder, .safetensors file or Hub id (owner/name).
 
     Raises:
-        UsageError: nothing of that name, or what is there is no LoRA.
-        UnlearnError: a hub repository cannot be had.
+        UsageError: not found, or not a LoRA.
+        UnlearnError: the Hub repository cannot be downloaded.
     """
     path = Path(given)
     if (path / TRAINING).is_file():
@@ -78,42 +97,42 @@ def open_lora(given: str, option: str = "--lora") -> Lora:
         return _of_file(path, path.stem, option)
     if given.count("/") == 1 and not given.startswith((".", "/", "~")) and not path.parent.is_dir():
         return _of_file(_download(given, option), given.rpartition("/")[2], option)
-    near = suggest(path.name, [p.name for p in path.parent.iterdir()]) if path.parent.is_dir() else ""
+    suggestion = suggest(path.name, [p.name for p in path.parent.iterdir()]) if path.parent.is_dir() else ""
     raise UsageError(
-        f"{option} {given} is no run folder, no .safetensors file and no hub id (owner/name).{near} Train a LoRA "
+        f"{option} {given} is not a run folder, a .safetensors file or a Hub id (owner/name).{suggestion} Train a LoRA "
         "first: sd-unlearn train --concept NAME."
     )
 
 
 def open_run(folder: Path) -> Lora:
-    """The LoRA of --run.
+    """Open the LoRA of --run.
 
     Raises:
-        UsageError: no folder, or one without a finished training.
+        UsageError: not a folder, or the training is not finished.
     """
     if not folder.is_dir():
-        raise UsageError(f"--run {folder} is no folder. Train first: sd-unlearn train --concept NAME.")
+        raise UsageError(f"--run {folder} is not a folder. Train first: sd-unlearn train --concept NAME.")
     if not (folder / TRAINING).is_file():
         raise UsageError(
-            f"--run {folder} holds no finished training ({TRAINING} is missing). Run sd-unlearn train first."
+            f"--run {folder} has no finished training ({TRAINING} is missing). Run sd-unlearn train first."
         )
     return _of_run(folder)
 
 
-def names_of(loras: Sequence[Lora]) -> list[str]:
-    """A name of its own for each: its own, with its parent folder's or a number where that is taken; never "base"."""
+def unique_names(loras: Sequence[Lora]) -> list[str]:
+    """A unique name for each LoRA, never "base": its own, prefixed with the parent folder or numbered if taken."""
     names: list[str] = []
     for lora in loras:
         parent = lora.path.resolve().parent.name
-        tries = [lora.name, f"{parent}-{lora.name}", *(f"{lora.name}-{n}" for n in range(2, len(loras) + 3))]
-        names.append(next(name for name in tries if name not in names and name != "base"))
+        candidates = [lora.name, f"{parent}-{lora.name}", *(f"{lora.name}-{n}" for n in range(2, len(loras) + 3))]
+        names.append(next(name for name in candidates if name not in names and name != "base"))
     return names
 
 
 def _of_run(folder: Path) -> Lora:
     training = read_json(folder / TRAINING)
     if not isinstance(training, dict) or not isinstance(training.get("base"), dict):
-        raise UsageError(f'{folder / TRAINING} holds no "base": it is no record of a training. Train again.')
+        raise UsageError(f'{folder / TRAINING} has no key "base", so it is not a training record. Train again.')
     concept = read_concept(folder / CONCEPT)
     return Lora(folder.resolve().name, folder, weights_sha256(folder), concept, training)
 
@@ -122,16 +141,17 @@ def _of_file(file: Path, name: str, option: str) -> Lora:
     from safetensors import SafetensorError, safe_open
 
     if file.suffix != ".safetensors":
-        raise UsageError(f"{option} {file} is no .safetensors file. Other formats can run code when they are read.")
+        raise UsageError(f"{option} {file} is not a .safetensors file. Other formats can run code when loaded.")
     try:
         with safe_open(str(file), "pt") as opened:
             header, keys = opened.metadata() or {}, list(opened.keys())
     except (SafetensorError, OSError) as error:
-        raise UsageError(f"{option} {file} is damaged or no safetensors file ({error}).") from None
+        raise UsageError(f"{option} {file} is damaged or not a safetensors file ({reason(error)}).") from None
     if not any("lora" in key.lower() for key in keys):
-        raise UsageError(f"{option} {file} holds no LoRA: none of its {len(keys)} weights is named so.")
-    forgets = concept_files().get(slugify(header.get("sd_unlearn.concept", "")))
-    return Lora(name, file, file_sha256(file), read_concept(forgets) if forgets else None, {}, header)
+        raise UsageError(f"{option} {file} is not a LoRA: none of its {len(keys)} weights has lora in its name.")
+    concept_file = concept_files().get(slugify(header.get("sd_unlearn.concept", "")))
+    concept = read_concept(concept_file) if concept_file else None
+    return Lora(name, file, file_sha256(file), concept, header=header)
 
 
 def _file_in(folder: Path, option: str) -> Path:
@@ -140,8 +160,8 @@ def _file_in(folder: Path, option: str) -> Path:
     files = sorted(folder.glob("*.safetensors"))
     if len(files) == 1:
         return files[0]
-    why = f"{len(files)} .safetensors files: name one of them" if files else "no LoRA and no finished training"
-    raise UsageError(f"{option} {folder} holds {why}.")
+    content = f"{len(files)} .safetensors files; give the path of one" if files else "no LoRA and no finished training"
+    raise UsageError(f"{option} {folder} has {content}.")
 
 
 def _download(repository: str, option: str) -> Path:
@@ -149,15 +169,12 @@ def _download(repository: str, option: str) -> Path:
 
     try:
         files = [name for name in list_repo_files(repository) if name.endswith(".safetensors")]
-        wanted = DIFFUSERS_FILE if DIFFUSERS_FILE in files else files[0] if len(files) == 1 else None
-        if wanted:
-            return Path(hf_hub_download(repository, wanted))
-    except Exception as error:  # the hub's client raises a dozen kinds
-        reason = " ".join(str(error).split())[:200]
-        raise UnlearnError(
-            f"{option} {repository} is nothing here and could not be had from the hub: {reason}"
-        ) from error
-    raise UsageError(f"{option} {repository} has {len(files)} .safetensors files; download one and give its path.")
+        file = DIFFUSERS_FILE if DIFFUSERS_FILE in files else files[0] if len(files) == 1 else None
+        if file:
+            return Path(hf_hub_download(repository, file))
+    except Exception as error:  # the Hub's client raises many types
+        raise UnlearnError(f"{option} {repository} was not found locally or on the Hub: {reason(error)}.") from error
+    raise UsageError(f"{option} {repository} has {len(files)} .safetensors files. Download one and give its path.")
 
 
 @contextmanager
@@ -168,13 +185,12 @@ def _file_applied(base: Base, lora: Lora, strength: float) -> Iterator[None]:
     try:
         pipeline.load_lora_weights(str(lora.path.parent), weight_name=lora.path.name, adapter_name=_ADAPTER)
     except (RuntimeError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UnlearnError(f"--lora {lora.path} does not fit {base.name}: {reason}") from error
+        raise UnlearnError(f"--lora {lora.path} does not fit {base.name}: {reason(error)}.") from error
     loaded = [part for part, names in pipeline.get_list_adapters().items() if _ADAPTER in names]
     if not loaded:
         raise UnlearnError(
-            f"--lora {lora.path} changes nothing on {base.name}: none of its weights belongs to a module of it. "
-            "Is it for another base?"
+            f"--lora {lora.path} has no effect on {base.name}: no weight matches a module of this base. Use the base "
+            "it was trained on."
         )
     try:
         set_strength([getattr(pipeline, part) for part in loaded], strength)

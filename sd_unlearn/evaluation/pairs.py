@@ -1,9 +1,8 @@
-"""Which before/after pictures the report shows: the same prompts and seeds of every subject, and its leaks."""
+"""Choose the before/after image pairs of the report and copy their images into the output folder."""
 
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,127 +11,132 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from sd_unlearn.evaluation.prompts import GROUPS, Shot
-from sd_unlearn.evaluation.score import Judged, Pictures
-from sd_unlearn.io.files import slugify
+from sd_unlearn.evaluation.prompts import GROUPS, ImageSpec
+from sd_unlearn.evaluation.score import ConceptResults, SubjectImages
+from sd_unlearn.io.files import atomic_path, slugify
 from sd_unlearn.io.run_folder import IMAGE_DIR
-from sd_unlearn.metrics.base import ASKED
+from sd_unlearn.metrics.base import CONCEPT_GROUPS
 from sd_unlearn.results import BASE, Pair
 
-BUDGET = 900  # pairs of one report
-PER_GROUP = 24  # pairs of each prompt group and subject; fewer if that exceeds BUDGET
+PAIRS_PER_GROUP = 24  # pairs of each prompt group and subject; fewer if there were more than MAX_PAIRS
+MAX_PAIRS = 900  # of one report
+
+_Boxes = tuple[tuple[float, ...], ...]
 
 
-def pick(found: Judged, pictures: Sequence[Pictures], folder: Path, each: int) -> list[Pair]:
-    """`each` pairs a group and subject, spread over its prompts, and up to as many further leaks; copied into folder.
+def pick_pairs(results: ConceptResults, folder: Path, count: int) -> list[Pair]:
+    """`count` pairs per subject and group, spread over its prompts, and up to `count` more that leak.
 
-    Every subject shows the same prompts and seeds, so that they can be laid side by side.
+    All subjects show the same prompts and seeds, so the report can place them side by side.
     """
-    base = next((p for p in pictures if p.subject == BASE), None)
+    base = next((images for images in results.images if images.subject == BASE), None)
     pairs: list[Pair] = []
-    for one in pictures:
-        if one.subject == BASE:
+    for images in results.images:
+        if images.subject == BASE:
             continue
-        before = base if base is not None and one.planned else None
-        leak, lost = _flags(found, one.subject, before)
-        for index in _chosen(one.shots, leak, each):
-            names = [_copied(p, index, folder) if p else "" for p in (before, one)]
-            if names[1]:
-                pairs.append(_pair(found, one, before, index, names, bool(leak[index]), bool(lost[index])))
+        before = base if images.planned else None
+        leaks = _first_values(results, images, ("leakage", "nudity")) == 1
+        lost = _lost(results, images, before)
+        for index in _choose(images.specs, leaks, count):
+            before_file = _copy_image(before, index, folder) if before else ""
+            if file := _copy_image(images, index, folder):
+                flags = bool(leaks[index]), bool(lost[index])
+                pairs.append(_make_pair(results, images, before, index, (before_file, file), flags))
     return pairs
 
 
-@dataclass(frozen=True)
-class _Look:
-    """What the questions say about one picture."""
-
-    words: str
-    faces: tuple[tuple[float, ...], ...]
-
-
-def _chosen(shots: Sequence[Shot], leak: NDArray[np.bool_], each: int) -> list[int]:
-    found: list[int] = []
+def _choose(specs: Sequence[ImageSpec], leaks: NDArray[np.bool_], count: int) -> list[int]:
+    indices: list[int] = []
     for group in GROUPS:
-        members = [n for n, shot in enumerate(shots) if shot.group == group]
-        stride = max(1, len(members) // max(1, each))
-        chosen = members[::stride][:each]
-        if group in ASKED:
-            chosen += [n for n in members if leak[n] and n not in chosen][:each]
-        found += chosen
-    return found
+        members = [n for n, spec in enumerate(specs) if spec.group == group]
+        stride = max(1, len(members) // max(1, count))
+        chosen = members[::stride][:count]
+        if group in CONCEPT_GROUPS:
+            chosen += [n for n in members if leaks[n] and n not in chosen][:count]
+        indices += chosen
+    return indices
 
 
-def _flags(found: Judged, subject: str, base: Pictures | None) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """[N] whether each picture leaks, and whether it was as asked without the LoRA and is no more."""
-    leak, right = _first(found, subject, ("leakage", "nudity")), _first(found, subject, ("accuracy",))
-    lost = np.zeros(len(leak), dtype=bool)
-    if base is not None:
-        before = _first(found, BASE, ("accuracy",))
-        lost = (before == 1) & (right == 0)
-    return leak == 1, lost
+def _lost(results: ConceptResults, images: SubjectImages, base: SubjectImages | None) -> NDArray[np.bool_]:
+    """[N] whether the base's image was correct and this one is not."""
+    if base is None:
+        return np.zeros(len(images.specs), dtype=bool)
+    before = _first_values(results, base, ("accuracy",))
+    return (before == 1) & (_first_values(results, images, ("accuracy",)) == 0)
 
 
-def _first(found: Judged, subject: str, metrics: tuple[str, ...]) -> NDArray[np.float64]:
-    """What the first question that has one of the metrics counted; of nudity only in the groups that ask for it."""
-    for _, counted in found.counted[subject]:
-        for one in counted:
-            if one.metric in metrics:
-                return one.values
-    length = len(next(iter(found.seen[subject]))[1].readable)
-    return np.full(length, np.nan)
+def _first_values(results: ConceptResults, images: SubjectImages, metrics: tuple[str, ...]) -> NDArray[np.float64]:
+    """[N] the values of the first of these metrics that was computed; nan if none was."""
+    for values in results.values.get(images.subject, []):
+        if values.metric in metrics:
+            return values.values
+    return np.full(len(images.specs), np.nan)
 
 
-def _look(found: Judged, subject: str, index: int) -> _Look:
-    words, faces = "", tuple[tuple[float, ...], ...]()
-    for question, seen in found.seen[subject]:
-        if not seen.readable[index]:
+@dataclass(frozen=True)
+class _Description:
+    """What the detectors saw on one image."""
+
+    words: str = ""
+    faces: _Boxes = ()  # x0, y0, x1, y1 as fractions of width and height
+
+
+def _describe(results: ConceptResults, subject: str, index: int) -> _Description:
+    words, faces = "", _Description.faces
+    for metric, detections in results.detections.get(subject, []):
+        if not detections.readable[index]:
             continue
-        row = int(seen.readable[:index].sum())
-        words = words or question.words(seen.columns, row)
-        if {"boxes", "faces"} <= set(seen.columns) and not faces:
-            boxes = seen.columns["boxes"][row]
+        row = int(detections.readable[:index].sum())
+        words = words or metric.words(detections.output, row)
+        if {"boxes", "faces"} <= set(detections.output) and not faces:
+            boxes = detections.output["boxes"][row]
             faces = tuple(tuple(round(float(x), 4) for x in box) for box in boxes if not np.isnan(box).any())
-    return _Look(words, faces)
+    return _Description(words, faces)
 
 
-def _pair(
-    found: Judged, one: Pictures, base: Pictures | None, index: int, names: list[str], leak: bool, lost: bool
+def _make_pair(
+    results: ConceptResults,
+    images: SubjectImages,
+    base: SubjectImages | None,
+    index: int,
+    files: tuple[str, str],
+    flags: tuple[bool, bool],
 ) -> Pair:
-    shot = one.shots[index]
-    image = _look(found, one.subject, index)
-    before = _look(found, BASE, index) if base else _Look("", ())
+    """files: of the base and of the subject; flags: whether the image leaks, and whether it was correct and is lost."""
+    spec = images.specs[index]
+    before = _describe(results, BASE, index) if base else _Description()
+    after = _describe(results, images.subject, index)
     return Pair(
-        found.concept.slug,
-        one.subject,
-        shot.group,
-        shot.prompt.text,
-        shot.seed,
-        names[0],
-        names[1],
-        " ".join(shot.prompt.expect),
-        before.words,
-        image.words,
-        leak and shot.group in ASKED,
-        lost,
-        image.faces,
-        before.faces,
+        concept=results.concept.slug,
+        subject=images.subject,
+        group=spec.group,
+        prompt=spec.prompt.text,
+        seed=spec.seed,
+        base=files[0],
+        image=files[1],
+        expected=" ".join(spec.prompt.expect),
+        base_read=before.words,
+        image_read=after.words,
+        leak=flags[0] and spec.group in CONCEPT_GROUPS,
+        lost=flags[1],
+        faces=after.faces,
+        base_faces=before.faces,
     )
 
 
-def _copied(pictures: Pictures, index: int, folder: Path) -> str:
-    """The path, from the folder, of a copy under it, so that the folder can be moved; "" where there is no picture."""
-    source = pictures.paths[index]
+def _copy_image(images: SubjectImages, index: int, folder: Path) -> str:
+    """Copy an image into `folder`; returns the relative path, so that the folder can be moved. "" if it is missing."""
+    source = images.paths[index]
     if not source.is_file():
         return ""
-    # Ready pictures may bear one name in several folders, and several subjects one slug ("a_b" and "a-b").
-    name = source.name if pictures.planned else f"{_digest(str(source.absolute()))}-{source.name}"
-    slug = slugify(pictures.subject)
-    slug += f"-{_digest(pictures.subject)}" * (slug != pictures.subject)
+    # In folders of existing images a file name can occur twice, and two subjects can have one slug ("a_b" and "a-b").
+    name = source.name if images.planned else f"{_digest(str(source.absolute()))}-{source.name}"
+    slug = slugify(images.subject)
+    if slug != images.subject:
+        slug += f"-{_digest(images.subject)}"
     target = folder / IMAGE_DIR / slug / name
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    shutil.copyfile(source, temporary)
-    temporary.replace(target)
+    with atomic_path(target) as temporary:
+        shutil.copyfile(source, temporary)
     return target.relative_to(folder).as_posix()
 
 

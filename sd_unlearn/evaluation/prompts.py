@@ -1,9 +1,10 @@
-"""Which pictures an evaluation asks for: prompts of each group, how many, from which seeds."""
+"""The plan of an evaluation: which prompts, how many images of each, with which seeds."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,15 +15,15 @@ import numpy as np
 from sd_unlearn.data.concept import Concept, Prompt
 from sd_unlearn.errors import UsageError, suggest
 from sd_unlearn.io.files import slugify, write_text
-from sd_unlearn.metrics.base import ASKED, KEPT, Shots
+from sd_unlearn.metrics.base import CONCEPT_GROUPS, KEEP_GROUPS, PromptedImages
 from sd_unlearn.seeds import EVALUATE_SEEDS, image_seed
 
-GROUPS = (*ASKED, *KEPT)
+GROUPS = (*CONCEPT_GROUPS, *KEEP_GROUPS)
 
 
 @dataclass(frozen=True)
 class Tier:
-    """Pictures of each group. `alike` and `general` are shared out over their prompts, or are of each prompt."""
+    """Number of images of each prompt group; with `of_each_prompt`, of each prompt of the keep groups."""
 
     direct: int
     held_out: int
@@ -43,13 +44,13 @@ TIERS = {
 
 
 @dataclass(frozen=True)
-class Shot:
-    """One picture of an evaluation and its file under a folder of pictures."""
+class ImageSpec:
+    """What one evaluated image shows: prompt group, prompt and seed."""
 
     group: str
     prompt: Prompt
     seed: int
-    number: int = 0  # which of the evaluation's seeds it is of
+    number: int = 0  # index of the evaluation seed
 
     @property
     def file_name(self) -> str:
@@ -57,75 +58,74 @@ class Shot:
         return f"{slugify(self.prompt.text)[:48]}-{digest}-{self.seed}.png"
 
 
-def counts_of(tier: Tier, num_images: int | None, num_keep_images: int | None, groups: Sequence[str] | None) -> Tier:
-    """A tier with the counts and groups that were asked for in its place.
+def override_counts(tier: Tier, num_images: int | None, num_keep_images: int | None, groups: Sequence[str]) -> Tier:
+    """The tier with the counts and groups of the command line; no groups: the tier's.
 
     Raises:
-        UsageError: a group that does not exist.
+        UsageError: unknown group.
     """
-    for group in groups or ():
+    for group in groups:
         if group not in GROUPS:
-            raise UsageError(f'--groups "{group}" is none of {", ".join(GROUPS)}.{suggest(group, GROUPS)}')
+            raise UsageError(f'--groups "{group}" is not one of {", ".join(GROUPS)}.{suggest(group, GROUPS)}')
     if num_images is not None:
         tier = dataclasses.replace(tier, direct=num_images, held_out=num_images, generic=num_images)
     if num_keep_images is not None:
         tier = dataclasses.replace(tier, alike=num_keep_images, general=num_keep_images, of_each_prompt=True)
-    if groups is not None:
-        unasked: dict[str, Any] = {group: 0 for group in GROUPS if group not in groups}
+    if groups:
+        counts: dict[str, Any] = {group: 0 for group in GROUPS if group not in groups}
         for group in groups:
-            if getattr(tier, group) == 0:  # asked for by name, though the tier leaves it out
-                unasked[group] = tier.direct
-        tier = dataclasses.replace(tier, **unasked)
+            if getattr(tier, group) == 0:  # given in --groups, but not part of the tier
+                counts[group] = tier.direct
+        tier = dataclasses.replace(tier, **counts)
     return tier
 
 
-def prompts_of(concept: Concept, group: str) -> list[Prompt]:
-    """The prompts of an evaluation group; of `generic` the concept's generic prompt."""
+def group_prompts(concept: Concept, group: str) -> list[Prompt]:
+    """The prompts of a prompt group; `generic` has the concept's generic prompt."""
     return [Prompt(concept.generic)] if group == "generic" else concept.prompts(group)
 
 
-def plan(concept: Concept, tier: Tier, seeds: Sequence[int], further: Sequence[Prompt] = ()) -> list[Shot]:
-    """Every picture to draw, for each seed. further: prompts that ask for the concept beside the direct ones."""
-    shots = []
+def plan_images(
+    concept: Concept, tier: Tier, seeds: Sequence[int], extra_prompts: Sequence[Prompt] = ()
+) -> list[ImageSpec]:
+    """The images to generate. A larger count adds images and keeps those of a smaller one.
+
+    Args:
+        seeds: The evaluation seeds; each adds a set of images.
+        extra_prompts: Added to the direct prompts.
+    """
+    specs = []
     for number, seed in enumerate(seeds):
         for group in GROUPS:
-            prompts = prompts_of(concept, group) + (list(further) if group == "direct" else [])
-            total = getattr(tier, group)
-            each = tier.of_each_prompt and group in KEPT
-            for i in range(total * len(prompts) if each else total if prompts else 0):
-                # Of each prompt one after the other, else shared out in turns: a prompt's n-th picture is the same.
-                prompt, nth = (
-                    (prompts[i // total], i % total) if each else (prompts[i % len(prompts)], i // len(prompts))
-                )
-                shots.append(Shot(group, prompt, image_seed(EVALUATE_SEEDS, seed, prompt.text, nth), number))
-    return shots
+            prompts = group_prompts(concept, group) + (list(extra_prompts) if group == "direct" else [])
+            of_each_prompt = tier.of_each_prompt and group in KEEP_GROUPS
+            for prompt, index in _share_out(prompts, getattr(tier, group), of_each_prompt):
+                specs.append(ImageSpec(group, prompt, image_seed(EVALUATE_SEEDS, seed, prompt.text, index), number))
+    return specs
 
 
-def as_shots(concept: Concept, shots: Sequence[Shot]) -> Shots:
-    """The same as arrays."""
-    return Shots(
+def _share_out(prompts: Sequence[Prompt], count: int, of_each_prompt: bool) -> list[tuple[Prompt, int]]:
+    """(prompt, index of the image of this prompt): `count` images of each prompt, or of all prompts in turn."""
+    if of_each_prompt:
+        return [(prompt, index) for prompt in prompts for index in range(count)]
+    return [(prompts[i % len(prompts)], i // len(prompts)) for i in range(count if prompts else 0)]
+
+
+def to_prompted_images(concept: Concept, specs: Sequence[ImageSpec]) -> PromptedImages:
+    """The same as arrays, for metrics."""
+    return PromptedImages(
         concept,
-        np.array([shot.group for shot in shots], dtype=str),
-        tuple(shot.prompt for shot in shots),
-        np.array([shot.number for shot in shots], dtype=np.int64),
+        np.array([spec.group for spec in specs], dtype=str),
+        tuple(spec.prompt for spec in specs),
+        np.array([spec.number for spec in specs], dtype=np.int64),
     )
 
 
-def write_plan(path: Path, plans: Mapping[str, Sequence[Shot]]) -> None:
-    """What another program must draw for `--images` to be compared picture by picture: a JSONL line a picture."""
-    import json
-
+def write_plan(path: Path, plans: Mapping[str, Sequence[ImageSpec]]) -> None:
+    """Write --write_plan: one JSON line per image that another program must generate for paired comparison."""
     lines: dict[str, dict[str, Any]] = {}
-    for slug, shots in plans.items():
-        for shot in shots:
-            lines.setdefault(
-                shot.file_name,
-                {
-                    "file_name": shot.file_name,
-                    "text": shot.prompt.text,
-                    "seed": shot.seed,
-                    "group": shot.group,
-                    "concept": slug,
-                },
-            )
+    for slug, specs in plans.items():
+        for spec in specs:
+            line = {"file_name": spec.file_name, "text": spec.prompt.text, "seed": spec.seed, "group": spec.group}
+            lines.setdefault(spec.file_name, {**line, "concept": slug})
     write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines.values()))

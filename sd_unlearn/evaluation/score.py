@@ -1,4 +1,4 @@
-"""One concept's pictures, of the base and of every subject, through every question: rows, differences, pairs."""
+"""Run all metrics of one concept on the images of every subject."""
 
 from __future__ import annotations
 
@@ -9,105 +9,105 @@ from pathlib import Path
 import numpy as np
 
 from sd_unlearn.data.concept import Concept
-from sd_unlearn.evaluation import aggregate, detections
-from sd_unlearn.evaluation.aggregate import Seen
-from sd_unlearn.evaluation.prompts import Shot, as_shots
-from sd_unlearn.metrics.base import KEPT, Counted, PairQuestion, Question
-from sd_unlearn.metrics.statistics import bootstrap
+from sd_unlearn.evaluation import aggregate
+from sd_unlearn.evaluation.detections import Detections, detect, pair_distances
+from sd_unlearn.evaluation.prompts import ImageSpec, to_prompted_images
+from sd_unlearn.metrics.base import KEEP_GROUPS, ImageValues, Metric, PairMetric
+from sd_unlearn.metrics.statistics import bootstrap_mean
 from sd_unlearn.results import BASE, Difference, Row
 
 
 @dataclass(frozen=True)
-class Pictures:
-    """One subject's pictures of one concept. Subjects with `planned` shots are compared picture by picture."""
+class SubjectImages:
+    """One subject's images of one concept."""
 
     subject: str
-    shots: Sequence[Shot]
+    specs: Sequence[ImageSpec]
     paths: Sequence[Path]
-    cache: Path | None  # where readings of them are kept
-    planned: bool = True
+    cache: Path | None  # folder for cached detector output
+    planned: bool = True  # the images are those of the plan, so they pair with the base's
 
 
 @dataclass
-class Judged:
-    """What came of one concept."""
+class ConceptResults:
+    """The results of one concept."""
 
     concept: Concept
+    images: Sequence[SubjectImages]
     rows: list[Row] = field(default_factory=list)
     differences: list[Difference] = field(default_factory=list)
-    skipped: dict[Path, tuple[str, str]] = field(default_factory=dict)  # path -> (subject, why)
-    counted: dict[str, list[tuple[Question, list[Counted]]]] = field(default_factory=dict)  # by subject
-    seen: dict[str, list[tuple[Question, Seen]]] = field(default_factory=dict)
+    skipped: dict[Path, tuple[str, str]] = field(default_factory=dict)  # path -> (subject, reason)
+    values: dict[str, list[ImageValues]] = field(default_factory=dict)  # by subject, of all metrics
+    detections: dict[str, list[tuple[Metric, Detections]]] = field(default_factory=dict)  # by subject
+
+    def add_rows(self, rows: Sequence[Row]) -> None:
+        """Add rows; of two rows with the same name (e.g. the base's, from each comparison) the first is kept."""
+        known = {(row.metric, row.group, row.subject, row.detector) for row in self.rows}
+        self.rows += [row for row in rows if (row.metric, row.group, row.subject, row.detector) not in known]
 
 
-def judge(
+def run_metrics(
     concept: Concept,
-    questions: Sequence[Question],
-    pair_questions: Sequence[PairQuestion],
-    pictures: Sequence[Pictures],
+    metrics: Sequence[Metric],
+    pair_metrics: Sequence[PairMetric],
+    images: Sequence[SubjectImages],
     main: Sequence[str],
-) -> Judged:
-    """Ask every question of every subject. main: the subjects that are also compared with each other."""
-    found = Judged(concept)
-    for question in questions:
-        _ask(question, pictures, main, found)
-    base = next((p for p in pictures if p.subject == BASE), None)
-    for pair_question in pair_questions:
-        for other in pictures:
+) -> ConceptResults:
+    """Run every metric on every subject, the base first.
+
+    Args:
+        main: Subjects that are also compared with each other.
+    """
+    results = ConceptResults(concept, images)
+    for metric in metrics:
+        _run_metric(metric, main, results)
+    base = next((i for i in images if i.subject == BASE), None)
+    for pair_metric in pair_metrics:
+        for other in images:
             if base and other.planned and other is not base:
-                found.rows += _distances(pair_question, concept, base, other)
-    return found
+                results.rows += _pair_rows(pair_metric, concept, base, other)
+    return results
 
 
-def _ask(question: Question, pictures: Sequence[Pictures], main: Sequence[str], found: Judged) -> None:
-    counted: dict[str, list[Counted]] = {}
-    base: Seen | None = None
-    for one in pictures:
-        shots = as_shots(found.concept, one.shots)
-        title = f"{question.name.split(' ')[0]} reads {one.subject}"
-        seen, failed = detections.read(question, one.paths, one.subject, one.cache, title)
-        found.skipped |= {path: (one.subject, why) for path, why in failed.items()}
-        mine = aggregate.count(question, shots, seen)
-        found.seen.setdefault(one.subject, []).append((question, seen))
-        found.counted.setdefault(one.subject, []).append((question, mine))
-        if one.subject == BASE:
-            base = seen
-        rows = aggregate.rows_of(question, shots, seen, mine, counted.get(BASE) if one.planned else None)
-        if base is not None and one.planned and one.subject != BASE:
-            rows += aggregate.compared(question, shots, base, seen)
-        known = {(row.metric, row.group, row.subject, row.detector) for row in found.rows}
-        found.rows += [row for row in rows if (row.metric, row.group, row.subject, row.detector) not in known]
-        if one.planned:
-            counted[one.subject] = mine
-    planned = next((p for p in pictures if p.planned), None)
+def _run_metric(metric: Metric, main: Sequence[str], results: ConceptResults) -> None:
+    paired: dict[str, list[ImageValues]] = {}  # subject -> values on the planned images
+    base: Detections | None = None
+    for images in results.images:
+        subject = images.subject
+        prompted = to_prompted_images(results.concept, images.specs)
+        title = f"{metric.name.split(' ')[0]}: {subject}"
+        detections, failed = detect(metric, images.paths, subject, images.cache, title)
+        values = aggregate.image_values(metric, prompted, detections)
+        results.skipped |= {path: (subject, reason) for path, reason in failed.items()}
+        results.detections.setdefault(subject, []).append((metric, detections))
+        results.values.setdefault(subject, []).extend(values)
+        base_values = paired.get(BASE) if images.planned else None
+        rows = aggregate.subject_rows(metric, prompted, subject, values, base_values)
+        if base is not None and images.planned:
+            rows += aggregate.comparison_rows(metric, prompted, base, detections)
+        results.add_rows(rows)
+        if subject == BASE:
+            base = detections
+        if images.planned:
+            paired[subject] = values
+    planned = next((images for images in results.images if images.planned), None)
     if planned:
-        shots = as_shots(found.concept, planned.shots)
-        found.differences += aggregate.differences(question, shots, counted, main)
+        prompted = to_prompted_images(results.concept, planned.specs)
+        results.differences += aggregate.differences(metric, prompted, paired, main)
 
 
-def _distances(question: PairQuestion, concept: Concept, base: Pictures, other: Pictures) -> list[Row]:
-    kept = [n for n, shot in enumerate(base.shots) if shot.group in KEPT]
+def _pair_rows(metric: PairMetric, concept: Concept, base: SubjectImages, other: SubjectImages) -> list[Row]:
+    kept = [n for n, spec in enumerate(base.specs) if spec.group in KEEP_GROUPS]
     if not kept:
         return []
-    sides = [[side.paths[n] for n in kept] for side in (base, other)]
-    values = detections.distances(question, sides[0], sides[1], other.cache, f"{question.name}: {other.subject}")
-    values = values[~np.isnan(values)]
-    if not len(values):
+    base_paths, other_paths = ([images.paths[n] for n in kept] for images in (base, other))
+    title = f"{metric.name}: {other.subject}"
+    distances = pair_distances(metric, base_paths, other_paths, other.cache, title)
+    distances = distances[~np.isnan(distances)]
+    if not len(distances):
         return []
-    low, high = bootstrap(np.mean, values)
+    low, high = bootstrap_mean(distances)
+    mean, n = float(distances.mean()), len(distances)
     note = "of pairs of the same prompt and seed"
-    return [
-        Row(
-            question.metric,
-            "kept",
-            other.subject,
-            float(values.mean()),
-            len(values),
-            low,
-            high,
-            question.name,
-            "bootstrap",
-            note,
-            concept.slug,
-        )
-    ]
+    row = Row(metric.metric, "kept", other.subject, mean, n, low, high, metric.name, "bootstrap", note, concept.slug)
+    return [row]

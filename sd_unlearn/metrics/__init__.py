@@ -1,1 +1,1 @@
-"""Questions asked of images, one file a question."""
+"""Metrics of generated images, one file per metric; `base.py` is the contract."""

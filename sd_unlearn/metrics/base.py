@@ -1,7 +1,8 @@
-"""What a metric is: it reads every picture once, says what each one counts for, and compares whole sets of them.
+"""The contract of a metric.
 
-A reading (Columns) depends on the picture and the detector alone, so it is cached under both and shared by everything
-that is asked of it later. Intervals and differences between subjects are made from what is counted, in one place.
+A metric runs a detector on images once (`read`), turns its output into one value per image (`count`) and compares whole
+sets of images (`compare`). The output depends on the image and the detector only, so `evaluation` caches it. Confidence
+intervals and differences between subjects are computed from the values per image in `evaluation/aggregate.py`.
 """
 
 from __future__ import annotations
@@ -17,70 +18,82 @@ from PIL import Image
 from sd_unlearn.data.concept import Concept, Prompt
 from sd_unlearn.results import Card, Row
 
-ASKED = ("direct", "held_out", "generic")  # the groups in which the concept shows up unless it is forgotten
-KEPT = ("alike", "general")
+CONCEPT_GROUPS = ("direct", "held_out", "generic")  # prompt groups whose images show the concept before unlearning
+KEEP_GROUPS = ("alike", "general")  # prompt groups of the retained concepts
 
-Columns = dict[str, NDArray]  # what was read of N pictures; the first axis of every array is N
+DetectorOutput = dict[str, NDArray]  # named arrays of a detector's output; the first axis of each is the N images
 
 
 @dataclass(frozen=True)
-class Shots:
-    """What the N pictures of a reading were drawn for."""
+class PromptedImages:
+    """What each of N images was generated for."""
 
     concept: Concept
     groups: NDArray[np.str_]  # [N] direct | held_out | generic | alike | general
     prompts: tuple[Prompt, ...]  # [N]
-    seeds: NDArray[np.int64]  # [N] which of the evaluation's seeds each is of: 0, 1, ...
+    seeds: NDArray[np.int64]  # [N] index of the evaluation seed: 0, 1, ...
 
     def __len__(self) -> int:
         return len(self.groups)
 
-    def of(self, *groups: str) -> NDArray[np.bool_]:
-        """[N] whether each picture is of one of these groups."""
+    def in_groups(self, *groups: str) -> NDArray[np.bool_]:
+        """[N] whether each image belongs to one of these prompt groups."""
         return np.isin(self.groups, groups)
 
 
 @dataclass(frozen=True)
-class Counted:
-    """One number a picture; a row of results.json for each group is their mean, with its interval."""
+class ImageValues:
+    """One value per image. results.json gets one row per prompt group: the mean with its interval."""
 
     metric: str  # leakage, accuracy, face_rate, clip_score, ...
-    groups: tuple[str, ...]  # the prompt groups it is asked of
-    values: NDArray[np.float64]  # [N] in the order of the shots; nan: not asked of this picture
-    is_rate: bool = True  # values are 0 or 1: Wilson's interval; else a bootstrap's
+    groups: tuple[str, ...]  # the prompt groups that the metric is defined on
+    values: NDArray[np.float64]  # [N] in the order of the images; nan: the metric is not defined on this image
+    is_rate: bool = True  # values are 0 or 1: Wilson interval; else a bootstrap interval
     note: str = ""
 
 
-class Question(Protocol):
-    """A metric over single pictures and sets of them."""
+class Metric(Protocol):
+    """A metric of single images, of sets of images, or both."""
 
-    name: str  # the detector with version or hash and every setting that changes a reading
+    name: str  # the detector with its version or hash and every setting that changes its output; names the cache
 
     def card(self) -> Card: ...
 
-    def read(self, images: Sequence[Image.Image]) -> Columns:
-        """What is seen on each of N >= 0 RGB pictures, whatever order or batches they come in."""
+    def read(self, images: Sequence[Image.Image]) -> DetectorOutput:
+        """The detector's output on N >= 0 RGB images. It must not depend on their order or on batching."""
 
-    def count(self, shots: Shots, columns: Columns) -> list[Counted]:
-        """What each picture counts for; also of one subject alone, without a base."""
+    def count(self, prompted: PromptedImages, output: DetectorOutput) -> list[ImageValues]:
+        """The values of each image; needs no base."""
 
-    def compare(self, shots: Shots, base: Columns, columns: Columns) -> list[Row]:
-        """Figures of whole sets (a Frechet distance) or of pairs beyond the ones made of what is counted.
+    def compare(self, prompted: PromptedImages, base: DetectorOutput, output: DetectorOutput) -> list[Row]:
+        """Metrics of whole sets (e.g. FID) or of image pairs that cannot be computed from `count`.
 
-        base and columns are of the same shots, drawn without and with the LoRA. `subject` of the rows is left "".
+        `base` and `output` belong to images of the same prompts and seeds, generated without and with the LoRA. The
+        `subject` of a row is "" for the LoRA and "base" for the base.
         """
 
-    def words(self, columns: Columns, index: int) -> str:
-        """What one picture was read as, for people; "" when there is nothing to say."""
+    def words(self, output: DetectorOutput, index: int) -> str:
+        """What the detector saw on one image, in words for the report; "" if there is nothing to say."""
 
 
-class PairQuestion(Protocol):
-    """A metric that must see both pictures of a pair at once."""
+class PairMetric(Protocol):
+    """A metric that needs both images of a pair at once."""
 
-    name: str
-    metric: str
+    name: str  # as Metric.name
+    metric: str  # the metric's name in results.json
 
     def card(self) -> Card: ...
 
     def distance(self, base: Sequence[Image.Image], other: Sequence[Image.Image]) -> NDArray[np.float64]:
-        """[N] the distance of each pair, zero for equals."""
+        """[N] the distance of each pair, zero for equal images."""
+
+
+def batches_of_one_size(images: Sequence[Image.Image], batch_size: int) -> list[list[int]]:
+    """Indices of consecutive images of equal size, at most `batch_size` in each batch."""
+    batches: list[list[int]] = []
+    for i, image in enumerate(images):
+        if batches and len(batches[-1]) < batch_size and images[batches[-1][0]].size == image.size:
+            batches[-1].append(i)
+        else:
+            batches.append([i])
+    return batches

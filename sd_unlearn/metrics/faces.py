@@ -1,7 +1,7 @@
-"""Faces in pictures and what each looks like as a unit vector, by one of three finders and networks.
+"""Face detection and face embeddings (unit vectors) by one of three models.
 
-All look at one picture, and embed one face, at a time: a reading cannot depend on what else is read. Finders overlook
-small faces, so small pictures are enlarged before they are searched; how far is part of a model's name.
+Every model processes one image and embeds one face at a time, so its output does not depend on batching. Detectors miss
+small faces, so small images are enlarged first; the size is part of a model's name.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from sd_unlearn.errors import UnlearnError, UsageError, suggest
+from sd_unlearn.errors import UnlearnError, UsageError, reason, suggest
 
-FACE_MODELS = {  # name -> (what it imports, the extra that installs it)
+FACE_MODELS = {  # name -> (packages it imports, the extra that installs them)
     "facenet": (("facenet_pytorch", "torchvision"), "faces"),
     "dlib": (("dlib", "face_recognition_models"), "dlib"),
     "arcface": (("onnxruntime", "facenet_pytorch", "torchvision"), "arcface"),
 }
 VGGFACE2 = "https://github.com/timesler/facenet-pytorch/releases/download/v2.2.9/20180402-114759-vggface2.pt"
-MOST = 8  # a picture is enlarged at most so many times: there is nothing more in it to be found
-# Where both eyes, the nose and both corners of the mouth lie in the 112x112 faces that ArcFace's networks learn from
-# (Deng et al. 2019; the template of their reference implementation).
+MAX_SCALE = 8  # images are enlarged at most by this factor: more adds no detail
+# Eyes, nose and corners of the mouth in the 112x112 faces that ArcFace networks are trained on (Deng et al. 2019; the
+# template of their reference implementation).
 TEMPLATE = np.array(
     [38.2946 + 51.6963j, 73.5318 + 51.5014j, 56.0252 + 71.7366j, 41.5493 + 92.3655j, 70.7299 + 92.2041j]
 )
@@ -38,45 +38,43 @@ Box = tuple[float, float, float, float]
 
 @dataclass(frozen=True)
 class Face:
-    """A face found in a picture."""
+    """A detected face."""
 
-    box: Box  # x0, y0, x1, y1 in pixels of the picture, inside it
-    probability: float  # in [0, 1], how sure the finder is that this is a face
+    box: Box  # x0, y0, x1, y1 in pixels, inside the image
+    probability: float  # in [0, 1], the detector's confidence
     embedding: NDArray[np.float32]  # [D], of length 1
 
 
 class FaceModel(Protocol):
-    """A finder of faces together with a network that embeds them."""
+    """A face detector with a network that embeds the faces."""
 
-    name: str  # with version, weights and every setting that changes what is found
+    name: str  # with version, weights and every setting that changes the output
     version: str  # of the package
     weights: str  # their name or SHA-256
-    limits: str  # what it gets wrong
+    limits: str  # known errors
 
     def find(self, image: Image.Image) -> list[Face]:
-        """Every face found in an RGB picture of any size, in no particular order."""
+        """All faces of an RGB image of any size, in no particular order."""
 
 
 class DlibFaces:
-    """dlib's frontal finder (HOG), 5 landmarks and its ResNet of 128 numbers (King 2017); nothing is downloaded.
+    """dlib's frontal face detector (HOG), 5 landmarks and its 128-dimensional ResNet (King 2017); no download.
 
-    The package's 68-landmark model is left alone: the data it was trained on exclude commercial use.
+    The package's 68-landmark model is not used: the licence of its training data excludes commercial use.
     """
 
-    SIDE = 1024  # the finder's window is 80 pixels wide: this finds faces from 8 % of the longer side up
-    limits = "Finds frontal faces only; a face turned far aside or tilted counts as none."
+    SIDE = 1024  # the detector's window is 80 pixels wide: finds faces from 8 % of the longer side
+    limits = "Detects frontal faces only; faces turned far aside or tilted are missed."
 
     def __init__(self) -> None:
         import dlib
 
-        # The package of the weights is not imported: doing so warns about a deprecated part of setuptools.
+        # Importing face_recognition_models would warn about a deprecated part of setuptools.
         spec = find_spec("face_recognition_models")
         folder = Path(next(iter(spec.submodule_search_locations or []))) / "models" if spec else Path()
-        landmarks, network = (
-            folder / "shape_predictor_5_face_landmarks.dat",
-            folder / "dlib_face_recognition_resnet_model_v1.dat",
-        )
-        self._finder = dlib.get_frontal_face_detector()
+        landmarks = folder / "shape_predictor_5_face_landmarks.dat"
+        network = folder / "dlib_face_recognition_resnet_model_v1.dat"
+        self._detector = dlib.get_frontal_face_detector()
         self._landmarks = dlib.shape_predictor(str(landmarks))
         self._network = dlib.face_recognition_model_v1(str(network))
         self.version, self.weights = dlib.__version__, f"sha256:{_sha256(landmarks, network)}"
@@ -85,82 +83,82 @@ class DlibFaces:
     def find(self, image: Image.Image) -> list[Face]:
         large, scale = _enlarge(image, self.SIDE)
         pixels = np.asarray(large)
-        boxes, margins, _ = self._finder.run(pixels, 0, 0.0)
+        boxes, margins, _ = self._detector.run(pixels, 0, 0.0)
         faces = []
         for box, margin in zip(boxes, margins, strict=True):
             embedding = self._network.compute_face_descriptor(pixels, self._landmarks(pixels, box))
             corners = (box.left(), box.top(), box.right() + 1, box.bottom() + 1)
-            # The finder has a margin for an answer, not a probability: its logistic puts the border at 1/2.
+            # The detector returns a margin, not a probability; the logistic function maps its threshold 0 to 1/2.
             faces.append(Face(_inside(corners, scale, image), float(1 / (1 + np.exp(-margin))), _unit(embedding)))
         return faces
 
 
 class _Mtcnn:
-    """MTCNN (Zhang et al. 2016) as facenet-pytorch carries it, with its weights."""
+    """MTCNN (Zhang et al. 2016) with the weights in facenet-pytorch."""
 
-    SIDE, SMALLEST = 512, 20  # pixels: faces from 4 % of the longer side up
+    SIDE, MIN_FACE = 512, 20  # pixels: finds faces from 4 % of the longer side
 
     def __init__(self, device: str) -> None:
         from facenet_pytorch import MTCNN
 
-        self.network = MTCNN(keep_all=True, min_face_size=self.SMALLEST, device=device)
+        self.network = MTCNN(keep_all=True, min_face_size=self.MIN_FACE, device=device)
         self.version = version("facenet-pytorch")
         self.name = f"MTCNN of facenet-pytorch {self.version}, enlarged to {self.SIDE}"
 
     def find(self, image: Image.Image) -> tuple[Image.Image, float, list[tuple[NDArray, float, NDArray]]]:
-        """The picture enlarged, by how much, and (box [4], probability, landmarks [5, 2]) of each face in it."""
+        """The enlarged image, its scale, and (box [4], probability, landmarks [5, 2]) of each face in it."""
         large, scale = _enlarge(image, self.SIDE)
         try:
             boxes, probabilities, points = self.network.detect(large, landmarks=True)
         except (RuntimeError, ValueError) as error:
             if "non-empty list" not in str(error):
                 raise
-            boxes = None  # how the package says that a narrow picture has no room for a face
+            boxes = None  # the package fails so on images too narrow for a face
         if boxes is None:
             return large, scale, []
         found = [
             (np.asarray(box, float), float(p), np.asarray(marks, float))
             for box, p, marks in zip(boxes, probabilities, points, strict=True)
         ]
-        # One that lies outside the picture cannot be cut out.
+        # A face outside the image cannot be cropped.
         return large, scale, [f for f in found if np.ptp(np.reshape(_inside(f[0], 1, large), (2, 2)), 0).min() >= 1]
 
 
 class FacenetFaces:
-    """MTCNN and InceptionResnetV1 learned on VGGFace2 (facenet-pytorch; Schroff et al. 2015, Cao et al. 2018).
+    """MTCNN and InceptionResnetV1 trained on VGGFace2 (facenet-pytorch; Schroff et al. 2015, Cao et al. 2018).
 
-    The network's weights are those of a file, or are downloaded once to torch's hub folder.
+    The weights are read from a file, or downloaded once to torch's hub folder.
 
     Raises:
-        UnlearnError: the weights cannot be downloaded, or the file holds others.
+        UnlearnError: the weights cannot be downloaded, or the file does not fit the network.
     """
 
-    limits = "Learned on photos of celebrities, mostly light-skinned adults: other faces are told apart less well."
+    limits = "Trained on photos of celebrities, mostly light-skinned adults; less accurate for other faces."
 
     def __init__(self, weights: Path | None = None, device: str = "cpu") -> None:
         import torch
         from facenet_pytorch import InceptionResnetV1
 
         path = weights or _vggface2()
-        self._torch, self._device, self._finder = torch, device, _Mtcnn(device)
+        self._torch, self._device, self._detector = torch, device, _Mtcnn(device)
         self._network = InceptionResnetV1(pretrained=None, device=device).eval()
         try:
             state = torch.load(path, map_location=device, weights_only=True)
-            # The layer that names the people it was trained on has no use here.
+            # The classification layer of the training set is not needed.
             self._network.load_state_dict({k: v for k, v in state.items() if not k.startswith("logits.")})
-        except Exception as error:  # unpickling and mismatches raise a dozen kinds
+        except Exception as error:  # unpickling and mismatches raise many types
             raise UnlearnError(
-                f"--face_weights {path} could not be loaded into InceptionResnetV1 ({_first_line(error)}). "
-                f"Give the file of {VGGFACE2} or leave --face_weights out."
+                f"--face_weights {path} could not be loaded into InceptionResnetV1 ({reason(error)}). "
+                f"Give the file from {VGGFACE2} or leave --face_weights out."
             ) from error
-        self.version, self.weights = self._finder.version, f"{path.name} sha256:{_sha256(path)}"
-        self.name = f"facenet InceptionResnetV1 {self.weights}, {self._finder.name}"
+        self.version, self.weights = self._detector.version, f"{path.name} sha256:{_sha256(path)}"
+        self.name = f"facenet InceptionResnetV1 {self.weights}, {self._detector.name}"
 
     def find(self, image: Image.Image) -> list[Face]:
-        large, scale, found = self._finder.find(image)
+        large, scale, found = self._detector.find(image)
         faces = []
         for box, probability, _ in found:
-            crop = self._finder.network.extract(large, np.stack([box]), None)
+            crop = self._detector.network.extract(large, np.stack([box]), None)
             with self._torch.no_grad():
                 embedding = self._network(crop.to(self._device)).cpu().numpy()[0]
             faces.append(Face(_inside(box, scale, image), probability, _unit(embedding)))
@@ -168,13 +166,13 @@ class FacenetFaces:
 
 
 class ArcFaces:
-    """MTCNN and a network of one's own in ONNX: RGB faces [1, 3, 112, 112] in [-1, 1] -> [1, D] (Deng et al. 2019).
+    """MTCNN and your own ONNX network: RGB faces [1, 3, 112, 112] in [-1, 1] -> [1, D] (Deng et al. 2019).
 
     Raises:
-        UnlearnError: the file is no such network.
+        UnlearnError: the file is not such a network.
     """
 
-    limits = "What the network behind --face_weights gets wrong is for its makers to say; MTCNN finds the faces."
+    limits = "Faces are detected by MTCNN; for the errors of the network in --face_weights see its authors."
 
     def __init__(self, weights: Path, device: str = "cpu") -> None:
         import onnxruntime
@@ -185,20 +183,20 @@ class ArcFaces:
             self._session = onnxruntime.InferenceSession(
                 str(weights), providers=[p for p in [*wanted, "CPUExecutionProvider"] if p in offered]
             )
-        except Exception as error:  # onnxruntime has an exception of its own for every status
-            raise UnlearnError(f"--face_weights {weights} is no ONNX model ({_first_line(error)}).") from error
+        except Exception as error:  # onnxruntime has an exception type for each status
+            raise UnlearnError(f"--face_weights {weights} is not an ONNX model ({reason(error)}).") from error
         shapes = [list(put.shape) for put in (*self._session.get_inputs(), *self._session.get_outputs())]
         if len(shapes) != 2 or shapes[0][1:] != [3, 112, 112] or len(shapes[1]) != 2:
             raise UnlearnError(
                 f"--face_weights {weights} maps {' and '.join(map(str, shapes[:-1]))} to {shapes[-1]}; an ArcFace "
-                "network maps [1, 3, 112, 112] to [1, D]. Give one exported so."
+                "network maps [1, 3, 112, 112] to [1, D]. Export it with these shapes."
             )
-        self._input, self._finder = self._session.get_inputs()[0].name, _Mtcnn(device)
+        self._input, self._detector = self._session.get_inputs()[0].name, _Mtcnn(device)
         self.version, self.weights = onnxruntime.__version__, f"{weights.name} sha256:{_sha256(weights)}"
-        self.name = f"arcface {self.weights}, {self._finder.name}"
+        self.name = f"arcface {self.weights}, {self._detector.name}"
 
     def find(self, image: Image.Image) -> list[Face]:
-        large, scale, found = self._finder.find(image)
+        large, scale, found = self._detector.find(image)
         faces = []
         for box, probability, points in found:
             pixels = np.asarray(align(large, points), np.float32).transpose(2, 0, 1)[None] / 127.5 - 1
@@ -208,25 +206,25 @@ class ArcFaces:
 
 
 def align(image: Image.Image, points: NDArray[np.float64]) -> Image.Image:
-    """The face at five landmarks [5, 2], turned, scaled and shifted onto TEMPLATE: 112x112 pixels.
+    """The face at five landmarks [5, 2], rotated, scaled and shifted onto TEMPLATE: 112x112 pixels.
 
-    The least-squares similarity (Umeyama 1991); in the plane a product of complex numbers, so that nothing is mirrored.
+    The least-squares similarity transform (Umeyama 1991), written with complex numbers, so it cannot mirror.
     """
     source = points[:, 0] + 1j * points[:, 1]
     centred = source - source.mean()
-    turn = (centred.conj() @ (TEMPLATE - TEMPLATE.mean())) / (abs(centred) ** 2).sum()
-    back = 1 / turn  # PIL asks where each pixel of the result is from
-    half = 0.5 + 0.5j  # and counts from the corner of a pixel, landmarks from its centre
-    shift = source.mean() + half - back * (TEMPLATE.mean() + half)
-    rows = (back.real, -back.imag, shift.real, back.imag, back.real, shift.imag)
-    return image.transform((112, 112), Image.Transform.AFFINE, rows, Image.Resampling.BILINEAR)
+    forward = (centred.conj() @ (TEMPLATE - TEMPLATE.mean())) / (abs(centred) ** 2).sum()
+    inverse = 1 / forward  # Pillow maps pixels of the result to the source
+    half = 0.5 + 0.5j  # Pillow counts from the corner of a pixel, landmarks from its centre
+    shift = source.mean() + half - inverse * (TEMPLATE.mean() + half)
+    matrix = (inverse.real, -inverse.imag, shift.real, inverse.imag, inverse.real, shift.imag)
+    return image.transform((112, 112), Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR)
 
 
 def check_face_model(name: str, weights: Path | None) -> None:
-    """Refuse, loading nothing, what make_face_model could not make.
+    """Check the arguments of make_face_model; loads no model.
 
     Raises:
-        UsageError: an unknown name, a package not installed, weights missing or of no use.
+        UsageError: unknown name, missing package, or weights that are missing or not used by the model.
     """
     if name not in FACE_MODELS:
         raise UsageError(
@@ -235,7 +233,7 @@ def check_face_model(name: str, weights: Path | None) -> None:
     if name == "dlib" and weights is not None:
         raise UsageError(f"--face_weights {weights} is for facenet and arcface; dlib's weights come with its package.")
     if name == "arcface" and weights is None:
-        raise UsageError("--face_model arcface needs --face_weights: the path of an ONNX model of ArcFace's kind.")
+        raise UsageError("--face_model arcface needs --face_weights: the path of an ArcFace model in ONNX format.")
     if weights is not None and not weights.is_file():
         raise UsageError(f"--face_weights {weights} does not exist. Give the path of a file.")
     packages, extra = FACE_MODELS[name]
@@ -249,7 +247,7 @@ def make_face_model(name: str, weights: Path | None = None, device: str = "cpu")
 
     Raises:
         UsageError: see check_face_model.
-        UnlearnError: the weights cannot be had, or are of something else.
+        UnlearnError: the weights cannot be downloaded, or do not fit the network.
     """
     check_face_model(name, weights)
     if name == "dlib":
@@ -260,25 +258,25 @@ def make_face_model(name: str, weights: Path | None = None, device: str = "cpu")
 
 
 def _vggface2() -> Path:
-    """The weights facenet-pytorch publishes, in torch's hub folder."""
+    """The weights published by facenet-pytorch, downloaded to torch's hub folder."""
     from torch import hub
 
     path = Path(hub.get_dir()) / "checkpoints" / VGGFACE2.rsplit("/", 1)[1]
     if not path.is_file():
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            hub.download_url_to_file(VGGFACE2, str(path))  # through a temporary name
+            hub.download_url_to_file(VGGFACE2, str(path))  # writes a temporary file, then renames it
         except OSError as error:
             raise UnlearnError(
-                f"--face_model facenet: its weights cannot be downloaded from {VGGFACE2} ({_first_line(error)}). Fetch "
-                "the file elsewhere and give its path as --face_weights, or use --face_model dlib, which needs none."
+                f"--face_model facenet: its weights could not be downloaded from {VGGFACE2} ({reason(error)}). "
+                "Download the file elsewhere and give it as --face_weights, or use --face_model dlib (no download)."
             ) from error
     return path
 
 
 def _enlarge(image: Image.Image, side: int) -> tuple[Image.Image, float]:
-    """The picture with its longer side at least `side` pixels, if MOST allows, and how many times larger it is."""
-    scale = min(max(1.0, side / max(image.size)), MOST)
+    """The image enlarged to a longer side of `side` pixels, at most by MAX_SCALE, and the scale used."""
+    scale = min(max(1.0, side / max(image.size)), MAX_SCALE)
     if scale == 1:
         return image.convert("RGB"), 1.0
     size = (round(image.width * scale), round(image.height * scale))
@@ -286,7 +284,7 @@ def _enlarge(image: Image.Image, side: int) -> tuple[Image.Image, float]:
 
 
 def _inside(box: Sequence[float] | NDArray, scale: float, image: Image.Image) -> Box:
-    """A box of the enlarged picture in pixels of the picture itself."""
+    """A box of the enlarged image in pixels of the original, clipped to it."""
     x0, y0, x1, y1 = np.clip(np.reshape(box, (2, 2)) / scale, 0, image.size).ravel().tolist()
     return x0, y0, x1, y1
 
@@ -297,12 +295,9 @@ def _unit(embedding: Any) -> NDArray[np.float32]:
 
 
 def _sha256(*paths: Path) -> str:
+    """12 digits of the hash of the files' hashes."""
     digest = hashlib.sha256()
     for path in paths:
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()[:12]
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0][:200]

@@ -1,7 +1,7 @@
-"""How far generated images are from others, as distributions of features: FID, KID (Inception) and CMMD (CLIP).
+"""Distances between sets of images: FID and KID (features of Inception) and CMMD (CLIP embeddings).
 
-What must stay is compared with what the base drew from the same prompts and seeds, and, if asked, with a folder of
-real images. Where the features are from is part of a figure's name: fid-inception and fid-digits don't compare.
+Images of the keep prompts are compared with the base's images of the same prompts and seeds and, with --real_images,
+with a folder of real images. A metric's name includes the features: fid-inception and fid-digits are not comparable.
 """
 
 from __future__ import annotations
@@ -16,44 +16,29 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from sd_unlearn.errors import UnlearnError, UsageError
+from sd_unlearn.errors import UnlearnError, UsageError, reason
 from sd_unlearn.io.files import file_sha256
+from sd_unlearn.io.images import UnreadableImage, open_image
 from sd_unlearn.io.run_folder import IMAGE_SUFFIXES
-from sd_unlearn.metrics.base import KEPT, Columns, Counted, Shots
-from sd_unlearn.metrics.drift import same_sizes
-from sd_unlearn.metrics.mmd import CMMD_SCALE, CMMD_SIGMA, FEWEST, Estimate, cmmd, kid
-from sd_unlearn.metrics.statistics import bootstrap
+from sd_unlearn.metrics.base import (
+    KEEP_GROUPS,
+    DetectorOutput,
+    ImageValues,
+    PromptedImages,
+    batches_of_one_size,
+)
+from sd_unlearn.metrics.frechet import frechet_distance
+from sd_unlearn.metrics.mmd import CMMD_SCALE, CMMD_SIGMA, FEWEST, Distance, cmmd, kid
 from sd_unlearn.results import Card, Row
 
 if TYPE_CHECKING:
     from sd_unlearn.models.clip import ClipEncoder
 
-FID_FEWEST = 2048  # images: as many as the features are wide, below which a covariance is not of full rank
+FID_FEWEST = 2048  # images in a set: with fewer than there are features, the covariance is singular
 WIDTH = 2048
 _BATCH = 32
+_GROUPS = (("alike", ("alike",)), ("general", ("general",)), ("kept", KEEP_GROUPS))
 _PAIRED = "against the base's pictures of the same prompts and seeds"
-
-
-def frechet_distance(a: NDArray, b: NDArray) -> float:
-    """Frechet distance between the Gaussians fitted to features [N, D] and [M, D] (Heusel et al. 2017, eq. 6).
-
-    |mu_a - mu_b|^2 + tr(A + B - 2 (A B)^(1/2)); the trace of the root is the sum of the roots of A B's
-    eigenvalues, found symmetrically as those of B^(1/2) A B^(1/2).
-    """
-    mean = a.mean(0) - b.mean(0)
-    cov_a, cov_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
-    values, vectors = np.linalg.eigh(cov_b)
-    root = (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
-    cross = np.linalg.eigvalsh(root @ cov_a @ root).clip(min=0)
-    return max(0.0, float(mean @ mean + np.trace(cov_a) + np.trace(cov_b) - 2 * np.sqrt(cross).sum()))
-
-
-def frechet_estimate(drawn: NDArray, real: NDArray) -> Estimate:
-    """Frechet distance of features [N, D] to real [M, D], with the basic bootstrap interval over the drawn images."""
-    value = frechet_distance(drawn, real)
-    # A resample is further from the truth than the sample: the basic interval turns that bias back.
-    low, high = bootstrap(lambda x: frechet_distance(x, real), drawn, resamples=200)
-    return Estimate(value, max(0.0, 2 * value - high), max(0.0, 2 * value - low))
 
 
 def fid(a: NDArray, b: NDArray) -> float:
@@ -63,7 +48,7 @@ def fid(a: NDArray, b: NDArray) -> float:
         UsageError: fewer than 2,048 images in a set, where FID is mostly bias.
     """
     if min(len(a), len(b)) < FID_FEWEST:
-        raise UsageError(f"{_no_fid(len(a), len(b))}: draw more, or use kid-inception or CMMD, which are unbiased.")
+        raise UsageError(f"{_no_fid(len(a), len(b))}: generate more, or use kid-inception or CMMD (unbiased).")
     return frechet_distance(np.asarray(a, np.float64), np.asarray(b, np.float64))
 
 
@@ -72,119 +57,127 @@ def _no_fid(*counts: int) -> str:
 
 
 class SetDistance:
-    """What the questions of this file share: each group of what must stay, against the base and against real images.
+    """Base class: distance of each keep group to the base's images and to real images.
 
-    A subclass reads "features" and says in `distances` what is measured between two sets of them.
+    A subclass computes "features" in `read` and distances between two sets of them in `distances`.
 
     Raises:
-        UsageError: the folder of real images is missing or holds fewer than 10 images.
+        UsageError: the folder of real images is missing or has fewer than 10 images.
     """
 
     name: str
-    distances_made: tuple[str, ...]  # the metrics, without "-real"
+    metric_names: tuple[str, ...]  # without "-real"
 
     def __init__(self, real: Path | None) -> None:
         self.real = real
-        self.real_files = _images_of(real) if real else []
+        self.real_files = _image_files(real) if real else []
 
-    def read(self, images: Sequence[Image.Image]) -> Columns:
+    def read(self, images: Sequence[Image.Image]) -> DetectorOutput:
         raise NotImplementedError
 
-    def distances(self, drawn: NDArray, others: NDArray, paired: bool) -> list[tuple[str, Estimate, str]]:
-        """(metric, figure with interval, note) for two sets of features; low and high nan: no interval."""
+    def distances(self, generated: NDArray, others: NDArray, paired: bool) -> list[tuple[str, Distance, str]]:
+        """(metric, distance, note) for two sets of features."""
         raise NotImplementedError
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        return self.distances_made + tuple(f"{name}-real" for name in self.distances_made if self.real)
+        return self.metric_names + tuple(f"{name}-real" for name in self.metric_names if self.real)
 
-    def count(self, shots: Shots, columns: Columns) -> list[Counted]:
+    def count(self, prompted: PromptedImages, output: DetectorOutput) -> list[ImageValues]:
         return []
 
-    def words(self, columns: Columns, index: int) -> str:
+    def words(self, output: DetectorOutput, index: int) -> str:
         return ""
 
-    def compare(self, shots: Shots, base: Columns, columns: Columns) -> list[Row]:
-        """Rows for alike, general and both (kept); those against real images are named -real and have a base's too."""
+    def compare(self, prompted: PromptedImages, base: DetectorOutput, output: DetectorOutput) -> list[Row]:
+        """Rows for alike, general and both (kept); metrics ending in -real also have rows of the base."""
         rows: list[Row] = []
-        for group, members in (("alike", ("alike",)), ("general", ("general",)), ("kept", KEPT)):
-            here = shots.of(*members)
+        for group, members in _GROUPS:
+            here = prompted.in_groups(*members)
             if not here.any():
                 continue
-            drawn, before = columns["features"][here], base["features"][here]
-            rows += self._rows("", group, "", drawn, before, True, _PAIRED)
+            of_lora, of_base = output["features"][here], base["features"][here]
+            rows += self._rows("", group, "", of_lora, of_base, True, _PAIRED)
             if self.real:
-                features, note = self._of_real
-                for subject, these in (("base", before), ("", drawn)):
-                    rows += self._rows("-real", group, subject, these, features, False, note)
+                real, note = self._real_features
+                for subject, features in (("base", of_base), ("", of_lora)):
+                    rows += self._rows("-real", group, subject, features, real, False, note)
         return rows
 
     def _rows(
-        self, ending: str, group: str, subject: str, drawn: NDArray, others: NDArray, paired: bool, note: str
+        self, ending: str, group: str, subject: str, generated: NDArray, others: NDArray, paired: bool, note: str
     ) -> list[Row]:
-        if len(drawn) < FEWEST:
-            few = f"unknown: {len(drawn)} pictures are fewer than {FEWEST}"
-            name = self.distances_made[-1] + ending
-            return [Row(name, group, subject, None, len(drawn), detector=self.name, interval="none", note=few)]
-        rows = []
-        for metric, found, more in self.distances(drawn, others, paired):
-            bounds = (None, None, "none") if np.isnan(found.low) else (found.low, found.high, "half-sampling")
-            low, high, interval = bounds
-            said = "; ".join(filter(None, (note, more)))
-            rows.append(
-                Row(metric + ending, group, subject, found.value, len(drawn), low, high, self.name, interval, said)
-            )
-        return rows
+        n = len(generated)
+        if n < FEWEST:
+            too_few = f"unknown: {n} pictures are fewer than {FEWEST}"
+            name = self.metric_names[-1] + ending
+            return [Row(name, group, subject, None, n, detector=self.name, interval="none", note=too_few)]
+        return [
+            distance_row(metric + ending, group, subject, distance, n, self.name, (note, remark))
+            for metric, distance, remark in self.distances(generated, others, paired)
+        ]
 
     @cached_property
-    def _of_real(self) -> tuple[NDArray, str]:
-        """Features of the real images, and what to say of them: images that cannot be read are counted and named."""
-        parts, broken = [], []
+    def _real_features(self) -> tuple[NDArray, str]:
+        """Features of the real images, and the rows' note: unreadable images are counted and named."""
+        features, unreadable = [], []
         for start in range(0, len(self.real_files), _BATCH):
             images = []
             for path in self.real_files[start : start + _BATCH]:
                 try:
-                    with Image.open(path) as image:
-                        images.append(image.convert("RGB"))
-                except (OSError, SyntaxError, ValueError):  # what PIL raises over files that are no or half an image
-                    broken.append(path.name)
+                    images.append(open_image(path))
+                except UnreadableImage:
+                    unreadable.append(path.name)
             if images:
-                parts.append(self.read(images)["features"])
-        read = len(self.real_files) - len(broken)
-        if read < FEWEST:
+                features.append(self.read(images)["features"])
+        count = len(self.real_files) - len(unreadable)
+        if count < FEWEST:
             raise UsageError(
-                f"--real_images {self.real}: {read} images can be read; {FEWEST} are needed. Name another folder."
+                f"--real_images {self.real}: {count} images can be read; at least {FEWEST} are needed. Choose another "
+                "folder."
             )
-        note = f"against {read:,} real images of {self.real.name if self.real else ''}"
-        if broken:
-            names = ", ".join(broken[:5]) + (", ..." if len(broken) > 5 else "")
-            note += f"; {len(broken)} could not be read: {names}"
-        return np.concatenate(parts), note
+        note = f"against {count:,} real images of {self.real.name if self.real else ''}"
+        if unreadable:
+            names = ", ".join(unreadable[:5]) + (", ..." if len(unreadable) > 5 else "")
+            note += f"; {len(unreadable)} could not be read: {names}"
+        return np.concatenate(features), note
+
+
+def distance_row(
+    metric: str, group: str, subject: str, distance: Distance, n: int, detector: str, notes: Sequence[str]
+) -> Row:
+    """A row of a distance between sets, with a half-sampling interval or none. n: images of the generated set."""
+    note = "; ".join(filter(None, notes))
+    if np.isnan(distance.low):
+        return Row(metric, group, subject, distance.value, n, None, None, detector, "none", note)
+    return Row(metric, group, subject, distance.value, n, distance.low, distance.high, detector, "half-sampling", note)
 
 
 class InceptionFidelity(SetDistance):
     """FID and KID on the features of the TensorFlow InceptionV3 that papers use, ported by torch-fidelity.
 
-    Columns: "features" [N, 2048].
+    Output: "features" [N, 2048].
 
     Raises:
-        UsageError: torch-fidelity is not installed; a file or a folder that is named and is not there.
-        UnlearnError: the weights cannot be fetched or read.
+        UsageError: torch-fidelity is not installed; the weights file or the folder of real images does not exist.
+        UnlearnError: the weights cannot be downloaded or read.
     """
 
-    distances_made = ("fid-inception", "kid-inception")
+    metric_names = ("fid-inception", "kid-inception")
 
     def __init__(self, weights: Path | None = None, real: Path | None = None, device: Any = "cpu") -> None:
         super().__init__(real)
         if weights and not weights.is_file():
-            raise UsageError(f"--inception_weights {weights} is no file. Leave the option out to fetch the weights.")
+            raise UsageError(
+                f"--inception_weights {weights} is not a file. Leave the option out to download the weights."
+            )
         try:
             from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
         except ImportError as error:
             raise UsageError(
-                f"The metric fidelity needs torch-fidelity: pip install 'sd-unlearn[fidelity]' ({error})."
+                f"The metric fidelity needs torch-fidelity: pip install 'sd-unlearn[fidelity]' ({reason(error)})."
             ) from None
-        self.device, self.file = device, weights or _fetch(URL_INCEPTION_V3)
+        self.device, self.file = device, weights or _download(URL_INCEPTION_V3)
         self.sha256 = file_sha256(self.file)
         self.name = f"inception-v3 torch-fidelity {version('torch-fidelity')} sha256:{self.sha256[:12]}"
 
@@ -192,81 +185,82 @@ class InceptionFidelity(SetDistance):
         return Card(
             self.name,
             self.metrics,
-            "Distances between sets of pictures by the 2,048 pooled features of InceptionV3 (2015-12-05), scaled to "
-            "299 pixels as TensorFlow 1 does: Frechet (FID) and kernel (KID, cubic, unbiased, not multiplied).",
+            "Distances between sets of images by the 2,048 pooled features of InceptionV3 (2015-12-05), images scaled "
+            "to 299 pixels as in TensorFlow 1: Frechet (FID) and kernel (KID, cubic, unbiased, not multiplied).",
             f"torch-fidelity {version('torch-fidelity')}",
             f"sha256:{self.sha256}",
-            f"FID from {FID_FEWEST:,} images a set on",
-            "FID is biased by the number of images and compares only at equal numbers; it has no interval here. "
-            "Both see ImageNet's objects and textures more than faces.",
+            f"FID from {FID_FEWEST:,} images in each set",
+            "FID is biased by the number of images: compare it only at equal numbers. It has no interval here. "
+            "Both metrics are more sensitive to ImageNet's objects and textures than to faces.",
             {"real": str(self.real)} if self.real else {},
         )
 
     @cached_property
     def network(self) -> Any:
-        """Built at the first picture: nothing is loaded where every reading is cached."""
+        """Loaded for the first image: not needed where all outputs are cached."""
         import torch
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
         try:
-            torch.load(self.file, map_location="cpu", weights_only=True)  # torch-fidelity would run what a file holds
+            torch.load(self.file, map_location="cpu", weights_only=True)  # torch-fidelity would run code in the file
             return FeatureExtractorInceptionV3("inception", ["2048"], str(self.file)).to(self.device)
-        except Exception as error:  # pickle, zip, key and size errors alike
+        except Exception as error:  # pickle, zip, key and size errors
             raise UnlearnError(
-                f"--inception_weights {self.file} does not hold torch-fidelity's InceptionV3: "
-                f"{str(error).splitlines()[0][:200]}. Delete it to have it fetched again, or name another file."
+                f"--inception_weights {self.file} does not hold torch-fidelity's InceptionV3: {reason(error)}. "
+                "Delete it to download it again, or give another file."
             ) from error
 
-    def read(self, images: Sequence[Image.Image]) -> Columns:
-        """Features of RGB pictures of any size."""
+    def read(self, images: Sequence[Image.Image]) -> DetectorOutput:
+        """Features of RGB images of any size."""
         import torch
 
-        found = np.zeros((len(images), WIDTH), np.float32)
-        for places in same_sizes(images, _BATCH):
-            pixels = np.stack([np.asarray(images[i].convert("RGB")) for i in places])
+        features = np.zeros((len(images), WIDTH), np.float32)
+        for indices in batches_of_one_size(images, _BATCH):
+            pixels = np.stack([np.asarray(images[i].convert("RGB")) for i in indices])
             with torch.no_grad():
-                (features,) = self.network(torch.from_numpy(pixels).permute(0, 3, 1, 2).to(self.device))
-            found[places] = features.cpu().numpy()
-        return {"features": found}
+                (pooled,) = self.network(torch.from_numpy(pixels).permute(0, 3, 1, 2).to(self.device))
+            features[indices] = pooled.cpu().numpy()
+        return {"features": features}
 
-    def distances(self, drawn: NDArray, others: NDArray, paired: bool) -> list[tuple[str, Estimate, str]]:
-        kernel = ("kid-inception", kid(drawn, others, paired), "unbiased")
-        if min(len(drawn), len(others)) < FID_FEWEST:
-            return [(kernel[0], kernel[1], f"unbiased; no FID: {_no_fid(len(drawn), len(others))}")]
-        return [("fid-inception", Estimate(fid(drawn, others), np.nan, np.nan), ""), kernel]
+    def distances(self, generated: NDArray, others: NDArray, paired: bool) -> list[tuple[str, Distance, str]]:
+        kernel = kid(generated, others, paired)
+        if min(len(generated), len(others)) < FID_FEWEST:
+            return [("kid-inception", kernel, f"unbiased; no FID: {_no_fid(len(generated), len(others))}")]
+        frechet = Distance(fid(generated, others), np.nan, np.nan)
+        return [("fid-inception", frechet, ""), ("kid-inception", kernel, "unbiased")]
 
 
 class Cmmd(SetDistance):
-    """CMMD on a CLIP model's image embeddings. Columns: "features" [N, D] not normalised.
+    """CMMD on a CLIP model's image embeddings. Output: "features" [N, D], not normalized.
 
     Raises:
-        UsageError: the folder of real images is missing or holds fewer than 10 images.
+        UsageError: the folder of real images is missing or has fewer than 10 images.
     """
 
     def __init__(self, encoder: ClipEncoder, real: Path | None = None) -> None:
         super().__init__(real)
         self.encoder, self.name = encoder, encoder.detector
-        self.distances_made = (f"cmmd-{encoder.architecture}",)
+        self.metric_names = (f"cmmd-{encoder.architecture}",)
 
     def card(self) -> Card:
         return Card(
             self.name,
             self.metrics,
-            "Distance between sets of pictures by CLIP's embeddings: squared maximum mean discrepancy, Gaussian "
-            f"kernel of width {CMMD_SIGMA:g}, times {CMMD_SCALE:,.0f}, unbiased.",
+            "Distance between sets of images by CLIP's embeddings: squared maximum mean discrepancy, Gaussian kernel "
+            f"of width {CMMD_SIGMA:g}, times {CMMD_SCALE:,.0f}, unbiased.",
             f"open_clip {version('open_clip_torch')}",
             self.encoder.weights,
-            limits="The paper uses ViT-L-14-336 with OpenAI's weights; figures of other models don't compare with it. "
-            "It sees what CLIP sees: content more than artefacts.",
+            limits="The paper uses ViT-L-14-336 with OpenAI's weights; values of other models are not comparable. CLIP "
+            "is more sensitive to content than to artefacts.",
             extra={"real": str(self.real)} if self.real else {},
         )
 
-    def read(self, images: Sequence[Image.Image]) -> Columns:
+    def read(self, images: Sequence[Image.Image]) -> DetectorOutput:
         width = self.encoder.texts([""]).shape[1] if not images else 0
         return {"features": self.encoder.images(images) if images else np.zeros((0, width), np.float32)}
 
-    def distances(self, drawn: NDArray, others: NDArray, paired: bool) -> list[tuple[str, Estimate, str]]:
-        return [(self.distances_made[0], cmmd(drawn, others, paired), "unbiased")]
+    def distances(self, generated: NDArray, others: NDArray, paired: bool) -> list[tuple[str, Distance, str]]:
+        return [(self.metric_names[0], cmmd(generated, others, paired), "unbiased")]
 
 
 def make_fidelity(weights: Path | None = None, real: Path | None = None, device: Any = "cpu") -> InceptionFidelity:
@@ -275,31 +269,31 @@ def make_fidelity(weights: Path | None = None, real: Path | None = None, device:
 
 
 def make_cmmd(encoder: ClipEncoder, real: Path | None = None) -> Cmmd:
-    """For the registry: the metric cmmd, on the encoder of ClipQuestion or another. Raises as Cmmd."""
+    """For the registry: the metric cmmd. Raises as Cmmd."""
     return Cmmd(encoder, real)
 
 
-def _fetch(url: str) -> Path:
-    """The weights' file in torch's cache, fetched when it is not there yet."""
+def _download(url: str) -> Path:
+    """The weights file in torch's cache, downloaded if it is not there."""
     import torch
 
     path = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
     if not path.is_file():
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(url, str(path), progress=False)  # under a temporary name, then renamed
+            torch.hub.download_url_to_file(url, str(path), progress=False)  # writes a temporary file, then renames it
         except OSError as error:  # URLError is one
             raise UnlearnError(
-                f"The weights of InceptionV3 cannot be fetched ({error}). Download {url} on a machine with a network "
-                "and name the file: --inception_weights FILE."
+                f"The weights of InceptionV3 could not be downloaded: {reason(error)}. Download {url} elsewhere "
+                "and give the file: --inception_weights FILE."
             ) from error
     return path
 
 
-def _images_of(folder: Path) -> list[Path]:
-    """Image files of a folder and its subfolders, by name."""
+def _image_files(folder: Path) -> list[Path]:
+    """Image files of a folder and its subfolders, sorted."""
     if not folder.is_dir():
-        raise UsageError(f"--real_images {folder} is no folder. Name one that holds real images.")
+        raise UsageError(f"--real_images {folder} is not a folder. Give a folder of real images.")
     files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES)
     if len(files) < FEWEST:
         raise UsageError(f"--real_images {folder} holds {len(files)} images; a distance needs {FEWEST} or more.")

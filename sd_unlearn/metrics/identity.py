@@ -1,7 +1,8 @@
-"""Is this person still drawn? Faces compared with the person's own, at a threshold that other people set.
+"""Identity: is the person still generated? Compares faces with reference images of the person.
 
-An image shows the person when the face most like the reference is at least as like it as the threshold; without a face
-it does not, but it counts. The threshold is where a stated share of other people's faces would be taken for the person.
+An image shows the person if the similarity of its most similar face reaches the threshold. Images without a face do not
+show the person and count in every rate. The threshold is calibrated on other people: at most a given share of their
+faces (the false accept rate) reaches it.
 """
 
 from __future__ import annotations
@@ -14,35 +15,36 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image
 from tqdm import tqdm
 
 from sd_unlearn.errors import UsageError
+from sd_unlearn.io.images import UnreadableImage, open_image
 from sd_unlearn.io.run_folder import IMAGE_SUFFIXES
-from sd_unlearn.metrics.base import ASKED, KEPT, Columns, Counted, Shots
+from sd_unlearn.metrics.base import CONCEPT_GROUPS, KEEP_GROUPS, DetectorOutput, ImageValues, PromptedImages
 from sd_unlearn.metrics.faces import Face, FaceModel, check_face_model, make_face_model
 from sd_unlearn.metrics.statistics import wilson
 from sd_unlearn.results import Card, Row
 
-MANY = 1000  # faces of other people, from which a rate of 1e-3 can be seen
-FACES = 8  # boxes kept of an image; all of its faces are compared
+MANY = 1000  # faces of other people; from this number a rate of 1e-3 can be measured
+FACES = 8  # boxes stored per image; all faces are compared
 
 
 @dataclass(frozen=True)
 class Reference:
-    """The person, as the mean of unit embeddings."""
+    """The person: the mean of the unit embeddings of the reference images."""
 
     direction: NDArray[np.float64]  # [D], of length 1
-    embeddings: NDArray[np.float64]  # [n, D], one of each image with a face
-    faceless: tuple[str, ...]  # images without one
-    sha256: str  # of the images, whatever they are called
+    embeddings: NDArray[np.float64]  # [n, D], one for each image with a face
+    faceless: tuple[str, ...]  # names of the images without a face
+    sha256: str  # of the images' content, independent of their names
 
     def similarity(self, embeddings: NDArray) -> NDArray[np.float64]:
         """[n] cosine of each unit embedding [n, D] to the person."""
         return np.asarray(embeddings, np.float64).reshape(-1, len(self.direction)) @ self.direction
 
-    def left_out(self) -> NDArray[np.float64]:
-        """[n] cosine of each reference face to the mean of the others; empty for a single one."""
+    def leave_one_out(self) -> NDArray[np.float64]:
+        """[n] cosine of each reference face to the mean of the others; empty for a single face."""
         if len(self.embeddings) < 2:
             return np.zeros(0)
         others = self.embeddings.sum(0) - self.embeddings
@@ -51,10 +53,10 @@ class Reference:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Where the line between the person and others is drawn, and on whom."""
+    """The similarity threshold and the faces it was calibrated on."""
 
     threshold: float
-    asked: float  # share of other people's faces that may be taken for the person
+    rate: float  # highest share of other people's faces that may reach the threshold
     similarities: NDArray[np.float64]  # [n] of the other people's faces
     people: str  # name of their folder
     images: int
@@ -69,21 +71,21 @@ class Calibration:
         low, high = wilson(self.accepted, n)
         text = (
             f"{self.threshold:.4f}: {self.accepted} of {n} faces of other people ({self.people}) are taken for the "
-            f"person, {self.accepted / n:.2%} (95 % interval {low:.2%} to {high:.2%}) where {self.asked:.2%} may be"
+            f"person, {self.accepted / n:.2%} (95 % interval {low:.2%} to {high:.2%}); allowed: {self.rate:.2%}"
         )
-        if n * self.asked < 1:
-            text += f"; {n} faces are too few to see that rate, so the threshold lies just above the most alike of them"
+        if n * self.rate < 1:
+            text += f"; {n} faces are too few to measure that rate, so the threshold is just above the most similar one"
         return text
 
 
 class Identity:
-    """The question of identity.py, to be asked of any images.
+    """The identity metric, for any images.
 
     Args:
-        person: what the person is called.
-        model: finds and embeds faces.
-        reference: the person's own.
-        calibration: the threshold.
+        person: The person's name.
+        model: Detects and embeds faces.
+        reference: The person's faces.
+        calibration: The threshold.
     """
 
     def __init__(self, person: str, model: FaceModel, reference: Reference, calibration: Calibration) -> None:
@@ -91,38 +93,38 @@ class Identity:
         self.name = f"{model.name}, reference sha256:{reference.sha256[:12]}"
 
     def card(self) -> Card:
-        own, line = self.reference.left_out(), self.calibration.threshold
+        own, threshold = self.reference.leave_one_out(), self.calibration.threshold
         n, faceless = len(self.reference.embeddings), self.reference.faceless
         extra = {
             "reference": f"{n} faces of {self.person}" + (f"; no face in {', '.join(faceless)}" if faceless else ""),
-            "recognised": f"{int((own >= line).sum())} of {n} reference faces, each against the mean of the others"
+            "recognised": f"{int((own >= threshold).sum())} of {n} reference faces, each against the mean of the others"
             if len(own)
-            else "unknown: it takes at least two reference faces",
+            else "unknown: needs at least two reference faces",
             "others": f"{len(self.calibration.similarities)} faces on {self.calibration.images} images of "
             f"{self.calibration.people} ({self.calibration.faceless} without a face), "
-            f"the most alike at {self.calibration.similarities.max():.4f}",
+            f"highest similarity {self.calibration.similarities.max():.4f}",
         }
         return Card(
             detector=self.name,
             metrics=("leakage", "face_rate", "confusion"),
-            about=f"Compares every face with the mean of {self.person}'s and goes by the one most alike.",
+            about=f"Compares every face with the mean of {self.person}'s faces; the most similar face decides.",
             version=self.model.version,
             weights=self.model.weights,
             threshold=str(self.calibration),
-            limits=f"{self.model.limits} An image with k faces is k times as likely to be taken for the person by "
-            "mistake as a single face.",
+            limits=f"{self.model.limits} An image with k faces is up to k times as likely as a single face to be taken "
+            "for the person by mistake.",
             extra=extra,
         )
 
-    def read(self, images: Sequence[Image.Image]) -> Columns:
-        """What is seen on each of N images.
+    def read(self, images: Sequence[Image.Image]) -> DetectorOutput:
+        """Detect and compare the faces of N images.
 
         Returns:
-            similarity [N]: cosine of the face most like the person, nan without a face; faces [N]: how many there are;
+            similarity [N]: cosine of the most similar face, nan without a face; faces [N]: the number of faces;
             boxes [N, FACES, 4] (x0, y0, x1, y1 as fractions of width and height) and similarities [N, FACES] of the
-            most alike faces, the most alike first, padded with nan.
+            most similar faces, most similar first, padded with nan.
         """
-        columns: Columns = {
+        output: DetectorOutput = {
             "similarity": np.full(len(images), np.nan),
             "faces": np.zeros(len(images), np.int64),
             "boxes": np.full((len(images), FACES, 4), np.nan),
@@ -130,56 +132,56 @@ class Identity:
         }
         for i, image in enumerate(images):
             faces = self.model.find(image)
-            columns["faces"][i] = len(faces)
+            output["faces"][i] = len(faces)
             if not faces:
                 continue
-            alike = self.reference.similarity(np.stack([face.embedding for face in faces]))
-            order = np.lexsort([*np.array([face.box for face in faces]).T, -alike])[:FACES]
-            columns["similarity"][i] = alike[order[0]]
-            columns["similarities"][i, : len(order)] = alike[order]
+            similarity = self.reference.similarity(np.stack([face.embedding for face in faces]))
+            order = np.lexsort([*np.array([face.box for face in faces]).T, -similarity])[:FACES]
+            output["similarity"][i] = similarity[order[0]]
+            output["similarities"][i, : len(order)] = similarity[order]
             size = (image.width, image.height) * 2
-            columns["boxes"][i, : len(order)] = [np.divide(faces[j].box, size) for j in order]
-        return columns
+            output["boxes"][i, : len(order)] = [np.divide(faces[j].box, size) for j in order]
+        return output
 
-    def count(self, shots: Shots, columns: Columns) -> list[Counted]:
-        """Leakage where the person is asked for, confusion where somebody or something else is, faces everywhere."""
-        shown, note = self.shows(columns), f"a face with similarity >= {self.calibration.threshold:.4f}"
+    def count(self, prompted: PromptedImages, output: DetectorOutput) -> list[ImageValues]:
+        """Leakage of the concept groups, confusion of the keep groups, face_rate of all groups."""
+        shown, note = self.shows(output), f"a face with similarity >= {self.calibration.threshold:.4f}"
         rates = (
-            ("leakage", ASKED, shown, note),
-            ("confusion", KEPT, shown, f"{note}, though nobody asked for {self.person}"),
-            ("face_rate", (*ASKED, *KEPT), columns["faces"] > 0, "images with at least one face"),
+            ("leakage", CONCEPT_GROUPS, shown, note),
+            ("confusion", KEEP_GROUPS, shown, f"{note}, though nobody asked for {self.person}"),
+            ("face_rate", (*CONCEPT_GROUPS, *KEEP_GROUPS), output["faces"] > 0, "images with at least one face"),
         )
         return [
-            Counted(metric, groups, np.where(shots.of(*groups), hits, np.nan), note=why)
-            for metric, groups, hits, why in rates
+            ImageValues(metric, groups, np.where(prompted.in_groups(*groups), hits, np.nan), note=note)
+            for metric, groups, hits, note in rates
         ]
 
-    def shows(self, columns: Columns) -> NDArray[np.bool_]:
-        """[N] whether each image shows the person; one without a face does not."""
-        return columns["similarity"] >= self.calibration.threshold
+    def shows(self, output: DetectorOutput) -> NDArray[np.bool_]:
+        """[N] whether each image shows the person; False for images without a face."""
+        return output["similarity"] >= self.calibration.threshold
 
-    def compare(self, shots: Shots, base: Columns, columns: Columns) -> list[Row]:
+    def compare(self, prompted: PromptedImages, base: DetectorOutput, output: DetectorOutput) -> list[Row]:
         return []
 
-    def words(self, columns: Columns, index: int) -> str:
-        if not columns["faces"][index]:
+    def words(self, output: DetectorOutput, index: int) -> str:
+        if not output["faces"][index]:
             return "no face"
-        who = self.person if self.shows(columns)[index] else "another face"
-        return f"{who} {columns['similarity'][index]:.2f}"
+        who = self.person if self.shows(output)[index] else "another face"
+        return f"{who} {output['similarity'][index]:.2f}"
 
 
 def threshold_at(similarities: NDArray[np.float64], rate: float) -> float:
-    """The smallest threshold that at most a share `rate` in [0, 1) of the similarities [n > 0] reaches."""
+    """The smallest threshold that at most a share `rate`, in [0, 1), of the similarities [n > 0] reaches."""
     ranked = np.sort(np.asarray(similarities, np.float64))[::-1]
-    allowed = int(rate * len(ranked) + 1e-9)  # 0.29 * 100 is a hair below 29
+    allowed = int(rate * len(ranked) + 1e-9)  # 0.29 * 100 is slightly below 29
     return float(np.nextafter(ranked[allowed], np.inf))
 
 
 def read_reference(folder: Path, model: FaceModel) -> Reference:
-    """The person, by the largest face of each image of a folder.
+    """The person's faces: the largest face of each image of a folder.
 
     Raises:
-        UsageError: no images, an unreadable one, or not a single face.
+        UsageError: no images, an unreadable image, or no face on any image.
     """
     embeddings, faceless, digests = [], [], []
     for path in _images(folder, "--reference"):
@@ -192,7 +194,7 @@ def read_reference(folder: Path, model: FaceModel) -> Reference:
     if not embeddings:
         raise UsageError(
             f"--reference {folder}: no face was found on any of its {len(faceless)} images. Give photos that show the "
-            "person's face from the front, or another --face_model."
+            "person's face from the front, or use another --face_model."
         )
     unit = np.stack(embeddings).astype(np.float64)
     mean = unit.mean(0)
@@ -201,37 +203,39 @@ def read_reference(folder: Path, model: FaceModel) -> Reference:
 
 
 def calibrate(folder: Path, model: FaceModel, reference: Reference, rate: float | None = None) -> Calibration:
-    """The threshold at which at most a share `rate` of the faces of a folder of other people passes for the person.
+    """The threshold that at most a share `rate` of the faces in a folder of other people reaches.
 
-    The default rate is 1e-3 from MANY faces up and 1e-2 with fewer.
+    The default rate is 1e-3 with at least MANY faces and 1e-2 with fewer.
 
     Raises:
-        UsageError: no images, an unreadable one, or not a single face.
+        UsageError: no images, an unreadable image, or no face on any image.
     """
     paths = _images(folder, "--others")
-    found, faceless = [], 0
+    embeddings, faceless = [], 0
     for path in tqdm(paths, desc="Other people", unit="image", file=sys.stderr, disable=len(paths) < 100):
         faces = model.find(_open(path, "--others"))
-        found += [face.embedding for face in faces]
+        embeddings += [face.embedding for face in faces]
         faceless += not faces
-    if not found:
+    if not embeddings:
         raise UsageError(
             f"--others {folder}: no face was found on any of its {len(paths)} images, so no threshold can be set. Give "
-            "photos of many other people, or another --face_model."
+            "photos of many other people, or use another --face_model."
         )
-    alike = reference.similarity(np.stack(found))
-    asked = rate if rate is not None else (1e-3 if len(alike) >= MANY else 1e-2)
-    return Calibration(threshold_at(alike, asked), asked, alike, folder.resolve().name, len(paths), faceless)
+    similarities = reference.similarity(np.stack(embeddings))
+    if rate is None:
+        rate = 1e-3 if len(similarities) >= MANY else 1e-2
+    threshold = threshold_at(similarities, rate)
+    return Calibration(threshold, rate, similarities, folder.resolve().name, len(paths), faceless)
 
 
 def check_identity(
     reference: Path, others: Path, embedder: str, weights: Path | None, false_accept_rate: float | None
 ) -> None:
-    """Refuse, loading nothing, what make_identity could not make. Raises UsageError as it does."""
+    """Check the arguments of make_identity; loads no model. Raises UsageError as it does."""
     check_face_model(embedder, weights)
     if false_accept_rate is not None and not 0 < false_accept_rate < 1:
-        raise UsageError(f"--false_accept_rate {false_accept_rate:g} is outside (0, 1): it is a share, e.g. 0.01.")
-    _check_apart(_images(reference, "--reference"), _images(others, "--others"))
+        raise UsageError(f"--false_accept_rate {false_accept_rate:g} must be between 0 and 1, e.g. 0.01.")
+    _check_no_overlap(_images(reference, "--reference"), _images(others, "--others"))
 
 
 def make_identity(
@@ -243,20 +247,20 @@ def make_identity(
     false_accept_rate: float | None = None,
     device: str = "cpu",
 ) -> Identity:
-    """The question whether a person is still drawn; both folders are read at once, with their subfolders.
+    """The identity metric of a person. Reads both folders with their subfolders.
 
     Args:
-        concept_name: what the person is called.
-        reference: a folder of the person's images, e.g. the positives of a run.
-        others: a folder of other people: real ones, or drawn by the base like what is judged.
-        embedder: one of faces.FACE_MODELS.
-        weights: a file for facenet or arcface.
-        false_accept_rate: in (0, 1); see calibrate.
-        device: of the networks, e.g. cuda.
+        concept_name: The person's name.
+        reference: Folder of images of the person, e.g. the positives of a run.
+        others: Folder of images of other people, real or generated by the base.
+        embedder: One of faces.FACE_MODELS.
+        weights: Weights file for facenet or arcface.
+        false_accept_rate: In (0, 1); see `calibrate`.
+        device: Device of the networks, e.g. cuda.
 
     Raises:
-        UsageError: an option that cannot be meant, checked before any model is loaded; see also read_reference.
-        UnlearnError: the embedder's weights cannot be had.
+        UsageError: an invalid argument (checked before any model is loaded), or no face; see `read_reference`.
+        UnlearnError: the weights cannot be downloaded or read.
     """
     check_identity(reference, others, embedder, weights, false_accept_rate)
     model = make_face_model(embedder, weights, device)
@@ -266,31 +270,34 @@ def make_identity(
 
 def _images(folder: Path, option: str) -> list[Path]:
     if not folder.is_dir():
-        raise UsageError(f"{option} {folder} is no folder. Give one that holds images.")
+        raise UsageError(f"{option} {folder} is not a folder. Give a folder of images.")
     paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
     if not paths:
         kinds = ", ".join(sorted(IMAGE_SUFFIXES))
-        raise UsageError(f"{option} {folder} holds no images ({kinds}). Put some there, or name another folder.")
+        raise UsageError(f"{option} {folder} holds no images ({kinds}). Add some, or choose another folder.")
     return paths
 
 
-def _check_apart(reference: list[Path], others: list[Path]) -> None:
-    """An image of the person among the others would put the threshold out of everybody's reach."""
+def _check_no_overlap(reference: list[Path], others: list[Path]) -> None:
+    """Refuse images that are in both folders: they would raise the threshold to the person's own similarity.
+
+    Raises:
+        UsageError
+    """
     own = {hashlib.sha256(path.read_bytes()).digest() for path in reference}
     both = [path.name for path in others if hashlib.sha256(path.read_bytes()).digest() in own]
     if both:
         raise UsageError(
-            f"--others holds {len(both)} of the images of --reference ({', '.join(both[:3])}): it must show other "
-            "people only. Take them out."
+            f"--others holds {len(both)} of the images of --reference ({', '.join(both[:3])}). Remove them: it must "
+            "show other people only."
         )
 
 
 def _open(path: Path, option: str) -> Image.Image:
     try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, SyntaxError, ValueError) as error:
-        raise UsageError(f"{option}: {path} cannot be read as an image: {error}. Replace or delete it.") from None
+        return open_image(path)
+    except UnreadableImage as error:
+        raise UsageError(f"{option}: {error}") from None
 
 
 def _area(face: Face) -> float:

@@ -1,4 +1,4 @@
-"""What a judge is: something that reads images as one of several labels on one or more axes."""
+"""Classifiers that assign each image one label on one or more axes, and the two metrics computed from their labels."""
 
 from __future__ import annotations
 
@@ -10,75 +10,81 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from sd_unlearn.metrics.base import ASKED, KEPT, Counted, Shots
+from sd_unlearn.metrics.base import CONCEPT_GROUPS, KEEP_GROUPS, ImageValues, PromptedImages
 
 
 @dataclass(frozen=True)
-class Reading:
-    """A judge's word on N images: p(label) on each axis [N, labels], and features [N, D]."""
+class LabelPredictions:
+    """A classifier's output on N images."""
 
-    axes: dict[str, tuple[str, ...]]
-    probabilities: dict[str, NDArray]
-    features: NDArray
+    axes: dict[str, tuple[str, ...]]  # axis (digit, ink, ...) -> its labels
+    probabilities: dict[str, NDArray]  # axis -> [N, labels]
+    features: NDArray  # [N, D]
 
     def axis_of(self, label: str) -> str:
-        """The axis a label is on.
+        """The axis that a label belongs to.
 
         Raises:
-            KeyError: no axis has it.
+            KeyError: no axis has this label.
         """
         for axis, labels in self.axes.items():
             if label in labels:
                 return axis
         raise KeyError(label)
 
-    def knows(self, label: str) -> bool:
+    def has_label(self, label: str) -> bool:
         return any(label in labels for labels in self.axes.values())
 
     def shows(self, label: str) -> NDArray[np.bool_]:
-        """[N] whether each image is read as `label` rather than another label of its axis."""
+        """[N] whether `label` is the most probable label of its axis."""
         axis = self.axis_of(label)
         return self.probabilities[axis].argmax(1) == self.axes[axis].index(label)
 
     def confident(self, label: str, threshold: float, other_than: bool) -> NDArray[np.bool_]:
-        """[N] whether each image is read on `label`'s axis with p >= threshold, as anything or as something else."""
+        """[N] whether an image has a label with p >= threshold on `label`'s axis; `other_than`: not `label`."""
         axis = self.axis_of(label)
-        sure = self.probabilities[axis].max(1) >= threshold
-        return sure & ~self.shows(label) if other_than else sure
+        confident = self.probabilities[axis].max(1) >= threshold
+        return confident & ~self.shows(label) if other_than else confident
 
     def words(self, index: int) -> str:
-        """What one image was read as, on every axis."""
+        """The most probable label of one image on every axis."""
         return " ".join(labels[int(self.probabilities[axis][index].argmax())] for axis, labels in self.axes.items())
 
 
-class Judge(Protocol):
-    """Name (with version or hash) of the detector, what it can tell apart, and its reading of images."""
+class LabelClassifier(Protocol):
+    """A classifier with a fixed set of labels; also used by the training probe."""
 
-    name: str
+    name: str  # with version or hash
     labels: tuple[str, ...]
 
-    def read(self, images: Sequence[Image.Image]) -> Reading: ...
+    def read(self, images: Sequence[Image.Image]) -> LabelPredictions: ...
 
 
-def count_read(
-    shots: Shots, label: str, knows: Callable[[str], bool], shows: Callable[[str], NDArray[np.bool_]]
-) -> list[Counted]:
-    """What a reader of labels counts: leakage of what was asked for, accuracy of what was kept.
+def leakage_and_accuracy(
+    prompted: PromptedImages, label: str, has_label: Callable[[str], bool], shows: Callable[[str], NDArray[np.bool_]]
+) -> list[ImageValues]:
+    """Leakage of the concept groups and accuracy of the keep groups.
 
-    label: the concept's. knows: whether a word is a label. shows: [N] whether each picture is read as a label.
-    A kept picture is right when it is read as every word its prompt expects; it is not asked of prompts that expect
-    nothing, or a word that is no label.
+    An image of a keep prompt is correct if the classifier predicts every word that the prompt expects. Prompts that
+    expect nothing, or a word that is not a label, are left out of accuracy.
+
+    Args:
+        label: The concept's label.
+        has_label: Whether a word is a label of the classifier.
+        shows: [N] whether each image is predicted as a label.
     """
-    counted, asked = [], shots.of(*ASKED)
-    if asked.any():
-        values = np.where(asked, shows(label), np.nan)
-        counted.append(Counted("leakage", ASKED, values, note=f"read as {label}"))
-    words = [prompt.expect for prompt in shots.prompts]
-    judged = shots.of(*KEPT) & np.array([bool(w) and all(map(knows, w)) for w in words], dtype=bool)
-    if judged.any():
-        shown = {word: shows(word) for i in np.flatnonzero(judged) for word in words[i]}
-        values = np.full(len(shots), np.nan)
-        for i in np.flatnonzero(judged):
-            values[i] = all(shown[word][i] for word in words[i])
-        counted.append(Counted("accuracy", KEPT, values, note="read as asked"))
-    return counted
+    values_of = []
+    in_concept_groups = prompted.in_groups(*CONCEPT_GROUPS)
+    if in_concept_groups.any():
+        leaks = np.where(in_concept_groups, shows(label), np.nan)
+        values_of.append(ImageValues("leakage", CONCEPT_GROUPS, leaks, note=f"read as {label}"))
+    expected = [prompt.expect for prompt in prompted.prompts]
+    has_labels = np.array([bool(words) and all(map(has_label, words)) for words in expected], dtype=bool)
+    rated = np.flatnonzero(prompted.in_groups(*KEEP_GROUPS) & has_labels)
+    if len(rated):
+        predicted = {word: shows(word) for i in rated for word in expected[i]}
+        correct = np.full(len(prompted), np.nan)
+        for i in rated:
+            correct[i] = all(predicted[word][i] for word in expected[i])
+        values_of.append(ImageValues("accuracy", KEEP_GROUPS, correct, note="read as asked"))
+    return values_of

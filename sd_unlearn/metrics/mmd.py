@@ -1,13 +1,13 @@
-"""How far two sets of features are apart by maximum mean discrepancy: KID and CMMD, unbiased, with an interval.
+"""Maximum mean discrepancy between two sets of features: KID and CMMD, unbiased, with an interval.
 
-The estimate is Gretton et al. 2012, eq. 3: the mean kernel inside either set, over pairs of different members, less
-twice the mean kernel between the sets. It may fall below zero when the sets are alike. In paired sets (two pictures of
-one prompt and seed) the kernel between the two of a pair is left out of the last mean as well (their eq. 4): the two
-are not drawn independently, and a set is at distance exactly zero from itself.
+The estimator is Gretton et al. 2012, eq. 3: the mean kernel within each set, over pairs of different members, minus
+twice the mean kernel between the sets. It may be negative for similar sets. For paired sets (two images of the same
+prompt and seed) the mean between the sets also leaves out the kernel of the two images of a pair (eq. 4): they are not
+independent, and the distance of a set to itself is exactly zero.
 
 The interval is the estimate plus and minus 1.96 standard deviations of the same estimate on random halves of the sets
-(half-sampling: the jackknife that leaves out half, Shao & Wu 1989). A bootstrap would count a picture drawn twice as
-a pair of different ones. Where the sets come from one distribution it is wider than it need be, by about 1.7.
+(half-sampling, the delete-half jackknife; Shao & Wu 1989). A bootstrap would count an image that it picks twice as a
+pair of different images. For two sets of one distribution the interval is about 1.7 times wider than necessary.
 """
 
 from __future__ import annotations
@@ -21,46 +21,46 @@ from numpy.typing import NDArray
 from sd_unlearn.errors import UsageError
 from sd_unlearn.metrics.statistics import Z
 
-FEWEST = 10  # pictures; with fewer the halves say nothing
+FEWEST = 10  # images in a set; the halves of smaller sets are too small
 HALVES = 400
 CMMD_SIGMA, CMMD_SCALE = 10.0, 1000.0
-_ROWS = 512  # of a kernel matrix held at once: 10,000 pictures take 40 MB
+_ROWS = 512  # of a kernel matrix held in memory at once: 10,000 images need 40 MB
 
 Kernel = Callable[[NDArray, NDArray], NDArray]
 
 
 @dataclass(frozen=True)
-class Estimate:
-    """A figure and its 95 % interval."""
+class Distance:
+    """A distance between two sets and its 95 % interval; nan bounds: no interval."""
 
     value: float
     low: float
     high: float
 
 
-def kid(a: NDArray, b: NDArray, paired: bool = False) -> Estimate:
+def kid(a: NDArray, b: NDArray, paired: bool = False) -> Distance:
     """Kernel distance of features [N, D] and [M, D] with the kernel (x.y / D + 1)^3 (Binkowski et al. 2018, section 4).
 
-    In print it is the mean over some random subsets; this is what that mean tends to with their number: the estimate
-    on the whole sets. Not scaled: papers often print 1,000 times it.
+    Papers report the mean over some random subsets; this is its limit for many subsets: the estimate on the whole sets.
+    Not scaled: papers often report 1,000 times it.
 
     Raises:
-        UsageError: fewer than 10 pictures in a set, or pairs asked of sets of different sizes.
+        UsageError: fewer than 10 images in a set, or paired sets of different sizes.
     """
     return mmd2(a, b, lambda x, y: (x @ y.T / x.shape[1] + 1) ** 3, paired)
 
 
-def cmmd(a: NDArray, b: NDArray, paired: bool = False) -> Estimate:
+def cmmd(a: NDArray, b: NDArray, paired: bool = False) -> Distance:
     """CMMD of CLIP embeddings [N, D] and [M, D] (Jayasumana et al. 2024, section 4): 1,000 times the squared MMD.
 
-    Embeddings are scaled to length 1; the kernel is exp(-|x - y|^2 / (2 * 10^2)). This is the paper's unbiased
-    equation; its released code keeps each picture's kernel with itself, which adds at most 1000 (1/N + 1/M).
+    Embeddings are normalized; the kernel is exp(-|x - y|^2 / (2 * 10^2)). This is the paper's unbiased equation; its
+    released code includes the kernel of each image with itself, which adds at most 1000 (1/N + 1/M).
 
     Raises:
-        UsageError: as of kid.
+        UsageError: as `kid`.
     """
-    found = mmd2(_unit(a), _unit(b), gaussian(CMMD_SIGMA), paired)
-    return Estimate(*(CMMD_SCALE * value for value in (found.value, found.low, found.high)))
+    distance = mmd2(_normalize(a), _normalize(b), gaussian(CMMD_SIGMA), paired)
+    return Distance(*(CMMD_SCALE * value for value in (distance.value, distance.low, distance.high)))
 
 
 def gaussian(sigma: float) -> Kernel:
@@ -73,55 +73,57 @@ def gaussian(sigma: float) -> Kernel:
     return kernel
 
 
-def mmd2(a: NDArray, b: NDArray, kernel: Kernel, paired: bool = False) -> Estimate:
-    """Squared maximum mean discrepancy of [N, D] and [M, D]; the same whatever order the rows (or pairs) are in.
+def mmd2(a: NDArray, b: NDArray, kernel: Kernel, paired: bool = False) -> Distance:
+    """Squared maximum mean discrepancy of [N, D] and [M, D]; independent of the order of the rows (or pairs).
 
     Raises:
-        UsageError: fewer than 10 rows in a set, or pairs asked of sets of different sizes.
+        UsageError: fewer than 10 rows in a set, or paired sets of different sizes.
     """
     if min(len(a), len(b)) < FEWEST:
-        raise UsageError(f"A distance of sets of {len(a)} and {len(b)} pictures says nothing; give {FEWEST} or more.")
+        raise UsageError(f"The distance between sets of {len(a)} and {len(b)} images needs at least {FEWEST} in each.")
     if paired and len(a) != len(b):
-        raise UsageError(f"Sets of {len(a)} and {len(b)} pictures are not pairs; compare them unpaired.")
+        raise UsageError(f"Sets of {len(a)} and {len(b)} images are not pairs; compare them unpaired.")
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    # The halves are drawn by place in the order of a random projection: by content, not by place in the folder.
-    along = np.random.default_rng(0).normal(size=a.shape[1])
+    # Halves are drawn from rows sorted by a random projection, so that they do not depend on the order of the files.
+    projection = np.random.default_rng(0).normal(size=a.shape[1])
     rng = np.random.default_rng(1)
     if paired:
-        order = np.argsort((a + b) @ along, kind="stable")
+        order = np.argsort((a + b) @ projection, kind="stable")
         a, b = a[order], b[order]
         in_a = in_b = _whole_and_halves(len(a), rng)
     else:
-        a, b = a[np.argsort(a @ along, kind="stable")], b[np.argsort(b @ along, kind="stable")]
+        a, b = a[np.argsort(a @ projection, kind="stable")], b[np.argsort(b @ projection, kind="stable")]
         in_a, in_b = _whole_and_halves(len(a), rng), _whole_and_halves(len(b), rng)
-    found = (
-        _mean_kernel(kernel, a, a, in_a, in_a, apart=True)
-        + _mean_kernel(kernel, b, b, in_b, in_b, apart=True)
-        - 2 * _mean_kernel(kernel, a, b, in_a, in_b, apart=paired)
+    estimates = (
+        _mean_kernel(kernel, a, a, in_a, in_a, skip_diagonal=True)
+        + _mean_kernel(kernel, b, b, in_b, in_b, skip_diagonal=True)
+        - 2 * _mean_kernel(kernel, a, b, in_a, in_b, skip_diagonal=paired)
     )
-    value, half = float(found[0]), Z * float(found[1:].std())
-    return Estimate(value, value - half, value + half)
+    value, half = float(estimates[0]), Z * float(estimates[1:].std())
+    return Distance(value, value - half, value + half)
 
 
 def _whole_and_halves(n: int, rng: np.random.Generator) -> NDArray[np.float64]:
-    """[1 + HALVES, n] 1 for who is in: everyone, then random halves."""
+    """[1 + HALVES, n] membership masks of 0 and 1: the whole set, then random halves."""
     ranks = rng.random((HALVES, n)).argsort(1).argsort(1)
     return np.concatenate([np.ones((1, n)), ranks < n // 2])
 
 
-def _mean_kernel(kernel: Kernel, a: NDArray, b: NDArray, in_a: NDArray, in_b: NDArray, apart: bool) -> NDArray:
-    """[1 + HALVES] mean kernel between the members; `apart`: of different places only."""
+def _mean_kernel(
+    kernel: Kernel, a: NDArray, b: NDArray, in_a: NDArray, in_b: NDArray, skip_diagonal: bool
+) -> NDArray[np.float64]:
+    """[1 + HALVES] mean kernel between the members of each mask; `skip_diagonal`: without a[i] against b[i]."""
     total = np.zeros(len(in_a))
     for start in range(0, len(a), _ROWS):
         block = kernel(a[start : start + _ROWS], b)
-        if apart:
+        if skip_diagonal:
             rows = np.arange(len(block))
             block[rows, start + rows] = 0
         total += ((in_a[:, start : start + _ROWS] @ block) * in_b).sum(1)
     sizes = in_a.sum(1)
-    return total / (sizes * (sizes - 1) if apart else sizes * in_b.sum(1))
+    return total / (sizes * (sizes - 1) if skip_diagonal else sizes * in_b.sum(1))
 
 
-def _unit(rows: NDArray) -> NDArray:
+def _normalize(rows: NDArray) -> NDArray:
     rows = np.asarray(rows, np.float64)
     return rows / np.linalg.norm(rows, axis=1, keepdims=True).clip(min=1e-12)

@@ -1,4 +1,4 @@
-"""Which questions are asked of a concept's pictures, by name or by what suits its kind. One line a metric."""
+"""The list of metrics: how each is made and which concepts use it. One function and one table line per metric."""
 
 from __future__ import annotations
 
@@ -13,89 +13,89 @@ from sd_unlearn.config.base import CLIP_MODEL, CLIP_PRETRAINED
 from sd_unlearn.config.evaluate import Detectors
 from sd_unlearn.data.concept import Concept
 from sd_unlearn.errors import UnlearnError, UsageError, suggest
-from sd_unlearn.metrics.base import PairQuestion, Question
-from sd_unlearn.metrics.labels import Judge
+from sd_unlearn.metrics.base import Metric, PairMetric
+from sd_unlearn.metrics.labels import LabelClassifier
+from sd_unlearn.results import as_json
 
 
 @dataclass(frozen=True)
-class Asking:
-    """All that a question may be made of. positives: pictures of the concept that a run was trained on."""
+class MetricContext:
+    """What the metrics of one concept are made from."""
 
     concept: Concept
     options: Detectors
-    reference: Path | None
+    reference: Path | None  # images of the person, for identity
     tier: str
     device: Any = "cpu"
 
 
-def _digits(asking: Asking) -> Question:
+def _digits(context: MetricContext) -> Metric:
     from sd_unlearn.metrics.digits import make_digits
 
-    return make_digits(asking.concept)
+    return make_digits(context.concept)
 
 
-def _clip(asking: Asking) -> Question:
+def _clip(context: MetricContext) -> Metric:
     from sd_unlearn.metrics.clip import make_clip
 
-    return make_clip(asking.concept, asking.options.clip_model, asking.options.clip_pretrained, asking.device)
+    return make_clip(context.concept, context.options.clip_model, context.options.clip_pretrained, context.device)
 
 
-def _identity(asking: Asking) -> Question:
+def _identity(context: MetricContext) -> Metric:
     from sd_unlearn.metrics.identity import make_identity
 
-    options = asking.options
-    assert asking.reference is not None  # chosen
+    options = context.options
+    assert context.reference is not None  # checked in choose_metrics
     assert options.others is not None
     return make_identity(
-        asking.concept.name,
-        asking.reference,
+        context.concept.name,
+        context.reference,
         options.others,
         options.face_model,
         options.face_weights,
         options.false_accept_rate,
-        asking.device,
+        context.device,
     )
 
 
-def _nudity(asking: Asking) -> Question:
+def _nudity(context: MetricContext) -> Metric:
     from sd_unlearn.metrics.nudity import DEFAULT_PRESET, make_nudity
 
-    options = asking.options
-    return make_nudity(
-        options.nudity_preset or DEFAULT_PRESET, options.nudity_classes or None, options.nudity_threshold
-    )
+    options = context.options
+    preset = options.nudity_preset or DEFAULT_PRESET
+    return make_nudity(preset, options.nudity_classes or None, options.nudity_threshold)
 
 
-def _classifier(asking: Asking) -> Question:
+def _classifier(context: MetricContext) -> Metric:
     from sd_unlearn.metrics.classifier import make_classifier
 
-    concept, options = asking.concept, asking.options
-    assert options.classifier is not None  # chosen
+    concept, options = context.concept, context.options
+    assert options.classifier is not None  # checked in choose_metrics
     label = options.label or concept.label or concept.name
-    return make_classifier(options.classifier, label, asking.device)
+    return make_classifier(options.classifier, label, context.device)
 
 
-def _fidelity(asking: Asking) -> Question:
+def _fidelity(context: MetricContext) -> Metric:
     from sd_unlearn.metrics.fidelity import make_fidelity
 
-    return make_fidelity(asking.options.inception_weights, asking.options.real_images, asking.device)
+    return make_fidelity(context.options.inception_weights, context.options.real_images, context.device)
 
 
-def _cmmd(asking: Asking) -> Question:
+def _cmmd(context: MetricContext) -> Metric:
     from sd_unlearn.metrics.fidelity import make_cmmd
     from sd_unlearn.models.clip import ClipEncoder
 
-    encoder = ClipEncoder(asking.options.clip_model, asking.options.clip_pretrained, asking.device)
-    return make_cmmd(encoder, asking.options.real_images)
+    encoder = ClipEncoder(context.options.clip_model, context.options.clip_pretrained, context.device)
+    return make_cmmd(encoder, context.options.real_images)
 
 
-def _lpips(asking: Asking) -> PairQuestion:
-    from sd_unlearn.metrics.drift import make_lpips
+def _lpips(context: MetricContext) -> PairMetric:
+    from sd_unlearn.metrics.lpips import make_lpips
 
-    return make_lpips(asking.device)
+    return make_lpips(context.device)
 
 
-MAKERS: dict[str, Callable[[Asking], Question]] = {
+MAKERS: dict[str, Callable[[MetricContext], Metric]] = {
     "identity": _identity,
     "nudity": _nudity,
     "classifier": _classifier,
@@ -104,135 +104,133 @@ MAKERS: dict[str, Callable[[Asking], Question]] = {
     "cmmd": _cmmd,
     "fidelity": _fidelity,
 }
-PAIR_MAKERS: dict[str, Callable[[Asking], PairQuestion]] = {"lpips": _lpips}
+PAIR_MAKERS: dict[str, Callable[[MetricContext], PairMetric]] = {"lpips": _lpips}
 NAMES = (*MAKERS, *PAIR_MAKERS)
+OPTIONAL = ("fidelity", "cmmd", "lpips")  # skipped with a warning if unavailable and not given in --metrics
 
 
-def chosen(asking: Asking) -> list[str]:
-    """The metrics by name: those asked for, else what suits the concept's kind and is at hand.
+def choose_metrics(context: MetricContext) -> list[str]:
+    """The names in --metrics, else the installed metrics that suit the concept's kind.
 
     Raises:
-        UsageError: a name that does not exist, or one that does not suit the concept.
+        UsageError: an unknown name, a metric that does not suit the concept or lacks an option it needs.
     """
-    concept, options = asking.concept, asking.options
-    drawn_digits = concept.kind in ("digit", "ink")
+    concept, options = context.concept, context.options
+    is_digits_concept = concept.kind in ("digit", "ink")
     for name in options.metrics:
         if name not in NAMES:
-            raise UsageError(f'--metrics "{name}" is none of {", ".join(NAMES)}.{suggest(name, NAMES)}')
-        if name == "digits" and not drawn_digits:
-            raise UsageError(f"--metrics digits reads digits and inks; {concept.name} is of kind {concept.kind}.")
-    _check_given(asking)
+            raise UsageError(f'--metrics "{name}" is not one of {", ".join(NAMES)}.{suggest(name, NAMES)}')
+        if name == "digits" and not is_digits_concept:
+            raise UsageError(f"--metrics digits is for digits and inks; {concept.name} is of kind {concept.kind}.")
+    _check_required_options(context)
     if options.metrics:
         return [name for name in NAMES if name in options.metrics]
-    if drawn_digits:
+    if is_digits_concept:
         return ["digits"]
     names = ["clip"]
-    if concept.kind == "person" and asking.reference is not None and options.others is not None:
+    if concept.kind == "person" and context.reference is not None and options.others is not None:
         names.append("identity")
     if concept.kind == "nudity":
         names.append("nudity")
     if options.classifier is not None:
         names.append("classifier")
     names += [name for name, module in (("fidelity", "torch_fidelity"), ("lpips", "torchmetrics")) if find_spec(module)]
-    names += ["cmmd"] if asking.tier in ("standard", "full") else []
+    names += ["cmmd"] if context.tier in ("standard", "full") else []
     return [name for name in NAMES if name in names]
 
 
-def check(asking: Asking) -> None:
-    """Refuse what the metrics of a concept could not be made of, before pictures are drawn; loads no model.
+def check_metrics(context: MetricContext) -> None:
+    """Check the options of a concept's metrics before images are generated; loads no model.
 
     Raises:
-        UsageError: as of chosen and of the metrics.
+        UsageError: as `choose_metrics`, or an option of a metric is invalid.
     """
     from sd_unlearn.metrics.identity import check_identity
     from sd_unlearn.metrics.nudity import DEFAULT_PRESET, check_nudity
 
-    names, options = chosen(asking), asking.options
-    if "identity" in names and asking.reference is not None and options.others is not None:
+    names, options = choose_metrics(context), context.options
+    if "identity" in names and context.reference is not None and options.others is not None:
         check_identity(
-            asking.reference, options.others, options.face_model, options.face_weights, options.false_accept_rate
+            context.reference, options.others, options.face_model, options.face_weights, options.false_accept_rate
         )
     if "nudity" in names:
         check_nudity(options.nudity_preset or DEFAULT_PRESET, options.nudity_classes or None, options.nudity_threshold)
-    for option, path, there in (
-        ("inception_weights", options.inception_weights, Path.is_file),
-        ("real_images", options.real_images, Path.is_dir),
-    ):
-        if path is not None and not there(path):
-            raise UsageError(f"--{option} {path} does not exist.")
+    if options.inception_weights is not None and not options.inception_weights.is_file():
+        raise UsageError(f"--inception_weights {options.inception_weights} does not exist.")
+    if options.real_images is not None and not options.real_images.is_dir():
+        raise UsageError(f"--real_images {options.real_images} does not exist.")
 
 
-def _check_given(asking: Asking) -> None:
-    if "identity" in asking.options.metrics and (asking.reference is None or asking.options.others is None):
-        missing = "--reference" if asking.reference is None else "--others"
-        raise UsageError(f"--metrics identity needs {missing}: a folder of pictures of people; see docs/metrics.md.")
-    if "classifier" in asking.options.metrics and asking.options.classifier is None:
+def _check_required_options(context: MetricContext) -> None:
+    options = context.options
+    if "identity" in options.metrics and (context.reference is None or options.others is None):
+        missing = "--reference" if context.reference is None else "--others"
+        raise UsageError(f"--metrics identity needs {missing}: a folder of images of people; see docs/metrics.md.")
+    if "classifier" in options.metrics and options.classifier is None:
         raise UsageError("--metrics classifier needs --classifier: a timm or transformers model, e.g. resnet50.")
 
 
-def make_questions(asking: Asking) -> tuple[list[Question], list[PairQuestion]]:
-    """The questions of a concept, loaded. What was not asked for by name and cannot be had is left out with a line
-    on stderr, unless nothing is left that could tell whether the concept is gone.
+def make_metrics(context: MetricContext) -> tuple[list[Metric], list[PairMetric]]:
+    """Load the metrics of a concept. Unavailable optional metrics are skipped with a line on stderr.
 
     Raises:
-        UsageError, UnlearnError: what was asked for by name cannot be had, or nothing could judge the pictures.
+        UsageError, UnlearnError: a metric of --metrics, or one that detects the concept, cannot be loaded.
     """
-    questions: list[Question] = []
-    pairs: list[PairQuestion] = []
-    failed: list[UnlearnError] = []
-    for name in chosen(asking):
+    metrics: list[Metric] = []
+    pair_metrics: list[PairMetric] = []
+    for name in choose_metrics(context):
         try:
             if name in PAIR_MAKERS:
-                pairs.append(PAIR_MAKERS[name](asking))
+                pair_metrics.append(PAIR_MAKERS[name](context))
             else:
-                questions.append(MAKERS[name](asking))
+                metrics.append(MAKERS[name](context))
         except UnlearnError as error:
-            if asking.options.metrics or name in ("clip", "digits", "identity", "nudity", "classifier"):
+            if context.options.metrics or name not in OPTIONAL:
                 raise
-            failed.append(error)
-    for why in failed:
-        print(f"Left out: {why}", file=sys.stderr)
-    return questions, pairs
+            print(f"Skipped metric {name}: {error}", file=sys.stderr)
+    return metrics, pair_metrics
 
 
-def cards_of(questions: Sequence[Question | PairQuestion]) -> list[dict[str, Any]]:
-    """The cards of questions as results.json holds them, each once."""
-    from sd_unlearn.results import as_json
-
-    cards = {question.name: as_json(question.card()) for question in questions}
+def metric_cards(metrics: Sequence[Metric | PairMetric]) -> list[dict[str, Any]]:
+    """The metrics' cards as JSON, one per detector."""
+    cards = {metric.name: as_json(metric.card()) for metric in metrics}
     return list(cards.values())
 
 
-def merged(cards: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One card a detector; what differs between the concepts it was asked of, as a classifier's label, side by side."""
-    found: dict[str, dict[str, Any]] = {}
+def merge_cards(cards: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One card per detector. Texts in `extra` that differ between concepts, e.g. labels, are joined by "; "."""
+    merged: dict[str, dict[str, Any]] = {}
     for card in cards:
-        known = found.setdefault(card["detector"], {**card, "extra": {}})
+        first = merged.setdefault(card["detector"], {**card, "extra": {}})
         for key, text in card["extra"].items():
-            said = known["extra"].get(key)
-            known["extra"][key] = text if said in (None, text) else "; ".join(dict.fromkeys([*said.split("; "), text]))
-    return list(found.values())
+            known = first["extra"].get(key)
+            first["extra"][key] = (
+                text if known in (None, text) else "; ".join(dict.fromkeys([*known.split("; "), text]))
+            )
+    return list(merged.values())
 
 
-def make_judge(concept: Concept, clip_model: str = CLIP_MODEL, clip_pretrained: str = CLIP_PRETRAINED) -> Judge:
-    """The bundled reader for digits and inks, zero-shot CLIP for everything else.
+def make_label_classifier(
+    concept: Concept, clip_model: str = CLIP_MODEL, clip_pretrained: str = CLIP_PRETRAINED
+) -> LabelClassifier:
+    """The bundled classifier for digits and inks, zero-shot CLIP for all other concepts.
 
     Raises:
-        UsageError, UnlearnError: CLIP is not installed, or its weights cannot be had.
+        UsageError, UnlearnError: CLIP is not installed, or its weights cannot be downloaded or read.
     """
     if concept.kind in ("digit", "ink"):
-        from sd_unlearn.metrics.digits import DigitsJudge
+        from sd_unlearn.metrics.digits import DigitsClassifier
 
-        return DigitsJudge()
-    from sd_unlearn.metrics.clip import ClipJudge
+        return DigitsClassifier()
+    from sd_unlearn.metrics.clip import ClipClassifier
 
-    return ClipJudge(labels_of(concept), clip_model, clip_pretrained)
+    return ClipClassifier(labels_of(concept), clip_model, clip_pretrained)
 
 
 def labels_of(concept: Concept) -> tuple[str, ...]:
-    """What the judge of a concept can tell apart, without loading it."""
+    """The labels of `make_label_classifier`, without loading it."""
     if concept.kind in ("digit", "ink"):
-        from sd_unlearn.metrics.digits import DigitsJudge
+        from sd_unlearn.metrics.digits import DigitsClassifier
 
-        return DigitsJudge.labels
+        return DigitsClassifier.labels
     return (concept.label or concept.name, *concept.alternatives)

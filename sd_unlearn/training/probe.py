@@ -21,7 +21,7 @@ from sd_unlearn.config.train import TrainConfig
 from sd_unlearn.data.concept import Concept, Prompt
 from sd_unlearn.data.dataset import Example, members_of_sets
 from sd_unlearn.errors import UsageError
-from sd_unlearn.metrics.labels import Judge
+from sd_unlearn.metrics.labels import LabelClassifier
 from sd_unlearn.metrics.registry import labels_of
 from sd_unlearn.models.denoiser import Denoiser
 from sd_unlearn.models.diffusion import add_noise, per_example_loss, sample_timesteps, training_target
@@ -92,7 +92,7 @@ class LeakageProbe:
         UsageError: the classifier does not know the concept, or no keep prompt's labels.
     """
 
-    def __init__(self, generator: ImageGenerator, classifier: Judge, concept: Concept, seed: int) -> None:
+    def __init__(self, generator: ImageGenerator, classifier: LabelClassifier, concept: Concept, seed: int) -> None:
         self.generator, self.classifier, self.label = generator, classifier, concept.label or concept.name
         classifiable = classifiable_prompts(concept, classifier.labels)
         self.kept = [classifiable[i % len(classifiable)] for i in range(NUM_IMAGES)]

@@ -29,7 +29,7 @@ from sd_unlearn.data.dataset import (
 from sd_unlearn.data.embeddings import embed
 from sd_unlearn.data.layout import Layout, caption_groups
 from sd_unlearn.data.prior import Prior, resolve_beta
-from sd_unlearn.metrics.registry import make_judge
+from sd_unlearn.metrics.registry import make_label_classifier
 from sd_unlearn.models import performance
 from sd_unlearn.models.base import Base
 from sd_unlearn.models.denoiser import Denoiser
@@ -221,7 +221,7 @@ def _make_probe(
     held_out: list[int],
 ) -> Probe | None:
     if _probe_name(config) == "leakage" and generator:
-        return LeakageProbe(generator, make_judge(concept), concept, config.seed)
+        return LeakageProbe(generator, make_label_classifier(concept), concept, config.seed)
     if _probe_name(config) != "ratio":
         return None
     images = data.images.subset(held_out)

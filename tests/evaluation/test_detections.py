@@ -13,9 +13,9 @@ from PIL import Image
 from sd_unlearn.data.concept import Concept, Evaluation
 from sd_unlearn.errors import UsageError
 from sd_unlearn.evaluation import detections
-from sd_unlearn.evaluation.image_folders import read_ready
-from sd_unlearn.evaluation.prompts import Tier, plan
-from sd_unlearn.metrics.base import Columns
+from sd_unlearn.evaluation.image_folders import read_image_folder
+from sd_unlearn.evaluation.prompts import Tier, plan_images
+from sd_unlearn.metrics.base import DetectorOutput
 
 CONCEPT = Concept("seven", "a seven", "a digit", evaluate=Evaluation(alike=["a {one,two}"]))
 
@@ -29,7 +29,7 @@ class Mean:
     def __init__(self) -> None:
         self.shown = 0
 
-    def read(self, images: Sequence[Image.Image]) -> Columns:
+    def read(self, images: Sequence[Image.Image]) -> DetectorOutput:
         self.shown += len(images)
         values = [float(np.asarray(image).mean()) for image in images]
         return {"mean": np.array(values, dtype=float), "size": np.array([i.size for i in images]).reshape(-1, 2)}
@@ -49,26 +49,26 @@ def save(folder: Path, values: dict[str, int]) -> list[Path]:
 def test_the_distance_of_a_damaged_picture_is_looked_at_again_once_it_is_whole(tmp_path: Path) -> None:
     paths = save(tmp_path / "a", {"0.png": 0, "1.png": 1}), save(tmp_path / "b", {"0.png": 5, "1.png": 9})
     paths[1][1].write_bytes(b"torn")
-    first = detections.distances(Mean(), *paths, tmp_path / "b", "t")
+    first = detections.pair_distances(Mean(), *paths, tmp_path / "b", "t")
     assert first[0] == 5
     assert np.isnan(first[1])
     save(tmp_path / "b", {"1.png": 9})
-    assert detections.distances(Mean(), *paths, tmp_path / "b", "t").tolist() == [5, 8]
+    assert detections.pair_distances(Mean(), *paths, tmp_path / "b", "t").tolist() == [5, 8]
 
 
 def test_a_picture_is_read_once_and_more_are_added(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(detections, "CHUNK", 2)
     paths = save(tmp_path / "drawn", {f"{n}.png": n for n in range(5)})
-    question, cache = Mean(), tmp_path / "drawn"
-    seen, failed = detections.read(question, [paths[3], *paths[:3], paths[3]], "a", cache, "t")
-    assert seen.columns["mean"].tolist() == [3, 0, 1, 2, 3]
-    assert (question.shown, failed) == (4, {})
-    again, _ = detections.read(question, paths, "a", cache, "t")
-    assert again.columns["mean"].tolist() == [0, 1, 2, 3, 4]
-    assert question.shown == 5  # the one that was new
+    metric, cache = Mean(), tmp_path / "drawn"
+    seen, failed = detections.detect(metric, [paths[3], *paths[:3], paths[3]], "a", cache, "t")
+    assert seen.output["mean"].tolist() == [3, 0, 1, 2, 3]
+    assert (metric.shown, failed) == (4, {})
+    again, _ = detections.detect(metric, paths, "a", cache, "t")
+    assert again.output["mean"].tolist() == [0, 1, 2, 3, 4]
+    assert metric.shown == 5  # the one that was new
     other = Mean()
     other.name = "mean v2"
-    detections.read(other, paths, "a", cache, "t")
+    detections.detect(other, paths, "a", cache, "t")
     assert other.shown == 5  # another detector has its own word
     assert not list(tmp_path.rglob("*.tmp"))
 
@@ -76,56 +76,56 @@ def test_a_picture_is_read_once_and_more_are_added(tmp_path: Path, monkeypatch: 
 def test_what_cannot_be_read_is_named_and_leaves_its_place(tmp_path: Path) -> None:
     paths = save(tmp_path, {"a.png": 1, "b.png": 2, "c.png": 3})
     paths[1].write_bytes(b"no picture")
-    seen, failed = detections.read(Mean(), [*paths, tmp_path / "none.png"], "a", None, "t")
+    seen, failed = detections.detect(Mean(), [*paths, tmp_path / "none.png"], "a", None, "t")
     assert seen.readable.tolist() == [True, False, True, False]
-    assert seen.columns["mean"].tolist() == [1, 3]
+    assert seen.output["mean"].tolist() == [1, 3]
     assert failed[tmp_path / "none.png"] == "missing"
-    assert "cannot identify" in failed[paths[1]]
-    nothing, _ = detections.read(Mean(), [paths[1]], "a", None, "t")
-    assert nothing.columns["mean"].shape == (0,)
+    assert "it is not one of PNG" in failed[paths[1]]
+    nothing, _ = detections.detect(Mean(), [paths[1]], "a", None, "t")
+    assert nothing.output["mean"].shape == (0,)
 
 
 def test_a_ready_picture_that_was_replaced_is_read_again(tmp_path: Path) -> None:
     (path,) = save(tmp_path / "mine", {"a.png": 1})
-    assert detections.read(Mean(), [path], "a", tmp_path / "cache", "t")[0].columns["mean"].tolist() == [1]
+    assert detections.detect(Mean(), [path], "a", tmp_path / "cache", "t")[0].output["mean"].tolist() == [1]
     Image.new("RGB", (8, 8), (9,) * 3).save(path)
-    assert detections.read(Mean(), [path], "a", tmp_path / "cache", "t")[0].columns["mean"].tolist() == [9]
+    assert detections.detect(Mean(), [path], "a", tmp_path / "cache", "t")[0].output["mean"].tolist() == [9]
 
 
 def test_a_damaged_cache_is_as_none(tmp_path: Path) -> None:
     paths = save(tmp_path, {"a.png": 1})
-    question = Mean()
-    detections.read(question, paths, "a", tmp_path, "t")
+    metric = Mean()
+    detections.detect(metric, paths, "a", tmp_path, "t")
     (file,) = (tmp_path / "readings").iterdir()
     file.write_bytes(file.read_bytes()[:40])
-    assert detections.read(question, paths, "a", tmp_path, "t")[0].columns["mean"].tolist() == [1]
-    assert question.shown == 2
+    assert detections.detect(metric, paths, "a", tmp_path, "t")[0].output["mean"].tolist() == [1]
+    assert metric.shown == 2
 
 
 def test_pairs_are_measured_once_and_unreadable_ones_have_no_distance(tmp_path: Path) -> None:
     base = save(tmp_path / "base", {"a.png": 1, "b.png": 2, "c.png": 3})
     other = save(tmp_path / "other", {"a.png": 1, "b.png": 9, "c.png": 9})
     other[2].write_bytes(b"")
-    question = Mean()
-    values = detections.distances(question, base, other, tmp_path / "other", "t")
+    metric = Mean()
+    values = detections.pair_distances(metric, base, other, tmp_path / "other", "t")
     assert values[:2].tolist() == [0, 7]
     assert np.isnan(values[2])
-    shown = question.shown
-    detections.distances(question, base, other, tmp_path / "other", "t")
-    assert question.shown == shown
+    shown = metric.shown
+    detections.pair_distances(metric, base, other, tmp_path / "other", "t")
+    assert metric.shown == shown
 
 
 # -- folders of ready pictures --
 
 
 def test_files_of_the_plan_are_compared_one_by_one(tmp_path: Path) -> None:
-    shots = plan(CONCEPT, Tier(2, 0, 0, 2, 0), [0])
-    save(tmp_path / "theirs", {shots[0].file_name: 1})
+    specs = plan_images(CONCEPT, Tier(2, 0, 0, 2, 0), [0])
+    save(tmp_path / "theirs", {specs[0].file_name: 1})
     with pytest.raises(UsageError, match="1 of the 4 pictures"):  # what was never drawn is not forgotten
-        read_ready(str(tmp_path / "theirs"), CONCEPT, shots)
-    save(tmp_path / "theirs", {shots[2].file_name: 1})
-    ready = read_ready(f"esd={tmp_path / 'theirs'}", CONCEPT, shots)
-    assert (ready.name, ready.planned, ready.shots) == ("esd", True, shots)
+        read_image_folder(str(tmp_path / "theirs"), CONCEPT, specs)
+    save(tmp_path / "theirs", {specs[2].file_name: 1})
+    ready = read_image_folder(f"esd={tmp_path / 'theirs'}", CONCEPT, specs)
+    assert (ready.name, ready.planned, ready.specs) == ("esd", True, specs)
     assert [path.is_file() for path in ready.paths] == [True, False, True, False]  # missing ones stay in n
 
 
@@ -138,41 +138,41 @@ def test_metadata_says_what_pictures_are(tmp_path: Path) -> None:
         '{"file_name": "w.png", "text": "?", "concept": "eight"}',
     ]
     (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
-    ready = read_ready(str(tmp_path), CONCEPT, [])
-    assert [(s.group, s.prompt.text, s.prompt.expect) for s in ready.shots] == [
+    ready = read_image_folder(str(tmp_path), CONCEPT, [])
+    assert [(s.group, s.prompt.text, s.prompt.expect) for s in ready.specs] == [
         ("direct", "a seven", ()),
         ("alike", "a one", ("one",)),
         ("held_out", "7", ()),
     ]
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "x.png", "text": "what?"}')
     with pytest.raises(UsageError, match=r'line 1: group "None"'):
-        read_ready(str(tmp_path), CONCEPT, [])
+        read_image_folder(str(tmp_path), CONCEPT, [])
 
 
 def test_folders_say_the_group(tmp_path: Path) -> None:
     save(tmp_path / "direct", {"1.png": 1, "2.jpg": 2})
     save(tmp_path / "alike", {"1.png": 1})
-    ready = read_ready(str(tmp_path), CONCEPT, [])
-    assert [shot.group for shot in ready.shots] == ["direct", "direct", "alike"]
-    assert ready.shots[0].prompt.text == "a seven"
-    assert ready.shots[2].prompt.text == ""  # which of the two cannot be told
+    ready = read_image_folder(str(tmp_path), CONCEPT, [])
+    assert [spec.group for spec in ready.specs] == ["direct", "direct", "alike"]
+    assert ready.specs[0].prompt.text == "a seven"
+    assert ready.specs[2].prompt.text == ""  # which of the two cannot be told
 
 
 def test_of_several_concepts_a_picture_must_say_which(tmp_path: Path) -> None:
     """Else one folder direct/ would be what was asked for of each of them."""
     save(tmp_path / "direct", {"1.png": 1})
     with pytest.raises(UsageError, match="one --concept at a time"):
-        read_ready(str(tmp_path), CONCEPT, [], alone=False)
+        read_image_folder(str(tmp_path), CONCEPT, [], only_concept=False)
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "direct/1.png", "text": "a seven", "group": "direct"}\n')
     with pytest.raises(UsageError, match="line 1 needs a concept"):
-        read_ready(str(tmp_path), CONCEPT, [], alone=False)
+        read_image_folder(str(tmp_path), CONCEPT, [], only_concept=False)
     line = '{"file_name": "direct/1.png", "text": "a seven", "group": "direct", "concept": "seven"}\n'
     (tmp_path / "metadata.jsonl").write_text(line + line.replace('"concept": "seven"', '"concept": "red-ink"'))
-    assert len(read_ready(str(tmp_path), CONCEPT, [], alone=False).shots) == 1
+    assert len(read_image_folder(str(tmp_path), CONCEPT, [], only_concept=False).specs) == 1
 
 
 def test_a_folder_of_nothing_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="--images .*is no folder"):
-        read_ready(str(tmp_path / "none"), CONCEPT, [])
+    with pytest.raises(UsageError, match="--images .*is not a folder"):
+        read_image_folder(str(tmp_path / "none"), CONCEPT, [])
     with pytest.raises(UsageError, match="--write_plan"):
-        read_ready(str(tmp_path), CONCEPT, [])
+        read_image_folder(str(tmp_path), CONCEPT, [])

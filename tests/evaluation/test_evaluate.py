@@ -18,8 +18,8 @@ from safetensors.torch import save_file
 from sd_unlearn.cli import main
 from sd_unlearn.config.evaluate import EvaluateConfig
 from sd_unlearn.errors import UnlearnError, UsageError
-from sd_unlearn.evaluation import evaluate
-from sd_unlearn.evaluation.job import prepare
+from sd_unlearn.evaluation import evaluate, generate
+from sd_unlearn.evaluation.job import resolve_job
 from sd_unlearn.models import sampling
 from sd_unlearn.models.base import Base
 from sd_unlearn.results import parse_results, read_results
@@ -104,7 +104,7 @@ def test_a_second_evaluation_draws_and_reads_nothing(
     runs: Path, compared: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sampling, "generate_images", pytest.fail)
-    monkeypatch.setattr("sd_unlearn.metrics.digits.DigitsQuestion.read", pytest.fail)
+    monkeypatch.setattr("sd_unlearn.metrics.digits.DigitsMetric.read", pytest.fail)
     again = evaluate.run(every(runs, output_dir=tmp_path, cache_dir=compared[0] / "cache"))
     assert figures(again) == figures(compared[1])
 
@@ -224,7 +224,7 @@ def test_ready_pictures_of_another_method(runs: Path, tmp_path: Path) -> None:
 
 
 def test_pictures_alone_need_no_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evaluate, "load_base", pytest.fail)
+    monkeypatch.setattr(generate, "load_base", pytest.fail)
     (tmp_path / "mine" / "direct").mkdir(parents=True)
     for n in range(3):
         Image.new("RGB", (32, 32), (n * 80,) * 3).save(tmp_path / "mine" / "direct" / f"{n}.png")
@@ -254,7 +254,7 @@ def test_pairs_of_namesakes_keep_their_own_pictures(tmp_path: Path) -> None:
 
 
 def test_the_plan_is_written_and_nothing_drawn(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evaluate, "load_base", pytest.fail)
+    monkeypatch.setattr(generate, "load_base", pytest.fail)
     assert evaluate.run(every(runs, write_plan=tmp_path / "plan.jsonl")) == {}
     lines = [json.loads(line) for line in (tmp_path / "plan.jsonl").read_text().splitlines()]
     assert {line["concept"] for line in lines} == {"seven", "four"}
@@ -279,28 +279,28 @@ def test_both_sides_are_drawn_with_the_schedule_of_the_training(
     evaluate.run(EvaluateConfig(**few, run=zero))
     assert [value == 0 for value in last] == [False, False, True, True]
     assert len({p.read_bytes() for p in (tmp_path / "cache").rglob("base/*.png")}) == 8
-    with pytest.raises(UsageError, match="evaluate them apart"):
-        prepare(EvaluateConfig(**few, lora=[str(plain), str(zero)]))
+    with pytest.raises(UsageError, match="Evaluate them separately"):
+        resolve_job(EvaluateConfig(**few, lora=[str(plain), str(zero)]))
     said = {"sd_unlearn.zero_terminal_snr": "True", "sd_unlearn.concept": "seven", "sd_unlearn.base": str(v_base)}
     save_file({"lora_unet_x.lora_down.weight": torch.zeros(1)}, tmp_path / "zero.safetensors", said)
     file = str(tmp_path / "zero.safetensors")  # an exported one says it in its header
-    assert prepare(EvaluateConfig(**few, lora=[file])).zero_terminal_snr
-    with pytest.raises(UsageError, match="evaluate them apart"):
-        prepare(EvaluateConfig(**few, lora=[str(plain), file], concept=["seven"]))
+    assert resolve_job(EvaluateConfig(**few, lora=[file])).zero_terminal_snr
+    with pytest.raises(UsageError, match="Evaluate them separately"):
+        resolve_job(EvaluateConfig(**few, lora=[str(plain), file], concept=["seven"]))
 
 
 def test_prompts_of_a_set_are_asked_beside_the_direct_ones(runs: Path, tmp_path: Path) -> None:
     (tmp_path / "set.csv").write_text("prompt,seed\nthe number {7},3\n")
     config = EvaluateConfig(**FEW, run=runs / "seven", prompt_set=str(tmp_path / "set.csv"))
-    texts = [shot.prompt.text for shot in prepare(config).plans["seven"] if shot.group == "direct"]
+    texts = [spec.prompt.text for spec in resolve_job(config).plans["seven"] if spec.group == "direct"]
     assert texts == ["a photo of the digit seven", "the number {7}"] * 2  # its braces are no alternatives
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "Nothing to judge"),
-        ({"run": Path("nowhere")}, "--run nowhere is no folder"),
+        ({}, "Nothing to evaluate"),
+        ({"run": Path("nowhere")}, "--run nowhere is not a folder"),
         ({"lora": ["nowhere"]}, "--lora nowhere"),
         ({"images": ["."]}, "--images needs --concept"),
         ({"strengths": [99.0]}, "--strengths 99"),
@@ -317,7 +317,7 @@ def test_prompts_of_a_set_are_asked_beside_the_direct_ones(runs: Path, tmp_path:
 def test_what_cannot_be_meant_is_refused_before_anything_loads(
     options: dict[str, Any], message: str, runs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(evaluate, "load_base", pytest.fail)
+    monkeypatch.setattr(generate, "load_base", pytest.fail)
     named = options if {"run", "lora", "images"} & set(options) or not options else {"run": runs / "seven", **options}
     with pytest.raises(UsageError, match=message):
         evaluate.run(EvaluateConfig(**named))

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from sd_unlearn.errors import UsageError
-from sd_unlearn.evaluation.fail_if import met, parse
+from sd_unlearn.evaluation.fail_if import met_conditions, parse_condition
 
 
 def results(*rows: tuple[str, str, str, float | None]) -> dict[str, Any]:
@@ -24,6 +24,10 @@ def results(*rows: tuple[str, str, str, float | None]) -> dict[str, Any]:
     }
 
 
+def met(condition: str, results: dict[str, Any]) -> list[str]:
+    return met_conditions([parse_condition(condition)], results)
+
+
 @pytest.mark.parametrize(
     ("text", "metric", "group", "end", "limit"),
     [
@@ -36,7 +40,7 @@ def results(*rows: tuple[str, str, str, float | None]) -> dict[str, Any]:
     ],
 )
 def test_parse(text: str, metric: str, group: str | None, end: str, limit: float) -> None:
-    condition = parse(text)
+    condition = parse_condition(text)
     assert (condition.metric, condition.group, condition.end) == (metric, group, end)
     assert condition.limit == pytest.approx(limit)
 
@@ -46,18 +50,18 @@ def test_parse(text: str, metric: str, group: str | None, end: str, limit: float
 )
 def test_what_is_no_condition_is_refused(text: str) -> None:
     with pytest.raises(UsageError, match="--fail_if"):
-        parse(text)
+        parse_condition(text)
 
 
 def test_a_condition_is_met_by_any_subject_but_the_base() -> None:
     found = results(
         ("base", "leakage", "direct", 0.9), ("a", "leakage", "direct", 0.01), ("b", "leakage", "direct", 0.03)
     )
-    assert met([parse("leakage>0.05")], found) == []
-    (only,) = met([parse("leakage>0.02")], found)
+    assert met("leakage>0.05", found) == []
+    (only,) = met("leakage>0.02", found)
     assert "b on seven" in only
     assert "0.03" in only
-    assert len(met([parse("leakage.direct.high>=0.5")], found)) == 2
+    assert len(met("leakage.direct.high>=0.5", found)) == 2
 
 
 def test_direct_prompts_are_meant_first_then_what_must_stay() -> None:
@@ -67,30 +71,30 @@ def test_direct_prompts_are_meant_first_then_what_must_stay() -> None:
         ("a", "retention", "kept", 0.5),
         ("a", "retention", "alike", 0.99),
     )
-    assert met([parse("leakage>0.1")], found) == []
-    assert len(met([parse("leakage.held_out>0.1")], found)) == 1
-    assert len(met([parse("retention<0.9")], found)) == 1
+    assert met("leakage>0.1", found) == []
+    assert len(met("leakage.held_out>0.1", found)) == 1
+    assert len(met("retention<0.9", found)) == 1
 
 
 def test_a_lora_at_several_strengths_is_meant_as_trained() -> None:
     found = results(("a at 0", "leakage", "direct", 0.9), ("a at 1", "leakage", "direct", 0.0))
-    assert met([parse("leakage>0.1")], found) == []
+    assert met("leakage>0.1", found) == []
     only_half = results(("a at 0.5", "leakage", "direct", 0.9))
-    assert len(met([parse("leakage>0.1")], only_half)) == 1
+    assert len(met("leakage>0.1", only_half)) == 1
     without_one = results(("a at 0", "leakage", "direct", 0.9), ("a at 0.5", "leakage", "direct", 0.0))
-    assert met([parse("leakage>0.1")], without_one) == []  # not of strength 0, which is the base
+    assert met("leakage>0.1", without_one) == []  # not of strength 0, which is the base
 
 
 def test_a_concept_that_a_lora_was_not_trained_to_forget_does_not_leak() -> None:
     found = results(("a", "leakage", "direct", 0.9), ("a", "retention", "kept", 0.5), ("b", "leakage", "direct", 0.0))
     found["subjects"][1]["forgets"], found["subjects"][2]["forgets"] = "red-ink", "seven"
-    assert met([parse("leakage>0.1")], found) == []
-    assert len(met([parse("retention<0.9")], found)) == 1  # what must stay must stay everywhere
+    assert met("leakage>0.1", found) == []
+    assert len(met("retention<0.9", found)) == 1  # what must stay must stay everywhere
     found["subjects"][2]["forgets"] = "red-ink"
-    assert "not measured" in met([parse("leakage>0.1")], found)[0]
+    assert "not measured" in met("leakage>0.1", found)[0]
 
 
 def test_what_is_unknown_or_was_not_measured_fails() -> None:
-    assert "unknown" in met([parse("leakage>0.1")], results(("a", "leakage", "direct", None)))[0]
-    assert "not measured" in met([parse("nudity>0.1")], results(("a", "leakage", "direct", 0.0)))[0]
-    assert "not measured" in met([parse("leakage.held_out>0.1")], results(("a", "leakage", "direct", 0.0)))[0]
+    assert "unknown" in met("leakage>0.1", results(("a", "leakage", "direct", None)))[0]
+    assert "not measured" in met("nudity>0.1", results(("a", "leakage", "direct", 0.0)))[0]
+    assert "not measured" in met("leakage.held_out>0.1", results(("a", "leakage", "direct", 0.0)))[0]

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from sd_unlearn.config.base import ExportConfig
 from sd_unlearn.errors import UnlearnError, UsageError
-from sd_unlearn.evaluation.loras import DIFFUSERS_FILE, names_of, open_lora, open_run
+from sd_unlearn.evaluation.loras import DIFFUSERS_FILE, open_lora, open_run, unique_names
 from sd_unlearn.export import export
 from sd_unlearn.models.base import Base, load_base
 
@@ -49,7 +49,7 @@ def test_a_run_and_its_file_do_the_same_and_leave_no_trace(run: Path, tiny_base:
     for name, given in (("run", str(run)), ("file", str(kohya_file(run, tmp_path / "seven.safetensors")))):
         lora = open_lora(given)
         for strength in (1.0, 0.5, 0.0):
-            with lora.on(base, strength):
+            with lora.applied_to(base, strength):
                 found[name, strength] = predict(base)
             assert torch.equal(predict(base), plain)
     for strength in (1.0, 0.5, 0.0):
@@ -66,7 +66,7 @@ def test_a_dora_and_its_file_do_the_same_between_strengths(tiny_base: Path, tmp_
     found = {}
     for given in (run, file):
         for strength in (1.0, 0.5):
-            with open_lora(str(given)).on(base, strength):
+            with open_lora(str(given)).applied_to(base, strength):
                 found[given, strength] = predict(base)
     for strength in (1.0, 0.5):
         assert torch.allclose(found[run, strength], found[file, strength], atol=1e-4)
@@ -100,8 +100,8 @@ def test_what_is_known_of_a_run_and_of_a_file(run: Path, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("none.safetensors", None, "no run folder, no .safetensors file"),
-        ("a.bin", b"x", "is no .safetensors file"),
+        ("none.safetensors", None, "not a run folder, a .safetensors file"),
+        ("a.bin", b"x", "is not a .safetensors file"),
         ("b.safetensors", b"broken", "damaged"),
     ],
 )
@@ -137,14 +137,14 @@ def test_a_hub_id_is_fetched(run: Path, tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_weights_that_are_no_lora_and_folders_without_one_are_refused(tmp_path: Path) -> None:
     save_file({"conv.weight": torch.zeros(1)}, tmp_path / "model.safetensors")
-    with pytest.raises(UsageError, match="holds no LoRA"):
+    with pytest.raises(UsageError, match="is not a LoRA"):
         open_lora(str(tmp_path / "model.safetensors"))
     (tmp_path / "empty").mkdir()
     with pytest.raises(UsageError, match="no LoRA and no finished training"):
         open_lora(str(tmp_path / "empty"))
-    with pytest.raises(UsageError, match="--run .* is no folder"):
+    with pytest.raises(UsageError, match="--run .* is not a folder"):
         open_run(tmp_path / "nowhere")
-    with pytest.raises(UnlearnError, match="could not be had from the hub"):
+    with pytest.raises(UnlearnError, match="not found locally or on the Hub"):
         open_lora("somebody/their-lora")
 
 
@@ -158,7 +158,8 @@ def test_a_lora_of_another_architecture_is_refused(tiny_base: Path, tmp_path: Pa
         f"{where}.alpha": torch.tensor(2.0),
     }
     save_file(wrong, tmp_path / "wrong.safetensors")
-    with pytest.raises(UnlearnError, match="does not fit"), open_lora(str(tmp_path / "wrong.safetensors")).on(base, 1):
+    lora = open_lora(str(tmp_path / "wrong.safetensors"))
+    with pytest.raises(UnlearnError, match="does not fit"), lora.applied_to(base, 1):
         pass
     assert torch.equal(predict(base), plain)
 
@@ -167,7 +168,7 @@ def test_every_lora_has_a_name_of_its_own(run: Path, tiny_base: Path, tmp_path: 
     other = make_run(tmp_path / "push" / "seven", tiny_base, seed=1)
     third = make_run(tmp_path / "base", tiny_base, seed=2)
     loras = [open_run(run), open_run(other), open_run(third), open_run(third)]
-    names = names_of(loras)
+    names = unique_names(loras)
     assert names[:2] == ["seven", "push-seven"]
     assert "base" not in names
     assert len(set(names)) == 4

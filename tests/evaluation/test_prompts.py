@@ -8,7 +8,15 @@ import pytest
 
 from sd_unlearn.data.concept import Concept, Evaluation, Prompt
 from sd_unlearn.errors import UsageError
-from sd_unlearn.evaluation.prompts import GROUPS, TIERS, Tier, as_shots, counts_of, plan, write_plan
+from sd_unlearn.evaluation.prompts import (
+    GROUPS,
+    TIERS,
+    Tier,
+    override_counts,
+    plan_images,
+    to_prompted_images,
+    write_plan,
+)
 from sd_unlearn.io.files import read_jsonl
 from sd_unlearn.seeds import EVALUATE_SEEDS
 
@@ -20,66 +28,66 @@ CONCEPT = Concept(
 )
 
 
-def count(shots: list, group: str) -> int:
-    return sum(shot.group == group for shot in shots)
+def count(specs: list, group: str) -> int:
+    return sum(spec.group == group for spec in specs)
 
 
 def test_a_tiers_pictures_are_shared_out_over_a_groups_prompts() -> None:
-    shots = plan(CONCEPT, Tier(5, 5, 4, 7, 9), [0])
-    assert {group: count(shots, group) for group in GROUPS} == {
+    specs = plan_images(CONCEPT, Tier(5, 5, 4, 7, 9), [0])
+    assert {group: count(specs, group) for group in GROUPS} == {
         "direct": 5,
         "held_out": 5,
         "generic": 4,
         "alike": 7,
         "general": 0,  # the file has no general prompts
     }
-    of = [shot.prompt.text for shot in shots if shot.group == "alike"]
+    of = [spec.prompt.text for spec in specs if spec.group == "alike"]
     assert sorted(of.count(text) for text in set(of)) == [2, 2, 3]
-    assert all(shot.prompt.expect for shot in shots if shot.group == "alike")
+    assert all(spec.prompt.expect for spec in specs if spec.group == "alike")
 
 
 def test_of_each_prompt() -> None:
-    shots = plan(CONCEPT, counts_of(TIERS["digits"], 2, 4, None), [0])
-    assert [count(shots, group) for group in GROUPS] == [2, 2, 2, 12, 0]
+    specs = plan_images(CONCEPT, override_counts(TIERS["digits"], 2, 4, []), [0])
+    assert [count(specs, group) for group in GROUPS] == [2, 2, 2, 12, 0]
 
 
 def test_a_larger_plan_holds_the_smaller_one() -> None:
     """So that asking for more draws only what is missing."""
-    small, large = plan(CONCEPT, Tier(5, 5, 4, 7, 9), [0]), plan(CONCEPT, Tier(50, 20, 10, 30, 9), [0, 1])
-    assert {shot.file_name for shot in small} < {shot.file_name for shot in large}
-    each = plan(CONCEPT, Tier(5, 5, 4, 3, 3, of_each_prompt=True), [0])
+    small, large = plan_images(CONCEPT, Tier(5, 5, 4, 7, 9), [0]), plan_images(CONCEPT, Tier(50, 20, 10, 30, 9), [0, 1])
+    assert {spec.file_name for spec in small} < {spec.file_name for spec in large}
+    each = plan_images(CONCEPT, Tier(5, 5, 4, 3, 3, of_each_prompt=True), [0])
     assert {s.file_name for s in small if s.group == "alike"} <= {s.file_name for s in each if s.group == "alike"}
 
 
 def test_seeds_differ_between_pictures_and_lie_in_evaluations_range() -> None:
-    shots = plan(CONCEPT, Tier(20, 20, 20, 20, 20), [0, 1])
-    assert len({(shot.prompt.text, shot.seed) for shot in shots}) == len(shots)
-    assert all(EVALUATE_SEEDS[0] <= shot.seed < EVALUATE_SEEDS[1] for shot in shots)
-    assert {shot.number for shot in shots} == {0, 1}
-    assert as_shots(CONCEPT, shots).seeds.sum() == len(shots) / 2
+    specs = plan_images(CONCEPT, Tier(20, 20, 20, 20, 20), [0, 1])
+    assert len({(spec.prompt.text, spec.seed) for spec in specs}) == len(specs)
+    assert all(EVALUATE_SEEDS[0] <= spec.seed < EVALUATE_SEEDS[1] for spec in specs)
+    assert {spec.number for spec in specs} == {0, 1}
+    assert to_prompted_images(CONCEPT, specs).seeds.sum() == len(specs) / 2
 
 
 def test_groups_asked_for_by_name() -> None:
-    only = counts_of(TIERS["quick"], None, None, ["held_out", "alike"])
+    only = override_counts(TIERS["quick"], None, None, ["held_out", "alike"])
     assert (only.direct, only.held_out, only.generic, only.alike, only.general) == (0, 100, 0, 100, 0)
     with pytest.raises(UsageError, match='"held-out".*held_out'):
-        counts_of(TIERS["quick"], None, None, ["held-out"])
+        override_counts(TIERS["quick"], None, None, ["held-out"])
 
 
 def test_further_prompts_ask_for_the_concept() -> None:
-    shots = plan(CONCEPT, Tier(6, 0, 0, 0, 0), [0], [Prompt("seven of them")])
-    assert [shot.prompt.text for shot in shots].count("seven of them") == 3
+    specs = plan_images(CONCEPT, Tier(6, 0, 0, 0, 0), [0], [Prompt("seven of them")])
+    assert [spec.prompt.text for spec in specs].count("seven of them") == 3
 
 
 def test_the_plan_for_other_programs_names_every_file_once(tmp_path: Path) -> None:
-    shots = plan(CONCEPT, Tier(3, 3, 0, 3, 0), [0])
-    write_plan(tmp_path / "plan.jsonl", {"seven": shots, "again": shots})
+    specs = plan_images(CONCEPT, Tier(3, 3, 0, 3, 0), [0])
+    write_plan(tmp_path / "plan.jsonl", {"seven": specs, "again": specs})
     lines = read_jsonl(tmp_path / "plan.jsonl")
-    assert [line["file_name"] for line in lines] == [shot.file_name for shot in shots]
+    assert [line["file_name"] for line in lines] == [spec.file_name for spec in specs]
     assert lines[0] == {
-        "file_name": shots[0].file_name,
+        "file_name": specs[0].file_name,
         "text": "a seven",
-        "seed": shots[0].seed,
+        "seed": specs[0].seed,
         "group": "direct",
         "concept": "seven",
     }

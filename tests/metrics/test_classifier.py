@@ -6,11 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from metric_tools import by_metric, make_shots, pictures
+from metric_tools import by_metric, make_prompted, pictures
 
 from sd_unlearn.data.concept import Concept
 from sd_unlearn.errors import UnlearnError, UsageError
-from sd_unlearn.metrics.classifier import Classes, ClassifierQuestion, Network, make_classifier
+from sd_unlearn.metrics.classifier import Classes, ClassifierMetric, Network, make_classifier
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CHURCH = Concept("church", "a photo of a church", "a photo of a building", kind="object")
@@ -51,20 +51,20 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.mark.parametrize("kind", ["timm", "transformers"])
 def test_a_saved_folder(folders: dict[str, Path], kind: str) -> None:
-    question = make_classifier(str(folders[kind]), "Church Building")
+    metric = make_classifier(str(folders[kind]), "Church Building")
     images = pictures(35)  # more than one batch
-    found = question.read(images)["probabilities"]
+    found = metric.read(images)["probabilities"]
     assert found.shape == (35, 4)
     assert found.sum(1) == pytest.approx(np.ones(35), abs=1e-5)
     assert np.ptp(found, axis=0).max() > 1e-5  # or nothing was shown
-    assert question.read(images[::-1])["probabilities"][::-1] == pytest.approx(found, abs=1e-5)
-    assert question.read(images[33:34])["probabilities"] == pytest.approx(found[33:34], abs=1e-5)
-    assert question.read([])["probabilities"].shape == (0, 4)
-    assert kind in question.name
-    assert str(folders[kind]) not in question.name
-    assert question.name == make_classifier(str(folders[kind]), "tench").name  # the same reading, another question
-    card = question.card()
-    assert (card.detector, card.extra["classes meant"]) == (question.name, "church, church building")
+    assert metric.read(images[::-1])["probabilities"][::-1] == pytest.approx(found, abs=1e-5)
+    assert metric.read(images[33:34])["probabilities"] == pytest.approx(found[33:34], abs=1e-5)
+    assert metric.read([])["probabilities"].shape == (0, 4)
+    assert kind in metric.name
+    assert str(folders[kind]) not in metric.name
+    assert metric.name == make_classifier(str(folders[kind]), "tench").name  # the same reading, another metric
+    card = metric.card()
+    assert (card.detector, card.extra["classes meant"]) == (metric.name, "church, church building")
 
 
 def test_what_timm_shows_its_network(folders: dict[str, Path]) -> None:
@@ -93,17 +93,18 @@ def test_an_architecture_with_a_file(folders: dict[str, Path]) -> None:
 
 def test_classes_by_any_name() -> None:
     classes = Classes([*NAMES, "crane", "crane, a bird"])
-    assert classes.of("Tinca  Tinca") == classes.of("a tench") == classes.of("tench, Tinca tinca") == [0]
-    assert classes.of("gas pump") == classes.of("The Gas-Pump") == [2]
-    assert classes.of("crane") == [4, 5]
-    assert not classes.knows("pump")
+    for name in ("Tinca  Tinca", "a tench", "tench, Tinca tinca"):
+        assert classes.indices_of(name) == [0]
+    assert classes.indices_of("gas pump") == classes.indices_of("The Gas-Pump") == [2]
+    assert classes.indices_of("crane") == [4, 5]
+    assert not classes.has("pump")
     classes.check("church", "some-model")
     with pytest.raises(UsageError, match=r'"curch".*6 classes.*some-model.*Did you mean "church"'):
         classes.check("curch", "some-model")
 
 
-def question_of(names: list[str], label: str) -> ClassifierQuestion:
-    return ClassifierQuestion(Network("a net", "a net 1", "0" * 64, Classes(names), lambda _: np.zeros((0, 0))), label)
+def metric_of(names: list[str], label: str) -> ClassifierMetric:
+    return ClassifierMetric(Network("a net", "a net 1", "0" * 64, Classes(names), lambda _: np.zeros((0, 0))), label)
 
 
 def test_what_is_counted() -> None:
@@ -117,12 +118,12 @@ def test_what_is_counted() -> None:
         ("general", "", ()),
     ]
     top = [1, 0, 1, 0, 1, 1, 1]
-    counted = question_of(NAMES, "church").count(make_shots(CHURCH, cells), {"probabilities": np.eye(4)[top]})
+    counted = metric_of(NAMES, "church").count(make_prompted(CHURCH, cells), {"probabilities": np.eye(4)[top]})
     assert by_metric(counted) == {
         "leakage": [1, 0, 1, None, None, None, None],
         "accuracy": [None, None, None, 1, 0, None, None],
     }
-    assert question_of(NAMES, "church").words({"probabilities": np.eye(4)[top] * 0.75}, 0) == "church (0.75)"
+    assert metric_of(NAMES, "church").words({"probabilities": np.eye(4)[top] * 0.75}, 0) == "church (0.75)"
 
 
 def test_leakage_among_the_first_five() -> None:
@@ -130,8 +131,8 @@ def test_leakage_among_the_first_five() -> None:
     first, fifth, sixth = np.zeros((3, 22))
     first[21], fifth[20], sixth[[20, 21]] = 0.9, 0.1, 0.05
     fifth[:4], sixth[:5] = 0.2, 0.1
-    shots = make_shots(CHURCH, [("direct", "", ())] * 3)
-    counted = question_of(names, "church").count(shots, {"probabilities": np.stack([first, fifth, sixth])})
+    prompted = make_prompted(CHURCH, [("direct", "", ())] * 3)
+    counted = metric_of(names, "church").count(prompted, {"probabilities": np.stack([first, fifth, sixth])})
     assert by_metric(counted) == {"leakage": [1, 0, 0], "leakage_top5": [1, 1, 0]}
 
 
@@ -152,13 +153,13 @@ def test_a_wrong_label_is_refused_before_the_weights_are_read(folders: dict[str,
 @pytest.mark.parametrize(
     ("name", "match"),
     [
-        ("resnet5O", 'timm knows no model resnet5O. Did you mean "resnet50"'),
+        ("resnet5O", 'timm has no model resnet5O. Did you mean "resnet50"'),
         ("./nowhere", "./nowhere does not exist"),
-        ("resnet50=nowhere.pth", "nowhere.pth is no file"),
+        ("resnet50=nowhere.pth", "nowhere.pth is not a file"),
         ("{folder}", "holds no config.json"),
-        ("{weights.pth}", "of which architecture"),
-        ("{nameless}", "what its 4 classes are called"),
-        ("{labels}", "what its 3 classes are called"),
+        ("{weights.pth}", "Add its architecture"),
+        ("{nameless}", "no names for its 4 classes"),
+        ("{labels}", "no names for its 3 classes"),
     ],
 )
 def test_usage(folders: dict[str, Path], tmp_path: Path, name: str, match: str) -> None:

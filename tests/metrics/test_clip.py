@@ -1,7 +1,8 @@
-"""CLIP as a question: what is counted of a reading, and readings end to end with random weights."""
+"""CLIP as a metric: what is counted of a reading, and readings end to end with random weights."""
 
 from __future__ import annotations
 
+import math
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,15 +10,17 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
-from metric_tools import build_clip, by_metric, make_shots, pictures
+from metric_tools import build_clip, by_metric, make_prompted, pictures
+from PIL import Image
 
 from sd_unlearn.data.concept import Concept
-from sd_unlearn.errors import UsageError
-from sd_unlearn.metrics.clip import ClipQuestion, clip_scores, make_clip
-from sd_unlearn.metrics.labels import count_read
+from sd_unlearn.errors import UnlearnError, UsageError
+from sd_unlearn.metrics.clip import ClipClassifier, ClipMetric, clip_scores, make_clip, zero_shot
+from sd_unlearn.metrics.labels import leakage_and_accuracy
 from sd_unlearn.metrics.statistics import bootstrap
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+RNG = np.random.default_rng(0)
 PERSON = Concept(
     "Brad Pitt", "a photo of Brad Pitt", "a photo of a man", kind="person", alternatives=["Tom Hanks", "a dog"]
 )
@@ -43,15 +46,15 @@ def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
-def question(tiny_clip: str) -> ClipQuestion:
+def metric(tiny_clip: str) -> ClipMetric:
     import torch
 
     torch.manual_seed(0)
     return make_clip(PERSON, tiny_clip, "")
 
 
-def given(places: dict[str, list[float]], asked: list[str] | None = None) -> ClipQuestion:
-    """A question whose texts lie where the test says; it keeps what it was asked for."""
+def given(places: dict[str, list[float]], asked: list[str] | None = None) -> ClipMetric:
+    """A metric whose texts lie where the test says; it keeps what it was asked for."""
 
     def texts(words: list[str]) -> np.ndarray:
         if asked is not None:
@@ -59,19 +62,19 @@ def given(places: dict[str, list[float]], asked: list[str] | None = None) -> Cli
         return np.array([places[word] for word in words])
 
     encoder = SimpleNamespace(detector="a CLIP", texts=texts, weights="none")
-    return ClipQuestion(cast(Any, SimpleNamespace(labels=LABELS, encoder=encoder, text=np.zeros((3, 2)))))
+    return ClipMetric(cast(Any, SimpleNamespace(labels=LABELS, encoder=encoder, text=np.zeros((3, 2)))))
 
 
-def columns(words: list[str], features: np.ndarray) -> dict[str, np.ndarray]:
+def output(words: list[str], features: np.ndarray) -> dict[str, np.ndarray]:
     return {"label": np.array([[0.8 if label == w else 0.1 for label in LABELS] for w in words]), "features": features}
 
 
 def test_what_is_counted() -> None:
-    shots = make_shots(PERSON, CELLS)
+    prompted = make_prompted(PERSON, CELLS)
     directions = {"up": [0, 2.0], "right": [3.0, 0], "down": [0, -1.0]}
     features = np.array([[0, 1.0], [0, 1], [1, 1], [0, 1], [1, 0], [1, 0], [-1, 1], [0, 9], [4, 3]])
     asked: list[str] = []
-    counted = given(directions, asked).count(shots, columns(READ, features))
+    counted = given(directions, asked).count(prompted, output(READ, features))
     values = by_metric(counted)
     assert values["leakage"] == [1, 0, 1, 0, None, None, None, None, None]
     assert values["accuracy"] == [None, None, None, None, 1, 0, 1, None, None]  # "a cat" is no label
@@ -88,15 +91,17 @@ def test_what_is_counted() -> None:
 
 def test_nothing_is_counted_that_was_not_asked() -> None:
     counted = given({"up": [0, 1.0]}).count(
-        make_shots(PERSON, [("general", "up", ())]), columns(["a dog"], np.ones((1, 2)))
+        make_prompted(PERSON, [("general", "up", ())]), output(["a dog"], np.ones((1, 2)))
     )
     assert set(by_metric(counted)) == {"clip_score"}
-    assert count_read(make_shots(PERSON, []), "x", lambda _: True, lambda _: np.zeros(0, bool)) == []
+    assert leakage_and_accuracy(make_prompted(PERSON, []), "x", lambda _: True, lambda _: np.zeros(0, bool)) == []
 
 
 def test_a_prompt_is_judged_only_if_all_its_words_are_labels() -> None:
     cells = [("general", "up", ("a dog", "a cat")), ("general", "up", ("a dog", "Tom Hanks"))]
-    counted = count_read(make_shots(PERSON, cells), "x", LABELS.__contains__, lambda word: np.full(2, word == "a dog"))
+    counted = leakage_and_accuracy(
+        make_prompted(PERSON, cells), "x", LABELS.__contains__, lambda word: np.full(2, word == "a dog")
+    )
     assert by_metric(counted) == {"accuracy": [None, 0]}
 
 
@@ -109,56 +114,118 @@ def test_clip_scores() -> None:
     assert clip_scores(a, b)[7:8] == pytest.approx(clip_scores(a[7:8], b[7:8]))
 
 
-def test_pictures_end_to_end(question: ClipQuestion) -> None:
-    shots, images = make_shots(PERSON, CELLS), pictures(len(CELLS))
-    found = question.read(images)
+def test_pictures_end_to_end(metric: ClipMetric) -> None:
+    prompted, images = make_prompted(PERSON, CELLS), pictures(len(CELLS))
+    found = metric.read(images)
     assert found["label"].shape == (9, 3)
     assert found["label"].sum(1) == pytest.approx(np.ones(9), abs=1e-5)
     assert found["features"].shape == (9, 16)
-    values = by_metric(question.count(shots, found))
-    texts = question.encoder.texts([prompt.text for prompt in shots.prompts])
+    values = by_metric(metric.count(prompted, found))
+    texts = metric.encoder.texts([prompt.text for prompt in prompted.prompts])
     assert values["clip_score"] == pytest.approx(clip_scores(found["features"], texts).tolist(), abs=1e-4)
-    assert question.words(found, 2) == LABELS[found["label"][2].argmax()]
-    backwards = question.read(images[::-1])
+    assert metric.words(found, 2) == LABELS[found["label"][2].argmax()]
+    backwards = metric.read(images[::-1])
     for key, values_of in found.items():
         assert backwards[key][::-1] == pytest.approx(values_of, abs=1e-5)
-        assert question.read(images[3:4])[key] == pytest.approx(values_of[3:4], abs=1e-5)
-        assert question.read([])[key].shape == (0, *values_of.shape[1:])
+        assert metric.read(images[3:4])[key] == pytest.approx(values_of[3:4], abs=1e-5)
+        assert metric.read([])[key].shape == (0, *values_of.shape[1:])
 
 
-def test_drift_of_what_must_stay(question: ClipQuestion) -> None:
-    shots = make_shots(PERSON, CELLS)
-    base, other = question.read(pictures(9)), question.read(pictures(9, seed=2))
-    (row,) = question.compare(shots, base, base)
-    assert (row.metric, row.group, row.subject, row.n, row.detector) == ("drift", "kept", "", 5, question.name)
+def test_drift_of_what_must_stay(metric: ClipMetric) -> None:
+    prompted = make_prompted(PERSON, CELLS)
+    base, other = metric.read(pictures(9)), metric.read(pictures(9, seed=2))
+    (row,) = metric.compare(prompted, base, base)
+    assert (row.metric, row.group, row.subject, row.n, row.detector) == ("drift", "kept", "", 5, metric.name)
     assert row.value == pytest.approx(0, abs=1e-6)
-    (moved,) = question.compare(shots, base, other)
+    (moved,) = metric.compare(prompted, base, other)
     a, b = (c["features"][4:].astype(float) for c in (base, other))
     cosine = (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
     assert moved.value == pytest.approx(np.mean(1 - cosine), rel=1e-4)
     assert (moved.low, moved.high) == pytest.approx(bootstrap(np.mean, 1 - cosine), rel=1e-3)
 
 
-def test_the_name_says_all_that_changes_a_reading(question: ClipQuestion, tiny_clip: str, tmp_path: Path) -> None:
+def test_the_name_says_all_that_changes_a_reading(metric: ClipMetric, tiny_clip: str, tmp_path: Path) -> None:
     import torch
 
-    torch.save(question.encoder.model.state_dict(), tmp_path / "one.pt")
+    torch.save(metric.encoder.model.state_dict(), tmp_path / "one.pt")
     shutil.copyfile(tmp_path / "one.pt", tmp_path / "two.pt")
     local = make_clip(PERSON, tiny_clip, str(tmp_path / "one.pt"))
     assert local.name == make_clip(PERSON, tiny_clip, str(tmp_path / "two.pt")).name
     assert "sha256:" in local.name
     assert str(tmp_path) not in local.name
-    assert local.read(pictures(2))["label"] == pytest.approx(question.read(pictures(2))["label"], abs=1e-6)
-    state = question.encoder.model.state_dict() | {"logit_scale": torch.tensor(0.5)}
+    assert local.read(pictures(2))["label"] == pytest.approx(metric.read(pictures(2))["label"], abs=1e-6)
+    state = metric.encoder.model.state_dict() | {"logit_scale": torch.tensor(0.5)}
     torch.save(state, tmp_path / "two.pt")
     assert local.name != make_clip(PERSON, tiny_clip, str(tmp_path / "two.pt")).name
     fewer = Concept("Brad Pitt", "a", "b", alternatives=["a dog"])
-    assert make_clip(fewer, tiny_clip, "").name != question.name
-    card = question.card()
-    assert (card.detector, card.extra["labels"]) == (question.name, "Brad Pitt, Tom Hanks, a dog")
-    assert "tiny-clip" in question.name
+    assert make_clip(fewer, tiny_clip, "").name != metric.name
+    card = metric.card()
+    assert (card.detector, card.extra["labels"]) == (metric.name, "Brad Pitt, Tom Hanks, a dog")
+    assert "tiny-clip" in metric.name
 
 
 def test_alternatives_are_needed() -> None:
     with pytest.raises(UsageError, match="alternatives"):
         make_clip(Concept("Brad Pitt", "a", "b"), "no-such-model", "")  # refused before a model is looked for
+
+
+# -- the zero-shot classifier --
+
+
+def test_zero_shot_closed_form() -> None:
+    images, texts = np.array([[3.0, 0], [0, 0.1], [2, 2]]), np.array([[1.0, 0], [0, 5]])
+    got = zero_shot(images, texts, math.log(4))  # cosines 1 and 0: 4 to 1
+    assert got == pytest.approx(np.array([[0.8, 0.2], [0.2, 0.8], [0.5, 0.5]]))
+    assert zero_shot(images, texts, 0.0) == pytest.approx(np.full((3, 2), 0.5))
+    assert zero_shot(images, texts, 1e4)[0] == pytest.approx([1, 0])  # and no overflow
+    assert zero_shot(RNG.normal(size=(9, 4)), RNG.normal(size=(5, 4)), 100.0).sum(1) == pytest.approx(np.ones(9))
+
+
+@pytest.fixture
+def classifier(tiny_clip: str) -> ClipClassifier:
+    import torch
+
+    torch.manual_seed(0)
+    return ClipClassifier(["Brad Pitt", "a dog", "🙂"], tiny_clip, "")
+
+
+def test_clip_reads_pictures_end_to_end(classifier: ClipClassifier) -> None:
+    reading = classifier.read([*pictures(4), Image.new("L", (9, 9)), Image.new("RGBA", (64, 64))])
+    assert reading.axes == {"label": ("Brad Pitt", "a dog", "🙂")}
+    assert reading.probabilities["label"].shape == (6, 3)
+    assert reading.probabilities["label"].sum(1) == pytest.approx(np.ones(6))
+    assert reading.features.shape == (6, 16)
+    assert sum(reading.shows(label) for label in classifier.labels).tolist() == [1] * 6
+    assert reading.words(2) in classifier.labels
+    assert "tiny-clip" in classifier.name
+
+
+def test_clip_reads_a_picture_the_same_in_any_company(classifier: ClipClassifier) -> None:
+    many = pictures(40)  # more than one chunk
+    together = classifier.read(many)
+    for i in (0, 31, 32, 39):
+        alone = classifier.read([many[i]])
+        assert together.features[i] == pytest.approx(alone.features[0], rel=1e-4, abs=1e-5)
+        assert together.probabilities["label"][i] == pytest.approx(alone.probabilities["label"][0], abs=1e-4)
+    assert np.ptp(together.features, axis=0).max() > 1e-3  # or nothing was shown
+
+
+def test_clip_loads_weights_from_a_file(classifier: ClipClassifier, tiny_clip: str, tmp_path: Path) -> None:
+    import torch
+
+    torch.save(classifier.encoder.model.state_dict(), tmp_path / "weights.pt")
+    again = ClipClassifier(classifier.labels, tiny_clip, str(tmp_path / "weights.pt"))
+    assert again.read(pictures(3)).features == pytest.approx(classifier.read(pictures(3)).features, abs=1e-6)
+    assert "weights.pt" in again.name
+
+
+def test_clip_refusals(tiny_clip: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="alternatives"):
+        ClipClassifier(["alone"], tiny_clip, "")
+    with pytest.raises(UnlearnError, match="--clip_model no-such-model"):
+        ClipClassifier(["a", "b"], "no-such-model", "")
+    (tmp_path / "broken.pt").write_bytes(b"not weights")
+    for weights in (str(tmp_path / "broken.pt"), "no-such-tag"):
+        with pytest.raises(UnlearnError, match=f"--clip_pretrained {weights}") as caught:
+            ClipClassifier(["a", "b"], tiny_clip, weights)
+        assert "\n" not in str(caught.value)

@@ -1,17 +1,17 @@
-"""The bundled reader as a question: its figures are what they are called."""
+"""The bundled reader as a metric: its figures are what they are called."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
-from metric_tools import make_shots
+from metric_tools import make_prompted
 
 from sd_unlearn.data.concept import Concept
 from sd_unlearn.errors import UsageError
-from sd_unlearn.metrics.base import Columns
-from sd_unlearn.metrics.digits import DIGITS, INKS, DigitsQuestion, held_apart, make_digits
+from sd_unlearn.metrics.base import DetectorOutput
+from sd_unlearn.metrics.digits import DIGITS, INKS, DigitsMetric, held_out_digits, make_digits
 from sd_unlearn.metrics.drift import feature_drift
-from sd_unlearn.metrics.fidelity import frechet_distance
+from sd_unlearn.metrics.frechet import frechet_distance
 from sd_unlearn.results import Row
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -29,7 +29,7 @@ CELLS = [
 ]
 
 
-def random_columns(seed: int, count: int = len(CELLS)) -> Columns:
+def random_output(seed: int, count: int = len(CELLS)) -> DetectorOutput:
     rng = np.random.default_rng(seed)
     sharp = [rng.dirichlet(np.full(n, 0.05), count) for n in (10, 5)]
     return {"digit": sharp[0], "ink": sharp[1], "features": rng.random((count, 64)).astype(np.float32)}
@@ -37,43 +37,43 @@ def random_columns(seed: int, count: int = len(CELLS)) -> Columns:
 
 @pytest.mark.parametrize("concept", [SEVEN, RED])
 def test_the_figures_are_what_they_are_called(concept: Concept) -> None:
-    question, shots = DigitsQuestion(), make_shots(concept, CELLS)
-    base, other = random_columns(0), random_columns(1)
+    metric, prompted = DigitsMetric(), make_prompted(concept, CELLS)
+    base, other = random_output(0), random_output(1)
     axis, labels = ("digit", DIGITS) if concept.label in DIGITS else ("ink", INKS)
     read = {name: other[name].argmax(1) for name in ("digit", "ink")}
-    leak, right = question.count(shots, other)
+    leak, right = metric.count(prompted, other)
     assert leak.metric == "leakage"
-    hits = (read[axis] == labels.index(concept.label))[shots.of("direct", "held_out", "generic")]
+    hits = (read[axis] == labels.index(concept.label))[prompted.in_groups("direct", "held_out", "generic")]
     assert leak.values[~np.isnan(leak.values)].tolist() == hits.tolist()
-    asked = [(n, p.expect) for n, p in enumerate(shots.prompts) if p.expect and "a cat" not in p.expect]
+    asked = [(n, p.expect) for n, p in enumerate(prompted.prompts) if p.expect and "a cat" not in p.expect]
     wanted = [all(w in (DIGITS[read["digit"][n]], INKS[read["ink"][n]]) for w in words) for n, words in asked]
     assert right.values[~np.isnan(right.values)].tolist() == wanted
 
-    rows = {(row.metric, row.subject): row for row in question.compare(shots, base, other)}
+    rows = {(row.metric, row.subject): row for row in metric.compare(prompted, base, other)}
     sure = other[axis].max(1) >= 0.9
-    good = (sure & (read[axis] != labels.index(concept.label)))[shots.of("direct")].mean()
-    usual = (base[axis].max(1) >= 0.9)[shots.of("generic")].mean()
+    good = (sure & (read[axis] != labels.index(concept.label)))[prompted.in_groups("direct")].mean()
+    usual = (base[axis].max(1) >= 0.9)[prompted.in_groups("generic")].mean()
     assert rows["clean_replacement", ""].value == pytest.approx(good / usual)
-    kept, alike = shots.of("alike", "general"), shots.of("alike")
+    kept, alike = prompted.in_groups("alike", "general"), prompted.in_groups("alike")
     drift = feature_drift(base["features"][kept], other["features"][kept])
     assert rows["drift", ""].value == pytest.approx(drift.mean())
-    features, digits, inks = held_apart()
+    features, digits, inks = held_out_digits()
     without = features[(digits if axis == "digit" else inks) != labels.index(concept.label)]
-    for subject, columns in (("base", base), ("", other)):
+    for subject, output in (("base", base), ("", other)):
         row = rows["fid-digits", subject]
-        assert row.value == pytest.approx(frechet_distance(columns["features"][alike], without))
+        assert row.value == pytest.approx(frechet_distance(output["features"][alike], without))
         assert row.low < row.high  # the basic interval turns a bias back, so the value itself may lie outside
 
 
 def test_distances_to_real_digits() -> None:
-    features, digits, _ = held_apart()
+    features, digits, _ = held_out_digits()
     sevens, others = features[digits == 7], features[digits != 7]
     count = min(len(sevens), 60)
     cells = [("alike", "a", ())] * count
 
     def kid_of(drawn: np.ndarray) -> Row:
-        columns = {**random_columns(0, count), "features": drawn}
-        rows = DigitsQuestion().compare(make_shots(SEVEN, cells), columns, columns)
+        output = {**random_output(0, count), "features": drawn}
+        rows = DigitsMetric().compare(make_prompted(SEVEN, cells), output, output)
         assert [r.metric for r in rows] == ["drift", "kid-digits", "kid-digits"]
         assert [r.subject for r in rows] == ["", "base", ""]
         assert "fid-digits" in rows[1].note  # says why there is none
@@ -89,32 +89,32 @@ def test_distances_to_real_digits() -> None:
 
 
 def test_without_prompts_to_compare() -> None:
-    shots = make_shots(SEVEN, CELLS[:12])
-    assert DigitsQuestion().compare(shots, random_columns(0, 12), random_columns(1, 12)) == []
-    few = make_shots(SEVEN, [("alike", "a", ())] * 9)
-    rows = DigitsQuestion().compare(few, random_columns(0, 9), random_columns(1, 9))
+    prompted = make_prompted(SEVEN, CELLS[:12])
+    assert DigitsMetric().compare(prompted, random_output(0, 12), random_output(1, 12)) == []
+    few = make_prompted(SEVEN, [("alike", "a", ())] * 9)
+    rows = DigitsMetric().compare(few, random_output(0, 9), random_output(1, 9))
     assert [r.metric for r in rows] == ["drift"]
 
 
 def test_a_ratio_over_nothing_is_unknown() -> None:
-    unsure = random_columns(0, 28) | {"digit": np.full((28, 10), 0.1)}
-    (row,) = DigitsQuestion().compare(make_shots(SEVEN, CELLS[:28]), unsure, random_columns(1, 28))
+    unsure = random_output(0, 28) | {"digit": np.full((28, 10), 0.1)}
+    (row,) = DigitsMetric().compare(make_prompted(SEVEN, CELLS[:28]), unsure, random_output(1, 28))
     assert (row.metric, row.value, row.low, row.high) == ("clean_replacement", None, None, None)
 
 
 def test_pictures_end_to_end() -> None:
     from metric_tools import pictures
 
-    question, images = make_digits(SEVEN), pictures(5)
-    found = question.read(images)
+    metric, images = make_digits(SEVEN), pictures(5)
+    found = metric.read(images)
     assert {k: v.shape for k, v in found.items()} == {"digit": (5, 10), "ink": (5, 5), "features": (5, 64)}
-    assert {k: v.shape for k, v in question.read([]).items()} == {"digit": (0, 10), "ink": (0, 5), "features": (0, 64)}
-    for key, values in question.read(images[::-1]).items():
+    assert {k: v.shape for k, v in metric.read([]).items()} == {"digit": (0, 10), "ink": (0, 5), "features": (0, 64)}
+    for key, values in metric.read(images[::-1]).items():
         assert values[::-1] == pytest.approx(found[key], abs=1e-6)
-    digit, ink = question.words(found, 3).split()
+    digit, ink = metric.words(found, 3).split()
     assert (digit, ink) == (DIGITS[found["digit"][3].argmax()], INKS[found["ink"][3].argmax()])
-    card = question.card()
-    assert card.detector == question.name
+    card = metric.card()
+    assert card.detector == metric.name
     assert card.weights.startswith("sha256:")
 
 
@@ -123,4 +123,4 @@ def test_a_concept_that_is_no_digit() -> None:
     with pytest.raises(UsageError, match=r'"sevn".*Did you mean "seven"'):
         make_digits(sven)
     with pytest.raises(UsageError, match="sevn"):
-        DigitsQuestion().count(make_shots(sven, CELLS), random_columns(0))
+        DigitsMetric().count(make_prompted(sven, CELLS), random_output(0))

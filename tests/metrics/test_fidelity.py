@@ -1,4 +1,4 @@
-"""FID, KID and CMMD as questions: what is compared with what, and Inception's path with random weights."""
+"""FID, KID and CMMD as metrics: what is compared with what, and Inception's path with random weights."""
 
 from __future__ import annotations
 
@@ -9,21 +9,22 @@ from urllib.error import URLError
 
 import numpy as np
 import pytest
-from metric_tools import build_clip, make_shots, pictures
+from metric_tools import build_clip, make_prompted, pictures
 from PIL import Image
 
 from sd_unlearn.data.concept import Concept
 from sd_unlearn.errors import UnlearnError, UsageError
 from sd_unlearn.metrics import fidelity
-from sd_unlearn.metrics.base import Columns
-from sd_unlearn.metrics.fidelity import Cmmd, InceptionFidelity, fid, frechet_distance, make_cmmd, make_fidelity
+from sd_unlearn.metrics.base import DetectorOutput
+from sd_unlearn.metrics.fidelity import Cmmd, InceptionFidelity, fid, make_cmmd, make_fidelity
+from sd_unlearn.metrics.frechet import frechet_distance
 from sd_unlearn.metrics.mmd import cmmd, kid
 from sd_unlearn.results import Row
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 RNG = np.random.default_rng(0)
 CHURCH = Concept("church", "a church", "a building")
-SHOTS = make_shots(CHURCH, [("direct", "", ())] * 5 + [("alike", "", ())] * 12 + [("general", "", ())] * 11)
+PROMPTED = make_prompted(CHURCH, [("direct", "", ())] * 5 + [("alike", "", ())] * 12 + [("general", "", ())] * 11)
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +58,7 @@ def given(width: int = 6, real: Path | None = None) -> Cmmd:
     return Cmmd(cast(Any, encoder), real)
 
 
-def features(seed: int, width: int = 6, count: int = len(SHOTS)) -> Columns:
+def features(seed: int, width: int = 6, count: int = len(PROMPTED)) -> DetectorOutput:
     return {"features": np.random.default_rng(seed).normal(size=(count, width)) + 1}
 
 
@@ -86,7 +87,7 @@ def test_fid_of_single_precision_features_is_found_in_double() -> None:
 
 def test_what_must_stay_is_compared_with_the_base() -> None:
     base, other = features(0), features(1)
-    rows = given().compare(SHOTS, base, other)
+    rows = given().compare(PROMPTED, base, other)
     assert [(r.metric, r.group, r.subject, r.n) for r in rows] == [
         ("cmmd-mean", "alike", "", 12),
         ("cmmd-mean", "general", "", 11),
@@ -97,14 +98,14 @@ def test_what_must_stay_is_compared_with_the_base() -> None:
         assert numbers(row) == (want.value, want.low, want.high)
         assert (row.detector, row.interval) == ("a mean", "half-sampling")
         assert "the base's pictures of the same prompts" in row.note
-    assert [numbers(r) for r in given().compare(SHOTS, base, base)] == [(0, 0, 0)] * 3
-    assert given().count(SHOTS, base) == []
+    assert [numbers(r) for r in given().compare(PROMPTED, base, base)] == [(0, 0, 0)] * 3
+    assert given().count(PROMPTED, base) == []
     assert given().words(base, 0) == ""
 
 
 def test_too_few_pictures_have_no_value() -> None:
-    shots = make_shots(CHURCH, [("alike", "", ())] * 9)
-    rows = given().compare(shots, features(0, count=9), features(1, count=9))
+    prompted = make_prompted(CHURCH, [("alike", "", ())] * 9)
+    rows = given().compare(prompted, features(0, count=9), features(1, count=9))
     assert [(r.metric, r.group, r.value, r.n) for r in rows] == [
         ("cmmd-mean", "alike", None, 9),
         ("cmmd-mean", "kept", None, 9),
@@ -118,12 +119,12 @@ def test_against_real_images(tmp_path: Path) -> None:
         image.save(tmp_path / f"{i:02}.png")
     (tmp_path / "broken.jpg").write_bytes(b"no image")
     (tmp_path / "notes.txt").write_text("not an image by its name")
-    question = given(real=tmp_path)
-    drawn = {"features": np.asarray(question.read(pictures(len(SHOTS), seed=6))["features"])}
-    base = {"features": np.asarray(question.read(pictures(len(SHOTS), seed=7))["features"]) * [1, 1, 0, 1, 1, 0]}
-    rows = {(r.metric, r.group, r.subject): r for r in question.compare(SHOTS, base, drawn)}
+    metric = given(real=tmp_path)
+    drawn = {"features": np.asarray(metric.read(pictures(len(PROMPTED), seed=6))["features"])}
+    base = {"features": np.asarray(metric.read(pictures(len(PROMPTED), seed=7))["features"]) * [1, 1, 0, 1, 1, 0]}
+    rows = {(r.metric, r.group, r.subject): r for r in metric.compare(PROMPTED, base, drawn)}
     assert len(rows) == 9
-    want = cmmd(drawn["features"][5:17], question.read(real)["features"])
+    want = cmmd(drawn["features"][5:17], metric.read(real)["features"])
     row = rows["cmmd-mean-real", "alike", ""]
     assert numbers(row) == pytest.approx((want.value, want.low, want.high))
     assert "against 40 real images" in row.note
@@ -132,18 +133,18 @@ def test_against_real_images(tmp_path: Path) -> None:
     assert worse.low is not None
     assert better.value is not None
     assert worse.low > better.value
-    assert question.card().metrics == ("cmmd-mean", "cmmd-mean-real")
+    assert metric.card().metrics == ("cmmd-mean", "cmmd-mean-real")
 
 
 def test_a_folder_of_real_images_that_is_none(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="--real_images .*nowhere is no folder"):
+    with pytest.raises(UsageError, match="--real_images .*nowhere is not a folder"):
         given(real=tmp_path / "nowhere")
     with pytest.raises(UsageError, match="holds 0 images"):
         given(real=tmp_path)
     for i in range(12):
         (tmp_path / f"{i}.png").write_bytes(b"")
     with pytest.raises(UsageError, match="0 images can be read"):
-        given(real=tmp_path).compare(SHOTS, features(0), features(1))
+        given(real=tmp_path).compare(PROMPTED, features(0), features(1))
 
 
 # -- Inception --
@@ -160,7 +161,7 @@ def test_inception_reads_any_sizes_in_any_company(inception: InceptionFidelity) 
 
 def test_inception_says_why_there_is_no_fid(inception: InceptionFidelity) -> None:
     base, other = features(0, 2048), features(1, 2048)
-    rows = inception.compare(SHOTS, base, other)
+    rows = inception.compare(PROMPTED, base, other)
     assert [r.metric for r in rows] == ["kid-inception"] * 3
     want = kid(other["features"][5:], base["features"][5:], paired=True)
     assert numbers(rows[2]) == (want.value, want.low, want.high)
@@ -173,7 +174,7 @@ def test_fid_stands_beside_kid_where_there_are_enough(
 ) -> None:
     monkeypatch.setattr(fidelity, "FID_FEWEST", 20)
     base, other = features(0, 4), features(1, 4)
-    rows = {(r.metric, r.group): r for r in inception.compare(SHOTS, base, other)}
+    rows = {(r.metric, r.group): r for r in inception.compare(PROMPTED, base, other)}
     assert set(rows) == {("kid-inception", g) for g in ("alike", "general", "kept")} | {("fid-inception", "kept")}
     found = rows["fid-inception", "kept"]
     assert numbers(found) == (pytest.approx(frechet_distance(other["features"][5:], base["features"][5:])), None, None)
@@ -192,7 +193,7 @@ def test_inception_is_named_by_its_weights(inception: InceptionFidelity, weights
     with pytest.raises(UnlearnError, match="--inception_weights .*elsewhere.pth does not hold") as caught:
         broken.read(pictures(1))
     assert "\n" not in str(caught.value)
-    with pytest.raises(UsageError, match="--inception_weights nowhere.pth is no file"):
+    with pytest.raises(UsageError, match="--inception_weights nowhere.pth is not a file"):
         make_fidelity(Path("nowhere.pth"))
 
 
@@ -232,11 +233,11 @@ def test_cmmd_end_to_end(tmp_path: Path) -> None:
     pytest.importorskip("open_clip")
     from sd_unlearn.models.clip import ClipEncoder
 
-    question = make_cmmd(ClipEncoder(build_clip(tmp_path), ""))
-    base, other = question.read(pictures(len(SHOTS))), question.read(pictures(len(SHOTS), seed=2))
-    assert base["features"].shape == (len(SHOTS), 16)
-    assert question.read([])["features"].shape == (0, 16)
-    rows = question.compare(SHOTS, base, other)
+    metric = make_cmmd(ClipEncoder(build_clip(tmp_path), ""))
+    base, other = metric.read(pictures(len(PROMPTED))), metric.read(pictures(len(PROMPTED), seed=2))
+    assert base["features"].shape == (len(PROMPTED), 16)
+    assert metric.read([])["features"].shape == (0, 16)
+    rows = metric.compare(PROMPTED, base, other)
     assert {r.metric for r in rows} == {"cmmd-tiny-clip"}
     assert all(r.value != 0 and "tiny-clip" in r.detector for r in rows)
-    assert all(r.value == 0 for r in question.compare(SHOTS, other, other))
+    assert all(r.value == 0 for r in metric.compare(PROMPTED, other, other))

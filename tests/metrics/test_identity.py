@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from pictures_of_people import astronaut, save, shots, strangers, versions
+from pictures_of_people import astronaut, prompted, save, strangers, versions
 from PIL import Image, ImageOps
 
 from sd_unlearn.errors import UnlearnError, UsageError
@@ -67,28 +67,28 @@ def collins(dlib_faces: FaceModel, tmp_path_factory: pytest.TempPathFactory) -> 
 def test_the_same_person_is_recognised_and_others_are_not(collins: Identity) -> None:
     line, alike = collins.calibration.threshold, collins.read(list(versions().values()))["similarity"]
     assert (alike >= line).all(), dict(zip(versions(), alike, strict=True))
-    assert collins.calibration.asked == 0.01
+    assert collins.calibration.rate == 0.01
     assert collins.calibration.accepted == 0
-    held_apart = collins.read(strangers()[1::2])["similarity"]
-    assert np.nanmax(held_apart) < alike.min()  # apart by more than the line
-    assert (held_apart >= line).mean() <= 0.02  # 1 of 50; of 50 more, so many more pass than were let
+    held_out_digits = collins.read(strangers()[1::2])["similarity"]
+    assert np.nanmax(held_out_digits) < alike.min()  # apart by more than the line
+    assert (held_out_digits >= line).mean() <= 0.02  # 1 of 50; of 50 more, so many more pass than were let
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.3])
 def test_the_false_accept_rate_holds_on_people_held_apart(collins: Identity, rate: float, tmp_path: Path) -> None:
     others = calibrate(save(tmp_path, *strangers()[::2]), collins.model, collins.reference, rate)
     assert rate - 0.03 <= others.accepted / len(others.similarities) <= rate
-    columns = collins.read(strangers()[1::2])
-    seen = columns["similarity"][columns["faces"] > 0]
+    output = collins.read(strangers()[1::2])
+    seen = output["similarity"][output["faces"] > 0]
     assert len(seen) > 40
     low, high = wilson(int((seen >= others.threshold).sum()), len(seen))
     assert low <= rate <= high
 
 
 def test_the_portrait_itself_has_similarity_one(collins: Identity) -> None:
-    columns = collins.read([astronaut()])
-    assert columns["similarity"][0] == pytest.approx(1, abs=1e-6)
-    x0, y0, x1, y1 = columns["boxes"][0, 0]
+    output = collins.read([astronaut()])
+    assert output["similarity"][0] == pytest.approx(1, abs=1e-6)
+    x0, y0, x1, y1 = output["boxes"][0, 0]
     assert (x0, y0, x1, y1) == pytest.approx((0.35, 0.16, 0.52, 0.33), abs=0.04)  # around her face
 
 
@@ -96,11 +96,11 @@ def test_another_portrait_is_another_face(collins: Identity) -> None:
     matplotlib = pytest.importorskip("matplotlib.cbook")
     with matplotlib.get_sample_data("grace_hopper.jpg") as file:
         hopper = Image.open(file).convert("RGB")
-    columns = collins.read([hopper, astronaut()])
-    assert columns["faces"][0] == 1
-    assert collins.shows(columns).tolist() == [False, True]
-    assert collins.words(columns, 0).startswith("another face 0.8")
-    assert collins.words(columns, 1) == "Eileen Collins 1.00"
+    output = collins.read([hopper, astronaut()])
+    assert output["faces"][0] == 1
+    assert collins.shows(output).tolist() == [False, True]
+    assert collins.words(output, 0).startswith("another face 0.8")
+    assert collins.words(output, 1) == "Eileen Collins 1.00"
 
 
 def test_several_faces_go_by_the_most_alike(collins: Identity) -> None:
@@ -108,26 +108,26 @@ def test_several_faces_go_by_the_most_alike(collins: Identity) -> None:
     both = Image.new("RGB", (512, 256))
     both.paste(stranger, (30, 40))
     both.paste(face, (300, 40))
-    columns = collins.read([both, ImageOps.mirror(both)])
-    assert columns["faces"].tolist() == [2, 2]
-    assert collins.shows(columns).all()
-    alike = columns["similarities"]
-    assert (alike[:, 0] == columns["similarity"]).all()
+    output = collins.read([both, ImageOps.mirror(both)])
+    assert output["faces"].tolist() == [2, 2]
+    assert collins.shows(output).all()
+    alike = output["similarities"]
+    assert (alike[:, 0] == output["similarity"]).all()
     assert (alike[:, 0] > alike[:, 1]).all()
     assert np.isnan(alike[:, 2:]).all()
-    assert columns["boxes"][0, 0, 0] > 0.5 > columns["boxes"][0, 1, 2]  # hers is on the right
-    assert columns["boxes"][1, 0, 2] < 0.5
+    assert output["boxes"][0, 0, 0] > 0.5 > output["boxes"][0, 1, 2]  # hers is on the right
+    assert output["boxes"][1, 0, 2] < 0.5
 
 
 def test_small_faces_are_found_and_no_face_is_none(collins: Identity) -> None:
     small = Image.new("RGB", (96, 96), "grey")
     small.paste(astronaut().crop((150, 0, 310, 260)).resize((40, 64)), (20, 20))
     nothing = [Image.new("RGB", size, "grey") for size in ((512, 512), (8, 8), (512, 3), (1, 1))]
-    columns = collins.read([small, *nothing])
-    assert columns["faces"].tolist() == [1, 0, 0, 0, 0]
-    assert collins.shows(columns).tolist() == [True, False, False, False, False]
-    assert np.isnan(columns["similarity"][1:]).all()
-    assert collins.words(columns, 1) == "no face"
+    output = collins.read([small, *nothing])
+    assert output["faces"].tolist() == [1, 0, 0, 0, 0]
+    assert collins.shows(output).tolist() == [True, False, False, False, False]
+    assert np.isnan(output["similarity"][1:]).all()
+    assert collins.words(output, 1) == "no face"
 
 
 def test_order_and_batches_do_not_matter(collins: Identity) -> None:
@@ -190,16 +190,16 @@ def test_count(tmp_path: Path) -> None:
     identity = plane(tmp_path, [40, 50], [100, 120, 150], 0.4)  # mean 45; the line lies above 120, at 75 degrees off
     assert identity.calibration.threshold == pytest.approx(math.cos(math.radians(75)), abs=1e-5)
     assert identity.calibration.accepted == 1
-    columns = identity.read(at(45, 0, 115, 125, 110, 0, 130))
+    output = identity.read(at(45, 0, 115, 125, 110, 0, 130))
     groups = ("direct", "direct", "held_out", "generic", "alike", "alike", "general")
-    counted = {one.metric: one for one in identity.count(shots(*groups), columns)}
+    counted = {one.metric: one for one in identity.count(prompted(*groups), output)}
     nan = np.nan
     np.testing.assert_array_equal(counted["leakage"].values, [1, 0, 1, 0, nan, nan, nan])
     np.testing.assert_array_equal(counted["confusion"].values, [nan, nan, nan, nan, 1, 0, 0])
     np.testing.assert_array_equal(counted["face_rate"].values, [1, 0, 1, 1, 1, 0, 1])
     assert counted["leakage"].groups == ("direct", "held_out", "generic")
     assert all(one.is_rate for one in counted.values())
-    assert identity.compare(shots(*groups), columns, columns) == []
+    assert identity.compare(prompted(*groups), output, output) == []
 
 
 def test_the_card_names_whom_the_line_was_drawn_on(tmp_path: Path) -> None:
@@ -209,15 +209,15 @@ def test_the_card_names_whom_the_line_was_drawn_on(tmp_path: Path) -> None:
     assert "too few" not in card.threshold
     assert "others" in card.threshold
     assert "3 faces of Ann; no face in 002.png" in card.extra["reference"]
-    assert card.extra["others"].startswith("2 faces on 3 images of others (1 without a face), the most alike at ")
+    assert card.extra["others"].startswith("2 faces on 3 images of others (1 without a face), highest similarity ")
     assert card.detector == plane(tmp_path, [40, 50, 0, 120], [100], 0.5).name
 
 
 def test_too_few_others_are_said_to_be(tmp_path: Path) -> None:
     identity = plane(tmp_path, [45], [100, 120])
-    assert identity.calibration.asked == 0.01
+    assert identity.calibration.rate == 0.01
     assert identity.calibration.accepted == 0
-    assert "2 faces are too few to see that rate" in identity.card().threshold
+    assert "2 faces are too few to measure that rate" in identity.card().threshold
     assert "unknown" in identity.card().extra["recognised"]
 
 
@@ -229,13 +229,13 @@ def test_a_thousand_others_ask_for_a_smaller_rate(tmp_path: Path) -> None:
         def find(self, image: Image.Image) -> list[Face]:
             return super().find(image) * 1000
 
-    assert calibrate(folder, Crowd(), person).asked == 1e-3
-    assert calibrate(folder, Crowd(), person, 0.2).asked == 0.2
+    assert calibrate(folder, Crowd(), person).rate == 1e-3
+    assert calibrate(folder, Crowd(), person, 0.2).rate == 0.2
 
 
 def test_leave_one_out(tmp_path: Path) -> None:
     identity = plane(tmp_path, [10, 20, 90], [60], 0.5)
-    own = identity.reference.left_out()
+    own = identity.reference.leave_one_out()
     assert own == pytest.approx(np.cos(np.radians([45, 30, 75])), abs=1e-5)  # to the middle of the two others
     assert identity.card().extra["recognised"].startswith(f"{(own >= identity.calibration.threshold).sum()} of 3")
 
@@ -264,12 +264,12 @@ def test_more_faces_than_boxes_are_all_compared(tmp_path: Path) -> None:
             return [Face((0, 0, 1, 2), 1, np.array([np.cos(a), np.sin(a)], np.float32)) for a in angles]
 
     flat = plane(tmp_path, [90], [10], 0.5)
-    columns = Identity("Ann", Crowd(), flat.reference, flat.calibration).read(at(1))
-    assert columns["faces"].tolist() == [20]
-    assert columns["similarity"] == pytest.approx([math.cos(math.radians(0))], abs=1e-5)
-    assert columns["boxes"].shape == (1, 8, 4)
-    assert columns["boxes"][0, 0] == pytest.approx([0, 0, 0.25, 0.5])
-    assert not np.isnan(columns["boxes"]).any()
+    output = Identity("Ann", Crowd(), flat.reference, flat.calibration).read(at(1))
+    assert output["faces"].tolist() == [20]
+    assert output["similarity"] == pytest.approx([math.cos(math.radians(0))], abs=1e-5)
+    assert output["boxes"].shape == (1, 8, 4)
+    assert output["boxes"][0, 0] == pytest.approx([0, 0, 0.25, 0.5])
+    assert not np.isnan(output["boxes"]).any()
 
 
 # -- what is refused --
@@ -286,9 +286,9 @@ def _faceless(folder: Path) -> Path:
         ({"weights": Path("x.onnx")}, "--face_weights x.onnx is for facenet and arcface"),
         ({"embedder": "arcface"}, "--face_model arcface needs --face_weights"),
         ({"embedder": "facenet", "weights": Path("x.pt")}, "--face_weights x.pt does not exist"),
-        ({"false_accept_rate": 0.0}, "--false_accept_rate 0 is outside"),
-        ({"false_accept_rate": 1.0}, "--false_accept_rate 1 is outside"),
-        ({"reference": Path("nowhere")}, "--reference nowhere is no folder"),
+        ({"false_accept_rate": 0.0}, "--false_accept_rate 0 must be between 0 and 1"),
+        ({"false_accept_rate": 1.0}, "--false_accept_rate 1 must be between 0 and 1"),
+        ({"reference": Path("nowhere")}, "--reference nowhere is not a folder"),
         ({"others": Path("empty")}, "--others empty holds no images"),
         ({"others": Path("reference")}, "--others holds 2 of the images of --reference"),
     ],
@@ -461,7 +461,7 @@ def test_arcface_of_something_else(kind: str, tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
     if kind == "not ONNX":
         path.write_bytes(b"nothing")
-        words = "is no ONNX model"
+        words = "is not an ONNX model"
     else:
         _onnx(path, 56)
         words = r"maps \[1, 3, 56, 56\] to \[1, 12\]"
@@ -494,4 +494,4 @@ def test_alignment_undoes_any_turn_shift_and_scale() -> None:
 def test_a_calibration_tells_its_interval() -> None:
     said = str(Calibration(0.5, 0.01, np.array([0.1] * 199 + [0.9]), "crowd", 200, 0))
     low, high = wilson(1, 200)
-    assert f"0.50% (95 % interval {low:.2%} to {high:.2%}) where 1.00% may be" in said
+    assert f"0.50% (95 % interval {low:.2%} to {high:.2%}); allowed: 1.00%" in said

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from sd_unlearn.errors import UsageError
-from sd_unlearn.metrics.mmd import CMMD_SCALE, Estimate, cmmd, gaussian, kid, mmd2
+from sd_unlearn.metrics.mmd import CMMD_SCALE, Distance, cmmd, gaussian, kid, mmd2
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 RNG = np.random.default_rng(0)
@@ -41,7 +41,7 @@ def test_more_rows_than_are_held_at_once() -> None:
 
 
 def test_a_set_is_at_distance_zero_from_itself() -> None:
-    assert kid(A, A, paired=True) == cmmd(A, A, paired=True) == Estimate(0, 0, 0)
+    assert kid(A, A, paired=True) == cmmd(A, A, paired=True) == Distance(0, 0, 0)
 
 
 @pytest.mark.parametrize("distance", [kid, cmmd])
@@ -100,5 +100,5 @@ def test_cmmd_sees_directions_alone_and_is_scaled() -> None:
 def test_refusals() -> None:
     with pytest.raises(UsageError, match="sets of 9 and 50"):
         kid(A[:9], B)
-    with pytest.raises(UsageError, match="40 and 50 pictures are not pairs"):
+    with pytest.raises(UsageError, match="40 and 50 images are not pairs"):
         kid(A, B, paired=True)

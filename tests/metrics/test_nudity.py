@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from pictures_of_people import astronaut, shots, strangers
+from pictures_of_people import astronaut, prompted, strangers
 from PIL import Image
 
 from sd_unlearn.errors import UsageError
 from sd_unlearn.metrics import nudity
-from sd_unlearn.metrics.base import Columns
+from sd_unlearn.metrics.base import DetectorOutput
 from sd_unlearn.metrics.nudity import CLASSES, EXPOSED, FLOOR, MOST, PRESETS, Nudity, make_nudity
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -26,24 +26,24 @@ def nudenet() -> Nudity:
     return make_nudity()
 
 
-def seen(question: Nudity, *found: Sequence[tuple[str, float]], monkeypatch: pytest.MonkeyPatch) -> Columns:
+def seen(metric: Nudity, *found: Sequence[tuple[str, float]], monkeypatch: pytest.MonkeyPatch) -> DetectorOutput:
     """The reading of pictures of 10x20 pixels on which NudeNet found these classes with these scores."""
     answers = iter([[{"class": name, "score": score, "box": [1, 2, 3, 4]} for name, score in one] for one in found])
-    monkeypatch.setattr(question, "_detect", lambda image: next(answers))
-    return question.read([Image.new("RGB", (10, 20))] * len(found))
+    monkeypatch.setattr(metric, "_detect", lambda image: next(answers))
+    return metric.read([Image.new("RGB", (10, 20))] * len(found))
 
 
 # -- real pictures --
 
 
 def test_portraits_are_not_nude(nudenet: Nudity) -> None:
-    columns = nudenet.read([astronaut(), Image.new("RGB", (64, 64), "pink"), Image.new("RGB", (1, 1))])
-    assert columns["scores"][0, CLASSES.index("FACE_FEMALE")] > 0.5
-    assert columns["scores"][1:].max() == 0
-    x0, y0, x1, y1 = columns["boxes"][0, 0]
+    output = nudenet.read([astronaut(), Image.new("RGB", (64, 64), "pink"), Image.new("RGB", (1, 1))])
+    assert output["scores"][0, CLASSES.index("FACE_FEMALE")] > 0.5
+    assert output["scores"][1:].max() == 0
+    x0, y0, x1, y1 = output["boxes"][0, 0]
     assert (x0, y0, x1, y1) == pytest.approx((0.35, 0.12, 0.52, 0.34), abs=0.05)  # around her face
-    assert not nudenet.nude(columns).any()
-    assert nudenet.words(columns, 0) == "nothing exposed"
+    assert not nudenet.nude(output).any()
+    assert nudenet.words(output, 0) == "nothing exposed"
 
 
 def test_given_an_image_it_sees_what_it_would_read_from_its_file(nudenet: Nudity, tmp_path: Path) -> None:
@@ -51,9 +51,9 @@ def test_given_an_image_it_sees_what_it_would_read_from_its_file(nudenet: Nudity
 
     astronaut().save(tmp_path / "a.png")
     (found,) = NudeDetector().detect(str(tmp_path / "a.png"))
-    columns = nudenet.read([astronaut()])
-    assert columns["confidences"][0, 0] == pytest.approx(found["score"], abs=1e-6)
-    assert CLASSES[columns["labels"][0, 0]] == found["class"]
+    output = nudenet.read([astronaut()])
+    assert output["confidences"][0, 0] == pytest.approx(found["score"], abs=1e-6)
+    assert CLASSES[output["labels"][0, 0]] == found["class"]
     swapped = Image.fromarray(np.asarray(astronaut())[..., ::-1])
     assert nudenet.read([swapped])["confidences"][0, 0] != pytest.approx(found["score"], abs=1e-3)
 
@@ -86,8 +86,8 @@ def test_the_package_drops_what_lies_below_the_floor(nudenet: Nudity, monkeypatc
             return [out]
 
     monkeypatch.setattr(nudenet._detector, "onnx_session", Session())
-    columns = nudenet.read([Image.new("RGB", (320, 320))])
-    assert columns["confidences"][0, :3] == pytest.approx([0.9, FLOOR + 0.01, np.nan], nan_ok=True)
+    output = nudenet.read([Image.new("RGB", (320, 320))])
+    assert output["confidences"][0, :3] == pytest.approx([0.9, FLOOR + 0.01, np.nan], nan_ok=True)
 
 
 # -- figures on given detections --
@@ -95,9 +95,9 @@ def test_the_package_drops_what_lies_below_the_floor(nudenet: Nudity, monkeypatc
 
 def test_count(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("nudenet")
-    question = make_nudity("mace", ("BELLY_EXPOSED", "FEET_EXPOSED"), 0.5)
-    columns = seen(
-        question,
+    metric = make_nudity("mace", ("BELLY_EXPOSED", "FEET_EXPOSED"), 0.5)
+    output = seen(
+        metric,
         [("BELLY_EXPOSED", 0.5)],  # the threshold itself counts
         [("BELLY_EXPOSED", 0.4999), ("FACE_MALE", 0.9)],
         [("FEET_EXPOSED", 0.6), ("BELLY_EXPOSED", 0.7), ("FEET_EXPOSED", 0.8), ("FEET_EXPOSED", 0.3)],
@@ -105,41 +105,41 @@ def test_count(monkeypatch: pytest.MonkeyPatch) -> None:
         [("MALE_GENITALIA_EXPOSED", 0.9)],  # not asked for, and the last class: what an index of -1 would look up
         monkeypatch=monkeypatch,
     )
-    nude, detections = question.count(shots("direct", "held_out", "generic", "alike", "general"), columns)
+    nude, detections = metric.count(prompted("direct", "held_out", "generic", "alike", "general"), output)
     assert (nude.metric, nude.is_rate) == ("nudity", True)
     assert nude.values.tolist() == [1, 0, 1, 0, 0]
     assert (detections.metric, detections.is_rate) == ("detections", False)
     assert detections.values.tolist() == [1, 0, 3, 0, 0]
     assert nude.groups == ("direct", "held_out", "generic", "alike", "general")
-    assert columns["scores"][2, CLASSES.index("FEET_EXPOSED")] == 0.8
-    assert columns["boxes"][0, 0].tolist() == [0.1, 0.1, 0.4, 0.3]
-    assert question.words(columns, 2) == "feet exposed 0.80, belly exposed 0.70"
-    assert question.words(columns, 1) == question.words(columns, 3) == "nothing exposed"
-    assert question.compare(shots("direct"), columns, columns) == []
+    assert output["scores"][2, CLASSES.index("FEET_EXPOSED")] == 0.8
+    assert output["boxes"][0, 0].tolist() == [0.1, 0.1, 0.4, 0.3]
+    assert metric.words(output, 2) == "feet exposed 0.80, belly exposed 0.70"
+    assert metric.words(output, 1) == metric.words(output, 3) == "nothing exposed"
+    assert metric.compare(prompted("direct"), output, output) == []
 
 
 def test_the_last_class_is_not_counted_for_want_of_a_detection(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("nudenet")
-    question = make_nudity("explicit")
-    assert CLASSES[-1] in question.classes
-    columns = seen(question, [], [(CLASSES[-1], 0.9)], monkeypatch=monkeypatch)
-    assert question.count(shots("direct", "direct"), columns)[1].values.tolist() == [0, 1]
+    metric = make_nudity("explicit")
+    assert CLASSES[-1] in metric.classes
+    output = seen(metric, [], [(CLASSES[-1], 0.9)], monkeypatch=monkeypatch)
+    assert metric.count(prompted("direct", "direct"), output)[1].values.tolist() == [0, 1]
 
 
 def test_of_many_detections_the_surest_are_kept(nudenet: Nudity, monkeypatch: pytest.MonkeyPatch) -> None:
     scores = np.linspace(0.3, 0.9, MOST + 5)
-    columns = seen(nudenet, [("FEET_EXPOSED", score) for score in scores], monkeypatch=monkeypatch)
-    assert columns["confidences"][0].tolist() == scores[::-1][:MOST].tolist()
-    assert columns["scores"].max() == 0.9
+    output = seen(nudenet, [("FEET_EXPOSED", score) for score in scores], monkeypatch=monkeypatch)
+    assert output["confidences"][0].tolist() == scores[::-1][:MOST].tolist()
+    assert output["scores"].max() == 0.9
 
 
 def test_presets_differ_as_they_say(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("nudenet")
     nude = {}
     for name in PRESETS:
-        question = make_nudity(name)
+        metric = make_nudity(name)
         found = [[("BELLY_EXPOSED", score)] for score in (0.3, 0.5, 0.7, 0.8)] + [[("BUTTOCKS_EXPOSED", 0.5)]]
-        nude[name] = question.nude(seen(question, *found, monkeypatch=monkeypatch)).astype(int).tolist()
+        nude[name] = metric.nude(seen(metric, *found, monkeypatch=monkeypatch)).astype(int).tolist()
     assert nude == {
         "unlearndiffatk": [0, 1, 1, 1, 1],
         "unlearndiffatk-prompts": [0, 0, 0, 1, 0],

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sd_unlearn.metrics.digits import DIGITS, INKS, READER_DIR, DigitsJudge, held_apart, load_reader
+from sd_unlearn.metrics.digits import DIGITS, INKS, READER_DIR, DigitsClassifier, held_out_digits, load_reader
 from sd_unlearn.models.base import DIGITS_DIR, load_base
 from sd_unlearn.models.sampling import Sampler, generate_images
 
@@ -26,7 +26,7 @@ def read(prompt: str, count: int):
     for start in range(0, count, 100):
         seeds = range(start, min(start + 100, count))
         images += generate_images(base(), [prompt] * len(seeds), list(seeds), Sampler(25, 3.0, 100))
-    return DigitsJudge().read(images)
+    return DigitsClassifier().read(images)
 
 
 @pytest.mark.parametrize("digit", DIGITS)
@@ -50,7 +50,7 @@ def test_the_generic_prompt_generates_every_digit_and_ink():
 
 
 def test_reader_is_right_on_held_apart_digits():
-    features, digits, inks = held_apart()
+    features, digits, inks = held_out_digits()
     assert np.bincount(digits).tolist() == [350] * 10  # 70 of each, in five inks
     with torch.no_grad():
         reader, x = load_reader(), torch.from_numpy(features)
@@ -63,7 +63,7 @@ def test_reader_is_unsure_of_noise_and_empty_paper():
     rng = np.random.default_rng(0)
     noise = [Image.fromarray(rng.integers(0, 255, (32, 32, 3), dtype=np.uint8)) for _ in range(20)]
     paper = [Image.new("RGB", (32, 32), (18, 18, 26))] * 5
-    assert not DigitsJudge().read(noise + paper).confident("seven", 0.9, other_than=False).any()
+    assert not DigitsClassifier().read(noise + paper).confident("seven", 0.9, other_than=False).any()
 
 
 def test_plain_diffusers_loads_the_folder():

@@ -211,13 +211,13 @@ def test_the_leakage_probe_stops_at_the_second_good_probe_in_a_row(
     make_config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Images of the tiny base show nothing, so the classifier's readings are given; the generation is real."""
-    from sd_unlearn.metrics.labels import Reading
+    from sd_unlearn.metrics.labels import LabelPredictions
 
     class GivenReadings:
         name, labels = "given", ("Brad Pitt", "a dog", "a cat")
         rounds = 0
 
-        def read(self, images: list) -> Reading:
+        def read(self, images: list) -> LabelPredictions:
             GivenReadings.rounds += 1
             assert len(images) == 120
             assert len({image.size for image in images}) == 1
@@ -225,9 +225,9 @@ def test_the_leakage_probe_stops_at_the_second_good_probe_in_a_row(
             for i in range(60):  # half show the concept in the first and third round, none in the others
                 seen[i, 0 if GivenReadings.rounds in (1, 3) and i < 30 else 1] = 1
                 seen[60 + i, 1 + i % 2] = 1
-            return Reading({"label": self.labels}, {"label": seen.numpy()}, seen.numpy())
+            return LabelPredictions({"label": self.labels}, {"label": seen.numpy()}, seen.numpy())
 
-    monkeypatch.setattr(setup, "make_judge", lambda concept: GivenReadings())
+    monkeypatch.setattr(setup, "make_label_classifier", lambda concept: GivenReadings())
     monkeypatch.setattr("sd_unlearn.training.probe.labels_of", lambda concept: GivenReadings.labels)
     options = {"probe": "leakage", "probe_steps": 2, "stop_when_forgotten": True}
     run = trainer.run(make_config("run", **options))

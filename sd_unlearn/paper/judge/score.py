@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate, pad
 
 from sd_unlearn.errors import UnlearnError, UsageError
-from sd_unlearn.metrics.digits import FEATURE_WIDTH, DigitsJudge, distance_rows, load_reader
+from sd_unlearn.metrics.digits import FEATURE_WIDTH, DigitsClassifier, distance_rows, load_reader
 from sd_unlearn.metrics.fidelity import InceptionFidelity
 from sd_unlearn.metrics.mmd import FEWEST
 from sd_unlearn.metrics.statistics import wilson
@@ -69,7 +69,7 @@ def measure(
     note = "the probabilities of the normal classes sum to more than 0.5"
     rows = [_rate("non_sensitive_rate", "all", normal_of(probabilities, mask), classifier.detector, note)]
     if data.classes == DIGITS and data.channels == 1:
-        digits, reader = read_digits(samples, device), DigitsJudge().name
+        digits, reader = read_digits(samples, device), DigitsClassifier().name
         rows.append(_rate("non_sensitive_rate", SECOND_OPINION, normal_of(digits, mask), reader, note))
     predicted = probabilities.argmax(1)
     for index, name in enumerate(data.classes):
@@ -173,7 +173,7 @@ def _few(metric: str, n: int, detector: str) -> list[Row]:
 
 
 def _distances_to_real_digits(samples: Tensor, data: ImageData, real: NDArray[np.int64], device: str) -> list[Row]:
-    detector = DigitsJudge().name
+    detector = DigitsClassifier().name
     if len(samples) < FEWEST:
         return _few("kid-digits", len(samples), detector)
     chunks = [real[start : start + BATCH] for start in range(0, len(real), BATCH)]
