@@ -9,7 +9,8 @@ from typing import Annotated, Literal
 from cyclopts import Group
 
 from sd_unlearn.choices import Correction, Reduction
-from sd_unlearn.config.options import option
+from sd_unlearn.config.base import Seed
+from sd_unlearn.config.options import POSITIVE, Range, option
 from sd_unlearn.config.train import Method
 from sd_unlearn.paper.experiments import Sampler, Size
 
@@ -42,7 +43,14 @@ class SharedOptions:
         Correction,
         option("How pu and pnu handle a negative bracket: abs (the paper's), nn (nnPU) or none (uPU).", VARIANT),
     ] = "abs"
-    eta: Annotated[float, option("pnu only: weight of the labeled normal images, in (0, 1].", VARIANT)] = 0.5
+    eta: Annotated[
+        float,
+        option(
+            "pnu only: weight of the labeled normal images, in (0, 1].",
+            VARIANT,
+            Range(above=0, at_most=1, note="it is a weight, e.g. 0.5"),
+        ),
+    ] = 0.5
     conditional: Annotated[
         bool,
         option(
@@ -58,6 +66,7 @@ class SharedOptions:
             "Share of sensitive images among the unlabeled ones. Default: the paper's 1/11. 0 (unsupervised only): "
             "a reference model that never saw a sensitive image.",
             DATA,
+            Range(at_least=0, below=1, note="it is a share, e.g. 0.2"),
         ),
     ] = None
     missing: Annotated[
@@ -66,18 +75,20 @@ class SharedOptions:
     ] = None
     num_negative: Annotated[
         int | None,
-        option("pnu only: number of labeled normal images. Default: as many as labeled sensitive ones.", DATA),
+        option(
+            "pnu only: number of labeled normal images. Default: as many as labeled sensitive ones.", DATA, POSITIVE
+        ),
     ] = None
 
     epochs: Annotated[
         int | None,
-        option("Passes over the unlabeled images, counted at the paper's contamination.", TRAINING),
+        option("Passes over the unlabeled images, counted at the paper's contamination.", TRAINING, POSITIVE),
     ] = None
-    max_train_steps: Annotated[int | None, option("Optimizer steps; overrides --epochs.", TRAINING)] = None
+    max_train_steps: Annotated[int | None, option("Optimizer steps; overrides --epochs.", TRAINING, POSITIVE)] = None
     train_batch_size: Annotated[
-        int | None, option("Unlabeled images per step; a third as many labeled ones are added.", TRAINING)
+        int | None, option("Unlabeled images per step; a third as many labeled ones are added.", TRAINING, POSITIVE)
     ] = None
-    learning_rate: Annotated[float | None, option("Learning rate after warm-up.", TRAINING)] = None
+    learning_rate: Annotated[float | None, option("Learning rate after warm-up.", TRAINING, POSITIVE)] = None
     reduction: Annotated[
         Reduction | None,
         option("Loss of an image: sum over its pixels (the likelihood, as in the paper) or mean.", TRAINING),
@@ -88,6 +99,7 @@ class SharedOptions:
             "Min-SNR weights of the timesteps (Hang et al. 2023), which emphasize high noise; 0: equal weights, as in "
             "the paper. Default: 5 for tiny, else 0.",
             TRAINING,
+            Range(at_least=0),
         ),
     ] = None
     max_ratio: Annotated[
@@ -96,6 +108,7 @@ class SharedOptions:
             "pu and pnu only: cap a labeled image's loss at N times (1 or more) the loss of an unlabeled one at the "
             "same timestep and noise; 0: no cap, as in the paper. Default: 4 for tiny, else 0.",
             TRAINING,
+            Range(at_least=0),
         ),
     ] = None
     mixed_precision: Annotated[
@@ -105,13 +118,16 @@ class SharedOptions:
         str | None, option("Model to fine-tune instead of the experiment's: hub id or folder.", TRAINING)
     ] = None
     checkpointing_steps: Annotated[
-        int, option("Save a checkpoint every N steps; an interrupted run resumes from it.", TRAINING)
+        int, option("Save a checkpoint every N steps; an interrupted run resumes from it.", TRAINING, POSITIVE)
     ] = 500
 
-    num_images: Annotated[int | None, option("Images to generate for the metrics.", EVALUATION)] = None
+    num_images: Annotated[int | None, option("Images to generate for the metrics.", EVALUATION, POSITIVE)] = None
     sampler: Annotated[Sampler | None, option("ddpm or ddim.", EVALUATION)] = None
-    num_inference_steps: Annotated[int | None, option("Sampler steps.", EVALUATION)] = None
-    sample_batch_size: Annotated[int, option("Images generated at once.", EVALUATION)] = 250
+    num_inference_steps: Annotated[
+        int | None,
+        option("Sampler steps.", EVALUATION, Range(above=0, at_most=1000, note="the schedule has 1,000 timesteps")),
+    ] = None
+    sample_batch_size: Annotated[int, option("Images generated at once.", EVALUATION, POSITIVE)] = 250
     inception_weights: Annotated[
         Path | None,
         option("InceptionV3 weights for fid-inception. Default: downloaded by torch-fidelity.", EVALUATION),
@@ -147,9 +163,10 @@ class RunOptions(SharedOptions):
             "Assumed share of sensitive images among the unlabeled ones, in (0, 1); known: the true share; estimate: "
             "estimated during training. Default: the paper's 0.1; for text-to-image models the true share.",
             OBJECTIVE,
+            Range(above=0, below=1, note="it is a share, e.g. 0.1"),
         ),
     ] = None
-    seed: Annotated[int, option("Seed of the data split, the weights and the noise.", OBJECTIVE)] = 42
+    seed: Annotated[int, option("Seed of the data split, the weights and the noise.", OBJECTIVE, Seed)] = 42
 
 
 @dataclass(kw_only=True)

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 from sd_unlearn.choices import Correction, Reduction
+from sd_unlearn.config.options import check_ranges
 from sd_unlearn.errors import UsageError, suggest
 from sd_unlearn.io.files import slugify
 from sd_unlearn.paper.ddpm.split import with_contamination
 from sd_unlearn.paper.experiments import CLASSES, Counts, Experiment, Sampler, Size
 from sd_unlearn.paper.options import ObjectiveName, RunOptions
-from sd_unlearn.seeds import SEED_SPAN
 
 LABELED_SHARE = 3  # unlabeled images per labeled image of a step
 PAPER_BETA = 0.1
@@ -163,8 +163,7 @@ def _name_part(name: str, value: object) -> str:
 
 
 def _check(experiment: Experiment, options: RunOptions) -> None:
-    if isinstance(options.beta, float) and not 0 < options.beta < 1:
-        raise UsageError(f"--beta {options.beta:g} must lie in (0, 1), e.g. 0.1.")
+    check_ranges(options)
     if options.beta == "estimate" and options.objective == "unsupervised":
         raise UsageError("--beta estimate cannot be used with --objective unsupervised, which has no beta. Remove it.")
     if options.method != "full":
@@ -175,43 +174,16 @@ def _check(experiment: Experiment, options: RunOptions) -> None:
         raise UsageError(
             "--contamination 0 needs --objective unsupervised: without sensitive images there is nothing to unlearn."
         )
-    if not 0 < options.eta <= 1:
-        raise UsageError(f"--eta {options.eta:g} must lie in (0, 1].")
     if options.num_negative is not None and options.objective != "pnu":
         raise UsageError(f"--num_negative is for --objective pnu, not {options.objective}.")
     if options.correction != "abs" and options.objective not in WITH_BRACKET:
         raise UsageError(f"--correction is for pu and pnu; --objective {options.objective} has no bracket.")
     if options.max_ratio and options.objective not in WITH_BRACKET:
         raise UsageError(f"--max_ratio is for --objective pu and pnu, not {options.objective}.")
-    _check_numbers(options)
+    if options.max_ratio is not None and 0 < options.max_ratio < 1:
+        raise UsageError(f"--max_ratio {options.max_ratio:g} must be at least 1, or 0 for no cap.")
     if options.conditional and CLASSES[experiment.dataset] != CLASSES["mnist"]:
         raise UsageError(
             f"--conditional is for the MNIST experiments: it conditions on pairs of digits, and {experiment.name} has "
             "none. Remove it."
-        )
-
-
-def _check_numbers(options: RunOptions) -> None:
-    if not 0 <= options.seed < SEED_SPAN:
-        raise UsageError(f"--seed {options.seed} must lie in [0, {SEED_SPAN}).")
-    for name in (
-        "epochs",
-        "max_train_steps",
-        "train_batch_size",
-        "learning_rate",
-        "num_images",
-        "num_inference_steps",
-        "num_negative",
-        "sample_batch_size",
-    ):
-        value = getattr(options, name)
-        if value is not None and not 0 < value < math.inf:
-            raise UsageError(f"--{name} {value:g} must be a number above 0.")
-    if options.snr_gamma is not None and not 0 <= options.snr_gamma < math.inf:
-        raise UsageError(f"--snr_gamma {options.snr_gamma:g} must be 0 or more; 0 gives all timesteps equal weights.")
-    if options.max_ratio is not None and not (options.max_ratio == 0 or 1 <= options.max_ratio < math.inf):
-        raise UsageError(f"--max_ratio {options.max_ratio:g} must be 1 or more, or 0 for no cap.")
-    if (options.num_inference_steps or 1) > 1000:
-        raise UsageError(
-            f"--num_inference_steps {options.num_inference_steps} must be at most 1,000, the timesteps of the schedule."
         )
