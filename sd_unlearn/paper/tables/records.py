@@ -33,7 +33,7 @@ MAX_LISTED = 5  # unfinished runs listed by name
 def _check_name(name: str) -> str:
     """A name becomes part of file names."""
     if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", name):
-        raise ValueError("must consist of lowercase letters, digits, - and _")
+        raise ValueError(f'"{name}" must consist of lowercase letters, digits, - and _')
     return name
 
 
