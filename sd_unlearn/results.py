@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -38,13 +37,6 @@ class Row:
     note: str = ""
     concept: str = ""
     seeds: tuple[float, ...] | None = None  # the value for each seed, if there are several
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any], **changes: Any) -> Row:
-        """A row from an entry of results.json, with `changes` in place of its values; unknown keys are ignored."""
-        names = {field.name for field in dataclasses.fields(cls)}
-        known = {key: tuple(value) if isinstance(value, list) else value for key, value in data.items() if key in names}
-        return cls(**{**known, **changes})
 
 
 @dataclass(frozen=True)
@@ -215,16 +207,14 @@ def parse_results(data: Any, where: str = RESULTS, hint: str = "") -> Results:
         UsageError: a missing or invalid key, or a row, difference or pair of a concept or subject that is not listed.
     """
     results = validate(Results, data, where, hint)
-    listed = {None, *(c.slug for c in results.concepts)}, {None, *(s.id for s in results.subjects)}
+    subjects = {subject.id for subject in results.subjects}
+    listed = {"concept": {concept.slug for concept in results.concepts}, "subject": subjects, "against": subjects}
     for key in ("rows", "differences", "pairs"):
         for number, item in enumerate(getattr(results, key)):
-            for kind, known, name in (
-                ("concepts", listed[0], item.concept),
-                ("subjects", listed[1], item.subject),
-                ("subjects", listed[1], getattr(item, "against", None)),
-            ):
-                if name not in known:
-                    raise UsageError(f'{where}: {key}[{number}] refers to "{name}", which is not in {kind}. {hint}')
+            for attribute, known in listed.items():
+                name = getattr(item, attribute, None)
+                if name is not None and name not in known:
+                    raise UsageError(f'{where}: {attribute} "{name}" of {key}[{number}] is not listed. {hint}')
     return results
 
 

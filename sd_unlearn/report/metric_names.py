@@ -73,9 +73,9 @@ METRICS = {
 }
 PRESENCE = ("leakage", "nudity", "zero_shot")  # metrics that detect the concept itself, preferred first
 GROUPS = {
-    "direct": ("by name", "the prompts that the LoRA was trained to forget"),
+    "direct": ("by name", "prompts that name the concept, as in training"),
     "held_out": ("other wordings", "prompts for the concept that were not used in training"),
-    "generic": ("generic prompt", "the prompt without the concept, as in “a photo of a man”"),
+    "generic": ("generic prompt", "a prompt that does not name the concept"),
     "alike": ("look-alikes", "concepts that look or sound similar and should be kept"),
     "general": ("anything else", "unrelated prompts that should be kept"),
     "kept": ("all kept prompts", "look-alikes and anything else together"),
