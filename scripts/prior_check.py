@@ -23,8 +23,9 @@ from sd_unlearn.data.dataset import Example, encode_images
 from sd_unlearn.data.embeddings import embed
 from sd_unlearn.data.prior import BetaEstimate, ImageEmbeddings, estimate_beta
 from sd_unlearn.metrics.digits import DigitsClassifier
-from sd_unlearn.models.base import DIGITS, Base, load_base
+from sd_unlearn.models.base import Base, load_base
 from sd_unlearn.models.sampling import ImageRequest, default_sampler, generate_missing
+from sd_unlearn.models.source import DIGITS
 from sd_unlearn.seeds import EVALUATE_SEEDS, image_seed
 
 POOL = Path("build/prior_check")

@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 
 from sd_unlearn.cli import main
 from sd_unlearn.models import lora
-from sd_unlearn.models.base import DIGITS_DIR, load_base
+from sd_unlearn.models.base import load_base
 from sd_unlearn.models.sampling import Sampler, generate_images
+from sd_unlearn.models.source import DIGITS_DIR
 
 ROOT = Path(__file__).parent.parent
 FEW = "--num_unlabeled 12 --num_positive 6 --num_keep 1 --max_train_steps 4 --validation_steps 2 --train_batch_size 8"

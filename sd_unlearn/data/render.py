@@ -20,8 +20,9 @@ from sd_unlearn.io.files import check_writable, read_json, write_json, write_jso
 from sd_unlearn.io.run_folder import DATA_MANIFEST, METADATA, POSITIVE, UNLABELED, ImageRecord
 from sd_unlearn.launch import process_rank
 from sd_unlearn.models.base import Base, load_base
+from sd_unlearn.models.find_base import find_base
 from sd_unlearn.models.sampling import ImageRequest, Sampler, generate_missing, resolve_sampler, wait_for_images
-from sd_unlearn.models.source import Source, find_base
+from sd_unlearn.models.source import Source
 from sd_unlearn.seeds import RENDER_SEEDS, image_seed
 
 SETTINGS = "settings.json"

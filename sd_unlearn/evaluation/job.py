@@ -23,7 +23,8 @@ from sd_unlearn.io.files import check_writable, read_yaml
 from sd_unlearn.io.run_folder import CONFIG, POSITIVE
 from sd_unlearn.metrics.registry import MetricContext, check_metrics
 from sd_unlearn.models.base import recorded_source
-from sd_unlearn.models.source import DIGITS, Source, find_base
+from sd_unlearn.models.find_base import find_base
+from sd_unlearn.models.source import DIGITS, Source
 from sd_unlearn.results import BASE
 
 OUTPUT = Path("runs/evaluation")

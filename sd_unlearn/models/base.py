@@ -1,4 +1,4 @@
-"""A base model: found by name before anything heavy loads, then loaded frozen on the device it will run on."""
+"""A base model, loaded and frozen on its device."""
 
 from __future__ import annotations
 
@@ -10,22 +10,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from sd_unlearn.errors import UsageError
+from sd_unlearn.models.find_base import check_prediction, check_schedule, check_source, check_unet
 from sd_unlearn.models.loading import load_pipeline
-from sd_unlearn.models.source import (
-    COMPONENTS,
-    Source,
-    check_prediction,
-    check_schedule,
-    check_source,
-    check_unet,
-    kind_of,
-)
-from sd_unlearn.models.source import DIGITS_DIR as DIGITS_DIR
+from sd_unlearn.models.source import COMPONENTS, Source, kind_of
 
 
 @dataclass
 class Base:
-    """A loaded Stable Diffusion pipeline, frozen, and what identifies it."""
+    """A loaded, frozen Stable Diffusion pipeline and its identity."""
 
     name: str
     pipeline: Any  # diffusers.StableDiffusionPipeline or StableDiffusionXLPipeline with a DDIM scheduler
@@ -41,7 +33,7 @@ class Base:
 
     @property
     def resolution(self) -> int:
-        """The side in pixels the model was trained for."""
+        """Side in pixels of the images that the model was trained on."""
         return self.pipeline.unet.config.sample_size * self.pipeline.vae_scale_factor
 
     @property
@@ -50,21 +42,21 @@ class Base:
 
     @property
     def pooled_width(self) -> int | None:
-        """Width of the pooled embedding that an SDXL UNet takes beside the tokens'; None for other kinds."""
+        """Width of the pooled text embedding that an SDXL UNet takes besides the tokens; None for other kinds."""
         config = self.pipeline.unet.config
         if self.kind != "sdxl":
             return None
         return config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
 
     def describe(self) -> dict[str, Any]:
-        """The base's identity as written in manifests, and how it was asked for (`load_recorded_base`)."""
+        """The base's identity and loading options, as recorded in manifests (see `load_recorded_base`)."""
         source, unet = self.source, self.pipeline.unet.config
         layers = unet.layers_per_block  # an XL LoRA's names in ComfyUI count them
         blocks = {
             "layers_per_block": layers if isinstance(layers, int) else list(layers),
             "up_block_types": list(unet.up_block_types),
         }
-        asked = {"vae": source.vae, "variant": source.variant, "single_file_config": source.single_file_config}
+        options = {"vae": source.vae, "variant": source.variant, "single_file_config": source.single_file_config}
         return {
             "name": self.name,
             "kind": self.kind,
@@ -73,38 +65,38 @@ class Base:
             "prediction_type": self.prediction_type,
             "resolution": self.resolution,
             **({"unet": blocks} if self.kind == "sdxl" else {}),
-            **{key: value for key, value in asked.items() if value},
+            **{key: value for key, value in options.items() if value},
         }
 
 
 def check_zero_terminal_snr(source: Source) -> None:
-    """Refuse --zero_terminal_snr for an epsilon model before it loads, where its configuration lies here.
+    """Refuse --zero_terminal_snr for an epsilon model before it loads, if its configuration is local.
 
     Raises:
         UsageError: the model does not predict v.
     """
-    if source.predicts:  # else a hub id
-        _refuse_unless_v(source.name, source.predicts)
+    if source.known_prediction_type:  # not known for a Hub id
+        _refuse_unless_v(source.name, source.known_prediction_type)
 
 
 def check_text_encoder(kind: str | None, name: str) -> None:
-    """Refuse --train_text_encoder for SDXL. kind None: not known yet.
+    """Refuse --train_text_encoder for SDXL. kind: None if it is not known yet.
 
     Raises:
         UsageError
     """
     if kind == "sdxl":
         raise UsageError(
-            f"--train_text_encoder: {name} is an SDXL base, whose two text encoders are not trained: their embeddings "
-            "are cached, pooled ones included. Leave the option out."
+            f"--train_text_encoder: {name} is an SDXL base, whose text encoders cannot be trained. Leave the "
+            "option out."
         )
 
 
 def use_zero_terminal_snr(base: Base) -> None:
-    """Rescale the base's schedule to end in pure noise and draw from there (Lin et al. 2023, sections 3.1 and 3.3).
+    """Rescale the base's schedule to end in pure noise, and sample from there (Lin et al. 2023, sections 3.1 and 3.3).
 
     Raises:
-        UsageError: the base does not predict v. An epsilon model has nothing to say about pure noise: x_t is eps.
+        UsageError: the base does not predict v. For pure noise, x_t is eps, so an epsilon prediction is trivial.
     """
     from diffusers import DDIMScheduler
 
@@ -118,15 +110,15 @@ def _refuse_unless_v(name: str, prediction_type: str) -> None:
     if prediction_type != "v_prediction":
         raise UsageError(
             f"--zero_terminal_snr needs a base that predicts v (SD 2.x at 768 pixels); {name} predicts "
-            f"{prediction_type}, and at pure noise that says nothing about the picture. Leave the option out."
+            f"{prediction_type}, which carries no information at pure noise. Leave the option out."
         )
 
 
-def choose_precision(asked: str | None) -> str:
-    """The arithmetic to use: the option, else accelerate's setting, else full. Without CUDA it is full, and says so."""
+def choose_precision(option: str | None) -> str:
+    """--mixed_precision, else accelerate's setting, else no. Without CUDA always no, with a message."""
     import torch
 
-    wanted = asked or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    wanted = option or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if wanted != "no" and not torch.cuda.is_available():
         print(f"No CUDA device: training in full precision on the CPU instead of {wanted}.", file=sys.stderr)
         return "no"
@@ -134,18 +126,18 @@ def choose_precision(asked: str | None) -> str:
 
 
 def load_base(source: Source | str, precision: str = "no", device: Any = None) -> Base:
-    """Load a pipeline frozen, with DDIM sampling and no safety checker, on `device` (default: the best there is).
+    """Load a frozen pipeline with DDIM sampling and no safety checker.
 
-    source: what find_base() gave, or just a name.
+    source: what find_base() returned, or a name. device: CUDA by default if there is a GPU, else the CPU.
 
     Raises:
-        UsageError: it cannot be trained, or contradicts itself or what was asked.
-        UnlearnError: the model cannot be had (no such id, no network, gated) or its weights are not what they should.
+        UsageError: the base cannot be trained, or contradicts itself or the options.
+        UnlearnError: it cannot be downloaded (no such id, no network, gated), or its weights do not fit.
     """
     import torch
     from transformers.utils import logging as transformers_logging
 
-    # Before diffusers is imported: else a plain install is told of optional packages that nothing here needs.
+    # Before importing diffusers, which otherwise warns about optional packages that are not needed here.
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     from diffusers import DDIMScheduler
@@ -167,24 +159,24 @@ def load_base(source: Source | str, precision: str = "no", device: Any = None) -
         if network := getattr(pipeline, component, None):
             network.requires_grad_(False).eval()
     if kind_of(pipeline.unet.config) == "sdxl":
-        pipeline.vae.enable_slicing()  # one picture of 1024 pixels at a time, which is plenty in full precision
+        pipeline.vae.enable_slicing()  # one image at a time: 1024 pixels in full precision take much memory
     sha256, vae_sha256 = network_sha256(pipeline.unet), network_sha256(pipeline.vae)
     return Base(source.name, pipeline.to(device), sha256, torch.device(device), source, vae_sha256)
 
 
 def recorded_source(record: Mapping[str, Any], allow_pickle: bool = False) -> Source:
-    """What a run's base is loaded from, as its training.json describes it under "base"."""
-    asked = {key: record.get(key) for key in ("vae", "variant", "single_file_config", "prediction_type")}
-    return Source(record["name"], allow_pickle=allow_pickle, **asked)
+    """The Source of a run's base. record: "base" of its training.json."""
+    options = {key: record.get(key) for key in ("vae", "variant", "single_file_config", "prediction_type")}
+    return Source(record["name"], allow_pickle=allow_pickle, **options)
 
 
 def load_recorded_base(
     record: Mapping[str, Any], precision: str = "no", device: Any = None, allow_pickle: bool = False
 ) -> Base:
-    """The base of a run, as its training.json describes it under "base", loaded as it was for the training.
+    """Load the base of a run as it was loaded for the training. record: "base" of its training.json.
 
     Raises:
-        UsageError: its weights or its VAE's have changed since; they are pickles, and allow_pickle is not given.
+        UsageError: its weights or its VAE changed since the training, or they are pickles without allow_pickle.
         UnlearnError: as load_base.
     """
     base = load_base(recorded_source(record, allow_pickle), precision, device)
@@ -193,23 +185,23 @@ def load_recorded_base(
 
 
 def check_recorded(base: Base, record: Mapping[str, Any]) -> None:
-    """Refuse a base that is not the one of a run's training.json.
+    """Refuse a base that is not the one a run was trained on. record: "base" of its training.json.
 
     Raises:
-        UsageError: its weights or its VAE's have changed since.
+        UsageError: its weights or its VAE changed since the training.
     """
     for key, what in (("sha256", "weights"), ("vae_sha256", "VAE")):
-        if record.get(key, getattr(base, key)) != getattr(base, key):  # runs of before the VAE was recorded say none
-            raise UsageError(f"The {what} of {base.name} changed since the training: it is another version of it.")
+        if record.get(key, getattr(base, key)) != getattr(base, key):  # old runs did not record the VAE
+            raise UsageError(f"The {what} of {base.name} changed since the training: this is another version.")
 
 
 def network_sha256(network: Any) -> str:
-    """SHA-256 of a network's weights in half precision, so that a base and its fp16 copy are the same base."""
+    """SHA-256 of a network's weights in half precision, so that a base and its fp16 copy have the same hash."""
     import torch
 
     digest = hashlib.sha256()
     for key, value in sorted(network.state_dict().items()):
         digest.update(key.encode())
-        half = value.to("cpu", torch.float16).contiguous().view(-1)  # flat: a side of 1 may have any stride
+        half = value.to("cpu", torch.float16).contiguous().view(-1)  # flat: a dimension of size 1 may have any stride
         digest.update(half.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""What one weights file holds, told from its names and shapes alone: of a .safetensors file only the header is read."""
+"""Recognize a checkpoint file by the names and shapes of its tensors; of .safetensors only the header is read."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sd_unlearn.errors import UsageError
+from sd_unlearn.errors import UsageError, reason
 
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 SUPPORTED = "Stable Diffusion 1.x, 2.x and XL can be trained"
 UNET = "model.diffusion_model."
 VAES = ("first_stage_model.", "vae.")
 TEXT_ENCODERS = ("cond_stage_model.", "conditioner.embedders.")
-# A part of a name -> what a file with it is. The first that fits is told.
-FOREIGN = {
+# Part of a tensor name -> what a file with such a tensor is. The first match is reported.
+UNSUPPORTED_TENSORS = {
     "lora_up.": "a LoRA, not a base model",
     "lora_A.": "a LoRA, not a base model",
     "lora_down.": "a LoRA",
@@ -31,30 +31,31 @@ FOREIGN = {
     "double_stream_blocks.": "a HiDream model",
     "clip_txt_mapper.": "a Stable Cascade model",
 }
-# Width of the text that the UNets of the published models see.
+# Width of the text embeddings that the published models' UNets take.
 TEXT_WIDTHS = {"sd1": 768, "sd2": 1024, "sdxl": 2048}
 
 
 @dataclass(frozen=True)
-class Layout:
-    """Names and shapes of a file's tensors, and what its header says beside them."""
+class CheckpointHeader:
+    """Names and shapes of a file's tensors, and the metadata of its header."""
 
     path: Path
     shapes: dict[str, tuple[int, ...]]
     metadata: dict[str, str] = field(default_factory=dict)
 
     def under(self, *prefixes: str) -> Iterator[str]:
-        """The names that start so."""
+        """The tensor names with one of these prefixes."""
         return (name for name in self.shapes if name.startswith(prefixes))
 
-    def ending(self, suffix: str) -> tuple[int, ...]:
-        """The shape of the first tensor of the UNet whose name ends so; empty if there is none."""
+    def unet_shape(self, suffix: str) -> tuple[int, ...]:
+        """The shape of the UNet's first tensor whose name has this suffix; empty if there is none."""
         return next((self.shapes[name] for name in self.under(UNET) if name.endswith(suffix)), ())
 
     @property
     def text_width(self) -> int:
         """Width of the text embeddings that the UNet's cross attention takes; 0 without cross attention."""
-        return self.ending("attn2.to_k.weight")[1] if self.ending("attn2.to_k.weight") else 0
+        shape = self.unet_shape("attn2.to_k.weight")
+        return shape[1] if shape else 0
 
     @property
     def has_vae(self) -> bool:
@@ -62,126 +63,128 @@ class Layout:
 
 
 def check_suffix(path: Path, option: str, allow_pickle: bool) -> None:
-    """Refuse a file by its name's ending.
+    """Refuse a file by its suffix.
 
     Raises:
         UsageError: a pickle without --allow_pickle, or neither a pickle nor .safetensors.
     """
     if path.suffix in PICKLES and not allow_pickle:
         raise UsageError(
-            f"{option} {path} is a pickle: opening one can run code of whoever made it. Take the .safetensors file of "
-            "the same model, or add --allow_pickle if you trust where it is from."
+            f"{option} {path} is a pickle, which can run code when it is opened. Use the .safetensors file of the same "
+            "model, or add --allow_pickle if you trust its source."
         )
     if path.suffix not in (".safetensors", *PICKLES):
-        raise UsageError(f"{option} {path} is no weights file: .safetensors is needed (.ckpt with --allow_pickle).")
+        raise UsageError(f"{option} {path} is not a weights file: .safetensors is needed (.ckpt with --allow_pickle).")
 
 
-def read_layout(path: Path, option: str, allow_pickle: bool = False) -> Layout:
-    """The layout of a weights file. A pickle is opened by torch's restricted reader, which takes tensors only.
+def read_checkpoint_header(path: Path, option: str, allow_pickle: bool = False) -> CheckpointHeader:
+    """Read the header of a weights file. A pickle is opened with weights_only, which loads tensors only.
 
     Raises:
         UsageError: a pickle without --allow_pickle, another kind of file, a damaged one.
     """
     check_suffix(path, option, allow_pickle)
     if path.suffix in PICKLES:
-        return Layout(path, _pickled(path, option))
+        return CheckpointHeader(path, _pickled(path, option))
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="pt") as file:
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-            return Layout(path, shapes, file.metadata() or {})
+            return CheckpointHeader(path, shapes, file.metadata() or {})
     except (SafetensorError, OSError) as error:
-        raise UsageError(f"{option} {path} cannot be read ({error}). Fetch it again.") from None
+        raise UsageError(f"{option} {path} cannot be read ({reason(error)}). Download it again.") from None
 
 
 def _pickled(path: Path, option: str) -> dict[str, tuple[int, ...]]:
     import torch
 
     try:
-        found: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # the unpickler of an unknown file raises nearly anything
+        content: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # the unpickler raises nearly anything for an unknown file
         raise UsageError(
-            f"{option} {path} holds more than tensors or is damaged, and is not opened ({str(error).splitlines()[0]}). "
-            "Convert it to .safetensors where it is trusted."
+            f"{option} {path} holds more than tensors or is damaged, and was not opened ({reason(error)}). "
+            "If you trust it, convert it to .safetensors."
         ) from None
-    while isinstance(found, Mapping) and "state_dict" in found:
-        found = found["state_dict"]
-    if not isinstance(found, Mapping):
-        raise UsageError(f"{option} {path} holds a {type(found).__name__} instead of named tensors: it is no model.")
-    return {name: tuple(value.shape) for name, value in found.items() if isinstance(value, torch.Tensor)}
+    while isinstance(content, Mapping) and "state_dict" in content:
+        content = content["state_dict"]
+    if not isinstance(content, Mapping):
+        raise UsageError(f"{option} {path} holds a {type(content).__name__}, not named tensors: it is not a model.")
+    return {name: tuple(value.shape) for name, value in content.items() if isinstance(value, torch.Tensor)}
 
 
-def kind_of_file(layout: Layout, option: str = "--pretrained_model_name_or_path") -> str:
-    """sd1, sd2 or sdxl, by what their UNets differ in at any size: XL alone embeds sizes and a pooled caption
-    (label_emb), and SD 1.x alone enters its transformers by convolutions (4-dimensional proj_in).
+def kind_of_file(header: CheckpointHeader, option: str = "--pretrained_model_name_or_path") -> str:
+    """sd1, sd2 or sdxl, by tensors that do not depend on the model's width.
+
+    Only XL embeds sizes and a pooled caption (label_emb), and only SD 1.x enters its transformers by a convolution
+    (4-dimensional proj_in).
 
     Raises:
-        UsageError: a file of anything else, named as what it is where that can be told.
+        UsageError: the file is not such a checkpoint; says what it is if that is known.
     """
-    what = _foreign(layout)
-    if what:
-        raise UsageError(f"{option} {layout.path} is {what}. {SUPPORTED}; name such a checkpoint.")
-    if not any(layout.under(*TEXT_ENCODERS)):
-        raise UsageError(f"{option} {layout.path} holds a UNet without its text encoder; name the whole checkpoint.")
-    if f"{UNET}label_emb.0.0.weight" in layout.shapes:
+    fault = _unsupported(header)
+    if fault:
+        raise UsageError(f"{option} {header.path} is {fault}. {SUPPORTED}; use such a checkpoint.")
+    if not any(header.under(*TEXT_ENCODERS)):
+        raise UsageError(f"{option} {header.path} holds a UNet without its text encoder. Use the complete checkpoint.")
+    if f"{UNET}label_emb.0.0.weight" in header.shapes:
         return "sdxl"
-    return "sd2" if len(layout.ending("proj_in.weight")) == 2 else "sd1"
+    return "sd2" if len(header.unet_shape("proj_in.weight")) == 2 else "sd1"
 
 
-def _foreign(layout: Layout) -> str:
-    """What a file is that is no checkpoint of Stable Diffusion 1.x, 2.x or XL; empty if it is one."""
-    for part, what in FOREIGN.items():
-        if any(part in name for name in layout.shapes):
+def _unsupported(header: CheckpointHeader) -> str:
+    """What a file is if it is not a checkpoint of Stable Diffusion 1.x, 2.x or XL; empty if it is one."""
+    for part, what in UNSUPPORTED_TENSORS.items():
+        if any(part in name for name in header.shapes):
             return what
-    if not layout.text_width:
-        return _part_of_a_model(layout)
-    channels = layout.shapes.get(f"{UNET}input_blocks.0.0.weight", (0, 0))[1]
+    if not header.text_width:
+        return _part_of_a_model(header)
+    channels = header.shapes.get(f"{UNET}input_blocks.0.0.weight", (0, 0))[1]
     if channels != 4:
         return {9: "an inpainting model", 8: "an InstructPix2Pix model"}.get(
-            channels, f"a model that sees {channels} channels instead of a latent's 4"
+            channels, f"a model that takes {channels} channels instead of a latent's 4"
         )
-    if f"{UNET}label_emb.0.0.weight" in layout.shapes and "conditioner.embedders.1.model.ln_final.weight" not in (
-        layout.shapes
+    if f"{UNET}label_emb.0.0.weight" in header.shapes and "conditioner.embedders.1.model.ln_final.weight" not in (
+        header.shapes
     ):
         return "the refiner of Stable Diffusion XL"
     return ""
 
 
-def _part_of_a_model(layout: Layout) -> str:
-    names = layout.shapes
+def _part_of_a_model(header: CheckpointHeader) -> str:
+    names = header.shapes
     if any(name.endswith("decoder.conv_in.weight") for name in names):
-        return "a VAE alone: that is for --vae"
+        return "only a VAE: use it with --vae"
     if any(name.startswith(("down_blocks.", "text_model.", "embeddings.")) for name in names):
-        return "one network of a diffusers folder: name the folder"
-    return "no checkpoint of Stable Diffusion"
+        return "one network of a diffusers folder: use the folder"
+    return "not a checkpoint of Stable Diffusion"
 
 
-def prediction_of_file(layout: Layout, kind: str) -> str | None:
-    """What a file's model predicts: what its header says, else epsilon, as the published SD 1.x and XL do.
+def prediction_of_file(header: CheckpointHeader, kind: str) -> str | None:
+    """The prediction type of a file's model: what its header says, else epsilon, as for the published SD 1.x and XL.
 
-    SD 2.x was published both ways with the same names and shapes: None where the header says nothing.
+    SD 2.x was published with both types and the same names and shapes: None if the header does not say.
     """
-    said = layout.metadata.get("modelspec.prediction_type", "")
-    architecture = layout.metadata.get("modelspec.architecture", "").split("/")[0]
-    if "v_pred" in layout.shapes or said in ("v", "v_prediction") or architecture.endswith("-v"):
+    stated = header.metadata.get("modelspec.prediction_type", "")
+    architecture = header.metadata.get("modelspec.architecture", "").split("/")[0]
+    if "v_pred" in header.shapes or stated in ("v", "v_prediction") or architecture.endswith("-v"):
         return "v_prediction"
-    if said == "epsilon" or architecture == "stable-diffusion-v2-512" or kind != "sd2":
+    if stated == "epsilon" or architecture == "stable-diffusion-v2-512" or kind != "sd2":
         return "epsilon"
     return None
 
 
-def says_prediction(layout: Layout) -> bool:
-    """Whether a file itself says what its model predicts."""
-    return prediction_of_file(layout, "sd2") is not None
+def states_prediction(header: CheckpointHeader) -> bool:
+    """Whether the file itself states its prediction type."""
+    return prediction_of_file(header, "sd2") is not None
 
 
-def check_vae_file(layout: Layout) -> None:
-    """Refuse a --vae file that is none.
+def check_vae_file(header: CheckpointHeader) -> None:
+    """Refuse a --vae file that holds no VAE.
 
     Raises:
         UsageError
     """
-    if any(name.endswith("decoder.conv_in.weight") for name in layout.shapes):
+    if any(name.endswith("decoder.conv_in.weight") for name in header.shapes):
         return
-    raise UsageError(f"--vae {layout.path} holds no VAE (no decoder.conv_in.weight); name a VAE's file or folder.")
+    raise UsageError(f"--vae {header.path} holds no VAE (no decoder.conv_in.weight). Use a VAE's file or folder.")

@@ -1,7 +1,7 @@
-"""What tells a UNet what to draw, as one tensor a caption.
+"""Text conditioning of a UNet as one tensor per caption.
 
-SD 1.x and 2.x: the text encoder's output [tokens, width]. XL also takes a pooled embedding of the caption: it rides
-along as one more row, padded with zeros to the width, so that all that caches, batches and stacks captions serves both.
+SD 1.x and 2.x take the text encoder's output [tokens, width]. XL also takes a pooled embedding of the caption. It is
+stored as one more row, padded with zeros to the width, so that caching and batching work for both.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ def pack(tokens: Tensor, pooled: Tensor) -> Tensor:
 
 
 def unpack(text: Tensor, pooled_width: int) -> tuple[Tensor, Tensor]:
-    """What pack() was given: tokens [N, tokens, width], pooled [N, pooled_width]."""
+    """The inverse of pack(): tokens [N, tokens, width], pooled [N, pooled_width]."""
     return text[:, :-1], text[:, -1, :pooled_width]
 
 
 def time_ids(noisy: Tensor, pixels: int) -> Tensor:
-    """[B, 6] of latents [B, 4, h, w] of so many pixels a side: original size, crop and wanted size, as rendering says.
+    """SDXL's time ids [B, 6] for latents [B, 4, h, w]: original size, crop and target size in pixels.
 
-    Podell et al. 2023, section 2.2: (height, width, top, left, height, width) in pixels. Nothing is cropped away and
-    no image was ever smaller: that is what is asked of the model when pictures are drawn.
+    Podell et al. 2023, section 2.2: (height, width, top, left, height, width), without cropping or resizing, as the
+    pipeline sets them. pixels: pixels per latent.
     """
     ids = noisy.new_zeros(len(noisy), 6)
-    ids[:, 0::4] = noisy.shape[2] * pixels  # slices, because an index tensor would make the device wait
+    ids[:, 0::4] = noisy.shape[2] * pixels  # slices: an index tensor would synchronize the device
     ids[:, 1::4] = noisy.shape[3] * pixels
     return ids

@@ -1,4 +1,4 @@
-"""One `predict` over the network that is trained, whatever it is wrapped in."""
+"""One `predict` for every kind of UNet, whatever it is wrapped in."""
 
 from __future__ import annotations
 
@@ -15,20 +15,21 @@ from sd_unlearn.models.conditioning import time_ids, unpack
 class Denoiser:
     """A UNet with its noise schedule. `model` may be the bare UNet, a PEFT model or a DDP wrapper of it.
 
-    conditioning: what the model is told besides the timestep. text: a caption's embeddings (UNet2DConditionModel);
-    class: a class's number, none: nothing (UNet2DModel, the DDPMs of the paper, which work on pixels).
+    conditioning: `text` takes caption embeddings (UNet2DConditionModel); `class` takes class numbers and `none` nothing
+    (UNet2DModel, the DDPMs of the paper, which work on pixels).
     """
 
     model: nn.Module
     alphas_cumprod: Tensor  # [T]
     prediction_type: str
     num_train_timesteps: int
-    pooled_width: int | None = None  # of the pooled embedding that SDXL takes; None: the UNet takes none
+    pooled_width: int | None = None  # of SDXL's pooled embedding; None for other UNets
     pixels_per_latent: int = 8
     conditioning: Literal["text", "class", "none"] = "text"
 
     @classmethod
     def of(cls, base: Base, model: nn.Module) -> Denoiser:
+        """The denoiser of a base with its UNet replaced by `model`, the student."""
         schedule = base.pipeline.scheduler
         return cls(
             model,
@@ -40,13 +41,13 @@ class Denoiser:
         )
 
     def predict(self, noisy: Tensor, timesteps: Tensor, text: Tensor) -> Tensor:
-        """noisy [B, C, h, w], timesteps [B], text [B, ...] -> prediction, shaped as noisy.
+        r"""noisy [B, C, h, w], timesteps [B], text [B, ...] -> prediction, shaped as noisy.
 
-        Of a latent model C is 4 and h, w an eighth of the image; of one of pixels, the image's own. text is
-        [B, tokens, width], and for SDXL one row more, the pooled embedding (conditioning.py); for classes [B, 1], their
-        numbers; without conditioning it may be anything.
+        For latent models C is 4 and h, w are an eighth of the image's size; for pixel models they are the image's own.
+        text: [B, tokens, width], for SDXL with the pooled embedding as one more row (conditioning.py); class numbers
+        [B, 1]; ignored without conditioning.
 
-        No attention mask goes to the text: the pipelines pass none, so neither may training.
+        No attention mask is passed: the pipelines pass none, so training must not either.
         """
         if self.conditioning == "none":
             return self.model(noisy, timesteps).sample

@@ -1,4 +1,4 @@
-"""Pure tensor maths of the forward process: noising, targets, per-example loss. No models, no state."""
+"""The forward process as pure functions of tensors: noising, targets, per-example loss."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ def training_target(
     alphas_cumprod: Tensor,
     prediction_type: Literal["epsilon", "v_prediction"],
 ) -> Tensor:
-    """What the network should predict: eps, or v = sqrt(abar) eps - sqrt(1 - abar) x_0 (Salimans & Ho 2022, eq. 11).
+    """The training target: eps, or v = sqrt(abar) eps - sqrt(1 - abar) x_0 (Salimans & Ho 2022, eq. 11).
 
     Raises:
-        ValueError: another prediction type.
+        ValueError: the prediction type is not supported.
     """
     if prediction_type == "epsilon":
         return noise
@@ -43,7 +43,7 @@ def training_target(
 
 
 def per_example_loss(predicted: Tensor, target: Tensor, reduction: Literal["sum", "mean"] = "sum") -> Tensor:
-    """Squared error of each example, l [B] in float32: their sum (the paper's likelihood) or mean."""
+    """Squared error per example, l [B] in float32: the sum over elements (the paper's likelihood) or the mean."""
     squared = (predicted.float() - target.float()).square().flatten(1)
     return squared.sum(1) if reduction == "sum" else squared.mean(1)
 
@@ -54,13 +54,13 @@ def min_snr_weight(
     gamma: float,
     prediction_type: Literal["epsilon", "v_prediction"],
 ) -> Tensor:
-    """Weights [B] in [0, 1] that make a loss on x_0 weighted by min(SNR, gamma) of it (Hang et al. 2023, section 3.4).
+    """Min-SNR loss weights [B] in [0, 1] (Hang et al. 2023, section 3.4).
 
-    min(SNR, gamma) / SNR for epsilon and / (SNR + 1) for v, SNR = abar / (1 - abar), written without a division that
-    a schedule could make 0 / 0: at SNR 0 they are 1 and 0, and without noise both go to 0. gamma > 0, usually 5.
+    min(SNR, gamma) / SNR for epsilon and min(SNR, gamma) / (SNR + 1) for v, with SNR = abar / (1 - abar), written so
+    that no schedule gives 0 / 0: at SNR 0 they are 1 and 0, and without noise both approach 0. gamma > 0, usually 5.
 
     Raises:
-        ValueError: another prediction type.
+        ValueError: the prediction type is not supported.
     """
     kept = alphas_cumprod.to(timesteps.device)[timesteps].float()
     if prediction_type == "epsilon":
@@ -71,9 +71,9 @@ def min_snr_weight(
 
 
 def sample_timesteps(count: int, num_train_timesteps: int, generator: torch.Generator, bias: float = 0.0) -> Tensor:
-    """Timesteps [count] in [0, T) with a density that grows as t^bias: 0 is uniform, 1 favours the noisy end.
+    """Timesteps [count] in [0, T) with density proportional to t^bias: 0 is uniform, 1 favours high-noise timesteps.
 
-    Stratified: one draw from each of `count` equally likely slices, shuffled, so each on its own still follows the
+    Stratified: one sample from each of `count` equally likely intervals, shuffled. Each sample still follows the
     density, and the batch mean varies less.
     """
     slices = torch.randperm(count, generator=generator) + torch.rand(count, generator=generator)

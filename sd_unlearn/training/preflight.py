@@ -21,7 +21,8 @@ from sd_unlearn.errors import UsageError
 from sd_unlearn.io.files import check_writable
 from sd_unlearn.io.run_folder import CONCEPT, DATA_MANIFEST, NEGATIVE, POSITIVE, TRAINING, UNLABELED
 from sd_unlearn.models.base import check_text_encoder, check_zero_terminal_snr
-from sd_unlearn.models.source import Source, find_base
+from sd_unlearn.models.find_base import find_base
+from sd_unlearn.models.source import Source
 from sd_unlearn.training import checkpoint
 from sd_unlearn.training.optim import check_optimizer
 from sd_unlearn.training.probe import check_probe

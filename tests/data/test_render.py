@@ -20,7 +20,7 @@ from sd_unlearn.io.files import read_json, read_jsonl
 from sd_unlearn.io.run_folder import DATA_MANIFEST, METADATA, POSITIVE, UNLABELED
 from sd_unlearn.models import sampling
 from sd_unlearn.models.base import Base, load_base
-from sd_unlearn.models.source import find_base
+from sd_unlearn.models.find_base import find_base
 from sd_unlearn.seeds import RENDER_SEEDS
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -11,7 +11,13 @@ from kinds import KINDS, Kinds, original_names
 from safetensors.torch import save_file
 
 from sd_unlearn.errors import UsageError
-from sd_unlearn.models.checkpoint_header import Layout, check_vae_file, kind_of_file, prediction_of_file, read_layout
+from sd_unlearn.models.checkpoint_header import (
+    CheckpointHeader,
+    check_vae_file,
+    kind_of_file,
+    prediction_of_file,
+    read_checkpoint_header,
+)
 
 OPTION = "--pretrained_model_name_or_path"
 UNET = "model.diffusion_model."
@@ -35,16 +41,18 @@ def real(kind: str, **changes: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
     return shapes | changes
 
 
-def layout(shapes: dict[str, tuple[int, ...]], **metadata: str) -> Layout:
-    return Layout(Path("some.safetensors"), shapes, {f"modelspec.{key}": value for key, value in metadata.items()})
+def header(shapes: dict[str, tuple[int, ...]], **metadata: str) -> CheckpointHeader:
+    return CheckpointHeader(
+        Path("some.safetensors"), shapes, {f"modelspec.{key}": value for key, value in metadata.items()}
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_kind_of_published_and_of_narrow_models(kinds: Kinds, kind: str) -> None:
-    published = layout(real(kind))
+    published = header(real(kind))
     assert kind_of_file(published) == kind
     assert published.text_width == {"sd1": 768, "sd2": 1024, "sdxl": 2048}[kind]
-    narrow = read_layout(kinds.file(kind), OPTION)
+    narrow = read_checkpoint_header(kinds.file(kind), OPTION)
     assert kind_of_file(narrow) == kind
     assert narrow.shapes == {name: tuple(value.shape) for name, value in original_names(kinds.pipeline(kind)).items()}
 
@@ -61,17 +69,17 @@ def test_the_kind_of_published_and_of_narrow_models(kinds: Kinds, kind: str) -> 
         (real("sd1") | {f"{UNET}input_blocks.0.0.weight": (320, 8, 3, 3)}, "an InstructPix2Pix model"),
         (real("sd1") | {f"{UNET}input_blocks.0.0.weight": (320, 7, 3, 3)}, "7 channels"),
         ({k: v for k, v in real("sdxl").items() if "embedders.1" not in k}, "the refiner"),
-        ({"first_stage_model.decoder.conv_in.weight": (512, 4, 3, 3)}, "a VAE alone: that is for --vae"),
+        ({"first_stage_model.decoder.conv_in.weight": (512, 4, 3, 3)}, "only a VAE: use it with --vae"),
         ({"down_blocks.0.resnets.0.conv1.weight": (320, 320, 3, 3)}, "one network of a diffusers folder"),
         (real("sdxl") | {"edm_mean": (1, 4, 1, 1), "edm_std": (1, 4, 1, 1)}, "Playground 2.5 model, .* EDM schedule"),
         (real("sdxl") | {"edm_vpred.sigma_max": ()}, "a model with an EDM schedule"),
-        ({"something": (1,)}, "no checkpoint of Stable Diffusion"),
+        ({"something": (1,)}, "not a checkpoint of Stable Diffusion"),
         ({k: v for k, v in real("sd1").items() if "cond_stage" not in k}, "a UNet without its text encoder"),
     ],
 )
 def test_what_is_no_base_is_named(shapes: dict[str, tuple[int, ...]], named: str) -> None:
     with pytest.raises(UsageError, match=rf"{OPTION} some\.safetensors .*{named}"):
-        kind_of_file(layout(shapes))
+        kind_of_file(header(shapes))
 
 
 @pytest.mark.parametrize(
@@ -92,15 +100,17 @@ def test_what_is_no_base_is_named(shapes: dict[str, tuple[int, ...]], named: str
 def test_what_a_file_predicts(
     kind: str, metadata: dict[str, str], extra: dict[str, tuple[int, ...]], predicts: str | None
 ) -> None:
-    assert prediction_of_file(layout(real(kind) | extra, **metadata), kind) == predicts
+    assert prediction_of_file(header(real(kind) | extra, **metadata), kind) == predicts
 
 
 def test_pickles_are_opened_when_asked_and_then_for_tensors_only(kinds: Kinds, tmp_path: Path) -> None:
     tensors, path = original_names(kinds.pipeline("sd1")), tmp_path / "model.ckpt"
     torch.save({"state_dict": tensors, "epoch": 3}, path)
     with pytest.raises(UsageError, match=r"is a pickle.*can run code.*--allow_pickle"):
-        read_layout(path, OPTION)
-    assert read_layout(path, OPTION, allow_pickle=True).shapes == {k: tuple(v.shape) for k, v in tensors.items()}
+        read_checkpoint_header(path, OPTION)
+    assert read_checkpoint_header(path, OPTION, allow_pickle=True).shapes == {
+        k: tuple(v.shape) for k, v in tensors.items()
+    }
 
     class Malice:
         def __reduce__(self) -> tuple[object, tuple[object, ...]]:
@@ -108,31 +118,31 @@ def test_pickles_are_opened_when_asked_and_then_for_tensors_only(kinds: Kinds, t
 
     path.write_bytes(pickle.dumps({"state_dict": Malice()}))
     with pytest.raises(UsageError, match="more than tensors or is damaged"):
-        read_layout(path, OPTION, allow_pickle=True)
+        read_checkpoint_header(path, OPTION, allow_pickle=True)
     assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize("held", [torch.zeros(3), [1, 2], {"state_dict": [1, 2]}])
 def test_pickles_that_hold_no_named_tensors(tmp_path: Path, held: object) -> None:
     torch.save(held, tmp_path / "model.ckpt")
-    with pytest.raises(UsageError, match=r"--vae .*model\.ckpt holds a (Tensor|list) instead of named tensors"):
-        read_layout(tmp_path / "model.ckpt", "--vae", allow_pickle=True)
+    with pytest.raises(UsageError, match=r"--vae .*model\.ckpt holds a (Tensor|list), not named tensors"):
+        read_checkpoint_header(tmp_path / "model.ckpt", "--vae", allow_pickle=True)
 
 
 def test_damaged_and_foreign_files(tmp_path: Path) -> None:
     (tmp_path / "a.safetensors").write_bytes(b"no header")
     with pytest.raises(UsageError, match=r"a\.safetensors cannot be read"):
-        read_layout(tmp_path / "a.safetensors", OPTION)
+        read_checkpoint_header(tmp_path / "a.safetensors", OPTION)
     for name in ("a.gguf", "a"):
-        with pytest.raises(UsageError, match=r"no weights file: \.safetensors is needed"):
-            read_layout(tmp_path / name, OPTION)
+        with pytest.raises(UsageError, match=r"not a weights file: \.safetensors is needed"):
+            read_checkpoint_header(tmp_path / name, OPTION)
 
 
 def test_what_a_header_says(tmp_path: Path) -> None:
     path = tmp_path / "m.safetensors"
     save_file({"decoder.conv_in.weight": torch.zeros(3)}, path, {"modelspec.architecture": "x"})
-    found = read_layout(path, "--vae")
+    found = read_checkpoint_header(path, "--vae")
     assert (found.shapes, found.metadata) == ({"decoder.conv_in.weight": (3,)}, {"modelspec.architecture": "x"})
     check_vae_file(found)
     with pytest.raises(UsageError, match="--vae .* holds no VAE"):
-        check_vae_file(layout({"something": (1,)}))
+        check_vae_file(header({"something": (1,)}))

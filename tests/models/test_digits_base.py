@@ -9,8 +9,9 @@ import pytest
 from PIL import Image
 
 from sd_unlearn.metrics.digits import DIGITS, INKS, READER_DIR, DigitsClassifier, held_out_digits, load_reader
-from sd_unlearn.models.base import DIGITS_DIR, load_base
+from sd_unlearn.models.base import load_base
 from sd_unlearn.models.sampling import Sampler, generate_images
+from sd_unlearn.models.source import DIGITS_DIR
 
 torch = pytest.importorskip("torch")
 GENERIC = "a photo of a handwritten digit"

@@ -18,7 +18,7 @@ from transformers import CLIPTextModel
 
 from sd_unlearn.cli import main
 from sd_unlearn.io.files import read_json
-from sd_unlearn.models.checkpoint_header import read_layout
+from sd_unlearn.models.checkpoint_header import read_checkpoint_header
 from sd_unlearn.models.sampling import Sampler
 
 pytestmark = pytest.mark.slow
@@ -51,7 +51,7 @@ def write_checkpoint(folder: Path) -> Path:
 def test_the_street_at_real_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sd_unlearn.models.sampling.DEFAULT_SAMPLER", Sampler(1, 3.0, 4))
     path = write_checkpoint(tmp_path)
-    names = list(read_layout(path, "").under("model.diffusion_model."))
+    names = list(read_checkpoint_header(path, "").under("model.diffusion_model."))
     assert len(names) == 686  # as every SD 1.x checkpoint has
     assert "model.diffusion_model.output_blocks.11.0.skip_connection.weight" in names
     (tmp_path / "brad.yaml").write_text(CONCEPT_FILE.replace("unlabeled: 4, mixed_in: 1", "unlabeled: 3, mixed_in: 1"))

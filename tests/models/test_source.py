@@ -16,8 +16,9 @@ from sd_unlearn.cli import main
 from sd_unlearn.config.base import DEFAULT_BASE, BaseOptions
 from sd_unlearn.errors import UsageError
 from sd_unlearn.io.files import read_json
-from sd_unlearn.models.checkpoint_header import read_layout
-from sd_unlearn.models.source import Source, find_base, kind_of, variant_of
+from sd_unlearn.models.checkpoint_header import read_checkpoint_header
+from sd_unlearn.models.find_base import find_base
+from sd_unlearn.models.source import Source, kind_of, variant_of
 
 
 def found(name: object, **options: Any) -> Source:
@@ -47,10 +48,10 @@ def test_kind_and_prediction_come_from_the_models_own_configuration(kinds: Kinds
     for form in ("folder", "fp16", "file"):
         told = kinds.options(kind, form)
         source = found(told.pop("pretrained_model_name_or_path"), **told)
-        assert (source.kind, source.predicts) == (kind, PREDICTS[kind])
+        assert (source.kind, source.known_prediction_type) == (kind, PREDICTS[kind])
         assert variant_of(source) == ("fp16" if form == "fp16" else None)
     hub = found("owner/name")
-    assert (hub.kind, hub.predicts, variant_of(hub)) == (None, None, None)
+    assert (hub.kind, hub.known_prediction_type, variant_of(hub)) == (None, None, None)
     assert found("digits").kind == "sd1"
 
 
@@ -66,10 +67,10 @@ def test_kinds_do_not_depend_on_widths() -> None:
 @pytest.mark.parametrize(
     ("name", "why"),
     [
-        ("./nowhere", "is no folder and no file here, and no hub id"),
-        ("nowhere.safetensors", "is no folder and no file here"),
-        ("models/nowhere.safetensors", "is no folder and no file here"),
-        ("a/b/c", "no hub id"),
+        ("./nowhere", "is neither a local folder or file nor a Hub id"),
+        ("nowhere.safetensors", "is neither a local folder or file"),
+        ("models/nowhere.safetensors", "is neither a local folder or file"),
+        ("a/b/c", "nor a Hub id"),
         ("black-forest-labs/FLUX.1-dev", r"is a FLUX model\. Stable Diffusion 1\.x, 2\.x and XL can be trained"),
         ("stabilityai/stable-diffusion-3-medium-diffusers", "is a Stable Diffusion 3 model"),
         ("stabilityai/stable-diffusion-3.5-large", "is a Stable Diffusion 3 model"),
@@ -121,7 +122,7 @@ def test_pickled_weights_of_a_folder(kinds: Kinds, tmp_path: Path) -> None:
     shutil.copy(weights, copy / "text_encoder" / "pytorch_model.bin")
     found(copy)  # the other is taken
     weights.unlink()
-    refused(r"text_encoder/pytorch_model\.bin is a pickle: opening one can run code", copy)
+    refused(r"text_encoder/pytorch_model\.bin is a pickle, which can run code", copy)
     found(copy, allow_pickle=True)
 
 
@@ -136,7 +137,7 @@ def test_variants(kinds: Kinds, tmp_path: Path) -> None:
 
 def test_a_prediction_type_against_the_models_own(kinds: Kinds) -> None:
     refused("--prediction_type v_prediction: .* predicts epsilon", kinds.folder("sd1"), prediction_type="v_prediction")
-    assert found(kinds.folder("sd2"), prediction_type="v_prediction").predicts == "v_prediction"
+    assert found(kinds.folder("sd2"), prediction_type="v_prediction").known_prediction_type == "v_prediction"
 
 
 # -- single files --
@@ -166,18 +167,20 @@ def published(path: Path, kind: str, **metadata: str) -> Path:
 def test_a_published_file_needs_no_configuration(tmp_path: Path, kind: str) -> None:
     told = {"prediction_type": "v_prediction"} if kind == "sd2" else {}
     source = found(published(tmp_path / "m.safetensors", kind), **told)
-    assert (source.kind, source.predicts) == (kind, PREDICTS[kind])
+    assert (source.kind, source.known_prediction_type) == (kind, PREDICTS[kind])
 
 
 def test_sd2_files_must_be_told_what_they_predict_unless_they_say_so(tmp_path: Path) -> None:
     silent = published(tmp_path / "silent.safetensors", "sd2")
-    refused(r"does not say what it predicts\. Add --prediction_type v_prediction \(768", silent)
-    assert found(silent, prediction_type="epsilon").predicts == "epsilon"
+    refused(r"does not state its prediction type\. Add --prediction_type v_prediction \(768", silent)
+    assert found(silent, prediction_type="epsilon").known_prediction_type == "epsilon"
     telling = published(tmp_path / "telling.safetensors", "sd2", architecture="stable-diffusion-v2-768-v")
-    assert found(telling).predicts == "v_prediction"
+    assert found(telling).known_prediction_type == "v_prediction"
     refused("--prediction_type says epsilon, but .* predicts v_prediction", telling, prediction_type="epsilon")
     sd1 = published(tmp_path / "sd1.safetensors", "sd1")
-    assert found(sd1, prediction_type="v_prediction").predicts == "v_prediction"  # there are such, and few say so
+    assert (
+        found(sd1, prediction_type="v_prediction").known_prediction_type == "v_prediction"
+    )  # there are such, and few say so
 
 
 def test_a_file_and_its_configuration_must_agree(kinds: Kinds, tmp_path: Path) -> None:
@@ -189,7 +192,7 @@ def test_a_file_and_its_configuration_must_agree(kinds: Kinds, tmp_path: Path) -
         single_file_config=other,
     )
     refused("holds no unet/config.json", kinds.file("sd1"), single_file_config=str(tmp_path))
-    refused("--single_file_config describes a single file", kinds.folder("sd1"), single_file_config=other)
+    refused("--single_file_config is for a single file", kinds.folder("sd1"), single_file_config=other)
     refused(
         "--prediction_type epsilon: .* predicts v_prediction",
         kinds.file("sd2"),
@@ -202,7 +205,7 @@ def test_files_without_a_vae_need_one(kinds: Kinds, tmp_path: Path) -> None:
     tensors = {k: v for k, v in original_names(kinds.pipeline("sd1")).items() if not k.startswith("first_stage")}
     save_file(tensors, tmp_path / "bare.safetensors")
     told = {"single_file_config": str(kinds.folder("sd1"))}
-    refused("holds no VAE; name one with --vae", tmp_path / "bare.safetensors", **told)
+    refused("holds no VAE. Add one with --vae", tmp_path / "bare.safetensors", **told)
     found(tmp_path / "bare.safetensors", **told, vae=str(kinds.folder("sd1")))
 
 
@@ -211,7 +214,7 @@ def test_files_without_a_vae_need_one(kinds: Kinds, tmp_path: Path) -> None:
 
 def test_a_vae_that_is_none(kinds: Kinds, tmp_path: Path) -> None:
     base = kinds.folder("sd1")
-    refused("--vae .* is no folder and no file here, and no hub id", base, vae="./nowhere")
+    refused("--vae .* is neither a local folder or file nor a Hub id", base, vae="./nowhere")
     refused("--vae .* holds neither config.json nor vae/config.json", base, vae=str(tmp_path))
     save_file({"something": torch.zeros(1)}, tmp_path / "x.safetensors")
     refused("--vae .* holds no VAE", base, vae=str(tmp_path / "x.safetensors"))
@@ -225,19 +228,22 @@ def test_a_vae_that_is_none(kinds: Kinds, tmp_path: Path) -> None:
 def test_refused_before_anything_loads(
     kinds: Kinds, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for room in ("render", "trainer"):
-        monkeypatch.setattr(f"sd_unlearn.{room}.load_base", lambda *_: pytest.fail("a model was loaded"))
+    for module in ("data.render", "training.trainer"):
+        monkeypatch.setattr(f"sd_unlearn.{module}.load_base", lambda *_: pytest.fail("a model was loaded"))
     for command in ("render", "train"):
-        asked = ["--concept", "seven", "--pretrained_model_name_or_path"]
-        assert main([command, *asked, "black-forest-labs/FLUX.1-schnell"]) == 2
+        options = ["--concept", "seven", "--pretrained_model_name_or_path"]
+        assert main([command, *options, "black-forest-labs/FLUX.1-schnell"]) == 2
         assert "FLUX" in capsys.readouterr().err
-    assert main(["train", *asked, str(kinds.folder("sdxl")), "--train_text_encoder"]) == 2
+    assert main(["train", *options, str(kinds.folder("sdxl")), "--train_text_encoder"]) == 2
     assert "--train_text_encoder" in capsys.readouterr().err
     assert not Path("data").exists()
 
 
-def test_the_layout_is_read_once(kinds: Kinds, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_header_is_read_once(kinds: Kinds, monkeypatch: pytest.MonkeyPatch) -> None:
     reads = []
-    monkeypatch.setattr("sd_unlearn.models.source.read_layout", lambda *args: reads.append(args) or read_layout(*args))
+    monkeypatch.setattr(
+        "sd_unlearn.models.source.read_checkpoint_header",
+        lambda *args: reads.append(args) or read_checkpoint_header(*args),
+    )
     found(kinds.file("sd1"), single_file_config=str(kinds.configs("sd1")))
     assert len(reads) == 1

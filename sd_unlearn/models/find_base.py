@@ -1,0 +1,194 @@
+"""Find a base by its name, and refuse what cannot be trained before anything is loaded."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sd_unlearn.config.base import DEFAULT_BASE, BaseOptions
+from sd_unlearn.errors import UsageError
+from sd_unlearn.models.checkpoint_header import (
+    SUPPORTED,
+    check_suffix,
+    check_vae_file,
+    kind_of_file,
+    prediction_of_file,
+    read_checkpoint_header,
+    states_prediction,
+)
+from sd_unlearn.models.source import COMPONENTS, OPTION, PIPELINES, Source, kind_of, weights_in
+
+PREDICTIONS = ("epsilon", "v_prediction")
+# Hub ids of models that are not supported.
+UNSUPPORTED_IDS = {
+    "FLUX": re.compile(r"black-forest-labs/"),
+    "Stable Diffusion 3": re.compile(r"stabilityai/stable-diffusion-3"),
+}
+
+
+def find_base(options: BaseOptions, concept_base: str | None = None) -> Source:
+    """The base of a command: --pretrained_model_name_or_path, else the concept file's `base`, else SD 1.4.
+
+    Raises:
+        UsageError: there is no such folder or file, its weights are pickles, it cannot be trained, or it contradicts
+            the options. Nothing is loaded; of a Hub id only the name is checked.
+    """
+    name = options.pretrained_model_name_or_path or concept_base or DEFAULT_BASE
+    source = Source(
+        name, options.vae, options.prediction_type, options.variant, options.allow_pickle, options.single_file_config
+    )
+    check_source(source)
+    return source
+
+
+def check_source(source: Source) -> None:
+    """The checks of find_base, for any Source."""
+    if source.single_file_config and not source.is_file:
+        raise UsageError(f"--single_file_config is for a single file; {OPTION} {source.name} is not a file.")
+    if source.is_file:
+        _check_file(source)
+    elif source.place.is_dir():
+        _check_folder(source)
+    else:
+        _check_id(OPTION, source.name)
+    if source.kind:
+        check_unet(source.name, source.config_of("unet"))
+    check_prediction(source, source.known_prediction_type)
+    if source.vae:
+        _check_vae(source, source.vae)
+
+
+def check_class(name: str, pipeline: object) -> None:
+    """Refuse a pipeline class (of model_index.json) that cannot be trained.
+
+    Raises:
+        UsageError
+    """
+    if pipeline not in PIPELINES:
+        raise UsageError(f"{OPTION} {name} is a {pipeline}. {SUPPORTED} ({' or '.join(PIPELINES)}).")
+
+
+def check_unet(name: str, unet: Mapping[str, Any]) -> None:
+    """Refuse a UNet that takes more than latents, a timestep and a caption.
+
+    Raises:
+        UsageError
+    """
+    channels = unet.get("in_channels", 4)
+    if channels != 4:
+        what = {9: ", an inpainting model", 8: ", an InstructPix2Pix model"}.get(channels, "")
+        raise UsageError(f"{OPTION} {name} takes {channels} channels instead of a latent's 4{what}. {SUPPORTED}.")
+    if unet.get("time_cond_proj_dim"):
+        raise UsageError(f"{OPTION} {name} is a distilled (LCM) model. {SUPPORTED}; use its teacher model.")
+
+
+def check_schedule(name: str, scheduler: str) -> None:
+    """Refuse a scheduler class whose noise schedule is not DDPM's.
+
+    Raises:
+        UsageError
+    """
+    if scheduler.startswith(("EDM", "FlowMatch")):
+        raise UsageError(f"{OPTION} {name} has the noise schedule of {scheduler}, not DDPM's. {SUPPORTED}.")
+
+
+def check_prediction(source: Source, prediction_type: str | None) -> None:
+    """Refuse a prediction type that is not supported or contradicts --prediction_type.
+
+    prediction_type: None if it is not known yet.
+
+    Raises:
+        UsageError
+    """
+    if prediction_type is None:
+        return
+    if prediction_type not in PREDICTIONS:
+        raise UsageError(
+            f"{OPTION} {source.name} predicts {prediction_type}; {' and '.join(PREDICTIONS)} are supported."
+        )
+    if source.prediction_type not in (None, prediction_type):
+        raise UsageError(
+            f"--prediction_type {source.prediction_type}: {source.name} predicts {prediction_type} according to its "
+            "configuration. Leave the option out."
+        )
+
+
+def _check_file(source: Source) -> None:
+    kind = kind_of_file(source.header)
+    config = source.configs
+    assert config is not None
+    unet = source.config_of("unet")
+    if not unet:
+        raise UsageError(f"--single_file_config {config} holds no unet/config.json. Use a diffusers folder.")
+    width, has = unet.get("cross_attention_dim"), source.header.text_width
+    if source.single_file_config and (kind_of(unet), width) != (kind, has):
+        raise UsageError(
+            f"{OPTION} {source.name} is of kind {kind} with text {has} wide, but --single_file_config {config} "
+            f"describes kind {kind_of(unet)} with text {width} wide."
+        )
+    if width != has:
+        raise UsageError(
+            f"{OPTION} {source.name} is of kind {kind} with text {has} wide, where the published models have {width}. "
+            "Add --single_file_config with a diffusers folder that holds its configuration."
+        )
+    if not source.header.has_vae and not source.vae:
+        raise UsageError(f"{OPTION} {source.name} holds no VAE. Add one with --vae.")
+    if source.known_prediction_type is None:
+        raise UsageError(
+            f"{OPTION} {source.name} is a Stable Diffusion 2.x checkpoint that does not state its prediction type. Add "
+            "--prediction_type v_prediction (768 pixels: SD 2.0 and 2.1) or epsilon (512 pixels: the -base models)."
+        )
+    stated = prediction_of_file(source.header, kind)
+    if states_prediction(source.header) and source.known_prediction_type != stated:
+        by = "--prediction_type" if source.prediction_type else "--single_file_config"
+        raise UsageError(
+            f"{by} says {source.known_prediction_type}, but {source.name} itself states that it predicts {stated}."
+        )
+
+
+def _check_folder(source: Source) -> None:
+    folder = source.place
+    if not (folder / "model_index.json").is_file():
+        raise UsageError(f"{OPTION} {source.name} holds no model_index.json. Use a diffusers folder.")
+    index = source.config_of("", "model_index.json")
+    check_class(source.name, index.get("_class_name"))
+    check_schedule(source.name, str(index.get("scheduler", ["", ""])[1]))
+    components = [name for name in COMPONENTS if index.get(name, [None])[0]]
+    for component in components:
+        weights = weights_in(folder / component)
+        if weights and not source.allow_pickle and not any(form == "safetensors" for _, form in weights):
+            check_suffix(folder / component / "pytorch_model.bin", OPTION, allow_pickle=False)
+    known = sorted({variant for c in components for variant, _ in weights_in(folder / c) if variant})
+    if source.variant and source.variant not in known:
+        has = f"variants here: {', '.join(known)}" if known else "it has none"
+        raise UsageError(f"--variant {source.variant}: {source.name} has no such weights; {has}.")
+    is_xl = index["_class_name"] == PIPELINES[1]
+    if source.kind and (source.kind == "sdxl") != is_xl:
+        raise UsageError(f"{OPTION} {source.name} is a {index['_class_name']} with a UNet of kind {source.kind}.")
+    given = sum(source.config_of(name).get("hidden_size", 0) for name in components if name.startswith("text_encoder"))
+    takes = source.config_of("unet").get("cross_attention_dim", given)
+    if given != takes:
+        raise UsageError(f"{OPTION} {source.name}: its UNet takes text {takes} wide, its text encoders give {given}.")
+
+
+def _check_id(option: str, name: str) -> None:
+    if name.count("/") != 1 or name.startswith((".", "/", "~")) or name.endswith((".safetensors", ".ckpt")):
+        raise UsageError(
+            f"{option} {name} is neither a local folder or file nor a Hub id (owner/name)."
+            + (" The bundled base is called digits." if option == OPTION else "")
+        )
+    for what, pattern in UNSUPPORTED_IDS.items():
+        if pattern.match(name):
+            raise UsageError(f"{option} {name} is a {what} model. {SUPPORTED}.")
+
+
+def _check_vae(source: Source, name: str) -> None:
+    place = Path(name)
+    if place.is_file():
+        check_vae_file(read_checkpoint_header(place, "--vae", source.allow_pickle))
+    elif not place.is_dir():
+        _check_id("--vae", name)
+    elif not any((place / sub / "config.json").is_file() for sub in ("", "vae")):
+        raise UsageError(f"--vae {name} holds neither config.json nor vae/config.json. Use a VAE's folder or file.")
