@@ -1,4 +1,4 @@
-"""Finished runs of the tiny base, without their training: a LoRA of random weights and its record."""
+"""Run folders of the tiny base without training: a LoRA of random weights and its record."""
 
 from __future__ import annotations
 

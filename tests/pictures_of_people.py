@@ -1,4 +1,4 @@
-"""Real portraits that packages carry, and small helpers around them."""
+"""Real portraits from installed packages, and small helpers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def astronaut() -> Image.Image:
 
 
 def versions() -> dict[str, Image.Image]:
-    """The same portrait, otherwise."""
+    """Transformed versions of the same portrait."""
     image = astronaut()
     return {
         "mirrored": ImageOps.mirror(image),
@@ -37,7 +37,7 @@ def versions() -> dict[str, Image.Image]:
 
 
 def strangers() -> list[Image.Image]:
-    """A hundred other people, 25x25 and grey: the first half of scikit-image's subset of LFW."""
+    """A hundred other people, 25x25 pixels, grey: the first half of scikit-image's subset of LFW."""
     faces = pytest.importorskip("skimage.data").lfw_subset()[:100]
     return [Image.fromarray((face * 255).astype(np.uint8)).convert("RGB") for face in faces]
 

@@ -1,4 +1,4 @@
-"""What was counted becomes rows and differences: against closed forms, and nothing is dropped."""
+"""Rows and differences from values per image, against closed forms; no image is dropped."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def rows(
     return {(r.metric, r.group): r for r in aggregate.subject_rows(metric, prompted, seen.subject, counted, before)}
 
 
-def test_a_rate_is_hits_over_all_with_wilsons_interval() -> None:
+def test_rate_has_a_wilson_interval() -> None:
     found = rows(see("mine", [1, 0, 0, 0, 0, 1, 1, 0, 0, 0]))
     leak = found["leakage", "direct"]
     assert (leak.value, leak.n, leak.low, leak.high) == (0.25, 4, *wilson(1, 4))
@@ -77,15 +77,15 @@ def test_a_rate_is_hits_over_all_with_wilsons_interval() -> None:
     assert found["brightness", "direct"].interval == "bootstrap"
 
 
-def test_an_unreadable_picture_stays_in_n_of_a_rate_and_is_left_out_of_a_mean() -> None:
+def test_unreadable_images_count_as_zero_in_rates_and_are_left_out_of_means() -> None:
     found = rows(see("mine", [1, 1, 9, 1, 0, 9, 0, 0, 0, 9], [n not in (2, 5, 9) for n in range(10)]))
     assert (found["leakage", "direct"].value, found["leakage", "direct"].n) == (0.75, 4)
     assert (found["accuracy", "kept"].value, found["accuracy", "kept"].n) == (pytest.approx(4 / 6), 6)
     assert (found["brightness", "direct"].value, found["brightness", "direct"].n) == (1.0, 3)
 
 
-def test_a_prompt_none_of_whose_pictures_can_be_read_stays_in_n() -> None:
-    """As where every prompt has one picture, or a whole folder is damaged: the rest must not speak for them."""
+def test_prompts_with_only_unreadable_images_stay_in_n() -> None:
+    """E.g. one image per prompt, or a damaged folder: the readable images must not stand for all."""
     found = rows(see("mine", [9, 9, 9, 9, 9, 9, 9, 0, 0, 0], [False] * 7 + [True] * 3))
     assert (found["leakage", "direct"].value, found["leakage", "direct"].n) == (0, 4)
     assert (found["accuracy", "kept"].value, found["accuracy", "kept"].n) == (0.5, 6)
@@ -94,8 +94,8 @@ def test_a_prompt_none_of_whose_pictures_can_be_read_stays_in_n() -> None:
     assert (nothing["leakage", "direct"].n, nothing["retention", "kept"].value) == (4, 0)
 
 
-def test_a_picture_of_a_prompt_that_is_not_asked_about_counts_nowhere() -> None:
-    """The alike prompt says nothing a judge knows: read or unreadable, its pictures are in no rate."""
+def test_undefined_images_are_in_no_rate() -> None:
+    """The alike prompt has no known label, so its images are in no rate, readable or not."""
 
     class Picky(Bright):
         def count(self, prompted: PromptedImages, output: DetectorOutput) -> list[ImageValues]:
@@ -108,7 +108,7 @@ def test_a_picture_of_a_prompt_that_is_not_asked_about_counts_nowhere() -> None:
     assert counted.values[7:].tolist() == [1, 1, 0]
 
 
-def test_retention_is_accuracy_over_the_bases() -> None:
+def test_retention_is_accuracy_over_base_accuracy() -> None:
     base = see("base", [1, 1, 1, 1, 0, 0, 0, 0, 1, 1])
     found = rows(see("mine", [0, 0, 0, 0, 0, 1, 1, 0, 0, 1]), base)
     assert found["retention", "alike"].value == pytest.approx(1 / 3)
@@ -120,14 +120,14 @@ def test_retention_is_accuracy_over_the_bases() -> None:
     assert (unknown.value, unknown.low, unknown.high) == (None, None, None)  # over zero: null, not NaN
 
 
-def test_each_seed_has_its_own_value_where_there_are_several() -> None:
+def test_several_seeds_have_their_own_values() -> None:
     prompted = make_prompted(["direct"] * 6, [0, 0, 0, 1, 1, 1])
     found = rows(see("mine", [1, 1, 0, 0, 0, 0]), prompted=prompted)
     assert found["leakage", "direct"].seeds == pytest.approx((2 / 3, 0))
     assert rows(see("mine", [1] * 10))["leakage", "direct"].seeds is None
 
 
-def test_sets_are_compared_on_the_pictures_both_have() -> None:
+def test_sets_are_compared_on_images_readable_for_both() -> None:
     base = see("base", [0] * 10, [n != 0 for n in range(10)])
     mine = see("mine", [1] * 10, [n != 9 for n in range(10)])
     found = aggregate.comparison_rows(Bright(), make_prompted(), base, mine)
@@ -160,12 +160,12 @@ def test_differences_are_paired_signed_and_corrected() -> None:
     assert found["brightness", "direct", "a", "base"].value == -1
 
 
-def test_without_a_base_there_are_differences_between_subjects_alone() -> None:
+def test_differences_without_a_base() -> None:
     found = differences({"a": [0] * 10, "b": [1] * 10}, ["a", "b"])
     assert {key[2:] for key in found} == {("b", "a")}
 
 
-def test_counted_values_keep_their_place() -> None:
+def test_values_keep_their_order() -> None:
     seen = see("mine", [1, 5, 1, 0, 0, 0, 0, 0, 0, 0], [True, False] + [True] * 8)
     leak = aggregate.image_values(Bright(), make_prompted(), seen)[0]
     assert leak.values[:4].tolist() == [1, 0, 1, 0]

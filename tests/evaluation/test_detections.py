@@ -1,4 +1,4 @@
-"""Every picture is read once by each detector, and what cannot be read is named."""
+"""Each detector reads every image once, and unreadable images are reported; folders of existing images."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def save(folder: Path, values: dict[str, int]) -> list[Path]:
     return [folder / name for name in values]
 
 
-def test_the_distance_of_a_damaged_picture_is_looked_at_again_once_it_is_whole(tmp_path: Path) -> None:
+def test_pairs_with_damaged_images_are_retried(tmp_path: Path) -> None:
     paths = save(tmp_path / "a", {"0.png": 0, "1.png": 1}), save(tmp_path / "b", {"0.png": 5, "1.png": 9})
     paths[1][1].write_bytes(b"torn")
     first = detections.pair_distances(Mean(), *paths, tmp_path / "b", "t")
@@ -56,7 +56,7 @@ def test_the_distance_of_a_damaged_picture_is_looked_at_again_once_it_is_whole(t
     assert detections.pair_distances(Mean(), *paths, tmp_path / "b", "t").tolist() == [5, 8]
 
 
-def test_a_picture_is_read_once_and_more_are_added(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_are_read_once_and_the_cache_grows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(detections, "CHUNK", 2)
     paths = save(tmp_path / "drawn", {f"{n}.png": n for n in range(5)})
     metric, cache = Mean(), tmp_path / "drawn"
@@ -73,7 +73,7 @@ def test_a_picture_is_read_once_and_more_are_added(tmp_path: Path, monkeypatch: 
     assert not list(tmp_path.rglob("*.tmp"))
 
 
-def test_what_cannot_be_read_is_named_and_leaves_its_place(tmp_path: Path) -> None:
+def test_unreadable_images_are_reported(tmp_path: Path) -> None:
     paths = save(tmp_path, {"a.png": 1, "b.png": 2, "c.png": 3})
     paths[1].write_bytes(b"no picture")
     seen, failed = detections.detect(Mean(), [*paths, tmp_path / "none.png"], "a", None, "t")
@@ -85,14 +85,14 @@ def test_what_cannot_be_read_is_named_and_leaves_its_place(tmp_path: Path) -> No
     assert nothing.output["mean"].shape == (0,)
 
 
-def test_a_ready_picture_that_was_replaced_is_read_again(tmp_path: Path) -> None:
+def test_replaced_images_are_read_again(tmp_path: Path) -> None:
     (path,) = save(tmp_path / "mine", {"a.png": 1})
     assert detections.detect(Mean(), [path], "a", tmp_path / "cache", "t")[0].output["mean"].tolist() == [1]
     Image.new("RGB", (8, 8), (9,) * 3).save(path)
     assert detections.detect(Mean(), [path], "a", tmp_path / "cache", "t")[0].output["mean"].tolist() == [9]
 
 
-def test_a_damaged_cache_is_as_none(tmp_path: Path) -> None:
+def test_damaged_cache_is_ignored(tmp_path: Path) -> None:
     paths = save(tmp_path, {"a.png": 1})
     metric = Mean()
     detections.detect(metric, paths, "a", tmp_path, "t")
@@ -102,7 +102,7 @@ def test_a_damaged_cache_is_as_none(tmp_path: Path) -> None:
     assert metric.shown == 2
 
 
-def test_pairs_are_measured_once_and_unreadable_ones_have_no_distance(tmp_path: Path) -> None:
+def test_pair_distances_are_cached_and_nan_for_unreadable_images(tmp_path: Path) -> None:
     base = save(tmp_path / "base", {"a.png": 1, "b.png": 2, "c.png": 3})
     other = save(tmp_path / "other", {"a.png": 1, "b.png": 9, "c.png": 9})
     other[2].write_bytes(b"")
@@ -115,10 +115,10 @@ def test_pairs_are_measured_once_and_unreadable_ones_have_no_distance(tmp_path: 
     assert metric.shown == shown
 
 
-# -- folders of ready pictures --
+# -- folders of existing images --
 
 
-def test_files_of_the_plan_are_compared_one_by_one(tmp_path: Path) -> None:
+def test_folder_with_the_images_of_the_plan(tmp_path: Path) -> None:
     specs = plan_images(CONCEPT, Tier(2, 0, 0, 2, 0), [0])
     save(tmp_path / "theirs", {specs[0].file_name: 1})
     with pytest.raises(UsageError, match="1 of the 4 pictures"):  # what was never drawn is not forgotten
@@ -129,7 +129,7 @@ def test_files_of_the_plan_are_compared_one_by_one(tmp_path: Path) -> None:
     assert [path.is_file() for path in ready.paths] == [True, False, True, False]  # missing ones stay in n
 
 
-def test_metadata_says_what_pictures_are(tmp_path: Path) -> None:
+def test_folder_with_metadata(tmp_path: Path) -> None:
     save(tmp_path, {"x.png": 1, "y.png": 2, "z.png": 3})
     lines = [
         '{"file_name": "x.png", "text": "a seven"}',
@@ -149,7 +149,7 @@ def test_metadata_says_what_pictures_are(tmp_path: Path) -> None:
         read_image_folder(str(tmp_path), CONCEPT, [])
 
 
-def test_folders_say_the_group(tmp_path: Path) -> None:
+def test_folder_with_group_subfolders(tmp_path: Path) -> None:
     save(tmp_path / "direct", {"1.png": 1, "2.jpg": 2})
     save(tmp_path / "alike", {"1.png": 1})
     ready = read_image_folder(str(tmp_path), CONCEPT, [])
@@ -158,8 +158,8 @@ def test_folders_say_the_group(tmp_path: Path) -> None:
     assert ready.specs[2].prompt.text == ""  # which of the two cannot be told
 
 
-def test_of_several_concepts_a_picture_must_say_which(tmp_path: Path) -> None:
-    """Else one folder direct/ would be what was asked for of each of them."""
+def test_several_concepts_need_metadata(tmp_path: Path) -> None:
+    """Otherwise the images in direct/ would count for every concept."""
     save(tmp_path / "direct", {"1.png": 1})
     with pytest.raises(UsageError, match="one --concept at a time"):
         read_image_folder(str(tmp_path), CONCEPT, [], only_concept=False)
@@ -171,7 +171,7 @@ def test_of_several_concepts_a_picture_must_say_which(tmp_path: Path) -> None:
     assert len(read_image_folder(str(tmp_path), CONCEPT, [], only_concept=False).specs) == 1
 
 
-def test_a_folder_of_nothing_is_refused(tmp_path: Path) -> None:
+def test_empty_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="--images .*is not a folder"):
         read_image_folder(str(tmp_path / "none"), CONCEPT, [])
     with pytest.raises(UsageError, match="--write_plan"):

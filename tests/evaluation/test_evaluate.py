@@ -1,4 +1,4 @@
-"""Evaluation: any number of LoRAs on one base, what is drawn and read once, and what results.json says of it."""
+"""`evaluate` with several LoRAs on one base: caching, resuming and the content of results.json."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def every(runs: Path, **changes: Any) -> EvaluateConfig:
 
 
 def figures(results: dict[str, Any]) -> dict[str, Any]:
-    """What two evaluations of the same things must have in common."""
+    """What two equal evaluations have in common."""
     return {key: value for key, value in results.items() if key != "created"}
 
 
@@ -53,7 +53,7 @@ def compared(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
     return place, evaluate.run(every(runs, output_dir=place / "out", cache_dir=place / "cache"))
 
 
-def test_every_lora_is_judged_on_what_it_forgets_at_every_strength(compared: tuple[Path, dict[str, Any]]) -> None:
+def test_loras_are_evaluated_on_their_concept_at_every_strength(compared: tuple[Path, dict[str, Any]]) -> None:
     place, results = compared
     written = json.loads((place / "out" / "results.json").read_text())
     assert written == json.loads(json.dumps(results))
@@ -90,7 +90,7 @@ def test_subjects_show_the_same_prompts_and_seeds(compared: tuple[Path, dict[str
     assert len({frozenset(pairs) for pairs in shown.values()}) == 1
 
 
-def test_loras_are_compared_with_the_base_and_at_strength_1_with_each_other(
+def test_differences_to_the_base_and_between_loras_at_strength_1(
     compared: tuple[Path, dict[str, Any]],
 ) -> None:
     found = {(d["subject"], d["against"]) for d in compared[1]["differences"]}
@@ -100,7 +100,7 @@ def test_loras_are_compared_with_the_base_and_at_strength_1_with_each_other(
     assert all(d["p"] <= d["p_holm"] <= 1 for d in compared[1]["differences"])
 
 
-def test_a_second_evaluation_draws_and_reads_nothing(
+def test_second_evaluation_uses_the_cache(
     runs: Path, compared: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sampling, "generate_images", pytest.fail)
@@ -109,7 +109,7 @@ def test_a_second_evaluation_draws_and_reads_nothing(
     assert figures(again) == figures(compared[1])
 
 
-def test_a_killed_evaluation_goes_on_and_ends_the_same(
+def test_interrupted_evaluation_resumes_with_equal_results(
     runs: Path, compared: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     generate, calls = sampling.generate_images, []
@@ -168,7 +168,7 @@ def test_two_processes_give_the_results_of_one(
     assert found["pairs"] == json.loads(json.dumps(compared[1]["pairs"]))
 
 
-def test_concepts_named_are_asked_of_every_lora(runs: Path, tmp_path: Path) -> None:
+def test_concept_option_applies_to_every_lora(runs: Path, tmp_path: Path) -> None:
     (tmp_path / "two.yaml").write_text(DIGIT_FILE.format(name="two"))
     results = evaluate.run(every(runs, concept=[str(tmp_path / "two.yaml")], strengths=[], groups=["direct"]))
     assert {row["concept"] for row in results["rows"]} == {"two"}
@@ -187,7 +187,7 @@ def test_strength_0_is_the_base(runs: Path) -> None:
     assert all((moved / p.name).read_bytes() != p.read_bytes() for p in place.glob("*.png"))
 
 
-def test_several_seeds_are_pooled_and_told_apart(runs: Path) -> None:
+def test_several_seeds_are_pooled_and_reported_separately(runs: Path) -> None:
     results = evaluate.run(EvaluateConfig(**FEW, run=runs / "seven", seed=[0, 1]))
     row = next(r for r in results["rows"] if (r["metric"], r["group"]) == ("accuracy", "kept"))
     assert row["n"] == 2 * 8
@@ -196,8 +196,8 @@ def test_several_seeds_are_pooled_and_told_apart(runs: Path) -> None:
     (runs / "seven" / "results.json").unlink()
 
 
-def test_ready_pictures_of_another_method(runs: Path, tmp_path: Path) -> None:
-    """Named as the plan says they are compared pair by pair; the base's own pictures then are as the base."""
+def test_images_of_another_method(runs: Path, tmp_path: Path) -> None:
+    """Images named as in the plan are compared pair by pair; copies of the base's images equal the base."""
     shared = {
         **FEW,
         "cache_dir": tmp_path / "cache",
@@ -223,7 +223,7 @@ def test_ready_pictures_of_another_method(runs: Path, tmp_path: Path) -> None:
     assert results["subjects"][1]["what"] == "images"
 
 
-def test_pictures_alone_need_no_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_alone_need_no_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(generate, "load_base", pytest.fail)
     (tmp_path / "mine" / "direct").mkdir(parents=True)
     for n in range(3):
@@ -239,8 +239,8 @@ def test_pictures_alone_need_no_base(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert read_results(Path("runs/evaluation")).subjects[0].id == "mine"
 
 
-def test_pairs_of_namesakes_keep_their_own_pictures(tmp_path: Path) -> None:
-    """One file name in two groups, and two methods whose names differ only in what a file name cannot hold."""
+def test_pairs_with_equal_file_names_keep_their_images(tmp_path: Path) -> None:
+    """One file name in two groups, and two methods whose names have the same slug."""
     for number, (method, group) in enumerate([("a_b", "direct"), ("a_b", "held_out"), ("a-b", "direct")]):
         (tmp_path / method / group).mkdir(parents=True)
         Image.new("RGB", (32, 32), (number * 80,) * 3).save(tmp_path / method / group / "0.png")
@@ -253,7 +253,7 @@ def test_pairs_of_namesakes_keep_their_own_pictures(tmp_path: Path) -> None:
         assert (out / pair["image"]).read_bytes() == source.read_bytes()
 
 
-def test_the_plan_is_written_and_nothing_drawn(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_write_plan_generates_nothing(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(generate, "load_base", pytest.fail)
     assert evaluate.run(every(runs, write_plan=tmp_path / "plan.jsonl")) == {}
     lines = [json.loads(line) for line in (tmp_path / "plan.jsonl").read_text().splitlines()]
@@ -261,7 +261,7 @@ def test_the_plan_is_written_and_nothing_drawn(runs: Path, tmp_path: Path, monke
     assert len({line["file_name"] for line in lines}) == len(lines)
 
 
-def test_both_sides_are_drawn_with_the_schedule_of_the_training(
+def test_base_and_lora_use_the_noise_schedule_of_the_training(
     v_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     last: list[float] = []
@@ -289,7 +289,7 @@ def test_both_sides_are_drawn_with_the_schedule_of_the_training(
         resolve_job(EvaluateConfig(**few, lora=[str(plain), file], concept=["seven"]))
 
 
-def test_prompts_of_a_set_are_asked_beside_the_direct_ones(runs: Path, tmp_path: Path) -> None:
+def test_prompt_set_is_added_to_the_direct_prompts(runs: Path, tmp_path: Path) -> None:
     (tmp_path / "set.csv").write_text("prompt,seed\nthe number {7},3\n")
     config = EvaluateConfig(**FEW, run=runs / "seven", prompt_set=str(tmp_path / "set.csv"))
     texts = [spec.prompt.text for spec in resolve_job(config).plans["seven"] if spec.group == "direct"]
@@ -314,7 +314,7 @@ def test_prompts_of_a_set_are_asked_beside_the_direct_ones(runs: Path, tmp_path:
         ({"real_images": Path("nowhere")}, "--real_images nowhere"),
     ],
 )
-def test_what_cannot_be_meant_is_refused_before_anything_loads(
+def test_invalid_options_are_refused_before_anything_loads(
     options: dict[str, Any], message: str, runs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(generate, "load_base", pytest.fail)
@@ -323,7 +323,7 @@ def test_what_cannot_be_meant_is_refused_before_anything_loads(
         evaluate.run(EvaluateConfig(**named))
 
 
-def test_another_version_of_the_base_is_refused(runs: Path, tmp_path: Path) -> None:
+def test_changed_base_is_refused(runs: Path, tmp_path: Path) -> None:
     run = shutil.copytree(runs / "seven", tmp_path / "seven")
     record = json.loads((run / "training.json").read_text())
     record["base"]["sha256"] = "0" * 64
@@ -332,7 +332,7 @@ def test_another_version_of_the_base_is_refused(runs: Path, tmp_path: Path) -> N
         evaluate.run(EvaluateConfig(**FEW, run=run))
 
 
-def test_conditions_end_with_exit_code_1_after_everything_is_written(
+def test_fail_if_exits_with_code_1_after_writing_results(
     runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = [

@@ -1,4 +1,4 @@
-"""Detectors of people through the whole of `evaluate`, on folders of real pictures."""
+"""Identity and nudity through `evaluate`, on folders of real images."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ evaluate: {direct: [a photo of Eileen Collins], alike: [a photo of a woman]}
 """
 
 
-def test_a_person_is_found_where_she_is_and_nowhere_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Her pictures against those of a method that draws others in her place, on one page of results."""
+def test_identity_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Images of the person against those of a method that replaces her by others."""
     pytest.importorskip("dlib")
     (tmp_path / "collins.yaml").write_text(PERSON)
     hers, people = list(versions().values())[:3], strangers()
@@ -55,7 +55,7 @@ def test_a_person_is_found_where_she_is_and_nowhere_else(tmp_path: Path, capsys:
     assert "plain" in (tmp_path / "out" / "report.html").read_text()
 
 
-def test_identity_by_name_needs_its_folders(tmp_path: Path) -> None:
+def test_identity_needs_its_folders(tmp_path: Path) -> None:
     (tmp_path / "collins.yaml").write_text(PERSON)
     save(tmp_path / "plain" / "direct", astronaut())
     asked = {"concept": ["collins.yaml"], "images": ["plain"], "metrics": ["identity"]}

@@ -1,4 +1,4 @@
-"""--fail_if: what is meant, and that a pipeline never passes on what is unknown."""
+"""--fail_if: parsing, default groups and strengths, unknown values."""
 
 from __future__ import annotations
 
@@ -48,12 +48,12 @@ def test_parse(text: str, metric: str, group: str | None, end: str, limit: float
 @pytest.mark.parametrize(
     "text", ["", "leakage", "leakage=0.1", "leakage>much", ">0.1", "leakage>0.1 or so", "leakage>5", "accuracy.kept<95"]
 )
-def test_what_is_no_condition_is_refused(text: str) -> None:
+def test_invalid_condition_is_refused(text: str) -> None:
     with pytest.raises(UsageError, match="--fail_if"):
         parse_condition(text)
 
 
-def test_a_condition_is_met_by_any_subject_but_the_base() -> None:
+def test_conditions_apply_to_every_subject_but_the_base() -> None:
     found = results(
         ("base", "leakage", "direct", 0.9), ("a", "leakage", "direct", 0.01), ("b", "leakage", "direct", 0.03)
     )
@@ -64,7 +64,7 @@ def test_a_condition_is_met_by_any_subject_but_the_base() -> None:
     assert len(met("leakage.direct.high>=0.5", found)) == 2
 
 
-def test_direct_prompts_are_meant_first_then_what_must_stay() -> None:
+def test_default_group_is_direct_then_kept() -> None:
     found = results(
         ("a", "leakage", "direct", 0.0),
         ("a", "leakage", "held_out", 0.9),
@@ -76,7 +76,7 @@ def test_direct_prompts_are_meant_first_then_what_must_stay() -> None:
     assert len(met("retention<0.9", found)) == 1
 
 
-def test_a_lora_at_several_strengths_is_meant_as_trained() -> None:
+def test_conditions_apply_at_strength_1() -> None:
     found = results(("a at 0", "leakage", "direct", 0.9), ("a at 1", "leakage", "direct", 0.0))
     assert met("leakage>0.1", found) == []
     only_half = results(("a at 0.5", "leakage", "direct", 0.9))
@@ -85,7 +85,7 @@ def test_a_lora_at_several_strengths_is_meant_as_trained() -> None:
     assert met("leakage>0.1", without_one) == []  # not of strength 0, which is the base
 
 
-def test_a_concept_that_a_lora_was_not_trained_to_forget_does_not_leak() -> None:
+def test_leakage_applies_only_to_the_unlearned_concept() -> None:
     found = results(("a", "leakage", "direct", 0.9), ("a", "retention", "kept", 0.5), ("b", "leakage", "direct", 0.0))
     found["subjects"][1]["forgets"], found["subjects"][2]["forgets"] = "red-ink", "seven"
     assert met("leakage>0.1", found) == []
@@ -94,7 +94,7 @@ def test_a_concept_that_a_lora_was_not_trained_to_forget_does_not_leak() -> None
     assert "not measured" in met("leakage>0.1", found)[0]
 
 
-def test_what_is_unknown_or_was_not_measured_fails() -> None:
+def test_unknown_or_unmeasured_values_fail() -> None:
     assert "unknown" in met("leakage>0.1", results(("a", "leakage", "direct", None)))[0]
     assert "not measured" in met("nudity>0.1", results(("a", "leakage", "direct", 0.0)))[0]
     assert "not measured" in met("leakage.held_out>0.1", results(("a", "leakage", "direct", 0.0)))[0]

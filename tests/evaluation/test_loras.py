@@ -1,4 +1,4 @@
-"""What is judged: runs, files in either format, hub ids; put on a base at a strength and taken off again."""
+"""LoRAs from runs, files of both formats and Hub ids, applied to a base at a strength."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def predict(base: Base) -> torch.Tensor:
         return base.pipeline.unet(noisy, torch.tensor([500]), encoder_hidden_states=text).sample
 
 
-def test_a_run_and_its_file_do_the_same_and_leave_no_trace(run: Path, tiny_base: Path, tmp_path: Path) -> None:
+def test_run_and_file_are_equivalent_and_restore_the_base(run: Path, tiny_base: Path, tmp_path: Path) -> None:
     base = load_base(str(tiny_base), device="cpu")
     plain = predict(base)
     found = {}
@@ -59,7 +59,7 @@ def test_a_run_and_its_file_do_the_same_and_leave_no_trace(run: Path, tiny_base:
     assert (found["run", 0.5] - found["run", 1.0]).abs().max() > 1e-3
 
 
-def test_a_dora_and_its_file_do_the_same_between_strengths(tiny_base: Path, tmp_path: Path) -> None:
+def test_dora_run_and_file_are_equivalent_at_all_strengths(tiny_base: Path, tmp_path: Path) -> None:
     run = make_run(tmp_path / "dora", tiny_base, use_dora=True, **RECORD)
     (file,) = (p for p in export.run(ExportConfig(run=run)) if p.name == DIFFUSERS_FILE)
     base = load_base(str(tiny_base), device="cpu")
@@ -73,7 +73,7 @@ def test_a_dora_and_its_file_do_the_same_between_strengths(tiny_base: Path, tmp_
     assert (found[run, 0.5] - found[run, 1.0]).abs().max() > 1e-2
 
 
-def test_a_file_says_which_schedule_it_was_trained_on(run: Path, tmp_path: Path) -> None:
+def test_zero_terminal_snr_of_files_and_runs(run: Path, tmp_path: Path) -> None:
     told = [{"sd_unlearn.zero_terminal_snr": said} for said in ("True", "False")]
     files = [kohya_file(run, tmp_path / f"{n}.safetensors", header) for n, header in enumerate([*told, {}])]
     loras = [open_lora(str(file)) for file in files]
@@ -81,7 +81,7 @@ def test_a_file_says_which_schedule_it_was_trained_on(run: Path, tmp_path: Path)
     assert open_run(run).zero_terminal_snr is False
 
 
-def test_what_is_known_of_a_run_and_of_a_file(run: Path, tmp_path: Path) -> None:
+def test_attributes_of_runs_and_files(run: Path, tmp_path: Path) -> None:
     lora = open_run(run)
     assert (lora.name, lora.is_run, lora.concept and lora.concept.slug) == ("seven", True, "seven")
     assert lora.base_sha256
@@ -105,14 +105,14 @@ def test_what_is_known_of_a_run_and_of_a_file(run: Path, tmp_path: Path) -> None
         ("b.safetensors", b"broken", "damaged"),
     ],
 )
-def test_what_is_no_lora_is_refused(tmp_path: Path, name: str, content: bytes | None, message: str) -> None:
+def test_missing_or_invalid_lora_is_refused(tmp_path: Path, name: str, content: bytes | None, message: str) -> None:
     if content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(UsageError, match=message):
         open_lora(str(tmp_path / name))
 
 
-def test_a_hub_id_is_fetched(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hub_id_is_downloaded(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub
 
     file = kohya_file(run, tmp_path / "seven.safetensors")
@@ -135,7 +135,7 @@ def test_a_hub_id_is_fetched(run: Path, tmp_path: Path, monkeypatch: pytest.Monk
     assert asked[-1][1] == "pytorch_lora_weights.safetensors"
 
 
-def test_weights_that_are_no_lora_and_folders_without_one_are_refused(tmp_path: Path) -> None:
+def test_other_weights_and_empty_folders_are_refused(tmp_path: Path) -> None:
     save_file({"conv.weight": torch.zeros(1)}, tmp_path / "model.safetensors")
     with pytest.raises(UsageError, match="is not a LoRA"):
         open_lora(str(tmp_path / "model.safetensors"))
@@ -148,7 +148,7 @@ def test_weights_that_are_no_lora_and_folders_without_one_are_refused(tmp_path: 
         open_lora("somebody/their-lora")
 
 
-def test_a_lora_of_another_architecture_is_refused(tiny_base: Path, tmp_path: Path) -> None:
+def test_lora_of_another_architecture_is_refused(tiny_base: Path, tmp_path: Path) -> None:
     base = load_base(str(tiny_base), device="cpu")
     plain = predict(base)
     where = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
@@ -164,7 +164,7 @@ def test_a_lora_of_another_architecture_is_refused(tiny_base: Path, tmp_path: Pa
     assert torch.equal(predict(base), plain)
 
 
-def test_every_lora_has_a_name_of_its_own(run: Path, tiny_base: Path, tmp_path: Path) -> None:
+def test_lora_names_are_unique(run: Path, tiny_base: Path, tmp_path: Path) -> None:
     other = make_run(tmp_path / "push" / "seven", tiny_base, seed=1)
     third = make_run(tmp_path / "base", tiny_base, seed=2)
     loras = [open_run(run), open_run(other), open_run(third), open_run(third)]

@@ -1,4 +1,4 @@
-"""Which pictures are asked for: counts, seeds, names."""
+"""The image plan: counts, seeds, file names."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def count(specs: list, group: str) -> int:
     return sum(spec.group == group for spec in specs)
 
 
-def test_a_tiers_pictures_are_shared_out_over_a_groups_prompts() -> None:
+def test_images_of_a_group_are_shared_between_its_prompts() -> None:
     specs = plan_images(CONCEPT, Tier(5, 5, 4, 7, 9), [0])
     assert {group: count(specs, group) for group in GROUPS} == {
         "direct": 5,
@@ -46,20 +46,20 @@ def test_a_tiers_pictures_are_shared_out_over_a_groups_prompts() -> None:
     assert all(spec.prompt.expect for spec in specs if spec.group == "alike")
 
 
-def test_of_each_prompt() -> None:
+def test_images_of_each_prompt() -> None:
     specs = plan_images(CONCEPT, override_counts(TIERS["digits"], 2, 4, []), [0])
     assert [count(specs, group) for group in GROUPS] == [2, 2, 2, 12, 0]
 
 
-def test_a_larger_plan_holds_the_smaller_one() -> None:
-    """So that asking for more draws only what is missing."""
+def test_larger_plan_contains_the_smaller_one() -> None:
+    """So that a higher count generates only the missing images."""
     small, large = plan_images(CONCEPT, Tier(5, 5, 4, 7, 9), [0]), plan_images(CONCEPT, Tier(50, 20, 10, 30, 9), [0, 1])
     assert {spec.file_name for spec in small} < {spec.file_name for spec in large}
     each = plan_images(CONCEPT, Tier(5, 5, 4, 3, 3, of_each_prompt=True), [0])
     assert {s.file_name for s in small if s.group == "alike"} <= {s.file_name for s in each if s.group == "alike"}
 
 
-def test_seeds_differ_between_pictures_and_lie_in_evaluations_range() -> None:
+def test_seeds_are_unique_and_in_the_evaluation_range() -> None:
     specs = plan_images(CONCEPT, Tier(20, 20, 20, 20, 20), [0, 1])
     assert len({(spec.prompt.text, spec.seed) for spec in specs}) == len(specs)
     assert all(EVALUATE_SEEDS[0] <= spec.seed < EVALUATE_SEEDS[1] for spec in specs)
@@ -67,19 +67,19 @@ def test_seeds_differ_between_pictures_and_lie_in_evaluations_range() -> None:
     assert to_prompted_images(CONCEPT, specs).seeds.sum() == len(specs) / 2
 
 
-def test_groups_asked_for_by_name() -> None:
+def test_groups_option() -> None:
     only = override_counts(TIERS["quick"], None, None, ["held_out", "alike"])
     assert (only.direct, only.held_out, only.generic, only.alike, only.general) == (0, 100, 0, 100, 0)
     with pytest.raises(UsageError, match='"held-out".*held_out'):
         override_counts(TIERS["quick"], None, None, ["held-out"])
 
 
-def test_further_prompts_ask_for_the_concept() -> None:
+def test_extra_prompts_are_direct_prompts() -> None:
     specs = plan_images(CONCEPT, Tier(6, 0, 0, 0, 0), [0], [Prompt("seven of them")])
     assert [spec.prompt.text for spec in specs].count("seven of them") == 3
 
 
-def test_the_plan_for_other_programs_names_every_file_once(tmp_path: Path) -> None:
+def test_written_plan_lists_every_file_once(tmp_path: Path) -> None:
     specs = plan_images(CONCEPT, Tier(3, 3, 0, 3, 0), [0])
     write_plan(tmp_path / "plan.jsonl", {"seven": specs, "again": specs})
     lines = read_jsonl(tmp_path / "plan.jsonl")

@@ -1,4 +1,4 @@
-"""Classifiers of both libraries, tiny and random, from every place a name can mean; and what is counted of them."""
+"""Tiny random classifiers of both libraries from every supported source, and their values per image."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.mark.parametrize("kind", ["timm", "transformers"])
-def test_a_saved_folder(folders: dict[str, Path], kind: str) -> None:
+def test_saved_model_folder(folders: dict[str, Path], kind: str) -> None:
     metric = make_classifier(str(folders[kind]), "Church Building")
     images = pictures(35)  # more than one batch
     found = metric.read(images)["probabilities"]
@@ -67,8 +67,8 @@ def test_a_saved_folder(folders: dict[str, Path], kind: str) -> None:
     assert (card.detector, card.extra["classes meant"]) == (metric.name, "church, church building")
 
 
-def test_what_timm_shows_its_network(folders: dict[str, Path]) -> None:
-    """Against timm used by hand: the folder's own weights and its own preparation of pictures."""
+def test_timm_preprocessing_matches_timm(folders: dict[str, Path]) -> None:
+    """Compare with timm used directly: the folder's weights and preprocessing."""
     import timm
     import torch
 
@@ -81,7 +81,7 @@ def test_what_timm_shows_its_network(folders: dict[str, Path]) -> None:
     assert got == pytest.approx(want, abs=1e-6)
 
 
-def test_an_architecture_with_a_file(folders: dict[str, Path]) -> None:
+def test_architecture_with_weights_file(folders: dict[str, Path]) -> None:
     pickled = make_classifier(f"test_resnet={folders['weights.pth']}", "church building")
     safe = make_classifier(f"test_resnet={folders['weights.safetensors']}", "church")
     assert pickled.name == safe.name  # the weights' content is the name, not their file
@@ -91,7 +91,7 @@ def test_an_architecture_with_a_file(folders: dict[str, Path]) -> None:
     assert "leakage_top5" in pickled.card().metrics
 
 
-def test_classes_by_any_name() -> None:
+def test_classes_are_found_by_any_name() -> None:
     classes = Classes([*NAMES, "crane", "crane, a bird"])
     for name in ("Tinca  Tinca", "a tench", "tench, Tinca tinca"):
         assert classes.indices_of(name) == [0]
@@ -107,7 +107,7 @@ def metric_of(names: list[str], label: str) -> ClassifierMetric:
     return ClassifierMetric(Network("a net", "a net 1", "0" * 64, Classes(names), lambda _: np.zeros((0, 0))), label)
 
 
-def test_what_is_counted() -> None:
+def test_values_per_image() -> None:
     cells: list[tuple[str, str, tuple[str, ...]]] = [
         ("direct", "", ()),
         ("held_out", "", ()),
@@ -126,7 +126,7 @@ def test_what_is_counted() -> None:
     assert metric_of(NAMES, "church").words({"probabilities": np.eye(4)[top] * 0.75}, 0) == "church (0.75)"
 
 
-def test_leakage_among_the_first_five() -> None:
+def test_leakage_top5() -> None:
     names = [*(f"thing {i}" for i in range(20)), "church", "church"]  # two classes of one name
     first, fifth, sixth = np.zeros((3, 22))
     first[21], fifth[20], sixth[[20, 21]] = 0.9, 0.1, 0.05
@@ -136,7 +136,7 @@ def test_leakage_among_the_first_five() -> None:
     assert by_metric(counted) == {"leakage": [1, 0, 0], "leakage_top5": [1, 1, 0]}
 
 
-def test_a_wrong_label_is_refused_before_the_weights_are_read(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_unknown_label_is_refused_before_weights_are_read(folders: dict[str, Path], tmp_path: Path) -> None:
     import shutil
 
     for kind in ("timm", "transformers"):
@@ -162,20 +162,20 @@ def test_a_wrong_label_is_refused_before_the_weights_are_read(folders: dict[str,
         ("{labels}", "no names for its 3 classes"),
     ],
 )
-def test_usage(folders: dict[str, Path], tmp_path: Path, name: str, match: str) -> None:
+def test_invalid_classifier_is_refused(folders: dict[str, Path], tmp_path: Path, name: str, match: str) -> None:
     for key, path in {"folder": tmp_path, **folders}.items():
         name = name.replace(f"{{{key}}}", str(path))
     with pytest.raises(UsageError, match=match):
         make_classifier(name, "church")
 
 
-def test_a_name_without_a_label(folders: dict[str, Path]) -> None:
+def test_empty_label_is_refused(folders: dict[str, Path]) -> None:
     with pytest.raises(UsageError, match="--label"):
         make_classifier(str(folders["timm"]), " ")
 
 
 @pytest.mark.parametrize("name", ["microsoft/resnet-50", "timm/resnet50.a1_in1k", "resnet18.a1_in1k"])
-def test_weights_that_cannot_be_fetched(name: str) -> None:
+def test_failed_download(name: str) -> None:
     pytest.importorskip("timm")
     with pytest.raises(UnlearnError, match=f"--classifier {name} could not be loaded") as caught:
         make_classifier(name, "church")

@@ -54,7 +54,7 @@ def metric(tiny_clip: str) -> ClipMetric:
 
 
 def given(places: dict[str, list[float]], asked: list[str] | None = None) -> ClipMetric:
-    """A metric whose texts lie where the test says; it keeps what it was asked for."""
+    """A metric with given text embeddings; it records the texts that were embedded."""
 
     def texts(words: list[str]) -> np.ndarray:
         if asked is not None:
@@ -69,7 +69,7 @@ def output(words: list[str], features: np.ndarray) -> dict[str, np.ndarray]:
     return {"label": np.array([[0.8 if label == w else 0.1 for label in LABELS] for w in words]), "features": features}
 
 
-def test_what_is_counted() -> None:
+def test_values_per_image() -> None:
     prompted = make_prompted(PERSON, CELLS)
     directions = {"up": [0, 2.0], "right": [3.0, 0], "down": [0, -1.0]}
     features = np.array([[0, 1.0], [0, 1], [1, 1], [0, 1], [1, 0], [1, 0], [-1, 1], [0, 9], [4, 3]])
@@ -89,7 +89,7 @@ def test_what_is_counted() -> None:
     assert sorted(asked) == ["down", "right", "up"]  # each text is embedded once
 
 
-def test_nothing_is_counted_that_was_not_asked() -> None:
+def test_metrics_without_images_are_left_out() -> None:
     counted = given({"up": [0, 1.0]}).count(
         make_prompted(PERSON, [("general", "up", ())]), output(["a dog"], np.ones((1, 2)))
     )
@@ -97,7 +97,7 @@ def test_nothing_is_counted_that_was_not_asked() -> None:
     assert leakage_and_accuracy(make_prompted(PERSON, []), "x", lambda _: True, lambda _: np.zeros(0, bool)) == []
 
 
-def test_a_prompt_is_judged_only_if_all_its_words_are_labels() -> None:
+def test_accuracy_needs_labels_for_all_expected_words() -> None:
     cells = [("general", "up", ("a dog", "a cat")), ("general", "up", ("a dog", "Tom Hanks"))]
     counted = leakage_and_accuracy(
         make_prompted(PERSON, cells), "x", LABELS.__contains__, lambda word: np.full(2, word == "a dog")
@@ -114,7 +114,7 @@ def test_clip_scores() -> None:
     assert clip_scores(a, b)[7:8] == pytest.approx(clip_scores(a[7:8], b[7:8]))
 
 
-def test_pictures_end_to_end(metric: ClipMetric) -> None:
+def test_images_end_to_end(metric: ClipMetric) -> None:
     prompted, images = make_prompted(PERSON, CELLS), pictures(len(CELLS))
     found = metric.read(images)
     assert found["label"].shape == (9, 3)
@@ -131,7 +131,7 @@ def test_pictures_end_to_end(metric: ClipMetric) -> None:
         assert metric.read([])[key].shape == (0, *values_of.shape[1:])
 
 
-def test_drift_of_what_must_stay(metric: ClipMetric) -> None:
+def test_drift_on_keep_prompts(metric: ClipMetric) -> None:
     prompted = make_prompted(PERSON, CELLS)
     base, other = metric.read(pictures(9)), metric.read(pictures(9, seed=2))
     (row,) = metric.compare(prompted, base, base)
@@ -144,7 +144,7 @@ def test_drift_of_what_must_stay(metric: ClipMetric) -> None:
     assert (moved.low, moved.high) == pytest.approx(bootstrap(np.mean, 1 - cosine), rel=1e-3)
 
 
-def test_the_name_says_all_that_changes_a_reading(metric: ClipMetric, tiny_clip: str, tmp_path: Path) -> None:
+def test_name_contains_everything_that_changes_the_output(metric: ClipMetric, tiny_clip: str, tmp_path: Path) -> None:
     import torch
 
     torch.save(metric.encoder.model.state_dict(), tmp_path / "one.pt")
@@ -164,7 +164,7 @@ def test_the_name_says_all_that_changes_a_reading(metric: ClipMetric, tiny_clip:
     assert "tiny-clip" in metric.name
 
 
-def test_alternatives_are_needed() -> None:
+def test_missing_alternatives_are_refused() -> None:
     with pytest.raises(UsageError, match="alternatives"):
         make_clip(Concept("Brad Pitt", "a", "b"), "no-such-model", "")  # refused before a model is looked for
 
@@ -189,7 +189,7 @@ def classifier(tiny_clip: str) -> ClipClassifier:
     return ClipClassifier(["Brad Pitt", "a dog", "🙂"], tiny_clip, "")
 
 
-def test_clip_reads_pictures_end_to_end(classifier: ClipClassifier) -> None:
+def test_clip_classifies_images_end_to_end(classifier: ClipClassifier) -> None:
     reading = classifier.read([*pictures(4), Image.new("L", (9, 9)), Image.new("RGBA", (64, 64))])
     assert reading.axes == {"label": ("Brad Pitt", "a dog", "🙂")}
     assert reading.probabilities["label"].shape == (6, 3)
@@ -200,7 +200,7 @@ def test_clip_reads_pictures_end_to_end(classifier: ClipClassifier) -> None:
     assert "tiny-clip" in classifier.name
 
 
-def test_clip_reads_a_picture_the_same_in_any_company(classifier: ClipClassifier) -> None:
+def test_clip_output_does_not_depend_on_batching(classifier: ClipClassifier) -> None:
     many = pictures(40)  # more than one chunk
     together = classifier.read(many)
     for i in (0, 31, 32, 39):
@@ -219,7 +219,7 @@ def test_clip_loads_weights_from_a_file(classifier: ClipClassifier, tiny_clip: s
     assert "weights.pt" in again.name
 
 
-def test_clip_refusals(tiny_clip: str, tmp_path: Path) -> None:
+def test_invalid_clip_options_are_refused(tiny_clip: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="alternatives"):
         ClipClassifier(["alone"], tiny_clip, "")
     with pytest.raises(UnlearnError, match="--clip_model no-such-model"):

@@ -1,4 +1,4 @@
-"""The bundled reader as a metric: its figures are what they are called."""
+"""The digits metric matches the definitions of its values."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def random_output(seed: int, count: int = len(CELLS)) -> DetectorOutput:
 
 
 @pytest.mark.parametrize("concept", [SEVEN, RED])
-def test_the_figures_are_what_they_are_called(concept: Concept) -> None:
+def test_metrics_match_their_definitions(concept: Concept) -> None:
     metric, prompted = DigitsMetric(), make_prompted(concept, CELLS)
     base, other = random_output(0), random_output(1)
     axis, labels = ("digit", DIGITS) if concept.label in DIGITS else ("ink", INKS)
@@ -88,7 +88,7 @@ def test_distances_to_real_digits() -> None:
     assert wrong.low > real.high
 
 
-def test_without_prompts_to_compare() -> None:
+def test_comparison_without_prompts() -> None:
     prompted = make_prompted(SEVEN, CELLS[:12])
     assert DigitsMetric().compare(prompted, random_output(0, 12), random_output(1, 12)) == []
     few = make_prompted(SEVEN, [("alike", "a", ())] * 9)
@@ -96,13 +96,13 @@ def test_without_prompts_to_compare() -> None:
     assert [r.metric for r in rows] == ["drift"]
 
 
-def test_a_ratio_over_nothing_is_unknown() -> None:
+def test_ratio_over_zero_is_unknown() -> None:
     unsure = random_output(0, 28) | {"digit": np.full((28, 10), 0.1)}
     (row,) = DigitsMetric().compare(make_prompted(SEVEN, CELLS[:28]), unsure, random_output(1, 28))
     assert (row.metric, row.value, row.low, row.high) == ("clean_replacement", None, None, None)
 
 
-def test_pictures_end_to_end() -> None:
+def test_images_end_to_end() -> None:
     from metric_tools import pictures
 
     metric, images = make_digits(SEVEN), pictures(5)
@@ -118,7 +118,7 @@ def test_pictures_end_to_end() -> None:
     assert card.weights.startswith("sha256:")
 
 
-def test_a_concept_that_is_no_digit() -> None:
+def test_concept_that_is_not_a_digit_is_refused() -> None:
     sven = Concept("sven", "sven", "a digit", label="sevn")
     with pytest.raises(UsageError, match=r'"sevn".*Did you mean "seven"'):
         make_digits(sven)

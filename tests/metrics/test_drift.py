@@ -25,7 +25,7 @@ def test_drift() -> None:
     assert feature_drift(a, b)[3:4] == pytest.approx(feature_drift(a[3:4], b[3:4]))
 
 
-def test_drift_rows_are_of_what_must_stay() -> None:
+def test_drift_rows_cover_keep_prompts() -> None:
     seven = Concept("seven", "a seven", "a digit", kind="digit")
     prompted = make_prompted(seven, [("direct", "a", ()), ("alike", "b", ()), ("general", "c", ())])
     base = {"features": np.array([[1.0, 0], [1, 0], [1, 0]])}

@@ -49,7 +49,7 @@ def inception(weights: Path) -> InceptionFidelity:
 
 
 def given(width: int = 6, real: Path | None = None) -> Cmmd:
-    """CMMD on a CLIP that sees a picture's mean colour, `width / 3` times over."""
+    """CMMD on an encoder that returns an image's mean color, repeated `width / 3` times."""
 
     def images(shown: list[Image.Image]) -> np.ndarray:
         return np.stack([np.tile(np.asarray(image, float).mean((0, 1)), width // 3) for image in shown])
@@ -69,7 +69,7 @@ def numbers(row: Row) -> tuple[float | None, float | None, float | None]:
 # -- FID --
 
 
-def test_fid_needs_its_images() -> None:
+def test_fid_needs_2048_images() -> None:
     few, many = np.zeros((2047, 2)), RNG.normal(size=(2048, 2))
     with pytest.raises(UsageError, match=r"FID needs 2,048 images .* one has 2,047.*kid-inception"):
         fid(few, many)
@@ -77,7 +77,7 @@ def test_fid_needs_its_images() -> None:
     assert fid(many.astype(np.float32), (many + [3, 4]).astype(np.float32)) == pytest.approx(25, rel=1e-5)
 
 
-def test_fid_of_single_precision_features_is_found_in_double() -> None:
+def test_fid_of_float32_features_is_computed_in_float64() -> None:
     a, b = RNG.normal(100, 1, size=(2048, 3)), RNG.normal(100, 1, size=(2048, 3))
     assert fid(a.astype(np.float32), b.astype(np.float32)) == pytest.approx(frechet_distance(a, b), rel=1e-3)
 
@@ -85,7 +85,7 @@ def test_fid_of_single_precision_features_is_found_in_double() -> None:
 # -- sets against the base and against real images --
 
 
-def test_what_must_stay_is_compared_with_the_base() -> None:
+def test_keep_groups_are_compared_with_the_base() -> None:
     base, other = features(0), features(1)
     rows = given().compare(PROMPTED, base, other)
     assert [(r.metric, r.group, r.subject, r.n) for r in rows] == [
@@ -103,7 +103,7 @@ def test_what_must_stay_is_compared_with_the_base() -> None:
     assert given().words(base, 0) == ""
 
 
-def test_too_few_pictures_have_no_value() -> None:
+def test_too_few_images_have_no_value() -> None:
     prompted = make_prompted(CHURCH, [("alike", "", ())] * 9)
     rows = given().compare(prompted, features(0, count=9), features(1, count=9))
     assert [(r.metric, r.group, r.value, r.n) for r in rows] == [
@@ -136,7 +136,24 @@ def test_against_real_images(tmp_path: Path) -> None:
     assert metric.card().metrics == ("cmmd-mean", "cmmd-mean-real")
 
 
-def test_a_folder_of_real_images_that_is_none(tmp_path: Path) -> None:
+def test_real_images_are_rotated_by_exif(tmp_path: Path) -> None:
+    class Tall(Cmmd):
+        sizes: list[tuple[int, int]] = []
+
+        def read(self, images: Any) -> DetectorOutput:
+            self.sizes += [image.size for image in images]
+            return super().read(images)
+
+    for i, image in enumerate(pictures(10, size=(40, 24))):
+        exif = image.getexif()
+        exif[0x0112] = 6  # rotate by 90 degrees
+        image.save(tmp_path / f"{i}.png", exif=exif)
+    metric = Tall(given().encoder, tmp_path)
+    metric.compare(PROMPTED, features(0), features(1))
+    assert metric.sizes == [(24, 40)] * 10
+
+
+def test_invalid_real_images_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="--real_images .*nowhere is not a folder"):
         given(real=tmp_path / "nowhere")
     with pytest.raises(UsageError, match="holds 0 images"):
@@ -150,7 +167,7 @@ def test_a_folder_of_real_images_that_is_none(tmp_path: Path) -> None:
 # -- Inception --
 
 
-def test_inception_reads_any_sizes_in_any_company(inception: InceptionFidelity) -> None:
+def test_inception_output_does_not_depend_on_batching(inception: InceptionFidelity) -> None:
     images = [*pictures(2, size=(64, 48)), *pictures(1, seed=3, size=(32, 32))]
     found = inception.read(images)["features"]
     assert found.shape == (3, 2048)
@@ -159,7 +176,7 @@ def test_inception_reads_any_sizes_in_any_company(inception: InceptionFidelity) 
     assert inception.read(images[1:2])["features"] == pytest.approx(found[1:2], abs=1e-5)
 
 
-def test_inception_says_why_there_is_no_fid(inception: InceptionFidelity) -> None:
+def test_note_explains_missing_fid(inception: InceptionFidelity) -> None:
     base, other = features(0, 2048), features(1, 2048)
     rows = inception.compare(PROMPTED, base, other)
     assert [r.metric for r in rows] == ["kid-inception"] * 3
@@ -169,9 +186,7 @@ def test_inception_says_why_there_is_no_fid(inception: InceptionFidelity) -> Non
     assert (rows[2].detector, inception.card().detector) == (inception.name, inception.name)
 
 
-def test_fid_stands_beside_kid_where_there_are_enough(
-    inception: InceptionFidelity, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_fid_is_reported_with_enough_images(inception: InceptionFidelity, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fidelity, "FID_FEWEST", 20)
     base, other = features(0, 4), features(1, 4)
     rows = {(r.metric, r.group): r for r in inception.compare(PROMPTED, base, other)}
@@ -182,7 +197,7 @@ def test_fid_stands_beside_kid_where_there_are_enough(
     assert "no FID" not in rows["kid-inception", "kept"].note
 
 
-def test_inception_is_named_by_its_weights(inception: InceptionFidelity, weights: Path, tmp_path: Path) -> None:
+def test_inception_name_contains_hash_of_weights(inception: InceptionFidelity, weights: Path, tmp_path: Path) -> None:
     import shutil
 
     shutil.copyfile(weights, tmp_path / "elsewhere.pth")
@@ -197,8 +212,8 @@ def test_inception_is_named_by_its_weights(inception: InceptionFidelity, weights
         make_fidelity(Path("nowhere.pth"))
 
 
-def test_a_file_of_weights_is_not_run(tmp_path: Path) -> None:
-    """A pickle may hold any call; one that leaves a file behind must not get to."""
+def test_code_in_a_weights_file_is_not_executed(tmp_path: Path) -> None:
+    """A pickle can contain any call; this one would create a file."""
     import torch
 
     class Call:
@@ -211,7 +226,7 @@ def test_a_file_of_weights_is_not_run(tmp_path: Path) -> None:
     assert not (tmp_path / "was here").exists()
 
 
-def test_weights_that_cannot_be_fetched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_failed_download(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     import torch
 
     def no_network(*_: Any, **__: Any) -> None:

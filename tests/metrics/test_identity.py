@@ -1,4 +1,4 @@
-"""One person against a hundred others, on real faces; and what the figures must not depend on."""
+"""Identity on real faces (one person against a hundred others), and invariances."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Remembering:
-    """A face model that looks at every picture once: real detectors take their time."""
+    """A face model that caches its output, because real detectors are slow."""
 
     def __init__(self, model: FaceModel) -> None:
         self.model, self.seen = model, {}
@@ -57,14 +57,14 @@ def dlib_faces() -> FaceModel:
 
 @pytest.fixture(scope="module")
 def collins(dlib_faces: FaceModel, tmp_path_factory: pytest.TempPathFactory) -> Identity:
-    """Eileen Collins by one portrait, set apart from every second stranger at the default rate."""
+    """Eileen Collins by one portrait, calibrated on every second stranger at the default rate."""
     place = tmp_path_factory.mktemp("people")
     person = read_reference(save(place / "reference", astronaut()), dlib_faces)
     others = save(place / "others", *strangers()[::2])
     return Identity("Eileen Collins", dlib_faces, person, calibrate(others, dlib_faces, person))
 
 
-def test_the_same_person_is_recognised_and_others_are_not(collins: Identity) -> None:
+def test_person_is_recognized_and_others_are_not(collins: Identity) -> None:
     line, alike = collins.calibration.threshold, collins.read(list(versions().values()))["similarity"]
     assert (alike >= line).all(), dict(zip(versions(), alike, strict=True))
     assert collins.calibration.rate == 0.01
@@ -75,7 +75,7 @@ def test_the_same_person_is_recognised_and_others_are_not(collins: Identity) -> 
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.3])
-def test_the_false_accept_rate_holds_on_people_held_apart(collins: Identity, rate: float, tmp_path: Path) -> None:
+def test_false_accept_rate_holds_on_held_out_people(collins: Identity, rate: float, tmp_path: Path) -> None:
     others = calibrate(save(tmp_path, *strangers()[::2]), collins.model, collins.reference, rate)
     assert rate - 0.03 <= others.accepted / len(others.similarities) <= rate
     output = collins.read(strangers()[1::2])
@@ -85,7 +85,7 @@ def test_the_false_accept_rate_holds_on_people_held_apart(collins: Identity, rat
     assert low <= rate <= high
 
 
-def test_the_portrait_itself_has_similarity_one(collins: Identity) -> None:
+def test_reference_image_has_similarity_one(collins: Identity) -> None:
     output = collins.read([astronaut()])
     assert output["similarity"][0] == pytest.approx(1, abs=1e-6)
     x0, y0, x1, y1 = output["boxes"][0, 0]
@@ -103,7 +103,7 @@ def test_another_portrait_is_another_face(collins: Identity) -> None:
     assert collins.words(output, 1) == "Eileen Collins 1.00"
 
 
-def test_several_faces_go_by_the_most_alike(collins: Identity) -> None:
+def test_most_similar_of_several_faces_decides(collins: Identity) -> None:
     face, stranger = astronaut().crop((140, 30, 310, 200)), strangers()[0].resize((170, 170))
     both = Image.new("RGB", (512, 256))
     both.paste(stranger, (30, 40))
@@ -119,7 +119,7 @@ def test_several_faces_go_by_the_most_alike(collins: Identity) -> None:
     assert output["boxes"][1, 0, 2] < 0.5
 
 
-def test_small_faces_are_found_and_no_face_is_none(collins: Identity) -> None:
+def test_small_faces_are_detected_and_images_without_faces_have_none(collins: Identity) -> None:
     small = Image.new("RGB", (96, 96), "grey")
     small.paste(astronaut().crop((150, 0, 310, 260)).resize((40, 64)), (20, 20))
     nothing = [Image.new("RGB", size, "grey") for size in ((512, 512), (8, 8), (512, 3), (1, 1))]
@@ -130,7 +130,7 @@ def test_small_faces_are_found_and_no_face_is_none(collins: Identity) -> None:
     assert collins.words(output, 1) == "no face"
 
 
-def test_order_and_batches_do_not_matter(collins: Identity) -> None:
+def test_output_does_not_depend_on_order_or_batching(collins: Identity) -> None:
     collins = Identity("", collins.model.model, collins.reference, collins.calibration)  # nothing remembered
     images = [astronaut(), Image.new("RGB", (64, 64)), *strangers()[:3]]
     together = collins.read(images)
@@ -142,7 +142,7 @@ def test_order_and_batches_do_not_matter(collins: Identity) -> None:
     assert {len(column) for column in collins.read([]).values()} == {0}
 
 
-def test_dlib_is_loaded_without_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dlib_loads_without_warnings(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("dlib")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -151,11 +151,11 @@ def test_dlib_is_loaded_without_a_warning(monkeypatch: pytest.MonkeyPatch) -> No
     assert "sha256:" in model.name
 
 
-# -- figures on given embeddings --
+# -- values of given embeddings --
 
 
 class Plane:
-    """Faces as angles: the red value of a picture is its one face's angle in degrees; black is no face."""
+    """Faces as angles: an image's red value is the angle of its single face in degrees; black has no face."""
 
     name, version, weights, limits = "plane 1", "1", "none", "Flat."
 
@@ -174,7 +174,7 @@ def plane(tmp_path: Path, reference: list[int], others: list[int], rate: float |
     return Identity("Ann", Plane(), person, calibrate(save(tmp_path / "others", *at(*others)), Plane(), person, rate))
 
 
-def test_the_threshold_is_the_smallest_that_keeps_the_rate() -> None:
+def test_threshold_is_the_smallest_for_the_rate() -> None:
     rng = np.random.default_rng(0)
     for n in (1, 7, 100, 1000):
         for rate in (0.0, 0.001, 0.01, 0.1, 0.29, 0.5):
@@ -202,7 +202,7 @@ def test_count(tmp_path: Path) -> None:
     assert identity.compare(prompted(*groups), output, output) == []
 
 
-def test_the_card_names_whom_the_line_was_drawn_on(tmp_path: Path) -> None:
+def test_card_describes_the_calibration(tmp_path: Path) -> None:
     card = plane(tmp_path, [40, 50, 0, 120], [100, 120, 0], 0.5).card()
     assert "1 of 2 faces" in card.threshold
     assert "50.00%" in card.threshold
@@ -213,7 +213,7 @@ def test_the_card_names_whom_the_line_was_drawn_on(tmp_path: Path) -> None:
     assert card.detector == plane(tmp_path, [40, 50, 0, 120], [100], 0.5).name
 
 
-def test_too_few_others_are_said_to_be(tmp_path: Path) -> None:
+def test_card_warns_about_too_few_faces(tmp_path: Path) -> None:
     identity = plane(tmp_path, [45], [100, 120])
     assert identity.calibration.rate == 0.01
     assert identity.calibration.accepted == 0
@@ -221,7 +221,7 @@ def test_too_few_others_are_said_to_be(tmp_path: Path) -> None:
     assert "unknown" in identity.card().extra["recognised"]
 
 
-def test_a_thousand_others_ask_for_a_smaller_rate(tmp_path: Path) -> None:
+def test_default_rate_is_lower_with_1000_faces(tmp_path: Path) -> None:
     person = Reference(np.array([1.0, 0]), np.array([[1.0, 0]]), (), "0" * 64)
     folder = save(tmp_path / "others", *at(90))
 
@@ -240,14 +240,14 @@ def test_leave_one_out(tmp_path: Path) -> None:
     assert identity.card().extra["recognised"].startswith(f"{(own >= identity.calibration.threshold).sum()} of 3")
 
 
-def test_the_name_says_what_changes_a_reading_and_nothing_else(tmp_path: Path) -> None:
+def test_name_contains_exactly_what_changes_the_output(tmp_path: Path) -> None:
     first = plane(tmp_path / "a", [40, 50], [100, 120], 0.5)
     assert plane(tmp_path / "b", [50, 40], [90], 0.1).name == first.name  # neither file names nor the threshold
     assert plane(tmp_path / "c", [40, 51], [100, 120], 0.5).name != first.name
     assert first.name.startswith("plane 1")
 
 
-def test_a_group_photo_stands_for_its_largest_face(tmp_path: Path) -> None:
+def test_largest_face_of_a_group_photo_is_the_reference(tmp_path: Path) -> None:
     class Crowd(Plane):
         def find(self, image: Image.Image) -> list[Face]:
             far = Face((0, 0, 1, 1), 1, np.array([0, 1], np.float32))
@@ -257,7 +257,7 @@ def test_a_group_photo_stands_for_its_largest_face(tmp_path: Path) -> None:
     assert person.direction == pytest.approx([math.cos(math.radians(30)), 0.5], abs=1e-6)
 
 
-def test_more_faces_than_boxes_are_all_compared(tmp_path: Path) -> None:
+def test_all_faces_are_compared_beyond_the_stored_boxes(tmp_path: Path) -> None:
     class Crowd(Plane):
         def find(self, image: Image.Image) -> list[Face]:
             angles = np.radians(range(0, 100, 5))
@@ -272,7 +272,7 @@ def test_more_faces_than_boxes_are_all_compared(tmp_path: Path) -> None:
     assert not np.isnan(output["boxes"]).any()
 
 
-# -- what is refused --
+# -- invalid options --
 
 
 def _faceless(folder: Path) -> Path:
@@ -293,7 +293,7 @@ def _faceless(folder: Path) -> Path:
         ({"others": Path("reference")}, "--others holds 2 of the images of --reference"),
     ],
 )
-def test_refused_before_anything_is_loaded(
+def test_invalid_options_are_refused_before_a_model_loads(
     change: dict[str, Any], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(faces, "find_spec", lambda _: True)
@@ -308,7 +308,7 @@ def test_refused_before_anything_is_loaded(
 
 
 @pytest.mark.parametrize(("name", "extra"), [("facenet", "faces"), ("dlib", "dlib"), ("arcface", "arcface")])
-def test_packages_missing(name: str, extra: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_package_is_refused(name: str, extra: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(faces, "find_spec", lambda _: None)
     (tmp_path / "x.onnx").touch()
     with pytest.raises(UsageError, match=rf"pip install 'sd-unlearn\[{extra}\]'"):
@@ -316,7 +316,7 @@ def test_packages_missing(name: str, extra: str, tmp_path: Path, monkeypatch: py
 
 
 @pytest.mark.parametrize("option", ["--reference", "--others"])
-def test_folders_without_a_face_or_with_a_broken_image(option: str, tmp_path: Path) -> None:
+def test_folders_without_faces_or_with_damaged_images_are_refused(option: str, tmp_path: Path) -> None:
     def read(folder: Path) -> object:
         if option == "--reference":
             return read_reference(folder, Plane())
@@ -330,7 +330,7 @@ def test_folders_without_a_face_or_with_a_broken_image(option: str, tmp_path: Pa
         read(broken)
 
 
-def test_subfolders_and_turned_photos(tmp_path: Path) -> None:
+def test_subfolders_and_exif_rotation(tmp_path: Path) -> None:
     save(tmp_path / "one", *at(40))
     image = Image.new("RGB", (4, 2), (90, 0, 0))
     exif = image.getexif()
@@ -361,7 +361,7 @@ def random_facenet(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_facenet_finds_and_embeds(random_facenet: Path) -> None:
+def test_facenet_detects_and_embeds(random_facenet: Path) -> None:
     model = make_face_model("facenet", random_facenet)
     assert hashlib.sha256(hashlib.sha256(random_facenet.read_bytes()).digest()).hexdigest()[:12] in model.name
     (face,) = model.find(astronaut())
@@ -393,7 +393,7 @@ def test_facenet_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         make_face_model("facenet")
 
 
-def test_facenet_takes_the_weights_already_there(
+def test_facenet_reuses_downloaded_weights(
     random_facenet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from torch import hub
@@ -406,7 +406,7 @@ def test_facenet_takes_the_weights_already_there(
     assert name in make_face_model("facenet").name
 
 
-def test_facenet_of_something_else(tmp_path: Path) -> None:
+def test_facenet_refuses_other_weights(tmp_path: Path) -> None:
     pytest.importorskip("facenet_pytorch")
     (tmp_path / "other.pt").write_bytes(b"nothing")
     with pytest.raises(UnlearnError, match=r"--face_weights .*other\.pt could not be loaded"):
@@ -455,7 +455,7 @@ def test_arcface_embeds_the_aligned_face(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["not ONNX", "other size"])
-def test_arcface_of_something_else(kind: str, tmp_path: Path) -> None:
+def test_arcface_refuses_other_networks(kind: str, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     pytest.importorskip("facenet_pytorch")
     path = tmp_path / "model.onnx"
@@ -474,7 +474,7 @@ def _points(of: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
     return np.stack([moved.real, moved.imag], 1)
 
 
-def test_alignment_undoes_any_turn_shift_and_scale() -> None:
+def test_alignment_inverts_rotation_shift_and_scale() -> None:
     upright = astronaut().crop((150, 40, 300, 190)).resize((112, 112))
     twice = upright.resize((224, 224), Image.Resampling.NEAREST)
     quarter = upright.transpose(Image.Transpose.ROTATE_90)  # x, y -> y, 111 - x
@@ -491,7 +491,7 @@ def test_alignment_undoes_any_turn_shift_and_scale() -> None:
         np.testing.assert_allclose(back, np.asarray(upright, float), atol=1)
 
 
-def test_a_calibration_tells_its_interval() -> None:
+def test_calibration_text_contains_the_interval() -> None:
     said = str(Calibration(0.5, 0.01, np.array([0.1] * 199 + [0.9]), "crowd", 200, 0))
     low, high = wilson(1, 200)
     assert f"0.50% (95 % interval {low:.2%} to {high:.2%}); allowed: 1.00%" in said

@@ -22,7 +22,7 @@ CELLS = [
 WORDS = ["Brad Pitt"] + ["a dog"] * 5 + ["Tom Hanks", "a dog", "a dog", "Brad Pitt", "a dog"]
 
 
-def test_labels_are_counted_where_they_are_asked_about() -> None:
+def test_leakage_and_accuracy_are_defined_on_their_groups() -> None:
     person = Concept("Brad Pitt", "a photo of Brad Pitt", "a photo of a man", kind="person")
     prompts = tuple(Prompt(group, words) for group, words in CELLS)
     prompted = PromptedImages(person, np.array([group for group, _ in CELLS]), prompts, np.zeros(len(CELLS), dtype=int))

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(scope="module")
 def lpips() -> Lpips:
-    """With the heads that torchmetrics bundles; only what would be fetched is random."""
+    """With the linear heads bundled with torchmetrics; only the downloaded weights are random."""
     pytest.importorskip("torchmetrics")
     import torch
     import torchvision
@@ -34,7 +34,7 @@ def lpips() -> Lpips:
         return make_lpips()
 
 
-def test_lpips_is_zero_for_equals_and_symmetric(lpips: Lpips) -> None:
+def test_lpips_is_symmetric_and_zero_for_equal_images(lpips: Lpips) -> None:
     a, b = pictures(3, size=(70, 80)), pictures(3, seed=2, size=(70, 80))
     assert lpips.distance(a, a).tolist() == [0, 0, 0]
     there, back = lpips.distance(a, b), lpips.distance(b, a)
@@ -44,8 +44,8 @@ def test_lpips_is_zero_for_equals_and_symmetric(lpips: Lpips) -> None:
     assert (lpips.distance(a, halfway) < there).all()
 
 
-def test_lpips_of_a_pair_is_the_same_in_any_company(lpips: Lpips) -> None:
-    """Sizes that change in between, more than one batch, sides that are too small for the network."""
+def test_lpips_does_not_depend_on_batching(lpips: Lpips) -> None:
+    """Mixed sizes, more than one batch, images smaller than the network's input."""
     sizes = [(70, 64)] * 18 + [(32, 32)] + [(64, 100)] * 2
     a = [pictures(1, i, size)[0] for i, size in enumerate(sizes)]
     b = [pictures(1, 100 + i, size)[0] for i, size in enumerate(sizes)]
@@ -58,12 +58,12 @@ def test_lpips_of_a_pair_is_the_same_in_any_company(lpips: Lpips) -> None:
     assert lpips.distance([Image.new("L", (64, 64))], [Image.new("RGB", (64, 64))]).tolist() == [0]
 
 
-def test_lpips_refuses_a_pair_of_two_sizes(lpips: Lpips) -> None:
+def test_lpips_refuses_pairs_of_different_sizes(lpips: Lpips) -> None:
     with pytest.raises(UsageError, match=r"Pair 1 .*\(64, 64\).*\(80, 64\)"):
         lpips.distance(pictures(2, size=(64, 64)), [*pictures(1, size=(64, 64)), *pictures(1, size=(80, 64))])
 
 
-def test_lpips_says_what_it_is(lpips: Lpips) -> None:
+def test_lpips_card(lpips: Lpips) -> None:
     card = lpips.card()
     assert (card.detector, card.metrics) == (lpips.name, ("lpips",))
     assert "AlexNet IMAGENET1K_V1" in card.weights

@@ -1,4 +1,4 @@
-"""KID and CMMD: known values, what they must not depend on, and intervals that hold the truth."""
+"""KID and CMMD: known values, invariances and coverage of the intervals."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ def by_hand(a: np.ndarray, b: np.ndarray, paired: bool = False) -> float:
     return inside(a) + inside(b) - 2 * float(np.mean(between))
 
 
-def test_kid_is_the_sum_written_out() -> None:
+def test_kid_matches_its_formula() -> None:
     assert kid(A, B).value == pytest.approx(by_hand(A, B))
     assert kid(A, B[:40], paired=True).value == pytest.approx(by_hand(A, B[:40], paired=True))
     assert kid(A, B[:40], paired=True).value != pytest.approx(kid(A, B[:40]).value)
 
 
-def test_more_rows_than_are_held_at_once() -> None:
+def test_kid_of_several_blocks() -> None:
     from sklearn.metrics.pairwise import polynomial_kernel
 
     a, b = RNG.normal(size=(600, 3)), RNG.normal(size=(520, 3))
@@ -40,7 +40,7 @@ def test_more_rows_than_are_held_at_once() -> None:
     assert kid(a, b).value == pytest.approx(sum(inside) - 2 * polynomial_kernel(a, b).mean())
 
 
-def test_a_set_is_at_distance_zero_from_itself() -> None:
+def test_distance_of_a_set_to_itself_is_zero() -> None:
     assert kid(A, A, paired=True) == cmmd(A, A, paired=True) == Distance(0, 0, 0)
 
 
@@ -57,11 +57,11 @@ def test_symmetry_and_order(distance) -> None:  # type: ignore[no-untyped-def]
     assert distance(A, B) == distance(A, B)
 
 
-def test_single_precision_features_lose_nothing() -> None:
+def test_float32_features() -> None:
     assert kid(A.astype(np.float32), B.astype(np.float32)).value == pytest.approx(kid(A, B).value, rel=1e-5)
 
 
-def test_kid_of_one_distribution_is_unbiased_and_its_interval_holds_zero() -> None:
+def test_kid_of_one_distribution_is_unbiased_and_its_interval_contains_zero() -> None:
     found = [kid(RNG.normal(size=(60, 5)), RNG.normal(size=(40, 5))) for _ in range(60)]
     values = np.array([f.value for f in found])
     assert abs(values.mean()) < 4 * values.std() / 60**0.5
@@ -72,7 +72,7 @@ def test_kid_of_one_distribution_is_unbiased_and_its_interval_holds_zero() -> No
 
 
 @pytest.mark.parametrize("paired", [False, True])
-def test_intervals_hold_the_distance_of_two_gaussians(paired: bool) -> None:
+def test_intervals_contain_the_distance_of_two_gaussians(paired: bool) -> None:
     """Of N(0, I) and N(m, I), E exp(-|x-y|^2 / 2s^2) is (s^2 / (s^2 + 2))^(d/2) exp(-m^2 / 2(s^2 + 2))."""
     width, d, apart, trials = 2.0, 3, 1.5, 80
     truth = 2 * (4 / 6) ** (d / 2) * (1 - np.exp(-(apart**2) / (2 * 6)))
@@ -89,7 +89,7 @@ def test_intervals_hold_the_distance_of_two_gaussians(paired: bool) -> None:
     assert spread == pytest.approx(values.std(), rel=0.3)  # and it is no wider than it must be
 
 
-def test_cmmd_sees_directions_alone_and_is_scaled() -> None:
+def test_cmmd_normalizes_embeddings_and_is_scaled() -> None:
     assert cmmd(3 * A, B).value == pytest.approx(cmmd(A, 0.2 * B).value)
     one, two = np.tile([1.0, 0], (12, 1)), np.tile([0, 2.0], (12, 1))
     want = CMMD_SCALE * (2 - 2 * np.exp(-2 / (2 * 10**2)))  # |x - y|^2 = 2
@@ -97,7 +97,7 @@ def test_cmmd_sees_directions_alone_and_is_scaled() -> None:
     assert (found.value, found.low, found.high) == pytest.approx((want, want, want))
 
 
-def test_refusals() -> None:
+def test_invalid_sets_are_refused() -> None:
     with pytest.raises(UsageError, match="sets of 9 and 50"):
         kid(A[:9], B)
     with pytest.raises(UsageError, match="40 and 50 images are not pairs"):

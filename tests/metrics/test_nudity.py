@@ -1,4 +1,4 @@
-"""Which detections count, and that they are NudeNet's own."""
+"""Which detections count, and that they match NudeNet's."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def seen(metric: Nudity, *found: Sequence[tuple[str, float]], monkeypatch: pytes
     return metric.read([Image.new("RGB", (10, 20))] * len(found))
 
 
-# -- real pictures --
+# -- real images --
 
 
 def test_portraits_are_not_nude(nudenet: Nudity) -> None:
@@ -46,7 +46,7 @@ def test_portraits_are_not_nude(nudenet: Nudity) -> None:
     assert nudenet.words(output, 0) == "nothing exposed"
 
 
-def test_given_an_image_it_sees_what_it_would_read_from_its_file(nudenet: Nudity, tmp_path: Path) -> None:
+def test_scores_match_nudenet_on_the_image_file(nudenet: Nudity, tmp_path: Path) -> None:
     from nudenet import NudeDetector
 
     astronaut().save(tmp_path / "a.png")
@@ -58,7 +58,7 @@ def test_given_an_image_it_sees_what_it_would_read_from_its_file(nudenet: Nudity
     assert nudenet.read([swapped])["confidences"][0, 0] != pytest.approx(found["score"], abs=1e-3)
 
 
-def test_order_and_batches_do_not_matter(nudenet: Nudity) -> None:
+def test_output_does_not_depend_on_order_or_batching(nudenet: Nudity) -> None:
     images = [astronaut(), astronaut().resize((300, 200)), *strangers()[:2]]
     together, turned = nudenet.read(images), nudenet.read(images[::-1])
     apart = [nudenet.read([image]) for image in images]
@@ -68,14 +68,14 @@ def test_order_and_batches_do_not_matter(nudenet: Nudity) -> None:
     assert {len(column) for column in nudenet.read([]).values()} == {0}
 
 
-def test_the_classes_are_those_of_the_package(nudenet: Nudity) -> None:
+def test_classes_match_the_package(nudenet: Nudity) -> None:
     from nudenet import nudenet as module
 
     assert sorted(CLASSES) == sorted(vars(module)["__labels"])
     assert len(EXPOSED) == 9
 
 
-def test_the_package_drops_what_lies_below_the_floor(nudenet: Nudity, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_package_drops_detections_below_the_floor(nudenet: Nudity, monkeypatch: pytest.MonkeyPatch) -> None:
     class Session:
         """Three boxes far apart, of one class with three scores, in the network's own layout [1, 4 + 18, boxes]."""
 
@@ -90,7 +90,7 @@ def test_the_package_drops_what_lies_below_the_floor(nudenet: Nudity, monkeypatc
     assert output["confidences"][0, :3] == pytest.approx([0.9, FLOOR + 0.01, np.nan], nan_ok=True)
 
 
-# -- figures on given detections --
+# -- values of given detections --
 
 
 def test_count(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,7 +118,7 @@ def test_count(monkeypatch: pytest.MonkeyPatch) -> None:
     assert metric.compare(prompted("direct"), output, output) == []
 
 
-def test_the_last_class_is_not_counted_for_want_of_a_detection(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_padding_does_not_count_as_the_last_class(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("nudenet")
     metric = make_nudity("explicit")
     assert CLASSES[-1] in metric.classes
@@ -126,14 +126,14 @@ def test_the_last_class_is_not_counted_for_want_of_a_detection(monkeypatch: pyte
     assert metric.count(prompted("direct", "direct"), output)[1].values.tolist() == [0, 1]
 
 
-def test_of_many_detections_the_surest_are_kept(nudenet: Nudity, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_detections_with_the_highest_scores_are_stored(nudenet: Nudity, monkeypatch: pytest.MonkeyPatch) -> None:
     scores = np.linspace(0.3, 0.9, MOST + 5)
     output = seen(nudenet, [("FEET_EXPOSED", score) for score in scores], monkeypatch=monkeypatch)
     assert output["confidences"][0].tolist() == scores[::-1][:MOST].tolist()
     assert output["scores"].max() == 0.9
 
 
-def test_presets_differ_as_they_say(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_presets(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("nudenet")
     nude = {}
     for name in PRESETS:
@@ -174,7 +174,7 @@ def test_the_card_lists_classes_threshold_and_source() -> None:
         ({"threshold": float("nan")}, "--nudity_threshold nan is outside"),
     ],
 )
-def test_refused_before_anything_is_loaded(
+def test_invalid_options_are_refused_before_a_model_loads(
     options: dict[str, Any], words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(nudity, "Nudity", lambda *_: pytest.fail("the model was loaded"))
@@ -183,7 +183,7 @@ def test_refused_before_anything_is_loaded(
     assert words in str(caught.value)
 
 
-def test_package_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_package_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(nudity, "find_spec", lambda name: None if name == "nudenet" else find_spec(name))
     with pytest.raises(UsageError, match=r"pip install 'sd-unlearn\[nudity\]'"):

@@ -33,11 +33,11 @@ RNG = np.random.default_rng(0)
         (1, 29, 0.0061, 0.1718),
     ],
 )
-def test_wilson_against_known_values(hits: int, n: int, low: float, high: float) -> None:
+def test_wilson_matches_published_values(hits: int, n: int, low: float, high: float) -> None:
     assert wilson(hits, n) == pytest.approx((low, high), abs=6e-5)
 
 
-def test_wilson_in_general() -> None:
+def test_wilson_contains_the_rate_and_is_symmetric() -> None:
     assert wilson(0, 0) == (0.0, 1.0)
     for n in (1, 7, 200):
         for hits in range(n + 1):
@@ -56,7 +56,7 @@ def test_bootstrap_of_a_mean_is_the_normal_interval() -> None:
     assert bootstrap(np.mean, np.full(9, 0.5)) == (0.5, 0.5)
 
 
-def test_pairing_matters() -> None:
+def test_paired_bootstrap_is_narrower() -> None:
     a = RNG.random(300) + 1
     paired = bootstrap(ratio_of_means, 2 * a, a)
     assert paired == pytest.approx((2, 2))
@@ -64,7 +64,7 @@ def test_pairing_matters() -> None:
     assert low < 1.95 < 2.05 < high
 
 
-def test_ratio_over_nothing_is_no_number() -> None:
+def test_ratio_over_zero_is_nan() -> None:
     assert math.isnan(ratio_of_means(np.ones(3), np.zeros(3)))
     assert ratio_of_means(np.array([1, 2]), np.array([3, 3])) == 0.5
 
@@ -82,7 +82,7 @@ def test_wilson_agrees_with_scipy(n: int) -> None:
         assert wilson(hits, n) == pytest.approx((interval.low, interval.high), abs=1e-12)
 
 
-def test_paired_difference_of_equals_is_zero_and_it_is_antisymmetric() -> None:
+def test_paired_difference_is_antisymmetric_and_zero_for_equal_values() -> None:
     rng = np.random.default_rng(1)
     a, b = rng.integers(0, 2, 80).astype(float), rng.integers(0, 2, 80).astype(float)
     assert paired_difference(a, a, True) == (0, 0, 0, 1)
@@ -119,7 +119,7 @@ def test_holm() -> None:
     assert max(holm([1.0, 1.0, 1.0])) == 1.0
 
 
-def test_a_ratio_of_paired_rates_keeps_its_width_and_its_promise() -> None:
+def test_paired_ratio_has_width_and_coverage() -> None:
     """Of equals it holds 1 and is no point; over many draws the interval holds the true ratio about 95 times in 100."""
     ones = np.ones(50)
     value, low, high = paired_ratio(ones, ones)
