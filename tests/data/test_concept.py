@@ -1,4 +1,4 @@
-"""Concept files: braces, strict keys, the ones we ship, the ones built on the spot."""
+"""Concept files: braces, strict keys, the bundled files, concepts built from an anchor."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def texts(prompts: list[Prompt]) -> list[str]:
     return [prompt.text for prompt in prompts]
 
 
-def test_braces_list_alternatives_and_what_must_be_read() -> None:
+def test_braces_list_alternatives_and_expected_labels() -> None:
     assert expand_braces(["plain"]) == [Prompt("plain", ())]
     assert expand_braces(["a {red, blue} {one,two}!"]) == [
         Prompt("a red one!", ("red", "one")),
@@ -65,7 +65,7 @@ def test_braces_list_alternatives_and_what_must_be_read() -> None:
     assert expand_braces([]) == []
 
 
-def test_every_file_is_there_and_of_its_kind() -> None:
+def test_all_concept_files_and_their_kinds() -> None:
     kinds = {concept.name: concept.kind for concept in map(read_concept, SHIPPED)}
     assert kinds == (
         dict.fromkeys(DIGITS, "digit")
@@ -76,7 +76,7 @@ def test_every_file_is_there_and_of_its_kind() -> None:
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
-def test_a_shipped_file_is_consistent(path: Path) -> None:
+def test_bundled_file_is_consistent(path: Path) -> None:
     concept = read_concept(path)
     assert concept.slug == path.stem
     assert load_concept(concept.name) == concept
@@ -103,7 +103,7 @@ def plain(prompt: str) -> str:
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
-def test_what_is_tested_was_not_trained(path: Path) -> None:
+def test_held_out_prompts_are_not_trained(path: Path) -> None:
     concept = read_concept(path)
     groups = {g: texts(concept.prompts(g)) for g in ("direct", "held_out", "alike", "general")}
     assert all(groups.values())
@@ -115,12 +115,12 @@ def test_what_is_tested_was_not_trained(path: Path) -> None:
 
 @pytest.mark.parametrize("opening", FOREIGN.values(), ids=FOREIGN)
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
-def test_held_out_also_asks_in_other_languages(path: Path, opening: str) -> None:
+def test_held_out_includes_other_languages(path: Path, opening: str) -> None:
     assert any(re.match(rf"({opening})\b", prompt) for prompt in texts(read_concept(path).prompts("held_out")))
 
 
 @pytest.mark.parametrize("path", ON_SD, ids=lambda p: p.stem)
-def test_what_a_zero_shot_judge_must_read_is_among_its_labels(path: Path) -> None:
+def test_expected_labels_are_among_the_zero_shot_labels(path: Path) -> None:
     concept = read_concept(path)
     label = concept.label or concept.name
     judged = {word for group in ("alike", "general") for p in concept.prompts(group) for word in p.expect}
@@ -132,14 +132,14 @@ def test_what_a_zero_shot_judge_must_read_is_among_its_labels(path: Path) -> Non
 
 
 @pytest.mark.parametrize("path", [p for p in ON_SD if p.stem != "brad-pitt"], ids=lambda p: p.stem)
-def test_something_alike_is_tested_that_was_not_kept(path: Path) -> None:
+def test_some_similar_concept_is_tested_but_not_kept(path: Path) -> None:
     concept = read_concept(path)
     assert set(texts(concept.prompts("alike"))) - set(texts(concept.keep_prompts))
     assert set(texts(concept.prompts("alike"))) & set(texts(concept.keep_prompts))
 
 
 @pytest.mark.parametrize("name", ["church", "tench"])
-def test_an_objects_labels_are_words_of_imagenets_classes(name: str) -> None:
+def test_object_labels_are_words_of_imagenet_classes(name: str) -> None:
     timm = find_spec("timm")  # its table is read without importing it, which would load torchvision
     if timm is None or not timm.origin:
         pytest.skip("timm, whose table of classes this reads, is not installed")
@@ -154,7 +154,7 @@ def test_an_objects_labels_are_words_of_imagenets_classes(name: str) -> None:
 
 
 @pytest.mark.parametrize("path", ON_DIGITS, ids=lambda p: p.stem)
-def test_what_the_bundled_base_must_keep_is_everything_else(path: Path) -> None:
+def test_bundled_base_keeps_everything_else(path: Path) -> None:
     concept = read_concept(path)
     label = concept.label or concept.name
     kept = {word for prompt in concept.keep_prompts for word in prompt.expect}
@@ -185,7 +185,7 @@ def test_defaults(tmp_path: Path) -> None:
     assert concept.images == Images()
 
 
-def test_paraphrases_are_wordings_to_train_with(tmp_path: Path) -> None:
+def test_paraphrases_are_training_captions(tmp_path: Path) -> None:
     path = write(tmp_path / "x.yaml", paraphrases=["{an,the} x", "x, please"], evaluate={"held_out": ["some x"]})
     concept = read_concept(path)
     assert concept.captions == ["a photo of x", "an x", "the x", "x, please"]
@@ -194,7 +194,7 @@ def test_paraphrases_are_wordings_to_train_with(tmp_path: Path) -> None:
     assert read_concept(tmp_path / "again.yaml") == concept
 
 
-def test_the_working_folders_file_wins(tmp_path: Path) -> None:
+def test_working_folder_overrides_bundled_file(tmp_path: Path) -> None:
     (tmp_path / "prompts").mkdir()
     write(tmp_path / "prompts" / "seven.yaml", name="seven", caption="my own seven")
     assert load_concept("seven").caption == "my own seven"
@@ -213,12 +213,12 @@ def test_anchor_builds_a_concept() -> None:
 
 
 @pytest.mark.parametrize("name", ["a {curly} name", "{", "}{", "{a,b}"])
-def test_a_name_with_braces_is_asked_for_as_it_is_written(name: str) -> None:
+def test_braces_in_a_name_are_not_alternatives(name: str) -> None:
     concept = from_anchor(name, "a man")
     assert texts(concept.prompts("direct")) == [concept.caption]
 
 
-def test_an_unknown_concept_lists_the_files_and_the_way_out() -> None:
+def test_unknown_concept_lists_the_files_and_suggests_anchor() -> None:
     with pytest.raises(UsageError) as caught:
         load_concept("sevn")
     message = str(caught.value)
@@ -270,7 +270,7 @@ def test_an_unknown_concept_lists_the_files_and_the_way_out() -> None:
         ({"betas": {"1_positive": 0.6, "1_positive_2": 0.4}}, "betas add up to 1;"),
     ],
 )
-def test_a_wrong_file_is_refused_by_file_and_key(tmp_path: Path, changes: dict[str, object], expected: str) -> None:
+def test_invalid_file_is_refused_with_file_and_key(tmp_path: Path, changes: dict[str, object], expected: str) -> None:
     path = write(tmp_path / "mine.yaml", **{str(k): v for k, v in changes.items()})
     if 1 in changes:
         path.write_text(yaml.safe_dump(MINIMAL | changes))
@@ -279,14 +279,14 @@ def test_a_wrong_file_is_refused_by_file_and_key(tmp_path: Path, changes: dict[s
 
 
 @pytest.mark.parametrize("content", [b"- a\n", b"", b"a: [", b"\xff\xfe\xff", b"name: !!python/object:os.system x"])
-def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path, content: bytes) -> None:
+def test_file_without_keys_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "mine.yaml").write_bytes(content)
     with pytest.raises(UsageError, match=r"--concept .*mine\.yaml") as caught:
         load_concept(str(tmp_path / "mine.yaml"))
     assert "\n" not in str(caught.value)
 
 
-def test_a_missing_file_is_named() -> None:
+def test_missing_file_is_named() -> None:
     with pytest.raises(UsageError, match=r"--concept nowhere\.yaml: No such file"):
         load_concept("nowhere.yaml")
 

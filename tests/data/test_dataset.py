@@ -69,7 +69,7 @@ def test_captions_and_groups_come_from_metadata_where_it_has_them(photos: Photos
     ]
 
 
-def test_the_folder_says_who_is_positive_whatever_metadata_calls_it(photos: Photos, concept: Concept) -> None:
+def test_the_folder_decides_which_images_are_positive(photos: Photos, concept: Concept) -> None:
     """Positives hidden in 0_unlabeled by copying them there, line and all, must stay unlabeled."""
     folder = photos()
     write_metadata(folder / UNLABELED, [{"file_name": "0.png", "text": CAPTION, "group": "positive"}])
@@ -77,7 +77,7 @@ def test_the_folder_says_who_is_positive_whatever_metadata_calls_it(photos: Phot
     assert [e.is_positive for e in scan(folder, concept)] == [False] * 3 + [True] * 2
 
 
-def test_only_pictures_are_taken_and_in_any_letter_case(photos: Photos, concept: Concept) -> None:
+def test_only_images_are_read_with_suffixes_in_any_case(photos: Photos, concept: Concept) -> None:
     folder = photos(unlabeled=2)
     (folder / UNLABELED / "0.png").rename(folder / UNLABELED / "0.PNG")
     Image.new("L", (9, 5)).save(folder / UNLABELED / "grey.JPEG")
@@ -86,7 +86,7 @@ def test_only_pictures_are_taken_and_in_any_letter_case(photos: Photos, concept:
 
 
 @pytest.mark.parametrize("sub", [UNLABELED, POSITIVE])
-def test_a_zero_byte_picture_is_named(photos: Photos, concept: Concept, sub: str) -> None:
+def test_empty_image_file_is_named(photos: Photos, concept: Concept, sub: str) -> None:
     folder = photos()
     (folder / sub / "1.png").write_bytes(b"")
     message = refusal(folder, concept)
@@ -95,7 +95,7 @@ def test_a_zero_byte_picture_is_named(photos: Photos, concept: Concept, sub: str
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "bmp"])
-def test_a_truncated_picture_is_named_wherever_it_was_cut(photos: Photos, concept: Concept, suffix: str) -> None:
+def test_truncated_image_is_named(photos: Photos, concept: Concept, suffix: str) -> None:
     folder = photos()
     path, whole = folder / POSITIVE / f"cut.{suffix}", io.BytesIO()
     noise = torch.randint(0, 256, (24, 24, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
@@ -108,7 +108,7 @@ def test_a_truncated_picture_is_named_wherever_it_was_cut(photos: Photos, concep
     assert len(scan(folder, concept)) == 6
 
 
-def test_something_else_under_a_pictures_name_is_named(photos: Photos, concept: Concept) -> None:
+def test_other_content_with_an_image_suffix_is_named(photos: Photos, concept: Concept) -> None:
     folder = photos()
     (folder / UNLABELED / "page.jpg").write_text("<html>404</html>")
     assert "page.jpg" in refusal(folder, concept)
@@ -118,7 +118,7 @@ def test_something_else_under_a_pictures_name_is_named(photos: Photos, concept: 
 
 
 @pytest.mark.parametrize(("unlabeled", "positive", "short"), [(0, 2, UNLABELED), (1, 2, UNLABELED), (2, 1, POSITIVE)])
-def test_too_few_pictures(photos: Photos, concept: Concept, unlabeled: int, positive: int, short: str) -> None:
+def test_too_few_images(photos: Photos, concept: Concept, unlabeled: int, positive: int, short: str) -> None:
     folder = photos(unlabeled, positive)
     message = refusal(folder, concept)
     assert f"{folder / short} holds {min(unlabeled, positive)} images" in message
@@ -141,7 +141,7 @@ def add_folder(folder: Path, name: str, count: int, red: int) -> Path:
     return place
 
 
-def test_a_folder_of_images_known_to_be_normal(photos: Photos, concept: Concept) -> None:
+def test_negatives(photos: Photos, concept: Concept) -> None:
     folder = photos(unlabeled=3, positive=2)
     before = scan(folder, concept)
     assert not has_negatives(folder, 0.5)
@@ -160,7 +160,7 @@ def test_a_folder_of_images_known_to_be_normal(photos: Photos, concept: Concept)
     assert not has_negatives(folder, 0.0)
 
 
-def test_too_few_images_known_to_be_normal(photos: Photos, concept: Concept) -> None:
+def test_too_few_negatives(photos: Photos, concept: Concept) -> None:
     folder = photos()
     assert f"{add_folder(folder, NEGATIVE, 1, 90)} holds 1 images" in refusal(folder, concept)
 
@@ -202,13 +202,13 @@ def test_betas_for_other_sets_are_refused(photos: Photos, concept: Concept) -> N
 
 
 @pytest.mark.parametrize("line", [{"file_name": "1.png"}, {"file_name": "1.png", "text": None}, {"text": "a"}, {}])
-def test_a_line_without_caption_or_name_is_named(photos: Photos, concept: Concept, line: dict[str, object]) -> None:
+def test_line_without_caption_or_file_name_is_named(photos: Photos, concept: Concept, line: dict[str, object]) -> None:
     folder = photos()
     write_metadata(folder / POSITIVE, [{"file_name": "0.png", "text": "fine"}, line])
     assert f"{folder / POSITIVE / METADATA} line 2" in refusal(folder, concept)
 
 
-def test_a_line_that_names_a_missing_file_is_named(photos: Photos, concept: Concept) -> None:
+def test_line_with_a_missing_file_is_named(photos: Photos, concept: Concept) -> None:
     folder = photos()
     write_metadata(folder / UNLABELED, [{"file_name": "gone.png", "text": "fine"}])
     message = refusal(folder, concept)
@@ -216,7 +216,7 @@ def test_a_line_that_names_a_missing_file_is_named(photos: Photos, concept: Conc
     assert "gone.png" in message
 
 
-def test_blank_lines_count(photos: Photos, concept: Concept) -> None:
+def test_blank_lines_count_in_line_numbers(photos: Photos, concept: Concept) -> None:
     folder = photos()
     (folder / UNLABELED / METADATA).write_text('\n\n{"file_name": "gone.png", "text": "x"}\n')
     assert "line 3" in refusal(folder, concept)
@@ -261,7 +261,7 @@ def test_every_mode_becomes_rgb(tmp_path: Path, mode: str) -> None:
     assert pixels.abs().max() <= 1
 
 
-def test_latents_are_the_pipelines_and_survive_their_cache(
+def test_latents_equal_the_vaes_and_are_cached(
     loaded_base: Base, photos: Photos, concept: Concept, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     examples = scan(photos(), concept)
@@ -282,9 +282,7 @@ def test_latents_are_the_pipelines_and_survive_their_cache(
     assert file.suffix == ".safetensors"
 
 
-def test_latents_of_a_vae_that_answers_channels_last(
-    tmp_path: Path, photos: Photos, concept: Concept, loaded_base: Base
-) -> None:
+def test_latents_of_a_channels_last_vae(tmp_path: Path, photos: Photos, concept: Concept, loaded_base: Base) -> None:
     """As convolutions of real size do by themselves on some machines."""
     examples = scan(photos(), concept)
     for i, example in enumerate(examples):  # of one colour only, normalisation would magnify the rounding
@@ -297,7 +295,7 @@ def test_latents_of_a_vae_that_answers_channels_last(
 
 
 @pytest.mark.parametrize("change", ["resolution", "picture", "order", "base", "vae"])
-def test_another_question_is_not_answered_from_the_cache(
+def test_cache_is_not_used_for_other_inputs(
     loaded_base: Base, photos: Photos, concept: Concept, tmp_path: Path, change: str
 ) -> None:
     examples, resolution = scan(photos(), concept), 32
@@ -318,13 +316,13 @@ def test_another_question_is_not_answered_from_the_cache(
         assert torch.equal(encode_images(loaded_base, examples, 32, tmp_path / "cache")[0], first.flip(0))
 
 
-def test_a_picture_in_another_set_is_another_data_set(photos: Photos, concept: Concept) -> None:
+def test_fingerprint_depends_on_the_positive_set(photos: Photos, concept: Concept) -> None:
     examples = scan(photos(), concept)
     assert fingerprint(examples) == fingerprint(list(examples))
     assert fingerprint(examples) != fingerprint([*examples[:-1], dataclasses.replace(examples[-1], positive_set=1)])
 
 
-def test_text_is_embedded_as_the_pipeline_does_it(loaded_base: Base) -> None:
+def test_text_embeddings_equal_the_pipelines(loaded_base: Base) -> None:
     captions = ["a photo", "", "far longer than the tokenizer takes: 🙂 " * 5]
     got = encode_captions(loaded_base, captions)
     want, _ = loaded_base.pipeline.encode_prompt(captions, "cpu", 1, do_classifier_free_guidance=False)

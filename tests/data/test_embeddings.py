@@ -28,7 +28,7 @@ def examples(photos: Callable[..., Path]) -> list[Example]:
 LATENTS = torch.arange(6.0)[:, None, None, None].expand(6, 4, 8, 8)
 
 
-def test_small_bases_go_by_their_latents_and_keep_images_do_not_count(
+def test_small_bases_use_latents_without_keep_images(
     loaded_base: Base, examples: list[Example], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(embeddings, "ClipEncoder", lambda *_: pytest.fail("no CLIP for 32 pixels"))
@@ -48,7 +48,7 @@ def test_large_latents_are_averaged_down(loaded_base: Base, examples: list[Examp
 
 
 @pytest.mark.parametrize("why", ["not installed", "no weights"])
-def test_without_clip_the_reason_is_said(
+def test_reason_is_given_without_clip(
     loaded_base: Base, examples: list[Example], monkeypatch: pytest.MonkeyPatch, why: str
 ) -> None:
     monkeypatch.setattr(embeddings, "MIN_CLIP_PIXELS", 16)

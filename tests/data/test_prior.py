@@ -42,7 +42,7 @@ def mixture(
     return ImageEmbeddings("a test", "because", concept[:n_positive], np.concatenate([concept[n_positive:], normal]))
 
 
-def test_the_option_wins_over_the_manifest_and_the_manifest_over_the_assumption(tmp_path: Path) -> None:
+def test_option_overrides_manifest_overrides_assumption(tmp_path: Path) -> None:
     assert resolve_beta(None, tmp_path) == Prior(ASSUMED_BETA, "assumed")
     write_json(tmp_path / DATA_MANIFEST, {"beta": None})
     assert resolve_beta(None, tmp_path) == Prior(ASSUMED_BETA, "assumed")
@@ -51,7 +51,7 @@ def test_the_option_wins_over_the_manifest_and_the_manifest_over_the_assumption(
     assert resolve_beta(0.3, tmp_path) == Prior(0.3, "option")
 
 
-def test_an_estimate_is_made_only_where_it_is_asked_for(tmp_path: Path) -> None:
+def test_beta_is_estimated_only_on_request(tmp_path: Path) -> None:
     write_json(tmp_path / DATA_MANIFEST, {"beta": 0.2})
     for asked in (None, 0.3):
         resolve_beta(asked, tmp_path, lambda: pytest.fail("nobody asked"))
@@ -79,7 +79,7 @@ def test_best_bin_by_hand() -> None:
     assert best_bin(positive[::1000], unlabeled[::1000]) == 1.0
 
 
-def test_the_bound_is_what_twenty_positives_are_said_to_give() -> None:
+def test_error_bound_of_twenty_positives() -> None:
     assert error_bound(20, 500) == pytest.approx(0.36, abs=0.01)
     assert error_bound(80, 2000) == pytest.approx(error_bound(20, 500) / 2)  # four times the images, half the bound
 
@@ -92,7 +92,7 @@ def test_elkan_noto_by_hand() -> None:
 
 
 @pytest.mark.parametrize("estimator", [best_bin, elkan_noto])
-def test_no_order_and_no_unit_of_the_scores_matters(estimator: Callable[..., float]) -> None:
+def test_order_and_unit_of_scores_do_not_matter(estimator: Callable[..., float]) -> None:
     rng = np.random.default_rng(0)
     positive, unlabeled = rng.normal(2, 1, 60), rng.normal(0, 2, 90)
     expected = estimator(positive, unlabeled)
@@ -100,7 +100,7 @@ def test_no_order_and_no_unit_of_the_scores_matters(estimator: Callable[..., flo
     assert estimator(np.exp(positive), np.exp(unlabeled)) == pytest.approx(expected)
 
 
-def test_doubling_every_image_doubles_nothing_but_the_confidence() -> None:
+def test_duplicated_images_give_the_same_estimate() -> None:
     rng = np.random.default_rng(0)
     positive, unlabeled = rng.normal(2, 1, 60), rng.normal(0, 2, 90)
     twice = elkan_noto(np.tile(positive, 2), np.tile(unlabeled, 2))
@@ -128,7 +128,7 @@ def test_no_image_is_scored_by_a_model_that_saw_it() -> None:
     assert cross_fitted_scores(rows, labels, Memoriser) == pytest.approx(np.full(90, 0.5))
 
 
-def test_nor_by_one_that_saw_its_copy() -> None:
+def test_no_image_is_scored_by_a_model_that_saw_its_copy() -> None:
     """The photo that is in both folders, and the one that is twice in one."""
     rows = np.random.default_rng(0).normal(size=(90, 5))
     rows[60:75], rows[75:90] = rows[:15], rows[45:60]
@@ -137,7 +137,7 @@ def test_nor_by_one_that_saw_its_copy() -> None:
     assert scores == pytest.approx(np.full(90, 0.5))
 
 
-def test_images_of_one_kind_are_not_told_apart() -> None:
+def test_random_labels_cannot_be_predicted() -> None:
     """Labels by chance in many dimensions, where any model fits its own data: held-out scores must not know them."""
     rows = np.random.default_rng(0).normal(size=(300, 200))
     labels = np.arange(300) < 100
@@ -175,14 +175,14 @@ def test_components_are_few_and_see_constant_columns() -> None:
 
 
 @pytest.mark.parametrize("share", [0.05, 0.1, 0.2, 0.4])
-def test_both_find_the_share_of_clear_mixtures(share: float) -> None:
+def test_both_methods_find_the_share_of_clear_mixtures(share: float) -> None:
     for estimate in estimate_beta(mixture(share)):
         assert estimate.beta == pytest.approx(share, abs=0.05), estimate.method
         assert 0 < estimate.low <= estimate.beta <= estimate.high < 1
         assert (estimate.n_positive, estimate.n_unlabeled, estimate.embedding) == (200, 500, "a test")
 
 
-def test_most_intervals_hold_the_truth() -> None:
+def test_most_intervals_cover_the_true_share() -> None:
     found = [estimate_beta(mixture(0.3, 60, 150, seed))[0] for seed in range(10)]
     assert sum(e.low <= 0.3 <= e.high for e in found) >= 8
     assert max(e.high - e.low for e in found) < 0.5  # and say something
@@ -193,7 +193,7 @@ def test_intervals_shrink_with_more_images() -> None:
     assert many.high - many.low < (few.high - few.low) / 2
 
 
-def test_an_estimate_stays_a_share() -> None:
+def test_estimate_stays_between_0_and_1() -> None:
     none, all_of_them = (estimate_beta(mixture(share, 50, 100))[0] for share in (0.0, 1.0))
     assert 0 < none.low <= none.beta <= 0.05
     assert 0.6 < all_of_them.beta <= all_of_them.high < 1
@@ -201,7 +201,7 @@ def test_an_estimate_stays_a_share() -> None:
 
 
 @pytest.mark.parametrize(("n_positive", "wide"), [(20, True), (200, False)])
-def test_twenty_positives_are_warned_about(tmp_path: Path, n_positive: int, wide: bool) -> None:
+def test_warning_for_twenty_positives(tmp_path: Path, n_positive: int, wide: bool) -> None:
     notes = resolve_beta("estimate", tmp_path, lambda: mixture(0.1, n_positive)).notes
     warned = [note for note in notes if note.startswith("Warning")]
     assert len(warned) == wide
@@ -212,7 +212,7 @@ def test_twenty_positives_are_warned_about(tmp_path: Path, n_positive: int, wide
         assert "--beta" in warned[0]
 
 
-def test_a_wide_interval_is_warned_about_however_many_images() -> None:
+def test_warning_for_a_wide_interval() -> None:
     estimate = BetaEstimate("BBE", 0.4, 0.25, 0.5, 500, 2000, "a test")
     assert "0.12 by the less strict bootstrap" in prior._notes((estimate,))[-1]
 
@@ -223,7 +223,7 @@ def test_too_few_images(tmp_path: Path, counts: tuple[int, int]) -> None:
         resolve_beta("estimate", tmp_path, lambda: mixture(0.5, *counts))
 
 
-def test_copies_do_not_make_it_enough(tmp_path: Path) -> None:
+def test_copies_do_not_count_as_images(tmp_path: Path) -> None:
     images = mixture(0.5, 5, 100)
     many = ImageEmbeddings("a test", "because", np.repeat(images.positive, 10, axis=0), images.unlabeled)
     with pytest.raises(UsageError, match="5 different positive"):

@@ -30,7 +30,7 @@ Config = Callable[..., RenderConfig]
 
 @pytest.fixture
 def config(tiny_base: Path, concept_file: Path, tmp_path: Path) -> Config:
-    """A quick rendering of the test concept into tmp_path/data unless told otherwise."""
+    """A quick rendering of the test concept, by default into tmp_path/data."""
 
     def make(**changes: object) -> RenderConfig:
         settings = {
@@ -47,7 +47,7 @@ def config(tiny_base: Path, concept_file: Path, tmp_path: Path) -> Config:
 
 @pytest.fixture(scope="module")
 def rendered(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An uninterrupted rendering, made once; not to be changed."""
+    """An uninterrupted rendering, made once; tests must not change it."""
     folder = tmp_path_factory.mktemp("rendered")
     (folder / "brad.yaml").write_text(CONCEPT_FILE)
     return render.run(
@@ -96,7 +96,7 @@ def test_folders_follow_the_imagefolder_convention(rendered: Path) -> None:
     assert len({p.read_bytes() for p in rendered.glob("*/*.png")}) == IMAGES
 
 
-def test_the_manifest_says_where_the_images_are_from(rendered: Path, tiny_base: Path) -> None:
+def test_manifest_records_the_origin_of_the_images(rendered: Path, tiny_base: Path) -> None:
     manifest = read_json(rendered / DATA_MANIFEST)
     assert manifest["beta"] == pytest.approx(1 / 5)
     assert manifest["counts"] == {"generic": 4, "mixed_in": 1, "keep": 4, "positive": 4}
@@ -106,8 +106,8 @@ def test_the_manifest_says_where_the_images_are_from(rendered: Path, tiny_base: 
     assert manifest["sampler"] == {"name": "DDIM", "steps": 2, "guidance_scale": 7.5}
 
 
-def test_a_picture_is_what_diffusers_draws_from_its_line(rendered: Path, loaded_base: Base) -> None:
-    """Anyone can draw it again with the recorded prompt, seed, steps and guidance (rounding differs with the batch)."""
+def test_image_is_reproduced_from_its_metadata_line(rendered: Path, loaded_base: Base) -> None:
+    """The recorded prompt, seed, steps and guidance reproduce it (rounding differs with the batch)."""
     import numpy as np
     import torch
 
@@ -123,7 +123,7 @@ def test_a_picture_is_what_diffusers_draws_from_its_line(rendered: Path, loaded_
     assert off.max() <= 1
 
 
-def test_beta_of_the_papers_setting_is_known() -> None:
+def test_beta_of_the_paper_setting() -> None:
     concept = load_concept("Brad Pitt")
     groups = render.plan_images(concept, RenderConfig())
     assert groups[0] == ("generic", "a photo of a middle aged man", 64)
@@ -144,7 +144,7 @@ def test_beta_from_shares(share: float, generic: int, mixed_in: int, beta: float
     assert render.known_beta(share, {"generic": generic, "mixed_in": mixed_in, "keep": 99, "positive": 7}) == beta
 
 
-def test_flags_win_over_the_concept_file(concept: Concept) -> None:
+def test_options_override_the_concept_file(concept: Concept) -> None:
     groups = render.plan_images(concept, RenderConfig(num_unlabeled=9, num_mixed_in=0, num_keep=0, num_positive=3))
     assert [count for _, _, count in groups] == [9, 0, 0, 0, 3]
     for wrong in ({"num_positive": 0}, {"num_unlabeled": 0, "num_mixed_in": 0}, {"num_keep": -1}):
@@ -163,7 +163,7 @@ def test_flags_win_over_the_concept_file(concept: Concept) -> None:
         ("{a,the} {cat,dog}", 5, {"a cat": 2, "a dog": 1, "the cat": 1, "the dog": 1}),
     ],
 )
-def test_a_keep_line_is_shared_out_over_its_alternatives(line: str, count: int, shares: dict[str, int]) -> None:
+def test_keep_line_is_split_evenly_over_its_alternatives(line: str, count: int, shares: dict[str, int]) -> None:
     groups = render._split_evenly(line, count)
     assert groups == [("keep", prompt, share) for prompt, share in shares.items()]
     assert sum(group.images for group in groups) == count
@@ -171,7 +171,7 @@ def test_a_keep_line_is_shared_out_over_its_alternatives(line: str, count: int, 
 
 @pytest.mark.parametrize("asked", [None, 0, 1, 7, 40])
 @pytest.mark.parametrize("name", ["seven", "red ink", "Brad Pitt"])
-def test_every_keep_line_weighs_the_same_however_many_it_lists(name: str, asked: int | None) -> None:
+def test_every_keep_line_has_the_same_weight(name: str, asked: int | None) -> None:
     concept = load_concept(name)
     kept = [
         (prompt, n) for group, prompt, n in render.plan_images(concept, RenderConfig(num_keep=asked)) if group == "keep"
@@ -185,7 +185,7 @@ def test_every_keep_line_weighs_the_same_however_many_it_lists(name: str, asked:
 
 
 @pytest.mark.parametrize("saved", [0, 1, 4, IMAGES - 1])
-def test_interrupted_and_resumed_is_uninterrupted(
+def test_interrupted_and_resumed_equals_uninterrupted(
     rendered: Path, config: Config, monkeypatch: pytest.MonkeyPatch, saved: int
 ) -> None:
     left, save = [saved], sampling.save_image
@@ -209,7 +209,9 @@ def test_interrupted_and_resumed_is_uninterrupted(
 
 
 @pytest.mark.parametrize("lost", [["0_unlabeled/generic-00001.png"], ["1_positive/positive-00003.png", "0_unlabeled"]])
-def test_lost_pictures_come_back_the_same(rendered: Path, config: Config, tmp_path: Path, lost: list[str]) -> None:
+def test_deleted_images_are_rendered_again_identically(
+    rendered: Path, config: Config, tmp_path: Path, lost: list[str]
+) -> None:
     folder = shutil.copytree(rendered, tmp_path / "data")
     for name in lost:
         path = folder / name
@@ -261,7 +263,7 @@ def test_the_manifest_is_written_last(config: Config, monkeypatch: pytest.Monkey
         {"render_batch_size": 2},
     ],
 )
-def test_other_settings_on_the_same_folder_are_refused(
+def test_same_folder_with_other_settings_is_refused(
     rendered: Path, config: Config, tmp_path: Path, change: dict[str, object]
 ) -> None:
     folder = shutil.copytree(rendered, tmp_path / "data")
@@ -270,13 +272,13 @@ def test_other_settings_on_the_same_folder_are_refused(
     assert contents(folder) == contents(rendered)
 
 
-def test_another_seed_draws_other_pictures(rendered: Path, config: Config) -> None:
+def test_another_seed_gives_other_images(rendered: Path, config: Config) -> None:
     other = render.run(config(seed=1))
     pictures = {p.read_bytes() for p in rendered.glob("*/*.png")}
     assert not pictures & {p.read_bytes() for p in other.glob("*/*.png")}
 
 
-def test_shares_of_two_processes_make_the_whole(
+def test_two_processes_together_render_everything(
     rendered: Path, loaded_base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lines = [(sub, line) for sub in (UNLABELED, POSITIVE) for line in read_jsonl(rendered / sub / METADATA)]
@@ -298,7 +300,7 @@ def test_another_resolution(config: Config) -> None:
         assert image.size == (64, 64)
 
 
-def test_a_model_that_cannot_be_loaded_leaves_nothing(config: Config, tiny_base: Path, tmp_path: Path) -> None:
+def test_failed_load_leaves_no_files(config: Config, tiny_base: Path, tmp_path: Path) -> None:
     """A folder left behind would refuse the very command that the error message proposes."""
     hollow = shutil.copytree(tiny_base, tmp_path / "hollow")
     shutil.rmtree(hollow / "unet")
@@ -309,7 +311,7 @@ def test_a_model_that_cannot_be_loaded_leaves_nothing(config: Config, tiny_base:
     render.run(config())
 
 
-def test_a_place_that_cannot_be_written_is_named_by_its_own_option(config: Config, tmp_path: Path) -> None:
+def test_unwritable_folder_is_named_with_its_option(config: Config, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     for place in ("file", "file/deeper"):
         with pytest.raises(UnlearnError, match=f"--data_dir {tmp_path / place}") as caught:

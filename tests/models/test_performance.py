@@ -1,4 +1,4 @@
-"""Attention kernels, checkpointing and compilation: another way to the same numbers, or refused by name."""
+"""Attention kernels, checkpointing and compilation give the same values, or are refused by name."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def assert_close(ours: list[Tensor], theirs: list[Tensor]) -> None:
 
 
 @pytest.mark.parametrize(("asked", "kind"), [("sdpa", AttnProcessor2_0), ("eager", AttnProcessor)])
-def test_attention_is_as_asked_and_the_same_function(loaded_base: Base, asked: Any, kind: type) -> None:
+def test_attention_option_selects_an_equivalent_kernel(loaded_base: Base, asked: Any, kind: type) -> None:
     model = with_lora(loaded_base.pipeline.unet, TrainConfig()).double()  # random weights magnify rounding
     plain = gradients(model)
     performance.prepare(loaded_base.pipeline.unet, TrainConfig(attention=asked))
@@ -75,7 +75,7 @@ def test_attention_is_as_asked_and_the_same_function(loaded_base: Base, asked: A
 
 
 @pytest.mark.parametrize("asked", [True, False])
-def test_checkpointing_computes_twice_and_the_gradients_are_the_same(loaded_base: Base, asked: bool) -> None:
+def test_checkpointing_recomputes_and_gives_the_same_gradients(loaded_base: Base, asked: bool) -> None:
     model = with_lora(loaded_base.pipeline.unet, TrainConfig())
     plain = gradients(model)
     calls: list[bool] = []
@@ -101,7 +101,7 @@ def three_widths() -> Any:
 
 
 @pytest.mark.parametrize("widths", [1, pytest.param(3, marks=pytest.mark.slow)])
-def test_compiled_blocks_say_the_same_and_are_compiled_once(
+def test_compiled_blocks_give_the_same_and_compile_once(
     loaded_base: Base, monkeypatch: pytest.MonkeyPatch, widths: int
 ) -> None:
     """With the adapter off and on, with gradients and without, for batches of several sizes."""
@@ -141,13 +141,13 @@ def test_compiled_blocks_say_the_same_and_are_compiled_once(
         assert_close(ours, theirs)
 
 
-def test_nothing_is_compiled_unless_asked(loaded_base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_compiled_by_default(loaded_base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loaded_base.pipeline.unet, "compile_repeated_blocks", lambda: pytest.fail("compiled"))
     performance.compile_blocks(loaded_base.pipeline.unet, TrainConfig())
     performance.check(TrainConfig(), CPU)
 
 
-def test_a_machine_that_cannot_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compilation_that_does_not_work_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(_: Any) -> Callable[[Tensor], Tensor]:
         def run(_: Tensor) -> Tensor:
             raise RuntimeError("no working\nC++ compiler.")
