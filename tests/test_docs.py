@@ -27,12 +27,11 @@ def test_the_paragraph_of_a_package_names_all_its_modules(package: str) -> None:
 
 
 @pytest.mark.parametrize(("path", "function"), FUNCTIONS)
-def test_every_function_on_the_page_is_in_the_module_named_before_it(path: str, function: str) -> None:
+def test_every_name_on_the_page_is_defined_in_the_module_before_it(path: str, function: str) -> None:
     statements = ast.parse((PACKAGE / path).read_text()).body
     defined = {statement.name for statement in statements if isinstance(statement, ast.FunctionDef | ast.ClassDef)}
-    defined |= {
-        target.id for s in statements if isinstance(s, ast.AnnAssign) and isinstance(target := s.target, ast.Name)
-    }
+    assigned = [s.targets[0] if isinstance(s, ast.Assign) else getattr(s, "target", None) for s in statements]
+    defined |= {target.id for target in assigned if isinstance(target, ast.Name)}
     assert function in defined
 
 
