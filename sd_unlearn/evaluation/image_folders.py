@@ -60,7 +60,7 @@ def read_image_folder(
         existing = sum(path.is_file() for path in paths)
         if 2 * existing < len(paths):  # images that were never generated would count as unlearned
             raise UsageError(
-                f"--images {folder} holds {existing:,} of the {len(paths):,} pictures of the plan. Evaluate these: "
+                f"--images {folder} holds {existing:,} of the {len(paths):,} images of the plan. Evaluate these: "
                 "--groups, --num_images, --num_keep_images; or generate the rest of --write_plan."
             )
         return ImageFolder(name, folder, list(planned), paths, planned=True)

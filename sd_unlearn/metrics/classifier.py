@@ -66,7 +66,7 @@ class Network:
     package: str  # and its version
     sha256: str  # of the weights and the preprocessing
     classes: Classes
-    probabilities: Callable[[Sequence[Image.Image]], NDArray[np.float32]]  # B > 0 RGB pictures -> [B, C]
+    probabilities: Callable[[Sequence[Image.Image]], NDArray[np.float32]]  # B > 0 RGB images -> [B, C]
 
 
 class ClassifierMetric:

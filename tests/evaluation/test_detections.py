@@ -14,7 +14,9 @@ from sd_unlearn.data.concept import Concept, Evaluation
 from sd_unlearn.errors import UsageError
 from sd_unlearn.evaluation import detections
 from sd_unlearn.evaluation.image_folders import read_image_folder
+from sd_unlearn.evaluation.pairs import pick_pairs
 from sd_unlearn.evaluation.prompts import Tier, plan_images
+from sd_unlearn.evaluation.score import ConceptResults, SubjectImages
 from sd_unlearn.metrics.base import DetectorOutput
 
 CONCEPT = Concept("seven", "a seven", "a digit", evaluate=Evaluation(alike=["a {one,two}"]))
@@ -121,7 +123,7 @@ def test_pair_distances_are_cached_and_nan_for_unreadable_images(tmp_path: Path)
 def test_folder_with_the_images_of_the_plan(tmp_path: Path) -> None:
     specs = plan_images(CONCEPT, Tier(2, 0, 0, 2, 0), [0])
     save(tmp_path / "theirs", {specs[0].file_name: 1})
-    with pytest.raises(UsageError, match="1 of the 4 pictures"):  # what was never drawn is not forgotten
+    with pytest.raises(UsageError, match="1 of the 4 images"):  # what was never drawn is not forgotten
         read_image_folder(str(tmp_path / "theirs"), CONCEPT, specs)
     save(tmp_path / "theirs", {specs[2].file_name: 1})
     ready = read_image_folder(f"esd={tmp_path / 'theirs'}", CONCEPT, specs)
@@ -176,3 +178,15 @@ def test_empty_folder_is_refused(tmp_path: Path) -> None:
         read_image_folder(str(tmp_path / "none"), CONCEPT, [])
     with pytest.raises(UsageError, match="--write_plan"):
         read_image_folder(str(tmp_path), CONCEPT, [])
+
+
+def test_pairs_are_picked_without_metrics_of_single_images(tmp_path: Path) -> None:
+    """As with --metrics lpips: nothing is known to leak, and the images are still shown."""
+    specs = plan_images(CONCEPT, Tier(2, 0, 0, 0, 0), [0])
+    images = []
+    for name in ("base", "mine"):
+        paths = save(tmp_path / name, {spec.file_name: 1 for spec in specs})
+        images.append(SubjectImages(name, specs, paths, None))
+    pairs = pick_pairs(ConceptResults(CONCEPT, images), tmp_path / "out", 5)
+    assert [(pair.subject, pair.leak, pair.image_read) for pair in pairs] == [("mine", False, "")] * 2
+    assert all((tmp_path / "out" / file).is_file() for pair in pairs for file in (pair.base, pair.image))
