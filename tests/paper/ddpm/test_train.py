@@ -243,9 +243,9 @@ def test_fine_tuning_starts_from_the_given_model(make: Make, tmp_path: Path) -> 
 def test_models_of_other_shapes_are_refused_with_the_reason(tmp_path: Path) -> None:
     save_pipeline(make_network("tiny", SIDE, 3), make_schedule(), tmp_path)
     place = str(tmp_path / "pipeline")
-    with pytest.raises(UsageError, match="3 channels; this experiment has 1"):
+    with pytest.raises(UsageError, match="3 channels; this experiment needs 1"):
         load_network(place, SIDE, 1)
-    with pytest.raises(UsageError, match="12 pixels a side; this experiment has 32"):
+    with pytest.raises(UsageError, match="images of 12 pixels; this experiment needs 32"):
         load_network(place, 32, 3)
     (tmp_path / "empty").mkdir()
     with pytest.raises(UsageError, match=r"no model_index\.json"):
