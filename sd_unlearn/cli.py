@@ -187,7 +187,17 @@ def _config_file(tokens: Sequence[str]) -> tuple[Any, ...]:
     data = read_yaml(Path(path), "--config")
     check_keys(data, {f.name for f in fields(known[command])}, f"--config {path}")
     given = {key: value for key, value in data.items() if value is not None and key != "config"}
+    for key, value in given.items():
+        if not all(_is_scalar(item) for item in (value if isinstance(value, list) else [value])):
+            raise UsageError(f"--config {path}: {key} must be text, a number, true or false, or a list of these.")
     return (cyclopts.config.Dict(given, use_commands_as_keys=False, source=path),)
+
+
+def _is_scalar(value: Any) -> bool:
+    """Whether a YAML value is plain: no mapping, date or binary, and no text that UTF-8 cannot represent."""
+    if isinstance(value, str):
+        return not any("\ud800" <= character <= "\udfff" for character in value)
+    return isinstance(value, int | float)
 
 
 def _usage_message(error: cyclopts.CycloptsError) -> str:

@@ -1,4 +1,4 @@
-"""Errors that are the user's to mend: one line that says what, the value, the option and the way out."""
+"""Errors that users can fix: one line with what is wrong, the value, the option and what to do."""
 
 from __future__ import annotations
 
@@ -7,25 +7,25 @@ from collections.abc import Iterable
 
 
 class UnlearnError(Exception):
-    """Something failed and the message says what to do. Exit code 1."""
+    """A command failed; the message says what to do. Exit code 1."""
 
     exit_code = 1
 
 
 class UsageError(UnlearnError):
-    """What was asked for cannot be meant: a wrong value, name or file. Exit code 2, nothing was loaded."""
+    """Invalid user input: a wrong value, name or file. Exit code 2."""
 
     exit_code = 2
 
 
 def suggest(word: str, known: Iterable[str]) -> str:
-    """' Did you mean "x"?' for a near miss among the known words, else an empty string."""
+    """' Did you mean "x"?' with the most similar known word, or an empty string if none is similar."""
     close = difflib.get_close_matches(word, list(known), n=1)
     return f' Did you mean "{close[0]}"?' if close else ""
 
 
 def reason(error: BaseException, limit: int = 200) -> str:
-    """Why something failed, in one line without a full stop: the system's words for an OSError, else the message."""
+    """The reason of an error in one line of at most `limit` characters, without a full stop."""
     system = error.strerror if isinstance(error, OSError) else None
     line = " ".join(str(system or error).split())[:limit].rstrip(". ")
     return line or type(error).__name__

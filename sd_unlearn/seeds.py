@@ -1,10 +1,9 @@
-"""One range of seeds a purpose, so that nothing is judged on noise it was trained on."""
+"""Seeds of generated images. Each purpose has its own range, so evaluation never uses noise seen in training."""
 
 from __future__ import annotations
 
 import hashlib
 
-# One range of seeds a purpose, so that nothing is judged on noise it was trained on.
 SEED_SPAN = 1_000_000_000
 RENDER_SEEDS = (0, SEED_SPAN)
 TRAIN_SEEDS = (SEED_SPAN, 2 * SEED_SPAN)
@@ -12,6 +11,6 @@ EVALUATE_SEEDS = (2 * SEED_SPAN, 3 * SEED_SPAN)
 
 
 def image_seed(span: tuple[int, int], seed: int, prompt: str, index: int) -> int:
-    """Seed of the index-th image of a prompt: the same whatever else is drawn, inside its purpose's range."""
+    """Seed of the index-th image of a prompt, within the range `span`; independent of the other images."""
     digest = hashlib.blake2b(f"{seed}\0{prompt}\0{index}".encode(), digest_size=8).digest()
     return span[0] + int.from_bytes(digest, "big") % (span[1] - span[0])

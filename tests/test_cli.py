@@ -246,6 +246,15 @@ def test_a_key_of_another_command_is_refused(run: Run) -> None:
         ("concept: {a: b}\n", "concept"),
         ("max_train_steps: many\n", "max_train_steps"),
         ("overwrite: perhaps\n", "overwrite"),
+        ("concept: &a [*a]\n", "run.yaml: concept must be text"),
+        ("concept: &a {a: *a}\n", "run.yaml: concept must be text"),
+        ('concept: "\\ud800"\n', "run.yaml: concept must be text"),
+        ("concept: !!binary aGk=\n", "run.yaml: concept must be text"),
+        ("rank: 2024-01-01\n", "run.yaml: rank must be text, a number"),
+        ("a: " + 3000 * "[", "run.yaml is not valid YAML"),
+        ("rank: " + 5000 * "9", "run.yaml is not valid YAML"),
+        ("\ufeffbeta: .nan\n", "--beta nan must be a finite number"),
+        ("1: 2\n", 'unknown key "1"'),
     ],
 )
 @pytest.mark.usefixtures("no_model")

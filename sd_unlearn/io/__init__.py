@@ -1,1 +1,1 @@
-"""Files and the layout of run folders."""
+"""Files, images, schemas and the layout of run folders."""

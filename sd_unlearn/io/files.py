@@ -1,4 +1,4 @@
-"""Files: written through a temporary name, read with errors that name them."""
+"""Read and write files: writes are atomic, errors name the file."""
 
 from __future__ import annotations
 
@@ -22,14 +22,18 @@ from sd_unlearn.errors import UnlearnError, UsageError, reason, suggest
 
 
 def slugify(name: str) -> str:
-    """A file name from any concept name: letters, digits and hyphens, never empty, never a path."""
+    """A file name from any concept name: 1 to 60 lower-case letters, digits and hyphens."""
     plain = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode().lower()
     slug = re.sub(r"[^a-z0-9]+", "-", plain).strip("-")[:60].strip("-")
     return slug or f"concept-{zlib.crc32(name.encode()):08x}"
 
 
 def write_text(path: Path, text: str) -> None:
-    """As write_bytes, in UTF-8."""
+    """Write a UTF-8 file, whole or not at all.
+
+    Raises:
+        UnlearnError: the file cannot be written.
+    """
     write_bytes(path, text.encode("utf-8"))
 
 
@@ -37,7 +41,7 @@ def write_bytes(path: Path, data: bytes) -> None:
     """Write a file whole or not at all.
 
     Raises:
-        UnlearnError: when the place cannot be written.
+        UnlearnError: the file cannot be written.
     """
     try:
         with atomic_path(path) as temporary:
@@ -48,13 +52,13 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Lend a temporary name beside `path` for a file or a folder, and give it the final name when the block ends.
+    """Yield a temporary path in the same folder, for a file or a folder, and rename it to `path` when the block ends.
 
-    A reader never sees half of it: the content reaches the disk (fsync) before the name does. A file or folder that was
-    there before is replaced; when the block raises, it stays and the temporary one is removed.
+    Readers never see partial content: it is synced to disk before the rename. An existing file or folder is replaced;
+    if the block raises, it stays and the temporary one is removed.
 
     Raises:
-        OSError: the place cannot be written.
+        OSError: the file or folder cannot be written.
     """
     temporary, former = (path.with_name(f".{path.name}.{os.getpid()}.{end}") for end in ("tmp", "old"))
     try:
@@ -63,9 +67,14 @@ def atomic_path(path: Path) -> Iterator[Path]:
         for file in sorted(temporary.rglob("*")) if temporary.is_dir() else [temporary]:
             if file.is_file():
                 _sync(file)
-        if path.is_dir():  # a folder cannot be renamed onto another one
+        if path.is_dir() or (temporary.is_dir() and path.exists()):  # a folder cannot be renamed onto anything
             path.replace(former)
-        temporary.replace(path)
+        try:
+            temporary.replace(path)
+        except OSError:
+            if former.exists():
+                former.replace(path)
+            raise
         _sync(path.parent)
     finally:
         for left in (temporary, former):
@@ -73,7 +82,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 def _sync(path: Path) -> None:
-    """fsync a file or folder; a file system that cannot sync folders is not an error."""
+    """fsync a file or folder. File systems that cannot sync folders are accepted."""
     opened = os.open(path, os.O_RDONLY)
     try:
         os.fsync(opened)
@@ -90,103 +99,128 @@ def _unlink(path: Path) -> None:
 
 
 def check_writable(folder: Path, option: str) -> None:
-    """Refuse, creating nothing, a folder that could not be made or written.
+    """Check, without creating anything, that a folder can be created and written.
 
     Raises:
-        UsageError: naming the option.
+        UsageError: it cannot; names the option.
     """
     nearest = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        raise UsageError(f"{option} {folder} cannot be written: {nearest} is no folder you may write to. Name another.")
+        raise UsageError(f"{option} {folder} cannot be written: {nearest} is not a writable folder. Choose another.")
 
 
 def write_json(path: Path, data: Any) -> None:
+    """Write indented JSON, whole or not at all.
+
+    Raises:
+        UnlearnError: the file cannot be written.
+    """
     write_text(path, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_jsonl(path: Path, records: Iterable[Any]) -> None:
+    """Write dataclass instances as JSON objects, one per line.
+
+    Raises:
+        UnlearnError: the file cannot be written.
+    """
+    lines = (json.dumps(dataclasses.asdict(r), ensure_ascii=False) for r in records)
+    write_text(path, "".join(line + "\n" for line in lines))
+
+
+def read_text(path: Path, option: str = "") -> str:
+    """The content of a UTF-8 file, without a byte order mark.
+
+    Raises:
+        UsageError: the file is missing, unreadable or not UTF-8. Names the file, after `option` if it is given.
+    """
+    name = f"{option} {path}".strip()
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError as error:
+        raise UsageError(f"{name}: {reason(error)}." if option else f"{path} does not exist.") from None
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{name} is not UTF-8 text ({error.reason}). Save it as UTF-8.") from None
+    except OSError as error:
+        raise UsageError(f"{name} cannot be read: {reason(error)}.") from None
 
 
 def read_json(path: Path) -> Any:
     """The content of a JSON file.
 
     Raises:
-        UsageError: when it is missing or not JSON.
+        UsageError: the file is missing, unreadable or not JSON.
     """
+    text = read_text(path)
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UsageError(f"{path} does not exist.") from None
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"{path} is not valid JSON ({error}). Delete it and run the stage again.") from None
-
-
-def write_jsonl(path: Path, records: Iterable[Any]) -> None:
-    lines = (json.dumps(dataclasses.asdict(r), ensure_ascii=False) for r in records)
-    write_text(path, "".join(line + "\n" for line in lines))
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:  # ValueError: also an integer of thousands of digits
+        raise UsageError(f"{path} is not valid JSON ({reason(error)}). Delete it and run the stage again.") from None
 
 
 def read_jsonl_lines(path: Path) -> dict[int, dict[str, Any]]:
-    """Line number, from 1, -> object of a JSONL file; blank lines passed over.
+    """Line number (from 1) -> object of a JSONL file. Blank lines are skipped.
 
     Raises:
-        UsageError: naming the line that is not a JSON object.
+        UsageError: the file is missing or unreadable, or a line, which is named, is not a JSON object.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines: JSON strings may hold U+2028 and U+0085
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{path} is not UTF-8 text ({error.reason}). Save it as UTF-8.") from None
     records = {}
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(read_text(path).split("\n"), 1):  # JSON strings may contain U+2028: no splitlines
         if not line.strip():
             continue
         try:
             record = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise UsageError(f"{path} line {number} is not JSON ({reason(error)}). Mend or delete the line.") from None
+            raise UsageError(f"{path} line {number} is not JSON ({reason(error)}). Fix or delete the line.") from None
         if not isinstance(record, dict):
-            raise UsageError(f"{path} line {number} is not a JSON object. Mend or delete the line.")
+            raise UsageError(f"{path} line {number} is not a JSON object. Fix or delete the line.")
         records[number] = record
     return records
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSONL file, as read_jsonl_lines."""
+    """The objects of a JSONL file.
+
+    Raises:
+        UsageError: as `read_jsonl_lines`.
+    """
     return list(read_jsonl_lines(path).values())
 
 
-def file_sha256(*files: Path) -> str:
-    """SHA-256 of what files hold, one after the other."""
-    digest = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as data:
-            while block := data.read(1 << 24):
-                digest.update(block)
-    return digest.hexdigest()
-
-
 def read_yaml(path: Path, option: str) -> dict[str, Any]:
-    """A YAML mapping.
+    """The content of a YAML file that holds a mapping.
 
     Raises:
-        UsageError: when the file is missing, not YAML or not a mapping; names `option`.
+        UsageError: the file is missing, unreadable, not YAML or not a mapping. Names `option` and the file.
     """
+    text = read_text(path, option)
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"{option} {path}: {error.strerror}.") from None
+        data = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UsageError(f"{option} {path} is not valid YAML: {' '.join(str(error).split())}") from None
+        raise UsageError(f"{option} {path} is not valid YAML: {reason(error)}.") from None
     if not isinstance(data, dict):
         raise UsageError(f"{option} {path} must hold keys and values, not {type(data).__name__}.")
     return data
 
 
 def check_keys(data: dict[str, Any], known: set[str], where: str) -> None:
-    """Refuse the first unknown key, with the nearest known one.
+    """Check that a mapping has known keys only.
 
     Raises:
-        UsageError
+        UsageError: naming the first unknown key, the most similar known key and all known keys.
     """
     for key in data:
         if key not in known:
             raise UsageError(
                 f'{where}: unknown key "{key}".{suggest(str(key), known)} Known: {", ".join(sorted(known))}.'
             )
+
+
+def file_sha256(*files: Path) -> str:
+    """SHA-256 (hexadecimal) of the concatenated content of files."""
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as data:
+            while block := data.read(1 << 24):
+                digest.update(block)
+    return digest.hexdigest()

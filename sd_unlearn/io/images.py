@@ -1,4 +1,4 @@
-"""The one place where an image file is opened."""
+"""Open image files: the only place that decodes them."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from sd_unlearn.errors import UsageError, reason
 
-# Only these are ever decoded: others start programs (EPS) or are rarely tested. By Pillow's names, whatever the suffix.
+# Pillow's names of the formats that are decoded, whatever the file's suffix. Others may start programs (EPS).
 FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "GIF", "TIFF", "BMP")
 UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError, Image.DecompressionBombWarning)
 
 
 class UnreadableImage(UsageError):
-    """An image file that cannot be decoded; `why` is the reason without the file's name."""
+    """An image file cannot be decoded. `why` is the reason without the file's name."""
 
     def __init__(self, path: Path, why: str) -> None:
         super().__init__(f"{path} cannot be read as an image: {why}. Replace or delete it.")
@@ -25,9 +25,9 @@ class UnreadableImage(UsageError):
 
 
 def open_image(path: Path) -> Image.Image:
-    """Decode an image file (of an animation, the first frame) into 8-bit RGB, turned upright by its EXIF orientation.
+    """Decode an image file, or the first frame of an animation, to 8-bit RGB with its EXIF orientation applied.
 
-    16-bit greyscale is scaled to 8 bits (Pillow's own conversion clips it to white); transparency is laid over white.
+    16-bit greyscale is scaled to 8 bits (Pillow's own conversion clips it). Transparency is composited over white.
 
     Raises:
         UnreadableImage: the file is missing, empty, damaged, too large or of a format that is not in `FORMATS`.
@@ -49,13 +49,13 @@ def open_image(path: Path) -> Image.Image:
 
 @cache
 def _readable() -> list[str]:
-    """FORMATS without those that this build of Pillow lacks."""
+    """The FORMATS that this build of Pillow supports."""
     Image.init()
     return [name for name in FORMATS if name in Image.OPEN]
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """8-bit RGB of an image in any mode: 16-bit greyscale scaled, transparency laid over white."""
+    """Convert an image of any mode to 8-bit RGB: 16-bit greyscale is scaled, transparency composited over white."""
     if image.mode.startswith("I"):
         values = np.asarray(image, dtype=np.float64)
         scaled = np.clip(np.rint(values / 257), 0, 255).astype(np.uint8)

@@ -1,7 +1,6 @@
-"""The small named types that pass between stages, and how they lie on disk.
+"""Names of the files and folders of a run, and of its training images.
 
-A stage writes its files first and its manifest last, both through a temporary name and a rename, so a file
-under its final name is always whole and a manifest's presence means its stage was finished.
+Each stage writes its manifest last, and every write is atomic: if a manifest exists, its stage is complete.
 """
 
 from __future__ import annotations
@@ -23,14 +22,14 @@ TRAINING, RESULTS, METRICS, CONFIG, CONCEPT = (
 )
 ADAPTER_DIR, TEXT_ADAPTER_DIR, UNET_DIR = "adapter", "text_encoder_adapter", "unet"
 PREVIEW_DIR, EXPORT_DIR, IMAGE_DIR = "previews", "export", "images"
-EVALUATION = "evaluate.yaml"  # what an evaluation was asked, for `evaluate --config`
+EVALUATION = "evaluate.yaml"  # the options of an evaluation, for `evaluate --config`
 BEST_DIR, CHECKPOINT_DIR = "best", "checkpoints"
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
 
 
 @dataclasses.dataclass(frozen=True)
 class ImageRecord:
-    """One rendered image; a line of metadata.jsonl."""
+    """One generated image; a line of metadata.jsonl."""
 
     file_name: str
     text: str
@@ -41,10 +40,10 @@ class ImageRecord:
 
 
 def weights_sha256(run: Path) -> str:
-    """SHA-256 of what a run has learned.
+    """SHA-256 (hexadecimal) of a run's trained weights.
 
     Raises:
-        UsageError: the run folder holds neither a LoRA nor a UNet.
+        UsageError: the run folder contains neither a LoRA nor a UNet.
     """
     names = (
         f"{ADAPTER_DIR}/adapter_model.safetensors",
@@ -53,5 +52,5 @@ def weights_sha256(run: Path) -> str:
     )
     files = [run / name for name in names if (run / name).is_file()]
     if not files:
-        raise UsageError(f"--run {run} holds no trained LoRA ({run / names[0]}). Run sd-unlearn train first.")
+        raise UsageError(f"--run {run} contains no trained LoRA ({run / names[0]}). Run sd-unlearn train first.")
     return file_sha256(*files)

@@ -1,4 +1,4 @@
-"""Validate what is read from disk against a dataclass: one clear line per fault, never a traceback."""
+"""Validate data read from disk against dataclasses, with errors of one line."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from functools import cache
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
@@ -15,8 +15,9 @@ from sd_unlearn.errors import UsageError, reason, suggest
 T = TypeVar("T")
 
 STRICT = ConfigDict(extra="forbid", strict=True)  # as `__pydantic_config__` of a dataclass: unknown keys are errors
-OPEN = ConfigDict(extra="ignore", strict=True)  # of a dataclass that later versions may add keys to
+OPEN = ConfigDict(extra="ignore", strict=True)  # of a dataclass to which later versions may add keys
 
+_UNKNOWN = ("unexpected_keyword_argument", "extra_forbidden")
 # pydantic's error types in the words of YAML and JSON; other types keep pydantic's own message.
 _MESSAGES = {
     "string_type": "must be text (in quotes)",
@@ -29,21 +30,22 @@ _MESSAGES = {
 def validate(kind: type[T], data: Any, where: str, hint: str = "") -> T:
     """Turn parsed JSON or YAML into an instance of `kind`, a dataclass or any type that pydantic knows.
 
-    Numbers, texts and booleans are not converted into one another; a list is accepted for a tuple. How a dataclass
-    treats unknown keys is its `__pydantic_config__`: `STRICT` or `OPEN`.
+    Numbers, texts and booleans are not converted into one another; a list is accepted for a tuple. A dataclass
+    accepts or refuses unknown keys as its `__pydantic_config__` says: `OPEN` or `STRICT`.
 
     Args:
-        where: Names the file (and option) at the start of the error.
-        hint: A sentence that says what to do, at the end of the error.
+        where: Start of the error message: the file, and the option if there is one.
+        hint: End of the error message: a sentence that says what to do.
 
     Raises:
-        UsageError: `data` does not fit; names the key and what it must be.
+        UsageError: `data` does not match; names the key and what it must be.
     """
     try:
         adapter: TypeAdapter[T] = _adapter(kind)  # type: ignore[arg-type]  # every type is hashable
         return adapter.validate_json(json.dumps(data), strict=True)
     except ValidationError as error:
-        fault = _describe(kind, error.errors(include_url=False)[0])
+        faults = error.errors(include_url=False)
+        fault = _describe(kind, next((f for f in faults if f["type"] in _UNKNOWN), faults[0]))  # a typo explains more
     except (TypeError, ValueError, RecursionError) as error:  # a date, a set or bytes of YAML; a list inside itself
         fault = f"holds a value that is not text, a number, a list or a mapping ({reason(error)})"
     raise UsageError(f"{where}: {fault}.{' ' if hint else ''}{hint}")
@@ -55,10 +57,10 @@ def _adapter(kind: Any) -> TypeAdapter[Any]:
 
 
 def _describe(kind: Any, fault: Mapping[str, Any]) -> str:
-    """One pydantic error in the words of this package."""
+    """The text of an error of pydantic in this package's words."""
     *parents, key = fault["loc"] or ("",)
     place = _path(fault["loc"])
-    if fault["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+    if fault["type"] in _UNKNOWN:
         known = _keys_at(kind, parents)
         inside = f" in {_path(parents)}" if parents else ""
         listed = f" Known: {', '.join(sorted(known))}" if known else ""
@@ -83,16 +85,9 @@ def _path(parts: Any) -> str:
 
 
 def _keys_at(kind: Any, parents: list[Any]) -> list[str]:
-    """The fields of the dataclass that lies at a path inside `kind`; empty where it is not a plain nested field."""
+    """Field names of the dataclass at a path inside `kind`; empty if the path leads through a list or mapping."""
     for parent in parents:
         if not dataclasses.is_dataclass(kind) or not isinstance(parent, str):
             return []
-        annotated = _hints(kind).get(parent)
-        kind = annotated
+        kind = get_type_hints(kind).get(parent)
     return [field.name for field in dataclasses.fields(kind)] if dataclasses.is_dataclass(kind) else []
-
-
-def _hints(kind: Any) -> dict[str, Any]:
-    from typing import get_type_hints
-
-    return get_type_hints(kind)

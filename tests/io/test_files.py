@@ -9,7 +9,7 @@ import pytest
 from conftest import tree
 
 from sd_unlearn.errors import UnlearnError, UsageError
-from sd_unlearn.io.files import read_json, read_jsonl, slugify, write_json, write_jsonl, write_text
+from sd_unlearn.io.files import read_json, read_jsonl, read_yaml, slugify, write_json, write_jsonl, write_text
 from sd_unlearn.io.run_folder import ImageRecord
 from sd_unlearn.seeds import EVALUATE_SEEDS, RENDER_SEEDS, TRAIN_SEEDS, image_seed
 
@@ -149,3 +149,38 @@ def test_damaged_jsonl_is_named(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "x.jsonl").write_bytes(content)
     with pytest.raises(UsageError, match=r"x\.jsonl"):
         read_jsonl(tmp_path / "x.jsonl")
+
+
+UNREADABLE = {
+    "deep": b'{"a":' + 100_000 * b"[",
+    "huge": b'{"a": ' + 5_000 * b"9" + b"}",
+    "utf16": '{"a": 1}'.encode("utf-16"),
+}
+
+
+@pytest.mark.parametrize("kind", UNREADABLE)
+def test_every_reader_names_a_file_that_it_cannot_parse(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "x.data"
+    path.write_bytes(UNREADABLE[kind])
+    for read in (read_json, read_jsonl, lambda path: read_yaml(path, "--config")):
+        with pytest.raises(UsageError, match=r"x\.data"):
+            read(path)
+
+
+def test_every_reader_names_a_file_that_is_missing_or_a_folder(tmp_path: Path) -> None:
+    for read in (read_json, read_jsonl):
+        with pytest.raises(UsageError, match=r"x\.json does not exist"):
+            read(tmp_path / "x.json")
+    with pytest.raises(UsageError, match=r"--config .*x\.yaml: No such file"):
+        read_yaml(tmp_path / "x.yaml", "--config")
+    for read in (read_json, read_jsonl, lambda path: read_yaml(path, "--config")):
+        with pytest.raises(UsageError, match=r"cannot be read: Is a directory"):
+            read(tmp_path)
+
+
+def test_a_byte_order_mark_is_accepted(tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    path.write_bytes('\ufeff{"a": 1}'.encode())
+    assert read_json(path) == {"a": 1}
+    assert read_jsonl(path) == [{"a": 1}]
+    assert read_yaml(path, "--config") == {"a": 1}

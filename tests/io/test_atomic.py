@@ -1,0 +1,123 @@
+"""Atomic writes of files and folders: complete or absent, also when a block raises or the process is killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import tree
+
+from sd_unlearn.errors import UnlearnError, UsageError
+from sd_unlearn.io.files import atomic_path, check_writable, write_bytes
+
+ROOT = str(Path(__file__).parent.parent.parent)
+
+
+def fill(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(name)
+
+
+def test_a_new_file_and_its_parent_folders(tmp_path: Path) -> None:
+    with atomic_path(tmp_path / "a" / "b.bin") as temporary:
+        assert temporary.parent == tmp_path / "a"
+        temporary.write_bytes(b"content")
+    assert (tmp_path / "a" / "b.bin").read_bytes() == b"content"
+    assert tree(tmp_path) == {"a", "a/b.bin"}
+
+
+def test_a_folder_replaces_a_folder_completely(tmp_path: Path) -> None:
+    fill(tmp_path / "run", "old", "both")
+    with atomic_path(tmp_path / "run") as temporary:
+        fill(temporary, "both", "deep/new")
+        assert tree(tmp_path / "run") == {"old", "both"}
+    assert tree(tmp_path) == {"run", "run/both", "run/deep", "run/deep/new"}
+
+
+def test_a_file_and_a_folder_replace_each_other(tmp_path: Path) -> None:
+    target = tmp_path / "x"
+    target.write_text("file")
+    with atomic_path(target) as temporary:
+        fill(temporary, "inside")
+    assert tree(tmp_path) == {"x", "x/inside"}
+    write_bytes(target, b"file again")
+    assert tree(tmp_path) == {"x"}
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_a_failing_block_keeps_the_old_content(tmp_path: Path, kind: str) -> None:
+    target = tmp_path / "x"
+    fill(target if kind == "folder" else tmp_path, "x")
+    before = tree(tmp_path)
+
+    def fail() -> None:
+        with atomic_path(target) as temporary:
+            fill(temporary, "half") if kind == "folder" else temporary.write_text("half")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert tree(tmp_path) == before
+    assert (target / "x" if kind == "folder" else target).read_text() == "x"
+
+
+def test_a_block_that_writes_nothing_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "x").write_text("old")
+    with pytest.raises(FileNotFoundError), atomic_path(tmp_path / "x"):
+        pass
+    assert (tmp_path / "x").read_text() == "old"
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_a_killed_process_leaves_the_old_content(tmp_path: Path, kind: str) -> None:
+    target = tmp_path / "x"
+    fill(target if kind == "folder" else tmp_path, "x")
+    write = "(t.mkdir(), (t / 'new').write_text('new'))" if kind == "folder" else "t.write_text('new')"
+    code = f"""
+import os, signal, sys
+from pathlib import Path
+from sd_unlearn.io.files import atomic_path
+with atomic_path(Path(sys.argv[1])) as t:
+    {write}
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(target)], env={**os.environ, "PYTHONPATH": ROOT})
+    assert done.returncode == -signal.SIGKILL
+    assert (target / "x" if kind == "folder" else target).read_text() == "x"
+    with atomic_path(target) as temporary:  # what the killed process left does not disturb the next one
+        temporary.write_text("after")
+    assert target.read_text() == "after"
+
+
+def test_content_is_synced_before_the_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+    fsync, replace = os.fsync, Path.replace
+
+    def synced(descriptor: int) -> None:
+        events.append("sync")
+        fsync(descriptor)
+
+    def replaced(self: Path, to: Path) -> Path:
+        events.append("replace")
+        return replace(self, to)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(Path, "replace", replaced)
+    with atomic_path(tmp_path / "run") as temporary:
+        fill(temporary, "a", "deep/b")
+    assert events == ["sync", "sync", "replace", "sync"]  # two files, the rename, the parent folder
+
+
+def test_a_folder_that_cannot_be_created_is_an_error_of_ours(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(UnlearnError, match=r"Cannot write .*x\.bin: .+\. Choose another folder\."):
+        write_bytes(tmp_path / "file" / "x.bin", b"")
+    with pytest.raises(UsageError, match=r"--output_dir .* cannot be written: .*file is not a writable folder"):
+        check_writable(tmp_path / "file" / "deeper", "--output_dir")
+    check_writable(tmp_path / "new" / "deeper", "--output_dir")
+    assert tree(tmp_path) == {"file"}

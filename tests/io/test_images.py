@@ -1,0 +1,111 @@
+"""The image opener: 8-bit RGB, upright, over white; anything it cannot decode is one clear error."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sd_unlearn.errors import UsageError
+from sd_unlearn.io.images import UnreadableImage, open_image, to_rgb
+
+RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
+
+
+def pixel(path: Path, x: int = 0, y: int = 0) -> tuple[int, ...]:
+    image = open_image(path)
+    assert image.mode == "RGB"
+    color = image.getpixel((x, y))
+    assert isinstance(color, tuple)
+    return color
+
+
+@pytest.mark.parametrize("suffix", ["png", "bmp", "tiff", "gif", "webp", "jpg"])
+def test_every_format_by_its_content(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"x.{suffix}"
+    Image.new("RGB", (8, 8), RED).save(path, **({"lossless": True} if suffix == "webp" else {}))
+    renamed = path.rename(tmp_path / "x.png")  # the suffix does not matter
+    assert np.abs(np.subtract(pixel(renamed), RED)).max() <= 2
+
+
+def test_16_bit_greyscale_is_scaled(tmp_path: Path) -> None:
+    values = np.array([[0, 257, 32896, 65535]], dtype=np.uint16)
+    Image.fromarray(values).save(tmp_path / "x.png")
+    assert np.asarray(open_image(tmp_path / "x.png"))[0, :, 0].tolist() == [0, 1, 128, 255]
+
+
+def test_transparency_is_over_white(tmp_path: Path) -> None:
+    for name, color in (("clear", (*RED, 0)), ("half", (*RED, 128)), ("opaque", (*RED, 255))):
+        Image.new("RGBA", (4, 4), color).save(tmp_path / f"{name}.png")
+    assert pixel(tmp_path / "clear.png") == WHITE
+    assert pixel(tmp_path / "half.png") == (255, 127, 127)
+    assert pixel(tmp_path / "opaque.png") == RED
+    palette = Image.new("P", (4, 4), 0)
+    palette.putpalette([*BLUE, *RED])
+    palette.save(tmp_path / "palette.png", transparency=0)
+    assert pixel(tmp_path / "palette.png") == WHITE
+    assert to_rgb(Image.new("LA", (1, 1), (0, 0))).getpixel((0, 0)) == WHITE
+
+
+def test_exif_orientation_is_applied(tmp_path: Path) -> None:
+    image = Image.new("RGB", (16, 8), BLUE)
+    image.paste(RED, (0, 0, 8, 8))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # rotate by 90 degrees clockwise
+    image.save(tmp_path / "x.png", exif=exif)
+    assert open_image(tmp_path / "x.png").size == (8, 16)
+    assert (pixel(tmp_path / "x.png", 4, 0), pixel(tmp_path / "x.png", 4, 15)) == (RED, BLUE)
+
+
+def test_the_first_frame_of_an_animation(tmp_path: Path) -> None:
+    frames = [Image.new("RGB", (4, 4), color) for color in (RED, BLUE)]
+    frames[0].save(tmp_path / "x.gif", save_all=True, append_images=frames[1:])
+    assert pixel(tmp_path / "x.gif") == RED
+
+
+def test_eps_is_never_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from PIL import EpsImagePlugin
+
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_: pytest.fail("Ghostscript was started"))
+    path = tmp_path / "x.png"
+    path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n")
+    with pytest.raises(UnreadableImage, match="not one of PNG"):
+        open_image(path)
+
+
+def damaged(tmp_path: Path, kind: str) -> Path:
+    path = tmp_path / "x.png"
+    Image.effect_noise((64, 64), 50).save(path)
+    content = path.read_bytes()
+    path.write_bytes(
+        {"empty": b"", "text": b"no image", "cut": content[: len(content) // 2], "head": content[:20]}[kind]
+    )
+    return path
+
+
+@pytest.mark.parametrize("kind", ["empty", "text", "cut", "head"])
+def test_an_unreadable_image_is_named_with_the_reason(tmp_path: Path, kind: str) -> None:
+    path = damaged(tmp_path, kind)
+    with pytest.raises(UsageError, match=r"x\.png cannot be read as an image: .+\. Replace or delete it\.$") as caught:
+        open_image(path)
+    assert isinstance(caught.value, UnreadableImage)
+    assert caught.value.why
+    assert "x.png" not in caught.value.why
+    assert ("0 bytes" in caught.value.why) == (kind == "empty")
+
+
+def test_a_missing_image_and_a_folder(tmp_path: Path) -> None:
+    with pytest.raises(UnreadableImage, match="does not exist"):
+        open_image(tmp_path / "none.png")
+    with pytest.raises(UnreadableImage, match="directory"):
+        open_image(tmp_path)
+
+
+def test_a_decompression_bomb_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Image.new("1", (100, 100)).save(tmp_path / "x.png")
+    for limit in (9_000, 1_000):  # above the limit Pillow warns, above twice the limit it raises
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+        with pytest.raises(UnreadableImage, match="10000 pixels"):
+            open_image(tmp_path / "x.png")
