@@ -64,7 +64,7 @@ def _describe(kind: Any, fault: Mapping[str, Any]) -> str:
         known = _keys_at(kind, parents)
         inside = f" in {_path(parents)}" if parents else ""
         listed = f" Known: {', '.join(sorted(known))}" if known else ""
-        return f'unknown key "{key}"{inside}.{suggest(str(key), known)}{listed}'
+        return f'unknown key "{key}"{inside}' + (f".{suggest(str(key), known)}{listed}" if known else "")
     if fault["type"] in ("missing", "missing_argument"):
         inside = f" in {_path(parents)}" if parents else ""
         return f'needs the key "{key}"{inside}'
