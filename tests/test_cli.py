@@ -1,4 +1,4 @@
-"""The command line: exit codes, names, what is refused in one line before anything loads, and nothing left behind."""
+"""The command line: exit codes, names, errors of one line before anything loads, and no files left behind."""
 
 from __future__ import annotations
 
@@ -47,23 +47,23 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[TrainConfig | RenderConfig]]:
-    """Commands do nothing but note what they were asked."""
+def configs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[TrainConfig | RenderConfig]]:
+    """Commands only record their configs."""
     notes: list[TrainConfig | RenderConfig] = []
-    for room in (trainer, render):
-        monkeypatch.setattr(room, "run", lambda config: notes.append(config) or Path("done"))
+    for module in (trainer, render):
+        monkeypatch.setattr(module, "run", lambda config: notes.append(config) or Path("done"))
     return notes  # type: ignore[return-value]
 
 
 @pytest.fixture
 def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is refused is refused before a model is loaded."""
+    """Fails the test if a model is loaded."""
 
     def load(*_: object) -> None:
         pytest.fail("a model was loaded")
 
-    for room in (trainer, render):
-        monkeypatch.setattr(room, "load_base", load)
+    for module in (trainer, render):
+        monkeypatch.setattr(module, "load_base", load)
 
 
 # -- help, names, values --
@@ -142,41 +142,41 @@ def test_importing_the_command_line_imports_nothing_heavy() -> None:
         assert f"'{heavy}'" not in modules
 
 
-def test_values_arrive_with_their_types(run: Run, asked: list[TrainConfig]) -> None:
+def test_values_arrive_with_their_types(run: Run, configs: list[TrainConfig]) -> None:
     assert run("train", "--concept", "Brad Pitt", "--beta", "0.25", "--rank=4", "--data_dir", "my data").code == 0
-    (config,) = asked
+    (config,) = configs
     assert (config.concept, config.beta, config.rank, config.data_dir) == ("Brad Pitt", 0.25, 4, Path("my data"))
     assert config == TrainConfig(concept="Brad Pitt", beta=0.25, rank=4, data_dir=Path("my data"))
 
 
 @pytest.mark.parametrize("command", ["train", "render"])
-def test_the_concept_may_be_the_first_argument(run: Run, asked: list[TrainConfig], command: str) -> None:
+def test_the_concept_may_be_the_first_argument(run: Run, configs: list[TrainConfig], command: str) -> None:
     Path("run.yaml").write_text("concept: nine\n")
     for arguments in (["seven"], ["--seed", "0", "seven"], ["seven", "--config", "run.yaml"]):
         assert run(command, *arguments).code == 0
-        assert asked.pop().concept == "seven"
+        assert configs.pop().concept == "seven"
 
 
-def test_beta_may_be_a_number_or_the_word_estimate(run: Run, asked: list[TrainConfig]) -> None:
+def test_beta_may_be_a_number_or_the_word_estimate(run: Run, configs: list[TrainConfig]) -> None:
     Path("run.yaml").write_text("beta: estimate\n")
     for arguments in (["--beta", "estimate"], ["--config", "run.yaml"]):
         assert run("train", "--concept", "seven", *arguments).code == 0
-        assert asked.pop().beta == "estimate"
+        assert configs.pop().beta == "estimate"
 
 
 @pytest.mark.parametrize("option", ["--no_share_timesteps", "--no-share-timesteps"])
-def test_what_is_on_can_be_switched_off(run: Run, asked: list[TrainConfig], option: str) -> None:
+def test_a_default_that_is_on_can_be_turned_off(run: Run, configs: list[TrainConfig], option: str) -> None:
     assert run("train", "--concept", "seven", option).code == 0
-    assert asked[0].share_timesteps is False
+    assert configs[0].share_timesteps is False
 
 
-def test_hyphens_are_accepted(run: Run, asked: list[TrainConfig]) -> None:
+def test_hyphens_are_accepted(run: Run, configs: list[TrainConfig]) -> None:
     assert run("train", "--max-train-steps", "7", "--pretrained-model-name-or-path=a-b/c-d").code == 0
-    assert asked[0].max_train_steps == 7
-    assert asked[0].pretrained_model_name_or_path == "a-b/c-d"  # a value keeps its hyphens
+    assert configs[0].max_train_steps == 7
+    assert configs[0].pretrained_model_name_or_path == "a-b/c-d"  # a value keeps its hyphens
 
 
-def test_results_go_to_stdout(run: Run, asked: list[TrainConfig]) -> None:
+def test_results_go_to_stdout(run: Run, configs: list[TrainConfig]) -> None:
     found = run("render", "--concept", "seven")
     assert (found.out, found.err) == ("done\n", "")
 
@@ -184,7 +184,7 @@ def test_results_go_to_stdout(run: Run, asked: list[TrainConfig]) -> None:
 # -- the config file --
 
 
-def test_config_file_values_are_used_and_the_command_line_wins(run: Run, asked: list[TrainConfig]) -> None:
+def test_config_file_values_are_used_and_the_command_line_wins(run: Run, configs: list[TrainConfig]) -> None:
     settings = {
         "concept": "Brad Pitt",
         "beta": 0.3,
@@ -199,24 +199,24 @@ def test_config_file_values_are_used_and_the_command_line_wins(run: Run, asked: 
     Path("run.yaml").write_text(yaml.safe_dump(settings))
     for arguments in (["--config", "run.yaml", "--rank", "4"], ["--rank=4", "--config=run.yaml"]):
         assert run("train", *arguments).code == 0
-        config = asked.pop()
+        config = configs.pop()
         assert (config.concept, config.beta, config.rank, config.correction) == ("Brad Pitt", 0.3, 4, "nn")
         assert (config.data_dir, config.overwrite, config.anchor) == (Path("d"), True, None)
         assert config.learning_rate == 1e-4
     assert run("train", "--concept", "seven").code == 0
-    assert asked.pop().beta is None  # the file of one call is forgotten by the next
+    assert configs.pop().beta is None  # the file of one call is forgotten by the next
 
 
 @pytest.mark.parametrize("overwrite", [True, False])
-def test_a_resolved_config_is_a_config_file(run: Run, asked: list[TrainConfig], overwrite: bool) -> None:
+def test_a_resolved_config_is_a_config_file(run: Run, configs: list[TrainConfig], overwrite: bool) -> None:
     from sd_unlearn.config.base import as_dict
 
     config = TrainConfig(concept="seven", beta=0.1, overwrite=overwrite, output_dir=Path("runs/x"), guidance_scale=3)
     Path("config.yaml").write_text(yaml.safe_dump(as_dict(config)))
     assert run("train", "--config", "config.yaml").code == 0
-    assert asked == [config] or asked[0].config == Path("config.yaml")
-    asked[0].config = None
-    assert asked == [config]
+    assert configs == [config] or configs[0].config == Path("config.yaml")
+    configs[0].config = None
+    assert configs == [config]
 
 
 def test_unknown_config_key(run: Run) -> None:
@@ -374,7 +374,7 @@ def test_an_option_that_is_nearly_right_is_named(run: Run) -> None:
 
 @pytest.mark.parametrize("content", ["{}", "{", '{"_class_name": "FluxPipeline"}', "[]", None])
 @pytest.mark.usefixtures("no_model")
-def test_a_folder_that_is_no_supported_model(run: Run, content: str | None) -> None:
+def test_a_folder_that_is_not_a_supported_model(run: Run, content: str | None) -> None:
     Path("model").mkdir()
     if content is not None:
         Path("model/model_index.json").write_text(content)
@@ -386,7 +386,7 @@ def test_a_folder_that_is_no_supported_model(run: Run, content: str | None) -> N
 
 
 @pytest.mark.usefixtures("no_model")
-def test_a_model_file_is_no_model_folder(run: Run) -> None:
+def test_a_damaged_model_file_is_refused(run: Run) -> None:
     Path("model.safetensors").write_bytes(b"x")
     found = run("train", "--concept", "seven", "--pretrained_model_name_or_path", "model.safetensors")
     assert found.code == 2
@@ -504,7 +504,7 @@ def test_an_unforeseen_error_is_one_line_and_a_traceback_only_with_debug(
 
 
 def test_train_py_is_the_train_command(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, asked: list[TrainConfig]
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, configs: list[TrainConfig]
 ) -> None:
     script = Path(cli.__file__).parent.parent / "train.py"
     for arguments, code in ((["--beta", "much"], 2), (["--beta", "0.5"], 0)):
@@ -512,5 +512,5 @@ def test_train_py_is_the_train_command(
         with pytest.raises(SystemExit) as caught:
             runpy.run_path(str(script), run_name="__main__")
         assert caught.value.code == code
-    assert [(c.concept, c.beta) for c in asked] == [("seven", 0.5)]
+    assert [(c.concept, c.beta) for c in configs] == [("seven", 0.5)]
     assert "much" in capsys.readouterr().err

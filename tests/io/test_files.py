@@ -1,4 +1,4 @@
-"""Slugs that are never paths, seeds that never meet, files that are whole or absent."""
+"""Slugs, seeds of disjoint ranges, and reading and writing of files."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_a_name_without_latin_letters_still_has_a_slug(name: str) -> None:
     assert slugify(name) == slugify(name)
 
 
-def test_such_names_have_slugs_of_their_own() -> None:
+def test_names_without_latin_letters_have_different_slugs() -> None:
     assert len({slugify(name) for name in ("🙂", "🙃", "...", "", "東京")}) == 5
 
 
@@ -54,7 +54,7 @@ def test_every_slug_is_a_plain_file_name() -> None:
         assert re.fullmatch(r"[a-z0-9]([a-z0-9-]{0,58}[a-z0-9])?", slug)
 
 
-def test_seeds_of_the_three_purposes_never_meet() -> None:
+def test_seeds_of_the_three_purposes_are_disjoint() -> None:
     ordered = sorted(SPANS)
     assert all(a[0] < a[1] for a in ordered)
     assert all(a[1] <= b[0] for a, b in zip(ordered, ordered[1:], strict=False))
@@ -65,7 +65,7 @@ def test_seeds_of_the_three_purposes_never_meet() -> None:
 
 
 def test_seeds_are_stable_between_versions() -> None:
-    """A change here changes every picture that was ever rendered."""
+    """A change here changes every generated image."""
     assert image_seed(RENDER_SEEDS, 0, "a photo of Brad Pitt", 0) == 992_725_059
     assert image_seed(EVALUATE_SEEDS, 7, "eine Ziffer in grüner Tinte", 3) == 2_442_550_780
 
@@ -76,7 +76,7 @@ def test_a_seed_depends_on_each_of_its_parts() -> None:
     assert image_seed(RENDER_SEEDS, 1, "1", 1) != image_seed(RENDER_SEEDS, 11, "", 1)
 
 
-def test_write_text_replaces_and_leaves_nothing_beside(tmp_path: Path) -> None:
+def test_write_text_replaces_and_leaves_no_other_file(tmp_path: Path) -> None:
     target = tmp_path / "new" / "x.txt"
     write_text(target, "one")
     write_text(target, "zwölf\n")
@@ -114,7 +114,7 @@ def test_a_full_disk_keeps_the_old_file_and_says_so(tmp_path: Path, monkeypatch:
 
 
 @pytest.mark.parametrize("below", ["file/x.txt", "file/deeper/x.txt"])
-def test_a_place_that_cannot_be_written_is_named(tmp_path: Path, below: str) -> None:
+def test_a_path_that_cannot_be_written_is_named(tmp_path: Path, below: str) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(UnlearnError, match=r"x\.txt"):
         write_text(tmp_path / below, "text")
