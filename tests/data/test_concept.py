@@ -26,7 +26,7 @@ from sd_unlearn.data.concept import (
     write_concept,
 )
 from sd_unlearn.errors import UsageError
-from sd_unlearn.evaluation.evaluate import _concept_record
+from sd_unlearn.evaluation.evaluate import _concept_entry
 
 SHIPPED = sorted((PACKAGE.parent / "prompts").glob("*.yaml"))
 DIGITS = {"zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"}
@@ -324,4 +324,4 @@ def test_results_and_lora_header_record_the_same_hash(path: Path) -> None:
     content = json.dumps(dataclasses.asdict(concept), sort_keys=True)
     assert content.isascii()
     assert concept_sha256(concept) == hashlib.sha256(content.encode()).hexdigest()
-    assert _concept_record(concept)["sha256"] == concept_sha256(concept)
+    assert _concept_entry(concept)["sha256"] == concept_sha256(concept)
