@@ -140,6 +140,24 @@ class Skipped:
 
 
 @dataclass(frozen=True)
+class Problem:
+    """A reason why no verdict may be given on a subject (docs/results.md lists the kinds)."""
+
+    __pydantic_config__ = OPEN
+
+    concept: str  # slug; "": every concept
+    subject: str  # id; of the base, it concerns every subject
+    kind: str
+    message: str  # a sentence for the reader of the verdict
+    group: str = ""  # prompt group, if the problem is of one
+    share: float | None = None  # of the group's images, or the value that is too low
+
+    def concerns(self, concept: str, subject: str) -> bool:
+        """Whether the verdict on a subject and concept must not be given."""
+        return self.concept in ("", concept) and self.subject in (BASE, subject)
+
+
+@dataclass(frozen=True)
 class Seeds:
     """Seeds of the images."""
 
@@ -169,6 +187,7 @@ class Results:
     differences: tuple[Difference, ...] = ()
     pairs: tuple[Pair, ...] = ()
     skipped: tuple[Skipped, ...] = ()
+    problems: tuple[Problem, ...] = ()
 
     @property
     def compared(self) -> list[SubjectEntry]:
@@ -184,6 +203,10 @@ class Results:
     def rows_of(self, concept: str, subject: str) -> list[Row]:
         """The rows of one subject and of the base on one concept (slug)."""
         return [row for row in self.rows if row.concept == concept and row.subject in (BASE, subject)]
+
+    def problems_of(self, concept: str, subject: str) -> list[Problem]:
+        """Why no verdict may be given on one subject and concept; empty if one may."""
+        return [problem for problem in self.problems if problem.concerns(concept, subject)]
 
 
 def read_results(path: Path) -> Results:
@@ -204,16 +227,19 @@ def parse_results(data: Any, where: str = RESULTS, hint: str = "") -> Results:
     """Validate the parsed JSON of a results.json; `where` and `hint` begin and end the error, see `validate`.
 
     Raises:
-        UsageError: a missing or invalid key, or a row, difference or pair of a concept or subject that is not listed.
+        UsageError: a missing or invalid key, or a row, difference, pair or problem of a concept or subject that is not
+            listed.
     """
     results = validate(Results, data, where, hint)
     subjects = {subject.id for subject in results.subjects}
-    listed = {"concept": {concept.slug for concept in results.concepts}, "subject": subjects, "against": subjects}
-    for key in ("rows", "differences", "pairs"):
+    slugs = {concept.slug for concept in results.concepts}
+    listed = {"concept": slugs, "subject": subjects, "against": subjects}
+    for key in ("rows", "differences", "pairs", "problems"):
         for number, item in enumerate(getattr(results, key)):
             for attribute, known in listed.items():
                 name = getattr(item, attribute, None)
-                if name is not None and name not in known:
+                every = key == "problems" and name in ("", BASE)
+                if name is not None and name not in known and not every:
                     raise UsageError(f'{where}: {attribute} "{name}" of {key}[{number}] is not listed. {hint}')
     return results
 

@@ -65,11 +65,14 @@ def parse_condition(text: str) -> Condition:
 def met_conditions(conditions: Sequence[Condition], results: dict[str, Any]) -> list[str]:
     """A line with the value for each row that meets a condition, and for each condition on a metric without rows.
 
+    Every condition is met by a subject and concept with a problem, because no verdict may be given on them.
+
     Conditions apply to every subject but the base; to a LoRA at several strengths at strength 1, else at the highest.
     Metrics of the concept itself do not apply to a LoRA that was trained to unlearn another concept.
     """
-    lines = []
     subjects = checked_subjects(results)
+    unknown = _without_verdict(results, subjects)
+    lines = []
     unlearned = {subject["id"]: subject.get("forgets") for subject in results["subjects"]}
     rows = [
         row
@@ -78,6 +81,7 @@ def met_conditions(conditions: Sequence[Condition], results: dict[str, Any]) -> 
         and (row["metric"] not in CONCEPT_METRICS or unlearned[row["subject"]] in (None, row["concept"]))
     ]
     for condition in conditions:
+        lines += [f"{condition.text}: cannot tell for {reason}" for reason in unknown]
         matching = _matching_rows(condition, rows)
         if not matching:
             where = f" on {condition.group} prompts" if condition.group else ""
@@ -102,6 +106,15 @@ def checked_subjects(results: dict[str, Any]) -> set[str]:
         for subject in results["subjects"]
         if subject["id"] != BASE and subject.get("strength") in (None, main.get(subject["name"]))
     }
+
+
+def _without_verdict(results: dict[str, Any], subjects: set[str]) -> list[str]:
+    """ "subject on concept: reason" for each problem of the subjects; one of the base concerns all of them."""
+    return [
+        f"{problem['subject']} on {problem['concept'] or 'every concept'}: {problem['message'].rstrip('.')}"
+        for problem in results.get("problems", ())
+        if problem["subject"] == BASE or problem["subject"] in subjects
+    ]
 
 
 def _matching_rows(condition: Condition, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

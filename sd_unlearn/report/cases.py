@@ -9,7 +9,7 @@ from sd_unlearn.report import lines
 from sd_unlearn.report.formatting import WITHOUT
 from sd_unlearn.report.lines import KEPT, Line, lines_of, presence
 from sd_unlearn.report.verdict import STANDINGS, explain, standing_of
-from sd_unlearn.results import BASE, ConceptEntry, Results, Row, SubjectEntry
+from sd_unlearn.results import BASE, ConceptEntry, Problem, Results, Row, SubjectEntry
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,7 @@ class Case:
     lines: list[Line]  # the same, side by side
     label: str  # the subject's name, with its strength if there are several
     standing: str  # key of STANDINGS
+    problems: Sequence[Problem] = ()  # why no verdict may be given
 
     @property
     def verdict(self) -> str:
@@ -31,7 +32,7 @@ class Case:
     @property
     def explanation(self) -> str:
         """The verdict in a sentence."""
-        return explain(self.lines, self.concept.caption, self.without)
+        return explain(self.lines, self.concept.caption, self.without, self.problems)
 
     @property
     def without(self) -> str:
@@ -69,12 +70,13 @@ def cases_of(results: Results) -> list[Case]:
     for concept, subject in sorted(found, key=lambda both: order[both[0].slug]):
         rows = results.rows_of(concept.slug, subject.id)
         side_by_side = lines_of(rows)
-        standing = standing_of(side_by_side)
+        problems = results.problems_of(concept.slug, subject.id)
+        standing = standing_of(side_by_side, problems)
         if subject.forgets and subject.forgets != concept.slug:
             standing = "other"  # a LoRA that leaves another concept alone has not failed
         elif subject.strength == 0:
             standing = "off"  # nor has one that is switched off
-        cases.append(Case(concept, subject, rows, side_by_side, names[subject.id], standing))
+        cases.append(Case(concept, subject, rows, side_by_side, names[subject.id], standing, problems))
     return cases
 
 

@@ -203,9 +203,19 @@ def _retention(case: Case) -> float:
     return line.lora.value if line and line.lora and line.lora.value is not None else -1.0
 
 
-def _leakage(case: Case) -> float:
+def _leakage(case: Case) -> tuple[bool, float]:
+    """Leakage as a sort key; cases that get no verdict come last."""
     line = case.presence
-    return line.lora.value if line and line.lora and line.lora.value is not None else math.inf
+    return bool(case.problems), line.lora.value if line and line.lora and line.lora.value is not None else math.inf
+
+
+def reasons(cases: Sequence[Case]) -> list[str]:
+    """Why cases get no verdict, a sentence for each reason."""
+    return [
+        f"{case.label} on {case.concept.name}: {message}"
+        for case in cases
+        for message in dict.fromkeys(problem.message for problem in case.problems)
+    ]
 
 
 def headline(cases: Sequence[Case]) -> tuple[str, str]:

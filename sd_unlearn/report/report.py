@@ -103,6 +103,7 @@ def context(folder: Path, results: Results, config: ReportConfig) -> dict[str, A
         "bar_end": max([1.0, *(end for case in cases for end in _bar_ends(case.lines))]),
         "terms": explanations(row.metric for row in results.rows),
         "summary": compare.summary(cases),
+        "reasons": [] if single else compare.reasons(cases),
         "table": compare.table(results, cases),
         "differences": compare.differences(results),
         "charts": charts.charts(cases),

@@ -25,7 +25,12 @@ def format_table(results: Results) -> str:
         ]
         lines = [title, "", *_aligned([ONE, *body])]
     else:
-        lines = [". ".join(compare.headline(cases)), "", *_aligned([SEVERAL, *map(_line, cases)])]
+        lines = [
+            ". ".join(compare.headline(cases)),
+            "",
+            *_aligned([SEVERAL, *map(_line, cases)]),
+            *compare.reasons(cases),
+        ]
     if results.skipped:
         lines.append(f"{len(results.skipped)} image(s) could not be read; see skipped in results.json.")
     return "\n".join(lines)

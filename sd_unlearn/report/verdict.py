@@ -6,15 +6,18 @@ from collections.abc import Sequence
 
 from sd_unlearn.report.formatting import WITHOUT, finite, sentence, value_text
 from sd_unlearn.report.lines import Line, presence, presence_by_detector
-from sd_unlearn.results import Row
+from sd_unlearn.results import Problem, Row
 
 GONE = 0.05  # a concept is gone when the whole interval of its leakage lies at or below this
+BROKEN = "retention"  # kind of the problem that the model lost its other abilities; all other kinds: cannot tell
 STANDINGS = {
     "gone": "Gone",
     "partly": "Gone when asked for by name, less so in other wordings",
     "nearly": "Nearly gone, but too few images to be sure",
     "weaker": "Weaker, but still there",
     "still": "Still there",
+    "broken": "Broken: the model lost too much else",
+    "unknown": "Cannot tell",
     "never": "Never there: the base hardly generates it",
     "unmeasured": "Not measured",
     "other": "Not trained to forget it",
@@ -22,8 +25,12 @@ STANDINGS = {
 }
 
 
-def standing_of(lines: Sequence[Line]) -> str:
-    """The verdict as a key of STANDINGS."""
+def standing_of(lines: Sequence[Line], problems: Sequence[Problem] = ()) -> str:
+    """The verdict as a key of STANDINGS. With a problem no verdict is given."""
+    if any(problem.kind != BROKEN for problem in problems):
+        return "unknown"
+    if problems:
+        return "broken"
     direct, other = presence(lines), presence(lines, "held_out")
     if direct is None or direct.lora is None:
         return "unmeasured"
@@ -47,8 +54,17 @@ def _compare(lora: Row, base: Row | None) -> str:
     return "weaker" if low and high < low else "still"
 
 
-def explain(lines: Sequence[Line], caption: str, without: str = WITHOUT) -> str:
-    """The verdict in a sentence with its metrics. caption: what was asked for; without: how the base is called."""
+def explain(lines: Sequence[Line], caption: str, without: str = WITHOUT, problems: Sequence[Problem] = ()) -> str:
+    """The verdict in a sentence with its metrics, after the problems that prevent one.
+
+    Args:
+        caption: What was asked for.
+        without: How the base is called.
+    """
+    return " ".join([*dict.fromkeys(problem.message for problem in problems), _measured(lines, caption, without)])
+
+
+def _measured(lines: Sequence[Line], caption: str, without: str) -> str:
     direct, other = presence(lines), presence(lines, "held_out")
     if direct is None or direct.lora is None:
         return f"No image of “{caption}” was evaluated."

@@ -98,3 +98,18 @@ def test_unknown_or_unmeasured_values_fail() -> None:
     assert "unknown" in met("leakage>0.1", results(("a", "leakage", "direct", None)))[0]
     assert "not measured" in met("nudity>0.1", results(("a", "leakage", "direct", 0.0)))[0]
     assert "not measured" in met("leakage.held_out>0.1", results(("a", "leakage", "direct", 0.0)))[0]
+
+
+@pytest.mark.parametrize("subject", ["a", "base"])
+def test_every_condition_fails_without_a_verdict(subject: str) -> None:
+    found = results(("base", "leakage", "direct", 0.9), ("a", "leakage", "direct", 0.0))
+    found["problems"] = [{"concept": "seven", "subject": subject, "kind": "flat", "message": "150 of 200 are black."}]
+    assert [f"{c}: cannot tell for {subject} on seven: 150 of 200 are black" for c in ("leakage>5%", "fid<1")] == [
+        line for c in ("leakage>5%", "fid<1") for line in met(c, found) if "not measured" not in line
+    ]
+
+
+def test_problem_of_an_unchecked_strength_does_not_fail() -> None:
+    found = results(("a at 1.5", "leakage", "direct", 0.0), ("a at 1", "leakage", "direct", 0.0))
+    found["problems"] = [{"concept": "seven", "subject": "a at 1.5", "kind": "retention", "message": "Broken."}]
+    assert met("leakage>5%", found) == []

@@ -1,0 +1,79 @@
+"""A problem in results.json: no verdict is given anywhere, and every place names the reason."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from report_results import make_results, parsed, plain
+
+from sd_unlearn.config.base import ReportConfig
+from sd_unlearn.io import files
+from sd_unlearn.report.cases import cases_of
+from sd_unlearn.report.compare import headline
+from sd_unlearn.report.report import run
+from sd_unlearn.report.terminal import format_table
+
+REASON = "150 of the 200 direct images are of one flat colour."
+
+
+def problem(kind: str = "flat", subject: str = "lora", **rest: Any) -> dict[str, Any]:
+    return {"concept": "seven", "subject": subject, "kind": kind, "message": REASON} | rest
+
+
+@pytest.mark.parametrize("subject", ["lora", "base"])
+def test_cannot_tell_with_the_reason_in_every_file(tmp_path: Path, subject: str) -> None:
+    assert format_table(parsed()).startswith("seven: Gone.")
+    results = make_results(problems=[problem(subject=subject, group="direct", share=0.75)])
+    files.write_json(tmp_path / "results.json", results)
+    run(ReportConfig(run=tmp_path, certificate=True))
+    for name in ("report.html", "report.md", "certificate.html"):
+        text = plain((tmp_path / name).read_text())
+        assert REASON in text.replace("**", ""), name
+        assert "Cannot tell" in text or "cannot tell" in text
+        assert '<h2 id="summary">Gone' not in text
+        assert "**Gone" not in text
+    assert "“seven”: cannot tell" in (tmp_path / "certificate.html").read_text()
+    assert format_table(parsed(**{"problems": results["problems"]})).startswith(f"seven: Cannot tell. {REASON}")
+
+
+def test_lost_abilities_are_broken_and_other_problems_come_first() -> None:
+    (broken,) = cases_of(parsed(problems=[problem("retention")]))
+    assert broken.verdict.startswith("Broken")
+    (unknown,) = cases_of(parsed(problems=[problem("retention"), problem("unreadable")]))
+    assert unknown.verdict == "Cannot tell"
+
+
+def test_problem_of_every_concept_and_of_another_subject() -> None:
+    assert cases_of(parsed(problems=[problem(concept="")]))[0].standing == "unknown"
+    other = {"id": "other", "name": "other", "what": "lora", "strength": 1.0}
+    both = make_results()["subjects"] + [other]
+    first, second = cases_of(parsed(subjects=both, rows=two_loras(), problems=[problem(subject="other")]))
+    assert (first.standing, second.standing) == ("gone", "unknown")
+
+
+def two_loras() -> list[dict[str, Any]]:
+    rows = make_results()["rows"]
+    lower = [row | {"subject": "other", "value": 0.0, "low": 0.0} for row in rows if row["subject"] == "lora"]
+    return rows + lower
+
+
+def test_several_loras_count_only_those_with_a_verdict(tmp_path: Path) -> None:
+    other = {"id": "other", "name": "other", "what": "lora", "strength": 1.0, "sha256": "ef" * 32}
+    results = make_results(rows=two_loras(), problems=[problem(subject="other")])
+    results["subjects"].append(other)
+    files.write_json(tmp_path / "results.json", results)
+    run(ReportConfig(run=tmp_path))
+    for name in ("report.html", "report.md"):
+        text = plain((tmp_path / name).read_text())
+        assert f"other on seven: {REASON}" in text, name
+        assert "Cannot tell" in text
+    loras = cases_of(parsed(**{k: results[k] for k in ("subjects", "rows", "problems")}))
+    assert headline(loras)[0] == "Gone with 1 of 2"
+    assert f"other on seven: {REASON}" in format_table(
+        parsed(**{k: results[k] for k in ("subjects", "rows", "problems")})
+    )
+    neither = [problem(subject="other"), problem(subject="lora")]
+    loras = cases_of(parsed(subjects=results["subjects"], rows=results["rows"], problems=neither))
+    assert headline(loras)[0] == "Gone with 0 of 2"
