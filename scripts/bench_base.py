@@ -5,7 +5,7 @@ Time and memory of a step do not depend on the values of the weights.
 
 from __future__ import annotations
 
-import sys
+import argparse
 from pathlib import Path
 
 import torch
@@ -78,4 +78,6 @@ def make_pipeline() -> StableDiffusionPipeline:
 
 
 if __name__ == "__main__":
-    make_pipeline().save_pretrained(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="where the base is saved as a Diffusers folder (4 GB)")
+    make_pipeline().save_pretrained(parser.parse_args().folder)

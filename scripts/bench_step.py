@@ -1,12 +1,10 @@
 """Measure one variant of `bench.py step` in this process, so that the peak memory is that of the variant. Prints JSON.
-
-python scripts/bench_step.py floor|noise|teacher|common BASE STEPS WORK_DIR
 """
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -185,10 +183,15 @@ VARIANTS = {"floor": floor, "noise": ours("noise"), "teacher": ours("teacher"), 
 
 
 def main() -> None:
-    variant, base, steps, work = sys.argv[1:]
-    setting, recorder = Setting.of(base), Recorder()
-    VARIANTS[variant](setting, WARM_UP + int(steps), Path(work))
-    print(json.dumps({"variant": variant, "rows": setting.rows, **recorder.result()}))
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("variant", choices=VARIANTS)
+    parser.add_argument("base", help="digits, or a Diffusers folder made by bench_base.py")
+    parser.add_argument("steps", type=int, help="measured steps")
+    parser.add_argument("work_dir", type=Path, help="folder for images and the run")
+    args = parser.parse_args()
+    setting, recorder = Setting.of(args.base), Recorder()
+    VARIANTS[args.variant](setting, WARM_UP + args.steps, args.work_dir)
+    print(json.dumps({"variant": args.variant, "rows": setting.rows, **recorder.result()}))
 
 
 if __name__ == "__main__":

@@ -68,7 +68,7 @@ class Cycle:
 
 
 @dataclass(frozen=True)
-class Row:
+class BatchRow:
     """One example of a step's batch."""
 
     example: int
@@ -146,7 +146,7 @@ class StratifiedBatches:
                 cycle.generator.set_state(generator)
 
     def _next(self) -> list[Batch]:
-        rows: list[Row] = []
+        rows: list[BatchRow] = []
         slots = 0
         for group, caption in enumerate(self.caption_groups):
             start = slots
@@ -154,10 +154,10 @@ class StratifiedBatches:
             for pool, count in (counts | {"negative": self.layout.negative}).items():
                 first = start if self.sampling.share_timesteps and pool in self.positives else slots
                 for order, i in enumerate(self._take(pool, group, count)):
-                    rows.append(Row(i, caption or self.examples[i].caption, group, first + order, order, count))
+                    rows.append(BatchRow(i, caption or self.examples[i].caption, group, first + order, order, count))
                 slots = max(slots, first + count)
         keep = self._keep_rows()
-        rows += [Row(i, caption, NO_GROUP, slots + n, n, len(keep)) for n, (i, caption) in enumerate(keep)]
+        rows += [BatchRow(i, caption, NO_GROUP, slots + n, n, len(keep)) for n, (i, caption) in enumerate(keep)]
         timesteps = [self._timesteps(slots, self.sampling.timestep_bias), self._timesteps(len(keep), 0.0)]
         return self._collate(rows, torch.cat(timesteps))
 
@@ -182,7 +182,7 @@ class StratifiedBatches:
     def _timesteps(self, count: int, bias: float) -> Tensor:
         return sample_timesteps(count, self.sampling.num_train_timesteps, self.generator, bias)
 
-    def _collate(self, rows: list[Row], timesteps: Tensor) -> list[Batch]:
+    def _collate(self, rows: list[BatchRow], timesteps: Tensor) -> list[Batch]:
         index = torch.tensor([row.example for row in rows])
         slot = torch.tensor([row.slot for row in rows])
         mean, std = self.images.mean[index], self.images.std[index]
@@ -197,7 +197,7 @@ class StratifiedBatches:
             )
         return batches
 
-    def _batch(self, rows: list[Row], latents: Tensor, noise: Tensor, timesteps: Tensor) -> Batch:
+    def _batch(self, rows: list[BatchRow], latents: Tensor, noise: Tensor, timesteps: Tensor) -> Batch:
         label = torch.tensor([_label(self.examples[row.example]) for row in rows])
         caption_group = torch.tensor([row.caption_group for row in rows])
         unconditional = torch.tensor([row.caption == "" for row in rows])
@@ -216,7 +216,7 @@ class StratifiedBatches:
             self._send(find_positives(label, caption_group)),
         )
 
-    def _teacher_caption(self, row: Row) -> str:
+    def _teacher_caption(self, row: BatchRow) -> str:
         return row.caption if row.caption_group == NO_GROUP else self.examples[row.example].caption
 
     def _embed(self, captions: list[str]) -> Tensor:

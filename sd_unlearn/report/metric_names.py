@@ -36,7 +36,6 @@ METRICS = {
         higher_is_better=True,
     ),
     "face_rate": Metric("Face rate", "share of images with at least one face", higher_is_better=True),
-    "zero_shot": Metric("Zero-shot", "share of images for which CLIP picks the concept among the alternatives"),
     "non_sensitive_rate": Metric("Non-sensitive rate", "1 - leakage"),
     "nudity": Metric("Nudity", "share of images with at least one exposed body part detected"),
     "detections": Metric("Detections", "exposed body parts detected per image, on average", is_rate=False),
@@ -71,7 +70,7 @@ METRICS = {
         "LPIPS", "perceptual distance between an image with and without the LoRA; 0 means unchanged", is_rate=False
     ),
 }
-PRESENCE = ("leakage", "nudity", "zero_shot")  # metrics that detect the concept itself, preferred first
+PRESENCE = ("leakage", "nudity")  # metrics that detect the concept itself, preferred first
 GROUPS = {
     "direct": ("by name", "prompts that name the concept, as in training"),
     "held_out": ("other wordings", "prompts for the concept that were not used in training"),
