@@ -1,5 +1,4 @@
-"""Measure one variant of `bench.py step` in this process, so that the peak memory is that of the variant. Prints JSON.
-"""
+"""Measure one variant of `bench.py step` in this process, so that the peak memory is that of the variant. Prints JSON."""
 
 from __future__ import annotations
 
