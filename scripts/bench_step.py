@@ -1,4 +1,4 @@
-"""Measure one variant of `bench.py step` in this process, so that the peak memory is that of the variant. Prints JSON."""
+"""Measure one variant of `bench.py step` in a process of its own, so that the peak memory is its own. Prints JSON."""
 
 from __future__ import annotations
 
