@@ -17,11 +17,11 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from sd_unlearn.data.dataset import Example, encode_images
 from sd_unlearn.data.embeddings import embed
 from sd_unlearn.data.prior import BetaEstimate, ImageEmbeddings, estimate_beta
+from sd_unlearn.io.images import open_image
 from sd_unlearn.metrics.digits import DigitsClassifier
 from sd_unlearn.models.base import Base, load_base
 from sd_unlearn.models.sampling import ImageRequest, default_sampler, generate_missing
@@ -55,7 +55,7 @@ def pool(digit: str, count: int) -> tuple[ImageEmbeddings, np.ndarray]:
         *(Example(path, GENERIC, "generic") for path in generic),
     ]
     latents, _ = encode_images(base(), examples, base().resolution, POOL / "cache")
-    shown = DigitsClassifier().read([Image.open(path) for path in generic]).shows(digit)
+    shown = DigitsClassifier().read([open_image(path) for path in generic]).shows(digit)
     return embed(base(), examples, latents), shown
 
 

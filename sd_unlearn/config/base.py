@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from cyclopts import Group
 
-from sd_unlearn.config.options import GENERAL, NOT_NEGATIVE, POSITIVE, START, Range, option
+from sd_unlearn.config.options import GENERAL, POSITIVE, START, NumImages, Range, option
 from sd_unlearn.seeds import SEED_SPAN
 
 DEFAULT_BASE = "CompVis/stable-diffusion-v1-4"
@@ -76,18 +76,18 @@ class RenderConfig(BaseOptions, ConceptOption):
     ] = None
     num_unlabeled: Annotated[
         int | None,
-        option("Images of the generic prompt in 0_unlabeled. Default: the concept file's.", IMAGES, NOT_NEGATIVE),
+        option("Images of the generic prompt in 0_unlabeled. Default: the concept file's.", IMAGES, NumImages),
     ] = None
     num_positive: Annotated[
-        int | None, option("Images of the concept in 1_positive. Default: the concept file's.", IMAGES, NOT_NEGATIVE)
+        int | None, option("Images of the concept in 1_positive. Default: the concept file's.", IMAGES, NumImages)
     ] = None
     num_mixed_in: Annotated[
         int | None,
-        option("Images of the concept among those in 0_unlabeled. Default: the concept file's.", IMAGES, NOT_NEGATIVE),
+        option("Images of the concept among those in 0_unlabeled. Default: the concept file's.", IMAGES, NumImages),
     ] = None
     num_keep: Annotated[
         int | None,
-        option("Images per keep prompt in 0_unlabeled. Default: the concept file's.", IMAGES, NOT_NEGATIVE),
+        option("Images per keep prompt in 0_unlabeled. Default: the concept file's.", IMAGES, NumImages),
     ] = None
     resolution: Annotated[
         int | None, option("Width and height of the images in pixels. Default: the base's own.", IMAGES, Resolution)

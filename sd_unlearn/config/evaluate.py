@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from cyclopts import Group
 
 from sd_unlearn.config.base import CLIP_MODEL, CLIP_PRETRAINED, BaseOptions, GuidanceScale, Resolution, Seed
-from sd_unlearn.config.options import GENERAL, POSITIVE, START, Range, many, option, several
+from sd_unlearn.config.options import GENERAL, POSITIVE, START, Range, SomeImages, many, option, several
 
 PROMPTS = Group("Prompts and seeds", sort_key=2)
 SAMPLER = Group("Sampler", sort_key=3)
@@ -73,10 +73,10 @@ class Prompts:
     ] = None
     num_images: Annotated[
         int | None,
-        option("Images for each of direct, held_out and generic, instead of the tier's number.", PROMPTS, POSITIVE),
+        option("Images for each of direct, held_out and generic, instead of the tier's number.", PROMPTS, SomeImages),
     ] = None
     num_keep_images: Annotated[
-        int | None, option("Images per keep prompt, instead of the tier's number.", PROMPTS, POSITIVE)
+        int | None, option("Images per keep prompt, instead of the tier's number.", PROMPTS, SomeImages)
     ] = None
     groups: Annotated[
         list[str], several("Prompt groups: direct held_out generic alike general. Default: the tier's.", PROMPTS)

@@ -61,6 +61,8 @@ class Range:
 
 
 POSITIVE, NOT_NEGATIVE = Range(above=0), Range(at_least=0)
+MAX_IMAGES = 1_000_000  # of one prompt; more is a typing error, and would be planned in memory
+NumImages, SomeImages = Range(at_least=0, at_most=MAX_IMAGES), Range(above=0, at_most=MAX_IMAGES)
 
 
 def option(text: str, group: Group | None = None, valid: Range | None = None, negative: str = "") -> Parameter:

@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,10 +19,12 @@ from typing import Annotated, Literal
 import yaml
 from pydantic import AfterValidator, Field
 
+from sd_unlearn.config.options import MAX_IMAGES
 from sd_unlearn.errors import UsageError, suggest
 from sd_unlearn.io.files import read_yaml, slugify, write_text
 from sd_unlearn.io.schema import STRICT, validate
 
+MAX_PROMPTS = 10_000  # in one list of a concept file, with all alternatives
 PACKAGE = Path(__file__).parent.parent
 _BRACES = re.compile(r"\{([^{}]*)\}")
 
@@ -32,6 +35,11 @@ def _not_blank(text: str) -> str:
     return text
 
 
+def _expandable(templates: list[str]) -> list[str]:
+    expand_braces(templates)
+    return templates
+
+
 def _below_one_together(betas: dict[str, float]) -> dict[str, float]:
     if sum(betas.values()) >= 1:
         raise ValueError(f"add up to {sum(betas.values()):g}; together they must be less than 1")
@@ -39,7 +47,8 @@ def _below_one_together(betas: dict[str, float]) -> dict[str, float]:
 
 
 Text = Annotated[str, AfterValidator(_not_blank)]
-Count = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(ge=0, le=MAX_IMAGES)]
+Prompts = Annotated[list[str], AfterValidator(_expandable)]  # braces list alternatives
 Beta = Annotated[float, Field(gt=0, lt=1)]
 
 
@@ -69,10 +78,10 @@ class Evaluation:
 
     __pydantic_config__ = STRICT
 
-    direct: list[str] = field(default_factory=list)
-    held_out: list[str] = field(default_factory=list)
-    alike: list[str] = field(default_factory=list)
-    general: list[str] = field(default_factory=list)
+    direct: Prompts = field(default_factory=list)
+    held_out: Prompts = field(default_factory=list)
+    alike: Prompts = field(default_factory=list)
+    general: Prompts = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -89,8 +98,8 @@ class Concept:
     base: str | None = None  # the base model unless the command names one
     generic_share: Annotated[float, Field(ge=0, lt=1)] = 0.0  # share of the concept in images of the generic prompt
     alternatives: list[str] = field(default_factory=list)  # the other labels of the zero-shot classifier
-    keep: list[str] = field(default_factory=list)  # prompts of retained concepts, rendered into 0_unlabeled
-    paraphrases: list[str] = field(default_factory=list)  # more training prompts for the concept, each with a bracket
+    keep: Prompts = field(default_factory=list)  # prompts of retained concepts, rendered into 0_unlabeled
+    paraphrases: Prompts = field(default_factory=list)  # more training prompts for the concept, each with a bracket
     betas: Annotated[dict[str, Beta], AfterValidator(_below_one_together)] = field(default_factory=dict)  # by folder
     images: Images = Images()
     evaluate: Evaluation = Evaluation()
@@ -120,10 +129,17 @@ def concept_sha256(concept: Concept) -> str:
 
 
 def expand_braces(templates: list[str]) -> list[Prompt]:
-    """One prompt for every combination of the alternatives in braces."""
-    prompts = []
+    """One prompt for every combination of the alternatives in braces.
+
+    Raises:
+        ValueError: they stand for more than MAX_PROMPTS prompts.
+    """
+    prompts: list[Prompt] = []
     for template in templates:
         options = [[word.strip() for word in group.split(",")] for group in _BRACES.findall(template)]
+        count = math.prod(map(len, options))
+        if len(prompts) + count > MAX_PROMPTS:
+            raise ValueError(f'"{template[:60]}" stands for {count:,} prompts; up to {MAX_PROMPTS:,} are possible')
         for words in itertools.product(*options):
             text = template
             for word in words:

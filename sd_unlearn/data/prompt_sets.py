@@ -8,12 +8,12 @@ plain text with one prompt per line. No row is skipped: a row without a prompt i
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from sd_unlearn.errors import UnlearnError, UsageError, reason, suggest
+from sd_unlearn.io.files import check_regular, parse_json
 
 I2P = "i2p"
 I2P_REPOSITORY, I2P_FILE = "AIML-TUDA/i2p", "i2p_benchmark.csv"
@@ -40,11 +40,12 @@ def load_prompt_set(name_or_path: str | Path, option: str = "--prompt_set") -> l
             f"{suggest(str(name_or_path), [I2P])}"
         )
     try:
+        check_regular(path)
         prompts = [_prompt(row, f"{where}, line {number}") for number, row in read_rows(path, where)]
-    except OSError as error:
-        raise UsageError(f"{where}: {reason(error)}. Known sets: {I2P}.") from None
     except UnicodeDecodeError as error:
         raise UsageError(f"{where} is not UTF-8 text ({error.reason}). Save it as UTF-8.") from None
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{where}: {reason(error)}. Known sets: {I2P}.") from None
     if not prompts:
         raise UsageError(f"{where} holds no prompts.")
     return prompts
@@ -86,8 +87,8 @@ def _csv_rows(path: Path, where: str) -> NumberedRows:
 def _json_rows(path: Path, where: str) -> NumberedRows:
     for number, line in _lines(path):
         try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
+            row = parse_json(line)
+        except ValueError as error:
             raise UsageError(f"{where}, line {number}, is not valid JSON: {reason(error)}.") from None
         if not isinstance(row, dict):
             raise UsageError(f'{where}, line {number}, must be an object with a key "{PROMPT_COLUMNS[0]}".')

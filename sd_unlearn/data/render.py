@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from sd_unlearn import __version__
 from sd_unlearn.config.base import RenderConfig
 from sd_unlearn.config.checks import check_render
+from sd_unlearn.config.options import MAX_IMAGES
 from sd_unlearn.data.concept import Concept, expand_braces, load_concept
 from sd_unlearn.data.metadata import read_metadata
 from sd_unlearn.errors import UnlearnError, UsageError, reason
@@ -88,7 +89,7 @@ def plan_images(concept: Concept, config: RenderConfig) -> list[ImageGroup]:
     """How many images to render of each prompt: the --num_* options, else the concept file's numbers.
 
     Raises:
-        UsageError: a negative number, or a folder without images.
+        UsageError: a negative number, more than MAX_IMAGES images, or a folder without images.
     """
     counts = dataclasses.asdict(concept.images)
     options = {name: getattr(config, f"num_{name}") for name in counts}
@@ -97,6 +98,9 @@ def plan_images(concept: Concept, config: RenderConfig) -> list[ImageGroup]:
         raise UsageError(f"--num_* must not be negative: {counts}.")
     if counts["positive"] < 1 or counts["unlabeled"] + counts["mixed_in"] < 1:
         raise UsageError("--num_positive and --num_unlabeled must leave at least one image in each folder.")
+    total = sum(counts.values()) + counts["keep"] * (len(concept.keep) - 1)
+    if total > MAX_IMAGES:
+        raise UsageError(f"--num_* ask for {total:,} images, but at most {MAX_IMAGES:,} can be rendered: {counts}.")
     keep = [group for line in concept.keep for group in _split_evenly(line, counts["keep"])]
     return [
         ImageGroup("generic", concept.generic, counts["unlabeled"]),

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from sd_unlearn.config.options import MAX_IMAGES
 from sd_unlearn.data.concept import Concept, Prompt
 from sd_unlearn.errors import UsageError, suggest
 from sd_unlearn.io.files import slugify, write_text
@@ -93,12 +94,22 @@ def plan_images(
     Args:
         seeds: The evaluation seeds; each adds a set of images.
         extra_prompts: Added to the direct prompts.
+
+    Raises:
+        UsageError: more than MAX_IMAGES images.
     """
-    specs = []
+    specs: list[ImageSpec] = []
+    planned = 0
     for number, seed in enumerate(seeds):
         for group in GROUPS:
             prompts = group_prompts(concept, group) + (list(extra_prompts) if group == "direct" else [])
             of_each_prompt = tier.of_each_prompt and group in KEEP_GROUPS
+            planned += getattr(tier, group) * (len(prompts) if of_each_prompt else bool(prompts))
+            if planned > MAX_IMAGES:
+                raise UsageError(
+                    f"{concept.slug}: the evaluation has {planned:,} or more images, but at most {MAX_IMAGES:,} are "
+                    "possible. Lower --num_images or --num_keep_images, or give fewer seeds."
+                )
             for prompt, index in _share_out(prompts, getattr(tier, group), of_each_prompt):
                 specs.append(ImageSpec(group, prompt, image_seed(EVALUATE_SEEDS, seed, prompt.text, index), number))
     return specs

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import base64
 import io
-import os
 
 from PIL import Image
 
 from sd_unlearn.export.trained_run import TrainedRun
+from sd_unlearn.io.files import path_inside
 from sd_unlearn.io.images import UnreadableImage, open_image
 from sd_unlearn.io.run_folder import PREVIEW_DIR
 
@@ -64,11 +64,9 @@ def _preview(run: TrainedRun) -> Image.Image | None:
 
 def _open(run: TrainedRun, relative: str) -> Image.Image | None:
     """An image of the run folder; None if it is missing, unreadable or outside of the folder."""
-    path = os.path.normpath(relative)
-    if os.path.isabs(path) or path.startswith(".."):
-        return None  # a results.json made by others must not publish other files of this machine
+    path = path_inside(run.folder, relative)  # a run made by others must not publish other files of this machine
     try:
-        return open_image(run.folder / path)
+        return open_image(path) if path else None
     except UnreadableImage:
         return None
 

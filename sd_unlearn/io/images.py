@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -10,10 +13,10 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from sd_unlearn.errors import UsageError, reason
+from sd_unlearn.io.files import check_regular
 
 # Pillow's names of the formats that are decoded, whatever the file's suffix. Others may start programs (EPS).
 FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "GIF", "TIFF", "BMP")
-UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError, Image.DecompressionBombWarning)
 
 
 class UnreadableImage(UsageError):
@@ -30,20 +33,41 @@ def open_image(path: Path) -> Image.Image:
     16-bit greyscale is scaled to 8 bits (Pillow's own conversion clips it). Transparency is composited over white.
 
     Raises:
-        UnreadableImage: the file is missing, empty, damaged, too large or of a format that is not in `FORMATS`.
+        UnreadableImage: the file is missing, empty, not a regular file, damaged, too large or of a format that is not
+            in `FORMATS`.
     """
+    with _errors_named(path), warnings.catch_warnings():
+        check_regular(path)
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        with Image.open(path, formats=_readable()) as image:
+            return to_rgb(ImageOps.exif_transpose(image))
+
+
+def verified_bytes(path: Path) -> bytes:
+    """The bytes of an image file whose checksums and end are intact; its pixels are not decoded.
+
+    Raises:
+        UnreadableImage: as `open_image`.
+    """
+    with _errors_named(path):
+        check_regular(path)
+        data = path.read_bytes()
+        with Image.open(io.BytesIO(data), formats=_readable()) as image:
+            image.verify()
+        return data
+
+
+@contextmanager
+def _errors_named(path: Path) -> Iterator[None]:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path, formats=_readable()) as image:
-                return to_rgb(ImageOps.exif_transpose(image))
+        yield
     except FileNotFoundError:
         raise UnreadableImage(path, "it does not exist") from None
     except UnidentifiedImageError:
         empty = path.is_file() and path.stat().st_size == 0
         why = "it is empty (0 bytes)" if empty else f"it is not one of {', '.join(FORMATS)}"
         raise UnreadableImage(path, why) from None
-    except UNREADABLE as error:
+    except Exception as error:  # for damaged files decoders raise struct.error, KeyError, AttributeError and others
         raise UnreadableImage(path, reason(error)) from None
 
 

@@ -13,7 +13,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from sd_unlearn.config.train import LoraTargets, Weights
-from sd_unlearn.errors import UsageError
+from sd_unlearn.errors import UsageError, reason
 from sd_unlearn.io.files import atomic_path
 from sd_unlearn.io.run_folder import ADAPTER_DIR, TEXT_ADAPTER_DIR
 
@@ -71,18 +71,24 @@ def load(pipeline: Any, run: Path) -> list[PeftModel]:
     """Attach the adapters of a run folder to a pipeline's networks, frozen and in eval mode, and return them.
 
     Raises:
-        UsageError: the run folder holds no adapter.
+        UsageError: the run folder holds no adapter, or one that PEFT cannot load.
     """
     folder = run / ADAPTER_DIR
     if not (folder / "adapter_model.safetensors").is_file():
         raise UsageError(
             f"--run {run} holds no trained LoRA ({folder}/adapter_model.safetensors). Run sd-unlearn train first."
         )
-    adapters = [PeftModel.from_pretrained(pipeline.unet, str(folder), adapter_name=ADAPTER_NAME).eval()]
+    adapters = [_load(pipeline.unet, folder)]
     if (run / TEXT_ADAPTER_DIR).is_dir():
-        encoder, folder = pipeline.text_encoder, run / TEXT_ADAPTER_DIR
-        adapters.append(PeftModel.from_pretrained(encoder, str(folder), adapter_name=ADAPTER_NAME).eval())
+        adapters.append(_load(pipeline.text_encoder, run / TEXT_ADAPTER_DIR))
     return adapters
+
+
+def _load(network: nn.Module, folder: Path) -> PeftModel:
+    try:
+        return PeftModel.from_pretrained(network, str(folder), adapter_name=ADAPTER_NAME).eval()
+    except Exception as error:  # for a damaged adapter_config.json PEFT raises TypeError, KeyError, re.error and others
+        raise UsageError(f"--run: {folder} is not a LoRA for this base ({reason(error)}). Train it again.") from error
 
 
 @torch.no_grad()

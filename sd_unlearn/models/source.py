@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sd_unlearn.errors import UsageError
+from sd_unlearn.io.files import read_json
 from sd_unlearn.models.checkpoint_header import (
     CheckpointHeader,
     kind_of_file,
@@ -63,15 +63,13 @@ class Source:
     def config_of(self, component: str, file: str = "config.json") -> dict[str, Any]:
         """A component's local configuration; empty if there is none."""
         try:
-            text = (self.configs / component / file).read_text(encoding="utf-8") if self.configs else "{}"
-        except OSError:
-            return {}
-        try:
-            return dict(json.loads(text))
-        except (ValueError, TypeError, RecursionError):
-            raise UsageError(
-                f"{OPTION} {self.name}: {component}/{file} is damaged. Restore it or use another model."
-            ) from None
+            path = self.configs / component / file if self.configs else None
+            content = read_json(path) if path and path.exists() else {}
+        except (UsageError, OSError):
+            content = None
+        if not isinstance(content, dict):
+            raise UsageError(f"{OPTION} {self.name}: {component}/{file} is damaged. Restore it or use another model.")
+        return content
 
     @property
     def kind(self) -> str | None:

@@ -10,7 +10,7 @@ from cyclopts import Group
 
 from sd_unlearn.choices import Correction, Reduction
 from sd_unlearn.config.base import Seed
-from sd_unlearn.config.options import POSITIVE, Range, option
+from sd_unlearn.config.options import POSITIVE, Range, SomeImages, option
 from sd_unlearn.config.train import Method
 from sd_unlearn.paper.experiments import Sampler, Size
 
@@ -121,7 +121,7 @@ class SharedOptions:
         int, option("Save a checkpoint every N steps; an interrupted run resumes from it.", TRAINING, POSITIVE)
     ] = 500
 
-    num_images: Annotated[int | None, option("Images to generate for the metrics.", EVALUATION, POSITIVE)] = None
+    num_images: Annotated[int | None, option("Images to generate for the metrics.", EVALUATION, SomeImages)] = None
     sampler: Annotated[Sampler | None, option("ddpm or ddim.", EVALUATION)] = None
     num_inference_steps: Annotated[
         int | None,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
+from sd_unlearn.io.files import path_inside
 from sd_unlearn.io.images import UnreadableImage, open_image
 
 # Longest side in pixels: images up to SMALL are shown magnified, larger ones are shrunk to THUMBNAIL.
@@ -75,17 +75,18 @@ def embed(
     boxes: Boxes = (),
     max_length: int = BUDGET,
 ) -> Embedded | None:
-    """Embed one image of a folder; None if it is missing, unreadable or outside the folder.
+    """Embed one image of a folder; None if it is missing, unreadable or, after its links are followed, outside it.
 
     An image of at most `small` pixels keeps its size unless its URI would be longer than `max_length`; larger ones are
     shrunk to `limit` pixels.
     """
-    path = os.path.normpath(relative)
-    if not relative or os.path.isabs(path) or path.startswith(".."):
-        return None  # a results.json from elsewhere must not pull other files of this machine into the report
+    # a run folder from elsewhere must not pull other files of this machine into the report
+    path = path_inside(folder, relative)
     try:
-        image = open_image(folder / path)
+        image = open_image(path) if path else None
     except UnreadableImage:
+        return None
+    if image is None:
         return None
     blur(image, boxes)
     tiny = max(image.size) <= small

@@ -17,7 +17,7 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from sd_unlearn.io.files import read_jsonl, write_text
+from sd_unlearn.io.files import read_jsonl, read_text, write_text
 from sd_unlearn.io.run_folder import METRICS
 
 SECOND_SIGNAL = 2.0  # seconds; a signal sooner after the first may be the same one, passed on by a launcher
@@ -35,7 +35,7 @@ class MetricsLog:
         main = self.accelerator.is_main_process
         if main:  # a resumed run drops what was logged after its checkpoint
             _drop_torn_line(self.path)
-            kept = [line for line in read_jsonl(self.path) if line["step"] <= step] if self.path.is_file() else []
+            kept = [line for line in read_jsonl(self.path) if _step(line) <= step] if self.path.is_file() else []
             write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         self.file = open(self.path if main else os.devnull, "a", encoding="utf-8")
         self.bar = tqdm(total=steps, initial=step, desc=title, unit="step", file=sys.stderr, disable=not main)
@@ -63,9 +63,15 @@ class MetricsLog:
         self.file.flush()
 
 
+def _step(line: dict[str, Any]) -> float:
+    """The step of a line; a line without one is dropped when a run is resumed."""
+    step = line.get("step")
+    return step if isinstance(step, int | float) else math.inf
+
+
 def _drop_torn_line(path: Path) -> None:
     """Remove a last line without a line end, as a full disk leaves it."""
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    text = read_text(path) if path.is_file() else ""
     if text and not text.endswith("\n"):
         write_text(path, text[: text.rfind("\n") + 1])
 

@@ -325,3 +325,23 @@ def test_results_and_lora_header_record_the_same_hash(path: Path) -> None:
     assert content.isascii()
     assert concept_sha256(concept) == hashlib.sha256(content.encode()).hexdigest()
     assert _concept_entry(concept)["sha256"] == concept_sha256(concept)
+
+
+BILLION = "a {" + "},{".join([",".join("abcdefghij")] * 9) + "}"
+
+
+@pytest.mark.parametrize("key", ["keep", "paraphrases", "evaluate"])
+def test_too_many_alternatives_are_refused_with_their_number(tmp_path: Path, key: str) -> None:
+    content = {"name": "x", "caption": "a", "generic": "b", key: [BILLION]}
+    if key == "evaluate":
+        content[key] = {"alike": [BILLION]}
+    (tmp_path / "x.yaml").write_text(yaml.safe_dump(content))
+    with pytest.raises(UsageError, match=rf"x\.yaml: {key}.* stands for 1,000,000,000 prompts; up to 10,000"):
+        read_concept(tmp_path / "x.yaml")
+
+
+def test_too_many_images_are_refused(tmp_path: Path) -> None:
+    content = {"name": "x", "caption": "a", "generic": "b", "images": {"positive": 10**11}}
+    (tmp_path / "x.yaml").write_text(yaml.safe_dump(content))
+    with pytest.raises(UsageError, match=r"images\.positive must be less than or equal to 1000000, not 100000000000"):
+        read_concept(tmp_path / "x.yaml")

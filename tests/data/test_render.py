@@ -147,7 +147,13 @@ def test_beta_from_shares(share: float, generic: int, mixed_in: int, beta: float
 def test_options_override_the_concept_file(concept: Concept) -> None:
     groups = render.plan_images(concept, RenderConfig(num_unlabeled=9, num_mixed_in=0, num_keep=0, num_positive=3))
     assert [count for _, _, count in groups] == [9, 0, 0, 0, 3]
-    for wrong in ({"num_positive": 0}, {"num_unlabeled": 0, "num_mixed_in": 0}, {"num_keep": -1}):
+    for wrong in (
+        {"num_positive": 0},
+        {"num_unlabeled": 0, "num_mixed_in": 0},
+        {"num_keep": -1},
+        {"num_keep": 999_999},  # of each keep prompt: too many together
+        {"num_positive": 10**11},
+    ):
         with pytest.raises(UsageError, match="--num_"):
             render.plan_images(concept, RenderConfig(**wrong))
 

@@ -67,6 +67,12 @@ def test_seeds_are_unique_and_in_the_evaluation_range() -> None:
     assert to_prompted_images(CONCEPT, specs).seeds.sum() == len(specs) / 2
 
 
+def test_a_plan_of_too_many_images_is_refused_before_it_is_made() -> None:
+    tier = override_counts(TIERS["quick"], 10**11, None, [])
+    with pytest.raises(UsageError, match="100,000,000,000 or more images, but at most 1,000,000"):
+        plan_images(CONCEPT, tier, [0])
+
+
 def test_groups_option() -> None:
     only = override_counts(TIERS["quick"], None, None, ["held_out", "alike"])
     assert (only.direct, only.held_out, only.generic, only.alike, only.general) == (0, 100, 0, 100, 0)

@@ -130,10 +130,14 @@ def test_images_of_nudity_are_not_exported(tmp_path: Path) -> None:
     assert not (tmp_path / "export" / "pairs.png").exists()
 
 
-@pytest.mark.parametrize("path", ["../secret.png", "/secret.png", "images/base/missing.png", "concept.yaml"])
+@pytest.mark.parametrize(
+    "path", ["../secret.png", "/secret.png", "images/link.png", "images/base/missing.png", "concept.yaml"]
+)
 def test_only_images_of_the_run_are_exported(tmp_path: Path, path: str) -> None:
     run = evaluated(tmp_path / "run")
     Image.new("RGB", (8, 8)).save(tmp_path / "secret.png")
+    (run / "images").mkdir(exist_ok=True)
+    (run / "images" / "link.png").symlink_to(tmp_path / "secret.png")
     results = json.loads((run / "results.json").read_text())
     name = str(tmp_path / "secret.png") if path.startswith("/") else path
     results["pairs"] = [results["pairs"][0] | {"base": name, "image": name}]

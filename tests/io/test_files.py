@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -184,3 +185,52 @@ def test_a_byte_order_mark_is_accepted(tmp_path: Path) -> None:
     assert read_json(path) == {"a": 1}
     assert read_jsonl(path) == [{"a": 1}]
     assert read_yaml(path, "--config") == {"a": 1}
+
+
+ODD_JSON = {"half a surrogate pair": rb'{"a": ["\ud83d"]}', "a key of half a pair": rb'{"\ud83d": 1}'}
+ODD_YAML = {
+    **ODD_JSON,
+    "aliases": b"a: &a [1,1,1,1,1,1,1,1,1,1]\n"
+    + b"".join(b"%c: &%c [%s]\n" % (n, n, b",".join([b"*%c" % (n - 1)] * 10)) for n in range(ord("b"), ord("k"))),
+    "endless": b"a: &a [*a]",
+    "hexadecimal": b"a: 0x" + 10_000 * b"f",
+    "empty int": b'a: !!int ""',
+    "no bool": b"a: !!bool x",
+    "no date": b"a: !!timestamp x",
+}
+
+
+@pytest.mark.parametrize("kind", ODD_JSON)
+def test_text_that_cannot_be_written_again_is_named(tmp_path: Path, kind: str) -> None:
+    (tmp_path / "x.data").write_bytes(ODD_JSON[kind])
+    for read in (read_json, read_jsonl):
+        with pytest.raises(UsageError, match=r"x\.data.*not valid Unicode"):
+            read(tmp_path / "x.data")
+
+
+@pytest.mark.parametrize("kind", ODD_YAML)
+def test_odd_yaml_is_named(tmp_path: Path, kind: str) -> None:
+    (tmp_path / "x.yaml").write_bytes(ODD_YAML[kind])
+    with pytest.raises(UsageError, match=r"--config .*x\.yaml is not valid YAML"):
+        read_yaml(tmp_path / "x.yaml", "--config")
+
+
+def test_a_surrogate_pair_is_one_character(tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text(r'{"a": "\ud83d\ude00"}')
+    assert read_json(tmp_path / "x.json") == {"a": "\U0001f600"}
+
+
+def test_pipes_devices_and_odd_names_are_refused_and_do_not_hang(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "dangling").symlink_to("nothing")
+    for path in (tmp_path / "pipe", tmp_path / "loop", tmp_path / "dangling", tmp_path / "a\0b", Path("/dev/zero")):
+        for read in (read_json, read_jsonl, lambda path: read_yaml(path, "--config")):
+            with pytest.raises(UsageError, match=re.escape(path.name)):
+                read(path)
+
+
+def test_text_that_is_not_unicode_is_refused_before_writing(tmp_path: Path) -> None:
+    with pytest.raises(UnlearnError, match=r"x\.txt"):
+        write_text(tmp_path / "x.txt", "\ud83d")
+    assert list(tmp_path.iterdir()) == []

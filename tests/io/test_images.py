@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+import sd_unlearn
 from sd_unlearn.errors import UsageError
 from sd_unlearn.io.images import UnreadableImage, open_image, to_rgb
 
@@ -70,7 +74,7 @@ def test_eps_is_never_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_: pytest.fail("Ghostscript was started"))
     path = tmp_path / "x.png"
-    path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n")
+    path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n")
     with pytest.raises(UnreadableImage, match="not one of PNG"):
         open_image(path)
 
@@ -109,3 +113,34 @@ def test_a_decompression_bomb_is_refused(tmp_path: Path, monkeypatch: pytest.Mon
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
         with pytest.raises(UnreadableImage, match="10000 pixels"):
             open_image(tmp_path / "x.png")
+
+
+def test_pipes_devices_and_odd_names_are_refused_and_do_not_hang(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "loop.png").symlink_to("loop.png")
+    (tmp_path / "dangling.png").symlink_to("nothing.png")
+    for name in ("pipe.png", "loop.png", "dangling.png", "a\0b.png", "/dev/zero"):
+        with pytest.raises(UnreadableImage, match=name.rpartition("/")[2]):
+            open_image(tmp_path / name)
+
+
+def test_an_eps_in_a_png_starts_no_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "x.png").write_bytes(
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n"
+    )
+    started: list[object] = []
+    monkeypatch.setattr(subprocess, "Popen", lambda *args, **_: started.append(args))
+    monkeypatch.setattr(subprocess, "check_call", lambda *args, **_: started.append(args))
+    with pytest.raises(UnreadableImage, match="not one of PNG, JPEG"):
+        open_image(tmp_path / "x.png")
+    assert started == []
+
+
+def test_only_this_module_opens_image_files() -> None:
+    """Image.open without a list of formats may start Ghostscript."""
+    package = Path(sd_unlearn.__file__).parent
+    files = {file.relative_to(package).as_posix(): file.read_text(encoding="utf-8") for file in package.rglob("*.py")}
+    opening = re.compile(r"\bImage\.open\(.*|\bimread\(|\bread_image\(|\bload_image\(|\bdefault_loader")
+    calls = [(name, call) for name, text in files.items() for call in opening.findall(text)]
+    assert {name for name, _ in calls} == {"io/images.py"}
+    assert all("formats=" in call for _, call in calls)

@@ -398,3 +398,24 @@ def test_values_that_are_not_finite_do_not_break_a_chart(folder):
 def test_report_needs_no_torch():
     code = "import sys, sd_unlearn.report.report; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_link_that_leaves_the_folder_is_not_embedded(folder: Path) -> None:
+    inside, outside = folder / "images" / "a.png", folder.parent.parent / "secret.png"
+    (folder / "images" / "inside.png").symlink_to(inside)
+    (folder / "images" / "outside.png").symlink_to(outside)
+    (folder / "linked").symlink_to(outside.parent)
+    (folder / "images" / "loop.png").symlink_to("loop.png")
+    assert images.embed(folder, "images/inside.png")
+    link = folder.parent / "link"
+    link.symlink_to(folder)  # a run folder may itself be reached by a link
+    assert images.embed(link, "images/a.png")
+    for place in (
+        "images/outside.png",
+        "linked/secret.png",
+        "images/loop.png",
+        "../../secret.png",
+        "a\0b",
+    ):
+        assert images.embed(folder, place) is None
+    assert images.embed(folder, str(outside)) is None

