@@ -29,9 +29,9 @@ import torch
 from torch import Tensor
 
 from sd_unlearn.errors import UnlearnError, UsageError, reason
-from sd_unlearn.export.ldm_keys import SDXL_BLOCKS, UNetBlocks, unet_key
 from sd_unlearn.io.files import read_json
 from sd_unlearn.io.schema import OPEN, validate
+from sd_unlearn.models.ldm_keys import SDXL_BLOCKS, UNetBlocks, unet_key
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>A\.weight|B\.weight|magnitude_vector)")

@@ -10,11 +10,11 @@ from typing import Any
 from sd_unlearn.data.concept import Concept, read_concept
 from sd_unlearn.errors import UnlearnError, UsageError
 from sd_unlearn.export.kohya import Adapter, read_adapter
-from sd_unlearn.export.ldm_keys import SDXL_BLOCKS, UNetBlocks, blocks_of
 from sd_unlearn.io.files import read_json
 from sd_unlearn.io.run_folder import ADAPTER_DIR, CONCEPT, RESULTS, TEXT_ADAPTER_DIR, TRAINING, UNET_DIR, weights_sha256
 from sd_unlearn.io.schema import OPEN, validate
 from sd_unlearn.models.checkpoint_header import PICKLES
+from sd_unlearn.models.ldm_keys import SDXL_BLOCKS, UNetBlocks, blocks_of
 from sd_unlearn.results import Pair, Results, Row, Seeds, read_results
 
 TEXT_ADAPTER_2_DIR = "text_encoder_2_adapter"  # SDXL's second text encoder

@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sd_unlearn.errors import UsageError
+from sd_unlearn.errors import UnlearnError, UsageError
 from sd_unlearn.models.find_base import check_prediction, check_schedule, check_source, check_unet
 from sd_unlearn.models.loading import load_pipeline
-from sd_unlearn.models.source import COMPONENTS, Source, kind_of
+from sd_unlearn.models.source import COMPONENTS, OPTION, Source, kind_of
 
 
 @dataclass
@@ -132,7 +132,7 @@ def load_base(source: Source | str, precision: str = "no", device: Any = None) -
 
     Raises:
         UsageError: the base cannot be trained, or contradicts itself or the options.
-        UnlearnError: it cannot be downloaded (no such id, no network, gated), or its weights do not fit.
+        UnlearnError: it cannot be downloaded (no such id, no network, gated), its weights do not fit or are not finite.
     """
     import torch
     from transformers.utils import logging as transformers_logging
@@ -148,8 +148,8 @@ def load_base(source: Source | str, precision: str = "no", device: Any = None) -
     source = Source(source) if isinstance(source, str) else source
     check_source(source)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision, torch.float32)
-    pipeline = load_pipeline(source, dtype)
+    # bf16 is converted only after hashing, so that a base has the same hash in every precision.
+    pipeline = load_pipeline(source, torch.float16 if precision == "fp16" else torch.float32)
     check_schedule(source.name, type(pipeline.scheduler).__name__)
     check_prediction(source, pipeline.scheduler.config.prediction_type)
     check_unet(source.name, pipeline.unet.config)
@@ -160,8 +160,25 @@ def load_base(source: Source | str, precision: str = "no", device: Any = None) -
             network.requires_grad_(False).eval()
     if kind_of(pipeline.unet.config) == "sdxl":
         pipeline.vae.enable_slicing()  # one image at a time: 1024 pixels in full precision take much memory
+    _check_finite(source, pipeline)
     sha256, vae_sha256 = network_sha256(pipeline.unet), network_sha256(pipeline.vae)
-    return Base(source.name, pipeline.to(device), sha256, torch.device(device), source, vae_sha256)
+    pipeline = pipeline.to(device, torch.bfloat16) if precision == "bf16" else pipeline.to(device)
+    return Base(source.name, pipeline, sha256, torch.device(device), source, vae_sha256)
+
+
+def _check_finite(source: Source, pipeline: Any) -> None:
+    """Refuse weights that are not finite: Diffusers would generate black images with them."""
+    import torch
+
+    for component in COMPONENTS:
+        network = getattr(pipeline, component, None)
+        for name, weight in network.state_dict().items() if network else ():
+            if not torch.isfinite(weight).all():
+                where = f"--vae {source.vae}" if component == "vae" and source.vae else f"{OPTION} {source.name}"
+                raise UnlearnError(
+                    f'{where} is broken: "{name}" of its {component} is not finite (NaN or infinity). Download it '
+                    "again; a model that was converted to fp16 may have overflowed."
+                )
 
 
 def recorded_source(record: Mapping[str, Any], allow_pickle: bool = False) -> Source:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from PIL import Image
 from tqdm import tqdm
@@ -69,11 +70,15 @@ def resolve_sampler(options: SamplerOptions, base_name: str) -> Sampler:
 
 
 def generate_images(base: Base, prompts: Sequence[str], seeds: Sequence[int], sampler: Sampler) -> list[Image.Image]:
-    """Generate one image per prompt and seed, as a single batch."""
+    """Generate one image per prompt and seed, as a single batch.
+
+    Raises:
+        UnlearnError: a value is not finite. Diffusers would turn it into a black image.
+    """
     import torch
 
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-    with torch.no_grad():
+    with torch.no_grad(), finite_images(base):
         return base.pipeline(
             list(prompts),
             num_inference_steps=sampler.steps,
@@ -82,6 +87,30 @@ def generate_images(base: Base, prompts: Sequence[str], seeds: Sequence[int], sa
             height=sampler.resolution,
             width=sampler.resolution,
         ).images
+
+
+@contextmanager
+def finite_images(base: Base) -> Iterator[None]:
+    """Refuse latents and decoded images with NaN or infinity, which Diffusers would turn into black images.
+
+    Raises:
+        UnlearnError: inside the block, naming the network.
+    """
+
+    def check(decoder: Any, inputs: tuple[Any, ...], image: Any) -> None:
+        for values, network in ((inputs[0], "UNet"), (image, "VAE")):
+            if not values.isfinite().all():
+                raise UnlearnError(
+                    f"The {network} of {base.name} gives values that are not finite (NaN or infinity), so no image is "
+                    "saved. It is broken, overflows in fp16 (use --mixed_precision no or bf16), or the LoRA is too "
+                    "strong (use a lower strength)."
+                )
+
+    hook = base.pipeline.vae.decoder.register_forward_hook(check)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def save_image(image: Image.Image, path: Path) -> None:

@@ -15,7 +15,7 @@ from sd_unlearn.data.concept import Concept
 from sd_unlearn.io.run_folder import PREVIEW_DIR
 from sd_unlearn.models.base import Base
 from sd_unlearn.models.conditioning import unpack
-from sd_unlearn.models.sampling import Sampler, save_image
+from sd_unlearn.models.sampling import Sampler, finite_images, save_image
 from sd_unlearn.seeds import TRAIN_SEEDS, image_seed
 
 
@@ -55,14 +55,15 @@ class ImageGenerator:
         if width := self.base.pooled_width:
             embeddings["prompt_embeds"], embeddings["pooled_prompt_embeds"] = unpack(text, width)
             embeddings["negative_prompt_embeds"], embeddings["negative_pooled_prompt_embeds"] = unpack(empty, width)
-        return self.base.pipeline(
-            **embeddings,
-            generator=generators,
-            num_inference_steps=self.sampler.steps,
-            guidance_scale=self.sampler.guidance_scale,
-            height=self.sampler.resolution,
-            width=self.sampler.resolution,
-        ).images
+        with finite_images(self.base):
+            return self.base.pipeline(
+                **embeddings,
+                generator=generators,
+                num_inference_steps=self.sampler.steps,
+                guidance_scale=self.sampler.guidance_scale,
+                height=self.sampler.resolution,
+                width=self.sampler.resolution,
+            ).images
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from sd_unlearn.config.base import as_dict
 from sd_unlearn.config.train import TrainConfig
 from sd_unlearn.data.concept import Concept, write_concept
 from sd_unlearn.data.dataset import fingerprint
-from sd_unlearn.data.render import make_job, render_concept
+from sd_unlearn.data.render import check_same_base, make_job, render_concept
 from sd_unlearn.errors import UnlearnError, reason
 from sd_unlearn.io.files import write_json, write_text
 from sd_unlearn.io.run_folder import BEST_DIR, CONCEPT, CONFIG, DATA_MANIFEST, TRAINING
@@ -67,6 +67,7 @@ def run(config: TrainConfig) -> Path:
 
     if not inputs.own_images:
         _render(config, inputs, get_base)
+        check_same_base(inputs.data_dir, get_base())
         accelerator.wait_for_everyone()  # the first process writes the metadata after the last image
     config = dataclasses.replace(config, data_dir=inputs.data_dir, output_dir=output)
     return _train(config, inputs.concept, get_base(), accelerator, resume)

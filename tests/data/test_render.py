@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import CONCEPT_FILE, tree
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from sd_unlearn.config.base import RenderConfig
 from sd_unlearn.data import render
@@ -329,3 +330,64 @@ def test_metadata_is_readable_json_without_escapes(rendered: Path) -> None:
     text = (rendered / POSITIVE / METADATA).read_text(encoding="utf-8")
     assert [json.loads(line)["group"] for line in text.splitlines()] == ["positive"] * 4
     assert "\\u" not in text
+
+
+def changed_base(tiny_base: Path, target: Path, part: str, name: str, value: float) -> str:
+    """A copy of the tiny base with one weight set to a value."""
+    shutil.copytree(tiny_base, target)
+    file = target / part / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    weights[name].fill_(value)
+    save_file(weights, file, {"format": "pt"})
+    return str(target)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize(("part", "name"), [("vae", "decoder.conv_in.bias"), ("unet", "conv_in.bias")])
+def test_base_with_a_weight_that_is_not_finite_is_refused_by_name(
+    config: Config, tiny_base: Path, tmp_path: Path, part: str, name: str, value: float
+) -> None:
+    base = changed_base(tiny_base, tmp_path / "broken", part, name, value)
+    with pytest.raises(UnlearnError, match=f'"{name}" of its {part} is not finite'):
+        render.run(config(pretrained_model_name_or_path=base))
+    assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "network"), [("vae", "decoder.conv_norm_out.weight", "VAE"), ("unet", "conv_out.bias", "UNet")]
+)
+def test_images_that_are_not_finite_are_refused_instead_of_saved_black(
+    config: Config, tiny_base: Path, tmp_path: Path, part: str, name: str, network: str
+) -> None:
+    """The weights are finite, but what they compute overflows."""
+    base = changed_base(tiny_base, tmp_path / "broken", part, name, 3e38)
+    with pytest.raises(UnlearnError, match=f"The {network} of .* not finite"):
+        render.run(config(pretrained_model_name_or_path=base))
+    assert not list((tmp_path / "data").rglob("*.png"))
+
+
+@pytest.mark.parametrize(("part", "which"), [("vae", "VAE"), ("unet", "UNet")])
+def test_images_of_other_weights_under_the_same_name_are_refused(
+    rendered: Path, config: Config, tiny_base: Path, tmp_path: Path, part: str, which: str
+) -> None:
+    """The base was replaced in place: a complete folder is not trained on, an unfinished one is not completed."""
+    base_folder, data = tmp_path / "base", tmp_path / "data"
+    shutil.copytree(tiny_base, base_folder)
+    options = config(pretrained_model_name_or_path=str(base_folder))
+    render.run(options)
+    render.check_same_base(data, load_base(str(base_folder), device="cpu"))
+    name = "conv_in.bias" if part == "unet" else "decoder.conv_in.bias"
+    shutil.rmtree(base_folder)
+    changed_base(tiny_base, base_folder, part, name, 0.5)
+    replaced = load_base(str(base_folder), device="cpu")
+    with pytest.raises(UsageError, match=f"the weights of its {which} differ .* Delete the folder"):
+        render.check_same_base(data, replaced)
+    (data / DATA_MANIFEST).unlink()
+    next(data.rglob("*.png")).unlink()
+    with pytest.raises(UsageError, match=f"the weights of its {which} differ"):
+        render.run(options)
+
+
+def test_base_has_the_same_hash_in_every_precision(tiny_base: Path) -> None:
+    hashes = {load_base(str(tiny_base), precision, "cpu").sha256 for precision in ("no", "fp16", "bf16")}
+    assert len(hashes) == 1

@@ -15,9 +15,9 @@ from sgm_unet import REAL, real_unet
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from sd_unlearn.export import kohya, ldm_keys
+from sd_unlearn.export import kohya
 from sd_unlearn.export.kohya import Adapter, LoraPair
-from sd_unlearn.models import lora
+from sd_unlearn.models import ldm_keys, lora
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from sd_unlearn.errors import UnlearnError
-from sd_unlearn.export import ldm_keys
+from sd_unlearn.models import ldm_keys
 
 
 @pytest.mark.parametrize("kind", list(REAL))
