@@ -191,7 +191,9 @@ def check_same_base(folder: Path, base: Base) -> None:
     manifest, started = folder / DATA_MANIFEST, folder / SETTINGS
     record = _read(manifest).get("base") if manifest.is_file() else None
     record = record or (_read(started).get(WEIGHTS) if started.is_file() else None)
-    for key, weights in _weights_of(base).items() if isinstance(record, dict) else ():
+    if not isinstance(record, dict):
+        return
+    for key, weights in _weights_of(base).items():
         if record.get(key, weights) != weights:
             part = "VAE" if key == "vae_sha256" else "UNet"
             raise UsageError(
