@@ -18,8 +18,8 @@ from sd_unlearn.data.concept import Concept
 from sd_unlearn.data.metadata import ImageCaption, read_metadata
 from sd_unlearn.errors import UsageError
 from sd_unlearn.io.files import atomic_path
-from sd_unlearn.io.images import UnreadableImage, open_image
-from sd_unlearn.io.run_folder import IMAGE_SUFFIXES, METADATA, NEGATIVE, POSITIVE, UNLABELED
+from sd_unlearn.io.images import UnreadableImage, image_files, open_image
+from sd_unlearn.io.run_folder import METADATA, NEGATIVE, POSITIVE, UNLABELED
 from sd_unlearn.models.base import Base, network_sha256
 from sd_unlearn.models.conditioning import pack
 
@@ -109,7 +109,7 @@ def scan(folder: Path, concept: Concept, eta: float = 1.0) -> list[Example]:
 def _scan_folder(data_dir: Path, name: str, group: str, caption: str, positive_set: int = 0) -> list[Example]:
     """The examples of one folder; `group` and `caption` are those of images without metadata."""
     folder = data_dir / name
-    images = sorted(p for p in folder.glob("*") if p.suffix.lower() in IMAGE_SUFFIXES) if folder.is_dir() else []
+    images = image_files(folder)
     if len(images) < 2:
         raise UsageError(
             f"--data_dir {data_dir}: {folder} holds {len(images)} images. At least 2 are needed; 20 work better."

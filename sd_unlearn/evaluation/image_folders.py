@@ -10,7 +10,8 @@ from sd_unlearn.data.concept import Concept, Prompt
 from sd_unlearn.errors import UsageError, suggest
 from sd_unlearn.evaluation.prompts import GROUPS, ImageSpec, group_prompts
 from sd_unlearn.io.files import read_jsonl_lines
-from sd_unlearn.io.run_folder import IMAGE_SUFFIXES, METADATA
+from sd_unlearn.io.images import image_files
+from sd_unlearn.io.run_folder import METADATA
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ def _by_metadata(folder: Path, concept: Concept, only_concept: bool) -> list[tup
 def _by_subfolder(folder: Path, concept: Concept) -> list[tuple[ImageSpec, Path]]:
     images = []
     for group in GROUPS:
-        files = sorted(p for p in (folder / group).glob("**/*") if p.suffix.lower() in IMAGE_SUFFIXES)
+        files = image_files(folder / group, recursive=True)
         prompts = group_prompts(concept, group)
         # With several prompts in a group the image's prompt is unknown, and so is what it should show.
         prompt = prompts[0] if len(prompts) == 1 else Prompt("")

@@ -14,6 +14,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from sd_unlearn.errors import UsageError, reason
 from sd_unlearn.io.files import check_regular
+from sd_unlearn.io.run_folder import IMAGE_SUFFIXES
 
 # Pillow's names of the formats that are decoded, whatever the file's suffix. Others may start programs (EPS).
 FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "GIF", "TIFF", "BMP")
@@ -88,3 +89,26 @@ def to_rgb(image: Image.Image) -> Image.Image:
         layer = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
     return image.convert("RGB")
+
+
+FLAT_RANGE = 2  # of 256 values in each channel: what compression leaves of an image of one colour
+
+
+def is_flat(image: Image.Image) -> bool:
+    """Whether an RGB image is of one flat colour, as the black squares of a safety filter are."""
+    return all(high - low <= FLAT_RANGE for low, high in image.getextrema())  # type: ignore[misc]  # RGB: 3 pairs
+
+
+def is_image_file(path: Path) -> bool:
+    """Whether a path has the suffix of an image. Hidden files (macOS writes `._x.png` beside x.png) have not."""
+    return not path.name.startswith(".") and path.suffix.lower() in IMAGE_SUFFIXES
+
+
+def image_files(folder: Path, recursive: bool = False) -> list[Path]:
+    """The image files of a folder by suffix, sorted; nothing hidden. What has the suffix need not be readable."""
+    found = folder.rglob("*") if recursive else folder.glob("*")
+    return sorted(
+        path
+        for path in found
+        if is_image_file(path) and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    )

@@ -18,8 +18,7 @@ from PIL import Image
 
 from sd_unlearn.errors import UnlearnError, UsageError, reason
 from sd_unlearn.io.files import file_sha256
-from sd_unlearn.io.images import UnreadableImage, open_image
-from sd_unlearn.io.run_folder import IMAGE_SUFFIXES
+from sd_unlearn.io.images import UnreadableImage, image_files, open_image
 from sd_unlearn.metrics.base import (
     KEEP_GROUPS,
     DetectorOutput,
@@ -294,7 +293,7 @@ def _image_files(folder: Path) -> list[Path]:
     """Image files of a folder and its subfolders, sorted."""
     if not folder.is_dir():
         raise UsageError(f"--real_images {folder} is not a folder. Give a folder of real images.")
-    files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES)
+    files = image_files(folder, recursive=True)
     if len(files) < FEWEST:
         raise UsageError(f"--real_images {folder} holds {len(files)} images; a distance needs {FEWEST} or more.")
     return files

@@ -19,7 +19,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from sd_unlearn.errors import UsageError
-from sd_unlearn.io.images import UnreadableImage, open_image
+from sd_unlearn.io.images import UnreadableImage, image_files, open_image
 from sd_unlearn.io.run_folder import IMAGE_SUFFIXES
 from sd_unlearn.metrics.base import CONCEPT_GROUPS, KEEP_GROUPS, DetectorOutput, ImageValues, PromptedImages
 from sd_unlearn.metrics.faces import Face, FaceModel, check_face_model, make_face_model
@@ -271,7 +271,7 @@ def make_identity(
 def _images(folder: Path, option: str) -> list[Path]:
     if not folder.is_dir():
         raise UsageError(f"{option} {folder} is not a folder. Give a folder of images.")
-    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+    paths = image_files(folder, recursive=True)
     if not paths:
         kinds = ", ".join(sorted(IMAGE_SUFFIXES))
         raise UsageError(f"{option} {folder} holds no images ({kinds}). Add some, or choose another folder.")

@@ -13,7 +13,7 @@ from PIL import Image
 
 import sd_unlearn
 from sd_unlearn.errors import UsageError
-from sd_unlearn.io.images import UnreadableImage, open_image, to_rgb
+from sd_unlearn.io.images import UnreadableImage, image_files, is_flat, open_image, to_rgb
 
 RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
 
@@ -144,3 +144,23 @@ def test_only_this_module_opens_image_files() -> None:
     calls = [(name, call) for name, text in files.items() for call in opening.findall(text)]
     assert {name for name, _ in calls} == {"io/images.py"}
     assert all("formats=" in call for _, call in calls)
+
+
+def test_hidden_files_and_folders_are_not_images(tmp_path: Path) -> None:
+    """macOS writes ._x.png beside x.png on other file systems."""
+    names = ["b.png", "a.JPG", "._a.JPG", ".hidden.png", "notes.txt", "sub/c.webp", "sub/._c.webp", ".trash/d.png"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    assert [path.name for path in image_files(tmp_path)] == ["a.JPG", "b.png"]
+    assert [path.name for path in image_files(tmp_path, recursive=True)] == ["a.JPG", "b.png", "c.webp"]
+    assert image_files(tmp_path / "none") == []
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg"])
+def test_flat_images_are_of_one_colour(tmp_path: Path, suffix: str) -> None:
+    image = Image.new("RGB", (16, 16), (10, 0, 200))
+    image.save(tmp_path / f"flat.{suffix}", quality=60)
+    assert is_flat(open_image(tmp_path / f"flat.{suffix}"))
+    image.putpixel((3, 3), (40, 0, 200))
+    assert not is_flat(image)

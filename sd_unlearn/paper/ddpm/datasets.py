@@ -23,8 +23,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from sd_unlearn.errors import UnlearnError, UsageError, reason
-from sd_unlearn.io.images import UnreadableImage, open_image, verified_bytes
-from sd_unlearn.io.run_folder import IMAGE_SUFFIXES
+from sd_unlearn.io.images import UnreadableImage, image_files, open_image, verified_bytes
 from sd_unlearn.paper.experiments import CLASSES, Dataset
 
 PADDED_SIDE = 32  # at this size, MNIST's 28x28 pixels are padded with black instead of scaled
@@ -126,7 +125,7 @@ def _local(name: Dataset, root: Path, folders: set[str]) -> ImageData:
         )
     paths, labels, digest = [], [], hashlib.sha256()
     for label, folder in enumerate(classes):
-        files = sorted(p for p in (place / folder).iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
+        files = image_files(place / folder)
         if not files:
             raise UsageError(f"--data_root {root}: {place / folder} holds no images. Add .png or .jpg files.")
         for path in files:
