@@ -30,7 +30,7 @@ def select(prompted: PromptedImages, mask: NDArray[np.bool_]) -> PromptedImages:
 
 
 def image_values(metric: Metric, prompted: PromptedImages, detections: Detections) -> list[ImageValues]:
-    """The values of all N images. Unreadable images count as 0 in rates and are left out of means."""
+    """The values of all N images. Unreadable images are unknown in rates and left out of means."""
     unreadable = ~detections.readable
     if not unreadable.any():
         return metric.count(prompted, detections.output)
@@ -38,8 +38,9 @@ def image_values(metric: Metric, prompted: PromptedImages, detections: Detection
     for of_metric in metric.count(prompted, _fill_unreadable(detections)):
         values = of_metric.values.astype(float)
         defined = ~np.isnan(values)  # depends on the prompt, not on the placeholder
-        values[unreadable & defined] = 0.0 if of_metric.is_rate else np.nan
-        filled.append(dataclasses.replace(of_metric, values=values))
+        values[unreadable] = np.nan
+        unknown = unreadable & defined if of_metric.is_rate else None
+        filled.append(dataclasses.replace(of_metric, values=values, unknown=unknown))
     return filled
 
 
@@ -63,13 +64,15 @@ def subject_rows(
     rows = []
     for of_metric in values:
         for group, members in _groups(of_metric, prompted):
-            mask = members & ~np.isnan(of_metric.values)
+            mask = members & (~np.isnan(of_metric.values) | _unknown(of_metric))
             if mask.any():
                 rows.append(_mean_row(of_metric, group, of_metric.values[mask], prompted.seeds[mask], metric.name))
     for of_metric, before in _matched(values, base or []):
         if of_metric.metric == "accuracy":
             for group, members in _groups(of_metric, prompted):
-                mask = members & ~np.isnan(of_metric.values) & ~np.isnan(before.values)
+                mask = members.copy()
+                for side in (of_metric, before):
+                    mask &= ~np.isnan(side.values) | _unknown(side)
                 if mask.any():
                     rows.append(_retention_row(group, of_metric.values[mask], before.values[mask], metric.name))
     return [_finish(row, prompted.concept.slug, subject) for row in rows]
@@ -154,18 +157,43 @@ def _matched(values: Sequence[ImageValues], base: Sequence[ImageValues]) -> list
     return [(v, before[v.metric, v.groups]) for v in values if (v.metric, v.groups) in before]
 
 
+def _unknown(values: ImageValues) -> NDArray[np.bool_]:
+    """[N] whether an image is counted although its value is unknown."""
+    return np.zeros(len(values.values), dtype=bool) if values.unknown is None else values.unknown
+
+
 def _mean_row(of_metric: ImageValues, group: str, values: NDArray, seeds: NDArray, detector: str) -> Row:
-    low, high = wilson(int(values.sum()), len(values)) if of_metric.is_rate else bootstrap_mean(values)
+    """The mean of the known values. nan: unknown, counted in n; the interval covers whatever they may be."""
+    known = ~np.isnan(values)
+    num_unknown, note = int((~known).sum()), of_metric.note
+    if of_metric.is_rate:
+        hits = int(values[known].sum())
+        low, high = wilson(hits, len(values))[0], wilson(hits + num_unknown, len(values))[1]
+    else:
+        low, high = bootstrap_mean(values)
+    if num_unknown:
+        note = "; ".join(filter(None, [note, f"{num_unknown} of {len(values)} unknown: unreadable images"]))
     interval = "wilson" if of_metric.is_rate else "bootstrap"
     several = sorted(set(seeds.tolist()))
-    by_seed = tuple(float(values[seeds == seed].mean()) for seed in several) if len(several) > 1 else None
-    mean, n, note = float(values.mean()), len(values), of_metric.note
-    return Row(of_metric.metric, group, "", mean, n, low, high, detector, interval, note, seeds=by_seed)
+    by_seed = tuple(_mean(values[seeds == seed]) for seed in several) if len(several) > 1 else None
+    mean = _mean(values)
+    return Row(of_metric.metric, group, "", mean, len(values), low, high, detector, interval, note, seeds=by_seed)
+
+
+def _mean(values: NDArray) -> float:
+    """The mean of the known values; nan if there are none."""
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if len(known) else float("nan")
 
 
 def _retention_row(group: str, with_lora: NDArray, without: NDArray, detector: str) -> Row:
-    value, low, high = paired_ratio(with_lora, without)
+    known = ~np.isnan(with_lora) & ~np.isnan(without)
+    value, low, high = paired_ratio(with_lora[known], without[known]) if known.any() else (float("nan"),) * 3
     note = "accuracy with the LoRA over accuracy without, same seeds"
+    if not known.all():  # the interval covers whatever the unknown images show
+        low = paired_ratio(np.nan_to_num(with_lora, nan=0), np.nan_to_num(without, nan=1))[1]
+        high = paired_ratio(np.nan_to_num(with_lora, nan=1), np.nan_to_num(without, nan=0))[2]
+        note += f"; {int((~known).sum())} of {len(known)} unknown: unreadable images"
     return Row("retention", group, "", value, len(without), low, high, detector, "bonett-price", note)
 
 

@@ -8,7 +8,7 @@ import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,13 +17,23 @@ from tqdm import tqdm
 
 from sd_unlearn.io.files import atomic_path, slugify
 from sd_unlearn.io.images import UnreadableImage, open_image
-from sd_unlearn.metrics.base import DetectorOutput, Metric, PairMetric
+from sd_unlearn.metrics.base import DetectorOutput, PairMetric
 
 CHUNK = 500  # images held in memory at once
 CACHE_DIR = "readings"
+MISSING = "missing"  # the reason of an image that does not exist
 _NAMES = "file_names"
 
 _CachedOutputs = dict[str, dict[str, NDArray]]  # image key -> name of the array -> its value for the image
+
+
+class Reader(Protocol):
+    """The part of a metric that reads images."""
+
+    @property
+    def name(self) -> str: ...
+
+    def read(self, images: Sequence[Image.Image]) -> DetectorOutput: ...
 
 
 @dataclass(frozen=True)
@@ -42,12 +52,12 @@ def open_images(paths: Sequence[Path]) -> tuple[list[Image.Image], dict[int, str
         try:
             images.append(open_image(path))
         except UnreadableImage as error:
-            failed[index] = error.why if path.exists() else "missing"
+            failed[index] = error.why if path.exists() else MISSING
     return images, failed
 
 
 def detect(
-    metric: Metric, paths: Sequence[Path], subject: str, cache: Path | None, title: str
+    metric: Reader, paths: Sequence[Path], subject: str, cache: Path | None, title: str
 ) -> tuple[Detections, dict[Path, str]]:
     """A metric's output on image files, in their order; images that are in the cache folder are not read again.
 

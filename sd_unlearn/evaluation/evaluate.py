@@ -144,6 +144,7 @@ def _assemble(
         "rows": [as_json(row) for concept in evaluated for row in concept.rows],
         "differences": [as_json(difference) for concept in evaluated for difference in concept.differences],
         "pairs": [as_json(pair) for pair in _pick_all_pairs(job, evaluated)],
+        "problems": [as_json(problem) for concept in evaluated for problem in concept.problems],
         "skipped": [
             {"subject": subject, "path": str(path), "why": reason}
             for concept in evaluated

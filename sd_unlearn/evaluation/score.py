@@ -10,11 +10,12 @@ import numpy as np
 
 from sd_unlearn.data.concept import Concept
 from sd_unlearn.evaluation import aggregate
-from sd_unlearn.evaluation.detections import Detections, detect, pair_distances
+from sd_unlearn.evaluation.detections import MISSING, Detections, detect, pair_distances
+from sd_unlearn.evaluation.problems import FlatImages, image_problems, retention_problems
 from sd_unlearn.evaluation.prompts import ImageSpec, to_prompted_images
 from sd_unlearn.metrics.base import KEEP_GROUPS, ImageValues, Metric, PairMetric
 from sd_unlearn.metrics.statistics import bootstrap_mean
-from sd_unlearn.results import BASE, Difference, Row
+from sd_unlearn.results import BASE, Difference, Problem, Row
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class ConceptResults:
     images: Sequence[SubjectImages]
     rows: list[Row] = field(default_factory=list)
     differences: list[Difference] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
     skipped: dict[Path, tuple[str, str]] = field(default_factory=dict)  # path -> (subject, reason)
     values: dict[str, list[ImageValues]] = field(default_factory=dict)  # by subject, of all metrics
     detections: dict[str, list[tuple[Metric, Detections]]] = field(default_factory=dict)  # by subject
@@ -59,6 +61,8 @@ def run_metrics(
         main: Subjects that are also compared with each other.
     """
     results = ConceptResults(concept, images)
+    for of_subject in images:
+        _check_images(of_subject, results)
     for metric in metrics:
         _run_metric(metric, main, results)
     base = next((i for i in images if i.subject == BASE), None)
@@ -66,7 +70,19 @@ def run_metrics(
         for other in images:
             if base and other.planned and other is not base:
                 results.rows += _pair_rows(pair_metric, concept, base, other)
+    results.problems += retention_problems(concept.slug, results.rows)
     return results
+
+
+def _check_images(images: SubjectImages, results: ConceptResults) -> None:
+    """Record the images that cannot be used, and the groups in which they are too many for a verdict."""
+    detections, failed = detect(FlatImages(), images.paths, images.subject, images.cache, f"check: {images.subject}")
+    faults = {path: "missing" if reason == MISSING else "unreadable" for path, reason in failed.items()}
+    readable = [path for path, is_readable in zip(images.paths, detections.readable, strict=True) if is_readable]
+    flat = detections.output["flat"]
+    faults |= {path: "flat" for path, is_flat in zip(readable, flat, strict=True) if is_flat}
+    results.problems += image_problems(results.concept.slug, images.subject, images.specs, images.paths, faults)
+    results.skipped |= {path: (images.subject, reason) for path, reason in failed.items()}
 
 
 def _run_metric(metric: Metric, main: Sequence[str], results: ConceptResults) -> None:

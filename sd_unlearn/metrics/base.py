@@ -50,6 +50,7 @@ class ImageValues:
     values: NDArray[np.float64]  # [N] in the order of the images; nan: the metric is not defined on this image
     is_rate: bool = True  # values are 0 or 1: Wilson interval; else a bootstrap interval
     note: str = ""
+    unknown: NDArray[np.bool_] | None = None  # [N] of a rate: defined on the image, but the image is unreadable
 
 
 class Metric(Protocol):

@@ -77,21 +77,33 @@ def test_rate_has_a_wilson_interval() -> None:
     assert found["brightness", "direct"].interval == "bootstrap"
 
 
-def test_unreadable_images_count_as_zero_in_rates_and_are_left_out_of_means() -> None:
+def test_unreadable_images_are_unknown_in_rates_and_left_out_of_means() -> None:
     found = rows(see("mine", [1, 1, 9, 1, 0, 9, 0, 0, 0, 9], [n not in (2, 5, 9) for n in range(10)]))
-    assert (found["leakage", "direct"].value, found["leakage", "direct"].n) == (0.75, 4)
-    assert (found["accuracy", "kept"].value, found["accuracy", "kept"].n) == (pytest.approx(4 / 6), 6)
+    leak, kept = found["leakage", "direct"], found["accuracy", "kept"]
+    assert (leak.value, leak.n, leak.low, leak.high) == (1.0, 4, wilson(3, 4)[0], wilson(4, 4)[1])
+    assert (kept.value, kept.n, kept.low, kept.high) == (1.0, 6, wilson(4, 6)[0], wilson(6, 6)[1])
+    assert leak.note == "is 1; 1 of 4 unknown: unreadable images"
     assert (found["brightness", "direct"].value, found["brightness", "direct"].n) == (1.0, 3)
 
 
 def test_prompts_with_only_unreadable_images_stay_in_n() -> None:
     """E.g. one image per prompt, or a damaged folder: the readable images must not stand for all."""
     found = rows(see("mine", [9, 9, 9, 9, 9, 9, 9, 0, 0, 0], [False] * 7 + [True] * 3))
-    assert (found["leakage", "direct"].value, found["leakage", "direct"].n) == (0, 4)
-    assert (found["accuracy", "kept"].value, found["accuracy", "kept"].n) == (0.5, 6)
+    leak, kept = found["leakage", "direct"], found["accuracy", "kept"]
+    assert (leak.value, leak.n, leak.low, leak.high) == (None, 4, wilson(0, 4)[0], wilson(4, 4)[1])
+    assert (kept.value, kept.n, kept.low, kept.high) == (1.0, 6, wilson(3, 6)[0], wilson(6, 6)[1])
     assert ("brightness", "direct") not in found
     nothing = rows(see("mine", [9] * 10, [False] * 10), see("base", [1] * 4 + [0] * 6))
-    assert (nothing["leakage", "direct"].n, nothing["retention", "kept"].value) == (4, 0)
+    assert (nothing["leakage", "direct"].n, nothing["retention", "kept"].value) == (4, None)
+
+
+def test_interval_of_retention_covers_unreadable_images() -> None:
+    base = see("base", [1] * 4 + [0] * 6)
+    row = rows(see("mine", [0] * 4 + [0, 0, 0, 9, 9, 9], [True] * 7 + [False] * 3), base)["retention", "kept"]
+    assert (row.value, row.n) == (1, 6)
+    assert row.low is not None
+    assert row.low < 0.5 < 1 <= (row.high or 0)
+    assert "3 of 6 unknown" in row.note
 
 
 def test_undefined_images_are_in_no_rate() -> None:
@@ -105,7 +117,10 @@ def test_undefined_images_are_in_no_rate() -> None:
     seen = see("mine", [0] * 10, [True] * 6 + [False, True, True, False])
     (counted,) = aggregate.image_values(Picky(), make_prompted(), seen)
     assert np.isnan(counted.values[4:7]).all()
-    assert counted.values[7:].tolist() == [1, 1, 0]
+    assert counted.values[7:9].tolist() == [1, 1]
+    assert np.isnan(counted.values[9])
+    assert counted.unknown is not None
+    assert counted.unknown.tolist() == [False] * 9 + [True]  # not image 6, which is unreadable and undefined
 
 
 def test_retention_is_accuracy_over_base_accuracy() -> None:
@@ -168,4 +183,5 @@ def test_differences_without_a_base() -> None:
 def test_values_keep_their_order() -> None:
     seen = see("mine", [1, 5, 1, 0, 0, 0, 0, 0, 0, 0], [True, False] + [True] * 8)
     leak = aggregate.image_values(Bright(), make_prompted(), seen)[0]
-    assert leak.values[:4].tolist() == [1, 0, 1, 0]
+    assert np.isnan(leak.values[1])
+    assert leak.values[[0, 2, 3]].tolist() == [1, 1, 0]
