@@ -1,3 +1,3 @@
-"""sd-unlearn: make Stable Diffusion forget a concept, and measure the result."""
+"""Make Stable Diffusion forget a concept (a person, a style, an object) and measure how well it worked."""
 
 __version__ = "0.1.0"

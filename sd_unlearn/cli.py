@@ -24,18 +24,20 @@ from sd_unlearn.io.files import check_keys, read_yaml
 from sd_unlearn.launch import prepare_processes, process_rank
 from sd_unlearn.paper import commands as paper
 
-HELP = """Make Stable Diffusion forget a concept, and measure the result.
+HELP = """Make Stable Diffusion forget a concept and measure how well it worked.
 
 On the bundled base model (no GPU, no download):
 
-    sd-unlearn train seven                 generates data/seven, then trains runs/seven
-    sd-unlearn evaluate --run runs/seven   generates images with and without the LoRA, writes results.json
-    sd-unlearn export --run runs/seven     writes LoRA files for Diffusers, ComfyUI and A1111
-    sd-unlearn report --run runs/seven     writes report.html with images and intervals
+  sd-unlearn train seven                  generate images, train a LoRA
+  sd-unlearn evaluate --run runs/seven    measure what is erased and retained
+  sd-unlearn report --run runs/seven      write report.html
+  sd-unlearn export --run runs/seven      write LoRA files for other programs
 
-To compare LoRAs: sd-unlearn evaluate --lora A B --strengths 0.5 1, then sd-unlearn report --run runs/evaluation.
-The paper's experiments: sd-unlearn paper --help.
-"""
+Compare several LoRAs:
+
+  sd-unlearn evaluate --lora A B --strengths 0.5 1
+  sd-unlearn report --run runs/evaluation
+"""  # no line is longer than 80 characters
 
 COMMANDS = {
     "render": RenderConfig,
@@ -46,16 +48,45 @@ COMMANDS = {
 }
 
 
-class ShortHelp(DefaultFormatter):
+class Help(DefaultFormatter):
+    """cyclopts' help, in which the name of an option is never broken over two lines."""
+
+    def __call__(self, console: Any, options: Any, panel: Any) -> None:
+        self.column_specs = _parameter_columns if panel.format == "parameter" else None
+        super().__call__(console, options, panel)
+
+
+class ShortHelp(Help):
     """Help of a command with many options: --help shows the group "Start here", --help_all every group."""
 
     show_all = False
+
+    def __init__(self, others: str) -> None:
+        """others: what the other groups are about."""
+        super().__init__()
+        self.others = others
 
     def __call__(self, console: Any, options: Any, panel: Any) -> None:
         if self.show_all or str(panel.title) == START.name:
             super().__call__(console, options, panel)
         if not self.show_all and str(panel.title) == START.name:
-            console.print("--help_all shows all options, by group.", highlight=False)
+            console.print(f"More: {self.others}: --help_all", highlight=False)
+
+
+def _parameter_columns(console: Any, options: Any, entries: Any) -> Any:
+    """cyclopts' columns of a table of options; the first is wide enough for the longest name, up to half the width."""
+    from cyclopts.help.specs import NameRenderer, get_default_parameter_columns
+
+    labels = [" ".join(entry.display_labels_with_metavar).split() for entry in entries]
+    longest = max(len(word) + 2 * (i > 0) for words in labels for i, word in enumerate(words))  # later lines: indented
+    columns = get_default_parameter_columns(console, options, entries)
+    width = min(longest, console.width // 2)
+    return tuple(
+        column.copy(renderer=NameRenderer(max_width=width), max_width=width)
+        if isinstance(column.renderer, NameRenderer) and column.max_width < width
+        else column
+        for column in columns
+    )
 
 
 def versions() -> str:
@@ -69,11 +100,11 @@ def versions() -> str:
     return "\n".join(lines)
 
 
-short_help = ShortHelp()
 app = App(
     name="sd-unlearn",
     help=HELP,
     help_format="plaintext",
+    help_formatter=Help(),
     version=versions,
     default_parameter=Parameter(negative=(), name_transform=lambda name: name),
     result_action="return_value",
@@ -82,7 +113,7 @@ app = App(
 app.command(paper.app)
 
 
-@app.command(help_formatter=short_help)
+@app.command(help_formatter=ShortHelp("number of images, sampler, loading of the base model"))
 def render(config: Annotated[RenderConfig, Parameter(name="*")] = RenderConfig()) -> None:
     """Generate the training images of a concept; only those that are missing."""
     from sd_unlearn.data.render import run
@@ -90,7 +121,7 @@ def render(config: Annotated[RenderConfig, Parameter(name="*")] = RenderConfig()
     print(run(config))
 
 
-@app.command(help_formatter=short_help)
+@app.command(help_formatter=ShortHelp("memory, beta, resuming, previews"))
 def train(config: Annotated[TrainConfig, Parameter(name="*")] = TrainConfig()) -> None:
     """Train a LoRA that erases a concept; missing training images are generated first."""
     prepare_processes()
@@ -106,7 +137,7 @@ def train(config: Annotated[TrainConfig, Parameter(name="*")] = TrainConfig()) -
         print(folder)
 
 
-@app.command(help_formatter=short_help)
+@app.command(help_formatter=ShortHelp("prompts, strengths, sampler, detectors, conditions"))
 def evaluate(config: Annotated[EvaluateConfig, Parameter(name="*")] = EvaluateConfig()) -> None:
     """Measure erasure and retention of one or many LoRAs, with intervals; writes results.json."""
     prepare_processes()
@@ -145,7 +176,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     tokens = [_underscored(t) for t in (sys.argv[1:] if arguments is None else arguments)]
     debug = "--debug" in tokens
-    short_help.show_all = "--help_all" in tokens
+    ShortHelp.show_all = "--help_all" in tokens
     tokens = ["--help" if token == "--help_all" else token for token in tokens]
     try:
         app.config = _config_file(tokens)

@@ -56,5 +56,9 @@ def is_lone_process(environment: Mapping[str, str]) -> bool:
 
 
 def torchrun_command(arguments: Sequence[str]) -> str:
-    """The shell command that runs a Python program with these arguments in N processes on the CPU."""
-    return f"ACCELERATE_USE_CPU=true torchrun --standalone --nproc_per_node N {shlex.join(arguments)}"
+    """The shell command that runs a Python program with these arguments in N processes on the CPU.
+
+    By default torchrun kills the processes 30 seconds after Ctrl-C, which can be too early to save a checkpoint.
+    """
+    environment = "ACCELERATE_USE_CPU=true TORCH_ELASTIC_SHUTDOWN_TIMEOUT=3600"
+    return f"{environment} torchrun --standalone --nproc_per_node N {shlex.join(arguments)}"

@@ -14,11 +14,13 @@ from types import SimpleNamespace
 import pytest
 import yaml
 from conftest import tree
+from rich.console import Console
 
 from sd_unlearn import __version__, cli
 from sd_unlearn.config.base import RenderConfig
 from sd_unlearn.config.train import TrainConfig
 from sd_unlearn.data import render
+from sd_unlearn.paper import commands as paper
 from sd_unlearn.training import trainer
 
 Run = Callable[..., SimpleNamespace]
@@ -109,6 +111,22 @@ def test_help_shows_the_first_group_only(run: Run, command: str) -> None:
         assert re.search(rf"--{name}\b", short)
     assert "--seed" not in short
     assert "--seed" in everything
+
+
+@pytest.mark.parametrize("command", [*cli.COMMANDS, *(f"paper {name}" for name in paper.COMMANDS)])
+def test_help_in_a_narrow_terminal_breaks_no_option_name(
+    run: Run, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    monkeypatch.setattr(cli.app, "_console", Console(width=80))
+    text = run(*command.split(), "--help_all").out
+    for name in (cli.COMMANDS | paper.COMMANDS)[command.split()[-1]].__dataclass_fields__:
+        assert re.search(rf"--{name}\s", text)
+    assert all(len(line) <= 80 for line in text.splitlines())
+
+
+@pytest.mark.parametrize("text", [cli.HELP, paper.HELP])
+def test_the_examples_in_the_help_fit_a_narrow_terminal(text: str) -> None:
+    assert max(map(len, text.splitlines())) <= 80
 
 
 def test_start_here_of_train(run: Run) -> None:

@@ -70,7 +70,9 @@ def test_the_error_contains_the_torchrun_command(
     monkeypatch.setattr(sys.modules["__main__"], "__spec__", spec)
     with pytest.raises(UsageError) as caught:
         launch.prepare_processes()
-    command = f"torchrun --standalone --nproc_per_node N {program} --concept 'Brad Pitt'."
+    command = (
+        f"TORCH_ELASTIC_SHUTDOWN_TIMEOUT=3600 torchrun --standalone --nproc_per_node N {program} --concept 'Brad Pitt'."
+    )
     assert command in str(caught.value)
 
 

@@ -13,6 +13,8 @@ from sd_unlearn.seeds import SEED_SPAN
 DEFAULT_BASE = "CompVis/stable-diffusion-v1-4"
 CLIP_MODEL, CLIP_PRETRAINED = "ViT-B-32", "laion2b_s34b_b79k"
 
+BASE_FORMS = "Base model (SD 1.x, 2.x, XL): Hub id, Diffusers folder, .safetensors file, or digits (bundled)."
+
 BASE = Group("Base model", sort_key=10)
 IMAGES = Group("Training images to generate", sort_key=11)
 
@@ -26,7 +28,11 @@ class ConceptOption:
     """The concept, as a flag or as the first argument: cyclopts accepts it in both ways if it is the first field."""
 
     concept: Annotated[
-        str | None, option('Concept to erase: the name of a file in prompts/, e.g. seven or "Brad Pitt".', START)
+        str | None,
+        option(
+            'Concept to erase: a bundled concept (e.g. seven or "Brad Pitt"), a .yaml file, or any name with --anchor.',
+            START,
+        ),
     ] = field(default=None, kw_only=False)
 
 
@@ -36,11 +42,7 @@ class BaseOptions:
 
     pretrained_model_name_or_path: Annotated[
         str | None,
-        option(
-            "Base model (SD 1.x, 2.x, XL): Hub id, Diffusers folder, .safetensors file, or digits (bundled). Default: "
-            f"the concept file's base, else {DEFAULT_BASE}.",
-            START,
-        ),
+        option(f"{BASE_FORMS} Default: the concept file's base, else {DEFAULT_BASE}.", START),
     ] = None
     vae: Annotated[
         str | None, option("VAE to use instead of the base's own: Hub id, folder or .safetensors file.", BASE)
@@ -68,7 +70,11 @@ class RenderConfig(BaseOptions, ConceptOption):
 
     anchor: Annotated[
         str | None,
-        option('For a concept without a file: what to generate instead of it, e.g. "a middle aged man".', START),
+        option(
+            'For a concept without a file: what to generate instead, e.g. "a middle aged man". The captions become '
+            '"a photo of ..."; for a style, write a concept file.',
+            START,
+        ),
     ] = None
     data_dir: Annotated[
         Path | None,
@@ -142,7 +148,10 @@ class ExportConfig:
     ] = 1.0
     license: Annotated[
         str | None,
-        option("Licence in the model card and file header, as a Hub id, e.g. openrail++. Default: a known base's own."),
+        option(
+            "License of the LoRA for the model card and the file header, as a Hub id, e.g. openrail++. Default: the "
+            "license of the base, if the base is a common one."
+        ),
     ] = None
     push_to_hub: Annotated[
         str | None,

@@ -6,7 +6,16 @@ from typing import Annotated, Literal
 
 from cyclopts import Group
 
-from sd_unlearn.config.base import CLIP_MODEL, CLIP_PRETRAINED, BaseOptions, GuidanceScale, Resolution, Seed
+from sd_unlearn.config.base import (
+    BASE_FORMS,
+    CLIP_MODEL,
+    CLIP_PRETRAINED,
+    DEFAULT_BASE,
+    BaseOptions,
+    GuidanceScale,
+    Resolution,
+    Seed,
+)
 from sd_unlearn.config.options import GENERAL, POSITIVE, START, Range, SomeImages, many, option, several
 
 PROMPTS = Group("Prompts and seeds", sort_key=2)
@@ -27,17 +36,17 @@ class Inputs:
     lora: Annotated[
         list[str],
         several(
-            "LoRAs to compare: run folders, .safetensors files in Diffusers or kohya format, Hub ids. Results go to "
-            "--output_dir.",
+            "LoRAs to compare: run folders, exported folders, .safetensors files in Diffusers or kohya format, Hub "
+            "ids. Results go to --output_dir.",
             START,
         ),
     ] = many()
     images: Annotated[
         list[str],
         several(
-            "Image folders of any other method, as [name=]folder: with the file names of --write_plan for a paired "
-            "comparison, else with a metadata.jsonl (file_name, text, group) or the folders direct/, held_out/, "
-            "generic/, alike/, general/.",
+            "Folders of images made by another method, as [name=]folder; needs --concept. With the file names of "
+            "--write_plan they are compared with the base pair by pair. Other folders need a metadata.jsonl "
+            "(file_name, text, group) or subfolders direct/, held_out/, generic/, alike/, general/.",
             START,
         ),
     ] = many()
@@ -52,7 +61,7 @@ class Inputs:
     strengths: Annotated[
         list[float],
         several(
-            "LoRA strengths, e.g. 0.5 1 1.5. Default: 1; from --tier standard on, 0 to 1.5.",
+            "LoRA strengths, e.g. 0.5 1 1.5. Default: 1; with --tier standard or full, 0 to 1.5 in steps of 0.25.",
             PROMPTS,
             Range(at_least=-10, at_most=10, note="1 is as trained"),
         ),
@@ -66,8 +75,10 @@ class Prompts:
     tier: Annotated[
         TierName | None,
         option(
-            "Images per prompt group: quick 100, standard 500, full 2,500 or more, digits 200 (and 100 per keep "
-            "prompt). Default: digits on the bundled base, else quick.",
+            "How many images. quick: 100 each of direct, alike and general. standard: 500 each of direct, held_out, "
+            "generic and alike, and 1,000 of general. full: 2,500 and 10,000. digits: 200 each of direct, held_out and "
+            "generic, and 100 per keep prompt. standard and full evaluate seven strengths, 0 to 1.5. Default: digits "
+            "on the bundled base, else quick.",
             START,
         ),
     ] = None
@@ -96,8 +107,16 @@ class Prompts:
 
 @dataclass(kw_only=True)
 class SamplerOptions(BaseOptions):
-    """How images are generated. Default base: the one that the LoRAs were trained on."""
+    """How images are generated."""
 
+    pretrained_model_name_or_path: Annotated[
+        str | None,
+        option(
+            f"{BASE_FORMS} Default: the base that the run or file records; without a record the concept file's base, "
+            f"else {DEFAULT_BASE}.",
+            START,
+        ),
+    ] = None
     num_inference_steps: Annotated[
         int | None, option("Sampling steps. Default: 25 on digits, 50 otherwise.", SAMPLER, POSITIVE)
     ] = None

@@ -37,15 +37,20 @@ class Objective:
         ),
     ] = "pu"
     correction: Annotated[
-        Correction, option("How a negative bracket (mean_U l - beta mean_S l) of the PU risk is corrected.", OBJECTIVE)
+        Correction,
+        option(
+            "What to do when the term mean_U l - beta mean_S l is negative: abs takes its absolute value (paper), nn "
+            "reverses it alone (nnPU), none leaves it (uPU).",
+            OBJECTIVE,
+        ),
     ] = "abs"
     beta: Annotated[
         float | Literal["estimate"] | None,
         option(
-            "Class prior: the concept's share among the images in 0_unlabeled, in (0, 1), or estimate to estimate it "
-            "from the images. Default: the share recorded when the images were generated, else 0.1.",
+            "The concept's share among the unlabeled images (without keep images): a number between 0 and 1, or the "
+            "word estimate. Default: known for generated images, else 0.1.",
             OBJECTIVE,
-            Range(above=0, below=1, note="it is the concept's share in 0_unlabeled, e.g. 0.2"),
+            Range(above=0, below=1, note="it is the concept's share among the unlabeled images, e.g. 0.2"),
         ),
     ] = None
     beta_sweep: Annotated[
@@ -70,16 +75,16 @@ class Objective:
     caption_mode: Annotated[
         CaptionMode,
         option(
-            "Captions of the positive and generic images: their own, the generic one for all (shared), or both, with "
-            "a bracket for each caption.",
+            "Captions of the positive and generic images in training. own: each image's own caption. shared: the "
+            "generic caption for all. both: every image under the generic caption and under the concept's caption.",
             OBJECTIVE,
         ),
     ] = "both"
     target: Annotated[
         Literal["teacher", "noise"],
         option(
-            "Regression target: the frozen base's prediction (same expected gradient, far lower variance), or the "
-            "noise, as in the paper.",
+            "What the model learns to predict. teacher: what the frozen base predicts (the same gradient on average, "
+            "with far less variance). noise: the noise itself, as in the paper.",
             OBJECTIVE,
         ),
     ] = "teacher"
@@ -178,20 +183,30 @@ class Optimizing:
         option("AdamW, or AdamW with 8-bit states (extra 8bit: pip install 'sd-unlearn[8bit]').", OPTIMIZER),
     ] = "adamw"
     weight_decay: Annotated[float, option("Weight decay of AdamW.", OPTIMIZER, NOT_NEGATIVE)] = 1e-2
-    lr_scheduler: Annotated[Schedule, option("Schedule after warm-up (constant: no warm-up).", OPTIMIZER)] = "cosine"
+    lr_scheduler: Annotated[
+        Schedule,
+        option(
+            "Learning rate schedule after warm-up. constant skips the warm-up; constant_with_warmup has it.", OPTIMIZER
+        ),
+    ] = "cosine"
     lr_warmup_steps: Annotated[int, option("Steps of linear warm-up.", OPTIMIZER, NOT_NEGATIVE)] = 20
     max_grad_norm: Annotated[float, option("Clip gradients to this norm.", OPTIMIZER, POSITIVE)] = 1.0
     train_batch_size: Annotated[
         int,
         option(
-            "Images per process and micro-batch, unlabeled and positive together. Lower it if memory runs out.",
+            "Images processed at once on each GPU, of all kinds together. If memory runs out, lower it and raise "
+            "--gradient_accumulation_steps by the same factor.",
             START,
             Range(at_least=4, note="a step needs unlabeled and positive images"),
         ),
     ] = 40
     gradient_accumulation_steps: Annotated[
         int,
-        option("Micro-batches per step; same objective as one batch of all their images.", OPTIMIZER, POSITIVE),
+        option(
+            "Number of batches that are added up to one step. 5 batches of 8 train like one of 40, with less memory.",
+            OPTIMIZER,
+            POSITIVE,
+        ),
     ] = 1
     ema_decay: Annotated[
         float | None,
@@ -211,13 +226,19 @@ class Monitoring:
         int, option("Generate a grid of preview images every N steps; 0: never.", MONITORING, NOT_NEGATIVE)
     ] = 250
     probe_steps: Annotated[
-        int, option("Run --probe every N steps and keep the best weights; 0: never.", MONITORING, NOT_NEGATIVE)
+        int,
+        option(
+            "Measure every N steps whether the concept is forgotten (a probe), and save the best weights; 0: never.",
+            MONITORING,
+            NOT_NEGATIVE,
+        ),
     ] = 0
     probe: Annotated[
         Literal["ratio", "leakage"],
         option(
-            "ratio: loss of held-out positives over loss of held-out unlabeled images, relative to the base (higher "
-            "is better). leakage: leakage and retention on 60 generated images each.",
+            "What a probe measures. ratio: how much worse the model has become at the concept than at other images "
+            "(loss of held-out positives / loss of held-out unlabeled images, relative to the base). leakage: how many "
+            "of 60 generated images show the concept, and how many of 60 others show what their keep prompt asks for.",
             MONITORING,
         ),
     ] = "ratio"

@@ -10,18 +10,18 @@ from cyclopts import App, Parameter
 from sd_unlearn.launch import prepare_processes
 from sd_unlearn.paper.options import RunOptions, SweepOptions, TableOptions
 
-HELP = """Run the experiments of the paper, and the same on 5,000 MNIST digits.
+HELP = """Repeat the experiments of the paper (Takahashi et al., ICLR 2025).
 
-The mnist5k experiments need neither network nor GPU.
+Small versions, mnist5k-*, run on a CPU without a download.
 
-sd-unlearn paper list                          show all experiments and their settings
-sd-unlearn paper run mnist5k-even --seed 42    train and evaluate one model
-sd-unlearn paper sweep mnist5k-even --objective unsupervised,supervised,pu
-sd-unlearn paper table                         build tables and plots of all finished runs
+  sd-unlearn paper list                        show all experiments
+  sd-unlearn paper run mnist5k-even            train and evaluate one model
+  sd-unlearn paper sweep mnist5k-even --objective unsupervised,supervised,pu
+  sd-unlearn paper table                       tables of all finished runs
 
 Each run has a folder in runs/paper. Running a command again skips finished runs
 and resumes interrupted ones.
-"""
+"""  # no line is longer than 80 characters
 
 app = App(name="paper", help=HELP, help_format="plaintext")
 COMMANDS = {"run": RunOptions, "sweep": SweepOptions, "table": TableOptions}

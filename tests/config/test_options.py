@@ -60,7 +60,11 @@ def test_range(valid: Range, inside: list[float], outside: list[float], words: s
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [
-        ("beta", 1, "--beta 1 must be above 0 and below 1: it is the concept's share in 0_unlabeled, e.g. 0.2."),
+        (
+            "beta",
+            1,
+            "--beta 1 must be above 0 and below 1: it is the concept's share among the unlabeled images, e.g. 0.2.",
+        ),
         ("resolution", 100, "--resolution 100 must be above 0 and a multiple of 8: "),
         ("num_keep", -1, "--num_keep -1 must be at least 0 and at most 1000000."),
         ("num_unlabeled", 10**11, "--num_unlabeled 100000000000 must be at least 0 and at most 1000000."),
