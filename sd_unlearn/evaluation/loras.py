@@ -12,10 +12,36 @@ from sd_unlearn.data.concept import Concept, concept_files, read_concept
 from sd_unlearn.errors import UnlearnError, UsageError, reason, suggest
 from sd_unlearn.io.files import file_sha256, read_json, slugify
 from sd_unlearn.io.run_folder import CONCEPT, TRAINING, weights_sha256
+from sd_unlearn.io.schema import OPEN, validate
 from sd_unlearn.models.base import Base
 
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 _ADAPTER = "evaluated"
+
+
+@dataclass(frozen=True)
+class _BaseRecord:
+    """What an evaluation reads of `base` in training.json."""
+
+    __pydantic_config__ = OPEN
+
+    name: str
+    sha256: str | None = None
+    vae: str | None = None
+    variant: str | None = None
+    single_file_config: str | None = None
+    prediction_type: str | None = None
+
+
+@dataclass(frozen=True)
+class _TrainingRecord:
+    """What an evaluation reads of training.json."""
+
+    __pydantic_config__ = OPEN
+
+    base: _BaseRecord
+    zero_terminal_snr: bool | None = None
+    cost: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -39,7 +65,7 @@ class Lora:
 
     @property
     def base_sha256(self) -> str | None:
-        return self.training["base"]["sha256"] if self.training else self.header.get("sd_unlearn.base_sha256")
+        return self.training["base"].get("sha256") if self.training else self.header.get("sd_unlearn.base_sha256")
 
     @property
     def zero_terminal_snr(self) -> bool | None:
@@ -131,8 +157,7 @@ def unique_names(loras: Sequence[Lora]) -> list[str]:
 
 def _of_run(folder: Path) -> Lora:
     training = read_json(folder / TRAINING)
-    if not isinstance(training, dict) or not isinstance(training.get("base"), dict):
-        raise UsageError(f'{folder / TRAINING} has no key "base", so it is not a training record. Train again.')
+    validate(_TrainingRecord, training, str(folder / TRAINING), "Train again.")
     concept = read_concept(folder / CONCEPT)
     return Lora(folder.resolve().name, folder, weights_sha256(folder), concept, training)
 

@@ -55,7 +55,7 @@ class CheckpointHeader:
     def text_width(self) -> int:
         """Width of the text embeddings that the UNet's cross attention takes; 0 without cross attention."""
         shape = self.unet_shape("attn2.to_k.weight")
-        return shape[1] if shape else 0
+        return shape[1] if len(shape) == 2 else 0
 
     @property
     def has_vae(self) -> bool:
@@ -110,7 +110,7 @@ def _pickled(path: Path, option: str) -> dict[str, tuple[int, ...]]:
         content = content["state_dict"]
     if not isinstance(content, Mapping):
         raise UsageError(f"{option} {path} holds a {type(content).__name__}, not named tensors: it is not a model.")
-    return {name: tuple(value.shape) for name, value in content.items() if isinstance(value, torch.Tensor)}
+    return {str(name): tuple(value.shape) for name, value in content.items() if isinstance(value, torch.Tensor)}
 
 
 def kind_of_file(header: CheckpointHeader, option: str = "--pretrained_model_name_or_path") -> str:
@@ -139,7 +139,7 @@ def _unsupported(header: CheckpointHeader) -> str:
             return what
     if not header.text_width:
         return _part_of_a_model(header)
-    channels = header.shapes.get(f"{UNET}input_blocks.0.0.weight", (0, 0))[1]
+    channels = (*header.shapes.get(f"{UNET}input_blocks.0.0.weight", ()), 0, 0)[1]
     if channels != 4:
         return {9: "an inpainting model", 8: "an InstructPix2Pix model"}.get(
             channels, f"a model that takes {channels} channels instead of a latent's 4"

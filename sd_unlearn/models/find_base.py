@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sd_unlearn.config.base import DEFAULT_BASE, BaseOptions
 from sd_unlearn.errors import UsageError
+from sd_unlearn.io.schema import OPEN, validate
 from sd_unlearn.models.checkpoint_header import (
     SUPPORTED,
     check_suffix,
@@ -28,6 +30,28 @@ UNSUPPORTED_IDS = {
 }
 
 
+@dataclass(frozen=True)
+class _UNetConfig:
+    """What is read here of a UNet's config.json."""
+
+    __pydantic_config__ = OPEN
+
+    in_channels: int = 4
+    cross_attention_dim: int | list[int] | None = None
+    time_cond_proj_dim: int | None = None
+    addition_embed_type: str | None = None
+    use_linear_projection: bool | None = None
+
+
+@dataclass(frozen=True)
+class _TextEncoderConfig:
+    """What is read here of a text encoder's config.json."""
+
+    __pydantic_config__ = OPEN
+
+    hidden_size: int = 0
+
+
 def find_base(options: BaseOptions, concept_base: str | None = None) -> Source:
     """The base of a command: --pretrained_model_name_or_path, else the concept file's `base`, else SD 1.4.
 
@@ -45,6 +69,9 @@ def find_base(options: BaseOptions, concept_base: str | None = None) -> Source:
 
 def check_source(source: Source) -> None:
     """The checks of find_base, for any Source."""
+    for component in COMPONENTS:
+        if kind := {"unet": _UNetConfig, "vae": None}.get(component, _TextEncoderConfig):
+            validate(kind, source.config_of(component), f"{OPTION} {source.name}: {component}/config.json")
     if source.single_file_config and not source.is_file:
         raise UsageError(f"--single_file_config is for a single file; {OPTION} {source.name} is not a file.")
     if source.is_file:
@@ -154,8 +181,8 @@ def _check_folder(source: Source) -> None:
         raise UsageError(f"{OPTION} {source.name} holds no model_index.json. Use a diffusers folder.")
     index = source.config_of("", "model_index.json")
     check_class(source.name, index.get("_class_name"))
-    check_schedule(source.name, str(index.get("scheduler", ["", ""])[1]))
-    components = [name for name in COMPONENTS if index.get(name, [None])[0]]
+    check_schedule(source.name, str(_listed_class(index, "scheduler")))
+    components = [name for name in COMPONENTS if _listed_class(index, name)]
     for component in components:
         weights = weights_in(folder / component)
         if weights and not source.allow_pickle and not any(form == "safetensors" for _, form in weights):
@@ -171,6 +198,12 @@ def _check_folder(source: Source) -> None:
     takes = source.config_of("unet").get("cross_attention_dim", given)
     if given != takes:
         raise UsageError(f"{OPTION} {source.name}: its UNet takes text {takes} wide, its text encoders give {given}.")
+
+
+def _listed_class(index: Mapping[str, Any], component: str) -> Any:
+    """The class of a component in model_index.json ([library, class]); None if there is none."""
+    entry = index.get(component)
+    return entry[1] if isinstance(entry, list) and len(entry) == 2 else None
 
 
 def _check_id(option: str, name: str) -> None:

@@ -144,6 +144,8 @@ def check_same(checkpoint: Path, identity: dict[str, Any], forced: bool) -> None
         UsageError: names what changed, with both values.
     """
     before = read_json(checkpoint / IDENTITY)
+    if not isinstance(before, dict):
+        raise UsageError(f"--resume_from_checkpoint {checkpoint}: {IDENTITY} is damaged. Name an earlier one.")
     changed = {key for key, value in identity.items() if before.get(key) != value}
     refused = changed & _SHAPING if forced else changed
     if not refused:
