@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,16 +15,15 @@ from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from sd_unlearn.data.captions import Caption, read_captions
 from sd_unlearn.data.concept import Concept
-from sd_unlearn.data.metadata import ImageCaption, read_metadata
+from sd_unlearn.data.photos import describe, describe_skipped, split_readable
 from sd_unlearn.errors import UsageError
 from sd_unlearn.io.files import atomic_path
-from sd_unlearn.io.images import UnreadableImage, image_files, open_image
-from sd_unlearn.io.run_folder import METADATA, NEGATIVE, POSITIVE, UNLABELED
+from sd_unlearn.io.images import UnreadableImage, open_image
+from sd_unlearn.io.run_folder import NEGATIVE, POSITIVE, UNLABELED
 from sd_unlearn.models.base import Base, network_sha256
 from sd_unlearn.models.conditioning import pack
-
-CACHE_DIR = "cache"
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,7 @@ class Example:
     caption: str
     group: str  # generic | mixed_in | keep; positive | negative in the folders of that kind
     positive_set: int = 0  # of a positive: index of its folder in positive_sets()
+    own_caption: bool = False  # whether the caption comes from a metadata or text file, not from the concept
 
     @property
     def is_positive(self) -> bool:
@@ -87,57 +88,59 @@ def _check_betas(concept: Concept, folder: Path, sets: Sequence[str]) -> None:
 def scan(folder: Path, concept: Concept, eta: float = 1.0) -> list[Example]:
     """List the images of a data folder with their captions. Each image is decoded once, so that a bad one is reported.
 
-    Captions come from metadata.jsonl; without a line there, images have the concept's `generic` prompt, and positives
-    its `caption`. Images in 2_negative are known not to show the concept; with eta 0 they are not read.
+    Captions come from a metadata or text file (captions.py); without one, images have the concept's `generic` prompt,
+    and positives its `caption`. Images in 2_negative are known not to show the concept; with eta 0 they are not read.
 
     Raises:
         UsageError: a missing folder or fewer than two images, `betas` for other sets of positives, an unreadable image,
-            an invalid metadata line, or one that names a missing file.
+            an invalid metadata file, or a line of it that matches no image.
     """
     sets = positive_sets(folder)
     _check_betas(concept, folder, sets)
-    examples = _scan_folder(folder, UNLABELED, "generic", concept.generic)
+    read_caption = read_captions(folder)
+    examples = _scan_folder(folder / UNLABELED, read_caption, Example(folder, concept.generic, "generic"))
     for number, name in enumerate(sets):
-        examples += _scan_folder(folder, name, "positive", concept.caption, number)
+        default = Example(folder, concept.caption, "positive", number)
+        examples += _scan_folder(folder / name, read_caption, default)
     if has_negatives(folder, eta):
-        examples += _scan_folder(folder, NEGATIVE, "negative", concept.generic)
+        examples += _scan_folder(folder / NEGATIVE, read_caption, Example(folder, concept.generic, "negative"))
     if not any(e.group in ("generic", "mixed_in") for e in examples):
         raise UsageError(f"--data_dir {folder}: {UNLABELED} holds only keep images. Add images of {concept.generic!r}.")
     return examples
 
 
-def _scan_folder(data_dir: Path, name: str, group: str, caption: str, positive_set: int = 0) -> list[Example]:
-    """The examples of one folder; `group` and `caption` are those of images without metadata."""
-    folder = data_dir / name
-    images = image_files(folder)
+def _scan_folder(folder: Path, read_caption: Callable[[Path], Caption | None], default: Example) -> list[Example]:
+    """The examples of one folder; `default` is one without own caption and group, in the data folder."""
+    images, skipped = split_readable(folder)
     if len(images) < 2:
         raise UsageError(
-            f"--data_dir {data_dir}: {folder} holds {len(images)} images. At least 2 are needed; 20 work better."
+            f"--data_dir {default.path}: {folder} holds {len(images)} images{describe_skipped(skipped)}. At least 2 "
+            "are needed; 20 work better."
         )
-    metadata = {line.file_name: line for number, line in read_metadata(folder).items() if _exists(folder, number, line)}
     examples = []
     for path in images:
         try:
             open_image(path)
         except UnreadableImage as error:
             raise UsageError(f"--data_dir: {error}") from None
-        line = metadata.get(path.name)
-        own_group = group
-        # Only among unlabeled images does metadata set the group, and it cannot make one a labeled image: a line that
-        # was copied with its image from 1_positive or 2_negative still says so.
-        if line and name == UNLABELED and line.group not in ("positive", "negative"):
-            own_group = line.group
-        examples.append(Example(path, line.text if line else caption, own_group, positive_set))
+        examples.append(_example(path, read_caption(path), default))
     return examples
 
 
-def _exists(folder: Path, number: int, line: ImageCaption) -> bool:
-    if not (folder / line.file_name).is_file():
-        raise UsageError(
-            f"--data_dir: {folder / METADATA} line {number} names {line.file_name}, which is missing. Restore the file "
-            "or delete the line."
-        )
-    return True
+def _example(path: Path, own: Caption | None, default: Example) -> Example:
+    if own is None:
+        return dataclasses.replace(default, path=path)
+    group = default.group
+    # Only among unlabeled images does metadata set the group, and it cannot make one a labeled image: a line that was
+    # copied with its image from 1_positive or 2_negative still says so.
+    if group == "generic" and own.group and own.group not in ("positive", "negative"):
+        group = own.group
+    return dataclasses.replace(default, path=path, caption=own.text, group=group, own_caption=True)
+
+
+def describe_images(folder: Path, examples: Sequence[Example]) -> str:
+    """What was found in a folder of the user's own images, in one line."""
+    return describe(folder, [e.caption if e.own_caption else None for e in examples])
 
 
 def load_pixels(path: Path, resolution: int) -> Tensor:
@@ -202,7 +205,7 @@ def encode_captions(base: Base, captions: Sequence[str]) -> Tensor:
         )
         text = pack(tokens.float(), pooled.float())
         if pipeline.config.force_zeros_for_empty_prompt:
-            text[[n for n, caption in enumerate(captions) if not caption]] = 0
+            text[[n for n, caption in enumerate(captions) if not caption.strip()]] = 0
         return text
     return base.pipeline.text_encoder(tokenize(base, captions).to(base.device))[0].float()
 
@@ -217,6 +220,21 @@ def tokenize(base: Base, captions: Sequence[str]) -> Tensor:
         truncation=True,
         return_tensors="pt",
     ).input_ids
+
+
+def describe_long_captions(base: Base, captions: Sequence[str]) -> str:
+    """How many captions have more tokens than the text encoder reads, in one line; an empty string if none has."""
+    tokenizer = base.pipeline.tokenizer
+    limit = tokenizer.model_max_length
+    distinct = list(dict.fromkeys(captions))
+    tokens = tokenizer(distinct, truncation=False, verbose=False).input_ids
+    long = {text for text, ids in zip(distinct, tokens, strict=True) if len(ids) > limit}
+    if not long:
+        return ""
+    count = sum(caption in long for caption in captions)
+    first = next(caption for caption in captions if caption in long)
+    have = "image has a caption" if count == 1 else "images have captions"
+    return f'{count:,} {have} longer than the {limit} tokens the text encoder reads; the end is cut: "{first[:60]}..."'
 
 
 def fingerprint(examples: Sequence[Example]) -> str:

@@ -16,6 +16,7 @@ from sd_unlearn.config.checks import check_render
 from sd_unlearn.config.options import MAX_IMAGES
 from sd_unlearn.data.concept import Concept, expand_braces, load_concept
 from sd_unlearn.data.metadata import read_metadata
+from sd_unlearn.data.photos import check_places
 from sd_unlearn.errors import UnlearnError, UsageError, reason
 from sd_unlearn.io.files import check_writable, read_json, write_json, write_jsonl
 from sd_unlearn.io.run_folder import DATA_MANIFEST, METADATA, POSITIVE, UNLABELED, ImageRecord
@@ -68,11 +69,12 @@ def run(config: RenderConfig) -> Path:
     """The `render` command. Renders what is missing in a concept's data folder and returns the folder.
 
     Raises:
-        UsageError: invalid options, or a folder that was rendered with other settings.
+        UsageError: invalid options, a folder that was rendered with other settings, or images in the wrong place.
     """
     concept = load_concept(config.concept, config.anchor)
     check_render(config)
     job = make_job(concept, config, find_base(config, concept.base))
+    check_places(job.folder)
     return render_concept(job, lambda: load_base(job.source, config.mixed_precision or "no"))
 
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sd_unlearn.data.concept import Concept, Prompt
-from sd_unlearn.errors import UsageError, suggest
+from sd_unlearn.data.metadata import check_group, find_metadata, image_finder, normalize, read_rows, row_name
+from sd_unlearn.errors import UsageError
 from sd_unlearn.evaluation.prompts import GROUPS, ImageSpec, group_prompts
-from sd_unlearn.io.files import read_jsonl_lines
 from sd_unlearn.io.images import image_files
 from sd_unlearn.io.run_folder import METADATA
 
@@ -45,11 +45,11 @@ def read_image_folder(
     """The images of a folder of --images.
 
     If the folder has files named as in the plan, its images are those of the plan; missing ones count as unreadable.
-    Otherwise metadata.jsonl gives the prompt of each image, or the subfolder (direct/, held_out/, ...) its group.
+    Otherwise a metadata file gives the prompt of each image, or the subfolder (direct/, held_out/, ...) its group.
 
     Args:
         planned: The plan of the concept.
-        only_concept: Whether a single concept is evaluated. If not, metadata.jsonl must give the concept of each image.
+        only_concept: Whether a single concept is evaluated. If not, metadata must give the concept of each image.
 
     Raises:
         UsageError: no folder, no images in one of these forms, or incomplete metadata.
@@ -65,8 +65,8 @@ def read_image_folder(
                 "--groups, --num_images, --num_keep_images; or generate the rest of --write_plan."
             )
         return ImageFolder(name, folder, list(planned), paths, planned=True)
-    if (folder / METADATA).is_file():
-        images = _by_metadata(folder, concept, only_concept)
+    if metadata := find_metadata(folder):
+        images = _by_metadata(metadata, concept, only_concept)
     elif only_concept or not any((folder / group).is_dir() for group in GROUPS):
         images = _by_subfolder(folder, concept)
     else:
@@ -82,27 +82,29 @@ def read_image_folder(
     return ImageFolder(name, folder, [spec for spec, _ in images], [path for _, path in images], planned=False)
 
 
-def _by_metadata(folder: Path, concept: Concept, only_concept: bool) -> list[tuple[ImageSpec, Path]]:
+def _by_metadata(file: Path, concept: Concept, only_concept: bool) -> list[tuple[ImageSpec, Path]]:
     known = {prompt.text: (group, prompt) for group in reversed(GROUPS) for prompt in group_prompts(concept, group)}
-    images = []
-    for number, line in read_jsonl_lines(folder / METADATA).items():
-        where, text = f"{folder / METADATA} line {number}", line.get("text", line.get("prompt"))
-        if not isinstance(line.get("file_name"), str) or not isinstance(text, str):
+    find, images = image_finder(file.parent), []
+    for number, row in read_rows(file).items():
+        where, text, name = row_name(file, number), row.get("text", row.get("prompt")), row.get("file_name")
+        if not isinstance(name, str) or not isinstance(text, str):
             raise UsageError(f"{where} needs file_name and text.")
-        if not only_concept and "concept" not in line:
+        if not only_concept and "concept" not in row:
             raise UsageError(f"{where} needs a concept, because several concepts are evaluated.")
-        if line.get("concept", concept.slug) != concept.slug:
+        if row.get("concept", concept.slug) != concept.slug:
             continue
-        group = line.get("group") or (known[text][0] if text in known else None)
-        if group not in GROUPS:
+        group = check_group(row.get("group"), GROUPS, where) or (known[text][0] if text in known else None)
+        if group is None:
             raise UsageError(
-                f'{where}: group "{group}" is not one of {", ".join(GROUPS)}, and "{text}" is not a prompt of the '
-                f"concept file.{suggest(str(group), GROUPS)}"
+                f'{where}: "{text}" is not a prompt of the concept file. Add the group, one of {", ".join(GROUPS)}.'
             )
+        inside = normalize(name)
+        if inside is None:
+            raise UsageError(f"{where}: file_name {name} is not inside {file.parent}. Move the image there.")
         prompt = known[text][1] if text in known and known[text][0] == group else Prompt(text)
-        seed = line.get("seed")
-        spec = ImageSpec(group, prompt, seed if isinstance(seed, int) else number)
-        images.append((spec, folder / line["file_name"]))
+        seed = str(row.get("seed"))
+        spec = ImageSpec(group, prompt, int(seed) if seed.isdecimal() and len(seed) < 20 else number)
+        images.append((spec, find(name) or file.parent / inside))  # a missing image counts as unreadable
     return images
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 
@@ -17,7 +17,9 @@ from sd_unlearn.io.files import check_regular
 from sd_unlearn.io.run_folder import IMAGE_SUFFIXES
 
 # Pillow's names of the formats that are decoded, whatever the file's suffix. Others may start programs (EPS).
-FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "GIF", "TIFF", "BMP")
+FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "GIF", "TIFF", "BMP", "HEIF")
+# What to install where Pillow has no decoder for files with these suffixes.
+REQUIREMENTS = {".heic": "pillow-heif", ".heif": "pillow-heif", ".avif": "Pillow 11.3 or later"}
 
 
 class UnreadableImage(UsageError):
@@ -66,7 +68,9 @@ def _errors_named(path: Path) -> Iterator[None]:
         raise UnreadableImage(path, "it does not exist") from None
     except UnidentifiedImageError:
         empty = path.is_file() and path.stat().st_size == 0
-        why = "it is empty (0 bytes)" if empty else f"it is not one of {', '.join(FORMATS)}"
+        needed = missing_support(path)
+        unknown = f"{path.suffix.lower()} needs {needed}" if needed else f"it is not one of {', '.join(FORMATS)}"
+        why = "it is empty (0 bytes)" if empty else unknown
         raise UnreadableImage(path, why) from None
     except Exception as error:  # for damaged files decoders raise struct.error, KeyError, AttributeError and others
         raise UnreadableImage(path, reason(error)) from None
@@ -74,9 +78,20 @@ def _errors_named(path: Path) -> Iterator[None]:
 
 @cache
 def _readable() -> list[str]:
-    """The FORMATS that this build of Pillow supports."""
+    """The FORMATS that can be decoded here: what Pillow supports, and HEIF if pillow-heif is installed."""
     Image.init()
+    with suppress(ImportError):
+        from pillow_heif import register_heif_opener
+
+        register_heif_opener()
     return [name for name in FORMATS if name in Image.OPEN]
+
+
+def missing_support(path: Path) -> str | None:
+    """What must be installed before images with this path's suffix can be opened; None if nothing is missing."""
+    suffix = path.suffix.lower()
+    name = "AVIF" if suffix == ".avif" else "HEIF"
+    return REQUIREMENTS.get(suffix) if name not in _readable() else None
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

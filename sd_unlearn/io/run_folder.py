@@ -24,7 +24,9 @@ ADAPTER_DIR, TEXT_ADAPTER_DIR, UNET_DIR = "adapter", "text_encoder_adapter", "un
 PREVIEW_DIR, EXPORT_DIR, IMAGE_DIR = "previews", "export", "images"
 EVALUATION = "evaluate.yaml"  # the options of an evaluation, for `evaluate --config`
 BEST_DIR, CHECKPOINT_DIR = "best", "checkpoints"
-IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
+IMAGE_SUFFIXES = frozenset(
+    ".png .jpg .jpeg .jfif .webp .avif .gif .tif .tiff .bmp .heic .heif".split()  # in any case
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,6 +15,7 @@ from sd_unlearn.config.train import TrainConfig
 from sd_unlearn.data.concept import Concept, load_concept
 from sd_unlearn.data.dataset import has_negatives, scan
 from sd_unlearn.data.layout import check_batch_size
+from sd_unlearn.data.photos import check_places
 from sd_unlearn.data.prior import check_countable
 from sd_unlearn.data.render import plan_images, resolve_data_dir
 from sd_unlearn.errors import UsageError
@@ -80,11 +81,12 @@ def has_own_images(data_dir: Path) -> bool:
 
 
 def check_data_dir(config: TrainConfig, data_dir: Path) -> None:
-    """Refuse images that the objective does not use, and a folder that is not writable.
+    """Refuse images in the wrong place or that the objective does not use, and a folder that is not writable.
 
     Raises:
         UsageError
     """
+    check_places(data_dir)
     if config.objective != "pu" and has_negatives(data_dir, config.eta):
         raise UsageError(
             f"{data_dir / NEGATIVE} holds images known to be normal, which --objective {config.objective} does not "

@@ -17,7 +17,8 @@ from sd_unlearn.data.batch import Batch
 from sd_unlearn.data.batches import EncodedImages, NoiseSampling, Sharding, StratifiedBatches
 from sd_unlearn.data.concept import Concept
 from sd_unlearn.data.dataset import (
-    CACHE_DIR,
+    describe_images,
+    describe_long_captions,
     encode_captions,
     encode_images,
     members_of_sets,
@@ -28,6 +29,7 @@ from sd_unlearn.data.dataset import (
 )
 from sd_unlearn.data.embeddings import embed
 from sd_unlearn.data.layout import Layout, caption_groups
+from sd_unlearn.data.photos import CACHE_DIR
 from sd_unlearn.data.prior import Prior, resolve_beta
 from sd_unlearn.metrics.registry import make_label_classifier
 from sd_unlearn.models import performance
@@ -41,6 +43,7 @@ from sd_unlearn.objectives.pu import PUObjective
 from sd_unlearn.objectives.teacher import Teacher
 from sd_unlearn.seeds import TRAIN_SEEDS
 from sd_unlearn.training.loop import Training
+from sd_unlearn.training.preflight import has_own_images
 from sd_unlearn.training.previews import ImageGenerator, PreviewWriter, preview_prompts
 from sd_unlearn.training.probe import LeakageProbe, Probe, RatioProbe, hold_out, probe_prompts
 
@@ -56,6 +59,7 @@ class Data:
     images: EncodedImages
     betas: dict[str, float]  # share of each set of positives among the unlabeled images
     prior: Prior  # the source of the betas
+    notes: tuple[str, ...] = ()  # lines to print about the images and captions
 
     def counts(self) -> str:
         """The number of images of each kind, in words."""
@@ -84,7 +88,9 @@ def read_data(config: TrainConfig, concept: Concept, base: Base) -> Data:
     captions = list(dict.fromkeys(captions))
     encode = tokenize if config.train_text_encoder else encode_captions
     images = EncodedImages(examples, mean, std, dict(zip(captions, encode(base, captions), strict=True)))
-    return Data(images, dict(zip(sets, shared, strict=True)), dataclasses.replace(prior, source=source))
+    found = describe_images(config.data_dir, examples) if has_own_images(config.data_dir) else ""
+    notes = tuple(filter(None, (found, describe_long_captions(base, [e.caption for e in examples]))))
+    return Data(images, dict(zip(sets, shared, strict=True)), dataclasses.replace(prior, source=source), notes)
 
 
 def resolve_defaults(config: TrainConfig, base: Base, data: Data) -> TrainConfig:

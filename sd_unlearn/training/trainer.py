@@ -108,7 +108,7 @@ def _train(config: TrainConfig, concept: Concept, base: Base, accelerator: Accel
     accelerator.init_trackers("sd-unlearn" if config.report_to == "wandb" else "tensorboard")
     beta = f"beta {config.beta:g} ({data.prior.source})"
     summary = f"Forgetting {concept.name!r} in {base.name}: {data.counts()}, {beta}."
-    for line in (*data.prior.notes, summary):
+    for line in (*data.notes, *data.prior.notes, summary):
         accelerator.print(line, file=sys.stderr)
     with _explained_write_errors(output):
         state = fit(config, training, resume)

@@ -147,7 +147,31 @@ def test_folder_with_metadata(tmp_path: Path) -> None:
         ("held_out", "7", ()),
     ]
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "x.png", "text": "what?"}')
-    with pytest.raises(UsageError, match=r'line 1: group "None"'):
+    with pytest.raises(UsageError, match=r'line 1: "what\?" is not a prompt'):
+        read_image_folder(str(tmp_path), CONCEPT, [])
+
+
+def test_folder_with_metadata_csv(tmp_path: Path) -> None:
+    """Read as in data folders: byte order mark, backslashes, several files refused, unknown groups refused."""
+    save(tmp_path / "sub", {"x.png": 1, "y.png": 2})
+    text = "\ufefffile_name,text,group,seed\nsub\\x.png,a seven,,5\n./sub/y.png,7,held_out,\n./gone.png,7,direct,\n"
+    (tmp_path / "metadata.csv").write_text(text, encoding="utf-8")
+    ready = read_image_folder(str(tmp_path), CONCEPT, [])
+    assert [(s.group, s.prompt.text, s.seed) for s in ready.specs] == [
+        ("direct", "a seven", 5),
+        ("held_out", "7", 3),
+        ("direct", "7", 4),
+    ]
+    assert ready.paths == [tmp_path / "sub/x.png", tmp_path / "sub/y.png", tmp_path / "gone.png"]
+    (tmp_path / "metadata.csv").write_text("file_name,text,group\nsub/x.png,a seven,diret\n")
+    with pytest.raises(UsageError, match=r'line 2: unknown group "diret"\. Did you mean "direct"\?'):
+        read_image_folder(str(tmp_path), CONCEPT, [])
+    for name in ("../x.png", "/etc/x.png"):
+        (tmp_path / "metadata.csv").write_text(f"file_name,text\n{name},a seven\n")
+        with pytest.raises(UsageError, match="is not inside"):
+            read_image_folder(str(tmp_path), CONCEPT, [])
+    (tmp_path / "metadata.jsonl").write_text("")
+    with pytest.raises(UsageError, match="several metadata files"):
         read_image_folder(str(tmp_path), CONCEPT, [])
 
 

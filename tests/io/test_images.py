@@ -13,7 +13,7 @@ from PIL import Image
 
 import sd_unlearn
 from sd_unlearn.errors import UsageError
-from sd_unlearn.io.images import UnreadableImage, image_files, is_flat, open_image, to_rgb
+from sd_unlearn.io.images import UnreadableImage, image_files, is_flat, missing_support, open_image, to_rgb
 
 RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
 
@@ -26,7 +26,7 @@ def pixel(path: Path, x: int = 0, y: int = 0) -> tuple[int, ...]:
     return color
 
 
-@pytest.mark.parametrize("suffix", ["png", "bmp", "tiff", "gif", "webp", "jpg"])
+@pytest.mark.parametrize("suffix", ["png", "bmp", "tiff", "gif", "webp", "jpg", "avif"])
 def test_every_format_by_its_content(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"x.{suffix}"
     Image.new("RGB", (8, 8), RED).save(path, **({"lossless": True} if suffix == "webp" else {}))
@@ -144,6 +144,24 @@ def test_only_this_module_opens_image_files() -> None:
     calls = [(name, call) for name, text in files.items() for call in opening.findall(text)]
     assert {name for name, _ in calls} == {"io/images.py"}
     assert all("formats=" in call for _, call in calls)
+
+
+def test_photos_of_phones_with_two_images_in_a_jpeg(tmp_path: Path) -> None:
+    image = Image.new("RGB", (8, 8), RED)
+    image.save(tmp_path / "x.jpg", "MPO", save_all=True, append_images=[Image.new("RGB", (8, 8), BLUE)])
+    assert np.abs(np.subtract(pixel(tmp_path / "x.jpg"), RED)).max() <= 2
+
+
+def test_what_an_unsupported_format_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sd_unlearn.io.images._readable", lambda: ["PNG"])
+    for name, needed in (("x.HEIC", ".heic needs pillow-heif"), ("x.avif", ".avif needs Pillow 11.3")):
+        (tmp_path / name).write_bytes(b"not decoded")
+        with pytest.raises(UnreadableImage, match=needed):
+            open_image(tmp_path / name)
+        assert missing_support(tmp_path / name)
+    assert missing_support(tmp_path / "x.jpg") is None
+    monkeypatch.setattr("sd_unlearn.io.images._readable", lambda: ["AVIF", "HEIF"])
+    assert missing_support(tmp_path / "x.HEIC") is None
 
 
 def test_hidden_files_and_folders_are_not_images(tmp_path: Path) -> None:
