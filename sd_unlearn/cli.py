@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
@@ -19,7 +22,7 @@ from sd_unlearn.config.base import ExportConfig, RenderConfig, ReportConfig
 from sd_unlearn.config.evaluate import EvaluateConfig
 from sd_unlearn.config.options import START
 from sd_unlearn.config.train import TrainConfig
-from sd_unlearn.errors import UnlearnError, UsageError
+from sd_unlearn.errors import UnlearnError, UsageError, reason
 from sd_unlearn.io.files import check_keys, read_yaml
 from sd_unlearn.launch import prepare_processes, process_rank
 from sd_unlearn.paper import commands as paper
@@ -38,6 +41,8 @@ Compare several LoRAs:
   sd-unlearn evaluate --lora A B --strengths 0.5 1
   sd-unlearn report --run runs/evaluation
 """  # no line is longer than 80 characters
+
+BROKEN_PIPE = 141  # exit code, as that of a program that SIGPIPE ends
 
 COMMANDS = {
     "render": RenderConfig,
@@ -147,7 +152,8 @@ def evaluate(config: Annotated[EvaluateConfig, Parameter(name="*")] = EvaluateCo
 
     results = run(config)
     if results:  # empty in all processes but the first
-        as_json = json.dumps(results, indent=2, ensure_ascii=False)
+        utf8 = not sys.stdout or "utf" in (sys.stdout.encoding or "utf-8").lower()
+        as_json = json.dumps(results, indent=2, ensure_ascii=not utf8)
         print(as_json if config.json else format_table(parse_results(results)))
         check_conditions(config, results)
 
@@ -172,15 +178,20 @@ def report(config: Annotated[ReportConfig, Parameter(name="*")] = ReportConfig()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code.
 
-    0 success, 1 failed or a --fail_if condition holds, 2 wrong usage, 130 interrupted.
+    0 success, 1 failed or a --fail_if condition holds, 2 wrong usage, 130 interrupted, 141 stdout
+    was closed (as by `| head -1`).
     """
     tokens = [_underscored(t) for t in (sys.argv[1:] if arguments is None else arguments)]
     debug = "--debug" in tokens
     ShortHelp.show_all = "--help_all" in tokens
     tokens = ["--help" if token == "--help_all" else token for token in tokens]
+    _replace_unprintable()
     try:
+        _check_unicode(tokens)
         app.config = _config_file(tokens)
         app(tokens, exit_on_error=False, print_error=False)
+        if sys.stdout:  # None if it is closed
+            sys.stdout.flush()
     except cyclopts.CycloptsError as error:
         return _fail(UsageError(_usage_message(error)), debug)
     except UnlearnError as error:
@@ -188,10 +199,42 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as interrupt:
         print(f"\nInterrupted. {_how_to_resume(tokens, str(interrupt))}", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # the reader of stdout, e.g. head, has enough
+        _discard_stdout()
+        return BROKEN_PIPE
+    except OSError as error:
+        _discard_stdout()
+        place = f" ({error.filename})" if error.filename else ""
+        hint = "Free some space, or check the disk and its permissions."
+        return _fail(UnlearnError(f"Cannot read or write{place}: {reason(error)}. {hint}"), debug)
     except Exception as error:
         hint = "This is a bug in sd-unlearn. Run again with --debug and report it."
         return _fail(UnlearnError(f"{type(error).__name__}: {error}. {hint}"), debug)
     return 0
+
+
+def _replace_unprintable() -> None:
+    """Print "?" for what the terminal's encoding lacks, e.g. the dash of an interval in ASCII, instead of failing."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
+def _discard_stdout() -> None:
+    """Without this Python would try to write the rest of a broken stdout when it exits, and fail again."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _check_unicode(tokens: Sequence[str]) -> None:
+    """Refuse arguments whose bytes are not UTF-8: they could not be written into the files of a run.
+
+    Raises:
+        UsageError: names the argument.
+    """
+    for token in tokens:
+        if any("\ud800" <= character <= "\udfff" for character in token):
+            raise UsageError(f"the argument {token!r} is not UTF-8 text. Rename the file or folder.")
 
 
 def _underscored(token: str) -> str:
@@ -254,7 +297,8 @@ def _fail(error: UnlearnError, debug: bool) -> int:
         import traceback
 
         traceback.print_exc()
-    print(f"Error: {' '.join(str(error).split())}", file=sys.stderr)
+    with contextlib.suppress(OSError):  # stderr may be full or closed, too
+        print(f"Error: {' '.join(str(error).split())}", file=sys.stderr)
     return error.exit_code
 
 

@@ -115,6 +115,7 @@ def resolve_job(config: EvaluateConfig) -> EvaluationJob:
     subjects = _resolve_subjects(config, loras, concepts, plans, tier)
     output = config.output_dir or (config.run if config.run and not config.lora and not config.images else OUTPUT)
     check_writable(output, "--output_dir")
+    check_writable(config.cache_dir, "--cache_dir")
     job = EvaluationJob(config, concepts, subjects, plans, source, base_named, tier_name, output, loras)
     for concept in concepts.values():
         check_metrics(job.metric_context(concept))
