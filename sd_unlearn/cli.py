@@ -40,6 +40,8 @@ Compare several LoRAs:
 
   sd-unlearn evaluate --lora A B --strengths 0.5 1
   sd-unlearn report --run runs/evaluation
+
+Exit codes: 0 done, 1 failed, 2 wrong usage, 3 a --fail_if condition holds.
 """  # no line is longer than 80 characters
 
 BROKEN_PIPE = 141  # exit code, as that of a program that SIGPIPE ends
@@ -146,7 +148,7 @@ def train(config: Annotated[TrainConfig, Parameter(name="*")] = TrainConfig()) -
 def evaluate(config: Annotated[EvaluateConfig, Parameter(name="*")] = EvaluateConfig()) -> None:
     """Measure erasure and retention of one or many LoRAs, with intervals; writes results.json."""
     prepare_processes()
-    from sd_unlearn.evaluation.evaluate import check_conditions, run
+    from sd_unlearn.evaluation.evaluate import check_conditions, pass_or_fail, run
     from sd_unlearn.report.terminal import format_table
     from sd_unlearn.results import parse_results
 
@@ -155,7 +157,11 @@ def evaluate(config: Annotated[EvaluateConfig, Parameter(name="*")] = EvaluateCo
         utf8 = not sys.stdout or "utf" in (sys.stdout.encoding or "utf-8").lower()
         as_json = json.dumps(results, indent=2, ensure_ascii=not utf8)
         print(as_json if config.json else format_table(parse_results(results)))
-        check_conditions(config, results)
+        notes = sys.stderr if config.json else sys.stdout
+        for line in pass_or_fail(config, results):
+            print(line, file=notes)
+        if passed := check_conditions(results):
+            print(passed, file=notes)
 
 
 @app.command
@@ -178,8 +184,8 @@ def report(config: Annotated[ReportConfig, Parameter(name="*")] = ReportConfig()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code.
 
-    0 success, 1 failed or a --fail_if condition holds, 2 wrong usage, 130 interrupted, 141 stdout
-    was closed (as by `| head -1`).
+    0 success, 1 failed, 2 wrong usage, 3 a --fail_if condition holds, 130 interrupted, 141 stdout was closed (as by
+    `| head -1`).
     """
     tokens = [_underscored(t) for t in (sys.argv[1:] if arguments is None else arguments)]
     debug = "--debug" in tokens

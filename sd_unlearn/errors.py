@@ -18,6 +18,12 @@ class UsageError(UnlearnError):
     exit_code = 2
 
 
+class ConditionError(UnlearnError):
+    """A --fail_if condition holds. Exit code 3."""
+
+    exit_code = 3
+
+
 def suggest(word: str, known: Iterable[str]) -> str:
     """' Did you mean "x"?' with the most similar known word, or an empty string if none is similar."""
     close = difflib.get_close_matches(word, list(known), n=1)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -83,6 +85,19 @@ class Pair:
 
 
 @dataclass(frozen=True)
+class PairCount:
+    """How many images of a subject and prompt group leak or are lost; `pairs` holds some of them."""
+
+    __pydantic_config__ = OPEN
+
+    concept: str
+    subject: str
+    group: str
+    leaks: int
+    lost: int
+
+
+@dataclass(frozen=True)
 class Card:
     """What a reader must know to cite a detector's metrics; the report prints it with them."""
 
@@ -158,6 +173,27 @@ class Problem:
 
 
 @dataclass(frozen=True)
+class Outcome:
+    """A --fail_if condition."""
+
+    __pydantic_config__ = OPEN
+
+    condition: str
+    holds: bool
+    reasons: tuple[str, ...] = ()  # the subjects, concepts and values for which it holds
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A LoRA that could not be evaluated (--keep_going)."""
+
+    __pydantic_config__ = OPEN
+
+    lora: str  # as given, or its path
+    message: str
+
+
+@dataclass(frozen=True)
 class Seeds:
     """Seeds of the images."""
 
@@ -188,6 +224,9 @@ class Results:
     pairs: tuple[Pair, ...] = ()
     skipped: tuple[Skipped, ...] = ()
     problems: tuple[Problem, ...] = ()
+    conditions: tuple[Outcome, ...] = ()
+    failed: tuple[Failed, ...] = ()
+    pair_counts: tuple[PairCount, ...] = ()
 
     @property
     def compared(self) -> list[SubjectEntry]:
@@ -227,10 +266,11 @@ def parse_results(data: Any, where: str = RESULTS, hint: str = "") -> Results:
     """Validate the parsed JSON of a results.json; `where` and `hint` begin and end the error, see `validate`.
 
     Raises:
-        UsageError: a missing or invalid key, or a row, difference, pair or problem of a concept or subject that is not
-            listed.
+        UsageError: a missing or invalid key, a value that is not finite or out of order, an entry that is listed twice,
+            or a row, difference, pair or problem of a concept or subject that is not listed.
     """
     results = validate(Results, data, where, hint)
+    _check_consistent(results, where, hint)
     subjects = {subject.id for subject in results.subjects}
     slugs = {concept.slug for concept in results.concepts}
     listed = {"concept": slugs, "subject": subjects, "against": subjects}
@@ -242,6 +282,38 @@ def parse_results(data: Any, where: str = RESULTS, hint: str = "") -> Results:
                 if name is not None and name not in known and not every:
                     raise UsageError(f'{where}: {attribute} "{name}" of {key}[{number}] is not listed. {hint}')
     return results
+
+
+def _check_consistent(results: Results, where: str, hint: str) -> None:
+    """Refuse values that no evaluation writes, as a damaged or hand-edited file has them."""
+    for key in ("rows", "differences"):
+        for number, item in enumerate(getattr(results, key)):
+            if fault := _fault(item):
+                raise UsageError(f"{where}: {key}[{number}] ({item.metric}) {fault}. {hint}")
+    keys: dict[str, list[Any]] = {
+        "concepts": [concept.slug for concept in results.concepts],
+        "subjects": [subject.id for subject in results.subjects],
+        "rows": [(row.concept, row.subject, row.metric, row.group, row.detector) for row in results.rows],
+    }
+    for key, names in keys.items():
+        twice = next((name for name, count in Counter(names).items() if count > 1), None)
+        if twice is not None:
+            name = twice if isinstance(twice, str) else " ".join(filter(None, twice))
+            raise UsageError(f"{where}: {key} lists {name} twice. {hint}")
+
+
+def _fault(item: Row | Difference) -> str:
+    """What is impossible about a row or difference; "" if nothing is."""
+    ends = [value for value in (item.low, item.high) if value is not None]
+    if any(not math.isfinite(value) for value in (*ends, item.value or 0)):
+        return "has a value that is not finite"
+    if item.n < 0:
+        return f"has n = {item.n}"
+    if len(ends) == 2 and ends[0] > ends[1]:
+        return f"has low = {ends[0]:g} above high = {ends[1]:g}"
+    if item.interval == "wilson" and item.value is not None and not 0 <= item.value <= 1:
+        return f"is a share of {item.value:g}"
+    return ""
 
 
 def as_json(item: Any) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import pytest
 from report_results import make_pair, make_results, make_row, parsed
 
 from sd_unlearn.errors import UsageError
-from sd_unlearn.results import BASE, Results, Row, as_json, read_results
+from sd_unlearn.results import BASE, Results, Row, as_json, parse_results, read_results
 
 
 def read(folder: Path, content: Any) -> Results:
@@ -98,3 +98,28 @@ def test_a_missing_file_or_folder_is_named(tmp_path: Path) -> None:
 def test_a_row_is_read_as_it_was_written(tmp_path: Path) -> None:
     row = Row("leakage", "direct", "lora", 0.1, 10, 0.0, 0.3, "judge", "wilson", "", "seven", (0.1, 0.2))
     assert read(tmp_path, make_results(rows=[as_json(row)])).rows == (row,)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"value": float("nan")}, "not finite"),
+        ({"low": float("inf")}, "not finite"),
+        ({"n": -1}, "n = -1"),
+        ({"low": 0.5, "high": 0.1}, "low = 0.5 above high = 0.1"),
+        ({"value": 1.5}, "is a share of 1.5"),
+    ],
+)
+def test_impossible_values_are_refused(change: dict[str, Any], message: str) -> None:
+    content = make_results()
+    content["rows"] = [content["rows"][0] | change]
+    with pytest.raises(UsageError, match=rf"rows\[0\] \(leakage\).*{message}.*again"):
+        parse_results(content, hint="Run evaluate again.")
+
+
+@pytest.mark.parametrize("key", ["rows", "subjects", "concepts"])
+def test_an_entry_listed_twice_is_refused(key: str) -> None:
+    content = make_results()
+    content[key] = [*content[key], content[key][0]]
+    with pytest.raises(UsageError, match=f"{key} lists .* twice"):
+        parse_results(content)

@@ -36,8 +36,8 @@ class Inputs:
     lora: Annotated[
         list[str],
         several(
-            "LoRAs to compare: run folders, exported folders, .safetensors files in Diffusers or kohya format, Hub "
-            "ids. Results go to --output_dir.",
+            "LoRAs to compare: run folders, exported folders, .safetensors files in Diffusers or kohya format or "
+            "folders of them, Hub ids. Results go to --output_dir.",
             START,
         ),
     ] = many()
@@ -208,8 +208,12 @@ class EvaluateConfig(Detectors, SamplerOptions, Prompts, Inputs):
     ] = None
     fail_if: Annotated[
         list[str],
-        several('Exit 1 if a condition holds: "leakage>0.02", "leakage.held_out.high>5%", "retention<0.95".', OUTPUT),
+        several('Exit 3 if a condition holds: "leakage>0.02", "leakage.held_out.high>5%", "retention<0.95".', OUTPUT),
     ] = many()
+    keep_going: Annotated[
+        bool,
+        option("Evaluate the other LoRAs if one cannot be loaded, and print pass or fail for each.", OUTPUT),
+    ] = False
     write_plan: Annotated[
         Path | None,
         option("Write prompts, seeds and file names as JSONL for generation by another program, and exit.", OUTPUT),

@@ -17,12 +17,12 @@ from sd_unlearn import __version__
 from sd_unlearn.config.base import as_dict
 from sd_unlearn.config.evaluate import EvaluateConfig
 from sd_unlearn.data.concept import Concept, concept_sha256
-from sd_unlearn.errors import UnlearnError
-from sd_unlearn.evaluation.fail_if import met_conditions, parse_condition
+from sd_unlearn.errors import ConditionError, UnlearnError
+from sd_unlearn.evaluation.fail_if import checked_subjects, met_conditions, outcomes, parse_condition
 from sd_unlearn.evaluation.generate import ImageCache, generate_images
 from sd_unlearn.evaluation.job import EvaluationJob, Subject, resolve_job
 from sd_unlearn.evaluation.loras import ModelVariant
-from sd_unlearn.evaluation.pairs import MAX_PAIRS, PAIRS_PER_GROUP, pick_pairs
+from sd_unlearn.evaluation.pairs import MAX_PAIRS, PAIRS_PER_GROUP, count_outcomes, pick_pairs
 from sd_unlearn.evaluation.prompts import GROUPS, group_prompts, write_plan
 from sd_unlearn.evaluation.score import ConceptResults, SubjectImages, run_metrics
 from sd_unlearn.io.files import write_json, write_text
@@ -54,20 +54,41 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
         return {}
     evaluated, cards = _run_all_metrics(job, cache)
     results = _assemble(job, cache, evaluated, cards)
+    results["conditions"] = outcomes([parse_condition(text) for text in config.fail_if], results)
     write_text(job.output / EVALUATION, yaml.safe_dump(as_dict(config), sort_keys=False, allow_unicode=True))
     write_json(job.output / RESULTS, results)
     return results
 
 
-def check_conditions(config: EvaluateConfig, results: dict[str, Any]) -> None:
-    """Check --fail_if.
+def check_conditions(results: dict[str, Any]) -> str:
+    """A line that says how many --fail_if conditions were checked; "" without any.
 
     Raises:
-        UnlearnError: at least one condition holds; names each of them with its value.
+        ConditionError: at least one condition holds; names each of them with its value.
+        UnlearnError: a LoRA could not be evaluated (--keep_going).
     """
-    met = met_conditions([parse_condition(text) for text in config.fail_if], results)
+    conditions = results["conditions"]
+    met = [f"{found['condition']}: {reason}" for found in conditions for reason in found["reasons"]]
     if met:
-        raise UnlearnError(f"--fail_if: {'; '.join(met)}.")
+        raise ConditionError(f"--fail_if: {'; '.join(met)}.")
+    if failed := results["failed"]:
+        raise UnlearnError(f"Not evaluated: {', '.join(entry['lora'] for entry in failed)}.")
+    count = len(conditions)
+    return f"Passed {count} of {count} --fail_if checks: no condition holds." if count else ""
+
+
+def pass_or_fail(config: EvaluateConfig, results: dict[str, Any]) -> list[str]:
+    """With --keep_going a line for each LoRA and image folder: whether it passes --fail_if, and why not."""
+    if not config.keep_going:
+        return []
+    conditions, lines = [parse_condition(text) for text in config.fail_if], []
+    checked = checked_subjects(results)
+    for subject in results["subjects"]:
+        if subject["id"] in checked:
+            alone = [entry for entry in results["subjects"] if entry["id"] in (BASE, subject["id"])]
+            because = met_conditions(conditions, {**results, "subjects": alone})
+            lines.append(f"fail {subject['name']}: {'; '.join(because)}" if because else f"pass {subject['name']}")
+    return lines + [f"fail {failed['lora']}: {failed['message']}" for failed in results["failed"]]
 
 
 def _run_all_metrics(job: EvaluationJob, cache: ImageCache | None) -> tuple[list[ConceptResults], list[dict[str, Any]]]:
@@ -144,7 +165,9 @@ def _assemble(
         "rows": [as_json(row) for concept in evaluated for row in concept.rows],
         "differences": [as_json(difference) for concept in evaluated for difference in concept.differences],
         "pairs": [as_json(pair) for pair in _pick_all_pairs(job, evaluated)],
+        "pair_counts": [as_json(count) for concept in evaluated for count in count_outcomes(concept)],
         "problems": [as_json(problem) for concept in evaluated for problem in concept.problems],
+        "failed": [{"lora": lora, "message": message} for lora, message in job.failed.items()],
         "skipped": [
             {"subject": subject, "path": str(path), "why": reason}
             for concept in evaluated

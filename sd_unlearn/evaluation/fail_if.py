@@ -1,4 +1,4 @@
-"""--fail_if: conditions on metrics that make `evaluate` end with exit code 1, for pipelines."""
+"""--fail_if: conditions on metrics that make `evaluate` end with exit code 3, for pipelines."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sd_unlearn.errors import UsageError
+from sd_unlearn.errors import UsageError, suggest
+from sd_unlearn.report.metric_names import GROUPS, METRICS, known_as
 from sd_unlearn.results import BASE
 
 _FORM = re.compile(
@@ -42,7 +43,7 @@ def parse_condition(text: str) -> Condition:
     """Parse a condition such as "leakage.held_out.high>5%".
 
     Raises:
-        UsageError: not a condition, or a limit above 1 for a metric between 0 and 1.
+        UsageError: not a condition, an unknown metric or prompt group, or a limit above 1 for a metric between 0 and 1.
     """
     match = _FORM.fullmatch(text.strip())
     try:
@@ -54,12 +55,35 @@ def parse_condition(text: str) -> Condition:
             f'--fail_if "{text}" is not a condition. Examples: "leakage>0.02", "leakage.held_out.high>5%", '
             '"retention.kept<0.95".'
         )
+    _check_names(text, match["metric"], match["group"])
     limit = limit / 100 if match["percent"] else limit
     if match["metric"] in SHARES and limit > 1:
         raise UsageError(
             f'--fail_if "{text}": {match["metric"]} is between 0 and 1. Write {limit:g}% or {limit / 100:g}.'
         )
     return Condition(text, match["metric"], match["group"], match["end"] or "value", match["sign"], limit)
+
+
+def _check_names(text: str, metric: str, group: str | None) -> None:
+    if known_as(metric) not in METRICS:
+        raise UsageError(
+            f'--fail_if "{text}": there is no metric {metric}.{suggest(metric, METRICS)} Known: {", ".join(METRICS)}.'
+        )
+    if group is not None and group not in GROUPS:
+        known = (*GROUPS, "low", "high")
+        raise UsageError(
+            f'--fail_if "{text}": {group} is not a prompt group.{suggest(group, known)} Known: {", ".join(GROUPS)}.'
+        )
+
+
+def outcomes(conditions: Sequence[Condition], results: dict[str, Any]) -> list[dict[str, Any]]:
+    """The outcome of each condition as results.json records it: condition, holds, and why for each subject."""
+    found = []
+    for condition in conditions:
+        because = met_conditions([condition], results)
+        reasons = [line.removeprefix(f"{condition.text}: ") for line in because]
+        found.append({"condition": condition.text, "holds": bool(because), "reasons": reasons})
+    return found
 
 
 def met_conditions(conditions: Sequence[Condition], results: dict[str, Any]) -> list[str]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sd_unlearn.errors import UnlearnError
 from sd_unlearn.evaluation.job import EvaluationJob
 from sd_unlearn.evaluation.loras import ModelVariant
 from sd_unlearn.evaluation.prompts import ImageSpec
@@ -85,10 +86,14 @@ def generate_images(job: EvaluationJob) -> ImageCache | None:
     cache = _image_cache(job, loader)
     all_specs = [spec for specs in job.plans.values() for spec in specs]
     cache.generate(loader.load, ModelVariant(), all_specs, "generate base")
-    for subject in job.subjects:
-        if subject.variant is not None:
-            specs = [spec for slug in subject.concepts for spec in job.plans[slug]]
+    for subject in list(job.subjects):
+        if subject.variant is None or subject.variant.lora is None:
+            continue
+        specs = [spec for slug in subject.concepts for spec in job.plans[slug]]
+        try:
             cache.generate(loader.load, subject.variant, specs, f"generate {subject.id}")
+        except UnlearnError as error:
+            job.give_up(subject.variant.lora, error)
     return cache
 
 

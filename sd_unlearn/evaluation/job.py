@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,13 @@ from sd_unlearn.config.checks import check_evaluate
 from sd_unlearn.config.evaluate import EvaluateConfig
 from sd_unlearn.data.concept import Concept, Prompt, load_concept
 from sd_unlearn.data.prompt_sets import load_prompt_set
-from sd_unlearn.errors import UsageError
+from sd_unlearn.errors import UnlearnError, UsageError
 from sd_unlearn.evaluation.fail_if import parse_condition
 from sd_unlearn.evaluation.image_folders import ImageFolder, read_image_folder, split_name
-from sd_unlearn.evaluation.loras import Lora, ModelVariant, open_lora, open_run, unique_names
+from sd_unlearn.evaluation.loras import DIFFUSERS_FILE, Lora, ModelVariant, open_lora, open_run, unique_names
 from sd_unlearn.evaluation.prompts import TIERS, ImageSpec, Tier, override_counts, plan_images
 from sd_unlearn.io.files import check_writable, read_yaml
-from sd_unlearn.io.run_folder import CONFIG, POSITIVE
+from sd_unlearn.io.run_folder import CONFIG, POSITIVE, TRAINING
 from sd_unlearn.metrics.registry import MetricContext, check_metrics
 from sd_unlearn.models.base import recorded_source
 from sd_unlearn.models.find_base import find_base
@@ -76,6 +77,7 @@ class EvaluationJob:
     tier: str
     output: Path
     loras: list[Lora]
+    failed: dict[str, str]  # with --keep_going: LoRA -> why it cannot be evaluated
 
     @property
     def needs_base(self) -> bool:
@@ -85,6 +87,14 @@ class EvaluationJob:
     @property
     def zero_terminal_snr(self) -> bool:
         return any(lora.zero_terminal_snr for lora in self.loras)
+
+    def give_up(self, lora: Lora, error: UnlearnError) -> None:
+        """With --keep_going leave out a LoRA that cannot be applied; else raise the error."""
+        others = [subject for subject in self.subjects if subject.variant is None or subject.variant.lora is not lora]
+        if not self.config.keep_going or not others:
+            raise error
+        self.failed[str(lora.path)] = str(error)
+        self.subjects[:] = others
 
     def metric_context(self, concept: Concept, device: Any = "cpu") -> MetricContext:
         reference = _reference_folder(self.config, concept, self.loras)
@@ -101,8 +111,7 @@ def resolve_job(config: EvaluateConfig) -> EvaluationJob:
     check_evaluate(config)
     for condition in config.fail_if:
         parse_condition(condition)
-    loras = [open_run(config.run)] if config.run is not None else []
-    loras += [open_lora(given) for given in config.lora]
+    loras, failed = _open_loras(config)
     concepts = _resolve_concepts(config, loras)
     source, base_named = _resolve_base(config, loras, concepts)
     tier_name = config.tier or ("digits" if source.name == DIGITS else "quick")
@@ -116,10 +125,36 @@ def resolve_job(config: EvaluateConfig) -> EvaluationJob:
     output = config.output_dir or (config.run if config.run and not config.lora and not config.images else OUTPUT)
     check_writable(output, "--output_dir")
     check_writable(config.cache_dir, "--cache_dir")
-    job = EvaluationJob(config, concepts, subjects, plans, source, base_named, tier_name, output, loras)
+    job = EvaluationJob(config, concepts, subjects, plans, source, base_named, tier_name, output, loras, failed)
     for concept in concepts.values():
         check_metrics(job.metric_context(concept))
     return job
+
+
+def _open_loras(config: EvaluateConfig) -> tuple[list[Lora], dict[str, str]]:
+    """The LoRAs, and with --keep_going why the others cannot be opened."""
+    loras = [open_run(config.run)] if config.run is not None else []
+    failed: dict[str, str] = {}
+    for given in chain.from_iterable(map(_lora_files, config.lora)):
+        try:
+            loras.append(open_lora(given))
+        except UnlearnError as error:
+            if not config.keep_going:
+                raise
+            failed[given] = str(error)
+    if failed and not loras and not config.images:
+        raise UnlearnError(f"No LoRA can be evaluated. {' '.join(failed.values())}")
+    return loras, failed
+
+
+def _lora_files(given: str) -> list[str]:
+    """The files of a folder with several .safetensors files; a run, an exported folder or anything else is itself."""
+    folder = Path(given)
+    if not folder.is_dir() or (folder / TRAINING).is_file() or (folder / DIFFUSERS_FILE).is_file():
+        return [given]
+    suffix = ".safetensors"
+    files = sorted(f for f in folder.iterdir() if f.suffix.lower() == suffix and not f.name.startswith("."))
+    return [str(file) for file in files] if len(files) > 1 else [given]
 
 
 def _resolve_concepts(config: EvaluateConfig, loras: Sequence[Lora]) -> dict[str, Concept]:

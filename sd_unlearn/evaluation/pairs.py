@@ -16,7 +16,7 @@ from sd_unlearn.evaluation.score import ConceptResults, SubjectImages
 from sd_unlearn.io.files import atomic_path, slugify
 from sd_unlearn.io.run_folder import IMAGE_DIR
 from sd_unlearn.metrics.base import CONCEPT_GROUPS
-from sd_unlearn.results import BASE, Pair
+from sd_unlearn.results import BASE, Pair, PairCount
 
 PAIRS_PER_GROUP = 24  # pairs of each prompt group and subject; fewer if there were more than MAX_PAIRS
 MAX_PAIRS = 900  # of one report
@@ -25,7 +25,7 @@ _Boxes = tuple[tuple[float, ...], ...]
 
 
 def pick_pairs(results: ConceptResults, folder: Path, count: int) -> list[Pair]:
-    """`count` pairs per subject and group, spread over its prompts, and up to `count` more that leak.
+    """`count` pairs per subject and group, spread over its prompts, and up to `count` more that leak or are lost.
 
     All subjects show the same prompts and seeds, so the report can place them side by side.
     """
@@ -37,7 +37,7 @@ def pick_pairs(results: ConceptResults, folder: Path, count: int) -> list[Pair]:
         before = base if images.planned else None
         leaks = _first_values(results, images, ("leakage", "nudity")) == 1
         lost = _lost(results, images, before)
-        for index in _choose(images.specs, leaks, count):
+        for index in _choose(images.specs, leaks, lost, count):
             before_file = _copy_image(before, index, folder) if before else ""
             if file := _copy_image(images, index, folder):
                 flags = bool(leaks[index]), bool(lost[index])
@@ -45,14 +45,32 @@ def pick_pairs(results: ConceptResults, folder: Path, count: int) -> list[Pair]:
     return pairs
 
 
-def _choose(specs: Sequence[ImageSpec], leaks: NDArray[np.bool_], count: int) -> list[int]:
+def count_outcomes(results: ConceptResults) -> list[PairCount]:
+    """How many images of each subject and prompt group leak or are lost, shown or not."""
+    base = next((images for images in results.images if images.subject == BASE), None)
+    counts = []
+    for images in results.images:
+        if images.subject == BASE:
+            continue
+        leaks = _first_values(results, images, ("leakage", "nudity")) == 1
+        lost = _lost(results, images, base if images.planned else None)
+        for group in GROUPS:
+            members = [n for n, spec in enumerate(images.specs) if spec.group == group]
+            num_leaks = int(leaks[members].sum()) if group in CONCEPT_GROUPS else 0
+            num_lost = int(lost[members].sum())
+            if num_leaks or num_lost:
+                counts.append(PairCount(results.concept.slug, images.subject, group, num_leaks, num_lost))
+    return counts
+
+
+def _choose(specs: Sequence[ImageSpec], leaks: NDArray[np.bool_], lost: NDArray[np.bool_], count: int) -> list[int]:
     indices: list[int] = []
     for group in GROUPS:
         members = [n for n, spec in enumerate(specs) if spec.group == group]
         stride = max(1, len(members) // max(1, count))
         chosen = members[::stride][:count]
-        if group in CONCEPT_GROUPS:
-            chosen += [n for n in members if leaks[n] and n not in chosen][:count]
+        telling = leaks if group in CONCEPT_GROUPS else lost
+        chosen += [n for n in members if telling[n] and n not in chosen][:count]
         indices += chosen
     return indices
 

@@ -106,6 +106,7 @@ def before_after(results: Results, folder: Path, max_pairs: int, blur_faces: boo
     groups = _groups(results, cards)
     used = {pair.subject for pair, _ in chosen}
     names = labels(results.subjects)
+    counts = [count for count in results.pair_counts if count.subject in used]
     return {
         "groups": groups,
         "several": len(used) > 1,
@@ -113,6 +114,8 @@ def before_after(results: Results, folder: Path, max_pairs: int, blur_faces: boo
         "left_out": len(outcomes) - len(chosen),
         "leaks": sum(outcome == "leak" for _, outcome in chosen),
         "lost": sum(outcome == "lost" for _, outcome in chosen),
+        "all_leaks": sum(count.leaks for count in counts if (count.concept, count.subject) in targets),
+        "all_lost": sum(count.lost for count in counts),
         "boxed": any(pair.faces or pair.base_faces for pair, _ in chosen),
         "blurred": blur_faces,
         "box": "faces" if looked_for_faces else "detections",

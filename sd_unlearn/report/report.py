@@ -61,6 +61,7 @@ def run(config: ReportConfig) -> Path:
     check_ranges(config)
     folder = Path(config.run)
     results = read_results(folder)
+    _check_current(folder, results)
     content = context(folder, results, config)
     html, text = environment(escape=True), environment(escape=False)
     # render everything before the first file is replaced
@@ -75,6 +76,24 @@ def run(config: ReportConfig) -> Path:
     for name, rendered in files.items():
         write_text(folder / name, rendered)
     return folder / HTML
+
+
+def _check_current(folder: Path, results: Results) -> None:
+    """Refuse results that were measured on other weights than the run folder now holds.
+
+    Raises:
+        UsageError: names both hashes.
+    """
+    try:
+        current = run_folder.weights_sha256(folder)
+    except UsageError:
+        return  # not a run folder: an evaluation of several LoRAs
+    measured = {subject.sha256 for subject in results.compared if subject.what == "lora" and subject.sha256}
+    if measured and current not in measured:
+        raise UsageError(
+            f"{folder / run_folder.RESULTS} was measured on other weights (SHA-256 {min(measured)[:12]}) than the run "
+            f"holds now ({current[:12]}). Run sd-unlearn evaluate --run {folder} again."
+        )
 
 
 def context(folder: Path, results: Results, config: ReportConfig) -> dict[str, Any]:
@@ -147,13 +166,15 @@ def _details(folder: Path, case: Case, results: Results, training: dict[str, Any
     concept = trained if trained and trained.slug == case.concept.slug else None  # it can be evaluated on another one
     beta = (case.subject.training or {}).get("beta", training.get("beta"))
     beta = beta if isinstance(beta, int | float) and 0 < beta < 1 else None
+    target = (case.subject.training or {}).get("target", training.get("target"))
     seeds = results.seeds.seeds
     return {
         "concept": concept,
         "settings": _optional(folder / run_folder.CONFIG, lambda path: read_yaml(path, "--run")) or {},
         "beta": beta,
+        "is_teacher": target == "teacher",
         "answers": answers(case, case.subject.cost or training.get("cost") or {}),
-        "curves": training_curves.training_charts(log, beta),
+        "curves": training_curves.training_charts(log, None if target == "teacher" else beta),
         "commands": reproduce.commands(folder, case, seeds[0] if seeds else 0, concept),
     }
 

@@ -13,7 +13,10 @@ MOST_POINTS = 400  # of a line; further ones would not be visible
 
 
 def training_charts(log: list[dict[str, Any]], beta: float | None) -> list[dict[str, Any]]:
-    """The mean losses, and their ratio with the equilibrium 1 / beta. log: the lines of metrics.jsonl."""
+    """The mean losses, and their ratio with the equilibrium 1 / beta, if it has one.
+
+    log: the lines of metrics.jsonl.
+    """
     losses = line_chart(log, ("mean_u", "mean_s"))
     ratio = line_chart(log, ("ratio",), target=1 / beta if beta else None)
     charts = [

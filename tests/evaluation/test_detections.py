@@ -14,10 +14,10 @@ from sd_unlearn.data.concept import Concept, Evaluation
 from sd_unlearn.errors import UsageError
 from sd_unlearn.evaluation import detections
 from sd_unlearn.evaluation.image_folders import read_image_folder
-from sd_unlearn.evaluation.pairs import pick_pairs
+from sd_unlearn.evaluation.pairs import count_outcomes, pick_pairs
 from sd_unlearn.evaluation.prompts import Tier, plan_images
 from sd_unlearn.evaluation.score import ConceptResults, SubjectImages
-from sd_unlearn.metrics.base import DetectorOutput
+from sd_unlearn.metrics.base import DetectorOutput, ImageValues
 
 CONCEPT = Concept("seven", "a seven", "a digit", evaluate=Evaluation(alike=["a {one,two}"]))
 
@@ -214,3 +214,20 @@ def test_pairs_are_picked_without_metrics_of_single_images(tmp_path: Path) -> No
     pairs = pick_pairs(ConceptResults(CONCEPT, images), tmp_path / "out", 5)
     assert [(pair.subject, pair.leak, pair.image_read) for pair in pairs] == [("mine", False, "")] * 2
     assert all((tmp_path / "out" / file).is_file() for pair in pairs for file in (pair.base, pair.image))
+
+
+def test_lost_pairs_are_shown_as_leaks_are(tmp_path: Path) -> None:
+    """8 of 60 look-alikes are lost; a sample of every 15th image has none of them."""
+    specs = plan_images(CONCEPT, Tier(0, 0, 0, 60, 0), [0])
+    images, values = [], {}
+    right = np.ones(len(specs))
+    for name in ("base", "mine"):
+        paths = save(tmp_path / name, {spec.file_name: 1 for spec in specs})
+        images.append(SubjectImages(name, specs, paths, None))
+        values[name] = [ImageValues("accuracy", ("alike",), right.copy())]
+    values["mine"][0].values[1:9] = 0
+    results = ConceptResults(CONCEPT, images, values=values)
+    assert sum(pair.lost for pair in pick_pairs(results, tmp_path / "out", 4)) == 4
+    assert sum(pair.lost for pair in pick_pairs(results, tmp_path / "out", 10)) == 8
+    (counted,) = count_outcomes(results)
+    assert (counted.subject, counted.group, counted.leaks, counted.lost) == ("mine", "alike", 0, 8)

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from sd_unlearn.cli import main
 from sd_unlearn.config.evaluate import EvaluateConfig
-from sd_unlearn.errors import UnlearnError, UsageError
+from sd_unlearn.errors import UsageError
 from sd_unlearn.evaluation import evaluate, generate
 from sd_unlearn.evaluation.job import resolve_job
 from sd_unlearn.models import sampling
@@ -332,7 +332,7 @@ def test_changed_base_is_refused(runs: Path, tmp_path: Path) -> None:
         evaluate.run(EvaluateConfig(**FEW, run=run))
 
 
-def test_fail_if_exits_with_code_1_after_writing_results(
+def test_fail_if_exits_with_code_3_after_writing_results(
     runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = [
@@ -349,14 +349,62 @@ def test_fail_if_exits_with_code_1_after_writing_results(
         "--output_dir",
         str(tmp_path / "out"),
     ]
-    assert main([*command, "--fail_if", "drift<-1"]) == 0
-    capsys.readouterr()
-    assert main([*command, "--fail_if", "drift>-1", "nudity>0.1"]) == 1
+    assert main([*command, "--fail_if", "drift<-1", "leakage.high>1"]) == 0
+    assert "Passed 2 of 2 --fail_if checks" in capsys.readouterr().err
+    assert main([*command, "--fail_if", "drift>-1", "nudity>0.1"]) == 3
     said = capsys.readouterr()
     assert json.loads(said.out)["schema_version"] == 2
     assert "seven on seven" in said.err
     assert "nudity was not measured" in said.err
-    with pytest.raises(UnlearnError, match="not measured"):
-        evaluate.check_conditions(
-            EvaluateConfig(fail_if=["fid>3"]), json.loads((tmp_path / "out" / "results.json").read_text())
-        )
+    written = read_results(tmp_path / "out").conditions
+    assert [(outcome.condition, outcome.holds) for outcome in written] == [("drift>-1", True), ("nudity>0.1", True)]
+    assert written[1].reasons == ("nudity was not measured",)
+
+
+def test_names_in_fail_if_are_checked_before_anything_loads(capsys: pytest.CaptureFixture[str]) -> None:
+    for condition, message in (
+        ("leekage>5%", 'no metric leekage. Did you mean "leakage"?'),
+        ("leakage.helt_out>5%", 'helt_out is not a prompt group. Did you mean "held_out"?'),
+        ("leakage.hihg>5%", 'Did you mean "high"?'),
+    ):
+        assert main(["evaluate", "--run", "nowhere", "--fail_if", condition]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_retraining_in_the_same_folder_is_evaluated_on_its_own_images(tiny_base: Path, tmp_path: Path) -> None:
+    """The cache names images by the LoRA's hash, not by its name."""
+    few = {**FEW, "groups": ["direct"], "cache_dir": tmp_path / "cache"}
+    shown = []
+    for seed in (1, 2):
+        run = make_run(tmp_path / "seven", tiny_base, seed=seed)
+        results = evaluate.run(EvaluateConfig(**few, run=run))
+        shown.append([(run / pair["image"]).read_bytes() for pair in results["pairs"]])
+    assert len(list((tmp_path / "cache").rglob("lora-*"))) == 2
+    assert all(old != new for old, new in zip(*shown, strict=True))
+
+
+def test_keep_going_counts_bad_files_as_failed(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "loras"
+    folder.mkdir()
+    for name in ("bad", "worse", "._bad"):
+        (folder / f"{name}.safetensors").write_bytes(b"broken")
+    few = ["--num_images", "2", "--num_inference_steps", "1", "--groups", "direct", "--fail_if", "leakage.high>1"]
+    command = ["evaluate", "--lora", str(runs / "seven"), str(folder), *few, "--output_dir", "out"]
+    assert main(command) == 2  # without --keep_going the first bad file ends it
+    assert "bad.safetensors is damaged" in capsys.readouterr().err
+    assert main([*command, "--keep_going"]) == 1
+    said = capsys.readouterr()
+    lines = [line for line in said.out.splitlines() if line.startswith(("pass", "fail"))]
+    assert lines[0] == "pass seven"
+    assert [line.partition(": ")[0] for line in lines[1:]] == [
+        f"fail {folder}/{n}.safetensors" for n in ("bad", "worse")
+    ]
+    assert "Passed" not in said.out
+    assert len(read_results(Path("out")).failed) == 2
+    assert main([*command[:-1], "again", "--keep_going", "--fail_if", "leakage.low>=0"]) == 3
+    assert "fail seven: leakage.low>=0" in capsys.readouterr().out
+    monkeypatch.setattr(generate, "load_base", pytest.fail)
+    assert main(["evaluate", "--lora", str(folder), "--keep_going"]) == 1
+    assert "No LoRA can be evaluated" in capsys.readouterr().err

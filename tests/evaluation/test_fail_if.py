@@ -104,9 +104,9 @@ def test_unknown_or_unmeasured_values_fail() -> None:
 def test_every_condition_fails_without_a_verdict(subject: str) -> None:
     found = results(("base", "leakage", "direct", 0.9), ("a", "leakage", "direct", 0.0))
     found["problems"] = [{"concept": "seven", "subject": subject, "kind": "flat", "message": "150 of 200 are black."}]
-    assert [f"{c}: cannot tell for {subject} on seven: 150 of 200 are black" for c in ("leakage>5%", "fid<1")] == [
-        line for c in ("leakage>5%", "fid<1") for line in met(c, found) if "not measured" not in line
-    ]
+    assert [
+        f"{c}: cannot tell for {subject} on seven: 150 of 200 are black" for c in ("leakage>5%", "fid-digits<1")
+    ] == [line for c in ("leakage>5%", "fid-digits<1") for line in met(c, found) if "not measured" not in line]
 
 
 def test_problem_of_an_unchecked_strength_does_not_fail() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,14 @@ import pytest
 from report_results import make_results, parsed, plain
 
 from sd_unlearn.config.base import ReportConfig
+from sd_unlearn.errors import UsageError
 from sd_unlearn.io import files
 from sd_unlearn.report.cases import cases_of
 from sd_unlearn.report.compare import headline
 from sd_unlearn.report.report import run
 from sd_unlearn.report.terminal import format_table
 
+GROUP_COUNTS = (("direct", 5, 0), ("alike", 0, 8))
 REASON = "150 of the 200 direct images are of one flat colour."
 
 
@@ -77,3 +80,37 @@ def test_several_loras_count_only_those_with_a_verdict(tmp_path: Path) -> None:
     neither = [problem(subject="other"), problem(subject="lora")]
     loras = cases_of(parsed(subjects=results["subjects"], rows=results["rows"], problems=neither))
     assert headline(loras)[0] == "Gone with 0 of 2"
+
+
+def test_results_of_other_weights_are_not_reported(tmp_path: Path) -> None:
+    """As after --force_resume or another training in the same folder."""
+    adapter = tmp_path / "adapter" / "adapter_model.safetensors"
+    adapter.parent.mkdir()
+    adapter.write_bytes(b"first")
+    measured = hashlib.sha256(b"first").hexdigest()
+    files.write_json(tmp_path / "results.json", make_results(subject={"sha256": measured}))
+    assert run(ReportConfig(run=tmp_path)).is_file()
+    adapter.write_bytes(b"retrained")
+    with pytest.raises(UsageError, match=f"other weights .SHA-256 {measured[:12]}.*evaluate --run .* again"):
+        run(ReportConfig(run=tmp_path))
+
+
+@pytest.mark.parametrize("target", ["teacher", "noise"])
+def test_curves_are_explained_for_the_target_of_the_training(tmp_path: Path, target: str) -> None:
+    files.write_json(tmp_path / "results.json", make_results(subject={"training": {"beta": 0.115, "target": target}}))
+    log = "".join(f'{{"step": {n}, "mean_u": 1.0, "mean_s": 0.87, "ratio": 0.87}}\n' for n in range(3))
+    (tmp_path / "metrics.jsonl").write_text(log)
+    run(ReportConfig(run=tmp_path))
+    page = (tmp_path / "report.html").read_text()
+    assert ("equilibrium 1 / beta = 8.7" in page) == (target == "noise")
+    assert ("at equilibrium, mean_s = mean_u / beta" in page) == (target == "noise")
+    assert ("does not approach 1 / beta" in page) == (target == "teacher")
+
+
+def test_leaks_and_losses_are_shown_as_a_part_of_all(tmp_path: Path) -> None:
+    counts = [{"concept": "seven", "subject": "lora", "group": g, "leaks": a, "lost": b} for g, a, b in GROUP_COUNTS]
+    files.write_json(tmp_path / "results.json", make_results(pair_counts=counts))
+    run(ReportConfig(run=tmp_path))
+    page = (tmp_path / "report.html").read_text()
+    assert "shown: 1 of 5 leaks, 1 of 8 lost" in page
+    assert "lost (1 of 8)" in page
