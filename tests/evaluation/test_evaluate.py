@@ -328,7 +328,7 @@ def test_changed_base_is_refused(runs: Path, tmp_path: Path) -> None:
     record = json.loads((run / "training.json").read_text())
     record["base"]["sha256"] = "0" * 64
     (run / "training.json").write_text(json.dumps(record))
-    with pytest.raises(UsageError, match="another version of"):
+    with pytest.raises(UsageError, match="this is another version"):
         evaluate.run(EvaluateConfig(**FEW, run=run))
 
 

@@ -118,7 +118,7 @@ def test_a_report_of_earlier_figures_stays_at_home(server: Any, tmp_path: Path) 
 
 def test_a_public_repository_is_not_taken_for_a_private_one(server: Any, tmp_path: Path) -> None:
     server.private = False
-    with pytest.raises(UnlearnError, match=f"{REPO} is there already and public"):
+    with pytest.raises(UnlearnError, match=f"{REPO} already exists and is public"):
         exported(hand_run(tmp_path / "run"), push_to_hub=REPO, private=True)
     assert not server.files
 
