@@ -28,7 +28,7 @@ from sd_unlearn.evaluation.score import ConceptResults, SubjectImages, run_metri
 from sd_unlearn.io.files import write_json, write_text
 from sd_unlearn.io.run_folder import EVALUATION, RESULTS
 from sd_unlearn.launch import process_rank
-from sd_unlearn.metrics.registry import make_metrics, merge_cards, metric_cards
+from sd_unlearn.metrics.registry import check_weights, make_metrics, merge_cards, metric_cards
 from sd_unlearn.results import BASE, SCHEMA_VERSION, Pair, as_json
 from sd_unlearn.seeds import EVALUATE_SEEDS
 
@@ -49,6 +49,8 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     if config.write_plan is not None:
         write_plan(config.write_plan, job.plans)
         return {}
+    for concept in job.concepts.values():
+        check_weights(job.metric_context(concept))
     cache = generate_images(job)
     if process_rank() > 0:
         return {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -20,6 +21,8 @@ from sd_unlearn.io.run_folder import IMAGE_SUFFIXES
 FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "GIF", "TIFF", "BMP", "HEIF")
 # What to install where Pillow has no decoder for files with these suffixes.
 REQUIREMENTS = {".heic": "pillow-heif", ".heif": "pillow-heif", ".avif": "Pillow 11.3 or later"}
+
+PNG_END = b"\0\0\0\0IEND\xaeB`\x82"  # the last chunk of every PNG file
 
 
 class UnreadableImage(UsageError):
@@ -112,6 +115,17 @@ FLAT_RANGE = 2  # of 256 values in each channel: what compression leaves of an i
 def is_flat(image: Image.Image) -> bool:
     """Whether an RGB image is of one flat colour, as the black squares of a safety filter are."""
     return all(high - low <= FLAT_RANGE for low, high in image.getextrema())  # type: ignore[misc]  # RGB: 3 pairs
+
+
+def is_complete_png(path: Path) -> bool:
+    """Whether a file exists and ends as a PNG does: not one that a full disk or a broken copy cut short."""
+    try:
+        check_regular(path)
+        with path.open("rb") as file:
+            file.seek(-len(PNG_END), os.SEEK_END)
+            return file.read() == PNG_END
+    except (OSError, UsageError):
+        return False
 
 
 def is_image_file(path: Path) -> bool:

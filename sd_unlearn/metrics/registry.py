@@ -170,6 +170,19 @@ def _check_required_options(context: MetricContext) -> None:
         raise UsageError("--metrics classifier needs --classifier: a timm or transformers model, e.g. resnet50.")
 
 
+def check_weights(context: MetricContext) -> None:
+    """Find or download the weights of CLIP, so that they are not found missing after hours of generating images.
+
+    Raises:
+        UsageError, UnlearnError: CLIP is not installed, or its weights cannot be downloaded.
+    """
+    from sd_unlearn.models.clip import check_clip
+
+    required = [*context.options.metrics, *(name for name in choose_metrics(context) if name not in OPTIONAL)]
+    if "clip" in required or "cmmd" in required:
+        check_clip(context.options.clip_model, context.options.clip_pretrained)
+
+
 def make_metrics(context: MetricContext) -> tuple[list[Metric], list[PairMetric]]:
     """Load the metrics of a concept. Unavailable optional metrics are skipped with a line on stderr.
 

@@ -18,6 +18,37 @@ BATCH_SIZE = 32
 Features = NDArray[np.float32]
 
 
+def check_clip(model: str, pretrained: str) -> None:
+    """Find the weights of a model, or download them, without loading them.
+
+    Raises:
+        UsageError: open_clip is not installed.
+        UnlearnError: the weights cannot be downloaded.
+    """
+    open_clip = _import_open_clip(model)
+    if not pretrained or Path(pretrained).is_file():
+        return
+    try:
+        open_clip.download_pretrained(open_clip.get_pretrained_cfg(model, pretrained))
+    except Exception as error:  # as in ClipEncoder
+        raise _not_loaded(model, pretrained, error) from error
+
+
+def _import_open_clip(model: str) -> Any:
+    try:
+        import open_clip
+    except ImportError as error:
+        raise UsageError(f"--clip_model {model} needs open_clip: pip install 'sd-unlearn[clip]' ({error}).") from None
+    return open_clip
+
+
+def _not_loaded(model: str, pretrained: str, error: Exception) -> UnlearnError:
+    return UnlearnError(
+        f"--clip_model {model} --clip_pretrained {pretrained} could not be loaded: {reason(error)}. "
+        "Without a network, set --clip_pretrained to the path of a weights file."
+    )
+
+
 class ClipEncoder:
     """An open_clip model, in eval mode.
 
@@ -27,20 +58,13 @@ class ClipEncoder:
     """
 
     def __init__(self, model: str, pretrained: str, device: Any = "cpu") -> None:
-        try:
-            import open_clip
-            import torch
-        except ImportError as error:
-            raise UsageError(
-                f"--clip_model {model} needs open_clip: pip install 'sd-unlearn[clip]' ({error})."
-            ) from None
+        import torch
+
+        open_clip = _import_open_clip(model)
         try:
             self.model, _, self.preprocess = open_clip.create_model_and_transforms(model, pretrained=pretrained or None)
         except Exception as error:  # open_clip raises RuntimeError, OSError and hub errors alike
-            raise UnlearnError(
-                f"--clip_model {model} --clip_pretrained {pretrained} could not be loaded: {reason(error)}. "
-                "Without a network, set --clip_pretrained to the path of a weights file."
-            ) from error
+            raise _not_loaded(model, pretrained, error) from error
         self.torch, self.device = torch, device
         self.model.eval().to(device)
         self.tokenizer = open_clip.get_tokenizer(model)

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from sd_unlearn.errors import UnlearnError
 from sd_unlearn.io.files import atomic_path
+from sd_unlearn.io.images import is_complete_png
 from sd_unlearn.launch import process_count, process_rank
 from sd_unlearn.models.base import Base
 from sd_unlearn.models.source import DIGITS
@@ -122,7 +123,9 @@ def save_image(image: Image.Image, path: Path) -> None:
 def generate_missing(
     get_base: Callable[[], Base], requests: Sequence[ImageRequest], sampler: Sampler, title: str
 ) -> int:
-    """Generate the images that do not exist yet and return their number. Loads the base only if one is missing.
+    """Generate the images that do not exist yet or are truncated, and return their number.
+
+    The base is loaded only if an image is missing.
 
     Requests are split into fixed batches, which the processes of an `accelerate launch` share. A batch with a missing
     image is generated as a whole, because rounding depends on the batch an image is in: an interrupted run that is
@@ -130,7 +133,7 @@ def generate_missing(
     """
     batches = [requests[i : i + sampler.batch_size] for i in range(0, len(requests), sampler.batch_size)]
     own = batches[process_rank() :: process_count()]
-    unfinished = [batch for batch in own if not all(request.path.is_file() for request in batch)]
+    unfinished = [batch for batch in own if not all(is_complete_png(request.path) for request in batch)]
     if not unfinished:
         return 0
     base = get_base()
@@ -139,7 +142,7 @@ def generate_missing(
         for batch in unfinished:
             images = generate_images(base, [r.prompt for r in batch], [r.seed for r in batch], sampler)
             for request, image in zip(batch, images, strict=True):
-                if not request.path.is_file():
+                if not is_complete_png(request.path):
                     save_image(image, request.path)
                     generated += 1
             bar.update(len(batch))
@@ -155,7 +158,7 @@ def wait_for_images(requests: Sequence[ImageRequest], timeout: float = math.inf)
     if process_count() < 2:
         return
     fewest, since = len(requests) + 1, time.monotonic()
-    while missing := sum(not request.path.is_file() for request in requests):
+    while missing := sum(not is_complete_png(request.path) for request in requests):
         if missing < fewest:
             fewest, since = missing, time.monotonic()
         if time.monotonic() - since > timeout:

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from sd_unlearn.cli import main
 from sd_unlearn.config.evaluate import EvaluateConfig
-from sd_unlearn.errors import UsageError
+from sd_unlearn.errors import UnlearnError, UsageError
 from sd_unlearn.evaluation import evaluate, generate
 from sd_unlearn.evaluation.job import resolve_job
 from sd_unlearn.models import sampling
@@ -408,3 +408,30 @@ def test_keep_going_counts_bad_files_as_failed(
     monkeypatch.setattr(generate, "load_base", pytest.fail)
     assert main(["evaluate", "--lora", str(folder), "--keep_going"]) == 1
     assert "No LoRA can be evaluated" in capsys.readouterr().err
+
+
+def test_truncated_images_of_the_cache_are_generated_again(runs: Path, tmp_path: Path) -> None:
+    few = {**FEW, "groups": ["direct"], "cache_dir": tmp_path / "cache", "run": runs / "seven"}
+    first = evaluate.run(EvaluateConfig(**few, output_dir=tmp_path / "a"))
+    before = {path: path.read_bytes() for path in (tmp_path / "cache").rglob("*.png")}
+    cut, empty, *_ = before
+    cut.write_bytes(before[cut][:-20])
+    empty.write_bytes(b"")
+    shutil.rmtree(cut.parent / "readings")
+    again = evaluate.run(EvaluateConfig(**few, output_dir=tmp_path / "b"))
+    assert again["skipped"] == []
+    assert again["rows"] == first["rows"]
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_missing_clip_weights_are_found_before_images_are_generated(
+    tiny_base: Path, concept_file: Path, runs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("open_clip")
+    monkeypatch.setattr(generate, "load_base", pytest.fail)
+    base = str(tiny_base)
+    config = EvaluateConfig(
+        lora=[str(runs / "seven")], concept=[str(concept_file)], pretrained_model_name_or_path=base, **FEW
+    )
+    with pytest.raises(UnlearnError, match="--clip_pretrained .* could not be loaded.*path of a weights file"):
+        evaluate.run(config)
