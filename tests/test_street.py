@@ -11,10 +11,10 @@ import pytest
 from safetensors.torch import load_file
 
 from sd_unlearn.cli import main
-from sd_unlearn.models import lora
 from sd_unlearn.models.base import load_base
 from sd_unlearn.models.sampling import Sampler, generate_images
 from sd_unlearn.models.source import DIGITS_DIR
+from sd_unlearn.models.student import apply_run
 
 ROOT = Path(__file__).parent.parent
 FEW = "--num_unlabeled 12 --num_positive 6 --num_keep 1 --max_train_steps 4 --validation_steps 2 --train_batch_size 8"
@@ -94,8 +94,8 @@ def test_exported_files_draw_what_the_training_process_draws(run):
     ours, seeds, sampler = load_base("digits"), [1, 2, 3], Sampler(5, 3.0, 3)
     prompts = ["a photo of the digit seven"] * 3
     bare = np.stack([np.asarray(i) for i in generate_images(ours, prompts, seeds, sampler)])
-    lora.load(ours.pipeline, run)
-    wanted = np.stack([np.asarray(i) for i in generate_images(ours, prompts, seeds, sampler)])
+    with apply_run(ours, run):
+        wanted = np.stack([np.asarray(i) for i in generate_images(ours, prompts, seeds, sampler)])
     assert (bare != wanted).any()
     for file in ("pytorch_lora_weights.safetensors", "seven.safetensors"):
         fresh = load_base(str(DIGITS_DIR))

@@ -6,6 +6,7 @@ The format of results.json is described in docs/results.md.
 from __future__ import annotations
 
 import hashlib
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,7 +30,7 @@ from sd_unlearn.io.files import write_json, write_text
 from sd_unlearn.io.run_folder import EVALUATION, RESULTS
 from sd_unlearn.launch import process_rank
 from sd_unlearn.metrics.registry import check_weights, make_metrics, merge_cards, metric_cards
-from sd_unlearn.results import BASE, SCHEMA_VERSION, Pair, as_json
+from sd_unlearn.results import BASE, SCHEMA_VERSION, Pair, Problem, as_json
 from sd_unlearn.seeds import EVALUATE_SEEDS
 
 
@@ -168,7 +169,10 @@ def _assemble(
         "differences": [as_json(difference) for concept in evaluated for difference in concept.differences],
         "pairs": [as_json(pair) for pair in _pick_all_pairs(job, evaluated)],
         "pair_counts": [as_json(count) for concept in evaluated for count in count_outcomes(concept)],
-        "problems": [as_json(problem) for concept in evaluated for problem in concept.problems],
+        "problems": [
+            as_json(problem)
+            for problem in (*_base_problems(job, cache), *(p for concept in evaluated for p in concept.problems))
+        ],
         "failed": [{"lora": lora, "message": message} for lora, message in job.failed.items()],
         "skipped": [
             {"subject": subject, "path": str(path), "why": reason}
@@ -176,6 +180,22 @@ def _assemble(
             for path, (subject, reason) in concept.skipped.items()
         ],
     }
+
+
+def _base_problems(job: EvaluationJob, cache: ImageCache | None) -> list[Problem]:
+    """A problem for each LoRA that was trained on other weights than the base's; a message if the user named the base."""
+    problems, messages = [], []
+    for subject in job.subjects:
+        variant = subject.variant
+        message = variant.lora.other_base(cache.base) if cache and variant and variant.lora else None
+        if message and job.base_named:
+            messages.append(message)
+        elif message:
+            advice = "Name the base with --pretrained_model_name_or_path."
+            problems.append(Problem("", subject.id, "base", f"{message} {advice}"))
+    for message in dict.fromkeys(messages):
+        print(message, file=sys.stderr)
+    return problems
 
 
 def _pick_all_pairs(job: EvaluationJob, evaluated: Sequence[ConceptResults]) -> list[Pair]:

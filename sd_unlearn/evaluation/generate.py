@@ -121,6 +121,8 @@ class _BaseLoader:
             for lora in job.loras if not job.base_named else []:
                 if lora.is_run:
                     check_recorded(base, lora.training["base"])
+            for lora in job.loras:
+                lora.check_fits(base)
             if job.zero_terminal_snr:
                 use_zero_terminal_snr(base)
             self.base = base

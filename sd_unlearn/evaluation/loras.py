@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,12 +11,11 @@ from typing import Any
 from sd_unlearn.data.concept import Concept, concept_files, read_concept
 from sd_unlearn.errors import UnlearnError, UsageError, reason, suggest
 from sd_unlearn.io.files import file_sha256, read_json, slugify
-from sd_unlearn.io.run_folder import CONCEPT, TRAINING, weights_sha256
+from sd_unlearn.io.run_folder import CONCEPT, TRAINING, UNET_DIR, weights_sha256
 from sd_unlearn.io.schema import OPEN, validate
 from sd_unlearn.models.base import Base
 
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
-_ADAPTER = "evaluated"
 
 
 @dataclass(frozen=True)
@@ -82,10 +81,47 @@ class Lora:
         Raises:
             UnlearnError: the LoRA does not fit the base.
         """
+        from sd_unlearn.models.lora_change import apply_changes
         from sd_unlearn.models.student import apply_run
 
-        with apply_run(base, self.path, strength) if self.is_run else _file_applied(base, self, strength):
+        if self.is_run:
+            with apply_run(base, self.path, strength):
+                yield
+            return
+        with apply_changes(self._targets(base), strength, f"--lora {self.path}"):
             yield
+
+    def check_fits(self, base: Base) -> None:
+        """Refuse a LoRA that changes modules which the base lacks or has in other shapes, before images are generated.
+
+        Raises:
+            UnlearnError: names the module.
+        """
+        from sd_unlearn.models import lora
+        from sd_unlearn.models.lora_change import find_modules
+
+        if not self.is_run:
+            self._targets(base)
+        elif not (self.path / UNET_DIR).is_dir():
+            for file in lora.read_run(self.path):
+                find_modules(base.pipeline, file.changes, f"--run {self.path}", base.name)
+
+    def _targets(self, base: Base) -> list[Any]:
+        from sd_unlearn.models.lora_change import find_modules
+        from sd_unlearn.models.lora_file import read_lora_file
+
+        file = read_lora_file(self.path, "--lora")
+        return find_modules(base.pipeline, file.changes, f"--lora {self.path}", base.name)
+
+    def other_base(self, base: Mapping[str, Any]) -> str | None:
+        """Says so if the LoRA was trained on other UNet weights than a base's. base: as in training.json."""
+        if not self.base_sha256 or self.base_sha256 == base["sha256"]:
+            return None
+        return (
+            f"{self.name} was trained on other weights ({Path(self.base_name or 'unknown').name}, SHA-256 "
+            f"{self.base_sha256[:12]}) than those it is evaluated on ({Path(base['name']).name}, "
+            f"{base['sha256'][:12]})."
+        )
 
 
 @dataclass(frozen=True)
@@ -159,21 +195,26 @@ def _of_run(folder: Path) -> Lora:
     training = read_json(folder / TRAINING)
     validate(_TrainingRecord, training, str(folder / TRAINING), "Train again.")
     concept = read_concept(folder / CONCEPT)
-    return Lora(folder.resolve().name, folder, weights_sha256(folder), concept, training)
+    sha256 = weights_sha256(folder)
+    _check_weights(folder)
+    return Lora(folder.resolve().name, folder, sha256, concept, training)
+
+
+def _check_weights(run: Path) -> None:
+    """Refuse a run whose weights are not finite: what it generates would count as forgotten."""
+    from sd_unlearn.models import lora
+    from sd_unlearn.models.lora_file import read_tensors
+
+    if not (run / UNET_DIR).is_dir():
+        lora.read_run(run)
+    for file in sorted((run / UNET_DIR).glob("*.safetensors")):
+        read_tensors(file, "--run")
 
 
 def _of_file(file: Path, name: str, option: str) -> Lora:
-    from safetensors import SafetensorError, safe_open
+    from sd_unlearn.models.lora_file import read_lora_file
 
-    if file.suffix != ".safetensors":
-        raise UsageError(f"{option} {file} is not a .safetensors file. Other formats can run code when loaded.")
-    try:
-        with safe_open(str(file), "pt") as opened:
-            header, keys = opened.metadata() or {}, list(opened.keys())
-    except (SafetensorError, OSError) as error:
-        raise UsageError(f"{option} {file} is damaged or not a safetensors file ({reason(error)}).") from None
-    if not any("lora" in key.lower() for key in keys):
-        raise UsageError(f"{option} {file} is not a LoRA: none of its {len(keys)} weights has lora in its name.")
+    header = read_lora_file(file, option).header
     concept_file = concept_files().get(slugify(header.get("sd_unlearn.concept", "")))
     concept = read_concept(concept_file) if concept_file else None
     return Lora(name, file, file_sha256(file), concept, header=header)
@@ -182,7 +223,7 @@ def _of_file(file: Path, name: str, option: str) -> Lora:
 def _file_in(folder: Path, option: str) -> Path:
     if (folder / DIFFUSERS_FILE).is_file():
         return folder / DIFFUSERS_FILE
-    files = sorted(folder.glob("*.safetensors"))
+    files = sorted(f for f in folder.iterdir() if f.suffix.lower() == ".safetensors" and not f.name.startswith("."))
     if len(files) == 1:
         return files[0]
     content = f"{len(files)} .safetensors files; give the path of one" if files else "no LoRA and no finished training"
@@ -200,25 +241,3 @@ def _download(repository: str, option: str) -> Path:
     except Exception as error:  # the Hub's client raises many types
         raise UnlearnError(f"{option} {repository} was not found locally or on the Hub: {reason(error)}.") from error
     raise UsageError(f"{option} {repository} has {len(files)} .safetensors files. Download one and give its path.")
-
-
-@contextmanager
-def _file_applied(base: Base, lora: Lora, strength: float) -> Iterator[None]:
-    from sd_unlearn.models.lora import set_strength
-
-    pipeline = base.pipeline
-    try:
-        pipeline.load_lora_weights(str(lora.path.parent), weight_name=lora.path.name, adapter_name=_ADAPTER)
-    except (RuntimeError, ValueError, KeyError) as error:
-        raise UnlearnError(f"--lora {lora.path} does not fit {base.name}: {reason(error)}.") from error
-    loaded = [part for part, names in pipeline.get_list_adapters().items() if _ADAPTER in names]
-    if not loaded:
-        raise UnlearnError(
-            f"--lora {lora.path} has no effect on {base.name}: no weight matches a module of this base. Use the base "
-            "it was trained on."
-        )
-    try:
-        set_strength([getattr(pipeline, part) for part in loaded], strength)
-        yield
-    finally:
-        pipeline.unload_lora_weights()

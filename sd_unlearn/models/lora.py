@@ -1,23 +1,21 @@
-"""The LoRA on the UNet and, optionally, on the text encoder: attach, save, load."""
+"""The LoRA on the UNet and, optionally, on the text encoder: attach, save, read."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel
-from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from sd_unlearn.config.train import LoraTargets, Weights
-from sd_unlearn.errors import UsageError, reason
+from sd_unlearn.errors import UsageError
 from sd_unlearn.io.files import atomic_path
 from sd_unlearn.io.run_folder import ADAPTER_DIR, TEXT_ADAPTER_DIR
+from sd_unlearn.models.lora_file import LoraFile, read_lora_file
 
-ADAPTER_NAME = "default"
+ADAPTER_NAME, WEIGHTS_FILE = "default", "adapter_model.safetensors"
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 _ATTENTION = f"({'|'.join(re.escape(name) for name in ATTENTION)})"
 # Regular expressions that match whole module names of a UNet.
@@ -67,37 +65,15 @@ def save(model: PeftModel, folder: Path) -> None:
         (temporary / "README.md").unlink(missing_ok=True)  # PEFT's empty card; export writes a real one
 
 
-def load(pipeline: Any, run: Path) -> list[PeftModel]:
-    """Attach the adapters of a run folder to a pipeline's networks, frozen and in eval mode, and return them.
+def read_run(run: Path) -> list[LoraFile]:
+    """Read and check the adapters of a run folder: the UNet's and, if it was trained, the text encoder's.
 
     Raises:
-        UsageError: the run folder holds no adapter, or one that PEFT cannot load.
+        UsageError: the run folder holds no adapter, or a damaged one.
+        UnlearnError: a weight is not finite, or the adapter is incomplete.
     """
     folder = run / ADAPTER_DIR
-    if not (folder / "adapter_model.safetensors").is_file():
-        raise UsageError(
-            f"--run {run} holds no trained LoRA ({folder}/adapter_model.safetensors). Run sd-unlearn train first."
-        )
-    adapters = [_load(pipeline.unet, folder)]
-    if (run / TEXT_ADAPTER_DIR).is_dir():
-        adapters.append(_load(pipeline.text_encoder, run / TEXT_ADAPTER_DIR))
-    return adapters
-
-
-def _load(network: nn.Module, folder: Path) -> PeftModel:
-    try:
-        return PeftModel.from_pretrained(network, str(folder), adapter_name=ADAPTER_NAME).eval()
-    except Exception as error:  # for a damaged adapter_config.json PEFT raises TypeError, KeyError, re.error and others
-        raise UsageError(f"--run: {folder} is not a LoRA for this base ({reason(error)}). Train it again.") from error
-
-
-@torch.no_grad()
-def set_strength(adapters: Sequence[nn.Module], strength: float) -> None:
-    """Scale newly loaded adapters: 0 is the base, 1 as trained. DoRA's magnitudes are interpolated the same way."""
-    layers = [m for adapter in adapters for m in adapter.modules() if isinstance(m, LoraLayer)]
-    for layer in layers if strength != 1 else []:
-        layer.scale_layer(strength)
-        for dora in getattr(layer, "lora_magnitude_vector", {}).values():
-            weight = layer.get_base_layer().weight
-            norms = weight.flatten(1).norm(dim=1).view_as(dora.weight)
-            dora.weight.copy_(norms.lerp(dora.weight, strength))
+    if not (folder / WEIGHTS_FILE).is_file():
+        raise UsageError(f"--run {run} holds no trained LoRA ({folder / WEIGHTS_FILE}). Run sd-unlearn train first.")
+    folders = [folder, run / TEXT_ADAPTER_DIR]
+    return [read_lora_file(folder / WEIGHTS_FILE, "--run") for folder in folders if folder.is_dir()]

@@ -22,6 +22,7 @@ from sd_unlearn.io.files import atomic_path
 from sd_unlearn.io.run_folder import ADAPTER_DIR, TEXT_ADAPTER_DIR, UNET_DIR
 from sd_unlearn.models import lora
 from sd_unlearn.models.base import Base
+from sd_unlearn.models.lora_change import apply_changes, find_modules
 
 
 class WithTextEncoder(nn.Module):
@@ -103,15 +104,15 @@ def apply_run(base: Base, run: Path, strength: float = 1.0) -> Iterator[None]:
 
     Raises:
         UsageError: the run folder holds neither a LoRA nor a UNet.
+        UnlearnError: the LoRA is not finite or does not fit the base.
     """
     if not (run / UNET_DIR).is_dir():
-        adapters = lora.load(base.pipeline, run)
-        try:
-            lora.set_strength(adapters, strength)
+        with ExitStack() as stack:
+            for file in lora.read_run(run):
+                where = f"--run {file.path}"
+                targets = find_modules(base.pipeline, file.changes, where, base.name)
+                stack.enter_context(apply_changes(targets, strength, where))
             yield
-        finally:
-            for adapter in adapters:
-                adapter.unload()
         return
     unet = base.pipeline.unet
     trained = UNet2DConditionModel.from_pretrained(str(run / UNET_DIR)).state_dict()
