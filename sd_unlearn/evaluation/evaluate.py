@@ -183,7 +183,7 @@ def _assemble(
 
 
 def _base_problems(job: EvaluationJob, cache: ImageCache | None) -> list[Problem]:
-    """A problem for each LoRA that was trained on other weights than the base's; a message if the user named the base."""
+    """A problem for each LoRA that was trained on another base; only a message if the user named the base."""
     problems, messages = [], []
     for subject in job.subjects:
         variant = subject.variant

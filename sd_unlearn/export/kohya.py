@@ -23,15 +23,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor
 
-from sd_unlearn.errors import UnlearnError, UsageError, reason
+from sd_unlearn.errors import UnlearnError, UsageError
 from sd_unlearn.io.files import read_json
 from sd_unlearn.io.schema import OPEN, validate
 from sd_unlearn.models.ldm_keys import SDXL_BLOCKS, UNetBlocks, unet_key
+from sd_unlearn.models.lora_file import read_tensors
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>A\.weight|B\.weight|magnitude_vector)")
@@ -120,10 +119,7 @@ def read_adapter(folder: Path, network: str = "unet") -> Adapter:
     data = read_json(folder / CONFIG_FILE)
     config = validate(AdapterConfig, data, f"{folder / CONFIG_FILE}", "Train the run again.")
     _check_supported(config, data, folder / CONFIG_FILE)
-    try:
-        tensors = safetensors.torch.load_file(folder / WEIGHTS_FILE)
-    except (safetensors.SafetensorError, OSError) as error:
-        raise UnlearnError(f"{folder / WEIGHTS_FILE} cannot be read: {reason(error)}. Train the run again.") from None
+    _, tensors = read_tensors(folder / WEIGHTS_FILE, "--run")
     pairs = _pairs(tensors, config, folder / WEIGHTS_FILE)
     if network != "unet":  # kohya names start with text_model., which some versions of transformers leave out
         pairs = [dataclasses.replace(pair, module=_text_module(pair.module)) for pair in pairs]
@@ -187,8 +183,6 @@ def _pairs(tensors: dict[str, Tensor], config: AdapterConfig, path: Path) -> lis
         match = _KEY.fullmatch(key)
         if match is None:
             raise UnlearnError(f'{path}: "{key}" is not a LoRA weight, so export cannot write it. Train the run again.')
-        if not torch.isfinite(tensor).all():
-            raise UnlearnError(f'{path}: "{key}" is not finite (NaN). Train again with a lower --learning_rate.')
         modules.setdefault(match["module"], {})[match["side"]] = tensor
     if not modules:
         raise UnlearnError(f"{path} holds no LoRA weights. Train the run again.")
@@ -214,6 +208,8 @@ def _pair(module: str, sides: dict[str, Tensor], config: AdapterConfig, path: Pa
             f"{rank}. Train the run again."
         )
     alpha = float(_setting_of(module, config.alpha_pattern, config.lora_alpha))
+    if not math.isfinite(alpha):
+        raise UnlearnError(f'{path}: the alpha of "{module}" in {CONFIG_FILE} is {alpha}. Train the run again.')
     return LoraPair(module, down, up, alpha * math.sqrt(rank) if config.use_rslora else alpha, magnitude)
 
 

@@ -15,6 +15,7 @@ from sd_unlearn.io.run_folder import ADAPTER_DIR, CONCEPT, RESULTS, TEXT_ADAPTER
 from sd_unlearn.io.schema import OPEN, validate
 from sd_unlearn.models.checkpoint_header import PICKLES
 from sd_unlearn.models.ldm_keys import SDXL_BLOCKS, UNetBlocks, blocks_of
+from sd_unlearn.models.lora_file import read_tensors
 from sd_unlearn.results import Pair, Results, Row, Seeds, read_results
 
 TEXT_ADAPTER_2_DIR = "text_encoder_2_adapter"  # SDXL's second text encoder
@@ -147,6 +148,8 @@ def read_run(folder: Path) -> TrainedRun:
     training = read_json(folder / TRAINING)
     validate(TrainingRecord, training, str(folder / TRAINING), RETRAIN)
     architecture(training["base"])
+    for file in sorted((folder / UNET_DIR).glob("*.safetensors")):
+        read_tensors(file, "--run")  # refuses weights that are not finite
     adapters = [] if (folder / UNET_DIR).is_dir() else _adapters(folder, training)
     concept = read_concept(folder / CONCEPT)
     results = None

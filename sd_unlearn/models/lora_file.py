@@ -97,6 +97,8 @@ class PeftSettings:
         if stated != rank:
             raise UnlearnError(f"{where}: {module} has rank {rank}, but the settings say {stated:g}. Export it again.")
         alpha = float(_setting_of(module, self.alpha_pattern, self.lora_alpha))
+        if not math.isfinite(alpha):
+            raise UnlearnError(f"{where}: the alpha of {module} is {alpha}. The LoRA is broken; train it again.")
         return alpha * math.sqrt(rank) if self.use_rslora else alpha
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,9 @@ from evaluation_runs import make_run
 from safetensors.torch import load_file, save_file
 
 from sd_unlearn.config.base import ExportConfig
+from sd_unlearn.config.evaluate import EvaluateConfig
 from sd_unlearn.errors import UnlearnError, UsageError
+from sd_unlearn.evaluation import evaluate
 from sd_unlearn.evaluation.loras import DIFFUSERS_FILE, open_lora, open_run, unique_names
 from sd_unlearn.export import export
 from sd_unlearn.models.base import Base, load_base
@@ -172,3 +175,61 @@ def test_lora_names_are_unique(run: Path, tiny_base: Path, tmp_path: Path) -> No
     assert names[:2] == ["seven", "push-seven"]
     assert "base" not in names
     assert len(set(names)) == 4
+
+
+def damaged_run(run: Path, target: Path, value: float = float("nan")) -> Path:
+    shutil.copytree(run, target)
+    file = target / "adapter" / "adapter_model.safetensors"
+    weights = load_file(file)
+    weights[min(weights)][0, 0] = value
+    save_file(weights, file)
+    return target
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_lora_that_is_not_finite_is_refused_when_it_is_opened(run: Path, tmp_path: Path, value: float) -> None:
+    """Nothing is generated or measured, so that no result of it can exist."""
+    broken = damaged_run(run, tmp_path / "broken", value)
+    for given in (broken, kohya_file(broken, tmp_path / "broken.safetensors")):
+        with pytest.raises(UnlearnError, match='lora_(A|down).weight" is not finite'):
+            open_lora(str(given))
+    with pytest.raises(UnlearnError, match="is not finite"):
+        evaluate.run(EvaluateConfig(run=broken))
+    assert not (broken / "results.json").exists()
+
+
+def test_whole_unet_that_is_not_finite_is_refused(run: Path, tiny_base: Path, tmp_path: Path) -> None:
+    full = tmp_path / "full"
+    shutil.copytree(run, full)
+    shutil.rmtree(full / "adapter")
+    shutil.copytree(tiny_base / "unet", full / "unet")
+    file = full / "unet" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    weights["conv_in.bias"][0] = float("nan")
+    save_file(weights, file)
+    with pytest.raises(UnlearnError, match='"conv_in.bias" is not finite'):
+        open_run(full)
+
+
+def test_lora_of_other_base_weights_gets_no_verdict(run: Path, tiny_base: Path, tmp_path: Path) -> None:
+    """Unless the user names the base: then one line says so."""
+    header = {"sd_unlearn.concept": "seven", "sd_unlearn.base": str(tiny_base), "sd_unlearn.base_sha256": "ab" * 32}
+    file = kohya_file(run, tmp_path / "mine.safetensors", header)
+    few = {"groups": ["direct"], "num_images": 1, "num_inference_steps": 1, "metrics": ["digits"], "cache_dir": tmp_path}
+    results = evaluate.run(EvaluateConfig(lora=[str(file)], output_dir=tmp_path / "out", **few))  # type: ignore[arg-type]
+    (problem,) = [problem for problem in results["problems"] if problem["kind"] == "base"]
+    assert (problem["subject"], problem["concept"]) == ("mine", "")
+    assert "was trained on other weights" in problem["message"]
+    assert str(tiny_base) not in problem["message"]  # no paths of the user
+
+
+def test_lora_of_other_base_weights_on_a_named_base(
+    run: Path, tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    header = {"sd_unlearn.concept": "seven", "sd_unlearn.base_sha256": "ab" * 32}
+    file = kohya_file(run, tmp_path / "mine.safetensors", header)
+    few = {"groups": ["direct"], "num_images": 1, "num_inference_steps": 1, "metrics": ["digits"], "cache_dir": tmp_path}
+    named = {"pretrained_model_name_or_path": str(tiny_base), "output_dir": tmp_path / "out"}
+    results = evaluate.run(EvaluateConfig(lora=[str(file)], **few, **named))  # type: ignore[arg-type]
+    assert not [problem for problem in results["problems"] if problem["kind"] == "base"]
+    assert "mine was trained on other weights" in capsys.readouterr().err
