@@ -19,6 +19,7 @@ from sd_unlearn.export import export
 from sd_unlearn.models.base import Base, load_base
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+FEW = {"groups": ["direct"], "num_images": 1, "num_inference_steps": 1, "metrics": ["digits"]}
 RECORD = {"lora_alpha": 2.0, "correction": "pu", "caption_mode": "fixed", "version": "0", "config_sha256": "0"}
 
 
@@ -215,7 +216,7 @@ def test_lora_of_other_base_weights_gets_no_verdict(run: Path, tiny_base: Path, 
     """Unless the user names the base: then one line says so."""
     header = {"sd_unlearn.concept": "seven", "sd_unlearn.base": str(tiny_base), "sd_unlearn.base_sha256": "ab" * 32}
     file = kohya_file(run, tmp_path / "mine.safetensors", header)
-    few = {"groups": ["direct"], "num_images": 1, "num_inference_steps": 1, "metrics": ["digits"], "cache_dir": tmp_path}
+    few = {**FEW, "cache_dir": tmp_path}
     results = evaluate.run(EvaluateConfig(lora=[str(file)], output_dir=tmp_path / "out", **few))  # type: ignore[arg-type]
     (problem,) = [problem for problem in results["problems"] if problem["kind"] == "base"]
     assert (problem["subject"], problem["concept"]) == ("mine", "")
@@ -228,7 +229,7 @@ def test_lora_of_other_base_weights_on_a_named_base(
 ) -> None:
     header = {"sd_unlearn.concept": "seven", "sd_unlearn.base_sha256": "ab" * 32}
     file = kohya_file(run, tmp_path / "mine.safetensors", header)
-    few = {"groups": ["direct"], "num_images": 1, "num_inference_steps": 1, "metrics": ["digits"], "cache_dir": tmp_path}
+    few = {**FEW, "cache_dir": tmp_path}
     named = {"pretrained_model_name_or_path": str(tiny_base), "output_dir": tmp_path / "out"}
     results = evaluate.run(EvaluateConfig(lora=[str(file)], **few, **named))  # type: ignore[arg-type]
     assert not [problem for problem in results["problems"] if problem["kind"] == "base"]
