@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from sd_unlearn.errors import UsageError
-from sd_unlearn.io.files import read_json
+from sd_unlearn.io.files import public_name, read_json
 from sd_unlearn.io.run_folder import RESULTS
 from sd_unlearn.io.schema import OPEN, validate
 
@@ -269,7 +269,7 @@ def parse_results(data: Any, where: str = RESULTS, hint: str = "") -> Results:
         UsageError: a missing or invalid key, a value that is not finite or out of order, an entry that is listed twice,
             or a row, difference, pair or problem of a concept or subject that is not listed.
     """
-    results = validate(Results, data, where, hint)
+    results = _without_folders(validate(Results, data, where, hint))
     _check_consistent(results, where, hint)
     subjects = {subject.id for subject in results.subjects}
     slugs = {concept.slug for concept in results.concepts}
@@ -314,6 +314,14 @@ def _fault(item: Row | Difference) -> str:
     if item.interval == "wilson" and item.value is not None and not 0 <= item.value <= 1:
         return f"is a share of {item.value:g}"
     return ""
+
+
+def _without_folders(results: Results) -> Results:
+    """The results without the paths of the machine that older versions recorded."""
+    base = {k: public_name(v) if isinstance(v, str) else v for k, v in results.base.items()}
+    subjects = tuple(dataclasses.replace(subject, name=public_name(subject.name)) for subject in results.subjects)
+    skipped = tuple(dataclasses.replace(item, path=public_name(item.path)) for item in results.skipped)
+    return dataclasses.replace(results, base=base, subjects=subjects, skipped=skipped)
 
 
 def as_json(item: Any) -> dict[str, Any]:

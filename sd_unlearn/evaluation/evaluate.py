@@ -26,7 +26,7 @@ from sd_unlearn.evaluation.loras import ModelVariant
 from sd_unlearn.evaluation.pairs import MAX_PAIRS, PAIRS_PER_GROUP, count_outcomes, pick_pairs
 from sd_unlearn.evaluation.prompts import GROUPS, group_prompts, write_plan
 from sd_unlearn.evaluation.score import ConceptResults, SubjectImages, run_metrics
-from sd_unlearn.io.files import write_json, write_text
+from sd_unlearn.io.files import public_name, write_json, write_text
 from sd_unlearn.io.run_folder import EVALUATION, RESULTS
 from sd_unlearn.launch import process_rank
 from sd_unlearn.metrics.registry import check_weights, make_metrics, merge_cards, metric_cards
@@ -151,17 +151,17 @@ def _assemble(
 ) -> dict[str, Any]:
     """The content of results.json; copies the images of the before/after pairs into the output folder."""
     config = job.config
-    base = [{"id": BASE, "name": job.source.name, "what": "base"}] if cache else []
+    base = [{"id": BASE, "name": public_name(job.source.name), "what": "base"}] if cache else []
     custom_counts = config.num_images is not None or config.num_keep_images is not None or bool(config.groups)
     return {
         "schema_version": SCHEMA_VERSION,
         "created": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()),
         "version": __version__,
         "tier": "" if custom_counts else job.tier,
-        "base": dict(cache.base) if cache else {},
+        "base": {k: public_name(v) if isinstance(v, str) else v for k, v in cache.base.items()} if cache else {},
         "sampler": _sampler_entry(job, cache) if cache else {},
         "seeds": {"evaluate": list(EVALUATE_SEEDS), "seeds": list(config.seed)},
-        "prompt_set": config.prompt_set,
+        "prompt_set": config.prompt_set and public_name(config.prompt_set),
         "concepts": [_concept_entry(concept) for concept in job.concepts.values()],
         "subjects": base + [subject.describe() for subject in job.subjects],
         "cards": cards,
@@ -173,9 +173,12 @@ def _assemble(
             as_json(problem)
             for problem in (*_base_problems(job, cache), *(p for concept in evaluated for p in concept.problems))
         ],
-        "failed": [{"lora": lora, "message": message} for lora, message in job.failed.items()],
+        "failed": [
+            {"lora": public_name(lora), "message": message.replace(lora, public_name(lora))}
+            for lora, message in job.failed.items()
+        ],
         "skipped": [
-            {"subject": subject, "path": str(path), "why": reason}
+            {"subject": subject, "path": _public_path(path), "why": reason}
             for concept in evaluated
             for path, (subject, reason) in concept.skipped.items()
         ],
@@ -196,6 +199,11 @@ def _base_problems(job: EvaluationJob, cache: ImageCache | None) -> list[Problem
     for message in dict.fromkeys(messages):
         print(message, file=sys.stderr)
     return problems
+
+
+def _public_path(path: Path) -> str:
+    """A path as it was given; of an absolute one only the folder and the name of the file."""
+    return "/".join(path.parts[-2:]) if path.is_absolute() else str(path)
 
 
 def _pick_all_pairs(job: EvaluationJob, evaluated: Sequence[ConceptResults]) -> list[Pair]:

@@ -10,10 +10,9 @@ from typing import Any
 from sd_unlearn.data.concept import Concept, read_concept
 from sd_unlearn.errors import UnlearnError, UsageError
 from sd_unlearn.export.kohya import Adapter, read_adapter
-from sd_unlearn.io.files import read_json
+from sd_unlearn.io.files import public_name, read_json
 from sd_unlearn.io.run_folder import ADAPTER_DIR, CONCEPT, RESULTS, TEXT_ADAPTER_DIR, TRAINING, UNET_DIR, weights_sha256
 from sd_unlearn.io.schema import OPEN, validate
-from sd_unlearn.models.checkpoint_header import PICKLES
 from sd_unlearn.models.ldm_keys import SDXL_BLOCKS, UNetBlocks, blocks_of
 from sd_unlearn.models.lora_file import read_tensors
 from sd_unlearn.results import Pair, Results, Row, Seeds, read_results
@@ -128,9 +127,7 @@ class TrainedRun:
     @property
     def base_name(self) -> str:
         """The base's name. Of a local path only the last part, to keep the user's folders private."""
-        name = self.base["name"]
-        is_path = Path(name).is_absolute() or name.startswith("..") or Path(name).suffix in (".safetensors", *PICKLES)
-        return Path(name).name if is_path else name
+        return public_name(self.base["name"])
 
 
 def read_run(folder: Path) -> TrainedRun:

@@ -21,6 +21,7 @@ import yaml
 
 from sd_unlearn.errors import UnlearnError, UsageError, reason, suggest
 
+WEIGHTS_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 MAX_VALUES = 3_000_000  # in one YAML file, or one JSON file with surrogates
 MAX_BITS = 10_000  # of an integer: Python refuses to print more than 4,300 digits
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # as JSON escapes it
@@ -159,6 +160,13 @@ def path_inside(folder: Path, relative: str) -> Path | None:
     except (OSError, RuntimeError, ValueError):  # missing; a loop of links; a NUL character
         return None
     return path if path.is_relative_to(root) else None
+
+
+def public_name(name: str) -> str:
+    """A name or path for published files: of a path that would show the user's folders only the last part."""
+    path = Path(name)
+    is_private = path.is_absolute() or name.startswith(("~", "..")) or path.suffix in WEIGHTS_SUFFIXES
+    return path.name if is_private and path.name else name
 
 
 def read_text(path: Path, option: str = "") -> str:

@@ -12,7 +12,7 @@ from sd_unlearn.config.options import check_ranges
 from sd_unlearn.data.concept import Concept, read_concept
 from sd_unlearn.errors import UsageError
 from sd_unlearn.io import run_folder
-from sd_unlearn.io.files import read_json, read_jsonl, read_yaml, write_text
+from sd_unlearn.io.files import public_name, read_json, read_jsonl, read_yaml, write_text
 from sd_unlearn.report import charts, compare, images, metric_cards, reproduce, training_curves, verdict
 from sd_unlearn.report.before_after import before_after
 from sd_unlearn.report.cases import Case, cases_of
@@ -170,13 +170,19 @@ def _details(folder: Path, case: Case, results: Results, training: dict[str, Any
     seeds = results.seeds.seeds
     return {
         "concept": concept,
-        "settings": _optional(folder / run_folder.CONFIG, lambda path: read_yaml(path, "--run")) or {},
+        "settings": _settings(folder),
         "beta": beta,
         "is_teacher": target == "teacher",
         "answers": answers(case, case.subject.cost or training.get("cost") or {}),
         "curves": training_curves.training_charts(log, None if target == "teacher" else beta),
         "commands": reproduce.commands(folder, case, seeds[0] if seeds else 0, concept),
     }
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    """The options of the training, paths without the user's folders; empty without config.yaml."""
+    settings = _optional(folder / run_folder.CONFIG, lambda path: read_yaml(path, "--run")) or {}
+    return {key: public_name(value) if isinstance(value, str) else value for key, value in settings.items()}
 
 
 def _optional(path: Path, read: Callable[[Path], T]) -> T | None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from sd_unlearn.data.concept import Concept
 from sd_unlearn.io import run_folder
+from sd_unlearn.io.files import public_name
 from sd_unlearn.report.cases import Case
 from sd_unlearn.results import Results
 
@@ -20,16 +21,19 @@ def commands(folder: Path, case: Case, seed: int, concept: Concept | None) -> li
 
     If the evaluation's options were not recorded, it is repeated with the same number of images.
     """
-    config, evaluation, copy = folder / run_folder.CONFIG, folder / run_folder.EVALUATION, _copy(folder)
-    if evaluation.is_file() and not config.is_file():
+    trained, evaluated = (folder / run_folder.CONFIG).is_file(), (folder / run_folder.EVALUATION).is_file()
+    if evaluated and not trained:
         return commands_of_evaluation(folder)
-    place = _quote(copy)
-    target = place if config.is_file() else _quote(folder)
-    if evaluation.is_file():
-        evaluate = f"sd-unlearn evaluate --config {_quote(evaluation)} --run {place} --output_dir {place}"
+    shown, place = _shown(folder), _quote(_copy(folder))
+    target = place if trained else _quote(shown)
+    if evaluated:
+        evaluate = (
+            f"sd-unlearn evaluate --config {_quote(shown / run_folder.EVALUATION)} --run {place} --output_dir {place}"
+        )
     else:
         evaluate = f"sd-unlearn evaluate --run {target}{_counts(case, concept)} --seed {seed}"
-    train = [f"sd-unlearn train --config {_quote(config)} --output_dir {place}"] if config.is_file() else []
+    config = _quote(shown / run_folder.CONFIG)
+    train = [f"sd-unlearn train --config {config} --output_dir {place}"] if trained else []
     return [*train, evaluate, f"sd-unlearn report --run {target}"]
 
 
@@ -46,9 +50,9 @@ def _counts(case: Case, concept: Concept | None) -> str:
 
 def commands_of_evaluation(folder: Path) -> list[str]:
     """The commands that repeat an evaluation of several LoRAs from its own record."""
-    options = folder / run_folder.EVALUATION
-    if not options.is_file():
-        return [f"sd-unlearn report --run {_quote(folder)}"]
+    if not (folder / run_folder.EVALUATION).is_file():
+        return [f"sd-unlearn report --run {_quote(_shown(folder))}"]
+    options = _shown(folder) / run_folder.EVALUATION
     copy = _quote(_copy(folder))
     return [
         f"sd-unlearn evaluate --config {_quote(options)} --output_dir {copy}",
@@ -57,8 +61,10 @@ def commands_of_evaluation(folder: Path) -> list[str]:
 
 
 def _copy(folder: Path) -> Path:
-    """The folder for the repeated run."""
+    """The folder for the repeated run, as the page shows it."""
     name = f"{folder.resolve().name}-again"
+    if folder.is_absolute():
+        return Path(name)
     return folder.with_name(name) if folder.name.strip(".") else folder / ".." / name  # `--run .` has no name
 
 
@@ -66,10 +72,15 @@ def _quote(path: Path) -> str:
     return shlex.quote(path.as_posix())
 
 
+def _shown(folder: Path) -> Path:
+    """The run folder as the page shows it: an absolute path by its name, because the page may be published."""
+    return Path(folder.name) if folder.is_absolute() else folder
+
+
 def base_record(*records: Mapping[str, Any] | None) -> dict[str, str]:
     """Name, kind, resolution and SHA-256 of the base as texts, from records of which later ones win; "" if unknown."""
     merged = {key: value for record in records for key, value in (record or {}).items() if value is not None}
-    return {key: str(merged.get(key, "")) for key in ("name", "kind", "resolution", "sha256")}
+    return {key: public_name(str(merged.get(key, ""))) for key in ("name", "kind", "resolution", "sha256")}
 
 
 def run_record(results: Results, case: Case | None, training: Mapping[str, Any]) -> list[tuple[str, str]]:
