@@ -122,7 +122,10 @@ class _BaseLoader:
                 if lora.is_run:
                     check_recorded(base, lora.training["base"])
             for lora in job.loras:
-                lora.check_fits(base)
+                try:
+                    lora.check_fits(base)
+                except UnlearnError as error:
+                    job.give_up(lora, error)
             if job.zero_terminal_snr:
                 use_zero_terminal_snr(base)
             self.base = base

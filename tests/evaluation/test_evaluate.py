@@ -390,7 +390,10 @@ def test_keep_going_counts_bad_files_as_failed(
     folder.mkdir()
     for name in ("bad", "worse", "._bad"):
         (folder / f"{name}.safetensors").write_bytes(b"broken")
+    parts = {f"lora_unet_nothing.lora_{part}.weight": torch.ones(2, 2) for part in ("down", "up")}
+    save_file(parts, folder / "misfit.safetensors")
     few = ["--num_images", "2", "--num_inference_steps", "1", "--groups", "direct", "--fail_if", "leakage.high>1"]
+    few = ["--concept", str(runs / "seven" / "concept.yaml"), *few]
     command = ["evaluate", "--lora", str(runs / "seven"), str(folder), *few, "--output_dir", "out"]
     assert main(command) == 2  # without --keep_going the first bad file ends it
     assert "bad.safetensors is damaged" in capsys.readouterr().err
@@ -399,12 +402,14 @@ def test_keep_going_counts_bad_files_as_failed(
     lines = [line for line in said.out.splitlines() if line.startswith(("pass", "fail"))]
     assert lines[0] == "pass seven"
     assert [line.partition(": ")[0] for line in lines[1:]] == [
-        f"fail {folder}/{n}.safetensors" for n in ("bad", "worse")
+        f"fail {folder}/{n}.safetensors" for n in ("bad", "worse", "misfit")
     ]
     assert "Passed" not in said.out
-    assert len(read_results(Path("out")).failed) == 2
+    assert len(read_results(Path("out")).failed) == 3
+    assert [subject.name for subject in read_results(Path("out")).compared] == ["seven"]
     assert main([*command[:-1], "again", "--keep_going", "--fail_if", "leakage.low>=0"]) == 3
     assert "fail seven: leakage.low>=0" in capsys.readouterr().out
+    (folder / "misfit.safetensors").unlink()
     monkeypatch.setattr(generate, "load_base", pytest.fail)
     assert main(["evaluate", "--lora", str(folder), "--keep_going"]) == 1
     assert "No LoRA can be evaluated" in capsys.readouterr().err
