@@ -43,6 +43,7 @@ from sd_unlearn.models import lora
 from sd_unlearn.models.base import recorded_source
 from sd_unlearn.models.checkpoint_header import check_vae_file, kind_of_file, prediction_of_file, read_checkpoint_header
 from sd_unlearn.models.find_base import find_base
+from sd_unlearn.models.lora_file import read_lora_file
 from sd_unlearn.models.source import DIGITS_DIR
 from sd_unlearn.paper.tables import records
 from sd_unlearn.report import report
@@ -277,12 +278,6 @@ def test_training_records(place: Path) -> None:
     fuzz(place, json_contents(training_of(place)), "training.json", read, evaluated, examples=100)
 
 
-class Network(torch.nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.to_q = torch.nn.Linear(4, 4)
-
-
 def test_adapter_configs(place: Path) -> None:
     config = {"peft_type": "LORA", "r": 2, "lora_alpha": 3.0, "target_modules": ["to_q"], "bias": "none"}
     config |= {"rank_pattern": {"to_.*": 2}, "alpha_pattern": {"to_q": 3.0}, "use_dora": False}
@@ -298,7 +293,7 @@ def test_adapter_configs(place: Path) -> None:
         read_adapter(folder / "adapter")
 
     def load(folder: Path) -> None:
-        lora.load(SimpleNamespace(unet=Network()), folder)
+        lora.read_run(folder)
 
     fuzz(place, json_contents(config), "adapter/adapter_config.json", read, prepare, named="adapter")
     fuzz(place, json_contents(config), "adapter/adapter_config.json", load, prepare, named="adapter", examples=40)
@@ -340,6 +335,7 @@ def test_lora_files(place: Path) -> None:
     def read(folder: Path) -> None:
         lora = open_lora(str(folder / "x.safetensors"))
         assert lora.sha256, (lora.base_name, lora.zero_terminal_snr)
+        read_lora_file(folder / "x.safetensors", "--lora")
 
     fuzz(place, safetensors_contents(valid), "x.safetensors", read, examples=100)
 
@@ -362,6 +358,21 @@ def read_header(file: Path) -> None:
 def test_checkpoint_headers(place: Path) -> None:
     valid = save(CHECKPOINT, {"modelspec.prediction_type": "epsilon"})
     fuzz(place, safetensors_contents(valid), "x.safetensors", lambda folder: read_header(folder / "x.safetensors"))
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int8, torch.float8_e4m3fn, torch.float64, torch.complex64])
+@pytest.mark.parametrize("shape", [(), (0, 2), (2, 0), (3,), (3, 3), (1, 1, 1, 1, 1)])
+def test_loras_of_other_shapes_and_types(tmp_path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    for name in ("lora_down.weight", "lora_up.weight", "alpha"):
+        tensors = {
+            "x.lora_down.weight": torch.ones(2, 4),
+            "x.lora_up.weight": torch.ones(4, 2),
+            "x.alpha": torch.ones(()),
+        }
+        tensors = {f"lora_unet_{key}": value for key, value in tensors.items()}
+        (tmp_path / "x.safetensors").write_bytes(save(tensors | {f"lora_unet_x.{name}": torch.ones(shape).to(dtype)}))
+        message = refusal(lambda _: read_lora_file(tmp_path / "x.safetensors", "--lora"), tmp_path)
+        assert message is None or "x.safetensors" in message
 
 
 @pytest.mark.parametrize("shape", [(), (3,), (0,), (4, 0), (1, 1, 1, 1, 1)])
