@@ -175,6 +175,17 @@ def test_local_class_folders_take_precedence(monkeypatch: pytest.MonkeyPatch) ->
     assert load_dataset("cifar10", ROOT).sha256 != data.sha256
 
 
+def test_local_images_are_upright_and_hidden_files_are_ignored() -> None:
+    make_folders(ROOT / "cifar10", CIFAR10)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned a quarter clockwise
+    Image.new("RGB", (40, 20), "blue").save(ROOT / "cifar10" / CIFAR10[0] / "0.png", exif=exif)
+    (ROOT / "cifar10" / CIFAR10[0] / "._0.png").write_bytes(b"macOS")
+    data = load_dataset("cifar10", ROOT)
+    assert len(data.labels) == 20
+    assert data.read(0).size == (20, 40)
+
+
 def test_the_folder_of_torchvision_is_not_a_class_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     make_celeba(ROOT, monkeypatch)
     assert len(load_dataset("celeba", ROOT).labels) == 4
