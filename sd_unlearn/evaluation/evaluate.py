@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -158,7 +158,7 @@ def _assemble(
         "created": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()),
         "version": __version__,
         "tier": "" if custom_counts else job.tier,
-        "base": {k: public_name(v) if isinstance(v, str) else v for k, v in cache.base.items()} if cache else {},
+        "base": _published_base(cache.base) if cache else {},
         "sampler": _sampler_entry(job, cache) if cache else {},
         "seeds": {"evaluate": list(EVALUATE_SEEDS), "seeds": list(config.seed)},
         "prompt_set": config.prompt_set and public_name(config.prompt_set),
@@ -183,6 +183,11 @@ def _assemble(
             for path, (subject, reason) in concept.skipped.items()
         ],
     }
+
+
+def _published_base(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The base's record without paths of this machine."""
+    return {k: public_name(v) if isinstance(v, str) else v for k, v in record.items() if k != "path"}
 
 
 def _base_problems(job: EvaluationJob, cache: ImageCache | None) -> list[Problem]:

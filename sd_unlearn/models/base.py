@@ -7,12 +7,13 @@ import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from sd_unlearn.errors import UnlearnError, UsageError
 from sd_unlearn.models.find_base import check_prediction, check_schedule, check_source, check_unet
 from sd_unlearn.models.loading import load_pipeline
-from sd_unlearn.models.source import COMPONENTS, OPTION, Source, kind_of
+from sd_unlearn.models.source import COMPONENTS, DIGITS, OPTION, Source, kind_of
 
 
 @dataclass
@@ -66,6 +67,7 @@ class Base:
             "resolution": self.resolution,
             **({"unet": blocks} if self.kind == "sdxl" else {}),
             **{key: value for key, value in options.items() if value},
+            **({"path": str(source.place.absolute())} if self.name != DIGITS and source.place.exists() else {}),
         }
 
 
@@ -184,7 +186,10 @@ def _check_finite(source: Source, pipeline: Any) -> None:
 def recorded_source(record: Mapping[str, Any], allow_pickle: bool = False) -> Source:
     """The Source of a run's base. record: "base" of its training.json."""
     options = {key: record.get(key) for key in ("vae", "variant", "single_file_config", "prediction_type")}
-    return Source(record["name"], allow_pickle=allow_pickle, **options)
+    name, path = record["name"], record.get("path")  # a relative name is of the folder in which the training ran
+    if path and not Path(name).expanduser().exists() and Path(path).exists():
+        name = path
+    return Source(name, allow_pickle=allow_pickle, **options)
 
 
 def load_recorded_base(

@@ -68,12 +68,12 @@ def check_suffix(path: Path, option: str, allow_pickle: bool) -> None:
     Raises:
         UsageError: a pickle without --allow_pickle, or neither a pickle nor .safetensors.
     """
-    if path.suffix in PICKLES and not allow_pickle:
+    if path.suffix.lower() in PICKLES and not allow_pickle:
         raise UsageError(
             f"{option} {path} is a pickle, which can run code when it is opened. Use the .safetensors file of the same "
             "model, or add --allow_pickle if you trust its source."
         )
-    if path.suffix not in (".safetensors", *PICKLES):
+    if path.suffix.lower() not in (".safetensors", *PICKLES):
         raise UsageError(f"{option} {path} is not a weights file: .safetensors is needed (.ckpt with --allow_pickle).")
 
 
@@ -84,7 +84,7 @@ def read_checkpoint_header(path: Path, option: str, allow_pickle: bool = False) 
         UsageError: a pickle without --allow_pickle, another kind of file, a damaged one.
     """
     check_suffix(path, option, allow_pickle)
-    if path.suffix in PICKLES:
+    if path.suffix.lower() in PICKLES:
         return CheckpointHeader(path, _pickled(path, option))
     from safetensors import SafetensorError, safe_open
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import gzip
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from sd_unlearn.errors import UnlearnError, reason
 from sd_unlearn.models.checkpoint_header import UNET
+from sd_unlearn.models.ldm_keys import blocks_of, unet_key
 from sd_unlearn.models.source import OPTION, SINGLE_FILE_DIR, Source
 
 TOKENS = 77  # CLIP's text length
@@ -57,8 +61,10 @@ def load_single_file(source: Source, dtype: Any, vae: Any = None) -> Any:
     if is_xl:
         given["add_watermarker"] = False
     load = (StableDiffusionXLPipeline if is_xl else StableDiffusionPipeline).from_single_file
+    _check_complete(source)
     try:
-        pipeline = load(str(source.place), config=str(config), local_files_only=True, dtype=dtype, **given)
+        with _lower_suffix(source.place) as place:
+            pipeline = load(str(place), config=str(config), local_files_only=True, dtype=dtype, **given)
     except SingleFileComponentError as error:
         raise UnlearnError(f"{OPTION} {source.name} is not a complete checkpoint: {reason(error)}.") from error
     _check_weights_fit(source, pipeline)
@@ -68,6 +74,42 @@ def load_single_file(source: Source, dtype: Any, vae: Any = None) -> Any:
     if source.kind == "sd2" and source.known_prediction_type == "epsilon" and not source.single_file_config:
         pipeline.unet.register_to_config(sample_size=64)  # the -base models: 512 pixels
     return pipeline
+
+
+@contextmanager
+def _lower_suffix(path: Path) -> Iterator[Path]:
+    """The file under a name with a lower-case suffix, by which diffusers chooses its reader."""
+    if path.suffix == path.suffix.lower():
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        link = Path(folder) / f"{path.stem}{path.suffix.lower()}"
+        link.symlink_to(path.resolve())
+        yield link
+
+
+def _check_complete(source: Source) -> None:
+    """Refuse a checkpoint that lacks a tensor of its UNet, by the tensor's name.
+
+    Raises:
+        UnlearnError
+    """
+    import torch
+    from diffusers import UNet2DConditionModel
+
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(source.config_of("unet"))
+    try:
+        needed = [UNET + unet_key(name, blocks_of(unet.config)) for name in unet.state_dict()]
+    except UnlearnError:  # the configuration has blocks that the layout has no names for
+        return
+    missing = [key for key in needed if key not in source.header.shapes]
+    if missing:
+        raise UnlearnError(
+            f"{OPTION} {source.name} could not be loaded: it lacks {len(missing)} of the UNet's tensors, e.g. "
+            f"{missing[0]}. Download it again, or add --single_file_config with a diffusers folder that holds its own "
+            "configuration."
+        )
 
 
 def _tokenizers(config: Path, kind: str | None) -> dict[str, Any]:
@@ -100,4 +142,5 @@ def load_vae_file(path: Path, config: Path, dtype: Any) -> Any:
     config.json."""
     from diffusers import AutoencoderKL
 
-    return AutoencoderKL.from_single_file(str(path), config=str(config.parent), local_files_only=True, dtype=dtype)
+    with _lower_suffix(path) as place:
+        return AutoencoderKL.from_single_file(str(place), config=str(config.parent), local_files_only=True, dtype=dtype)

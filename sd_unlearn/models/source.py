@@ -42,7 +42,7 @@ class Source:
     @property
     def place(self) -> Path:
         """The path of the base if it is local."""
-        return DIGITS_DIR if self.name == DIGITS else Path(self.name)
+        return DIGITS_DIR if self.name == DIGITS else Path(self.name).expanduser()
 
     @property
     def is_file(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from accelerate import init_empty_weights
 from conftest import scheduled
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from kinds import KINDS, Kinds, config_of, original_names
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from sd_unlearn.errors import UnlearnError, UsageError
@@ -198,3 +199,40 @@ def test_a_file_without_a_vae(kinds: Kinds, tmp_path: Path) -> None:
     save_file({k: v for k, v in whole.items() if not k.startswith("first_stage")}, tmp_path / "bare.safetensors")
     base = load(tmp_path / "bare.safetensors", kinds, "sd1", vae=str(kinds.folder("sd1")))
     assert base.vae_sha256 == load(kinds.file("sd1"), kinds, "sd1").vae_sha256
+
+
+def test_missing_tensor_is_named(kinds: Kinds, tmp_path: Path) -> None:
+    for kind in KINDS:
+        weights = load_file(kinds.file(kind))
+        missing = next(name for name in weights if "attn2.to_k" in name)
+        del weights[missing]
+        save_file(weights, tmp_path / "lacks.safetensors")
+        with pytest.raises(UnlearnError, match=f"lacks 1 of the UNet's tensors, e.g. {re.escape(missing)}"):
+            load(tmp_path / "lacks.safetensors", kinds, kind)
+
+
+def test_any_case_of_the_suffix(kinds: Kinds, tmp_path: Path) -> None:
+    shutil.copy(kinds.file("sd1"), tmp_path / "BIG.SAFETENSORS")
+    shutil.copy(kinds.file("sd1"), tmp_path / "small.safetensors")
+    big, small = (load(tmp_path / name, kinds, "sd1") for name in ("BIG.SAFETENSORS", "small.safetensors"))
+    assert (big.sha256, big.vae_sha256) == (small.sha256, small.vae_sha256)
+    (tmp_path / "A.CKPT").write_bytes(b"x")
+    with pytest.raises(UsageError, match="is a pickle"):
+        load(tmp_path / "A.CKPT", kinds, "sd1")
+
+
+def test_relative_base_is_found_from_another_folder(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(tiny_base, tmp_path / "models/mine")
+    record = load_base("models/mine", device="cpu").describe()
+    assert record["name"] == "models/mine"
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert load_recorded_base(record, device="cpu").sha256 == record["sha256"]
+
+
+def test_tilde_in_the_name_of_a_base(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shutil.copytree(tiny_base, tmp_path / "mine")
+    assert load_base("~/mine", device="cpu").sha256 == load_base(str(tiny_base), device="cpu").sha256
