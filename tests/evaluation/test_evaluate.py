@@ -282,7 +282,7 @@ def test_base_and_lora_use_the_noise_schedule_of_the_training(
     with pytest.raises(UsageError, match="Evaluate them separately"):
         resolve_job(EvaluateConfig(**few, lora=[str(plain), str(zero)]))
     said = {"sd_unlearn.zero_terminal_snr": "True", "sd_unlearn.concept": "seven", "sd_unlearn.base": str(v_base)}
-    save_file({"lora_unet_x.lora_down.weight": torch.zeros(1)}, tmp_path / "zero.safetensors", said)
+    save_file({"lora_unet_x.diff": torch.zeros(1)}, tmp_path / "zero.safetensors", said)
     file = str(tmp_path / "zero.safetensors")  # an exported one says it in its header
     assert resolve_job(EvaluateConfig(**few, lora=[file])).zero_terminal_snr
     with pytest.raises(UsageError, match="Evaluate them separately"):
