@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import shutil
 import sys
 import time
 from pathlib import Path
@@ -26,13 +25,16 @@ from sd_unlearn.data.render import images_by_group, known_beta, plan_images
 from sd_unlearn.errors import UsageError
 from sd_unlearn.evaluation import evaluate
 from sd_unlearn.io.files import check_writable, read_yaml, write_json, write_text
+from sd_unlearn.io.lock import locked, remove_leftovers
+from sd_unlearn.io.own_files import SWEEP as SWEEP_FILES
+from sd_unlearn.io.own_files import delete_own, is_free, kind_of, mark
 from sd_unlearn.io.run_folder import CONCEPT, DATA_MANIFEST, RESULTS, weights_sha256
 from sd_unlearn.launch import process_count
 from sd_unlearn.report import sweep
 from sd_unlearn.report.sweep import SWEEP
 from sd_unlearn.results import BASE, Results, as_json, read_results
 from sd_unlearn.training import trainer
-from sd_unlearn.training.preflight import check_inputs, has_own_images, is_finished
+from sd_unlearn.training.preflight import check_apart, check_inputs, has_own_images, is_finished
 
 SETTINGS = "sweep.yaml"  # the options that all runs share; a sweep that is continued must have the same
 NOT_COMPARED = ("beta_sweep", "output_dir", "overwrite", "resume_from_checkpoint", "force_resume", "config", "debug")
@@ -67,17 +69,35 @@ def run(config: TrainConfig) -> Path:
     points = scale(factors, beta, config.push, config.target, source)
     shared = as_dict(dataclasses.replace(config, beta=beta, data_dir=inputs.data_dir))
     settings = {k: v for k, v in shared.items() if k not in NOT_COMPARED}
+    check_apart(inputs.data_dir, output)
     check_output(output, settings, config.overwrite)
-    if config.overwrite:
-        shutil.rmtree(output, ignore_errors=True)
+    with locked(output, "--output_dir"):
+        check_output(output, settings, config.overwrite)  # again: another process may have started one since
+        remove_leftovers(output)
+        mark(output, "sweep")
+        if config.overwrite:
+            delete_own(output, SWEEP_FILES)
+        return _run(config, inputs.data_dir, concept, points, settings, (beta, source), output)
+
+
+def _run(
+    config: TrainConfig,
+    data_dir: Path,
+    concept: Concept,
+    points: list[Point],
+    settings: dict[str, Any],
+    beta: tuple[float, str],
+    output: Path,
+) -> Path:
+    """`run` once the options are checked, while no other process uses the sweep's folder. beta: as beta_of."""
     write_text(output / SETTINGS, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
 
     for number, point in enumerate(points, 1):
         line = f"Sweep, run {number} of {len(points)}: factor {point.factor:g}, beta {point.beta:g}"
         print(f"{line}, push {point.push:g}." if config.target == "teacher" else f"{line}.", file=sys.stderr)
-        _train(config, point, inputs.data_dir, output / point.name)
+        _train(config, point, data_dir, output / point.name)
     results = [_evaluate(output / point.name, config.allow_pickle) for point in points]
-    record = _record(config, concept, beta, source, points, results)
+    record = _record(config, concept, *beta, points, results)
     page = sweep.write(output, record)
     write_json(output / SWEEP, record)
     return page
@@ -161,10 +181,13 @@ def check_output(output: Path, settings: dict[str, Any], overwrite: bool) -> Non
         UsageError
     """
     check_writable(output, "--output_dir")
-    if not output.is_dir() or not any(output.iterdir()):
+    if is_free(output):
         return
-    if not (output / SETTINGS).is_file():
+    older = (output / SETTINGS).is_file() and any(output.glob(f"factor-*/{CONCEPT}"))
+    if kind_of(output) != "sweep" and not older:
         raise UsageError(f"--output_dir {output} is not an sd-unlearn sweep folder. Choose an empty folder.")
+    if not (output / SETTINGS).is_file():
+        return
     before = read_yaml(output / SETTINGS, "--output_dir")
     changed = [k for k in settings if before.get(k) != settings[k]]
     if changed and not overwrite and any(output.glob("factor-*")):
@@ -180,8 +203,6 @@ def _train(config: TrainConfig, point: Point, data_dir: Path, run_dir: Path) -> 
     if is_finished(run_dir):
         print(f"{run_dir} is already trained.", file=sys.stderr)
         return
-    if not (run_dir / CONCEPT).is_file():
-        shutil.rmtree(run_dir, ignore_errors=True)  # the process was killed while it created the folder
     trainer.run(
         dataclasses.replace(
             config,
@@ -191,7 +212,7 @@ def _train(config: TrainConfig, point: Point, data_dir: Path, run_dir: Path) -> 
             data_dir=data_dir,
             output_dir=run_dir,
             overwrite=False,
-            resume_from_checkpoint="latest" if run_dir.is_dir() else None,
+            resume_from_checkpoint="latest" if (run_dir / CONCEPT).is_file() else None,
         )
     )
 

@@ -19,6 +19,7 @@ from sd_unlearn.data.metadata import read_metadata
 from sd_unlearn.data.photos import check_places
 from sd_unlearn.errors import UnlearnError, UsageError, reason
 from sd_unlearn.io.files import check_writable, read_json, write_json, write_jsonl
+from sd_unlearn.io.lock import locked, remove_leftovers
 from sd_unlearn.io.run_folder import DATA_MANIFEST, METADATA, POSITIVE, UNLABELED, ImageRecord
 from sd_unlearn.io.schema import validate
 from sd_unlearn.launch import process_rank
@@ -75,7 +76,7 @@ def run(config: RenderConfig) -> Path:
     check_render(config)
     job = make_job(concept, config, find_base(config, concept.base))
     check_places(job.folder)
-    return render_concept(job, lambda: load_base(job.source, config.mixed_precision or "no"))
+    return render_locked(job, lambda: load_base(job.source, config.mixed_precision or "no"))
 
 
 def make_job(concept: Concept, config: RenderConfig, source: Source) -> RenderJob:
@@ -140,23 +141,79 @@ def known_beta(generic_share: float, counts: Mapping[str, int]) -> float | None:
     return round(beta, 4) if 0 < beta < 1 else None
 
 
+def render_locked(job: RenderJob, get_base: Callable[[], Base]) -> Path:
+    """`render_concept` while no other process renders into the folder; a complete folder is not locked.
+
+    Raises:
+        UnlearnError: another process renders into it; and as render_concept.
+    """
+    check_writable(job.folder, "--data_dir")
+    check_ours(job.folder)
+    if _is_finished(job):
+        return job.folder
+    with locked(job.folder, "--data_dir"):
+        for folder in (job.folder, job.folder / UNLABELED, job.folder / POSITIVE):
+            remove_leftovers(folder)
+        return render_concept(job, get_base)
+
+
+def check_ours(folder: Path) -> None:
+    """Refuse to render into folders of the user's own images, and over a settings.json or manifest.json of others.
+
+    Raises:
+        UsageError
+    """
+    if _is_ours(folder / SETTINGS):
+        return
+    names = [name for name in (SETTINGS, DATA_MANIFEST) if (folder / name).exists()]
+    names += [sub for sub in (UNLABELED, POSITIVE) if (folder / sub).is_dir() and any((folder / sub).iterdir())]
+    if names:
+        raise UsageError(
+            f"--data_dir {folder} holds {names[0]}, which sd-unlearn did not render, so nothing is rendered into it. "
+            "Train on your own images with sd-unlearn train --data_dir, or choose another folder."
+        )
+
+
+def _is_ours(settings: Path) -> bool:
+    """Whether settings.json is the one that render_concept writes."""
+    try:
+        content = read_json(settings)
+    except UsageError:
+        return False
+    return isinstance(content, dict) and {"concept", "base", "seed", "plan"} <= content.keys()
+
+
+def _is_finished(job: RenderJob) -> bool:
+    """Whether everything is rendered already, with these settings."""
+    folder = job.folder
+    if not (folder / DATA_MANIFEST).is_file() or not (folder / SETTINGS).is_file():
+        return False
+    return _settings_in(folder) == job.settings and _is_complete(folder)
+
+
+def _settings_in(folder: Path) -> dict[str, Any]:
+    """The settings that a folder was rendered with, as RenderJob.settings."""
+    return {key: value for key, value in _read(folder / SETTINGS).items() if key != WEIGHTS}
+
+
 def render_concept(job: RenderJob, get_base: Callable[[], Base]) -> Path:
     """Render what is missing in the data folder, write metadata and manifest, and return the folder.
 
     get_base: loads the base; called only if something is missing.
 
     Raises:
-        UsageError: the folder was rendered with other settings or by other weights.
+        UsageError: the folder was rendered with other settings or by other weights, or holds images of the user's own.
         UnlearnError: the folder cannot be written, or the base's images are not finite.
     """
     folder, settings = job.folder, job.settings
     check_writable(folder, "--data_dir")
+    check_ours(folder)
     started = folder / SETTINGS
-    if started.is_file() and {k: v for k, v in _read(started).items() if k != WEIGHTS} != settings:
+    if started.is_file() and _settings_in(folder) != settings:
         raise UsageError(
             f"--data_dir {folder} was rendered with other settings ({started}). Delete it or choose another --data_dir."
         )
-    if (folder / DATA_MANIFEST).is_file() and started.is_file() and _is_complete(folder):
+    if _is_finished(job):
         return folder
     records = _image_records(job)
     requests = [ImageRequest(folder / sub / r.file_name, r.text, r.seed) for sub, rs in records.items() for r in rs]

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from sd_unlearn.io.files import atomic_path, slugify
 from sd_unlearn.io.images import UnreadableImage, open_image
+from sd_unlearn.io.lock import remove_leftovers
 from sd_unlearn.metrics.base import DetectorOutput, PairMetric
 
 CHUNK = 500  # images held in memory at once
@@ -145,5 +146,6 @@ def _save(cache: Path | None, name: str, known: _CachedOutputs) -> None:
     first = next(iter(known.values()))
     arrays: dict[str, Any] = {column: np.stack([entry[column] for entry in known.values()]) for column in first}
     arrays[_NAMES] = np.array(list(known), dtype=str)
+    remove_leftovers(_cache_file(cache, name).parent)
     with atomic_path(_cache_file(cache, name)) as temporary, temporary.open("wb") as file:
         np.savez(file, **arrays)

@@ -26,8 +26,10 @@ from sd_unlearn.evaluation.loras import ModelVariant
 from sd_unlearn.evaluation.pairs import MAX_PAIRS, PAIRS_PER_GROUP, count_outcomes, pick_pairs
 from sd_unlearn.evaluation.prompts import GROUPS, group_prompts, write_plan
 from sd_unlearn.evaluation.score import ConceptResults, SubjectImages, run_metrics
-from sd_unlearn.io.files import public_name, write_json, write_text
-from sd_unlearn.io.run_folder import EVALUATION, RESULTS
+from sd_unlearn.io.files import full_disk_explained, public_name, write_json, write_text
+from sd_unlearn.io.lock import locked, remove_leftovers
+from sd_unlearn.io.own_files import is_run, kind_of, mark
+from sd_unlearn.io.run_folder import EVALUATION, IMAGE_DIR, RESULTS
 from sd_unlearn.launch import process_rank
 from sd_unlearn.metrics.registry import check_weights, make_metrics, merge_cards, metric_cards
 from sd_unlearn.results import BASE, SCHEMA_VERSION, Pair, Problem, as_json
@@ -52,10 +54,21 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
         return {}
     for concept in job.concepts.values():
         check_weights(job.metric_context(concept))
+    with full_disk_explained(), locked(job.output, "--output_dir"):
+        if process_rank() == 0:
+            for folder in (job.output, *(job.output / IMAGE_DIR).glob("*/")):
+                remove_leftovers(folder)
+        return _run(config, job)
+
+
+def _run(config: EvaluateConfig, job: EvaluationJob) -> dict[str, Any]:
+    """`run` once the options are checked, while no other process uses the output folder."""
     cache = generate_images(job)
     if process_rank() > 0:
         return {}
     evaluated, cards = _run_all_metrics(job, cache)
+    if not kind_of(job.output) and not is_run(job.output):
+        mark(job.output, "evaluation")
     results = _assemble(job, cache, evaluated, cards)
     results["conditions"] = outcomes([parse_condition(text) for text in config.fail_if], results)
     write_text(job.output / EVALUATION, yaml.safe_dump(as_dict(config), sort_keys=False, allow_unicode=True))

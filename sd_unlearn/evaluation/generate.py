@@ -7,8 +7,8 @@ resumes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ from sd_unlearn.evaluation.job import EvaluationJob
 from sd_unlearn.evaluation.loras import ModelVariant
 from sd_unlearn.evaluation.prompts import ImageSpec
 from sd_unlearn.io.files import slugify
+from sd_unlearn.io.lock import locked, remove_leftovers
+from sd_unlearn.launch import process_rank
 from sd_unlearn.models.base import Base, check_recorded, choose_precision, load_base, use_zero_terminal_snr
 from sd_unlearn.models.sampling import ImageRequest, Sampler, generate_missing, resolve_sampler, wait_for_images
 
@@ -65,9 +67,20 @@ class ImageCache:
                     stack.enter_context(variant.lora.applied_to(base, variant.strength))
                 return base
 
+            if not all(request.path.is_file() for request in requests):
+                stack.enter_context(_exclusive(self.folder(variant)))
             count = generate_missing(get_variant, requests, self.sampler, title)
         wait_for_images(requests, timeout=TIMEOUT)
         return count
+
+
+@contextmanager
+def _exclusive(folder: Path) -> Iterator[None]:
+    """Wait for another evaluation that generates the same images, and remove what a killed one left."""
+    with locked(folder, "--cache_dir", wait=-1):
+        if process_rank() == 0:
+            remove_leftovers(folder)
+        yield
 
 
 def generate_images(job: EvaluationJob) -> ImageCache | None:

@@ -21,6 +21,7 @@ from sd_unlearn.evaluation.image_folders import ImageFolder, read_image_folder, 
 from sd_unlearn.evaluation.loras import DIFFUSERS_FILE, Lora, ModelVariant, open_lora, open_run, unique_names
 from sd_unlearn.evaluation.prompts import TIERS, ImageSpec, Tier, override_counts, plan_images
 from sd_unlearn.io.files import check_writable, read_yaml
+from sd_unlearn.io.own_files import check_evaluation_folder
 from sd_unlearn.io.run_folder import CONFIG, POSITIVE, TRAINING
 from sd_unlearn.metrics.registry import MetricContext, check_metrics
 from sd_unlearn.models.base import recorded_source
@@ -124,6 +125,7 @@ def resolve_job(config: EvaluateConfig) -> EvaluationJob:
     subjects = _resolve_subjects(config, loras, concepts, plans, tier)
     output = config.output_dir or (config.run if config.run and not config.lora and not config.images else OUTPUT)
     check_writable(output, "--output_dir")
+    check_evaluation_folder(output, "--output_dir")
     check_writable(config.cache_dir, "--cache_dir")
     job = EvaluationJob(config, concepts, subjects, plans, source, base_named, tier_name, output, loras, failed)
     for concept in concepts.values():

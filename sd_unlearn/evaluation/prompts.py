@@ -15,7 +15,7 @@ import numpy as np
 from sd_unlearn.config.options import MAX_IMAGES
 from sd_unlearn.data.concept import Concept, Prompt
 from sd_unlearn.errors import UsageError, suggest
-from sd_unlearn.io.files import slugify, write_text
+from sd_unlearn.io.files import read_jsonl, slugify, write_text
 from sd_unlearn.metrics.base import CONCEPT_GROUPS, KEEP_GROUPS, PromptedImages
 from sd_unlearn.seeds import EVALUATE_SEEDS, image_seed
 
@@ -133,10 +133,29 @@ def to_prompted_images(concept: Concept, specs: Sequence[ImageSpec]) -> Prompted
 
 
 def write_plan(path: Path, plans: Mapping[str, Sequence[ImageSpec]]) -> None:
-    """Write --write_plan: one JSON line per image that another program must generate for paired comparison."""
+    """Write --write_plan: one JSON line per image that another program must generate for paired comparison.
+
+    Raises:
+        UsageError: the file exists and is not such a plan.
+        UnlearnError: it cannot be written.
+    """
+    if path.exists() and not _is_plan(path):
+        raise UsageError(
+            f"--write_plan {path} exists and is not a plan that sd-unlearn wrote, so it is not overwritten. Choose "
+            "another name."
+        )
     lines: dict[str, dict[str, Any]] = {}
     for slug, specs in plans.items():
         for spec in specs:
             line = {"file_name": spec.file_name, "text": spec.prompt.text, "seed": spec.seed, "group": spec.group}
             lines.setdefault(spec.file_name, {**line, "concept": slug})
     write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines.values()))
+
+
+def _is_plan(path: Path) -> bool:
+    """Whether a file is empty or holds what write_plan writes."""
+    try:
+        lines = read_jsonl(path) if path.is_file() else [{}]
+    except UsageError:
+        return False
+    return all({"file_name", "text", "seed", "group", "concept"} == line.keys() for line in lines)

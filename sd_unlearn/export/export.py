@@ -17,8 +17,11 @@ from sd_unlearn.export import merge, model_card, thumbnails
 from sd_unlearn.export.lora_files import DIFFUSERS_FILE, concept_of, diffusers_bytes, kohya_bytes
 from sd_unlearn.export.metadata import licence_of
 from sd_unlearn.export.trained_run import TrainedRun, read_run
-from sd_unlearn.io.files import atomic_path
+from sd_unlearn.io.files import atomic_path, check_writable
+from sd_unlearn.io.lock import locked, remove_leftovers
 from sd_unlearn.io.run_folder import EXPORT_DIR, UNET_DIR
+
+WAIT = 60  # seconds for another export into the same folder
 
 
 def run(config: ExportConfig) -> list[Path]:
@@ -38,8 +41,17 @@ def run(config: ExportConfig) -> list[Path]:
     _check_options(config)
     trained = read_run(config.run)
     as_lora, folder = _check_lora(trained, config), config.output_dir or config.run / EXPORT_DIR
-    if as_lora:
-        _check_overwriting(trained, folder, config.merge)
+    if not as_lora:
+        return _write_all(config, trained, None)
+    check_writable(folder, "--output_dir")
+    _check_overwriting(trained, folder, config.merge)
+    with locked(folder, "--output_dir", wait=WAIT):
+        _check_overwriting(trained, folder, config.merge)  # again: another process may have written since
+        return _write_all(config, trained, folder)
+
+
+def _write_all(config: ExportConfig, trained: TrainedRun, folder: Path | None) -> list[Path]:
+    """Write everything once the options are checked. folder: of the LoRA files; None: the run has none."""
     hub_id = None
     if config.push_to_hub is not None:
         from sd_unlearn.export import hub
@@ -47,7 +59,7 @@ def run(config: ExportConfig) -> list[Path]:
         hub_id = hub.check(config.push_to_hub)
     pipeline = merge.trained_base(trained, config.allow_pickle) if config.merge or trained.is_dora else None
     licence, files = licence_of(trained, config.license), {}
-    if as_lora:
+    if folder is not None:
         files[folder / DIFFUSERS_FILE] = diffusers_bytes(trained, config.dtype)
         files[folder / f"{trained.concept.slug}.safetensors"] = kohya_bytes(trained, config.dtype, pipeline, licence)
         grid = thumbnails.grid(trained)
@@ -88,6 +100,8 @@ def _check_overwriting(trained: TrainedRun, folder: Path, merged: Path | None) -
     readme = folder / model_card.FILE
     if readme.is_file() and model_card.title(name) not in readme.read_text(encoding="utf-8", errors="replace"):
         others.append(readme)
+    if (folder / model_card.GRID).exists() and not readme.is_file():  # its images belong to the card
+        others.append(folder / model_card.GRID)
     if others:
         raise UsageError(
             f'{others[0]} already exists and is not an export of "{name}", so it is not overwritten. '
@@ -118,6 +132,7 @@ def _check_lora(trained: TrainedRun, config: ExportConfig) -> bool:
 
 def _write(folder: Path, files: dict[Path, bytes]) -> None:
     """Write all files or none: the renames happen after all files are complete."""
+    remove_leftovers(folder, [path.name for path in files])
     try:
         with ExitStack() as renames:
             for path, data in files.items():

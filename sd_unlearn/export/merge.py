@@ -14,6 +14,7 @@ from sd_unlearn.export import safetensors_writer
 from sd_unlearn.export.metadata import checkpoint_header
 from sd_unlearn.export.trained_run import TrainedRun
 from sd_unlearn.io.files import atomic_path, check_writable, read_json, write_json
+from sd_unlearn.io.lock import remove_leftovers
 from sd_unlearn.io.run_folder import UNET_DIR
 from sd_unlearn.models import ldm_keys
 from sd_unlearn.models.base import load_recorded_base, use_zero_terminal_snr
@@ -106,6 +107,7 @@ def write(
     torch_dtype = {"fp32": torch.float32, "fp16": torch.float16}[dtype]
     merge_into(run, pipeline, strength)
     try:
+        remove_leftovers(path.parent, (path.name, f"*{SINGLE_FILE}"))
         if path.suffix == SINGLE_FILE:
             tensors = safetensors_writer.converted(ldm_keys.checkpoint(pipeline, run.kind), torch_dtype)
             header = checkpoint_header(run, safetensors_writer.digest(tensors), strength, licence)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import json
 import os
 import re
 import shutil
 import stat
+import tempfile
 import unicodedata
 import zlib
 from collections.abc import Iterable, Iterator
@@ -65,20 +67,23 @@ def write_bytes(path: Path, data: bytes) -> None:
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary path in the same folder, for a file or a folder, and rename it to `path` when the block ends.
 
-    Readers never see partial content: it is synced to disk before the rename. An existing file or folder is replaced;
-    if the block raises, it stays and the temporary one is removed.
+    Readers never see partial content: it is synced to disk before the rename. An existing file is replaced by a file
+    and a folder by a folder; if the block raises, it stays and the temporary one is removed. The permissions are those
+    of the umask, whatever the writer of the temporary file has set.
 
     Raises:
-        OSError: the file or folder cannot be written.
+        OSError: the file or folder cannot be written, or a folder is in the place of a file.
     """
     temporary, former = (path.with_name(f".{path.name}.{os.getpid()}.{end}") for end in ("tmp", "old"))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
+        _check_same_kind(temporary, path)
         for file in sorted(temporary.rglob("*")) if temporary.is_dir() else [temporary]:
             if file.is_file():
                 _sync(file)
-        if path.is_dir() or (temporary.is_dir() and path.exists()):  # a folder cannot be renamed onto anything
+        _apply_umask(temporary)
+        if path.is_dir():  # a folder cannot be renamed onto another one
             path.replace(former)
         try:
             temporary.replace(path)
@@ -89,7 +94,25 @@ def atomic_path(path: Path) -> Iterator[Path]:
         _sync(path.parent)
     finally:
         for left in (temporary, former):
-            shutil.rmtree(left) if left.is_dir() else _unlink(left)
+            remove(left)
+
+
+def _check_same_kind(temporary: Path, path: Path) -> None:
+    """Refuse to replace a folder by a file, which would delete everything in it, and a file by a folder."""
+    if temporary.is_dir() and path.exists() and not path.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, f"{path} is a file", str(path))
+    if temporary.exists() and not temporary.is_dir() and path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, f"{path} is a folder", str(path))
+
+
+def _apply_umask(path: Path) -> None:
+    """Give new files and folders the permissions that `open` and `mkdir` would. Some libraries write files as 0600."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    for entry in (path, *path.rglob("*")) if path.is_dir() else (path,):
+        if not entry.is_symlink():
+            with contextlib.suppress(PermissionError):  # on file systems without permissions
+                entry.chmod((0o777 if entry.is_dir() else 0o666) & ~mask)
 
 
 def _sync(path: Path) -> None:
@@ -104,20 +127,53 @@ def _sync(path: Path) -> None:
         os.close(opened)
 
 
-def _unlink(path: Path) -> None:
+def remove(path: Path) -> None:
+    """Remove a file, link or folder if possible."""
     with contextlib.suppress(OSError):
-        path.unlink(missing_ok=True)
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
 
 
 def check_writable(folder: Path, option: str) -> None:
-    """Check, without creating anything, that a folder can be created and written.
+    """Check that a folder can be created and written, by writing a temporary file that leaves nothing behind.
+
+    The file is created in the folder, or in the nearest of its parents that exists.
 
     Raises:
         UsageError: it cannot; names the option.
     """
-    nearest = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        raise UsageError(f"{option} {folder} cannot be written: {nearest} is not a writable folder. Choose another.")
+    nearest = folder
+    try:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            folder.lstat()  # raises for names that no folder can have
+        nearest = next(p for p in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(p))
+        with tempfile.TemporaryFile(dir=nearest) as file:
+            file.write(b"x")
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"{option} {folder} cannot be written: {nearest} is not a writable folder ({reason(error)}). "
+            "Choose another."
+        ) from None
+
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+@contextmanager
+def full_disk_explained() -> Iterator[None]:
+    """Turn the error of a full disk into one that says how to continue.
+
+    Raises:
+        UnlearnError
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        place = f" for {error.filename}" if error.filename else ""
+        raise UnlearnError(
+            f"{reason(error)}{place}. Free some disk space and run the same command again: finished files are kept."
+        ) from error
 
 
 def write_json(path: Path, data: Any) -> None:

@@ -6,7 +6,6 @@ Each stage leaves its files in the run folder, so that an interrupted run resume
 from __future__ import annotations
 
 import dataclasses
-import shutil
 import sys
 import time
 from importlib.metadata import version
@@ -28,20 +27,24 @@ from sd_unlearn.io.files import (
     write_json,
     write_text,
 )
-from sd_unlearn.io.run_folder import CONFIG, RESULTS, TRAINING
+from sd_unlearn.io.lock import locked, remove_leftovers
+from sd_unlearn.io.own_files import PAPER as PAPER_FILES
+from sd_unlearn.io.own_files import delete_own, is_free, kind_of, mark
+from sd_unlearn.io.run_folder import CHECKPOINT_DIR, CONFIG, RESULTS, TRAINING
 from sd_unlearn.metrics.fidelity import InceptionFidelity
 from sd_unlearn.paper import stable_diffusion
 from sd_unlearn.paper.ddpm.datasets import load_dataset
-from sd_unlearn.paper.ddpm.sample import from_bytes, generate_all, load_samples, make_sampler
+from sd_unlearn.paper.ddpm.sample import PARTS_DIR, from_bytes, generate_all, load_samples, make_sampler
 from sd_unlearn.paper.ddpm.split import split
 from sd_unlearn.paper.ddpm.train import TrainingJob, train
 from sd_unlearn.paper.ddpm.unet import PIPELINE_DIR, load_network
-from sd_unlearn.paper.experiments import CLASSES, DIGITS, TEXT_EXPERIMENTS, Experiment, find_experiment
+from sd_unlearn.paper.experiments import CLASSES, DIGITS, TEXT_EXPERIMENTS, Counts, Experiment, Size, find_experiment
 from sd_unlearn.paper.judge import score
 from sd_unlearn.paper.judge.classifier import Classifier, get_classifier
 from sd_unlearn.paper.options import RunOptions
 from sd_unlearn.paper.settings import ExperimentSettings, default_settings, resolve, variant_of
 from sd_unlearn.results import Row
+from sd_unlearn.training import checkpoint
 from sd_unlearn.training.provenance import PACKAGES, commit
 from sd_unlearn.training.trainer import PATIENCE
 
@@ -74,6 +77,21 @@ def run_ddpm(name: str, options: RunOptions) -> Path:
         print(f"{folder} is finished. Add --overwrite to run it again.", file=sys.stderr)
         return folder
     check_fid_weights(experiment, options)
+    with locked(folder, "--output_dir"):
+        check_same_run(folder, config, options.overwrite)  # again: another process may have started one since
+        return _run_stages(experiment, settings, size, counts, config, options)
+
+
+def _run_stages(
+    experiment: Experiment,
+    settings: ExperimentSettings,
+    size: Size,
+    counts: Counts,
+    config: dict[str, Any],
+    options: RunOptions,
+) -> Path:
+    """`run_ddpm` once the options are checked, while no other process uses the run folder."""
+    folder = folder_of(experiment, options)
     state = PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)  # the others wait for the first process
     with state.main_process_first():  # which may download
         data = load_dataset(experiment.dataset, options.data_root)
@@ -83,8 +101,11 @@ def run_ddpm(name: str, options: RunOptions) -> Path:
     )
     images = split(data.labels, normal, sensitive, counts, options.seed, missing, settings.num_negative)
     if state.is_main_process:
+        for place in (folder, folder / CHECKPOINT_DIR, folder / PARTS_DIR):
+            remove_leftovers(place)
+        mark(folder, "paper")
         if options.overwrite:
-            shutil.rmtree(folder, ignore_errors=True)
+            delete_own(folder, PAPER_FILES)
         write_text(folder / CONFIG, yaml.safe_dump(config, sort_keys=False))
     state.wait_for_everyone()
     job = TrainingJob(experiment, settings, size, options.seed, data, images, folder, options.checkpointing_steps)
@@ -115,12 +136,14 @@ def check_same_run(folder: Path, config: dict[str, Any], overwrite: bool) -> Non
     Raises:
         UsageError: the folder holds another run or files of another kind.
     """
-    if overwrite or not folder.is_dir() or not any(folder.iterdir()):
+    if is_free(folder):
         return
     file = folder / CONFIG
-    if not file.is_file():
+    before = read_yaml(file, "--output_dir") if file.is_file() else {}
+    if kind_of(folder) != "paper" and before.get("experiment") != config["experiment"]:
         raise UsageError(f"--output_dir: {folder} holds files but is not a `paper` run. Choose another folder.")
-    before = read_yaml(file, "--output_dir")
+    if overwrite or not before:
+        return
     changed = [key for key in config if before.get(key) != config[key]]
     if changed:
         key = changed[0]
@@ -155,7 +178,7 @@ def _train(job: TrainingJob) -> dict[str, Any]:
         cost = train(job)
         if PartialState().is_main_process:
             write_json(record, cost)
-            shutil.rmtree(job.folder / "checkpoints", ignore_errors=True)  # large, and no longer needed
+            checkpoint.delete_all(job.folder)  # large, and no longer needed
         PartialState().wait_for_everyone()
     return dict(read_json(record))
 

@@ -13,6 +13,7 @@ from sd_unlearn.data.concept import Concept, read_concept
 from sd_unlearn.errors import UsageError
 from sd_unlearn.io import run_folder
 from sd_unlearn.io.files import public_name, read_json, read_jsonl, read_yaml, write_text
+from sd_unlearn.io.lock import remove_leftovers
 from sd_unlearn.report import charts, compare, images, metric_cards, reproduce, training_curves, verdict
 from sd_unlearn.report.before_after import before_after
 from sd_unlearn.report.cases import Case, cases_of
@@ -73,6 +74,7 @@ def run(config: ReportConfig) -> Path:
     if config.certificate:
         pages = certificate(folder, results, content["cases"])
         files = {CERTIFICATE: html.get_template("certificate.html.j2").render(pages), **files}
+    remove_leftovers(folder, list(files))
     for name, rendered in files.items():
         write_text(folder / name, rendered)
     return folder / HTML

@@ -6,9 +6,9 @@ therefore leaves the earlier checkpoints intact, and a full disk costs only the 
 
 from __future__ import annotations
 
+import contextlib
 import random
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from sd_unlearn.errors import UnlearnError, UsageError, reason
 from sd_unlearn.io.files import atomic_path, read_json, write_json
+from sd_unlearn.io.own_files import CHECKPOINT, delete_own
 from sd_unlearn.io.run_folder import CHECKPOINT_DIR
 
 IDENTITY, STATE, WEIGHTS = "checkpoint.json", "state.pt", "weights.safetensors"
@@ -68,8 +69,6 @@ def save(
 
 
 def _write(target: Path, weights: dict[str, torch.Tensor], state: dict[str, Any], identity: dict[str, Any]) -> None:
-    for leftover in target.parent.glob(".step-*"):  # of a process that was killed while saving
-        shutil.rmtree(leftover, ignore_errors=True)
     with atomic_path(target) as folder:
         folder.mkdir()
         save_file(weights, folder / WEIGHTS)
@@ -82,14 +81,33 @@ def _delete_old(run: Path, newest: Path, limit: int) -> None:
     checkpoints = list_checkpoints(run)
     end = checkpoints.index(newest) + 1
     for old in [*checkpoints[:end][:-limit], *checkpoints[end:]]:
-        shutil.rmtree(old, ignore_errors=True)
+        _delete(old)
+
+
+def delete_all(run: Path) -> None:
+    """Delete the checkpoints of a run."""
+    for path in list_checkpoints(run):
+        _delete(path)
+    with contextlib.suppress(OSError):  # missing, or not empty
+        (run / CHECKPOINT_DIR).rmdir()
+
+
+def _delete(path: Path) -> None:
+    delete_own(path, CHECKPOINT)
+    with contextlib.suppress(OSError):  # it holds files of others
+        path.rmdir()
 
 
 def list_checkpoints(run: Path) -> list[Path]:
     """The checkpoints of a run, oldest first."""
     folder = run / CHECKPOINT_DIR
-    checkpoints = [p for p in folder.iterdir() if _NAME.fullmatch(p.name)] if folder.is_dir() else []
+    checkpoints = [p for p in folder.iterdir() if _is_checkpoint(p)] if folder.is_dir() else []
     return sorted(checkpoints, key=lambda p: int(p.name.removeprefix("step-")))
+
+
+def _is_checkpoint(path: Path) -> bool:
+    """Whether it is complete: deleting a checkpoint begins with its checkpoint.json."""
+    return _NAME.fullmatch(path.name) is not None and (path / IDENTITY).is_file()
 
 
 def resolve(option: str | None, run: Path) -> Path | None:

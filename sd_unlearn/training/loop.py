@@ -61,7 +61,7 @@ def fit(options: LoopOptions, training: Training, resume: Path | None = None) ->
     if there is one.
 
     Raises:
-        Interrupted: Ctrl-C or SIGTERM; a checkpoint was saved.
+        Interrupted: Ctrl-C, SIGTERM or SIGHUP; a checkpoint was saved.
         UnlearnError: too many steps in a row were skipped, or a checkpoint cannot be written.
     """
     accelerator, total = training.accelerator, options.max_train_steps

@@ -24,7 +24,7 @@ SECOND_SIGNAL = 2.0  # seconds; a signal sooner after the first may be the same 
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C or SIGTERM, raised after a checkpoint was saved."""
+    """Ctrl-C, SIGTERM or SIGHUP, raised after a checkpoint was saved."""
 
 
 class MetricsLog:
@@ -78,7 +78,9 @@ def _drop_torn_line(path: Path) -> None:
 
 @contextmanager
 def stop_requests(accelerator: Accelerator) -> Iterator[Any]:
-    """Catch Ctrl-C and SIGTERM; yields stop_requested(sync) -> whether to stop after this step.
+    """Catch Ctrl-C, SIGTERM and SIGHUP (a closed terminal).
+
+    Yields stop_requested(sync) -> whether to stop after this step.
 
     A second Ctrl-C after SECOND_SIGNAL seconds raises KeyboardInterrupt at once.
 
@@ -87,8 +89,11 @@ def stop_requests(accelerator: Accelerator) -> Iterator[Any]:
     processes some time after a Ctrl-C (usually 30 seconds).
     """
     signals: list[float] = []
+    terminals = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
 
     def note(number: int, frame: Any) -> None:
+        if number == signal.SIGHUP:
+            _discard_output(terminals)
         now = time.monotonic()
         if signals and now - signals[0] > SECOND_SIGNAL:
             raise KeyboardInterrupt
@@ -103,12 +108,28 @@ def stop_requests(accelerator: Accelerator) -> Iterator[Any]:
             return False
         return bool(accelerator.reduce(torch.tensor(float(bool(signals)), device=accelerator.device), "sum") > 0)
 
-    try:
-        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not the main thread: the caller handles signals
-        before = {}
+    before = _catch(note)
     try:
         yield stop_requested
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _discard_output(descriptors: list[int]) -> None:
+    """Send what is written to a closed terminal nowhere: writing to it would raise before the checkpoint is saved."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for descriptor in descriptors:
+        os.dup2(nowhere, descriptor)
+    os.close(nowhere)
+
+
+def _catch(handler: Any) -> dict[int, Any]:
+    """Install a handler of the signals that stop a training. Returns the handlers before."""
+    caught = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup ignores it
+        caught.append(signal.SIGHUP)
+    try:
+        return {number: signal.signal(number, handler) for number in caught}
+    except ValueError:  # not the main thread: the caller handles signals
+        return {}

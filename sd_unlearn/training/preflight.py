@@ -17,10 +17,11 @@ from sd_unlearn.data.dataset import has_negatives, scan
 from sd_unlearn.data.layout import check_batch_size
 from sd_unlearn.data.photos import check_places
 from sd_unlearn.data.prior import check_countable
-from sd_unlearn.data.render import plan_images, resolve_data_dir
+from sd_unlearn.data.render import check_ours, plan_images, resolve_data_dir
 from sd_unlearn.errors import UsageError
 from sd_unlearn.io.files import check_writable
-from sd_unlearn.io.run_folder import CONCEPT, DATA_MANIFEST, NEGATIVE, POSITIVE, TRAINING, UNLABELED
+from sd_unlearn.io.own_files import LATER, check_no_foreign_weights, is_free, is_run
+from sd_unlearn.io.run_folder import DATA_MANIFEST, EXPORT_DIR, NEGATIVE, POSITIVE, TRAINING, UNLABELED
 from sd_unlearn.models.base import check_text_encoder, check_zero_terminal_snr
 from sd_unlearn.models.find_base import find_base
 from sd_unlearn.models.source import Source
@@ -54,6 +55,8 @@ def check_inputs(config: TrainConfig) -> Inputs:
     data_dir = resolve_data_dir(config, concept)
     own_images = has_own_images(data_dir)
     check_data_dir(config, data_dir)
+    if not own_images:
+        check_ours(data_dir)
     check_batch_size(config, concept, data_dir)
     groups = image_groups(config, concept, data_dir, own_images)
     if config.beta == "estimate":
@@ -126,8 +129,13 @@ def check_output(config: TrainConfig, output: Path) -> Path | None:
         UsageError: a finished or unfinished run without --overwrite, another kind of folder, or one that is not
             writable; not a checkpoint.
     """
-    if output.is_dir() and any(output.iterdir()) and not (output / CONCEPT).is_file():
-        raise UsageError(f"--output_dir {output} is not an sd-unlearn run folder. Choose an empty folder.")
+    if not is_free(output) and not is_run(output):
+        raise UsageError(
+            f"--output_dir {output} is not an sd-unlearn run folder but holds files. Choose an empty folder."
+        )
+    check_no_foreign_weights(output, "--output_dir")
+    if not is_finished(output) and not checkpoint.list_checkpoints(output) and not config.overwrite:
+        _check_no_results(output)
     if config.resume_from_checkpoint is None and not config.overwrite:
         if is_finished(output):
             raise UsageError(
@@ -140,6 +148,34 @@ def check_output(config: TrainConfig, output: Path) -> Path | None:
             )
     check_writable(output, "--output_dir")
     return checkpoint.resolve(config.resume_from_checkpoint, output)
+
+
+def check_apart(data_dir: Path, output: Path) -> None:
+    """Refuse a run folder inside the data folder, the reverse, and one folder for both.
+
+    Raises:
+        UsageError
+    """
+    data, run = data_dir.resolve(), output.resolve()
+    if data == run or data in run.parents or run in data.parents:
+        raise UsageError(
+            f"--output_dir {output} and --data_dir {data_dir} are the same folder or one is inside the other. Keep the "
+            "training images and the run in separate folders."
+        )
+
+
+def _check_no_results(output: Path) -> None:
+    """Refuse to start over where a run has no record but results: its training.json must have been lost.
+
+    Raises:
+        UsageError
+    """
+    for name in (*LATER, EXPORT_DIR):
+        if (output / name).exists():
+            raise UsageError(
+                f"--output_dir {output} holds {name} but no {TRAINING}, so its training would start over. Choose "
+                "another --output_dir, or add --overwrite to delete the results."
+            )
 
 
 def is_finished(output: Path) -> bool:

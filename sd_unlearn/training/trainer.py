@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,16 +20,20 @@ from sd_unlearn.config.base import as_dict
 from sd_unlearn.config.train import TrainConfig
 from sd_unlearn.data.concept import Concept, write_concept
 from sd_unlearn.data.dataset import fingerprint
-from sd_unlearn.data.render import check_same_base, make_job, render_concept
+from sd_unlearn.data.photos import CACHE_DIR
+from sd_unlearn.data.render import check_same_base, make_job, render_locked
 from sd_unlearn.errors import UnlearnError, reason
 from sd_unlearn.io.files import write_json, write_text
-from sd_unlearn.io.run_folder import BEST_DIR, CONCEPT, CONFIG, DATA_MANIFEST, TRAINING
+from sd_unlearn.io.lock import locked, remove_leftovers
+from sd_unlearn.io.own_files import RUN, delete_own, mark
+from sd_unlearn.io.run_folder import BEST_DIR, CHECKPOINT_DIR, CONCEPT, CONFIG, DATA_MANIFEST, PREVIEW_DIR, TRAINING
+from sd_unlearn.launch import process_rank
 from sd_unlearn.models import performance
 from sd_unlearn.models.base import Base, check_text_encoder, choose_precision, load_base, use_zero_terminal_snr
 from sd_unlearn.seeds import TRAIN_SEEDS
 from sd_unlearn.training import checkpoint
 from sd_unlearn.training.loop import Training, fit
-from sd_unlearn.training.preflight import Inputs, check_inputs, check_output, is_finished
+from sd_unlearn.training.preflight import Inputs, check_apart, check_inputs, check_output, is_finished
 from sd_unlearn.training.provenance import device_name, identity_of, peak_memory_mb, training_record
 from sd_unlearn.training.setup import make_training, read_data, resolve_defaults
 from sd_unlearn.training.state import TrainingState
@@ -45,11 +48,23 @@ def run(config: TrainConfig) -> Path:
 
     Raises:
         UsageError, UnlearnError: wherever possible before a model is loaded.
-        Interrupted: Ctrl-C or SIGTERM while training; a checkpoint was saved.
+        Interrupted: Ctrl-C, SIGTERM or SIGHUP while training; a checkpoint was saved.
     """
     inputs = check_inputs(config)
     output = config.output_dir or Path("runs") / inputs.concept.slug
-    resume = check_output(config, output)
+    check_apart(inputs.data_dir, output)
+    check_output(config, output)
+    with locked(output, "--output_dir"):
+        return _run(config, inputs, output)
+
+
+def _run(config: TrainConfig, inputs: Inputs, output: Path) -> Path:
+    """`run` once the options are checked, while no other process uses the run folder."""
+    resume = check_output(config, output)  # again: another process may have finished since
+    if process_rank() == 0:
+        places = [output / name for name in ("", BEST_DIR, CHECKPOINT_DIR, PREVIEW_DIR)]
+        for folder in (*places, inputs.data_dir / CACHE_DIR):
+            remove_leftovers(folder)
     if config.resume_from_checkpoint and not resume:
         if is_finished(output):  # saved without checkpoints, or they were deleted since
             print(f"{output} is finished and has no checkpoints. Start over with --overwrite.", file=sys.stderr)
@@ -85,7 +100,7 @@ def _make_accelerator(config: TrainConfig, output: Path, tracker: str | None) ->
 def _render(config: TrainConfig, inputs: Inputs, get_base: Callable[[], Base]) -> None:
     if not (inputs.data_dir / DATA_MANIFEST).is_file():
         print(f"{inputs.data_dir} is missing or unfinished: rendering it first.", file=sys.stderr)
-    render_concept(make_job(inputs.concept, config, inputs.source), get_base)
+    render_locked(make_job(inputs.concept, config, inputs.source), get_base)
 
 
 def _train(config: TrainConfig, concept: Concept, base: Base, accelerator: Accelerator, resume: Path | None) -> Path:
@@ -120,15 +135,16 @@ def _train(config: TrainConfig, concept: Concept, base: Base, accelerator: Accel
 
 
 def _open_run(config: TrainConfig, concept: Concept, training: Training, keep: bool) -> None:
-    """Create the run folder. An earlier run is deleted only here, when everything has been checked."""
+    """Create the run folder. The files of an earlier run are deleted only here, when everything has been checked."""
     if training.accelerator.is_main_process:
         output = training.output
+        mark(output, "run")  # first: check_output recognizes a run by it
         if not keep:
-            shutil.rmtree(output, ignore_errors=True)
+            delete_own(output, RUN)
         (output / TRAINING).unlink(missing_ok=True)
         settings = yaml.safe_dump(as_dict(config), sort_keys=False, allow_unicode=True)
         for folder in (output, output / BEST_DIR) if training.probe else (output,):
-            write_concept(folder / CONCEPT, concept)  # first: check_output recognises a run by it
+            write_concept(folder / CONCEPT, concept)
             write_text(folder / CONFIG, settings)
     training.accelerator.wait_for_everyone()
 

@@ -18,6 +18,7 @@ from sd_unlearn.data import render
 from sd_unlearn.data.concept import Concept, expand_braces, load_concept, read_concept
 from sd_unlearn.errors import UnlearnError, UsageError
 from sd_unlearn.io.files import read_json, read_jsonl
+from sd_unlearn.io.lock import locked
 from sd_unlearn.io.run_folder import DATA_MANIFEST, METADATA, POSITIVE, UNLABELED
 from sd_unlearn.models import sampling
 from sd_unlearn.models.base import Base, load_base
@@ -305,6 +306,27 @@ def test_another_resolution(config: Config) -> None:
     folder = render.run(config(resolution=64, num_unlabeled=1, num_keep=0, num_positive=1))
     with Image.open(folder / POSITIVE / "positive-00000.png") as image:
         assert image.size == (64, 64)
+
+
+@pytest.mark.parametrize(
+    "name", [f"{UNLABELED}/me.png", f"{POSITIVE}/{METADATA}", "settings.json", DATA_MANIFEST, f"{POSITIVE}/me.heic"]
+)
+def test_folders_of_own_images_are_not_rendered_into(config: Config, tmp_path: Path, name: str) -> None:
+    path = tmp_path / "data" / name
+    path.parent.mkdir(parents=True)
+    path.write_text("{}")
+    with pytest.raises(UsageError, match=r"--data_dir .* holds .*, which sd-unlearn did not render"):
+        render.run(config())
+    assert contents(tmp_path / "data") == {name: b"{}"}
+
+
+def test_a_folder_in_use_is_refused_unless_it_is_complete(rendered: Path, config: Config, tmp_path: Path) -> None:
+    folder = shutil.copytree(rendered, tmp_path / "data")
+    with locked(folder, "--data_dir"):
+        assert render.run(config()) == folder
+        (folder / UNLABELED / "generic-00000.png").unlink()
+        with pytest.raises(UnlearnError, match="--data_dir .* is in use by process"):
+            render.run(config())
 
 
 def test_failed_load_leaves_no_files(config: Config, tiny_base: Path, tmp_path: Path) -> None:

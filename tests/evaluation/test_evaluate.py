@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import subprocess
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import tree
 from evaluation_runs import DIGIT_FILE, make_run
 from PIL import Image
 from safetensors.torch import save_file
@@ -20,6 +22,7 @@ from sd_unlearn.config.evaluate import EvaluateConfig
 from sd_unlearn.errors import UnlearnError, UsageError
 from sd_unlearn.evaluation import evaluate, generate
 from sd_unlearn.evaluation.job import resolve_job
+from sd_unlearn.io.lock import locked
 from sd_unlearn.models import sampling
 from sd_unlearn.models.base import Base
 from sd_unlearn.results import parse_results, read_results
@@ -128,6 +131,41 @@ def test_interrupted_evaluation_resumes_with_equal_results(
     assert not (tmp_path / "out" / "results.json").exists()
     assert list((tmp_path / "cache").rglob("*.png"))
     assert figures(evaluate.run(config)) == figures(compared[1])
+
+
+def test_a_full_disk_is_one_line_and_the_same_command_continues(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = EvaluateConfig(**FEW, run=runs / "seven", output_dir=tmp_path / "out", cache_dir=tmp_path / "cache")
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "x.png")
+
+    for place in ("sd_unlearn.models.sampling.save_image", "numpy.savez", "shutil.copyfile"):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, full)
+            with pytest.raises(UnlearnError, match=r"No space left on device for x\.png\. .*the same command again"):
+                evaluate.run(config)
+        assert not (tmp_path / "out" / "results.json").exists()
+        assert not [name for name in tree(tmp_path) if name.endswith(".tmp")]
+    evaluate.run(config)
+
+
+def test_an_output_folder_in_use_or_of_others_is_refused(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(generate, "load_base", lambda *_: pytest.fail("a model was loaded"))
+    config = EvaluateConfig(**FEW, run=runs / "seven", output_dir=tmp_path / "out", cache_dir=tmp_path / "cache")
+    with (
+        locked(tmp_path / "out", "--output_dir"),
+        pytest.raises(UnlearnError, match="--output_dir .*out is in use by process"),
+    ):
+        evaluate.run(config)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "evaluate.yaml").write_text("mine: true")
+    with pytest.raises(UsageError, match=r"--output_dir .* holds evaluate\.yaml, which sd-unlearn did not write"):
+        evaluate.run(config)
+    assert tree(tmp_path) == {"out", "out/evaluate.yaml"}
 
 
 def test_two_processes_give_the_results_of_one(

@@ -97,3 +97,20 @@ def test_written_plan_lists_every_file_once(tmp_path: Path) -> None:
         "group": "direct",
         "concept": "seven",
     }
+
+
+@pytest.mark.parametrize("content", ["my plan\n", '{"file_name": "a.png"}\n', '{"a": 1}'])
+def test_a_plan_never_replaces_another_file(tmp_path: Path, content: str) -> None:
+    plans = {"seven": plan_images(CONCEPT, Tier(1, 0, 0, 0, 0), [0])}
+    path = tmp_path / "plan.txt"
+    path.write_text(content)
+    with pytest.raises(UsageError, match="--write_plan .* exists and is not a plan"):
+        write_plan(path, plans)
+    assert path.read_text() == content
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(UsageError, match="--write_plan .* exists and is not a plan"):
+        write_plan(path, plans)
+    write_plan(tmp_path / "new.txt", plans)
+    write_plan(tmp_path / "new.txt", {"seven": plan_images(CONCEPT, Tier(3, 0, 0, 0, 0), [0])})
+    assert len(read_jsonl(tmp_path / "new.txt")) == 3

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from sd_unlearn.errors import UnlearnError, UsageError
 from sd_unlearn.export import export
 from sd_unlearn.export.lora_files import DIFFUSERS_FILE
 from sd_unlearn.io.files import write_json
+from sd_unlearn.io.lock import locked
 
 
 def payload(file: Path) -> bytes:
@@ -267,7 +269,7 @@ def test_an_output_folder_that_cannot_be_written_is_named(tmp_path: Path) -> Non
     run = hand_run(tmp_path / "run")
     (tmp_path / "file").write_text("not a folder")
     for place in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(UnlearnError, match="Cannot write .*--output_dir"):
+        with pytest.raises(UnlearnError, match="--output_dir .* cannot be written"):
             exported(run, output_dir=place)
     (tmp_path / "taken" / f"{SLUG}.safetensors").mkdir(parents=True)
     with pytest.raises(UnlearnError, match="is a folder"):
@@ -291,6 +293,36 @@ def test_a_second_concept_does_not_replace_the_export_of_the_first(tmp_path: Pat
     with pytest.raises(UsageError, match="not an export of .Angelina."):
         exported(tmp_path / "two", output_dir=tmp_path / "out")
     exported(tmp_path / "one", output_dir=tmp_path / "out")
+
+
+def test_files_follow_the_umask_and_leftovers_of_killed_exports_are_removed(tmp_path: Path) -> None:
+    run, process = hand_run(tmp_path), subprocess.Popen(["true"])
+    process.wait()
+    (run / "export").mkdir()
+    for name in (f"{SLUG}.safetensors", "thesis.txt"):
+        (run / "export" / f".{name}.{process.pid}.tmp").write_text("half")
+    exported(run)
+    names = {f"{SLUG}.safetensors", DIFFUSERS_FILE, "README.md", f".thesis.txt.{process.pid}.tmp"}
+    assert {path.name for path in (run / "export").iterdir()} == names
+    (tmp_path / "new").touch()
+    assert {path.stat().st_mode for path in (run / "export").iterdir()} == {(tmp_path / "new").stat().st_mode}
+
+
+def test_a_picture_of_others_is_not_replaced_and_a_folder_in_use_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = hand_run(tmp_path)
+    (run / "export").mkdir()
+    (run / "export" / "pairs.png").write_text("mine")
+    with pytest.raises(UsageError, match=r"pairs\.png already exists"):
+        exported(run)
+    (run / "export" / "pairs.png").unlink()
+    monkeypatch.setattr(export, "WAIT", 0.1)
+    with (
+        locked(run / "export", "--output_dir"),
+        pytest.raises(UnlearnError, match="--output_dir .* is in use by process"),
+    ):
+        exported(run)
 
 
 def test_a_full_disk_leaves_the_earlier_export_intact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

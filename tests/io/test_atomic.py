@@ -9,10 +9,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import tree
+from safetensors.torch import save_file
 
 from sd_unlearn.errors import UnlearnError, UsageError
 from sd_unlearn.io.files import atomic_path, check_writable, write_bytes
+from sd_unlearn.io.lock import remove_leftovers
 
 ROOT = str(Path(__file__).parent.parent.parent)
 
@@ -39,14 +42,61 @@ def test_a_folder_replaces_a_folder_completely(tmp_path: Path) -> None:
     assert tree(tmp_path) == {"run", "run/both", "run/deep", "run/deep/new"}
 
 
-def test_a_file_and_a_folder_replace_each_other(tmp_path: Path) -> None:
-    target = tmp_path / "x"
-    target.write_text("file")
-    with atomic_path(target) as temporary:
-        fill(temporary, "inside")
-    assert tree(tmp_path) == {"x", "x/inside"}
-    write_bytes(target, b"file again")
-    assert tree(tmp_path) == {"x"}
+def test_a_file_and_a_folder_never_replace_each_other(tmp_path: Path) -> None:
+    """A file written to the name of a folder would delete everything in the folder."""
+    fill(tmp_path, "file", "folder/inside")
+    with pytest.raises(NotADirectoryError), atomic_path(tmp_path / "file") as temporary:
+        fill(temporary, "new")
+    with pytest.raises(UnlearnError, match=r"Cannot write .*folder: .*folder is a folder"):
+        write_bytes(tmp_path / "folder", b"new")
+    assert tree(tmp_path) == {"file", "folder", "folder/inside"}
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
+def test_permissions_follow_the_umask(tmp_path: Path, mask: int) -> None:
+    """Whatever the writer set: safetensors and PEFT write files that only their owner may read."""
+    before = os.umask(mask)
+    try:
+        with atomic_path(tmp_path / "folder") as temporary:
+            fill(temporary, "deep/file")
+            (temporary / "deep").chmod(0o700)
+            (temporary / "deep" / "file").chmod(0o600)
+        save_file({"x": torch.zeros(1)}, tmp_path / "plain.safetensors")
+        with atomic_path(tmp_path / "x.safetensors") as temporary:
+            save_file({"x": torch.zeros(1)}, temporary)
+        assert os.umask(mask) == mask
+    finally:
+        os.umask(before)
+    modes = {name: (tmp_path / name).stat().st_mode & 0o777 for name in tree(tmp_path)}
+    del modes["plain.safetensors"]
+    files = {"folder/deep/file": 0o666 & ~mask, "x.safetensors": 0o666 & ~mask}
+    assert modes == {"folder": 0o777 & ~mask, "folder/deep": 0o777 & ~mask, **files}
+
+
+def dead_pid() -> int:
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+def test_what_killed_processes_left_is_removed(tmp_path: Path) -> None:
+    dead, alive = dead_pid(), os.getppid()
+    names = [f".adapter.{dead}.tmp/half", f".x.png.{dead}.tmp", f".config.yaml.{dead}.old", "config.yaml"]
+    kept = [f".x.png.{alive}.tmp", ".x.tmp", f".x.{dead}.swp", "x.png", f"deep/.x.png.{dead}.tmp", f"y.{dead}.tmp"]
+    fill(tmp_path, *names, *kept)
+    remove_leftovers(tmp_path, ["other"])
+    assert len(tree(tmp_path)) == len(names) + len(kept) + 2
+    remove_leftovers(tmp_path)
+    assert tree(tmp_path) == {*kept, "deep", "config.yaml"}
+    remove_leftovers(tmp_path / "missing")
+
+
+def test_a_folder_moved_aside_by_a_killed_process_returns(tmp_path: Path) -> None:
+    """The kill came between the two renames that replace a folder."""
+    dead = dead_pid()
+    fill(tmp_path, f".adapter.{dead}.old/weights", f".adapter.{dead}.tmp/new")
+    remove_leftovers(tmp_path)
+    assert tree(tmp_path) == {"adapter", "adapter/weights"}
 
 
 @pytest.mark.parametrize("kind", ["file", "folder"])
@@ -90,8 +140,8 @@ with atomic_path(Path(sys.argv[1])) as t:
     assert done.returncode == -signal.SIGKILL
     assert (target / "x" if kind == "folder" else target).read_text() == "x"
     with atomic_path(target) as temporary:  # what the killed process left does not disturb the next one
-        temporary.write_text("after")
-    assert target.read_text() == "after"
+        fill(temporary, "after") if kind == "folder" else temporary.write_text("after")
+    assert (target / "after" if kind == "folder" else target).read_text() == "after"
 
 
 def test_content_is_synced_before_the_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,3 +171,19 @@ def test_a_folder_that_cannot_be_created_is_an_error_of_ours(tmp_path: Path) -> 
         check_writable(tmp_path / "file" / "deeper", "--output_dir")
     check_writable(tmp_path / "new" / "deeper", "--output_dir")
     assert tree(tmp_path) == {"file"}
+
+
+@pytest.mark.parametrize("folder", ["/proc/x", "/proc/x/deeper", "x\0y", "n" * 300, "broken"])
+def test_a_folder_is_checked_by_writing_to_it(tmp_path: Path, folder: str) -> None:
+    """Permissions do not tell: root may do anything, but nothing can be created in /proc."""
+    (tmp_path / "broken").symlink_to("missing")
+    with pytest.raises(UsageError, match="--output_dir .* cannot be written"):
+        check_writable(tmp_path / folder, "--output_dir")
+    assert tree(tmp_path) == {"broken"}
+
+
+def test_a_symlink_to_a_folder_is_writable(tmp_path: Path) -> None:
+    (tmp_path / "big").mkdir()
+    (tmp_path / "link").symlink_to("big")
+    check_writable(tmp_path / "link" / "run", "--output_dir")
+    assert tree(tmp_path) == {"big", "link"}

@@ -23,6 +23,34 @@ def two_processes(device: str) -> Any:
     )
 
 
+def test_a_closed_terminal_stops_as_ctrl_c_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Writing to the closed terminal would raise, so what is written there is discarded."""
+    lone = SimpleNamespace(num_processes=1, print=lambda *_, **__: None)
+    terminal, pipe = os.dup(2), os.pipe()
+    os.dup2(pipe[1], 2)
+    try:
+        monkeypatch.setattr(os, "isatty", lambda descriptor: descriptor == 2)
+        with stop_requests(lone) as stop_requested:  # type: ignore[arg-type]
+            assert not stop_requested(True)
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stop_requested(True)
+            os.close(pipe[0])
+            os.write(2, b"x")  # into a pipe without a reader it would raise
+    finally:
+        os.dup2(terminal, 2)
+    assert signal.getsignal(signal.SIGHUP) is signal.SIG_DFL
+
+
+def test_nohup_is_respected() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stop_requests(SimpleNamespace(num_processes=1)) as stop_requested:  # type: ignore[arg-type]
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stop_requested(True)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 @pytest.mark.parametrize(("device", "sync", "stops"), [("cpu", False, True), ("cuda", False, False)])
 def test_cpu_processes_agree_to_stop_at_every_step(
     monkeypatch: pytest.MonkeyPatch, device: str, sync: bool, stops: bool

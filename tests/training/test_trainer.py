@@ -90,6 +90,7 @@ def trained(make_config: Config, tmp_path_factory: pytest.TempPathFactory) -> Pa
 def test_a_run_folder_holds_what_later_stages_need(trained: Path) -> None:
     found = {name for name in tree(trained) if not name.startswith("tensorboard")}
     assert found == {
+        ".sd-unlearn-run",
         "adapter",
         "adapter/adapter_config.json",
         ADAPTER,
@@ -304,7 +305,14 @@ def test_full_fine_tuning_trains_every_weight_of_the_unet(
     make_config: Config, tiny_base: Path, loaded_base: Base, target: str
 ) -> None:
     run = trainer.run(make_config("run", method="full", target=target))
-    assert {p.name for p in run.iterdir()} == {"concept.yaml", "config.yaml", "metrics.jsonl", "training.json", "unet"}
+    assert {p.name for p in run.iterdir()} == {
+        ".sd-unlearn-run",
+        "concept.yaml",
+        "config.yaml",
+        "metrics.jsonl",
+        "training.json",
+        "unet",
+    }
     assert read_json(run / "training.json")["method"] == "full"
     before = {name: value.clone() for name, value in loaded_base.pipeline.unet.state_dict().items()}
     with apply_run(loaded_base, run):
@@ -386,10 +394,17 @@ def test_a_finished_run_is_kept_without_overwrite(trained: Path, make_config: Co
     with pytest.raises(UsageError, match=r"--output_dir mine .*--overwrite"):
         trainer.run(make_config(output))
     assert {name: (output / name).stat().st_mtime_ns for name in tree(output)} == before
+    (output / "notes.txt").write_text("mine")
+    shutil.move(output, "elsewhere")
+    output.symlink_to("elsewhere")
+    note = output / "notes.txt"
     trainer.run(make_config(output, overwrite=True, rank=1, lora_alpha=None))
+    assert output.is_symlink()
+    assert (output / ADAPTER).stat().st_mode & 0o777 == note.stat().st_mode & 0o777
     assert read_json(output / "training.json")["rank"] == 1
     assert read_json(output / "training.json")["lora_alpha"] == 1.0  # the rank, when it is not given
-    assert not list((output / "previews").glob("*"))  # the earlier run was deleted
+    assert not (output / "previews").exists()  # the earlier run was deleted
+    assert note.read_text() == "mine"
 
 
 @pytest.mark.parametrize("files", [["thesis.txt"], ["config.yaml", "thesis.txt"], ["config.yaml", "photos/me.jpg"]])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+import contextlib
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sd_unlearn.io.files import atomic_path
+from sd_unlearn.io.own_files import delete_own
 from sd_unlearn.paper.experiments import Sampler
 from sd_unlearn.seeds import EVALUATE_SEEDS, image_seed
 
@@ -70,7 +71,9 @@ def generate_all(
     state.wait_for_everyone()
     if state.is_main_process:
         _save(folder / SAMPLES, np.concatenate([np.load(file) for file in files]))
-        shutil.rmtree(parts)
+        delete_own(parts, (r"\d+-\d+\.npy",))
+        with contextlib.suppress(OSError):  # it holds files of others
+            parts.rmdir()
 
 
 def load_samples(folder: Path) -> NDArray[np.uint8]:

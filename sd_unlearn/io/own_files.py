@@ -1,0 +1,174 @@
+"""Which files in a folder sd-unlearn wrote: nothing else is ever deleted or replaced.
+
+A folder is recognized by its marker, which only sd-unlearn writes. Deleting a run removes the names listed here and
+then the folders that are empty.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Literal
+
+from sd_unlearn import __version__
+from sd_unlearn.errors import UsageError
+from sd_unlearn.io.files import read_json, read_yaml, slugify, write_json
+from sd_unlearn.io.lock import HOLDER, LOCK
+from sd_unlearn.io.run_folder import (
+    ADAPTER_DIR,
+    BEST_DIR,
+    CHECKPOINT_DIR,
+    CONCEPT,
+    CONFIG,
+    EVALUATION,
+    EXPORT_DIR,
+    METRICS,
+    RESULTS,
+    TEXT_ADAPTER_DIR,
+    TRAINING,
+    UNET_DIR,
+)
+
+MARKER = ".sd-unlearn-run"
+LATER = (RESULTS, EVALUATION, "report.html", "report.md", "results.csv", "certificate.html", "paper.json")
+_ADAPTER = r"adapter_config\.json|adapter_model\.(safetensors|bin)|README\.md"
+# Folders that are replaced as a whole -> the names of the files in them.
+_WEIGHTS = {
+    ADAPTER_DIR: _ADAPTER,
+    TEXT_ADAPTER_DIR: _ADAPTER,
+    UNET_DIR: r"config\.json|diffusion_pytorch_model.*\.safetensors(\.index\.json)?",
+}
+_SHA8 = "[0-9a-f]{8}"
+# Regular expressions of the paths, relative to the folder, of what a training and the later commands write.
+_RUN = (
+    *(re.escape(name) for name in (TRAINING, CONFIG, CONCEPT, METRICS, *LATER)),
+    *(f"{folder}/({names})" for folder, names in _WEIGHTS.items()),
+    rf"{CHECKPOINT_DIR}/step-\d+/(checkpoint\.json|state\.pt|weights\.safetensors)",
+    r"previews/step-\d+\.png",
+    rf"images/[^/]+/([a-z0-9-]+-{_SHA8}-\d+\.png|{_SHA8}-[^/]+)",
+    r"tensorboard/(.*/)?(events\.out\.tfevents\.[^/]+|hparams\.yml)",
+)
+RUN = (*_RUN, *(f"{BEST_DIR}/{path}" for path in _RUN))
+SWEEP = (r"sweep\.(yaml|json|html|md|csv)", *(rf"factor-[^/]+/{path}" for path in (*RUN, re.escape(MARKER))))
+PAPER = (
+    *RUN,
+    r"sampl(es\.npz|es\.png|ing\.json)",
+    r"samples-parts/\d+-\d+\.npy",
+    r"pipeline/(.*/)?(model_index|config|scheduler_config)\.json",
+    r"pipeline/(.*/)?diffusion_pytorch_model\.safetensors",
+)
+CHECKPOINT = (r"checkpoint\.json|state\.pt|weights\.safetensors",)
+
+
+Kind = Literal["run", "sweep", "evaluation", "paper"]
+
+
+def mark(folder: Path, kind: Kind) -> None:
+    """Write the marker unless the folder has it."""
+    if kind_of(folder) != kind:
+        created = time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime())
+        write_json(folder / MARKER, {"schema_version": 1, "kind": kind, "version": __version__, "created": created})
+
+
+def kind_of(folder: Path) -> str | None:
+    """What sd-unlearn made the folder for, according to its marker; None without one."""
+    try:
+        marker = read_json(folder / MARKER)
+    except UsageError:
+        return None
+    return str(marker.get("kind")) if isinstance(marker, dict) else None
+
+
+def is_run(folder: Path) -> bool:
+    """Whether sd-unlearn trained in a folder: it has the marker or, in older ones, what a training leaves."""
+    checkpoints = (folder / CHECKPOINT_DIR).glob("step-*/checkpoint.json")
+    older = (folder / CONCEPT).is_file() and ((folder / TRAINING).is_file() or any(checkpoints))
+    return kind_of(folder) == "run" or older
+
+
+def is_free(folder: Path) -> bool:
+    """Whether a folder is missing or empty, apart from locks and temporary files of killed processes."""
+    return not folder.is_dir() or all(_is_temporary(path.name) for path in folder.iterdir())
+
+
+def _is_temporary(name: str) -> bool:
+    return name in (LOCK, HOLDER) or re.fullmatch(r"\..+\.\d+\.(tmp|old)", name, re.DOTALL) is not None
+
+
+def check_no_foreign_weights(folder: Path, option: str) -> None:
+    """Refuse files of others in the folders that a training replaces as a whole.
+
+    Raises:
+        UsageError
+    """
+    for parent in (folder, folder / BEST_DIR):
+        for name, own in _WEIGHTS.items():
+            place = parent / name
+            for path in place.iterdir() if place.is_dir() else []:
+                if not re.fullmatch(own, path.name) and not _is_temporary(path.name):
+                    raise UsageError(
+                        f"{option} {folder}: sd-unlearn did not write {path}, and the folder {place.name} would be "
+                        "replaced. Move the file elsewhere."
+                    )
+
+
+def delete_own(folder: Path, patterns: Sequence[str]) -> None:
+    """Delete the files whose paths match one of the patterns, and then the folders that are empty.
+
+    Everything else stays, and so do links to folders and what they lead to.
+    """
+    own = re.compile("|".join(f"({pattern})" for pattern in (*patterns, *_exports(folder))), re.DOTALL)
+    entered: list[Path] = []
+    for path in list(_files(folder, entered)):
+        if own.fullmatch(path.relative_to(folder).as_posix()):
+            path.unlink()
+    for place in reversed(entered):
+        with contextlib.suppress(OSError):  # not empty
+            place.rmdir()
+
+
+def _files(folder: Path, entered: list[Path]) -> Iterator[Path]:
+    """The files under a folder, training.json first: without it a run is not finished."""
+    for path in sorted(folder.iterdir(), key=lambda p: (p.name != TRAINING, p.name)) if folder.is_dir() else []:
+        if path.is_dir() and not path.is_symlink():
+            entered.append(path)
+            yield from _files(path, entered)
+        elif not path.is_dir():
+            yield path
+
+
+def _exports(folder: Path) -> tuple[str, ...]:
+    """Patterns of what `export` wrote into a run folder; the file for ComfyUI is named after the concept."""
+    try:
+        slug = slugify(str(read_yaml(folder / CONCEPT, "--output_dir")["name"]))
+    except (UsageError, KeyError):
+        return ()
+    names = rf"pytorch_lora_weights\.safetensors|{slug}\.safetensors|README\.md|pairs\.png"
+    return tuple(f"{parent}{EXPORT_DIR}/({names})" for parent in ("", f"{BEST_DIR}/"))
+
+
+def check_evaluation_folder(folder: Path, option: str) -> None:
+    """Refuse a folder with results.json, evaluate.yaml or images/ that sd-unlearn did not write. Changes nothing.
+
+    Raises:
+        UsageError
+    """
+    if kind_of(folder) or is_run(folder) or _has_own_results(folder):
+        return
+    for name in (RESULTS, EVALUATION, "images"):
+        if (folder / name).exists():
+            raise UsageError(
+                f"{option} {folder} holds {name}, which sd-unlearn did not write and would replace. Choose another "
+                "folder."
+            )
+
+
+def _has_own_results(folder: Path) -> bool:
+    try:
+        results = read_json(folder / RESULTS)
+    except UsageError:
+        return False
+    return isinstance(results, dict) and {"schema_version", "subjects", "rows"} <= results.keys()
