@@ -440,7 +440,7 @@ def test_keep_going_counts_bad_files_as_failed(
     lines = [line for line in said.out.splitlines() if line.startswith(("pass", "fail"))]
     assert lines[0] == "pass seven"
     assert [line.partition(": ")[0] for line in lines[1:]] == [
-        f"fail {folder}/{n}.safetensors" for n in ("bad", "worse", "misfit")
+        f"fail {n}.safetensors" for n in ("bad", "worse", "misfit")
     ]
     assert "Passed" not in said.out
     assert len(read_results(Path("out")).failed) == 3
