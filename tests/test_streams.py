@@ -26,13 +26,15 @@ sys.exit(cli.main(["evaluate", *sys.argv[2:]]))
 
 def evaluated(tmp_path: Path, *options: str, **environment: str) -> subprocess.CompletedProcess[bytes]:
     """`evaluate` of finished results, in a process of its own."""
-    (tmp_path / "results.json").write_text(json.dumps(make_results(concept={"name": "Beyoncé"}, conditions=[])))
+    (tmp_path / "results.json").write_text(
+        json.dumps(make_results(concept={"name": "Beyoncé"}, conditions=[], failed=[]))
+    )
     command = [sys.executable, "-c", EVALUATE, str(tmp_path / "results.json"), *options]
     return subprocess.run(command, capture_output=True, env=os.environ | environment, check=False)
 
 
 def test_a_reader_of_stdout_may_stop_early(tmp_path: Path) -> None:
-    (tmp_path / "results.json").write_text(json.dumps(make_results(conditions=[])))
+    (tmp_path / "results.json").write_text(json.dumps(make_results(conditions=[], failed=[])))
     command = [sys.executable, "-c", EVALUATE, str(tmp_path / "results.json")]
     for arguments, codes in ((command, {BROKEN_PIPE}), (HELP, {1, BROKEN_PIPE})):  # Rich, which prints help, exits by 1
         with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
