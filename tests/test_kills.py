@@ -72,7 +72,10 @@ def test_five_kills_of_each_command_lose_nothing(tiny_base: Path) -> None:
     train = f"train {same} {TRAIN} --data_dir data --resume_from_checkpoint latest --output_dir"
     steps = {
         "data": (f"render {same} --data_dir data", lambda name: True),
-        "run": (f"{train} run", lambda name: name.startswith(("adapter", "metrics", "previews", "concept"))),
+        "run": (
+            f"{train} run",
+            lambda name: name.startswith(("adapter/adapter_model", "metrics", "previews", "concept")),
+        ),
         "results": (f"evaluate --run run {FEW} --cache_dir cache --output_dir results", lambda name: name[0] != "."),
         "out": ("export --run run --output_dir out", lambda name: True),
         "report": ("report --run report", lambda name: name.startswith(("report", "results.csv"))),

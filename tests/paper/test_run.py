@@ -81,6 +81,7 @@ def test_a_run_writes_a_pipeline_images_and_metrics(call: Call) -> None:
     assert code == 0, err
     (folder,) = Path("runs/paper/mnist5k-even").iterdir()
     assert {p.name for p in folder.iterdir()} == {
+        ".sd-unlearn-run",
         "config.yaml",
         "metrics.jsonl",
         "training.json",
