@@ -291,15 +291,17 @@ def test_a_lora_of_sdxl_changes_what_is_drawn_after_loading(kinds: Kinds, tmp_pa
     student.save(tmp_path)
     fresh = loaded(kinds, "sdxl")
     with apply_run(fresh, tmp_path):
-        assert np.array_equal(pixels(generate_images(fresh, PROMPTS, SEEDS, FEW)), trained)
+        applied = pixels(generate_images(fresh, PROMPTS, SEEDS, FEW))
+    # The change is added to the weights instead of computed beside them: float32 rounding may move a pixel by one level.
+    assert np.abs(applied.astype(int) - trained.astype(int)).max() <= 1
     assert np.array_equal(pixels(generate_images(fresh, PROMPTS, SEEDS, FEW)), before)
     assert not np.array_equal(before, trained)
 
 
 def test_both_text_encoders_of_sdxl_go_once_captions_are_cached(kinds: Kinds) -> None:
     base = loaded(kinds, "sdxl")
-    student: Any = None
-    assert setup._painter(TrainConfig(validation_steps=0), base, student, student) is None
+    unused: Any = None
+    assert setup._make_generator(TrainConfig(validation_steps=0), base, unused, unused) is None
     assert base.pipeline.text_encoder is base.pipeline.text_encoder_2 is base.pipeline.vae is None
 
 
