@@ -181,7 +181,7 @@ def _mean_row(of_metric: ImageValues, group: str, values: NDArray, seeds: NDArra
 
 
 def _mean(values: NDArray) -> float:
-    """The mean of the known values; nan if there are none."""
+    """The mean of the known values; NaN if no value is known."""
     known = values[~np.isnan(values)]
     return float(known.mean()) if len(known) else float("nan")
 

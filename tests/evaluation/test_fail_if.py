@@ -89,7 +89,7 @@ def test_leakage_applies_only_to_the_unlearned_concept() -> None:
     found = results(("a", "leakage", "direct", 0.9), ("a", "retention", "kept", 0.5), ("b", "leakage", "direct", 0.0))
     found["subjects"][1]["forgets"], found["subjects"][2]["forgets"] = "red-ink", "seven"
     assert met("leakage>0.1", found) == []
-    assert len(met("retention<0.9", found)) == 1  # what must stay must stay everywhere
+    assert len(met("retention<0.9", found)) == 1  # retention is checked on every concept
     found["subjects"][2]["forgets"] = "red-ink"
     assert "not measured" in met("leakage>0.1", found)[0]
 

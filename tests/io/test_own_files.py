@@ -99,7 +99,7 @@ def test_a_sweep_is_deleted_and_nothing_else(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("names", "recognized"),
     [
-        (["concept.yaml"], False),  # also beside the user's own prompts
+        (["concept.yaml"], False),  # a concept file alone does not make it our folder
         (["concept.yaml", "config.yaml", "checkpoints/x"], False),
         (["training.json"], False),
         (["concept.yaml", "training.json"], True),
