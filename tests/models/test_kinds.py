@@ -58,6 +58,11 @@ def pixels(images: list[Image.Image]) -> np.ndarray:
     return np.stack([np.asarray(image) for image in images])
 
 
+def distance(images: np.ndarray, others: np.ndarray) -> float:
+    """Mean absolute difference, in levels of 255."""
+    return float(np.abs(images.astype(int) - others.astype(int)).mean())
+
+
 # -- the street --
 
 
@@ -292,8 +297,8 @@ def test_a_lora_of_sdxl_changes_what_is_drawn_after_loading(kinds: Kinds, tmp_pa
     fresh = loaded(kinds, "sdxl")
     with apply_run(fresh, tmp_path):
         applied = pixels(generate_images(fresh, PROMPTS, SEEDS, FEW))
-    # apply_run adds the change to the weights, which rounds differently: a pixel may move by one level
-    assert np.abs(applied.astype(int) - trained.astype(int)).max() <= 1
+    # apply_run adds the change to the weights, which rounds differently: single pixels may move by a few levels
+    assert distance(applied, trained) < 0.01 * distance(before, trained)
     assert np.array_equal(pixels(generate_images(fresh, PROMPTS, SEEDS, FEW)), before)
     assert not np.array_equal(before, trained)
 
