@@ -108,7 +108,12 @@ class RenderConfig(BaseOptions, ConceptOption):
         int | None, option("Images generated at once. Default: 100 on digits, 4 otherwise.", IMAGES, POSITIVE)
     ] = None
     seed: Annotated[
-        int, option("Random seed. Training images, training and evaluation use disjoint ranges.", GENERAL, Seed)
+        int,
+        option(
+            "Random seed of the training, and of new training images; existing ones are used as they are.",
+            GENERAL,
+            Seed,
+        ),
     ] = 0
     mixed_precision: Annotated[
         Literal["no", "fp16", "bf16"] | None,

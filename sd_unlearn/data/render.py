@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from sd_unlearn import __version__
 from sd_unlearn.config.base import RenderConfig
@@ -17,28 +17,25 @@ from sd_unlearn.config.options import MAX_IMAGES
 from sd_unlearn.data.concept import Concept, expand_braces, load_concept
 from sd_unlearn.data.metadata import read_metadata
 from sd_unlearn.data.photos import check_places
+from sd_unlearn.data.render_settings import (
+    SETTINGS,
+    WEIGHTS,
+    ImageGroup,
+    differences,
+    read_settings,
+    seed_in,
+    settings_in,
+)
 from sd_unlearn.errors import UnlearnError, UsageError, reason
 from sd_unlearn.io.files import check_writable, read_json, write_json, write_jsonl
 from sd_unlearn.io.lock import locked, remove_leftovers
 from sd_unlearn.io.run_folder import DATA_MANIFEST, METADATA, POSITIVE, UNLABELED, ImageRecord
-from sd_unlearn.io.schema import validate
 from sd_unlearn.launch import process_rank
 from sd_unlearn.models.base import Base, load_base
 from sd_unlearn.models.find_base import find_base
 from sd_unlearn.models.sampling import ImageRequest, Sampler, generate_missing, resolve_sampler, wait_for_images
 from sd_unlearn.models.source import Source
 from sd_unlearn.seeds import RENDER_SEEDS, image_seed
-
-SETTINGS = "settings.json"
-WEIGHTS = "base_weights"  # key of settings.json: hashes of the base that generates the images
-
-
-class ImageGroup(NamedTuple):
-    """How many images to render of one prompt. `name` is generic, mixed_in, keep or positive."""
-
-    name: str
-    prompt: str
-    images: int
 
 
 @dataclass(frozen=True)
@@ -54,7 +51,7 @@ class RenderJob:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The content of settings.json. A folder is only resumed with the same settings."""
+        """The content of settings.json. A folder is only resumed with the same settings (render_settings.py)."""
         overrides = {"vae": self.source.vae, "prediction_type": self.source.prediction_type}
         return {
             "concept": self.concept.name,
@@ -84,6 +81,16 @@ def make_job(concept: Concept, config: RenderConfig, source: Source) -> RenderJo
     sampler = resolve_sampler(config, source.name)
     groups = plan_images(concept, config)
     return RenderJob(concept, source, groups, sampler, config.seed, resolve_data_dir(config, concept))
+
+
+def with_seed_of_folder(job: RenderJob) -> RenderJob:
+    """The job with the seed that its folder was rendered with, so that trainings with other seeds can use the folder.
+
+    Raises:
+        UsageError: settings.json is not readable.
+    """
+    seed = seed_in(job.folder)
+    return job if seed is None else dataclasses.replace(job, seed=seed)
 
 
 def resolve_data_dir(config: RenderConfig, concept: Concept) -> Path:
@@ -188,12 +195,7 @@ def _is_finished(job: RenderJob) -> bool:
     folder = job.folder
     if not (folder / DATA_MANIFEST).is_file() or not (folder / SETTINGS).is_file():
         return False
-    return _settings_in(folder) == job.settings and _is_complete(folder)
-
-
-def _settings_in(folder: Path) -> dict[str, Any]:
-    """The settings that a folder was rendered with, as RenderJob.settings."""
-    return {key: value for key, value in _read(folder / SETTINGS).items() if key != WEIGHTS}
+    return not differences(settings_in(folder), job.settings) and _is_complete(folder)
 
 
 def render_concept(job: RenderJob, get_base: Callable[[], Base]) -> Path:
@@ -209,9 +211,10 @@ def render_concept(job: RenderJob, get_base: Callable[[], Base]) -> Path:
     check_writable(folder, "--data_dir")
     check_ours(folder)
     started = folder / SETTINGS
-    if started.is_file() and _settings_in(folder) != settings:
+    if started.is_file() and (found := differences(settings_in(folder), settings)):
         raise UsageError(
-            f"--data_dir {folder} was rendered with other settings ({started}). Delete it or choose another --data_dir."
+            f"--data_dir {folder} was rendered with other settings: {'; '.join(found)}. Repeat the earlier settings, "
+            "choose another --data_dir, or delete the folder to render it again."
         )
     if _is_finished(job):
         return folder
@@ -248,8 +251,8 @@ def check_same_base(folder: Path, base: Base) -> None:
         UsageError: names the part that differs.
     """
     manifest, started = folder / DATA_MANIFEST, folder / SETTINGS
-    record = _read(manifest).get("base") if manifest.is_file() else None
-    record = record or (_read(started).get(WEIGHTS) if started.is_file() else None)
+    record = read_settings(manifest).get("base") if manifest.is_file() else None
+    record = record or (read_settings(started).get(WEIGHTS) if started.is_file() else None)
     if not isinstance(record, dict):
         return
     for key, weights in _weights_of(base).items():
@@ -264,10 +267,6 @@ def check_same_base(folder: Path, base: Base) -> None:
 
 def _weights_of(base: Base) -> dict[str, str]:
     return {"sha256": base.sha256, "vae_sha256": base.vae_sha256}
-
-
-def _read(file: Path) -> dict[str, Any]:
-    return validate(dict[str, Any], read_json(file), str(file), "Delete the folder and render again.")
 
 
 def _image_records(job: RenderJob) -> dict[str, list[ImageRecord]]:

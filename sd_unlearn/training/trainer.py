@@ -21,7 +21,7 @@ from sd_unlearn.config.train import TrainConfig
 from sd_unlearn.data.concept import Concept, write_concept
 from sd_unlearn.data.dataset import fingerprint
 from sd_unlearn.data.photos import CACHE_DIR
-from sd_unlearn.data.render import check_same_base, make_job, render_locked
+from sd_unlearn.data.render import check_same_base, make_job, render_locked, with_seed_of_folder
 from sd_unlearn.errors import UnlearnError, reason
 from sd_unlearn.io.files import write_json, write_text
 from sd_unlearn.io.lock import locked, remove_leftovers
@@ -100,7 +100,14 @@ def _make_accelerator(config: TrainConfig, output: Path, tracker: str | None) ->
 def _render(config: TrainConfig, inputs: Inputs, get_base: Callable[[], Base]) -> None:
     if not (inputs.data_dir / DATA_MANIFEST).is_file():
         print(f"{inputs.data_dir} is missing or unfinished: rendering it first.", file=sys.stderr)
-    render_locked(make_job(inputs.concept, config, inputs.source), get_base)
+    job = with_seed_of_folder(make_job(inputs.concept, config, inputs.source))
+    if job.seed != config.seed and process_rank() == 0:
+        print(
+            f"{job.folder} was rendered with --seed {job.seed} and is used as it is; --seed {config.seed} applies to "
+            "the training only.",
+            file=sys.stderr,
+        )
+    render_locked(job, get_base)
 
 
 def _train(config: TrainConfig, concept: Concept, base: Base, accelerator: Accelerator, resume: Path | None) -> Path:

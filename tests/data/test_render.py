@@ -260,23 +260,48 @@ def test_the_manifest_is_written_last(config: Config, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize(
-    "change",
+    ("change", "message"),
     [
-        {"seed": 1},
-        {"num_inference_steps": 3},
-        {"guidance_scale": 2.0},
-        {"num_keep": 3},
-        {"num_unlabeled": 5},
-        {"resolution": 64},
-        {"render_batch_size": 2},
+        ({"seed": 1}, "--seed 0 then, 1 now"),
+        ({"num_inference_steps": 3}, "--num_inference_steps 2 then, 3 now"),
+        ({"guidance_scale": 2.0}, "--guidance_scale 7.5 then, 2.0 now"),
+        ({"num_keep": 2}, "keep images (--num_keep) 4 then, 2 now"),
+        ({"num_unlabeled": 5}, "--num_unlabeled 4 then, 5 now"),
+        ({"num_mixed_in": 0, "seed": 2}, "--seed 0 then, 2 now; --num_mixed_in 1 then, 0 now"),
+        ({"resolution": 64}, "--resolution default then, 64 now"),
     ],
 )
-def test_same_folder_with_other_settings_is_refused(
-    rendered: Path, config: Config, tmp_path: Path, change: dict[str, object]
+def test_same_folder_with_other_settings_is_refused_by_name(
+    rendered: Path, config: Config, tmp_path: Path, change: dict[str, object], message: str
 ) -> None:
     folder = shutil.copytree(rendered, tmp_path / "data")
-    with pytest.raises(UsageError, match=f"--data_dir {folder} .*other settings"):
+    with pytest.raises(UsageError) as caught:
         render.run(config(**change))
+    assert str(caught.value).startswith(f"--data_dir {folder} was rendered with other settings: {message}. Repeat ")
+    assert contents(folder) == contents(rendered)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("a photo of a man", "a picture of a man", 'generic prompts "a photo of a man" then, "a picture of a man" now'),
+        ("{a dog,a cat}", "{a dog,a cow}", 'keep prompts "a photo of a cat" then, "a photo of a cow" now'),
+        ("{a dog,a cat}", "{a dog,a cat,a cow,a hen}", 'keep prompts not used then, "a photo of a cow" and 1 more now'),
+    ],
+)
+def test_other_prompts_are_refused_by_name(
+    rendered: Path, config: Config, concept_file: Path, tmp_path: Path, old: str, new: str, message: str
+) -> None:
+    shutil.copytree(rendered, tmp_path / "data")
+    concept_file.write_text(concept_file.read_text().replace(old, new))
+    with pytest.raises(UsageError) as caught:
+        render.run(config())
+    assert f"other settings: {message}. " in str(caught.value)
+
+
+def test_another_batch_size_uses_the_same_images(rendered: Path, config: Config, tmp_path: Path) -> None:
+    folder = shutil.copytree(rendered, tmp_path / "data")
+    assert render.run(config(render_batch_size=2)) == folder
     assert contents(folder) == contents(rendered)
 
 

@@ -281,12 +281,25 @@ def test_a_baseline_refuses_images_known_to_be_normal(
         )
 
 
-def test_another_seed_gives_another_lora(place: Path, make_config: Config) -> None:
-    data = shutil.copytree(place / "data", Path("data"))  # as own images: the same whatever the seed
-    for name in (DATA_MANIFEST, "settings.json"):
-        (data / name).unlink()
-    found = [trainer.run(make_config(f"run-{seed}", seed=seed, data_dir=data)) / ADAPTER for seed in (0, 1)]
-    assert found[0].read_bytes() != found[1].read_bytes()
+def test_another_seed_gives_another_lora_of_the_same_images(
+    trained: Path, place: Path, make_config: Config, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = {path: path.read_bytes() for path in (place / "data").rglob("*.png")}
+    other = trainer.run(make_config("run", seed=1))
+    assert (other / ADAPTER).read_bytes() != (trained / ADAPTER).read_bytes()
+    assert images == {path: path.read_bytes() for path in (place / "data").rglob("*.png")}
+    assert f"{place / 'data'} was rendered with --seed 0 and is used as it is; --seed 1 " in capsys.readouterr().err
+
+
+def test_an_unfinished_rendering_is_finished_with_its_own_seed(place: Path, make_config: Config) -> None:
+    data = shutil.copytree(place / "data", Path("data"))
+    lost = data / "1_positive" / "positive-00002.png"
+    before = lost.read_bytes()
+    lost.unlink()
+    (data / DATA_MANIFEST).unlink()
+    trainer.run(make_config("run", data_dir=data, max_train_steps=1, seed=7))
+    assert lost.read_bytes() == before
+    assert read_json(data / DATA_MANIFEST)["seeds"]["seed"] == 0
 
 
 def test_the_resolved_config_repeats_the_run(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
