@@ -11,7 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from sd_unlearn.io.files import read_json, read_jsonl_lines
+from sd_unlearn.io.reading import read_json, read_jsonl_lines
 from sd_unlearn.io.run_folder import METRICS, TRAINING
 
 LEAKAGE, RETENTION = 0.02, 0.98

@@ -19,7 +19,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from sd_unlearn.config.train import TrainConfig, Weights
 from sd_unlearn.data.layout import Layout
-from sd_unlearn.io.files import read_json, write_jsonl
+from sd_unlearn.io.files import write_jsonl
+from sd_unlearn.io.reading import read_json
 from sd_unlearn.io.run_folder import METADATA, POSITIVE, UNLABELED, ImageRecord
 from sd_unlearn.models import lora
 from sd_unlearn.models.source import DIGITS, DIGITS_DIR

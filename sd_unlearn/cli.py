@@ -23,7 +23,7 @@ from sd_unlearn.config.evaluate import EvaluateConfig
 from sd_unlearn.config.options import START
 from sd_unlearn.config.train import TrainConfig
 from sd_unlearn.errors import UnlearnError, UsageError, reason
-from sd_unlearn.io.files import check_keys, read_yaml
+from sd_unlearn.io.reading import check_keys, read_yaml
 from sd_unlearn.launch import prepare_processes, process_rank
 from sd_unlearn.paper import commands as paper
 

@@ -12,7 +12,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from sd_unlearn.errors import UsageError
-from sd_unlearn.io.files import public_name, read_json
+from sd_unlearn.io.paths import public_name
+from sd_unlearn.io.reading import read_json
 from sd_unlearn.io.run_folder import RESULTS
 from sd_unlearn.io.schema import OPEN, validate
 

@@ -24,10 +24,11 @@ from sd_unlearn.data.prior import ASSUMED_BETA, resolve_beta
 from sd_unlearn.data.render import images_by_group, known_beta, plan_images
 from sd_unlearn.errors import UsageError
 from sd_unlearn.evaluation import evaluate
-from sd_unlearn.io.files import check_writable, read_yaml, write_json, write_text
+from sd_unlearn.io.files import check_writable, write_json, write_text
 from sd_unlearn.io.lock import locked, remove_leftovers
 from sd_unlearn.io.own_files import SWEEP as SWEEP_FILES
 from sd_unlearn.io.own_files import delete_own, is_free, kind_of, mark
+from sd_unlearn.io.reading import read_yaml
 from sd_unlearn.io.run_folder import CONCEPT, DATA_MANIFEST, RESULTS, weights_sha256
 from sd_unlearn.launch import process_count
 from sd_unlearn.report import sweep

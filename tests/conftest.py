@@ -22,7 +22,7 @@ from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from sd_unlearn.data.concept import Concept, read_concept
-from sd_unlearn.io.files import read_json
+from sd_unlearn.io.reading import read_json
 from sd_unlearn.io.run_folder import POSITIVE, UNLABELED
 from sd_unlearn.models.base import Base, load_base
 

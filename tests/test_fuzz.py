@@ -37,8 +37,9 @@ from sd_unlearn.evaluation.loras import open_lora, open_run
 from sd_unlearn.export.kohya import read_adapter
 from sd_unlearn.export.metadata import own_header
 from sd_unlearn.export.trained_run import read_run
-from sd_unlearn.io.files import read_json, read_jsonl, write_json
+from sd_unlearn.io.files import write_json
 from sd_unlearn.io.images import open_image
+from sd_unlearn.io.reading import read_json, read_jsonl
 from sd_unlearn.models import lora
 from sd_unlearn.models.base import recorded_source
 from sd_unlearn.models.checkpoint_header import check_vae_file, kind_of_file, prediction_of_file, read_checkpoint_header

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from sd_unlearn import cli, launch
 from sd_unlearn.errors import UsageError
-from sd_unlearn.io.files import read_json
+from sd_unlearn.io.reading import read_json
 
 ROOT = Path(__file__).parent.parent
 LONE = {"ACCELERATE_USE_CPU": "True", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}

@@ -18,8 +18,8 @@ from sd_unlearn.config.train import TrainConfig
 from sd_unlearn.data.concept import Concept, load_concept, write_concept
 from sd_unlearn.errors import UsageError
 from sd_unlearn.evaluation import evaluate
-from sd_unlearn.io import files
-from sd_unlearn.io.files import read_json, write_json
+from sd_unlearn.io.files import write_json
+from sd_unlearn.io.reading import read_json
 from sd_unlearn.io.run_folder import weights_sha256
 from sd_unlearn.sweep import Point
 from sd_unlearn.training import trainer
@@ -275,7 +275,7 @@ def test_a_sweep_of_the_bundled_base(monkeypatch: pytest.MonkeyPatch, capsys: py
     assert len(set(shas)) == 2
     for run in record["runs"]:
         place = Path("runs/seven-sweep", run["folder"])
-        training = files.read_json(place / "training.json")
+        training = read_json(place / "training.json")
         assert (training["beta"], training["push"]) == (run["beta"], run["push"])
         assert {r["metric"] for r in run["rows"]} == {"leakage", "clean_replacement", "retention", "drift"}
     page = Path("runs/seven-sweep/sweep.html").read_text(encoding="utf-8")

@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 from sd_unlearn.data.metadata import check_group, find_metadata, image_finder, read_metadata, row_name
 from sd_unlearn.errors import UsageError, suggest
-from sd_unlearn.io.files import read_text
 from sd_unlearn.io.images import image_files
+from sd_unlearn.io.reading import read_text
 
 # "positive" and "negative" have no effect in a metadata file: the folder decides which images are labeled.
 GROUPS = ("generic", "mixed_in", "keep", "positive", "negative")

@@ -21,7 +21,9 @@ from pydantic import AfterValidator, Field
 
 from sd_unlearn.config.options import MAX_IMAGES
 from sd_unlearn.errors import UsageError, suggest
-from sd_unlearn.io.files import read_yaml, slugify, write_text
+from sd_unlearn.io.files import write_text
+from sd_unlearn.io.paths import slugify
+from sd_unlearn.io.reading import read_yaml
 from sd_unlearn.io.schema import STRICT, validate
 
 MAX_PROMPTS = 10_000  # in one list of a concept file, with all alternatives

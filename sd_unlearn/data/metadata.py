@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from sd_unlearn.errors import UsageError, reason, suggest
-from sd_unlearn.io.files import read_jsonl_lines, read_text
 from sd_unlearn.io.images import image_files
+from sd_unlearn.io.reading import read_jsonl_lines, read_text
 from sd_unlearn.io.run_folder import METADATA
 from sd_unlearn.io.schema import STRICT, validate
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from sd_unlearn.errors import UsageError
-from sd_unlearn.io.files import read_json
+from sd_unlearn.io.reading import read_json
 from sd_unlearn.io.run_folder import DATA_MANIFEST
 from sd_unlearn.io.schema import OPEN, validate
 

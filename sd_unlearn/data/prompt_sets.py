@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sd_unlearn.errors import UnlearnError, UsageError, reason, suggest
-from sd_unlearn.io.files import check_regular, parse_json
+from sd_unlearn.io.reading import check_regular, parse_json
 
 I2P = "i2p"
 I2P_REPOSITORY, I2P_FILE = "AIML-TUDA/i2p", "i2p_benchmark.csv"

@@ -27,8 +27,9 @@ from sd_unlearn.data.render_settings import (
     settings_in,
 )
 from sd_unlearn.errors import UnlearnError, UsageError, reason
-from sd_unlearn.io.files import check_writable, read_json, write_json, write_jsonl
+from sd_unlearn.io.files import check_writable, write_json, write_jsonl
 from sd_unlearn.io.lock import locked, remove_leftovers
+from sd_unlearn.io.reading import read_json
 from sd_unlearn.io.run_folder import DATA_MANIFEST, METADATA, POSITIVE, UNLABELED, ImageRecord
 from sd_unlearn.launch import process_rank
 from sd_unlearn.models.base import Base, load_base

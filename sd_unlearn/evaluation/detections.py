@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
-from sd_unlearn.io.files import atomic_path, slugify
+from sd_unlearn.io.files import atomic_path
 from sd_unlearn.io.images import UnreadableImage, open_image
 from sd_unlearn.io.lock import remove_leftovers
+from sd_unlearn.io.paths import slugify
 from sd_unlearn.metrics.base import DetectorOutput, PairMetric
 
 CHUNK = 500  # images held in memory at once

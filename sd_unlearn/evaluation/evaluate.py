@@ -26,9 +26,10 @@ from sd_unlearn.evaluation.loras import ModelVariant
 from sd_unlearn.evaluation.pairs import MAX_PAIRS, PAIRS_PER_GROUP, count_outcomes, pick_pairs
 from sd_unlearn.evaluation.prompts import GROUPS, group_prompts, write_plan
 from sd_unlearn.evaluation.score import ConceptResults, SubjectImages, run_metrics
-from sd_unlearn.io.files import full_disk_explained, public_name, write_json, write_text
+from sd_unlearn.io.files import full_disk_explained, write_json, write_text
 from sd_unlearn.io.lock import locked, remove_leftovers
 from sd_unlearn.io.own_files import is_run, kind_of, mark
+from sd_unlearn.io.paths import public_name
 from sd_unlearn.io.run_folder import EVALUATION, IMAGE_DIR, RESULTS
 from sd_unlearn.launch import process_rank
 from sd_unlearn.metrics.registry import check_weights, make_metrics, merge_cards, metric_cards

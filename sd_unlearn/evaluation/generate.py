@@ -17,8 +17,8 @@ from sd_unlearn.errors import UnlearnError
 from sd_unlearn.evaluation.job import EvaluationJob
 from sd_unlearn.evaluation.loras import ModelVariant
 from sd_unlearn.evaluation.prompts import ImageSpec
-from sd_unlearn.io.files import slugify
 from sd_unlearn.io.lock import locked, remove_leftovers
+from sd_unlearn.io.paths import slugify
 from sd_unlearn.launch import process_rank
 from sd_unlearn.models.base import Base, check_recorded, choose_precision, load_base, use_zero_terminal_snr
 from sd_unlearn.models.sampling import ImageRequest, Sampler, generate_missing, resolve_sampler, wait_for_images

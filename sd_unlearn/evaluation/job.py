@@ -20,8 +20,9 @@ from sd_unlearn.evaluation.fail_if import parse_condition
 from sd_unlearn.evaluation.image_folders import ImageFolder, read_image_folder, split_name
 from sd_unlearn.evaluation.loras import DIFFUSERS_FILE, Lora, ModelVariant, open_lora, open_run, unique_names
 from sd_unlearn.evaluation.prompts import TIERS, ImageSpec, Tier, override_counts, plan_images
-from sd_unlearn.io.files import check_writable, read_yaml
+from sd_unlearn.io.files import check_writable
 from sd_unlearn.io.own_files import check_evaluation_folder
+from sd_unlearn.io.reading import read_yaml
 from sd_unlearn.io.run_folder import CONFIG, POSITIVE, TRAINING
 from sd_unlearn.metrics.registry import MetricContext, check_metrics
 from sd_unlearn.models.base import recorded_source

@@ -10,7 +10,8 @@ from typing import Any
 
 from sd_unlearn.data.concept import Concept, concept_files, read_concept
 from sd_unlearn.errors import UnlearnError, UsageError, reason, suggest
-from sd_unlearn.io.files import file_sha256, read_json, slugify
+from sd_unlearn.io.paths import slugify
+from sd_unlearn.io.reading import file_sha256, read_json
 from sd_unlearn.io.run_folder import CONCEPT, TRAINING, UNET_DIR, weights_sha256
 from sd_unlearn.io.schema import OPEN, validate
 from sd_unlearn.models.base import Base

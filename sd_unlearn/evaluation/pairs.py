@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from sd_unlearn.evaluation.prompts import GROUPS, ImageSpec
 from sd_unlearn.evaluation.score import ConceptResults, SubjectImages
-from sd_unlearn.io.files import atomic_path, slugify
+from sd_unlearn.io.files import atomic_path
+from sd_unlearn.io.paths import slugify
 from sd_unlearn.io.run_folder import IMAGE_DIR
 from sd_unlearn.metrics.base import CONCEPT_GROUPS
 from sd_unlearn.results import BASE, Pair, PairCount

@@ -15,7 +15,9 @@ import numpy as np
 from sd_unlearn.config.options import MAX_IMAGES
 from sd_unlearn.data.concept import Concept, Prompt
 from sd_unlearn.errors import UsageError, suggest
-from sd_unlearn.io.files import read_jsonl, slugify, write_text
+from sd_unlearn.io.files import write_text
+from sd_unlearn.io.paths import slugify
+from sd_unlearn.io.reading import read_jsonl
 from sd_unlearn.metrics.base import CONCEPT_GROUPS, KEEP_GROUPS, PromptedImages
 from sd_unlearn.seeds import EVALUATE_SEEDS, image_seed
 

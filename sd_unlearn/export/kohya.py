@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from sd_unlearn.errors import UnlearnError, UsageError
-from sd_unlearn.io.files import read_json
+from sd_unlearn.io.reading import read_json
 from sd_unlearn.io.schema import OPEN, validate
 from sd_unlearn.models.ldm_keys import SDXL_BLOCKS, UNetBlocks, unet_key
 from sd_unlearn.models.lora_file import read_tensors

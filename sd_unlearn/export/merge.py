@@ -13,8 +13,9 @@ from sd_unlearn.errors import UnlearnError, UsageError, reason
 from sd_unlearn.export import safetensors_writer
 from sd_unlearn.export.metadata import checkpoint_header
 from sd_unlearn.export.trained_run import TrainedRun
-from sd_unlearn.io.files import atomic_path, check_writable, read_json, write_json
+from sd_unlearn.io.files import atomic_path, check_writable, write_json
 from sd_unlearn.io.lock import remove_leftovers
+from sd_unlearn.io.reading import read_json
 from sd_unlearn.io.run_folder import UNET_DIR
 from sd_unlearn.models import ldm_keys
 from sd_unlearn.models.base import load_recorded_base, use_zero_terminal_snr

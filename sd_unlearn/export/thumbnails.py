@@ -8,8 +8,8 @@ import io
 from PIL import Image
 
 from sd_unlearn.export.trained_run import TrainedRun
-from sd_unlearn.io.files import path_inside
 from sd_unlearn.io.images import UnreadableImage, open_image
+from sd_unlearn.io.paths import path_inside
 from sd_unlearn.io.run_folder import PREVIEW_DIR
 
 CELL, THUMBNAIL = 192, 256  # longest sides in pixels

@@ -10,7 +10,8 @@ from typing import Any
 from sd_unlearn.data.concept import Concept, read_concept
 from sd_unlearn.errors import UnlearnError, UsageError
 from sd_unlearn.export.kohya import Adapter, read_adapter
-from sd_unlearn.io.files import public_name, read_json
+from sd_unlearn.io.paths import public_name
+from sd_unlearn.io.reading import read_json
 from sd_unlearn.io.run_folder import ADAPTER_DIR, CONCEPT, RESULTS, TEXT_ADAPTER_DIR, TRAINING, UNET_DIR, weights_sha256
 from sd_unlearn.io.schema import OPEN, validate
 from sd_unlearn.models.ldm_keys import SDXL_BLOCKS, UNetBlocks, blocks_of

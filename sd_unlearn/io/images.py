@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from sd_unlearn.errors import UsageError, reason
-from sd_unlearn.io.files import check_regular
+from sd_unlearn.io.reading import check_regular
 from sd_unlearn.io.run_folder import IMAGE_SUFFIXES
 
 # Pillow's names of the formats that are decoded, whatever the file's suffix. Others may start programs (EPS).

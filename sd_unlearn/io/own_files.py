@@ -15,8 +15,10 @@ from typing import Literal
 
 from sd_unlearn import __version__
 from sd_unlearn.errors import UsageError
-from sd_unlearn.io.files import read_json, read_yaml, slugify, write_json
+from sd_unlearn.io.files import write_json
 from sd_unlearn.io.lock import HOLDER, LOCK
+from sd_unlearn.io.paths import slugify
+from sd_unlearn.io.reading import read_json, read_yaml
 from sd_unlearn.io.run_folder import (
     ADAPTER_DIR,
     BEST_DIR,

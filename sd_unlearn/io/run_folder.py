@@ -9,7 +9,7 @@ import dataclasses
 from pathlib import Path
 
 from sd_unlearn.errors import UsageError
-from sd_unlearn.io.files import file_sha256
+from sd_unlearn.io.reading import file_sha256
 
 UNLABELED, POSITIVE, NEGATIVE = "0_unlabeled", "1_positive", "2_negative"
 DATA_MANIFEST, METADATA = "manifest.json", "metadata.jsonl"

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from sd_unlearn.errors import UnlearnError, UsageError, reason, suggest
-from sd_unlearn.io.files import read_json
+from sd_unlearn.io.reading import read_json
 from sd_unlearn.metrics.base import CONCEPT_GROUPS, DetectorOutput, ImageValues, PromptedImages
 from sd_unlearn.metrics.labels import leakage_and_accuracy
 from sd_unlearn.results import Card, Row

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from sd_unlearn.errors import UnlearnError, UsageError, reason
-from sd_unlearn.io.files import file_sha256
 from sd_unlearn.io.images import UnreadableImage, image_files, open_image
+from sd_unlearn.io.reading import file_sha256
 from sd_unlearn.metrics.base import (
     KEEP_GROUPS,
     DetectorOutput,

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from sd_unlearn.errors import UnlearnError, UsageError, reason, suggest
-from sd_unlearn.io.files import file_sha256
+from sd_unlearn.io.reading import file_sha256
 from sd_unlearn.metrics.base import CONCEPT_GROUPS, KEEP_GROUPS, DetectorOutput, ImageValues, PromptedImages
 from sd_unlearn.results import Card, Row
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from sd_unlearn.errors import UnlearnError, UsageError, reason
-from sd_unlearn.io.files import file_sha256
+from sd_unlearn.io.reading import file_sha256
 
 BATCH_SIZE = 32
 Features = NDArray[np.float32]

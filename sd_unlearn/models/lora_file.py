@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from sd_unlearn.errors import UnlearnError, UsageError, reason
-from sd_unlearn.io.files import read_json
+from sd_unlearn.io.reading import read_json
 from sd_unlearn.io.schema import OPEN, validate
 from sd_unlearn.models.lora_change import KINDS, Change, kind_of_change
 

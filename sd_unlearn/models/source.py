@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sd_unlearn.errors import UsageError
-from sd_unlearn.io.files import read_json
+from sd_unlearn.io.reading import read_json
 from sd_unlearn.models.checkpoint_header import (
     CheckpointHeader,
     kind_of_file,

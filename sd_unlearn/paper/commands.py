@@ -32,7 +32,7 @@ Name = Annotated[str, Parameter(help="Name of the experiment; see `paper list`."
 def run(name: Name, /, config: Annotated[RunOptions, Parameter(name="*")] = RunOptions()) -> None:
     """Train and evaluate one model. Writes runs/paper/<experiment>/<variant>/results.json."""
     prepare_processes()
-    from sd_unlearn.io.files import read_json
+    from sd_unlearn.io.reading import read_json
     from sd_unlearn.paper.printing import summary_of
     from sd_unlearn.paper.run import run_experiment
 

@@ -18,18 +18,11 @@ from accelerate import PartialState
 
 from sd_unlearn import __version__
 from sd_unlearn.errors import UsageError
-from sd_unlearn.io.files import (
-    atomic_path,
-    check_writable,
-    file_sha256,
-    read_json,
-    read_yaml,
-    write_json,
-    write_text,
-)
+from sd_unlearn.io.files import atomic_path, check_writable, write_json, write_text
 from sd_unlearn.io.lock import locked, remove_leftovers
 from sd_unlearn.io.own_files import PAPER as PAPER_FILES
 from sd_unlearn.io.own_files import delete_own, is_free, kind_of, mark
+from sd_unlearn.io.reading import file_sha256, read_json, read_yaml
 from sd_unlearn.io.run_folder import CHECKPOINT_DIR, CONFIG, RESULTS, TRAINING
 from sd_unlearn.metrics.fidelity import InceptionFidelity
 from sd_unlearn.paper import stable_diffusion

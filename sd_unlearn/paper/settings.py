@@ -10,7 +10,7 @@ from typing import Literal
 from sd_unlearn.choices import Correction, Reduction
 from sd_unlearn.config.options import check_ranges
 from sd_unlearn.errors import UsageError, suggest
-from sd_unlearn.io.files import slugify
+from sd_unlearn.io.paths import slugify
 from sd_unlearn.paper.ddpm.split import with_contamination
 from sd_unlearn.paper.experiments import CLASSES, Counts, Experiment, Sampler, Size
 from sd_unlearn.paper.options import ObjectiveName, RunOptions

@@ -34,7 +34,8 @@ from sd_unlearn.config.evaluate import EvaluateConfig
 from sd_unlearn.config.train import Method, TrainConfig
 from sd_unlearn.errors import UsageError, suggest
 from sd_unlearn.evaluation import evaluate
-from sd_unlearn.io.files import read_json, write_json
+from sd_unlearn.io.files import write_json
+from sd_unlearn.io.reading import read_json
 from sd_unlearn.launch import process_rank
 from sd_unlearn.paper.experiments import DIGITS_SEVEN, SD_BRAD_PITT, Size
 from sd_unlearn.paper.options import RunOptions

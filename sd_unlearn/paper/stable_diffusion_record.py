@@ -10,7 +10,7 @@ from typing import Any
 from sd_unlearn.data.concept import read_concept
 from sd_unlearn.data.dataset import fingerprint, scan
 from sd_unlearn.errors import UsageError
-from sd_unlearn.io.files import read_json, read_yaml
+from sd_unlearn.io.reading import read_json, read_yaml
 from sd_unlearn.io.run_folder import CONCEPT, CONFIG, DATA_MANIFEST, TRAINING, weights_sha256
 from sd_unlearn.paper.experiments import Size
 from sd_unlearn.results import Card, Results, Row

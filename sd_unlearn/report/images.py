@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from sd_unlearn.io.files import path_inside
 from sd_unlearn.io.images import UnreadableImage, open_image
+from sd_unlearn.io.paths import path_inside
 
 # Longest side in pixels: images up to SMALL are shown magnified, larger ones are shrunk to THUMBNAIL.
 SMALL, THUMBNAIL = 128, 384

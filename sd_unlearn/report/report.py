@@ -12,8 +12,10 @@ from sd_unlearn.config.options import check_ranges
 from sd_unlearn.data.concept import Concept, read_concept
 from sd_unlearn.errors import UsageError
 from sd_unlearn.io import run_folder
-from sd_unlearn.io.files import public_name, read_json, read_jsonl, read_yaml, write_text
+from sd_unlearn.io.files import write_text
 from sd_unlearn.io.lock import remove_leftovers
+from sd_unlearn.io.paths import public_name
+from sd_unlearn.io.reading import read_json, read_jsonl, read_yaml
 from sd_unlearn.report import charts, compare, images, metric_cards, reproduce, training_curves, verdict
 from sd_unlearn.report.before_after import before_after
 from sd_unlearn.report.cases import Case, cases_of

@@ -9,7 +9,7 @@ from typing import Any
 
 from sd_unlearn.data.concept import Concept
 from sd_unlearn.io import run_folder
-from sd_unlearn.io.files import public_name
+from sd_unlearn.io.paths import public_name
 from sd_unlearn.report.cases import Case
 from sd_unlearn.results import Results
 

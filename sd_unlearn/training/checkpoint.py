@@ -20,8 +20,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from sd_unlearn.errors import UnlearnError, UsageError, reason
-from sd_unlearn.io.files import atomic_path, read_json, write_json
+from sd_unlearn.io.files import atomic_path, write_json
 from sd_unlearn.io.own_files import CHECKPOINT, delete_own
+from sd_unlearn.io.reading import read_json
 from sd_unlearn.io.run_folder import CHECKPOINT_DIR
 
 IDENTITY, STATE, WEIGHTS = "checkpoint.json", "state.pt", "weights.safetensors"

@@ -17,7 +17,8 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from sd_unlearn.io.files import read_jsonl, read_text, write_text
+from sd_unlearn.io.files import write_text
+from sd_unlearn.io.reading import read_jsonl, read_text
 from sd_unlearn.io.run_folder import METRICS
 
 SECOND_SIGNAL = 2.0  # seconds; a signal sooner after the first may be the same one, passed on by a launcher

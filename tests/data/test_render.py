@@ -17,8 +17,8 @@ from sd_unlearn.config.base import RenderConfig
 from sd_unlearn.data import render
 from sd_unlearn.data.concept import Concept, expand_braces, load_concept, read_concept
 from sd_unlearn.errors import UnlearnError, UsageError
-from sd_unlearn.io.files import read_json, read_jsonl
 from sd_unlearn.io.lock import locked
+from sd_unlearn.io.reading import read_json, read_jsonl
 from sd_unlearn.io.run_folder import DATA_MANIFEST, METADATA, POSITIVE, UNLABELED
 from sd_unlearn.models import sampling
 from sd_unlearn.models.base import Base, load_base

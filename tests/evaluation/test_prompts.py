@@ -17,7 +17,7 @@ from sd_unlearn.evaluation.prompts import (
     to_prompted_images,
     write_plan,
 )
-from sd_unlearn.io.files import read_jsonl
+from sd_unlearn.io.reading import read_jsonl
 from sd_unlearn.seeds import EVALUATE_SEEDS
 
 CONCEPT = Concept(

@@ -10,7 +10,9 @@ import pytest
 from conftest import tree
 
 from sd_unlearn.errors import UnlearnError, UsageError
-from sd_unlearn.io.files import read_json, read_jsonl, read_yaml, slugify, write_json, write_jsonl, write_text
+from sd_unlearn.io.files import write_json, write_jsonl, write_text
+from sd_unlearn.io.paths import slugify
+from sd_unlearn.io.reading import read_json, read_jsonl, read_yaml
 from sd_unlearn.io.run_folder import ImageRecord
 from sd_unlearn.seeds import EVALUATE_SEEDS, RENDER_SEEDS, TRAIN_SEEDS, image_seed
 

@@ -10,7 +10,7 @@ import pytest
 from kinds import KINDS, Kinds
 
 from sd_unlearn.errors import UnlearnError, UsageError
-from sd_unlearn.io.files import read_json
+from sd_unlearn.io.reading import read_json
 from sd_unlearn.models.base import load_base, load_recorded_base
 from sd_unlearn.models.source import Source
 

@@ -21,7 +21,7 @@ from sd_unlearn.data.concept import load_concept
 from sd_unlearn.data.dataset import encode_captions, encode_images, scan
 from sd_unlearn.errors import UsageError
 from sd_unlearn.export.lora_files import DIFFUSERS_FILE
-from sd_unlearn.io.files import read_json
+from sd_unlearn.io.reading import read_json
 from sd_unlearn.io.run_folder import POSITIVE
 from sd_unlearn.models.base import Base, load_base, load_recorded_base
 from sd_unlearn.models.checkpoint_header import UNET

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel
 
 from sd_unlearn.cli import main
-from sd_unlearn.io.files import read_json
+from sd_unlearn.io.reading import read_json
 from sd_unlearn.models.checkpoint_header import read_checkpoint_header
 from sd_unlearn.models.sampling import Sampler
 

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from sd_unlearn.cli import main
 from sd_unlearn.config.base import DEFAULT_BASE, BaseOptions
 from sd_unlearn.errors import UsageError
-from sd_unlearn.io.files import read_json
+from sd_unlearn.io.reading import read_json
 from sd_unlearn.models.checkpoint_header import read_checkpoint_header
 from sd_unlearn.models.find_base import find_base
 from sd_unlearn.models.source import Source, kind_of, variant_of

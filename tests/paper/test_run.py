@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from sd_unlearn import cli
-from sd_unlearn.io.files import read_json
+from sd_unlearn.io.reading import read_json
 from sd_unlearn.paper import experiments
 from sd_unlearn.paper import run as run_module
 from sd_unlearn.paper.ddpm import unet

@@ -11,7 +11,7 @@ from evaluation_runs import DIGIT_FILE
 
 from sd_unlearn.config.checks import check_train
 from sd_unlearn.errors import UsageError
-from sd_unlearn.io.files import read_json
+from sd_unlearn.io.reading import read_json
 from sd_unlearn.paper.experiments import DIGITS_SEVEN, NAMES, SD_BRAD_PITT
 from sd_unlearn.paper.stable_diffusion import EXPERIMENTS, PAPER, run, train_config
 from sd_unlearn.paper.stable_diffusion_record import rows_of

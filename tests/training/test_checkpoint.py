@@ -26,7 +26,7 @@ from train_runs import ADAPTER, Config, flags, make, rendered, settings
 
 from sd_unlearn import cli
 from sd_unlearn.errors import UnlearnError, UsageError
-from sd_unlearn.io.files import read_json, read_jsonl
+from sd_unlearn.io.reading import read_json, read_jsonl
 from sd_unlearn.io.run_folder import weights_sha256
 from sd_unlearn.training import checkpoint, trainer
 from sd_unlearn.training.state import TrainingState

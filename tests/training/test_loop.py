@@ -19,7 +19,7 @@ from sd_unlearn.data.batch import Batch
 from sd_unlearn.data.batches import EncodedImages
 from sd_unlearn.data.dataset import Example
 from sd_unlearn.errors import UnlearnError, UsageError
-from sd_unlearn.io.files import read_json, read_jsonl
+from sd_unlearn.io.reading import read_json, read_jsonl
 from sd_unlearn.training import checkpoint, loop, setup, trainer
 from sd_unlearn.training.probe import ProbeResult, RatioProbe, hold_out
 from sd_unlearn.training.state import TrainingState

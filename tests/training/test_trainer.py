@@ -27,7 +27,7 @@ from sd_unlearn.data.batches import StratifiedBatches
 from sd_unlearn.data.concept import read_concept
 from sd_unlearn.data.prior import ASSUMED_BETA
 from sd_unlearn.errors import UnlearnError, UsageError
-from sd_unlearn.io.files import read_json, read_jsonl
+from sd_unlearn.io.reading import read_json, read_jsonl
 from sd_unlearn.io.run_folder import DATA_MANIFEST
 from sd_unlearn.models import lora, sampling
 from sd_unlearn.models.base import Base, load_base

@@ -19,7 +19,8 @@ from sd_unlearn.data.batch import Batch
 from sd_unlearn.data.batches import EncodedImages, NoiseSampling, Sharding, StratifiedBatches
 from sd_unlearn.data.dataset import Example
 from sd_unlearn.data.layout import Layout
-from sd_unlearn.io.files import read_jsonl, slugify
+from sd_unlearn.io.paths import slugify
+from sd_unlearn.io.reading import read_jsonl
 from sd_unlearn.io.run_folder import METRICS
 from sd_unlearn.models.denoiser import Denoiser
 from sd_unlearn.models.student import Student

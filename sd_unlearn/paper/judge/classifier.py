@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from sd_unlearn.errors import UnlearnError, UsageError, reason, suggest
-from sd_unlearn.io.files import atomic_path, check_writable, file_sha256, read_json, write_json
+from sd_unlearn.io.files import atomic_path, check_writable, write_json
+from sd_unlearn.io.reading import file_sha256, read_json
 from sd_unlearn.metrics.statistics import wilson
 from sd_unlearn.paper.experiments import Size
 from sd_unlearn.paper.judge.resnet import ClassifierSettings, build_network, fit, shrink, to_float

@@ -17,7 +17,8 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, FiniteFloat
 
 from sd_unlearn.errors import UsageError, reason
-from sd_unlearn.io.files import read_json, write_text
+from sd_unlearn.io.files import write_text
+from sd_unlearn.io.reading import read_json
 from sd_unlearn.io.run_folder import CONFIG, RESULTS
 from sd_unlearn.io.schema import OPEN, validate
 from sd_unlearn.paper.experiments import NAMES

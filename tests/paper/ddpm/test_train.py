@@ -14,7 +14,7 @@ from diffusers import DDPMPipeline, UNet2DModel
 from PIL import Image
 
 from sd_unlearn.errors import UnlearnError, UsageError
-from sd_unlearn.io.files import read_jsonl
+from sd_unlearn.io.reading import read_jsonl
 from sd_unlearn.io.run_folder import METRICS
 from sd_unlearn.paper.ddpm import train as train_module
 from sd_unlearn.paper.ddpm import unet

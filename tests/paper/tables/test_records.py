@@ -9,7 +9,8 @@ import pytest
 from paper_runs import make_record, make_results, make_row
 
 from sd_unlearn.errors import UsageError
-from sd_unlearn.io.files import read_json, write_json
+from sd_unlearn.io.files import write_json
+from sd_unlearn.io.reading import read_json
 from sd_unlearn.paper.tables.records import RATE, FinishedRun, collect, read_runs
 
 RUNS = Path("runs/paper")

@@ -1,0 +1,36 @@
+"""Names of files: from concept names, inside a folder, and as published files may show them."""
+
+from __future__ import annotations
+
+import os
+import re
+import unicodedata
+import zlib
+from pathlib import Path
+
+WEIGHTS_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
+
+
+def slugify(name: str) -> str:
+    """A file name from any concept name: 1 to 60 lower-case letters, digits and hyphens."""
+    plain = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode().lower()
+    slug = re.sub(r"[^a-z0-9]+", "-", plain).strip("-")[:60].strip("-")
+    return slug or f"concept-{zlib.crc32(name.encode(errors='surrogatepass')):08x}"
+
+
+def path_inside(folder: Path, relative: str) -> Path | None:
+    """The path of a file of a folder; None if it lies outside, also by a link in the folder, or does not exist."""
+    if not relative or os.path.isabs(relative):
+        return None
+    try:
+        root, path = folder.resolve(), (folder / relative).resolve(strict=True)
+    except (OSError, RuntimeError, ValueError):  # missing; a loop of links; a NUL character
+        return None
+    return path if path.is_relative_to(root) else None
+
+
+def public_name(name: str) -> str:
+    """A name or path for published files: of a path that would show the user's folders only the last part."""
+    path = Path(name)
+    is_private = path.is_absolute() or name.startswith(("~", "..")) or path.suffix in WEIGHTS_SUFFIXES
+    return path.name if is_private and path.name else name
