@@ -41,7 +41,8 @@ Compare several LoRAs:
   sd-unlearn evaluate --lora A B --strengths 0.5 1
   sd-unlearn report --run runs/evaluation
 
-Exit codes: 0 done, 1 failed, 2 wrong usage, 3 a --fail_if condition holds.
+Exit codes: 0 done, 1 failed, 2 wrong usage, 3 a --fail_if condition holds,
+130 interrupted, 141 the reader of stdout stopped early (as head does).
 """  # no line is longer than 80 characters
 
 BROKEN_PIPE = 141  # exit code, as that of a program that SIGPIPE ends

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from cyclopts import Group
 
-from sd_unlearn.config.options import GENERAL, POSITIVE, START, NumImages, Range, option
+from sd_unlearn.config.options import GENERAL, START, BatchSize, Count, InferenceSteps, NumImages, Range, option
 from sd_unlearn.seeds import SEED_SPAN
 
 DEFAULT_BASE = "CompVis/stable-diffusion-v1-4"
@@ -19,7 +19,8 @@ BASE = Group("Base model", sort_key=10)
 IMAGES = Group("Training images to generate", sort_key=11)
 
 Seed = Range(at_least=0, below=SEED_SPAN)
-Resolution = Range(above=0, multiple_of=8, note="the VAE scales images down by 8")
+Resolution = Range(above=0, at_most=8192, multiple_of=8, note="the VAE scales images down by 8")
+Strength = Range(at_least=-10, at_most=10, note="1 is as trained")
 GuidanceScale = Range(at_least=0, note="usually 3 to 10")
 
 
@@ -99,13 +100,13 @@ class RenderConfig(BaseOptions, ConceptOption):
         int | None, option("Width and height of the images in pixels. Default: the base's own.", IMAGES, Resolution)
     ] = None
     num_inference_steps: Annotated[
-        int | None, option("Sampling steps. Default: 25 on digits, 50 otherwise.", IMAGES, POSITIVE)
+        int | None, option("Sampling steps. Default: 25 on digits, 50 otherwise.", IMAGES, InferenceSteps)
     ] = None
     guidance_scale: Annotated[
         float | None, option("Classifier-free guidance. Default: 3 on digits, 7.5 otherwise.", IMAGES, GuidanceScale)
     ] = None
     render_batch_size: Annotated[
-        int | None, option("Images generated at once. Default: 100 on digits, 4 otherwise.", IMAGES, POSITIVE)
+        int | None, option("Images generated at once. Default: 100 on digits, 4 otherwise.", IMAGES, BatchSize)
     ] = None
     seed: Annotated[
         int,
@@ -149,7 +150,8 @@ class ExportConfig:
         ),
     ] = None
     strength: Annotated[
-        float, option("LoRA strength that --merge applies: 1 is as trained and evaluated, 0 is the base.")
+        float,
+        option("LoRA strength that --merge applies: 1 is as trained and evaluated, 0 is the base.", None, Strength),
     ] = 1.0
     license: Annotated[
         str | None,
@@ -185,7 +187,7 @@ class ReportConfig:
     ] = False
     blur_faces: Annotated[bool, option("Blur the faces that the evaluation found, in the image data itself.")] = False
     max_pairs: Annotated[
-        int, option("Maximum number of before/after pairs in report.html; leaks and losses come first.", None, POSITIVE)
+        int, option("Maximum number of before/after pairs in report.html; leaks and losses come first.", None, Count)
     ] = 1000
     config: Annotated[Path | None, option("YAML file with options as keys; flags take precedence.")] = None
     debug: Annotated[bool, option("Show a traceback when the command fails.")] = False

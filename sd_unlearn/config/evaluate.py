@@ -15,8 +15,19 @@ from sd_unlearn.config.base import (
     GuidanceScale,
     Resolution,
     Seed,
+    Strength,
 )
-from sd_unlearn.config.options import GENERAL, POSITIVE, START, Range, SomeImages, many, option, several
+from sd_unlearn.config.options import (
+    GENERAL,
+    START,
+    BatchSize,
+    InferenceSteps,
+    Range,
+    SomeImages,
+    many,
+    option,
+    several,
+)
 
 PROMPTS = Group("Prompts and seeds", sort_key=2)
 SAMPLER = Group("Sampler", sort_key=3)
@@ -63,7 +74,7 @@ class Inputs:
         several(
             "LoRA strengths, e.g. 0.5 1 1.5. Default: 1; with --tier standard or full, 0 to 1.5 in steps of 0.25.",
             PROMPTS,
-            Range(at_least=-10, at_most=10, note="1 is as trained"),
+            Strength,
         ),
     ] = many()
 
@@ -118,7 +129,7 @@ class SamplerOptions(BaseOptions):
         ),
     ] = None
     num_inference_steps: Annotated[
-        int | None, option("Sampling steps. Default: 25 on digits, 50 otherwise.", SAMPLER, POSITIVE)
+        int | None, option("Sampling steps. Default: 25 on digits, 50 otherwise.", SAMPLER, InferenceSteps)
     ] = None
     guidance_scale: Annotated[
         float | None, option("Classifier-free guidance. Default: 3 on digits, 7.5 otherwise.", SAMPLER, GuidanceScale)
@@ -127,7 +138,7 @@ class SamplerOptions(BaseOptions):
         int | None, option("Width and height of the images in pixels. Default: the base's own.", SAMPLER, Resolution)
     ] = None
     render_batch_size: Annotated[
-        int | None, option("Images generated at once. Default: 100 on digits, 4 otherwise.", SAMPLER, POSITIVE)
+        int | None, option("Images generated at once. Default: 100 on digits, 4 otherwise.", SAMPLER, BatchSize)
     ] = None
     mixed_precision: Annotated[
         Literal["no", "fp16", "bf16"], option("Precision of the networks; fp16 and bf16 need a GPU.", SAMPLER)
@@ -216,7 +227,11 @@ class EvaluateConfig(Detectors, SamplerOptions, Prompts, Inputs):
     ] = False
     write_plan: Annotated[
         Path | None,
-        option("Write prompts, seeds and file names as JSONL for generation by another program, and exit.", OUTPUT),
+        option(
+            "Write prompts, seeds and file names as JSONL for generation by another program, and exit. An existing "
+            "file is not replaced.",
+            OUTPUT,
+        ),
     ] = None
     json: Annotated[bool, option("Print results.json instead of the table.", OUTPUT)] = False
     config: Annotated[

@@ -57,10 +57,15 @@ class Range:
             "at most": self.at_most,
             "a multiple of": self.multiple_of,
         }
-        return " and ".join(f"{words} {bound}" for words, bound in bounds.items() if bound is not None)
+        *first, last = [f"{words} {bound}" for words, bound in bounds.items() if bound is not None]
+        return f"{', '.join(first)} and {last}" if first else last
 
 
 POSITIVE, NOT_NEGATIVE = Range(above=0), Range(at_least=0)
+# Bounds of whole numbers: more is a typing error, which would end in hours of work or without memory.
+Count, CountOrNever = Range(above=0, at_most=10_000_000), Range(at_least=0, at_most=10_000_000)
+BatchSize = Range(above=0, at_most=10_000)
+InferenceSteps = Range(above=0, at_most=1000, note="the noise schedule has 1,000 timesteps")
 MAX_IMAGES = 1_000_000  # of one prompt; more is a typing error, and would be planned in memory
 NumImages, SomeImages = Range(at_least=0, at_most=MAX_IMAGES), Range(above=0, at_most=MAX_IMAGES)
 

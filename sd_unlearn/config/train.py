@@ -8,7 +8,17 @@ from cyclopts import Group
 
 from sd_unlearn.choices import CaptionMode, Correction, Reduction, Risk
 from sd_unlearn.config.base import RenderConfig
-from sd_unlearn.config.options import GENERAL, NOT_NEGATIVE, POSITIVE, START, Range, option
+from sd_unlearn.config.options import (
+    GENERAL,
+    NOT_NEGATIVE,
+    POSITIVE,
+    START,
+    BatchSize,
+    Count,
+    CountOrNever,
+    Range,
+    option,
+)
 
 Method = Literal["lora", "full"]
 LoraTargets = Literal["attention", "cross_attention", "attention+mlp", "all_linear+conv"]
@@ -115,7 +125,10 @@ class Weights:
     method: Annotated[
         Method, option("Train a LoRA, or the full UNet as in the paper (use --learning_rate 1e-5).", WEIGHTS)
     ] = "lora"
-    rank: Annotated[int, option("LoRA rank.", WEIGHTS, POSITIVE)] = 8
+    rank: Annotated[
+        int,
+        option("LoRA rank.", WEIGHTS, Range(above=0, at_most=4096, note="no layer of a UNet needs more")),
+    ] = 8
     lora_alpha: Annotated[
         float | None,
         option(
@@ -176,7 +189,7 @@ class Noise:
 class Optimizing:
     """Optimizer, learning rate schedule and amount of training."""
 
-    max_train_steps: Annotated[int, option("Number of training steps.", START, POSITIVE)] = 500
+    max_train_steps: Annotated[int, option("Number of training steps.", START, Count)] = 500
     learning_rate: Annotated[float, option("Peak learning rate.", OPTIMIZER, POSITIVE)] = 7e-4
     optimizer: Annotated[
         Literal["adamw", "adamw8bit"],
@@ -189,7 +202,7 @@ class Optimizing:
             "Learning rate schedule after warm-up. constant skips the warm-up; constant_with_warmup has it.", OPTIMIZER
         ),
     ] = "cosine"
-    lr_warmup_steps: Annotated[int, option("Steps of linear warm-up.", OPTIMIZER, NOT_NEGATIVE)] = 20
+    lr_warmup_steps: Annotated[int, option("Steps of linear warm-up.", OPTIMIZER, CountOrNever)] = 20
     max_grad_norm: Annotated[float, option("Clip gradients to this norm.", OPTIMIZER, POSITIVE)] = 1.0
     train_batch_size: Annotated[
         int,
@@ -197,7 +210,7 @@ class Optimizing:
             "Images processed at once on each GPU, of all kinds together. If memory runs out, lower it and raise "
             "--gradient_accumulation_steps by the same factor.",
             START,
-            Range(at_least=4, note="a step needs unlabeled and positive images"),
+            Range(at_least=4, at_most=BatchSize.at_most, note="a step needs unlabeled and positive images"),
         ),
     ] = 40
     gradient_accumulation_steps: Annotated[
@@ -205,7 +218,7 @@ class Optimizing:
         option(
             "Number of batches that are added up to one step. 5 batches of 8 train like one of 40, with less memory.",
             OPTIMIZER,
-            POSITIVE,
+            BatchSize,
         ),
     ] = 1
     ema_decay: Annotated[
@@ -223,14 +236,14 @@ class Monitoring:
     """What is logged during training, and when training stops early."""
 
     validation_steps: Annotated[
-        int, option("Generate a grid of preview images every N steps; 0: never.", MONITORING, NOT_NEGATIVE)
+        int, option("Generate a grid of preview images every N steps; 0: never.", MONITORING, CountOrNever)
     ] = 250
     probe_steps: Annotated[
         int,
         option(
             "Measure every N steps whether the concept is forgotten (a probe), and save the best weights; 0: never.",
             MONITORING,
-            NOT_NEGATIVE,
+            CountOrNever,
         ),
     ] = 0
     probe: Annotated[
@@ -243,7 +256,7 @@ class Monitoring:
         ),
     ] = "ratio"
     early_stopping_patience: Annotated[
-        int, option("Stop after N probes without improvement; 0: never.", MONITORING, NOT_NEGATIVE)
+        int, option("Stop after N probes without improvement; 0: never.", MONITORING, CountOrNever)
     ] = 0
     stop_when_forgotten: Annotated[
         bool,
@@ -254,7 +267,7 @@ class Monitoring:
     ] = False
     gradient_share_steps: Annotated[
         int,
-        option("Log each loss term's share of the gradient norm every N steps; 0: never.", MONITORING, NOT_NEGATIVE),
+        option("Log each loss term's share of the gradient norm every N steps; 0: never.", MONITORING, CountOrNever),
     ] = 100
     report_to: Annotated[
         Literal["tensorboard", "wandb", "none"] | None,
@@ -267,10 +280,10 @@ class Checkpoints:
     """What is saved for resuming a run."""
 
     checkpointing_steps: Annotated[
-        int, option("Save a checkpoint every N steps; 0: only on Ctrl-C.", CHECKPOINTS, NOT_NEGATIVE)
+        int, option("Save a checkpoint every N steps; 0: only on Ctrl-C.", CHECKPOINTS, CountOrNever)
     ] = 100
     checkpoints_total_limit: Annotated[
-        int, option("Number of checkpoints to keep; the oldest are deleted first.", CHECKPOINTS, POSITIVE)
+        int, option("Number of checkpoints to keep; the oldest are deleted first.", CHECKPOINTS, Count)
     ] = 2
     resume_from_checkpoint: Annotated[
         str | None, option("Resume from a checkpoint: latest, or a path.", CHECKPOINTS)

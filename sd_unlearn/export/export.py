@@ -7,11 +7,11 @@ same bytes.
 
 from __future__ import annotations
 
-import math
 from contextlib import ExitStack
 from pathlib import Path
 
 from sd_unlearn.config.base import ExportConfig
+from sd_unlearn.config.options import check_ranges
 from sd_unlearn.errors import UnlearnError, UsageError, reason
 from sd_unlearn.export import merge, model_card, thumbnails
 from sd_unlearn.export.lora_files import DIFFUSERS_FILE, concept_of, diffusers_bytes, kohya_bytes
@@ -78,8 +78,7 @@ def _write_all(config: ExportConfig, trained: TrainedRun, folder: Path | None) -
 
 
 def _check_options(config: ExportConfig) -> None:
-    if not math.isfinite(config.strength):
-        raise UsageError(f"--strength {config.strength} must be finite. 1 is the trained strength.")
+    check_ranges(config)
     if config.strength != 1 and config.merge is None:
         raise UsageError(
             f"--strength {config.strength:g} is for --merge: the strength of a LoRA is set where it is loaded. "

@@ -10,7 +10,7 @@ from cyclopts import Group
 
 from sd_unlearn.choices import Correction, Reduction
 from sd_unlearn.config.base import Seed
-from sd_unlearn.config.options import POSITIVE, Range, SomeImages, option
+from sd_unlearn.config.options import POSITIVE, BatchSize, Count, InferenceSteps, Range, SomeImages, option
 from sd_unlearn.config.train import Method
 from sd_unlearn.paper.experiments import Sampler, Size
 
@@ -75,18 +75,16 @@ class SharedOptions:
     ] = None
     num_negative: Annotated[
         int | None,
-        option(
-            "pnu only: number of labeled normal images. Default: as many as labeled sensitive ones.", DATA, POSITIVE
-        ),
+        option("pnu only: number of labeled normal images. Default: as many as labeled sensitive ones.", DATA, Count),
     ] = None
 
     epochs: Annotated[
         int | None,
-        option("Passes over the unlabeled images, counted at the paper's contamination.", TRAINING, POSITIVE),
+        option("Passes over the unlabeled images, counted at the paper's contamination.", TRAINING, Count),
     ] = None
-    max_train_steps: Annotated[int | None, option("Optimizer steps; overrides --epochs.", TRAINING, POSITIVE)] = None
+    max_train_steps: Annotated[int | None, option("Optimizer steps; overrides --epochs.", TRAINING, Count)] = None
     train_batch_size: Annotated[
-        int | None, option("Unlabeled images per step; a third as many labeled ones are added.", TRAINING, POSITIVE)
+        int | None, option("Unlabeled images per step; a third as many labeled ones are added.", TRAINING, BatchSize)
     ] = None
     learning_rate: Annotated[float | None, option("Learning rate after warm-up.", TRAINING, POSITIVE)] = None
     reduction: Annotated[
@@ -118,16 +116,16 @@ class SharedOptions:
         str | None, option("Model to fine-tune instead of the experiment's: hub id or folder.", TRAINING)
     ] = None
     checkpointing_steps: Annotated[
-        int, option("Save a checkpoint every N steps; an interrupted run resumes from it.", TRAINING, POSITIVE)
+        int, option("Save a checkpoint every N steps; an interrupted run resumes from it.", TRAINING, Count)
     ] = 500
 
     num_images: Annotated[int | None, option("Images to generate for the metrics.", EVALUATION, SomeImages)] = None
     sampler: Annotated[Sampler | None, option("ddpm or ddim.", EVALUATION)] = None
     num_inference_steps: Annotated[
         int | None,
-        option("Sampler steps.", EVALUATION, Range(above=0, at_most=1000, note="the schedule has 1,000 timesteps")),
+        option("Sampler steps.", EVALUATION, InferenceSteps),
     ] = None
-    sample_batch_size: Annotated[int, option("Images generated at once.", EVALUATION, POSITIVE)] = 250
+    sample_batch_size: Annotated[int, option("Images generated at once.", EVALUATION, BatchSize)] = 250
     inception_weights: Annotated[
         Path | None,
         option("InceptionV3 weights for fid-inception. Default: downloaded by torch-fidelity.", EVALUATION),

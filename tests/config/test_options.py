@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 
@@ -15,6 +15,7 @@ from sd_unlearn.config.evaluate import EvaluateConfig
 from sd_unlearn.config.options import Range, check_ranges
 from sd_unlearn.config.train import TrainConfig
 from sd_unlearn.errors import UsageError
+from sd_unlearn.paper.options import RunOptions
 
 PAGE = Path(__file__).parent.parent.parent / "docs" / "options.md"
 
@@ -65,17 +66,31 @@ def test_range(valid: Range, inside: list[float], outside: list[float], words: s
             1,
             "--beta 1 must be above 0 and below 1: it is the concept's share among the unlabeled images, e.g. 0.2.",
         ),
-        ("resolution", 100, "--resolution 100 must be above 0 and a multiple of 8: "),
+        ("resolution", 100, "--resolution 100 must be above 0, at most 8192 and a multiple of 8: "),
         ("num_keep", -1, "--num_keep -1 must be at least 0 and at most 1000000."),
         ("num_unlabeled", 10**11, "--num_unlabeled 100000000000 must be at least 0 and at most 1000000."),
         ("num_positive", 1, "--num_positive 1 must be at least 2 for training."),
-        ("train_batch_size", 3, "--train_batch_size 3 must be at least 4: "),
+        ("train_batch_size", 3, "--train_batch_size 3 must be at least 4 and at most 10000: "),
     ],
 )
 def test_configs_made_in_python_are_checked_too(option: str, value: Any, message: str) -> None:
     with pytest.raises(UsageError) as caught:
         check_train(TrainConfig(**{option: value}))
     assert str(caught.value).startswith(message)
+
+
+WHOLE_NUMBERS = [
+    (kind, name)
+    for kind in (*COMMANDS.values(), RunOptions)
+    for name, hint in get_type_hints(kind).items()
+    if int in (hint, *get_args(hint)) and name != "seed"
+]
+
+
+@pytest.mark.parametrize(("kind", "name"), WHOLE_NUMBERS, ids=lambda value: getattr(value, "__name__", value))
+def test_absurd_whole_numbers_are_refused_with_the_range(kind: Any, name: str) -> None:
+    with pytest.raises(UsageError, match=rf"^--{name} 100000000000 must be .* at most \d+"):
+        check_ranges(kind(**{name: 10**11}))
 
 
 def test_defaults_are_valid() -> None:
