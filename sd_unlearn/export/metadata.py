@@ -101,8 +101,8 @@ def own_header(run: TrainedRun) -> dict[str, str]:
 
 
 def _modelspec(run: TrainedRun, digest: str, licence: str | None) -> dict[str, str]:
-    """The ModelSpec keys that a LoRA and a merged checkpoint have in common."""
-    base = run.base
+    """The ModelSpec keys that a LoRA and a merged checkpoint have in common, and the preview."""
+    base, preview = run.base, thumbnails.thumbnail(run)
     header = {
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.description": f'Forgets "{run.concept.name}" and draws "{run.concept.generic}" instead.',
@@ -112,7 +112,9 @@ def _modelspec(run: TrainedRun, digest: str, licence: str | None) -> dict[str, s
         "modelspec.resolution": f"{base['resolution']}x{base['resolution']}" if base.get("resolution") else "",
         "modelspec.date": str(run.training.get("created") or ""),
         "modelspec.license": licence or "",
-        "modelspec.thumbnail": thumbnails.thumbnail(run) or "",
+        "modelspec.thumbnail": f"data:image/jpeg;base64,{preview}" if preview else "",
+        # ComfyUI, A1111 and Forge show the first image of this list, and not the thumbnail
+        "ssmd_cover_images": json.dumps([preview]) if preview else "",
         "format": "pt",
     }
     return {key: value for key, value in header.items() if value}

@@ -19,7 +19,7 @@ CONCEPT_GROUPS = ("direct", "held_out", "generic")  # prompt groups of the unlea
 
 
 def thumbnail(run: TrainedRun) -> str | None:
-    """A small JPEG as a data: URI: the first pair side by side, else the last preview. None if there is no image."""
+    """A small JPEG in base64: the first pair side by side, else the last preview. None if there is no image."""
     pairs = _pairs(run)[:1]
     image = _table([[side.resize((CELL, CELL)) for side in pairs[0]]]) if pairs else _preview(run)
     if image is None:
@@ -27,7 +27,7 @@ def thumbnail(run: TrainedRun) -> str | None:
     image.thumbnail((THUMBNAIL, THUMBNAIL))
     memory = io.BytesIO()
     image.save(memory, "JPEG", quality=85)
-    return "data:image/jpeg;base64," + base64.b64encode(memory.getvalue()).decode()
+    return base64.b64encode(memory.getvalue()).decode()
 
 
 def grid(run: TrainedRun) -> bytes | None:

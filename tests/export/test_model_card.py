@@ -15,7 +15,7 @@ from markdown_it import MarkdownIt
 from PIL import Image
 
 from sd_unlearn.data.concept import Concept, write_concept
-from sd_unlearn.export import model_card
+from sd_unlearn.export import metadata, model_card, trained_run
 from sd_unlearn.io.files import write_json
 
 HUB_BASE = "stabilityai/stable-diffusion-xl-base-1.0"
@@ -113,6 +113,19 @@ def test_thumbnail_and_grid_show_the_pairs_of_the_run(tmp_path: Path) -> None:
     assert int.from_bytes(file.read_bytes()[:8], "little") < 1024 * 1024
 
 
+@pytest.mark.parametrize("merged", [False, True])
+def test_comfyui_and_a1111_find_the_preview_in_the_header(tmp_path: Path, merged: bool) -> None:
+    """They read `ssmd_cover_images`: a JSON list of images in base64, without the prefix of a data: URI."""
+    run = trained_run.read_run(evaluated(tmp_path))
+    header = metadata.checkpoint_header(run, "ab", 1.0) if merged else metadata.lora_header(run, "ab")
+    [cover] = json.loads(header["ssmd_cover_images"])
+    image = Image.open(io.BytesIO(base64.b64decode(cover, validate=True)))
+    assert image.format == "JPEG"
+    assert max(image.size) == 256
+    assert header["modelspec.thumbnail"] == f"data:image/jpeg;base64,{cover}"
+    assert sum(len(text) for text in header.values()) < 100_000
+
+
 def test_without_results_the_last_preview_is_the_thumbnail(tmp_path: Path) -> None:
     run = hand_run(tmp_path)
     (run / "previews").mkdir()
@@ -126,7 +139,7 @@ def test_without_results_the_last_preview_is_the_thumbnail(tmp_path: Path) -> No
 def test_images_of_nudity_are_not_exported(tmp_path: Path) -> None:
     concept = Concept(name="nudity", caption="a", generic="b", kind="nudity")
     _, file = exported(evaluated(tmp_path, concept=concept))
-    assert "modelspec.thumbnail" not in read_header(file)
+    assert not {"modelspec.thumbnail", "ssmd_cover_images"} & set(read_header(file))
     assert not (tmp_path / "export" / "pairs.png").exists()
 
 
