@@ -115,6 +115,11 @@ class Concept:
         return expand_braces(self.keep)
 
     @property
+    def preview_prompts(self) -> list[str]:
+        """The prompts of the preview's rows: the caption, the generic prompt and two keep prompts."""
+        return [self.caption, self.generic, *(p.text for p in self.keep_prompts[:2])]
+
+    @property
     def captions(self) -> list[str]:
         """All training prompts for the concept: the caption, then the paraphrases."""
         return [self.caption, *(p.text for p in expand_braces(self.paraphrases))]

@@ -76,6 +76,8 @@ def fit(options: LoopOptions, training: Training, resume: Path | None = None) ->
         MetricsLog(training.output, training.title, state.step, total, accelerator) as log,
         stop_requests(accelerator) as stop_requested,
     ):
+        if not resume and 0 < options.validation_steps <= total:
+            _preview(training, state)  # of the base, to compare with: nothing is trained yet
         for step, micro_batches in zip(range(state.step + 1, last + 1), training.batches, strict=False):
             metrics, norm = state.take_step(training.wrapped, losses, micro_batches, options.max_grad_norm)
             state.step, state.seconds = step, time.monotonic() - started

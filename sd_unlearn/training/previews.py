@@ -68,7 +68,7 @@ class ImageGenerator:
 
 @dataclass(frozen=True)
 class PreviewWriter:
-    """Writes a grid of images from fixed seeds into the run folder: one row per preview prompt."""
+    """Writes a grid of images from fixed seeds into the run folder: one row per preview prompt. Step 0 is the base."""
 
     generator: ImageGenerator
     concept: Concept
@@ -76,7 +76,7 @@ class PreviewWriter:
     run: Path
 
     def __call__(self, step: int) -> None:
-        prompts, columns = preview_prompts(self.concept), 4 if self.generator.base.resolution > 64 else 8
+        prompts, columns = self.concept.preview_prompts, 4 if self.generator.base.resolution > 64 else 8
         pairs = [(prompt, image_seed(TRAIN_SEEDS, self.seed, prompt, i)) for prompt in prompts for i in range(columns)]
         images = self.generator.generate([prompt for prompt, _ in pairs], [seed for _, seed in pairs])
         side = images[0].width
@@ -85,8 +85,3 @@ class PreviewWriter:
             grid.paste(image, (i % columns * side, i // columns * side))
         (self.run / PREVIEW_DIR).mkdir(exist_ok=True)
         save_image(grid, self.run / PREVIEW_DIR / f"step-{step:06d}.png")
-
-
-def preview_prompts(concept: Concept) -> list[str]:
-    """The concept's caption, the generic caption and two keep prompts."""
-    return [concept.caption, concept.generic, *(p.text for p in concept.keep_prompts[:2])]

@@ -44,7 +44,7 @@ from sd_unlearn.objectives.teacher import Teacher
 from sd_unlearn.seeds import TRAIN_SEEDS
 from sd_unlearn.training.loop import Training
 from sd_unlearn.training.preflight import has_own_images
-from sd_unlearn.training.previews import ImageGenerator, PreviewWriter, preview_prompts
+from sd_unlearn.training.previews import ImageGenerator, PreviewWriter
 from sd_unlearn.training.probe import LeakageProbe, Probe, RatioProbe, hold_out, probe_prompts
 
 # The text encoder of digits gives the generic and the empty caption nearly the same embedding, so the unconditional
@@ -82,7 +82,7 @@ def read_data(config: TrainConfig, concept: Concept, base: Base) -> Data:
     prior = broadcast_object_list([prior])[0]  # rounding may differ between devices: one beta for all
     sets = positive_sets(config.data_dir)
     shared, source = split_beta(concept, sets, prior.beta, prior.source)
-    captions = ["", concept.generic, *concept.captions, *preview_prompts(concept), *(e.caption for e in examples)]
+    captions = ["", concept.generic, *concept.captions, *concept.preview_prompts, *(e.caption for e in examples)]
     if _probe_name(config) == "leakage":
         captions += probe_prompts(concept)
     captions = list(dict.fromkeys(captions))

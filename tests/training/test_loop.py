@@ -172,13 +172,14 @@ def test_a_run_interrupted_at_an_early_stop_is_not_trained_further(
 
 
 def test_previews_use_the_weights_that_will_be_saved(make_config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    used: list[dict[str, torch.Tensor]] = []
+    used: dict[int, dict[str, torch.Tensor]] = {}
     write = "sd_unlearn.training.previews.PreviewWriter.__call__"
-    monkeypatch.setattr(write, lambda self, _: used.append(weights_of(self.generator.network)))
+    monkeypatch.setattr(write, lambda self, step: used.update({step: weights_of(self.generator.network)}))
     run = trainer.run(make_config("run", validation_steps=12, ema_decay=0.9))
-    (weights,) = used
+    assert list(used) == [0, 12]
     for name, value in load_file(run / ADAPTER).items():
-        assert torch.equal(weights[name], value)
+        assert torch.equal(used[12][name], value)
+        assert "lora_B" not in name or not used[0][name].any()  # the first one shows the base
 
 
 def weights_of(network: Any) -> dict[str, torch.Tensor]:
