@@ -76,8 +76,7 @@ def fit(options: LoopOptions, training: Training, resume: Path | None = None) ->
         MetricsLog(training.output, training.title, state.step, total, accelerator) as log,
         stop_requests(accelerator) as stop_requested,
     ):
-        if not resume and 0 < options.validation_steps <= total:
-            _preview(training, state)  # of the base, to compare with: nothing is trained yet
+        _preview_base(options, training, state)
         for step, micro_batches in zip(range(state.step + 1, last + 1), training.batches, strict=False):
             metrics, norm = state.take_step(training.wrapped, losses, micro_batches, options.max_grad_norm)
             state.step, state.seconds = step, time.monotonic() - started
@@ -146,6 +145,12 @@ def _check_skipped(options: LoopOptions, training: Training, state: TrainingStat
         f"({total:.0f} in total). {hint} with a lower "
         f"--learning_rate (now {options.learning_rate:g}), a lower --push or --mixed_precision bf16."
     )
+
+
+def _preview_base(options: LoopOptions, training: Training, state: TrainingState) -> None:
+    """The first preview, to compare the others with: nothing is trained yet. None if there will be no others."""
+    if state.step == 0 and 0 < options.validation_steps <= options.max_train_steps:
+        _preview(training, state)
 
 
 def _preview(training: Training, state: TrainingState) -> None:
