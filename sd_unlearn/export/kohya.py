@@ -17,42 +17,18 @@ to each pair; a reader that finds no alpha uses the scale 1.
 from __future__ import annotations
 
 import dataclasses
-import math
-import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from sd_unlearn.errors import UnlearnError, UsageError
-from sd_unlearn.io.reading import read_json
-from sd_unlearn.io.schema import OPEN, validate
 from sd_unlearn.models.ldm_keys import SDXL_BLOCKS, UNetBlocks, unet_key
-from sd_unlearn.models.lora_file import read_tensors
+from sd_unlearn.models.lora_change import Change
+from sd_unlearn.models.lora_file import PEFT_CONFIG, PEFT_PREFIX, PeftSettings, read_lora_file, read_peft_settings
 
-CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
-_KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>A\.weight|B\.weight|magnitude_vector)")
-# Settings of PEFT that change the result and that the exported formats cannot express.
-_UNSUPPORTED = ("lora_bias", "modules_to_save", "use_qalora", "layer_replication", "fan_in_fan_out")
-
-
-@dataclass(frozen=True)
-class AdapterConfig:
-    """The settings that export uses of PEFT's adapter_config.json."""
-
-    __pydantic_config__ = OPEN
-
-    peft_type: str
-    r: int
-    lora_alpha: float
-    bias: str = "none"
-    use_dora: bool = False
-    use_rslora: bool = False
-    rank_pattern: dict[str, int] | None = None
-    alpha_pattern: dict[str, float] | None = None
-    target_modules: list[str] | str | None = None
+WEIGHTS_FILE = "adapter_model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -86,10 +62,10 @@ class LoraPair:
 
 @dataclass(frozen=True)
 class Adapter:
-    """A checked adapter folder: its pairs, sorted by module, and PEFT's config."""
+    """A checked adapter folder: its pairs, sorted by module, and PEFT's settings."""
 
     pairs: list[LoraPair]
-    config: dict[str, Any]  # adapter_config.json as written, valid as AdapterConfig
+    settings: PeftSettings
     network: str = "unet"  # or text_encoder, text_encoder_2
 
     @property
@@ -99,7 +75,7 @@ class Adapter:
 
     @property
     def is_dora(self) -> bool:
-        return bool(self.config.get("use_dora"))
+        return self.settings.use_dora
 
 
 def read_adapter(folder: Path, network: str = "unet") -> Adapter:
@@ -113,17 +89,15 @@ def read_adapter(folder: Path, network: str = "unet") -> Adapter:
         UnlearnError: the weights cannot be read, are incomplete or not finite, contradict the config, or use a
             feature that the exported formats cannot express (biases, other PEFT methods).
     """
-    for name in (CONFIG_FILE, WEIGHTS_FILE):
+    for name in (PEFT_CONFIG, WEIGHTS_FILE):
         if not (folder / name).is_file():
             raise UsageError(f"--run {folder.parent} holds no trained LoRA: {folder / name} is missing. Train first.")
-    data = read_json(folder / CONFIG_FILE)
-    config = validate(AdapterConfig, data, f"{folder / CONFIG_FILE}", "Train the run again.")
-    _check_supported(config, data, folder / CONFIG_FILE)
-    _, tensors = read_tensors(folder / WEIGHTS_FILE, "--run")
-    pairs = _pairs(tensors, config, folder / WEIGHTS_FILE)
+    settings = read_peft_settings(folder / PEFT_CONFIG)
+    changes = read_lora_file(folder / WEIGHTS_FILE, "--run").changes
+    pairs = [_pair(module, change, settings, folder / WEIGHTS_FILE) for module, change in sorted(changes.items())]
     if network != "unet":  # kohya names start with text_model., which some versions of transformers leave out
         pairs = [dataclasses.replace(pair, module=_text_module(pair.module)) for pair in pairs]
-    return Adapter(pairs, data, network)
+    return Adapter(pairs, settings, network)
 
 
 def module_key(module: str, network: str = "unet", kind: str = "sd1", blocks: UNetBlocks = SDXL_BLOCKS) -> str:
@@ -167,56 +141,21 @@ def _text_module(module: str) -> str:
     return module if module == "text_projection" else "text_model." + module.removeprefix("text_model.")
 
 
-def _check_supported(config: AdapterConfig, data: dict[str, Any], path: Path) -> None:
-    if config.peft_type != "LORA":
-        raise UnlearnError(f'{path}: peft_type is "{config.peft_type}"; only LORA can be exported.')
-    for key in _UNSUPPORTED:
-        if data.get(key):
-            raise UnlearnError(f"{path}: {key} is on, which export does not support. Train without it.")
-    if config.bias != "none":
-        raise UnlearnError(f'{path}: bias is "{config.bias}", which export does not support. Train with bias none.')
-
-
-def _pairs(tensors: dict[str, Tensor], config: AdapterConfig, path: Path) -> list[LoraPair]:
-    modules: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        match = _KEY.fullmatch(key)
-        if match is None:
-            raise UnlearnError(f'{path}: "{key}" is not a LoRA weight, so export cannot write it. Train the run again.')
-        modules.setdefault(match["module"], {})[match["side"]] = tensor
-    if not modules:
-        raise UnlearnError(f"{path} holds no LoRA weights. Train the run again.")
-    return [_pair(module, sides, config, path) for module, sides in sorted(modules.items())]
-
-
-def _pair(module: str, sides: dict[str, Tensor], config: AdapterConfig, path: Path) -> LoraPair:
-    magnitude = sides.pop("magnitude_vector", None)
-    if len(sides) < 2:
-        side = next((side.removesuffix(".weight") for side in sides), "magnitude_vector")
-        raise UnlearnError(f'{path}: "{module}" has only its lora_{side} weight. Train the run again.')
-    if (magnitude is not None) != config.use_dora:
+def _pair(name: str, change: Change, settings: PeftSettings, path: Path) -> LoraPair:
+    """The pair of a module. name: as in PEFT's files."""
+    module, parts = name.removeprefix(PEFT_PREFIX), dict(change.parts)
+    magnitude = parts.pop("magnitude", None)
+    if module == name or parts.keys() != {"down", "up"}:
+        raise UnlearnError(f'{path}: "{name}" is not a LoRA that PEFT trained, so it cannot be exported. Train again.')
+    down, up = parts["down"], parts["up"]
+    if down.shape[0] != up.shape[1]:
+        raise UnlearnError(
+            f'{path}: "{module}" has rank {down.shape[0]} (down) and {up.shape[1]} (up). Train the run again.'
+        )
+    if (magnitude is not None) != settings.use_dora:
         article, state = ("no", "on") if magnitude is None else ("a", "off")
         raise UnlearnError(
-            f'{path}: "{module}" has {article} magnitude_vector, but DoRA (use_dora) is {state} in {CONFIG_FILE}. '
+            f'{path}: "{module}" has {article} magnitude_vector, but DoRA (use_dora) is {state} in {PEFT_CONFIG}. '
             "Train the run again."
         )
-    down, up = sides["A.weight"], sides["B.weight"]
-    rank = _setting_of(module, config.rank_pattern, config.r)
-    if not down.shape[0] == up.shape[1] == rank:
-        raise UnlearnError(
-            f'{path}: "{module}" has rank {down.shape[0]} (down) and {up.shape[1]} (up), but {CONFIG_FILE} says '
-            f"{rank}. Train the run again."
-        )
-    alpha = float(_setting_of(module, config.alpha_pattern, config.lora_alpha))
-    if not math.isfinite(alpha):
-        raise UnlearnError(f'{path}: the alpha of "{module}" in {CONFIG_FILE} is {alpha}. Train the run again.')
-    return LoraPair(module, down, up, alpha * math.sqrt(rank) if config.use_rslora else alpha, magnitude)
-
-
-def _setting_of(module: str, patterns: dict[str, Any] | None, default: float) -> float:
-    """The rank or alpha of a module. PEFT's own function matches the patterns, so that both always agree."""
-    if not patterns:
-        return default
-    from peft.utils.other import get_pattern_key  # takes seconds to import, and few runs have patterns
-
-    return patterns.get(get_pattern_key(list(patterns), module), default)
+    return LoraPair(module, down, up, settings.alpha_of(module, down.shape[0], str(path)), magnitude)

@@ -43,9 +43,10 @@ def diffusers_bytes(run: TrainedRun, dtype: str = "fp32") -> bytes:
             tensors[f"{network}.{pair.module}.lora_B.weight"] = pair.up
             if pair.magnitude is not None:
                 tensors[f"{network}.{pair.module}.lora_magnitude_vector"] = pair.magnitude
-        settings = {key: adapter.config[key] for key in _ADAPTER_KEYS if key in adapter.config}
+        values = {key: getattr(adapter.settings, key) for key in _ADAPTER_KEYS}
+        settings = {key: value for key, value in values.items() if value is not None}
         settings |= {"use_dora": True} if adapter.is_dora else {}
-        targets = adapter.config.get("target_modules")
+        targets = adapter.settings.target_modules
         modules = targets if isinstance(targets, list) else [pair.module for pair in adapter.pairs]
         settings["target_modules"] = sorted(modules)
         adapter_settings |= {f"{network}.{key}": value for key, value in settings.items()}

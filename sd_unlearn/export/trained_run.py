@@ -195,11 +195,11 @@ def own_results(results: Results, sha256: str, slug: str, base: Mapping[str, Any
 
 def _adapters(folder: Path, training: dict[str, Any]) -> list[Adapter]:
     adapter = read_adapter(folder / ADAPTER_DIR)
-    for key, peft_key in (("rank", "r"), ("lora_alpha", "lora_alpha")):
-        if training[key] != adapter.config[peft_key]:
+    for key, value in (("rank", adapter.settings.r), ("lora_alpha", adapter.settings.lora_alpha)):
+        if training[key] != value:
             raise UnlearnError(
-                f"--run {folder} mixes two trainings: {key} is {training[key]} in {TRAINING} but "
-                f"{adapter.config[peft_key]} in the adapter. {RETRAIN}"
+                f"--run {folder} mixes two trainings: {key} is {training[key]} in {TRAINING} but {value} in the "
+                f"adapter. {RETRAIN}"
             )
     texts = ((TEXT_ADAPTER_DIR, "text_encoder"), (TEXT_ADAPTER_2_DIR, "text_encoder_2"))
     return [adapter, *(read_adapter(folder / name, network) for name, network in texts if (folder / name).is_dir())]

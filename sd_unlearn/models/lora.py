@@ -11,9 +11,10 @@ from torch import nn
 
 from sd_unlearn.config.train import LoraTargets, Weights
 from sd_unlearn.errors import UsageError
-from sd_unlearn.io.files import atomic_path
+from sd_unlearn.io.files import atomic_path, write_json
+from sd_unlearn.io.reading import read_json
 from sd_unlearn.io.run_folder import ADAPTER_DIR, TEXT_ADAPTER_DIR
-from sd_unlearn.models.lora_file import LoraFile, read_lora_file
+from sd_unlearn.models.lora_file import PEFT_CONFIG, LoraFile, read_lora_file
 
 ADAPTER_NAME, WEIGHTS_FILE = "default", "adapter_model.safetensors"
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -59,10 +60,18 @@ def _matching(network: nn.Module, pattern: str) -> list[str]:
 
 
 def save(model: PeftModel, folder: Path) -> None:
-    """Write an adapter folder in PEFT's format, atomically."""
+    """Write an adapter folder in PEFT's format, atomically. The same adapter always gives the same bytes."""
     with atomic_path(folder) as temporary:
         model.save_pretrained(str(temporary))
+        _sort_targets(temporary / PEFT_CONFIG)
         (temporary / "README.md").unlink(missing_ok=True)  # PEFT's empty card; export writes a real one
+
+
+def _sort_targets(config: Path) -> None:
+    """Sort the names of the trained modules in adapter_config.json: PEFT keeps them in a set, whose order varies."""
+    data = read_json(config)
+    data["target_modules"] = sorted(data["target_modules"])
+    write_json(config, data)
 
 
 def read_run(run: Path) -> list[LoraFile]:

@@ -70,7 +70,7 @@ _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True)
 class PeftSettings:
-    """The settings of PEFT's adapter_config.json, or of Diffusers' header, that determine the scale."""
+    """The settings of PEFT's adapter_config.json, or of Diffusers' header, that matter here."""
 
     __pydantic_config__ = OPEN
 
@@ -85,6 +85,8 @@ class PeftSettings:
     modules_to_save: Any = None
     layer_replication: Any = None
     use_qalora: bool = False
+    use_dora: bool = False
+    target_modules: list[str] | str | None = None
     peft_type: str = "LORA"
 
     def alpha_of(self, module: str, rank: int, where: str) -> float:

@@ -18,6 +18,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from sd_unlearn.export import kohya
 from sd_unlearn.export.kohya import Adapter, LoraPair
 from sd_unlearn.models import ldm_keys, lora
+from sd_unlearn.models.lora_file import PeftSettings
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -34,7 +35,7 @@ def adapter_of(network: nn.Module, name: str = "unet", targets: list[str] | None
         up = torch.empty(weight.shape[0], 2, *[1] * (weight.ndim - 2), device="meta")
         named = module if name == "unet" else "text_model." + module.removeprefix("text_model.")
         pairs.append(LoraPair(named, down, up, 1.0))
-    return Adapter(pairs, {"r": 2, "lora_alpha": 1.0}, name)
+    return Adapter(pairs, PeftSettings(r=2, lora_alpha=1.0), name)
 
 
 def comfy_unet_names(kind: str) -> dict[str, tuple[int, ...]]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sd_unlearn.config.train import Weights
+from sd_unlearn.io.reading import read_json
 from sd_unlearn.io.run_folder import weights_sha256
 from sd_unlearn.models.base import Base, load_base
 from sd_unlearn.models.lora import TARGETS, unet_targets
@@ -119,6 +120,15 @@ def test_the_scale_is_the_one_that_was_asked_for(loaded_base: Base) -> None:
         layers = [module for module in adapter.modules() if hasattr(module, "scaling")]
         assert layers
         assert all(layer.scaling["default"] == pytest.approx(scale) for layer in layers)
+
+
+def test_an_adapter_is_written_to_the_same_bytes_by_every_process(loaded_base: Base) -> None:
+    """PEFT writes the names of the modules in the random order of a set."""
+    make_student(copy.deepcopy(loaded_base), KINDS["text"], 0, needs_teacher=False).save(Path("run"))
+    for folder in ("adapter", "text_encoder_adapter"):
+        names = read_json(Path("run") / folder / "adapter_config.json")["target_modules"]
+        assert names == sorted(names)
+        assert len(names) == 4
 
 
 def test_the_groups_of_layers_are_what_their_names_say(loaded_base: Base) -> None:
