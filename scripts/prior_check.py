@@ -18,8 +18,9 @@ from pathlib import Path
 
 import numpy as np
 
-from sd_unlearn.data.dataset import Example, encode_images
+from sd_unlearn.data.dataset import Example
 from sd_unlearn.data.embeddings import embed
+from sd_unlearn.data.encoding import encode_images
 from sd_unlearn.data.prior import BetaEstimate, ImageEmbeddings, estimate_beta
 from sd_unlearn.io.images import open_image
 from sd_unlearn.metrics.digits import DigitsClassifier

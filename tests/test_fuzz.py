@@ -28,7 +28,8 @@ from sd_unlearn.config.base import BaseOptions, RenderConfig, ReportConfig
 from sd_unlearn.config.checks import check_train
 from sd_unlearn.data import render
 from sd_unlearn.data.concept import Concept, read_concept
-from sd_unlearn.data.dataset import load_pixels, scan
+from sd_unlearn.data.dataset import scan
+from sd_unlearn.data.encoding import load_pixels
 from sd_unlearn.data.prior import resolve_beta
 from sd_unlearn.data.prompt_sets import load_prompt_set
 from sd_unlearn.errors import UnlearnError, UsageError

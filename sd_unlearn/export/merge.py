@@ -9,34 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sd_unlearn.errors import UnlearnError, UsageError, reason
+from sd_unlearn.errors import UnlearnError, reason
 from sd_unlearn.export import safetensors_writer
 from sd_unlearn.export.metadata import checkpoint_header
 from sd_unlearn.export.trained_run import TrainedRun
-from sd_unlearn.io.files import atomic_path, check_writable, write_json
+from sd_unlearn.io.files import atomic_path, write_json
 from sd_unlearn.io.lock import remove_leftovers
 from sd_unlearn.io.reading import read_json
 from sd_unlearn.io.run_folder import UNET_DIR
 from sd_unlearn.models import ldm_keys
 from sd_unlearn.models.base import load_recorded_base, use_zero_terminal_snr
-from sd_unlearn.models.checkpoint_header import PICKLES
 
 SINGLE_FILE = ".safetensors"
-
-
-def check_place(path: Path) -> None:
-    """Check the value of --merge before anything heavy loads.
-
-    Raises:
-        UsageError: the path exists, has the ending of a pickle, or cannot be written.
-    """
-    if path.suffix.lower() in PICKLES:
-        raise UsageError(f"--merge {path}: a pickle can run code when loaded. Name a .safetensors file or a folder.")
-    if path.is_file() or (path.is_dir() and (path.suffix == SINGLE_FILE or any(path.iterdir()))):
-        raise UsageError(f"--merge {path} exists and is not overwritten. Choose another name or delete it.")
-    if not path.name:
-        raise UsageError(f"--merge {path} is the current folder. Name a new one.")
-    check_writable(path.parent, "--merge")
 
 
 def trained_base(run: TrainedRun, allow_pickle: bool = False) -> Any:

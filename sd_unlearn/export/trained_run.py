@@ -8,11 +8,20 @@ from pathlib import Path
 from typing import Any
 
 from sd_unlearn.data.concept import Concept, read_concept
-from sd_unlearn.errors import UnlearnError, UsageError
+from sd_unlearn.errors import UnlearnError
 from sd_unlearn.export.kohya import Adapter, read_adapter
 from sd_unlearn.io.paths import public_name
 from sd_unlearn.io.reading import read_json
-from sd_unlearn.io.run_folder import ADAPTER_DIR, CONCEPT, RESULTS, TEXT_ADAPTER_DIR, TRAINING, UNET_DIR, weights_sha256
+from sd_unlearn.io.run_folder import (
+    ADAPTER_DIR,
+    CONCEPT,
+    RESULTS,
+    TEXT_ADAPTER_DIR,
+    TRAINING,
+    UNET_DIR,
+    check_trained,
+    weights_sha256,
+)
 from sd_unlearn.io.schema import OPEN, validate
 from sd_unlearn.models.ldm_keys import SDXL_BLOCKS, UNetBlocks, blocks_of
 from sd_unlearn.models.lora_file import read_tensors
@@ -138,11 +147,7 @@ def read_run(folder: Path) -> TrainedRun:
         UsageError: the folder or one of its files is missing or invalid.
         UnlearnError: the kind of the base or adapter cannot be exported, or the adapter belongs to another training.
     """
-    if not folder.is_dir():
-        raise UsageError(f"--run {folder} does not exist. Name the run folder of a finished training.")
-    for name in (TRAINING, CONCEPT):
-        if not (folder / name).is_file():
-            raise UsageError(f"--run {folder} holds no finished training: {folder / name} is missing. Train first.")
+    check_trained(folder)
     training = read_json(folder / TRAINING)
     validate(TrainingRecord, training, str(folder / TRAINING), RETRAIN)
     architecture(training["base"])

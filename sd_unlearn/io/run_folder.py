@@ -41,6 +41,19 @@ class ImageRecord:
     group: str  # generic | mixed_in | keep | positive
 
 
+def check_trained(folder: Path) -> None:
+    """Refuse a folder that is not the run folder of a finished training.
+
+    Raises:
+        UsageError
+    """
+    if not folder.is_dir():
+        raise UsageError(f"--run {folder} does not exist. Name the run folder of a finished training.")
+    for name in (TRAINING, CONCEPT):
+        if not (folder / name).is_file():
+            raise UsageError(f"--run {folder} holds no finished training: {folder / name} is missing. Train first.")
+
+
 def weights_sha256(run: Path) -> str:
     """SHA-256 (hexadecimal) of a run's trained weights.
 

@@ -10,20 +10,20 @@ import contextlib
 import random
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from accelerate import Accelerator
-from accelerate.utils import gather_object
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
 from sd_unlearn.errors import UnlearnError, UsageError, reason
 from sd_unlearn.io.files import atomic_path, write_json
 from sd_unlearn.io.own_files import CHECKPOINT, delete_own
 from sd_unlearn.io.reading import read_json
 from sd_unlearn.io.run_folder import CHECKPOINT_DIR
+
+if TYPE_CHECKING:  # torch takes seconds to import, and preflight lists checkpoints without it
+    import torch
+    from accelerate import Accelerator
 
 IDENTITY, STATE, WEIGHTS = "checkpoint.json", "state.pt", "weights.safetensors"
 _NAME = re.compile(r"step-(\d+)")
@@ -50,6 +50,8 @@ def save(
     Raises:
         UnlearnError: it cannot be written. Earlier checkpoints are kept.
     """
+    from accelerate.utils import gather_object
+
     random_states = gather_object([random_state()])
     target = run / CHECKPOINT_DIR / f"step-{step:06d}"
     failure = ""
@@ -70,6 +72,9 @@ def save(
 
 
 def _write(target: Path, weights: dict[str, torch.Tensor], state: dict[str, Any], identity: dict[str, Any]) -> None:
+    import torch
+    from safetensors.torch import save_file
+
     with atomic_path(target) as folder:
         folder.mkdir()
         save_file(weights, folder / WEIGHTS)
@@ -136,6 +141,9 @@ def load(checkpoint: Path, accelerator: Accelerator) -> tuple[dict[str, torch.Te
     Raises:
         UsageError: the checkpoint is damaged, or was saved by another number of processes.
     """
+    import torch
+    from safetensors.torch import load_file
+
     try:
         weights = load_file(checkpoint / WEIGHTS)
         state = torch.load(checkpoint / STATE, map_location="cpu", weights_only=True)
@@ -178,6 +186,8 @@ def check_same(checkpoint: Path, identity: dict[str, Any], forced: bool) -> None
 
 def random_state() -> dict[str, Any]:
     """The state of every random generator of this process, as plain values and tensors."""
+    import torch
+
     name, keys, *rest = np.random.get_state()
     return {
         "python": random.getstate(),
@@ -189,6 +199,8 @@ def random_state() -> dict[str, Any]:
 
 def restore_random_state(state: dict[str, Any]) -> None:
     """Restore what random_state() returned."""
+    import torch
+
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     name, keys, *rest = state["numpy"]

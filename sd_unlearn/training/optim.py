@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -10,19 +9,6 @@ from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
 
 from sd_unlearn.config.train import Optimizing
-from sd_unlearn.errors import UsageError
-
-
-def check_optimizer(options: Optimizing) -> None:
-    """Refuse an optimizer that is not installed.
-
-    Raises:
-        UsageError
-    """
-    if options.optimizer == "adamw8bit" and not find_spec("bitsandbytes"):
-        raise UsageError(
-            "--optimizer adamw8bit needs bitsandbytes: pip install 'sd-unlearn[8bit]', or --optimizer adamw."
-        )
 
 
 def make_optimizer(parameters: list[nn.Parameter], options: Optimizing) -> torch.optim.Optimizer:

@@ -1,6 +1,6 @@
 """Everything that `train` and a sweep can refuse before a model is loaded or a file is written.
 
-Only models.performance.check comes later, because it needs the device.
+Only models.performance.check comes later, because it needs the device. Imports no torch, which takes seconds.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from sd_unlearn.config.checks import check_train
-from sd_unlearn.config.train import TrainConfig
+from sd_unlearn.config.train import Optimizing, TrainConfig
 from sd_unlearn.data.concept import Concept, load_concept
 from sd_unlearn.data.dataset import has_negatives, scan
 from sd_unlearn.data.layout import check_batch_size
@@ -26,8 +26,7 @@ from sd_unlearn.models.base import check_text_encoder, check_zero_terminal_snr
 from sd_unlearn.models.find_base import find_base
 from sd_unlearn.models.source import Source
 from sd_unlearn.training import checkpoint
-from sd_unlearn.training.optim import check_optimizer
-from sd_unlearn.training.probe import check_probe
+from sd_unlearn.training.probe_checks import check_probe
 
 
 @dataclass(frozen=True)
@@ -63,6 +62,18 @@ def check_inputs(config: TrainConfig) -> Inputs:
         check_countable(groups.count("positive"), groups.count("generic") + groups.count("mixed_in"))
     check_probe(config, concept, groups)
     return Inputs(concept, source, data_dir, own_images, choose_tracker(config.report_to))
+
+
+def check_optimizer(options: Optimizing) -> None:
+    """Refuse an optimizer that is not installed.
+
+    Raises:
+        UsageError
+    """
+    if options.optimizer == "adamw8bit" and not find_spec("bitsandbytes"):
+        raise UsageError(
+            "--optimizer adamw8bit needs bitsandbytes: pip install 'sd-unlearn[8bit]', or --optimizer adamw."
+        )
 
 
 def check_base(config: TrainConfig, source: Source) -> None:

@@ -11,28 +11,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from sd_unlearn.config.train import TrainConfig
 from sd_unlearn.data.concept import Concept, Prompt
 from sd_unlearn.data.dataset import Example, members_of_sets
-from sd_unlearn.errors import UsageError
 from sd_unlearn.metrics.labels import LabelClassifier
-from sd_unlearn.metrics.registry import labels_of
 from sd_unlearn.models.denoiser import Denoiser
 from sd_unlearn.models.diffusion import add_noise, per_example_loss, sample_timesteps, training_target
 from sd_unlearn.models.student import Student
 from sd_unlearn.seeds import TRAIN_SEEDS, image_seed
 from sd_unlearn.training.previews import ImageGenerator
+from sd_unlearn.training.probe_checks import check_enough, classifiable_prompts
 
 NUM_IMAGES = 60
 LEAKAGE_LIMIT, RETENTION_LIMIT = 0.02, 0.98
 FIRST_SEED_INDEX = 1000  # previews use the first seeds of each prompt
-MIN_TO_HOLD_OUT = 4  # images of a kind, of which 2 are held out
 
 
 @dataclass(frozen=True)
@@ -111,38 +107,6 @@ class LeakageProbe:
         return ProbeResult({"probe_leakage": leakage, "probe_retention": retention}, retention - leakage, forgotten)
 
 
-def check_probe(config: TrainConfig, concept: Concept, groups: Sequence[str]) -> None:
-    """Refuse a probe that could not run. groups: the group of each training image.
-
-    Raises:
-        UsageError: too few images to hold some out; no keep prompt with labels of the classifier; no classifier.
-    """
-    if not config.probe_steps:
-        return
-    if config.probe == "ratio":
-        _check_enough(groups.count("positive"), groups.count("generic") + groups.count("mixed_in"))
-        return
-    classifiable_prompts(concept, labels_of(concept))
-    if concept.kind not in ("digit", "ink") and not find_spec("open_clip"):
-        raise UsageError("--probe leakage needs open_clip: pip install 'sd-unlearn[clip]', or use --probe ratio.")
-
-
-def classifiable_prompts(concept: Concept, labels: Sequence[str]) -> list[Prompt]:
-    """The keep prompts whose expected labels a classifier with these labels knows.
-
-    Raises:
-        UsageError: there are none.
-    """
-    label = concept.label or concept.name
-    prompts = [p for p in concept.keep_prompts if p.expect and {*p.expect, label} <= set(labels)]
-    if not prompts:
-        raise UsageError(
-            f"--probe leakage: the classifier for {concept.name!r} knows the labels of none of its keep prompts. Use "
-            f"--probe ratio, or put labels that it knows in the keep prompts' braces: {', '.join(labels)}."
-        )
-    return prompts
-
-
 def probe_prompts(concept: Concept) -> list[str]:
     """The captions that a LeakageProbe may generate."""
     return [concept.caption, *(p.text for p in concept.keep_prompts)]
@@ -163,16 +127,8 @@ def hold_out(examples: Sequence[Example], seed: int) -> tuple[list[int], list[in
     held_out: list[int] = []
     generic = [i for i, e in enumerate(examples) if e.group in ("generic", "mixed_in")]
     for members in (*members_of_sets(examples).values(), generic):
-        _check_enough(len(members))
+        check_enough(len(members))
         count = min(64, max(2, len(members) // 10))
         held_out += [members[i] for i in torch.randperm(len(members), generator=generator)[:count].tolist()]
     excluded = set(held_out)
     return [i for i in range(len(examples)) if i not in excluded], sorted(held_out)
-
-
-def _check_enough(*counts: int) -> None:
-    if min(counts) < MIN_TO_HOLD_OUT:
-        raise UsageError(
-            f"--probe ratio holds out images of every folder, but one has only {min(counts)}; at least "
-            f"{MIN_TO_HOLD_OUT} are needed."
-        )

@@ -10,9 +10,7 @@ import subprocess
 import time
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from sd_unlearn import __version__
 from sd_unlearn.config.base import as_dict
@@ -21,6 +19,9 @@ from sd_unlearn.data.concept import Concept, concept_sha256
 from sd_unlearn.data.prior import Prior
 from sd_unlearn.models.base import Base
 from sd_unlearn.seeds import TRAIN_SEEDS
+
+if TYPE_CHECKING:
+    import torch
 
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate")
 # Options copied into training.json.
@@ -77,12 +78,16 @@ def identity_of(config: TrainConfig, concept: Concept, base: Base, data_sha256: 
 
 def peak_memory_mb() -> int:
     """Peak memory in MiB: of the GPU if there is one, else of this process."""
+    import torch
+
     if torch.cuda.is_available():
         return int(torch.cuda.max_memory_allocated() / 2**20)
     return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10)
 
 
 def device_name(device: torch.device) -> str:
+    import torch
+
     return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
 
 

@@ -16,18 +16,9 @@ from sd_unlearn.config.train import TrainConfig
 from sd_unlearn.data.batch import Batch
 from sd_unlearn.data.batches import EncodedImages, NoiseSampling, Sharding, StratifiedBatches
 from sd_unlearn.data.concept import Concept
-from sd_unlearn.data.dataset import (
-    describe_images,
-    describe_long_captions,
-    encode_captions,
-    encode_images,
-    members_of_sets,
-    positive_sets,
-    scan,
-    split_beta,
-    tokenize,
-)
+from sd_unlearn.data.dataset import describe_images, members_of_sets, positive_sets, scan, split_beta
 from sd_unlearn.data.embeddings import embed
+from sd_unlearn.data.encoding import describe_long_captions, encode_captions, encode_images, tokenize
 from sd_unlearn.data.layout import Layout, caption_groups
 from sd_unlearn.data.photos import CACHE_DIR
 from sd_unlearn.data.prior import Prior, resolve_beta

@@ -9,11 +9,9 @@ from contextlib import contextmanager
 from datetime import timedelta
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
-from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, set_seed
 from safetensors import SafetensorError
 
 from sd_unlearn.config.base import as_dict
@@ -28,15 +26,17 @@ from sd_unlearn.io.lock import locked, remove_leftovers
 from sd_unlearn.io.own_files import RUN, delete_own, mark
 from sd_unlearn.io.run_folder import BEST_DIR, CHECKPOINT_DIR, CONCEPT, CONFIG, DATA_MANIFEST, PREVIEW_DIR, TRAINING
 from sd_unlearn.launch import process_rank
-from sd_unlearn.models import performance
 from sd_unlearn.models.base import Base, check_text_encoder, choose_precision, load_base, use_zero_terminal_snr
 from sd_unlearn.seeds import TRAIN_SEEDS
 from sd_unlearn.training import checkpoint
-from sd_unlearn.training.loop import Training, fit
 from sd_unlearn.training.preflight import Inputs, check_apart, check_inputs, check_output, is_finished
 from sd_unlearn.training.provenance import device_name, identity_of, peak_memory_mb, training_record
-from sd_unlearn.training.setup import make_training, read_data, resolve_defaults
-from sd_unlearn.training.state import TrainingState
+
+if TYPE_CHECKING:  # imported in functions: torch takes seconds to import, and wrong options must be refused at once
+    from accelerate import Accelerator
+
+    from sd_unlearn.training.loop import Training
+    from sd_unlearn.training.state import TrainingState
 
 # How long processes wait for the first one, which alone generates previews and probes (on a CPU for hours).
 PATIENCE = timedelta(hours=12)
@@ -71,6 +71,10 @@ def _run(config: TrainConfig, inputs: Inputs, output: Path) -> Path:
             return output
         print(f"--output_dir {output} has no checkpoints yet: starting from the beginning.", file=sys.stderr)
 
+    from accelerate.utils import set_seed
+
+    from sd_unlearn.models import performance
+
     accelerator = _make_accelerator(config, output, inputs.tracker)
     performance.check(config, accelerator.device)
     set_seed(TRAIN_SEEDS[0] + config.seed, device_specific=True)
@@ -89,6 +93,9 @@ def _run(config: TrainConfig, inputs: Inputs, output: Path) -> Path:
 
 
 def _make_accelerator(config: TrainConfig, output: Path, tracker: str | None) -> Accelerator:
+    from accelerate import Accelerator
+    from accelerate.utils import InitProcessGroupKwargs
+
     return Accelerator(
         mixed_precision=choose_precision(config.mixed_precision),
         log_with=tracker,
@@ -111,6 +118,9 @@ def _render(config: TrainConfig, inputs: Inputs, get_base: Callable[[], Base]) -
 
 
 def _train(config: TrainConfig, concept: Concept, base: Base, accelerator: Accelerator, resume: Path | None) -> Path:
+    from sd_unlearn.training.loop import fit
+    from sd_unlearn.training.setup import make_training, read_data, resolve_defaults
+
     assert config.output_dir is not None
     output, forced = config.output_dir, config.force_resume
     if config.zero_terminal_snr:  # only now: the folders are rendered with the base's own schedule

@@ -13,13 +13,8 @@ from PIL import Image
 
 from sd_unlearn.data.captions import Caption, read_captions
 from sd_unlearn.data.concept import Concept
-from sd_unlearn.data.dataset import (
-    describe_images,
-    describe_long_captions,
-    encode_captions,
-    fingerprint,
-    scan,
-)
+from sd_unlearn.data.dataset import describe_images, fingerprint, scan
+from sd_unlearn.data.encoding import describe_long_captions, encode_captions
 from sd_unlearn.errors import UsageError
 from sd_unlearn.io.images import open_image
 from sd_unlearn.io.run_folder import METADATA, NEGATIVE, POSITIVE, UNLABELED

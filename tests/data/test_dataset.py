@@ -13,16 +13,8 @@ import torch
 from PIL import Image
 
 from sd_unlearn.data.concept import Concept
-from sd_unlearn.data.dataset import (
-    encode_captions,
-    encode_images,
-    fingerprint,
-    has_negatives,
-    load_pixels,
-    positive_sets,
-    scan,
-    split_beta,
-)
+from sd_unlearn.data.dataset import fingerprint, has_negatives, positive_sets, scan, split_beta
+from sd_unlearn.data.encoding import encode_captions, encode_images, load_pixels
 from sd_unlearn.errors import UsageError
 from sd_unlearn.io.run_folder import METADATA, NEGATIVE, POSITIVE, UNLABELED
 from sd_unlearn.models.base import Base

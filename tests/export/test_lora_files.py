@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from sd_unlearn.config.base import ExportConfig
 from sd_unlearn.data.concept import Concept, write_concept
 from sd_unlearn.errors import UnlearnError, UsageError
-from sd_unlearn.export import export
+from sd_unlearn.export import export, write
 from sd_unlearn.export.lora_files import DIFFUSERS_FILE
 from sd_unlearn.io.files import write_json
 from sd_unlearn.io.lock import locked
@@ -317,7 +317,7 @@ def test_a_picture_of_others_is_not_replaced_and_a_folder_in_use_is_refused(
     with pytest.raises(UsageError, match=r"pairs\.png already exists"):
         exported(run)
     (run / "export" / "pairs.png").unlink()
-    monkeypatch.setattr(export, "WAIT", 0.1)
+    monkeypatch.setattr(write, "WAIT", 0.1)
     with (
         locked(run / "export", "--output_dir"),
         pytest.raises(UnlearnError, match="--output_dir .* is in use by process"),

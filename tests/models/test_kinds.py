@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 from sd_unlearn.cli import main
 from sd_unlearn.config.train import TrainConfig, Weights
 from sd_unlearn.data.concept import load_concept
-from sd_unlearn.data.dataset import encode_captions, encode_images, scan
+from sd_unlearn.data.dataset import scan
+from sd_unlearn.data.encoding import encode_captions, encode_images
 from sd_unlearn.errors import UsageError
 from sd_unlearn.export.lora_files import DIFFUSERS_FILE
 from sd_unlearn.io.reading import read_json

@@ -229,7 +229,7 @@ def test_the_leakage_probe_stops_at_the_second_good_probe_in_a_row(
             return LabelPredictions({"label": self.labels}, {"label": seen.numpy()}, seen.numpy())
 
     monkeypatch.setattr(setup, "make_label_classifier", lambda concept: GivenReadings())
-    monkeypatch.setattr("sd_unlearn.training.probe.labels_of", lambda concept: GivenReadings.labels)
+    monkeypatch.setattr("sd_unlearn.training.probe_checks.labels_of", lambda concept: GivenReadings.labels)
     options = {"probe": "leakage", "probe_steps": 2, "stop_when_forgotten": True}
     run = trainer.run(make_config("run", **options))
     probes = [line for line in read_jsonl(run / "metrics.jsonl") if "probe_leakage" in line]

@@ -11,11 +11,11 @@ from sd_unlearn.errors import UsageError
 from sd_unlearn.training.optim import (
     GuardedSteps,
     MovingAverage,
-    check_optimizer,
     make_optimizer,
     make_schedule,
     set_rates,
 )
+from sd_unlearn.training.preflight import check_optimizer
 
 
 def parameters(count: int = 5000) -> list[nn.Parameter]:
@@ -71,7 +71,7 @@ def test_eight_bit_state_is_a_quarter_of_the_size() -> None:
 
 
 def test_a_missing_optimizer_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sd_unlearn.training.optim.find_spec", lambda name: None)
+    monkeypatch.setattr("sd_unlearn.training.preflight.find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r"--optimizer adamw8bit needs bitsandbytes: pip install"):
         check_optimizer(Optimizing(optimizer="adamw8bit"))
     check_optimizer(Optimizing())

@@ -16,7 +16,7 @@ import pytest
 from dataset_files import make_celeba, make_cifar10, make_folders, make_mnist, make_stl10
 from PIL import Image
 
-from sd_unlearn.data.dataset import load_pixels
+from sd_unlearn.data.encoding import load_pixels
 from sd_unlearn.errors import UnlearnError, UsageError
 from sd_unlearn.paper.ddpm.datasets import load_dataset
 from sd_unlearn.paper.experiments import CIFAR10, DIGITS

@@ -1,0 +1,53 @@
+"""Whether a probe can run on the images and prompts there are. Imports no torch (see preflight.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.util import find_spec
+
+from sd_unlearn.config.train import TrainConfig
+from sd_unlearn.data.concept import Concept, Prompt
+from sd_unlearn.errors import UsageError
+from sd_unlearn.metrics.registry import labels_of
+
+MIN_TO_HOLD_OUT = 4  # images of a kind, of which 2 are held out
+
+
+def check_probe(config: TrainConfig, concept: Concept, groups: Sequence[str]) -> None:
+    """Refuse a probe that could not run. groups: the group of each training image.
+
+    Raises:
+        UsageError: too few images to hold some out; no keep prompt with labels of the classifier; no classifier.
+    """
+    if not config.probe_steps:
+        return
+    if config.probe == "ratio":
+        check_enough(groups.count("positive"), groups.count("generic") + groups.count("mixed_in"))
+        return
+    classifiable_prompts(concept, labels_of(concept))
+    if concept.kind not in ("digit", "ink") and not find_spec("open_clip"):
+        raise UsageError("--probe leakage needs open_clip: pip install 'sd-unlearn[clip]', or use --probe ratio.")
+
+
+def classifiable_prompts(concept: Concept, labels: Sequence[str]) -> list[Prompt]:
+    """The keep prompts whose expected labels a classifier with these labels knows.
+
+    Raises:
+        UsageError: there are none.
+    """
+    label = concept.label or concept.name
+    prompts = [p for p in concept.keep_prompts if p.expect and {*p.expect, label} <= set(labels)]
+    if not prompts:
+        raise UsageError(
+            f"--probe leakage: the classifier for {concept.name!r} knows the labels of none of its keep prompts. Use "
+            f"--probe ratio, or put labels that it knows in the keep prompts' braces: {', '.join(labels)}."
+        )
+    return prompts
+
+
+def check_enough(*counts: int) -> None:
+    if min(counts) < MIN_TO_HOLD_OUT:
+        raise UsageError(
+            f"--probe ratio holds out images of every folder, but one has only {min(counts)}; at least "
+            f"{MIN_TO_HOLD_OUT} are needed."
+        )
