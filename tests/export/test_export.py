@@ -22,7 +22,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from sd_unlearn.config.train import Weights
 from sd_unlearn.errors import UnlearnError
-from sd_unlearn.export import export
+from sd_unlearn.export.lora_files import DIFFUSERS_FILE
 from sd_unlearn.io.run_folder import ADAPTER_DIR
 from sd_unlearn.models import lora
 from sd_unlearn.models.base import load_base
@@ -235,7 +235,7 @@ def test_all_readers_predict_the_trained_noise(base: Path, trained: tuple[PeftMo
         moved = largest(want, untouched)
         assert moved < NOISE_TOLERANCE if strength == 0 else moved > EFFECT
         readings = {
-            "diffusers": loaded_noise(base, folder / export.DIFFUSERS_FILE, strength),
+            "diffusers": loaded_noise(base, folder / DIFFUSERS_FILE, strength),
             "kohya in diffusers": loaded_noise(base, folder / f"{SLUG}.safetensors", strength),
             "kohya by the format": kohya_noise(base, folder / f"{SLUG}.safetensors", strength),
         }
@@ -249,7 +249,7 @@ def test_every_pair_is_applied_with_its_own_delta(base: Path, trained: tuple[Pef
         name.removeprefix("base_model.model."): layer.get_delta_weight(lora.ADAPTER_NAME)
         for name, layer in lora_layers(model).items()
     }
-    for file in (run / "export" / export.DIFFUSERS_FILE, run / "export" / f"{SLUG}.safetensors"):
+    for file in (run / "export" / DIFFUSERS_FILE, run / "export" / f"{SLUG}.safetensors"):
         pipeline = fresh(base)
         pipeline.load_lora_weights(file, adapter_name="it")
         found = {name: layer.get_delta_weight("it") for name, layer in lora_layers(pipeline.unet).items()}
@@ -262,7 +262,7 @@ def test_every_pair_is_applied_with_its_own_delta(base: Path, trained: tuple[Pef
     assert farthest(read, want) < DELTA_TOLERANCE
 
 
-@pytest.mark.parametrize("name", [export.DIFFUSERS_FILE, f"{SLUG}.safetensors"])
+@pytest.mark.parametrize("name", [DIFFUSERS_FILE, f"{SLUG}.safetensors"])
 def test_reloaded_images_equal_those_of_the_training_process(
     base: Path, trained: tuple[PeftModel, Path], name: str
 ) -> None:
@@ -292,7 +292,7 @@ def test_the_comparison_notices_a_wrong_scale(base: Path, trained: tuple[PeftMod
     for name in ("alpha-is-rank.safetensors", "no-alpha.safetensors"):
         assert largest(kohya_noise(base, tmp_path / name, 1.0), want) > EFFECT
         assert largest(loaded_noise(base, tmp_path / name, 1.0), want) > EFFECT
-    save_file(load_file(run / "export" / export.DIFFUSERS_FILE), tmp_path / "no-header.safetensors")
+    save_file(load_file(run / "export" / DIFFUSERS_FILE), tmp_path / "no-header.safetensors")
     assert largest(loaded_noise(base, tmp_path / "no-header.safetensors", 1.0), want) > EFFECT
 
 
@@ -305,7 +305,7 @@ def test_diffusers_file_is_what_diffusers_itself_would_write(trained: tuple[Peft
         unet_lora_layers={key.removeprefix("base_model.model."): value for key, value in adapter.items()},
         unet_lora_adapter_metadata=copy.deepcopy(model.peft_config[lora.ADAPTER_NAME].to_dict()),
     )
-    theirs, ours = tmp_path / export.DIFFUSERS_FILE, run / "export" / export.DIFFUSERS_FILE
+    theirs, ours = tmp_path / DIFFUSERS_FILE, run / "export" / DIFFUSERS_FILE
     want, got = load_file(theirs), load_file(ours)
     assert want.keys() == got.keys()
     assert all(torch.equal(want[key], got[key]) for key in want)

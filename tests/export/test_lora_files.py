@@ -168,7 +168,7 @@ def test_exporting_twice_gives_the_same_bytes(tmp_path: Path) -> None:
     assert sorted(file.name for file in (run / "export").iterdir()) == [
         "README.md",
         f"{SLUG}.safetensors",
-        export.DIFFUSERS_FILE,
+        DIFFUSERS_FILE,
     ]
 
 
