@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import sys
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,12 +12,12 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from tqdm import tqdm
 
 from sd_unlearn.io.files import atomic_path
 from sd_unlearn.io.images import UnreadableImage, open_image
 from sd_unlearn.io.lock import remove_leftovers
 from sd_unlearn.io.paths import slugify
+from sd_unlearn.io.progress import Progress, track
 from sd_unlearn.metrics.base import DetectorOutput, PairMetric
 
 CHUNK = 500  # images held in memory at once
@@ -70,7 +69,7 @@ def detect(
     known = _load(cache, metric.name)
     failed: dict[Path, str] = {}
     missing = [path for path in unique if _key(path, cache) not in known]
-    with tqdm(total=len(missing), desc=title, unit="image", file=sys.stderr, disable=not missing) as bar:
+    with Progress(len(missing), title, "image") as progress:
         for start in range(0, len(missing), CHUNK):
             chunk = missing[start : start + CHUNK]
             images, reasons = open_images(chunk)
@@ -79,7 +78,7 @@ def detect(
             opened = [path for index, path in enumerate(chunk) if index not in reasons]
             for index, path in enumerate(opened):
                 known[_key(path, cache)] = {name: values[index] for name, values in output.items()}
-            bar.update(len(chunk))
+            progress.advance(len(chunk))
             _save(cache, metric.name, known)
     readable = np.array([_key(path, cache) in known and path not in failed for path in paths], dtype=bool)
     entries = [known[_key(path, cache)] for path, is_readable in zip(paths, readable, strict=True) if is_readable]
@@ -96,7 +95,7 @@ def pair_distances(
     keys = [f"{_key(a, cache)} {_key(b, cache)}" for a, b in zip(base, other, strict=True)]
     known = _load(cache, metric.name)
     missing = [n for n, key in enumerate(keys) if key not in known]
-    for start in tqdm(range(0, len(missing), CHUNK), desc=title, file=sys.stderr, disable=not missing):
+    for start in track(range(0, len(missing), CHUNK), title, "batch"):
         chunk = missing[start : start + CHUNK]
         both = [(_open_or_none(base[n]), _open_or_none(other[n])) for n in chunk]
         pairs = [(n, a, b) for n, (a, b) in zip(chunk, both, strict=True) if a is not None and b is not None]

@@ -8,7 +8,6 @@ faces (the false accept rate) reaches it.
 from __future__ import annotations
 
 import hashlib
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +15,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from tqdm import tqdm
 
 from sd_unlearn.errors import UsageError
 from sd_unlearn.io.images import UnreadableImage, image_files, open_image
+from sd_unlearn.io.progress import track
 from sd_unlearn.io.run_folder import IMAGE_SUFFIXES
 from sd_unlearn.metrics.base import CONCEPT_GROUPS, KEEP_GROUPS, DetectorOutput, ImageValues, PromptedImages
 from sd_unlearn.metrics.faces import Face, FaceModel, check_face_model, make_face_model
@@ -212,7 +211,7 @@ def calibrate(folder: Path, model: FaceModel, reference: Reference, rate: float 
     """
     paths = _images(folder, "--others")
     embeddings, faceless = [], 0
-    for path in tqdm(paths, desc="Other people", unit="image", file=sys.stderr, disable=len(paths) < 100):
+    for path in track(paths, "Other people", "image", shown=len(paths) >= 100):
         faces = model.find(_open(path, "--others"))
         embeddings += [face.embedding for face in faces]
         faceless += not faces

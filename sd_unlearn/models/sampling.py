@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,11 +11,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from PIL import Image
-from tqdm import tqdm
 
 from sd_unlearn.errors import UnlearnError
 from sd_unlearn.io.files import atomic_path
 from sd_unlearn.io.images import is_complete_png
+from sd_unlearn.io.progress import Progress
 from sd_unlearn.launch import process_count, process_rank
 from sd_unlearn.models.base import Base
 from sd_unlearn.models.source import DIGITS
@@ -138,14 +137,14 @@ def generate_missing(
         return 0
     base = get_base()
     generated, total = 0, sum(map(len, unfinished))
-    with tqdm(total=total, desc=title, unit="image", file=sys.stderr, disable=process_rank() > 0) as bar:
+    with Progress(total, title, "image", shown=process_rank() == 0) as progress:
         for batch in unfinished:
             images = generate_images(base, [r.prompt for r in batch], [r.seed for r in batch], sampler)
             for request, image in zip(batch, images, strict=True):
                 if not is_complete_png(request.path):
                     save_image(image, request.path)
                     generated += 1
-            bar.update(len(batch))
+            progress.advance(len(batch))
     return generated
 
 

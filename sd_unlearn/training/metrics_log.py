@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from tqdm import tqdm
 
 from sd_unlearn.io.files import write_text
+from sd_unlearn.io.progress import Progress
 from sd_unlearn.io.reading import read_jsonl, read_text
 from sd_unlearn.io.run_folder import METRICS
 
@@ -39,26 +39,26 @@ class MetricsLog:
             kept = [line for line in read_jsonl(self.path) if _step(line) <= step] if self.path.is_file() else []
             write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         self.file = open(self.path if main else os.devnull, "a", encoding="utf-8")
-        self.bar = tqdm(total=steps, initial=step, desc=title, unit="step", file=sys.stderr, disable=not main)
+        self.progress = Progress(steps, title, "step", done=step, shown=main)
 
     def __enter__(self) -> MetricsLog:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.file.close()
-        self.bar.close()
+        self.progress.close()
 
     def advance(self) -> None:
-        self.bar.update()
+        self.progress.advance()
 
     def write(self, metrics: dict[str, float]) -> None:
         """Append one line; values that are not finite become null."""
         finite = {k: v for k, v in metrics.items() if math.isfinite(v)}
         if {"mean_u", "mean_s", "ratio"} <= set(finite):
-            means = {"U": f"{finite['mean_u']:.3g}", "S": f"{finite['mean_s']:.3g}", "ratio": f"{finite['ratio']:.2f}"}
-            self.bar.set_postfix(means)
+            shown = {"loss": "loss", "mean_u": "U", "mean_s": "S", "ratio": "ratio"}
+            self.progress.show(**{name: f"{finite[key]:.3g}" for key, name in shown.items() if key in finite})
         elif "ratio" not in metrics:
-            self.bar.write(f"step {metrics['step']}: {finite}", file=sys.stderr)
+            self.progress.message(f"step {metrics['step']}: {finite}")
         self.accelerator.log({k: v for k, v in finite.items() if k != "step"}, step=int(metrics["step"]))
         self.file.write(json.dumps({k: finite.get(k) for k in metrics}) + "\n")
         self.file.flush()

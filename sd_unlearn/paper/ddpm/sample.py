@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,10 @@ from accelerate import PartialState
 from diffusers import DDIMScheduler, DDPMScheduler, UNet2DModel
 from numpy.typing import NDArray
 from torch import Tensor
-from tqdm import tqdm
 
 from sd_unlearn.io.files import atomic_path
 from sd_unlearn.io.own_files import delete_own
+from sd_unlearn.io.progress import track
 from sd_unlearn.paper.experiments import Sampler
 from sd_unlearn.seeds import EVALUATE_SEEDS, image_seed
 
@@ -63,7 +62,7 @@ def generate_all(
     batches = [range(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
     files = [parts / f"{batch.start:06d}-{batch.stop:06d}.npy" for batch in batches]  # other batch sizes, other names
     mine = list(zip(batches, files, strict=True))[state.process_index :: state.num_processes]
-    for batch, file in tqdm(mine, desc="generate", unit="batch", file=sys.stderr, disable=not state.is_main_process):
+    for batch, file in track(mine, "generate", "batch", shown=state.is_main_process):
         if not file.is_file():
             conditions = torch.tensor([i % classes for i in batch]) if classes else None
             seeds = [image_seed(EVALUATE_SEEDS, seed, "paper", i) for i in batch]

@@ -23,10 +23,10 @@ from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from sd_unlearn.errors import UnlearnError, UsageError, reason, suggest
 from sd_unlearn.io.files import atomic_path, check_writable, write_json
+from sd_unlearn.io.progress import track
 from sd_unlearn.io.reading import file_sha256, read_json
 from sd_unlearn.metrics.statistics import wilson
 from sd_unlearn.paper.experiments import Size
@@ -240,7 +240,7 @@ def split(data: ImageData, settings: ClassifierSettings) -> tuple[Part, Part]:
 def _load_images(data: ImageData, indices: NDArray[np.int64], side: int, reduced: int) -> tuple[Tensor, Tensor]:
     """[n, C, reduced, reduced] as uint8, which takes a quarter of the memory of floats, and labels [n]."""
     parts, starts = [], range(0, len(indices), BATCH)
-    for start in tqdm(starts, f"read {data.name}", unit_scale=BATCH, unit="image", disable=len(starts) < 20):
+    for start in track(starts, f"read {data.name}", "batch", shown=len(starts) >= 20):
         images = shrink(data.pixels(indices[start : start + BATCH], side), reduced)
         parts.append(((images + 1) * 127.5).round().to(torch.uint8))
     return torch.cat(parts), torch.from_numpy(data.labels[indices])

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
+
+from sd_unlearn.io.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def fit(
     optimizer = torch.optim.AdamW(network.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, settings.learning_rate, total_steps=steps)
     network.train()
-    with tqdm(total=steps, desc=title, unit="step", file=sys.stderr) as bar:
+    with Progress(steps, title, "step") as progress:
         for batch in _batches(len(pixels), settings, generator):
             images = augment(to_float(pixels[batch]), settings, generator).to(device)
             loss = F.cross_entropy(
@@ -80,7 +80,7 @@ def fit(
             loss.backward()
             optimizer.step()
             schedule.step()
-            bar.update()
+            progress.advance()
     network.eval().requires_grad_(False)
 
 
