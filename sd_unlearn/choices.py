@@ -6,3 +6,4 @@ Correction = Literal["abs", "nn", "none"]  # how the PU risk's bracket is kept f
 Risk = Literal["pu", "supervised", "unsupervised"]
 Reduction = Literal["sum", "mean"]  # of the squared error over an example's elements
 CaptionMode = Literal["both", "own", "shared"]  # captions that form caption groups
+TemplateKind = Literal["person", "style", "object", "other"]  # kinds of concepts that a file can be written for

@@ -1,4 +1,4 @@
-"""The commands render, train, evaluate, export, report and paper. Imports nothing heavy until a command runs."""
+"""The commands of sd-unlearn. Imports nothing heavy until a command runs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import cyclopts
 from cyclopts import App, Parameter
 from cyclopts.help.formatters import DefaultFormatter
 
-from sd_unlearn import __version__
+from sd_unlearn import __version__, concepts
 from sd_unlearn.config.base import ExportConfig, RenderConfig, ReportConfig
 from sd_unlearn.config.evaluate import EvaluateConfig
 from sd_unlearn.config.options import START
@@ -40,6 +40,11 @@ Compare several LoRAs:
 
   sd-unlearn evaluate --lora A B --strengths 0.5 1
   sd-unlearn report --run runs/evaluation
+
+Your own concept:
+
+  sd-unlearn concepts                     list the bundled concepts
+  sd-unlearn concepts new "Jane Example"  write a concept file
 
 Exit codes: 0 done, 1 failed, 2 wrong usage, 3 a --fail_if condition holds,
 130 interrupted, 141 the reader of stdout stopped early (as head does).
@@ -119,6 +124,7 @@ app = App(
     suppress_keyboard_interrupt=False,
 )
 app.command(paper.app)
+app.command(concepts.app)
 
 
 @app.command(help_formatter=ShortHelp("number of images, sampler, loading of the base model"))

@@ -24,9 +24,12 @@ class ConditionError(UnlearnError):
     exit_code = 3
 
 
-def suggest(word: str, known: Iterable[str]) -> str:
-    """' Did you mean "x"?' with the most similar known word, or an empty string if none is similar."""
-    close = difflib.get_close_matches(word, list(known), n=1)
+def suggest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+    """' Did you mean "x"?' with the most similar known word, or an empty string if none is similar.
+
+    cutoff: the least similarity, in [0, 1].
+    """
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=cutoff)
     return f' Did you mean "{close[0]}"?' if close else ""
 
 

@@ -130,7 +130,9 @@ def test_the_examples_in_the_help_fit_a_narrow_terminal(text: str) -> None:
 
 
 def test_start_here_of_train(run: Run) -> None:
-    names = "concept pretrained_model_name_or_path anchor data_dir push max_train_steps train_batch_size output_dir"
+    names = (
+        "concept pretrained_model_name_or_path anchor kind data_dir push max_train_steps train_batch_size output_dir"
+    )
     assert re.findall(r"│ (?:CONCEPT )?--(\w+)", run("train", "--help").out) == names.split()
 
 
@@ -465,6 +467,8 @@ def test_strange_names_stay_inside_the_data_folder(
         "a man",
         "--pretrained_model_name_or_path",
         str(tiny_base),
+        "--num_keep",
+        "0",
         "--num_inference_steps",
         "1",
         "--num_unlabeled",
@@ -481,7 +485,7 @@ def test_strange_names_stay_inside_the_data_folder(
         f"deep/down/data/{folder.name}{rest}" for rest in {"", *(f"/{p}" for p in tree(folder))}
     }
     texts = (folder / "1_positive" / "metadata.jsonl").read_text(encoding="utf-8")
-    assert yaml.safe_load(texts.splitlines()[0])["text"] == f"a photo of {name}"
+    assert yaml.safe_load(texts.splitlines()[0])["text"] == f"a photo of {' '.join(name.split())}"
 
 
 # -- failures --

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from cyclopts import Group
 
+from sd_unlearn.choices import TemplateKind
 from sd_unlearn.config.options import GENERAL, START, BatchSize, Count, InferenceSteps, NumImages, Range, option
 from sd_unlearn.seeds import SEED_SPAN
 
@@ -72,10 +73,14 @@ class RenderConfig(BaseOptions, ConceptOption):
     anchor: Annotated[
         str | None,
         option(
-            'For a concept without a file: what to generate instead, e.g. "a middle aged man". The captions become '
-            '"a photo of ..."; for a style, write a concept file.',
+            'For a concept without a file: what to generate instead, e.g. "a middle aged man". --kind chooses the '
+            "prompts and what is retained.",
             START,
         ),
+    ] = None
+    kind: Annotated[
+        TemplateKind | None,
+        option("Kind of a concept without a file (--anchor). Default: other.", START),
     ] = None
     data_dir: Annotated[
         Path | None,

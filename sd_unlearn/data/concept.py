@@ -12,14 +12,18 @@ import itertools
 import json
 import math
 import re
+import shlex
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import AfterValidator, Field
 
+from sd_unlearn.choices import TemplateKind
 from sd_unlearn.config.options import MAX_IMAGES
+from sd_unlearn.data.concept_template import concept_text
 from sd_unlearn.errors import UsageError, suggest
 from sd_unlearn.io.files import write_text
 from sd_unlearn.io.paths import slugify
@@ -161,49 +165,78 @@ def concept_files() -> dict[str, Path]:
     return {file.stem: file for folder in folders for file in sorted(folder.glob("*.yaml"))}
 
 
-def load_concept(name: str | None, anchor: str | None = None) -> Concept:
+def load_concept(name: str | None, anchor: str | None = None, kind: TemplateKind | None = None) -> Concept:
     """The concept with this name or at this path (.yaml); with an anchor, a concept built without a file.
 
+    kind: of the concept built from an anchor; default: other.
+
     Raises:
-        UsageError: `name` is missing, has no file, or the file is not valid.
+        UsageError: `name` is missing, has no file, or the file is not valid; a kind without an anchor.
     """
-    files = concept_files()
     if not name or not name.strip():
-        raise UsageError(f"--concept is missing. Concepts with a file: {', '.join(sorted(files))}.")
+        raise UsageError(f"--concept is missing. {_known(concept_files())}")
     if anchor is not None:
-        return from_anchor(name, anchor)
+        return from_anchor(name, anchor, kind or "other")
+    if kind is not None:
+        raise UsageError(f"--kind {kind} is for --anchor: a concept with a file says its kind there.")
+    return read_concept(find_concept(name))
+
+
+def find_concept(name: str) -> Path:
+    """The file of a concept: its path if the name ends in .yaml, else the file with this name.
+
+    Raises:
+        UsageError: there is no such file; suggests similar names.
+    """
     if name.endswith((".yaml", ".yml")):
-        return read_concept(Path(name))
-    slug = slugify(name)
+        return Path(name)
+    files, slug = concept_files(), slugify(name)
     if slug not in files:
+        parts = [known for known in files if slug in known.split("-") or known in slug.split("-")]
+        hint = suggest(slug, files) or suggest(slug, parts, cutoff=0)
         raise UsageError(
-            f'--concept "{name}" has no file prompts/{slug}.yaml.{suggest(slug, files)} '
-            f"Concepts with a file: {', '.join(sorted(files))}. "
-            'To train without a file, add --anchor "what to generate instead".'
+            f'--concept "{name}" has no file prompts/{slug}.yaml.{hint} {_known(files)} '
+            f'Write one with sd-unlearn concepts new "{name}", or add --anchor "what to generate instead".'
         )
-    return read_concept(files[slug])
+    return files[slug]
 
 
-def from_anchor(name: str, anchor: str) -> Concept:
-    """A concept without a file. The anchor is what the model should generate instead, and the alternative label.
+def _known(files: Iterable[str]) -> str:
+    return f"Concepts with a file: {', '.join(sorted(files))}."
+
+
+def from_anchor(name: str, anchor: str, kind: TemplateKind = "other") -> Concept:
+    """A concept without a file: what `concepts new` would write.
+
+    Args:
+        anchor: What to generate instead, e.g. "a middle aged man".
 
     Raises:
         UsageError: the anchor is empty.
     """
-    if not anchor.strip():
-        raise UsageError('--anchor "" is empty. Say what to generate instead, e.g. "a middle aged man".')
-    return Concept(
-        name=name,
-        caption=f"a photo of {name}",
-        generic=f"a photo of {anchor.strip()}",
-        alternatives=[anchor.strip()],
-        evaluate=Evaluation(held_out=[_without_braces(f"a portrait of {name}"), _without_braces(name)]),
+    return parse_concept(yaml.safe_load(concept_text(name, anchor, kind)), f'--concept "{name}"')
+
+
+def describe_anchored(concept: Concept, own_images: bool = False) -> str:
+    """What a concept without a file replaces, retains and measures, and how to refine it: lines for the terminal.
+
+    own_images: the user's own, among which are no images of the keep prompts.
+    """
+    keep, alike, general, held_out = (
+        len(prompts)
+        for prompts in (concept.keep_prompts, *(concept.prompts(group) for group in ("alike", "general", "held_out")))
     )
-
-
-def _without_braces(prompt: str) -> str:
-    """Braces in a name must not be read as alternatives."""
-    return prompt.replace("{", "(").replace("}", ")")
+    names = ", ".join(word for prompt in concept.keep_prompts[:4] for word in prompt.expect)
+    retained = f"Retained in training: {keep} prompts ({names}, ...)."
+    if own_images:
+        retained = "Retained in training: only what your own images show."
+    anchor = concept.generic.removeprefix("a photo of ")
+    command = shlex.join(["sd-unlearn", "concepts", "new", concept.name, "--kind", concept.kind, "--anchor", anchor])
+    return (
+        f'{concept.name} has no file and is taken as kind {concept.kind}: "{concept.generic}" replaces '
+        f'"{concept.caption}".\n{retained} Measured by evaluate: {alike + general} prompts that must be retained, '
+        f"{held_out} other wordings.\nTo name look-alikes and change prompts, write a file: {command}"
+    )
 
 
 def read_concept(path: Path) -> Concept:
@@ -212,8 +245,17 @@ def read_concept(path: Path) -> Concept:
     Raises:
         UsageError: names the file, the key, the value and what is allowed.
     """
-    concept = validate(Concept, read_yaml(path, "--concept"), str(path))
-    _check_paraphrases(concept, path)
+    return parse_concept(read_yaml(path, "--concept"), str(path))
+
+
+def parse_concept(data: Any, where: str) -> Concept:
+    """The concept in the content of a concept file; `where` begins the error messages.
+
+    Raises:
+        UsageError: names the key, the value and what is allowed.
+    """
+    concept = validate(Concept, data, where)
+    _check_paraphrases(concept, where)
     return concept
 
 
@@ -222,7 +264,7 @@ def write_concept(path: Path, concept: Concept) -> None:
     write_text(path, yaml.safe_dump(dataclasses.asdict(concept), sort_keys=False, allow_unicode=True))
 
 
-def _check_paraphrases(concept: Concept, path: Path) -> None:
+def _check_paraphrases(concept: Concept, where: str) -> None:
     """Refuse a paraphrase that is also a held-out prompt (it would no longer be held out) or a prompt to keep."""
     others = {
         "generic": [concept.generic],
@@ -234,7 +276,7 @@ def _check_paraphrases(concept: Concept, path: Path) -> None:
     for text in concept.captions[1:]:
         fault = known.get(_normalized(text)) if text.strip() else "empty"
         if fault:
-            raise UsageError(f'{path}: paraphrases: "{text}" is {fault}. Remove or change it.')
+            raise UsageError(f'{where}: paraphrases: "{text}" is {fault}. Remove or change it.')
         known[_normalized(text)] = "listed twice"
 
 

@@ -14,7 +14,7 @@ from sd_unlearn import __version__
 from sd_unlearn.config.base import RenderConfig
 from sd_unlearn.config.checks import check_render
 from sd_unlearn.config.options import MAX_IMAGES
-from sd_unlearn.data.concept import Concept, expand_braces, load_concept
+from sd_unlearn.data.concept import Concept, describe_anchored, expand_braces, load_concept
 from sd_unlearn.data.metadata import read_metadata
 from sd_unlearn.data.photos import check_places
 from sd_unlearn.data.render_settings import (
@@ -70,10 +70,12 @@ def run(config: RenderConfig) -> Path:
     Raises:
         UsageError: invalid options, a folder that was rendered with other settings, or images in the wrong place.
     """
-    concept = load_concept(config.concept, config.anchor)
+    concept = load_concept(config.concept, config.anchor, config.kind)
     check_render(config)
     job = make_job(concept, config, find_base(config, concept.base))
     check_places(job.folder)
+    if config.anchor is not None:
+        print(describe_anchored(concept), file=sys.stderr)
     return render_locked(job, lambda: load_base(job.source, config.mixed_precision or "no"))
 
 

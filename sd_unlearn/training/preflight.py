@@ -46,7 +46,7 @@ def check_inputs(config: TrainConfig) -> Inputs:
     Raises:
         UsageError: names the option, its value and what to do.
     """
-    concept = load_concept(config.concept, config.anchor)
+    concept = load_concept(config.concept, config.anchor, config.kind)
     check_train(config)
     check_optimizer(config)
     source = find_base(config, concept.base)

@@ -31,7 +31,16 @@ RECORDED = (
 )
 # Options that do not change the trained weights, or are compared by content (concept, base, data).
 NOT_COMPARED = {
-    *("concept", "anchor", "pretrained_model_name_or_path", "vae", "prediction_type", "variant", "single_file_config"),
+    *(
+        "concept",
+        "anchor",
+        "kind",
+        "pretrained_model_name_or_path",
+        "vae",
+        "prediction_type",
+        "variant",
+        "single_file_config",
+    ),
     *("allow_pickle", "data_dir", "output_dir", "config", "debug", "overwrite", "beta_sweep", "report_to"),
     *("num_unlabeled", "num_positive", "num_mixed_in", "num_keep", "num_inference_steps", "render_batch_size"),
     *("validation_steps", "gradient_share_steps", "checkpointing_steps"),

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 
 from sd_unlearn.config.base import as_dict
 from sd_unlearn.config.train import TrainConfig
-from sd_unlearn.data.concept import Concept, write_concept
+from sd_unlearn.data.concept import Concept, describe_anchored, write_concept
 from sd_unlearn.data.dataset import fingerprint
 from sd_unlearn.data.photos import CACHE_DIR
 from sd_unlearn.data.render import check_same_base, make_job, render_locked, with_seed_of_folder
@@ -54,6 +54,8 @@ def run(config: TrainConfig) -> Path:
     output = config.output_dir or Path("runs") / inputs.concept.slug
     check_apart(inputs.data_dir, output)
     check_output(config, output)
+    if config.anchor is not None and process_rank() == 0:
+        print(describe_anchored(inputs.concept, inputs.own_images), file=sys.stderr)
     with locked(output, "--output_dir"):
         return _run(config, inputs, output)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from dataclasses import fields
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any, get_args, get_type_hints
 
 import pytest
 
+from sd_unlearn import concepts
 from sd_unlearn.cli import COMMANDS
 from sd_unlearn.config.checks import check_evaluate, check_render, check_train
 from sd_unlearn.config.evaluate import EvaluateConfig
@@ -32,6 +34,7 @@ def test_the_page_lists_exactly_the_options_of_each_command() -> None:
         "render and train": names("render"),
         "train only": names("train") - names("render"),
         **{command: names(command) for command in ("evaluate", "export", "report")},
+        "concepts new": set(inspect.signature(concepts.new).parameters) - {"name"},
     }
 
 

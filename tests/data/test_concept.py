@@ -203,13 +203,14 @@ def test_working_folder_overrides_bundled_file(tmp_path: Path) -> None:
 
 def test_anchor_builds_a_concept() -> None:
     concept = load_concept("Grumpy Cat", " a cat ")
-    assert (concept.name, concept.slug) == ("Grumpy Cat", "grumpy-cat")
+    assert (concept.name, concept.slug, concept.kind) == ("Grumpy Cat", "grumpy-cat", "other")
     assert (concept.caption, concept.generic) == ("a photo of Grumpy Cat", "a photo of a cat")
-    assert concept.alternatives == ["a cat"]
     assert texts(concept.prompts("direct")) == ["a photo of Grumpy Cat"]
-    assert not {concept.caption, concept.generic} & set(texts(concept.prompts("held_out")))
+    assert load_concept("Jane", "a woman", "person").kind == "person"
     with pytest.raises(UsageError, match="--anchor"):
         load_concept("Grumpy Cat", " ")
+    with pytest.raises(UsageError, match="--kind person is for --anchor"):
+        load_concept("Grumpy Cat", kind="person")
 
 
 @pytest.mark.parametrize("name", ["a {curly} name", "{", "}{", "{a,b}"])
