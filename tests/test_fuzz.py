@@ -273,7 +273,7 @@ def training_of(place: Path) -> Any:
 def test_training_records(place: Path) -> None:
     def read(folder: Path) -> None:
         lora = open_run(folder)
-        str((lora.base_name, lora.base_sha256, lora.zero_terminal_snr))
+        str((lora.base_name, lora.base_hashes, lora.zero_terminal_snr))
         recorded_source(lora.training["base"])
         own_header(read_run(folder))
 

@@ -28,11 +28,12 @@ from sd_unlearn.data.render_settings import (
 )
 from sd_unlearn.errors import UnlearnError, UsageError, reason
 from sd_unlearn.io.files import check_writable, write_json, write_jsonl
+from sd_unlearn.io.images import is_intact
 from sd_unlearn.io.lock import locked, remove_leftovers
 from sd_unlearn.io.reading import read_json
 from sd_unlearn.io.run_folder import DATA_MANIFEST, METADATA, POSITIVE, UNLABELED, ImageRecord
 from sd_unlearn.launch import process_rank
-from sd_unlearn.models.base import Base, load_base
+from sd_unlearn.models.base import HASHES, Base, different_hash, load_base
 from sd_unlearn.models.find_base import find_base
 from sd_unlearn.models.sampling import ImageRequest, Sampler, generate_missing, resolve_sampler, wait_for_images
 from sd_unlearn.models.source import Source
@@ -230,7 +231,7 @@ def render_concept(job: RenderJob, get_base: Callable[[], Base]) -> Path:
         check_same_base(folder, base)
         loaded.append(base)
         # After loading: a base that fails to load must not leave settings behind.
-        write_json(started, settings | {WEIGHTS: _weights_of(base)})
+        write_json(started, settings | {WEIGHTS: base.hashes})
         return base
 
     try:
@@ -258,18 +259,12 @@ def check_same_base(folder: Path, base: Base) -> None:
     record = record or (read_settings(started).get(WEIGHTS) if started.is_file() else None)
     if not isinstance(record, dict):
         return
-    for key, weights in _weights_of(base).items():
-        if record.get(key, weights) != weights:
-            part = "VAE" if key == "vae_sha256" else "UNet"
-            raise UsageError(
-                f"--data_dir {folder} holds images of another version of {base.name}: the weights of its {part} differ "
-                f"(SHA-256 {str(record[key])[:12]} then, {weights[:12]} now). Delete the folder or choose another "
-                "--data_dir."
-            )
-
-
-def _weights_of(base: Base) -> dict[str, str]:
-    return {"sha256": base.sha256, "vae_sha256": base.vae_sha256}
+    if key := different_hash(base.hashes, record):
+        raise UsageError(
+            f"--data_dir {folder} holds images of another version of {base.name}: the weights of its {HASHES[key]} "
+            f"differ (SHA-256 {str(record[key])[:12]} then, {base.hashes[key][:12]} now). Delete the folder or choose "
+            "another --data_dir."
+        )
 
 
 def _image_records(job: RenderJob) -> dict[str, list[ImageRecord]]:
@@ -311,9 +306,9 @@ def _manifest(job: RenderJob, base: dict[str, Any]) -> dict[str, Any]:
 
 
 def _is_complete(folder: Path) -> bool:
-    """Whether both folders have metadata and every image it lists."""
+    """Whether both folders have metadata and every image it lists, undamaged."""
     for place in (folder / UNLABELED, folder / POSITIVE):
         lines = read_metadata(place)
-        if not lines or not all((place / line.file_name).is_file() for line in lines.values()):
+        if not lines or not all(is_intact(place / line.file_name) for line in lines.values()):
             return False
     return True

@@ -1,12 +1,14 @@
 """Generate the images of an evaluation that do not exist yet.
 
-The name of an image folder contains everything that determines its images: base, sampler, the LoRA's hash and strength.
+The name of an image folder contains everything that determines its images: the base's weights, the sampler, what the
+LoRA changes in the base and its strength.
 So all LoRAs share the base's images, a second evaluation generates only what is missing, and an interrupted evaluation
 resumes.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -20,7 +22,7 @@ from sd_unlearn.evaluation.prompts import ImageSpec
 from sd_unlearn.io.lock import locked, remove_leftovers
 from sd_unlearn.io.paths import slugify
 from sd_unlearn.launch import process_rank
-from sd_unlearn.models.base import Base, check_recorded, choose_precision, load_base, use_zero_terminal_snr
+from sd_unlearn.models.base import HASHES, Base, check_recorded, choose_precision, load_base, use_zero_terminal_snr
 from sd_unlearn.models.sampling import ImageRequest, Sampler, generate_missing, resolve_sampler, wait_for_images
 
 TIMEOUT = 3600  # seconds to wait for an image of another process
@@ -37,8 +39,8 @@ class ImageCache:
 
     @property
     def base_folder(self) -> Path:
-        vae = f"-vae-{self.base['vae_sha256'][:8]}" if self.base.get("vae") else ""  # a VAE other than the base's own
-        base = f"{slugify(Path(self.base['name']).name)}-{self.base['sha256'][:12]}{vae}"
+        hashes = "".join(str(self.base.get(key, "")) for key in HASHES)
+        base = f"{slugify(Path(self.base['name']).name)}-{hashlib.sha256(hashes.encode()).hexdigest()[:12]}"
         size = f"-{self.sampler.resolution}px" if self.sampler.resolution else ""
         sampler = f"{self.sampler.steps}-steps-guidance-{self.sampler.guidance_scale:g}{size}{self.suffix}"
         return self.root / base / sampler

@@ -14,7 +14,7 @@ from sd_unlearn.io.paths import slugify
 from sd_unlearn.io.reading import file_sha256, read_json
 from sd_unlearn.io.run_folder import CONCEPT, TRAINING, UNET_DIR, weights_sha256
 from sd_unlearn.io.schema import OPEN, validate
-from sd_unlearn.models.base import Base
+from sd_unlearn.models.base import HASHES, Base, different_hash
 
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 
@@ -27,6 +27,8 @@ class _BaseRecord:
 
     name: str
     sha256: str | None = None
+    vae_sha256: str | None = None
+    text_encoder_sha256: str | None = None
     vae: str | None = None
     variant: str | None = None
     single_file_config: str | None = None
@@ -50,7 +52,8 @@ class Lora:
 
     name: str
     path: Path  # a run folder, or a .safetensors file
-    sha256: str
+    sha256: str  # of the weights as they are on disk
+    change_sha256: str  # of what it changes in a base, at which scale (lora_change.changes_sha256)
     concept: Concept | None = None  # the one it was trained to unlearn; None: unknown
     training: dict[str, Any] = field(default_factory=dict)  # training.json of a run; empty for files
     header: dict[str, str] = field(default_factory=dict)  # metadata of a .safetensors file; empty for runs
@@ -64,8 +67,10 @@ class Lora:
         return self.training["base"]["name"] if self.training else self.header.get("sd_unlearn.base")
 
     @property
-    def base_sha256(self) -> str | None:
-        return self.training["base"].get("sha256") if self.training else self.header.get("sd_unlearn.base_sha256")
+    def base_hashes(self) -> dict[str, str]:
+        """The hashes of the base it was trained on, with the keys of models.base.HASHES, as far as they are known."""
+        record: Mapping[str, Any] = self.training["base"] if self.training else _header_hashes(self.header)
+        return {key: record[key] for key in HASHES if record.get(key)}
 
     @property
     def zero_terminal_snr(self) -> bool | None:
@@ -115,13 +120,18 @@ class Lora:
         return find_modules(base.pipeline, file.changes, f"--lora {self.path}", base.name)
 
     def other_base(self, base: Mapping[str, Any]) -> str | None:
-        """Says so if the LoRA was trained on other UNet weights than a base's. base: as in training.json."""
-        if not self.base_sha256 or self.base_sha256 == base["sha256"]:
+        """Says so if the LoRA was trained on other weights than a base's. base: as in training.json.
+
+        The VAE is not compared: it does not change what a LoRA does.
+        """
+        own = {key: value for key, value in self.base_hashes.items() if key != "vae_sha256"}
+        key = different_hash(own, base)
+        if key is None:
             return None
+        part = f"a {HASHES[key]} with other weights" if key != "sha256" else "other weights"
         return (
-            f"{self.name} was trained on other weights ({Path(self.base_name or 'unknown').name}, SHA-256 "
-            f"{self.base_sha256[:12]}) than those it is evaluated on ({Path(base['name']).name}, "
-            f"{base['sha256'][:12]})."
+            f"{self.name} was trained on {part} ({Path(self.base_name or 'unknown').name}, SHA-256 {own[key][:12]}) "
+            f"than those it is evaluated on ({Path(base['name']).name}, {base[key][:12]})."
         )
 
 
@@ -138,10 +148,14 @@ class ModelVariant:
 
     @property
     def folder(self) -> str:
-        """Name of the folder of its images: unique for the LoRA's weights and the strength."""
+        """Name of the folder of its images: unique for what the LoRA changes and the strength."""
         if self.lora is None or self.strength == 0:
             return "base"
-        return f"lora-{self.lora.sha256[:12]}" + (f"-at-{self.strength:g}" if self.strength != 1 else "")
+        return f"lora-{self.lora.change_sha256[:12]}" + (f"-at-{self.strength:g}" if self.strength != 1 else "")
+
+
+def _header_hashes(header: Mapping[str, str]) -> dict[str, str | None]:
+    return {key: header.get(f"sd_unlearn.base_{key}") for key in HASHES}
 
 
 def open_lora(given: str, option: str = "--lora") -> Lora:
@@ -197,28 +211,35 @@ def _of_run(folder: Path) -> Lora:
     validate(_TrainingRecord, training, str(folder / TRAINING), "Train again.")
     concept = read_concept(folder / CONCEPT)
     sha256 = weights_sha256(folder)
-    _check_weights(folder)
-    return Lora(folder.resolve().name, folder, sha256, concept, training)
+    return Lora(folder.resolve().name, folder, sha256, _change_of_run(folder) or sha256, concept, training)
 
 
-def _check_weights(run: Path) -> None:
-    """Refuse a run whose weights are not finite: what it generates would count as forgotten."""
+def _change_of_run(run: Path) -> str | None:
+    """The hash of a run's changes; None for a whole UNet.
+
+    Raises:
+        UnlearnError: a weight is not finite: the images would count as forgotten.
+    """
     from sd_unlearn.models import lora
+    from sd_unlearn.models.lora_change import changes_sha256
     from sd_unlearn.models.lora_file import read_tensors
 
     if not (run / UNET_DIR).is_dir():
-        lora.read_run(run)
+        return changes_sha256(*(file.changes for file in lora.read_run(run)))
     for file in sorted((run / UNET_DIR).glob("*.safetensors")):
         read_tensors(file, "--run")
+    return None
 
 
 def _of_file(file: Path, name: str, option: str) -> Lora:
+    from sd_unlearn.models.lora_change import changes_sha256
     from sd_unlearn.models.lora_file import read_lora_file
 
-    header = read_lora_file(file, option).header
+    read = read_lora_file(file, option)
+    header = read.header
     concept_file = concept_files().get(slugify(header.get("sd_unlearn.concept", "")))
     concept = read_concept(concept_file) if concept_file else None
-    return Lora(name, file, file_sha256(file), concept, header=header)
+    return Lora(name, file, file_sha256(file), changes_sha256(read.changes), concept, header=header)
 
 
 def _file_in(folder: Path, option: str) -> Path:

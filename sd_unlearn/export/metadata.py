@@ -89,6 +89,8 @@ def own_header(run: TrainedRun) -> dict[str, str]:
     header["sd_unlearn.prompts_sha256"] = concept_sha256(run.concept)
     header["sd_unlearn.base"] = run.base_name
     header["sd_unlearn.base_sha256"] = str(run.base["sha256"])
+    if text_encoder := run.base.get("text_encoder_sha256"):  # runs of older versions did not record it
+        header["sd_unlearn.base_text_encoder_sha256"] = text_encoder
     if run.training.get("versions"):
         header["sd_unlearn.versions"] = json.dumps(run.training["versions"], sort_keys=True)
     if run.results is not None:

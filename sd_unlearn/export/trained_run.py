@@ -23,6 +23,7 @@ from sd_unlearn.io.run_folder import (
     weights_sha256,
 )
 from sd_unlearn.io.schema import OPEN, validate
+from sd_unlearn.models.base import different_hash
 from sd_unlearn.models.ldm_keys import SDXL_BLOCKS, UNetBlocks, blocks_of
 from sd_unlearn.models.lora_file import read_tensors
 from sd_unlearn.results import Pair, Results, Row, Seeds, read_results
@@ -51,6 +52,7 @@ class BaseRecord:
     kind: str
     sha256: str
     vae_sha256: str | None = None
+    text_encoder_sha256: str | None = None
     prediction_type: str | None = None
     resolution: int | None = None
     unet: UNetRecord | None = None
@@ -187,10 +189,8 @@ def own_results(results: Results, sha256: str, slug: str, base: Mapping[str, Any
 
     None if the file holds other weights only, or if the evaluation used another base than the training.
     """
-    for key in ("sha256", "vae_sha256"):
-        ours, evaluated = base.get(key), results.base.get(key)
-        if ours and evaluated and ours != evaluated:
-            return None
+    if different_hash(base, results.base):
+        return None
     ids = [subject.id for subject in results.compared if subject.sha256 == sha256 and subject.strength in (1, None)]
     if not ids:
         return None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -21,8 +20,6 @@ from sd_unlearn.io.run_folder import IMAGE_SUFFIXES
 FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "GIF", "TIFF", "BMP", "HEIF")
 # What to install where Pillow has no decoder for files with these suffixes.
 REQUIREMENTS = {".heic": "pillow-heif", ".heif": "pillow-heif", ".avif": "Pillow 11.3 or later"}
-
-PNG_END = b"\0\0\0\0IEND\xaeB`\x82"  # the last chunk of every PNG file
 
 
 class UnreadableImage(UsageError):
@@ -117,15 +114,13 @@ def is_flat(image: Image.Image) -> bool:
     return all(high - low <= FLAT_RANGE for low, high in image.getextrema())  # type: ignore[misc]  # RGB: 3 pairs
 
 
-def is_complete_png(path: Path) -> bool:
-    """Whether a file exists and ends as a PNG does: not one that a full disk or a broken copy cut short."""
+def is_intact(path: Path) -> bool:
+    """Whether a file exists and its checksums are right: not cut short or changed by a full disk or a broken copy."""
     try:
-        check_regular(path)
-        with path.open("rb") as file:
-            file.seek(-len(PNG_END), os.SEEK_END)
-            return file.read() == PNG_END
-    except (OSError, UsageError):
+        verified_bytes(path)
+    except UnreadableImage:
         return False
+    return True
 
 
 def is_image_file(path: Path) -> bool:

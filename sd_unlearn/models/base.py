@@ -15,6 +15,9 @@ from sd_unlearn.models.find_base import check_prediction, check_schedule, check_
 from sd_unlearn.models.loading import load_pipeline
 from sd_unlearn.models.source import COMPONENTS, DIGITS, OPTION, Source, kind_of
 
+# Hashes in the records of runs and rendered folders -> the part of the base. Older records lack some of them.
+HASHES = {"sha256": "UNet", "vae_sha256": "VAE", "text_encoder_sha256": "text encoder"}
+
 
 @dataclass
 class Base:
@@ -26,6 +29,7 @@ class Base:
     device: Any
     source: Source
     vae_sha256: str
+    text_encoder_sha256: str  # of both for SDXL
 
     @property
     def kind(self) -> str:
@@ -49,6 +53,11 @@ class Base:
             return None
         return config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
 
+    @property
+    def hashes(self) -> dict[str, str]:
+        """The hash of each part, with the keys of HASHES."""
+        return {key: getattr(self, key) for key in HASHES}
+
     def describe(self) -> dict[str, Any]:
         """The base's identity and loading options, as recorded in manifests (see `load_recorded_base`)."""
         source, unet = self.source, self.pipeline.unet.config
@@ -61,8 +70,7 @@ class Base:
         return {
             "name": self.name,
             "kind": self.kind,
-            "sha256": self.sha256,
-            "vae_sha256": self.vae_sha256,
+            **self.hashes,
             "prediction_type": self.prediction_type,
             "resolution": self.resolution,
             **({"unet": blocks} if self.kind == "sdxl" else {}),
@@ -163,9 +171,12 @@ def load_base(source: Source | str, precision: str = "no", device: Any = None) -
     if kind_of(pipeline.unet.config) == "sdxl":
         pipeline.vae.enable_slicing()  # one image at a time: 1024 pixels in full precision take much memory
     _check_finite(source, pipeline)
-    sha256, vae_sha256 = network_sha256(pipeline.unet), network_sha256(pipeline.vae)
+    encoders = [getattr(pipeline, name, None) for name in ("text_encoder", "text_encoder_2")]
+    parts = ([pipeline.unet], [pipeline.vae], [encoder for encoder in encoders if encoder])
+    hashes = [network_sha256(*networks) for networks in parts]
     pipeline = pipeline.to(device, torch.bfloat16) if precision == "bf16" else pipeline.to(device)
-    return Base(source.name, pipeline, sha256, torch.device(device), source, vae_sha256)
+    unet, vae, text_encoder = hashes
+    return Base(source.name, pipeline, unet, torch.device(device), source, vae, text_encoder)
 
 
 def _check_finite(source: Source, pipeline: Any) -> None:
@@ -198,7 +209,7 @@ def load_recorded_base(
     """Load the base of a run as it was loaded for the training. record: "base" of its training.json.
 
     Raises:
-        UsageError: its weights or its VAE changed since the training, or they are pickles without allow_pickle.
+        UsageError: its weights changed since the training, or they are pickles without allow_pickle.
         UnlearnError: as load_base.
     """
     base = load_base(recorded_source(record, allow_pickle), precision, device)
@@ -210,20 +221,31 @@ def check_recorded(base: Base, record: Mapping[str, Any]) -> None:
     """Refuse a base that is not the one a run was trained on. record: "base" of its training.json.
 
     Raises:
-        UsageError: its weights or its VAE changed since the training.
+        UsageError: the weights of a part changed since the training.
     """
-    for key, what in (("sha256", "weights"), ("vae_sha256", "VAE")):
-        if record.get(key, getattr(base, key)) != getattr(base, key):  # old runs did not record the VAE
-            raise UsageError(f"The {what} of {base.name} changed since the training: this is another version.")
+    if key := different_hash(base.hashes, record):
+        raise UsageError(f"The {HASHES[key]} of {base.name} changed since the training: this is another version.")
 
 
-def network_sha256(network: Any) -> str:
-    """SHA-256 of a network's weights in half precision, so that a base and its fp16 copy have the same hash."""
+def different_hash(a: Mapping[str, Any], b: Mapping[str, Any]) -> str | None:
+    """The first key of HASHES that differs between two records. What one of them lacks is not compared."""
+    return next((key for key in HASHES if a.get(key) and b.get(key) and a[key] != b[key]), None)
+
+
+def network_sha256(*networks: Any) -> str:
+    """SHA-256 of the weights of networks in half precision, so that a base and its fp16 copy have the same hash.
+
+    Names and constants that differ between versions of transformers are left out.
+    """
     import torch
 
     digest = hashlib.sha256()
-    for key, value in sorted(network.state_dict().items()):
-        digest.update(key.encode())
-        half = value.to("cpu", torch.float16).contiguous().view(-1)  # flat: a dimension of size 1 may have any stride
-        digest.update(half.view(torch.uint8).numpy().tobytes())
+    for network in networks:
+        state = {key.removeprefix("text_model."): value for key, value in network.state_dict().items()}
+        for key, value in sorted(state.items()):
+            if key.endswith("position_ids"):
+                continue
+            digest.update(key.encode())
+            half = value.to("cpu", torch.float16).contiguous().view(-1)  # a dimension of size 1 may have any stride
+            digest.update(half.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

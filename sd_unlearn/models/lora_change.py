@@ -7,6 +7,7 @@ alphas that differ between modules to the wrong ones, and drops what it does not
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -138,6 +139,22 @@ KINDS = {
     "difference of a norm": Kind(_sets("w_norm"), frozenset({"b_norm"}), lambda parts: parts["w_norm"]),
     "difference of a bias": Kind(_sets("diff_b", "b_norm"), frozenset(), None),
 }
+
+
+# Part of the name of cached images. Increase it whenever this module gives other weights for the same file.
+VERSION = 1
+
+
+def changes_sha256(*networks: Mapping[str, Change]) -> str:
+    """SHA-256 of changes by module, for each network: their tensors, kinds and scales, and this module's VERSION."""
+    digest = hashlib.sha256(f"{VERSION}".encode())
+    for changes in networks:
+        for name, change in sorted(changes.items()):
+            digest.update(f"{name} {change.kind} {change.scale}".encode())
+            for part, tensor in sorted(change.parts.items()):
+                digest.update(f"{part} {tensor.dtype} {list(tensor.shape)}".encode())
+                digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def kind_of_change(parts: Mapping[str, Any]) -> str | None:

@@ -14,7 +14,7 @@ from PIL import Image
 
 from sd_unlearn.errors import UnlearnError
 from sd_unlearn.io.files import atomic_path
-from sd_unlearn.io.images import is_complete_png
+from sd_unlearn.io.images import is_intact
 from sd_unlearn.io.progress import Progress
 from sd_unlearn.launch import process_count, process_rank
 from sd_unlearn.models.base import Base
@@ -122,7 +122,7 @@ def save_image(image: Image.Image, path: Path) -> None:
 def generate_missing(
     get_base: Callable[[], Base], requests: Sequence[ImageRequest], sampler: Sampler, title: str
 ) -> int:
-    """Generate the images that do not exist yet or are truncated, and return their number.
+    """Generate the images that do not exist yet or are damaged, and return their number.
 
     The base is loaded only if an image is missing.
 
@@ -132,7 +132,7 @@ def generate_missing(
     """
     batches = [requests[i : i + sampler.batch_size] for i in range(0, len(requests), sampler.batch_size)]
     own = batches[process_rank() :: process_count()]
-    unfinished = [batch for batch in own if not all(is_complete_png(request.path) for request in batch)]
+    unfinished = [batch for batch in own if not all(is_intact(request.path) for request in batch)]
     if not unfinished:
         return 0
     base = get_base()
@@ -141,7 +141,7 @@ def generate_missing(
         for batch in unfinished:
             images = generate_images(base, [r.prompt for r in batch], [r.seed for r in batch], sampler)
             for request, image in zip(batch, images, strict=True):
-                if not is_complete_png(request.path):
+                if not is_intact(request.path):
                     save_image(image, request.path)
                     generated += 1
             progress.advance(len(batch))
@@ -157,11 +157,12 @@ def wait_for_images(requests: Sequence[ImageRequest], timeout: float = math.inf)
     if process_count() < 2:
         return
     fewest, since = len(requests) + 1, time.monotonic()
-    while missing := sum(not is_complete_png(request.path) for request in requests):
-        if missing < fewest:
-            fewest, since = missing, time.monotonic()
+    missing = list(requests)
+    while missing := [request for request in missing if not is_intact(request.path)]:
+        if len(missing) < fewest:
+            fewest, since = len(missing), time.monotonic()
         if time.monotonic() - since > timeout:
             raise UnlearnError(
-                f"{missing} images are still missing: another process must have stopped. Run the command again."
+                f"{len(missing)} images are still missing: another process must have stopped. Run the command again."
             )
         time.sleep(0.5)

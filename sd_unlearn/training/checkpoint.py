@@ -29,6 +29,7 @@ IDENTITY, STATE, WEIGHTS = "checkpoint.json", "state.pt", "weights.safetensors"
 _NAME = re.compile(r"step-(\d+)")
 # Options that decide which tensors a checkpoint holds. Changing one makes its weights unusable.
 _SHAPING = {"--method", "--rank", "--lora_targets", "--use_dora", "--train_text_encoder", "--optimizer", "processes"}
+_ADDED = {"text encoder"}  # not in checkpoints of older versions, which can still be resumed
 
 _WRITE_ERRORS = (OSError, RuntimeError, SafetensorError, UnlearnError)  # what the writers raise when the disk is full
 
@@ -173,7 +174,8 @@ def check_same(checkpoint: Path, identity: dict[str, Any], forced: bool) -> None
     before = read_json(checkpoint / IDENTITY)
     if not isinstance(before, dict):
         raise UsageError(f"--resume_from_checkpoint {checkpoint}: {IDENTITY} is damaged. Name an earlier one.")
-    changed = {key for key, value in identity.items() if before.get(key) != value}
+    compared = {key: value for key, value in identity.items() if key in before or key not in _ADDED}
+    changed = {key for key, value in compared.items() if before.get(key) != value}
     refused = changed & _SHAPING if forced else changed
     if not refused:
         return

@@ -79,6 +79,7 @@ def identity_of(config: TrainConfig, concept: Concept, base: Base, data_sha256: 
         "--concept (content)": concept_sha256(concept),
         "base": base.sha256,
         "--vae (content)": base.vae_sha256,
+        "text encoder": base.text_encoder_sha256,
         "--prediction_type": base.prediction_type,
         "data": data_sha256,
         "processes": processes,

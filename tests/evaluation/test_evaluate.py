@@ -15,14 +15,16 @@ import torch
 from conftest import tree
 from evaluation_runs import DIGIT_FILE, make_run
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from sd_unlearn.cli import main
 from sd_unlearn.config.evaluate import EvaluateConfig
 from sd_unlearn.errors import UnlearnError, UsageError
 from sd_unlearn.evaluation import evaluate, generate
 from sd_unlearn.evaluation.job import resolve_job
+from sd_unlearn.io.files import write_json
 from sd_unlearn.io.lock import locked
+from sd_unlearn.io.reading import read_json
 from sd_unlearn.models import sampling
 from sd_unlearn.models.base import Base
 from sd_unlearn.results import parse_results, read_results
@@ -366,7 +368,12 @@ def test_changed_base_is_refused(runs: Path, tmp_path: Path) -> None:
     record = json.loads((run / "training.json").read_text())
     record["base"]["sha256"] = "0" * 64
     (run / "training.json").write_text(json.dumps(record))
-    with pytest.raises(UsageError, match="this is another version"):
+    with pytest.raises(UsageError, match="The UNet of .* this is another version"):
+        evaluate.run(EvaluateConfig(**FEW, run=run))
+    del record["base"]["sha256"]
+    record["base"]["text_encoder_sha256"] = "0" * 64
+    write_json(run / "training.json", record)
+    with pytest.raises(UsageError, match="The text encoder of .* this is another version"):
         evaluate.run(EvaluateConfig(**FEW, run=run))
 
 
@@ -421,6 +428,30 @@ def test_retraining_in_the_same_folder_is_evaluated_on_its_own_images(tiny_base:
     assert all(old != new for old, new in zip(*shown, strict=True))
 
 
+def test_images_of_another_scale_are_not_reused(tiny_base: Path, tmp_path: Path) -> None:
+    """The scale of a run is in its adapter_config.json, which the hash of its weights does not cover."""
+    run = make_run(tmp_path / "seven", tiny_base)
+    few = {**FEW, "groups": ["direct"], "cache_dir": tmp_path / "cache", "run": run}
+    evaluate.run(EvaluateConfig(**few))
+    config = run / "adapter" / "adapter_config.json"
+    write_json(config, read_json(config) | {"lora_alpha": 5.0})
+    evaluate.run(EvaluateConfig(**few))
+    first, second = (tmp_path / "cache").rglob("lora-*")
+    assert all((first / image.name).read_bytes() != image.read_bytes() for image in second.glob("*.png"))
+    assert len(list((tmp_path / "cache").rglob("base"))) == 1
+
+
+def test_images_of_another_text_encoder_are_not_reused(runs: Path, tiny_base: Path, tmp_path: Path) -> None:
+    bases = [str(shutil.copytree(tiny_base, tmp_path / name / "base")) for name in "ab"]
+    (file,) = (Path(bases[1]) / "text_encoder").glob("*.safetensors")
+    save_file({key: 2 * weight for key, weight in load_file(file).items()}, file, {"format": "pt"})
+    few = {**FEW, "groups": ["direct"], "cache_dir": tmp_path / "cache", "lora": [str(runs / "seven")]}
+    for base in bases:
+        evaluate.run(EvaluateConfig(**few, pretrained_model_name_or_path=base, output_dir=tmp_path / "out"))
+    first, second = (tmp_path / "cache").rglob("base")
+    assert all((first / image.name).read_bytes() != image.read_bytes() for image in second.glob("*.png"))
+
+
 def test_keep_going_counts_bad_files_as_failed(
     runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -453,13 +484,15 @@ def test_keep_going_counts_bad_files_as_failed(
     assert "No LoRA can be evaluated" in capsys.readouterr().err
 
 
-def test_truncated_images_of_the_cache_are_generated_again(runs: Path, tmp_path: Path) -> None:
+def test_damaged_images_of_the_cache_are_generated_again(runs: Path, tmp_path: Path) -> None:
     few = {**FEW, "groups": ["direct"], "cache_dir": tmp_path / "cache", "run": runs / "seven"}
     first = evaluate.run(EvaluateConfig(**few, output_dir=tmp_path / "a"))
     before = {path: path.read_bytes() for path in (tmp_path / "cache").rglob("*.png")}
-    cut, empty, *_ = before
+    cut, empty, corrupt, *_ = before
     cut.write_bytes(before[cut][:-20])
     empty.write_bytes(b"")
+    middle = len(before[corrupt]) // 2
+    corrupt.write_bytes(before[corrupt][:middle] + b"corrupt" + before[corrupt][middle + 7 :])  # its end is intact
     shutil.rmtree(cut.parent / "readings")
     again = evaluate.run(EvaluateConfig(**few, output_dir=tmp_path / "b"))
     assert again["skipped"] == []

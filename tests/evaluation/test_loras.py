@@ -88,10 +88,10 @@ def test_zero_terminal_snr_of_files_and_runs(run: Path, tmp_path: Path) -> None:
 def test_attributes_of_runs_and_files(run: Path, tmp_path: Path) -> None:
     lora = open_run(run)
     assert (lora.name, lora.is_run, lora.concept and lora.concept.slug) == ("seven", True, "seven")
-    assert lora.base_sha256
+    assert lora.base_hashes["sha256"]
     header = {"sd_unlearn.concept": "seven", "sd_unlearn.base": "digits", "sd_unlearn.base_sha256": "ab"}
     file = open_lora(str(kohya_file(run, tmp_path / "mine.safetensors", header)))
-    assert (file.name, file.is_run, file.base_name, file.base_sha256) == ("mine", False, "digits", "ab")
+    assert (file.name, file.is_run, file.base_name, file.base_hashes) == ("mine", False, "digits", {"sha256": "ab"})
     assert file.concept is not None  # the file in prompts/
     assert file.concept.alternatives == []
     assert open_lora(str(tmp_path)).path == file.path  # the only one of its folder
@@ -222,6 +222,20 @@ def test_lora_of_other_base_weights_gets_no_verdict(run: Path, tiny_base: Path, 
     assert (problem["subject"], problem["concept"]) == ("mine", "")
     assert "was trained on other weights" in problem["message"]
     assert str(tiny_base) not in problem["message"]  # no paths of the user
+
+
+def test_lora_of_another_text_encoder_is_named(run: Path, loaded_base: Base, tmp_path: Path) -> None:
+    record = loaded_base.describe()
+    header = {f"sd_unlearn.base_{key}": record[key] for key in ("sha256", "text_encoder_sha256")}
+    assert (
+        open_lora(str(kohya_file(run, tmp_path / "a.safetensors", header))).other_base(loaded_base.describe()) is None
+    )
+    header["sd_unlearn.base_text_encoder_sha256"] = "ab" * 32
+    other = open_lora(str(kohya_file(run, tmp_path / "b.safetensors", header)))
+    assert "b was trained on a text encoder with other weights" in str(other.other_base(record))
+    del header["sd_unlearn.base_text_encoder_sha256"]  # as older versions exported it
+    older = open_lora(str(kohya_file(run, tmp_path / "c.safetensors", header)))
+    assert older.other_base(record) is None
 
 
 def test_lora_of_other_base_weights_on_a_named_base(

@@ -54,7 +54,7 @@ def _any_base_loads(monkeypatch: pytest.MonkeyPatch) -> None:
         name = record["name"]
         pipeline = DiffusionPipeline.from_pretrained(name)
         sha256 = network_sha256(pipeline.unet), network_sha256(pipeline.vae)
-        base = Base(name, pipeline, sha256[0], torch.device("cpu"), Source(name), sha256[1])
+        base = Base(name, pipeline, sha256[0], torch.device("cpu"), Source(name), sha256[1], "")
         check_recorded(base, record)
         return base
 

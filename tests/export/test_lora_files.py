@@ -83,6 +83,11 @@ def test_header_names_architecture_prediction_type_and_hash(
     )
 
 
+def test_the_header_names_the_text_encoder_of_the_base(tmp_path: Path) -> None:
+    for file in exported(hand_run(tmp_path, training=training_record(2, 3.0, text_encoder_sha256="cd" * 32))):
+        assert read_header(file)["sd_unlearn.base_text_encoder_sha256"] == "cd" * 32
+
+
 def test_both_headers_hold_the_training_settings(tmp_path: Path) -> None:
     for file in exported(hand_run(tmp_path)):
         header = read_header(file)

@@ -26,6 +26,7 @@ from train_runs import ADAPTER, Config, flags, make, rendered, settings
 
 from sd_unlearn import cli
 from sd_unlearn.errors import UnlearnError, UsageError
+from sd_unlearn.io.files import write_json
 from sd_unlearn.io.reading import read_json, read_jsonl
 from sd_unlearn.io.run_folder import weights_sha256
 from sd_unlearn.training import checkpoint, trainer
@@ -323,6 +324,16 @@ def test_force_resume_refuses_weights_that_do_not_fit(
     with pytest.raises(UsageError, match=rf"--{name} was .*cannot load weights"):
         trainer.run(make_config("run", resume_from_checkpoint="latest", force_resume=True, **change))
     assert checkpoint.list_checkpoints(stopped)
+
+
+def test_another_text_encoder_is_refused_but_checkpoints_without_its_hash_are_accepted() -> None:
+    folder, now = Path("step-000001"), {"base": "a", "text encoder": "b"}
+    for before in ({"base": "a"}, now):
+        write_json(folder / "checkpoint.json", before)
+        checkpoint.check_same(folder, now, forced=False)
+    write_json(folder / "checkpoint.json", {"base": "a", "text encoder": "c"})
+    with pytest.raises(UsageError, match="text encoder was c and is b"):
+        checkpoint.check_same(folder, now, forced=False)
 
 
 def test_checkpoints_of_an_abandoned_continuation_are_deleted_first() -> None:
