@@ -18,6 +18,7 @@ from cyclopts import App, Parameter
 from cyclopts.help.formatters import DefaultFormatter
 
 from sd_unlearn import __version__, concepts
+from sd_unlearn.config.attack import AttackConfig
 from sd_unlearn.config.base import ExportConfig, RenderConfig, ReportConfig
 from sd_unlearn.config.evaluate import EvaluateConfig
 from sd_unlearn.config.options import START
@@ -33,6 +34,7 @@ On the bundled base model (no GPU, no download):
 
   sd-unlearn train seven                  generate images, train a LoRA
   sd-unlearn evaluate --run runs/seven    measure what is erased and retained
+  sd-unlearn attack --run runs/seven      try to bring it back
   sd-unlearn report --run runs/seven      write report.html
   sd-unlearn export --run runs/seven      write LoRA files for other programs
 
@@ -56,6 +58,7 @@ COMMANDS = {
     "render": RenderConfig,
     "train": TrainConfig,
     "evaluate": EvaluateConfig,
+    "attack": AttackConfig,
     "export": ExportConfig,
     "report": ReportConfig,
 }
@@ -169,6 +172,22 @@ def evaluate(config: Annotated[EvaluateConfig, Parameter(name="*")] = EvaluateCo
             print(line, file=notes)
         if passed := check_conditions(results):
             print(passed, file=notes)
+
+
+@app.command(help_formatter=ShortHelp("the attacker's images, sampler, detectors"))
+def attack(config: Annotated[AttackConfig, Parameter(name="*")] = AttackConfig()) -> None:
+    """Try to bring a removed concept back, and record how often that succeeds; adds to results.json."""
+    prepare_processes()
+    from sd_unlearn.attacks.attack import run
+    from sd_unlearn.evaluation.evaluate import check_conditions
+    from sd_unlearn.report.terminal import format_attacks
+    from sd_unlearn.results import parse_results
+
+    results = run(config)
+    if results:  # empty in all processes but the first
+        print(json.dumps(results, indent=2) if config.json else format_attacks(parse_results(results)))
+        if passed := check_conditions(results):
+            print(passed, file=sys.stderr if config.json else sys.stdout)
 
 
 @app.command

@@ -19,6 +19,7 @@ from sd_unlearn.io.schema import OPEN, validate
 
 SCHEMA_VERSION = 2
 BASE = "base"  # id of the subject without any LoRA
+ATTACK_METRIC = "attack"  # metric of the rows of attacks; their group is the attack's name
 Box = Annotated[tuple[float, ...], Field(min_length=4, max_length=4)]  # x0, y0, x1, y1 as shares of width and height
 
 
@@ -195,6 +196,40 @@ class Failed:
 
 
 @dataclass(frozen=True)
+class AttackTry:
+    """The images that one restart of an attack gave after a number of steps."""
+
+    __pydantic_config__ = OPEN
+
+    restart: int
+    step: int
+    value: float  # share of the trials in which the detector found the concept
+    n: int  # trials
+    found: str = ""  # what the attack found, e.g. a prompt
+
+
+@dataclass(frozen=True)
+class AttackEntry:
+    """An attack on a subject, with every try; its row (metric `attack`) has the best one."""
+
+    __pydantic_config__ = OPEN
+
+    concept: str
+    subject: str
+    attack: str  # name, also the group of its row
+    budget: str  # quick, standard, full
+    detector: str
+    settings: dict[str, Any]
+    tries: tuple[AttackTry, ...]
+    title: str = ""
+    source: str = ""  # the paper
+    access: str = ""  # what the attacker must have
+    seconds: float = 0.0  # of all restarts
+    seed: int = 0
+    images: tuple[str, ...] = ()  # some of the best try's, relative to the folder of results.json
+
+
+@dataclass(frozen=True)
 class Seeds:
     """Seeds of the images."""
 
@@ -228,6 +263,7 @@ class Results:
     conditions: tuple[Outcome, ...] = ()
     failed: tuple[Failed, ...] = ()
     pair_counts: tuple[PairCount, ...] = ()
+    attacks: tuple[AttackEntry, ...] = ()
 
     @property
     def compared(self) -> list[SubjectEntry]:
@@ -275,7 +311,7 @@ def parse_results(data: Any, where: str = RESULTS, hint: str = "") -> Results:
     subjects = {subject.id for subject in results.subjects}
     slugs = {concept.slug for concept in results.concepts}
     listed = {"concept": slugs, "subject": subjects, "against": subjects}
-    for key in ("rows", "differences", "pairs", "problems"):
+    for key in ("rows", "differences", "pairs", "problems", "attacks"):
         for number, item in enumerate(getattr(results, key)):
             for attribute, known in listed.items():
                 name = getattr(item, attribute, None)
@@ -328,3 +364,34 @@ def _without_folders(results: Results) -> Results:
 def as_json(item: Any) -> dict[str, Any]:
     """A row, difference, pair or card as results.json holds it."""
     return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(item).items()}
+
+
+def carry_attacks(new: dict[str, Any], old: dict[str, Any]) -> dict[str, Any]:
+    """New results with the attacks of older ones, as far as they were on the same weights and concepts.
+
+    Attacks that `new` has itself are not replaced. Both are contents of a results.json.
+    """
+    known = {_weights(new, subject["id"]) for subject in new["subjects"]} - {None}
+    slugs = {concept["slug"]: concept.get("sha256") for concept in new["concepts"]}
+    of_old = {concept["slug"]: concept.get("sha256") for concept in old["concepts"]}
+    done = {(entry["concept"], entry["subject"], entry["attack"]) for entry in new.get("attacks", ())}
+
+    def is_valid(concept: str, subject: str, attack: str) -> bool:
+        same_concept = concept in slugs and slugs[concept] == of_old.get(concept)
+        return same_concept and _weights(old, subject) in known and (concept, subject, attack) not in done
+
+    entries = [e for e in old.get("attacks", ()) if is_valid(e["concept"], e["subject"], e["attack"])]
+    rows = [
+        row
+        for row in old["rows"]
+        if row["metric"] == ATTACK_METRIC and is_valid(row["concept"], row["subject"], row["group"])
+    ]
+    return new | {"rows": new["rows"] + rows, "attacks": [*new.get("attacks", ()), *entries]}
+
+
+def _weights(results: dict[str, Any], subject: str) -> tuple[Any, ...] | None:
+    """What identifies the weights of a subject; None for image folders and unknown ids."""
+    for entry in results["subjects"]:
+        if entry["id"] == subject and entry["what"] != "images":
+            return (subject, entry.get("sha256"), entry.get("strength"), results["base"].get("sha256"))
+    return None

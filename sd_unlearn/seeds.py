@@ -8,6 +8,7 @@ SEED_SPAN = 1_000_000_000
 RENDER_SEEDS = (0, SEED_SPAN)
 TRAIN_SEEDS = (SEED_SPAN, 2 * SEED_SPAN)
 EVALUATE_SEEDS = (2 * SEED_SPAN, 3 * SEED_SPAN)
+ATTACK_SEEDS = (3 * SEED_SPAN, 4 * SEED_SPAN)  # of an attacker's own images of the concept
 
 
 def image_seed(span: tuple[int, int], seed: int, prompt: str, index: int) -> int:

@@ -17,7 +17,15 @@ from sd_unlearn import cli
 for line in sys.stdin.read().splitlines():
     print(cli.main(line.split()), line)
 """
-HELP = ["--help", "--version", "train --help_all", "render --help", "evaluate --help_all", "paper --help"]
+HELP = [
+    "--help",
+    "--version",
+    "train --help_all",
+    "render --help",
+    "evaluate --help_all",
+    "attack --help",
+    "paper --help",
+]
 WRONG = [
     "train",
     "train --concept sevn",
@@ -37,6 +45,9 @@ WRONG = [
     "render --concept seven --resolution 30",
     "evaluate",
     "evaluate --run nowhere",
+    "attack",
+    "attack --run nowhere",
+    "attack --run nowhere --attacks sofft",
     "evaluate --lora nowhere.safetensors",
     "evaluate --lora nowhere.safetensors --fail_if leakage",
     "export",

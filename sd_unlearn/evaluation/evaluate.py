@@ -18,7 +18,7 @@ from sd_unlearn import __version__
 from sd_unlearn.config.base import as_dict
 from sd_unlearn.config.evaluate import EvaluateConfig
 from sd_unlearn.data.concept import Concept, concept_sha256
-from sd_unlearn.errors import ConditionError, UnlearnError
+from sd_unlearn.errors import ConditionError, UnlearnError, UsageError
 from sd_unlearn.evaluation.fail_if import checked_subjects, met_conditions, outcomes, parse_condition
 from sd_unlearn.evaluation.generate import ImageCache, generate_images
 from sd_unlearn.evaluation.job import EvaluationJob, Subject, resolve_job
@@ -30,10 +30,11 @@ from sd_unlearn.io.files import full_disk_explained, write_json, write_text
 from sd_unlearn.io.lock import locked, remove_leftovers
 from sd_unlearn.io.own_files import is_run, kind_of, mark
 from sd_unlearn.io.paths import public_name
+from sd_unlearn.io.reading import read_json
 from sd_unlearn.io.run_folder import EVALUATION, IMAGE_DIR, RESULTS
 from sd_unlearn.launch import process_rank
 from sd_unlearn.metrics.registry import check_weights, make_metrics, merge_cards, metric_cards
-from sd_unlearn.results import BASE, SCHEMA_VERSION, Pair, Problem, as_json
+from sd_unlearn.results import BASE, SCHEMA_VERSION, Pair, Problem, as_json, carry_attacks, parse_results
 from sd_unlearn.seeds import EVALUATE_SEEDS
 
 
@@ -70,11 +71,23 @@ def _run(config: EvaluateConfig, job: EvaluationJob) -> dict[str, Any]:
     evaluated, cards = _run_all_metrics(job, cache)
     if not kind_of(job.output) and not is_run(job.output):
         mark(job.output, "evaluation")
-    results = _assemble(job, cache, evaluated, cards)
+    results = assemble(job, cache, evaluated, cards)
+    if earlier := _earlier_results(job.output / RESULTS):
+        results = carry_attacks(results, earlier)
     results["conditions"] = outcomes([parse_condition(text) for text in config.fail_if], results)
     write_text(job.output / EVALUATION, yaml.safe_dump(as_dict(config), sort_keys=False, allow_unicode=True))
     write_json(job.output / RESULTS, results)
     return results
+
+
+def _earlier_results(file: Path) -> dict[str, Any]:
+    """The results that are replaced, whose attacks may still hold; {} if there are none or the file is damaged."""
+    try:
+        data: dict[str, Any] = read_json(file)
+        parse_results(data, str(file))
+    except UsageError:
+        return {}
+    return data
 
 
 def check_conditions(results: dict[str, Any]) -> str:
@@ -160,7 +173,7 @@ def _device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _assemble(
+def assemble(
     job: EvaluationJob, cache: ImageCache | None, evaluated: Sequence[ConceptResults], cards: list[dict[str, Any]]
 ) -> dict[str, Any]:
     """The content of results.json; copies the images of the before/after pairs into the output folder."""
@@ -183,6 +196,7 @@ def _assemble(
         "differences": [as_json(difference) for concept in evaluated for difference in concept.differences],
         "pairs": [as_json(pair) for pair in _pick_all_pairs(job, evaluated)],
         "pair_counts": [as_json(count) for concept in evaluated for count in count_outcomes(concept)],
+        "attacks": [],
         "problems": [
             as_json(problem)
             for problem in (*_base_problems(job, cache), *(p for concept in evaluated for p in concept.problems))

@@ -16,8 +16,15 @@ _FORM = re.compile(
     r"(?P<metric>[A-Za-z][\w-]*)(?:\.(?P<group>[a-z_]+?))??(?:\.(?P<end>low|high))?\s*"
     r"(?P<sign><=|>=|<|>)\s*(?P<limit>[-+.\deE]+)(?P<percent>\s*%)?"
 )
-SHARES = ("leakage", "accuracy", "nudity", "confusion", "face_rate")  # metrics between 0 and 1
-CONCEPT_METRICS = ("leakage", "leakage_top5", "nudity", "detections", "clean_replacement")  # measure the concept itself
+SHARES = ("leakage", "attack", "accuracy", "nudity", "confusion", "face_rate")  # metrics between 0 and 1
+CONCEPT_METRICS = (
+    "leakage",
+    "attack",
+    "leakage_top5",
+    "nudity",
+    "detections",
+    "clean_replacement",
+)  # measure the concept itself
 DEFAULT_GROUPS = ("direct", "kept")  # of a condition without a group: the first that the metric has
 _SIGNS = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
 

@@ -97,8 +97,8 @@ def generate_images(job: EvaluationJob) -> ImageCache | None:
     """
     if not job.needs_base:
         return None
-    loader = _BaseLoader(job)
-    cache = _image_cache(job, loader)
+    loader = BaseLoader(job)
+    cache = image_cache(job, loader)
     all_specs = [spec for specs in job.plans.values() for spec in specs]
     cache.generate(loader.load, ModelVariant(), all_specs, "generate base")
     for subject in list(job.subjects):
@@ -112,7 +112,8 @@ def generate_images(job: EvaluationJob) -> ImageCache | None:
     return cache
 
 
-def _image_cache(job: EvaluationJob, loader: _BaseLoader) -> ImageCache:
+def image_cache(job: EvaluationJob, loader: BaseLoader) -> ImageCache:
+    """Where the images of a job are; loads the base unless a run records it."""
     config = job.config
     recorded = [lora.training["base"] for lora in job.loras if lora.is_run] if not job.base_named else []
     record = recorded[0] if recorded else loader.load().describe()
@@ -121,7 +122,7 @@ def _image_cache(job: EvaluationJob, loader: _BaseLoader) -> ImageCache:
     return ImageCache(config.cache_dir, record, resolve_sampler(config, job.source.name), suffix)
 
 
-class _BaseLoader:
+class BaseLoader:
     """Loads the job's base when it is first needed: not at all if every image exists."""
 
     def __init__(self, job: EvaluationJob) -> None:

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from sd_unlearn.report import compare
 from sd_unlearn.report.cases import Case, cases_of
 from sd_unlearn.report.formatting import NONE, interval_text, value_text
-from sd_unlearn.results import Results
+from sd_unlearn.results import BASE, Results
 
 ONE = ("metric", "group", "base", "lora", "95 % interval", "n")
 SEVERAL = ("concept", "lora", "leakage", "95 % interval", "base", "retention", "95 % interval", "is it gone?")
+ATTACKS = ("attack", "lora", "brought back", "95 % interval", "from the base", "n")
 LEFT = (0, 1, 7)  # columns of text; the others are aligned to the right
 
 
@@ -34,6 +35,19 @@ def format_table(results: Results) -> str:
     if results.skipped:
         lines.append(f"{len(results.skipped)} image(s) could not be read; see skipped in results.json.")
     return "\n".join(lines)
+
+
+def format_attacks(results: Results) -> str:
+    """An aligned table of the attacks: how often each brought the concept back, from the LoRA and from the base."""
+    rows = {(row.concept, row.subject, row.group, row.detector): row for row in results.rows if row.metric == "attack"}
+    lines = []
+    for (concept, subject, group, detector), row in rows.items():
+        if subject != BASE:
+            base = rows.get((concept, BASE, group, detector))
+            name = f"{subject} ({concept})" if len(results.concepts) > 1 else subject
+            values = (value_text(row), interval_text(row), value_text(base) if base else NONE, str(row.n))
+            lines.append((group, name, *values))
+    return "\n".join(_aligned([ATTACKS, *lines]))
 
 
 def _line(case: Case) -> tuple[str, ...]:

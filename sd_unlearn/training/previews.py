@@ -32,8 +32,8 @@ class ImageGenerator:
     network: Any  # the trained network, in evaluation mode while it generates
 
     @torch.no_grad()
-    def generate(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
-        """One image per prompt, each from its own seed."""
+    def generate(self, prompts: Sequence[str], seeds: Sequence[int], **options: Any) -> list[Image.Image]:
+        """One image per prompt, each from its own seed. options: further arguments of the pipeline."""
         images: list[Image.Image] = []
         pipeline, training = self.base.pipeline, self.network.training
         self.network.eval()
@@ -41,13 +41,13 @@ class ImageGenerator:
         try:
             for start in range(0, len(prompts), self.sampler.batch_size):
                 chunk = slice(start, start + self.sampler.batch_size)
-                images += self._batch(list(prompts[chunk]), list(seeds[chunk]))
+                images += self._batch(list(prompts[chunk]), list(seeds[chunk]), **options)
         finally:
             self.network.train(training)
             pipeline.vae.to("cpu")
         return images
 
-    def _batch(self, prompts: list[str], seeds: list[int]) -> list[Image.Image]:
+    def _batch(self, prompts: list[str], seeds: list[int], **options: Any) -> list[Image.Image]:
         dtype, device = self.base.pipeline.unet.dtype, self.base.device
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
         text, empty = (self.embed(captions).to(device, dtype) for captions in (prompts, [""] * len(prompts)))
@@ -63,6 +63,7 @@ class ImageGenerator:
                 guidance_scale=self.sampler.guidance_scale,
                 height=self.sampler.resolution,
                 width=self.sampler.resolution,
+                **options,
             ).images
 
 

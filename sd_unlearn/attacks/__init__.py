@@ -1,0 +1,1 @@
+"""Attacks: can a removed concept be brought back? One file an attack, all listed in `registry`."""

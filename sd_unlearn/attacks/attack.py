@@ -1,0 +1,59 @@
+"""`sd-unlearn attack`: try to bring a removed concept back, and record how often that succeeds.
+
+The options are checked here, without torch; `runner` does the work.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from sd_unlearn.attacks.files import attacker_files
+from sd_unlearn.config.attack import ATTACKS, DEFAULT_ATTACKS, AttackConfig
+from sd_unlearn.config.evaluate import EvaluateConfig
+from sd_unlearn.errors import UsageError, suggest
+from sd_unlearn.evaluation.fail_if import parse_condition
+from sd_unlearn.evaluation.job import resolve_job
+from sd_unlearn.metrics.registry import check_weights
+
+
+def run(config: AttackConfig) -> dict[str, Any]:
+    """Attack, classify the images, and add the results to results.json. What was done before is not repeated.
+
+    Processes of a distributed launch share the attacks; the first one writes the results.
+
+    Returns:
+        The content of results.json; {} in all processes but the first.
+
+    Raises:
+        UsageError: invalid options, or nothing to attack.
+        UnlearnError: a model or detector cannot be loaded, or a LoRA does not fit the base.
+    """
+    names = attack_names(config)
+    conditions = [parse_condition(text) for text in config.fail_if]
+    if config.attacker_images is not None:
+        attacker_files(config.attacker_images)
+    job = resolve_job(_as_evaluation(config))
+    for concept in job.concepts.values():
+        check_weights(job.metric_context(concept))
+    from sd_unlearn.attacks.runner import attack_all
+
+    return attack_all(config, job, names, conditions)
+
+
+def attack_names(config: AttackConfig) -> tuple[str, ...]:
+    """The attacks to carry out.
+
+    Raises:
+        UsageError: an unknown attack.
+    """
+    for name in config.attacks:
+        if name not in ATTACKS:
+            raise UsageError(f"--attacks {name} is not one of {', '.join(ATTACKS)}.{suggest(name, ATTACKS)}")
+    return tuple(dict.fromkeys(config.attacks)) or DEFAULT_ATTACKS[config.budget]
+
+
+def _as_evaluation(config: AttackConfig) -> EvaluateConfig:
+    """The options that attack and evaluate share; a single image of the direct prompts, which is not generated."""
+    shared = {f.name: getattr(config, f.name) for f in dataclasses.fields(EvaluateConfig) if hasattr(config, f.name)}
+    return EvaluateConfig(**shared | {"seed": [config.seed], "groups": ["direct"], "num_images": 1, "strengths": [1.0]})

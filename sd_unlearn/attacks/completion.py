@@ -1,0 +1,70 @@
+"""Completion: does the model complete half an image of the concept?
+
+Access: sampling that starts from an image, as inpainting does. The left half of an image of the concept is given: after
+every step, that half of the latent is replaced by the image's own latent at the same noise level (Lugmayr et al. 2022,
+RePaint, algorithm 1 without resampling). Lu et al. 2025 (arXiv 2505.17013) probe erased models this way. The given half
+may be enough for a detector, so compare with a model that never saw the concept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sd_unlearn.attacks.base import Attack, Outcome, Target
+from sd_unlearn.data.encoding import encode_captions
+from sd_unlearn.models.diffusion import add_noise
+
+
+@dataclass(frozen=True)
+class ImageSettings:
+    """Budget of an attack that starts from images of the concept."""
+
+    images: int  # of the concept, one attempt each
+    restarts: int = 1
+
+
+def run(target: Target, settings: ImageSettings, restart: int) -> Iterator[Outcome]:
+    """Complete the attacker's images under the generic prompt's counterpart, the concept's caption."""
+    samples = target.positives.first(settings.images)
+    generator = target.generator("completion", restart)
+    noise = torch.randn(samples.mean.shape, generator=generator)
+    text = encode_captions(target.base, [target.concept.caption])
+    images, start = [], 0
+    while start < len(samples.mean):
+        rows = slice(start, start + target.sampler.batch_size)
+        known, seeds = samples.mean[rows], target.seeds(settings.images)[rows]
+        keep_left = _keep_left_half(known, noise[rows], target.base.pipeline.scheduler)
+        images += target.generate(text, seeds, callback_on_step_end=keep_left)
+        start += target.sampler.batch_size
+    yield Outcome(images, len(images))
+
+
+def _keep_left_half(known: Tensor, noise: Tensor, scheduler: Any) -> Any:
+    """A callback of the pipeline that puts the noised left half of known [B, 4, h, w] into the latents."""
+    half = known.shape[-1] // 2
+
+    def callback(_pipeline: Any, step: int, _timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+        latents = values["latents"].clone()
+        left = known[..., :half]
+        if step + 1 < len(scheduler.timesteps):  # the latents are now at the level of the next step
+            timesteps = scheduler.timesteps[step + 1].long().cpu().expand(len(known))
+            left = add_noise(known, noise, timesteps, scheduler.alphas_cumprod.cpu())[..., :half]
+        latents[..., :half] = left.to(latents)
+        return {"latents": latents}
+
+    return callback
+
+
+COMPLETION = Attack(
+    "completion",
+    "Half an image given",
+    "Lu et al. 2025",
+    "sampler, images of the concept",
+    {"quick": ImageSettings(20), "standard": ImageSettings(100), "full": ImageSettings(500)},
+    run,
+)

@@ -1,0 +1,140 @@
+"""Learned token embeddings, on which the attacks `token` and `soft` are built.
+
+Textual inversion (Gal et al. 2023, arXiv 2208.01618, equation 2) turned into an attack (Pham et al. 2024,
+"Circumventing Concept Erasure Methods", arXiv 2308.01508): only embeddings are trained, on images of the concept, by
+noise prediction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sd_unlearn.attacks.base import Outcome, Target
+from sd_unlearn.attacks.noise_prediction import noise_loss, sample_batch
+from sd_unlearn.models.base import Base
+from sd_unlearn.models.conditioning import pack
+
+
+@dataclass(frozen=True)
+class EmbeddingSettings:
+    """Budget of an attack that learns embeddings."""
+
+    steps: int
+    restarts: int
+    images: int  # to judge, of each restart
+    positives: int = 25  # the attacker's images of the concept
+    batch_size: int = 25
+    learning_rate: float = 0.1  # of Adam, in units of the root mean square of the encoder's embeddings
+
+
+class LearnedPrompt:
+    """A prompt in which the embeddings of some tokens are parameters, in every text encoder of a pipeline."""
+
+    def __init__(self, base: Base, prompt: str, positions: Sequence[int]) -> None:
+        """positions: of the tokens, counted with the start token. They start as the prompt's own embeddings."""
+        self.base, self.prompt, self.positions = base, prompt, list(positions)
+        tables = [encoder.get_input_embeddings() for encoder in text_encoders(base)]
+        self.scales = [float(table.weight.float().square().mean().sqrt()) for table in tables]
+        self.vectors: list[Tensor] = [
+            nn.Parameter(table.weight[ids].detach().float().clone())
+            for table, ids in zip(tables, self._token_ids(), strict=True)
+        ]  # of each encoder [positions, width]
+
+    def _token_ids(self) -> list[Tensor]:
+        return [torch.tensor(prompt_ids(tokenizer, self.prompt))[self.positions] for tokenizer in tokenizers(self.base)]
+
+    def start_from(self, ids: Sequence[int]) -> None:
+        """Start every position from the mean embedding of these tokens."""
+        for vectors, encoder in zip(self.vectors, text_encoders(self.base), strict=True):
+            vectors.data[:] = encoder.get_input_embeddings().weight[list(ids)].float().mean(0)
+
+    def add_noise(self, generator: torch.Generator) -> None:
+        """Move every embedding by normal noise of the usual size of an embedding."""
+        for vectors, scale in zip(self.vectors, self.scales, strict=True):
+            vectors.data += scale * torch.randn(vectors.shape, generator=generator).to(vectors)
+
+    def encode(self, count: int = 1) -> Tensor:
+        """Text embeddings [count, tokens, width] (SDXL: packed), differentiable in the vectors.
+
+        Vectors [count, positions, width] give as many prompts.
+        """
+        with ExitStack() as hooks:
+            for encoder, vectors in zip(text_encoders(self.base), self.vectors, strict=True):
+                hook = encoder.get_input_embeddings().register_forward_hook(_inserted(vectors, self.positions))
+                hooks.callback(hook.remove)
+            return encode_prompts(self.base, [self.prompt] * count)
+
+
+def _inserted(vectors: Tensor, positions: list[int]) -> Any:
+    def hook(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+        output = output.clone()
+        output[:, positions] = vectors.to(output.dtype)
+        return output
+
+    return hook
+
+
+def learn(
+    target: Target, prompt: LearnedPrompt, settings: EmbeddingSettings, generator: torch.Generator
+) -> Iterator[Outcome]:
+    """Train the prompt's vectors to predict the noise of images of the concept; yields the images at the end."""
+    samples = target.positives.first(settings.positives)
+    groups = [
+        {"params": [vectors], "lr": settings.learning_rate * scale}
+        for vectors, scale in zip(prompt.vectors, prompt.scales, strict=True)
+    ]
+    optimizer = torch.optim.Adam(groups)
+    for _ in range(settings.steps):
+        batch = sample_batch(samples, settings.batch_size, generator)
+        loss = noise_loss(target, batch, prompt.encode())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    with torch.no_grad():
+        text = prompt.encode()
+    yield Outcome(target.generate(text, target.seeds(settings.images)), settings.steps)
+
+
+def text_encoders(base: Base) -> list[Any]:
+    """The pipeline's text encoders: one, or SDXL's two."""
+    names = ("text_encoder", "text_encoder_2")
+    return [encoder for name in names if (encoder := getattr(base.pipeline, name, None)) is not None]
+
+
+def tokenizers(base: Base) -> list[Any]:
+    """The tokenizers of `text_encoders`."""
+    names = ("tokenizer", "tokenizer_2")
+    return [tokenizer for name in names if (tokenizer := getattr(base.pipeline, name, None)) is not None]
+
+
+def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
+    """Token ids of a prompt, padded to the length that the text encoder reads."""
+    ids: list[int] = tokenizer(
+        prompt, padding="max_length", max_length=tokenizer.model_max_length, truncation=True
+    ).input_ids
+    return ids
+
+
+def content_positions(base: Base, prompt: str) -> list[int]:
+    """Positions of a prompt's own tokens: without start token, end token and padding."""
+    tokenizer = base.pipeline.tokenizer
+    ids = prompt_ids(tokenizer, prompt)
+    end = ids.index(tokenizer.eos_token_id, 1)
+    return list(range(1, end))
+
+
+def encode_prompts(base: Base, prompts: Sequence[str]) -> Tensor:
+    """Text embeddings [N, tokens, width] as the pipeline makes them, with a gradient; of SDXL packed."""
+    encoded = base.pipeline.encode_prompt(
+        list(prompts), device=base.device, num_images_per_prompt=1, do_classifier_free_guidance=False
+    )
+    if base.pooled_width is None:
+        tokens: Tensor = encoded[0]
+        return tokens
+    return pack(encoded[0], encoded[2])

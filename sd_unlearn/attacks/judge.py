@@ -1,0 +1,93 @@
+"""Whether attacks succeeded, by the detectors of `evaluate`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sd_unlearn.attacks.tasks import Task, Tried, read_task
+from sd_unlearn.data.concept import Concept, Prompt
+from sd_unlearn.evaluation.aggregate import image_values
+from sd_unlearn.evaluation.detections import detect
+from sd_unlearn.metrics.base import Metric, PromptedImages
+from sd_unlearn.metrics.statistics import wilson
+from sd_unlearn.report.metric_names import PRESENCE
+from sd_unlearn.results import ATTACK_METRIC, AttackEntry, AttackTry, Row
+
+
+@dataclass(frozen=True)
+class Judged:
+    """An attack on a subject, judged by one detector."""
+
+    row: Row
+    entry: AttackEntry
+    best: Tried
+
+
+def detects_concept(metric: Metric) -> bool:
+    """Whether a metric says of an image whether it shows the concept."""
+    return any(name in PRESENCE for name in metric.card().metrics)
+
+
+def judge(tasks: Sequence[Task], metric: Metric, budget: str, seed: int) -> Judged:
+    """The result of all restarts of one attack on one subject, by a metric that detects the concept.
+
+    An attack's success is that of its best try: an attacker keeps what worked.
+    """
+    first, tries, seconds = tasks[0], list[tuple[AttackTry, Tried]](), 0.0
+    for task in tasks:
+        outcomes, of_task = read_task(task)
+        seconds += of_task
+        for tried in outcomes:
+            hits, n = success(tried, metric, first)
+            value = hits / n if n else 0.0
+            tries.append((AttackTry(tried.restart, tried.step, value, n, tried.found), tried))
+    best, images = max(tries, key=lambda both: (both[0].value, -both[0].restart, -both[0].step))
+    low, high = wilson(round(best.value * best.n), best.n)
+    note = f"best of {len(tries)} tries, budget {budget}" if len(tries) > 1 else f"budget {budget}"
+    slug, attack = first.concept.slug, first.attack
+    row = Row(
+        ATTACK_METRIC, attack.name, first.subject, best.value, best.n, low, high, metric.name, "wilson", note, slug
+    )
+    settings = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(first.settings).items()}
+    entry = AttackEntry(
+        slug,
+        first.subject,
+        attack.name,
+        budget,
+        metric.name,
+        settings,
+        tuple(tried for tried, _ in tries),
+        attack.title,
+        attack.source,
+        attack.access,
+        round(seconds, 1),
+        seed,
+    )
+    return Judged(row, entry, images)
+
+
+def success(tried: Tried, metric: Metric, task: Task) -> tuple[int, int]:
+    """(trials in which the concept was found, trials) of one try."""
+    shows = found_on(tried, metric, task.concept, task.subject)
+    trials = np.asarray(tried.trials)
+    distinct = np.unique(trials)
+    return sum(bool(shows[trials == trial].any()) for trial in distinct), len(distinct)
+
+
+def found_on(tried: Tried, metric: Metric, concept: Concept, subject: str) -> NDArray[np.bool_]:
+    """[N] bool: on which images the detector finds the concept. Unreadable images count as not."""
+    count = len(tried.paths)
+    detections, _ = detect(
+        metric, tried.paths, subject, tried.paths[0].parent, f"{metric.name.split(' ')[0]}: {subject}"
+    )
+    prompted = PromptedImages(
+        concept, np.array(["direct"] * count), (Prompt(concept.caption),) * count, np.zeros(count, dtype=np.int64)
+    )
+    values = {of_metric.metric: of_metric.values for of_metric in image_values(metric, prompted, detections)}
+    shows: NDArray[np.bool_] = next(values[name] for name in PRESENCE if name in values) == 1
+    return shows

@@ -1,0 +1,36 @@
+"""Soft prompt: every token embedding of the prompt is learned.
+
+Access: the weights and the text encoder's input. Textual inversion (Gal et al. 2023) of the whole prompt instead of one
+token, as Pham et al. 2024 (arXiv 2308.01508) use it to circumvent erasure. Differences: all tokens of the caption are
+learned, not one new token; the first restart begins at the caption, the others at the caption plus noise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from sd_unlearn.attacks.base import Attack, Outcome, Target
+from sd_unlearn.attacks.embedding import EmbeddingSettings, LearnedPrompt, content_positions, learn
+
+
+def run(target: Target, settings: EmbeddingSettings, restart: int) -> Iterator[Outcome]:
+    """Learn the caption's embeddings; 0 steps: the caption itself."""
+    caption, generator = target.concept.caption, target.generator("soft", restart)
+    prompt = LearnedPrompt(target.base, caption, content_positions(target.base, caption))
+    if restart:
+        prompt.add_noise(generator)
+    return learn(target, prompt, settings, generator)
+
+
+SOFT = Attack(
+    "soft",
+    "Learned prompt",
+    "Pham et al. 2024",
+    "weights, any text embedding",
+    {
+        "quick": EmbeddingSettings(steps=200, restarts=1, images=60),
+        "standard": EmbeddingSettings(steps=1000, restarts=2, images=100),
+        "full": EmbeddingSettings(steps=5000, restarts=4, images=200),
+    },
+    run,
+)

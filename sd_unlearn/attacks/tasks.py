@@ -1,0 +1,118 @@
+"""What an `attack` command must do, in tasks that are done once and kept: one restart of an attack on a model.
+
+A task's folder is named by everything that determines its images, and appears only when it is complete. So a second
+command does only what is missing, and several processes share the tasks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sd_unlearn.attacks.base import Attack, Outcome, Target
+from sd_unlearn.data.concept import Concept
+from sd_unlearn.errors import UnlearnError
+from sd_unlearn.evaluation.loras import ModelVariant
+from sd_unlearn.io.files import atomic_path, write_json
+from sd_unlearn.io.reading import read_json
+from sd_unlearn.launch import process_count
+
+VERSION = 1  # of the attacks' code: raise it when an attack gives other images for the same settings
+RECORD = "attack.json"
+POLL = 1.0  # seconds
+
+
+@dataclass(frozen=True)
+class Task:
+    """One restart of an attack on one model."""
+
+    subject: str
+    variant: ModelVariant
+    concept: Concept
+    attack: Attack
+    settings: Any
+    restart: int
+    folder: Path
+
+    @property
+    def done(self) -> bool:
+        return (self.folder / RECORD).is_file()
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A stored outcome."""
+
+    restart: int
+    step: int
+    paths: Sequence[Path]
+    trials: Sequence[int]  # of each image
+    found: str
+
+
+def task_folder(
+    variant_folder: Path, concept: Concept, attack: Attack, settings: Any, seed: int, images: str, restart: int
+) -> Path:
+    """Where a task's images are kept. images: identifies the attacker's images."""
+    content = {
+        "version": VERSION,
+        "concept": [concept.name, concept.label, concept.caption, concept.generic],
+        "prompts": [prompt.text for prompt in (*concept.keep_prompts, *concept.prompts("held_out"))],
+        "settings": dataclasses.asdict(settings),
+        "seed": seed,
+        "images": images,
+    }
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+    return variant_folder / "attacks" / f"{attack.name}-{digest}" / f"restart-{restart}"
+
+
+def carry_out(task: Task, target: Target) -> None:
+    """Run a task and write its folder."""
+    started, outcomes = time.monotonic(), []
+    with atomic_path(task.folder) as temporary:
+        temporary.mkdir(parents=True, exist_ok=True)
+        for number, outcome in enumerate(task.attack.run(target, task.settings, task.restart)):
+            outcomes.append(_store(outcome, temporary, number))
+        write_json(temporary / RECORD, {"seconds": time.monotonic() - started, "outcomes": outcomes})
+
+
+def _store(outcome: Outcome, folder: Path, number: int) -> dict[str, Any]:
+    """Write the images of an outcome; returns its record."""
+    names = [f"{number:02d}-{index:04d}.png" for index in range(len(outcome.images))]
+    for name, image in zip(names, outcome.images, strict=True):
+        image.save(folder / name, format="PNG")
+    trials = list(range(len(names)) if outcome.trials is None else outcome.trials)
+    return {"step": outcome.step, "found": outcome.found, "images": names, "trials": trials}
+
+
+def read_task(task: Task) -> tuple[list[Tried], float]:
+    """The stored outcomes of a finished task, and the seconds it took."""
+    record = read_json(task.folder / RECORD)
+    tried = [
+        Tried(task.restart, o["step"], [task.folder / name for name in o["images"]], o["trials"], o["found"])
+        for o in record["outcomes"]
+    ]
+    return tried, record["seconds"]
+
+
+def wait_for_tasks(tasks: Sequence[Task], timeout: float) -> None:
+    """Wait until the other processes have finished their tasks; returns at once in a single process.
+
+    Raises:
+        UnlearnError: no task was finished for `timeout` seconds.
+    """
+    if process_count() < 2:
+        return
+    fewest, since = len(tasks) + 1, time.monotonic()
+    while missing := sum(not task.done for task in tasks):
+        if missing < fewest:
+            fewest, since = missing, time.monotonic()
+        if time.monotonic() - since > timeout:
+            raise UnlearnError(f"{missing} attacks are unfinished: another process must have stopped. Run it again.")
+        time.sleep(POLL)

@@ -1,0 +1,139 @@
+"""`sd-unlearn attack` from the command line to results.json."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from attack_cases import SMALL
+from evaluation_runs import make_run
+
+from sd_unlearn.attacks import runner as command
+from sd_unlearn.attacks.registry import ATTACKS
+from sd_unlearn.cli import main
+from sd_unlearn.io.reading import read_json
+from sd_unlearn.results import read_results
+
+FLAGS = ["--num_inference_steps", "2", "--render_batch_size", "8"]
+
+
+@pytest.fixture
+def run(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run folder, with budgets that take no time."""
+    small = {
+        name: dataclasses.replace(attack, budgets=dict.fromkeys(attack.budgets, SMALL[name]))
+        for name, attack in ATTACKS.items()
+    }
+    monkeypatch.setattr(command, "ATTACKS", small)
+    return make_run(tmp_path / "runs" / "seven", tiny_base)
+
+
+def attack(run: Path, *flags: str) -> int:
+    return main(["attack", "--run", str(run), *FLAGS, *flags])
+
+
+def entries(run: Path) -> dict[tuple[str, str], dict[str, Any]]:
+    return {(e["subject"], e["attack"]): e for e in read_json(run / "results.json")["attacks"]}
+
+
+def test_results_hold_every_try_with_ceiling_and_interval(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert attack(run, "--attacks", "finetune", "noise") == 0
+    results = read_results(run)
+    rows = {(row.subject, row.group): row for row in results.rows if row.metric == "attack"}
+    assert set(rows) == {(s, a) for s in ("base", "seven") for a in ("finetune", "noise")}
+    for (subject, name), entry in entries(run).items():
+        row = rows[subject, name]
+        assert row.value == max(one["value"] for one in entry["tries"])
+        assert row.low is not None
+        assert row.high is not None
+        assert row.low <= row.value <= row.high
+        assert row.n == 2
+        assert row.concept == "seven"
+        assert all((run / image).is_file() for image in entry["images"])
+    assert [one["step"] for one in entries(run)["seven", "finetune"]["tries"]] == [1, 2]
+    out = capsys.readouterr().out
+    assert "finetune" in out
+    assert "from the base" in out
+
+
+def test_what_was_done_is_not_done_again(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert attack(run, "--attacks", "strength") == 0
+    first = (run / "results.json").read_text()
+
+    def fail(*_: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(command, "carry_out", fail)
+    assert attack(run, "--attacks", "strength") == 0
+    assert json.loads(first)["attacks"] == read_json(run / "results.json")["attacks"]
+    assert attack(run, "--attacks", "strength", "--seed", "1") == 1  # other seeds are other attacks
+
+
+def test_an_interrupted_attack_resumes(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original, calls = command.carry_out, list[str]()
+
+    def interrupted(task: Any, target: Any) -> None:
+        calls.append(task.attack.name)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        original(task, target)
+
+    monkeypatch.setattr(command, "carry_out", interrupted)
+    assert attack(run, "--attacks", "noise", "strength", "--no_ceiling") == 130
+    assert not (run / "results.json").exists()
+    assert attack(run, "--attacks", "noise", "strength", "--no_ceiling") == 0
+    assert calls == ["noise", "strength", "strength"]
+
+
+def test_evaluate_and_attack_add_to_the_same_results(run: Path) -> None:
+    evaluate = ["evaluate", "--run", str(run), *FLAGS, "--num_images", "2", "--num_keep_images", "1"]
+    assert attack(run, "--attacks", "noise") == 0
+    assert main(evaluate) == 0
+    assert attack(run, "--attacks", "strength") == 0
+    metrics = {(row["metric"], row["group"]) for row in read_json(run / "results.json")["rows"]}
+    assert {("attack", "noise"), ("attack", "strength"), ("leakage", "direct")} <= metrics
+    assert main(["report", "--run", str(run)]) == 0
+
+
+def test_attacks_on_other_weights_are_dropped(run: Path, tiny_base: Path) -> None:
+    assert attack(run, "--attacks", "strength") == 0
+    make_run(run, tiny_base, seed=1)
+    assert attack(run, "--attacks", "strength") == 2  # results.json is of other weights
+    evaluate = ["evaluate", "--run", str(run), *FLAGS, "--num_images", "2", "--num_keep_images", "1"]
+    assert main(evaluate) == 0
+    assert read_json(run / "results.json")["attacks"] == []
+
+
+def test_conditions_on_attacks(run: Path) -> None:
+    assert attack(run, "--attacks", "strength", "--fail_if", "attack.strength>=0") == 3
+    assert attack(run, "--attacks", "strength", "--fail_if", "attack.strength>1") == 0
+    assert attack(run, "--attacks", "strength", "--fail_if", "attack.soft>0.5") == 3  # not measured
+    assert attack(run, "--attacks", "strength", "--fail_if", "attack.sift>0.5") == 2
+
+
+def test_images_that_the_attacker_brings(run: Path, photos: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = photos() / "1_positive"
+    assert attack(run, "--attacks", "inversion", "--no_ceiling", "--attacker_images", str(folder)) == 0
+    assert attack(run, "--attacks", "inversion", "--attacker_images", "nowhere") == 2
+    assert "--attacker_images nowhere is not a folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--attacks", "sofft"], "--attacks sofft is not one of"),
+        (["--budget", "huge"], "--budget"),
+        (["--seed", "-1"], "--seed"),
+    ],
+)
+def test_errors(run: Path, flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert attack(run, *flags) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_nothing_to_attack(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["attack"]) == 2
+    assert "Nothing" in capsys.readouterr().err
