@@ -11,8 +11,9 @@ from sd_unlearn.attacks.files import attacker_files
 from sd_unlearn.data.concept import Concept
 from sd_unlearn.data.dataset import Example
 from sd_unlearn.data.encoding import encode_images
+from sd_unlearn.io.images import is_complete_png
 from sd_unlearn.models.base import Base
-from sd_unlearn.models.sampling import ImageRequest, Sampler, generate_missing
+from sd_unlearn.models.sampling import Sampler, generate_images, save_image
 from sd_unlearn.seeds import ATTACK_SEEDS, image_seed
 
 
@@ -41,14 +42,17 @@ def unrelated_samples(base: Base, concept: Concept, count: int, folder: Path, sa
 
 
 def _generate(base: Base, prompts: Sequence[str], folder: Path, sampler: Sampler, seed: int) -> list[Path]:
+    """Files with the images, generated unless they exist. Every process does this itself, for they are few."""
     counts: dict[str, itertools.count[int]] = {}
-    requests = []
-    for prompt in prompts:
-        index = next(counts.setdefault(prompt, itertools.count()))
-        number = image_seed(ATTACK_SEEDS, seed, prompt, index)
-        requests.append(ImageRequest(folder / f"{number}.png", prompt, number))
-    generate_missing(lambda: base, requests, sampler, "attacker's images")
-    return [request.path for request in requests]
+    seeds = [image_seed(ATTACK_SEEDS, seed, p, next(counts.setdefault(p, itertools.count()))) for p in prompts]
+    paths = [folder / f"{number}.png" for number in seeds]
+    for start in range(0, len(paths), sampler.batch_size):
+        batch = slice(start, start + sampler.batch_size)
+        if not all(is_complete_png(path) for path in paths[batch]):
+            images = generate_images(base, prompts[batch], seeds[batch], sampler)
+            for path, image in zip(paths[batch], images, strict=True):
+                save_image(image, path)
+    return paths
 
 
 def _encode(base: Base, paths: Sequence[Path], captions: Sequence[str], folder: Path, sampler: Sampler) -> Samples:

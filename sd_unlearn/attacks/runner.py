@@ -5,14 +5,11 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import shutil
-import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
-
-from tqdm import tqdm
 
 from sd_unlearn.attacks.base import Samples, Target
 from sd_unlearn.attacks.files import attacker_files
@@ -31,6 +28,7 @@ from sd_unlearn.evaluation.loras import ModelVariant
 from sd_unlearn.io.files import atomic_path, full_disk_explained, write_json
 from sd_unlearn.io.lock import locked
 from sd_unlearn.io.own_files import is_run, kind_of, mark
+from sd_unlearn.io.progress import Progress
 from sd_unlearn.io.reading import read_json
 from sd_unlearn.io.run_folder import IMAGE_DIR, RESULTS
 from sd_unlearn.launch import process_count, process_rank
@@ -106,12 +104,13 @@ def _carry_out_missing(
         for slug, concept in job.concepts.items()
         if any(task.concept is concept for task in missing)
     }
-    with tqdm(missing, file=sys.stderr, unit="attack", disable=process_rank() > 0) as bar:
-        for task in bar:
-            bar.set_description(f"{task.attack.name}: {task.subject}")
+    with Progress(len(missing), "attack", "try", shown=process_rank() == 0) as progress:
+        for task in missing:
+            progress.show(now=f"{task.attack.name} on {task.subject}")
             target = _target(task, base, cache, samples[task.concept.slug], config.seed)
             with nullcontext() if task.attack.applies_lora else target.applied(1.0):
                 carry_out(task, target)
+            progress.advance()
 
 
 def _samples(
