@@ -11,7 +11,7 @@ from sd_unlearn.attacks.files import attacker_files
 from sd_unlearn.data.concept import Concept
 from sd_unlearn.data.dataset import Example
 from sd_unlearn.data.encoding import encode_images
-from sd_unlearn.io.images import is_complete_png
+from sd_unlearn.io.images import is_intact
 from sd_unlearn.models.base import Base
 from sd_unlearn.models.sampling import Sampler, generate_images, save_image
 from sd_unlearn.seeds import ATTACK_SEEDS, image_seed
@@ -48,7 +48,7 @@ def _generate(base: Base, prompts: Sequence[str], folder: Path, sampler: Sampler
     paths = [folder / f"{number}.png" for number in seeds]
     for start in range(0, len(paths), sampler.batch_size):
         batch = slice(start, start + sampler.batch_size)
-        if not all(is_complete_png(path) for path in paths[batch]):
+        if not all(is_intact(path) for path in paths[batch]):
             images = generate_images(base, prompts[batch], seeds[batch], sampler)
             for path, image in zip(paths[batch], images, strict=True):
                 save_image(image, path)
