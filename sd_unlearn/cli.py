@@ -24,6 +24,7 @@ from sd_unlearn.config.evaluate import EvaluateConfig
 from sd_unlearn.config.options import START
 from sd_unlearn.config.train import TrainConfig
 from sd_unlearn.errors import UnlearnError, UsageError, reason
+from sd_unlearn.io.noise import SHOW, silence_warnings
 from sd_unlearn.io.reading import check_keys, read_yaml
 from sd_unlearn.launch import prepare_processes, process_rank
 from sd_unlearn.paper import commands as paper
@@ -215,6 +216,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     tokens = [_underscored(t) for t in (sys.argv[1:] if arguments is None else arguments)]
     debug = "--debug" in tokens
+    if debug:
+        os.environ[SHOW] = "1"
+    silence_warnings()
     ShortHelp.show_all = "--help_all" in tokens
     tokens = ["--help" if token == "--help_all" else token for token in tokens]
     _replace_unprintable()

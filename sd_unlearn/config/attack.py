@@ -92,4 +92,6 @@ class AttackConfig(Detectors, SamplerOptions, Attacker, AttackedModels):
     config: Annotated[
         Path | None, option("YAML file with options as keys; flags on the command line take precedence.", GENERAL)
     ] = None
-    debug: Annotated[bool, option("Show a traceback when the command fails.", GENERAL)] = False
+    debug: Annotated[
+        bool, option("Show a traceback when the command fails, and the messages of libraries.", GENERAL)
+    ] = False

@@ -132,7 +132,9 @@ class RenderConfig(BaseOptions, ConceptOption):
     config: Annotated[
         Path | None, option("YAML file with options as keys; flags on the command line take precedence.", GENERAL)
     ] = None
-    debug: Annotated[bool, option("Show a traceback when the command fails.", GENERAL)] = False
+    debug: Annotated[
+        bool, option("Show a traceback when the command fails, and the messages of libraries.", GENERAL)
+    ] = False
 
 
 @dataclass(kw_only=True)
@@ -177,7 +179,7 @@ class ExportConfig:
         False
     )
     config: Annotated[Path | None, option("YAML file with options as keys; flags take precedence.")] = None
-    debug: Annotated[bool, option("Show a traceback when the command fails.")] = False
+    debug: Annotated[bool, option("Show a traceback when the command fails, and the messages of libraries.")] = False
 
 
 @dataclass(kw_only=True)
@@ -195,7 +197,7 @@ class ReportConfig:
         int, option("Maximum number of before/after pairs in report.html; leaks and losses come first.", None, Count)
     ] = 1000
     config: Annotated[Path | None, option("YAML file with options as keys; flags take precedence.")] = None
-    debug: Annotated[bool, option("Show a traceback when the command fails.")] = False
+    debug: Annotated[bool, option("Show a traceback when the command fails, and the messages of libraries.")] = False
 
 
 def as_dict(config: Any) -> dict[str, Any]:

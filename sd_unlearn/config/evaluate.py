@@ -237,4 +237,6 @@ class EvaluateConfig(Detectors, SamplerOptions, Prompts, Inputs):
     config: Annotated[
         Path | None, option("YAML file with options as keys; flags on the command line take precedence.", GENERAL)
     ] = None
-    debug: Annotated[bool, option("Show a traceback when the command fails.", GENERAL)] = False
+    debug: Annotated[
+        bool, option("Show a traceback when the command fails, and the messages of libraries.", GENERAL)
+    ] = False

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from sd_unlearn.errors import UnlearnError, UsageError, reason, suggest
+from sd_unlearn.io.noise import silence_libraries
 from sd_unlearn.io.reading import read_json
 from sd_unlearn.metrics.base import CONCEPT_GROUPS, DetectorOutput, ImageValues, PromptedImages
 from sd_unlearn.metrics.labels import leakage_and_accuracy
@@ -247,6 +248,8 @@ def _timm_classes(model: Any, name: str) -> Classes:
 
 def _of_transformers(name: str, label: str, device: Any) -> Network:
     import torch
+
+    silence_libraries()
     from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
 
     try:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sd_unlearn.errors import UnlearnError, UsageError
+from sd_unlearn.io.noise import silence_libraries
 from sd_unlearn.models.find_base import check_prediction, check_schedule, check_source, check_unet
 from sd_unlearn.models.loading import load_pipeline
 from sd_unlearn.models.source import COMPONENTS, DIGITS, OPTION, Source, kind_of
@@ -145,16 +146,10 @@ def load_base(source: Source | str, precision: str = "no", device: Any = None) -
         UnlearnError: it cannot be downloaded (no such id, no network, gated), its weights do not fit or are not finite.
     """
     import torch
-    from transformers.utils import logging as transformers_logging
 
-    # Before importing diffusers, which otherwise warns about optional packages that are not needed here.
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    silence_libraries()
     from diffusers import DDIMScheduler
-    from diffusers.utils import logging
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
     source = Source(source) if isinstance(source, str) else source
     check_source(source)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")

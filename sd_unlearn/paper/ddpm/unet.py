@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
-from diffusers.utils import logging
 
 from sd_unlearn.errors import UnlearnError, UsageError, reason
 from sd_unlearn.io.files import atomic_path
+from sd_unlearn.io.noise import silence_libraries
 from sd_unlearn.paper.experiments import Size
 
 PIPELINE_DIR = "pipeline"  # of a run folder, for DDPMPipeline.from_pretrained()
@@ -58,7 +58,7 @@ def load_network(name: str, side: int, channels: int) -> tuple[UNet2DModel, DDPM
         UsageError: a folder without a model, a model for other images, or one that does not predict noise.
         UnlearnError: it cannot be loaded.
     """
-    logging.disable_progress_bar()
+    silence_libraries()
     option = f"--pretrained_model_name_or_path {name}"
     if Path(name).is_dir() and not (Path(name) / "model_index.json").is_file():
         raise UsageError(f"{option} has no model_index.json. Choose the folder of a DDPMPipeline.")
