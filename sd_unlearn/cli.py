@@ -49,6 +49,8 @@ Your own concept:
   sd-unlearn concepts                     list the bundled concepts
   sd-unlearn concepts new "Jane Example"  write a concept file
 
+If something does not work, run sd-unlearn doctor.
+
 Exit codes: 0 done, 1 failed, 2 wrong usage, 3 a --fail_if condition holds,
 130 interrupted, 141 the reader of stdout stopped early (as head does).
 """  # no line is longer than 80 characters
@@ -206,6 +208,23 @@ def report(config: Annotated[ReportConfig, Parameter(name="*")] = ReportConfig()
     from sd_unlearn.report.report import run
 
     print(run(config))
+
+
+@app.command
+def doctor(
+    *,
+    as_json: Annotated[bool, Parameter(name="--json", help="Print JSON.", negative=())] = False,
+    skip_smoke_run: Annotated[
+        bool, Parameter(help="Only check the installation: train nothing and generate no images.", negative=())
+    ] = False,
+) -> None:
+    """Check installation, GPU, extras and hub, with a smoke run; paste the output into an issue."""
+    from sd_unlearn.doctor import doctor
+
+    checks = doctor.run(smoke_run=not skip_smoke_run)
+    print(doctor.as_json(checks) if as_json else doctor.as_text(checks))
+    if broken := doctor.failures(checks):
+        raise UnlearnError(f"Needed but broken or missing: {', '.join(broken)}.")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

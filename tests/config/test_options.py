@@ -35,6 +35,7 @@ def test_the_page_lists_exactly_the_options_of_each_command() -> None:
         "train only": names("train") - names("render"),
         **{command: names(command) for command in ("evaluate", "attack", "export", "report")},
         "concepts new": set(inspect.signature(concepts.new).parameters) - {"name"},
+        "doctor": {"json", "skip_smoke_run"},
     }
 
 
