@@ -19,6 +19,7 @@ from sd_unlearn.io.schema import OPEN, validate
 
 SCHEMA_VERSION = 2
 BASE = "base"  # id of the subject without any LoRA
+FLOOR = "floor"  # id of a model that never saw the concept, to compare attacks with
 ATTACK_METRIC = "attack"  # metric of the rows of attacks; their group is the attack's name
 Box = Annotated[tuple[float, ...], Field(min_length=4, max_length=4)]  # x0, y0, x1, y1 as shares of width and height
 

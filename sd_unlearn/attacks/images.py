@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from sd_unlearn.attacks.base import Samples
@@ -17,45 +18,51 @@ from sd_unlearn.models.sampling import Sampler, generate_images, save_image
 from sd_unlearn.seeds import ATTACK_SEEDS, image_seed
 
 
-def concept_samples(
-    base: Base, concept: Concept, count: int, given: Path | None, folder: Path, sampler: Sampler, seed: int
-) -> Samples:
-    """`count` images of the concept under its caption; of a given folder all, if there are fewer.
+@dataclass(frozen=True)
+class ImageSource:
+    """Where the attacker's images come from: a folder of theirs, or the base that generates them."""
 
-    folder: where images that the base generates, and latents, are kept.
+    base: Base  # the model that was unlearned, without a LoRA
+    sampler: Sampler
+    seed: int
+    folder: Path  # where generated images and latents are kept
+    given: Path | None = None  # the attacker's folder with images of the concept
 
-    Raises:
-        UsageError: the given folder holds no image, or an unreadable one.
-    """
-    if given is not None:
-        paths: Sequence[Path] = attacker_files(given)[:count]
-    else:
-        paths = _generate(base, [concept.caption] * count, folder, sampler, seed)
-    return _encode(base, paths, [concept.caption] * len(paths), folder, sampler)
+    def positives(self, concept: Concept, count: int, attacked: Base) -> Samples:
+        """`count` images of the concept under its caption; of a given folder all, if there are fewer.
 
+        attacked: the base whose VAE encodes them.
 
-def unrelated_samples(base: Base, concept: Concept, count: int, folder: Path, sampler: Sampler, seed: int) -> Samples:
-    """`count` images of the concept's retained prompts (of the generic prompt, if it has none)."""
-    prompts = [prompt.text for prompt in concept.keep_prompts] or [concept.generic]
-    captions = list(itertools.islice(itertools.cycle(prompts), count))
-    return _encode(base, _generate(base, captions, folder, sampler, seed), captions, folder, sampler)
+        Raises:
+            UsageError: the given folder holds no image, or an unreadable one.
+        """
+        if self.given is not None:
+            paths: Sequence[Path] = attacker_files(self.given)[:count]
+        else:
+            paths = self._generate([concept.caption] * count)
+        return self._encode(paths, [concept.caption] * len(paths), attacked)
 
+    def unrelated(self, concept: Concept, count: int, attacked: Base) -> Samples:
+        """`count` images of the concept's retained prompts (of the generic prompt, if it has none)."""
+        prompts = [prompt.text for prompt in concept.keep_prompts] or [concept.generic]
+        captions = list(itertools.islice(itertools.cycle(prompts), count))
+        return self._encode(self._generate(captions), captions, attacked)
 
-def _generate(base: Base, prompts: Sequence[str], folder: Path, sampler: Sampler, seed: int) -> list[Path]:
-    """Files with the images, generated unless they exist. Every process does this itself, for they are few."""
-    counts: dict[str, itertools.count[int]] = {}
-    seeds = [image_seed(ATTACK_SEEDS, seed, p, next(counts.setdefault(p, itertools.count()))) for p in prompts]
-    paths = [folder / f"{number}.png" for number in seeds]
-    for start in range(0, len(paths), sampler.batch_size):
-        batch = slice(start, start + sampler.batch_size)
-        if not all(is_intact(path) for path in paths[batch]):
-            images = generate_images(base, prompts[batch], seeds[batch], sampler)
-            for path, image in zip(paths[batch], images, strict=True):
-                save_image(image, path)
-    return paths
+    def _generate(self, prompts: Sequence[str]) -> list[Path]:
+        """Files with the images, generated unless they exist. Every process does this itself, for they are few."""
+        counts: dict[str, itertools.count[int]] = {}
+        numbers = [next(counts.setdefault(prompt, itertools.count())) for prompt in prompts]
+        seeds = [image_seed(ATTACK_SEEDS, self.seed, p, n) for p, n in zip(prompts, numbers, strict=True)]
+        paths = [self.folder / f"{number}.png" for number in seeds]
+        for start in range(0, len(paths), self.sampler.batch_size):
+            batch = slice(start, start + self.sampler.batch_size)
+            if not all(is_intact(path) for path in paths[batch]):
+                images = generate_images(self.base, prompts[batch], seeds[batch], self.sampler)
+                for path, image in zip(paths[batch], images, strict=True):
+                    save_image(image, path)
+        return paths
 
-
-def _encode(base: Base, paths: Sequence[Path], captions: Sequence[str], folder: Path, sampler: Sampler) -> Samples:
-    examples = [Example(path, caption, "positive") for path, caption in zip(paths, captions, strict=True)]
-    mean, std = encode_images(base, examples, sampler.resolution or base.resolution, folder)
-    return Samples(captions, mean, std)
+    def _encode(self, paths: Sequence[Path], captions: Sequence[str], attacked: Base) -> Samples:
+        examples = [Example(path, caption, "positive") for path, caption in zip(paths, captions, strict=True)]
+        resolution = self.sampler.resolution or attacked.resolution
+        return Samples(captions, *encode_images(attacked, examples, resolution, self.folder))

@@ -51,12 +51,12 @@ def judge(tasks: Sequence[Task], metric: Metric, budget: str, seed: int) -> Judg
     note = f"best of {len(tries)} tries, budget {budget}" if len(tries) > 1 else f"budget {budget}"
     slug, attack = first.concept.slug, first.attack
     row = Row(
-        ATTACK_METRIC, attack.name, first.subject, best.value, best.n, low, high, metric.name, "wilson", note, slug
+        ATTACK_METRIC, attack.name, first.model.id, best.value, best.n, low, high, metric.name, "wilson", note, slug
     )
     settings = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(first.settings).items()}
     entry = AttackEntry(
         slug,
-        first.subject,
+        first.model.id,
         attack.name,
         budget,
         metric.name,
@@ -73,7 +73,7 @@ def judge(tasks: Sequence[Task], metric: Metric, budget: str, seed: int) -> Judg
 
 def success(tried: Tried, metric: Metric, task: Task) -> tuple[int, int]:
     """(trials in which the concept was found, trials) of one try."""
-    shows = found_on(tried, metric, task.concept, task.subject)
+    shows = found_on(tried, metric, task.concept, task.model.id)
     trials = np.asarray(tried.trials)
     distinct = np.unique(trials)
     return sum(bool(shows[trials == trial].any()) for trial in distinct), len(distinct)

@@ -13,12 +13,11 @@ from typing import Any
 
 from sd_unlearn.attacks.base import Samples, Target
 from sd_unlearn.attacks.files import attacker_files
-from sd_unlearn.attacks.images import concept_samples, unrelated_samples
+from sd_unlearn.attacks.images import ImageSource
 from sd_unlearn.attacks.judge import Judged, detects_concept, judge
 from sd_unlearn.attacks.registry import ATTACKS
-from sd_unlearn.attacks.tasks import Task, carry_out, task_folder, wait_for_tasks
+from sd_unlearn.attacks.tasks import Model, Task, carry_out, task_folder, wait_for_tasks
 from sd_unlearn.config.attack import AttackConfig
-from sd_unlearn.data.concept import Concept
 from sd_unlearn.errors import UsageError
 from sd_unlearn.evaluation.evaluate import assemble
 from sd_unlearn.evaluation.fail_if import Condition, outcomes
@@ -28,13 +27,15 @@ from sd_unlearn.evaluation.loras import ModelVariant
 from sd_unlearn.io.files import atomic_path, full_disk_explained, write_json
 from sd_unlearn.io.lock import locked
 from sd_unlearn.io.own_files import is_run, kind_of, mark
+from sd_unlearn.io.paths import public_name
 from sd_unlearn.io.progress import Progress
 from sd_unlearn.io.reading import read_json
 from sd_unlearn.io.run_folder import IMAGE_DIR, RESULTS
 from sd_unlearn.launch import process_count, process_rank
 from sd_unlearn.metrics.registry import make_metrics, merge_cards, metric_cards
-from sd_unlearn.models.base import Base
-from sd_unlearn.results import BASE, as_json, carry_attacks, parse_results
+from sd_unlearn.models.base import Base, choose_precision, load_base
+from sd_unlearn.models.find_base import find_base
+from sd_unlearn.results import ATTACK_METRIC, BASE, FLOOR, as_json, carry_attacks, parse_results
 
 SHOWN = 8  # images of the best try that are kept beside results.json
 DEFAULT_POSITIVES = 25
@@ -48,38 +49,78 @@ def attack_all(
     Returns:
         Its content; {} in all processes but the first.
     """
+    file = job.output / RESULTS
     with full_disk_explained(), locked(job.output, "--output_dir"):
+        earlier = _earlier_results(job, file)
         loader = BaseLoader(job)
         cache = image_cache(job, loader)
-        tasks = _plan(config, job, cache, names)
-        _carry_out_missing(config, job, loader, cache, tasks)
+        models = _models(config, job, loader, cache)
+        tasks = _plan(config, job, models, names)
+        _carry_out_missing(config, loader, cache, tasks)
         if process_rank() > 0:
             return {}
         wait_for_tasks(tasks, TIMEOUT)
         results = _results(config, job, cache, tasks)
+        results = _added(results, earlier) if earlier else results
         results["conditions"] = outcomes(conditions, results)
         parse_results(results)
         if not kind_of(job.output) and not is_run(job.output):
             mark(job.output, "evaluation")
-        write_json(job.output / RESULTS, results)
+        write_json(file, results)
         return results
 
 
-def _plan(config: AttackConfig, job: EvaluationJob, cache: ImageCache, names: Sequence[str]) -> list[Task]:
-    """Every restart of every attack on every model, the base first."""
-    attacked = [(BASE, ModelVariant(), tuple(job.concepts))] if config.ceiling else []
-    attacked += [(s.id, s.variant, s.concepts) for s in job.subjects if s.variant is not None]
+def _earlier_results(job: EvaluationJob, file: Path) -> dict[str, Any]:
+    """The content of results.json, to which the attacks are added; {} without one.
+
+    Raises:
+        UsageError: it is damaged, or holds other weights under the same names.
+    """
+    if not file.is_file():
+        return {}
+    earlier: dict[str, Any] = read_json(file)
+    parse_results(earlier, str(file), "Run sd-unlearn evaluate again, or choose another --output_dir.")
+    weights = {s["id"]: (s.get("sha256"), s.get("strength")) for s in earlier["subjects"]}
+    for subject in (subject.describe() for subject in job.subjects):
+        if weights.get(subject["id"]) != (subject["sha256"], subject["strength"]):
+            raise UsageError(
+                f"{file} holds results of other weights than {subject['name']} has now. Run sd-unlearn evaluate again, "
+                "or choose another --output_dir."
+            )
+    return earlier
+
+
+def _models(config: AttackConfig, job: EvaluationJob, loader: BaseLoader, cache: ImageCache) -> list[Model]:
+    """The base as the ceiling, the floor, and each LoRA."""
+    every = tuple(job.concepts)
+    models = [Model(BASE, ModelVariant(), every, loader.load, cache)] if config.ceiling else []
+    if config.floor:
+        floor = load_base(
+            find_base(dataclasses.replace(config, pretrained_model_name_or_path=config.floor)),
+            choose_precision(config.mixed_precision),
+        )
+        of_floor = dataclasses.replace(cache, base=floor.describe())
+        models.append(Model(FLOOR, ModelVariant(), every, lambda: floor, of_floor))
+    return models + [
+        Model(subject.id, subject.variant, subject.concepts, loader.load, cache)
+        for subject in job.subjects
+        if subject.variant is not None
+    ]
+
+
+def _plan(config: AttackConfig, job: EvaluationJob, models: Sequence[Model], names: Sequence[str]) -> list[Task]:
+    """Every restart of every attack on every model."""
     images = _digest(config.attacker_images) if config.attacker_images else ""
     tasks = []
-    for subject, variant, slugs in attacked:
-        for concept in (job.concepts[slug] for slug in slugs):
+    for model in models:
+        for concept in (job.concepts[slug] for slug in model.concepts):
             for attack in (ATTACKS[name] for name in names):
-                if subject == BASE and attack.applies_lora:
+                if model.variant.lora is None and attack.applies_lora:
                     continue  # nothing to change the strength of
-                settings = attack.budgets[config.budget]
+                settings, folder = attack.budgets[config.budget], model.cache.folder(model.variant)
                 for restart in range(settings.restarts):
-                    where = (cache.folder(variant), concept, attack, settings, config.seed, images, restart)
-                    tasks.append(Task(subject, variant, concept, attack, settings, restart, task_folder(*where)))
+                    place = task_folder(folder, concept, attack, settings, config.seed, images, restart)
+                    tasks.append(Task(model, concept, attack, settings, restart, place))
     return tasks
 
 
@@ -91,36 +132,25 @@ def _digest(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def _carry_out_missing(
-    config: AttackConfig, job: EvaluationJob, loader: BaseLoader, cache: ImageCache, tasks: Sequence[Task]
-) -> None:
+def _carry_out_missing(config: AttackConfig, loader: BaseLoader, cache: ImageCache, tasks: Sequence[Task]) -> None:
     """Do this process's share of the tasks that are not done."""
     missing = [task for task in tasks[process_rank() :: process_count()] if not task.done]
     if not missing:
         return
-    base = loader.load()
-    samples = {
-        slug: _samples(config, base, cache, concept, [t for t in missing if t.concept is concept])
-        for slug, concept in job.concepts.items()
-        if any(task.concept is concept for task in missing)
-    }
+    folder = cache.base_folder / "attacker"
+    source = ImageSource(loader.load(), cache.sampler, config.seed, folder, config.attacker_images)
+    samples: dict[tuple[str, int, str], tuple[Samples, Samples]] = {}
     with Progress(len(missing), "attack", "try", shown=process_rank() == 0) as progress:
         for task in missing:
-            progress.show(now=f"{task.attack.name} on {task.subject}")
-            target = _target(task, base, cache, samples[task.concept.slug], config.seed)
+            progress.show(now=f"{task.attack.name} on {task.model.id}")
+            base, concept, count = task.model.load(), task.concept, _needed(task.settings)
+            key = (concept.slug, count, base.vae_sha256)
+            if key not in samples:
+                samples[key] = source.positives(concept, count, base), source.unrelated(concept, count, base)
+            target = _target(task, base, samples[key], config.seed)
             with nullcontext() if task.attack.applies_lora else target.applied(1.0):
                 carry_out(task, target)
             progress.advance()
-
-
-def _samples(
-    config: AttackConfig, base: Base, cache: ImageCache, concept: Concept, tasks: Sequence[Task]
-) -> tuple[Samples, Samples]:
-    """The attacker's images of the concept and of other prompts, as many as the tasks need."""
-    folder, sampler = cache.base_folder / "attacker", cache.sampler
-    count = max(_needed(task.settings) for task in tasks)
-    positives = concept_samples(base, concept, count, config.attacker_images, folder, sampler, config.seed)
-    return positives, unrelated_samples(base, concept, count, folder, sampler, config.seed)
 
 
 def _needed(settings: Any) -> int:
@@ -131,21 +161,21 @@ def _needed(settings: Any) -> int:
     return max(DEFAULT_POSITIVES, int(settings.images))
 
 
-def _target(task: Task, base: Base, cache: ImageCache, samples: tuple[Samples, Samples], seed: int) -> Target:
-    lora = task.variant.lora
+def _target(task: Task, base: Base, samples: tuple[Samples, Samples], seed: int) -> Target:
+    lora = task.model.variant.lora
 
     def applied(strength: float) -> Any:
         return nullcontext() if lora is None else lora.applied_to(base, strength)
 
-    return Target(base, task.concept, cache.sampler, seed, *samples, applied)
+    return Target(base, task.concept, task.model.cache.sampler, seed, *samples, applied)
 
 
 def _results(config: AttackConfig, job: EvaluationJob, cache: ImageCache, tasks: Sequence[Task]) -> dict[str, Any]:
-    """The content of results.json: what it held, if that was of the same weights, with the new attacks."""
+    """The content of results.json with these attacks alone."""
     judged, cards = list[Judged](), []
     grouped: dict[tuple[str, str, str], list[Task]] = defaultdict(list)
     for task in tasks:
-        grouped[task.concept.slug, task.subject, task.attack.name].append(task)
+        grouped[task.concept.slug, task.model.id, task.attack.name].append(task)
     for slug, concept in job.concepts.items():
         metrics, _ = make_metrics(job.metric_context(concept, _device()))
         detectors = [metric for metric in metrics if detects_concept(metric)]
@@ -154,9 +184,10 @@ def _results(config: AttackConfig, job: EvaluationJob, cache: ImageCache, tasks:
                 judged.append(judge(restarts, metric, config.budget, config.seed))
         cards += metric_cards(detectors)
     entries = [as_json(_with_images(one, job.output)) for one in judged]
-    new = assemble(job, cache, [], merge_cards(cards))
-    new |= {"rows": [as_json(one.row) for one in judged], "attacks": entries, "tier": ""}
-    return _added(new, job.output / RESULTS)
+    results = assemble(job, cache, [], merge_cards(cards))
+    if config.floor:
+        results["subjects"].append({"id": FLOOR, "name": public_name(config.floor), "what": "base"})
+    return results | {"rows": [as_json(one.row) for one in judged], "attacks": entries, "tier": ""}
 
 
 def _device() -> str:
@@ -177,25 +208,10 @@ def _with_images(judged: Judged, output: Path) -> Any:
     return dataclasses.replace(entry, images=tuple(names))
 
 
-def _added(new: dict[str, Any], file: Path) -> dict[str, Any]:
-    """The results in a file with the new attacks, if they are of the same weights; else the new ones alone.
-
-    Raises:
-        UsageError: the file holds other subjects of these names.
-    """
-    if not file.is_file():
-        return new
-    old = read_json(file)
-    parse_results(old, str(file))
-    weights = {s["id"]: (s.get("sha256"), s.get("strength")) for s in old["subjects"]}
-    for subject in new["subjects"]:
-        if weights.get(subject["id"]) != (subject.get("sha256"), subject.get("strength")):
-            raise UsageError(
-                f"{file} holds results of other weights than {subject['name']} has now. Run sd-unlearn evaluate again, "
-                "or choose another --output_dir."
-            )
-    kept_rows = [row for row in old["rows"] if row["metric"] != "attack"]
-    merged = old | {"rows": kept_rows + new["rows"], "attacks": new["attacks"]}
-    known = {card["detector"] for card in old.get("cards", ())}
-    merged["cards"] = [*old.get("cards", ()), *(c for c in new["cards"] if c["detector"] not in known)]
-    return carry_attacks(merged, old)
+def _added(new: dict[str, Any], earlier: dict[str, Any]) -> dict[str, Any]:
+    """Earlier results with the new attacks, and those of its own that were not repeated."""
+    rows = [row for row in earlier["rows"] if row["metric"] != ATTACK_METRIC]
+    cards = {card["detector"]: card for card in (*new["cards"], *earlier.get("cards", ()))}
+    subjects = {subject["id"]: subject for subject in (*new["subjects"], *earlier["subjects"])}
+    changes = {"rows": rows + new["rows"], "attacks": new["attacks"], "cards": list(cards.values())}
+    return carry_attacks(earlier | changes | {"subjects": list(subjects.values())}, earlier)

@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,12 @@ from typing import Any
 from sd_unlearn.attacks.base import Attack, Outcome, Target
 from sd_unlearn.data.concept import Concept
 from sd_unlearn.errors import UnlearnError
+from sd_unlearn.evaluation.generate import ImageCache
 from sd_unlearn.evaluation.loras import ModelVariant
 from sd_unlearn.io.files import atomic_path, write_json
 from sd_unlearn.io.reading import read_json
 from sd_unlearn.launch import process_count
+from sd_unlearn.models.base import Base
 
 VERSION = 1  # of the attacks' code: raise it when an attack gives other images for the same settings
 RECORD = "attack.json"
@@ -29,11 +31,21 @@ POLL = 1.0  # seconds
 
 
 @dataclass(frozen=True)
+class Model:
+    """An attacked model: a base, with or without a LoRA."""
+
+    id: str  # of its subject in results.json
+    variant: ModelVariant
+    concepts: tuple[str, ...]  # slugs of those to bring back
+    load: Callable[[], Base]  # the base
+    cache: ImageCache  # of the base
+
+
+@dataclass(frozen=True)
 class Task:
     """One restart of an attack on one model."""
 
-    subject: str
-    variant: ModelVariant
+    model: Model
     concept: Concept
     attack: Attack
     settings: Any

@@ -48,6 +48,14 @@ class AttackedModels:
             negative="--no_ceiling",
         ),
     ] = True
+    floor: Annotated[
+        str | None,
+        option(
+            "A model that never saw the concept, of the same kind as the base (folder, file or Hub id): what the "
+            "attacks get out of it. For digits: scripts/build_digits.py --without seven.",
+            ATTACKER,
+        ),
+    ] = None
 
 
 @dataclass(kw_only=True)

@@ -10,7 +10,7 @@ from typing import Any
 
 from sd_unlearn.errors import UsageError, suggest
 from sd_unlearn.report.metric_names import GROUPS, METRICS, known_as
-from sd_unlearn.results import BASE
+from sd_unlearn.results import BASE, FLOOR
 
 _FORM = re.compile(
     r"(?P<metric>[A-Za-z][\w-]*)(?:\.(?P<group>[a-z_]+?))??(?:\.(?P<end>low|high))?\s*"
@@ -135,7 +135,7 @@ def checked_subjects(results: dict[str, Any]) -> set[str]:
     return {
         subject["id"]
         for subject in results["subjects"]
-        if subject["id"] != BASE and subject.get("strength") in (None, main.get(subject["name"]))
+        if subject["id"] not in (BASE, FLOOR) and subject.get("strength") in (None, main.get(subject["name"]))
     }
 
 

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from sd_unlearn.report import compare
 from sd_unlearn.report.cases import Case, cases_of
 from sd_unlearn.report.formatting import NONE, interval_text, value_text
-from sd_unlearn.results import BASE, Results
+from sd_unlearn.results import BASE, FLOOR, Results
 
 ONE = ("metric", "group", "base", "lora", "95 % interval", "n")
 SEVERAL = ("concept", "lora", "leakage", "95 % interval", "base", "retention", "95 % interval", "is it gone?")
-ATTACKS = ("attack", "lora", "brought back", "95 % interval", "from the base", "n")
+ATTACKS = ("attack", "lora", "brought back", "95 % interval", "from the floor", "from the base", "n")
 LEFT = (0, 1, 7)  # columns of text; the others are aligned to the right
 
 
@@ -42,11 +42,11 @@ def format_attacks(results: Results) -> str:
     rows = {(row.concept, row.subject, row.group, row.detector): row for row in results.rows if row.metric == "attack"}
     lines = []
     for (concept, subject, group, detector), row in rows.items():
-        if subject != BASE:
-            base = rows.get((concept, BASE, group, detector))
+        if subject not in (BASE, FLOOR):
+            base, floor = (rows.get((concept, model, group, detector)) for model in (BASE, FLOOR))
             name = f"{subject} ({concept})" if len(results.concepts) > 1 else subject
-            values = (value_text(row), interval_text(row), value_text(base) if base else NONE, str(row.n))
-            lines.append((group, name, *values))
+            values = [value_text(one) if one else NONE for one in (row, floor, base)]
+            lines.append((group, name, values[0], interval_text(row), *values[1:], str(row.n)))
     return "\n".join(_aligned([ATTACKS, *lines]))
 
 

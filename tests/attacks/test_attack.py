@@ -114,6 +114,15 @@ def test_conditions_on_attacks(run: Path) -> None:
     assert attack(run, "--attacks", "strength", "--fail_if", "attack.sift>0.5") == 2
 
 
+def test_the_floor_is_attacked_too(run: Path, v_base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert attack(run, "--attacks", "noise", "finetune", "--floor", str(v_base), "--fail_if", "attack.noise>1") == 0
+    assert {subject for subject, _ in entries(run)} == {"base", "floor", "seven"}
+    results = read_results(run)
+    assert [subject.id for subject in results.compared] == ["seven"]
+    assert main(["report", "--run", str(run)]) == 0
+    assert attack(run, "--attacks", "noise", "--floor", "nowhere.safetensors") == 2
+
+
 def test_images_that_the_attacker_brings(run: Path, photos: Any, capsys: pytest.CaptureFixture[str]) -> None:
     folder = photos() / "1_positive"
     assert attack(run, "--attacks", "inversion", "--no_ceiling", "--attacker_images", str(folder)) == 0
