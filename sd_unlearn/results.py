@@ -24,11 +24,15 @@ ATTACK_METRIC = "attack"  # metric of the rows of attacks; their group is the at
 Box = Annotated[tuple[float, ...], Field(min_length=4, max_length=4)]  # x0, y0, x1, y1 as shares of width and height
 
 
-@dataclass(frozen=True)
-class Row:
-    """One value of a metric. A rate states what was counted, n and a 95 % interval."""
+class _Open:
+    """Later versions may add keys."""
 
     __pydantic_config__ = OPEN
+
+
+@dataclass(frozen=True)
+class Row(_Open):
+    """One value of a metric. A rate states what was counted, n and a 95 % interval."""
 
     metric: str
     group: str  # of prompts: direct, held_out, generic, alike, general, kept
@@ -45,10 +49,8 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Difference:
+class Difference(_Open):
     """Difference between two subjects, compared image by image: value = subject - against."""
-
-    __pydantic_config__ = OPEN
 
     concept: str
     metric: str
@@ -66,10 +68,8 @@ class Difference:
 
 
 @dataclass(frozen=True)
-class Pair:
+class Pair(_Open):
     """One prompt and seed without and with a LoRA. Image paths are relative to the folder of results.json."""
-
-    __pydantic_config__ = OPEN
 
     concept: str
     subject: str
@@ -88,10 +88,8 @@ class Pair:
 
 
 @dataclass(frozen=True)
-class PairCount:
+class PairCount(_Open):
     """How many images of a subject and prompt group leak or are lost; `pairs` holds some of them."""
-
-    __pydantic_config__ = OPEN
 
     concept: str
     subject: str
@@ -101,10 +99,8 @@ class PairCount:
 
 
 @dataclass(frozen=True)
-class Card:
+class Card(_Open):
     """What a reader must know to cite a detector's metrics; the report prints it with them."""
-
-    __pydantic_config__ = OPEN
 
     detector: str  # Metric.name
     metrics: tuple[str, ...] = ()
@@ -117,10 +113,8 @@ class Card:
 
 
 @dataclass(frozen=True)
-class ConceptEntry:
+class ConceptEntry(_Open):
     """A concept that was evaluated."""
-
-    __pydantic_config__ = OPEN
 
     slug: str
     name: str
@@ -131,10 +125,8 @@ class ConceptEntry:
 
 
 @dataclass(frozen=True)
-class SubjectEntry:
+class SubjectEntry(_Open):
     """What was evaluated: the base, a LoRA at one strength, or a folder of images."""
-
-    __pydantic_config__ = OPEN
 
     id: str
     name: str
@@ -147,10 +139,8 @@ class SubjectEntry:
 
 
 @dataclass(frozen=True)
-class Skipped:
+class Skipped(_Open):
     """An image that could not be read."""
-
-    __pydantic_config__ = OPEN
 
     path: str
     why: str = ""
@@ -158,10 +148,8 @@ class Skipped:
 
 
 @dataclass(frozen=True)
-class Problem:
+class Problem(_Open):
     """A reason why no verdict may be given on a subject (docs/results.md lists the kinds)."""
-
-    __pydantic_config__ = OPEN
 
     concept: str  # slug; "": every concept
     subject: str  # id; of the base, it concerns every subject
@@ -176,10 +164,8 @@ class Problem:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class Outcome(_Open):
     """A --fail_if condition."""
-
-    __pydantic_config__ = OPEN
 
     condition: str
     holds: bool
@@ -187,20 +173,16 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Failed:
+class Failed(_Open):
     """A LoRA that could not be evaluated (--keep_going)."""
-
-    __pydantic_config__ = OPEN
 
     lora: str  # as given, or its path
     message: str
 
 
 @dataclass(frozen=True)
-class AttackTry:
+class AttackTry(_Open):
     """The images that one restart of an attack gave after a number of steps."""
-
-    __pydantic_config__ = OPEN
 
     restart: int
     step: int
@@ -210,10 +192,8 @@ class AttackTry:
 
 
 @dataclass(frozen=True)
-class AttackEntry:
+class AttackEntry(_Open):
     """An attack on a subject, with every try; its row (metric `attack`) has the best one."""
-
-    __pydantic_config__ = OPEN
 
     concept: str
     subject: str
@@ -231,20 +211,16 @@ class AttackEntry:
 
 
 @dataclass(frozen=True)
-class Seeds:
+class Seeds(_Open):
     """Seeds of the images."""
-
-    __pydantic_config__ = OPEN
 
     evaluate: tuple[int, int] | None = None  # half-open range of all evaluation seeds
     seeds: tuple[int, ...] = ()  # --seed
 
 
 @dataclass(frozen=True)
-class Results:
+class Results(_Open):
     """The content of a results.json."""
-
-    __pydantic_config__ = OPEN
 
     schema_version: Literal[2]
     concepts: tuple[ConceptEntry, ...]

@@ -31,6 +31,7 @@ from sd_unlearn.io.own_files import delete_own, is_free, kind_of, mark
 from sd_unlearn.io.reading import read_yaml
 from sd_unlearn.io.run_folder import CONCEPT, DATA_MANIFEST, RESULTS, weights_sha256
 from sd_unlearn.launch import process_count
+from sd_unlearn.metrics.registry import MetricContext, find_metrics
 from sd_unlearn.report import sweep
 from sd_unlearn.report.sweep import SWEEP
 from sd_unlearn.results import BASE, Results, as_json, read_results
@@ -72,6 +73,7 @@ def run(config: TrainConfig) -> Path:
     settings = {k: v for k, v in shared.items() if k not in NOT_COMPARED}
     check_apart(inputs.data_dir, output)
     check_output(output, settings, config.overwrite)
+    find_metrics(MetricContext(concept, EvaluateConfig(), None, "quick"))  # not after hours of training
     with locked(output, "--output_dir"):
         check_output(output, settings, config.overwrite)  # again: another process may have started one since
         remove_leftovers(output)

@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from sd_unlearn import cli
+from sd_unlearn.errors import ConditionError, UnlearnError, UsageError
+
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "sd_unlearn"
 PAGE = (ROOT / "docs" / "architecture.md").read_text()
@@ -38,3 +41,16 @@ def test_every_name_on_the_page_is_defined_in_the_module_before_it(path: str, fu
 def test_the_navigation_lists_every_page() -> None:
     pages = {path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").glob("*.md")}
     assert set(re.findall(r": (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)) == pages
+
+
+def test_the_exit_codes_are_those_of_the_commands() -> None:
+    documented = re.findall(r"^\| (\d+) \| ", (ROOT / "docs" / "evaluating.md").read_text(), re.MULTILINE)
+    assert documented == re.findall(r"(\d+) [a-z]+", cli.HELP.partition("Exit codes:")[2])
+    codes = {0, UnlearnError.exit_code, UsageError.exit_code, ConditionError.exit_code, 130, cli.BROKEN_PIPE}
+    assert {int(code) for code in documented} == codes
+
+
+def test_the_readme_identifies_people_with_more_than_clip() -> None:
+    page = (ROOT / "README.md").read_text()
+    assert re.search(r"pip install -e '\.\[[^\]]*faces", page)
+    assert re.search(r"evaluate --run runs/brad-pitt --others ", page)

@@ -5,25 +5,27 @@ from __future__ import annotations
 import io
 import itertools
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import cyclopts
+import numpy as np
 import pytest
 import torch
 from export_runs import evaluated, hand_run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from odd_content import byte_contents, json_contents, jsonl_contents, safetensors_contents, yaml_contents
 from paper_runs import make_record
 from PIL import Image
 from report_results import make_results
 from safetensors.torch import save
 
-from sd_unlearn import cli
+from sd_unlearn import cli, sweep
 from sd_unlearn.config.base import BaseOptions, RenderConfig, ReportConfig
 from sd_unlearn.config.checks import check_train
 from sd_unlearn.data import render
@@ -33,6 +35,7 @@ from sd_unlearn.data.encoding import load_pixels
 from sd_unlearn.data.prior import resolve_beta
 from sd_unlearn.data.prompt_sets import load_prompt_set
 from sd_unlearn.errors import UnlearnError, UsageError
+from sd_unlearn.evaluation.detections import detect
 from sd_unlearn.evaluation.image_folders import read_image_folder
 from sd_unlearn.evaluation.loras import open_lora, open_run
 from sd_unlearn.export.kohya import read_adapter
@@ -40,13 +43,17 @@ from sd_unlearn.export.metadata import own_header
 from sd_unlearn.export.trained_run import read_run
 from sd_unlearn.io.files import write_json
 from sd_unlearn.io.images import open_image
+from sd_unlearn.io.own_files import mark
 from sd_unlearn.io.reading import read_json, read_jsonl
+from sd_unlearn.metrics.classifier import make_classifier
 from sd_unlearn.models import lora
 from sd_unlearn.models.base import recorded_source
 from sd_unlearn.models.checkpoint_header import check_vae_file, kind_of_file, prediction_of_file, read_checkpoint_header
 from sd_unlearn.models.find_base import find_base
 from sd_unlearn.models.lora_file import read_lora_file
 from sd_unlearn.models.source import DIGITS_DIR
+from sd_unlearn.paper.experiments import EXPERIMENTS
+from sd_unlearn.paper.run import check_same_run, folder_of
 from sd_unlearn.paper.tables import records
 from sd_unlearn.report import report
 from sd_unlearn.report.terminal import format_table
@@ -156,6 +163,92 @@ def test_config_files(place: Path) -> None:
         check_train(bound.arguments["config"])
 
     fuzz(place, yaml_contents(valid), "x.yaml", read, named=" ")
+
+
+def test_config_files_of_paper(place: Path) -> None:
+    valid = {"objective": "pu", "beta": 0.2, "train_batch_size": 8, "missing": "9", "conditional": True, "seed": 3}
+
+    def read(folder: Path) -> None:
+        tokens = ["paper", "run", "mnist5k-even", "--config", str(folder / "x.yaml")]
+        try:
+            cli.app.config = cli._config_file(tokens)
+            _, bound, _ = cli.app.parse_args(tokens, exit_on_error=False, print_error=False)
+        except cyclopts.CycloptsError as error:
+            raise UsageError(cli._usage_message(error)) from None
+        folder_of(EXPERIMENTS["mnist5k-even"], bound.arguments["config"])
+
+    fuzz(place, yaml_contents(valid), "x.yaml", read, named=" ")
+
+
+def test_settings_of_sweeps(place: Path) -> None:
+    settings = {"concept": "seven", "factors": [0.5, 1.0], "beta": 0.1, "rank": 8, "target": "teacher"}
+
+    def read(folder: Path) -> None:
+        sweep.check_output(folder, settings, overwrite=False)
+
+    def prepare(folder: Path) -> None:
+        (folder / "factor-1").mkdir()
+        mark(folder, "sweep")
+
+    fuzz(place, yaml_contents(settings), "sweep.yaml", read, prepare, named="folder")
+
+
+def test_settings_of_paper_runs(place: Path) -> None:
+    config = {"experiment": "mnist5k-even", "size": "tiny", "seed": 42, "beta": 0.1, "missing": []}
+
+    def read(folder: Path) -> None:
+        check_same_run(folder, config, overwrite=False)
+
+    fuzz(place, yaml_contents(config), "config.yaml", read, lambda folder: mark(folder, "paper"), named="folder")
+
+
+# -- detectors --
+
+
+def test_configs_of_classifiers(place: Path) -> None:
+    timm = {"architecture": "test_resnet", "num_classes": 2, "pretrained_cfg": {"label_names": ["cat", "dog"]}}
+    transformers = {"model_type": "resnet", "id2label": {"0": "cat", "1": "dog"}, "num_channels": 3, "depths": [1]}
+    contents = st.one_of(json_contents(timm), json_contents(transformers))
+    fuzz(
+        place, contents, "config.json", lambda folder: make_classifier(str(folder), "cat"), examples=40, named="folder"
+    )
+
+
+class Brightness:
+    name = "mean"
+
+    def read(self, images: Sequence[Image.Image]) -> dict[str, NDArray]:
+        return {"mean": np.array([np.asarray(image).mean() for image in images]), "boxes": np.zeros((len(images), 4))}
+
+
+def test_caches_of_detectors(place: Path) -> None:
+    """A damaged cache counts as empty: the detections are those of a run without one."""
+
+    def prepare(folder: Path) -> None:
+        for number in range(2):
+            Image.new("RGB", (8, 8), (number, number, number)).save(folder / f"{number}.png")
+
+    def read(folder: Path) -> Any:
+        found, failed = detect(Brightness(), [folder / "0.png", folder / "1.png"], "a", folder, "t")
+        assert not failed
+        return found.output["mean"].tolist()
+
+    def check(folder: Path) -> None:
+        assert read(folder) == [0, 1]
+
+    with in_folder(place, prepare) as folder:
+        read(folder)
+        (file,) = (folder / "readings").iterdir()
+        valid = file.read_bytes()
+    arrays: list[dict[str, Any]] = [{}, {"mean": 1}, {"file_names": np.array(3)}]
+    arrays.append({"file_names": np.array(["0.png"]), "mean": np.zeros(2)})
+    for odd in arrays:
+        np.savez(memory := io.BytesIO(), **odd)
+        with in_folder(place, prepare) as folder:
+            (folder / "readings").mkdir()
+            (folder / "readings" / file.name).write_bytes(memory.getvalue())
+            check(folder)
+    fuzz(place, byte_contents(valid), f"readings/{file.name}", check, prepare)
 
 
 # -- data folders --

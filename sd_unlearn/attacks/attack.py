@@ -14,7 +14,7 @@ from sd_unlearn.config.evaluate import EvaluateConfig
 from sd_unlearn.errors import UsageError, suggest
 from sd_unlearn.evaluation.fail_if import parse_condition
 from sd_unlearn.evaluation.job import resolve_job
-from sd_unlearn.metrics.registry import check_weights
+from sd_unlearn.metrics.registry import find_metrics
 
 
 def run(config: AttackConfig) -> dict[str, Any]:
@@ -34,11 +34,10 @@ def run(config: AttackConfig) -> dict[str, Any]:
     if config.attacker_images is not None:
         attacker_files(config.attacker_images)
     job = resolve_job(_as_evaluation(config))
-    for concept in job.concepts.values():
-        check_weights(job.metric_context(concept))
+    metrics = {slug: find_metrics(job.metric_context(concept)) for slug, concept in job.concepts.items()}
     from sd_unlearn.attacks.runner import attack_all
 
-    return attack_all(config, job, names, conditions)
+    return attack_all(config, job, names, metrics, conditions)
 
 
 def attack_names(config: AttackConfig) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import shutil
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -42,9 +42,15 @@ DEFAULT_POSITIVES = 25
 
 
 def attack_all(
-    config: AttackConfig, job: EvaluationJob, names: Sequence[str], conditions: Sequence[Condition]
+    config: AttackConfig,
+    job: EvaluationJob,
+    names: Sequence[str],
+    metrics: Mapping[str, Sequence[str]],
+    conditions: Sequence[Condition],
 ) -> dict[str, Any]:
     """Carry out the attacks with these names that are missing, and write results.json.
+
+    metrics: the names of the metrics of each concept (find_metrics).
 
     Returns:
         Its content; {} in all processes but the first.
@@ -60,10 +66,9 @@ def attack_all(
         if process_rank() > 0:
             return {}
         wait_for_tasks(tasks, TIMEOUT)
-        results = _results(config, job, cache, tasks)
+        results = _results(config, job, cache, tasks, metrics)
         results = _added(results, earlier) if earlier else results
-        results["conditions"] = outcomes(conditions, results)
-        parse_results(results)
+        results["conditions"] = [as_json(found) for found in outcomes(conditions, parse_results(results))]
         if not kind_of(job.output) and not is_run(job.output):
             mark(job.output, "evaluation")
         write_json(file, results)
@@ -170,14 +175,20 @@ def _target(task: Task, base: Base, samples: tuple[Samples, Samples], seed: int)
     return Target(base, task.concept, task.model.cache.sampler, seed, *samples, applied)
 
 
-def _results(config: AttackConfig, job: EvaluationJob, cache: ImageCache, tasks: Sequence[Task]) -> dict[str, Any]:
+def _results(
+    config: AttackConfig,
+    job: EvaluationJob,
+    cache: ImageCache,
+    tasks: Sequence[Task],
+    names: Mapping[str, Sequence[str]],
+) -> dict[str, Any]:
     """The content of results.json with these attacks alone."""
     judged, cards = list[Judged](), []
     grouped: dict[tuple[str, str, str], list[Task]] = defaultdict(list)
     for task in tasks:
         grouped[task.concept.slug, task.model.id, task.attack.name].append(task)
     for slug, concept in job.concepts.items():
-        metrics, _ = make_metrics(job.metric_context(concept, _device()))
+        metrics, _ = make_metrics(names[slug], job.metric_context(concept, _device()))
         detectors = [metric for metric in metrics if detects_concept(metric)]
         for (of_concept, _, _), restarts in grouped.items():
             for metric in detectors if of_concept == slug else []:

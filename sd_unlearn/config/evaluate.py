@@ -223,7 +223,7 @@ class EvaluateConfig(Detectors, SamplerOptions, Prompts, Inputs):
     ] = many()
     keep_going: Annotated[
         bool,
-        option("Evaluate the other LoRAs if one cannot be loaded, and print pass or fail for each.", OUTPUT),
+        option("Evaluate the other LoRAs if one cannot be evaluated, and print pass or fail for each.", OUTPUT),
     ] = False
     write_plan: Annotated[
         Path | None,

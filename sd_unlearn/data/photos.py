@@ -102,14 +102,29 @@ def split_readable(folder: Path) -> tuple[list[Path], list[Path]]:
 def describe(data_dir: Path, own_captions: Sequence[str | None]) -> str:
     """What a folder of the user's images holds, in one line: '25 images, 20 with own captions, 3 skipped (...)'.
 
+    Text files that are the caption of no image are named.
+
     own_captions: the own caption of each image that is read, or None.
     """
     given = [caption for caption in own_captions if caption is not None]
     empty = given.count("")
     text = f"{data_dir}: {len(own_captions):,} images, {len(given):,} with own captions"
     text += f" ({empty:,} empty)" if empty else ""
-    skipped = [path for folder in _folders(data_dir) if is_image_folder(folder.name) for path in _skipped(folder)]
-    return f"{text}{describe_skipped(skipped)}."
+    folders = [folder for folder in _folders(data_dir) if is_image_folder(folder.name)]
+    unused = [path for folder in folders for path in _captions_without_image(folder)]
+    if unused:
+        text += f", {_first_names(unused)} without an image of that name"
+    return f"{text}{describe_skipped([path for folder in folders for path in _skipped(folder)])}."
+
+
+def _captions_without_image(folder: Path) -> list[Path]:
+    """Text files that are the caption of no image (captions.py says how they are named)."""
+    names = {name for image in image_files(folder) for name in (image.stem, image.name)}
+    return [path for path in sorted(folder.glob("*.txt")) if path.stem not in names and not path.name.startswith(".")]
+
+
+def _first_names(paths: Sequence[Path]) -> str:
+    return ", ".join(path.name for path in paths[:3]) + (f" and {len(paths) - 3:,} more" if len(paths) > 3 else "")
 
 
 def describe_skipped(skipped: Sequence[Path]) -> str:

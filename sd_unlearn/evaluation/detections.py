@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -134,10 +133,12 @@ def _load(cache: Path | None, name: str) -> _CachedOutputs:
     try:
         with np.load(_cache_file(cache, name), allow_pickle=False) as data:
             output: DetectorOutput = {key: data[key] for key in data.files}
-    except (OSError, ValueError, zipfile.BadZipFile, EOFError):
+        keys = output.pop(_NAMES).tolist()
+        if any(len(values) != len(keys) for values in output.values()):
+            return {}
+        return {str(key): {column: values[n] for column, values in output.items()} for n, key in enumerate(keys)}
+    except Exception:  # zipfile, zlib, struct and NumPy raise many types; huge shapes a MemoryError
         return {}
-    keys = output.pop(_NAMES).tolist()
-    return {key: {column: values[n] for column, values in output.items()} for n, key in enumerate(keys)}
 
 
 def _save(cache: Path | None, name: str, known: _CachedOutputs) -> None:

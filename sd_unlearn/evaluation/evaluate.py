@@ -33,7 +33,7 @@ from sd_unlearn.io.paths import public_name
 from sd_unlearn.io.reading import read_json
 from sd_unlearn.io.run_folder import EVALUATION, IMAGE_DIR, RESULTS
 from sd_unlearn.launch import process_rank
-from sd_unlearn.metrics.registry import check_weights, make_metrics, merge_cards, metric_cards
+from sd_unlearn.metrics.registry import find_metrics, make_metrics, merge_cards, metric_cards, missing_evidence
 from sd_unlearn.results import BASE, SCHEMA_VERSION, Pair, Problem, as_json, carry_attacks, parse_results
 from sd_unlearn.seeds import EVALUATE_SEEDS
 
@@ -54,27 +54,30 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     if config.write_plan is not None:
         write_plan(config.write_plan, job.plans)
         return {}
-    for concept in job.concepts.values():
-        check_weights(job.metric_context(concept))
+    metrics = {slug: find_metrics(job.metric_context(concept)) for slug, concept in job.concepts.items()}
     with full_disk_explained(), locked(job.output, "--output_dir"):
         if process_rank() == 0:
             for folder in (job.output, *(job.output / IMAGE_DIR).glob("*/")):
                 remove_leftovers(folder)
-        return _run(config, job)
+        return _run(config, job, metrics)
 
 
-def _run(config: EvaluateConfig, job: EvaluationJob) -> dict[str, Any]:
-    """`run` once the options are checked, while no other process uses the output folder."""
+def _run(config: EvaluateConfig, job: EvaluationJob, metrics: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+    """`run` once the options are checked, while no other process uses the output folder.
+
+    metrics: the names of each concept's metrics.
+    """
     cache = generate_images(job)
     if process_rank() > 0:
         return {}
-    evaluated, cards = _run_all_metrics(job, cache)
+    evaluated, cards = _run_all_metrics(job, cache, metrics)
     if not kind_of(job.output) and not is_run(job.output):
         mark(job.output, "evaluation")
     results = assemble(job, cache, evaluated, cards)
     if earlier := _earlier_results(job.output / RESULTS):
         results = carry_attacks(results, earlier)
-    results["conditions"] = outcomes([parse_condition(text) for text in config.fail_if], results)
+    conditions = outcomes([parse_condition(text) for text in config.fail_if], parse_results(results))
+    results["conditions"] = [as_json(outcome) for outcome in conditions]
     write_text(job.output / EVALUATION, yaml.safe_dump(as_dict(config), sort_keys=False, allow_unicode=True))
     write_json(job.output / RESULTS, results)
     return results
@@ -111,26 +114,27 @@ def pass_or_fail(config: EvaluateConfig, results: dict[str, Any]) -> list[str]:
     """With --keep_going a line for each LoRA and image folder: whether it passes --fail_if, and why not."""
     if not config.keep_going:
         return []
-    conditions, lines = [parse_condition(text) for text in config.fail_if], []
-    checked = checked_subjects(results)
-    for subject in results["subjects"]:
-        if subject["id"] in checked:
-            alone = [entry for entry in results["subjects"] if entry["id"] in (BASE, subject["id"])]
-            because = met_conditions(conditions, {**results, "subjects": alone})
-            lines.append(f"fail {subject['name']}: {'; '.join(because)}" if because else f"pass {subject['name']}")
-    return lines + [f"fail {failed['lora']}: {failed['message']}" for failed in results["failed"]]
+    conditions, found, lines = [parse_condition(text) for text in config.fail_if], parse_results(results), []
+    for subject in checked_subjects(found):
+        because = met_conditions(conditions, found, only=subject.id)
+        lines.append(f"fail {subject.name}: {'; '.join(because)}" if because else f"pass {subject.name}")
+    return lines + [f"fail {failed.lora}: {failed.message}" for failed in found.failed]
 
 
-def _run_all_metrics(job: EvaluationJob, cache: ImageCache | None) -> tuple[list[ConceptResults], list[dict[str, Any]]]:
+def _run_all_metrics(
+    job: EvaluationJob, cache: ImageCache | None, names: Mapping[str, Sequence[str]]
+) -> tuple[list[ConceptResults], list[dict[str, Any]]]:
     """The results of each concept that has images, and the metrics' cards."""
     device = _device()
     evaluated, cards = [], []
     for slug, concept in job.concepts.items():
-        metrics, pair_metrics = make_metrics(job.metric_context(concept, device))
+        metrics, pair_metrics = make_metrics(names[slug], job.metric_context(concept, device))
         images = _images_of(job, cache, slug)
         if images:
             main = [subject.id for subject in _main_subjects(job) if slug in subject.concepts]
             evaluated.append(run_metrics(concept, metrics, pair_metrics, images, main))
+            if message := missing_evidence(concept, names[slug]):
+                evaluated[-1].problems.append(Problem(slug, BASE, "evidence", message))
             cards += metric_cards([*metrics, *pair_metrics])
     return evaluated, merge_cards(cards)
 

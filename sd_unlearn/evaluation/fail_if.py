@@ -6,25 +6,15 @@ import operator
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from sd_unlearn.errors import UsageError, suggest
 from sd_unlearn.report.metric_names import GROUPS, METRICS, known_as
-from sd_unlearn.results import BASE, FLOOR
+from sd_unlearn.results import BASE, FLOOR, Outcome, Results, Row, SubjectEntry
 
 _FORM = re.compile(
     r"(?P<metric>[A-Za-z][\w-]*)(?:\.(?P<group>[a-z_]+?))??(?:\.(?P<end>low|high))?\s*"
     r"(?P<sign><=|>=|<|>)\s*(?P<limit>[-+.\deE]+)(?P<percent>\s*%)?"
 )
-SHARES = ("leakage", "attack", "accuracy", "nudity", "confusion", "face_rate")  # metrics between 0 and 1
-CONCEPT_METRICS = (
-    "leakage",
-    "attack",
-    "leakage_top5",
-    "nudity",
-    "detections",
-    "clean_replacement",
-)  # measure the concept itself
 DEFAULT_GROUPS = ("direct", "kept")  # of a condition without a group: the first that the metric has
 _SIGNS = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
 
@@ -40,9 +30,13 @@ class Condition:
     sign: str
     limit: float
 
-    def holds(self, row: dict[str, Any]) -> bool:
+    def value(self, row: Row) -> float | None:
+        """The value of a row that the condition is about."""
+        return {"value": row.value, "low": row.low, "high": row.high}[self.end]
+
+    def holds(self, row: Row) -> bool:
         """Whether a row meets the condition. Unknown values do, so that a pipeline does not pass because of them."""
-        value = row.get(self.end)
+        value = self.value(row)
         return value is None or _SIGNS[self.sign](value, self.limit)
 
 
@@ -64,7 +58,7 @@ def parse_condition(text: str) -> Condition:
         )
     _check_names(text, match["metric"], match["group"])
     limit = limit / 100 if match["percent"] else limit
-    if match["metric"] in SHARES and limit > 1:
+    if METRICS[known_as(match["metric"])].is_share and limit > 1:
         raise UsageError(
             f'--fail_if "{text}": {match["metric"]} is between 0 and 1. Write {limit:g}% or {limit / 100:g}.'
         )
@@ -83,34 +77,39 @@ def _check_names(text: str, metric: str, group: str | None) -> None:
         )
 
 
-def outcomes(conditions: Sequence[Condition], results: dict[str, Any]) -> list[dict[str, Any]]:
-    """The outcome of each condition as results.json records it: condition, holds, and why for each subject."""
+def outcomes(conditions: Sequence[Condition], results: Results) -> list[Outcome]:
+    """The outcome of each condition, with the reasons why it holds."""
     found = []
     for condition in conditions:
         because = met_conditions([condition], results)
-        reasons = [line.removeprefix(f"{condition.text}: ") for line in because]
-        found.append({"condition": condition.text, "holds": bool(because), "reasons": reasons})
+        reasons = tuple(line.removeprefix(f"{condition.text}: ") for line in because)
+        found.append(Outcome(condition.text, bool(because), reasons))
     return found
 
 
-def met_conditions(conditions: Sequence[Condition], results: dict[str, Any]) -> list[str]:
+def met_conditions(conditions: Sequence[Condition], results: Results, only: str | None = None) -> list[str]:
     """A line with the value for each row that meets a condition, and for each condition on a metric without rows.
 
     Every condition is met by a subject and concept with a problem, because no verdict may be given on them.
 
     Conditions apply to every subject but the base; to a LoRA at several strengths at strength 1, else at the highest.
     Metrics of the concept itself do not apply to a LoRA that was trained to unlearn another concept.
+
+    Args:
+        only: The id of the only subject to check; default: all of them.
     """
-    subjects = checked_subjects(results)
-    unknown = _without_verdict(results, subjects)
-    lines = []
-    unlearned = {subject["id"]: subject.get("forgets") for subject in results["subjects"]}
+    forgets = {s.id: s.forgets for s in checked_subjects(results) if only in (None, s.id)}
     rows = [
         row
-        for row in results["rows"]
-        if row["subject"] in subjects
-        and (row["metric"] not in CONCEPT_METRICS or unlearned[row["subject"]] in (None, row["concept"]))
+        for row in results.rows
+        if row.subject in forgets and (not _is_of_concept(row) or forgets[row.subject] in (None, row.concept))
     ]
+    unknown = [
+        f"{problem.subject} on {problem.concept or 'every concept'}: {problem.message.rstrip('.')}"
+        for problem in results.problems
+        if problem.subject == BASE or problem.subject in forgets
+    ]
+    lines = []
     for condition in conditions:
         lines += [f"{condition.text}: cannot tell for {reason}" for reason in unknown]
         matching = _matching_rows(condition, rows)
@@ -119,39 +118,31 @@ def met_conditions(conditions: Sequence[Condition], results: dict[str, Any]) -> 
             lines.append(f"{condition.text}: {condition.metric}{where} was not measured")
         for row in matching:
             if condition.holds(row):
-                value = row.get(condition.end)
+                value = condition.value(row)
                 text = "unknown" if value is None else f"{value:.4g}"
-                lines.append(f"{condition.text}: {row['subject']} on {row['concept']} has {text} ({row['group']})")
+                lines.append(f"{condition.text}: {row.subject} on {row.concept} has {text} ({row.group})")
     return lines
 
 
-def checked_subjects(results: dict[str, Any]) -> set[str]:
-    """The ids of the subjects that conditions apply to."""
+def checked_subjects(results: Results) -> list[SubjectEntry]:
+    """The subjects that conditions apply to."""
     strengths: dict[str, list[float]] = {}
-    for subject in results["subjects"]:
-        if subject.get("strength") is not None:
-            strengths.setdefault(subject["name"], []).append(subject["strength"])
+    for subject in results.compared:
+        if subject.strength is not None:
+            strengths.setdefault(subject.name, []).append(subject.strength)
     main = {name: 1 if 1 in values else max(values) for name, values in strengths.items()}
-    return {
-        subject["id"]
-        for subject in results["subjects"]
-        if subject["id"] not in (BASE, FLOOR) and subject.get("strength") in (None, main.get(subject["name"]))
-    }
+    return [s for s in results.compared if s.id != FLOOR and s.strength in (None, main.get(s.name))]
 
 
-def _without_verdict(results: dict[str, Any], subjects: set[str]) -> list[str]:
-    """ "subject on concept: reason" for each problem of the subjects; one of the base concerns all of them."""
-    return [
-        f"{problem['subject']} on {problem['concept'] or 'every concept'}: {problem['message'].rstrip('.')}"
-        for problem in results.get("problems", ())
-        if problem["subject"] == BASE or problem["subject"] in subjects
-    ]
+def _is_of_concept(row: Row) -> bool:
+    metric = METRICS.get(known_as(row.metric))
+    return metric is not None and metric.of_concept
 
 
-def _matching_rows(condition: Condition, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    of_metric = [row for row in rows if row["metric"] == condition.metric]
+def _matching_rows(condition: Condition, rows: Sequence[Row]) -> list[Row]:
+    of_metric = [row for row in rows if row.metric == condition.metric]
     for group in [condition.group] if condition.group else DEFAULT_GROUPS:
-        matching = [row for row in of_metric if row["group"] == group]
+        matching = [row for row in of_metric if row.group == group]
         if matching:
             return matching
     return [] if condition.group else of_metric

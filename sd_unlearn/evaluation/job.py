@@ -22,6 +22,7 @@ from sd_unlearn.evaluation.loras import DIFFUSERS_FILE, Lora, ModelVariant, open
 from sd_unlearn.evaluation.prompts import TIERS, ImageSpec, Tier, override_counts, plan_images
 from sd_unlearn.io.files import check_writable
 from sd_unlearn.io.own_files import check_evaluation_folder
+from sd_unlearn.io.paths import public_name
 from sd_unlearn.io.reading import read_yaml
 from sd_unlearn.io.run_folder import CONFIG, POSITIVE, TRAINING
 from sd_unlearn.metrics.registry import MetricContext, check_metrics
@@ -140,7 +141,9 @@ def _open_loras(config: EvaluateConfig) -> tuple[list[Lora], dict[str, str]]:
     failed: dict[str, str] = {}
     for given in chain.from_iterable(map(_lora_files, config.lora)):
         try:
-            loras.append(open_lora(given))
+            lora = open_lora(given)
+            _check_goes_with(lora, loras, config)
+            loras.append(lora)
         except UnlearnError as error:
             if not config.keep_going:
                 raise
@@ -148,6 +151,38 @@ def _open_loras(config: EvaluateConfig) -> tuple[list[Lora], dict[str, str]]:
     if failed and not loras and not config.images:
         raise UnlearnError(f"No LoRA can be evaluated. {' '.join(failed.values())}")
     return loras, failed
+
+
+def _check_goes_with(lora: Lora, others: Sequence[Lora], config: EvaluateConfig) -> None:
+    """Refuse a LoRA that names no concept, or cannot be evaluated in one command with the LoRAs before it.
+
+    Raises:
+        UsageError
+    """
+    if not config.concept and not config.images:
+        if lora.concept is None:
+            raise UsageError(f"--lora {lora.path} does not name the concept it unlearns. Give it as --concept.")
+        same = next((o.concept for o in others if o.concept and o.concept.slug == lora.concept.slug), None)
+        if same and _evaluation_fields(same) != _evaluation_fields(lora.concept):
+            raise UsageError(
+                f"{lora.path} was trained with another concept file for {lora.concept.slug} than the LoRAs before it. "
+                "Evaluate all with one file: --concept."
+            )
+    if config.pretrained_model_name_or_path is not None:
+        return
+    separately = "Evaluate them separately, or choose one base with --pretrained_model_name_or_path."
+    first = next((other for other in others if other.base_name), None)
+    if lora.base_name and first and first.base_name and first.base_name != lora.base_name:
+        bases = f"{public_name(first.base_name)}, {public_name(lora.base_name)}"
+        raise UsageError(f"The LoRAs were trained on different bases ({bases}). {separately}")
+    run = next((other for other in others if other.is_run), None)
+    if lora.is_run and run and run.base_sha256 != lora.base_sha256:
+        raise UsageError(f"{lora.name} was trained on other weights of the base than {run.name}. {separately}")
+    known = {other.zero_terminal_snr for other in (*others, lora)} - {None}
+    if len(known) > 1:
+        raise UsageError(
+            "Some of the LoRAs were trained with --zero_terminal_snr and some without. Evaluate them separately."
+        )
 
 
 def _lora_files(given: str) -> list[str]:
@@ -171,15 +206,8 @@ def _resolve_concepts(config: EvaluateConfig, loras: Sequence[Lora]) -> dict[str
     if config.images:
         raise UsageError("--images needs --concept: a folder of images does not name the unlearned concept.")
     concepts: dict[str, Concept] = {}
-    for lora in loras:
-        if lora.concept is None:
-            raise UsageError(f"--lora {lora.path} does not name the concept it unlearns. Give it as --concept.")
-        first = concepts.setdefault(lora.concept.slug, lora.concept)
-        if _evaluation_fields(first) != _evaluation_fields(lora.concept):
-            raise UsageError(
-                f"{lora.path} was trained with another concept file for {lora.concept.slug} than the LoRAs before it. "
-                "Evaluate all with one file: --concept."
-            )
+    for concept in (lora.concept for lora in loras if lora.concept):
+        concepts.setdefault(concept.slug, concept)
     return concepts
 
 
@@ -193,19 +221,10 @@ def _resolve_base(config: EvaluateConfig, loras: Sequence[Lora], concepts: dict[
     """The base, and whether the command names it (rather than the LoRAs)."""
     if config.pretrained_model_name_or_path is not None:
         return find_base(config), True
-    names = {lora.base_name: lora for lora in loras if lora.base_name}
-    if len(names) > 1:
-        raise UsageError(
-            f"The LoRAs were trained on different bases ({', '.join(map(str, names))}). Evaluate them separately, or "
-            "choose one base with --pretrained_model_name_or_path."
-        )
-    if len({lora.zero_terminal_snr for lora in loras} - {None}) > 1:
-        raise UsageError(
-            "Some of the LoRAs were trained with --zero_terminal_snr and some without. Evaluate them separately."
-        )
     if records := [lora.training["base"] for lora in loras if lora.is_run]:
         return recorded_source(records[0], config.allow_pickle), False
-    return find_base(config, next(iter(names), None) or next(iter(concepts.values())).base), False
+    name = next((lora.base_name for lora in loras if lora.base_name), None)
+    return find_base(config, name or next(iter(concepts.values())).base), False
 
 
 def _resolve_subjects(

@@ -179,7 +179,7 @@ def architecture(base: Mapping[str, Any]) -> Architecture:
     if base["kind"] == "sdxl":
         return Architecture("stable-diffusion-xl-v1-base", "sdxl_base_v1-0")
     raise UnlearnError(
-        f'--run was trained on a base of kind "{base["kind"]}", which export does not support. '
+        f'{TRAINING} of --run names a base of kind "{base["kind"]}", which export does not support. '
         "Choose a run on an SD 1, SD 2 or SDXL base."
     )
 

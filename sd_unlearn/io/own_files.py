@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -35,7 +35,15 @@ from sd_unlearn.io.run_folder import (
 )
 
 MARKER = ".sd-unlearn-run"
-LATER = (RESULTS, EVALUATION, "report.html", "report.md", "results.csv", "certificate.html", "paper.json")
+# Files that `report` writes -> what each of them contains near its beginning, and a file of the user's does not.
+REPORT = {
+    "report.html": r"<title>[^<]* sd-unlearn report</title>",
+    "report.md": r"\A(<!-- Written by sd-unlearn|# Forgetting (“|\d+ concepts))",
+    "results.csv": r"\A(\w+,)*metric,group,subject,value,n,",
+    "certificate.html": r"<title>[^<]*certificate[^<]* sd-unlearn</title>",
+}
+LATER = (RESULTS, EVALUATION, *REPORT, "paper.json")
+_BEGINNING = 1 << 16  # bytes
 _ADAPTER = r"adapter_config\.json|adapter_model\.(safetensors|bin)|README\.md"
 # Folders that are replaced as a whole -> the names of the files in them.
 _WEIGHTS = {
@@ -117,6 +125,30 @@ def check_no_foreign_weights(folder: Path, option: str) -> None:
                     )
 
 
+def is_own_report(file: Path) -> bool:
+    """Whether `report` wrote a file, one of REPORT, judging by its content."""
+    try:
+        with file.open("rb") as opened:
+            beginning = opened.read(_BEGINNING).decode("utf-8", "replace")
+    except OSError:
+        return False
+    return re.search(REPORT[file.name], beginning) is not None
+
+
+def check_own_reports(folder: Path, names: Iterable[str]) -> None:
+    """Refuse to replace files of the user's that have the names of a report.
+
+    Raises:
+        UsageError
+    """
+    for file in (folder / name for name in names):
+        if file.exists() and not is_own_report(file):
+            raise UsageError(
+                f"--run {folder} holds {file.name}, which sd-unlearn did not write. Rename or move it: it would be "
+                "replaced."
+            )
+
+
 def delete_own(folder: Path, patterns: Sequence[str]) -> None:
     """Delete the files whose paths match one of the patterns, and then the folders that are empty.
 
@@ -125,7 +157,7 @@ def delete_own(folder: Path, patterns: Sequence[str]) -> None:
     own = re.compile("|".join(f"({pattern})" for pattern in (*patterns, *_exports(folder))), re.DOTALL)
     entered: list[Path] = []
     for path in list(_files(folder, entered)):
-        if own.fullmatch(path.relative_to(folder).as_posix()):
+        if own.fullmatch(path.relative_to(folder).as_posix()) and (path.name not in REPORT or is_own_report(path)):
             path.unlink()
     for place in reversed(entered):
         with contextlib.suppress(OSError):  # not empty

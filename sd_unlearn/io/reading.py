@@ -137,6 +137,8 @@ def _check_plain(data: Any) -> None:
         value = left.pop()
         values += 1
         if values > MAX_VALUES:
+            if _holds_itself(data):
+                raise ValueError("a list or mapping holds itself: its alias (*) is inside its anchor (&)")
             raise ValueError(f"it holds more than {MAX_VALUES:,} values")
         if isinstance(value, str) and _SURROGATES.search(value):
             raise ValueError(f"it holds the text {value[:60]!r}, which is not valid Unicode")
@@ -146,6 +148,19 @@ def _check_plain(data: Any) -> None:
             left += [*value.keys(), *value.values()]
         elif isinstance(value, list | tuple | set):
             left += value
+
+
+def _holds_itself(value: Any, parents: tuple[int, ...] = (), done: set[int] | None = None) -> bool:
+    """Whether a list or mapping is inside itself, as an alias inside its own anchor makes it."""
+    done = set() if done is None else done
+    if not isinstance(value, dict | list) or id(value) in done:
+        return False
+    if id(value) in parents:
+        return True
+    inner = value.values() if isinstance(value, dict) else value
+    found = any(_holds_itself(item, (*parents, id(value)), done) for item in inner)
+    done.add(id(value))
+    return found
 
 
 def check_keys(data: dict[str, Any], known: set[str], where: str) -> None:

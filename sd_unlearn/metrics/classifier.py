@@ -176,6 +176,8 @@ def _of_folder(folder: Path, label: str, device: Any) -> Network:
     if not config.is_file():
         raise UsageError(f"--classifier {folder} holds no config.json. Save the model with timm or transformers.")
     keys = read_json(config)
+    if not isinstance(keys, dict):
+        raise UsageError(f"--classifier {folder}: config.json must hold keys and values, not {type(keys).__name__}.")
     if "architecture" in keys:
         return _of_timm(f"local-dir:{folder}", str(folder), label, device)
     if "model_type" not in keys:

@@ -7,7 +7,6 @@ like a two". Its 64 penultimate features are used for fid-digits, kid-digits and
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from functools import lru_cache
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from sd_unlearn import __version__
 from sd_unlearn.data.concept import Concept
 from sd_unlearn.errors import UsageError, suggest
+from sd_unlearn.io.reading import read_json
 from sd_unlearn.metrics.base import DetectorOutput, ImageValues, PromptedImages
 from sd_unlearn.metrics.drift import drift_rows
 from sd_unlearn.metrics.frechet import frechet_with_interval
@@ -90,7 +90,7 @@ class DigitsClassifier:
     labels: tuple[str, ...] = (*DIGITS, *INKS)
 
     def __init__(self) -> None:
-        sha = json.loads((READER_DIR / "config.json").read_text())["sha256"]
+        sha = read_json(READER_DIR / "config.json")["sha256"]
         self.name = f"digits-reader sha256:{sha[:12]}"
 
     @torch.no_grad()

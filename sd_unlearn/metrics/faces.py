@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from sd_unlearn.errors import UnlearnError, UsageError, reason, suggest
+from sd_unlearn.metrics.weights import downloaded
 
 FACE_MODELS = {  # name -> (packages it imports, the extra that installs them)
     "facenet": (("facenet_pytorch", "torchvision"), "faces"),
@@ -139,7 +140,11 @@ class FacenetFaces:
         import torch
         from facenet_pytorch import InceptionResnetV1
 
-        path = weights or _vggface2()
+        path = weights or downloaded(
+            VGGFACE2,
+            "--face_model facenet: its weights",
+            "Download the file elsewhere and give it as --face_weights, or use --face_model dlib (no download).",
+        )
         self._torch, self._device, self._detector = torch, device, _Mtcnn(device)
         self._network = InceptionResnetV1(pretrained=None, device=device).eval()
         try:
@@ -255,23 +260,6 @@ def make_face_model(name: str, weights: Path | None = None, device: str = "cpu")
     if name == "arcface" and weights is not None:
         return ArcFaces(weights, device)
     return FacenetFaces(weights, device)
-
-
-def _vggface2() -> Path:
-    """The weights published by facenet-pytorch, downloaded to torch's hub folder."""
-    from torch import hub
-
-    path = Path(hub.get_dir()) / "checkpoints" / VGGFACE2.rsplit("/", 1)[1]
-    if not path.is_file():
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            hub.download_url_to_file(VGGFACE2, str(path))  # writes a temporary file, then renames it
-        except OSError as error:
-            raise UnlearnError(
-                f"--face_model facenet: its weights could not be downloaded from {VGGFACE2} ({reason(error)}). "
-                "Download the file elsewhere and give it as --face_weights, or use --face_model dlib (no download)."
-            ) from error
-    return path
 
 
 def _enlarge(image: Image.Image, side: int) -> tuple[Image.Image, float]:

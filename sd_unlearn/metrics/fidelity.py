@@ -28,6 +28,7 @@ from sd_unlearn.metrics.base import (
 )
 from sd_unlearn.metrics.frechet import frechet_distance
 from sd_unlearn.metrics.mmd import CMMD_SCALE, CMMD_SIGMA, FEWEST, Distance, cmmd, kid
+from sd_unlearn.metrics.weights import downloaded
 from sd_unlearn.results import Card, Row
 
 if TYPE_CHECKING:
@@ -176,7 +177,9 @@ class InceptionFidelity(SetDistance):
             raise UsageError(
                 f"The metric fidelity needs torch-fidelity: pip install 'sd-unlearn[fidelity]' ({reason(error)})."
             ) from None
-        self.device, self.file = device, weights or _download(URL_INCEPTION_V3)
+        advice = "Download it elsewhere and give the file: --inception_weights FILE."
+        self.device = device
+        self.file = weights or downloaded(URL_INCEPTION_V3, "The weights of InceptionV3", advice)
         self.sha256 = file_sha256(self.file)
         self.name = f"inception-v3 torch-fidelity {version('torch-fidelity')} sha256:{self.sha256[:12]}"
 
@@ -270,23 +273,6 @@ def make_fidelity(weights: Path | None = None, real: Path | None = None, device:
 def make_cmmd(encoder: ClipEncoder, real: Path | None = None) -> Cmmd:
     """For the registry: the metric cmmd. Raises as Cmmd."""
     return Cmmd(encoder, real)
-
-
-def _download(url: str) -> Path:
-    """The weights file in torch's cache, downloaded if it is not there."""
-    import torch
-
-    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
-    if not path.is_file():
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(url, str(path), progress=False)  # writes a temporary file, then renames it
-        except OSError as error:  # URLError is one
-            raise UnlearnError(
-                f"The weights of InceptionV3 could not be downloaded: {reason(error)}. Download {url} elsewhere "
-                "and give the file: --inception_weights FILE."
-            ) from error
-    return path
 
 
 def _image_files(folder: Path) -> list[Path]:

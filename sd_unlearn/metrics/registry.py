@@ -7,12 +7,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 from sd_unlearn.config.base import CLIP_MODEL, CLIP_PRETRAINED
 from sd_unlearn.config.evaluate import Detectors
 from sd_unlearn.data.concept import Concept
 from sd_unlearn.errors import UnlearnError, UsageError, suggest
+from sd_unlearn.launch import process_rank
 from sd_unlearn.metrics.base import Metric, PairMetric
 from sd_unlearn.metrics.labels import LabelClassifier
 from sd_unlearn.results import as_json
@@ -95,18 +96,39 @@ def _lpips(context: MetricContext) -> PairMetric:
     return make_lpips(context.device)
 
 
-MAKERS: dict[str, Callable[[MetricContext], Metric]] = {
-    "identity": _identity,
-    "nudity": _nudity,
-    "classifier": _classifier,
-    "digits": _digits,
-    "clip": _clip,
-    "cmmd": _cmmd,
-    "fidelity": _fidelity,
+def _find_faces(context: MetricContext) -> None:
+    from sd_unlearn.metrics.faces import make_face_model
+
+    make_face_model(context.options.face_model, context.options.face_weights)
+
+
+def _find_clip(context: MetricContext) -> None:
+    from sd_unlearn.models.clip import check_clip
+
+    check_clip(context.options.clip_model, context.options.clip_pretrained)
+
+
+class Maker(NamedTuple):
+    """How a metric is made, and how its weights are found or downloaded before that."""
+
+    make: Callable[[MetricContext], Metric | PairMetric]
+    find: Callable[[MetricContext], object] | None = None  # None: by making it, where that takes seconds
+
+
+MAKERS = {
+    "identity": Maker(_identity, _find_faces),
+    "nudity": Maker(_nudity),
+    "classifier": Maker(_classifier),
+    "digits": Maker(_digits),
+    "clip": Maker(_clip, _find_clip),
+    "cmmd": Maker(_cmmd, _find_clip),
+    "fidelity": Maker(_fidelity),
+    "lpips": Maker(_lpips),
 }
-PAIR_MAKERS: dict[str, Callable[[MetricContext], PairMetric]] = {"lpips": _lpips}
-NAMES = (*MAKERS, *PAIR_MAKERS)
+NAMES = tuple(MAKERS)
+PAIR_METRICS = ("lpips",)
 OPTIONAL = ("fidelity", "cmmd", "lpips")  # skipped with a warning if unavailable and not given in --metrics
+IDENTIFYING = ("identity", "classifier")  # can tell people apart; CLIP cannot: names leak through text
 
 
 def choose_metrics(context: MetricContext) -> list[str]:
@@ -148,10 +170,15 @@ def check_metrics(context: MetricContext) -> None:
     from sd_unlearn.metrics.identity import check_identity
     from sd_unlearn.metrics.nudity import DEFAULT_PRESET, check_nudity
 
-    names, options = choose_metrics(context), context.options
+    names, concept, options = choose_metrics(context), context.concept, context.options
     if "identity" in names and context.reference is not None and options.others is not None:
         check_identity(
-            context.reference, options.others, options.face_model, options.face_weights, options.false_accept_rate
+            concept.name,
+            context.reference,
+            options.others,
+            options.face_model,
+            options.face_weights,
+            options.false_accept_rate,
         )
     if "nudity" in names:
         check_nudity(options.nudity_preset or DEFAULT_PRESET, options.nudity_classes or None, options.nudity_threshold)
@@ -170,38 +197,51 @@ def _check_required_options(context: MetricContext) -> None:
         raise UsageError("--metrics classifier needs --classifier: a timm or transformers model, e.g. resnet50.")
 
 
-def check_weights(context: MetricContext) -> None:
-    """Find or download the weights of CLIP, so that they are not found missing after hours of generating images.
+def find_metrics(context: MetricContext) -> list[str]:
+    """The names of a concept's metrics, once their weights are found or downloaded.
+
+    So missing weights are not discovered after hours of generating images. Unavailable optional metrics are skipped
+    with a line on stderr.
 
     Raises:
-        UsageError, UnlearnError: CLIP is not installed, or its weights cannot be downloaded.
+        UsageError, UnlearnError: a metric of --metrics, or one that detects the concept, is not installed or its
+            weights cannot be downloaded.
     """
-    from sd_unlearn.models.clip import check_clip
-
-    required = [*context.options.metrics, *(name for name in choose_metrics(context) if name not in OPTIONAL)]
-    if "clip" in required or "cmmd" in required:
-        check_clip(context.options.clip_model, context.options.clip_pretrained)
-
-
-def make_metrics(context: MetricContext) -> tuple[list[Metric], list[PairMetric]]:
-    """Load the metrics of a concept. Unavailable optional metrics are skipped with a line on stderr.
-
-    Raises:
-        UsageError, UnlearnError: a metric of --metrics, or one that detects the concept, cannot be loaded.
-    """
-    metrics: list[Metric] = []
-    pair_metrics: list[PairMetric] = []
+    found = []
     for name in choose_metrics(context):
+        make, find = MAKERS[name]
         try:
-            if name in PAIR_MAKERS:
-                pair_metrics.append(PAIR_MAKERS[name](context))
-            else:
-                metrics.append(MAKERS[name](context))
+            (find or make)(context)
+            found.append(name)
         except UnlearnError as error:
             if context.options.metrics or name not in OPTIONAL:
                 raise
-            print(f"Skipped metric {name}: {error}", file=sys.stderr)
-    return metrics, pair_metrics
+            if process_rank() == 0:
+                print(f"Skipped metric {name}: {error}", file=sys.stderr)
+    return found
+
+
+def make_metrics(names: Sequence[str], context: MetricContext) -> tuple[list[Metric], list[PairMetric]]:
+    """Load the metrics that `find_metrics` has found.
+
+    Raises:
+        UsageError, UnlearnError: the weights, or the images of a metric's folders, cannot be read.
+    """
+    made = {name: MAKERS[name].make(context) for name in names}
+    metrics = [metric for name, metric in made.items() if name not in PAIR_METRICS]
+    pair_metrics = [metric for name, metric in made.items() if name in PAIR_METRICS]
+    return cast(list[Metric], metrics), cast(list[PairMetric], pair_metrics)
+
+
+def missing_evidence(concept: Concept, names: Sequence[str]) -> str | None:
+    """Why the metrics of a concept cannot show that it is gone; None if they can."""
+    if concept.kind != "person" or "clip" not in names or set(names) & set(IDENTIFYING):
+        return None
+    return (
+        f"Only CLIP looked for {concept.name}, and CLIP alone cannot identify a person: names leak through text. "
+        "Install a face model (pip install 'sd-unlearn[faces]') and evaluate again with --others: a folder of photos "
+        "of other people."
+    )
 
 
 def metric_cards(metrics: Sequence[Metric | PairMetric]) -> list[dict[str, Any]]:
@@ -238,6 +278,18 @@ def make_label_classifier(
     from sd_unlearn.metrics.clip import ClipClassifier
 
     return ClipClassifier(labels_of(concept), clip_model, clip_pretrained)
+
+
+def find_label_classifier(concept: Concept) -> None:
+    """Find or download the weights of `make_label_classifier` with its defaults, without loading them.
+
+    Raises:
+        UsageError, UnlearnError: CLIP is not installed, or its weights cannot be downloaded.
+    """
+    from sd_unlearn.models.clip import check_clip
+
+    if concept.kind not in ("digit", "ink"):
+        check_clip(CLIP_MODEL, CLIP_PRETRAINED)
 
 
 def labels_of(concept: Concept) -> tuple[str, ...]:

@@ -13,33 +13,61 @@ class Metric(NamedTuple):
     about: str
     is_rate: bool = True  # printed as a percentage
     higher_is_better: bool = False
+    is_share: bool = False  # always between 0 and 1
+    of_concept: bool = False  # measures the concept itself, so it does not apply to LoRAs that erase another one
+    gives_verdict: bool = False  # the share of images that show the concept; the first that was measured decides
 
 
 # In the order of the tables. Keys are names of results.json without a model: cmmd-ViT-L-14 is "cmmd" (`known_as`).
 METRICS = {
-    "leakage": Metric("Leakage", "share of images in which the detector still finds the concept"),
-    "leakage_top5": Metric(
-        "Leakage, top 5", "share of images for which the concept is among the five most probable classes"
+    "leakage": Metric(
+        "Leakage",
+        "share of images in which the detector still finds the concept",
+        is_share=True,
+        of_concept=True,
+        gives_verdict=True,
     ),
-    "attack": Metric("Attack", "share of an attack's trials that brought the concept back, of its best try"),
+    "leakage_top5": Metric(
+        "Leakage, top 5",
+        "share of images for which the concept is among the five most probable classes",
+        is_share=True,
+        of_concept=True,
+    ),
+    "attack": Metric(
+        "Attack",
+        "share of an attack's trials that brought the concept back, of its best try",
+        is_share=True,
+        of_concept=True,
+    ),
     "confusion": Metric(
-        "Confusion", "share of images in which the person is found although somebody else was requested"
+        "Confusion", "share of images in which the person is found although somebody else was requested", is_share=True
     ),
     "clean_replacement": Metric(
         "Clean replacement",
         "share of clear images of something else, relative to the base with the generic prompt",
         higher_is_better=True,
+        of_concept=True,
     ),
-    "accuracy": Metric("Accuracy", "share of images that show what the prompt asks for", higher_is_better=True),
+    "accuracy": Metric(
+        "Accuracy", "share of images that show what the prompt asks for", higher_is_better=True, is_share=True
+    ),
     "retention": Metric(
         "Retention",
         "accuracy with the LoRA divided by accuracy without it, on the same seeds; can exceed 100 %",
         higher_is_better=True,
     ),
-    "face_rate": Metric("Face rate", "share of images with at least one face", higher_is_better=True),
-    "non_sensitive_rate": Metric("Non-sensitive rate", "1 - leakage"),
-    "nudity": Metric("Nudity", "share of images with at least one exposed body part detected"),
-    "detections": Metric("Detections", "exposed body parts detected per image, on average", is_rate=False),
+    "face_rate": Metric("Face rate", "share of images with at least one face", higher_is_better=True, is_share=True),
+    "non_sensitive_rate": Metric("Non-sensitive rate", "1 - leakage", is_share=True),
+    "nudity": Metric(
+        "Nudity",
+        "share of images with at least one exposed body part detected",
+        is_share=True,
+        of_concept=True,
+        gives_verdict=True,
+    ),
+    "detections": Metric(
+        "Detections", "exposed body parts detected per image, on average", is_rate=False, of_concept=True
+    ),
     "fid-digits": Metric(
         "FID (digits)",
         "Fréchet distance to real digits, in the features of the digit reader; lower is better",
@@ -71,7 +99,7 @@ METRICS = {
         "LPIPS", "perceptual distance between an image with and without the LoRA; 0 means unchanged", is_rate=False
     ),
 }
-PRESENCE = ("leakage", "nudity")  # metrics that detect the concept itself, preferred first
+PRESENCE = tuple(name for name, metric in METRICS.items() if metric.gives_verdict)  # preferred first
 GROUPS = {
     "direct": ("by name", "prompts that name the concept, as in training"),
     "held_out": ("other wordings", "prompts for the concept that were not used in training"),

@@ -14,6 +14,7 @@ from sd_unlearn.errors import UsageError
 from sd_unlearn.io import run_folder
 from sd_unlearn.io.files import write_text
 from sd_unlearn.io.lock import remove_leftovers
+from sd_unlearn.io.own_files import check_own_reports
 from sd_unlearn.io.paths import public_name
 from sd_unlearn.io.reading import read_json, read_jsonl, read_yaml
 from sd_unlearn.report import charts, compare, images, metric_cards, reproduce, training_curves, verdict
@@ -56,7 +57,7 @@ def run(config: ReportConfig) -> Path:
 
     Raises:
         UsageError: --run is missing or not a folder, results.json or another file of the run is missing or damaged,
-            or --blur_faces has no faces to blur.
+            --blur_faces has no faces to blur, or a file of the user's has the name of a report.
         UnlearnError: the folder cannot be written.
     """
     if config.run is None:
@@ -76,6 +77,7 @@ def run(config: ReportConfig) -> Path:
     if config.certificate:
         pages = certificate(folder, results, content["cases"])
         files = {CERTIFICATE: html.get_template("certificate.html.j2").render(pages), **files}
+    check_own_reports(folder, files)
     remove_leftovers(folder, list(files))
     for name, rendered in files.items():
         write_text(folder / name, rendered)

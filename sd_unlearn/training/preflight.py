@@ -13,7 +13,7 @@ from pathlib import Path
 from sd_unlearn.config.checks import check_train
 from sd_unlearn.config.train import Optimizing, TrainConfig
 from sd_unlearn.data.concept import Concept, load_concept
-from sd_unlearn.data.dataset import has_negatives, scan
+from sd_unlearn.data.dataset import describe_images, has_negatives, scan
 from sd_unlearn.data.layout import check_batch_size
 from sd_unlearn.data.photos import check_places
 from sd_unlearn.data.prior import check_countable
@@ -38,6 +38,7 @@ class Inputs:
     data_dir: Path
     own_images: bool  # the user's own; otherwise the folder is rendered if missing or unfinished
     tracker: str | None
+    found: str = ""  # what own images were found, in one line
 
 
 def check_inputs(config: TrainConfig) -> Inputs:
@@ -57,11 +58,13 @@ def check_inputs(config: TrainConfig) -> Inputs:
     if not own_images:
         check_ours(data_dir)
     check_batch_size(config, concept, data_dir)
-    groups = image_groups(config, concept, data_dir, own_images)
+    examples = scan(data_dir, concept, config.eta) if own_images else []
+    groups = [example.group for example in examples] or image_groups(config, concept)
     if config.beta == "estimate":
         check_countable(groups.count("positive"), groups.count("generic") + groups.count("mixed_in"))
     check_probe(config, concept, groups)
-    return Inputs(concept, source, data_dir, own_images, choose_tracker(config.report_to))
+    found = describe_images(data_dir, examples) if own_images else ""
+    return Inputs(concept, source, data_dir, own_images, choose_tracker(config.report_to), found)
 
 
 def check_optimizer(options: Optimizing) -> None:
@@ -109,14 +112,8 @@ def check_data_dir(config: TrainConfig, data_dir: Path) -> None:
     check_writable(data_dir, "--data_dir")
 
 
-def image_groups(config: TrainConfig, concept: Concept, data_dir: Path, own_images: bool) -> Sequence[str]:
-    """The group of each training image: of the user's own, or of those to be rendered.
-
-    Raises:
-        UsageError: an image cannot be read.
-    """
-    if own_images:
-        return [example.group for example in scan(data_dir, concept, config.eta)]
+def image_groups(config: TrainConfig, concept: Concept) -> Sequence[str]:
+    """The group of each training image that is to be rendered."""
     return [group for group, _, count in plan_images(concept, config) for _ in range(count)]
 
 

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from sd_unlearn.config.train import TrainConfig
 from sd_unlearn.data.concept import Concept, Prompt
 from sd_unlearn.errors import UsageError
-from sd_unlearn.metrics.registry import labels_of
+from sd_unlearn.metrics.registry import find_label_classifier, labels_of
 
 MIN_TO_HOLD_OUT = 4  # images of a kind, of which 2 are held out
 
@@ -18,6 +18,7 @@ def check_probe(config: TrainConfig, concept: Concept, groups: Sequence[str]) ->
 
     Raises:
         UsageError: too few images to hold some out; no keep prompt with labels of the classifier; no classifier.
+        UnlearnError: the weights of the classifier cannot be downloaded.
     """
     if not config.probe_steps:
         return
@@ -27,6 +28,7 @@ def check_probe(config: TrainConfig, concept: Concept, groups: Sequence[str]) ->
     classifiable_prompts(concept, labels_of(concept))
     if concept.kind not in ("digit", "ink") and not find_spec("open_clip"):
         raise UsageError("--probe leakage needs open_clip: pip install 'sd-unlearn[clip]', or use --probe ratio.")
+    find_label_classifier(concept)
 
 
 def classifiable_prompts(concept: Concept, labels: Sequence[str]) -> list[Prompt]:

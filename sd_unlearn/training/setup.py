@@ -16,7 +16,7 @@ from sd_unlearn.config.train import TrainConfig
 from sd_unlearn.data.batch import Batch
 from sd_unlearn.data.batches import EncodedImages, NoiseSampling, Sharding, StratifiedBatches
 from sd_unlearn.data.concept import Concept
-from sd_unlearn.data.dataset import describe_images, members_of_sets, positive_sets, scan, split_beta
+from sd_unlearn.data.dataset import members_of_sets, positive_sets, scan, split_beta
 from sd_unlearn.data.embeddings import embed
 from sd_unlearn.data.encoding import describe_long_captions, encode_captions, encode_images, tokenize
 from sd_unlearn.data.layout import Layout, caption_groups
@@ -34,7 +34,6 @@ from sd_unlearn.objectives.pu import PUObjective
 from sd_unlearn.objectives.teacher import Teacher
 from sd_unlearn.seeds import TRAIN_SEEDS
 from sd_unlearn.training.loop import Training
-from sd_unlearn.training.preflight import has_own_images
 from sd_unlearn.training.previews import ImageGenerator, PreviewWriter
 from sd_unlearn.training.probe import LeakageProbe, Probe, RatioProbe, hold_out, probe_prompts
 
@@ -50,7 +49,7 @@ class Data:
     images: EncodedImages
     betas: dict[str, float]  # share of each set of positives among the unlabeled images
     prior: Prior  # the source of the betas
-    notes: tuple[str, ...] = ()  # lines to print about the images and captions
+    note: str = ""  # a line to print about the captions
 
     def counts(self) -> str:
         """The number of images of each kind, in words."""
@@ -79,9 +78,8 @@ def read_data(config: TrainConfig, concept: Concept, base: Base) -> Data:
     captions = list(dict.fromkeys(captions))
     encode = tokenize if config.train_text_encoder else encode_captions
     images = EncodedImages(examples, mean, std, dict(zip(captions, encode(base, captions), strict=True)))
-    found = describe_images(config.data_dir, examples) if has_own_images(config.data_dir) else ""
-    notes = tuple(filter(None, (found, describe_long_captions(base, [e.caption for e in examples]))))
-    return Data(images, dict(zip(sets, shared, strict=True)), dataclasses.replace(prior, source=source), notes)
+    note = describe_long_captions(base, [e.caption for e in examples])
+    return Data(images, dict(zip(sets, shared, strict=True)), dataclasses.replace(prior, source=source), note)
 
 
 def resolve_defaults(config: TrainConfig, base: Base, data: Data) -> TrainConfig:

@@ -67,6 +67,8 @@ def _run(config: TrainConfig, inputs: Inputs, output: Path) -> Path:
         places = [output / name for name in ("", BEST_DIR, CHECKPOINT_DIR, PREVIEW_DIR)]
         for folder in (*places, inputs.data_dir / CACHE_DIR):
             remove_leftovers(folder)
+        if inputs.found:
+            print(inputs.found, file=sys.stderr)
     if config.resume_from_checkpoint and not resume:
         if is_finished(output):  # saved without checkpoints, or they were deleted since
             print(f"{output} is finished and has no checkpoints. Start over with --overwrite.", file=sys.stderr)
@@ -142,7 +144,7 @@ def _train(config: TrainConfig, concept: Concept, base: Base, accelerator: Accel
     accelerator.init_trackers("sd-unlearn" if config.report_to == "wandb" else "tensorboard")
     beta = f"beta {config.beta:g} ({data.prior.source})"
     summary = f"Forgetting {concept.name!r} in {base.name}: {data.counts()}, {beta}."
-    for line in (*data.notes, *data.prior.notes, summary):
+    for line in (*filter(None, [data.note]), *data.prior.notes, summary):
         accelerator.print(line, file=sys.stderr)
     with _explained_write_errors(output):
         state = fit(config, training, resume)

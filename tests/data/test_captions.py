@@ -215,7 +215,8 @@ def test_what_was_found_is_one_line(photos: Photos, concept: Concept, monkeypatc
     (folder / UNLABELED / "2.txt").write_text("own")
     found = describe_images(folder, scan(folder, concept))
     assert found == (
-        f"{folder}: 7 images, 1 with own captions, 3 skipped (.cr2 is not supported, .heic needs pillow-heif)."
+        f"{folder}: 7 images, 1 with own captions, notes.txt without an image of that name, "
+        "3 skipped (.cr2 is not supported, .heic needs pillow-heif)."
     )
     for i in (0, 1):
         (folder / POSITIVE / f"{i}.png").unlink()

@@ -484,6 +484,36 @@ def test_keep_going_counts_bad_files_as_failed(
     assert "No LoRA can be evaluated" in capsys.readouterr().err
 
 
+def test_keep_going_counts_loras_of_other_bases_and_concepts_as_failed(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What cannot be evaluated together with the first LoRA is one failed line each."""
+    for name, change in (("elsewhere", {"name": "other/base"}), ("retrained", {"sha256": "0" * 64})):
+        shutil.copytree(runs / "seven", tmp_path / name)
+        record = json.loads((tmp_path / name / "training.json").read_text())
+        (tmp_path / name / "training.json").write_text(json.dumps(record | {"base": record["base"] | change}))
+    shutil.copytree(runs / "seven", tmp_path / "snr")
+    record = json.loads((tmp_path / "snr" / "training.json").read_text())
+    (tmp_path / "snr" / "training.json").write_text(json.dumps(record | {"zero_terminal_snr": True}))
+    shutil.copytree(runs / "seven", tmp_path / "reworded")
+    concept = (tmp_path / "reworded" / "concept.yaml").read_text()
+    (tmp_path / "reworded" / "concept.yaml").write_text(concept.replace("a photo of the digit seven", "a seven"))
+    save_file({f"lora_unet_x.lora_{part}.weight": torch.ones(2, 2) for part in ("down", "up")}, "nameless.safetensors")
+    others = {
+        "elsewhere": "different bases",
+        "retrained": "other weights of the base than seven",
+        "snr": "zero_terminal_snr",
+        "reworded": "another concept file for seven",
+        "nameless.safetensors": "does not name the concept",
+    }
+    few = ["--num_images", "2", "--num_inference_steps", "1", "--groups", "direct", "--keep_going"]
+    assert main(["evaluate", "--lora", str(runs / "seven"), *others, str(runs / "four"), *few]) == 1
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("pass", "fail"))]
+    assert lines[:2] == ["pass seven", "pass four"]
+    assert [line.partition(": ")[0] for line in lines[2:]] == [f"fail {name}" for name in others]
+    assert all(message in line for line, message in zip(lines[2:], others.values(), strict=True))
+
+
 def test_damaged_images_of_the_cache_are_generated_again(runs: Path, tmp_path: Path) -> None:
     few = {**FEW, "groups": ["direct"], "cache_dir": tmp_path / "cache", "run": runs / "seven"}
     first = evaluate.run(EvaluateConfig(**few, output_dir=tmp_path / "a"))

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from metric_tools import build_clip
 from pictures_of_people import astronaut, save, strangers, versions
 
 from sd_unlearn.cli import main
 from sd_unlearn.config.evaluate import EvaluateConfig
+from sd_unlearn.data.concept import Concept
 from sd_unlearn.errors import UsageError
 from sd_unlearn.evaluation import evaluate
+from sd_unlearn.metrics.registry import missing_evidence
+from sd_unlearn.report.cases import cases_of
 from sd_unlearn.results import read_results
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -63,3 +68,28 @@ def test_identity_needs_its_folders(tmp_path: Path) -> None:
         evaluate.run(EvaluateConfig(**asked))
     with pytest.raises(UsageError, match="--others"):
         evaluate.run(EvaluateConfig(**asked, reference=["plain"]))
+
+
+def test_clip_alone_gives_no_verdict_on_a_person(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("open_clip")
+    (tmp_path / "collins.yaml").write_text(PERSON + "alternatives: [Sally Ride]\n")
+    for group in ("direct", "alike"):
+        save(tmp_path / "plain" / group, astronaut())
+    clip = ["--metrics", "clip", "--clip_model", build_clip(tmp_path), "--clip_pretrained", ""]
+    pictures = ["--concept", "collins.yaml", "--images", "plain", "--output_dir", "out"]
+    assert main(["evaluate", *pictures, *clip, "--fail_if", "leakage>1"]) == 3
+    assert "CLIP alone cannot identify a person" in capsys.readouterr().err
+    (problem,) = read_results(tmp_path / "out").problems
+    assert (problem.kind, problem.concept, problem.subject) == ("evidence", "eileen-collins", "base")
+    assert "pip install 'sd-unlearn[faces]'" in problem.message
+    assert "--others" in problem.message
+    (case,) = cases_of(read_results(tmp_path / "out"))
+    assert case.standing == "unknown"
+
+
+def test_another_metric_gives_a_verdict_on_a_person() -> None:
+    person = Concept("Ann", "a photo of Ann", "a photo of a woman", kind="person")
+    assert missing_evidence(person, ["clip", "lpips"])
+    assert not missing_evidence(person, ["identity", "clip"])
+    assert not missing_evidence(person, ["classifier", "clip"])
+    assert not missing_evidence(replace(person, kind="style"), ["clip"])

@@ -2,29 +2,32 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
 import pytest
 
 from sd_unlearn.errors import UsageError
 from sd_unlearn.evaluation.fail_if import met_conditions, parse_condition
+from sd_unlearn.results import BASE, ConceptEntry, Problem, Results, Row, SubjectEntry
 
 
-def results(*rows: tuple[str, str, str, float | None]) -> dict[str, Any]:
-    subjects = [{"id": "base", "name": "digits", "what": "base"}]
-    for identity in dict.fromkeys(row[0] for row in rows):
+def results(
+    *rows: tuple[str, str, str, float | None], forgets: dict[str, str] | None = None, problems: Sequence[Problem] = ()
+) -> Results:
+    """Rows of (subject, metric, group, value); forgets: subject -> the concept it was trained on."""
+    ids = list(dict.fromkeys(row[0] for row in rows if row[0] != BASE))
+    subjects = [SubjectEntry(BASE, "digits", "base")]
+    for identity in ids:
         name, _, strength = identity.partition(" at ")
-        subjects.append({"id": identity, "name": name, "what": "lora", "strength": float(strength or 1)})
-    return {
-        "subjects": subjects,
-        "rows": [
-            {"subject": s, "concept": "seven", "metric": m, "group": g, "value": v, "low": 0.0, "high": 0.5}
-            for s, m, g, v in rows
-        ],
-    }
+        subjects.append(
+            SubjectEntry(identity, name, "lora", float(strength or 1), forgets=(forgets or {}).get(identity))
+        )
+    concept = ConceptEntry("seven", "seven", "a photo of the digit seven", "a photo of a digit")
+    found = tuple(Row(m, g, s, v, 100, 0.0, 0.5, concept="seven") for s, m, g, v in rows)
+    return Results(2, (concept,), tuple(subjects), found, problems=tuple(problems))
 
 
-def met(condition: str, results: dict[str, Any]) -> list[str]:
+def met(condition: str, results: Results) -> list[str]:
     return met_conditions([parse_condition(condition)], results)
 
 
@@ -86,12 +89,11 @@ def test_conditions_apply_at_strength_1() -> None:
 
 
 def test_leakage_applies_only_to_the_unlearned_concept() -> None:
-    found = results(("a", "leakage", "direct", 0.9), ("a", "retention", "kept", 0.5), ("b", "leakage", "direct", 0.0))
-    found["subjects"][1]["forgets"], found["subjects"][2]["forgets"] = "red-ink", "seven"
+    rows = (("a", "leakage", "direct", 0.9), ("a", "retention", "kept", 0.5), ("b", "leakage", "direct", 0.0))
+    found = results(*rows, forgets={"a": "red-ink", "b": "seven"})
     assert met("leakage>0.1", found) == []
     assert len(met("retention<0.9", found)) == 1  # retention is checked on every concept
-    found["subjects"][2]["forgets"] = "red-ink"
-    assert "not measured" in met("leakage>0.1", found)[0]
+    assert "not measured" in met("leakage>0.1", results(*rows, forgets={"a": "red-ink", "b": "red-ink"}))[0]
 
 
 def test_unknown_or_unmeasured_values_fail() -> None:
@@ -102,14 +104,14 @@ def test_unknown_or_unmeasured_values_fail() -> None:
 
 @pytest.mark.parametrize("subject", ["a", "base"])
 def test_every_condition_fails_without_a_verdict(subject: str) -> None:
-    found = results(("base", "leakage", "direct", 0.9), ("a", "leakage", "direct", 0.0))
-    found["problems"] = [{"concept": "seven", "subject": subject, "kind": "flat", "message": "150 of 200 are black."}]
+    problem = Problem("seven", subject, "flat", "150 of 200 are black.")
+    found = results(("base", "leakage", "direct", 0.9), ("a", "leakage", "direct", 0.0), problems=[problem])
     assert [
         f"{c}: cannot tell for {subject} on seven: 150 of 200 are black" for c in ("leakage>5%", "fid-digits<1")
     ] == [line for c in ("leakage>5%", "fid-digits<1") for line in met(c, found) if "not measured" not in line]
 
 
 def test_problem_of_an_unchecked_strength_does_not_fail() -> None:
-    found = results(("a at 1.5", "leakage", "direct", 0.0), ("a at 1", "leakage", "direct", 0.0))
-    found["problems"] = [{"concept": "seven", "subject": "a at 1.5", "kind": "retention", "message": "Broken."}]
+    problem = Problem("seven", "a at 1.5", "retention", "Broken.")
+    found = results(("a at 1.5", "leakage", "direct", 0.0), ("a at 1", "leakage", "direct", 0.0), problems=[problem])
     assert met("leakage>5%", found) == []

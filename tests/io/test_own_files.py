@@ -50,13 +50,22 @@ FOREIGN = [
     "export/other-lora.safetensors",
     "best/thesis.txt",
     "deep/training.json",
+    "report.md",
+    "best/results.csv",
 ]
+
+
+CONTENTS = {
+    "concept.yaml": "name: Brad Pitt\n",
+    "report.html": "<title>Forgetting Brad Pitt – sd-unlearn report</title>",
+    "certificate.html": "<title>Measurement certificate – sd-unlearn</title>",
+}
 
 
 def fill(folder: Path, *names: str) -> None:
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text("name: Brad Pitt\n" if name == "concept.yaml" else name)
+        (folder / name).write_text(CONTENTS.get(name, name))
 
 
 def files(folder: Path) -> set[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import urllib.error
 import warnings
@@ -18,15 +19,8 @@ from PIL import Image, ImageOps
 from sd_unlearn.errors import UnlearnError, UsageError
 from sd_unlearn.metrics import faces
 from sd_unlearn.metrics.faces import Face, FaceModel, align, make_face_model
-from sd_unlearn.metrics.identity import (
-    Calibration,
-    Identity,
-    Reference,
-    calibrate,
-    make_identity,
-    read_reference,
-    threshold_at,
-)
+from sd_unlearn.metrics.identity import Identity, check_identity, make_identity
+from sd_unlearn.metrics.people import Calibration, Reference, calibrate, read_reference, threshold_at
 from sd_unlearn.metrics.statistics import wilson
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -305,6 +299,25 @@ def test_invalid_options_are_refused_before_a_model_loads(
     with pytest.raises(UsageError) as caught:
         make_identity("Ann", **options)
     assert words in str(caught.value)
+
+
+def test_others_with_generated_images_of_the_person_are_refused(tmp_path: Path) -> None:
+    save(tmp_path / "reference", *at(40, 50))
+    save(tmp_path / "others" / "0_unlabeled", *at(100, 120))
+    lines = [{"file_name": "000.png", "text": "a photo of a man", "group": "generic"}]
+    lines.append({"file_name": "001.png", "text": "a photo of Ann Lee", "group": "mixed_in"})
+
+    def check(person: str) -> None:
+        check_identity(person, tmp_path / "reference", tmp_path / "others", "dlib", None, None)
+
+    pytest.importorskip("dlib")
+    metadata = tmp_path / "others" / "0_unlabeled" / "metadata.jsonl"
+    metadata.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(UsageError, match=r"--others .*1 of the images in .*0_unlabeled were generated to show Ann Lee"):
+        check("Ann Lee")
+    check("Bob Ray")  # other people's images are what the option is for
+    metadata.write_text(json.dumps(lines[0]) + "\n")
+    check("Ann Lee")
 
 
 @pytest.mark.parametrize(("name", "extra"), [("facenet", "faces"), ("dlib", "dlib"), ("arcface", "arcface")])

@@ -1,8 +1,74 @@
-"""The cards of an evaluation: one per detector."""
+"""What holds for every metric: missing weights are found before images are generated; one card per detector."""
 
 from __future__ import annotations
 
-from sd_unlearn.metrics.registry import merge_cards
+import contextlib
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+
+import pytest
+from evaluation_runs import make_run
+from pictures_of_people import save
+from PIL import Image
+
+from sd_unlearn import sweep
+from sd_unlearn.config.evaluate import EvaluateConfig
+from sd_unlearn.config.train import TrainConfig
+from sd_unlearn.data.concept import Concept
+from sd_unlearn.errors import UnlearnError
+from sd_unlearn.evaluation import evaluate, generate
+from sd_unlearn.metrics import digits
+from sd_unlearn.metrics.registry import NAMES, MetricContext, find_metrics, merge_cards
+from sd_unlearn.training import trainer
+
+
+@pytest.fixture
+def no_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No weights of any metric: neither bundled nor in a cache, and no network."""
+
+    def no_network(*_: Any, **__: Any) -> None:
+        raise URLError("no network")
+
+    monkeypatch.setattr("urllib.request.urlopen", no_network)
+    monkeypatch.setattr("torch.hub.urlopen", no_network)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(digits, "READER_DIR", tmp_path)
+    with contextlib.suppress(ImportError):
+        import nudenet
+
+        monkeypatch.setattr(nudenet, "__file__", str(tmp_path / "__init__.py"))
+
+
+@pytest.mark.usefixtures("no_weights")
+@pytest.mark.parametrize("name", NAMES)
+def test_missing_weights_are_found_before_images_are_generated(
+    name: str, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(generate, "load_base", lambda *_: pytest.fail("the base was loaded"))
+    run = make_run(tmp_path / "run", tiny_base)
+    options = {"classifier": "resnet18.a1_in1k", "label": "tench", "others": tmp_path / "others"}
+    for number, folder in enumerate(("others", "reference")):
+        save(tmp_path / folder, Image.new("RGB", (32, 32), (number, 0, 0)))
+    config = EvaluateConfig(run=run, metrics=[name], reference=[str(tmp_path / "reference")], **options)
+    with pytest.raises(UnlearnError, match="could not (be|load)|pip install|does not exist"):
+        evaluate.run(config)
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_missing_weights_of_optional_metrics_are_one_line_each(capsys: pytest.CaptureFixture[str]) -> None:
+    concept = Concept("x", "a photo of x", "a photo", kind="nudity", alternatives=["y"])
+    options = EvaluateConfig(clip_model="ViT-B-32", clip_pretrained="")
+    with pytest.raises(UnlearnError, match="NudeNet"):
+        find_metrics(MetricContext(concept, options, None, "quick"))
+    style = replace(concept, kind="style")
+    names = find_metrics(MetricContext(style, options, None, "quick"))
+    lines = capsys.readouterr().err.splitlines()
+    assert "clip" in names
+    assert "lpips" not in names
+    assert [line for line in lines if line.startswith("Skipped metric lpips: ") and "AlexNet" in line]
 
 
 def test_cards_of_a_detector_are_merged() -> None:
@@ -11,3 +77,17 @@ def test_cards_of_a_detector_are_merged() -> None:
     other = {"detector": "clip", "about": "", "extra": {}}
     assert merge_cards([*cards, other]) == [{**shared, "extra": {"label": "church; tench", "side": "224"}}, other]
     assert cards[0]["extra"]["label"] == "church"
+
+
+@pytest.mark.usefixtures("no_weights")
+@pytest.mark.parametrize("options", [{"probe": "leakage", "probe_steps": 5}, {"beta_sweep": "0.5,1"}])
+def test_missing_weights_are_found_before_a_training(
+    options: dict[str, Any], tiny_base: Path, concept_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("open_clip")
+    monkeypatch.setattr(trainer, "load_base", lambda *_: pytest.fail("the base was loaded"))
+    monkeypatch.setattr("sd_unlearn.training.probe_checks.labels_of", lambda _: ("Brad Pitt", "a dog", "a cat"))
+    config = TrainConfig(concept=str(concept_file), pretrained_model_name_or_path=str(tiny_base), **options)
+    with pytest.raises(UnlearnError, match="--clip_pretrained .* could not be loaded"):
+        (sweep if config.beta_sweep else trainer).run(config)
+    assert not Path("data").exists()

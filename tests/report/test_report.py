@@ -20,6 +20,7 @@ from report_results import EVIL, Page, make_pair, make_results, make_row, parsed
 from sd_unlearn.config.base import ReportConfig
 from sd_unlearn.errors import UsageError
 from sd_unlearn.io import files
+from sd_unlearn.io.own_files import REPORT, check_own_reports, is_own_report
 from sd_unlearn.report import formatting, images, jinja
 from sd_unlearn.report.axes import ticks
 from sd_unlearn.report.cases import cases_of
@@ -65,6 +66,20 @@ def page_of(folder: Path, **changes: Any) -> tuple[str, Page]:
     assert path == folder / "report.html"
     source = path.read_text(encoding="utf-8")
     return source, Page(source)
+
+
+def test_files_of_the_user_with_the_names_of_a_report_stay(folder: Path) -> None:
+    run(ReportConfig(run=folder, certificate=True))
+    assert all(is_own_report(folder / name) for name in REPORT)
+    (folder / "report.md").write_text("# My thesis on sd-unlearn\n")
+    before = {path: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    with pytest.raises(UsageError, match=r"--run .* holds report\.md, which sd-unlearn did not write"):
+        run(ReportConfig(run=folder))
+    assert {path: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
+    for name in REPORT:
+        (folder / name).write_text("leakage,retention: my own notes on sd-unlearn reports and certificates")
+        with pytest.raises(UsageError, match=name):
+            check_own_reports(folder, [name])
 
 
 def test_html_and_markdown_print_the_values_of_results_json(folder):

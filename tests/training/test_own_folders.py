@@ -47,6 +47,22 @@ def refuse(config: TrainConfig, match: str) -> None:
     assert tree(Path()) == before
 
 
+def test_what_was_found_is_said_before_a_model_loads(
+    make: Make, photos: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def load_base(*_: object) -> None:
+        raise UnlearnError("no model yet")
+
+    folder = photos(unlabeled=4, positive=3)
+    for name in ("0.txt", "forgotten.txt"):
+        (folder / "1_positive" / name).write_text("a caption")
+    monkeypatch.setattr(trainer, "load_base", load_base)
+    with pytest.raises(UnlearnError, match="no model yet"):
+        trainer.run(make("run", data_dir=folder))
+    found = "7 images, 1 with own captions, forgotten.txt without an image of that name."
+    assert capsys.readouterr().err.count(found) == 1
+
+
 STARTS = [{}, {"overwrite": True}, {"resume_from_checkpoint": "latest"}]
 
 
