@@ -26,7 +26,7 @@ from sd_unlearn.io.paths import public_name
 from sd_unlearn.io.reading import read_yaml
 from sd_unlearn.io.run_folder import CONFIG, POSITIVE, TRAINING
 from sd_unlearn.metrics.registry import MetricContext, check_metrics
-from sd_unlearn.models.base import recorded_source
+from sd_unlearn.models.base import different_hash, recorded_source
 from sd_unlearn.models.find_base import find_base
 from sd_unlearn.models.source import DIGITS, Source
 from sd_unlearn.results import BASE
@@ -176,7 +176,7 @@ def _check_goes_with(lora: Lora, others: Sequence[Lora], config: EvaluateConfig)
         bases = f"{public_name(first.base_name)}, {public_name(lora.base_name)}"
         raise UsageError(f"The LoRAs were trained on different bases ({bases}). {separately}")
     run = next((other for other in others if other.is_run), None)
-    if lora.is_run and run and run.base_sha256 != lora.base_sha256:
+    if lora.is_run and run and different_hash(lora.base_hashes, run.base_hashes):
         raise UsageError(f"{lora.name} was trained on other weights of the base than {run.name}. {separately}")
     known = {other.zero_terminal_snr for other in (*others, lora)} - {None}
     if len(known) > 1:
