@@ -397,7 +397,7 @@ def test_facenet_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     pytest.importorskip("facenet_pytorch")
     from torch import hub
 
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise urllib.error.URLError("no route to host")
 
     monkeypatch.setattr(hub, "get_dir", lambda: str(tmp_path))
