@@ -24,7 +24,7 @@ from sd_unlearn.config.help import Help, ShortHelp
 from sd_unlearn.config.train import TrainConfig
 from sd_unlearn.errors import UnlearnError, UsageError, reason
 from sd_unlearn.io.noise import SHOW, silence_warnings
-from sd_unlearn.io.reading import check_keys, read_yaml
+from sd_unlearn.io.reading import read_options
 from sd_unlearn.launch import prepare_processes, process_rank
 from sd_unlearn.paper import commands as paper
 
@@ -271,20 +271,8 @@ def _config_file(tokens: Sequence[str]) -> tuple[Any, ...]:
         path = tokens[tokens.index("--config") + 1]
     if command is None or path is None:
         return ()
-    data = read_yaml(Path(path), "--config")
-    check_keys(data, {f.name for f in fields(known[command])}, f"--config {path}")
-    given = {key: value for key, value in data.items() if value is not None and key != "config"}
-    for key, value in given.items():
-        if not all(_is_scalar(item) for item in (value if isinstance(value, list) else [value])):
-            raise UsageError(f"--config {path}: {key} must be text, a number, true or false, or a list of these.")
+    given = read_options(Path(path), [f.name for f in fields(known[command])])
     return (cyclopts.config.Dict(given, use_commands_as_keys=False, source=path),)
-
-
-def _is_scalar(value: Any) -> bool:
-    """Whether a YAML value is plain: no mapping, date or binary, and no text that UTF-8 cannot represent."""
-    if isinstance(value, str):
-        return not any("\ud800" <= character <= "\udfff" for character in value)
-    return isinstance(value, int | float)
 
 
 def _usage_message(error: cyclopts.CycloptsError) -> str:

@@ -55,17 +55,19 @@ class Point:
         return f"factor-{self.factor:g}"
 
 
-def run(config: TrainConfig) -> Path:
+def run(config: TrainConfig, concept: Concept | None = None) -> Path:
     """Train and evaluate one run per factor of --beta_sweep, then write the report. Returns sweep.html.
 
     Finished runs are skipped, so an interrupted sweep resumes, and factors can be added later.
+
+    concept: instead of the one that --concept names.
 
     Raises:
         UsageError, UnlearnError: wherever possible before a model is loaded.
     """
     factors = parse_factors(config.beta_sweep or "")
     check_options(config)
-    inputs = check_inputs(config)
+    inputs = check_inputs(config, concept)
     concept, output = inputs.concept, config.output_dir or Path("runs") / f"{inputs.concept.slug}-sweep"
     beta, source = beta_of(config, concept, inputs.data_dir)
     points = scale(factors, beta, config.push, config.target, source)
@@ -98,7 +100,7 @@ def _run(
     for number, point in enumerate(points, 1):
         line = f"Sweep, run {number} of {len(points)}: factor {point.factor:g}, beta {point.beta:g}"
         print(f"{line}, push {point.push:g}." if config.target == "teacher" else f"{line}.", file=sys.stderr)
-        _train(config, point, data_dir, output / point.name)
+        _train(config, concept, point, data_dir, output / point.name)
     results = [_evaluate(output / point.name, config.allow_pickle) for point in points]
     record = _record(config, concept, *beta, points, results)
     page = sweep.write(output, record)
@@ -201,7 +203,7 @@ def check_output(output: Path, settings: dict[str, Any], overwrite: bool) -> Non
         )
 
 
-def _train(config: TrainConfig, point: Point, data_dir: Path, run_dir: Path) -> None:
+def _train(config: TrainConfig, concept: Concept, point: Point, data_dir: Path, run_dir: Path) -> None:
     """Train one run unless it is finished; an interrupted run resumes from its last checkpoint."""
     if is_finished(run_dir):
         print(f"{run_dir} is already trained.", file=sys.stderr)
@@ -216,7 +218,8 @@ def _train(config: TrainConfig, point: Point, data_dir: Path, run_dir: Path) -> 
             output_dir=run_dir,
             overwrite=False,
             resume_from_checkpoint="latest" if (run_dir / CONCEPT).is_file() else None,
-        )
+        ),
+        concept,
     )
 
 

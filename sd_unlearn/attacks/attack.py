@@ -6,21 +6,24 @@ The options are checked here, without torch; `runner` does the work.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 from sd_unlearn.attacks.files import attacker_files
 from sd_unlearn.config.attack import ATTACKS, DEFAULT_ATTACKS, AttackConfig
 from sd_unlearn.config.evaluate import EvaluateConfig
+from sd_unlearn.data.concept import Concept
 from sd_unlearn.errors import UsageError, suggest
 from sd_unlearn.evaluation.fail_if import parse_condition
 from sd_unlearn.evaluation.job import resolve_job
 from sd_unlearn.metrics.registry import find_metrics
 
 
-def run(config: AttackConfig) -> dict[str, Any]:
+def run(config: AttackConfig, concepts: Sequence[Concept] = ()) -> dict[str, Any]:
     """Attack, classify the images, and add the results to results.json. What was done before is not repeated.
 
-    Processes of a distributed launch share the attacks; the first one writes the results.
+    Processes of a distributed launch share the attacks; the first one writes the results. concepts: instead of those
+    that --concept names.
 
     Returns:
         The content of results.json; {} in all processes but the first.
@@ -33,7 +36,7 @@ def run(config: AttackConfig) -> dict[str, Any]:
     conditions = [parse_condition(text) for text in config.fail_if]
     if config.attacker_images is not None:
         attacker_files(config.attacker_images)
-    job = resolve_job(_as_evaluation(config))
+    job = resolve_job(_as_evaluation(config), concepts)
     metrics = {slug: find_metrics(job.metric_context(concept)) for slug, concept in job.concepts.items()}
     from sd_unlearn.attacks.runner import attack_all
 

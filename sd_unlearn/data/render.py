@@ -65,13 +65,15 @@ class RenderJob:
         }
 
 
-def run(config: RenderConfig) -> Path:
+def run(config: RenderConfig, concept: Concept | None = None) -> Path:
     """The `render` command. Renders what is missing in a concept's data folder and returns the folder.
+
+    concept: instead of the one that --concept names.
 
     Raises:
         UsageError: invalid options, a folder that was rendered with other settings, or images in the wrong place.
     """
-    concept = load_concept(config.concept, config.anchor, config.kind)
+    concept = concept or load_concept(config.concept, config.anchor, config.kind)
     check_render(config)
     job = make_job(concept, config, find_base(config, concept.base))
     check_places(job.folder)

@@ -38,10 +38,11 @@ from sd_unlearn.results import BASE, SCHEMA_VERSION, Pair, Problem, as_json, car
 from sd_unlearn.seeds import EVALUATE_SEEDS
 
 
-def run(config: EvaluateConfig) -> dict[str, Any]:
+def run(config: EvaluateConfig, concepts: Sequence[Concept] = ()) -> dict[str, Any]:
     """Evaluate and write results.json. Existing images and cached detector outputs are reused.
 
-    All processes of a distributed launch generate images; the first one runs the metrics.
+    All processes of a distributed launch generate images; the first one runs the metrics. concepts: instead of those
+    that --concept names.
 
     Returns:
         The content of results.json; {} with --write_plan, and in all processes but the first.
@@ -50,7 +51,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
         UsageError: invalid options, nothing to evaluate, or LoRAs of different bases.
         UnlearnError: a model or detector cannot be loaded.
     """
-    job = resolve_job(config)
+    job = resolve_job(config, concepts)
     if config.write_plan is not None:
         write_plan(config.write_plan, job.plans)
         return {}

@@ -104,8 +104,10 @@ class EvaluationJob:
         return MetricContext(concept, self.config, reference, self.tier, device)
 
 
-def resolve_job(config: EvaluateConfig) -> EvaluationJob:
+def resolve_job(config: EvaluateConfig, concepts: Sequence[Concept] = ()) -> EvaluationJob:
     """Resolve and check the options; loads no model.
+
+    concepts: instead of those that --concept names.
 
     Raises:
         UsageError: invalid options, or a file or folder that does not exist or does not fit.
@@ -115,22 +117,22 @@ def resolve_job(config: EvaluateConfig) -> EvaluationJob:
     for condition in config.fail_if:
         parse_condition(condition)
     loras, failed = _open_loras(config)
-    concepts = _resolve_concepts(config, loras)
-    source, base_named = _resolve_base(config, loras, concepts)
+    by_slug = _resolve_concepts(config, loras, concepts)
+    source, base_named = _resolve_base(config, loras, by_slug)
     tier_name = config.tier or ("digits" if source.name == DIGITS else "quick")
     tier = override_counts(TIERS[tier_name], config.num_images, config.num_keep_images, config.groups)
     extra_prompts = [Prompt(text) for text in load_prompt_set(config.prompt_set)] if config.prompt_set else []
-    plans = {slug: plan_images(concept, tier, config.seed, extra_prompts) for slug, concept in concepts.items()}
+    plans = {slug: plan_images(concept, tier, config.seed, extra_prompts) for slug, concept in by_slug.items()}
     for slug, specs in plans.items():
         if not specs:
             raise UsageError(f"{slug}: the concept file has no prompts in the groups to evaluate. Change --groups.")
-    subjects = _resolve_subjects(config, loras, concepts, plans, tier)
+    subjects = _resolve_subjects(config, loras, by_slug, plans, tier)
     output = config.output_dir or (config.run if config.run and not config.lora and not config.images else OUTPUT)
     check_writable(output, "--output_dir")
     check_evaluation_folder(output, "--output_dir")
     check_writable(config.cache_dir, "--cache_dir")
-    job = EvaluationJob(config, concepts, subjects, plans, source, base_named, tier_name, output, loras, failed)
-    for concept in concepts.values():
+    job = EvaluationJob(config, by_slug, subjects, plans, source, base_named, tier_name, output, loras, failed)
+    for concept in by_slug.values():
         check_metrics(job.metric_context(concept))
     return job
 
@@ -195,14 +197,14 @@ def _lora_files(given: str) -> list[str]:
     return [str(file) for file in files] if len(files) > 1 else [given]
 
 
-def _resolve_concepts(config: EvaluateConfig, loras: Sequence[Lora]) -> dict[str, Concept]:
+def _resolve_concepts(config: EvaluateConfig, loras: Sequence[Lora], given: Sequence[Concept]) -> dict[str, Concept]:
     if not loras and not config.images:
         raise UsageError(
             "Nothing to evaluate. Give a run folder (--run runs/seven), LoRAs (--lora A B) or folders of images "
             "(--images)."
         )
     if config.concept:
-        return {concept.slug: concept for concept in map(load_concept, config.concept)}
+        return {concept.slug: concept for concept in given or map(load_concept, config.concept)}
     if config.images:
         raise UsageError("--images needs --concept: a folder of images does not name the unlearned concept.")
     concepts: dict[str, Concept] = {}

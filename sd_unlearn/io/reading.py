@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 import stat
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +175,28 @@ def check_keys(data: dict[str, Any], known: set[str], where: str) -> None:
             raise UsageError(
                 f'{where}: unknown key "{key}".{suggest(str(key), known)} Known: {", ".join(sorted(known))}.'
             )
+
+
+def read_options(path: Path, known: Collection[str]) -> dict[str, Any]:
+    """The options in a command's --config file; those that are null are left out.
+
+    Raises:
+        UsageError: the file cannot be read, or has an unknown key or a value that no option takes.
+    """
+    data = read_yaml(path, "--config")
+    check_keys(data, set(known), f"--config {path}")
+    given = {key: value for key, value in data.items() if value is not None and key != "config"}
+    for key, value in given.items():
+        if not all(_is_scalar(item) for item in (value if isinstance(value, list) else [value])):
+            raise UsageError(f"--config {path}: {key} must be text, a number, true or false, or a list of these.")
+    return given
+
+
+def _is_scalar(value: Any) -> bool:
+    """Whether a YAML value is plain: no mapping, date or binary, and no text that UTF-8 cannot represent."""
+    if isinstance(value, str):
+        return not any("\ud800" <= character <= "\udfff" for character in value)
+    return isinstance(value, int | float)
 
 
 def file_sha256(*files: Path) -> str:

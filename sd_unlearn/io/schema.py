@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
+import re
 from collections.abc import Mapping
 from functools import cache
 from typing import Any, TypeVar, get_type_hints
@@ -49,6 +51,23 @@ def validate(kind: type[T], data: Any, where: str, hint: str = "") -> T:
     except (TypeError, ValueError, RecursionError) as error:  # a date, a set or bytes of YAML; a list inside itself
         fault = f"holds a value that is not text, a number, a list or a mapping ({reason(error)})"
     raise UsageError(f"{where}: {fault}.{' ' if hint else ''}{hint}")
+
+
+def convert(kind: type[T], data: Mapping[str, Any], where: str) -> T:
+    """Turn Python values into a dataclass: as `validate`, but a path may be text, and a list a tuple.
+
+    Raises:
+        UsageError: `data` does not match; names the key and what it must be.
+    """
+    try:
+        adapter: TypeAdapter[T] = _adapter(kind)  # type: ignore[arg-type]  # every type is hashable
+        return adapter.validate_python(data)
+    except ValidationError as error:
+        fault = error.errors(include_url=False)[0]
+        key = str(fault["loc"][0])
+        wanted = inspect.formatannotation(get_type_hints(kind)[key]).replace("NoneType", "None")
+        wanted = re.sub(r"\b(typing|pathlib)\.", "", wanted)
+        raise UsageError(f"{where}: {key} must be {wanted}, not {data[key]!r}.") from None
 
 
 @cache

@@ -41,13 +41,15 @@ class Inputs:
     found: str = ""  # what own images were found, in one line
 
 
-def check_inputs(config: TrainConfig) -> Inputs:
+def check_inputs(config: TrainConfig, concept: Concept | None = None) -> Inputs:
     """Check all options but the run folder, find concept and base, and read the user's own images if there are any.
+
+    concept: instead of the one that --concept names.
 
     Raises:
         UsageError: names the option, its value and what to do.
     """
-    concept = load_concept(config.concept, config.anchor, config.kind)
+    concept = concept or load_concept(config.concept, config.anchor, config.kind)
     check_train(config)
     check_optimizer(config)
     source = find_base(config, concept.base)

@@ -43,14 +43,16 @@ PATIENCE = timedelta(hours=12)
 RecordOf = Callable[[dict[str, Any]], dict[str, Any]]  # cost of a training -> its record
 
 
-def run(config: TrainConfig) -> Path:
+def run(config: TrainConfig, concept: Concept | None = None) -> Path:
     """Train on a concept, rendering its folders first if they are missing. Returns the run folder.
+
+    concept: instead of the one that --concept names.
 
     Raises:
         UsageError, UnlearnError: wherever possible before a model is loaded.
         Interrupted: Ctrl-C, SIGTERM or SIGHUP while training; a checkpoint was saved.
     """
-    inputs = check_inputs(config)
+    inputs = check_inputs(config, concept)
     output = config.output_dir or Path("runs") / inputs.concept.slug
     check_apart(inputs.data_dir, output)
     check_output(config, output)
