@@ -15,7 +15,7 @@ from conftest import tree
 from sd_unlearn import cli, sweep
 from sd_unlearn.config.evaluate import EvaluateConfig
 from sd_unlearn.config.train import TrainConfig
-from sd_unlearn.data.concept import Concept, load_concept, write_concept
+from sd_unlearn.data.concept import Concept, write_concept
 from sd_unlearn.errors import UsageError
 from sd_unlearn.evaluation import evaluate
 from sd_unlearn.io.files import write_json
@@ -43,12 +43,12 @@ def done(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
 
     monkeypatch.setattr(sweep, "find_metrics", lambda context: [])
 
-    def train(config: TrainConfig) -> Path:
+    def train(config: TrainConfig, concept: Concept) -> Path:
         calls.append(("train", config))
         place = config.output_dir or Path()
         (place / "adapter").mkdir(parents=True, exist_ok=True)
         (place / "adapter/adapter_model.safetensors").write_text(f"{config.beta} {config.push}")
-        write_concept(place / "concept.yaml", load_concept(config.concept, None))
+        write_concept(place / "concept.yaml", concept)
         write_json(place / "training.json", {"beta": config.beta})
         return place
 
@@ -180,11 +180,11 @@ def test_each_factor_is_trained_and_evaluated_and_the_record_is_written_last(
 def test_a_killed_sweep_resumes(make: Make, done: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     train, config = trainer.run, make(output_dir=Path("out"))
 
-    def killed(asked: TrainConfig) -> Path:
+    def killed(asked: TrainConfig, concept: Concept) -> Path:
         if asked.output_dir and asked.output_dir.name == "factor-1":
-            write_concept(asked.output_dir / "concept.yaml", load_concept(asked.concept, None))
+            write_concept(asked.output_dir / "concept.yaml", concept)
             raise KeyboardInterrupt
-        return train(asked)
+        return train(asked, concept)
 
     monkeypatch.setattr(trainer, "run", killed)
     with pytest.raises(KeyboardInterrupt):
@@ -239,7 +239,7 @@ def test_another_kind_of_folder_is_refused(make: Make, done: list[Any], overwrit
 def test_settings_of_a_sweep_without_runs_do_not_bind_the_next(
     make: Make, done: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(_: TrainConfig) -> Path:
+    def refuse(*_: object) -> Path:
         raise UsageError("no")
 
     with monkeypatch.context() as patch:
