@@ -21,6 +21,7 @@ from sd_unlearn.config.attack import AttackConfig
 from sd_unlearn.config.base import ExportConfig, RenderConfig, ReportConfig
 from sd_unlearn.config.evaluate import EvaluateConfig
 from sd_unlearn.config.help import Help, ShortHelp
+from sd_unlearn.config.paths import expanded
 from sd_unlearn.config.train import TrainConfig
 from sd_unlearn.errors import UnlearnError, UsageError, reason
 from sd_unlearn.io.noise import SHOW, silence_warnings
@@ -271,7 +272,7 @@ def _config_file(tokens: Sequence[str]) -> tuple[Any, ...]:
         path = tokens[tokens.index("--config") + 1]
     if command is None or path is None:
         return ()
-    given = read_options(Path(path), [f.name for f in fields(known[command])])
+    given = read_options(Path(expanded(path)), [f.name for f in fields(known[command])])
     return (cyclopts.config.Dict(given, use_commands_as_keys=False, source=path),)
 
 

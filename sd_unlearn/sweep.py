@@ -16,8 +16,8 @@ from typing import Any
 import yaml
 
 from sd_unlearn import __version__
-from sd_unlearn.config.base import as_dict
 from sd_unlearn.config.evaluate import EvaluateConfig
+from sd_unlearn.config.paths import as_dict
 from sd_unlearn.config.train import TrainConfig
 from sd_unlearn.data.concept import Concept
 from sd_unlearn.data.prior import ASSUMED_BETA, resolve_beta

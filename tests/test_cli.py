@@ -229,7 +229,7 @@ def test_config_file_values_are_used_and_the_command_line_wins(run: Run, configs
 
 @pytest.mark.parametrize("overwrite", [True, False])
 def test_a_resolved_config_is_a_config_file(run: Run, configs: list[TrainConfig], overwrite: bool) -> None:
-    from sd_unlearn.config.base import as_dict
+    from sd_unlearn.config.paths import as_dict
 
     config = TrainConfig(concept="seven", beta=0.1, overwrite=overwrite, output_dir=Path("runs/x"), guidance_scale=3)
     Path("config.yaml").write_text(yaml.safe_dump(as_dict(config)))

@@ -1,14 +1,14 @@
 """Options of `render`, `export` and `report`: each field is a flag, a YAML key and part of the run's record."""
 
-import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from cyclopts import Group
 
 from sd_unlearn.choices import TemplateKind
 from sd_unlearn.config.options import GENERAL, START, BatchSize, Count, InferenceSteps, NumImages, Range, option
+from sd_unlearn.config.paths import PathOptions
 from sd_unlearn.seeds import SEED_SPAN
 
 DEFAULT_BASE = "CompVis/stable-diffusion-v1-4"
@@ -26,7 +26,7 @@ GuidanceScale = Range(at_least=0, note="usually 3 to 10")
 
 
 @dataclass(kw_only=True)
-class ConceptOption:
+class ConceptOption(PathOptions):
     """The concept, as a flag or as the first argument: cyclopts accepts it in both ways if it is the first field."""
 
     concept: Annotated[
@@ -39,7 +39,7 @@ class ConceptOption:
 
 
 @dataclass(kw_only=True)
-class BaseOptions:
+class BaseOptions(PathOptions):
     """Which base model is used, and how it is loaded."""
 
     pretrained_model_name_or_path: Annotated[
@@ -138,7 +138,7 @@ class RenderConfig(BaseOptions, ConceptOption):
 
 
 @dataclass(kw_only=True)
-class ExportConfig:
+class ExportConfig(PathOptions):
     """Write the LoRA for Diffusers, ComfyUI and A1111 with a model card, or merge it into a checkpoint."""
 
     run: Annotated[Path | None, option("Run folder of a finished training.")] = None
@@ -183,7 +183,7 @@ class ExportConfig:
 
 
 @dataclass(kw_only=True)
-class ReportConfig:
+class ReportConfig(PathOptions):
     """Write report.html, report.md and results.csv from results.json."""
 
     run: Annotated[
@@ -198,8 +198,3 @@ class ReportConfig:
     ] = 1000
     config: Annotated[Path | None, option("YAML file with options as keys; flags take precedence.")] = None
     debug: Annotated[bool, option("Show a traceback when the command fails, and the messages of libraries.")] = False
-
-
-def as_dict(config: Any) -> dict[str, Any]:
-    """A config as plain YAML or JSON values."""
-    return {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(config).items()}

@@ -14,6 +14,7 @@ from sd_unlearn import __version__
 from sd_unlearn.config.base import RenderConfig
 from sd_unlearn.config.checks import check_render
 from sd_unlearn.config.options import MAX_IMAGES
+from sd_unlearn.config.paths import local_path
 from sd_unlearn.data.concept import Concept, describe_anchored, expand_braces, load_concept
 from sd_unlearn.data.metadata import read_metadata
 from sd_unlearn.data.photos import check_places
@@ -54,10 +55,10 @@ class RenderJob:
     @property
     def settings(self) -> dict[str, Any]:
         """The content of settings.json. A folder is only resumed with the same settings (render_settings.py)."""
-        overrides = {"vae": self.source.vae, "prediction_type": self.source.prediction_type}
+        overrides = {"vae": local_path(self.source.vae), "prediction_type": self.source.prediction_type}
         return {
             "concept": self.concept.name,
-            "base": self.source.name,
+            "base": local_path(self.source.name),
             "seed": self.seed,
             **dataclasses.asdict(self.sampler),
             "plan": [list(group) for group in self.groups],

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from sd_unlearn.config.paths import local_path
 from sd_unlearn.errors import UsageError
 from sd_unlearn.io.reading import read_json
 from sd_unlearn.io.schema import validate
@@ -53,7 +54,9 @@ def read_settings(file: Path) -> dict[str, Any]:
 
 def settings_in(folder: Path) -> dict[str, Any]:
     """The settings that a folder was rendered with, as RenderJob.settings."""
-    return {key: value for key, value in read_settings(folder / SETTINGS).items() if key != WEIGHTS}
+    settings = {key: value for key, value in read_settings(folder / SETTINGS).items() if key != WEIGHTS}
+    paths = {key: settings[key] for key in ("base", "vae") if isinstance(settings.get(key), str)}
+    return settings | {key: local_path(path) for key, path in paths.items()}  # relative in older folders
 
 
 def seed_in(folder: Path) -> int | None:

@@ -15,8 +15,8 @@ from typing import Any
 import yaml
 
 from sd_unlearn import __version__
-from sd_unlearn.config.base import as_dict
 from sd_unlearn.config.evaluate import EvaluateConfig
+from sd_unlearn.config.paths import recorded
 from sd_unlearn.data.concept import Concept, concept_sha256
 from sd_unlearn.errors import ConditionError, UnlearnError, UsageError
 from sd_unlearn.evaluation.fail_if import checked_subjects, met_conditions, outcomes, parse_condition
@@ -79,7 +79,7 @@ def _run(config: EvaluateConfig, job: EvaluationJob, metrics: Mapping[str, Seque
         results = carry_attacks(results, earlier)
     conditions = outcomes([parse_condition(text) for text in config.fail_if], parse_results(results))
     results["conditions"] = [as_json(outcome) for outcome in conditions]
-    write_text(job.output / EVALUATION, yaml.safe_dump(as_dict(config), sort_keys=False, allow_unicode=True))
+    write_text(job.output / EVALUATION, yaml.safe_dump(recorded(config), sort_keys=False, allow_unicode=True))
     write_json(job.output / RESULTS, results)
     return results
 

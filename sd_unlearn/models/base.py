@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sd_unlearn.config.paths import local_path
 from sd_unlearn.errors import UnlearnError, UsageError
 from sd_unlearn.io.noise import silence_libraries
 from sd_unlearn.models.find_base import check_prediction, check_schedule, check_source, check_unet
@@ -67,7 +68,11 @@ class Base:
             "layers_per_block": layers if isinstance(layers, int) else list(layers),
             "up_block_types": list(unet.up_block_types),
         }
-        options = {"vae": source.vae, "variant": source.variant, "single_file_config": source.single_file_config}
+        options = {
+            "vae": local_path(source.vae),
+            "variant": source.variant,
+            "single_file_config": local_path(source.single_file_config),
+        }
         return {
             "name": self.name,
             "kind": self.kind,

@@ -85,7 +85,8 @@ def read_checkpoint_header(path: Path, option: str, allow_pickle: bool = False) 
     """
     check_suffix(path, option, allow_pickle)
     if path.suffix.lower() in PICKLES:
-        return CheckpointHeader(path, _pickled(path, option))
+        tensors = _pickled_tensors(path, option)
+        return CheckpointHeader(path, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -96,7 +97,17 @@ def read_checkpoint_header(path: Path, option: str, allow_pickle: bool = False) 
         raise UsageError(f"{option} {path} cannot be read ({reason(error)}). Download it again.") from None
 
 
-def _pickled(path: Path, option: str) -> dict[str, tuple[int, ...]]:
+def read_tensors_under(path: Path, prefix: str) -> dict[str, Any]:
+    """The tensors of a weights file, whose header was read, with a prefix of their names."""
+    if path.suffix.lower() in PICKLES:
+        return {name: tensor for name, tensor in _pickled_tensors(path, "").items() if name.startswith(prefix)}
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys() if name.startswith(prefix)}  # noqa: SIM118
+
+
+def _pickled_tensors(path: Path, option: str) -> dict[str, Any]:
     import torch
 
     try:
@@ -110,7 +121,7 @@ def _pickled(path: Path, option: str) -> dict[str, tuple[int, ...]]:
         content = content["state_dict"]
     if not isinstance(content, Mapping):
         raise UsageError(f"{option} {path} holds a {type(content).__name__}, not named tensors: it is not a model.")
-    return {str(name): tuple(value.shape) for name, value in content.items() if isinstance(value, torch.Tensor)}
+    return {str(name): value for name, value in content.items() if isinstance(value, torch.Tensor)}
 
 
 def kind_of_file(header: CheckpointHeader, option: str = "--pretrained_model_name_or_path") -> str:

@@ -11,6 +11,7 @@ from cyclopts import Group
 from sd_unlearn.choices import Correction, Reduction
 from sd_unlearn.config.base import Seed
 from sd_unlearn.config.options import POSITIVE, BatchSize, Count, InferenceSteps, Range, SomeImages, option
+from sd_unlearn.config.paths import PathOptions
 from sd_unlearn.config.train import Method
 from sd_unlearn.paper.experiments import Sampler, Size
 
@@ -25,7 +26,7 @@ FILES = Group("Files and output", sort_key=5)
 
 
 @dataclass(kw_only=True)
-class SharedOptions:
+class SharedOptions(PathOptions):
     """The options that `run` and `sweep` share."""
 
     size: Annotated[
@@ -179,7 +180,7 @@ class SweepOptions(SharedOptions):
 
 
 @dataclass(kw_only=True)
-class TableOptions:
+class TableOptions(PathOptions):
     """The tables of finished runs."""
 
     runs: Annotated[Path, option("Folder of the runs, or of their collected records.")] = Path("runs/paper")

@@ -28,9 +28,9 @@ from pathlib import Path
 from typing import Any
 
 from sd_unlearn.choices import Risk
-from sd_unlearn.config.base import as_dict
 from sd_unlearn.config.checks import check_evaluate
 from sd_unlearn.config.evaluate import EvaluateConfig
+from sd_unlearn.config.paths import as_dict
 from sd_unlearn.config.train import Method, TrainConfig
 from sd_unlearn.errors import UsageError, suggest
 from sd_unlearn.evaluation import evaluate

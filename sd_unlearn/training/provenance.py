@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sd_unlearn import __version__
-from sd_unlearn.config.base import as_dict
+from sd_unlearn.config.paths import as_dict
 from sd_unlearn.config.train import TrainConfig
 from sd_unlearn.data.concept import Concept, concept_sha256
 from sd_unlearn.data.prior import Prior

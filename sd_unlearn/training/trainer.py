@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from safetensors import SafetensorError
 
-from sd_unlearn.config.base import as_dict
+from sd_unlearn.config.paths import recorded
 from sd_unlearn.config.train import TrainConfig
 from sd_unlearn.data.concept import Concept, describe_anchored, write_concept
 from sd_unlearn.data.dataset import fingerprint
@@ -165,7 +165,7 @@ def _open_run(config: TrainConfig, concept: Concept, training: Training, keep: b
         if not keep:
             delete_own(output, RUN)
         (output / TRAINING).unlink(missing_ok=True)
-        settings = yaml.safe_dump(as_dict(config), sort_keys=False, allow_unicode=True)
+        settings = yaml.safe_dump(recorded(config), sort_keys=False, allow_unicode=True)
         for folder in (output, output / BEST_DIR) if training.probe else (output,):
             write_concept(folder / CONCEPT, concept)
             write_text(folder / CONFIG, settings)

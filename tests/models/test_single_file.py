@@ -201,14 +201,34 @@ def test_a_file_without_a_vae(kinds: Kinds, tmp_path: Path) -> None:
     assert base.vae_sha256 == load(kinds.file("sd1"), kinds, "sd1").vae_sha256
 
 
-def test_missing_tensor_is_named(kinds: Kinds, tmp_path: Path) -> None:
-    for kind in KINDS:
-        weights = load_file(kinds.file(kind))
-        missing = next(name for name in weights if "attn2.to_k" in name)
-        del weights[missing]
-        save_file(weights, tmp_path / "lacks.safetensors")
-        with pytest.raises(UnlearnError, match=f"lacks 1 of the UNet's tensors, e.g. {re.escape(missing)}"):
-            load(tmp_path / "lacks.safetensors", kinds, kind)
+@pytest.mark.parametrize("kind", KINDS)
+def test_missing_tensor_is_named(kinds: Kinds, tmp_path: Path, kind: str) -> None:
+    parts = {"attn2.to_k": "UNet", "decoder.conv_in.bias": "VAE", "ln_final.bias": "text encoder"}
+    parts |= {"layer_norm1.bias": "text encoder", "attn.in_proj_weight": "text encoder"}  # CLIP's, OpenCLIP's
+    weights = load_file(kinds.file(kind))
+    for name, part in parts.items():
+        missing = next((key for key in weights if name in key), None)
+        if missing:
+            save_file({key: weights[key] for key in weights if key != missing}, tmp_path / "lacks.safetensors")
+            with pytest.raises(UnlearnError, match=f"lacks 1 of the {part}'s tensors, e.g. {re.escape(missing)}"):
+                load(tmp_path / "lacks.safetensors", kinds, kind)
+
+
+def test_text_encoder_as_novelai_spells_it(kinds: Kinds, tmp_path: Path) -> None:
+    """Without `text_model`, as in the first anime models and the many merges with them."""
+    spelled = {
+        key.replace("transformer.text_model.", "transformer."): w for key, w in load_file(kinds.file("sd1")).items()
+    }
+    save_file(spelled, tmp_path / "anime.safetensors")
+    torch.save({"state_dict": spelled}, tmp_path / "anime.ckpt")
+    whole = load(kinds.file("sd1"), kinds, "sd1")
+    for name in ("anime.safetensors", "anime.ckpt"):
+        base = load(tmp_path / name, kinds, "sd1", allow_pickle=True)
+        assert base.hashes == whole.hashes
+    missing = next(key for key in spelled if "layer_norm2.weight" in key)
+    save_file({key: spelled[key] for key in spelled if key != missing}, tmp_path / "lacks.safetensors")
+    with pytest.raises(UnlearnError, match=f"lacks 1 of the text encoder's tensors, e.g. {re.escape(missing)}"):
+        load(tmp_path / "lacks.safetensors", kinds, "sd1")
 
 
 def test_any_case_of_the_suffix(kinds: Kinds, tmp_path: Path) -> None:
