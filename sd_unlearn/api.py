@@ -17,6 +17,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar, get_type_hints
 from sd_unlearn.config.attack import AttackConfig
 from sd_unlearn.config.base import ExportConfig, RenderConfig, ReportConfig
 from sd_unlearn.config.evaluate import EvaluateConfig
+from sd_unlearn.config.paths import expanded
 from sd_unlearn.config.train import TrainConfig
 from sd_unlearn.data.concept import Concept, parse_concept
 from sd_unlearn.errors import UsageError
@@ -94,7 +95,7 @@ def _config(kind: Callable[..., Config], options: Mapping[str, Any], where: str)
     assert isinstance(kind, type)
     hints = get_type_hints(kind)
     check_keys(dict(options), set(hints), where)
-    in_file = read_options(Path(options["config"]), hints) if options.get("config") is not None else {}
+    in_file = read_options(expanded(Path(options["config"])), hints) if options.get("config") is not None else {}
     values = {key: _plain(value, hints[key]) for key, value in {**in_file, **options}.items()}
     return convert(kind, values, where)
 
