@@ -341,34 +341,3 @@ def _without_folders(results: Results) -> Results:
 def as_json(item: Any) -> dict[str, Any]:
     """A row, difference, pair or card as results.json holds it."""
     return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(item).items()}
-
-
-def carry_attacks(new: dict[str, Any], old: dict[str, Any]) -> dict[str, Any]:
-    """New results with the attacks of older ones, as far as they were on the same weights and concepts.
-
-    Attacks that `new` has itself are not replaced. Both are contents of a results.json.
-    """
-    known = {_weights(new, subject["id"]) for subject in new["subjects"]} - {None}
-    slugs = {concept["slug"]: concept.get("sha256") for concept in new["concepts"]}
-    of_old = {concept["slug"]: concept.get("sha256") for concept in old["concepts"]}
-    done = {(entry["concept"], entry["subject"], entry["attack"]) for entry in new.get("attacks", ())}
-
-    def is_valid(concept: str, subject: str, attack: str) -> bool:
-        same_concept = concept in slugs and slugs[concept] == of_old.get(concept)
-        return same_concept and _weights(old, subject) in known and (concept, subject, attack) not in done
-
-    entries = [e for e in old.get("attacks", ()) if is_valid(e["concept"], e["subject"], e["attack"])]
-    rows = [
-        row
-        for row in old["rows"]
-        if row["metric"] == ATTACK_METRIC and is_valid(row["concept"], row["subject"], row["group"])
-    ]
-    return new | {"rows": new["rows"] + rows, "attacks": [*new.get("attacks", ()), *entries]}
-
-
-def _weights(results: dict[str, Any], subject: str) -> tuple[Any, ...] | None:
-    """What identifies the weights of a subject; None for image folders and unknown ids."""
-    for entry in results["subjects"]:
-        if entry["id"] == subject and entry["what"] != "images":
-            return (subject, entry.get("sha256"), entry.get("strength"), results["base"].get("sha256"))
-    return None

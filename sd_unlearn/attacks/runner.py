@@ -19,6 +19,7 @@ from sd_unlearn.attacks.registry import ATTACKS
 from sd_unlearn.attacks.tasks import Model, Task, carry_out, task_folder, wait_for_tasks
 from sd_unlearn.config.attack import AttackConfig
 from sd_unlearn.errors import UsageError
+from sd_unlearn.evaluation.earlier import carry_attacks
 from sd_unlearn.evaluation.evaluate import assemble
 from sd_unlearn.evaluation.fail_if import Condition, outcomes
 from sd_unlearn.evaluation.generate import TIMEOUT, BaseLoader, ImageCache, image_cache
@@ -35,7 +36,7 @@ from sd_unlearn.launch import process_count, process_rank
 from sd_unlearn.metrics.registry import make_metrics, merge_cards, metric_cards
 from sd_unlearn.models.base import Base, choose_precision, load_base
 from sd_unlearn.models.find_base import find_base
-from sd_unlearn.results import ATTACK_METRIC, BASE, FLOOR, as_json, carry_attacks, parse_results
+from sd_unlearn.results import ATTACK_METRIC, BASE, FLOOR, as_json, parse_results
 
 SHOWN = 8  # images of the best try that are kept beside results.json
 DEFAULT_POSITIVES = 25

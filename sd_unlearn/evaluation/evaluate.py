@@ -18,7 +18,8 @@ from sd_unlearn import __version__
 from sd_unlearn.config.evaluate import EvaluateConfig
 from sd_unlearn.config.paths import recorded
 from sd_unlearn.data.concept import Concept, concept_sha256
-from sd_unlearn.errors import ConditionError, UnlearnError, UsageError
+from sd_unlearn.errors import ConditionError, UnlearnError
+from sd_unlearn.evaluation.earlier import carry_attacks, earlier_results
 from sd_unlearn.evaluation.fail_if import checked_subjects, met_conditions, outcomes, parse_condition
 from sd_unlearn.evaluation.generate import ImageCache, generate_images
 from sd_unlearn.evaluation.job import EvaluationJob, Subject, resolve_job
@@ -30,11 +31,10 @@ from sd_unlearn.io.files import full_disk_explained, write_json, write_text
 from sd_unlearn.io.lock import locked, remove_leftovers
 from sd_unlearn.io.own_files import is_run, kind_of, mark
 from sd_unlearn.io.paths import public_name
-from sd_unlearn.io.reading import read_json
 from sd_unlearn.io.run_folder import EVALUATION, IMAGE_DIR, RESULTS
 from sd_unlearn.launch import process_rank
 from sd_unlearn.metrics.registry import find_metrics, make_metrics, merge_cards, metric_cards, missing_evidence
-from sd_unlearn.results import BASE, SCHEMA_VERSION, Pair, Problem, as_json, carry_attacks, parse_results
+from sd_unlearn.results import BASE, SCHEMA_VERSION, Pair, Problem, as_json, parse_results
 from sd_unlearn.seeds import EVALUATE_SEEDS
 
 
@@ -75,23 +75,13 @@ def _run(config: EvaluateConfig, job: EvaluationJob, metrics: Mapping[str, Seque
     if not kind_of(job.output) and not is_run(job.output):
         mark(job.output, "evaluation")
     results = assemble(job, cache, evaluated, cards)
-    if earlier := _earlier_results(job.output / RESULTS):
+    if earlier := earlier_results(job.output / RESULTS):
         results = carry_attacks(results, earlier)
     conditions = outcomes([parse_condition(text) for text in config.fail_if], parse_results(results))
     results["conditions"] = [as_json(outcome) for outcome in conditions]
     write_text(job.output / EVALUATION, yaml.safe_dump(recorded(config), sort_keys=False, allow_unicode=True))
     write_json(job.output / RESULTS, results)
     return results
-
-
-def _earlier_results(file: Path) -> dict[str, Any]:
-    """The results that are replaced, whose attacks may still hold; {} if there are none or the file is damaged."""
-    try:
-        data: dict[str, Any] = read_json(file)
-        parse_results(data, str(file))
-    except UsageError:
-        return {}
-    return data
 
 
 def check_conditions(results: dict[str, Any]) -> str:
