@@ -1,6 +1,7 @@
 """How an option of a command is declared: help text, group and allowed range. Imports no torch."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, get_type_hints
 
@@ -70,7 +71,10 @@ MAX_IMAGES = 1_000_000  # of one prompt; more is a typing error, and would be pl
 NumImages, SomeImages = Range(at_least=0, at_most=MAX_IMAGES), Range(above=0, at_most=MAX_IMAGES)
 
 
-def option(text: str, group: Group | None = None, valid: Range | None = None, negative: str = "") -> Parameter:
+Validator = Callable[[Any, Any], None]  # (type, value); raises ValueError
+
+
+def option(text: str, group: Group | None = None, valid: Validator | None = None, negative: str = "") -> Parameter:
     """An option with its help text. `negative` is the flag that turns it off."""
     known: dict[str, Any] = {"group": group} if group else {}  # group=None would hide the option
     return Parameter(help=text, negative=negative or (), validator=valid, **known)

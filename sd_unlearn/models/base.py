@@ -15,7 +15,7 @@ from sd_unlearn.errors import UnlearnError, UsageError
 from sd_unlearn.io.noise import silence_libraries
 from sd_unlearn.models.find_base import check_prediction, check_schedule, check_source, check_unet
 from sd_unlearn.models.loading import load_pipeline
-from sd_unlearn.models.source import COMPONENTS, DIGITS, OPTION, Source, kind_of
+from sd_unlearn.models.source import COMPONENTS, DIGITS, OPTION, Source, kind_of, pooled_width_of
 
 # Hashes in the records of runs and rendered folders -> the part of the base. Older records lack some of them.
 HASHES = {"sha256": "UNet", "vae_sha256": "VAE", "text_encoder_sha256": "text encoder"}
@@ -50,10 +50,7 @@ class Base:
     @property
     def pooled_width(self) -> int | None:
         """Width of the pooled text embedding that an SDXL UNet takes besides the tokens; None for other kinds."""
-        config = self.pipeline.unet.config
-        if self.kind != "sdxl":
-            return None
-        return config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+        return pooled_width_of(self.pipeline.unet.config) if self.kind == "sdxl" else None
 
     @property
     def hashes(self) -> dict[str, str]:
@@ -130,11 +127,16 @@ def _refuse_unless_v(name: str, prediction_type: str) -> None:
         )
 
 
+def wanted_precision(option: str | None) -> str:
+    """--mixed_precision, else accelerate's setting, else no."""
+    return option or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+
+
 def choose_precision(option: str | None) -> str:
     """--mixed_precision, else accelerate's setting, else no. Without CUDA always no, with a message."""
     import torch
 
-    wanted = option or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    wanted = wanted_precision(option)
     if wanted != "no" and not torch.cuda.is_available():
         print(f"No CUDA device: training in full precision on the CPU instead of {wanted}.", file=sys.stderr)
         return "no"

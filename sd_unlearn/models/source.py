@@ -96,6 +96,11 @@ def kind_of(unet: Mapping[str, Any]) -> str:
     return "sd2" if unet.get("use_linear_projection") else "sd1"
 
 
+def pooled_width_of(unet: Mapping[str, Any]) -> int:
+    """Width of the pooled text embedding that an SDXL UNet takes besides the tokens, by its configuration."""
+    return int(unet["projection_class_embeddings_input_dim"] - 6 * unet["addition_time_embed_dim"])
+
+
 def weights_in(folder: Path) -> set[tuple[str | None, str]]:
     """(variant or None, safetensors or bin) of the weights in a component's folder."""
     matches = (WEIGHTS.fullmatch(path.name) for path in folder.glob("*"))

@@ -1,0 +1,151 @@
+"""Which batches fit into the memory of a device: the phases of a command, what each takes, and the choice.
+
+A phase is predicted from the counted footprint (footprint.py). What no configuration tells is added: the workspace of
+the device's kernels and, on a CPU, the freed blocks that the C library keeps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from sd_unlearn.models.footprint import InferenceFootprint, TrainingFootprint
+
+MIB, GIB = 2**20, 2**30
+MARGIN = 0.1  # share of the free memory that is left free: for fragmentation, and because a prediction may be 15 % off
+CONTEXT = GIB // 2  # of a GPU's memory, taken by CUDA itself and by the desktop
+# Bytes that kernels take beside tensors. On a CPU measured (scripts/bench_memory.py); on a GPU not measured yet.
+WORKSPACE = {"cuda": 256 * MIB, "cpu": 48 * MIB}
+# On a CPU, glibc keeps freed blocks: about this many times the temporary tensors of a pass (measured on SD 1.5).
+KEPT_BLOCKS = {"cuda": 0, "cpu": 6}
+TILE_SHARE = 4  # tiles of half the side take a quarter of the VAE's memory
+
+
+@dataclass(frozen=True)
+class Device:
+    """The memory that networks run in; in bytes."""
+
+    kind: Literal["cuda", "cpu"]
+    name: str
+    free: int
+
+    @property
+    def usable(self) -> int:
+        return int((1 - MARGIN) * self.free)
+
+
+@dataclass(frozen=True)
+class Phase:
+    """What a part of a command keeps in memory at its peak, in bytes by part."""
+
+    name: str
+    at_once: int  # images (of teacher: rows)
+    parts: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts.values())
+
+
+def this_device(processes: int = 1) -> Device:
+    """The first GPU with its free memory, else the CPU with its share of the free memory for each of the processes."""
+    import psutil
+    import torch
+
+    if torch.cuda.is_available():
+        return Device("cuda", torch.cuda.get_device_name(), torch.cuda.mem_get_info()[0])
+    return Device("cpu", "the CPU", psutil.virtual_memory().available // processes)
+
+
+def other_device(vram: int) -> Device:
+    """A GPU with so many bytes of memory (--vram)."""
+    return Device("cuda", f"a GPU with {vram / GIB:g} GB", max(0, vram - CONTEXT))
+
+
+def balanced(images: int) -> list[int]:
+    """The sizes of micro-batches that cut `images` evenly, largest first: of 40 images 40, 20, 14, 10, 8, 7, ..., 1."""
+    return sorted({-(-images // parts) for parts in range(1, images + 1)}, reverse=True)
+
+
+def divisors(images: int) -> list[int]:
+    """The sizes that divide `images`, largest first: batches of a smaller size are then parts of the larger ones."""
+    return [size for size in range(images, 0, -1) if images % size == 0]
+
+
+@dataclass(frozen=True)
+class Inference:
+    """The phases that run the frozen base on a device."""
+
+    footprint: InferenceFootprint
+    device: Device
+
+    def render(self, at_once: int, tiles: bool = False, training: int = 0) -> Phase:
+        """Generate images. tiles: the VAE decodes a single image in tiles. training: bytes of what is trained; then
+        previews are generated, from cached captions."""
+        f, decode = self.footprint, self.footprint.decode // (TILE_SHARE if tiles else 1)
+        sample = f.sample * (1 + KEPT_BLOCKS[self.device.kind])
+        parts = {"UNet": f.unet, "VAE": f.vae + f.upcast} | ({} if training else {"text encoder": f.text_encoders})
+        parts |= {"trained weights, optimizer": training} if training else {}
+        work = {"generated images": at_once * max(sample, decode), "workspace": self.workspace}
+        return Phase("preview" if training else "render", at_once, parts | work)
+
+    def encode(self, at_once: int, captions: int) -> Phase:
+        """Encode images and captions. captions: encoded at once."""
+        f = self.footprint
+        weights = {"UNet": f.unet, "VAE": f.vae + f.upcast, "text encoder": f.text_encoders}
+        work = {"encoded images": max(at_once * f.encode, captions * f.caption), "workspace": self.workspace}
+        return Phase("encode", at_once, weights | work)
+
+    @property
+    def workspace(self) -> int:
+        """Of the kernels: a copy of the largest weight, which convolutions rearrange, and what WORKSPACE says."""
+        return self.footprint.largest_weight + WORKSPACE[self.device.kind]
+
+    def render_batch_size(self, default: int, training: int = 0) -> tuple[int, bool]:
+        """(images generated at once: at most the default, whether the VAE needs tiles)."""
+        size = self.largest(divisors(default), lambda n: self.render(n, training=training))
+        return (size, False) if size else (1, True)
+
+    def encode_batch_size(self, default: int, captions: int) -> int:
+        return self.largest(divisors(default), lambda n: self.encode(n, captions)) or 1
+
+    def largest(self, sizes: Sequence[int], phase: Callable[[int], Phase]) -> int:
+        """The first of the sizes whose phase fits; 0 if none does."""
+        return next((size for size in sizes if phase(size).total <= self.device.usable), 0)
+
+
+@dataclass(frozen=True)
+class Training(Inference):
+    """The phases of a training."""
+
+    trained: TrainingFootprint
+
+    def teacher(self, rows: int) -> Phase:
+        """Predictions of the frozen base, before a micro-batch's own."""
+        forward = self.trained.forward * (1 + KEPT_BLOCKS[self.device.kind])
+        return Phase("teacher", rows, self._weights() | {"teacher's predictions": rows * forward} | self._rest())
+
+    def step(self, images: int, checkpointing: bool) -> Phase:
+        """Forward and backward pass of a micro-batch."""
+        t = self.trained
+        each = (t.checkpointed if checkpointing else t.activations) + KEPT_BLOCKS[self.device.kind] * t.forward
+        return Phase("step", images, self._weights() | {"activations": images * each} | self._rest())
+
+    def step_sizes(self, images: int, checkpointing: bool | None) -> Iterator[tuple[int, bool]]:
+        """(micro-batch, checkpointing) that fit, best first: without checkpointing if a single image fits so."""
+        for on in (False, True) if checkpointing is None else (checkpointing,):
+            if size := self.largest(balanced(images), lambda n, on=on: self.step(n, on)):  # type: ignore[misc]
+                yield size, on
+
+    def teacher_batch_size(self, micro_batch_size: int) -> int:
+        """Rows at once: a micro-batch has up to twice its images."""
+        return self.largest(balanced(2 * micro_batch_size), self.teacher) or 1
+
+    def _weights(self) -> dict[str, int]:
+        return {"UNet": self.footprint.unet, "trained weights, optimizer": self.trained.constant}
+
+    def _rest(self) -> dict[str, int]:
+        """On a CPU the VAE stays in the same memory."""
+        vae = {"VAE": self.footprint.vae} if self.device.kind == "cpu" else {}
+        return vae | {"workspace": self.workspace}

@@ -1,0 +1,197 @@
+"""The memory that a base's networks take, in bytes: weights, a training step, generating and encoding images.
+
+Counted from the configuration alone (meta.py, counting.py), for the device that runs them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any, Literal, NamedTuple
+
+import torch
+from diffusers.models.attention_processor import AttnProcessor
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from sd_unlearn.config.train import Attention, LoraTargets, TrainConfig
+from sd_unlearn.models.counting import DeviceKernels, LiveBytes, SavedBytes
+from sd_unlearn.models.denoiser import Denoiser
+from sd_unlearn.models.meta import Configs, MetaBase, build_meta_base
+from sd_unlearn.models.student import make_student
+
+Precision = Literal["no", "fp16", "bf16"]
+HALF = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
+COUNTED = 2  # images of a counted pass; with a single one some copies are left out, as its rows are contiguous already
+EIGHT_BIT_FROM = 4096  # elements of a tensor; bitsandbytes keeps the moments of smaller ones in full precision
+
+
+@dataclass(frozen=True, kw_only=True)
+class InferenceFootprint:
+    """Of generating and encoding images with a frozen base."""
+
+    unet: int  # weights
+    vae: int
+    text_encoders: int
+    upcast: int  # more weights while the VAE works: SDXL's is in full precision then
+    sample: int  # per image: the UNet with guidance, two rows
+    decode: int  # per image
+    encode: int  # per image
+    caption: int  # per caption
+    largest_weight: int  # of the UNet
+    resolution: int  # in pixels, for which all of this holds
+
+    @property
+    def weights(self) -> int:
+        return self.unet + self.vae + self.text_encoders
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingFootprint:
+    """Of a training step, without the base's weights."""
+
+    trained: int  # the LoRA, or 0 if the UNet itself is trained
+    gradients: int
+    optimizer: int  # AdamW's two moments
+    average: int  # of --ema_decay
+    teacher_copy: int  # the second UNet of --method full
+    casts: int  # autocast's copies of weights in full precision
+    saved: int  # per image: what autograd keeps for the backward pass
+    activations: int  # per image: that, and the largest gradient of the backward pass
+    checkpointed: int  # per image: the same with gradient checkpointing
+    forward: int  # per image: a pass without gradient, as of the teacher
+    text_encoder: int = 0  # weights that stay because they are trained, too
+
+    @property
+    def constant(self) -> int:
+        """What does not depend on the number of images."""
+        trained = self.trained + self.gradients + self.optimizer + self.average
+        return trained + self.teacher_copy + self.casts + self.text_encoder
+
+
+class StepOptions(NamedTuple):
+    """The options of `train` that decide what a step keeps in memory, by their names there."""
+
+    method: str = "lora"
+    rank: int = 8
+    lora_alpha: float | None = None
+    lora_dropout: float = 0.0
+    use_dora: bool = False
+    lora_targets: LoraTargets = "attention"
+    train_text_encoder: bool = False
+    attention: Attention = "sdpa"
+    optimizer: str = "adamw"
+    ema_decay: float | None = None
+    target: str = "teacher"
+
+    @classmethod
+    def of(cls, config: TrainConfig) -> StepOptions:
+        return cls(*(getattr(config, name) for name in cls._fields))
+
+
+@cache
+def count_inference(configs: Configs, precision: Precision, resolution: int | None) -> InferenceFootprint:
+    """Count the passes of a frozen base, whose weights are in the precision (as load_base has them).
+
+    resolution: in pixels; None for the base's own.
+    """
+    base = build_meta_base(configs, HALF[precision] or torch.float32)
+    side = (resolution or base.resolution) // base.pixels_per_latent
+    largest = max(p.numel() * p.element_size() for p in base.unet.parameters())
+    upcast = base.kind == "sdxl" and precision == "fp16" and base.vae.config.force_upcast
+    vae, unet, encoders = base.vae, base.unet, base.text_encoders
+    vae_weights = size_of(vae)
+    if upcast:
+        vae.float()
+    width = side * base.pixels_per_latent
+    with torch.device("meta"):
+        latents = torch.empty(COUNTED, 4, side, side, dtype=vae.dtype)
+        pixels = torch.empty(COUNTED, 3, width, width, dtype=vae.dtype)
+        ids = torch.empty(COUNTED, base.tokens, dtype=torch.long)
+    denoiser = meta_denoiser(base, unet)
+    return InferenceFootprint(
+        unet=size_of(unet),
+        vae=vae_weights,
+        text_encoders=sum(map(size_of, encoders)),
+        upcast=size_of(vae) - vae_weights,
+        sample=2 * peak_of(unet, lambda: denoiser.predict(*inputs(base, side, unet.dtype))),
+        decode=peak_of(vae, lambda: vae.decode(latents)),
+        encode=peak_of(vae, lambda: vae.encode(pixels)),
+        caption=sum(peak_of(encoder, partial(encoder, ids, output_hidden_states=True)) for encoder in encoders),
+        largest_weight=largest,
+        resolution=width,
+    )
+
+
+@cache
+def count_training(
+    configs: Configs, options: StepOptions, precision: Precision, resolution: int | None
+) -> TrainingFootprint:
+    """Count a training step.
+
+    precision: of autocast; the frozen weights have it, too, but a UNet that is trained itself is in full precision.
+    """
+    full, half = options.method == "full", HALF[precision]
+    base = build_meta_base(configs, torch.float32 if full or not half else half)
+    side = (resolution or base.resolution) // base.pixels_per_latent
+    if options.attention == "eager":  # xformers and sdpa keep the same
+        base.unet.set_attn_processor(AttnProcessor())
+    with torch.device("meta"):
+        student = make_student(base, options, seed=0, needs_teacher=options.target == "teacher")  # type: ignore[arg-type]
+    model, weights = student.model, [p.numel() * p.element_size() for p in student.trainable()]
+    denoiser = meta_denoiser(base, model)
+    given = inputs(base, side, torch.float32, ids=options.train_text_encoder)
+    kernels = DeviceKernels(half)
+    saved = SavedBytes(model, kernels)
+    base.unet.enable_gradient_checkpointing(saved.run_block)
+    with kernels, saved_tensors_hooks(saved.save, lambda tensor: tensor):
+        denoiser.predict(*given)
+    base.unet.disable_gradient_checkpointing()
+    with student.frozen() as frozen:
+        forward = peak_of(frozen, lambda: meta_denoiser(base, frozen).predict(*given), half)
+    return TrainingFootprint(
+        trained=0 if full else sum(weights),
+        gradients=sum(weights),
+        optimizer=sum(_moments(p, options.optimizer) for p in student.trainable()),
+        average=sum(weights) if options.ema_decay else 0,
+        teacher_copy=size_of(student.base_copy) if student.base_copy is not None else 0,
+        casts=saved.casts,
+        saved=saved.total // COUNTED,
+        activations=(saved.total + saved.largest) // COUNTED,
+        checkpointed=(saved.kept + saved.largest_block + saved.largest) // COUNTED,
+        forward=forward,
+        text_encoder=sum(map(size_of, base.text_encoders)) if options.train_text_encoder else 0,
+    )
+
+
+def inputs(base: MetaBase, side: int, dtype: torch.dtype, ids: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """What Denoiser.predict takes: latents, timesteps, and captions as embeddings or token ids, of COUNTED images."""
+    with torch.device("meta"):
+        text = torch.empty(COUNTED, base.tokens + (base.pooled_width is not None), base.text_width, dtype=dtype)
+        text = torch.empty(COUNTED, base.tokens, dtype=torch.long) if ids else text
+        return torch.empty(COUNTED, 4, side, side, dtype=dtype), torch.empty(COUNTED, dtype=torch.long), text
+
+
+def meta_denoiser(base: MetaBase, model: nn.Module) -> Denoiser:
+    schedule = torch.empty(0)
+    return Denoiser(model, schedule, "epsilon", 1000, base.pooled_width, base.pixels_per_latent)
+
+
+def size_of(network: nn.Module) -> int:
+    """Bytes of a network's weights."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in (*network.parameters(), *network.buffers()))
+
+
+def peak_of(network: nn.Module, work: Callable[[], Any], half: torch.dtype | None = None) -> int:
+    """The most bytes per image of a pass of COUNTED images without gradient, without weights. half: of autocast."""
+    live = LiveBytes().ignore(network)
+    with torch.no_grad(), DeviceKernels(half), live:
+        work()
+    return live.peak // COUNTED
+
+
+def _moments(parameter: Tensor, optimizer: str) -> int:
+    """Bytes of AdamW's two moments of a parameter."""
+    eight_bit = optimizer == "adamw8bit" and parameter.numel() >= EIGHT_BIT_FROM
+    return 2 * parameter.numel() * (1 if eight_bit else 4)

@@ -1,0 +1,95 @@
+"""The choice of batches for a memory, on a footprint with round numbers."""
+
+from __future__ import annotations
+
+import pytest
+
+from sd_unlearn.models.fit import CONTEXT, GIB, WORKSPACE, Device, Inference, Training, balanced, divisors, other_device
+from sd_unlearn.models.footprint import InferenceFootprint, TrainingFootprint
+
+FROZEN = InferenceFootprint(
+    unet=2 * GIB,
+    vae=GIB // 4,
+    text_encoders=GIB // 4,
+    upcast=0,
+    sample=GIB // 8,
+    decode=GIB // 2,
+    encode=GIB // 2,
+    caption=0,
+    largest_weight=0,
+    resolution=512,
+)
+TRAINED = TrainingFootprint(
+    trained=0,
+    gradients=0,
+    optimizer=0,
+    average=0,
+    teacher_copy=0,
+    casts=0,
+    saved=GIB,
+    activations=GIB,
+    checkpointed=GIB // 4,
+    forward=GIB // 8,
+)
+
+
+def gpu(usable: float) -> Device:
+    """A GPU on which so many GB are left for a training step of this base, beside UNet and workspace."""
+    return Device("cuda", "a GPU", round((usable * GIB + FROZEN.unet + WORKSPACE["cuda"]) / 0.9) + 2)
+
+
+def test_sizes() -> None:
+    assert balanced(40) == [40, 20, 14, 10, 8, 7, 6, 5, 4, 3, 2, 1]
+    assert divisors(100) == [100, 50, 25, 20, 10, 5, 4, 2, 1]
+
+
+@pytest.mark.parametrize(
+    ("usable", "chosen"),
+    [
+        (40, (40, False)),
+        (39.9, (20, False)),
+        (10, (10, False)),
+        (9.9, (8, False)),
+        (1, (1, False)),
+        (0.9, (3, True)),
+        (0.25, (1, True)),
+    ],
+)
+def test_the_largest_micro_batch_that_fits(usable: float, chosen: tuple[int, bool]) -> None:
+    training = Training(FROZEN, gpu(usable), TRAINED)
+    size, checkpointing = next(training.step_sizes(40, None))
+    assert (size, checkpointing) == chosen
+    assert training.step(size, checkpointing).total <= training.device.usable
+    assert training.teacher(training.teacher_batch_size(size)).total <= training.device.usable
+
+
+def test_options_limit_the_choice() -> None:
+    training = Training(FROZEN, gpu(8), TRAINED)
+    assert next(training.step_sizes(40, True)) == (20, True)
+    assert next(training.step_sizes(6, None)) == (6, False)
+    assert not list(Training(FROZEN, gpu(0.9), TRAINED).step_sizes(40, False))
+    assert not list(Training(FROZEN, gpu(0.2), TRAINED).step_sizes(40, None))
+
+
+def test_rendering_is_cut_and_then_tiled() -> None:
+    def chosen(free: float) -> tuple[int, bool]:
+        return Inference(FROZEN, Device("cuda", "a GPU", round(free * GIB / 0.9) + 2)).render_batch_size(4)
+
+    weights = 2.75  # with the workspace of 256 MB
+    assert chosen(weights + 2) == (4, False)
+    assert chosen(weights + 1.9) == (2, False)
+    assert chosen(weights + 0.5) == (1, False)
+    assert chosen(weights + 0.4) == (1, True)
+
+
+def test_memory_grows_with_the_number_of_images() -> None:
+    training = Training(FROZEN, gpu(1), TRAINED)
+    for phase in (training.render, lambda n: training.encode(n, 1), training.teacher, lambda n: training.step(n, True)):
+        totals = [phase(n).total for n in (1, 2, 3)]  # type: ignore[operator]
+        assert totals[0] < totals[1] < totals[2]
+        assert totals[1] - totals[0] == totals[2] - totals[1]
+
+
+def test_another_card() -> None:
+    assert other_device(8 * GIB).free == 8 * GIB - CONTEXT
+    assert other_device(8 * GIB).name == "a GPU with 8 GB"
