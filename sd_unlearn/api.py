@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import inspect
 import os
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar, get_type_hints
@@ -25,6 +26,8 @@ from sd_unlearn.io.reading import check_keys, read_options
 from sd_unlearn.io.schema import convert
 from sd_unlearn.launch import prepare_processes, process_count
 from sd_unlearn.results import Results, parse_results
+
+warnings.filterwarnings("ignore", "IProgress not found")  # in notebooks: progress here is lines of text, not a widget
 
 Options = ParamSpec("Options")
 Config = TypeVar("Config")
