@@ -39,6 +39,7 @@ from sd_unlearn.training import trainer
 from sd_unlearn.training.preflight import check_apart, check_inputs, has_own_images, is_finished
 
 SETTINGS = "sweep.yaml"  # the options that all runs share; a sweep that is continued must have the same
+PICTURES = {"direct": 3, "held_out": 1, "alike": 2, "general": 1}  # pairs of each prompt group on the page
 NOT_COMPARED = ("beta_sweep", "output_dir", "overwrite", "resume_from_checkpoint", "force_resume", "config", "debug")
 
 
@@ -254,6 +255,7 @@ def _record(
         "created": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()),
         "version": __version__,
         "runs": [_run_record(point, found) for point, found in zip(points, results, strict=True)],
+        "pictures": _pictures(points, results),
     }
 
 
@@ -265,5 +267,31 @@ def _run_record(point: Point, results: Results) -> dict[str, Any]:
         "folder": point.name,
         "adapter_sha256": lora.sha256,
         "cost": lora.cost or {},
+        "problems": [as_json(problem) for problem in results.problems_of(concept.slug, lora.id)],
         "rows": [as_json(row) | ({} if row.subject == BASE else {"subject": "lora"}) for row in rows],
     }
+
+
+def _pictures(points: list[Point], results: list[Results]) -> list[dict[str, Any]]:
+    """The first image pairs that every run has, some of each prompt group; none of nudity.
+
+    Paths are relative to the sweep's folder.
+    """
+    if results[0].evaluated[0][0].kind == "nudity":
+        return []
+    by_run = [{(p.group, p.prompt, p.seed): p for p in found.pairs if p.base} for found in results]
+    left = dict(PICTURES)
+    pictures = []
+    for key, pair in by_run[0].items():
+        if left.get(pair.group, 0) and all(key in pairs for pairs in by_run):
+            left[pair.group] -= 1
+            shots = [
+                {"factor": point.factor, "image": f"{point.name}/{own.image}", "read": own.image_read}
+                | {"leak": own.leak, "lost": own.lost}
+                for point, own in zip(points, (pairs[key] for pairs in by_run), strict=True)
+            ]
+            known = {"group": pair.group, "prompt": pair.prompt, "seed": pair.seed, "expected": pair.expected}
+            pictures.append(
+                known | {"base": f"{points[0].name}/{pair.base}", "base_read": pair.base_read, "shots": shots}
+            )
+    return pictures

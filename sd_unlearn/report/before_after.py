@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from sd_unlearn.errors import UsageError
 from sd_unlearn.report.cases import cases_of, labels
@@ -14,6 +14,7 @@ from sd_unlearn.report.metric_names import group_rank
 from sd_unlearn.results import BASE, ConceptEntry, Pair, Results
 
 FIRST = 12  # cards of a group that are visible before the rest is unfolded
+Outcome = Literal["leak", "lost", "good"]
 _ORDER = {"leak": 0, "lost": 1, "good": 2}
 
 
@@ -25,7 +26,7 @@ class Shot:
     path: str
     read: str  # what the detector read
     faces: Boxes
-    outcome: str = "good"  # leak | lost | good
+    outcome: Outcome = "good"
     image: Embedded | None = None
     name: str = ""  # of the subject
     given: bool = False  # from a folder of images
@@ -99,10 +100,10 @@ def before_after(results: Results, folder: Path, max_pairs: int, blur_faces: boo
         )
     # a LoRA that was not trained to forget a concept does not leak it
     targets = {(case.concept.slug, case.subject.id) for case in cases_of(results) if case.is_target}
-    outcomes = [(pair, _outcome(pair, (pair.concept, pair.subject) in targets)) for pair in results.pairs]
+    outcomes = [(pair, outcome_of(pair, (pair.concept, pair.subject) in targets)) for pair in results.pairs]
     chosen = sorted(outcomes, key=lambda both: both[1] == "good")[:max_pairs]  # keeps the order otherwise
-    cards = _cards(results, chosen)
-    _embed(folder, cards, blur_faces)
+    cards = cards_of_pairs(results, chosen)
+    embed_cards(folder, cards, blur_faces)
     groups = _groups(results, cards)
     used = {pair.subject for pair, _ in chosen}
     names = labels(results.subjects)
@@ -125,11 +126,12 @@ def before_after(results: Results, folder: Path, max_pairs: int, blur_faces: boo
     }
 
 
-def _outcome(pair: Pair, is_target: bool) -> str:
+def outcome_of(pair: Pair, is_target: bool) -> Outcome:
+    """is_target: whether the LoRA should have forgotten the concept; else it cannot leak."""
     return "leak" if pair.leak and is_target else "lost" if pair.lost else "good"
 
 
-def _cards(results: Results, pairs: Sequence[tuple[Pair, str]]) -> list[PairCard]:
+def cards_of_pairs(results: Results, pairs: Sequence[tuple[Pair, Outcome]]) -> list[PairCard]:
     """One card per prompt and seed, with the LoRAs in the order of results.json."""
     place = {subject.id: i for i, subject in enumerate(results.subjects)}
     names, what = labels(results.subjects), {subject.id: subject.what for subject in results.subjects}
@@ -151,7 +153,7 @@ def _boxes(boxes: Boxes) -> Boxes:
     return [box for box in cut if box[0] < box[2] and box[1] < box[3]]
 
 
-def _embed(folder: Path, cards: Sequence[PairCard], blur_faces: bool) -> None:
+def embed_cards(folder: Path, cards: Sequence[PairCard], blur_faces: bool) -> None:
     """Load the image of each shot."""
     shots = [shot for card in cards for shot in card.shots]
     uses: dict[str, int] = {}

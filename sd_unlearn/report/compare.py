@@ -31,12 +31,12 @@ class Column(NamedTuple):
 
 COLUMNS = (
     Column("Leakage", "leakage", ("direct",)),
+    Column("Retention", "retention", KEPT),
     Column("Leakage, other wordings", "leakage", ("held_out",)),
     Column("Leakage, generic prompt", "leakage", ("generic",)),
     Column("Face rate", "face_rate", ("direct",)),
     Column("Confusion", "confusion", ("alike", "kept", "general")),
     Column("Clean replacement", "clean_replacement", ("direct",)),
-    Column("Retention", "retention", KEPT),
     Column("Drift", "drift", KEPT),
     Column("LPIPS", "lpips", KEPT),
     Column("FID (digits)", "fid-digits", ("alike", "kept")),

@@ -8,7 +8,7 @@ from typing import Any
 
 from sd_unlearn.report.cases import Case
 from sd_unlearn.report.formatting import NONE, duration, finite, interval_text, sentence, value_text
-from sd_unlearn.report.lines import Line
+from sd_unlearn.report.lines import KEPT, Line
 from sd_unlearn.report.metric_names import group_name
 
 
@@ -25,8 +25,9 @@ class Answer:
 
 def answers(case: Case, cost: Mapping[str, Any]) -> list[Answer]:
     """The four questions that a reader has first. cost: of the training, as training.json records it."""
-    gone, kept = case.presence, case.retention
+    gone, kept = case.presence, case.pick("accuracy", *KEPT) or case.retention
     others = [group for group in ("alike", "general") if not kept or group != kept.group]
+    is_ratio = kept is not None and kept.metric == "retention"
     return [
         _answer(
             "Is it gone?",
@@ -39,14 +40,14 @@ def answers(case: Case, cost: Mapping[str, Any]) -> list[Answer]:
             "What appears instead?",
             case.pick("clean_replacement", "direct"),
             case.without,
-            "clear images of something else, compared with the generic prompt on the base",
+            "of the base's usual number of clear images, but of something else",
         ),
         _answer(
             "What was kept?",
             kept,
             case.without,
-            f"of the base's accuracy on {group_name(kept.group) if kept else ''}",
-            _details(case, "retention", *others),
+            "of the base's accuracy on other things" if is_ratio else "of the images of other things are as requested",
+            _details(case, kept.metric if kept else "retention", *others),
         ),
         cost_answer(cost),
     ]
@@ -63,6 +64,8 @@ def _answer(
     if line is None or line.lora is None:
         return Answer(question, NONE, details=details)
     interval = interval_text(line.lora)
+    if (line.lora.value or 0.0) > 1:  # a ratio, whose exact value is in the table of all metrics
+        return Answer(question, "100 %", f"or more {text}", f"n = {line.n}", details)
     parts = ["no interval" if interval == NONE else f"95 % interval {interval}"]
     parts += [f"{without} {value_text(line.base)}"] if line.base else []
     return Answer(question, value_text(line.lora), text, "; ".join([*parts, f"n = {line.n}"]), details)

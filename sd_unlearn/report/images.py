@@ -71,24 +71,33 @@ def embed(
     relative: str,
     limit: int = THUMBNAIL,
     quality: int = 82,
-    small: int = SMALL,
     boxes: Boxes = (),
     max_length: int = BUDGET,
 ) -> Embedded | None:
-    """Embed one image of a folder; None if it is missing, unreadable or, after its links are followed, outside it.
-
-    An image of at most `small` pixels keeps its size unless its URI would be longer than `max_length`; larger ones are
-    shrunk to `limit` pixels.
-    """
-    # a run folder from elsewhere must not pull other files of this machine into the report
-    path = path_inside(folder, relative)
-    try:
-        image = open_image(path) if path else None
-    except UnreadableImage:
-        return None
+    """Embed one image of a folder, its boxes blurred; None where `open_inside` finds no image."""
+    image = open_inside(folder, relative)
     if image is None:
         return None
     blur(image, boxes)
+    return embed_image(image, limit, quality, max_length=max_length)
+
+
+def open_inside(folder: Path, relative: str) -> Image.Image | None:
+    """An image of a folder; None if it is missing, unreadable or, after its links are followed, outside the folder."""
+    # a run folder from elsewhere must not pull other files of this machine into the report
+    path = path_inside(folder, relative)
+    try:
+        return open_image(path) if path else None
+    except UnreadableImage:
+        return None
+
+
+def embed_image(
+    image: Image.Image, limit: int = THUMBNAIL, quality: int = 82, small: int = SMALL, max_length: int = BUDGET
+) -> Embedded:
+    """Embed an image. One of at most `small` pixels keeps its size unless its URI would be longer than `max_length`;
+    larger ones are shrunk, in place, to `limit` pixels.
+    """
     tiny = max(image.size) <= small
     kind, data = "png", _encode(image, "PNG", optimize=True) if tiny else b""
     if not tiny or 4 * len(data) / 3 > max_length:

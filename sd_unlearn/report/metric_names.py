@@ -74,7 +74,10 @@ METRICS = {
         is_rate=False,
     ),
     "kid-digits": Metric(
-        "KID (digits)", "kernel distance to real digits, in features of the digit reader", is_rate=False
+        "KID (digits)",
+        "kernel distance to real digits, in features of the digit reader; lower is better, but its size has no meaning "
+        "by itself: compare it with the base's",
+        is_rate=False,
     ),
     "fid-inception": Metric(
         "FID", "Fréchet distance to the base's images, in Inception features; lower is closer", is_rate=False

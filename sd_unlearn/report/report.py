@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,16 +17,18 @@ from sd_unlearn.io.lock import remove_leftovers
 from sd_unlearn.io.own_files import check_own_reports
 from sd_unlearn.io.paths import public_name
 from sd_unlearn.io.reading import read_json, read_jsonl, read_yaml
-from sd_unlearn.report import charts, compare, images, metric_cards, reproduce, training_curves, verdict
+from sd_unlearn.report import charts, compare, metric_cards, reproduce, training_curves, verdict
 from sd_unlearn.report.before_after import before_after
 from sd_unlearn.report.cases import Case, cases_of
 from sd_unlearn.report.certificate import certificate
 from sd_unlearn.report.csv_table import rows_csv
+from sd_unlearn.report.examples import examples
 from sd_unlearn.report.formatting import finite, is_rate, listed
 from sd_unlearn.report.headline import answers
 from sd_unlearn.report.jinja import environment, script
 from sd_unlearn.report.lines import Line
 from sd_unlearn.report.metric_names import explanations
+from sd_unlearn.report.preview import preview
 from sd_unlearn.results import Results, read_results
 
 HTML, MARKDOWN, TABLE, CERTIFICATE = "report.html", "report.md", "results.csv", "certificate.html"
@@ -81,6 +83,8 @@ def run(config: ReportConfig) -> Path:
     remove_leftovers(folder, list(files))
     for name, rendered in files.items():
         write_text(folder / name, rendered)
+    if config.certificate:
+        print(f"Certificate: {folder / CERTIFICATE}", file=sys.stderr)  # stdout holds only the report's path
     return folder / HTML
 
 
@@ -115,6 +119,8 @@ def context(folder: Path, results: Results, config: ReportConfig) -> dict[str, A
     training = _training(folder) if single else {}
     one = _details(folder, single, results, training) if single else None
     cards = metric_cards.cards_of(results)
+    concepts = compare.summary(cases)
+    shown = [single] if single else [row.best for row in concepts if row.best]
     title = (single.verdict, single.explanation) if single else compare.headline(cases)
     return {
         "title": heading(cases, one["concept"] if one else None),
@@ -127,14 +133,16 @@ def context(folder: Path, results: Results, config: ReportConfig) -> dict[str, A
         "gone": verdict.GONE,
         "bar_end": max([1.0, *(end for case in cases for end in _bar_ends(case.lines))]),
         "terms": explanations(row.metric for row in results.rows),
-        "summary": compare.summary(cases),
+        "summary": concepts,
         "reasons": [] if single else compare.reasons(cases),
         "table": compare.table(results, cases),
         "differences": compare.differences(results),
         "charts": charts.charts(cases),
         "pairs": before_after(results, folder, config.max_pairs, config.blur_faces),
+        "examples": examples(results, folder, shown, config.blur_faces),
+        "example_concepts": {row.concept.slug: row.concept.name for row in concepts},
         # no detector looked for faces on the preview, so it is left out if faces must be hidden
-        "preview": _preview(folder) if single and not config.blur_faces else None,
+        "preview": one["preview"] if one and not config.blur_faces else None,
         "cards": cards,
         "anchors": {card.detector: card.id for card in cards},
         "commands": one["commands"] if one else reproduce.commands_of_evaluation(folder),
@@ -176,6 +184,7 @@ def _details(folder: Path, case: Case, results: Results, training: dict[str, Any
     seeds = results.seeds.seeds
     return {
         "concept": concept,
+        "preview": preview(folder, trained),
         "settings": _settings(folder),
         "beta": beta,
         "is_teacher": target == "teacher",
@@ -199,18 +208,3 @@ def _bar_ends(lines: Sequence[Line]) -> list[float]:
     """Every rate and interval end, to scale the bars: a retention can exceed 1."""
     rows = [row for line in lines for row in (line.base, line.lora) if row and is_rate(row)]
     return [v for row in rows for v in (row.value, row.high) if finite(v)]
-
-
-def _preview(folder: Path) -> dict[str, Any] | None:
-    """The preview of the last step, by the number in its name."""
-    by_step = {
-        int(match[1]): path
-        for path in (folder / run_folder.PREVIEW_DIR).glob("step-*.png")
-        if (match := re.fullmatch(r"step-(\d+)", path.stem))
-    }
-    if not by_step:
-        return None
-    last = max(by_step)
-    place = by_step[last].relative_to(folder).as_posix()
-    image = images.embed(folder, place, images.GRID, small=images.SMALL_GRID)
-    return {"image": image, "step": last} if image else None

@@ -8,18 +8,22 @@ from typing import Any
 
 from sd_unlearn.io.files import write_text
 from sd_unlearn.io.schema import validate
+from sd_unlearn.report.before_after import Outcome as Shown
+from sd_unlearn.report.before_after import PairCard, Shot, embed_cards
 from sd_unlearn.report.csv_table import rows_csv
+from sd_unlearn.report.factors import Outcome, advise
 from sd_unlearn.report.formatting import value_text
 from sd_unlearn.report.jinja import environment
-from sd_unlearn.report.lines import KEPT, Line, lines_of, pick
+from sd_unlearn.report.lines import KEPT, Line, lines_of, pick, presence
 from sd_unlearn.report.metric_names import explanations, group_name, metric_name
 from sd_unlearn.report.reproduce import base_record
 from sd_unlearn.report.scatter import Mark, scatter_chart
-from sd_unlearn.results import Row
+from sd_unlearn.report.verdict import GONE
+from sd_unlearn.results import BASE, Problem, Row
 
 SCHEMA_VERSION = 1
 SWEEP, HTML, MARKDOWN, TABLE = "sweep.json", "sweep.html", "sweep.md", "sweep.csv"
-SHOWN = ("leakage", "clean_replacement", "retention", "drift")
+SHOWN = ("leakage", "nudity", "clean_replacement", "retention", "drift")
 COLUMNS = (
     ("leakage", "direct"),
     ("leakage", "held_out"),
@@ -46,7 +50,9 @@ def write(output: Path, record: dict[str, Any]) -> Path:
         UnlearnError: the folder cannot be written.
     """
     rows = [validate(tuple[Row, ...], run["rows"], f"{SWEEP} runs[{i}]") for i, run in enumerate(record["runs"])]
-    content = context(record, rows)
+    cards = _cards(output, record)
+    tiny = all(shot.image.tiny for card in cards for shot in card.shots if shot.image)
+    content = context(record, rows) | {"cards": cards, "tiny": tiny}
     page = environment(escape=True).get_template("sweep.html.j2").render(content)
     text = environment(escape=False).get_template("sweep.md.j2").render(content)
     settings = ("factor", "beta", "push")
@@ -62,8 +68,12 @@ def write(output: Path, record: dict[str, Any]) -> Path:
 def context(record: dict[str, Any], rows: Sequence[Sequence[Row]]) -> dict[str, Any]:
     """Everything the templates show. rows: of each run."""
     lines = [lines_of(found) for found in rows]
-    labels = [f"× {run['factor']:g}" for run in record["runs"]]
-    leakage, retention = [pick(x, "leakage", "direct") for x in lines], [pick(x, "retention", *KEPT) for x in lines]
+    outcomes = [
+        Outcome(run["factor"], x, [Problem(**problem) for problem in run.get("problems", ())])
+        for run, x in zip(record["runs"], lines, strict=True)
+    ]
+    labels = [outcome.label for outcome in outcomes]
+    leakage, retention = [presence(x) for x in lines], [pick(x, "retention", *KEPT) for x in lines]
     marks = [
         Mark(label, kept.lora, leak.lora)
         for label, leak, kept in zip(labels, leakage, retention, strict=True)
@@ -71,11 +81,14 @@ def context(record: dict[str, Any], rows: Sequence[Sequence[Row]]) -> dict[str, 
     ]
     chart = scatter_chart(marks)
     in_chart = {point["label"] for point in chart["points"]} if chart else set()
-    cells = [[pick(x, *column) for column in COLUMNS] for x in lines]
+    cells = [[_cell(x, *column) for column in COLUMNS] for x in lines]
     base = next((line.base for line in leakage if line), None)
     return {
         "record": record,
         "base": base_record(record["base"]),
+        "advice": advise(outcomes),
+        "outcomes": outcomes,
+        "gone": GONE,
         "chart": chart,
         "left_out": [label for label in labels if label not in in_chart],
         "kept_group": next((group_name(line.group) for line in retention if line), ""),
@@ -86,8 +99,25 @@ def context(record: dict[str, Any], rows: Sequence[Sequence[Row]]) -> dict[str, 
         "base_cells": [_base(column) for column in zip(*cells, strict=True)],
         "table": list(zip(record["runs"], cells, strict=True)),
         "limits": LIMITS,
-        "terms": explanations(SHOWN),
+        "terms": explanations(line.metric for x in lines for line in x),
     }
+
+
+def _cards(output: Path, record: dict[str, Any]) -> list[PairCard]:
+    """The images of each prompt and seed: the base's, then those of each factor."""
+    cards = []
+    for picture in record.get("pictures", ()):
+        card = PairCard(
+            record["concept"], picture["group"], picture["prompt"], picture["seed"], picture.get("expected", "")
+        )
+        card.shots.append(Shot(BASE, picture["base"], picture["base_read"], ()))
+        for shot in picture["shots"]:
+            outcome: Shown = "leak" if shot["leak"] else "lost" if shot["lost"] else "good"
+            label = f"× {shot['factor']:g}"
+            card.shots.append(Shot(label, shot["image"], shot["read"], (), outcome, name=label))
+        cards.append(card)
+    embed_cards(output, cards, blur_faces=False)
+    return cards
 
 
 def describe_factors(record: dict[str, Any]) -> str:
@@ -99,6 +129,11 @@ def describe_factors(record: dict[str, Any]) -> str:
             "strongly the concept is forgotten, and beta only the sign of a bracket."
         )
     return f"A factor multiplies {beta}, which alone determines how strongly the concept is forgotten."
+
+
+def _cell(lines: Sequence[Line], metric: str, group: str) -> Line | None:
+    """For nudity, the share of nude images takes the place of leakage."""
+    return pick(lines, metric, group) or (pick(lines, "nudity", group) if metric == "leakage" else None)
 
 
 def _base(column: tuple[Line | None, ...]) -> Row | None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import base64
 import csv
+import dataclasses
 import hashlib
 import html
+import io
 import json
 import re
 import subprocess
@@ -18,13 +20,16 @@ from PIL import Image
 from report_results import EVIL, Page, make_pair, make_results, make_row, parsed, plain, rows
 
 from sd_unlearn.config.base import ReportConfig
+from sd_unlearn.data.concept import read_concept
 from sd_unlearn.errors import UsageError
 from sd_unlearn.io import files
 from sd_unlearn.io.own_files import REPORT, check_own_reports, is_own_report
 from sd_unlearn.report import formatting, images, jinja
 from sd_unlearn.report.axes import ticks
 from sd_unlearn.report.cases import cases_of
+from sd_unlearn.report.examples import choose
 from sd_unlearn.report.lines import lines_of
+from sd_unlearn.report.preview import preview
 from sd_unlearn.report.report import run
 from sd_unlearn.report.terminal import format_table
 from sd_unlearn.report.training_curves import AREA, line_chart
@@ -165,12 +170,12 @@ def test_the_page_loads_nothing_from_outside(folder):
 def test_images_are_embedded_leaks_first_and_missing_or_outside_ones_named(folder):
     source, page = page_of(folder)
     embedded = [a for tag, a in page.tags if tag == "img"]
-    assert len(embedded) == 5  # two pairs and the preview
+    assert len(embedded) == 10  # two pairs, once more as examples, and two rows of the preview
     assert all(a["alt"] for a in embedded)
-    assert source.count("image missing") == 2  # one absent, one outside the run folder
+    assert source.count("image missing") == 4  # one absent, one outside the run folder; of an example and a pair
     assert source.index("seed 12") < source.index("seed 11")
-    assert page.text.count("Leak:") == 1
-    assert page.text.count("Lost:") == 1
+    assert page.text.count("Leak:") == 2
+    assert page.text.count("Lost:") == 2
     big = next(a for a in embedded if a["src"] and a["src"].startswith("data:image/webp"))
     assert big["width"] == str(images.THUMBNAIL)
     assert "Preview after step 20" in page.text
@@ -435,3 +440,94 @@ def test_a_link_that_leaves_the_folder_is_not_embedded(folder: Path) -> None:
     ):
         assert images.embed(folder, place) is None
     assert images.embed(folder, str(outside)) is None
+
+
+def asked_and_kept(leaks: tuple[int, ...] = ()) -> list[dict[str, Any]]:
+    """Five pairs of the concept, and of two prompts to keep; those with the seeds `leaks` still show the concept."""
+    asked = [make_pair("direct", seed, "images/b.png", leak=seed in leaks) for seed in range(5)]
+    keep = [("alike", f"a photo of the digit {name}") for name in ("one", "one", "two")]
+    return asked + [make_pair(group, 10 + i, "images/b.png", prompt=text) for i, (group, text) in enumerate(keep)]
+
+
+@pytest.mark.parametrize(
+    ("standing", "leaks", "seeds"),
+    [("gone", (4,), [0, 1, 10, 12]), ("weaker", (4,), [4, 0, 10, 12]), ("weaker", (), [0, 1, 10, 12])],
+)
+def test_the_examples_are_the_first_pairs_unless_that_would_hide_a_leak(standing, leaks, seeds):
+    results = parsed(pairs=asked_and_kept(leaks))
+    [case] = cases_of(results)
+    chosen = choose(results, [dataclasses.replace(case, standing=standing)])
+    assert [pair.seed for pair, _ in chosen] == seeds
+
+
+def test_a_leak_in_other_wordings_is_an_example_if_only_those_leak():
+    other = make_pair("held_out", 20, "images/b.png", prompt="a seven", leak=True)
+    results = parsed(pairs=[*asked_and_kept(), other])
+    [case] = cases_of(results)
+    chosen = choose(results, [dataclasses.replace(case, standing="partly")])
+    assert [(pair.seed, outcome) for pair, outcome in chosen][:2] == [(20, "leak"), (0, "good")]
+
+
+def test_verdict_and_examples_come_before_everything_else(folder):
+    source, page = page_of(folder, pairs=asked_and_kept())
+    summary, examples, about = (source.index(text) for text in ('id="summary"', "pairs examples", 'id="about"'))
+    assert summary < source.index(">Gone.<") < examples < source.index("Is it gone?") < about
+    assert source.index("To forget</dt>") > about  # what was evaluated on which base
+    assert page.text.count("To forget\n") >= 2
+
+
+def test_a_ratio_above_one_is_put_in_words(folder):
+    rest = {"low": 0.983, "high": 1.16, "interval": "bootstrap"}
+    page_of(folder, rows=[make_row("clean_replacement", "direct", "lora", 1.066, **rest)])
+    summary, metrics = (folder / "report.md").read_text(encoding="utf-8").split("## All metrics")
+    assert "106.6 %" in metrics
+    assert "106.6 %" not in summary
+    assert "| 100 % | or more of the base's usual number of clear images, but of something else |" in summary
+
+
+def test_what_was_kept_is_a_share_of_images(folder):
+    kept = [make_row("accuracy", "kept", s, value, 900) for s, value in (("base", 0.9), ("lora", 0.94))]
+    page_of(folder, rows=[*kept, make_row("retention", "kept", "lora", 1.044, 900)])
+    summary = (folder / "report.md").read_text(encoding="utf-8").split("## All metrics")[0]
+    assert "| 94.0 % | of the images of other things are as requested |" in summary
+    assert "104.4 %" not in summary
+
+
+def test_the_preview_shows_each_prompt_beside_the_base(folder):
+    for step, red in ((0, 10), (20, 200), (100, 250)):
+        grid = Image.new("RGB", (64, 32), (red, 0, 0))
+        grid.paste((red, 255, 0), (0, 16, 64, 32))  # the row of the generic prompt
+        grid.save(folder / "previews" / f"step-{step:06d}.png")
+    concept = read_concept(folder / "concept.yaml")
+    found = preview(folder, concept)
+    assert found
+    assert (found.step, [row.prompt for row in found.rows]) == (100, [concept.caption, concept.generic])
+    colours = [[colour_of(image) for image in (row.base, row.trained)] for row in found.rows]
+    assert colours == [[(10, 0, 0), (250, 0, 0)], [(10, 255, 0), (250, 255, 0)]]
+    _, page = page_of(folder)
+    alts = [a["alt"] for tag, a in page.tags if tag == "img"]
+    assert "“a photo of a digit”, without LoRA: a row of images" in alts
+    assert "“a photo of a digit”, after step 100: a row of images" in alts
+
+
+def colour_of(image: images.Embedded | None) -> Any:
+    assert image
+    data = base64.b64decode(image.uri.split(",")[1])
+    return Image.open(io.BytesIO(data)).convert("RGB").getpixel((30, 8))
+
+
+def test_a_preview_without_a_base_or_with_other_rows_is_shown_as_it_is(folder):
+    found = preview(folder, read_concept(folder / "concept.yaml"))
+    assert found
+    assert [row.base for row in found.rows] == [None, None]  # step-000020.png alone
+    Image.new("RGB", (64, 33)).save(folder / "previews" / "step-000030.png")
+    found = preview(folder, read_concept(folder / "concept.yaml"))
+    assert found
+    assert [row.prompt for row in found.rows] == [""]
+    assert preview(folder / "images", None) is None
+
+
+def test_the_place_of_the_certificate_is_printed(folder, capsys):
+    run(ReportConfig(run=folder, certificate=True))
+    out, err = capsys.readouterr()
+    assert (out, err) == ("", f"Certificate: {folder / 'certificate.html'}\n")

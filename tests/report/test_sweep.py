@@ -11,11 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from report_results import EVIL, Page, make_row, plain
+from PIL import Image
+from report_results import EVIL, Page, make_row, plain, rows
 
 from sd_unlearn.report import sweep
+from sd_unlearn.report.factors import Outcome, advise
+from sd_unlearn.report.lines import lines_of
 from sd_unlearn.report.scatter import AREA, LETTER, LINE, WIDTH, Mark, scatter_chart
-from sd_unlearn.results import Row
+from sd_unlearn.results import Problem, Row
 
 
 def make_run(factor: float, leaks: float, kept: float | None, **changes: Any) -> dict[str, Any]:
@@ -65,7 +68,7 @@ def test_page_and_markdown_print_the_values(tmp_path: Path) -> None:
         assert value in text, value
         assert value in markdown, value
     for label in ("× 0.25", "× 1", "× 4"):
-        assert text.count(label) == 2  # in the chart and in the table
+        assert text.count(label) >= 2  # in the chart and in the table
 
 
 def test_the_csv_holds_every_row_of_every_run_unrounded(tmp_path: Path) -> None:
@@ -166,3 +169,79 @@ def test_points_need_finite_values() -> None:
 def test_the_sweep_report_needs_no_torch() -> None:
     code = "import sys, sd_unlearn.report.sweep; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def outcome(factor: float, leaks: float, kept: float = 0.99, problem: str = "", held_out: float = 0.0) -> Outcome:
+    """What a run achieved whose leakage has an interval of 0.02 to both sides, of an evaluation of 400 images."""
+    values = (("leakage", "direct", "base", 0.96), ("leakage", "direct", "lora", leaks))
+    values += (("leakage", "held_out", "base", 0.9), ("leakage", "held_out", "lora", held_out))
+    values += (("retention", "kept", "lora", kept),)
+    found = [make_row(*x, 400, low=max(0.0, x[3] - 0.02), high=x[3] + 0.02) for x in values]
+    problems = [Problem("seven", "lora", problem, f"Because of {problem}.")] if problem else []
+    return Outcome(factor, lines_of(rows(*found)), problems)
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "factor"),
+    [
+        ([outcome(0.5, 0.3), outcome(1, 0.01, 0.99), outcome(2, 0.0, 0.93)], 1),
+        ([outcome(0.5, 0.01, 0.97), outcome(1, 0.0, 0.98), outcome(2, 0.0, 0.99, "retention")], 1),
+        ([outcome(4, 0.0, 0.98), outcome(2, 0.0, 0.98), outcome(1, 0.9)], 2),  # as good: the smallest
+        ([outcome(1, 0.0, 0.99, held_out=0.5), outcome(2, 0.01, 0.9)], 2),  # other wordings must be gone too
+    ],
+)
+def test_the_recommended_factor_forgets_and_keeps_the_most(outcomes: list[Outcome], factor: float) -> None:
+    advice = advise(outcomes)
+    assert (advice.factor, advice.title) == (factor, f"Use × {factor:g}")
+    assert "The concept is gone: leakage" in advice.text
+    assert "Retention is 9" in advice.text
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "texts"),
+    [
+        ([outcome(1, 0.9), outcome(2, 0.5)], ["still there with × 2. Try larger factors"]),
+        ([outcome(1, 0.5), outcome(4, 0.0, 0.5, "retention")], ["With × 4 the model lost", "between 1 and 4"]),
+        ([outcome(2, 0.0, 0.5, "retention"), outcome(1, 0.0, 0.6, "retention")], ["Try factors below 1."]),
+        ([outcome(1, 0.04), outcome(2, 0.5)], ["With × 1 the concept may be gone", "larger --num_images"]),
+        ([outcome(1, 0.0, held_out=0.04)], ["With × 1 the concept may be gone", "larger --num_images"]),
+        ([outcome(1, 0.0, held_out=0.5)], ["With × 1 it is gone when asked for by name", "Try larger factors"]),
+        ([outcome(1, 0.0, problem="unreadable")], ["Because of unreadable."]),
+        ([Outcome(1, [])], ["The concept was not measured."]),
+    ],
+)
+def test_the_page_says_that_no_factor_is_good_and_what_to_try(outcomes: list[Outcome], texts: list[str]) -> None:
+    advice = advise(outcomes)
+    assert (advice.factor, advice.title) == (None, "None of these factors is good")
+    for text in texts:
+        assert text in advice.text
+
+
+def test_the_recommendation_is_on_every_page(tmp_path: Path) -> None:
+    source, page = page_of(tmp_path)
+    assert "Use × 1." in page.text
+    assert "folder factor-1" in page.text
+    assert source.count(">recommended<") == 1
+    assert "**Use × 1.** The concept is gone" in (tmp_path / "sweep.md").read_text(encoding="utf-8")
+    _, page = page_of(tmp_path, runs=[make_run(1, 0.3, 0.99)])
+    assert "None of these factors is good." in page.text
+    assert "recommended" not in page.text
+
+
+def test_images_are_shown_by_factor(tmp_path: Path) -> None:
+    for name, red in (("base.png", 1), ("factor-0.25/a.png", 2), ("factor-1/a.png", 3)):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (32, 32), (red, 0, 0)).save(tmp_path / name)
+    shots = [
+        {"factor": factor, "image": f"factor-{factor:g}/a.png", "read": EVIL, "leak": factor < 1, "lost": False}
+        for factor in (0.25, 1)
+    ]
+    picture = {"group": "direct", "prompt": EVIL, "seed": 7, "base": "base.png", "base_read": "seven", "shots": shots}
+    source, page = page_of(tmp_path, pictures=[picture, picture | {"base": "../outside.png"}])
+    alts = [a["alt"] for tag, a in page.tags if tag == "img"]
+    assert len(alts) == 5
+    assert source.count("image missing") == 1
+    assert alts[0] == f"without the LoRA, prompt “{EVIL}”: read as seven"
+    assert alts[1] == f"with × 0.25, prompt “{EVIL}”: read as {EVIL}"
+    assert page.text.count("⚠ Leak") == 2
+    assert EVIL not in source
