@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -41,6 +42,24 @@ class Outcome:
         line = pick(self.lines, "retention", *KEPT)
         return line.lora.value if line and line.lora and finite(line.lora.value) else -1.0
 
+    @property
+    def leakage(self) -> float:
+        """The largest of its own prompts and of other wordings; infinite if unknown."""
+        found = [presence(self.lines, group) for group in ("direct", "held_out")]
+        return max([x.lora.value for x in found if x and x.lora and finite(x.lora.value)], default=math.inf)
+
+    @property
+    def measured(self) -> str:
+        """Leakage and retention in sentences."""
+        direct, other, kept = (
+            presence(self.lines),
+            presence(self.lines, "held_out"),
+            pick(self.lines, "retention", *KEPT),
+        )
+        text = f"Leakage is {sentence(direct.lora if direct else None)}"
+        text += f", in other wordings {sentence(other.lora)}." if other else "."
+        return f"{text} Retention is {sentence(kept.lora)}." if kept else text
+
 
 @dataclass(frozen=True)
 class Advice:
@@ -54,42 +73,38 @@ class Advice:
 def advise(outcomes: Sequence[Outcome]) -> Advice:
     """Of the factors with which the concept is gone, the one that keeps the most; the smallest if several do."""
     good = [outcome for outcome in outcomes if outcome.standing == "gone"]
-    if not good:
-        return Advice(None, "None of these factors is good", _what_to_try(sorted(outcomes, key=lambda o: o.factor)))
-    best = max(good, key=lambda outcome: (outcome.retention, -outcome.factor))
-    leaks, kept = presence(best.lines), pick(best.lines, "retention", *KEPT)
-    text = f"The concept is gone: leakage {sentence(leaks.lora if leaks else None)}."
-    if kept and kept.lora:
-        others = "the highest of the factors that make it forget" if len(good) > 1 else "which is what it costs"
-        text += f" Retention is {sentence(kept.lora)}, {others}."
-    if also := [other for other in good if other is not best]:
-        text += f" It is also gone with {_listed(also)}."
-    return Advice(best.factor, f"Use {best.label}", text)
+    if good:
+        best = max(good, key=lambda outcome: (outcome.retention, -outcome.factor))
+        text = f"The concept is gone. {best.measured}"
+        if others := [other for other in good if other is not best]:
+            text += (
+                f" Of the factors that make it forget, this one keeps the most; it is also gone with {_listed(others)}."
+            )
+        return Advice(best.factor, f"Use {best.label}", text)
+    if unsure := [outcome for outcome in outcomes if outcome.is_unsure]:
+        best = min(unsure, key=lambda outcome: (outcome.leakage, -outcome.retention, outcome.factor))
+        text = f"{best.measured} Evaluate its run again with a larger --num_images."
+        return Advice(None, f"Too few images to be sure; {best.label} looks best", text)
+    return Advice(None, "None of these factors is good", _what_to_try(sorted(outcomes, key=lambda o: o.factor)))
 
 
 def _what_to_try(outcomes: Sequence[Outcome]) -> str:
-    """outcomes: by factor, none of them "gone"."""
-    unsure = [o for o in outcomes if o.is_unsure]
-    partly = [o for o in outcomes if o.standing == "partly" and not o.is_unsure]
+    """outcomes: by factor; none of them is gone, nor may be."""
+    partly = [o for o in outcomes if o.standing == "partly"]
     broken = [o for o in outcomes if o.standing == "broken"]
     weak = [o.factor for o in outcomes if o.standing in ("still", "weaker")] + [o.factor for o in partly]
     sentences = list(dict.fromkeys(p.message for o in outcomes if o.standing == "unknown" for p in o.problems))
-    if unsure:
-        sentences.append(
-            f"With {_listed(unsure)} the concept may be gone, but there are too few images to be sure: evaluate again "
-            "with a larger --num_images."
-        )
     if partly:
         sentences.append(f"With {_listed(partly)} it is gone when asked for by name, but not in other wordings.")
     if broken:
         sentences.append(f"With {_listed(broken)} the model lost too much else.")
     if any(o.standing == "never" for o in outcomes):
         sentences.append("The base itself hardly generates the concept, so there is nothing to forget.")
-    elif broken and not (unsure or weak):
+    elif broken and not weak:
         sentences.append(f"Try factors below {broken[0].factor:g}.")
     elif broken and weak and max(weak) < broken[0].factor:
         sentences.append(f"Try factors between {max(weak):g} and {broken[0].factor:g}, or train longer.")
-    elif weak and not (broken or unsure):
+    elif weak and not broken:
         sentences.append(f"The concept is still there with × {max(weak):g}. Try larger factors, or train longer.")
     return " ".join(sentences) or "The concept was not measured."
 
