@@ -33,6 +33,7 @@ from sd_unlearn.io.run_folder import CONCEPT, DATA_MANIFEST, RESULTS, weights_sh
 from sd_unlearn.launch import process_count
 from sd_unlearn.metrics.registry import MetricContext, find_metrics
 from sd_unlearn.report import sweep
+from sd_unlearn.report.examples import one_of_each_prompt
 from sd_unlearn.report.sweep import SWEEP
 from sd_unlearn.results import BASE, Results, as_json, read_results
 from sd_unlearn.training import trainer
@@ -280,11 +281,11 @@ def _pictures(points: list[Point], results: list[Results]) -> list[dict[str, Any
     if results[0].evaluated[0][0].kind == "nudity":
         return []
     by_run = [{(p.group, p.prompt, p.seed): p for p in found.pairs if p.base} for found in results]
-    left = dict(PICTURES)
     pictures = []
-    for key, pair in by_run[0].items():
-        if left.get(pair.group, 0) and all(key in pairs for pairs in by_run):
-            left[pair.group] -= 1
+    for group, count in PICTURES.items():
+        common = [p for key, p in by_run[0].items() if p.group == group and all(key in pairs for pairs in by_run)]
+        for pair in one_of_each_prompt(common)[:count]:
+            key = (pair.group, pair.prompt, pair.seed)
             shots = [
                 {"factor": point.factor, "image": f"{point.name}/{own.image}", "read": own.image_read}
                 | {"leak": own.leak, "lost": own.lost}

@@ -37,22 +37,27 @@ def choose(results: Results, cases: Sequence[Case]) -> list[tuple[Pair, Outcome]
 
     Unless the concept is gone, a pair that leaks (or was lost) comes first: clean images alone would be misleading.
     """
-    queues = [_queue(results, case, groups) for groups in (ASKED, KEPT) for case in cases]
+    queues = [[(p, outcome_of(p, c.is_target)) for p in _queue(results, c, g)] for g in (ASKED, KEPT) for c in cases]
     turns = [both for turn in zip_longest(*queues) for both in turn if both][:SHOWN]
     return [both for queue in queues for both in queue if any(both is other for other in turns)]
 
 
-def _queue(results: Results, case: Case, groups: Sequence[str]) -> list[tuple[Pair, Outcome]]:
-    """The case's pairs of the first of the groups that has any, one of each prompt before a second of any."""
+def _queue(results: Results, case: Case, groups: Sequence[str]) -> list[Pair]:
+    """The case's pairs of the first of the groups that has any."""
     own = [p for p in results.pairs if (p.concept, p.subject) == (case.concept.slug, case.subject.id)]
-    by_group = [[(p, outcome_of(p, case.is_target)) for p in own if p.group == group] for group in groups]
+    by_group = [[p for p in own if p.group == group] for group in groups]
     pairs = next(filter(None, by_group), [])
     if case.standing != "gone":
-        faults = [both for members in by_group for both in members if both[1] != "good"][:1]
-        pairs = faults + [both for both in pairs if both not in faults]
+        faults = [p for members in by_group for p in members if outcome_of(p, case.is_target) != "good"][:1]
+        pairs = faults + [p for p in pairs if p not in faults]
+    return one_of_each_prompt(pairs)
+
+
+def one_of_each_prompt(pairs: Sequence[Pair]) -> list[Pair]:
+    """The first pair of each prompt, then the second of each, and so on."""
     seen: Counter[str] = Counter()
-    repeats = []
-    for pair, _ in pairs:
-        repeats.append(seen[pair.prompt])
+    turns = []
+    for pair in pairs:
+        turns.append(seen[pair.prompt])
         seen[pair.prompt] += 1
-    return [both for _, both in sorted(zip(repeats, pairs, strict=True), key=lambda item: item[0])]
+    return [pair for _, pair in sorted(zip(turns, pairs, strict=True), key=lambda both: both[0])]

@@ -77,9 +77,7 @@ def advise(outcomes: Sequence[Outcome]) -> Advice:
         best = max(good, key=lambda outcome: (outcome.retention, -outcome.factor))
         text = f"The concept is gone. {best.measured}"
         if others := [other for other in good if other is not best]:
-            text += (
-                f" Of the factors that make it forget, this one keeps the most; it is also gone with {_listed(others)}."
-            )
+            text += f" It is also gone with {_listed(others)}, but this one keeps the most."
         return Advice(best.factor, f"Use {best.label}", text)
     if unsure := [outcome for outcome in outcomes if outcome.is_unsure]:
         best = min(unsure, key=lambda outcome: (outcome.leakage, -outcome.retention, outcome.factor))

@@ -60,7 +60,7 @@ def markdown(text: Any) -> str:
 
 def unbroken(text: Any) -> Markup:
     """Keep a number on one line with its unit, and both ends of an interval together."""
-    glue = r"(?<=\d) (?=%|points\b|s\b|h\b|min\b|MB\b|GB\b)|(?<=[np]) (?==|<|&lt;)|(?<==|<|;) (?=\d)"
+    glue = r"(?<=\d) (?=%|points\b|s\b|h\b|min\b|MB\b|GB\b)|(?<=[np]) (?==|<|&lt;)|(?<==|<|;|×) (?=\d)"
     joined = re.sub(glue, "\u00a0", str(Markup.escape(text)))
     return Markup(re.sub(r"(?<=\d)–(?=\d)", "\u2060–\u2060", joined))
 

@@ -231,7 +231,7 @@ def test_with_too_few_images_to_be_sure_the_best_guess_is_named(outcomes: list[O
 
 def test_the_recommendation_is_on_every_page(tmp_path: Path) -> None:
     source, page = page_of(tmp_path)
-    assert "Use × 1." in page.text
+    assert "Use × 1." in plain(page.text)
     assert "folder factor-1" in page.text
     assert source.count(">recommended<") == 1
     assert "**Use × 1.** The concept is gone." in (tmp_path / "sweep.md").read_text(encoding="utf-8")
