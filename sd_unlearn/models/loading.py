@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from sd_unlearn.errors import UnlearnError, UsageError, reason
+from sd_unlearn.launch import process_rank
 from sd_unlearn.models.find_base import check_class
 from sd_unlearn.models.source import OPTION, PIPELINES, SINGLE_FILE_DIR, Source, variant_of
 
@@ -58,6 +60,8 @@ def _load_file_or_folder(source: Source, dtype: Any, vae: Any) -> Any:
         given["use_safetensors"] = True
     load = (StableDiffusionXLPipeline if is_xl else StableDiffusionPipeline).from_pretrained
     variant = variant_of(source)
+    if not source.place.is_dir():
+        _announce_download(source.name)
     try:
         return load(place, dtype=dtype, variant=variant, **given)
     except (OSError, ValueError) as error:
@@ -66,6 +70,20 @@ def _load_file_or_folder(source: Source, dtype: Any, vae: Any) -> Any:
         with contextlib.suppress(OSError, ValueError):
             return load(place, dtype=dtype, variant="fp16", **given)  # a repository may only have half precision
         raise error
+
+
+def _announce_download(name: str) -> None:
+    """Unless the weights of a Hub id are in the cache: say that they are downloaded, on a terminal with a bar."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.utils import enable_progress_bars
+
+    stem = "unet/diffusion_pytorch_model"
+    files = (f"{stem}{ending}" for ending in (".safetensors", ".fp16.safetensors", ".bin", ".fp16.bin"))
+    if process_rank() > 0 or any(isinstance(try_to_load_from_cache(name, file), str) for file in files):
+        return
+    print(f"Downloading {name} from the Hugging Face Hub: several gigabytes, only once.", file=sys.stderr)
+    if sys.stderr is not None and sys.stderr.isatty():
+        enable_progress_bars()
 
 
 def _config(source: Source, component: str | None, file: str) -> dict[str, Any]:

@@ -43,6 +43,18 @@ def test_a_base_from_the_hub_equals_its_folder(cache: Path, kinds: Kinds, kind: 
     assert load_recorded_base(base.describe(), device="cpu").describe() == base.describe()
 
 
+def test_a_download_is_announced_and_a_cached_base_is_not(
+    cache: Path, kinds: Kinds, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = fetched(cache, kinds.folder("sd1"), "owner/model")
+    load_base("owner/model", device="cpu")
+    assert capsys.readouterr().err == ""
+    (copy / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(UnlearnError, match="owner/model could not be loaded"):
+        load_base("owner/model", device="cpu")
+    assert capsys.readouterr().err.startswith("Downloading owner/model from the Hugging Face Hub")
+
+
 def test_other_pipelines_are_refused_before_their_weights_are_downloaded(
     cache: Path, kinds: Kinds, monkeypatch: pytest.MonkeyPatch
 ) -> None:
