@@ -50,7 +50,7 @@ from sd_unlearn.models import lora
 from sd_unlearn.models.base import recorded_source
 from sd_unlearn.models.checkpoint_header import check_vae_file, kind_of_file, prediction_of_file, read_checkpoint_header
 from sd_unlearn.models.find_base import find_base
-from sd_unlearn.models.lora_file import read_lora_file
+from sd_unlearn.models.lora_file import PeftSettings, read_lora_file
 from sd_unlearn.models.source import DIGITS_DIR
 from sd_unlearn.paper.experiments import EXPERIMENTS
 from sd_unlearn.paper.run import check_same_run, folder_of
@@ -392,6 +392,13 @@ def test_adapter_configs(place: Path) -> None:
 
     fuzz(place, json_contents(config), "adapter/adapter_config.json", read, prepare, named="adapter")
     fuzz(place, json_contents(config), "adapter/adapter_config.json", load, prepare, named="adapter", examples=40)
+
+
+def test_a_rank_of_hundreds_of_digits_is_refused() -> None:
+    """Found by a longer run of the test above."""
+    settings = PeftSettings(2, 3.0, {"to_.*": -(10**400)})
+    with pytest.raises(UnlearnError, match=r"x\.json: to_q has rank 2, but the settings say -1000"):
+        settings.alpha_of("to_q", 2, "x.json")
 
 
 def test_adapter_weights(place: Path) -> None:

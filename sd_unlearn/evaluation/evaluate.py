@@ -58,6 +58,9 @@ def run(config: EvaluateConfig, concepts: Sequence[Concept] = ()) -> dict[str, A
     metrics = {slug: find_metrics(job.metric_context(concept)) for slug, concept in job.concepts.items()}
     with full_disk_explained(), locked(job.output, "--output_dir"):
         if process_rank() == 0:
+            for slug, concept in job.concepts.items():
+                if message := missing_evidence(concept, metrics[slug]):  # before hours of generating images
+                    print(f"No verdict will be given. {message}", file=sys.stderr)
             for folder in (job.output, *(job.output / IMAGE_DIR).glob("*/")):
                 remove_leftovers(folder)
         return _run(config, job, metrics)

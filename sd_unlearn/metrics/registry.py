@@ -280,18 +280,6 @@ def make_label_classifier(
     return ClipClassifier(labels_of(concept), clip_model, clip_pretrained)
 
 
-def find_label_classifier(concept: Concept) -> None:
-    """Find or download the weights of `make_label_classifier` with its defaults, without loading them.
-
-    Raises:
-        UsageError, UnlearnError: CLIP is not installed, or its weights cannot be downloaded.
-    """
-    from sd_unlearn.models.clip import check_clip
-
-    if concept.kind not in ("digit", "ink"):
-        check_clip(CLIP_MODEL, CLIP_PRETRAINED)
-
-
 def labels_of(concept: Concept) -> tuple[str, ...]:
     """The labels of `make_label_classifier`, without loading it."""
     if concept.kind in ("digit", "ink"):

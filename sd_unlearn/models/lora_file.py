@@ -97,7 +97,9 @@ class PeftSettings:
         """
         stated = _setting_of(module, self.rank_pattern, self.r)
         if stated != rank:
-            raise UnlearnError(f"{where}: {module} has rank {rank}, but the settings say {stated:g}. Export it again.")
+            raise UnlearnError(
+                f"{where}: {module} has rank {rank}, but the settings say {str(stated)[:20]}. Export it again."
+            )
         alpha = float(_setting_of(module, self.alpha_pattern, self.lora_alpha))
         if not math.isfinite(alpha):
             raise UnlearnError(f"{where}: the alpha of {module} is {alpha}. The LoRA is broken; train it again.")

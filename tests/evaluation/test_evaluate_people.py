@@ -78,7 +78,9 @@ def test_clip_alone_gives_no_verdict_on_a_person(tmp_path: Path, capsys: pytest.
     clip = ["--metrics", "clip", "--clip_model", build_clip(tmp_path), "--clip_pretrained", ""]
     pictures = ["--concept", "collins.yaml", "--images", "plain", "--output_dir", "out"]
     assert main(["evaluate", *pictures, *clip, "--fail_if", "leakage>1"]) == 3
-    assert "CLIP alone cannot identify a person" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert said.startswith("No verdict will be given. Only CLIP looked for Eileen Collins")  # before anything else
+    assert "cannot tell for base on eileen-collins: Only CLIP" in said  # and --fail_if fails
     (problem,) = read_results(tmp_path / "out").problems
     assert (problem.kind, problem.concept, problem.subject) == ("evidence", "eileen-collins", "base")
     assert "pip install 'sd-unlearn[faces]'" in problem.message

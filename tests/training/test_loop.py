@@ -230,7 +230,7 @@ def test_the_leakage_probe_stops_at_the_second_good_probe_in_a_row(
 
     monkeypatch.setattr(setup, "make_label_classifier", lambda concept: GivenReadings())
     monkeypatch.setattr("sd_unlearn.training.probe_checks.labels_of", lambda concept: GivenReadings.labels)
-    monkeypatch.setattr("sd_unlearn.training.probe_checks.find_label_classifier", lambda concept: None)
+    monkeypatch.setattr("sd_unlearn.training.probe_checks.check_clip", lambda *_: None)
     options = {"probe": "leakage", "probe_steps": 2, "stop_when_forgotten": True}
     run = trainer.run(make_config("run", **options))
     probes = [line for line in read_jsonl(run / "metrics.jsonl") if "probe_leakage" in line]
