@@ -23,7 +23,7 @@ PAPER = {
     "target": "noise",
     "caption_mode": "own",
     "learning_rate": 1e-5,
-    "train_batch_size": 16,
+    "effective_batch_size": 16,
     "lr_scheduler": "constant",
     "lr_warmup_steps": 0,
     "max_train_steps": 1_000_000,

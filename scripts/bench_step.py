@@ -17,6 +17,7 @@ from PIL import Image
 from torch.nn.functional import mse_loss
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from sd_unlearn.config.batching import EFFECTIVE_BATCH_SIZE
 from sd_unlearn.config.train import TrainConfig, Weights
 from sd_unlearn.data.layout import Layout
 from sd_unlearn.io.files import write_jsonl
@@ -48,7 +49,7 @@ class Setting:
         source = DIGITS_DIR if base == DIGITS else Path(base)
         text, vae, unet = (read_json(source / part / "config.json") for part in ("text_encoder", "vae", "unet"))
         factor = 2 ** (len(vae["block_out_channels"]) - 1)
-        side, batch = (unet["sample_size"], TrainConfig().train_batch_size) if base == DIGITS else (128 // factor, 4)
+        side, batch = (unet["sample_size"], EFFECTIVE_BATCH_SIZE) if base == DIGITS else (128 // factor, 4)
         return cls(source, base, side * factor, side, batch, text["max_position_embeddings"], text["hidden_size"])
 
     @property
@@ -151,7 +152,7 @@ def ours(target: str) -> Callable[[Setting, int, Path], None]:
                 target=target,
                 rank=RANK,
                 max_train_steps=steps,
-                train_batch_size=setting.batch_size,
+                effective_batch_size=setting.batch_size,
                 beta=0.1,
                 validation_steps=0,
                 checkpointing_steps=0,

@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from sd_unlearn import __version__
+from sd_unlearn.config.batching import CUT, effective_batch_size
 from sd_unlearn.config.evaluate import EvaluateConfig
 from sd_unlearn.config.paths import as_dict
 from sd_unlearn.config.train import TrainConfig
@@ -41,7 +42,10 @@ from sd_unlearn.training.preflight import check_apart, check_inputs, has_own_ima
 
 SETTINGS = "sweep.yaml"  # the options that all runs share; a sweep that is continued must have the same
 PICTURES = {"direct": 3, "held_out": 1, "alike": 2, "general": 1}  # pairs of each prompt group on the page
-NOT_COMPARED = ("beta_sweep", "output_dir", "overwrite", "resume_from_checkpoint", "force_resume", "config", "debug")
+NOT_COMPARED = (
+    *("beta_sweep", "output_dir", "overwrite", "resume_from_checkpoint", "force_resume", "config", "debug"),
+    *CUT,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +77,8 @@ def run(config: TrainConfig, concept: Concept | None = None) -> Path:
     concept, output = inputs.concept, config.output_dir or Path("runs") / f"{inputs.concept.slug}-sweep"
     beta, source = beta_of(config, concept, inputs.data_dir)
     points = scale(factors, beta, config.push, config.target, source)
-    shared = as_dict(dataclasses.replace(config, beta=beta, data_dir=inputs.data_dir))
+    images = effective_batch_size(config, process_count())
+    shared = as_dict(dataclasses.replace(config, beta=beta, data_dir=inputs.data_dir, effective_batch_size=images))
     settings = {k: v for k, v in shared.items() if k not in NOT_COMPARED}
     check_apart(inputs.data_dir, output)
     check_output(output, settings, config.overwrite)

@@ -30,8 +30,10 @@ class Case:
     eta: float = 0.0
     risk: Risk = "pu"
 
+    max_ratio: float | None = None
+
     def objective(self, correction: str) -> PUObjective:
-        return PUObjective(self.betas, correction, self.eta, self.risk)  # type: ignore[arg-type]
+        return PUObjective(self.betas, correction, self.eta, self.risk, self.max_ratio)  # type: ignore[arg-type]
 
 
 PU = Case(kinds(0), ((0.3,), (0.4,)))
@@ -43,6 +45,7 @@ CASES = {
     "sets": Case(kinds(0, 1), ((0.1, 0.2), (0.3, 0.1))),
     "all": Case(kinds(0, 1, NORMAL), ((0.1, 0.2), (0.3, 0.1)), eta=0.35),
 }
+CAPPED = Case(kinds(0), ((0.3,), (0.4,)), max_ratio=1.5)
 
 
 class Linear(nn.Module):
@@ -57,14 +60,14 @@ class Linear(nn.Module):
         return (self.dropout(batch.latents) @ self.weight).square()
 
 
-def step(parts: int, scale: float, case: Case = PU) -> list[Batch]:
-    """A step's batch in parts. Every other positive of the second caption group is scaled by `scale`, so that the sign
-    of its bracket differs between parts."""
+def step(scale: float, case: Case = PU, processes: int = 1) -> Batch:
+    """A step's batch. Every other positive of the second caption group is scaled by `scale`, so that the sign of its
+    bracket differs between micro-batches. A positive has the timestep of an unlabeled image."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(len(case.kinds), 6, generator=generator, dtype=torch.float64)
     group, label = torch.tensor(case.kinds).T
     order = torch.tensor([case.kinds[:n].count(kind) for n, kind in enumerate(case.kinds)])
     x[(group == 1) & (label == 0) & (order % 2 == 1)] *= scale
     count = torch.tensor([case.kinds.count(kind) for kind in case.kinds])
-    whole = Batch(x, x, x, label, group, 2, order, x, torch.zeros_like(order).bool(), (parts / count).double())
-    return [whole.only(order % parts == part) for part in range(parts)]
+    weight = (processes / count).double()
+    return Batch(x, x, x, label, group, 2, order, x, torch.zeros_like(order).bool(), weight)

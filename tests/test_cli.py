@@ -130,9 +130,7 @@ def test_the_examples_in_the_help_fit_a_narrow_terminal(text: str) -> None:
 
 
 def test_start_here_of_train(run: Run) -> None:
-    names = (
-        "concept pretrained_model_name_or_path anchor kind data_dir push max_train_steps train_batch_size output_dir"
-    )
+    names = "concept pretrained_model_name_or_path anchor kind data_dir push max_train_steps output_dir"
     assert re.findall(r"│ (?:CONCEPT )?--(\w+)", run("train", "--help").out) == names.split()
 
 
@@ -315,7 +313,7 @@ USAGE = [
     (["train", "--concept", "seven", "--learning_rate", "-1"], "--learning_rate -1"),
     (["train", "--concept", "seven", "--learning_rate", "nan"], "--learning_rate nan"),
     (["train", "--concept", "seven", "--max_grad_norm", "0"], "--max_grad_norm 0"),
-    (["train", "--concept", "seven", "--train_batch_size", "3"], "--train_batch_size 3"),
+    (["train", "--concept", "seven", "--train_batch_size", "0"], "--train_batch_size 0"),
     (["train", "--concept", "seven", "--push", "0"], "--push 0"),
     (["train", "--concept", "seven", "--objective", "supervised"], "supervised needs --target noise"),
     (["train", "--concept", "seven", "--objective", "unsupervised"], "unsupervised needs --target noise"),
@@ -333,6 +331,12 @@ USAGE = [
     (["train", "--concept", "seven", "--unconditional", "-0.1"], "--unconditional -0.1"),
     (["train", "--concept", "seven", "--timestep_bias", "-1"], "--timestep_bias -1"),
     (["train", "--concept", "seven", "--gradient_accumulation_steps", "0"], "--gradient_accumulation_steps 0"),
+    (["train", "--concept", "seven", "--effective_batch_size", "3"], "--effective_batch_size 3 is too small"),
+    (
+        "train --concept seven --effective_batch_size 40 --train_batch_size 8 --gradient_accumulation_steps 4".split(),
+        "--effective_batch_size 40 differs from --train_batch_size 8 x --gradient_accumulation_steps 4 x 1 process",
+    ),
+    (["train", "--concept", "seven", "--train_batch_size", "64"], "--train_batch_size 64 is more than the 40 images"),
     (["train", "--concept", "seven", "--lr_warmup_steps", "-1"], "--lr_warmup_steps -1"),
     (["train", "--concept", "seven", "--validation_steps", "-1"], "--validation_steps -1"),
     (["train", "--concept", "seven", "--snr_gamma", "0"], "--snr_gamma 0"),

@@ -21,7 +21,7 @@ KILLS = int(os.environ.get("KILLS", "5"))
 IMAGES = "images: {positive: 4, unlabeled: 6, mixed_in: 2, keep: 1}\nkeep: ['a photo']\n"
 CONCEPT = DIGIT_FILE.format(name="seven") + IMAGES
 TRAIN = (
-    "--rank 2 --max_train_steps 12 --train_batch_size 8 --learning_rate 0.01 --validation_steps 6 "
+    "--rank 2 --max_train_steps 12 --effective_batch_size 8 --learning_rate 0.01 --validation_steps 6 "
     "--checkpointing_steps 1 --report_to none"
 )
 FEW = "--num_images 6 --num_keep_images 2 --num_inference_steps 2 --render_batch_size 2"

@@ -122,7 +122,7 @@ def test_torchrun_with_two_processes_trains_the_lora_of_one(
     start = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(ROOT / "train.py")]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*PYTHON_M, *start, *train, "--output_dir", "two", "--train_batch_size", "8"],
+        [*PYTHON_M, *start, *train, "--output_dir", "two", "--effective_batch_size", "16"],
         capture_output=True,
         text=True,
         timeout=240,
@@ -130,7 +130,7 @@ def test_torchrun_with_two_processes_trains_the_lora_of_one(
     )
     assert done.returncode == 0, done.stderr
     assert read_json(Path("two/training.json"))["cost"]["processes"] == 2
-    assert cli.main(["train", *train, "--output_dir", "one", "--train_batch_size", "16"]) == 0
+    assert cli.main(["train", *train, "--output_dir", "one", "--effective_batch_size", "16"]) == 0
     one, two = (load_file(Path(name, "adapter/adapter_model.safetensors")) for name in ("one", "two"))
     assert one.keys() == two.keys()
     ours, theirs = (torch.cat([lora[name].flatten() for name in sorted(lora)]) for lora in (one, two))

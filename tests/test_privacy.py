@@ -15,7 +15,7 @@ from sd_unlearn.models.source import DIGITS_DIR
 
 TELLTALE = "jane-doe-at-home"
 PUBLISHED = ("report.html", "report.md", "certificate.html", "results.csv", "results.json")
-TRAIN = "--max_train_steps 1 --validation_steps 0 --train_batch_size 8 --report_to none --gradient_share_steps 0"
+TRAIN = "--max_train_steps 1 --validation_steps 0 --effective_batch_size 8 --report_to none --gradient_share_steps 0"
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,9 @@ from sd_unlearn.models.source import DIGITS_DIR
 from sd_unlearn.models.student import apply_run
 
 ROOT = Path(__file__).parent.parent
-FEW = "--num_unlabeled 12 --num_positive 6 --num_keep 1 --max_train_steps 4 --validation_steps 2 --train_batch_size 8"
+FEW = (
+    "--num_unlabeled 12 --num_positive 6 --num_keep 1 --max_train_steps 4 --validation_steps 2 --effective_batch_size 8"
+)
 
 
 @pytest.fixture(scope="module")

@@ -267,7 +267,7 @@ def test_a_sweep_of_the_bundled_base(monkeypatch: pytest.MonkeyPatch, capsys: py
     """A real sweep, with too few images and steps for meaningful metrics."""
     monkeypatch.setattr(sweep, "EvaluateConfig", functools.partial(EvaluateConfig, num_images=2, num_keep_images=1))
     few = "--num_unlabeled 6 --num_positive 4 --num_keep 1 --max_train_steps 2 --validation_steps 0"
-    options = [*few.split(), "--train_batch_size", "8", "--learning_rate", "0.01", "--report_to", "none"]
+    options = [*few.split(), "--effective_batch_size", "8", "--learning_rate", "0.01", "--report_to", "none"]
     code = cli.main(["train", "--concept", "seven", "--beta_sweep", "0.5,2", *options])
     out, err = capsys.readouterr()
     assert (code, out) == (0, "runs/seven-sweep/sweep.html\n")

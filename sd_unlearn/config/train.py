@@ -204,23 +204,15 @@ class Optimizing:
     ] = "cosine"
     lr_warmup_steps: Annotated[int, option("Steps of linear warm-up.", OPTIMIZER, CountOrNever)] = 20
     max_grad_norm: Annotated[float, option("Clip gradients to this norm.", OPTIMIZER, POSITIVE)] = 1.0
-    train_batch_size: Annotated[
-        int,
+    effective_batch_size: Annotated[
+        int | None,
         option(
-            "Images processed at once on each GPU, of all kinds together. If memory runs out, lower it and raise "
-            "--gradient_accumulation_steps by the same factor.",
-            START,
-            Range(at_least=4, at_most=BatchSize.at_most, note="a step needs unlabeled and positive images"),
-        ),
-    ] = 40
-    gradient_accumulation_steps: Annotated[
-        int,
-        option(
-            "Number of batches that are added up to one step. 5 batches of 8 train like one of 40, with less memory.",
+            "Images of one training step, over all processes and micro-batches, of all kinds together. Default: "
+            "--train_batch_size x --gradient_accumulation_steps x processes if both are given, else 40.",
             OPTIMIZER,
             BatchSize,
         ),
-    ] = 1
+    ] = None
     ema_decay: Annotated[
         float | None,
         option(
@@ -297,9 +289,32 @@ class Checkpoints:
 class Performance:
     """What is traded for speed or memory."""
 
+    train_batch_size: Annotated[
+        int | None,
+        option(
+            "Images that each GPU processes at once (a micro-batch), from 1. Default: as many as its memory holds. The "
+            "result is the same, to rounding.",
+            PERFORMANCE,
+            BatchSize,
+        ),
+    ] = None
+    gradient_accumulation_steps: Annotated[
+        int | None,
+        option(
+            "Micro-batches of one training step on each GPU. Default: as many as --effective_batch_size takes.",
+            PERFORMANCE,
+            BatchSize,
+        ),
+    ] = None
     gradient_checkpointing: Annotated[
-        bool, option("Recompute activations in the backward pass: less memory, about a third slower.", PERFORMANCE)
-    ] = False
+        bool | None,
+        option(
+            "Recompute activations in the backward pass: less memory, about a third slower. Default: only if memory "
+            "needs it.",
+            PERFORMANCE,
+            negative="--no_gradient_checkpointing",
+        ),
+    ] = None
     torch_compile: Annotated[
         bool, option("Compile the UNet: minutes of compilation, then faster steps.", PERFORMANCE)
     ] = False

@@ -1,7 +1,7 @@
 """Cached latents -> the stratified batches of a step: images of every kind in every caption group.
 
-The whole batch of a step is sampled identically in every process and then split into one part per process and
-micro-batch. The objective is therefore the same however it is split, and resuming needs the state of one sampler.
+The whole batch of a step is sampled identically in every process and then divided among the processes. The objective
+is therefore the same however many there are, and resuming needs the state of one sampler.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sd_unlearn.data.batch import NO_GROUP, Batch, find_captioned_keep, find_positives
+from sd_unlearn.data.batch import NO_GROUP, Batch
 from sd_unlearn.data.dataset import Example, members_of_sets
 from sd_unlearn.data.layout import Layout
 from sd_unlearn.models.diffusion import sample_timesteps
@@ -46,11 +46,10 @@ class NoiseSampling:
 
 @dataclass(frozen=True)
 class Sharding:
-    """Which parts of a step's batch this process gets: its rank, the number of processes and of micro-batches."""
+    """Which share of a step's batch this process gets."""
 
     rank: int = 0
     processes: int = 1
-    micro_batches: int = 1
 
 
 class Cycle:
@@ -74,16 +73,15 @@ class BatchRow:
     example: int
     caption: str
     caption_group: int
-    slot: int  # rows with the same slot share timestep and noise
-    order: int  # its number within its kind; each kind is dealt out to the parts in turn
+    slot: int  # rows with the same slot share timestep and noise, and are in the same process
     kind_size: int  # images of its kind in the whole batch
 
 
 class StratifiedBatches:
-    """Endless steps, each a list of this process's micro-batches.
+    """Endless steps, each this process's share of its images, on the CPU.
 
     groups: the caption of each caption group, see `caption_groups`. layout: the counts of a whole step, over all
-    processes and micro-batches. There may be no positives and no keep images.
+    processes. There may be no positives and no keep images. With few images a process may lack some kinds.
 
     unconditional: None without a teacher, when keep images are seen under their own captions. With a teacher, the
     share of keep rows under the empty caption; see `_keep_rows`.
@@ -99,10 +97,9 @@ class StratifiedBatches:
         *,
         unconditional: float | None = None,
         sharding: Sharding = Sharding(),
-        device: torch.device | str = "cpu",
     ) -> None:
         self.images, self.examples, self.caption_groups, self.layout = images, images.examples, groups, layout
-        self.sampling, self.unconditional, self.device = sampling, unconditional, device
+        self.sampling, self.unconditional, self.sharding = sampling, unconditional, sharding
         sets = members_of_sets(self.examples)
         self.positives = ["positive", *(f"positive {k}" for k in range(1, len(sets)))][: len(sets)]
         labeled_or_keep = ("positive", "negative", "keep")
@@ -114,8 +111,6 @@ class StratifiedBatches:
             "negative": [i for i, e in enumerate(self.examples) if e.is_negative],
             **{name: sets[k] for k, name in enumerate(self.positives) if k},
         }
-        self.parts = sharding.processes * sharding.micro_batches
-        self.mine = [micro * sharding.processes + sharding.rank for micro in range(sharding.micro_batches)]
         self.generator = torch.Generator().manual_seed(seed)
         self.cycles = {
             (pool, group): Cycle(len(members), seed + 7919 * index + 101 * group)
@@ -126,10 +121,10 @@ class StratifiedBatches:
 
     @property
     def images_per_step(self) -> int:
-        """Over all processes and micro-batches."""
+        """Over all processes."""
         return self.layout.total(len(self.caption_groups))
 
-    def __iter__(self) -> Iterator[list[Batch]]:
+    def __iter__(self) -> Iterator[Batch]:
         while True:
             yield self._next()
 
@@ -145,7 +140,7 @@ class StratifiedBatches:
                 cycle.left = [i for i in left if i < cycle.size]
                 cycle.generator.set_state(generator)
 
-    def _next(self) -> list[Batch]:
+    def _next(self) -> Batch:
         rows: list[BatchRow] = []
         slots = 0
         for group, caption in enumerate(self.caption_groups):
@@ -154,10 +149,10 @@ class StratifiedBatches:
             for pool, count in (counts | {"negative": self.layout.negative}).items():
                 first = start if self.sampling.share_timesteps and pool in self.positives else slots
                 for order, i in enumerate(self._take(pool, group, count)):
-                    rows.append(BatchRow(i, caption or self.examples[i].caption, group, first + order, order, count))
+                    rows.append(BatchRow(i, caption or self.examples[i].caption, group, first + order, count))
                 slots = max(slots, first + count)
         keep = self._keep_rows()
-        rows += [BatchRow(i, caption, NO_GROUP, slots + n, n, len(keep)) for n, (i, caption) in enumerate(keep)]
+        rows += [BatchRow(i, caption, NO_GROUP, slots + n, len(keep)) for n, (i, caption) in enumerate(keep)]
         timesteps = [self._timesteps(slots, self.sampling.timestep_bias), self._timesteps(len(keep), 0.0)]
         return self._collate(rows, torch.cat(timesteps))
 
@@ -182,50 +177,36 @@ class StratifiedBatches:
     def _timesteps(self, count: int, bias: float) -> Tensor:
         return sample_timesteps(count, self.sampling.num_train_timesteps, self.generator, bias)
 
-    def _collate(self, rows: list[BatchRow], timesteps: Tensor) -> list[Batch]:
+    def _collate(self, rows: list[BatchRow], timesteps: Tensor) -> Batch:
         index = torch.tensor([row.example for row in rows])
         slot = torch.tensor([row.slot for row in rows])
         mean, std = self.images.mean[index], self.images.std[index]
         latents = mean + std * torch.randn(mean.shape, generator=self.generator)
         noise = torch.randn((len(timesteps), *mean.shape[1:]), generator=self.generator)
         noise, timesteps = noise[slot], timesteps[slot]
-        batches = []
-        for part in self.mine:
-            selected = [n for n, row in enumerate(rows) if row.order % self.parts == part]
-            batches.append(
-                self._batch([rows[n] for n in selected], latents[selected], noise[selected], timesteps[selected])
-            )
-        return batches
+        rank, processes = self.sharding.rank, self.sharding.processes
+        mine = [n for n, row in enumerate(rows) if row.slot % processes == rank]
+        return self._batch([rows[n] for n in mine], latents[mine], noise[mine], timesteps[mine])
 
     def _batch(self, rows: list[BatchRow], latents: Tensor, noise: Tensor, timesteps: Tensor) -> Batch:
-        label = torch.tensor([_label(self.examples[row.example]) for row in rows])
-        caption_group = torch.tensor([row.caption_group for row in rows])
-        unconditional = torch.tensor([row.caption == "" for row in rows])
         return Batch(
-            self._send(latents),
+            latents,
             self._embed([row.caption for row in rows]),
             self._embed([self._teacher_caption(row) for row in rows]),
-            self._send(label),
-            self._send(caption_group),
+            torch.tensor([_label(self.examples[row.example]) for row in rows]),
+            torch.tensor([row.caption_group for row in rows]),
             len(self.caption_groups),
-            self._send(timesteps),
-            self._send(noise),
-            self._send(unconditional),
-            self._send(torch.tensor([self.parts / row.kind_size for row in rows])),
-            self._send(find_captioned_keep(caption_group, unconditional)),
-            self._send(find_positives(label, caption_group)),
+            timesteps,
+            noise,
+            torch.tensor([row.caption == "" for row in rows]),
+            torch.tensor([self.sharding.processes / row.kind_size for row in rows]),
         )
 
     def _teacher_caption(self, row: BatchRow) -> str:
         return row.caption if row.caption_group == NO_GROUP else self.examples[row.example].caption
 
     def _embed(self, captions: list[str]) -> Tensor:
-        return self._send(torch.stack([self.images.text[caption] for caption in captions]))
-
-    def _send(self, tensor: Tensor) -> Tensor:
-        """To the device without waiting for it, which takes pinned memory."""
-        on_gpu = torch.device(self.device).type == "cuda"
-        return tensor.pin_memory().to(self.device, non_blocking=True) if on_gpu else tensor.to(self.device)
+        return torch.stack([self.images.text[caption] for caption in captions])
 
 
 def _label(example: Example) -> int:

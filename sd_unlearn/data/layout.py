@@ -6,10 +6,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sd_unlearn.choices import CaptionMode
+from sd_unlearn.config.batching import effective_batch_size
 from sd_unlearn.config.train import TrainConfig
 from sd_unlearn.data.concept import Concept
 from sd_unlearn.data.dataset import has_negatives, positive_sets
 from sd_unlearn.errors import UsageError
+from sd_unlearn.launch import process_count
 
 
 @dataclass(frozen=True)
@@ -23,29 +25,27 @@ class Layout:
     sets: int = 1
 
     @classmethod
-    def of(
-        cls, batch_size: int, groups: int, has_keep: bool, parts: int = 1, sets: int = 1, negatives: bool = False
-    ) -> Layout:
+    def of(cls, batch_size: int, groups: int, has_keep: bool, sets: int = 1, negatives: bool = False) -> Layout:
         """Of a batch, 25 % positives and 35 % unlabeled images, divided among the caption groups; the rest keep images.
 
         Without keep images the rest is unlabeled; without positives, their quarter is. Positives are divided among
         their sets, and negatives get half of the unlabeled images' share. Every caption group has at least one image of
-        each kind in each of the parts that the batch will be split into.
+        each kind.
 
         Raises:
             UsageError: the batch is too small for that.
         """
         kinds = sets + 1 + negatives
-        if batch_size < parts * groups * kinds:
+        if batch_size < groups * kinds:
             raise UsageError(
-                f"--train_batch_size {batch_size // parts} is too small: a micro-batch needs at least {groups * kinds} "
-                f"images, one of each kind ({kinds}) in each caption group ({groups}, set by --caption_mode)."
+                f"--effective_batch_size {batch_size} is too small: a step needs at least {groups * kinds} images, one "
+                f"of each kind ({kinds}) in each caption group ({groups}, set by --caption_mode)."
             )
-        positive = max(parts, int(0.25 * batch_size / groups / sets)) if sets else 0
+        positive = max(1, int(0.25 * batch_size / groups / sets)) if sets else 0
         share = int((0.35 if sets else 0.6) * batch_size / groups)
         unlabeled = share if has_keep else batch_size // groups - sets * positive
-        negative = max(parts, unlabeled // 2) if negatives else 0
-        unlabeled = max(parts, unlabeled - negative)
+        negative = max(1, unlabeled // 2) if negatives else 0
+        unlabeled = max(1, unlabeled - negative)
         layout = cls(positive, unlabeled, 0, negative, sets)
         return replace(layout, keep=max(0, batch_size - layout.total(groups)) if has_keep else 0)
 
@@ -69,10 +69,13 @@ def caption_groups(concept: Concept, mode: CaptionMode) -> list[str | None]:
 
 
 def check_batch_size(config: TrainConfig, concept: Concept, folder: Path) -> None:
-    """Refuse a batch that cannot hold what every step needs.
+    """Refuse a step that cannot hold what it needs, and options that contradict each other about its size.
 
     Raises:
-        UsageError: names --train_batch_size and the smallest possible value.
+        UsageError: names --effective_batch_size and the smallest possible value.
     """
+    size = effective_batch_size(config, process_count())
     groups, sets = len(caption_groups(concept, config.caption_mode)), len(positive_sets(folder))
-    Layout.of(config.train_batch_size, groups, True, sets=sets, negatives=has_negatives(folder, config.eta))
+    layout = Layout.of(size, groups, True, sets=sets, negatives=has_negatives(folder, config.eta))
+    if groups * (layout.unlabeled + layout.negative) + layout.keep < process_count():
+        raise UsageError(f"--effective_batch_size {size} is too small for {process_count()} processes. Start fewer.")

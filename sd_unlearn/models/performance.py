@@ -1,4 +1,4 @@
-"""Speed and memory options of training: attention kernels, gradient checkpointing, compilation.
+"""Speed options of training: attention kernels and compilation.
 
 Call `check` before the base is loaded, `prepare` before the LoRA is attached, and `compile_blocks` after.
 """
@@ -32,20 +32,13 @@ def check(options: Performance, device: torch.device) -> None:
 
 
 def prepare(unet: Any, options: Performance) -> None:
-    """Set the frozen UNet's attention kernels and gradient checkpointing, in place.
-
-    Checkpointing is diffusers' non-reentrant kind: the reentrant kind needs an input that requires a gradient, which a
-    frozen network with a LoRA does not have. Activations are recomputed with the adapter as it is during the backward
-    pass, so the teacher (adapter off) must have run before, as it has in `example_losses`.
-    """
+    """Set the frozen UNet's attention kernels, in place."""
     from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 
     if options.attention == "xformers":
         unet.enable_xformers_memory_efficient_attention()
     else:
         unet.set_attn_processor(AttnProcessor2_0() if options.attention == "sdpa" else AttnProcessor())
-    if options.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
 
 
 def compile_blocks(unet: Any, options: Performance) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import ModelMixin, UNet2DConditionModel
 from peft import PeftModel
 from torch import Tensor, nn
 
@@ -51,6 +51,17 @@ class Student:
     def trainable(self) -> list[nn.Parameter]:
         """The trainable parameters, as a list: the optimizer would consume an iterator and clipping then clip none."""
         return [p for p in self.model.parameters() if p.requires_grad]
+
+    def set_checkpointing(self, on: bool) -> None:
+        """Switch gradient checkpointing of the UNet on or off; the gradient stays the same.
+
+        It is diffusers' non-reentrant kind: the reentrant kind needs an input that requires a gradient, which a frozen
+        network with a LoRA does not have. Activations are recomputed with the adapter as it is during the backward
+        pass, so the teacher (adapter off) must have run before, as it has in `example_losses`.
+        """
+        for module in self.model.modules():
+            if isinstance(module, ModelMixin) and module._supports_gradient_checkpointing:
+                (module.enable_gradient_checkpointing if on else module.disable_gradient_checkpointing)()
 
     @contextmanager
     def frozen(self) -> Iterator[nn.Module]:

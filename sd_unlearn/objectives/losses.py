@@ -19,7 +19,7 @@ def example_losses(
     teacher: Teacher | None = None,
     snr_gamma: float | None = None,
 ) -> Tensor:
-    """l [B] of a batch's examples, differentiable.
+    """l [B] of a batch's examples, differentiable. Each depends on its own image only, so a batch can be cut.
 
     snr_gamma (> 0) weighs each example by its timestep (`min_snr_weight`), both value and gradient. None: no weighting.
 

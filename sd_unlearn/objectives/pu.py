@@ -4,8 +4,8 @@ p_U = beta p_S + (1 - beta) p_N holds for the images seen under one caption. So 
 images and positives are seen forms a caption group with a bracket mean_U[l] - beta mean_S[l] of its own. Images seen
 under other captions (keep images) get the plain loss.
 
-Nothing in the risk stops the push on positives before their loss is 1 / beta times that of U; `bounded` stops it
-earlier.
+Nothing in the risk stops the push on positives before their loss is 1 / beta times that of U; `max_ratio` stops it
+earlier (`limits`).
 
 The paper's two baselines use another risk: unsupervised learns from the unlabeled images only, supervised treats all
 unlabeled images as normal.
@@ -28,14 +28,15 @@ LOGGED = ("loss", "mean_u", "mean_s", "mean_n", "bracket", "positive_term", "mea
 
 @dataclass(frozen=True)
 class StepTerms:
-    """The terms of the objective for one Batch. Averaged over the batches of a step, they are the whole step's."""
+    """The terms of the objective for one Batch. Added up over the micro-batches of a process and averaged over the
+    processes, they are the whole step's: each is a weighted sum over rows, also that of -log(1 - exp(-l))."""
 
     terms: tuple[PUTerms, ...]  # of each caption group
     keep: Tensor  # mean loss of the keep images, a scalar
 
     @property
     def brackets(self) -> Tensor:
-        """[groups], detached. Averaged over the step, they determine the signs."""
+        """[groups], detached. Those of the whole step determine the signs."""
         return torch.stack([t.bracket.detach() for t in self.terms])
 
 
@@ -51,11 +52,12 @@ class PUObjective:
     correction: Correction = "abs"
     eta: float = 0.0  # in [0, 1], weight of the images known to be normal; 0 without such images
     risk: Risk = "pu"
-    max_ratio: float | None = None  # see `bounded`
+    max_ratio: float | None = None  # see `limits`
 
     def terms(self, nll: Tensor, batch: Batch) -> StepTerms:
         """nll [B] of the batch's examples -> the terms, differentiable."""
-        nll = nll if self.max_ratio is None else bounded(nll, batch, self.max_ratio)
+        limit = batch.limit if self.max_ratio is None or batch.limit is not None else limits(nll, batch, self.max_ratio)
+        nll = nll if limit is None else bounded(nll, limit)
         terms = []
         for group, betas in zip(range(batch.num_groups), self.betas, strict=True):
             weight = torch.where(batch.caption_group == group, batch.weight, 0)
@@ -66,7 +68,7 @@ class PUObjective:
     def loss(self, parts: StepTerms, brackets: Tensor | None = None) -> Tensor:
         """The scalar to minimise. `brackets` [groups]: the whole step's, which determine the signs.
 
-        d|R| = sign(R) dR: with the whole step's signs, the average of the parts' gradients is the whole's gradient.
+        d|R| = sign(R) dR: with the whole step's signs, the parts' gradients add up to the whole's.
         """
         brackets = parts.brackets if brackets is None else brackets
         risks = [self._risk(*each) for each in zip(parts.terms, self.betas, brackets, strict=True)]
@@ -90,13 +92,12 @@ class PUObjective:
         return self.risk != "pu" or self.correction == "none" or bool(((brackets < 0) == (others < 0)).all())
 
 
-def bounded(nll: Tensor, batch: Batch, max_ratio: float) -> Tensor:
-    """nll [B] with the loss of positives capped at `max_ratio` (>= 1) times the loss of U at the same timestep.
+def limits(nll: Tensor, batch: Batch, max_ratio: float) -> Tensor:
+    """The cap on the loss of each row, [B]: for positives `max_ratio` (>= 1) times the loss of U at the same timestep.
 
-    At the cap the loss is constant, so a positive that is predicted badly enough is not pushed further. The reference
-    is the mean loss of the unlabeled images in the same caption group with the positive's timestep, which
-    `share_timesteps` provides; a positive without such images is not capped. With max_ratio < 1 / beta, the bracket
-    over such pairs is never negative.
+    The reference is the mean loss of the unlabeled images in the same caption group with the positive's timestep, which
+    `share_timesteps` provides; a positive without such images is not capped (infinity), nor are other images. With
+    max_ratio < 1 / beta, the bracket over such pairs is never negative.
     """
     values = nll.detach()
     is_reference = (
@@ -106,4 +107,10 @@ def bounded(nll: Tensor, batch: Batch, max_ratio: float) -> Tensor:
     )  # [B, B]: whether the column's image is a reference for the row's
     count = is_reference.sum(1)
     limit = max_ratio * torch.where(is_reference, values, 0).sum(1) / count.clamp(min=1)
-    return torch.where(batch.is_positive & (count > 0) & (values > limit), limit, nll)
+    return torch.where(batch.is_positive & (count > 0), limit, torch.inf)
+
+
+def bounded(nll: Tensor, limit: Tensor) -> Tensor:
+    """nll [B], capped. At the cap the loss is constant, so a positive that is predicted badly enough is not pushed
+    further."""
+    return torch.where(nll.detach() > limit, limit, nll)

@@ -26,12 +26,13 @@ class Teacher:
     empty: Tensor
     guidance_scale: float  # at which images are generated, >= 1
     push: float = 1.0  # multiplies the gradient on positives
+    batch_size: int | None = None  # rows of one prediction; None: all
 
     @torch.no_grad()
     def predict(self, noisy: Tensor, timesteps: Tensor, text: Tensor) -> Tensor:
         """The base's prediction: shaped as noisy, float32. text: [B, tokens, width]."""
         with self.frozen() as model:
-            return replace(self.denoiser, model=model).predict(noisy, timesteps, text).float()
+            return self._predict(replace(self.denoiser, model=model), noisy, timesteps, text)
 
     @torch.no_grad()
     def offset(self, noisy: Tensor, timesteps: Tensor, unconditional: Tensor) -> Tensor:
@@ -41,5 +42,10 @@ class Teacher:
         the guidance scale. If the adapter has moved u by d, this stays unchanged when f moves by (1 - 1/s) d.
         Otherwise guidance moves by -(s - 1) d: towards the concept, since d leads away from it.
         """
-        moved = self.denoiser.predict(noisy, timesteps, self.empty.expand(len(noisy), *self.empty.shape)).float()
+        moved = self._predict(self.denoiser, noisy, timesteps, self.empty.expand(len(noisy), *self.empty.shape))
         return (1 - 1 / self.guidance_scale) * (moved - unconditional)
+
+    def _predict(self, denoiser: Denoiser, *rows: Tensor) -> Tensor:
+        """denoiser.predict of `batch_size` rows at a time, float32."""
+        parts = zip(*(tensor.split(self.batch_size or len(tensor)) for tensor in rows), strict=True)
+        return torch.cat([denoiser.predict(*part).float() for part in parts])

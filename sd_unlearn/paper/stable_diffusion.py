@@ -11,7 +11,7 @@ the concept. Choices that the paper leaves open, or that differ from it:
 - beta: the true share, which is known for rendered images (0.2 for sd-brad-pitt). The paper uses 0.1 if unknown.
 - reduction: sum, as for the DDPMs. With the mean, the sensitive term dominates and images degrade (docs/paper.md). Over
   the 16,384 elements of a latent that term has no gradient, so supervised equals unsupervised.
-- train_batch_size: images of a step, a quarter of them positives. Noise and timesteps are sampled for each image.
+- effective_batch_size: images of a step, a quarter of them positives. Noise and timesteps are sampled for each image.
 - method lora: has its own learning rate, which was not tuned on Stable Diffusion.
 """
 
@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from sd_unlearn.choices import Risk
+from sd_unlearn.config.batching import CUT
 from sd_unlearn.config.checks import check_evaluate
 from sd_unlearn.config.evaluate import EvaluateConfig
 from sd_unlearn.config.paths import as_dict
@@ -71,7 +72,7 @@ _BRAD_PITT: dict[str, Any] = {
     "num_unlabeled": 64,
     "num_mixed_in": 16,
     "num_positive": 20,
-    "train_batch_size": 16,
+    "effective_batch_size": 16,
     "max_train_steps": 7000,
     "learning_rate": 1e-5,
     "lr_warmup_steps": 500,
@@ -82,7 +83,7 @@ _SEVEN: dict[str, Any] = {
     "num_unlabeled": 256,
     "num_mixed_in": 64,
     "num_positive": 80,
-    "train_batch_size": 32,
+    "effective_batch_size": 32,
     "max_train_steps": 300,
     "learning_rate": 1e-4,
     "lr_warmup_steps": 30,
@@ -158,11 +159,11 @@ def run(experiment: str, config: TrainConfig, evaluation: Mapping[str, Any] | No
 
 # Options of `paper run` that `train` and `evaluate` have too; the rest apply to DDPMs only.
 _TRAIN_OPTIONS = (
-    *("correction", "reduction", "train_batch_size", "max_train_steps", "learning_rate", "checkpointing_steps"),
+    *("correction", "reduction", "max_train_steps", "learning_rate", "checkpointing_steps"),
     *("overwrite", "pretrained_model_name_or_path", "mixed_precision"),
 )
 _EVALUATE_OPTIONS = ("num_images", "num_inference_steps")
-_HANDLED = ("objective", "beta", "seed", "method", "output_dir", "json", "config", "debug")
+_HANDLED = ("train_batch_size", "objective", "beta", "seed", "method", "output_dir", "json", "config", "debug")
 
 
 def run_with_options(experiment: str, options: RunOptions) -> Path:
@@ -179,6 +180,8 @@ def run_with_options(experiment: str, options: RunOptions) -> Path:
         option = "--objective pnu" if options.objective == "pnu" else "--beta estimate"
         raise UsageError(f"{option} of paper run is for the DDPMs. For text-to-image models use `sd-unlearn train`.")
     given = {name: value for name in _TRAIN_OPTIONS if (value := getattr(options, name)) is not None}
+    if options.train_batch_size is not None:
+        given["effective_batch_size"] = options.train_batch_size
     if options.checkpointing_steps == RunOptions.checkpointing_steps:
         del given["checkpointing_steps"]  # a checkpoint of a whole UNet is 10 GB
     beta = options.beta if isinstance(options.beta, float) else None
@@ -222,7 +225,7 @@ def _evaluate_config(folder: Path, config: TrainConfig, options: dict[str, Any])
 
 def _identity(config: TrainConfig) -> dict[str, Any]:
     """The options that affect the result."""
-    ignored = ("output_dir", "overwrite", "resume_from_checkpoint", "force_resume", "config", "debug")
+    ignored = ("output_dir", "overwrite", "resume_from_checkpoint", "force_resume", "config", "debug", *CUT)
     return {key: value for key, value in as_dict(config).items() if key not in ignored}
 
 

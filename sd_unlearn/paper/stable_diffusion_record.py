@@ -18,7 +18,7 @@ from sd_unlearn.results import Card, Results, Row
 SCHEMA_VERSION = 1
 DISTANCES = ("fid-inception", "kid-inception", "fid-digits", "kid-digits")
 TRAIN_OPTIONS = (
-    *("objective", "correction", "eta", "reduction", "train_batch_size", "max_train_steps", "learning_rate"),
+    *("objective", "correction", "eta", "reduction", "max_train_steps", "learning_rate"),
     *("lr_warmup_steps", "ema_decay", "method", "rank", "caption_mode", "target"),
 )
 
@@ -48,6 +48,7 @@ def record_of(experiment: str, size: Size, folder: Path, results: Results, secon
         "seed": options["seed"],
         "settings": {
             **{name: options[name] for name in TRAIN_OPTIONS},
+            "train_batch_size": options["effective_batch_size"],
             "beta": None if unsupervised else training["beta"],
             "beta_source": None if unsupervised else training["beta_source"],
             "conditional": True,

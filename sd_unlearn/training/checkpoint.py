@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from safetensors import SafetensorError
 
+from sd_unlearn.config.batching import Batching
 from sd_unlearn.errors import UnlearnError, UsageError, reason
 from sd_unlearn.io.files import atomic_path, write_json
 from sd_unlearn.io.own_files import CHECKPOINT, delete_own
@@ -26,6 +27,7 @@ if TYPE_CHECKING:  # torch takes seconds to import, and preflight lists checkpoi
     from accelerate import Accelerator
 
 IDENTITY, STATE, WEIGHTS = "checkpoint.json", "state.pt", "weights.safetensors"
+BATCHING = "batching"  # key in checkpoint.json; not part of the identity
 _NAME = re.compile(r"step-(\d+)")
 # Options that decide which tensors a checkpoint holds. Changing one makes its weights unusable.
 _SHAPING = {"--method", "--rank", "--lora_targets", "--use_dora", "--train_text_encoder", "--optimizer", "processes"}
@@ -46,7 +48,8 @@ def save(
     """Write run/checkpoints/step-<step>, then delete all but the newest `limit`. Call it in every process.
 
     weights: the trained tensors. state: everything else that resuming needs (tensors, numbers, strings, lists, dicts);
-    the random state of each process is added. identity: what a resumed run must have in common with this one.
+    the random state of each process is added. identity: what a resumed run must have in common with this one, and
+    BATCHING.
 
     Raises:
         UnlearnError: it cannot be written. Earlier checkpoints are kept.
@@ -184,6 +187,15 @@ def check_same(checkpoint: Path, identity: dict[str, Any], forced: bool) -> None
     if changed & _SHAPING:
         hint = "Restore the old value, or start over with --overwrite: --force_resume cannot load weights that differ."
     raise UsageError(f"--resume_from_checkpoint {checkpoint} belongs to another run: {differences}. {hint}")
+
+
+def saved_batching(checkpoint: Path) -> Batching | None:
+    """How the run cut its steps when it was saved, so that it resumes to the same bits. None: not recorded."""
+    record = read_json(checkpoint / IDENTITY)
+    try:
+        return Batching(**record[BATCHING])
+    except (KeyError, TypeError):  # of an earlier version, or damaged: check_same says so
+        return None
 
 
 def random_state() -> dict[str, Any]:

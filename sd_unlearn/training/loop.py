@@ -1,8 +1,8 @@
 """The training loop: read `fit` from top to bottom.
 
 It waits for the device only at logging steps, previews, probes and checkpoints. Waiting at every step is limited to
-Accelerate's gradient scaler (fp16), the 8-bit optimizer, and the signs of the brackets where a step has several
-micro-batches (`accumulate_gradients`).
+Accelerate's gradient scaler (fp16), the 8-bit optimizer, the signs of the brackets where a step has several
+micro-batches (`accumulate_gradients`), and several processes, which agree on whether memory ran out.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +19,20 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
+from sd_unlearn.config.batching import Batching
 from sd_unlearn.config.train import LoopOptions
 from sd_unlearn.data.batch import Batch
 from sd_unlearn.data.batches import StratifiedBatches
 from sd_unlearn.errors import UnlearnError
 from sd_unlearn.io.run_folder import BEST_DIR
+from sd_unlearn.models.memory_errors import free_memory, is_out_of_memory
 from sd_unlearn.models.student import Student
 from sd_unlearn.objectives.pu import LOGGED, PUObjective
 from sd_unlearn.training import checkpoint
 from sd_unlearn.training.gradient_shares import gradient_shares
 from sd_unlearn.training.metrics_log import Interrupted, MetricsLog, stop_requests
 from sd_unlearn.training.probe import Probe, ProbeResult
-from sd_unlearn.training.state import TrainingState
+from sd_unlearn.training.state import Losses, TrainingState
 
 LOG_EVERY = 10
 MAX_SKIPPED_STEPS = 20  # non-finite gradients in a row that end a run
@@ -45,10 +46,11 @@ class Training:
     title: str  # of the progress bar
     student: Student
     wrapped: nn.Module  # the student's model as Accelerate prepared it
-    losses: Callable[[nn.Module, Batch], Tensor]  # l [B] of a batch under a model, differentiable
+    losses: Losses
     batches: StratifiedBatches
     objective: PUObjective
     accelerator: Accelerator
+    batching: Batching  # how the first step is cut; later ones may be cut smaller
     identity: dict[str, Any]  # what a resumed run must have in common with this one
     preview: Callable[[int], None] | None = None  # called with the step
     probe: Probe | None = None
@@ -63,25 +65,29 @@ def fit(options: LoopOptions, training: Training, resume: Path | None = None) ->
     Raises:
         Interrupted: Ctrl-C, SIGTERM or SIGHUP; a checkpoint was saved.
         UnlearnError: too many steps in a row were skipped, or a checkpoint cannot be written.
+        NothingSmaller: a step does not fit into memory.
     """
     accelerator, total = training.accelerator, options.max_train_steps
-    state = TrainingState.start(options, training.student, training.batches, training.objective, accelerator)
+    state = TrainingState.start(
+        options, training.student, training.batches, training.objective, accelerator, training.batching
+    )
     if resume:
         state.load(resume, options)
         accelerator.print(f"Resuming from {resume}.", file=sys.stderr)
     last = state.step if state.stopped else total  # it may have been interrupted at an early stop
     started = time.monotonic() - state.seconds
-    losses = partial(training.losses, training.wrapped)
     with (
         MetricsLog(training.output, training.title, state.step, total, accelerator) as log,
         stop_requests(accelerator) as stop_requested,
     ):
         _preview_base(options, training, state)
-        for step, micro_batches in zip(range(state.step + 1, last + 1), training.batches, strict=False):
-            metrics, norm = state.take_step(training.wrapped, losses, micro_batches, options.max_grad_norm)
+        for step, batch in zip(range(state.step + 1, last + 1), training.batches, strict=False):
+            metrics, norm = state.take_step(
+                training.wrapped, training.losses, batch, options.max_grad_norm, log.write_note
+            )
             state.step, state.seconds = step, time.monotonic() - started
             if due(step, LOG_EVERY) or step == total or due(step, options.gradient_share_steps):
-                log.write(_step_metrics(state, metrics, norm) | _shares(options, training, state, micro_batches[-1]))
+                log.write(_step_metrics(state, metrics, norm) | _shares(options, training, state, batch))
                 _check_skipped(options, training, state)
             if due(step, options.validation_steps):
                 _preview(training, state)
@@ -123,11 +129,28 @@ def _step_metrics(state: TrainingState, metrics: Tensor, norm: Tensor) -> dict[s
 
 
 def _shares(options: LoopOptions, training: Training, state: TrainingState, batch: Batch) -> dict[str, float]:
-    """Each term's share of the gradient norm on the step's last micro-batch, at the steps where that is due."""
-    if not due(state.step, options.gradient_share_steps):
+    """Each term's share of the gradient norm on the first process's images, at the steps where that is due."""
+    if not due(state.step, options.gradient_share_steps) or not training.accelerator.is_main_process:
         return {}
-    losses = partial(training.losses, training.student.model)
-    shares = gradient_shares(losses, state.objective, batch, state.parameters)
+    assert state.brackets is not None
+    batching, model = state.batching, training.student.model
+    try:
+        shares = gradient_shares(
+            lambda part: training.losses(model, part, batching.teacher_batch_size),
+            state.objective,
+            batch.to(training.accelerator.device),
+            batching.micro_batch_size,
+            state.brackets,
+            state.parameters,
+        )
+    except (RuntimeError, MemoryError) as error:  # each term has a gradient of its own, which a step does not need
+        if not is_out_of_memory(error):
+            raise
+        shares = {}
+    if not shares:
+        free_memory()
+        training.accelerator.print(f"Out of memory for --gradient_share_steps at step {state.step}.", file=sys.stderr)
+        return {}
     return dict(zip(shares, torch.stack(list(shares.values())).tolist(), strict=True))
 
 

@@ -51,6 +51,12 @@ class MetricsLog:
     def advance(self) -> None:
         self.progress.advance()
 
+    def write_note(self, text: str, values: dict[str, float]) -> None:
+        """Show a line of text and append what it is about to metrics.jsonl."""
+        self.progress.message(text)
+        self.file.write(json.dumps(values) + "\n")
+        self.file.flush()
+
     def write(self, metrics: dict[str, float]) -> None:
         """Append one line; values that are not finite become null."""
         finite = {k: v for k, v in metrics.items() if math.isfinite(v)}

@@ -54,6 +54,16 @@ class GuardedSteps:
         self.optimizer, self.scaler = optimizer, scaler
         self.skipped = torch.zeros(2, device=device)  # total, and in a row
 
+    def reserve(self) -> None:
+        """Take the memory of AdamW's moments and give it back to torch, which keeps it for the first step.
+
+        So memory that runs out is noticed before the step, when all processes can still agree to repeat it.
+        """
+        inner = getattr(self.optimizer, "optimizer", self.optimizer)
+        if getattr(inner, "_step_supports_amp_scaling", False):  # not in 8 bits
+            moments = [torch.empty_like(p) for g in inner.param_groups for p in g["params"] for _ in range(2)]
+            del moments
+
     def step(self, norm: Tensor) -> None:
         """Step, unless the gradient's norm (before clipping, a scalar) is not finite."""
         not_finite = (~torch.isfinite(norm)).float().to(self.skipped.device)

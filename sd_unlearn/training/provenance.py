@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sd_unlearn import __version__
+from sd_unlearn.config.batching import CUT
 from sd_unlearn.config.paths import as_dict
 from sd_unlearn.config.train import TrainConfig
 from sd_unlearn.data.concept import Concept, concept_sha256
@@ -44,7 +45,8 @@ NOT_COMPARED = {
     *("allow_pickle", "data_dir", "output_dir", "config", "debug", "overwrite", "beta_sweep", "report_to"),
     *("num_unlabeled", "num_positive", "num_mixed_in", "num_keep", "num_inference_steps", "render_batch_size"),
     *("validation_steps", "gradient_share_steps", "checkpointing_steps"),
-    *("checkpoints_total_limit", "resume_from_checkpoint", "force_resume", "gradient_checkpointing", "torch_compile"),
+    *("checkpoints_total_limit", "resume_from_checkpoint", "force_resume", "torch_compile"),
+    *CUT,
 }
 
 
@@ -75,6 +77,8 @@ def training_record(
 def identity_of(config: TrainConfig, concept: Concept, base: Base, data_sha256: str, processes: int) -> dict[str, Any]:
     """What a resumed run must have in common with its checkpoint, by name."""
     options = {f"--{key}": value for key, value in as_dict(config).items() if key not in NOT_COMPARED}
+    if config.lora_dropout:  # its random numbers depend on the cut
+        options |= {f"--{key}": getattr(config, key) for key in ("train_batch_size", "gradient_accumulation_steps")}
     return options | {
         "--concept (content)": concept_sha256(concept),
         "base": base.sha256,

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
+from sd_unlearn.config.batching import Batching, effective_batch_size
 from sd_unlearn.config.train import TrainConfig
 from sd_unlearn.data.batch import Batch
 from sd_unlearn.data.batches import EncodedImages, NoiseSampling, Sharding, StratifiedBatches
@@ -77,17 +78,24 @@ def read_data(config: TrainConfig, concept: Concept, base: Base) -> Data:
         captions += probe_prompts(concept)
     captions = list(dict.fromkeys(captions))
     encode = tokenize if config.train_text_encoder else encode_captions
-    images = EncodedImages(examples, mean, std, dict(zip(captions, encode(base, captions), strict=True)))
+    encoded = encode(base, captions).cpu()  # one per image with own captions: a step takes only a few to the GPU
+    images = EncodedImages(examples, mean, std, dict(zip(captions, encoded, strict=True)))
     note = describe_long_captions(base, [e.caption for e in examples])
     return Data(images, dict(zip(sets, shared, strict=True)), dataclasses.replace(prior, source=source), note)
 
 
-def resolve_defaults(config: TrainConfig, base: Base, data: Data) -> TrainConfig:
-    """The options with every default filled in, as they are recorded; without those on how the run was started."""
+def resolve_defaults(config: TrainConfig, base: Base, data: Data, processes: int) -> TrainConfig:
+    """The options with every default filled in, as they are recorded; without those on how the run was started.
+
+    Of the options on how a step is cut, those that were given are kept, except for the number of micro-batches, which
+    with --train_batch_size is that of this number of processes.
+    """
     default = UNCONDITIONAL.get(base.name, 0.25)
     return dataclasses.replace(
         config,
         beta=sum(data.betas.values()),
+        effective_batch_size=effective_batch_size(config, processes),
+        gradient_accumulation_steps=None if config.train_batch_size else config.gradient_accumulation_steps,
         guidance_scale=resolve_sampler(config, base.name).guidance_scale,
         lora_alpha=float(config.rank if config.lora_alpha is None else config.lora_alpha),
         unconditional=default if config.unconditional is None else config.unconditional,
@@ -99,7 +107,13 @@ def resolve_defaults(config: TrainConfig, base: Base, data: Data) -> TrainConfig
 
 
 def make_training(
-    config: TrainConfig, concept: Concept, base: Base, data: Data, accelerator: Accelerator, identity: dict[str, Any]
+    config: TrainConfig,
+    concept: Concept,
+    base: Base,
+    data: Data,
+    accelerator: Accelerator,
+    batching: Batching,
+    identity: dict[str, Any],
 ) -> Training:
     """Attach the trained weights to the base and assemble the run; drops the base's networks that nothing needs.
 
@@ -125,9 +139,10 @@ def make_training(
     objective = PUObjective(betas, config.correction, eta, config.objective)
     teacher = _make_teacher(config, concept, data, student, denoiser) if has_teacher else None
 
-    def losses(model: nn.Module, batch: Batch) -> Tensor:
+    def losses(model: nn.Module, batch: Batch, teacher_batch_size: int) -> Tensor:
         of_model = dataclasses.replace(denoiser, model=model)
-        return example_losses(of_model, batch, config.reduction, teacher, config.snr_gamma)
+        behind = dataclasses.replace(teacher, batch_size=teacher_batch_size) if teacher else None
+        return example_losses(of_model, batch, config.reduction, behind, config.snr_gamma)
 
     generator = _make_generator(config, base, data, student)
     probe = _make_probe(config, concept, data, student, denoiser, generator, held_out)
@@ -141,6 +156,7 @@ def make_training(
         batches,
         objective,
         accelerator,
+        batching,
         identity,
         preview,
         probe,
@@ -150,16 +166,14 @@ def make_training(
 def make_batches(
     config: TrainConfig, concept: Concept, images: EncodedImages, num_train_timesteps: int, accelerator: Accelerator
 ) -> StratifiedBatches:
-    """The batches of a run; a step's batch is split over all processes and micro-batches."""
+    """The batches of a run; config: with defaults filled in."""
     has_teacher, examples = config.target == "teacher", images.examples
-    sharding = Sharding(accelerator.process_index, accelerator.num_processes, config.gradient_accumulation_steps)
-    parts = sharding.processes * sharding.micro_batches
+    assert config.effective_batch_size is not None
     groups = caption_groups(concept, config.caption_mode)
     layout = Layout.of(
-        config.train_batch_size * parts,
+        config.effective_batch_size,
         len(groups),
         has_keep=has_teacher or any(e.group == "keep" for e in examples),
-        parts=parts,
         sets=len(members_of_sets(examples)),
         negatives=any(e.is_negative for e in examples),
     )
@@ -170,8 +184,7 @@ def make_batches(
         NoiseSampling(num_train_timesteps, config.timestep_bias, config.share_timesteps),
         TRAIN_SEEDS[0] + config.seed,
         unconditional=(config.unconditional or 0.0) if has_teacher else None,
-        sharding=sharding,
-        device=accelerator.device,
+        sharding=Sharding(accelerator.process_index, accelerator.num_processes),
     )
 
 

@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from sd_unlearn.config.batching import Batching
 from sd_unlearn.config.train import LoopOptions
 from sd_unlearn.data.batch import Batch
 from sd_unlearn.data.batches import StratifiedBatches
 from sd_unlearn.models.student import Student
 from sd_unlearn.objectives.pu import PUObjective
 from sd_unlearn.training import checkpoint
-from sd_unlearn.training.gradients import Losses, accumulate_gradients
+from sd_unlearn.training.gradients import accumulate_gradients
+from sd_unlearn.training.memory import NothingSmaller, OutOfMemory, describe_change, together
 from sd_unlearn.training.optim import GuardedSteps, MovingAverage, make_optimizer, make_schedule, set_rates
 from sd_unlearn.training.probe import ProbeResult
 
+# l [B] of a batch under a model, differentiable; the number is the rows that the teacher predicts at once
+Losses = Callable[[nn.Module, Batch, int], Tensor]
 PROBES_TO_STOP = 2  # a probe sees few images: a single one may find the concept forgotten by chance
 PROGRESS = (
     *("step", "seconds", "best_score", "best_step", "probes_since_best", "forgotten_in_a_row"),
@@ -41,6 +47,7 @@ class TrainingState:
     optimizer: GuardedSteps
     schedule: Any
     average: MovingAverage | None
+    batching: Batching
     brackets: Tensor | None = None  # of the last step; the next step assumes their signs
 
     step: int = 0
@@ -61,27 +68,72 @@ class TrainingState:
         batches: StratifiedBatches,
         objective: PUObjective,
         accelerator: Accelerator,
+        batching: Batching,
     ) -> TrainingState:
         parameters = student.trainable()
         inner = make_optimizer(parameters, options)
         schedule = make_schedule(inner, options)
         optimizer = GuardedSteps(accelerator.prepare(inner), accelerator.scaler, accelerator.device)
         average = MovingAverage(parameters, options.ema_decay) if options.ema_decay else None
-        return cls(accelerator, student, batches, objective, parameters, optimizer, schedule, average)
+        student.set_checkpointing(batching.gradient_checkpointing)
+        return cls(accelerator, student, batches, objective, parameters, optimizer, schedule, average, batching)
 
     def take_step(
-        self, model: nn.Module, losses: Losses, micro_batches: Sequence[Batch], max_grad_norm: float
+        self,
+        model: nn.Module,
+        losses: Losses,
+        batch: Batch,
+        max_grad_norm: float,
+        note: Callable[[str, dict[str, float]], None] = lambda text, values: None,
     ) -> tuple[Tensor, Tensor]:
-        """One optimizer step. Returns (metrics [LOGGED], norm of the gradient before clipping)."""
-        metrics, self.brackets = accumulate_gradients(
-            self.accelerator, model, losses, self.objective, micro_batches, self.brackets
-        )
+        """One optimizer step. Returns (metrics [LOGGED], norm of the gradient before clipping).
+
+        If memory runs out, the step is repeated with the same random numbers in smaller parts, and so are all later
+        ones. note: called with a line about it and what changed.
+
+        Raises:
+            NothingSmaller: there are no smaller parts.
+        """
+        random_state = checkpoint.random_state()
+        while True:
+            try:
+                metrics, self.brackets = self._gradient(model, losses, batch)
+                break
+            except OutOfMemory as error:
+                self._use_less_memory(str(error), note)
+            checkpoint.restore_random_state(random_state)
         norm = self.accelerator.clip_grad_norm_(self.parameters, max_grad_norm)
         self.optimizer.step(norm)
         self.schedule.step()
         if self.average:
             self.average.update()
         return metrics, norm
+
+    def _gradient(self, model: nn.Module, losses: Losses, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The step's gradient, and the optimizer's memory, which it takes in the first step."""
+        of_batch, size = partial(losses, model), self.batching.micro_batch_size
+        found = accumulate_gradients(
+            self.accelerator,
+            model,
+            lambda part: of_batch(part, self.batching.teacher_batch_size),
+            self.objective,
+            batch,
+            size,
+            self.brackets,
+        )
+        if self.step == 0:
+            together(self.accelerator, self.optimizer.reserve)
+        return found
+
+    def _use_less_memory(self, why: str, note: Callable[[str, dict[str, float]], None]) -> None:
+        for parameter in self.parameters:
+            parameter.grad = None
+        smaller = self.batching.smaller_step()
+        if smaller is None:
+            raise NothingSmaller(f"Out of memory with one image at once and gradient checkpointing: {why}.")
+        note(*describe_change(self.step + 1, self.batching, smaller))
+        self.batching = smaller
+        self.student.set_checkpointing(smaller.gradient_checkpointing)
 
     def last_step_skipped(self) -> bool:
         """Waits for the device."""
@@ -130,7 +182,8 @@ class TrainingState:
             "skipped": self.optimizer.skipped,
             "progress": {name: getattr(self, name) for name in PROGRESS},
         }
-        checkpoint.save(run, self.step, self.student.state(), state, identity, self.accelerator, limit)
+        record = identity | {checkpoint.BATCHING: dataclasses.asdict(self.batching)}
+        checkpoint.save(run, self.step, self.student.state(), state, record, self.accelerator, limit)
 
     def load(self, path: Path, options: LoopOptions) -> None:
         """Restore a checkpoint, with the learning rate and weight decay of `options`.

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from safetensors import SafetensorError
 
+from sd_unlearn.config.batching import Batching, default_batching, with_options
 from sd_unlearn.config.paths import recorded
 from sd_unlearn.config.train import TrainConfig
 from sd_unlearn.data.concept import Concept, describe_anchored, write_concept
@@ -29,6 +30,7 @@ from sd_unlearn.launch import process_rank
 from sd_unlearn.models.base import Base, check_text_encoder, choose_precision, load_base, use_zero_terminal_snr
 from sd_unlearn.seeds import TRAIN_SEEDS
 from sd_unlearn.training import checkpoint
+from sd_unlearn.training.memory import NothingSmaller, remedies
 from sd_unlearn.training.preflight import Inputs, check_apart, check_inputs, check_output, is_finished
 from sd_unlearn.training.provenance import device_name, identity_of, peak_memory_mb, training_record
 
@@ -134,27 +136,40 @@ def _train(config: TrainConfig, concept: Concept, base: Base, accelerator: Accel
     if config.train_text_encoder:
         check_text_encoder(base.kind, base.name)
     data = read_data(config, concept, base)
-    config = dataclasses.replace(resolve_defaults(config, base, data), mixed_precision=accelerator.mixed_precision)
+    batching = _choose_batching(config, accelerator, resume)
+    config = resolve_defaults(config, base, data, accelerator.num_processes)
+    config = dataclasses.replace(config, mixed_precision=accelerator.mixed_precision)
     identity = identity_of(config, concept, base, fingerprint(data.images.examples), accelerator.num_processes)
     if resume:
         checkpoint.check_same(resume, identity, forced)
         if is_finished(output) and not forced:
             accelerator.print(f"{output} is finished. Start over with --overwrite.", file=sys.stderr)
             return output
-    training = make_training(config, concept, base, data, accelerator, identity)
+    training = make_training(config, concept, base, data, accelerator, batching, identity)
     _open_run(config, concept, training, keep=resume is not None)
     accelerator.init_trackers("sd-unlearn" if config.report_to == "wandb" else "tensorboard")
     beta = f"beta {config.beta:g} ({data.prior.source})"
     summary = f"Forgetting {concept.name!r} in {base.name}: {data.counts()}, {beta}."
     for line in (*filter(None, [data.note]), *data.prior.notes, summary):
         accelerator.print(line, file=sys.stderr)
-    with _explained_write_errors(output):
+    with _explained_write_errors(output), _explained_memory_errors(config, base):
         state = fit(config, training, resume)
         if accelerator.is_main_process:
             _close_run(config, training, state, partial(training_record, config, concept, base, data.prior, data.betas))
     accelerator.wait_for_everyone()
     accelerator.end_training()  # last: it shuts down the process group
     return output
+
+
+def _choose_batching(config: TrainConfig, accelerator: Accelerator, resume: Path | None) -> Batching:
+    """How steps are cut: as the options say, as in the checkpoint, or as chosen for this device."""
+    from accelerate.utils import gather_object
+
+    processes = accelerator.num_processes
+    batching = checkpoint.saved_batching(resume) if resume else None
+    batching = with_options(batching, config, processes) if batching else default_batching(config, processes)
+    # the same everywhere, so that all processes agree when nothing smaller is left
+    return min(gather_object([batching]), key=lambda b: (b.micro_batch_size, not b.gradient_checkpointing))
 
 
 def _open_run(config: TrainConfig, concept: Concept, training: Training, keep: bool) -> None:
@@ -183,6 +198,18 @@ def _explained_write_errors(output: Path) -> Iterator[None]:
         raise UnlearnError(f"Cannot write to {output}: {reason(error)}. Free some disk space and {hint}.") from error
 
 
+@contextmanager
+def _explained_memory_errors(config: TrainConfig, base: Base) -> Iterator[None]:
+    """Add what would need less memory."""
+    try:
+        yield
+    except NothingSmaller as error:
+        raise UnlearnError(
+            f"{error} Free memory of the device and continue with --resume_from_checkpoint latest, or start over "
+            f"with: {remedies(config, config.resolution or base.resolution)}."
+        ) from error
+
+
 def _close_run(config: TrainConfig, training: Training, state: TrainingState, record_of: RecordOf) -> None:
     """Save the trained weights and, last, the record that marks the run as finished."""
     accelerator, output, best = training.accelerator, training.output, training.output / BEST_DIR
@@ -194,6 +221,10 @@ def _close_run(config: TrainConfig, training: Training, state: TrainingState, re
         "peak_memory_mb": peak_memory_mb(),
         "device": device_name(accelerator.device),
         "processes": accelerator.num_processes,
+        "effective_batch_size": config.effective_batch_size,
+        "micro_batch_size": state.batching.micro_batch_size,
+        "gradient_checkpointing": state.batching.gradient_checkpointing,
+        "teacher_batch_size": state.batching.teacher_batch_size,
         "mixed_precision": accelerator.mixed_precision,
         "stopped": state.stopped or "max_train_steps",
     }

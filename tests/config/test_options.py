@@ -74,7 +74,7 @@ def test_range(valid: Range, inside: list[float], outside: list[float], words: s
         ("num_keep", -1, "--num_keep -1 must be at least 0 and at most 1000000."),
         ("num_unlabeled", 10**11, "--num_unlabeled 100000000000 must be at least 0 and at most 1000000."),
         ("num_positive", 1, "--num_positive 1 must be at least 2 for training."),
-        ("train_batch_size", 3, "--train_batch_size 3 must be at least 4 and at most 10000: "),
+        ("train_batch_size", 0, "--train_batch_size 0 must be above 0 and at most 10000."),
     ],
 )
 def test_configs_made_in_python_are_checked_too(option: str, value: Any, message: str) -> None:

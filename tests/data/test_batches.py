@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sd_unlearn.config.train import TrainConfig
-from sd_unlearn.data.batch import NO_GROUP, Batch
+from sd_unlearn.data.batch import NO_GROUP, Batch, join
 from sd_unlearn.data.batches import Cycle, EncodedImages, NoiseSampling, Sharding, StratifiedBatches
 from sd_unlearn.data.concept import Concept
 from sd_unlearn.data.dataset import Example
@@ -28,10 +28,8 @@ GENERIC, CAPTION, KEEP = "a photo of a man", "a photo of Brad Pitt", ("a photo o
 
 
 def steps(batches: StratifiedBatches, count: int) -> Iterator[Batch]:
-    """The first steps of a process with one micro-batch."""
-    for parts in islice(batches, count):
-        (batch,) = parts
-        yield batch
+    """The first steps of a process."""
+    return islice(batches, count)
 
 
 @pytest.mark.parametrize("size", [1, 5, 12])
@@ -70,7 +68,6 @@ def test_layout_is_a_quarter_positives_and_35_percent_unlabeled() -> None:
 def test_layout_without_positives_gives_their_share_to_unlabeled_images() -> None:
     assert Layout.of(32, 1, False, sets=0) == Layout(0, 32, 0, sets=0)
     assert Layout.of(32, 2, True, sets=0) == Layout(0, 9, 14, sets=0)
-    assert Layout.of(2, 1, False, parts=2, sets=0) == Layout(0, 2, 0, sets=0)
     with pytest.raises(UsageError, match="at least 2 images"):
         Layout.of(1, 2, False, sets=0)
 
@@ -106,27 +103,26 @@ def test_layout_of_the_default_batch() -> None:
     ("least", "groups", "kinds"),
     [(4, 2, {}), (10, 5, {}), (15, 5, {"negatives": True}), (8, 2, {"sets": 2, "negatives": True})],
 )
-@pytest.mark.parametrize("parts", [1, 4])
-def test_a_batch_that_is_too_small_is_refused(least: int, groups: int, kinds: dict[str, int], parts: int) -> None:
-    layout = Layout.of(parts * least, groups, True, parts, **kinds)  # type: ignore[arg-type]
-    assert layout.total(groups) == parts * least
-    with pytest.raises(UsageError, match=f"--train_batch_size {least - 1} .* at least {least} images"):
-        Layout.of(parts * (least - 1), groups, True, parts, **kinds)  # type: ignore[arg-type]
+def test_a_batch_that_is_too_small_is_refused(least: int, groups: int, kinds: dict[str, int]) -> None:
+    layout = Layout.of(least, groups, True, **kinds)  # type: ignore[arg-type]
+    assert layout.total(groups) == least
+    with pytest.raises(UsageError, match=f"--effective_batch_size {least - 1} .* at least {least} images"):
+        Layout.of(least - 1, groups, True, **kinds)  # type: ignore[arg-type]
 
 
 def test_the_smallest_batch_depends_on_the_folders(concept: Concept, photos: Callable[..., Path]) -> None:
     folder, asked = photos(), dataclasses.replace(concept, paraphrases=["Brad, {please,now}"])
-    config = TrainConfig(train_batch_size=7)
+    config = TrainConfig(effective_batch_size=7)
     check_batch_size(config, concept, folder)
-    with pytest.raises(UsageError, match="--train_batch_size 7 .*at least 8 images.*4, set by --caption_mode"):
+    with pytest.raises(UsageError, match="--effective_batch_size 7 .*at least 8 images.*4, set by --caption_mode"):
         check_batch_size(config, asked, folder)
-    check_batch_size(TrainConfig(train_batch_size=7, caption_mode="shared"), asked, folder)
+    check_batch_size(TrainConfig(effective_batch_size=7, caption_mode="shared"), asked, folder)
     (folder / "2_negative").mkdir()
     (folder / "1_positive_2").mkdir()
-    with pytest.raises(UsageError, match=r"--train_batch_size 7 .*at least 8 images, one of each kind \(4\)"):
+    with pytest.raises(UsageError, match=r"--effective_batch_size 7 .*at least 8 images, one of each kind \(4\)"):
         check_batch_size(config, concept, folder)
     with pytest.raises(UsageError, match="at least 12 images"):
-        check_batch_size(TrainConfig(train_batch_size=7, eta=0.0), asked, folder)
+        check_batch_size(TrainConfig(effective_batch_size=7, eta=0.0), asked, folder)
 
 
 def make_batches(
@@ -151,10 +147,8 @@ def make_batches(
     examples = [Example(Path(f"{i}"), text, group) for group, text, count in kinds for i in range(count)]
     examples += [Example(Path(f"{i}"), CAPTION, "positive", 1) for i in range(second)]
     mean = torch.arange(len(examples)).float().view(-1, 1, 1, 1).expand(-1, 4, 2, 2)
-    groups, parts = caption_groups(concept, mode), sharding.processes * sharding.micro_batches  # type: ignore[arg-type]
-    layout = Layout.of(
-        batch_size, len(groups), keep or teacher, parts, (positives > 0) + (second > 0), negatives=negatives > 0
-    )
+    groups = caption_groups(concept, mode)  # type: ignore[arg-type]
+    layout = Layout.of(batch_size, len(groups), keep or teacher, (positives > 0) + (second > 0), negatives > 0)
     return StratifiedBatches(
         EncodedImages(examples, mean, torch.zeros_like(mean), embeddings()),
         groups,
@@ -212,17 +206,15 @@ def test_every_batch_has_the_right_counts_and_captions(
     assert seen_hidden["mixed_in"] > 0
 
 
-@pytest.mark.parametrize("micro_batches", [1, 2])
 @pytest.mark.parametrize("keep", [True, False])
-def test_batches_without_positives(concept: Concept, keep: bool, micro_batches: int) -> None:
-    batches = make_batches(concept, "own", keep=keep, positives=0, sharding=Sharding(micro_batches=micro_batches))
+def test_batches_without_positives(concept: Concept, keep: bool) -> None:
+    batches = make_batches(concept, "own", keep=keep, positives=0)
     assert batches.images_per_step == 16
-    for parts in islice(batches, 6):
-        groups = Counter(group for batch in parts for _, group, _ in rows(batches, batch))
+    for batch in steps(batches, 6):
+        groups = Counter(group for _, group, _ in rows(batches, batch))
         assert groups["generic"] + groups["mixed_in"] == (9 if keep else 16)
         assert groups["keep"] == (7 if keep else 0)
-        weights = sum(batch.weight[batch.caption_group == 0].sum().item() for batch in parts) / micro_batches
-        assert weights == pytest.approx(1)
+        assert batch.weight[batch.caption_group == 0].sum().item() == pytest.approx(1)
     batches.load_state_dict(batches.state_dict())
 
 
@@ -394,35 +386,51 @@ def test_batches_depend_only_on_their_seed(concept: Concept, teacher: bool) -> N
     assert not torch.equal(a[0], rank[0])
 
 
-SPLITS = [(1, 2), (1, 4), (2, 1), (2, 2), (3, 1)]  # processes, micro-batches
+SPLITS = [(1, 48), (1, 7), (1, 1), (2, 20), (3, 2), (8, 1)]  # processes, images of a micro-batch
 
 
-def shards(concept: Concept, mode: str, world: int, micro_batches: int, **options: float) -> list[StratifiedBatches]:
+def shards(concept: Concept, mode: str, world: int, **options: float) -> list[StratifiedBatches]:
     """The samplers of all processes."""
     settings = {"batch_size": 48, "teacher": True} | options
-    shardings = [Sharding(rank, world, micro_batches) for rank in range(world)]
-    return [make_batches(concept, mode, sharding=sharding, **settings) for sharding in shardings]  # type: ignore[arg-type]
+    return [make_batches(concept, mode, sharding=Sharding(rank, world), **settings) for rank in range(world)]  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("mode", ["own", "shared", "both"])
-@pytest.mark.parametrize(("world", "micro_batches"), SPLITS)
+@pytest.mark.parametrize(("world", "size"), SPLITS)
 @pytest.mark.parametrize("more", [{}, {"negatives": 4, "second": 3}], ids=["pu", "pnu"])
 def test_a_step_is_the_same_however_it_is_split(
-    concept: Concept, mode: str, world: int, micro_batches: int, more: dict[str, int]
+    concept: Concept, mode: str, world: int, size: int, more: dict[str, int]
 ) -> None:
-    """Each row of the whole batch, with its noise, is in one part; weighted means over parts are the whole's."""
-    whole = make_batches(concept, mode, batch_size=96, teacher=True, **more)
-    samplers = shards(concept, mode, world, micro_batches, batch_size=96, **more)
-    for parts in islice(zip(whole, *samplers, strict=True), 5):
-        ((one,), *shares) = parts
-        batches = [batch for share in shares for batch in share]
-        assert len(batches) == world * micro_batches
+    """Each row of the whole batch, with its noise, is in one micro-batch; weighted sums add up to the whole's."""
+    whole = make_batches(concept, mode, batch_size=48, teacher=True, **more)
+    samplers = shards(concept, mode, world, **more)
+    for one, *shares in islice(zip(whole, *samplers, strict=True), 5):
+        batches = [batch for share in shares for batch in share.cut(size)]
+        sizes = [len(batch.label) for batch in batches]
+        assert max(sizes) <= size
         assert row_names(one) == sorted(name for batch in batches for name in row_names(batch))
+        assert max(len(share.label) for share in shares) - min(len(share.label) for share in shares) <= 5
         for kind in kinds(one):
-            mean = sum(value(batch, kind) for batch in batches) / len(batches)
+            mean = sum(value(batch, kind) for batch in batches) / world
             assert mean == pytest.approx(value(one, kind), rel=1e-5)
-            assert all(mask(batch, kind).any() for batch in batches)  # every part has every kind
             assert value(one, kind) == pytest.approx(one.latents[mask(one, kind)].mean().item(), rel=1e-5)
+
+
+def test_micro_batches_are_alike_and_joined_in_order(concept: Concept) -> None:
+    share = next(iter(make_batches(concept, "both", batch_size=40, teacher=True)))
+    parts = share.cut(12)
+    assert [len(part.label) for part in parts] == [10] * 4
+    assert all(set(kinds(share)) == {kind for kind in kinds(share) if mask(part, kind).any()} for part in parts)
+    assert torch.equal(join([part.latents[:, 0, 0, 0] for part in parts]), share.latents[:, 0, 0, 0])
+    assert share.cut(40) == [share]
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_rows_with_the_same_noise_are_in_the_same_process(concept: Concept, world: int) -> None:
+    """A cap on the loss of positives compares them."""
+    shares = [next(iter(batches)) for batches in shards(concept, "both", world)]
+    noise = [set(share.noise.sum((1, 2, 3)).tolist()) for share in shares]
+    assert len(set().union(*noise)) == sum(map(len, noise))
 
 
 def row_names(batch: Batch) -> list[tuple[float, ...]]:
@@ -447,11 +455,11 @@ def value(batch: Batch, kind: tuple[int, int]) -> float:
 
 @pytest.mark.parametrize("world", [2, 3])
 def test_no_two_processes_see_the_same_image_within_an_epoch(concept: Concept, world: int) -> None:
-    samplers = [iter(batches) for batches in shards(concept, "own", world, 1, batch_size=12)]
+    samplers = [iter(batches) for batches in shards(concept, "own", world, batch_size=12)]
     for _ in range(4):
         seen: list[float] = []
         for sampler in samplers:
-            (batch,) = next(sampler)
+            batch = next(sampler)
             seen += batch.latents[(batch.caption_group == 0) & ~batch.is_positive][:, 0, 0, 0].tolist()
         assert max(Counter(seen).values()) <= 2  # twice only if the epoch ends within the step
     assert len(seen) == 4

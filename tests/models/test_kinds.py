@@ -83,7 +83,7 @@ def trained(kinds: Kinds, kind: str, form: str) -> Path:
     if not (place / "runs").is_dir():
         options = {
             "max_train_steps": 2,
-            "train_batch_size": 8,
+            "effective_batch_size": 8,
             "rank": 2,
             "learning_rate": 0.01,
             "validation_steps": 2,

@@ -21,6 +21,7 @@ from sd_unlearn.config.train import TrainConfig, Weights
 from sd_unlearn.errors import UsageError
 from sd_unlearn.models import lora, performance
 from sd_unlearn.models.base import Base
+from sd_unlearn.models.student import Student
 from sd_unlearn.training import trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -81,7 +82,7 @@ def test_checkpointing_recomputes_and_gives_the_same_gradients(loaded_base: Base
     calls: list[bool] = []
     block = loaded_base.pipeline.unet.up_blocks[0].resnets[1]  # there is a LoRA before it
     block.register_forward_pre_hook(lambda *_: calls.append(torch.is_grad_enabled()))
-    performance.prepare(loaded_base.pipeline.unet, TrainConfig(gradient_checkpointing=asked))
+    Student(model).set_checkpointing(asked)
     assert_close(gradients(model), plain)
     assert len(calls) == (3 if asked else 2)  # the teacher's once; the student's again in the backward pass
 

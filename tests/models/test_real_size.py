@@ -56,7 +56,7 @@ def test_the_street_at_real_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert "model.diffusion_model.output_blocks.11.0.skip_connection.weight" in names
     (tmp_path / "brad.yaml").write_text(CONCEPT_FILE.replace("unlabeled: 4, mixed_in: 1", "unlabeled: 3, mixed_in: 1"))
     told = ["--concept", "brad.yaml", "--pretrained_model_name_or_path", str(path), "--single_file_config", "configs"]
-    quick = "--max_train_steps 2 --train_batch_size 4 --caption_mode own --validation_steps 2 --lr_warmup_steps 0"
+    quick = "--max_train_steps 2 --effective_batch_size 4 --caption_mode own --validation_steps 2 --lr_warmup_steps 0"
     assert main(["train", *told, *quick.split(), "--report_to", "none"]) == 0
 
     run = tmp_path / "runs" / "brad-pitt"

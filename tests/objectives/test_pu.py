@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sd_unlearn.data.batch import NO_GROUP, Batch
-from sd_unlearn.objectives.pu import LOGGED, PUObjective, bounded
+from sd_unlearn.objectives.pu import LOGGED, PUObjective, bounded, limits
 from sd_unlearn.risk import (
     NORMAL,
     UNLABELED,
@@ -193,7 +193,7 @@ NLL_OF_PAIRS = torch.tensor([3.0, 5.0, 100.0, 100.0, 3.0, 5.0, 9.0, 60.0, 1.0, 2
 
 def test_positives_far_above_their_reference_are_not_pushed_further() -> None:
     leaf = NLL_OF_PAIRS.clone().requires_grad_()
-    found = bounded(leaf, PAIRED, 4.0)
+    found = bounded(leaf, limits(leaf, PAIRED, 4.0))
     assert found.tolist() == [3, 5, 12, 100, 3, 5, 9, 20, 1, 2, 6]  # 4 * 3, no reference at 30, below the cap, 4 * 5
     found.sum().backward()
     assert leaf.grad is not None
@@ -202,12 +202,12 @@ def test_positives_far_above_their_reference_are_not_pushed_further() -> None:
 
 def test_the_reference_is_the_mean_at_the_same_timestep() -> None:
     both = replace(WHOLE, timesteps=torch.full((11,), 7))
-    assert bounded(NLL_OF_PAIRS, both, 2.0).tolist() == [3, 5, 8, 8, 3, 5, 8, 8, 1, 2, 6]
+    assert bounded(NLL_OF_PAIRS, limits(NLL_OF_PAIRS, both, 2.0)).tolist() == [3, 5, 8, 8, 3, 5, 8, 8, 1, 2, 6]
 
 
 def test_only_positives_are_capped() -> None:
     same_timestep = replace(ALL, timesteps=torch.zeros(len(MANY), dtype=torch.long))
-    changed = bounded(MANY, same_timestep, 1.0) != MANY
+    changed = bounded(MANY, limits(MANY, same_timestep, 1.0)) != MANY
     assert changed.any()
     assert (changed <= same_timestep.is_positive).all()
 

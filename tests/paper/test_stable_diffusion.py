@@ -24,7 +24,7 @@ TINY: dict[str, Any] = {
     "num_mixed_in": 2,
     "num_positive": 3,
     "num_inference_steps": 2,
-    "train_batch_size": 4,
+    "effective_batch_size": 4,
     "max_train_steps": 3,
     "lr_warmup_steps": 0,
     "validation_steps": 0,
@@ -37,7 +37,7 @@ FEW = {"num_images": 8, "num_keep_images": 6, "num_inference_steps": 2}
 def test_the_options_are_those_of_the_paper() -> None:
     config = train_config(SD_BRAD_PITT, "pu")
     assert (config.num_unlabeled, config.num_mixed_in, config.num_positive, config.num_keep) == (64, 16, 20, 0)
-    assert (config.method, config.learning_rate, config.max_train_steps, config.train_batch_size) == (
+    assert (config.method, config.learning_rate, config.max_train_steps, config.effective_batch_size) == (
         "full",
         1e-5,
         7000,

@@ -301,7 +301,7 @@ def test_force_resume_accepts_fewer_images_and_other_captions(stopped: Path, mak
     data = shutil.copytree(place / "data", Path("photos"))
     for path in (*data.glob("*.json"), *data.glob("*/*.jsonl"), *data.glob("*/keep*"), *data.glob("*/*-0000[2-9].png")):
         path.unlink(missing_ok=True)
-    options = {"data_dir": data, "caption_mode": "own", "train_batch_size": 4}
+    options = {"data_dir": data, "caption_mode": "own", "effective_batch_size": 4, "train_batch_size": None}
     trainer.run(make_config("run", resume_from_checkpoint="latest", force_resume=True, **options))
     assert read_json(stopped / "training.json")["caption_mode"] == "own"
 

@@ -24,6 +24,13 @@ from sd_unlearn.training.gradient_shares import gradient_shares
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
+def shares_of(
+    losses: Callable[[Batch], Tensor], objective: PUObjective, batch: Batch, model: Linear, size: int = 100
+) -> dict[str, Tensor]:
+    brackets = objective.terms(model(batch), batch).brackets
+    return gradient_shares(losses, objective, batch, size, brackets, [model.weight])
+
+
 def norm(loss: Tensor, model: Linear) -> float:
     (gradient,) = torch.autograd.grad(loss, model.weight, retain_graph=True)
     return gradient.norm().item()
@@ -50,33 +57,34 @@ def expected_shares(case: Case, correction: str, model: Linear, batch: Batch) ->
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 @pytest.mark.parametrize("correction", ["abs", "nn", "none"])
 @pytest.mark.parametrize("scale", [0.1, 5.0])
-def test_shares_equal_those_of_the_terms_gradients(case: Case, correction: str, scale: float) -> None:
-    (batch,), model = step(1, scale, case), Linear()
+@pytest.mark.parametrize("size", [1, 5, 100])
+def test_shares_equal_those_of_the_terms_gradients(case: Case, correction: str, scale: float, size: int) -> None:
+    batch, model = step(scale, case), Linear()
     objective = case.objective(correction)
     negative = objective.terms(model(batch), batch).brackets < 0
     assert negative.tolist() == [False, scale > 1]
-    shares = gradient_shares(model, objective, batch, [model.weight])
+    shares = shares_of(model, objective, batch, model, size)
     want = expected_shares(case, correction, model, batch)
     assert {name: value.item() for name, value in shares.items()} == pytest.approx(want, rel=1e-6)
     assert sum(shares.values()).item() == pytest.approx(1)  # type: ignore[union-attr]
 
 
 def test_a_term_without_rows_or_without_gradient_has_no_share() -> None:
-    (batch,), model = step(1, 1.0), Linear()
+    batch, model = step(1.0), Linear()
     no_keep = batch.only(batch.caption_group != NO_GROUP)
-    assert set(gradient_shares(model, PU.objective("abs"), no_keep, [model.weight])) == {
+    assert set(shares_of(model, PU.objective("abs"), no_keep, model)) == {
         "share_positive",
         "share_u",
         "share_s",
     }
     unused = torch.nn.Parameter(torch.zeros(2))  # takes no part in the losses
-    shares = gradient_shares(model, PU.objective("abs"), batch, [unused])
+    shares = gradient_shares(model, PU.objective("abs"), batch, 100, torch.ones(2), [unused])
     assert [value.item() for value in shares.values()] == [0.0] * 4
 
 
 @pytest.mark.parametrize("risk", ["supervised", "unsupervised"])
 def test_shares_of_a_baseline(risk: str) -> None:
-    (batch,), model = step(1, 1.0), Linear()
+    batch, model = step(1.0), Linear()
     objective = replace(PU.objective("abs"), risk=risk)
     parts, supervised = objective.terms(model(batch), batch), risk == "supervised"
     pairs = list(zip((0.3, 0.4) if supervised else (0.0, 0.0), parts.terms, strict=True))
@@ -86,21 +94,21 @@ def test_shares_of_a_baseline(risk: str) -> None:
         "share_s": 0.0,
         "share_keep": norm(parts.keep, model),
     }
-    shares = gradient_shares(model, objective, batch, [model.weight])
+    shares = shares_of(model, objective, batch, model)
     want = {name: value / sum(norms.values()) for name, value in norms.items()}
     assert {name: value.item() for name, value in shares.items()} == pytest.approx(want, rel=1e-6)
 
 
 @pytest.mark.parametrize("risk", ["pu", "supervised", "unsupervised"])
 def test_with_only_unlabeled_images_their_share_is_one(risk: str) -> None:
-    (batch,), model = step(1, 1.0), Linear()
+    batch, model = step(1.0), Linear()
     plain = batch.only((batch.label == UNLABELED) & (batch.caption_group != NO_GROUP))
-    shares = gradient_shares(model, replace(PU.objective("abs"), risk=risk), plain, [model.weight])
+    shares = shares_of(model, replace(PU.objective("abs"), risk=risk), plain, model)
     assert {name: value.item() for name, value in shares.items()} == {"share_u": pytest.approx(1)}
 
 
 def test_computing_shares_changes_no_state_and_sees_each_row_once() -> None:
-    (batch,), model = step(1, 5.0, CASES["all"]), Linear(dropout=0.5)
+    batch, model = step(5.0, CASES["all"]), Linear(dropout=0.5)
     seen: list[Batch] = []
 
     def losses(part: Batch) -> Tensor:
@@ -110,7 +118,7 @@ def test_computing_shares_changes_no_state_and_sees_each_row_once() -> None:
     model.weight.grad = torch.ones(6, dtype=torch.float64)
     torch.manual_seed(3)
     before = torch.get_rng_state()
-    shares = gradient_shares(losses, CASES["all"].objective("abs"), batch, [model.weight])
+    shares = gradient_shares(losses, CASES["all"].objective("abs"), batch, 100, torch.ones(2), [model.weight])
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.equal(model.weight.grad, torch.ones(6, dtype=torch.float64))
     assert not any(value.requires_grad for value in shares.values())
@@ -143,7 +151,7 @@ def test_shares_of_a_lora_with_a_teacher_use_the_gradient_of_the_teacher_loss(
     denoiser, parameters = Denoiser.of(loaded_base, student.model), student.trainable()
     teacher = Teacher(denoiser, student.frozen, generic, generic, 3.0, 2.0) if has_teacher else None
     losses: Callable[[Batch], Tensor] = lambda part: example_losses(denoiser, part, "sum", teacher)  # noqa: E731
-    shares = gradient_shares(losses, PUObjective(((0.3,),), "abs", 0.5), batch, parameters)
+    shares = gradient_shares(losses, PUObjective(((0.3,),), "abs", 0.5), batch, 100, torch.ones(1), parameters)
     assert set(shares) == {"share_positive", "share_u", "share_s", "share_keep", "share_n"}
     retained = [shares[name].item() for name in ("share_u", "share_keep", "share_n")]
     if has_teacher:

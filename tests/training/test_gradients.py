@@ -12,25 +12,32 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from gradient_cases import CASES, PU, Case, Linear, step
+from gradient_cases import CAPPED, CASES, PU, Case, Linear, step
 from torch import Tensor
 
 from sd_unlearn.data.batch import Batch
-from sd_unlearn.objectives.pu import LOGGED
+from sd_unlearn.objectives.pu import LOGGED, PUObjective
 from sd_unlearn.training.gradients import accumulate_gradients
+from sd_unlearn.training.memory import OutOfMemory
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-TWO_PROCESSES = {name: CASES[name] for name in ("pu", "all")} | {"supervised": replace(PU, risk="supervised")}
+ALL_CASES = CASES | {"capped": CAPPED}
+TWO_PROCESSES = {name: ALL_CASES[name] for name in ("pu", "all", "capped")} | {
+    "supervised": replace(PU, risk="supervised")
+}
+WHOLE = 100  # images at once, more than any step has
 
 
 def gradient(
-    parts: int, scale: float, correction: str, assumed: Tensor | None = None, dropout: float = 0.0, case: Case = PU
+    size: int, scale: float, correction: str, assumed: Tensor | None = None, dropout: float = 0.0, case: Case = PU
 ) -> tuple[Tensor, dict[str, float], Tensor]:
-    model, objective, batches = Linear(dropout), case.objective(correction), step(parts, scale, case)
+    model, objective = Linear(dropout), case.objective(correction)
     torch.manual_seed(0)
-    logs, brackets = accumulate_gradients(Accelerator(cpu=True), model, model, objective, batches, assumed)
+    logs, brackets = accumulate_gradients(
+        Accelerator(cpu=True), model, model, objective, step(scale, case), size, assumed
+    )
     assert model.weight.grad is not None
     return model.weight.grad, dict(zip(LOGGED, logs.tolist(), strict=True)), brackets
 
@@ -38,26 +45,34 @@ def gradient(
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_the_parts_of_these_cases_differ_in_sign(case: Case) -> None:
     objective, model = case.objective("abs"), Linear()
-    brackets = torch.stack([objective.terms(model(batch), batch).brackets for batch in step(4, 5.0, case)])
+    parts = step(5.0, case).cut(len(case.kinds) // 4)
+    assert len(parts) == 4
+    brackets = torch.stack([objective.terms(model(batch), batch).brackets for batch in parts])
     assert (brackets[:, 1] < 0).any()
     assert (brackets[:, 1] > 0).any()
-    assert brackets.mean(0)[1] < 0 < brackets.mean(0)[0]
+    assert brackets.sum(0)[1] < 0 < brackets.sum(0)[0]
 
 
 @pytest.mark.parametrize("correction", ["abs", "nn", "none"])
-@pytest.mark.parametrize(("parts", "scale"), product([2, 4], [0.1, 5.0]))
+@pytest.mark.parametrize(("size", "scale"), product([1, 2, 5, 17], [0.1, 5.0]))
 @pytest.mark.parametrize("assumed", [None, (1.0, -1.0), (-1.0, 1.0)])
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_micro_batches_give_the_gradient_of_the_whole_batch(
-    parts: int, scale: float, correction: str, assumed: tuple[float, float] | None, case: Case
+@pytest.mark.parametrize("case", ALL_CASES.values(), ids=ALL_CASES)
+def test_micro_batches_of_any_size_give_the_gradient_of_the_whole_batch(
+    size: int, scale: float, correction: str, assumed: tuple[float, float] | None, case: Case
 ) -> None:
-    """Whatever signs were assumed."""
+    """Whatever signs were assumed, and although micro-batches of one image hold one kind of image."""
     before = None if assumed is None else torch.tensor(assumed)
-    want, logs, brackets = gradient(1, scale, correction, case=case)
-    got, cut_logs, cut_brackets = gradient(parts, scale, correction, before, case=case)
+    want, logs, brackets = gradient(WHOLE, scale, correction, case=case)
+    got, cut_logs, cut_brackets = gradient(size, scale, correction, before, case=case)
     assert torch.allclose(got, want, rtol=1e-9, atol=1e-12)
     assert torch.allclose(cut_brackets, brackets)
     assert cut_logs == pytest.approx(logs, rel=1e-5)
+
+
+def test_the_cap_changes_this_gradient() -> None:
+    """Otherwise its case above would test nothing."""
+    got, plain = (gradient(5, 5.0, "abs", case=ALL_CASES[name])[0] for name in ("capped", "pu"))
+    assert (got - plain).norm() > 0.1 * plain.norm()
 
 
 @pytest.mark.parametrize("risk", ["supervised", "unsupervised"])
@@ -73,8 +88,8 @@ def test_micro_batches_of_a_baseline_need_one_pass(risk: str, scale: float) -> N
             seen.append(batch)
             return model(batch)
 
-        batches, assumed = step(parts, scale), torch.tensor([-1.0, -1.0])
-        logs, _ = accumulate_gradients(Accelerator(cpu=True), model, losses, objective, batches, assumed)
+        size, assumed = len(PU.kinds) // parts, torch.tensor([-1.0, -1.0])
+        logs, _ = accumulate_gradients(Accelerator(cpu=True), model, losses, objective, step(scale), size, assumed)
         assert len(seen) == parts
         assert model.weight.grad is not None
         found.append((model.weight.grad, logs))
@@ -83,8 +98,8 @@ def test_micro_batches_of_a_baseline_need_one_pass(risk: str, scale: float) -> N
 
 
 def test_a_repeated_step_has_the_same_dropout() -> None:
-    _, _, brackets = gradient(4, 5.0, "abs", dropout=0.5)
-    once, twice = (gradient(4, 5.0, "abs", assumed, dropout=0.5) for assumed in (brackets, -brackets))
+    _, _, brackets = gradient(8, 5.0, "abs", dropout=0.5)
+    once, twice = (gradient(8, 5.0, "abs", assumed, dropout=0.5) for assumed in (brackets, -brackets))
     assert torch.equal(once[0], twice[0])
     assert once[1] == twice[1]
 
@@ -103,35 +118,53 @@ def test_two_processes_give_the_gradient_of_the_whole_batch(correction: str, tmp
         timeout=180,
     )
     for name, case in TWO_PROCESSES.items():
-        want, logs, _ = gradient(1, 5.0, correction, case=case)
+        want, logs, _ = gradient(WHOLE, 5.0, correction, case=case)
         for micro_batches in (1, 2):
             found = tmp_path / f"{name}-{micro_batches}.pt"
             assert found.is_file(), done.stderr
             got, cut_logs = torch.load(found)
             assert torch.allclose(got, want, rtol=1e-9, atol=1e-12)
             assert dict(zip(LOGGED, cut_logs.tolist(), strict=True)) == pytest.approx(logs, rel=1e-5)
+    assert (tmp_path / "out-of-memory").is_file(), done.stderr
 
 
 def one_of_two_processes(correction: str, folder: str) -> None:
     """What torchrun runs: this file."""
     accelerator = Accelerator(cpu=True)
     for (name, case), micro_batches in product(TWO_PROCESSES.items(), (1, 2)):
-        model = accelerator.prepare(Linear())
-        mine = step(2 * micro_batches, 5.0, case)[accelerator.process_index :: 2]
-        logs, _ = accumulate_gradients(accelerator, model, model, case.objective(correction), mine, None)
+        model, batch = accelerator.prepare(Linear()), step(5.0, case, processes=2)
+        mine = batch.only(batch.timesteps % 2 == accelerator.process_index)
+        size = len(mine.label) // micro_batches
+        logs, _ = accumulate_gradients(accelerator, model, model, case.objective(correction), mine, size, None)
         if accelerator.is_main_process:
             assert accelerator.num_processes == 2
             torch.save((model.module.weight.grad, logs), f"{folder}/{name}-{micro_batches}.pt")
+    check_out_of_memory(accelerator, case.objective(correction), step(5.0, case, processes=2))
+    if accelerator.is_main_process:
+        Path(folder, "out-of-memory").touch()
     accelerator.wait_for_everyone()
     os._exit(0)  # everything is saved, and gloo's threads may crash while Python shuts down
+
+
+def check_out_of_memory(accelerator: Accelerator, objective: PUObjective, batch: Batch) -> None:
+    """One of two processes runs out of memory, and both notice instead of waiting for each other."""
+    model = accelerator.prepare(Linear())
+
+    def losses(part: Batch) -> Tensor:
+        if accelerator.process_index == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return model(part)
+
+    with pytest.raises(OutOfMemory, match="another process|CUDA"):
+        accumulate_gradients(accelerator, model, losses, objective, batch, 4)
 
 
 def test_signs_of_single_parts_would_give_a_wrong_gradient() -> None:
     """|R| of each micro-batch is not |R| of the step."""
     model, objective = Linear(), PU.objective("abs")
-    for batch in step(4, 5.0):
-        (objective.loss(objective.terms(model(batch), batch)) / 4).backward()
-    want, _, _ = gradient(1, 5.0, "abs")
+    for batch in step(5.0).cut(8):
+        objective.loss(objective.terms(model(batch), batch)).backward()
+    want, _, _ = gradient(WHOLE, 5.0, "abs")
     assert model.weight.grad is not None
     assert (model.weight.grad - want).norm() > 0.1 * want.norm()
 

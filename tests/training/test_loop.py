@@ -40,7 +40,8 @@ def make_config(place: Path, tiny_base: Path) -> Config:
             "lora_dropout": 0.0,
             "ema_decay": None,
             "max_train_steps": 12,
-            "gradient_accumulation_steps": 1,
+            "effective_batch_size": 8,
+            "train_batch_size": None,
         }
         return make(place, tiny_base, output, **(usual | changes))
 

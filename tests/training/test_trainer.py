@@ -70,7 +70,7 @@ def make_config(place: Path, tiny_base: Path) -> Config:
             "lora_alpha": 3.0,
             "max_train_steps": 12,
             "lr_warmup_steps": 2,
-            "train_batch_size": 8,
+            "effective_batch_size": 8,
             "learning_rate": 1e-3,
             "validation_steps": 0,
             "report_to": "none",
@@ -210,7 +210,7 @@ def test_the_same_seed_gives_the_same_bytes(trained: Path, make_config: Config, 
         {"unconditional": 0.0},
         {"timestep_bias": 1.0},
         {"share_timesteps": False},
-        {"gradient_accumulation_steps": 2},
+        {"effective_batch_size": 16},
         {"lora_dropout": 0.5},
         {"use_dora": True},
         {"lora_targets": "cross_attention"},
@@ -252,7 +252,7 @@ def test_each_objective_gives_another_lora_and_is_recorded(make_config: Config, 
                 target="noise",
                 reduction="mean",
                 gradient_share_steps=2,
-                gradient_accumulation_steps=parts,
+                train_batch_size=8 // parts,
             )
         )
         files[objective] = (run / ADAPTER).read_bytes()
@@ -475,7 +475,7 @@ def test_folders_are_rendered_first(tiny_base: Path, concept_file: Path, capsys:
             "1",
             "--max_train_steps",
             "1",
-            "--train_batch_size",
+            "--effective_batch_size",
             "4",
             "--validation_steps",
             "0",
@@ -516,7 +516,7 @@ def test_several_sets_of_positives_and_images_known_to_be_normal(
     photos: Callable[..., Path], place: Path, make_config: Config, capsys: pytest.CaptureFixture[str], target: str
 ) -> None:
     folder = photos(unlabeled=4, positive=3)
-    options = {"data_dir": folder, "max_train_steps": 10, "target": target, "train_batch_size": 24}
+    options = {"data_dir": folder, "max_train_steps": 10, "target": target, "effective_batch_size": 24}
     plain = trainer.run(make_config("plain", **options)) / ADAPTER
     shutil.copytree(folder / "0_unlabeled", folder / "2_negative")
     (folder / "2_negative" / "3.png").unlink()
@@ -546,12 +546,12 @@ def test_paraphrases_are_used_in_training(place: Path, make_config: Config) -> N
     text = (place / "brad.yaml").read_text() + "paraphrases: ['Brad, {please,now}']\n"
     Path("brad.yaml").write_text(text)
     options = {"concept": "brad.yaml", "max_train_steps": 2}
-    with pytest.raises(UsageError, match="--train_batch_size 7 is too small"):
-        trainer.run(make_config("small", **options, train_batch_size=7))
+    with pytest.raises(UsageError, match="--effective_batch_size 7 is too small"):
+        trainer.run(make_config("small", **options, effective_batch_size=7))
     assert not Path("small").exists()
     adapters = []
     for mode, images in (("both", 10), ("shared", 8)):
-        run = trainer.run(make_config(mode, **options, train_batch_size=images, caption_mode=mode))
+        run = trainer.run(make_config(mode, **options, effective_batch_size=images, caption_mode=mode))
         assert read_json(run / "training.json")["cost"]["images_seen"] == 2 * images
         adapters.append((run / ADAPTER).read_bytes())
     without = trainer.run(make_config("without", max_train_steps=2, caption_mode="shared")) / ADAPTER
@@ -563,8 +563,8 @@ def test_a_batch_that_is_too_small_is_refused_before_anything_loads(
 ) -> None:
     monkeypatch.setattr(trainer, "load_base", None)
     Path("data", "2_negative").mkdir(parents=True)
-    with pytest.raises(UsageError, match="--train_batch_size 5 is too small"):
-        trainer.run(make_config("run", train_batch_size=5, data_dir=Path("data")))
+    with pytest.raises(UsageError, match="--effective_batch_size 5 is too small"):
+        trainer.run(make_config("run", effective_batch_size=5, data_dir=Path("data")))
 
 
 def test_own_images_without_generic_ones_are_refused(photos: Callable[..., Path], make_config: Config) -> None:
@@ -674,7 +674,7 @@ def test_two_processes_render_and_train_as_one(tiny_base: Path, concept_file: Pa
     }
     both = [
         subprocess.Popen(
-            [*command, "--output_dir", "run", "--train_batch_size", "16"],
+            [*command, "--output_dir", "run", "--effective_batch_size", "32"],
             text=True,
             env=os.environ | world | {"RANK": rank, "LOCAL_RANK": rank},
             stdout=subprocess.PIPE,
@@ -689,12 +689,12 @@ def test_two_processes_render_and_train_as_one(tiny_base: Path, concept_file: Pa
             process.kill()
     assert [process.returncode for process in both] == [0, 0], ends[0][1] + ends[1][1]
     record = read_json(Path("run/training.json"))
-    assert (record["cost"]["processes"], record["cost"]["images_seen"]) == (2, 3 * 16 * 2)
+    assert (record["cost"]["processes"], record["cost"]["images_seen"]) == (2, 3 * 32)
     assert read_json(Path("data", DATA_MANIFEST))["counts"] == {"generic": 4, "mixed_in": 1, "keep": 4, "positive": 4}
     assert Path("run", ADAPTER).is_file()
     assert sum("Forgetting" in err for _, err in ends) == 1  # printed by one of them
     of_both = load_file(Path("run", ADAPTER))
-    for name, options in {"one": ("32", "1"), "cut": ("16", "2"), "small": ("8", "4")}.items():
+    for name, options in {"one": ("32", "1"), "cut": ("16", "2"), "small": ("1", "32")}.items():
         size = ["--output_dir", name, "--train_batch_size", options[0], "--gradient_accumulation_steps", options[1]]
         assert cli.main([*command[3:], *size]) == 0
         found = load_file(Path(name, ADAPTER))

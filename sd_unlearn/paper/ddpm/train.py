@@ -14,6 +14,7 @@ from accelerate.utils import set_seed
 from torch import Tensor, nn
 
 from sd_unlearn.choices import Risk
+from sd_unlearn.config.batching import Batching, share_of
 from sd_unlearn.config.train import LoopOptions
 from sd_unlearn.data.batch import Batch
 from sd_unlearn.data.batches import EncodedImages, NoiseSampling, Sharding, StratifiedBatches
@@ -83,9 +84,9 @@ def train(run: TrainingJob) -> dict[str, Any]:
     else:
         schedule = make_schedule()
         network = make_network(run.size, run.side, run.experiment.channels, settings.conditions)
-    training = _make_training(run, network, schedule, accelerator)
     run.folder.mkdir(parents=True, exist_ok=True)
     resume = checkpoint.resolve("latest", run.folder)
+    training = _make_training(run, network, schedule, accelerator, resume)
     if resume:
         checkpoint.check_same(resume, training.identity, forced=False)
     state = fit(_loop_options(run), training, resume)
@@ -104,7 +105,9 @@ def train(run: TrainingJob) -> dict[str, Any]:
     return cost | {"betas": [{k: line[k] for k in ("step", "beta", "beta_low", "beta_high")} for line in estimates]}
 
 
-def _make_training(run: TrainingJob, network: nn.Module, schedule: Any, accelerator: Accelerator) -> Training:
+def _make_training(
+    run: TrainingJob, network: nn.Module, schedule: Any, accelerator: Accelerator, resume: Path | None
+) -> Training:
     settings, seed = run.settings, TRAIN_SEEDS[0] + run.seed
     student = Student(network.requires_grad_(True).train())
     wrapped = accelerator.prepare(network)
@@ -123,13 +126,14 @@ def _make_training(run: TrainingJob, network: nn.Module, schedule: Any, accelera
         NoiseSampling(denoiser.num_train_timesteps),
         seed,
         sharding=Sharding(accelerator.process_index, accelerator.num_processes),
-        device=accelerator.device,
     )
+    share = share_of(batches.images_per_step, accelerator.num_processes)
+    whole = Batching(micro_batch_size=share, gradient_checkpointing=False, teacher_batch_size=share)
     objective = PUObjective(
         [[settings.beta or PAPER_BETA]], settings.correction, settings.eta, _risk(settings), settings.max_ratio
     )
 
-    def losses(model: nn.Module, batch: Batch) -> Tensor:
+    def losses(model: nn.Module, batch: Batch, teacher_batch_size: int) -> Tensor:
         of_model = dataclasses.replace(denoiser, model=model)
         return example_losses(of_model, batch, settings.reduction, snr_gamma=settings.snr_gamma)
 
@@ -142,6 +146,7 @@ def _make_training(run: TrainingJob, network: nn.Module, schedule: Any, accelera
         batches,
         objective,
         accelerator,
+        (checkpoint.saved_batching(resume) if resume else None) or whole,
         identity_of(run, accelerator.num_processes),
         probe=PriorProbe(denoiser, images, seed) if settings.beta_source == "estimated" else None,
     )

@@ -1,0 +1,78 @@
+"""What training does when memory runs out: all processes notice, and the user learns what needs less memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeVar
+
+from sd_unlearn.config.batching import Batching
+from sd_unlearn.config.train import TrainConfig
+from sd_unlearn.errors import UnlearnError, reason
+from sd_unlearn.models.memory_errors import free_memory, is_out_of_memory
+
+if TYPE_CHECKING:  # torch takes seconds to import, and trainer.py refuses wrong options without it
+    from accelerate import Accelerator
+
+T = TypeVar("T")
+
+
+class OutOfMemory(Exception):
+    """Memory ran out in this or in another process."""
+
+
+class NothingSmaller(UnlearnError):
+    """Memory runs out although a step is taken in the smallest way."""
+
+
+def together(accelerator: Accelerator, action: Callable[[], T]) -> T:
+    """Run an action without communication in every process, and agree on whether memory ran out in one of them.
+
+    With several processes this waits for the device.
+
+    Raises:
+        OutOfMemory: in every process. Torch's unused memory has been returned to the device.
+    """
+    import torch
+
+    failure, result = "", None
+    try:
+        result = action()
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        failure = reason(error)
+    anywhere = bool(failure)
+    if accelerator.num_processes > 1:
+        anywhere = bool(accelerator.reduce(torch.tensor(float(anywhere), device=accelerator.device), "sum") > 0)
+    if anywhere:
+        result = None
+        free_memory()  # here the error's traceback, which holds tensors, is gone
+        raise OutOfMemory(failure or "in another process")
+    return result  # type: ignore[return-value]
+
+
+def describe_change(step: int, before: Batching, after: Batching) -> tuple[str, dict[str, float]]:
+    """A line about how a step is repeated after memory ran out, and the values for metrics.jsonl."""
+    images = "1 image" if after.micro_batch_size == 1 else f"{after.micro_batch_size} images"
+    how = f"{images} at once instead of {before.micro_batch_size}"
+    if after.micro_batch_size == before.micro_batch_size:
+        how = "gradient checkpointing" if not before.gradient_checkpointing else "one row of the teacher at once"
+    names = ("micro_batch_size", "gradient_checkpointing", "teacher_batch_size")
+    values = {name: getattr(after, name) for name in names}
+    return f"Out of memory at step {step}: repeating it with {how}.", {"step": step, **values}
+
+
+def remedies(config: TrainConfig, resolution: int) -> str:
+    """Options that would need less memory than those of this training, in words."""
+    import torch
+
+    found = {
+        "leave out --train_text_encoder": config.train_text_encoder,
+        "--method lora": config.method == "full",
+        "--attention sdpa": config.attention == "eager",
+        "--mixed_precision fp16": config.mixed_precision == "no" and torch.cuda.is_available(),
+        f"a lower --resolution (now {resolution})": True,
+        "--optimizer adamw8bit": config.optimizer == "adamw",
+        f"a lower --rank (now {config.rank})": config.method == "lora" and config.rank > 4,
+    }
+    return ", ".join(words for words, applies in found.items() if applies)
