@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from train_runs import ADAPTER, Config, make, rendered
 
 from sd_unlearn.data.batch import Batch
@@ -294,6 +294,12 @@ def test_no_step_waits_for_the_device(make_config: Config, monkeypatch: pytest.M
             steps.append(1)
             return step(self, *arguments)
 
+    def to_device(self: Batch, device: torch.device) -> Batch:
+        with _disable_current_modes():  # it looks at tensors that are still on the CPU
+            return to(self, device)
+
+    to = Batch.to
+    monkeypatch.setattr(Batch, "to", to_device)
     monkeypatch.setattr(TrainingState, "take_step", watched)
     trainer.run(make_config("run", target=target, max_train_steps=3, ema_decay=0.9))
     assert len(steps) == 3
