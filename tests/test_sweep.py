@@ -281,4 +281,8 @@ def test_a_sweep_of_the_bundled_base(monkeypatch: pytest.MonkeyPatch, capsys: py
         assert (training["beta"], training["push"]) == (run["beta"], run["push"])
         assert {r["metric"] for r in run["rows"]} == {"leakage", "clean_replacement", "retention", "drift"}
     page = Path("runs/seven-sweep/sweep.html").read_text(encoding="utf-8")
+    shown = [path for p in record["pictures"] for path in (p["base"], *(shot["image"] for shot in p["shots"]))]
+    assert {p["group"] for p in record["pictures"]} == {"direct", "held_out", "alike", "general"}
+    assert all(Path("runs/seven-sweep", path).is_file() for path in shown)
+    assert page.count("<img ") == len(shown)
     assert page.count("<circle") == 2

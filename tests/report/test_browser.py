@@ -39,6 +39,7 @@ FLAGS = (
     "--disable-dev-shm-usage",
 )
 VISIBLE = "return [...document.querySelectorAll(arguments[0])].filter(e => e.offsetParent !== null)"
+BOTTOM = "e => e.getBoundingClientRect().bottom"
 WIDE, PHONE = (1280, 900), (390, 844)
 
 
@@ -276,6 +277,24 @@ def test_nothing_is_wider_than_the_window(browser: Any, many: Path, size: tuple[
     for path in (many, many.with_name("certificate.html")):
         show(browser, path, size)
         assert browser.execute_script("return document.documentElement.scrollWidth") <= size[0]
+
+
+def test_the_first_screen_has_the_verdict_and_four_pairs(browser: Any, many: Path) -> None:
+    show(browser, many, (1440, 900))
+    parts = "#summary, .examples .pair"
+    bottoms = browser.execute_script(f"return [...document.querySelectorAll('{parts}')].map({BOTTOM})")
+    assert len(bottoms) == 5
+    assert max(bottoms) <= 900
+    assert one(browser, "#about").rect["y"] > 900  # what was evaluated comes below
+
+
+@pytest.mark.parametrize("size", [(1440, 900), PHONE])
+def test_the_whole_comparison_can_be_read(browser: Any, many: Path, size: tuple[int, int]) -> None:
+    """Without scrolling sideways, in the table or the page."""
+    show(browser, many, size)
+    cells = seen(browser, "#compare-table tbody td")
+    assert len(cells) > 100
+    assert max(cell.rect["x"] + cell.rect["width"] for cell in cells[:40]) <= size[0]
 
 
 def test_without_scripts_everything_is_readable_and_controls_are_hidden(browser: Any, many: Path) -> None:
