@@ -15,7 +15,7 @@ from sd_unlearn.report.metric_cards import MetricCard, cards_of
 from sd_unlearn.report.metric_names import PRESENCE, group_name
 from sd_unlearn.report.reproduce import base_record
 from sd_unlearn.report.verdict import GONE
-from sd_unlearn.results import Results
+from sd_unlearn.results import ATTACK_METRIC, Results
 
 MOST = 12  # lines of the table; the report has all of them
 LIMITS = (
@@ -45,7 +45,8 @@ def certificate(folder: Path, results: Results, cases: Sequence[Case]) -> dict[s
 def _page(case: Case, cards: Mapping[str, MetricCard]) -> dict[str, Any]:
     main = [line for group in ("direct", "held_out", "generic") if (line := presence(case.lines, group))]
     rest = [line for line in case.lines if line.lora and not any(line is other for other in main)]
-    rest.sort(key=lambda line: line.metric not in PRESENCE)  # other detectors of the concept come first
+    first = (*PRESENCE, ATTACK_METRIC)  # other detectors of the concept, then attacks
+    rest.sort(key=lambda line: first.index(line.metric) if line.metric in first else len(first))
     shown = [*main, *rest][:MOST]
     detectors = dict.fromkeys(line.main.detector for line in shown if line.main.detector)
     return {

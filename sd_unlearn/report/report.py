@@ -18,6 +18,7 @@ from sd_unlearn.io.own_files import check_own_reports
 from sd_unlearn.io.paths import public_name
 from sd_unlearn.io.reading import read_json, read_jsonl, read_yaml
 from sd_unlearn.report import charts, compare, metric_cards, reproduce, training_curves, verdict
+from sd_unlearn.report.attacks import attack_note, attack_sections
 from sd_unlearn.report.before_after import before_after
 from sd_unlearn.report.cases import Case, cases_of
 from sd_unlearn.report.certificate import certificate
@@ -32,13 +33,20 @@ from sd_unlearn.report.preview import preview
 from sd_unlearn.results import Results, read_results
 
 HTML, MARKDOWN, TABLE, CERTIFICATE = "report.html", "report.md", "results.csv", "certificate.html"
+NOT_ATTACKED = (
+    "Only the prompts listed were tried. Other words, input images, or prompts optimized to find the concept may bring "
+    "it back (sd-unlearn attack tries)."
+)
+ATTACKED = (
+    "Only the prompts and attacks listed were tried. Stronger attacks, with more steps or another start, may bring "
+    "more back."
+)
 LIMITS = (
     "The LoRA does the forgetting. At weight 0, or without the file, the base generates the concept as before: this "
     "does not protect against anyone who has the base.",
     "The detector is a program and makes errors. It also looked at the base's images, so compare the two columns "
     "rather than trust a single value.",
-    "Only the prompts listed were tried. Other words, input images, or prompts optimized to find the concept may bring "
-    "it back.",
+    NOT_ATTACKED,
     "An interval covers the random choice of images. It covers neither the detector's errors nor what another training "
     "seed would have given.",
     "The values hold for this base, sampler and guidance scale. Other bases, and other LoRAs loaded together with this "
@@ -121,6 +129,7 @@ def context(folder: Path, results: Results, config: ReportConfig) -> dict[str, A
     cards = metric_cards.cards_of(results)
     concepts = compare.summary(cases)
     shown = [single] if single else [row.best for row in concepts if row.best]
+    attacks = attack_sections(results, cases, folder, config.blur_faces)
     title = (single.verdict, single.explanation) if single else compare.headline(cases)
     return {
         "title": heading(cases, one["concept"] if one else None),
@@ -143,13 +152,21 @@ def context(folder: Path, results: Results, config: ReportConfig) -> dict[str, A
         "example_concepts": {row.concept.slug: row.concept.name for row in concepts},
         # no detector looked for faces on the preview, so it is left out if faces must be hidden
         "preview": one["preview"] if one and not config.blur_faces else None,
+        "attacks": attacks,
+        "attack_note": attack_note(attacks[0]) if single and attacks else "",
         "cards": cards,
         "anchors": {card.detector: card.id for card in cards},
         "commands": one["commands"] if one else reproduce.commands_of_evaluation(folder),
         "facts": reproduce.run_record(results, single, training),
-        "limits": LIMITS if single else (*LIMITS, LIMIT_OF_SEVERAL),
+        "limits": _limits(results, single is not None),
         "script": script(),
     }
+
+
+def _limits(results: Results, is_single: bool) -> list[str]:
+    """What the values do not say. With attacks, that only these were tried."""
+    limits = [ATTACKED if limit == NOT_ATTACKED and results.attacks else limit for limit in LIMITS]
+    return limits if is_single else [*limits, LIMIT_OF_SEVERAL]
 
 
 def heading(cases: Sequence[Case], concept: Concept | None) -> str:

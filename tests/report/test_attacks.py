@@ -1,0 +1,108 @@
+"""The report's section on attacks."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from sd_unlearn.cli import main
+
+
+def tries(*values: tuple[int, float]) -> list[dict[str, Any]]:
+    return [{"restart": 0, "step": step, "value": value, "n": 10, "found": ""} for step, value in values]
+
+
+def entry(attack: str, found: list[dict[str, Any]], images: tuple[str, ...] = ()) -> dict[str, Any]:
+    return {
+        "concept": "seven",
+        "subject": "lora",
+        "attack": attack,
+        "budget": "quick",
+        "detector": "reader",
+        "settings": {},
+        "tries": found,
+        "access": "weights",
+        "source": "Somebody <et al.> 2024",
+        "images": list(images),
+    }
+
+
+def row(metric: str, group: str, subject: str, value: float) -> dict[str, Any]:
+    interval = {"low": max(0.0, value - 0.05), "high": min(1.0, value + 0.05), "interval": "wilson"}
+    names = {"metric": metric, "group": group, "subject": subject, "concept": "seven", "detector": "reader"}
+    return {**names, "value": value, "n": 100, **interval}
+
+
+def write(folder: Path, attacks: list[dict[str, Any]], rows: list[dict[str, Any]]) -> None:
+    concept = {"slug": "seven", "name": "seven", "caption": "a seven", "generic": "a digit"}
+    subjects = [
+        {"id": "base", "name": "digits", "what": "base"},
+        {"id": "lora", "name": "lora", "what": "lora", "strength": 1.0, "sha256": "0" * 64, "forgets": "seven"},
+    ]
+    if any(one["subject"] == "floor" for one in rows):
+        subjects.append({"id": "floor", "name": "never", "what": "base"})
+    leakage = [row("leakage", "direct", "base", 0.9), row("leakage", "direct", "lora", 0.0)]
+    content = {"schema_version": 2, "concepts": [concept], "subjects": subjects, "rows": leakage + rows}
+    (folder / "results.json").write_text(json.dumps(content | {"attacks": attacks}))
+
+
+def report(folder: Path, *flags: str) -> tuple[str, str]:
+    assert main(["report", "--run", str(folder), *flags]) == 0
+    return (folder / "report.html").read_text(), (folder / "report.md").read_text()
+
+
+def test_the_most_successful_attack_comes_first(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "worst.png")
+    attacks = [
+        entry("token", tries((200, 0.1))),
+        entry("soft", tries((200, 0.8)), ("worst.png", "missing.png")),
+        entry("finetune", tries((5, 0.2), (10, 0.6))),
+    ]
+    values = {"token": 0.1, "soft": 0.8, "finetune": 0.6}
+    rows = [row("attack", name, "lora", value) for name, value in values.items()]
+    rows += [row("attack", name, "base", 1.0) for name in values] + [row("attack", "soft", "floor", 0.25)]
+    write(tmp_path, attacks, rows)
+    html, markdown = report(tmp_path)
+    section = html[html.index('id="attacks"') : html.index('id="metrics"')]
+    assert (
+        section.index("Learned prompt") < section.index("Fine-tuning on the concept") < section.index("Learned token")
+    )
+    assert section.count("<img ") == 1
+    assert "half is back after 10 steps" in section
+    assert "Somebody &lt;et al.&gt; 2024" in section
+    assert "25.0" in section
+    note = (
+        "Of 3 attacks, the most successful (learned prompt) brings it back in 80.0 %; from a model that never saw it, "
+    )
+    note += "25.0 %."
+    assert note in html.replace("\u00a0", " ")
+    assert note in markdown.replace("\\", "")
+    assert "Does it stay gone?" in markdown
+    assert "| learned prompt | weights | 80.0 % |" in markdown
+
+
+def test_without_attacks_there_is_no_section(tmp_path: Path) -> None:
+    write(tmp_path, [], [])
+    html, markdown = report(tmp_path)
+    assert 'id="attacks"' not in html
+    assert "Does it stay gone?" not in markdown
+    assert "sd-unlearn attack tries" in html
+
+
+def test_without_a_floor_no_column_for_it(tmp_path: Path) -> None:
+    write(tmp_path, [entry("benign", tries((20, 0.0)))], [row("attack", "benign", "lora", 0.0)])
+    html, _ = report(tmp_path)
+    section = html[html.index('id="attacks"') : html.index('id="metrics"')]
+    assert "From the floor</th>" not in section
+    assert "half is not back after 20 steps" in section
+
+
+def test_the_certificate_lists_attacks_before_other_metrics(tmp_path: Path) -> None:
+    rows = [row("retention", "kept", "lora", 0.9), row("attack", "soft", "lora", 0.8)]
+    write(tmp_path, [entry("soft", tries((200, 0.8)))], rows)
+    report(tmp_path, "--certificate")
+    page = (tmp_path / "certificate.html").read_text()
+    assert page.index("learned prompt") < page.index("Retention")
