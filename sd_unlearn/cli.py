@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
@@ -113,6 +114,7 @@ def train(config: Annotated[TrainConfig, Parameter(name="*")] = TrainConfig()) -
 
     folder = trainer.run(config)
     if process_rank() == 0:
+        print(f"Next: sd-unlearn evaluate --run {shlex.quote(str(folder))}", file=sys.stderr)
         print(folder)
 
 
@@ -222,7 +224,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         hint = "Free some space, or check the disk and its permissions."
         return _fail(UnlearnError(f"Cannot read or write{place}: {reason(error)}. {hint}"), debug)
     except Exception as error:
-        hint = "This is a bug in sd-unlearn. Run again with --debug and report it."
+        hint = (
+            "This is a bug in sd-unlearn. Run again with --debug, and report it with the output of sd-unlearn doctor."
+        )
         return _fail(UnlearnError(f"{type(error).__name__}: {error}. {hint}"), debug)
     return 0
 

@@ -130,7 +130,7 @@ def test_the_examples_in_the_help_fit_a_narrow_terminal(text: str) -> None:
 
 
 def test_start_here_of_train(run: Run) -> None:
-    names = "concept pretrained_model_name_or_path anchor kind data_dir push max_train_steps output_dir"
+    names = "concept pretrained_model_name_or_path anchor kind data_dir push max_train_steps positives output_dir"
     assert re.findall(r"│ (?:CONCEPT )?--(\w+)", run("train", "--help").out) == names.split()
 
 
@@ -483,6 +483,7 @@ def test_strange_names_stay_inside_the_data_folder(
         "2",
     )
     assert found.code == 0
+    assert "has no file and is taken as kind other" in found.err
     (folder,) = (inside / "data").iterdir()
     assert found.out.strip() == str(folder.relative_to(inside))
     assert tree(tmp_path) - {"deep", "deep/down", "deep/down/data"} == {

@@ -332,6 +332,13 @@ class LoopOptions(Checkpoints, Monitoring, Optimizing):
 class TrainConfig(Performance, LoopOptions, Noise, Weights, Objective, RenderConfig):
     """Train a LoRA that erases the concept. Missing training images are generated first."""
 
+    positives: Annotated[
+        Path | None,
+        option(
+            "Folder with your own photos of the concept, used instead of the generated images of it in 1_positive.",
+            START,
+        ),
+    ] = None
     output_dir: Annotated[
         Path | None,
         option("Run folder. Default: runs/<concept>, or runs/<concept>-sweep with --beta_sweep.", START),

@@ -75,11 +75,12 @@ def _check_betas(concept: Concept, folder: Path, sets: Sequence[str]) -> None:
         )
 
 
-def scan(folder: Path, concept: Concept, eta: float = 1.0) -> list[Example]:
+def scan(folder: Path, concept: Concept, eta: float = 1.0, positives: Path | None = None) -> list[Example]:
     """List the images of a data folder with their captions. Each image is decoded once, so that a bad one is reported.
 
     Captions come from a metadata or text file (captions.py); without one, images have the concept's `generic` prompt,
     and positives its `caption`. Images in 2_negative are known not to show the concept; with eta 0 they are not read.
+    positives: a folder whose images are used instead of those in 1_positive.
 
     Raises:
         UsageError: a missing folder or fewer than two images, `betas` for other sets of positives, an unreadable image,
@@ -90,8 +91,10 @@ def scan(folder: Path, concept: Concept, eta: float = 1.0) -> list[Example]:
     read_caption = read_captions(folder)
     examples = _scan_folder(folder / UNLABELED, read_caption, Example(folder, concept.generic, "generic"))
     for number, name in enumerate(sets):
-        default = Example(folder, concept.caption, "positive", number)
-        examples += _scan_folder(folder / name, read_caption, default)
+        if positives and name == POSITIVE:
+            examples += scan_positives(positives, concept)
+        else:
+            examples += _scan_folder(folder / name, read_caption, Example(folder, concept.caption, "positive", number))
     if has_negatives(folder, eta):
         examples += _scan_folder(folder / NEGATIVE, read_caption, Example(folder, concept.generic, "negative"))
     if not any(e.group in ("generic", "mixed_in") for e in examples):
@@ -99,22 +102,44 @@ def scan(folder: Path, concept: Concept, eta: float = 1.0) -> list[Example]:
     return examples
 
 
-def _scan_folder(folder: Path, read_caption: Callable[[Path], Caption | None], default: Example) -> list[Example]:
-    """The examples of one folder; `default` is one without own caption and group, in the data folder."""
+def scan_positives(folder: Path, concept: Concept) -> list[Example]:
+    """The images of --positives, with captions as in a data folder.
+
+    Raises:
+        UsageError: as scan.
+    """
+    if not folder.is_dir():
+        raise UsageError(f"--positives {folder} is not a folder. Give one with photos of the concept.")
+    default = Example(folder, concept.caption, "positive")
+    return _scan_folder(folder, read_captions(folder), default, "--positives")
+
+
+def _scan_folder(
+    folder: Path, read_caption: Callable[[Path], Caption | None], default: Example, option: str = "--data_dir"
+) -> list[Example]:
+    """The examples of one folder; `default` is one without own caption and group, in the folder that `option` names."""
     images, skipped = split_readable(folder)
     if len(images) < 2:
         raise UsageError(
-            f"--data_dir {default.path}: {folder} holds {len(images)} images{describe_skipped(skipped)}. At least 2 "
-            "are needed; 20 work better."
+            f"{option} {default.path}: {folder} holds {len(images)} images{describe_skipped(skipped)}. At least 2 "
+            f"are needed; 20 work better.{_hint(folder)}"
         )
     examples = []
     for path in images:
         try:
             open_image(path)
         except UnreadableImage as error:
-            raise UsageError(f"--data_dir: {error}") from None
+            raise UsageError(f"{option}: {error}") from None
         examples.append(_example(path, read_caption(path), default))
     return examples
+
+
+def _hint(folder: Path) -> str:
+    """How to generate the images that a folder of the user's lacks."""
+    positive = folder.parent / POSITIVE
+    if folder.name != UNLABELED or not positive.is_dir():
+        return ""
+    return f" To generate them, give --positives {positive} instead of --data_dir."
 
 
 def _example(path: Path, own: Caption | None, default: Example) -> Example:
@@ -126,6 +151,13 @@ def _example(path: Path, own: Caption | None, default: Example) -> Example:
     if group == "generic" and own.group and own.group not in ("positive", "negative"):
         group = own.group
     return dataclasses.replace(default, path=path, caption=own.text, group=group, own_caption=True)
+
+
+def describe_positives(folder: Path, photos: Sequence[Example]) -> str:
+    """What was found in the folder of --positives, in one line."""
+    skipped = describe_skipped(split_readable(folder)[1])
+    captions = sum(photo.own_caption for photo in photos)
+    return f"{folder}: {len(photos):,} images of the concept, {captions:,} with own captions{skipped}."
 
 
 def describe_images(folder: Path, examples: Sequence[Example]) -> str:

@@ -85,7 +85,8 @@ def _refusal(data_dir: Path, place: Path, images: Sequence[Path]) -> str:
     return (
         f"--data_dir {data_dir}: {_count(images)} in {place} would not be read (the first is {images[0].name}). Move "
         f"images of the concept into {data_dir / POSITIVE} and all others into {data_dir / UNLABELED}, without "
-        "further folders inside."
+        f"further folders inside. If all of them show the concept, use --positives {place} instead of --data_dir: the "
+        "others are then generated."
     )
 
 

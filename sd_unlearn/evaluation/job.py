@@ -256,14 +256,17 @@ def _resolve_subjects(
 
 
 def _reference_folder(config: EvaluateConfig, concept: Concept, loras: Sequence[Lora]) -> Path | None:
-    """The folder of images of the person: --reference, else the positives of a run."""
+    """The folder of images of the person: --reference, else what a run was trained on: --positives, or 1_positive."""
     for given in config.reference:
         name, folder = split_name(given, "--reference")
         if name in (None, concept.slug, concept.name):
             return folder
     for lora in loras:
         if lora.is_run and lora.concept == concept and (lora.path / CONFIG).is_file():
-            data_dir = read_yaml(lora.path / CONFIG, "--run").get("data_dir")
+            settings = read_yaml(lora.path / CONFIG, "--run")
+            if (photos := settings.get("positives")) and Path(photos).is_dir():
+                return Path(photos)
+            data_dir = settings.get("data_dir")
             if data_dir and (Path(data_dir) / POSITIVE).is_dir():
                 return Path(data_dir) / POSITIVE
     return None

@@ -13,7 +13,7 @@ from pathlib import Path
 from sd_unlearn.config.checks import check_train
 from sd_unlearn.config.train import Optimizing, TrainConfig
 from sd_unlearn.data.concept import Concept, load_concept
-from sd_unlearn.data.dataset import describe_images, has_negatives, scan
+from sd_unlearn.data.dataset import Example, describe_images, describe_positives, has_negatives, scan, scan_positives
 from sd_unlearn.data.layout import check_batch_size
 from sd_unlearn.data.photos import check_places
 from sd_unlearn.data.prior import check_countable
@@ -38,7 +38,7 @@ class Inputs:
     data_dir: Path
     own_images: bool  # the user's own; otherwise the folder is rendered if missing or unfinished
     tracker: str | None
-    found: str = ""  # what own images were found, in one line
+    found: str = ""  # what own images were found, in lines
 
 
 def check_inputs(config: TrainConfig, concept: Concept | None = None) -> Inputs:
@@ -60,12 +60,13 @@ def check_inputs(config: TrainConfig, concept: Concept | None = None) -> Inputs:
     if not own_images:
         check_ours(data_dir)
     check_batch_size(config, concept, data_dir)
-    examples = scan(data_dir, concept, config.eta) if own_images else []
-    groups = [example.group for example in examples] or image_groups(config, concept)
+    photos = scan_positives(config.positives, concept) if config.positives else []
+    own = scan(data_dir, concept, config.eta, config.positives) if own_images else []
+    groups = [example.group for example in own] or image_groups(config, concept, photos)
     if config.beta == "estimate":
         check_countable(groups.count("positive"), groups.count("generic") + groups.count("mixed_in"))
     check_probe(config, concept, groups)
-    found = describe_images(data_dir, examples) if own_images else ""
+    found = describe_found(config, data_dir, own, photos)
     return Inputs(concept, source, data_dir, own_images, choose_tracker(config.report_to), found)
 
 
@@ -114,9 +115,23 @@ def check_data_dir(config: TrainConfig, data_dir: Path) -> None:
     check_writable(data_dir, "--data_dir")
 
 
-def image_groups(config: TrainConfig, concept: Concept) -> Sequence[str]:
-    """The group of each training image that is to be rendered."""
-    return [group for group, _, count in plan_images(concept, config) for _ in range(count)]
+def image_groups(config: TrainConfig, concept: Concept, photos: Sequence[Example]) -> Sequence[str]:
+    """The group of each training image that is to be rendered, with the user's photos for the positives if any."""
+    groups = [group for group, _, count in plan_images(concept, config) for _ in range(count)]
+    return [group for group in groups if group != "positive"] + ["positive"] * len(photos) if photos else groups
+
+
+def describe_found(config: TrainConfig, data_dir: Path, own: Sequence[Example], photos: Sequence[Example]) -> str:
+    """What was found among the user's own images, in lines: in the data folder, and in --positives."""
+    lines = [describe_positives(config.positives, photos)] if config.positives else []
+    if own:
+        lines.append(describe_images(data_dir, [e for e in own if config.positives not in e.path.parents]))
+        if not any(e.group == "keep" for e in own):
+            lines.append(
+                f"{data_dir}: no image has the group keep, so other concepts are not retained in training "
+                "(docs/concepts.md, Your own images)."
+            )
+    return "\n".join(lines)
 
 
 def choose_tracker(report_to: str | None) -> str | None:

@@ -67,7 +67,7 @@ def read_data(config: TrainConfig, concept: Concept, base: Base) -> Data:
         UsageError: invalid images, captions or betas.
     """
     assert config.data_dir is not None
-    examples = scan(config.data_dir, concept, config.eta)
+    examples = scan(config.data_dir, concept, config.eta, config.positives)
     mean, std = encode_images(base, examples, config.resolution or base.resolution, config.data_dir / CACHE_DIR)
     prior = resolve_beta(config.beta, config.data_dir, lambda: embed(base, examples, mean))
     prior = broadcast_object_list([prior])[0]  # rounding may differ between devices: one beta for all

@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,8 +27,11 @@ from sd_unlearn import cli
 from sd_unlearn.config.train import TrainConfig
 from sd_unlearn.data.batches import StratifiedBatches
 from sd_unlearn.data.concept import read_concept
+from sd_unlearn.data.dataset import scan
 from sd_unlearn.data.prior import ASSUMED_BETA
 from sd_unlearn.errors import UnlearnError, UsageError
+from sd_unlearn.evaluation.job import _reference_folder
+from sd_unlearn.evaluation.loras import open_run
 from sd_unlearn.io.reading import read_json, read_jsonl
 from sd_unlearn.io.run_folder import DATA_MANIFEST
 from sd_unlearn.models import lora, sampling
@@ -509,6 +514,36 @@ def test_own_images(photos: Callable[..., Path], make_config: Config, capsys: py
     record = read_json(run / "training.json")
     assert (record["beta"], record["beta_source"]) == (ASSUMED_BETA, "assumed")
     assert {name for name in tree(folder) - before if not name.startswith("cache")} == set()
+
+
+def test_own_photos_of_the_concept_replace_the_generated_ones(
+    place: Path, make_config: Config, photos: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = photos(positive=5) / "1_positive"
+    (folder / "0.txt").write_text("a photo of him")
+    output = trainer.run(make_config("run", positives=folder, max_train_steps=2))
+    err = capsys.readouterr().err
+    assert f"{folder}: 5 images of the concept, 1 with own captions." in err
+    assert re.search(r" 5 positive images, beta 0\.\d+ \(manifest\)", err)
+    assert read_json(output / "training.json")["beta_source"] == "manifest"
+    examples = scan(place / "data", read_concept(place / "brad.yaml"), positives=folder)
+    assert {e.path.parent for e in examples if e.is_positive} == {folder}
+    assert [e.caption for e in examples if e.is_positive] == ["a photo of him", *4 * ["a photo of Brad Pitt"]]
+    lora = open_run(output)
+    job = SimpleNamespace(reference=[])
+    assert _reference_folder(job, lora.concept, [lora]) == folder  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [("nowhere", "is not a folder"), ("photos", "holds 0 images. At least 2")]
+)
+def test_a_wrong_folder_of_own_photos_is_refused_before_a_model_loads(
+    make_config: Config, photos: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, name: str, message: str
+) -> None:
+    monkeypatch.setattr(trainer, "load_base", lambda *_: pytest.fail("loaded"))
+    photos()
+    with pytest.raises(UsageError, match=f"^--positives {name}.*{message}"):
+        trainer.run(make_config("run", positives=Path(name)))
 
 
 @pytest.mark.parametrize("target", ["teacher", "noise"])
