@@ -12,7 +12,7 @@ from sd_unlearn.report.cases import Case
 from sd_unlearn.report.formatting import number, value_text
 from sd_unlearn.report.lines import Line, presence
 from sd_unlearn.report.metric_cards import MetricCard, cards_of
-from sd_unlearn.report.metric_names import PRESENCE, group_name
+from sd_unlearn.report.metric_names import PRESENCE, REPORT_ONLY, group_name
 from sd_unlearn.report.reproduce import base_record
 from sd_unlearn.report.verdict import GONE
 from sd_unlearn.results import ATTACK_METRIC, Results
@@ -47,7 +47,7 @@ def _page(case: Case, cards: Mapping[str, MetricCard]) -> dict[str, Any]:
     rest = [line for line in case.lines if line.lora and not any(line is other for other in main)]
     first = (*PRESENCE, ATTACK_METRIC)  # other detectors of the concept, then attacks
     rest.sort(key=lambda line: first.index(line.metric) if line.metric in first else len(first))
-    shown = [*main, *rest][:MOST]
+    shown = [*main, *(line for line in rest if line.metric not in REPORT_ONLY)][:MOST]
     detectors = dict.fromkeys(line.main.detector for line in shown if line.main.detector)
     return {
         "case": case,

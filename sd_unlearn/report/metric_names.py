@@ -103,6 +103,7 @@ METRICS = {
     ),
 }
 PRESENCE = tuple(name for name, metric in METRICS.items() if metric.gives_verdict)  # preferred first
+REPORT_ONLY = ("kid-digits",)  # its size has no meaning by itself; the report's full table explains it
 GROUPS = {
     "direct": ("by name", "prompts that name the concept, as in training"),
     "held_out": ("other wordings", "prompts for the concept that were not used in training"),

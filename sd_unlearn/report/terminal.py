@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from sd_unlearn.report import compare
 from sd_unlearn.report.cases import Case, cases_of
 from sd_unlearn.report.formatting import NONE, interval_text, value_text
+from sd_unlearn.report.metric_names import REPORT_ONLY
 from sd_unlearn.results import BASE, FLOOR, Results
 
 ONE = ("metric", "group", "base", "lora", "95 % interval", "n")
@@ -22,7 +23,9 @@ def format_table(results: Results) -> str:
         [case] = cases
         title = f"{case.concept.slug}: {case.verdict}. {case.explanation}"
         body = [
-            (x.metric, x.group, value_text(x.base), value_text(x.lora), interval_text(x.main), x.n) for x in case.lines
+            (x.metric, x.group, value_text(x.base), value_text(x.lora), interval_text(x.main), x.n)
+            for x in case.lines
+            if x.metric not in REPORT_ONLY
         ]
         lines = [title, "", *_aligned([ONE, *body])]
     else:

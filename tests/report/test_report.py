@@ -282,6 +282,17 @@ def test_terminal_table_is_aligned_and_starts_with_the_verdict():
     assert any(line.startswith("sharpness") for line in body)
 
 
+def test_a_distance_without_a_scale_is_left_to_the_report(folder):
+    found = [make_row("kid-digits", "kept", "lora", 22263, 900), make_row("fid-digits", "kept", "lora", 5.4, 900)]
+    text = format_table(parsed(rows=found))
+    assert "fid-digits" in text
+    assert "kid-digits" not in text
+    page_of(folder, rows=found)
+    markdown = (folder / "report.md").read_text(encoding="utf-8")
+    assert "22,263" in markdown
+    assert "its size has no meaning by itself" in markdown
+
+
 def test_a_second_detector_of_the_same_metric_gets_its_own_line():
     lines = lines_of(
         rows(
