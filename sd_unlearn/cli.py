@@ -98,14 +98,16 @@ def render(config: Annotated[RenderConfig, Parameter(name="*")] = RenderConfig()
     """Generate the training images of a concept; only those that are missing."""
     from sd_unlearn.data.render import run
 
-    print(run(config))
+    folder = run(config)
+    if not config.dry_run:
+        print(folder)
 
 
 @app.command(help_formatter=ShortHelp("memory, beta, resuming, previews"))
 def train(config: Annotated[TrainConfig, Parameter(name="*")] = TrainConfig()) -> None:
     """Train a LoRA that erases a concept; missing training images are generated first."""
     prepare_processes()
-    if config.beta_sweep is not None:
+    if config.beta_sweep is not None and not config.dry_run:
         from sd_unlearn import sweep
 
         print(sweep.run(config))
@@ -113,7 +115,7 @@ def train(config: Annotated[TrainConfig, Parameter(name="*")] = TrainConfig()) -
     from sd_unlearn.training import trainer
 
     folder = trainer.run(config)
-    if process_rank() == 0:
+    if process_rank() == 0 and not config.dry_run:
         print(f"Next: sd-unlearn evaluate --run {shlex.quote(str(folder))}", file=sys.stderr)
         print(folder)
 

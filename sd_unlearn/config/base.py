@@ -9,6 +9,7 @@ from cyclopts import Group
 from sd_unlearn.choices import TemplateKind
 from sd_unlearn.config.options import GENERAL, START, BatchSize, Count, InferenceSteps, NumImages, Range, option
 from sd_unlearn.config.paths import PathOptions
+from sd_unlearn.config.planning import PlanOptions
 from sd_unlearn.seeds import SEED_SPAN
 
 DEFAULT_BASE = "CompVis/stable-diffusion-v1-4"
@@ -67,7 +68,7 @@ class BaseOptions(PathOptions):
 
 
 @dataclass(kw_only=True)
-class RenderConfig(BaseOptions, ConceptOption):
+class RenderConfig(PlanOptions, BaseOptions, ConceptOption):
     """Generate the unlabeled and the positive training images of a concept from its prompts."""
 
     anchor: Annotated[
@@ -111,7 +112,12 @@ class RenderConfig(BaseOptions, ConceptOption):
         float | None, option("Classifier-free guidance. Default: 3 on digits, 7.5 otherwise.", IMAGES, GuidanceScale)
     ] = None
     render_batch_size: Annotated[
-        int | None, option("Images generated at once. Default: 100 on digits, 4 otherwise.", IMAGES, BatchSize)
+        int | None,
+        option(
+            "Images generated at once. Default: 100 on digits, 4 otherwise; fewer if memory is short.",
+            IMAGES,
+            BatchSize,
+        ),
     ] = None
     seed: Annotated[
         int,

@@ -28,6 +28,7 @@ from sd_unlearn.config.options import (
     option,
     several,
 )
+from sd_unlearn.config.planning import PlanOptions
 
 PROMPTS = Group("Prompts and seeds", sort_key=2)
 SAMPLER = Group("Sampler", sort_key=3)
@@ -138,7 +139,12 @@ class SamplerOptions(BaseOptions):
         int | None, option("Width and height of the images in pixels. Default: the base's own.", SAMPLER, Resolution)
     ] = None
     render_batch_size: Annotated[
-        int | None, option("Images generated at once. Default: 100 on digits, 4 otherwise.", SAMPLER, BatchSize)
+        int | None,
+        option(
+            "Images generated at once. Default: 100 on digits, 4 otherwise; fewer if memory is short.",
+            SAMPLER,
+            BatchSize,
+        ),
     ] = None
     mixed_precision: Annotated[
         Literal["no", "fp16", "bf16"], option("Precision of the networks; fp16 and bf16 need a GPU.", SAMPLER)
@@ -210,7 +216,7 @@ class Detectors:
 
 
 @dataclass(kw_only=True)
-class EvaluateConfig(Detectors, SamplerOptions, Prompts, Inputs):
+class EvaluateConfig(PlanOptions, Detectors, SamplerOptions, Prompts, Inputs):
     """Generate images from the same seeds with and without LoRAs, and measure erasure and retention."""
 
     output_dir: Annotated[

@@ -80,6 +80,15 @@ def run(config: RenderConfig, concept: Concept | None = None) -> Path:
     check_places(job.folder)
     if config.anchor is not None:
         print(describe_anchored(concept), file=sys.stderr)
+    if config.dry_run:
+        from sd_unlearn.data.plan import show_plan
+
+        show_plan(job, config)
+        return job.folder
+    if not _is_finished(job):
+        from sd_unlearn.data.plan import planned_sampler
+
+        job = dataclasses.replace(job, sampler=planned_sampler(job.source, job.sampler, config))
     return render_locked(job, lambda: load_base(job.source, config.mixed_precision or "no"))
 
 
@@ -226,7 +235,7 @@ def render_concept(job: RenderJob, get_base: Callable[[], Base]) -> Path:
     if _is_finished(job):
         return folder
     records = _image_records(job)
-    requests = [ImageRequest(folder / sub / r.file_name, r.text, r.seed) for sub, rs in records.items() for r in rs]
+    requests = image_requests(job)
     loaded: list[Base] = []
 
     def load() -> Base:
@@ -268,6 +277,12 @@ def check_same_base(folder: Path, base: Base) -> None:
             f"differ (SHA-256 {str(record[key])[:12]} then, {base.hashes[key][:12]} now). Delete the folder or choose "
             "another --data_dir."
         )
+
+
+def image_requests(job: RenderJob) -> list[ImageRequest]:
+    """Every image of the folder, whether it exists or not."""
+    records = _image_records(job).items()
+    return [ImageRequest(job.folder / sub / r.file_name, r.text, r.seed) for sub, rs in records for r in rs]
 
 
 def _image_records(job: RenderJob) -> dict[str, list[ImageRecord]]:

@@ -45,7 +45,7 @@ def run(config: EvaluateConfig, concepts: Sequence[Concept] = ()) -> dict[str, A
     that --concept names.
 
     Returns:
-        The content of results.json; {} with --write_plan, and in all processes but the first.
+        The content of results.json; {} with --write_plan or --dry_run, and in all processes but the first.
 
     Raises:
         UsageError: invalid options, nothing to evaluate, or LoRAs of different bases.
@@ -54,6 +54,11 @@ def run(config: EvaluateConfig, concepts: Sequence[Concept] = ()) -> dict[str, A
     job = resolve_job(config, concepts)
     if config.write_plan is not None:
         write_plan(config.write_plan, job.plans)
+        return {}
+    if config.dry_run:
+        from sd_unlearn.evaluation.plan import show_plan
+
+        show_plan(job)
         return {}
     metrics = {slug: find_metrics(job.metric_context(concept)) for slug, concept in job.concepts.items()}
     with full_disk_explained(), locked(job.output, "--output_dir"):

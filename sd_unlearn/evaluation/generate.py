@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +98,10 @@ def generate_images(job: EvaluationJob) -> ImageCache | None:
     if not job.needs_base:
         return None
     loader = BaseLoader(job)
+    from sd_unlearn.data.plan import planned_sampler
+
     cache = image_cache(job, loader)
+    cache = replace(cache, sampler=planned_sampler(job.source, cache.sampler, job.config))
     all_specs = [spec for specs in job.plans.values() for spec in specs]
     cache.generate(loader.load, ModelVariant(), all_specs, "generate base")
     for subject in list(job.subjects):

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from sd_unlearn.config.batching import Batching
 from sd_unlearn.models.footprint import InferenceFootprint, TrainingFootprint
 
 MIB, GIB = 2**20, 2**30
@@ -19,6 +20,7 @@ CONTEXT = GIB // 2  # of a GPU's memory, taken by CUDA itself and by the desktop
 WORKSPACE = {"cuda": 256 * MIB, "cpu": 48 * MIB}
 # On a CPU, glibc keeps freed blocks: about this many times the temporary tensors of a pass (measured on SD 1.5).
 KEPT_BLOCKS = {"cuda": 0, "cpu": 6}
+ENCODED = {True: 64, False: 4}  # images encoded at once at most: of up to 64 pixels, and larger ones
 TILE_SHARE = 4  # tiles of half the side take a quarter of the VAE's memory
 
 
@@ -107,6 +109,10 @@ class Inference:
         size = self.largest(divisors(default), lambda n: self.render(n, training=training))
         return (size, False) if size else (1, True)
 
+    def needs_tiles(self, images: int, training: int = 0) -> bool:
+        """Whether the VAE decodes the only image of a batch in tiles, because it does not fit otherwise."""
+        return images == 1 and self.render(1, training=training).total > self.device.usable
+
     def encode_batch_size(self, default: int, captions: int) -> int:
         return self.largest(divisors(default), lambda n: self.encode(n, captions)) or 1
 
@@ -132,15 +138,45 @@ class Training(Inference):
         each = (t.checkpointed if checkpointing else t.activations) + KEPT_BLOCKS[self.device.kind] * t.forward
         return Phase("step", images, self._weights() | {"activations": images * each} | self._rest())
 
-    def step_sizes(self, images: int, checkpointing: bool | None) -> Iterator[tuple[int, bool]]:
+    def step_sizes(self, sizes: Sequence[int], checkpointing: bool | None) -> Iterator[tuple[int, bool]]:
         """(micro-batch, checkpointing) that fit, best first: without checkpointing if a single image fits so."""
         for on in (False, True) if checkpointing is None else (checkpointing,):
-            if size := self.largest(balanced(images), lambda n, on=on: self.step(n, on)):  # type: ignore[misc]
+            if size := self.largest(sizes, lambda n, on=on: self.step(n, on)):  # type: ignore[misc]
                 yield size, on
 
     def teacher_batch_size(self, micro_batch_size: int) -> int:
         """Rows at once: a micro-batch has up to twice its images."""
         return self.largest(balanced(2 * micro_batch_size), self.teacher) or 1
+
+    def choose(
+        self, images: int, render: int, captions: int, size: int | None = None, checkpointing: bool | None = None
+    ) -> Batching:
+        """The batches of a training that fit; the smallest ones if nothing fits.
+
+        images: of a training step in this process. render: images generated at once at most. captions: encoded at
+        once. size: of a micro-batch, and checkpointing; None to choose them.
+        """
+        sizes = [size] if size else balanced(images)
+        size, on = next(self.step_sizes(sizes, checkpointing), (sizes[-1], checkpointing is not False))
+        return Batching(
+            micro_batch_size=size,
+            gradient_checkpointing=on,
+            teacher_batch_size=self.teacher_batch_size(size),
+            encode_batch_size=self.encode_batch_size(ENCODED[self.footprint.resolution <= 64], captions),
+            render_batch_size=self.render_batch_size(render)[0],
+        )
+
+    def phases(self, batching: Batching, captions: int, rendering: bool, teacher: bool, previews: bool) -> list[Phase]:
+        """The phases of a training with these batches, in their order, without those that it does not have."""
+        render, trained = batching.render_batch_size, self.trained.constant - self.trained.gradients
+        found = [
+            (rendering, self.render(render, self.needs_tiles(render))),
+            (True, self.encode(batching.encode_batch_size, captions)),
+            (teacher, self.teacher(batching.teacher_batch_size)),
+            (True, self.step(batching.micro_batch_size, batching.gradient_checkpointing)),
+            (previews, self.render(render, self.needs_tiles(render, trained), trained)),
+        ]
+        return [phase for exists, phase in found if exists]
 
     def _weights(self) -> dict[str, int]:
         return {"UNet": self.footprint.unet, "trained weights, optimizer": self.trained.constant}

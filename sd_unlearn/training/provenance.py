@@ -43,6 +43,7 @@ NOT_COMPARED = {
         "single_file_config",
     ),
     *("allow_pickle", "data_dir", "positives", "output_dir", "config", "debug", "overwrite", "beta_sweep", "report_to"),
+    *("dry_run", "vram"),
     *("num_unlabeled", "num_positive", "num_mixed_in", "num_keep", "num_inference_steps", "render_batch_size"),
     *("validation_steps", "gradient_share_steps", "checkpointing_steps"),
     *("checkpoints_total_limit", "resume_from_checkpoint", "force_resume", "torch_compile"),

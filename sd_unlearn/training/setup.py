@@ -144,7 +144,8 @@ def make_training(
         behind = dataclasses.replace(teacher, batch_size=teacher_batch_size) if teacher else None
         return example_losses(of_model, batch, config.reduction, behind, config.snr_gamma)
 
-    generator = _make_generator(config, base, data, student)
+    at_once = dataclasses.replace(config, render_batch_size=batching.render_batch_size)
+    generator = _make_generator(at_once, base, data, student)
     probe = _make_probe(config, concept, data, student, denoiser, generator, held_out)
     preview = PreviewWriter(generator, concept, config.seed, config.output_dir) if generator else None
     return Training(

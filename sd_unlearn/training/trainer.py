@@ -26,7 +26,7 @@ from sd_unlearn.io.files import write_json, write_text
 from sd_unlearn.io.lock import locked, remove_leftovers
 from sd_unlearn.io.own_files import RUN, delete_own, mark
 from sd_unlearn.io.run_folder import BEST_DIR, CHECKPOINT_DIR, CONCEPT, CONFIG, DATA_MANIFEST, PREVIEW_DIR, TRAINING
-from sd_unlearn.launch import process_rank
+from sd_unlearn.launch import process_count, process_rank
 from sd_unlearn.models.base import Base, check_text_encoder, choose_precision, load_base, use_zero_terminal_snr
 from sd_unlearn.seeds import TRAIN_SEEDS
 from sd_unlearn.training import checkpoint
@@ -60,6 +60,11 @@ def run(config: TrainConfig, concept: Concept | None = None) -> Path:
     check_output(config, output)
     if config.anchor is not None and process_rank() == 0:
         print(describe_anchored(inputs.concept, inputs.own_images), file=sys.stderr)
+    if config.dry_run:
+        from sd_unlearn.training.plan import show_plan
+
+        show_plan(config, inputs, output)
+        return output
     with locked(output, "--output_dir"):
         return _run(config, inputs, output)
 
@@ -85,6 +90,7 @@ def _run(config: TrainConfig, inputs: Inputs, output: Path) -> Path:
 
     accelerator = _make_accelerator(config, output, inputs.tracker)
     performance.check(config, accelerator.device)
+    planned = _plan(config, inputs)  # before the seed is set, so that it cannot depend on it
     set_seed(TRAIN_SEEDS[0] + config.seed, device_specific=True)
 
     @cache
@@ -93,11 +99,11 @@ def _run(config: TrainConfig, inputs: Inputs, output: Path) -> Path:
         return load_base(inputs.source, precision, accelerator.device)
 
     if not inputs.own_images:
-        _render(config, inputs, get_base)
+        _render(dataclasses.replace(config, render_batch_size=planned.render_batch_size), inputs, get_base)
         check_same_base(inputs.data_dir, get_base())
         accelerator.wait_for_everyone()  # the first process writes the metadata after the last image
     config = dataclasses.replace(config, data_dir=inputs.data_dir, output_dir=output)
-    return _train(config, inputs.concept, get_base(), accelerator, resume)
+    return _train(config, inputs.concept, get_base(), accelerator, planned, resume)
 
 
 def _make_accelerator(config: TrainConfig, output: Path, tracker: str | None) -> Accelerator:
@@ -125,7 +131,14 @@ def _render(config: TrainConfig, inputs: Inputs, get_base: Callable[[], Base]) -
     render_locked(job, get_base)
 
 
-def _train(config: TrainConfig, concept: Concept, base: Base, accelerator: Accelerator, resume: Path | None) -> Path:
+def _train(
+    config: TrainConfig,
+    concept: Concept,
+    base: Base,
+    accelerator: Accelerator,
+    planned: Batching,
+    resume: Path | None,
+) -> Path:
     from sd_unlearn.training.loop import fit
     from sd_unlearn.training.setup import make_training, read_data, resolve_defaults
 
@@ -136,7 +149,7 @@ def _train(config: TrainConfig, concept: Concept, base: Base, accelerator: Accel
     if config.train_text_encoder:
         check_text_encoder(base.kind, base.name)
     data = read_data(config, concept, base)
-    batching = _choose_batching(config, accelerator, resume)
+    batching = _choose_batching(config, accelerator, planned, resume)
     config = resolve_defaults(config, base, data, accelerator.num_processes)
     config = dataclasses.replace(config, mixed_precision=accelerator.mixed_precision)
     identity = identity_of(config, concept, base, fingerprint(data.images.examples), accelerator.num_processes)
@@ -161,13 +174,22 @@ def _train(config: TrainConfig, concept: Concept, base: Base, accelerator: Accel
     return output
 
 
-def _choose_batching(config: TrainConfig, accelerator: Accelerator, resume: Path | None) -> Batching:
-    """How steps are cut: as the options say, as in the checkpoint, or as chosen for this device."""
+def _plan(config: TrainConfig, inputs: Inputs) -> Batching:
+    """The batches that fit into the memory of the device, or that the options say."""
+    from sd_unlearn.training.plan import plan_run
+
+    plan = plan_run(config, inputs)
+    return plan.batching if plan else default_batching(config, process_count())
+
+
+def _choose_batching(config: TrainConfig, accelerator: Accelerator, planned: Batching, resume: Path | None) -> Batching:
+    """How steps are cut: as the options say, as in the checkpoint, or as planned for this device."""
     from accelerate.utils import gather_object
 
     processes = accelerator.num_processes
     batching = checkpoint.saved_batching(resume) if resume else None
-    batching = with_options(batching, config, processes) if batching else default_batching(config, processes)
+    batching = with_options(batching, config, processes) if batching else planned
+    batching = dataclasses.replace(batching, render_batch_size=planned.render_batch_size)
     # the same everywhere, so that all processes agree when nothing smaller is left
     return min(gather_object([batching]), key=lambda b: (b.micro_batch_size, not b.gradient_checkpointing))
 

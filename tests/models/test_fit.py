@@ -57,7 +57,7 @@ def test_sizes() -> None:
 )
 def test_the_largest_micro_batch_that_fits(usable: float, chosen: tuple[int, bool]) -> None:
     training = Training(FROZEN, gpu(usable), TRAINED)
-    size, checkpointing = next(training.step_sizes(40, None))
+    size, checkpointing = next(training.step_sizes(balanced(40), None))
     assert (size, checkpointing) == chosen
     assert training.step(size, checkpointing).total <= training.device.usable
     assert training.teacher(training.teacher_batch_size(size)).total <= training.device.usable
@@ -65,10 +65,10 @@ def test_the_largest_micro_batch_that_fits(usable: float, chosen: tuple[int, boo
 
 def test_options_limit_the_choice() -> None:
     training = Training(FROZEN, gpu(8), TRAINED)
-    assert next(training.step_sizes(40, True)) == (20, True)
-    assert next(training.step_sizes(6, None)) == (6, False)
-    assert not list(Training(FROZEN, gpu(0.9), TRAINED).step_sizes(40, False))
-    assert not list(Training(FROZEN, gpu(0.2), TRAINED).step_sizes(40, None))
+    assert next(training.step_sizes(balanced(40), True)) == (20, True)
+    assert next(training.step_sizes([6], None)) == (6, False)
+    assert not list(Training(FROZEN, gpu(0.9), TRAINED).step_sizes(balanced(40), False))
+    assert not list(Training(FROZEN, gpu(0.2), TRAINED).step_sizes(balanced(40), None))
 
 
 def test_rendering_is_cut_and_then_tiled() -> None:

@@ -1,0 +1,68 @@
+"""Print docs/hardware.md's table: what is chosen for each card and base, and the memory it is predicted to take.
+
+    python scripts/hardware_table.py
+
+Needs no GPU, no weights and no network. What was measured is read from docs/hardware-measured.json, if it exists.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+from sd_unlearn.models.fit import GIB, Training, other_device
+from sd_unlearn.models.footprint import StepOptions, count_inference, count_training
+from sd_unlearn.models.meta import read_configs
+from sd_unlearn.models.sampling import DEFAULT_SAMPLER
+from sd_unlearn.models.source import Source
+
+MEASURED = Path(__file__).parents[1] / "docs" / "hardware-measured.json"
+CARDS = (6, 8, 12, 16, 24, 40, 80)  # GB
+BASES = {
+    "SD 1.5": ("stable-diffusion-v1-5/stable-diffusion-v1-5", 512),
+    "SD 2.1": ("stabilityai/stable-diffusion-2-1", 768),
+    "SDXL": ("stabilityai/stable-diffusion-xl-base-1.0", 1024),
+}
+IMAGES, CAPTIONS = 40, 64  # of a training step; encoded at once
+COLUMNS = (
+    *("card", "base, pixels", "micro-batch", "checkpointing", "images a step", "images generated at once"),
+    *("predicted peak", "in phase", "measured peak", "seconds a step", "images a second of render"),
+)
+
+
+def row(card: int, base: str, measured: dict[str, list[str]]) -> str:
+    """A line of the table: fp16, LoRA of rank 8, the default options."""
+    name, pixels = BASES[base]
+    configs, device = read_configs(Source(name)), other_device(card * GIB)
+    training = Training(
+        count_inference(configs, "fp16", pixels), device, count_training(configs, StepOptions(), "fp16", pixels)
+    )
+    batching = training.choose(IMAGES, DEFAULT_SAMPLER.batch_size, CAPTIONS)
+    phases = training.phases(batching, CAPTIONS, rendering=True, teacher=True, previews=True)
+    peak = max(phases, key=lambda phase: phase.total)
+    size, render = batching.micro_batch_size, batching.render_batch_size
+    cut = f"{IMAGES} = {math.ceil(IMAGES / size)} x {size}" if IMAGES % size == 0 else f"{IMAGES}, {size} at a time"
+    cells = [
+        f"{card} GB",
+        f"{base}, {pixels}",
+        str(size),
+        "yes" if batching.gradient_checkpointing else "no",
+        cut,
+        f"{render}{', in tiles' if training.needs_tiles(render) else ''}",
+        f"{peak.total / GIB:.1f} GB",
+        peak.name,
+    ]
+    if peak.total > device.usable:
+        cells = [*cells[:2], *["does not fit"], *["–"] * 3, *cells[6:]]
+    return f"| {' | '.join([*cells, *measured.get(f'{card} GB, {base}', ['', '', ''])])} |"
+
+
+def table() -> str:
+    measured = json.loads(MEASURED.read_text()) if MEASURED.is_file() else {}
+    head = [f"| {' | '.join(COLUMNS)} |", "|" + "---|" * len(COLUMNS)]
+    return "\n".join([*head, *(row(card, base, measured) for base in BASES for card in CARDS)])
+
+
+if __name__ == "__main__":
+    print(table())

@@ -1,0 +1,60 @@
+"""The plan of an evaluation, for `evaluate --dry_run`: memory for generating images, and how many there are."""
+
+from __future__ import annotations
+
+from sd_unlearn.data.plan import (
+    SMALLER,
+    check_fits,
+    choose_device,
+    choose_precision_for,
+    count_missing,
+    describe_images,
+    describe_memory,
+    fit_sampler,
+    plan_inference,
+)
+from sd_unlearn.evaluation.generate import BaseLoader, image_cache
+from sd_unlearn.evaluation.job import EvaluationJob
+from sd_unlearn.evaluation.loras import ModelVariant
+from sd_unlearn.launch import process_rank
+from sd_unlearn.models.sampling import resolve_sampler
+
+
+def show_plan(job: EvaluationJob) -> None:
+    """Print the plan of an evaluation. The memory of detectors is not part of it.
+
+    Raises:
+        UnlearnError: not even one image fits.
+    """
+    config, names = job.config, ", ".join(concept.name for concept in job.concepts.values())
+    if not job.needs_base:
+        print(f"Plan: evaluate {len(job.subjects)} image folders on {names}. No image is generated.")
+        return
+    device, sampler = choose_device(config.vram), resolve_sampler(config, job.source.name)
+    precision = choose_precision_for(device, config.mixed_precision)
+    inference = plan_inference(job.source, device, precision, sampler.resolution)
+    phase, notes = fit_sampler(inference, sampler, config.render_batch_size)
+    missing, total, known = _count_images(job)
+    title = f"Plan: evaluate {len(job.subjects)} models on {names} with {job.source.name}, precision {precision}."
+    lines = [title, "", *describe_memory([phase], device), *notes, ""]
+    lines += describe_images(missing, total, inference.footprint.resolution, sampler)
+    if not known:
+        lines.append("Images of earlier evaluations are used again; which exist is known once the base is loaded.")
+    lines.append("Time: unknown. The memory of detectors is not included.")
+    if process_rank() == 0:
+        print("\n".join(lines))
+    check_fits([phase], device, SMALLER)
+
+
+def _count_images(job: EvaluationJob) -> tuple[int, int, bool]:
+    """(missing, total, whether it is known which images exist: the cache's folder depends on the base's weights)."""
+    known = not job.base_named and any(lora.is_run for lora in job.loras)
+    variants = [(ModelVariant(), list(job.plans))]
+    variants += [(subject.variant, list(subject.concepts)) for subject in job.subjects if subject.variant]
+    cache = image_cache(job, BaseLoader(job)) if known else None
+    missing = total = 0
+    for variant, slugs in variants:
+        specs = list({spec.file_name: spec for slug in slugs for spec in job.plans[slug]}.values())
+        total += len(specs)
+        missing += count_missing(cache.paths(variant, specs)) if cache else len(specs)
+    return missing, total, known

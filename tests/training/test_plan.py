@@ -1,0 +1,114 @@
+"""The plan of a training: --dry_run, --vram, and the batches that a training takes from it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from conftest import tree
+
+from sd_unlearn.cli import main
+from sd_unlearn.config.train import TrainConfig
+from sd_unlearn.io.files import write_json
+from sd_unlearn.io.run_folder import CONFIG, TRAINING
+from sd_unlearn.models.fit import GIB
+from sd_unlearn.models.source import Source
+from sd_unlearn.training.plan import known_speed, plan_memory
+
+SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+PLANNED = TrainConfig(vram="8GB", mixed_precision="fp16")
+
+
+@pytest.fixture
+def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every way to weights fails."""
+    for name in ("torch.load", "safetensors.torch.load_file", "diffusers.DiffusionPipeline.from_pretrained"):
+        monkeypatch.setattr(name, lambda *_, **__: pytest.fail("weights were loaded"))
+    monkeypatch.setattr("sd_unlearn.models.loading.load_pipeline", lambda *_: pytest.fail("the base was loaded"))
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_a_dry_run_prints_the_plan_and_writes_nothing(concept_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = tree(Path("."))
+    command = ["--concept", str(concept_file), "--pretrained_model_name_or_path", SD15, "--mixed_precision", "fp16"]
+    assert main(["train", *command, "--dry_run", "--vram", "8GB"]) == 0
+    printed = capsys.readouterr().out
+    for words in (
+        "40 images a step in 10 micro-batches of at most 4",
+        "of 7.5 GB free on a GPU with 8 GB",
+        "activations",
+    ):
+        assert words in printed
+    assert "Images to generate: 13 of 13, 512 pixels" in printed
+    assert main(["render", *command, "--dry_run", "--vram", "3GB"]) == 0
+    assert "images at once instead of 4" in capsys.readouterr().out
+    assert tree(Path(".")) == before
+
+
+def test_options_win_over_the_plan() -> None:
+    source = Source(SD15)
+    chosen = plan_memory(PLANNED, source, 10).batching
+    assert (chosen.micro_batch_size, chosen.gradient_checkpointing) == (4, False)
+    given = plan_memory(replace(PLANNED, train_batch_size=3), source, 10).batching
+    assert (given.micro_batch_size, given.gradient_checkpointing) == (3, False)
+    large = plan_memory(replace(PLANNED, train_batch_size=14), source, 10).batching
+    assert (large.micro_batch_size, large.gradient_checkpointing) == (14, True)
+    parts = plan_memory(replace(PLANNED, gradient_accumulation_steps=20, render_batch_size=3), source, 10).batching
+    assert (parts.micro_batch_size, parts.render_batch_size) == (2, 3)
+    on = plan_memory(replace(PLANNED, gradient_checkpointing=True), source, 10)
+    assert on.batching.micro_batch_size > 4
+    assert on.peak.total <= on.device.usable
+
+
+def test_what_cannot_fit_is_refused_with_what_is_left_to_try(
+    concept_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["train", "--concept", str(concept_file), "--pretrained_model_name_or_path", SD15, "--dry_run"]
+    assert main([*command, "--vram", "2GB"]) == 1
+    printed = capsys.readouterr()
+    assert "does not fit" in printed.out
+    assert "--mixed_precision fp16" in printed.err
+    assert "a lower --resolution" in printed.err
+
+
+@pytest.mark.parametrize("size", ["8XB", "huge", "0GB", "-8GB", "5000GB"])
+def test_a_wrong_size_is_refused(size: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "seven", "--dry_run", f"--vram={size}"]) == 2
+    message = capsys.readouterr().err
+    assert "--vram" in message
+    assert size in message
+
+
+@pytest.mark.parametrize("size", ["8GB", "8 gib", "8192MB", "8"])
+def test_sizes(size: str) -> None:
+    from sd_unlearn.config.planning import parse_vram
+
+    assert parse_vram(size) == 8 * GIB
+
+
+def test_without_a_shortage_a_cpu_does_everything_at_once() -> None:
+    batching = plan_memory(TrainConfig(), Source("digits"), 10).batching
+    assert (batching.micro_batch_size, batching.gradient_checkpointing) == (40, False)
+    assert (batching.teacher_batch_size, batching.encode_batch_size, batching.render_batch_size) == (80, 64, 100)
+
+
+def test_the_time_comes_from_an_earlier_run_of_the_same_kind() -> None:
+    source, config = Source("digits"), TrainConfig()
+    plan = plan_memory(config, source, 10)
+
+    def record(name: str, **changes: object) -> None:
+        folder = Path("runs") / name
+        folder.mkdir(parents=True)
+        cost = {"device": "cpu", "mixed_precision": "no", "seconds": 10.0, "images_seen": 50} | changes
+        write_json(folder / TRAINING, {"base": {"name": "digits"}, "created": name, "cost": cost})
+        (folder / CONFIG).write_text("resolution: null\n")
+
+    record("a", device="a GPU")
+    assert known_speed(Path("runs"), source, config, plan) is None
+    record("b")
+    record("c", seconds=5.0)
+    assert known_speed(Path("runs"), source, config, plan) == 10.0
+    assert known_speed(Path("runs"), source, replace(config, resolution=64), plan) is None
+    (Path("runs") / "c" / TRAINING).write_text("{}")
+    assert known_speed(Path("runs"), source, config, plan) == 5.0
