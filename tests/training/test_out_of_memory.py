@@ -33,7 +33,7 @@ def place(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def make_config(place: Path, tiny_base: Path) -> Config:
     def plain(output: Path | str, **changes: object) -> object:
-        usual = {"checkpointing_steps": 0, "lora_dropout": 0.0, "ema_decay": None, "max_train_steps": 4}
+        usual = {"checkpointing_steps": 0, "lora_dropout": 0.0, "ema_decay": None, "max_train_steps": 3}
         usual |= {"effective_batch_size": IMAGES, "train_batch_size": None}
         return make(place, tiny_base, output, **(usual | changes))
 
