@@ -90,7 +90,7 @@ def describe_memory(phases: Sequence[Phase], device: Device) -> list[str]:
         lines.append(f"{part:<{width}}" + "".join(f"{value:>10}" for value in values))
     lines.append(f"{'predicted peak':<{width}}" + "".join(f"{phase.total / GIB:>10.2f}" for phase in phases))
     peak = max(phase.total for phase in phases)
-    fits = "fits" if peak <= device.usable else "does not fit"
+    fits = "fits" if peak <= device.usable else "may not fit" if peak <= device.free else "does not fit"
     lines += [
         "",
         f"The peak of {gigabytes(peak)} {fits} on {device.name}: {gigabytes(device.usable)} usable, 90 % of the",

@@ -92,11 +92,12 @@ class Inference:
         work = {"generated images": at_once * max(sample, decode), "workspace": self.workspace}
         return Phase("preview" if training else "render", at_once, parts | work)
 
-    def encode(self, at_once: int, captions: int) -> Phase:
-        """Encode images and captions. captions: encoded at once."""
+    def encode(self, at_once: int, captions: int, tiles: bool = False) -> Phase:
+        """Encode images and captions. captions: encoded at once. tiles: as in render."""
         f = self.footprint
+        images = at_once * f.encode // (TILE_SHARE if tiles else 1)
         weights = {"UNet": f.unet, "VAE": f.vae + f.upcast, "text encoder": f.text_encoders}
-        work = {"encoded images": max(at_once * f.encode, captions * f.caption), "workspace": self.workspace}
+        work = {"encoded images": max(images, captions * f.caption), "workspace": self.workspace}
         return Phase("encode", at_once, weights | work)
 
     @property
@@ -168,10 +169,11 @@ class Training(Inference):
 
     def phases(self, batching: Batching, captions: int, rendering: bool, teacher: bool, previews: bool) -> list[Phase]:
         """The phases of a training with these batches, in their order, without those that it does not have."""
-        render, trained = batching.render_batch_size, self.trained.constant - self.trained.gradients
+        render, encode = batching.render_batch_size, batching.encode_batch_size
+        trained = self.trained.constant - self.trained.gradients
         found = [
             (rendering, self.render(render, self.needs_tiles(render))),
-            (True, self.encode(batching.encode_batch_size, captions)),
+            (True, self.encode(encode, captions, encode == 1 and self.encode(1, captions).total > self.device.usable)),
             (teacher, self.teacher(batching.teacher_batch_size)),
             (True, self.step(batching.micro_batch_size, batching.gradient_checkpointing)),
             (previews, self.render(render, self.needs_tiles(render, trained), trained)),

@@ -41,8 +41,8 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(concept_file: Path, capsys
     ):
         assert words in printed
     assert "Images to generate: 13 of 13, 512 pixels" in printed
-    assert main(["render", *command, "--dry_run", "--vram", "3GB"]) == 0
-    assert "images at once instead of 4" in capsys.readouterr().out
+    assert main(["render", *command, "--dry_run", "--vram", "4GB"]) == 0
+    assert "2 images at once instead of 4" in capsys.readouterr().out
     assert tree(Path(".")) == before
 
 
