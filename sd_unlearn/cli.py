@@ -213,7 +213,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except cyclopts.CycloptsError as error:
         return _fail(UsageError(_usage_message(error)), debug)
     except UnlearnError as error:
-        return _fail(error, debug)
+        return _fail(_out_of_memory(error) or error, debug)
     except KeyboardInterrupt as interrupt:
         print(f"\nInterrupted. {_how_to_resume(tokens, str(interrupt))}", file=sys.stderr)
         return 130
@@ -229,8 +229,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         hint = (
             "This is a bug in sd-unlearn. Run again with --debug, and report it with the output of sd-unlearn doctor."
         )
-        return _fail(UnlearnError(f"{type(error).__name__}: {error}. {hint}"), debug)
+        bug = UnlearnError(f"{type(error).__name__}: {error}. {hint}")
+        return _fail(_out_of_memory(error) or bug, debug)
     return 0
+
+
+def _out_of_memory(error: Exception) -> UnlearnError | None:
+    from sd_unlearn.models.memory_errors import shortage_behind
+
+    return shortage_behind(error)
 
 
 def _replace_unprintable() -> None:

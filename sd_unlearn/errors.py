@@ -18,6 +18,10 @@ class UsageError(UnlearnError):
     exit_code = 2
 
 
+class OutOfMemory(UnlearnError):
+    """Memory ran out, and nothing can be made smaller automatically. Exit code 1."""
+
+
 class ConditionError(UnlearnError):
     """A --fail_if condition holds. Exit code 3."""
 

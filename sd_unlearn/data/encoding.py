@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image, ImageOps
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from sd_unlearn.data.dataset import Example
@@ -18,6 +17,10 @@ from sd_unlearn.io.files import atomic_path
 from sd_unlearn.io.images import open_image
 from sd_unlearn.models.base import Base, network_sha256
 from sd_unlearn.models.conditioning import pack
+from sd_unlearn.models.sampling import VAE_TILE
+from sd_unlearn.models.vae import encode
+
+CAPTIONS_AT_ONCE = 256
 
 
 def load_pixels(path: Path, resolution: int) -> Tensor:
@@ -28,44 +31,34 @@ def load_pixels(path: Path, resolution: int) -> Tensor:
 
 
 @torch.no_grad()
-def encode_images(base: Base, examples: Sequence[Example], resolution: int, cache: Path) -> tuple[Tensor, Tensor]:
+def encode_images(
+    base: Base, examples: Sequence[Example], resolution: int, cache: Path, batch_size: int | None = None
+) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of the VAE's posterior for every image: two tensors [N, 4, H/8, W/8] on the CPU.
 
     Both are multiplied by the scaling factor. Training samples latents from them. Cached in `cache` by image content.
+
+    batch_size: images at once. Default: 64 up to 64 pixels, else 4.
+
+    Raises:
+        UnlearnError: a latent is not finite, or memory is too small for one image.
     """
-    vae, means, stds = base.pipeline.vae, [], []
+    vae = base.pipeline.vae
     encoder = f"{network_sha256(vae)} {vae.config.scaling_factor}"  # a UNet can be used with several VAEs
     digest = hashlib.sha256(f"{base.sha256} {encoder} {resolution}".encode())
     for example in examples:
         digest.update(example.path.read_bytes())
     path = cache / f"latents-{digest.hexdigest()[:16]}.safetensors"
     if path.is_file():
-        cached = load_file(path)
-        return cached["mean"], cached["std"]
-    batch_size = 64 if resolution <= 64 else 4
-    with _full_precision_vae(base) as vae:
-        for batch in (examples[i : i + batch_size] for i in range(0, len(examples), batch_size)):
-            pixels = torch.stack([load_pixels(e.path, resolution) for e in batch]).to(base.device, vae.dtype)
-            posterior = vae.encode(pixels).latent_dist
-            means.append(posterior.mean.float().cpu() * vae.config.scaling_factor)
-            stds.append(posterior.std.float().cpu() * vae.config.scaling_factor)
-    # contiguous: a large VAE may return channels-last tensors
-    mean, std = (torch.cat(parts).contiguous() for parts in (means, stds))
+        with safe_open(path, framework="pt") as cached:
+            tile = (cached.metadata() or {}).get(VAE_TILE)
+            base.vae_tile = int(tile) if tile else base.vae_tile
+            return cached.get_tensor("mean"), cached.get_tensor("std")
+    batch_size = batch_size or (64 if resolution <= 64 else 4)
+    mean, std = encode(base, [e.path for e in examples], lambda image: load_pixels(image, resolution), batch_size)
     with atomic_path(path) as temporary:
-        save_file({"mean": mean, "std": std}, temporary)
+        save_file({"mean": mean, "std": std}, temporary, {VAE_TILE: str(base.vae_tile)} if base.vae_tile else None)
     return mean, std
-
-
-@contextmanager
-def _full_precision_vae(base: Base) -> Iterator[Any]:
-    """The VAE, in full precision where fp16 overflows (SDXL), as the pipeline does when it decodes."""
-    vae = base.pipeline.vae
-    overflows = base.kind == "sdxl" and vae.dtype == torch.float16 and vae.config.force_upcast
-    try:
-        yield vae.float() if overflows else vae
-    finally:
-        if overflows:
-            vae.half()
 
 
 @torch.no_grad()
@@ -74,7 +67,15 @@ def encode_captions(base: Base, captions: Sequence[str]) -> Tensor:
 
     SDXL's have the pooled embedding as one more row (conditioning.py). If the pipeline sets
     force_zeros_for_empty_prompt, those of the empty caption are zeros, which is what guidance then subtracts.
+
+    Raises:
+        OutOfMemory: memory is too small for one caption.
     """
+    parts = base.captioning.map(lambda batch: _embed(base, batch), captions, CAPTIONS_AT_ONCE)
+    return torch.cat(list(parts))
+
+
+def _embed(base: Base, captions: Sequence[str]) -> Tensor:
     if base.kind == "sdxl":
         pipeline = base.pipeline
         tokens, _, pooled, _ = pipeline.encode_prompt(

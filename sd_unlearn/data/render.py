@@ -36,7 +36,14 @@ from sd_unlearn.io.run_folder import DATA_MANIFEST, METADATA, POSITIVE, UNLABELE
 from sd_unlearn.launch import process_rank
 from sd_unlearn.models.base import HASHES, Base, different_hash, load_base
 from sd_unlearn.models.find_base import find_base
-from sd_unlearn.models.sampling import ImageRequest, Sampler, generate_missing, resolve_sampler, wait_for_images
+from sd_unlearn.models.sampling import (
+    ImageRequest,
+    Sampler,
+    count_tiled,
+    generate_missing,
+    resolve_sampler,
+    wait_for_images,
+)
 from sd_unlearn.models.source import Source
 from sd_unlearn.seeds import RENDER_SEEDS, image_seed
 
@@ -255,7 +262,8 @@ def render_concept(job: RenderJob, get_base: Callable[[], Base]) -> Path:
         for sub, rs in records.items():
             write_jsonl(folder / sub / METADATA, rs)
         base = loaded[0] if loaded else get_base()
-        write_json(folder / DATA_MANIFEST, _manifest(job, base.describe()))
+        tiled = count_tiled(request.path for request in requests)
+        write_json(folder / DATA_MANIFEST, _manifest(job, base.describe(), tiled))
         print(f"Rendered {generated} of {len(requests)} images into {folder}.", file=sys.stderr)
     return folder
 
@@ -306,7 +314,8 @@ def _image_records(job: RenderJob) -> dict[str, list[ImageRecord]]:
     return records
 
 
-def _manifest(job: RenderJob, base: dict[str, Any]) -> dict[str, Any]:
+def _manifest(job: RenderJob, base: dict[str, Any], tiled: int) -> dict[str, Any]:
+    """The content of manifest.json. tiled: number of images that the VAE decoded in tiles."""
     counts = images_by_group(job.groups)
     unlabeled = sum(images for group, images in counts.items() if group != "positive")
     return {
@@ -319,7 +328,12 @@ def _manifest(job: RenderJob, base: dict[str, Any]) -> dict[str, Any]:
         "generic_share": job.concept.generic_share,
         "mixed_in_share_of_folder": round(counts.get("mixed_in", 0) / unlabeled, 4),
         "seeds": {"render": list(RENDER_SEEDS), "seed": job.seed},
-        "sampler": {"name": "DDIM", "steps": job.sampler.steps, "guidance_scale": job.sampler.guidance_scale},
+        "sampler": {
+            "name": "DDIM",
+            "steps": job.sampler.steps,
+            "guidance_scale": job.sampler.guidance_scale,
+            **({"tiled_images": tiled} if tiled else {}),
+        },
     }
 
 

@@ -34,6 +34,7 @@ from sd_unlearn.io.paths import public_name
 from sd_unlearn.io.run_folder import EVALUATION, IMAGE_DIR, RESULTS
 from sd_unlearn.launch import process_rank
 from sd_unlearn.metrics.registry import find_metrics, make_metrics, merge_cards, metric_cards, missing_evidence
+from sd_unlearn.models.sampling import count_tiled
 from sd_unlearn.results import BASE, SCHEMA_VERSION, Pair, Problem, as_json, parse_results
 from sd_unlearn.seeds import EVALUATE_SEEDS
 
@@ -189,7 +190,7 @@ def assemble(
         "version": __version__,
         "tier": "" if custom_counts else job.tier,
         "base": _published_base(cache.base) if cache else {},
-        "sampler": _sampler_entry(job, cache) if cache else {},
+        "sampler": _sampler_entry(job, cache, evaluated) if cache else {},
         "seeds": {"evaluate": list(EVALUATE_SEEDS), "seeds": list(config.seed)},
         "prompt_set": config.prompt_set and public_name(config.prompt_set),
         "concepts": [_concept_entry(concept) for concept in job.concepts.values()],
@@ -249,7 +250,9 @@ def _pick_all_pairs(job: EvaluationJob, evaluated: Sequence[ConceptResults]) -> 
     return [pair for concept in evaluated for pair in pick_pairs(concept, job.output, count)]
 
 
-def _sampler_entry(job: EvaluationJob, cache: ImageCache) -> dict[str, Any]:
+def _sampler_entry(job: EvaluationJob, cache: ImageCache, evaluated: Sequence[ConceptResults]) -> dict[str, Any]:
+    paths = {path for concept in evaluated for images in concept.images for path in images.paths}
+    tiled = count_tiled(path for path in paths if path.is_relative_to(cache.base_folder))
     return {
         "name": "DDIM",
         "steps": cache.sampler.steps,
@@ -257,6 +260,7 @@ def _sampler_entry(job: EvaluationJob, cache: ImageCache) -> dict[str, Any]:
         "resolution": cache.sampler.resolution,
         "zero_terminal_snr": job.zero_terminal_snr,
         "mixed_precision": job.config.mixed_precision,
+        **({"tiled_images": tiled} if tiled else {}),
     }
 
 

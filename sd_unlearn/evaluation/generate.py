@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sd_unlearn.errors import UnlearnError
+from sd_unlearn.errors import OutOfMemory, UnlearnError
 from sd_unlearn.evaluation.job import EvaluationJob
 from sd_unlearn.evaluation.loras import ModelVariant
 from sd_unlearn.evaluation.prompts import ImageSpec
@@ -110,6 +110,8 @@ def generate_images(job: EvaluationJob) -> ImageCache | None:
         specs = [spec for slug in subject.concepts for spec in job.plans[slug]]
         try:
             cache.generate(loader.load, subject.variant, specs, f"generate {subject.id}")
+        except OutOfMemory:  # it is not the LoRA's fault
+            raise
         except UnlearnError as error:
             job.give_up(subject.variant.lora, error)
     return cache

@@ -123,6 +123,14 @@ def is_intact(path: Path) -> bool:
     return True
 
 
+def png_note(path: Path, key: str) -> str | None:
+    """A text in the header of a PNG file, without decoding its pixels; None if there is none or no such file."""
+    with suppress(UnreadableImage), _errors_named(path), Image.open(path, formats=("PNG",)) as image:
+        note = image.info.get(key)
+        return note if isinstance(note, str) else None
+    return None
+
+
 def is_image_file(path: Path) -> bool:
     """Whether a path has the suffix of an image. Hidden files (macOS writes `._x.png` beside x.png) have not."""
     return not path.name.startswith(".") and path.suffix.lower() in IMAGE_SUFFIXES

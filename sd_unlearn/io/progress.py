@@ -74,6 +74,12 @@ def track(items: Sequence[T], title: str, unit: str, *, shown: bool = True) -> I
             progress.advance()
 
 
+def say(line: str) -> None:
+    """Write a line on stderr, above the bars that are shown."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # as in _print; AttributeError: there is no stderr
+        tqdm.write(line, file=sys.stderr)
+
+
 def _print(line: str) -> None:
     with contextlib.suppress(OSError, ValueError):  # a full or closed stderr must not end hours of work
         print(line, file=sys.stderr, flush=True)

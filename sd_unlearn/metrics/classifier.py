@@ -22,6 +22,7 @@ from sd_unlearn.io.noise import silence_libraries
 from sd_unlearn.io.reading import read_json
 from sd_unlearn.metrics.base import CONCEPT_GROUPS, DetectorOutput, ImageValues, PromptedImages
 from sd_unlearn.metrics.labels import leakage_and_accuracy
+from sd_unlearn.models.halving import FOR_METRIC, HalvingBatches
 from sd_unlearn.results import Card, Row
 
 DEFAULT = "resnet50.a1_in1k"
@@ -83,6 +84,7 @@ class ClassifierMetric:
     def __init__(self, network: Network, label: str) -> None:
         network.classes.check(label, network.title)
         self.network, self.label = network, label
+        self.batches = HalvingBatches("classifying images", FOR_METRIC)
         self.name = f"{network.title} sha256:{network.sha256[:12]}"
 
     def card(self) -> Card:
@@ -100,11 +102,11 @@ class ClassifierMetric:
         )
 
     def read(self, images: Sequence[Image.Image]) -> DetectorOutput:
-        probabilities = np.zeros((len(images), len(self.network.classes)), np.float32)
-        for start in range(0, len(images), _BATCH):
-            batch = [image.convert("RGB") for image in images[start : start + _BATCH]]
-            probabilities[start : start + _BATCH] = self.network.probabilities(batch)
-        return {"probabilities": probabilities}
+        def read(batch: Sequence[Image.Image]) -> NDArray[np.float32]:
+            return self.network.probabilities([image.convert("RGB") for image in batch])
+
+        none = np.zeros((0, len(self.network.classes)), np.float32)
+        return {"probabilities": np.concatenate([none, *self.batches.map(read, images, _BATCH)])}
 
     def count(self, prompted: PromptedImages, output: DetectorOutput) -> list[ImageValues]:
         probabilities, label = output["probabilities"], self.label

@@ -29,6 +29,7 @@ from sd_unlearn.metrics.frechet import frechet_with_interval
 from sd_unlearn.metrics.labels import LabelPredictions, leakage_and_accuracy
 from sd_unlearn.metrics.mmd import FEWEST, Distance, kid
 from sd_unlearn.metrics.statistics import bootstrap, ratio_of_means
+from sd_unlearn.models.halving import FOR_METRIC, HalvingBatches
 from sd_unlearn.results import Card, Row
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -92,20 +93,20 @@ class DigitsClassifier:
     def __init__(self) -> None:
         sha = read_json(READER_DIR / "config.json")["sha256"]
         self.name = f"digits-reader sha256:{sha[:12]}"
+        self.batches = HalvingBatches("classifying images", FOR_METRIC)
 
     @torch.no_grad()
     def read(self, images: Sequence[Image.Image]) -> LabelPredictions:
         reader = load_reader()
-        digit, ink = [np.zeros((0, len(DIGITS)))], [np.zeros((0, len(INKS)))]
-        features = [np.zeros((0, FEATURE_WIDTH))]
-        for start in range(0, len(images), _BATCH):
-            batch = images[start : start + _BATCH]
+
+        def read(batch: Sequence[Image.Image]) -> tuple[NDArray, NDArray, NDArray]:
             pixels = np.stack([np.asarray(image.convert("RGB").resize((32, 32))) for image in batch])
             hidden = reader.features(torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1)
-            digit.append(reader.digit(hidden).softmax(1).numpy())
-            ink.append(reader.ink(hidden).softmax(1).numpy())
-            features.append(hidden.numpy())
-        return _predictions(*(np.concatenate(parts) for parts in (digit, ink, features)))
+            return reader.digit(hidden).softmax(1).numpy(), reader.ink(hidden).softmax(1).numpy(), hidden.numpy()
+
+        none = tuple(np.zeros((0, width)) for width in (len(DIGITS), len(INKS), FEATURE_WIDTH))
+        parts = zip(none, *self.batches.map(read, images, _BATCH), strict=True)
+        return _predictions(*(np.concatenate(arrays) for arrays in parts))
 
 
 def held_out_digits() -> tuple[NDArray, NDArray, NDArray]:

@@ -29,6 +29,7 @@ from sd_unlearn.metrics.base import (
 from sd_unlearn.metrics.frechet import frechet_distance
 from sd_unlearn.metrics.mmd import CMMD_SCALE, CMMD_SIGMA, FEWEST, Distance, cmmd, kid
 from sd_unlearn.metrics.weights import downloaded
+from sd_unlearn.models.halving import FOR_METRIC, HalvingBatches
 from sd_unlearn.results import Card, Row
 
 if TYPE_CHECKING:
@@ -181,6 +182,7 @@ class InceptionFidelity(SetDistance):
         self.device = device
         self.file = weights or downloaded(URL_INCEPTION_V3, "The weights of InceptionV3", advice)
         self.sha256 = file_sha256(self.file)
+        self.batches = HalvingBatches("running InceptionV3", FOR_METRIC)
         self.name = f"inception-v3 torch-fidelity {version('torch-fidelity')} sha256:{self.sha256[:12]}"
 
     def card(self) -> Card:
@@ -217,11 +219,15 @@ class InceptionFidelity(SetDistance):
         import torch
 
         features = np.zeros((len(images), WIDTH), np.float32)
-        for indices in batches_of_one_size(images, _BATCH):
+
+        def fill(indices: Sequence[int]) -> None:
             pixels = np.stack([np.asarray(images[i].convert("RGB")) for i in indices])
             with torch.no_grad():
                 (pooled,) = self.network(torch.from_numpy(pixels).permute(0, 3, 1, 2).to(self.device))
             features[indices] = pooled.cpu().numpy()
+
+        for indices in batches_of_one_size(images, _BATCH):
+            list(self.batches.map(fill, indices, _BATCH))
         return {"features": features}
 
     def distances(self, generated: NDArray, others: NDArray, paired: bool) -> list[tuple[str, Distance, str]]:

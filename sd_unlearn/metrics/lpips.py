@@ -12,6 +12,7 @@ from PIL import Image
 
 from sd_unlearn.errors import UnlearnError, UsageError, reason
 from sd_unlearn.metrics.base import batches_of_one_size
+from sd_unlearn.models.halving import FOR_METRIC, HalvingBatches
 from sd_unlearn.results import Card
 
 MIN_SIDE = 64  # pixels: LPIPS was trained on patches of this size, and AlexNet accepts nothing smaller
@@ -46,6 +47,7 @@ class Lpips:
                 f"{torch.hub.get_dir()}/checkpoints, or use drift (of the metrics clip and digits) instead."
             ) from error
         self.torch, self.device = torch, device
+        self.batches = HalvingBatches("computing LPIPS", FOR_METRIC)
         self.weights = f"AlexNet {AlexNet_Weights.DEFAULT.name}"
         self.name = f"lpips-alex 0.1 torchmetrics {version('torchmetrics')}"
 
@@ -70,10 +72,14 @@ class Lpips:
             if a.size != b.size:
                 raise UsageError(f"Pair {number} has {a.size} and {b.size} pixels; LPIPS needs images of equal size.")
         distances = np.zeros(len(base))
-        for indices in batches_of_one_size(base, _BATCH):
+
+        def fill(indices: Sequence[int]) -> None:
             a, b = (self._pixels([images[i] for i in indices]) for images in (base, other))
             with self.torch.no_grad():
                 distances[indices] = self.net(a, b).flatten().double().cpu().numpy()
+
+        for indices in batches_of_one_size(base, _BATCH):
+            list(self.batches.map(fill, indices, _BATCH))
         return distances
 
     def _pixels(self, images: Sequence[Image.Image]) -> Any:

@@ -6,7 +6,7 @@ import hashlib
 import os
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from sd_unlearn.config.paths import local_path
 from sd_unlearn.errors import UnlearnError, UsageError
 from sd_unlearn.io.noise import silence_libraries
 from sd_unlearn.models.find_base import check_prediction, check_schedule, check_source, check_unet
+from sd_unlearn.models.halving import HalvingBatches
 from sd_unlearn.models.loading import load_pipeline
 from sd_unlearn.models.source import COMPONENTS, DIGITS, OPTION, Source, kind_of, pooled_width_of
 
@@ -21,9 +22,13 @@ from sd_unlearn.models.source import COMPONENTS, DIGITS, OPTION, Source, kind_of
 HASHES = {"sha256": "UNet", "vae_sha256": "VAE", "text_encoder_sha256": "text encoder"}
 
 
+def _batches(doing: str) -> Any:
+    return field(default_factory=lambda: HalvingBatches(doing), repr=False)
+
+
 @dataclass
 class Base:
-    """A loaded, frozen Stable Diffusion pipeline and its identity."""
+    """A loaded, frozen Stable Diffusion pipeline and its identity, and what was learnt about memory while using it."""
 
     name: str
     pipeline: Any  # diffusers.StableDiffusionPipeline or StableDiffusionXLPipeline with a DDIM scheduler
@@ -32,6 +37,11 @@ class Base:
     source: Source
     vae_sha256: str
     text_encoder_sha256: str  # of both for SDXL
+    vae_tile: int | None = None  # side of the VAE's tiles in pixels, if memory was too small for whole images
+    generating: HalvingBatches = _batches("generating images")
+    decoding: HalvingBatches = _batches("decoding images")
+    encoding: HalvingBatches = _batches("encoding images")
+    captioning: HalvingBatches = _batches("encoding captions")
 
     @property
     def kind(self) -> str:
@@ -78,6 +88,7 @@ class Base:
             "resolution": self.resolution,
             **({"unet": blocks} if self.kind == "sdxl" else {}),
             **{key: value for key, value in options.items() if value},
+            **({"vae_tile": self.vae_tile} if self.vae_tile else {}),
             **({"path": str(source.place.absolute())} if self.name != DIGITS and source.place.exists() else {}),
         }
 

@@ -13,6 +13,7 @@ from PIL import Image
 
 from sd_unlearn.errors import UnlearnError, UsageError, reason
 from sd_unlearn.io.reading import file_sha256
+from sd_unlearn.models.halving import FOR_METRIC, HalvingBatches
 
 BATCH_SIZE = 32
 Features = NDArray[np.float32]
@@ -66,6 +67,7 @@ class ClipEncoder:
         except Exception as error:  # open_clip raises RuntimeError, OSError and hub errors alike
             raise _not_loaded(model, pretrained, error) from error
         self.torch, self.device = torch, device
+        self.batches = HalvingBatches("encoding with CLIP", FOR_METRIC)
         self.model.eval().to(device)
         self.tokenizer = open_clip.get_tokenizer(model)
         self.name = f"open_clip {model} {Path(pretrained).name if pretrained else 'random weights'}"
@@ -77,18 +79,23 @@ class ClipEncoder:
 
     def images(self, images: Iterable[Image.Image]) -> Features:
         """Features [N, D] of N > 0 images, not normalized."""
-        pending, features = iter(images), []
-        with self.torch.no_grad():
-            while batch := list(islice(pending, BATCH_SIZE)):
-                pixels = self.torch.stack([self.preprocess(image.convert("RGB")) for image in batch]).to(self.device)
-                features.append(self.model.encode_image(pixels).float().cpu().numpy())
+
+        def encode(batch: Sequence[Image.Image]) -> Features:
+            pixels = self.torch.stack([self.preprocess(image.convert("RGB")) for image in batch]).to(self.device)
+            with self.torch.no_grad():
+                return self.model.encode_image(pixels).float().cpu().numpy()
+
+        features: list[Features] = []
+        pending = iter(images)
+        while opened := list(islice(pending, BATCH_SIZE)):
+            features += self.batches.map(encode, opened, BATCH_SIZE)
         return np.concatenate(features)
 
     def texts(self, texts: Sequence[str]) -> Features:
         """Features [N, D] of N > 0 texts, not normalized."""
-        features = []
-        with self.torch.no_grad():
-            for start in range(0, len(texts), BATCH_SIZE):
-                tokens = self.tokenizer(list(texts[start : start + BATCH_SIZE])).to(self.device)
-                features.append(self.model.encode_text(tokens).float().cpu().numpy())
-        return np.concatenate(features)
+
+        def encode(batch: Sequence[str]) -> Features:
+            with self.torch.no_grad():
+                return self.model.encode_text(self.tokenizer(list(batch)).to(self.device)).float().cpu().numpy()
+
+        return np.concatenate(list(self.batches.map(encode, texts, BATCH_SIZE)))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from sd_unlearn.errors import OutOfMemory, reason
+
 # What accelerate's `should_reduce_batch_size` does not know: libraries that could not allocate their workspace, and
 # CUDA calls outside torch's allocator.
 _TEXTS = (
@@ -25,6 +27,20 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error):
         return True
     return any(text in str(error) for text in _TEXTS)
+
+
+def shortage_behind(error: BaseException) -> OutOfMemory | None:
+    """The message for an error that was, or was caused by, a lack of memory; None for any other error."""
+    cause: BaseException | None = error
+    while cause and not is_out_of_memory(cause):
+        cause = cause.__cause__
+    if cause is None:
+        return None
+    return OutOfMemory(
+        f"Out of memory: {reason(cause)}. Close other programs that use this memory, or make the work smaller: "
+        "--mixed_precision fp16 or a lower --resolution; in train also a lower --train_batch_size and "
+        "--gradient_checkpointing. Finished images and checkpoints are kept."
+    )
 
 
 def free_memory() -> None:

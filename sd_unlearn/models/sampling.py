@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from sd_unlearn.errors import UnlearnError
 from sd_unlearn.io.files import atomic_path
-from sd_unlearn.io.images import is_intact
+from sd_unlearn.io.images import is_intact, png_note
 from sd_unlearn.io.progress import Progress
 from sd_unlearn.launch import process_count, process_rank
 from sd_unlearn.models.base import Base
 from sd_unlearn.models.source import DIGITS
+
+VAE_TILE = "sd_unlearn.vae_tile"  # in the metadata of an image or of latents: side in pixels of the VAE's tiles
 
 
 @dataclass(frozen=True)
@@ -70,53 +72,61 @@ def resolve_sampler(options: SamplerOptions, base_name: str) -> Sampler:
 
 
 def generate_images(base: Base, prompts: Sequence[str], seeds: Sequence[int], sampler: Sampler) -> list[Image.Image]:
-    """Generate one image per prompt and seed, as a single batch.
+    """Generate one image per prompt and seed, as a single batch, or in smaller ones if memory runs out.
+
+    An image depends on its own seed only, so it is the same in a smaller batch, up to rounding.
 
     Raises:
-        UnlearnError: a value is not finite. Diffusers would turn it into a black image.
+        UnlearnError: a latent or a pixel is not finite.
+        OutOfMemory: memory is too small for one image.
+    """
+
+    def work(pairs: Sequence[tuple[str, int]]) -> list[Image.Image]:
+        return sample(base, [seed for _, seed in pairs], sampler, prompt=[prompt for prompt, _ in pairs])
+
+    pairs = list(zip(prompts, seeds, strict=True))
+    batches = base.generating.map(work, pairs, max(sampler.batch_size, len(pairs)))
+    return [image for batch in batches for image in batch]
+
+
+def sample(base: Base, seeds: Sequence[int], sampler: Sampler, **prompts: Any) -> list[Image.Image]:
+    """One image per seed, as a single batch. prompts: the arguments of the pipeline with the prompts or embeddings.
+
+    Raises:
+        UnlearnError: a latent or a pixel is not finite.
+        OutOfMemory: memory is too small to decode one image.
+        torch.OutOfMemoryError: memory is too small for so many seeds at once.
     """
     import torch
 
+    from sd_unlearn.models.vae import decode
+
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-    with torch.no_grad(), finite_images(base):
-        return base.pipeline(
-            list(prompts),
+    with torch.no_grad():
+        latents = base.pipeline(
+            **prompts,
             num_inference_steps=sampler.steps,
             guidance_scale=sampler.guidance_scale,
             generator=generators,
             height=sampler.resolution,
             width=sampler.resolution,
+            output_type="latent",
         ).images
-
-
-@contextmanager
-def finite_images(base: Base) -> Iterator[None]:
-    """Refuse latents and decoded images with NaN or infinity, which Diffusers would turn into black images.
-
-    Raises:
-        UnlearnError: inside the block, naming the network.
-    """
-
-    def check(decoder: Any, inputs: tuple[Any, ...], image: Any) -> None:
-        for values, network in ((inputs[0], "UNet"), (image, "VAE")):
-            if not values.isfinite().all():
-                raise UnlearnError(
-                    f"The {network} of {base.name} gives values that are not finite (NaN or infinity), so no image is "
-                    "saved. It is broken, overflows in fp16 (use --mixed_precision no or bf16), or the LoRA is too "
-                    "strong (use a lower strength)."
-                )
-
-    hook = base.pipeline.vae.decoder.register_forward_hook(check)
-    try:
-        yield
-    finally:
-        hook.remove()
+    return decode(base, latents)
 
 
 def save_image(image: Image.Image, path: Path) -> None:
-    """Write a PNG file atomically."""
+    """Write a PNG file atomically, with a note if the image was decoded in tiles (see `count_tiled`)."""
+    info = PngInfo()
+    if tile := image.info.get(VAE_TILE):
+        info.add_text(VAE_TILE, tile)
     with atomic_path(path) as temporary:
-        image.save(temporary, format="PNG")
+        image.save(temporary, format="PNG", pnginfo=info)
+
+
+def count_tiled(paths: Iterable[Path]) -> int:
+    """How many of these images were decoded in tiles, because memory was too small for whole images."""
+    return sum(png_note(path, VAE_TILE) is not None for path in paths)
 
 
 def generate_missing(
@@ -129,6 +139,9 @@ def generate_missing(
     Requests are split into fixed batches, which the processes of an `accelerate launch` share. A batch with a missing
     image is generated as a whole, because rounding depends on the batch an image is in: an interrupted run that is
     resumed gives the same bytes as an uninterrupted one.
+
+    Raises:
+        UnlearnError: an image is not finite, or memory is too small for one.
     """
     batches = [requests[i : i + sampler.batch_size] for i in range(0, len(requests), sampler.batch_size)]
     own = batches[process_rank() :: process_count()]

@@ -12,10 +12,12 @@ from PIL import Image
 from torch import Tensor
 
 from sd_unlearn.data.concept import Concept
+from sd_unlearn.errors import OutOfMemory
+from sd_unlearn.io.progress import say
 from sd_unlearn.io.run_folder import PREVIEW_DIR
 from sd_unlearn.models.base import Base
 from sd_unlearn.models.conditioning import unpack
-from sd_unlearn.models.sampling import Sampler, finite_images, save_image
+from sd_unlearn.models.sampling import Sampler, sample, save_image
 from sd_unlearn.seeds import TRAIN_SEEDS, image_seed
 
 
@@ -33,38 +35,34 @@ class ImageGenerator:
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[str], seeds: Sequence[int], **options: Any) -> list[Image.Image]:
-        """One image per prompt, each from its own seed. options: further arguments of the pipeline."""
-        images: list[Image.Image] = []
+        """One image per prompt, each from its own seed.
+
+        options: further arguments of the pipeline. Those of a whole batch, e.g. `latents`, are not halved with it.
+        """
         pipeline, training = self.base.pipeline, self.network.training
         self.network.eval()
         pipeline.vae.to(self.base.device)
         try:
-            for start in range(0, len(prompts), self.sampler.batch_size):
-                chunk = slice(start, start + self.sampler.batch_size)
-                images += self._batch(list(prompts[chunk]), list(seeds[chunk]), **options)
+            pairs, size = list(zip(prompts, seeds, strict=True)), self.sampler.batch_size
+            if options:
+                batches = (self._batch(pairs[start : start + size], **options) for start in range(0, len(pairs), size))
+            else:
+                batches = self.base.generating.map(self._batch, pairs, size)
+            images = [image for batch in batches for image in batch]
         finally:
             self.network.train(training)
             pipeline.vae.to("cpu")
         return images
 
-    def _batch(self, prompts: list[str], seeds: list[int], **options: Any) -> list[Image.Image]:
+    def _batch(self, pairs: Sequence[tuple[str, int]], **options: Any) -> list[Image.Image]:
         dtype, device = self.base.pipeline.unet.dtype, self.base.device
-        generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+        prompts, seeds = [prompt for prompt, _ in pairs], [seed for _, seed in pairs]
         text, empty = (self.embed(captions).to(device, dtype) for captions in (prompts, [""] * len(prompts)))
         embeddings = {"prompt_embeds": text, "negative_prompt_embeds": empty}
         if width := self.base.pooled_width:
             embeddings["prompt_embeds"], embeddings["pooled_prompt_embeds"] = unpack(text, width)
             embeddings["negative_prompt_embeds"], embeddings["negative_pooled_prompt_embeds"] = unpack(empty, width)
-        with finite_images(self.base):
-            return self.base.pipeline(
-                **embeddings,
-                generator=generators,
-                num_inference_steps=self.sampler.steps,
-                guidance_scale=self.sampler.guidance_scale,
-                height=self.sampler.resolution,
-                width=self.sampler.resolution,
-                **options,
-            ).images
+        return sample(self.base, seeds, self.sampler, **embeddings, **options)
 
 
 @dataclass(frozen=True)
@@ -77,6 +75,13 @@ class PreviewWriter:
     run: Path
 
     def __call__(self, step: int) -> None:
+        """Write the grid of a step; skipped with a message if memory is too small for one image."""
+        try:
+            self._write(step)
+        except OutOfMemory as error:
+            say(f"Preview of step {step} skipped. {error}")
+
+    def _write(self, step: int) -> None:
         prompts, columns = self.concept.preview_prompts, 4 if self.generator.base.resolution > 64 else 8
         pairs = [(prompt, image_seed(TRAIN_SEEDS, self.seed, prompt, i)) for prompt in prompts for i in range(columns)]
         images = self.generator.generate([prompt for prompt, _ in pairs], [seed for _, seed in pairs])

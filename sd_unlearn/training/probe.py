@@ -21,6 +21,7 @@ from sd_unlearn.data.dataset import Example, members_of_sets
 from sd_unlearn.metrics.labels import LabelClassifier
 from sd_unlearn.models.denoiser import Denoiser
 from sd_unlearn.models.diffusion import add_noise, per_example_loss, sample_timesteps, training_target
+from sd_unlearn.models.halving import HalvingBatches
 from sd_unlearn.models.student import Student
 from sd_unlearn.seeds import TRAIN_SEEDS, image_seed
 from sd_unlearn.training.previews import ImageGenerator
@@ -29,6 +30,7 @@ from sd_unlearn.training.probe_checks import check_enough, classifiable_prompts
 NUM_IMAGES = 60
 LEAKAGE_LIMIT, RETENTION_LIMIT = 0.02, 0.98
 FIRST_SEED_INDEX = 1000  # previews use the first seeds of each prompt
+ROWS_AT_ONCE = 8  # of --probe ratio
 
 
 @dataclass(frozen=True)
@@ -58,22 +60,26 @@ class RatioProbe:
         self.latents, self.text, self.noise = latents.to(device), text.to(device), noise.to(device)
         self.timesteps, self.is_positive = timesteps.to(device), is_positive.to(device)
         self.denoiser, self.student = denoiser, student
+        self.batches = HalvingBatches("running --probe ratio")
         with student.frozen() as frozen:
             self.base_ratio = self._ratio(frozen)
 
     @torch.no_grad()
     def _ratio(self, model: nn.Module) -> float:
         denoiser = replace(self.denoiser, model=model)
-        chunks, network = [], self.student.model
-        training = network.training
-        network.eval()  # no dropout
-        for rows in torch.arange(len(self.latents), device=self.latents.device).split(8):
+        network = self.student.model
+
+        def losses_of(indices: Sequence[int]) -> Tensor:
+            rows = torch.tensor(indices, device=self.latents.device)
             x0, noise, t = self.latents[rows], self.noise[rows], self.timesteps[rows]
             target = training_target(x0, noise, t, denoiser.alphas_cumprod, denoiser.prediction_type)  # type: ignore[arg-type]
             predicted = denoiser.predict(add_noise(x0, noise, t, denoiser.alphas_cumprod), t, self.text[rows])
-            chunks.append(per_example_loss(predicted, target))
+            return per_example_loss(predicted, target)
+
+        training = network.training
+        network.eval()  # no dropout
+        losses = torch.cat(list(self.batches.map(losses_of, range(len(self.latents)), ROWS_AT_ONCE)))
         network.train(training)
-        losses = torch.cat(chunks)
         return float(losses[self.is_positive].mean() / losses[~self.is_positive].mean())
 
     def __call__(self) -> ProbeResult:

@@ -1,0 +1,133 @@
+"""Encode and decode with a base's VAE: without overflow in fp16, and in parts if memory is short."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from sd_unlearn.errors import UnlearnError
+from sd_unlearn.io.progress import say
+from sd_unlearn.models.base import Base
+from sd_unlearn.models.sampling import VAE_TILE
+
+# Side in latents of the smallest tiles. The VAE normalizes each tile by itself, so small ones differ in colour.
+MIN_TILE = 32
+
+
+@torch.no_grad()
+def decode(base: Base, latents: Tensor) -> list[Image.Image]:
+    """The images of latents [B, 4, h, w] as the pipeline samples them (multiplied by the scaling factor).
+
+    Raises:
+        UnlearnError: a latent or a pixel is not finite, which Diffusers would turn into a black image.
+        OutOfMemory: memory is too small for one image in the smallest tiles.
+    """
+    _check_finite(base, latents, "UNet")
+
+    def work(batch: Sequence[Tensor]) -> list[Image.Image]:
+        together = torch.cat(list(batch))
+
+        def pixels_of(vae: Any) -> Tensor:
+            return vae.decode(together.to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0]
+
+        pixels = _without_overflow(base, pixels_of)
+        _check_finite(base, pixels, "VAE")
+        images = base.pipeline.image_processor.postprocess(pixels, output_type="pil")
+        for image in images if base.vae_tile else ():
+            image.info[VAE_TILE] = str(base.vae_tile)
+        return images
+
+    rows = latents.split(1)
+    parts = base.decoding.map(work, rows, len(rows), lambda: use_smaller_tiles(base, max(latents.shape[2:])))
+    return [image for part in parts for image in part]
+
+
+@torch.no_grad()
+def encode(base: Base, images: Sequence[Any], load: Callable[[Any], Tensor], batch_size: int) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of the VAE's posterior: two tensors [N, 4, h, w] on the CPU, in float32.
+
+    Both are multiplied by the scaling factor.
+
+    load: returns the pixels [3, H, W] in [-1, 1] of one of `images`.
+
+    Raises:
+        UnlearnError: a value is not finite.
+        OutOfMemory: memory is too small for one image in the smallest tiles.
+    """
+    side = 0
+
+    def work(batch: Sequence[Any]) -> Tensor:
+        nonlocal side
+        pixels = torch.stack([load(image) for image in batch])
+        side = max(pixels.shape[2:]) // base.pipeline.vae_scale_factor
+
+        def moments_of(vae: Any) -> Tensor:
+            posterior = vae.encode(pixels.to(base.device, vae.dtype)).latent_dist
+            return torch.stack([posterior.mean, posterior.std])
+
+        moments = _without_overflow(base, moments_of)
+        _check_finite(base, moments, "VAE")
+        return moments.float().cpu() * base.pipeline.vae.config.scaling_factor
+
+    while True:
+        tile = base.vae_tile
+        parts = list(base.encoding.map(work, images, batch_size, lambda: use_smaller_tiles(base, side)))
+        if base.vae_tile == tile:  # else again: all images in the same tiles
+            break
+    mean, std = torch.cat(parts, dim=1)
+    return mean.contiguous(), std.contiguous()  # a large VAE may return channels-last tensors
+
+
+def use_smaller_tiles(base: Base, side: int) -> bool:
+    """Let the VAE work in overlapping tiles, or in tiles of half the size; returns False if they are too small already.
+
+    The pixels change slightly, most at the seams. side: of a whole image, in latents.
+    """
+    vae = base.pipeline.vae
+    tile = (vae.tile_latent_min_size if vae.use_tiling else side) // 2
+    if tile < MIN_TILE:
+        return False
+    vae.enable_tiling()
+    vae.tile_latent_min_size = tile
+    base.vae_tile = vae.tile_sample_min_size = tile * base.pipeline.vae_scale_factor
+    say(f"Out of memory in the VAE: images are processed in tiles of {base.vae_tile} pixels.")
+    return True
+
+
+def _without_overflow(base: Base, work: Callable[[Any], Tensor]) -> Tensor:
+    """work(vae), in full precision if the VAE's activations leave the range of fp16 (65,504).
+
+    SDXL's VAE does (`force_upcast` in its configuration). For others, fp16 is tried first.
+    """
+    vae = base.pipeline.vae
+    if vae.dtype != torch.float16:
+        return work(vae)
+    if not (base.kind == "sdxl" and vae.config.force_upcast):
+        values = work(vae)
+        if values.isfinite().all():
+            return values
+    with _full_precision(vae):
+        return work(vae)
+
+
+@contextmanager
+def _full_precision(vae: Any) -> Iterator[None]:
+    try:
+        vae.float()
+        yield
+    finally:
+        vae.half()
+
+
+def _check_finite(base: Base, values: Tensor, network: str) -> None:
+    if not values.isfinite().all():
+        raise UnlearnError(
+            f"The {network} of {base.name} gives values that are not finite (NaN or infinity), so nothing is saved. It "
+            "is broken, overflows in fp16 (use --mixed_precision no or bf16), or the LoRA is too strong (use a lower "
+            "strength)."
+        )
