@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from conftest import CONCEPT_FILE
 
 from sd_unlearn.config.base import RenderConfig
 from sd_unlearn.config.train import TrainConfig
 from sd_unlearn.data import render
+from sd_unlearn.io.reading import read_jsonl
+from sd_unlearn.io.run_folder import METRICS
+from sd_unlearn.training.metrics_log import COST
 
 ADAPTER = "adapter/adapter_model.safetensors"
 Config = Callable[..., TrainConfig]
@@ -57,6 +61,12 @@ def settings(place: Path, tiny_base: Path) -> dict[str, object]:
 def make(place: Path, tiny_base: Path, output: Path | str, **changes: object) -> TrainConfig:
     options = settings(place, tiny_base) | {"output_dir": Path(output), "data_dir": place / "data"} | changes
     return TrainConfig(**options)  # type: ignore[arg-type]
+
+
+def logged(run: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl without what differs between equal runs: speed, memory, seconds."""
+    lines = read_jsonl(run / METRICS)
+    return [{k: v for k, v in line.items() if k not in (*COST, "seconds")} for line in lines]
 
 
 def flags(options: dict[str, object]) -> list[str]:

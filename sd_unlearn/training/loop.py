@@ -30,8 +30,9 @@ from sd_unlearn.models.student import Student
 from sd_unlearn.objectives.pu import LOGGED, PUObjective
 from sd_unlearn.training import checkpoint
 from sd_unlearn.training.gradient_shares import gradient_shares
-from sd_unlearn.training.metrics_log import Interrupted, MetricsLog, stop_requests
+from sd_unlearn.training.metrics_log import Interrupted, MetricsLog, Throughput, stop_requests
 from sd_unlearn.training.probe import Probe, ProbeResult
+from sd_unlearn.training.provenance import reset_peak_memory
 from sd_unlearn.training.state import Losses, TrainingState
 
 LOG_EVERY = 10
@@ -81,21 +82,27 @@ def fit(options: LoopOptions, training: Training, resume: Path | None = None) ->
         stop_requests(accelerator) as stop_requested,
     ):
         _preview_base(options, training, state)
+        reset_peak_memory()
+        speed = Throughput(training.batches.images_per_step, state.step)
         for step, batch in zip(range(state.step + 1, last + 1), training.batches, strict=False):
             metrics, norm = state.take_step(
                 training.wrapped, training.losses, batch, options.max_grad_norm, log.write_note
             )
             state.step, state.seconds = step, time.monotonic() - started
             if due(step, LOG_EVERY) or step == total or due(step, options.gradient_share_steps):
-                log.write(_step_metrics(state, metrics, norm) | _shares(options, training, state, batch))
+                logged = _step_metrics(state, metrics, norm) | speed.read(step)
+                with speed.paused():
+                    log.write(logged | _shares(options, training, state, batch))
                 _check_skipped(options, training, state)
-            if due(step, options.validation_steps):
-                _preview(training, state)
-            if due(step, options.probe_steps):
-                log.write(_probe(options, training, state))
+            with speed.paused():
+                if due(step, options.validation_steps):
+                    _preview(training, state)
+                if due(step, options.probe_steps):
+                    log.write(_probe(options, training, state))
             interrupted = stop_requested(due(step, LOG_EVERY))
             if interrupted or _should_save(options, state):
-                state.save(training.output, training.identity, options.checkpoints_total_limit)
+                with speed.paused():
+                    state.save(training.output, training.identity, options.checkpoints_total_limit)
             if interrupted:
                 raise Interrupted(f"Saved step {step} of {total} in {training.output}.")
             log.advance()

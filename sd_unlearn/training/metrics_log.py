@@ -20,7 +20,10 @@ from sd_unlearn.io.files import write_text
 from sd_unlearn.io.progress import Progress
 from sd_unlearn.io.reading import read_jsonl, read_text
 from sd_unlearn.io.run_folder import METRICS
+from sd_unlearn.training.provenance import peak_memory_mb
 
+# Logged with the metrics; they differ between equal runs. Memory as `peak_memory_mb`.
+COST = {"images_per_second": "img/s", "peak_memory_gib": "GiB"}
 SECOND_SIGNAL = 2.0  # seconds; a signal sooner after the first may be the same one, passed on by a launcher
 
 
@@ -61,13 +64,34 @@ class MetricsLog:
         """Append one line; values that are not finite become null."""
         finite = {k: v for k, v in metrics.items() if math.isfinite(v)}
         if {"mean_u", "mean_s", "ratio"} <= set(finite):
-            shown = {"loss": "loss", "mean_u": "U", "mean_s": "S", "ratio": "ratio"}
+            shown = {"loss": "loss", "mean_u": "U", "mean_s": "S", "ratio": "ratio", **COST}
             self.progress.show(**{name: f"{finite[key]:.3g}" for key, name in shown.items() if key in finite})
         elif "ratio" not in metrics:
             self.progress.message(f"step {metrics['step']}: {finite}")
         self.accelerator.log({k: v for k, v in finite.items() if k != "step"}, step=int(metrics["step"]))
         self.file.write(json.dumps({k: finite.get(k) for k in metrics}) + "\n")
         self.file.flush()
+
+
+class Throughput:
+    """Images a second since the last reading, without what runs in `paused` (previews, probes, checkpoints)."""
+
+    def __init__(self, images_per_step: int, step: int) -> None:
+        self.images_per_step, self.step = images_per_step, step
+        self.since, self.pauses = time.monotonic(), 0.0
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        began = time.monotonic()
+        yield
+        self.pauses += time.monotonic() - began
+
+    def read(self, step: int) -> dict[str, float]:
+        """What to log at a step, once the device has finished it: the keys of COST."""
+        now = time.monotonic()
+        speed = (step - self.step) * self.images_per_step / max(now - self.since - self.pauses, 1e-9)
+        self.step, self.since, self.pauses = step, now, 0.0
+        return {"images_per_second": round(speed, 3), "peak_memory_gib": round(peak_memory_mb() / 1024, 3)}
 
 
 def _step(line: dict[str, Any]) -> float:

@@ -100,6 +100,12 @@ def peak_memory_mb() -> int:
     return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10)
 
 
+def reset_peak_memory() -> None:
+    """Let the GPU's peak start from what is allocated now, so that it does not include the rendering of images."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+
+
 def device_name(device: torch.device) -> str:
     import torch
 

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from sd_unlearn.training.metrics_log import stop_requests
+from sd_unlearn.training import metrics_log
+from sd_unlearn.training.metrics_log import Throughput, stop_requests
 
 
 def two_processes(device: str) -> Any:
@@ -62,3 +63,16 @@ def test_cpu_processes_agree_to_stop_at_every_step(
         os.kill(os.getpid(), signal.SIGINT)
         assert stop_requested(sync) is stops
         assert stop_requested(True)
+
+
+def test_images_a_second_are_those_of_the_steps_since_the_last_reading(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without previews and checkpoints, and without the steps before a run was resumed."""
+    now = [100.0]
+    monkeypatch.setattr(metrics_log.time, "monotonic", lambda: now[0])
+    speed = Throughput(images_per_step=40, step=250)
+    now[0] += 20
+    assert speed.read(260)["images_per_second"] == 20
+    with speed.paused():
+        now[0] += 1000
+    now[0] += 10
+    assert speed.read(270)["images_per_second"] == 40
