@@ -102,6 +102,8 @@ def peak_memory_mb() -> int:
 
 def reset_peak_memory() -> None:
     """Let the GPU's peak start from what is allocated now, so that it does not include the rendering of images."""
+    import torch
+
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
 
