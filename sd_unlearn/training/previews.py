@@ -45,14 +45,12 @@ class ImageGenerator:
         try:
             pairs, size = list(zip(prompts, seeds, strict=True)), self.sampler.batch_size
             if options:
-                batches = (self._batch(pairs[start : start + size], **options) for start in range(0, len(pairs), size))
-            else:
-                batches = self.base.generating.map(self._batch, pairs, size)
-            images = [image for batch in batches for image in batch]
+                chunks = [pairs[start : start + size] for start in range(0, len(pairs), size)]
+                return [image for chunk in chunks for image in self._batch(chunk, **options)]
+            return [image for batch in self.base.generating.map(self._batch, pairs, size) for image in batch]
         finally:
             self.network.train(training)
             pipeline.vae.to("cpu")
-        return images
 
     def _batch(self, pairs: Sequence[tuple[str, int]], **options: Any) -> list[Image.Image]:
         dtype, device = self.base.pipeline.unet.dtype, self.base.device
