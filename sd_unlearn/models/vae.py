@@ -84,19 +84,22 @@ def encode(base: Base, images: Sequence[Any], load: Callable[[Any], Tensor], bat
 
 
 def use_smaller_tiles(base: Base, side: int) -> bool:
-    """Let the VAE work in overlapping tiles, or in tiles of half the size; returns False if they are too small already.
-
-    The pixels change slightly, most at the seams. side: of a whole image, in latents.
-    """
+    """`use_tiles` of half the size; returns False if they would be too small. side: of a whole image, in latents."""
     vae = base.pipeline.vae
     tile = (vae.tile_latent_min_size if vae.use_tiling else side) // 2
     if tile < MIN_TILE:
         return False
+    use_tiles(base, tile)
+    say(f"Out of memory in the VAE: images are processed in tiles of {base.vae_tile} pixels.")
+    return True
+
+
+def use_tiles(base: Base, tile: int) -> None:
+    """Let the VAE work in overlapping tiles of `tile` latents. The pixels change slightly, most at the seams."""
+    vae = base.pipeline.vae
     vae.enable_tiling()
     vae.tile_latent_min_size = tile
     base.vae_tile = vae.tile_sample_min_size = tile * base.pipeline.vae_scale_factor
-    say(f"Out of memory in the VAE: images are processed in tiles of {base.vae_tile} pixels.")
-    return True
 
 
 def _without_overflow(base: Base, work: Callable[[Any], Tensor]) -> Tensor:
