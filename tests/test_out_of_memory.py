@@ -222,7 +222,7 @@ def place(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def few(place: Path, tiny_base: Path, output: str, **changes: Any) -> Any:
-    common = {"max_train_steps": 2, "gradient_accumulation_steps": 1, "checkpointing_steps": 0, "render_batch_size": 8}
+    common = {"max_train_steps": 2, "effective_batch_size": 8, "checkpointing_steps": 0, "render_batch_size": 8}
     return make(place, tiny_base, output, **(common | changes))
 
 
