@@ -70,14 +70,14 @@ class Target:
 
         options: further arguments of the pipeline, of up to `sampler.batch_size` images at once.
         """
-        rows = iter(text.detach().expand(len(seeds), -1, -1).float().cpu())
+        rows = text.detach().expand(len(seeds), -1, -1).float().cpu()
         empty = encode_captions(self.base, [""])[0].cpu()
 
         def embed(captions: Sequence[str]) -> Tensor:
-            return torch.stack([next(rows) if caption else empty for caption in captions])
+            return torch.stack([rows[int(number)] if number else empty for number in captions])
 
         generator = ImageGenerator(self.base, self.sampler, embed, self.base.pipeline.unet)
-        return generator.generate(["attack"] * len(seeds), seeds, **options)
+        return generator.generate([str(number) for number in range(len(seeds))], seeds, **options)
 
 
 @dataclass(frozen=True)
