@@ -128,14 +128,14 @@ def train(config: TrainConfig, concepts: list[Concept]) -> Path:
     """Train a LoRA that erases a concept; missing training images are generated first.
 
     Returns:
-        The run folder; with beta_sweep the page of the sweep.
+        The run folder; with beta_sweep the page of the sweep; with dry_run the folder that there would be.
 
     Raises:
         UsageError, UnlearnError
         KeyboardInterrupt: Ctrl-C; a checkpoint was saved.
     """
     prepare_processes()
-    if config.beta_sweep is not None:
+    if config.beta_sweep is not None and not config.dry_run:
         from sd_unlearn import sweep
 
         return sweep.run(config, *concepts)
@@ -155,8 +155,9 @@ def evaluate(config: EvaluateConfig, concepts: list[Concept]) -> Results:
     from sd_unlearn.evaluation import evaluate as command
 
     _check_single_process("evaluate")
-    if config.write_plan is not None:
-        raise UsageError("write_plan evaluates nothing. Use the command: sd-unlearn evaluate --write_plan.")
+    for name in ("write_plan", "dry_run"):
+        if getattr(config, name):
+            raise UsageError(f"evaluate(): {name} evaluates nothing. Use the command: sd-unlearn evaluate --{name}.")
     results = command.run(config, concepts)
     command.check_conditions(results)
     return parse_results(results)

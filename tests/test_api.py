@@ -125,6 +125,7 @@ def test_a_concept_built_in_code_is_checked_and_handed_on(calls: list[tuple[Any,
         (lambda: sd_unlearn.train(), "--concept is missing"),
         (lambda: sd_unlearn.evaluate(), "Nothing to evaluate"),
         (lambda: sd_unlearn.evaluate(run="x", write_plan="plan.jsonl"), "write_plan evaluates nothing"),
+        (lambda: sd_unlearn.evaluate(run="x", dry_run=True), "dry_run evaluates nothing"),
         (lambda: sd_unlearn.attack(run="nowhere"), "--run nowhere is not a folder"),
     ],
 )
