@@ -296,7 +296,7 @@ def test_another_vae_is_recorded_and_drawn_with(kinds: Kinds, tmp_path: Path) ->
     assert not np.array_equal(*pictures)
     with pytest.raises(UsageError, match="VAE of .* changed"):
         load_recorded_base(base.describe() | {"vae_sha256": plain.vae_sha256}, device="cpu")
-    with pytest.raises(UsageError, match="weights of .* changed"):
+    with pytest.raises(UsageError, match="UNet of .* changed"):
         load_recorded_base(base.describe() | {"sha256": "0"}, device="cpu")
 
 
