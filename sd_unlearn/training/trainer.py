@@ -148,7 +148,7 @@ def _train(
         use_zero_terminal_snr(base)
     if config.train_text_encoder:
         check_text_encoder(base.kind, base.name)
-    data = read_data(config, concept, base)
+    data = read_data(config, concept, base, planned.encode_batch_size)
     batching = _choose_batching(config, accelerator, planned, resume)
     config = resolve_defaults(config, base, data, accelerator.num_processes)
     config = dataclasses.replace(config, mixed_precision=accelerator.mixed_precision)
