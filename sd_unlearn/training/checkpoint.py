@@ -87,10 +87,14 @@ def _write(target: Path, weights: dict[str, torch.Tensor], state: dict[str, Any]
 
 
 def _delete_old(run: Path, newest: Path, limit: int) -> None:
-    """Keep the newest `limit`; later steps belong to a run that was abandoned by resuming an earlier checkpoint."""
+    """Keep the newest `limit`; later steps belong to a run that was abandoned by resuming an earlier checkpoint.
+
+    Also deletes what is left of a checkpoint if the process was killed while it deleted that.
+    """
     checkpoints = list_checkpoints(run)
     end = checkpoints.index(newest) + 1
-    for old in [*checkpoints[:end][:-limit], *checkpoints[end:]]:
+    partial = [p for p in newest.parent.iterdir() if _NAME.fullmatch(p.name) and not _is_checkpoint(p)]
+    for old in [*checkpoints[:end][:-limit], *checkpoints[end:], *partial]:
         _delete(old)
 
 

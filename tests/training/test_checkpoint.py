@@ -334,6 +334,20 @@ def test_another_text_encoder_is_refused_but_checkpoints_without_its_hash_are_ac
         checkpoint.check_same(folder, now, forced=False)
 
 
+def test_what_a_kill_left_of_a_deleted_checkpoint_is_deleted() -> None:
+    """Deletion begins with checkpoint.json. Files of others stay."""
+    accelerator, weights = Accelerator(cpu=True), {"w": torch.zeros(1)}
+    for name in ("step-000001", "step-000002", "notes"):
+        folder = Path("run", "checkpoints", name)
+        folder.mkdir(parents=True)
+        (folder / "state.pt").write_bytes(b"")
+    Path("run/checkpoints/step-000002/mine.txt").write_text("mine")
+    checkpoint.save(Path("run"), 3, weights, {}, {}, accelerator, 2)
+    left = {path.relative_to("run/checkpoints").as_posix() for path in Path("run/checkpoints").rglob("*")}
+    assert {"step-000002/mine.txt", "notes/state.pt", "step-000003/checkpoint.json"} <= left
+    assert not left & {"step-000001", "step-000002/state.pt"}
+
+
 def test_checkpoints_of_an_abandoned_continuation_are_deleted_first() -> None:
     accelerator, weights = Accelerator(), {"w": torch.zeros(1)}
     for step, limit in ((3, 3), (6, 3), (9, 3), (4, 1)):  # the last one after resuming from step 3
