@@ -60,18 +60,16 @@ class Data:
         return f"{len(examples) - positive - negative} unlabeled and {positive} positive images{known}"
 
 
-def read_data(config: TrainConfig, concept: Concept, base: Base, encode_batch_size: int | None = None) -> Data:
+def read_data(config: TrainConfig, concept: Concept, base: Base, encode_batch_size: int) -> Data:
     """Scan the data folder, encode images (cached) and captions, and determine beta.
-
-    encode_batch_size: images that the VAE encodes at once.
 
     Raises:
         UsageError: invalid images, captions or betas.
     """
     assert config.data_dir is not None
     examples = scan(config.data_dir, concept, config.eta, config.positives)
-    resolution, cache = config.resolution or base.resolution, config.data_dir / CACHE_DIR
-    mean, std = encode_images(base, examples, resolution, cache, encode_batch_size)
+    resolution = config.resolution or base.resolution
+    mean, std = encode_images(base, examples, resolution, config.data_dir / CACHE_DIR, encode_batch_size)
     prior = resolve_beta(config.beta, config.data_dir, lambda: embed(base, examples, mean))
     prior = broadcast_object_list([prior])[0]  # rounding may differ between devices: one beta for all
     sets = positive_sets(config.data_dir)
