@@ -27,6 +27,7 @@ NEEDED = {
     "jinja2": "jinja2",
     "numpy": "numpy",
     "scipy": "scipy",
+    "psutil": "psutil",
     "scikit-learn": "sklearn",
     "pillow": "PIL",
     "tqdm": "tqdm",

@@ -29,6 +29,7 @@ def test_a_closed_terminal_stops_as_ctrl_c_does(monkeypatch: pytest.MonkeyPatch)
     lone = SimpleNamespace(num_processes=1, print=lambda *_, **__: None)
     terminal, pipe = os.dup(2), os.pipe()
     os.dup2(pipe[1], 2)
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests themselves may run under nohup
     try:
         monkeypatch.setattr(os, "isatty", lambda descriptor: descriptor == 2)
         with stop_requests(lone) as stop_requested:  # type: ignore[arg-type]
@@ -39,7 +40,8 @@ def test_a_closed_terminal_stops_as_ctrl_c_does(monkeypatch: pytest.MonkeyPatch)
             os.write(2, b"x")  # into a pipe without a reader it would raise
     finally:
         os.dup2(terminal, 2)
-    assert signal.getsignal(signal.SIGHUP) is signal.SIG_DFL
+        after = signal.signal(signal.SIGHUP, before)
+    assert after is signal.SIG_DFL
 
 
 def test_nohup_is_respected() -> None:
