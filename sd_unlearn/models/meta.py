@@ -127,7 +127,7 @@ def component_config(source: Source, component: str) -> dict[str, Any]:
     """The configuration of a component of a base: local, cached, bundled (a published base) or downloaded.
 
     Raises:
-        UnlearnError: it is none of these.
+        UnlearnError: the source is of another kind.
     """
     if source.configs:
         config = source.config_of(component) or _bundled(source.kind or "sd1", component)

@@ -95,7 +95,7 @@ def sample(base: Base, seeds: Sequence[int], sampler: Sampler, **prompts: Any) -
     Raises:
         UnlearnError: a latent or a pixel is not finite.
         OutOfMemory: memory is too small to decode one image.
-        torch.OutOfMemoryError: memory is too small for so many seeds at once.
+        torch.OutOfMemoryError: memory is too small for all seeds at once.
     """
     import torch
 

@@ -68,7 +68,7 @@ def attack_sections(results: Results, cases: Sequence[Case], folder: Path, blur_
 
 
 def attack_note(section: AttackSection) -> str:
-    """The most successful attack in a sentence, to stand beside the verdict."""
+    """The most successful attack in a sentence, shown next to the verdict."""
     worst = section.lines[0]
     tried = f"Of {len(section.lines)} attacks, the most successful" if len(section.lines) > 1 else "The attack tried"
     beside = f"; from a model that never saw it, {value_text(worst.floor)}" if worst.floor else ""

@@ -39,7 +39,7 @@ def classifiable_prompts(concept: Concept, labels: Sequence[str]) -> list[Prompt
     """The keep prompts whose expected labels a classifier with these labels knows.
 
     Raises:
-        UsageError: there are none.
+        UsageError: the classifier knows none of the keep prompts' labels.
     """
     label = concept.label or concept.name
     prompts = [p for p in concept.keep_prompts if p.expect and {*p.expect, label} <= set(labels)]

@@ -34,7 +34,7 @@ TRAINED = TrainingFootprint(
 
 
 def gpu(usable: float) -> Device:
-    """A GPU on which so many GB are left for a training step of this base, beside UNet and workspace."""
+    """A GPU with this much memory (in GB) left for a training step of this base, after UNet and workspace."""
     return Device("cuda", "a GPU", round((usable * GIB + FROZEN.unet + WORKSPACE["cuda"]) / 0.9) + 2)
 
 
