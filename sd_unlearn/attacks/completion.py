@@ -28,8 +28,11 @@ class ImageSettings:
     restarts: int = 1
 
 
+BUDGETS = {"quick": ImageSettings(20), "standard": ImageSettings(100), "full": ImageSettings(500)}
+
+
 def run(target: Target, settings: ImageSettings, restart: int) -> Iterator[Outcome]:
-    """Complete the attacker's images under the generic prompt's counterpart, the concept's caption."""
+    """Complete half of each of the attacker's images, under the concept's caption."""
     samples = target.positives.first(settings.images)
     generator = target.generator("completion", restart)
     noise = torch.randn(samples.mean.shape, generator=generator)
@@ -65,6 +68,6 @@ COMPLETION = Attack(
     "Half an image given",
     "Lu et al. 2025",
     "sampler, images of the concept",
-    {"quick": ImageSettings(20), "standard": ImageSettings(100), "full": ImageSettings(500)},
+    BUDGETS,
     run,
 )

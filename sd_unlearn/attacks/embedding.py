@@ -33,6 +33,13 @@ class EmbeddingSettings:
     learning_rate: float = 0.1  # of Adam, in units of the root mean square of the encoder's embeddings
 
 
+BUDGETS = {  # of one learned token and of a whole learned prompt, so that they can be compared
+    "quick": EmbeddingSettings(steps=200, restarts=1, images=60),
+    "standard": EmbeddingSettings(steps=1000, restarts=2, images=100),
+    "full": EmbeddingSettings(steps=5000, restarts=4, images=200),
+}
+
+
 class LearnedPrompt:
     """A prompt in which the embeddings of some tokens are parameters, in every text encoder of a pipeline."""
 

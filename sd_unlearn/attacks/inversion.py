@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sd_unlearn.attacks.base import Attack, Outcome, Target
-from sd_unlearn.attacks.completion import ImageSettings
+from sd_unlearn.attacks.completion import BUDGETS, ImageSettings
 from sd_unlearn.data.encoding import encode_captions
 
 
@@ -51,6 +51,6 @@ INVERSION = Attack(
     "Inverted image",
     "Pham et al. 2024",
     "weights, images of the concept",
-    {"quick": ImageSettings(20), "standard": ImageSettings(100), "full": ImageSettings(500)},
+    BUDGETS,
     run,
 )

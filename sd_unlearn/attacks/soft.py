@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from sd_unlearn.attacks.base import Attack, Outcome, Target
-from sd_unlearn.attacks.embedding import EmbeddingSettings, LearnedPrompt, content_positions, learn
+from sd_unlearn.attacks.embedding import BUDGETS, EmbeddingSettings, LearnedPrompt, content_positions, learn
 
 
 def run(target: Target, settings: EmbeddingSettings, restart: int) -> Iterator[Outcome]:
@@ -27,10 +27,6 @@ SOFT = Attack(
     "Learned prompt",
     "Pham et al. 2024",
     "weights, any text embedding",
-    {
-        "quick": EmbeddingSettings(steps=200, restarts=1, images=60),
-        "standard": EmbeddingSettings(steps=1000, restarts=2, images=100),
-        "full": EmbeddingSettings(steps=5000, restarts=4, images=200),
-    },
+    BUDGETS,
     run,
 )

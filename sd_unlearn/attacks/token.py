@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 
 from sd_unlearn.attacks.base import Attack, Outcome, Target
-from sd_unlearn.attacks.embedding import EmbeddingSettings, LearnedPrompt, learn
+from sd_unlearn.attacks.embedding import BUDGETS, EmbeddingSettings, LearnedPrompt, learn
 from sd_unlearn.data.concept import Concept
 
 PLACEHOLDER = "x"  # any word of a single token: its embedding is replaced
@@ -49,10 +49,6 @@ TOKEN = Attack(
     "Learned token",
     "Pham et al. 2024",
     "weights, any text embedding",
-    {
-        "quick": EmbeddingSettings(steps=200, restarts=1, images=60),
-        "standard": EmbeddingSettings(steps=1000, restarts=2, images=100),
-        "full": EmbeddingSettings(steps=5000, restarts=4, images=200),
-    },
+    BUDGETS,
     run,
 )

@@ -61,7 +61,7 @@ def this_device(processes: int = 1) -> Device:
 
 
 def other_device(vram: int) -> Device:
-    """A GPU with so many bytes of memory (--vram)."""
+    """A GPU with this much memory, in bytes (--vram)."""
     return Device("cuda", f"a GPU with {vram / GIB:g} GB", max(0, vram - CONTEXT))
 
 

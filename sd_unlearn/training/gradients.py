@@ -43,7 +43,7 @@ def accumulate_gradients(
         (metrics [LOGGED], brackets [groups]) of the whole step.
 
     Raises:
-        OutOfMemory: in all processes, if one ran out of memory; parameters may have a part of the gradient.
+        OutOfMemoryInStep: in all processes, if one ran out of memory; parameters may have a part of the gradient.
     """
     micro_batches = batch.cut(size)
     if len(micro_batches) == 1 and accelerator.num_processes == 1:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:  # torch takes seconds to import, and trainer.py refuses wrong
 T = TypeVar("T")
 
 
-class OutOfMemory(Exception):
+class OutOfMemoryInStep(Exception):
     """Memory ran out in this or in another process."""
 
 
@@ -30,7 +30,7 @@ def together(accelerator: Accelerator, action: Callable[[], T]) -> T:
     With several processes this waits for the device.
 
     Raises:
-        OutOfMemory: in every process. Torch's unused memory has been returned to the device.
+        OutOfMemoryInStep: in every process. Torch's unused memory has been returned to the device.
     """
     import torch
 
@@ -47,7 +47,7 @@ def together(accelerator: Accelerator, action: Callable[[], T]) -> T:
     if anywhere:
         result = None
         free_memory()  # here the error's traceback, which holds tensors, is gone
-        raise OutOfMemory(failure or "in another process")
+        raise OutOfMemoryInStep(failure or "in another process")
     return result  # type: ignore[return-value]
 
 

@@ -22,7 +22,7 @@ from sd_unlearn.models.student import Student
 from sd_unlearn.objectives.pu import PUObjective
 from sd_unlearn.training import checkpoint
 from sd_unlearn.training.gradients import accumulate_gradients
-from sd_unlearn.training.memory import NothingSmaller, OutOfMemory, describe_change, together
+from sd_unlearn.training.memory import NothingSmaller, OutOfMemoryInStep, describe_change, together
 from sd_unlearn.training.optim import GuardedSteps, MovingAverage, make_optimizer, make_schedule, set_rates
 from sd_unlearn.training.probe import ProbeResult
 
@@ -99,7 +99,7 @@ class TrainingState:
             try:
                 metrics, self.brackets = self._gradient(model, losses, batch)
                 break
-            except OutOfMemory as error:
+            except OutOfMemoryInStep as error:
                 self._use_less_memory(str(error), note)
             checkpoint.restore_random_state(random_state)
         norm = self.accelerator.clip_grad_norm_(self.parameters, max_grad_norm)

@@ -18,7 +18,7 @@ from torch import Tensor
 from sd_unlearn.data.batch import Batch
 from sd_unlearn.objectives.pu import LOGGED, PUObjective
 from sd_unlearn.training.gradients import accumulate_gradients
-from sd_unlearn.training.memory import OutOfMemory
+from sd_unlearn.training.memory import OutOfMemoryInStep
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -155,7 +155,7 @@ def check_out_of_memory(accelerator: Accelerator, objective: PUObjective, batch:
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return model(part)
 
-    with pytest.raises(OutOfMemory, match="another process|CUDA"):
+    with pytest.raises(OutOfMemoryInStep, match="another process|CUDA"):
         accumulate_gradients(accelerator, model, losses, objective, batch, 4)
 
 
