@@ -36,7 +36,7 @@ def run(config: AttackConfig, concepts: Sequence[Concept] = ()) -> dict[str, Any
     conditions = [parse_condition(text) for text in config.fail_if]
     if config.attacker_images is not None:
         attacker_files(config.attacker_images)
-    job = resolve_job(_as_evaluation(config), concepts)
+    job = resolve_job(_as_evaluation(config), concepts, needs_subjects=not (config.ceiling or config.floor))
     metrics = {slug: find_metrics(job.metric_context(concept)) for slug, concept in job.concepts.items()}
     from sd_unlearn.attacks.runner import attack_all
 

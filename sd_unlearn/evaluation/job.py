@@ -104,10 +104,12 @@ class EvaluationJob:
         return MetricContext(concept, self.config, reference, self.tier, device)
 
 
-def resolve_job(config: EvaluateConfig, concepts: Sequence[Concept] = ()) -> EvaluationJob:
+def resolve_job(config: EvaluateConfig, concepts: Sequence[Concept] = (), needs_subjects: bool = True) -> EvaluationJob:
     """Resolve and check the options; loads no model.
 
-    concepts: instead of those that --concept names.
+    Args:
+        concepts: Instead of those that --concept names.
+        needs_subjects: Refuse a job without a LoRA and image folders. If False, a concept is enough.
 
     Raises:
         UsageError: invalid options, or a file or folder that does not exist or does not fit.
@@ -117,6 +119,11 @@ def resolve_job(config: EvaluateConfig, concepts: Sequence[Concept] = ()) -> Eva
     for condition in config.fail_if:
         parse_condition(condition)
     loras, failed = _open_loras(config)
+    if not loras and not config.images and (needs_subjects or not config.concept):
+        raise UsageError(
+            "Nothing to evaluate. Give a run folder (--run runs/seven), LoRAs (--lora A B) or folders of images "
+            "(--images)."
+        )
     by_slug = _resolve_concepts(config, loras, concepts)
     source, base_named = _resolve_base(config, loras, by_slug)
     tier_name = config.tier or ("digits" if source.name == DIGITS else "quick")
@@ -198,11 +205,6 @@ def _lora_files(given: str) -> list[str]:
 
 
 def _resolve_concepts(config: EvaluateConfig, loras: Sequence[Lora], given: Sequence[Concept]) -> dict[str, Concept]:
-    if not loras and not config.images:
-        raise UsageError(
-            "Nothing to evaluate. Give a run folder (--run runs/seven), LoRAs (--lora A B) or folders of images "
-            "(--images)."
-        )
     if config.concept:
         return {concept.slug: concept for concept in given or map(load_concept, config.concept)}
     if config.images:

@@ -41,11 +41,14 @@ def format_table(results: Results) -> str:
 
 
 def format_attacks(results: Results) -> str:
-    """An aligned table of the attacks: how often each brought the concept back, from the LoRA and from the base."""
+    """An aligned table of the attacks: how often each brought the concept back, from the LoRA and from the base.
+
+    Without a LoRA, the attacks on the base and on the floor have lines of their own.
+    """
     rows = {(row.concept, row.subject, row.group, row.detector): row for row in results.rows if row.metric == "attack"}
-    lines = []
+    shown, lines = {subject for _, subject, _, _ in rows} - {BASE, FLOOR} or {BASE, FLOOR}, []
     for (concept, subject, group, detector), row in rows.items():
-        if subject not in (BASE, FLOOR):
+        if subject in shown:
             base, floor = (rows.get((concept, model, group, detector)) for model in (BASE, FLOOR))
             name = f"{subject} ({concept})" if len(results.concepts) > 1 else subject
             values = [value_text(one) if one else NONE for one in (row, floor, base)]

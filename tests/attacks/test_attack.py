@@ -146,3 +146,15 @@ def test_errors(run: Path, flags: list[str], message: str, capsys: pytest.Captur
 def test_nothing_to_attack(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["attack"]) == 2
     assert "Nothing" in capsys.readouterr().err
+
+
+def test_a_base_can_be_attacked_without_a_lora(
+    run: Path, tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "of-base"
+    command = ["attack", "--concept", str(run / "concept.yaml"), "--pretrained_model_name_or_path", str(tiny_base)]
+    assert main([*command, "--attacks", "noise", *FLAGS, "--output_dir", str(output)]) == 0
+    assert set(entries(output)) == {("base", "noise")}
+    assert "noise" in capsys.readouterr().out
+    assert main([*command, "--attacks", "noise", *FLAGS, "--no_ceiling"]) == 2  # neither base, floor nor LoRA
+    assert main(["attack", *FLAGS]) == 2

@@ -1,0 +1,113 @@
+"""What `leaderboard.py` compares: methods, concepts and budgets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from bench_forget import PAPER
+
+CONCEPTS = ("seven", "three", "red ink", "blue ink")
+MODELS = {"base": "digits", "oracle": "build/digits-without-{label}/pipeline"}
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the table.
+
+    train: a run of `sd-unlearn train`, with these options beside the defaults. sampler: the base, sampled in another
+    way; these are options of `evaluate`. model: a whole model, MODELS.
+    """
+
+    title: str
+    source: str  # of the method, and what differs from it
+    how: Literal["train", "sampler", "model"] = "train"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    trained: bool = True  # by random steps, so that seeds differ
+
+
+METHODS: dict[str, Method] = {
+    "pu": Method("ours", "the defaults of sd-unlearn train"),
+    "pu-noise": Method("ours, noise as target", "the defaults with --target noise", options={"target": "noise"}),
+    "paper": Method(
+        "the paper's setting",
+        "Takahashi et al. 2025: all weights, noise as target, own captions; 2,000 steps as in docs/benchmarks.md",
+        options=PAPER | {"beta": 0.2, "max_train_steps": 2000},
+    ),
+    "esd-x": Method("ESD-x", "after Gandikota et al. 2023, eq. 7", options={"objective": "esd-x"}),
+    "esd-u": Method("ESD-u", "after Gandikota et al. 2023, eq. 7", options={"objective": "esd-u"}),
+    "anchor": Method("anchor", "after Kumari et al. 2023, eq. 5", options={"objective": "anchor"}),
+    "neggrad": Method("negative gradient", "gradient ascent on the concept", options={"objective": "neggrad"}),
+    "uce": Method("UCE", "after Gandikota et al. 2024, eq. 7", options={"objective": "uce"}, trained=False),
+    "speed": Method("SPEED", "null-space projection of the edit", options={"objective": "speed"}, trained=False),
+    "rece": Method("RECE", "UCE, repeated on what it left", options={"objective": "rece"}, trained=False),
+    "sld": Method("SLD", "after Schramowski et al. 2023", "sampler", {"sld": "medium"}, trained=False),
+    "oracle": Method("never saw it", "trained without the concept", "model", trained=False),
+    "base": Method("base", "nothing unlearned", "model", trained=False),
+}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The effort of a cell: images of `evaluate` and the budget of each attack."""
+
+    evaluation: Mapping[str, Any]  # options of `evaluate`
+    attacks: Mapping[str, str]  # attack -> its --budget
+    grid_images: int  # of every digit in every ink
+
+
+BUDGETS = {
+    "quick": Budget(
+        {"num_images": 100, "num_keep_images": 30},
+        dict.fromkeys(("token", "soft", "prefix", "noise", "completion"), "quick")
+        | dict.fromkeys(("finetune", "benign"), "standard"),
+        grid_images=4,
+    ),
+    "standard": Budget(
+        {"tier": "digits"},
+        dict.fromkeys(("token", "soft", "prefix", "noise", "completion", "finetune", "benign"), "standard"),
+        grid_images=10,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One row of one concept's table, with one seed of training."""
+
+    method: str
+    concept: str
+    seed: int
+
+    @property
+    def slug(self) -> str:
+        """The concept's name in file names."""
+        return self.concept.replace(" ", "-")
+
+    @property
+    def name(self) -> str:
+        """The cell's name in file names."""
+        return f"{self.slug}-{self.method}-{self.seed}"
+
+    @property
+    def of(self) -> Method:
+        """Its method."""
+        return METHODS[self.method]
+
+    def model(self, root: Path) -> str:
+        """The name or folder of the model of a cell with a whole one."""
+        name = MODELS[self.method].format(label=self.concept.removesuffix(" ink"))
+        return str(root / name) if "/" in name else name
+
+
+def cells(methods: list[str], concepts: list[str], seeds: list[int]) -> list[Cell]:
+    """Every cell, those of the first concept and seed first; of what is not trained only the first seed."""
+    return [
+        Cell(method, concept, seed)
+        for seed in seeds
+        for concept in concepts
+        for method in methods
+        if METHODS[method].trained or seed == seeds[0]
+    ]

@@ -1,0 +1,214 @@
+"""The tables of docs/leaderboard.md, made from the records of `leaderboard.py`."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from leaderboard_methods import CONCEPTS, METHODS, Cell
+from leaderboard_pictures import write_rows
+
+from sd_unlearn.io.files import write_text
+from sd_unlearn.io.reading import read_json
+
+START, END = "<!-- leaderboard:start -->", "<!-- leaderboard:end -->"
+NOT_RUN, NONE = "not run", "–"
+Record = Mapping[str, Any]
+ADVERSARIAL = ("token", "soft", "prefix", "noise")  # the attacks that count for the rank
+BACK = 0.5  # share of the concept from which fine-tuning counts as having brought it back
+
+
+def rows_of(records: Sequence[Record], name: str) -> list[Record]:
+    """A metric ("leakage direct") or attack ("attack soft") of the records of all seeds that have it."""
+    kind, _, attack = name.partition(" ")
+    if kind == "attack":
+        found = [record.get("attacks", {}).get(attack) for record in records]
+    else:
+        found = [record.get("evaluation", {}).get("rows", {}).get(name) for record in records]
+    return [row for row in found if row and row["value"] is not None]
+
+
+def mean(records: Sequence[Record], name: str) -> float | None:
+    """The mean over seeds; None if no record has it."""
+    rows = rows_of(records, name)
+    return statistics.fmean(row["value"] for row in rows) if rows else None
+
+
+def with_interval(records: Sequence[Record], name: str, text: Callable[[float], str]) -> str:
+    """The mean with its interval; of several seeds from the lowest to the highest end."""
+    rows = rows_of(records, name)
+    if not rows:
+        return NOT_RUN if not records else NONE
+    ends = [[row[end] for row in rows if row[end] is not None] for end in ("low", "high")]
+    interval = f" ({text(min(ends[0]))}–{text(max(ends[1]))})" if all(ends) else ""
+    return f"{text(statistics.fmean(row['value'] for row in rows))}{interval}"
+
+
+def percent(value: float) -> str:
+    """12 or 1.5: without the sign, which the column's title has."""
+    return f"{100 * value:.0f}" if value >= 0.1 or value == 0 else f"{100 * value:.1f}"
+
+
+def adversarial(records: Sequence[Record]) -> tuple[float, str] | None:
+    """The success of the best attack that counts for the rank, and its name; None unless all were carried out."""
+    found = {name: mean(records, f"attack {name}") for name in ADVERSARIAL}
+    known = {name: value for name, value in found.items() if value is not None}
+    if len(known) < len(found):
+        return None
+    best = max(known, key=lambda name: known[name])
+    return known[best], best
+
+
+def rank(records: Sequence[Record]) -> float | None:
+    """Harmonic mean of what is forgotten, retained, cleanly replaced and not brought back; None if one is missing."""
+    leak, kept, clean = (
+        mean(records, name) for name in ("leakage direct", "retention kept", "clean_replacement direct")
+    )
+    best = adversarial(records)
+    if leak is None or kept is None or clean is None or best is None:
+        return None
+    return statistics.harmonic_mean([1 - leak, min(1.0, kept), min(1.0, clean), 1 - best[0]])
+
+
+def steps_until_back(record: Record) -> str:
+    """After how many steps of fine-tuning at least half of the images show the concept again."""
+    tries = sorted(record["attacks"]["finetune"]["tries"], key=lambda one: one[1])
+    back = [step for _, step, value in tries if value >= BACK]
+    return str(min(back)) if back else f"> {tries[-1][1]}"
+
+
+def finetune(records: Sequence[Record]) -> str:
+    """Steps until the concept is back, of each seed, and the shares on the way."""
+    having = [record for record in records if "finetune" in record.get("attacks", {})]
+    if not having:
+        return NOT_RUN if not records else NONE
+    ways = [
+        " / ".join(percent(value) for _, _, value in sorted(r["attacks"]["finetune"]["tries"], key=lambda one: one[1]))
+        for r in having
+    ]
+    return f"{', '.join(map(steps_until_back, having))} ({'; '.join(ways)})"
+
+
+def cost(records: Sequence[Record], key: str) -> str:
+    """Seconds of training, or size of the file."""
+    values = [record["training"][key] for record in records if record.get("training", {}).get(key) is not None]
+    if not values:
+        return NOT_RUN if not records else NONE
+    value = statistics.fmean(values)
+    return f"{value:.0f} s" if key == "seconds" else f"{value / 1e3:,.0f} kB"
+
+
+def best_text(records: Sequence[Record]) -> str:
+    """The best attack that counts for the rank."""
+    best = adversarial(records)
+    return f"{percent(best[0])} ({best[1]})" if best else (NONE if records else NOT_RUN)
+
+
+def rank_text(records: Sequence[Record]) -> str:
+    value = rank(records)
+    return f"**{value:.2f}**" if value is not None else (NONE if records else NOT_RUN)
+
+
+def share(name: str) -> Callable[[Sequence[Record]], str]:
+    return lambda records: with_interval(records, name, percent)
+
+
+def number(name: str, form: str) -> Callable[[Sequence[Record]], str]:
+    return lambda records: with_interval(records, name, lambda value: format(value, form))
+
+
+TABLES: dict[str, dict[str, Callable[[Sequence[Record]], str]]] = {
+    "rank": {
+        "rank": rank_text,
+        "leakage %": share("leakage direct"),
+        "retention %": share("retention kept"),
+        "clean %": share("clean_replacement direct"),
+        "best attack %": best_text,
+        "training": lambda records: cost(records, "seconds"),
+        "file": lambda records: cost(records, "bytes"),
+    },
+    "evaluation": {
+        "held out %": share("leakage held_out"),
+        "generic %": share("leakage generic"),
+        "alike %": share("retention alike"),
+        "general %": share("retention general"),
+        "drift": number("drift kept", ".3f"),
+        "fid-digits": number("fid-digits alike", ".0f"),
+        "UA %": share("ua"),
+        "IRA %": share("ira"),
+        "CRA %": share("cra"),
+    },
+    "attacks": {
+        "token %": share("attack token"),
+        "soft %": share("attack soft"),
+        "prefix %": share("attack prefix"),
+        "noise %": share("attack noise"),
+        "completion %": share("attack completion"),
+        "benign %": share("attack benign"),
+        "fine-tune: steps until half is back": finetune,
+    },
+}
+TITLES = {"rank": "Rank", "evaluation": "What it forgets and retains", "attacks": "What brings it back"}
+
+
+def read_records(folder: Path, concept: str, method: str) -> list[Record]:
+    """The records of a method on a concept, of all seeds."""
+    prefix = Cell(method, concept, 0).name.removesuffix("0")
+    files = sorted(folder.glob(f"{prefix}*.json"))
+    return [read_json(file) for file in files if file.stem.removeprefix(prefix).isdigit()]
+
+
+def table(name: str, records: Mapping[str, Sequence[Record]]) -> str:
+    """One table in Markdown, a line for each method."""
+    columns = TABLES[name]
+    lines = [f"| method | {' | '.join(columns)} |", f"|---{'|---' * len(columns)}|"]
+    for method, of_method in records.items():
+        seeds = f" ({len(of_method)} seeds)" if len(of_method) > 1 else ""
+        lines.append(f"| {METHODS[method].title}{seeds} | {' | '.join(cell(of_method) for cell in columns.values())} |")
+    return "\n".join(lines)
+
+
+def section(concept: str, folder: Path, images: Path) -> str:
+    """The tables and pictures of one concept; a sentence if nothing was run."""
+    records = {method: read_records(folder, concept, method) for method in METHODS}
+    if not any(records.values()):
+        return f"### {concept}\n\nNot run."
+    ranks = {method: rank(of_method) for method, of_method in records.items()}
+    order = sorted(records, key=lambda m: (not records[m], ranks[m] is None, -(ranks[m] or 0)))
+    records = {method: records[method] for method in order}
+    parts = [f"### {concept}"]
+    for name, title in TITLES.items():
+        parts += [f"**{title}**", table(name, records)]
+    strips = {METHODS[m].title: folder / f"{Cell(m, concept, 0).name}.png" for m in order}
+    picture = images / f"leaderboard-{Cell('', concept, 0).slug}.png"
+    if write_rows(picture, strips):
+        about = "Left: the concept's prompt. Right: after the attack soft. The same seeds in every row."
+        parts.append(f"![{about}](images/{picture.name})\n\n*{about}*")
+    return "\n\n".join(parts)
+
+
+def methods_table() -> str:
+    """What each method is."""
+    lines = ["| method | what it is | options |", "|---|---|---|"]
+    for method in METHODS.values():
+        options = " ".join(f"--{key} {value}" for key, value in method.options.items())
+        lines.append(f"| {method.title} | {method.source} | {f'`{options}`' if options else NONE} |")
+    return "\n".join(lines)
+
+
+def write_page(page: Path, folder: Path, budget: str) -> None:
+    """Replace the generated part of the page.
+
+    Raises:
+        SystemExit: the page has no markers.
+    """
+    text = page.read_text(encoding="utf-8")
+    before, start, rest = text.partition(START)
+    _, end, after = rest.partition(END)
+    if not (start and end):
+        raise SystemExit(f"{page} has no {START} ... {END}, between which the tables belong.")
+    sections = [section(concept, folder, page.parent / "images") for concept in CONCEPTS]
+    body = "\n\n".join([f"Budget `{budget}`.", *sections, "### Methods", methods_table()])
+    write_text(page, f"{before}{START}\n\n{body}\n\n{END}{after}")

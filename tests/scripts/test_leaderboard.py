@@ -1,0 +1,156 @@
+"""scripts/leaderboard.py: the table from records, and small cells end to end."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def scripts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+
+
+def row(value: float, n: int = 100) -> dict[str, Any]:
+    return {"value": value, "n": n, "low": max(0.0, value - 0.1), "high": min(1.0, value + 0.1)}
+
+
+def write_record(folder: Path, method: str, seed: int = 0, leak: float = 0.2, soft: float = 0.4) -> None:
+    rows = {"leakage direct": row(leak), "retention kept": row(1.1), "clean_replacement direct": row(0.8)}
+    weak = {name: row(0.1) for name in ("token", "prefix", "noise")}
+    tries = [[0, 20, 0.0], [0, 40, 0.4], [0, 50, 0.6], [0, 100, 0.5]]
+    attacks = {**weak, "soft": row(soft), "finetune": row(0.6) | {"tries": tries}}
+    record = {
+        "method": method,
+        "concept": "seven",
+        "seed": seed,
+        "training": {"seconds": 10.0, "bytes": 2000},
+        "evaluation": {"rows": rows},
+        "attacks": attacks,
+    }
+    folder.mkdir(exist_ok=True)
+    (folder / f"seven-{method}-{seed}.json").write_text(json.dumps(record))
+
+
+def page_of(tmp_path: Path) -> str:
+    from leaderboard_table import END, START, write_page
+
+    page = tmp_path / "leaderboard.md"
+    page.write_text(f"before\n{START}\nold\n{END}\nafter\n")
+    write_page(page, tmp_path / "records", "quick")
+    return page.read_text()
+
+
+def lines_of(text: str, method: str) -> list[str]:
+    """The lines of a method in the tables of seven."""
+    return [line for line in text.partition("### three")[0].splitlines() if line.startswith(f"| {method} |")]
+
+
+def test_the_rank_is_the_harmonic_mean_of_four_rates(tmp_path: Path) -> None:
+    """Forgotten 0.8, retained 1 (1.1 is not better), clean 0.8, not brought back 0.6: 4 / 5.1667 = 0.77."""
+    write_record(tmp_path / "records", "pu")
+    lines = lines_of(page_of(tmp_path), "ours")
+    assert "| **0.77** |" in lines[0]
+    assert "| 40 (soft) |" in lines[0]
+    assert "| 20 (10–30) |" in lines[0]
+
+
+def test_methods_are_ordered_by_rank_whoever_wins(tmp_path: Path) -> None:
+    write_record(tmp_path / "records", "pu", soft=0.9)
+    write_record(tmp_path / "records", "esd-x", soft=0.3)
+    text = page_of(tmp_path)
+    assert text.index("| ESD-x |") < text.index("| ours |")
+
+
+def test_fine_tuning_is_told_in_steps_until_half_is_back(tmp_path: Path) -> None:
+    write_record(tmp_path / "records", "pu")
+    assert lines_of(page_of(tmp_path), "ours")[2].endswith("| 50 (0 / 40 / 60 / 50) |")
+
+
+def test_seeds_are_averaged_with_the_widest_interval(tmp_path: Path) -> None:
+    write_record(tmp_path / "records", "pu", 0, leak=0.2)
+    write_record(tmp_path / "records", "pu", 1, leak=0.4)
+    [first, *_] = lines_of(page_of(tmp_path), "ours (2 seeds)")
+    assert "| 30 (10–50) |" in first
+
+
+def test_what_was_not_run_says_so_and_the_rest_of_the_page_stays(tmp_path: Path) -> None:
+    write_record(tmp_path / "records", "pu")
+    text = page_of(tmp_path)
+    assert all("| not run |" in line for line in lines_of(text, "UCE"))
+    assert "### three\n\nNot run." in text
+    assert text.startswith("before\n")
+    assert text.endswith("\nafter\n")
+    assert "old" not in text
+
+
+def test_an_attack_that_is_missing_gives_no_rank(tmp_path: Path) -> None:
+    write_record(tmp_path / "records", "pu")
+    file = tmp_path / "records" / "seven-pu-0.json"
+    record = json.loads(file.read_text())
+    del record["attacks"]["prefix"]
+    file.write_text(json.dumps(record))
+    assert lines_of(page_of(tmp_path), "ours")[0].startswith("| ours | – |")
+
+
+def test_pictures_have_a_row_for_each_method(tmp_path: Path) -> None:
+    from leaderboard_pictures import GAP, SCALE, write_rows, write_strip
+
+    files = []
+    for number in range(3):
+        Image.new("RGB", (32, 32), (number * 100, 0, 0)).save(tmp_path / f"{number}.png")
+        files.append(tmp_path / f"{number}.png")
+    write_strip(tmp_path / "one.png", [files[:2], files[2:]])
+    with Image.open(tmp_path / "one.png") as strip:
+        assert strip.size == (3 * 32 + GAP, 32)
+    assert write_rows(tmp_path / "all.png", {"ours": tmp_path / "one.png", "not run": tmp_path / "none.png"})
+    with Image.open(tmp_path / "all.png") as page:
+        assert page.height == 32 * SCALE + GAP
+
+
+@pytest.mark.slow
+def test_cells_from_training_to_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One step of training, a few images and attacks; what is recorded is not done again."""
+    import leaderboard
+    import leaderboard_cells
+    from attack_cases import SMALL
+    from leaderboard_methods import METHODS, Budget, Method
+
+    from sd_unlearn.attacks import registry, runner
+
+    small = {name: registry.ATTACKS[name] for name in ("soft", "finetune")}
+    small = {name: type(a)(**{**vars(a), "budgets": {"quick": SMALL[name]}}) for name, a in small.items()}
+    for module in (runner, leaderboard_cells):
+        monkeypatch.setattr(module, "ATTACKS", small)
+    budget = Budget({"num_images": 2, "num_keep_images": 1}, dict.fromkeys(small, "quick"), grid_images=1)
+    monkeypatch.setitem(leaderboard.BUDGETS, "quick", budget)
+    monkeypatch.setitem(METHODS, "pu", Method("ours", "one step", options={"max_train_steps": 1}))
+    monkeypatch.setattr(leaderboard, "RECORDS", tmp_path / "records")
+    monkeypatch.setattr(leaderboard, "PAGE", tmp_path / "leaderboard.md")
+    leaderboard.PAGE.write_text("<!-- leaderboard:start -->\n<!-- leaderboard:end -->\n")
+    flags = ["--methods", "pu", "base", "oracle", "--concepts", "seven", "--seeds", "0", "--work_dir", str(tmp_path)]
+    assert leaderboard.main([*flags, "--root", str(tmp_path)]) == 0
+    records = tmp_path / "records" / "quick"
+    assert sorted(file.name for file in records.iterdir()) == [
+        *("seven-base-0.json", "seven-base-0.png", "seven-pu-0.json", "seven-pu-0.png"),
+    ]  # the oracle was not built
+    ours, base = (json.loads((records / f"seven-{name}-0.json").read_text()) for name in ("pu", "base"))
+    assert ours["training"]["steps"] == 1
+    assert set(ours["attacks"]) == set(small)
+    assert base["evaluation"]["rows"]["leakage direct"]["value"] == 1
+    assert base["evaluation"]["rows"]["retention kept"]["value"] == 1
+    assert base["evaluation"]["rows"]["ua"]["n"] == 5
+    assert str(tmp_path) not in (records / "seven-pu-0.json").read_text()
+
+    def fail(*_: object, **__: object) -> None:
+        raise AssertionError
+
+    for name in ("train", "evaluate", "attack"):
+        monkeypatch.setattr(leaderboard_cells.sd_unlearn, name, fail)
+    assert leaderboard.main([*flags, "--root", str(tmp_path)]) == 0
