@@ -18,6 +18,7 @@ import cyclopts
 from cyclopts import App, Parameter
 
 from sd_unlearn import __version__, concepts
+from sd_unlearn.batch import commands as batch
 from sd_unlearn.config.attack import AttackConfig
 from sd_unlearn.config.base import ExportConfig, RenderConfig, ReportConfig
 from sd_unlearn.config.evaluate import EvaluateConfig
@@ -44,6 +45,11 @@ Compare several LoRAs:
 
   sd-unlearn evaluate --lora A B --strengths 0.5 1
   sd-unlearn report --run runs/evaluation
+
+Many concepts or settings, on one machine or a cluster:
+
+  sd-unlearn batch jobs.yaml              run a job list (docs/scale.md)
+  sd-unlearn batch status jobs.yaml       how far it is
 
 Your own concept:
 
@@ -91,6 +97,7 @@ app = App(
 )
 app.command(paper.app)
 app.command(concepts.app)
+app.command(batch.app)
 
 
 @app.command(help_formatter=ShortHelp("number of images, sampler, loading of the base model"))
@@ -300,6 +307,8 @@ def _usage_message(error: cyclopts.CycloptsError) -> str:
 
 def _how_to_resume(tokens: Sequence[str], saved: str) -> str:
     """What to do after Ctrl-C; `saved` says what a training has saved, if it was one."""
+    if tokens[:1] == ["batch"]:
+        return "Run the same command again to continue."
     if not saved:
         return "Run the same command again to generate the missing images."
     resume = "Run the same command again" if tokens[:1] == ["paper"] else "Add --resume_from_checkpoint latest"

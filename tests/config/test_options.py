@@ -12,6 +12,7 @@ import pytest
 
 from sd_unlearn import concepts
 from sd_unlearn.cli import COMMANDS
+from sd_unlearn.config.batch import BatchConfig
 from sd_unlearn.config.checks import check_evaluate, check_render, check_train
 from sd_unlearn.config.evaluate import EvaluateConfig
 from sd_unlearn.config.options import Range, check_ranges
@@ -34,6 +35,7 @@ def test_the_page_lists_exactly_the_options_of_each_command() -> None:
         "render and train": names("render"),
         "train only": names("train") - names("render"),
         **{command: names(command) for command in ("evaluate", "attack", "export", "report")},
+        "batch": {field.name for field in fields(BatchConfig)} - {"jobs"},
         "concepts new": set(inspect.signature(concepts.new).parameters) - {"name"},
         "doctor": {"json", "skip_smoke_run"},
     }

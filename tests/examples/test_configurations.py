@@ -20,7 +20,7 @@ from sd_unlearn.io.reading import read_yaml
 from sd_unlearn.training import trainer
 
 ROOT = Path(__file__).parents[2]
-EXAMPLES = sorted((ROOT / "examples").glob("*.yaml"))
+EXAMPLES = [file for file in sorted((ROOT / "examples").glob("*.yaml")) if file.stem != "jobs"]
 
 
 def command_in(file: Path) -> list[str]:
@@ -53,3 +53,13 @@ def test_an_example_is_valid(file: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_there_are_examples() -> None:
     assert {"sd15-8gb", "sdxl", "own-photos", "ci-gate"} <= {file.stem for file in EXAMPLES}
+
+
+def test_the_example_of_a_job_list_becomes_tasks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = ROOT / "examples" / "jobs.yaml"
+    monkeypatch.chdir(tmp_path)
+    assert re.search(r"^# sd-unlearn batch examples/jobs\.yaml", file.read_text())
+    assert cli.main(["batch", str(file), "--dry_run"]) == 0
+    assert "14 tasks of 4 jobs: 14 missing." in capsys.readouterr().out

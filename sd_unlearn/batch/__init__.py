@@ -1,0 +1,1 @@
+"""`sd-unlearn batch`: many concepts and settings, from one process to a cluster."""

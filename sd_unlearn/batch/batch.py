@@ -1,0 +1,121 @@
+"""`sd-unlearn batch`: plan a job list, run what is missing on an engine, and write its table and comparison."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from sd_unlearn.batch.copying import copy_job, copy_list, open_target
+from sd_unlearn.batch.engines.engine import Engine
+from sd_unlearn.batch.job_list import JobList, read_job_list
+from sd_unlearn.batch.plan import Plan, Task, make_plan, missing_tasks
+from sd_unlearn.batch.run import Outcome, Run
+from sd_unlearn.batch.status import describe_progress, describe_tasks, statuses_of
+from sd_unlearn.batch.summary import comparison_tasks, write_table
+from sd_unlearn.config.batch import BatchConfig
+from sd_unlearn.config.options import check_ranges
+from sd_unlearn.errors import UnlearnError
+from sd_unlearn.io.files import check_writable
+from sd_unlearn.io.lock import locked
+from sd_unlearn.io.progress import Progress
+
+
+def run(config: BatchConfig) -> Path | None:
+    """Do what is missing of a job list. Returns its table; None with --dry_run.
+
+    Raises:
+        UsageError: the job list or an option in it is not valid; before anything runs.
+        UnlearnError: tasks have failed, after all others were done; another process runs the list.
+        KeyboardInterrupt: Ctrl-C; running tasks have saved.
+    """
+    plan, missing = _read(config)
+    if config.dry_run:
+        print(describe_tasks(plan, missing, statuses_of(plan)))
+        return None
+    check_writable(plan.folder, "output_dir")
+    target = open_target(plan.jobs.copy_to) if plan.jobs.copy_to else None
+    with locked(plan.own_folder, "job list"), _terminated_as_interrupted():
+        outcome = Outcome()
+        if missing:
+            outcome = _run(plan, missing)
+        if not outcome.stopped and (compare := [t for t in comparison_tasks(plan) if not _is_done(plan, t)]):
+            outcome.failed |= _run(plan, compare).failed
+        table = write_table(plan, outcome.skipped)
+        if target:
+            for job in plan.lines:
+                copy_job(plan, job, target)
+            copy_list(plan, target)
+    _check(plan, outcome, table)
+    return table
+
+
+def show_status(config: BatchConfig) -> str:
+    """How far a job list is, in lines."""
+    plan, missing = _read(config)
+    return describe_progress(plan, missing, statuses_of(plan))
+
+
+def _read(config: BatchConfig) -> tuple[Plan, list[Task]]:
+    check_ranges(config)
+    plan = make_plan(read_job_list(config))
+    statuses = statuses_of(plan)
+    return plan, missing_tasks(plan, {task: status == "done" for task, status in statuses.items()})
+
+
+def _is_done(plan: Plan, task: Task) -> bool:
+    from sd_unlearn.batch.record import is_done
+
+    return is_done(plan.folder_of(task.id))
+
+
+def _run(plan: Plan, tasks: list[Task]) -> Outcome:
+    engine = make_engine(plan.jobs)
+    try:
+        with Progress(len(tasks), f"batch {plan.jobs.name}", "task") as progress:
+            progress.message(f"{len(tasks)} tasks are missing. Engine {plan.jobs.engine}, {engine.workers} at a time.")
+            return Run(plan, tasks, engine, progress).all()
+    finally:
+        engine.close()
+
+
+def make_engine(jobs: JobList) -> Engine:
+    """The engine of a job list.
+
+    Raises:
+        UsageError: what it needs is not installed or cannot be reached.
+    """
+    from sd_unlearn.batch.engines.local import LocalEngine
+
+    return LocalEngine(jobs.workers, jobs.threads)
+
+
+def _check(plan: Plan, outcome: Outcome, table: Path) -> None:
+    """Say what failed, after everything else was done.
+
+    Raises:
+        UnlearnError
+    """
+    if not outcome.failed:
+        return
+    left = "The other tasks were not started (max_failures)." if outcome.stopped else "All others are done."
+    skipped = f", {len(outcome.skipped)} that need them were skipped" if outcome.skipped else ""
+    raise UnlearnError(
+        f"{len(outcome.failed)} of {len(plan.tasks)} tasks failed{skipped}; {table} says why. {left} "
+        "Run the same command again to repeat them."
+    )
+
+
+@contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """Let SIGTERM end the list as Ctrl-C does, so that running tasks save."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    former = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, former)

@@ -1,0 +1,187 @@
+"""What a task does, in a process of its own. Every engine calls `run_task`, so the results do not depend on the engine.
+
+A process that dies is noticed by the process that started it; if that one dies, the task saves and ends.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+from sd_unlearn.batch.record import (
+    LOG,
+    OPTIONS,
+    Order,
+    begin,
+    evidence_of,
+    finish,
+    is_done,
+    read_order,
+)
+from sd_unlearn.config.attack import AttackConfig
+from sd_unlearn.config.base import ExportConfig, RenderConfig, ReportConfig
+from sd_unlearn.config.evaluate import EvaluateConfig
+from sd_unlearn.config.train import TrainConfig
+from sd_unlearn.errors import ConditionError, UnlearnError
+from sd_unlearn.io.lock import locked
+from sd_unlearn.io.reading import read_yaml
+from sd_unlearn.io.run_folder import CONCEPT as TRAINED_CONCEPT
+from sd_unlearn.io.schema import convert
+
+CONFIGS: dict[str, type] = {
+    "render": RenderConfig,
+    "train": TrainConfig,
+    "evaluate": EvaluateConfig,
+    "attack": AttackConfig,
+    "export": ExportConfig,
+    "report": ReportConfig,
+}
+INTERRUPTED = 130  # exit code
+THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+
+
+def run_task(folder: Path, threads: int, gpu: str | None = None) -> int:
+    """Carry out a task and return the exit code of its process; negative if a signal killed it."""
+    process = start_task(folder, threads, gpu)
+    process.join()
+    return int(process.exitcode or 0)
+
+
+def start_task(folder: Path, threads: int, gpu: str | None = None) -> BaseProcess:
+    """Start the process of a task.
+
+    Args:
+        threads: Of the CPU. The same for all tasks, because rounding depends on it.
+        gpu: The value of CUDA_VISIBLE_DEVICES; None leaves it as it is.
+    """
+    for name in THREADS:
+        os.environ[name] = str(threads)
+    process: BaseProcess = _context().Process(target=_main, args=(str(folder), threads, gpu), name=folder.name)
+    process.start()
+    return process
+
+
+def _context() -> Any:
+    """How processes start: with a GPU anew, because CUDA does not survive a fork.
+
+    On a CPU they are forked from a process that has imported everything, which saves seconds per task.
+    """
+    import torch
+
+    if torch.accelerator.is_available() or "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["sd_unlearn.batch.preload"])
+    return context
+
+
+def _main(folder: str, threads: int, gpu: str | None) -> None:
+    if gpu is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu  # before torch is imported
+    os.setpgid(0, 0)  # Ctrl-C in the terminal goes to the driver alone, which then ends the tasks
+    signal.signal(signal.SIGTERM, _interrupt)
+    signal.signal(signal.SIGINT, _interrupt)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    with open(Path(folder) / LOG, "a", encoding="utf-8", errors="replace") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    sys.exit(execute(Path(folder), threads))
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _end_with_parent() -> None:
+    """Wait until the process that started this one has died, then save and end, as after Ctrl-C."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def execute(folder: Path, threads: int) -> int:
+    """Carry out a task in this process, unless it is done. Returns the exit code; the state says why it failed."""
+    import torch
+
+    torch.set_num_threads(threads)
+    try:
+        with locked(folder, "task", wait=-1):
+            return 0 if is_done(folder) else _execute(folder)
+    except KeyboardInterrupt:  # while it waited for another process that carries out the task
+        return INTERRUPTED
+
+
+def _execute(folder: Path) -> int:
+    order, state = read_order(folder), begin(folder)
+    status, message, code = "failed", "", 1
+    try:
+        if not (order.stage in ("render", "train") and Path(order.product).is_file()):
+            _command(order.stage)(_config(folder, order))
+        status, code = "done", 0
+    except ConditionError as error:  # the results are complete
+        status, message, code = "done", str(error), 0
+    except KeyboardInterrupt as error:
+        status, message, code = "interrupted", str(error), INTERRUPTED
+    except UnlearnError as error:
+        message, code = str(error), error.exit_code
+    except Exception as error:
+        traceback.print_exc()
+        message = f"{type(error).__name__}: {error}"
+    print(f"{order.stage}: {status}. {message}".strip(), file=sys.stderr, flush=True)
+    finish(folder, state, status, message, evidence_of(order))  # type: ignore[arg-type]
+    return code
+
+
+def _config(folder: Path, order: Order) -> Any:
+    """The options of a task. A training resumes from its last checkpoint if there is one."""
+    config: Any = convert(CONFIGS[order.stage], read_yaml(folder / OPTIONS, "task"), str(folder / OPTIONS))
+    if order.stage == "train" and (Path(order.target) / TRAINED_CONCEPT).is_file():
+        config = dataclasses.replace(config, resume_from_checkpoint="latest")
+    return config
+
+
+def _command(stage: str) -> Callable[[Any], Any]:
+    """The function behind a command."""
+    if stage == "render":
+        from sd_unlearn.data import render
+
+        return render.run
+    if stage == "train":
+        from sd_unlearn.training import trainer
+
+        return trainer.run
+    if stage == "evaluate":
+        from sd_unlearn.evaluation import evaluate
+
+        return _then_check(evaluate.run)
+    if stage == "attack":
+        from sd_unlearn.attacks import attack
+
+        return _then_check(attack.run)
+    if stage == "export":
+        from sd_unlearn.export import export
+
+        return export.run
+    from sd_unlearn.report import report
+
+    return report.run
+
+
+def _then_check(run: Callable[[Any], dict[str, Any]]) -> Callable[[Any], Any]:
+    """A command that writes results.json, and the check of its --fail_if conditions."""
+    from sd_unlearn.evaluation.evaluate import check_conditions
+
+    def command(config: Any) -> None:
+        check_conditions(run(config))
+
+    return command

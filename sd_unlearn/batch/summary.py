@@ -1,0 +1,115 @@
+"""What a job list ends with: jobs.csv with a line per job, and one report that compares all LoRAs."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from sd_unlearn.batch.identity import digest_of
+from sd_unlearn.batch.options import identifying, later_config, task_options
+from sd_unlearn.batch.plan import Job, Plan, Task
+from sd_unlearn.batch.record import LOG, Order, Status, read_state, status_of
+from sd_unlearn.errors import UsageError
+from sd_unlearn.io.files import write_text
+from sd_unlearn.io.run_folder import RESULTS
+from sd_unlearn.report.cases import Case, cases_of
+from sd_unlearn.report.report import HTML
+from sd_unlearn.results import ATTACK_METRIC, Row, read_results
+
+TABLE = "jobs.csv"
+COLUMNS = (
+    *("concept", "setting", "status", "verdict", "leakage", "leakage_low", "leakage_high", "retention"),
+    *("retention_low", "retention_high", "attack", "strongest_attack", "steps", "seconds", "run", "message"),
+)
+
+
+def write_table(plan: Plan, skipped: Mapping[str, str]) -> Path:
+    """Write jobs.csv. skipped: task id -> title of the failed task that it needs."""
+    memory = io.StringIO()
+    writer = csv.DictWriter(memory, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    for job in plan.lines:
+        writer.writerow(_line(plan, job, skipped))
+    path = plan.own_folder / TABLE
+    write_text(path, memory.getvalue())
+    return path
+
+
+def _line(plan: Plan, job: Job, skipped: Mapping[str, str]) -> dict[str, Any]:
+    states = {task: status_of(plan.folder_of(task)) for task in job.tasks.values()}
+    status: Status | str = next((s for s in states.values() if s != "done"), "done")
+    line: dict[str, Any] = {"concept": job.concept.name, "setting": job.setting, "status": status, "run": job.run or ""}
+    line["seconds"] = round(sum(read_state(plan.folder_of(task)).seconds for task in states), 1)
+    for task, state in states.items():
+        if state == "failed":
+            line["message"] = f"{read_state(plan.folder_of(task)).message} Log: {plan.folder_of(task) / LOG}"
+            break
+        if task in skipped:
+            line["message"] = f"Needs {skipped[task]}, which failed."
+            break
+    return line | (_measured(job.run) if job.run else {})
+
+
+def _measured(run: Path) -> dict[str, Any]:
+    """The metrics of a run, if it was evaluated."""
+    try:
+        results = read_results(run)
+    except UsageError:  # not evaluated
+        return {}
+    cases = [case for case in cases_of(results) if case.is_target]
+    case = next((c for c in cases if c.subject.strength == 1), cases[0] if cases else None)
+    if case is None:
+        return {}
+    attacks = [row for row in case.rows if row.metric == ATTACK_METRIC and row.subject == case.subject.id]
+    strongest = max(attacks, key=lambda row: row.value or 0.0, default=None)
+    return {
+        "verdict": case.verdict,
+        **_interval("leakage", case.presence and case.presence.lora),
+        **_interval("retention", case.retention and case.retention.lora),
+        "attack": strongest.value if strongest else "",
+        "strongest_attack": strongest.group if strongest else "",
+        "steps": _steps(case),
+    }
+
+
+def _interval(name: str, row: Row | None) -> dict[str, Any]:
+    return {name: row.value, f"{name}_low": row.low, f"{name}_high": row.high} if row else {}
+
+
+def _steps(case: Case) -> Any:
+    return (case.subject.cost or {}).get("steps", "")
+
+
+def comparison_tasks(plan: Plan) -> Iterator[Task]:
+    """An evaluation over all evaluated jobs, from cached images, and its report; one for each base.
+
+    With a single job its own report says the same, so there is none.
+    """
+    done = [job for job in plan.lines if "evaluate" in job.tasks and _is_evaluated(plan, job)]
+    bases = list(dict.fromkeys(job.base for job in done))
+    for base in bases:
+        jobs = [job for job in done if job.base == base]
+        if len(jobs) > 1:
+            folder = plan.own_folder / (f"comparison-{base}" if len(bases) > 1 else "comparison")
+            yield from _comparison(plan, jobs, folder)
+
+
+def _is_evaluated(plan: Plan, job: Job) -> bool:
+    return status_of(plan.folder_of(job.tasks["evaluate"])) == "done"
+
+
+def _comparison(plan: Plan, jobs: list[Job], folder: Path) -> Iterator[Task]:
+    config = later_config("evaluate", {k: v for k, v in plan.jobs.evaluate.items() if k != "fail_if"})
+    runs = list(dict.fromkeys(str(job.run) for job in jobs))
+    needs = [read_state(plan.folder_of(job.tasks["evaluate"])).started for job in jobs]  # again after a new evaluation
+    address = digest_of("compare", str(folder), identifying(config), runs, needs)
+    places = {"output_dir": folder, "cache_dir": plan.folder / "evaluation"}
+    options = task_options(config, places) | {"lora": runs}
+    order = Order("evaluate", str(folder), str(folder / RESULTS), f"compare {len(runs)} runs")
+    yield (first := Task(f"evaluate-{address}", order, jobs[0].concept, options))
+    order = Order("report", str(folder), str(folder / HTML), "report of the comparison")
+    options = task_options(later_config("report", plan.jobs.report), {"run": folder})
+    yield Task(f"report-{address}", order, jobs[0].concept, options, (first.id,))

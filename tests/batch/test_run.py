@@ -1,0 +1,134 @@
+"""A list is run once, past failures; a second run does only what is missing; results are summed up in one table."""
+
+from __future__ import annotations
+
+import csv
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from batch_runs import InThisProcess, plan_of, write_concept_file, write_list
+
+from sd_unlearn import cli
+from sd_unlearn.batch import batch
+from sd_unlearn.batch.job_list import JobList
+from sd_unlearn.batch.record import read_state, status_of
+from sd_unlearn.batch.run import Run
+from sd_unlearn.batch.summary import write_table
+from sd_unlearn.io.lock import locked
+from sd_unlearn.io.progress import Progress
+from sd_unlearn.io.run_folder import weights_sha256
+
+Engines = list[InThisProcess]
+
+
+@pytest.fixture
+def engines(monkeypatch: pytest.MonkeyPatch) -> Engines:
+    """The engines of all runs, in order."""
+    made: Engines = []
+
+    def make(jobs: JobList) -> InThisProcess:
+        made.append(InThisProcess())
+        return made[-1]
+
+    monkeypatch.setattr(batch, "make_engine", make)
+    return made
+
+
+def table(path: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader(path.open(encoding="utf-8")))
+
+
+def stages(engine: InThisProcess) -> list[str]:
+    return [name.partition("-")[0] for name in engine.started]
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_second_run_does_only_what_is_missing(
+    engines: Engines, tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    concepts = [write_concept_file(tmp_path, name) for name in ("Brad Pitt", "Tom Cruise")]
+    path = write_list(tmp_path / "jobs.yaml", tiny_base, concepts=concepts, copy_to="file://" + str(tmp_path / "copy"))
+    assert cli.main(["batch", str(path)]) == 0
+    assert stages(engines[0]) == ["render", "train", "render", "train"]
+    lines = table(tmp_path / "runs/batch/lists/jobs/jobs.csv")
+    assert [(line["concept"], line["status"]) for line in lines] == [("Brad Pitt", "done"), ("Tom Cruise", "done")]
+    for line in lines:
+        name = Path(line["run"]).name
+        assert weights_sha256(tmp_path / "copy" / name) == weights_sha256(Path(line["run"]))
+    assert (tmp_path / "copy/lists/jobs/jobs.csv").is_file()
+
+    assert cli.main(["batch", str(path)]) == 0
+    assert len(engines) == 1  # nothing was missing
+    shutil.rmtree(lines[1]["run"])
+    weights = weights_sha256(Path(lines[0]["run"]))
+    assert cli.main(["batch", str(path)]) == 0
+    assert stages(engines[1]) == ["train"]
+
+    # another list shares the images and the training that are equal
+    write_list(tmp_path / "more.yaml", tiny_base, concepts=concepts[:1], grid={"push": [2.0, 3.0]})
+    assert cli.main(["batch", str(tmp_path / "more.yaml")]) == 0
+    assert stages(engines[2]) == ["train"]
+    first, second = table(tmp_path / "runs/batch/lists/more/jobs.csv")
+    assert first["run"] == lines[0]["run"]
+    assert weights_sha256(Path(second["run"])) != weights == weights_sha256(Path(first["run"]))
+    capsys.readouterr()
+    assert cli.main(["batch", "status", str(tmp_path / "more.yaml")]) == 0
+    assert "3 tasks of 2 jobs: 3 done." in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_failed_task_is_reported_and_stops_only_what_needs_it(
+    engines: Engines, tiny_base: Path, tmp_path: Path, photos: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = photos(unlabeled=4, positive=4)
+    own = {"name": write_concept_file(tmp_path, "Brad Pitt"), "data_dir": str(folder)}
+    concepts: list[Any] = [own, write_concept_file(tmp_path, "Tom Cruise")]
+    path = write_list(tmp_path / "jobs.yaml", tiny_base, concepts=concepts, stages=["train", "export"])
+    plan = plan_of(path)
+    shutil.copytree(folder, tmp_path / "kept")
+    shutil.move(folder / "1_positive", tmp_path / "away")
+    (folder / "1_positive").mkdir()  # after planning, so that the training fails
+
+    tasks = list(plan.tasks.values())
+    outcome = Run(plan, tasks, InThisProcess(), Progress(len(tasks), "batch", "task")).all()
+    broken, whole = (job.tasks for job in plan.lines)
+    assert set(outcome.failed) == {broken["train"]}
+    assert outcome.skipped == {broken["export"]: "train Brad Pitt"}
+    assert outcome.done == {whole["render"], whole["train"], whole["export"]}
+    assert "log.txt" in outcome.failed[broken["train"]]
+    assert status_of(plan.folder_of(broken["train"])) == "failed"
+    lines = table(write_table(plan, outcome.skipped))
+    assert [line["status"] for line in lines] == ["failed", "done"]
+    assert "1_positive" in lines[0]["message"]
+
+    shutil.rmtree(folder)
+    shutil.move(tmp_path / "kept", folder)
+    capsys.readouterr()
+    assert cli.main(["batch", str(path)]) == 0
+    assert stages(engines[0]) == ["train", "export"]  # what had failed and what needed it
+    assert read_state(plan.folder_of(broken["train"])).attempts == 2
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_no_further_tasks_start_after_max_failures(engines: Engines, tiny_base: Path, tmp_path: Path) -> None:
+    path = write_list(tmp_path / "jobs.yaml", tiny_base, stages=["render"], grid={"num_positive": [2, 3, 4]})
+    for task in plan_of(path).tasks.values():  # a folder in the way
+        Path(task.order.target).mkdir(parents=True)
+        (Path(task.order.target) / "settings.json").write_text("{}")
+    assert cli.main(["batch", str(path), "--max_failures", "1"]) == 1
+    assert len(engines[0].started) == 2
+    assert cli.main(["batch", str(path)]) == 1
+    assert len(engines[1].started) == 3
+
+
+def test_two_processes_do_not_run_the_same_list(
+    engines: Engines, tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_list(tmp_path / "jobs.yaml", tiny_base)
+    with locked(plan_of(path).own_folder, "job list"):
+        assert cli.main(["batch", str(path)]) == 1
+    assert "is in use by process" in capsys.readouterr().err
+    assert not engines
