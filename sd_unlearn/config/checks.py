@@ -1,9 +1,10 @@
 """Validate configs before anything loads: the range of each option, then options that do not fit together."""
 
+from sd_unlearn.choices import ObjectiveName
 from sd_unlearn.config.base import RenderConfig
 from sd_unlearn.config.evaluate import EvaluateConfig
 from sd_unlearn.config.options import check_ranges
-from sd_unlearn.config.train import TrainConfig
+from sd_unlearn.config.train import TARGETS_OF, TrainConfig
 from sd_unlearn.errors import UsageError
 
 
@@ -27,8 +28,7 @@ def check_train(config: TrainConfig) -> None:
         raise UsageError(f"--num_positive {config.num_positive} must be at least 2 for training.")
     if config.method == "full":
         _check_full(config)
-    if config.objective != "pu":
-        _check_baseline(config)
+    _check_objective(config)
     _check_probe(config)
     if config.force_resume and config.resume_from_checkpoint is None:
         raise UsageError("--force_resume needs --resume_from_checkpoint: give a checkpoint, or latest.")
@@ -63,6 +63,54 @@ def _check_probe(config: TrainConfig) -> None:
         raise UsageError("--probe leakage needs an interval: add --probe_steps, e.g. 50.")
     if config.stop_when_forgotten and config.probe != "leakage":
         raise UsageError(f"--stop_when_forgotten needs --probe leakage; --probe is {config.probe}.")
+
+
+# Options of single objectives, and the objectives that use them.
+OWN_OPTIONS: dict[str, tuple[ObjectiveName, ...]] = {
+    "erase_guidance": ("esd-x", "esd-u"),
+    "forget_weight": ("neggrad",),
+    "retain": ("esd-x", "esd-u", "anchor"),
+}
+# Options that are about unlabeled images and positives under the same caption, which only the risks have.
+RISK_OPTIONS = ("correction", "push", "beta_sweep", "caption_mode", "share_timesteps")
+
+
+def _check_objective(config: TrainConfig) -> None:
+    """Options that an objective does not use must not be given."""
+    for name, users in OWN_OPTIONS.items():
+        if config.objective not in users and getattr(config, name) != getattr(TrainConfig, name):
+            flag = "--no_retain" if name == "retain" else f"--{name} {getattr(config, name)}"
+            raise UsageError(f"{flag} is for --objective {' or '.join(users)}; --objective is {config.objective}.")
+    if config.objective in ("supervised", "unsupervised"):
+        _check_baseline(config)
+    elif config.objective != "pu":
+        _check_other_method(config)
+
+
+def _check_other_method(config: TrainConfig) -> None:
+    """Methods of other papers have no bracket; most have targets that the base predicts, and ESD its own layers."""
+    method = f"--objective {config.objective}"
+    for name in RISK_OPTIONS:
+        value = getattr(config, name)
+        if value != getattr(TrainConfig, name):
+            flag = "--no_share_timesteps" if name == "share_timesteps" else f"--{name} {value}"
+            raise UsageError(f"{flag} is for --objective pu, supervised or unsupervised; {method} does not use it.")
+    if config.beta == "estimate":
+        raise UsageError(f"--beta estimate: {method} does not depend on beta. Leave it out.")
+    if config.eta not in (TrainConfig.eta, 0):
+        raise UsageError(f"--eta {config.eta:g} is for --objective pu; {method} does not use it.")
+    if config.target == "noise" and config.objective != "neggrad":
+        raise UsageError(
+            f"{method} needs --target teacher: the base predicts what the keep images learn. To train without keep "
+            "images, as in the paper, use --no_retain."
+        )
+    targets = TARGETS_OF.get(config.objective)
+    if targets is None:
+        return
+    if config.method == "full":
+        raise UsageError(f"{method} trains a LoRA on some layers; --method full trains the whole UNet.")
+    if config.lora_targets not in (None, targets):
+        raise UsageError(f"--lora_targets {config.lora_targets}: {method} trains {targets}. Leave it out.")
 
 
 def _check_baseline(config: TrainConfig) -> None:

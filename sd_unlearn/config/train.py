@@ -1,12 +1,12 @@
 """Options of `train`, in groups as --help_all shows them. Imports no torch."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
 from cyclopts import Group
 
-from sd_unlearn.choices import CaptionMode, Correction, Reduction, Risk
+from sd_unlearn.choices import CaptionMode, Correction, ObjectiveName, Reduction
 from sd_unlearn.config.base import RenderConfig
 from sd_unlearn.config.options import (
     GENERAL,
@@ -21,7 +21,7 @@ from sd_unlearn.config.options import (
 )
 
 Method = Literal["lora", "full"]
-LoraTargets = Literal["attention", "cross_attention", "attention+mlp", "all_linear+conv"]
+LoraTargets = Literal["attention", "cross_attention", "attention+mlp", "all_linear+conv", "not_cross_attention"]
 Schedule = Literal["cosine", "linear", "constant", "constant_with_warmup", "cosine_with_restarts", "polynomial"]
 Attention = Literal["sdpa", "xformers", "eager"]
 
@@ -36,13 +36,14 @@ PERFORMANCE = Group("Speed and memory", sort_key=7)
 
 @dataclass(kw_only=True)
 class Objective:
-    """The risk that training minimizes."""
+    """What training minimizes."""
 
     objective: Annotated[
-        Risk,
+        ObjectiveName,
         option(
-            "Risk: positive-unlabeled, or one of the paper's baselines: supervised treats all unlabeled images as "
-            "normal, unsupervised trains on them alone. The baselines need --target noise.",
+            "What training minimizes. pu: the positive-unlabeled risk. supervised (treats all unlabeled images as "
+            "normal) and unsupervised (trains on them alone): the paper's baselines, which need --target noise. esd-x, "
+            "esd-u, anchor and neggrad: methods of other papers (docs/training.md, Baselines).",
             OBJECTIVE,
         ),
     ] = "pu"
@@ -116,6 +117,27 @@ class Objective:
             Range(at_least=0, at_most=1, note="it is a share, e.g. 0.25"),
         ),
     ] = None
+    erase_guidance: Annotated[
+        float,
+        option(
+            "With --objective esd-x or esd-u: how far the target is moved away from the concept (eta in the paper).",
+            OBJECTIVE,
+            POSITIVE,
+        ),
+    ] = 2.0
+    forget_weight: Annotated[
+        float,
+        option("With --objective neggrad: weight of the concept's loss, which is maximized.", OBJECTIVE, POSITIVE),
+    ] = 1.0
+    retain: Annotated[
+        bool,
+        option(
+            "With --objective esd-x, esd-u or anchor: also train on the keep images with the base's prediction as the "
+            "target, as pu does. --no_retain leaves them out, as in the papers.",
+            OBJECTIVE,
+            negative="--no_retain",
+        ),
+    ] = True
 
 
 @dataclass(kw_only=True)
@@ -143,13 +165,14 @@ class Weights:
     ] = 0.0
     use_dora: Annotated[bool, option("Train a DoRA: magnitude and direction of each weight.", WEIGHTS)] = False
     lora_targets: Annotated[
-        LoraTargets,
+        LoraTargets | None,
         option(
             "UNet layers with a LoRA: attention projections, cross-attention projections, attention and feed-forward "
-            "layers, or all linear and convolutional layers.",
+            "layers, all linear and convolutional layers, or all of these outside cross-attention. Default: attention; "
+            "cross_attention with --objective esd-x and not_cross_attention with esd-u.",
             WEIGHTS,
         ),
-    ] = "attention"
+    ] = None
     train_text_encoder: Annotated[
         bool, option("Also train a LoRA on the text encoder. Caption embeddings are then not cached.", WEIGHTS)
     ] = False
@@ -344,3 +367,12 @@ class TrainConfig(Performance, LoopOptions, Noise, Weights, Objective, RenderCon
         option("Run folder. Default: runs/<concept>, or runs/<concept>-sweep with --beta_sweep.", START),
     ] = None
     overwrite: Annotated[bool, option("Delete an existing run in --output_dir and start over.", GENERAL)] = False
+
+
+# --objective -> the layers that it trains by definition
+TARGETS_OF: dict[ObjectiveName, LoraTargets] = {"esd-x": "cross_attention", "esd-u": "not_cross_attention"}
+
+
+def with_lora_targets(config: TrainConfig) -> TrainConfig:
+    """The options with the layers that get a LoRA filled in."""
+    return replace(config, lora_targets=config.lora_targets or TARGETS_OF.get(config.objective, "attention"))

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
-from sd_unlearn.choices import CaptionMode
+from sd_unlearn.choices import CaptionMode, ObjectiveName
 from sd_unlearn.config.batching import effective_batch_size
 from sd_unlearn.config.train import TrainConfig
 from sd_unlearn.data.concept import Concept
@@ -49,8 +50,63 @@ class Layout:
         layout = cls(positive, unlabeled, 0, negative, sets)
         return replace(layout, keep=max(0, batch_size - layout.total(groups)) if has_keep else 0)
 
+    @classmethod
+    def of_baseline(
+        cls, batch_size: int, groups: int, has_keep: bool, sets: int, images: Literal["positive", "unlabeled"]
+    ) -> Layout:
+        """Of a batch, 60 % images of one kind, divided among caption groups and sets; the rest keep images, as with pu.
+
+        Raises:
+            UsageError: the batch is too small for that.
+        """
+        if batch_size < groups * sets:
+            raise UsageError(
+                f"--effective_batch_size {batch_size} is too small: a step needs at least {groups * sets} images, one "
+                f"of each set ({sets}) under each caption ({groups})."
+            )
+        each = max(1, int((0.6 if has_keep else 1) * batch_size / groups / sets))
+        layout = cls(each, 0, 0, sets=sets) if images == "positive" else cls(0, each, 0, sets=0)
+        return replace(layout, keep=max(0, batch_size - layout.total(groups)) if has_keep else 0)
+
     def total(self, groups: int) -> int:
         return groups * (self.sets * self.positive + self.unlabeled + self.negative) + self.keep
+
+
+@dataclass(frozen=True)
+class BaselineStep:
+    """What a step of a baseline holds besides keep images."""
+
+    images: Literal["positive", "unlabeled"]  # under each of the concept's captions
+    has_generic: bool = False  # whether the generic caption is another caption group, the first one
+
+
+BASELINES: dict[ObjectiveName, BaselineStep] = {
+    "esd-x": BaselineStep("positive"),
+    "esd-u": BaselineStep("positive"),
+    "anchor": BaselineStep("unlabeled", has_generic=True),
+    "neggrad": BaselineStep("positive"),
+}
+
+
+def compose_step(
+    config: TrainConfig, concept: Concept, processes: int, has_keep: bool, sets: int, negatives: bool
+) -> tuple[list[str | None], Layout]:
+    """The caption of each caption group, and the counts of a step.
+
+    has_keep, sets, negatives: of the data folder, as in Layout.of.
+
+    Raises:
+        UsageError: the batch is too small.
+    """
+    size = effective_batch_size(config, processes)
+    baseline = BASELINES.get(config.objective)
+    if baseline is None:
+        groups = caption_groups(concept, config.caption_mode)
+        return groups, Layout.of(size, len(groups), has_keep, sets, negatives)
+    groups = [*([concept.generic] if baseline.has_generic else []), *concept.captions]
+    sets = sets if baseline.images == "positive" else 1
+    layout = Layout.of_baseline(size, len(groups), has_keep and config.retain, sets, baseline.images)
+    return groups, layout
 
 
 def caption_groups(concept: Concept, mode: CaptionMode) -> list[str | None]:
@@ -74,8 +130,8 @@ def check_batch_size(config: TrainConfig, concept: Concept, folder: Path) -> Non
     Raises:
         UsageError: names --effective_batch_size and the smallest possible value.
     """
-    size = effective_batch_size(config, process_count())
-    groups, sets = len(caption_groups(concept, config.caption_mode)), len(positive_sets(folder))
-    layout = Layout.of(size, groups, True, sets=sets, negatives=has_negatives(folder, config.eta))
-    if groups * (layout.unlabeled + layout.negative) + layout.keep < process_count():
+    size, sets = effective_batch_size(config, process_count()), len(positive_sets(folder))
+    captions, layout = compose_step(config, concept, process_count(), True, sets, has_negatives(folder, config.eta))
+    alone = layout.unlabeled + layout.negative or layout.positive  # positives go where their unlabeled images are
+    if len(captions) * alone + layout.keep < process_count():
         raise UsageError(f"--effective_batch_size {size} is too small for {process_count()} processes. Start fewer.")

@@ -78,7 +78,7 @@ class StepOptions(NamedTuple):
     lora_alpha: float | None = None
     lora_dropout: float = 0.0
     use_dora: bool = False
-    lora_targets: LoraTargets = "attention"
+    lora_targets: LoraTargets | None = "attention"
     train_text_encoder: bool = False
     attention: Attention = "sdpa"
     optimizer: str = "adamw"

@@ -43,11 +43,12 @@ def attach(network: nn.Module, options: Weights, target_modules: list[str], seed
         return PeftModel(network, config, adapter_name=ADAPTER_NAME)
 
 
-def unet_targets(unet: nn.Module, group: LoraTargets) -> list[str]:
-    """Names of the UNet's modules that a choice of --lora_targets selects."""
-    if group == "all_linear+conv":
-        return [name for name, module in unet.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
-    return _matching(unet, TARGETS[group])
+def unet_targets(unet: nn.Module, group: LoraTargets | None) -> list[str]:
+    """Names of the UNet's modules that a choice of --lora_targets selects; None: the attention projections."""
+    if group in ("all_linear+conv", "not_cross_attention"):
+        layers = [name for name, module in unet.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+        return layers if group == "all_linear+conv" else [name for name in layers if ".attn2." not in name]
+    return _matching(unet, TARGETS[group or "attention"])
 
 
 def text_encoder_targets(text_encoder: nn.Module) -> list[str]:

@@ -35,12 +35,8 @@ def example_losses(
         to first order the prediction of p_N = (p_U - beta p_S) / (1 - beta). So f moves in the intended direction only.
     keep images: |f - f*|^2, also as the value, since its optimum is zero. f* is shifted by `Teacher.offset`.
     """
-    schedule = denoiser.alphas_cumprod
-    noisy = add_noise(batch.latents, batch.noise, batch.timesteps, schedule)
-    target = training_target(batch.latents, batch.noise, batch.timesteps, schedule, denoiser.prediction_type)  # type: ignore[arg-type]
-    scale = torch.ones_like(batch.weight)  # [B]
-    if snr_gamma is not None:
-        scale = scale * min_snr_weight(batch.timesteps, schedule, snr_gamma, denoiser.prediction_type)  # type: ignore[arg-type]
+    noisy, target = noised(denoiser, batch)
+    scale = timestep_weight(denoiser, batch, snr_gamma)
     if teacher is None:
         predicted = denoiser.predict(noisy, batch.timesteps, batch.text)
         return scale * per_example_loss(predicted, target, reduction)
@@ -54,6 +50,21 @@ def example_losses(
     followed = torch.where(batch.is_positive & ~is_keep, teacher.push * along, distance)
     value = torch.where(is_keep, followed, against_noise).detach()
     return scale * (value + followed - followed.detach())
+
+
+def noised(denoiser: Denoiser, batch: Batch) -> tuple[Tensor, Tensor]:
+    """(x_t, what ordinary training predicts from it: the noise, or v), each shaped as the latents."""
+    schedule = denoiser.alphas_cumprod
+    noisy = add_noise(batch.latents, batch.noise, batch.timesteps, schedule)
+    target = training_target(batch.latents, batch.noise, batch.timesteps, schedule, denoiser.prediction_type)  # type: ignore[arg-type]
+    return noisy, target
+
+
+def timestep_weight(denoiser: Denoiser, batch: Batch, snr_gamma: float | None) -> Tensor:
+    """[B]: the weight of each example by its timestep (`min_snr_weight`); 1 without snr_gamma."""
+    if snr_gamma is None:
+        return torch.ones_like(batch.weight)
+    return min_snr_weight(batch.timesteps, denoiser.alphas_cumprod, snr_gamma, denoiser.prediction_type)  # type: ignore[arg-type]
 
 
 def _teach(teacher: Teacher, noisy: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:

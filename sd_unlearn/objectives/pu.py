@@ -14,34 +14,19 @@ unlabeled images as normal.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from sd_unlearn.choices import Correction, Risk
 from sd_unlearn.data.batch import NO_GROUP, Batch
+from sd_unlearn.objectives.base import Objective, StepTerms
 from sd_unlearn.risk import UNLABELED, PUTerms, pnu_corrected, pu_terms, supervised, unsupervised
 
-LOGGED = ("loss", "mean_u", "mean_s", "mean_n", "bracket", "positive_term", "mean_keep")
-
 
 @dataclass(frozen=True)
-class StepTerms:
-    """The terms of the objective for one Batch. Added up over the micro-batches of a process and averaged over the
-    processes, they are the whole step's: each is a weighted sum over rows, also that of -log(1 - exp(-l))."""
-
-    terms: tuple[PUTerms, ...]  # of each caption group
-    keep: Tensor  # mean loss of the keep images, a scalar
-
-    @property
-    def brackets(self) -> Tensor:
-        """[groups], detached. Those of the whole step determine the signs."""
-        return torch.stack([t.bracket.detach() for t in self.terms])
-
-
-@dataclass(frozen=True)
-class PUObjective:
+class PUObjective(Objective):
     """Mean of the risk over caption groups, plus the mean loss of the keep images.
 
     pu: the PU risk, or the PNU risk with images known to be normal. The baselines use neither correction nor eta, and
@@ -53,6 +38,15 @@ class PUObjective:
     eta: float = 0.0  # in [0, 1], weight of the images known to be normal; 0 without such images
     risk: Risk = "pu"
     max_ratio: float | None = None  # see `limits`
+
+    @property
+    def num_brackets(self) -> int:
+        """One for each caption group."""
+        return len(self.betas)
+
+    def with_beta(self, beta: float) -> PUObjective:
+        """The objective with this beta in every caption group."""
+        return replace(self, betas=[[beta]] * len(self.betas))
 
     def terms(self, nll: Tensor, batch: Batch) -> StepTerms:
         """nll [B] of the batch's examples -> the terms, differentiable."""
@@ -80,12 +74,6 @@ class PUObjective:
         if self.risk == "supervised":
             return supervised(terms, sum(betas))
         return pnu_corrected(terms, self.correction, self.eta, bracket)
-
-    def metrics(self, parts: StepTerms, loss: Tensor) -> Tensor:
-        """[len(LOGGED)], detached: the metrics to log, in the order of LOGGED; means over caption groups."""
-        names = ("mean_u", "mean_s", "mean_n", "bracket", "positive")
-        means = [torch.stack([getattr(t, name) for t in parts.terms]).mean() for name in names]
-        return torch.stack([loss, *means, parts.keep]).detach().float()
 
     def same_signs(self, brackets: Tensor, others: Tensor) -> bool:
         """Whether two sets of brackets lead to the same gradient."""

@@ -35,6 +35,11 @@ class Teacher:
             return self._predict(replace(self.denoiser, model=model), noisy, timesteps, text)
 
     @torch.no_grad()
+    def predict_student(self, noisy: Tensor, timesteps: Tensor, text: Tensor) -> Tensor:
+        """The student's own prediction, as `predict`."""
+        return self._predict(self.denoiser, noisy, timesteps, text)
+
+    @torch.no_grad()
     def offset(self, noisy: Tensor, timesteps: Tensor, unconditional: Tensor) -> Tensor:
         """How far a prediction must move so that guided sampling is unchanged although the unconditional one moved.
 
@@ -42,10 +47,12 @@ class Teacher:
         the guidance scale. If the adapter has moved u by d, this stays unchanged when f moves by (1 - 1/s) d.
         Otherwise guidance moves by -(s - 1) d: towards the concept, since d leads away from it.
         """
-        moved = self._predict(self.denoiser, noisy, timesteps, self.empty.expand(len(noisy), *self.empty.shape))
+        moved = self.predict_student(noisy, timesteps, self.empty.expand(len(noisy), *self.empty.shape))
         return (1 - 1 / self.guidance_scale) * (moved - unconditional)
 
     def _predict(self, denoiser: Denoiser, *rows: Tensor) -> Tensor:
         """denoiser.predict of `batch_size` rows at a time, float32."""
+        if not len(rows[0]):
+            return rows[0].float()
         parts = zip(*(tensor.split(self.batch_size or len(tensor)) for tensor in rows), strict=True)
         return torch.cat([denoiser.predict(*part).float() for part in parts])

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from sd_unlearn.data.batch import NO_GROUP, Batch
-from sd_unlearn.objectives.pu import PUObjective
+from sd_unlearn.objectives.base import Objective
 from sd_unlearn.risk import NORMAL, UNLABELED
 from sd_unlearn.training.gradients import Losses
 
 
 def gradient_shares(
     losses: Losses,
-    objective: PUObjective,
+    objective: Objective,
     batch: Batch,
     size: int,
     brackets: Tensor,
@@ -54,7 +54,7 @@ def _rows(batch: Batch) -> dict[str, Tensor]:
     return {name: selected & ~keep for name, selected in labels.items()} | {"keep": keep}
 
 
-def _slopes(objective: PUObjective, nll: Tensor, batch: Batch, brackets: Tensor) -> tuple[Tensor, Tensor]:
+def _slopes(objective: Objective, nll: Tensor, batch: Batch, brackets: Tensor) -> tuple[Tensor, Tensor]:
     """d loss / d l of every row, [B] each: through the brackets, and through everything else."""
     leaf = nll.requires_grad_()
     parts = objective.terms(leaf, batch)

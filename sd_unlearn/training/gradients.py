@@ -17,7 +17,8 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from sd_unlearn.data.batch import Batch, join
-from sd_unlearn.objectives.pu import LOGGED, PUObjective, limits
+from sd_unlearn.objectives.base import LOGGED, Objective
+from sd_unlearn.objectives.pu import limits
 from sd_unlearn.training.memory import together
 
 Losses = Callable[[Batch], Tensor]  # l [B] of a batch, differentiable
@@ -27,7 +28,7 @@ def accumulate_gradients(
     accelerator: Accelerator,
     model: torch.nn.Module,
     losses: Losses,
-    objective: PUObjective,
+    objective: Objective,
     batch: Batch,
     size: int,
     previous: Tensor | None = None,
@@ -53,7 +54,7 @@ def accumulate_gradients(
         micro_batches = _limited(accelerator, losses, batch, size, objective.max_ratio)
         _restore(state)
     if previous is None:
-        previous = torch.ones(len(objective.betas), device=accelerator.device)
+        previous = torch.ones(objective.num_brackets, device=accelerator.device)
     metrics, brackets = _pass(accelerator, model, losses, objective, micro_batches, previous)
     if not objective.same_signs(brackets, previous):
         model.zero_grad()
@@ -67,7 +68,7 @@ def _pass(
     accelerator: Accelerator,
     model: torch.nn.Module,
     losses: Losses,
-    objective: PUObjective,
+    objective: Objective,
     micro_batches: Sequence[Batch],
     signs: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
@@ -75,7 +76,7 @@ def _pass(
 
     Processes communicate only after it, so that one that runs out of memory does not leave the others waiting.
     """
-    total = torch.zeros(len(LOGGED) + len(objective.betas), device=accelerator.device)
+    total = torch.zeros(len(LOGGED) + objective.num_brackets, device=accelerator.device)
 
     def accumulate() -> None:
         with accelerator.no_sync(model):
@@ -87,7 +88,7 @@ def _pass(
                 total.add_(torch.cat([objective.metrics(terms, loss), terms.brackets]))
 
     together(accelerator, accumulate)
-    metrics, brackets = accelerator.reduce(total, "mean").split([len(LOGGED), len(objective.betas)])
+    metrics, brackets = accelerator.reduce(total, "mean").split([len(LOGGED), objective.num_brackets])
     return metrics, brackets
 
 

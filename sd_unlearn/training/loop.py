@@ -2,11 +2,13 @@
 
 It waits for the device only at logging steps, previews, probes and checkpoints. Waiting at every step is limited to
 Accelerate's gradient scaler (fp16), the 8-bit optimizer, the signs of the brackets where a step has several
-micro-batches (`accumulate_gradients`), and several processes, which agree on whether memory ran out.
+micro-batches (`accumulate_gradients`), the baselines of other papers, which search rows on the device, and several
+processes, which agree on whether memory ran out.
 """
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -27,7 +29,7 @@ from sd_unlearn.errors import UnlearnError
 from sd_unlearn.io.run_folder import BEST_DIR
 from sd_unlearn.models.memory_errors import free_memory, is_out_of_memory
 from sd_unlearn.models.student import Student
-from sd_unlearn.objectives.pu import LOGGED, PUObjective
+from sd_unlearn.objectives.base import LOGGED, Objective
 from sd_unlearn.training import checkpoint
 from sd_unlearn.training.gradient_shares import gradient_shares
 from sd_unlearn.training.metrics_log import Interrupted, MetricsLog, Throughput, stop_requests
@@ -49,7 +51,7 @@ class Training:
     wrapped: nn.Module  # the student's model as Accelerate prepared it
     losses: Losses
     batches: StratifiedBatches
-    objective: PUObjective
+    objective: Objective
     accelerator: Accelerator
     batching: Batching  # how the first step is cut; later ones may be cut smaller
     identity: dict[str, Any]  # what a resumed run must have in common with this one
@@ -129,7 +131,7 @@ def _step_metrics(state: TrainingState, metrics: Tensor, norm: Tensor) -> dict[s
     values = torch.cat([state.optimizer.skipped[:1], norm.float().view(1), metrics, state.brackets]).tolist()
     (skipped, grad_norm), brackets = values[:2], values[2 + len(LOGGED) :]
     logged = dict(zip(LOGGED, values[2 : 2 + len(LOGGED)], strict=True))
-    logged["ratio"] = logged["mean_s"] / max(logged["mean_u"], 1e-12)
+    logged["ratio"] = logged["mean_s"] / logged["mean_u"] if logged["mean_u"] else math.nan  # some steps have no U
     logged["negative_brackets"] = sum(bracket < 0 for bracket in brackets)
     rate = state.schedule.get_last_lr()[0]
     return {"step": state.step, **logged, "lr": rate, "grad_norm": grad_norm, "skipped_steps": skipped}

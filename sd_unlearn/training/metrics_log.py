@@ -63,7 +63,7 @@ class MetricsLog:
     def write(self, metrics: dict[str, float]) -> None:
         """Append one line; values that are not finite become null."""
         finite = {k: v for k, v in metrics.items() if math.isfinite(v)}
-        if {"mean_u", "mean_s", "ratio"} <= set(finite):
+        if {"mean_u", "mean_s"} <= set(finite):
             shown = {"loss": "loss", "mean_u": "U", "mean_s": "S", "ratio": "ratio", **COST}
             self.progress.show(**{name: f"{finite[key]:.3g}" for key, name in shown.items() if key in finite})
         elif "ratio" not in metrics:

@@ -63,6 +63,11 @@ def check_inputs(config: TrainConfig, concept: Concept | None = None) -> Inputs:
     photos = scan_positives(config.positives, concept) if config.positives else []
     own = scan(data_dir, concept, config.eta, config.positives) if own_images else []
     groups = [example.group for example in own] or image_groups(config, concept, photos)
+    if config.objective == "neggrad" and config.target == "noise" and "keep" not in groups:
+        raise UsageError(
+            f"--objective neggrad --target noise needs images to retain: {data_dir} has none of the group keep. Add "
+            "some (docs/concepts.md, Your own images), or use --target teacher."
+        )
     if config.beta == "estimate":
         check_countable(groups.count("positive"), groups.count("generic") + groups.count("mixed_in"))
     check_probe(config, concept, groups)

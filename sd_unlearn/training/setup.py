@@ -20,7 +20,7 @@ from sd_unlearn.data.concept import Concept
 from sd_unlearn.data.dataset import members_of_sets, positive_sets, scan, split_beta
 from sd_unlearn.data.embeddings import embed
 from sd_unlearn.data.encoding import describe_long_captions, encode_captions, encode_images, tokenize
-from sd_unlearn.data.layout import Layout, caption_groups
+from sd_unlearn.data.layout import BASELINES, compose_step
 from sd_unlearn.data.photos import CACHE_DIR
 from sd_unlearn.data.prior import Prior, resolve_beta
 from sd_unlearn.metrics.registry import make_label_classifier
@@ -30,8 +30,7 @@ from sd_unlearn.models.denoiser import Denoiser
 from sd_unlearn.models.sampling import resolve_sampler
 from sd_unlearn.models.source import DIGITS
 from sd_unlearn.models.student import Student, make_student
-from sd_unlearn.objectives.losses import example_losses
-from sd_unlearn.objectives.pu import PUObjective
+from sd_unlearn.objectives.registry import make_losses, make_objective
 from sd_unlearn.objectives.teacher import Teacher
 from sd_unlearn.seeds import TRAIN_SEEDS
 from sd_unlearn.training.loop import Training
@@ -136,14 +135,14 @@ def make_training(
         images = images.subset(kept)
     batches = make_batches(config, concept, images, denoiser.num_train_timesteps, accelerator)
     eta = config.eta if batches.layout.negative else 0.0
-    betas = [list(data.betas.values())] * len(batches.caption_groups)
-    objective = PUObjective(betas, config.correction, eta, config.objective)
+    objective = make_objective(config, list(data.betas.values()), eta, len(batches.caption_groups))
+    of_examples = make_losses(config)
     teacher = _make_teacher(config, concept, data, student, denoiser) if has_teacher else None
 
     def losses(model: nn.Module, batch: Batch, teacher_batch_size: int) -> Tensor:
         of_model = dataclasses.replace(denoiser, model=model)
         behind = dataclasses.replace(teacher, batch_size=teacher_batch_size) if teacher else None
-        return example_losses(of_model, batch, config.reduction, behind, config.snr_gamma)
+        return of_examples(of_model, batch, behind)
 
     at_once = dataclasses.replace(config, render_batch_size=batching.render_batch_size)
     generator = _make_generator(at_once, base, data, student)
@@ -169,12 +168,14 @@ def make_batches(
     config: TrainConfig, concept: Concept, images: EncodedImages, num_train_timesteps: int, accelerator: Accelerator
 ) -> StratifiedBatches:
     """The batches of a run; config: with defaults filled in."""
+    baseline = BASELINES.get(config.objective)
+    if baseline and baseline.images == "unlabeled":  # those known to show the concept are for pu, which needs a beta
+        images = images.subset([n for n, e in enumerate(images.examples) if e.group != "mixed_in"])
     has_teacher, examples = config.target == "teacher", images.examples
-    assert config.effective_batch_size is not None
-    groups = caption_groups(concept, config.caption_mode)
-    layout = Layout.of(
-        config.effective_batch_size,
-        len(groups),
+    groups, layout = compose_step(
+        config,
+        concept,
+        accelerator.num_processes,
         has_keep=has_teacher or any(e.group == "keep" for e in examples),
         sets=len(members_of_sets(examples)),
         negatives=any(e.is_negative for e in examples),

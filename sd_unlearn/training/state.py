@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from sd_unlearn.config.train import LoopOptions
 from sd_unlearn.data.batch import Batch
 from sd_unlearn.data.batches import StratifiedBatches
 from sd_unlearn.models.student import Student
-from sd_unlearn.objectives.pu import PUObjective
+from sd_unlearn.objectives.base import Objective
 from sd_unlearn.training import checkpoint
 from sd_unlearn.training.gradients import accumulate_gradients
 from sd_unlearn.training.memory import NothingSmaller, OutOfMemoryInStep, describe_change, together
@@ -42,7 +42,7 @@ class TrainingState:
     accelerator: Accelerator
     student: Student
     batches: StratifiedBatches
-    objective: PUObjective
+    objective: Objective
     parameters: list[nn.Parameter]
     optimizer: GuardedSteps
     schedule: Any
@@ -66,7 +66,7 @@ class TrainingState:
         options: LoopOptions,
         student: Student,
         batches: StratifiedBatches,
-        objective: PUObjective,
+        objective: Objective,
         accelerator: Accelerator,
         batching: Batching,
     ) -> TrainingState:
@@ -167,7 +167,7 @@ class TrainingState:
     def use_beta(self, beta: float) -> None:
         """Continue with this beta in every caption group."""
         self.beta = beta
-        self.objective = replace(self.objective, betas=[[beta]] * len(self.objective.betas))
+        self.objective = self.objective.with_beta(beta)
 
     def save(self, run: Path, identity: dict[str, Any], limit: int) -> None:
         """Write a checkpoint; see checkpoint.save."""
@@ -204,7 +204,7 @@ class TrainingState:
         self.batches.load_state_dict(state["sampler"])
         self.optimizer.skipped = state["skipped"].to(device)
         brackets = state["brackets"]  # --force_resume may have changed the number of caption groups
-        same_groups = brackets is not None and len(brackets) == len(self.objective.betas)
+        same_groups = brackets is not None and len(brackets) == self.objective.num_brackets
         self.brackets = brackets.to(device) if same_groups else None
         for name, value in state["progress"].items():
             setattr(self, name, value)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from sd_unlearn.data.batch import NO_GROUP, Batch
-from sd_unlearn.objectives.pu import LOGGED, PUObjective, bounded, limits
+from sd_unlearn.objectives.base import LOGGED
+from sd_unlearn.objectives.pu import PUObjective, bounded, limits
 from sd_unlearn.risk import (
     NORMAL,
     UNLABELED,

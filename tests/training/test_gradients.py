@@ -16,7 +16,8 @@ from gradient_cases import CAPPED, CASES, PU, Case, Linear, step
 from torch import Tensor
 
 from sd_unlearn.data.batch import Batch
-from sd_unlearn.objectives.pu import LOGGED, PUObjective
+from sd_unlearn.objectives.base import LOGGED
+from sd_unlearn.objectives.pu import PUObjective
 from sd_unlearn.training.gradients import accumulate_gradients
 from sd_unlearn.training.memory import OutOfMemoryInStep
 
