@@ -1,11 +1,19 @@
 """Validate configs before anything loads: the range of each option, then options that do not fit together."""
 
-from sd_unlearn.choices import ObjectiveName
+import dataclasses
+
+from sd_unlearn.choices import CLOSED_FORM, ObjectiveName
 from sd_unlearn.config.base import RenderConfig
 from sd_unlearn.config.evaluate import EvaluateConfig
 from sd_unlearn.config.options import check_ranges
 from sd_unlearn.config.train import TARGETS_OF, TrainConfig
 from sd_unlearn.errors import UsageError
+
+# The options that a closed-form objective uses; all others are about images or training steps.
+CLOSED_FORM_OPTIONS = {
+    *("concept", "anchor", "kind", "objective", "output_dir", "overwrite", "dry_run", "config", "debug"),
+    *("pretrained_model_name_or_path", "vae", "prediction_type", "variant", "single_file_config", "allow_pickle"),
+}
 
 
 def check_render(config: RenderConfig) -> None:
@@ -24,6 +32,9 @@ def check_train(config: TrainConfig) -> None:
         UsageError: naming the option, its value and what is allowed.
     """
     check_ranges(config)
+    if config.objective in CLOSED_FORM:
+        _check_closed_form(config)
+        return
     if config.num_positive is not None and config.num_positive < 2:
         raise UsageError(f"--num_positive {config.num_positive} must be at least 2 for training.")
     if config.method == "full":
@@ -45,6 +56,18 @@ def check_evaluate(config: EvaluateConfig) -> None:
     check_ranges(config)
     if len(set(config.seed)) < len(config.seed) or not config.seed:
         raise UsageError(f"--seed {' '.join(map(str, config.seed))}: give each seed once.")
+
+
+def _check_closed_form(config: TrainConfig) -> None:
+    """Options of images, steps and the shape of the LoRA mean nothing to a closed-form objective."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.name not in CLOSED_FORM_OPTIONS and value != field.default:
+            flag = f"--{'' if value else 'no_'}{field.name}" if isinstance(value, bool) else f"--{field.name} {value}"
+            raise UsageError(
+                f"{flag}: --objective {config.objective} is computed in closed form, without images, "
+                "training steps or random numbers, and does not use it. Leave it out."
+            )
 
 
 def _check_full(config: TrainConfig) -> None:

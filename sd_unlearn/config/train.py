@@ -43,7 +43,8 @@ class Objective:
         option(
             "What training minimizes. pu: the positive-unlabeled risk. supervised (treats all unlabeled images as "
             "normal) and unsupervised (trains on them alone): the paper's baselines, which need --target noise. esd-x, "
-            "esd-u, anchor and neggrad: methods of other papers (docs/training.md, Baselines).",
+            "esd-u, anchor and neggrad: methods of other papers. uce, speed and rece: edits of cross-attention in "
+            "closed form, without images or steps (docs/training.md, Baselines).",
             OBJECTIVE,
         ),
     ] = "pu"

@@ -13,7 +13,8 @@ from sd_unlearn.results import as_json
 # Keys of training.json that are copied into the header, if present.
 _RECORDED = (
     *("rank", "lora_alpha", "beta", "correction", "caption_mode", "version", "config_sha256"),
-    *("method", "target", "push", "reduction", "zero_terminal_snr", "beta_source", "seed"),
+    *("objective", "method", "target", "push", "reduction", "zero_terminal_snr", "beta_source", "seed"),
+    *("truncation_error", "rounding_error_fp32", "rounding_error_fp16"),  # of a closed-form edit as a LoRA
 )
 _LORA_ONLY = ("rank", "lora_alpha")
 LICENCES = {  # of common bases, in the hub's spelling; a LoRA is under the licence of its base

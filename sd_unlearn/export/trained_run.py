@@ -67,11 +67,11 @@ class TrainingRecord:
     base: BaseRecord
     rank: int
     lora_alpha: float
-    beta: Any
-    correction: Any
-    caption_mode: Any
     version: Any
     config_sha256: Any
+    beta: Any = None  # closed-form objectives have none of these three
+    correction: Any = None
+    caption_mode: Any = None
     zero_terminal_snr: bool | None = None
     versions: dict[str, Any] = field(default_factory=dict)
 

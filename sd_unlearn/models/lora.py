@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel
-from torch import nn
+from torch import Tensor, nn
 
 from sd_unlearn.config.train import LoraTargets, Weights
 from sd_unlearn.errors import UsageError
@@ -41,6 +41,21 @@ def attach(network: nn.Module, options: Weights, target_modules: list[str], seed
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return PeftModel(network, config, adapter_name=ADAPTER_NAME)
+
+
+@torch.no_grad()
+def attach_factors(network: nn.Module, factors: dict[str, tuple[Tensor, Tensor]]) -> PeftModel:
+    """Wrap a network with a LoRA that adds up @ down to each weight.
+
+    factors: module -> (down [rank, in], up [out, rank]), of the same rank everywhere.
+    """
+    rank = len(next(iter(factors.values()))[0])
+    model = attach(network, Weights(rank=rank), list(factors), seed=0)
+    for name, (down, up) in factors.items():
+        layer = network.get_submodule(name)
+        layer.lora_A[ADAPTER_NAME].weight.copy_(down)  # type: ignore[index,union-attr]
+        layer.lora_B[ADAPTER_NAME].weight.copy_(up)  # type: ignore[index,union-attr]
+    return model
 
 
 def unet_targets(unet: nn.Module, group: LoraTargets | None) -> list[str]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
+from sd_unlearn.choices import CLOSED_FORM
 from sd_unlearn.config.checks import check_train
 from sd_unlearn.config.train import Optimizing, TrainConfig
 from sd_unlearn.data.concept import Concept, load_concept
@@ -55,6 +56,8 @@ def check_inputs(config: TrainConfig, concept: Concept | None = None) -> Inputs:
     source = find_base(config, concept.base)
     check_base(config, source)
     data_dir = resolve_data_dir(config, concept)
+    if config.objective in CLOSED_FORM:
+        return Inputs(concept, source, data_dir, own_images=False, tracker=None)
     own_images = has_own_images(data_dir)
     check_data_dir(config, data_dir)
     if not own_images:

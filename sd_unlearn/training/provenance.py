@@ -12,12 +12,17 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
+
 from sd_unlearn import __version__
 from sd_unlearn.config.batching import CUT
 from sd_unlearn.config.paths import as_dict
 from sd_unlearn.config.train import TrainConfig
-from sd_unlearn.data.concept import Concept, concept_sha256
+from sd_unlearn.data.concept import Concept, concept_sha256, write_concept
 from sd_unlearn.data.prior import Prior
+from sd_unlearn.io.files import write_text
+from sd_unlearn.io.own_files import RUN, delete_own, mark
+from sd_unlearn.io.run_folder import BEST_DIR, CONCEPT, CONFIG, TRAINING
 from sd_unlearn.models.base import Base
 from sd_unlearn.seeds import TRAIN_SEEDS
 
@@ -56,23 +61,43 @@ def training_record(
 ) -> dict[str, Any]:
     """The content of training.json. betas: of each set of positives; cost: steps, time, memory and device."""
     settings = as_dict(config)
-    sha256 = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-    return {
-        "schema_version": 1,
-        "concept": concept.slug,
-        "base": base.describe(),
+    return basic_record(config, concept, base) | {
         **{k: settings[k] for k in RECORDED},
         "beta_source": prior.source,
         "beta_estimates": [dataclasses.asdict(e) for e in prior.estimates],
-        "config_sha256": sha256,
-        "created": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()),
-        "version": __version__,
-        "versions": {p: version(p) for p in PACKAGES},
-        "commit": commit(),
         "cost": cost,
         "seeds": {"train": list(TRAIN_SEEDS)},
         "betas": betas,
     }
+
+
+def basic_record(config: TrainConfig, concept: Concept, base: Base) -> dict[str, Any]:
+    """The part of training.json that every objective has."""
+    return {
+        "schema_version": 1,
+        "concept": concept.slug,
+        "base": base.describe(),
+        "config_sha256": hashlib.sha256(json.dumps(as_dict(config), sort_keys=True).encode()).hexdigest(),
+        "created": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()),
+        "version": __version__,
+        "versions": {p: version(p) for p in PACKAGES},
+        "commit": commit(),
+    }
+
+
+def open_run(output: Path, concept: Concept, settings: dict[str, Any], best: bool = False, keep: bool = False) -> None:
+    """Create a run folder. The files of an earlier run are deleted only here, when everything has been checked.
+
+    settings: for config.yaml. best: also create the folder of the best weights. keep: the earlier run is resumed.
+    """
+    mark(output, "run")  # first: check_output recognizes a run by it
+    if not keep:
+        delete_own(output, RUN)
+    (output / TRAINING).unlink(missing_ok=True)
+    text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
+    for folder in (output, output / BEST_DIR) if best else (output,):
+        write_concept(folder / CONCEPT, concept)
+        write_text(folder / CONFIG, text)
 
 
 def identity_of(config: TrainConfig, concept: Concept, base: Base, data_sha256: str, processes: int) -> dict[str, Any]:

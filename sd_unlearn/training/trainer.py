@@ -11,28 +11,27 @@ from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
 from safetensors import SafetensorError
 
+from sd_unlearn.choices import CLOSED_FORM
 from sd_unlearn.config.batching import Batching, default_batching, with_options
 from sd_unlearn.config.paths import recorded
 from sd_unlearn.config.train import TrainConfig, with_lora_targets
-from sd_unlearn.data.concept import Concept, describe_anchored, write_concept
+from sd_unlearn.data.concept import Concept, describe_anchored
 from sd_unlearn.data.dataset import fingerprint
 from sd_unlearn.data.photos import CACHE_DIR
 from sd_unlearn.data.render import check_same_base, make_job, render_locked, with_seed_of_folder
 from sd_unlearn.errors import UnlearnError, reason
-from sd_unlearn.io.files import write_json, write_text
+from sd_unlearn.io.files import write_json
 from sd_unlearn.io.lock import locked, remove_leftovers
-from sd_unlearn.io.own_files import RUN, delete_own, mark
-from sd_unlearn.io.run_folder import BEST_DIR, CHECKPOINT_DIR, CONCEPT, CONFIG, DATA_MANIFEST, PREVIEW_DIR, TRAINING
+from sd_unlearn.io.run_folder import BEST_DIR, CHECKPOINT_DIR, DATA_MANIFEST, PREVIEW_DIR, TRAINING
 from sd_unlearn.launch import process_count, process_rank
 from sd_unlearn.models.base import Base, check_text_encoder, choose_precision, load_base, use_zero_terminal_snr
 from sd_unlearn.seeds import TRAIN_SEEDS
 from sd_unlearn.training import checkpoint
 from sd_unlearn.training.memory import NothingSmaller, remedies
 from sd_unlearn.training.preflight import Inputs, check_apart, check_inputs, check_output, is_finished
-from sd_unlearn.training.provenance import device_name, identity_of, peak_memory_mb, training_record
+from sd_unlearn.training.provenance import device_name, identity_of, open_run, peak_memory_mb, training_record
 
 if TYPE_CHECKING:  # imported in functions: torch takes seconds to import, and wrong options must be refused at once
     from accelerate import Accelerator
@@ -61,6 +60,10 @@ def run(config: TrainConfig, concept: Concept | None = None) -> Path:
     check_output(config, output)
     if config.anchor is not None and process_rank() == 0:
         print(describe_anchored(inputs.concept, inputs.own_images), file=sys.stderr)
+    if config.objective in CLOSED_FORM:
+        from sd_unlearn.training import closed_form
+
+        return closed_form.run(config, inputs, output)
     if config.dry_run:
         from sd_unlearn.training.plan import show_plan
 
@@ -196,17 +199,9 @@ def _choose_batching(config: TrainConfig, accelerator: Accelerator, planned: Bat
 
 
 def _open_run(config: TrainConfig, concept: Concept, training: Training, keep: bool) -> None:
-    """Create the run folder. The files of an earlier run are deleted only here, when everything has been checked."""
+    """Create the run folder in the first process."""
     if training.accelerator.is_main_process:
-        output = training.output
-        mark(output, "run")  # first: check_output recognizes a run by it
-        if not keep:
-            delete_own(output, RUN)
-        (output / TRAINING).unlink(missing_ok=True)
-        settings = yaml.safe_dump(recorded(config), sort_keys=False, allow_unicode=True)
-        for folder in (output, output / BEST_DIR) if training.probe else (output,):
-            write_concept(folder / CONCEPT, concept)
-            write_text(folder / CONFIG, settings)
+        open_run(training.output, concept, recorded(config), training.probe is not None, keep)
     training.accelerator.wait_for_everyone()
 
 

@@ -1,0 +1,175 @@
+"""`train` with a closed-form objective (uce, speed, rece): an exact edit of cross-attention, written as a LoRA.
+
+No images, no steps. The run folder is that of a training without its log, so every later command reads it as one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sd_unlearn.choices import ObjectiveName
+from sd_unlearn.config.checks import CLOSED_FORM_OPTIONS
+from sd_unlearn.config.paths import recorded
+from sd_unlearn.config.train import TrainConfig
+from sd_unlearn.data.concept import Concept
+from sd_unlearn.data.encoding import encode_captions, tokenize
+from sd_unlearn.errors import UnlearnError, reason
+from sd_unlearn.io.files import write_json
+from sd_unlearn.io.lock import locked, remove_leftovers
+from sd_unlearn.io.run_folder import TRAINING
+from sd_unlearn.launch import process_rank
+from sd_unlearn.models import lora
+from sd_unlearn.models.base import Base, load_base
+from sd_unlearn.models.student import Student
+from sd_unlearn.objectives.closed_form import Edit, rece, speed, uce
+from sd_unlearn.training.preflight import Inputs, check_output
+from sd_unlearn.training.provenance import basic_record, device_name, open_run, peak_memory_mb, reset_peak_memory
+
+EDITS = {"uce": uce, "speed": speed, "rece": rece}
+# Endings of the names of the edited layers, by objective. SPEED edits values only.
+LAYERS: dict[ObjectiveName, tuple[str, ...]] = {
+    "uce": ("attn2.to_k", "attn2.to_v"),
+    "speed": ("attn2.to_v",),
+    "rece": ("attn2.to_k", "attn2.to_v"),
+}
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """Token embeddings, one a row."""
+
+    concepts: Tensor  # [n, width]
+    anchors: Tensor  # [n, width], what each is replaced with
+    preserved: Tensor  # [m, width]
+
+
+def run(config: TrainConfig, inputs: Inputs, output: Path) -> Path:
+    """Edit the base and write the run folder, once the options are checked. Only the first process does.
+
+    Raises:
+        UsageError: the base cannot be loaded with these options, or another process finished the run.
+        UnlearnError: the base cannot be loaded, or the run folder cannot be written.
+    """
+    if process_rank() > 0:
+        return output
+    if config.dry_run:
+        print(_plan(config, inputs, output))
+        return output
+    with locked(output, "--output_dir"):
+        check_output(config, output)  # again: another process may have finished since
+        remove_leftovers(output)
+        base = load_base(inputs.source)
+        try:
+            _edit(config, inputs.concept, base, output)
+        except OSError as error:
+            raise UnlearnError(
+                f"Cannot write to {output}: {reason(error)}. Free some disk space and repeat."
+            ) from error
+    return output
+
+
+def _plan(config: TrainConfig, inputs: Inputs, output: Path) -> str:
+    concept, layers = inputs.concept, " and ".join(LAYERS[config.objective])
+    return (
+        f"Plan: edit {layers} of {inputs.source.name} with --objective {config.objective}, "
+        f'so that "{concept.caption}" is projected as "{concept.generic}", into {output}.\n'
+        f"Preserved: {len(concept.keep_prompts)} keep prompts. No images are generated and no steps are trained; it "
+        "takes the time of loading the base in full precision, and its memory."
+    )
+
+
+def _edit(config: TrainConfig, concept: Concept, base: Base, output: Path) -> None:
+    """Compute the edit, and write the run folder: the record that marks it as finished last."""
+    reset_peak_memory()
+    started = time.monotonic()
+    layers = {n: m for n, m in base.pipeline.unet.named_modules() if n.endswith(LAYERS[config.objective])}
+    weights = [layer.weight.detach() for layer in layers.values()]
+    embeddings = embed(base, concept)
+    edits = EDITS[config.objective](weights, embeddings.concepts, embeddings.anchors, embeddings.preserved)
+    rank = max(min(*edit.up.shape, *edit.down.shape) for edit in edits)
+    factors = dict(zip(layers, (edit.of_rank(rank) for edit in edits), strict=True))
+    seconds = time.monotonic() - started
+
+    student = Student(lora.attach_factors(base.pipeline.unet, {n: (e.down, e.up) for n, e in factors.items()}))
+    filled_in = {"pretrained_model_name_or_path": base.name, "output_dir": output, "overwrite": False}
+    used = recorded(dataclasses.replace(config, **filled_in))  # type: ignore[arg-type]
+    open_run(output, concept, {key: value for key, value in used.items() if key in CLOSED_FORM_OPTIONS})
+    student.save(output)
+    record = basic_record(config, concept, base) | {
+        "objective": config.objective,
+        "method": "lora",
+        "rank": rank,
+        "lora_alpha": float(rank),
+        "edited_layers": len(layers),
+        "edited_tokens": len(embeddings.concepts),
+        "preserved_tokens": len(embeddings.preserved),
+        "truncation_error": largest_error(edits, list(factors.values()), torch.float64),
+        "rounding_error_fp32": largest_error(edits, list(factors.values()), torch.float32),
+        "rounding_error_fp16": largest_error(edits, list(factors.values()), torch.float16),
+    }
+    device = device_name(base.device)
+    cost = {"seconds": round(seconds, 1), "steps": 0, "peak_memory_mb": peak_memory_mb(), "device": device}
+    write_json(output / TRAINING, record | {"cost": cost})
+    print(
+        f"Edited {len(layers)} layers of {base.name} in {seconds:.1f} s (rank {rank}), so that "
+        f'"{concept.caption}" is projected as "{concept.generic}": {output}.',
+        file=sys.stderr,
+    )
+
+
+@torch.no_grad()
+def embed(base: Base, concept: Concept) -> Embeddings:
+    """The embeddings of a concept: those of the subject in its captions, of the generic caption, of all keep prompts.
+
+    Of a caption, the tokens from the subject's last one to the end of the sequence are edited (`last_token`), as in the
+    code of UCE and RECE: the end and the padding follow the subject, so their embeddings describe it, too.
+    """
+    generic, *captions = _tokens(base, [concept.generic, *concept.captions])
+    ids_of_generic, *ids = tokenize(base, [concept.generic, *concept.captions]).tolist()
+    concepts, anchors = [], []
+    for caption, ids_of_caption in zip(captions, ids, strict=True):
+        ends = base.pipeline.tokenizer.eos_token_id
+        subject, instead = last_tokens(ids_of_caption, ids_of_generic, ends)
+        count = len(caption) - max(subject, instead)
+        concepts.append(caption[subject : subject + count])
+        anchors.append(generic[instead : instead + count])
+    keep = [prompt.text for prompt in concept.keep_prompts]
+    preserved = _tokens(base, keep).flatten(0, 1) if keep else generic[:0]
+    return Embeddings(torch.cat(concepts), torch.cat(anchors), preserved)
+
+
+def _tokens(base: Base, captions: Sequence[str]) -> Tensor:
+    """[N, tokens, width]: what cross-attention takes; of SDXL without the pooled embedding."""
+    text = encode_captions(base, captions)
+    return text[:, :-1] if base.kind == "sdxl" else text
+
+
+def last_tokens(caption: Sequence[int], generic: Sequence[int], end: int) -> tuple[int, int]:
+    """Where the subject of each caption ends: the last token before the words that both captions end with.
+
+    "a photo of seven in red", "a photo of a digit in red": seven and digit. caption, generic: token ids with start and
+    end token.
+    """
+    first, second = caption[1 : caption.index(end)], generic[1 : generic.index(end)]
+    shortest, shared = max(0, min(len(first), len(second)) - 1), 0
+    while shared < shortest and first[-1 - shared] == second[-1 - shared]:
+        shared += 1
+    return max(1, len(first) - shared), max(1, len(second) - shared)
+
+
+def largest_error(edits: Sequence[Edit], stored: Sequence[Edit], dtype: torch.dtype) -> float:
+    """The largest relative error (Frobenius norm) of a layer's change when its factors are stored in a dtype."""
+    errors = []
+    for edit, factors in zip(edits, stored, strict=True):
+        exact = edit.up @ edit.down
+        kept = factors.up.to(dtype).double() @ factors.down.to(dtype).double()
+        errors.append(float((kept - exact).norm() / exact.norm().clamp_min(torch.finfo(torch.float64).tiny)))
+    return max(errors)
