@@ -98,6 +98,12 @@ OWN_OPTIONS: dict[str, tuple[ObjectiveName, ...]] = {
 RISK_OPTIONS = ("correction", "push", "beta_sweep", "caption_mode", "share_timesteps")
 
 
+def unused_options(objective: ObjectiveName) -> set[str]:
+    """Options that do not affect a training with this objective, so that its record leaves them out."""
+    others = {name for name, users in OWN_OPTIONS.items() if objective not in users}
+    return others if objective in ("pu", "supervised", "unsupervised") else others | {*RISK_OPTIONS, "eta", "beta"}
+
+
 def _check_objective(config: TrainConfig) -> None:
     """Options that an objective does not use must not be given."""
     for name, users in OWN_OPTIONS.items():

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import string
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,25 @@ TEMPLATES = Path(__file__).parent / "templates"
 FILE, GRID = "README.md", "pairs.png"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 _FAMILY = {"sd1": "stable-diffusion", "sd2": "stable-diffusion", "sdxl": "stable-diffusion-xl"}
+PU = "positive-unlabeled learning (Takahashi et al., ICLR 2025, arXiv 2503.03789)"
+_ESD = "ESD (Gandikota et al. 2023, arXiv 2303.07345, equation 7)"
+_METHODS = {  # by objective; the differences to the papers are in docs/training.md
+    "pu": PU,
+    "supervised": f"the supervised baseline of {PU}",
+    "unsupervised": f"the unsupervised baseline of {PU}",
+    "esd-x": f"the objective of {_ESD}, on cross-attention layers",
+    "esd-u": f"the objective of {_ESD}, on all layers but cross-attention",
+    "anchor": "the objective of concept ablation (Kumari et al. 2023, arXiv 2303.13516, equation 5)",
+    "neggrad": "gradient ascent on the concept and ordinary training on other images (NegGrad+, arXiv 2302.09880)",
+    "uce": "the closed-form edit UCE (Gandikota et al. 2024, arXiv 2308.14761, equation 7)",
+    "speed": "the closed-form edit SPEED (Li et al. 2025, arXiv 2503.07392)",
+    "rece": "the closed-form edit RECE (Gong et al. 2024, arXiv 2407.12383)",
+}
+_TO_GENERIC = ("pu", "anchor", "uce", "speed", "rece")  # objectives that replace the concept with the generic caption
 _SETTINGS = (
     "objective",
     "method",
+    "lora_targets",
     "rank",
     "lora_alpha",
     "beta",
@@ -35,6 +52,9 @@ _SETTINGS = (
     "caption_mode",
     "target",
     "push",
+    "erase_guidance",
+    "forget_weight",
+    "retain",
     "reduction",
     "config_sha256",
 )
@@ -67,13 +87,21 @@ def render(run: TrainedRun, licence: str | None, hub_id: str | None, *, has_grid
         detector=(run.results and run.results.detector) or "not named",
         sampler=_sampler(run.results.sampler) if run.results else "",
         training=run.training,
+        method=_METHODS.get(str(run.training.get("objective")), PU),
+        to_generic=run.training.get("objective", "pu") in _TO_GENERIC,
         is_dora=run.is_dora,
         licence=licence,
-        settings=[(key, run.training[key]) for key in _SETTINGS if run.training.get(key) is not None],
+        settings=_settings(run.training),
         pipeline_class="StableDiffusionXLPipeline" if run.kind == "sdxl" else "StableDiffusionPipeline",
         diffusers_file=DIFFUSERS_FILE,
         kohya_file=f"{run.concept.slug}.safetensors",
     )
+
+
+def _settings(training: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """The settings that the card lists; without the source of beta if the objective does not use it."""
+    keys = [key for key in _SETTINGS if key != "beta_source" or training.get("beta") is not None]
+    return [(key, training[key]) for key in keys if training.get(key) is not None]
 
 
 def title(name: str) -> str:

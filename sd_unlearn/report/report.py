@@ -197,13 +197,14 @@ def _details(folder: Path, case: Case, results: Results, training: dict[str, Any
     concept = trained if trained and trained.slug == case.concept.slug else None  # it can be evaluated on another one
     beta = (case.subject.training or {}).get("beta", training.get("beta"))
     beta = beta if isinstance(beta, int | float) and 0 < beta < 1 else None
-    target = (case.subject.training or {}).get("target", training.get("target"))
+    objective, target = ((case.subject.training or {}).get(key, training.get(key)) for key in ("objective", "target"))
     seeds = results.seeds.seeds
     return {
         "concept": concept,
         "preview": preview(folder, trained),
         "settings": _settings(folder),
         "beta": beta,
+        "baseline": objective if objective in ("esd-x", "esd-u", "anchor", "neggrad") else None,
         "is_teacher": target == "teacher",
         "answers": answers(case, case.subject.cost or training.get("cost") or {}),
         "curves": training_curves.training_charts(log, None if target == "teacher" else beta),

@@ -16,6 +16,7 @@ import yaml
 
 from sd_unlearn import __version__
 from sd_unlearn.config.batching import CUT
+from sd_unlearn.config.checks import unused_options
 from sd_unlearn.config.paths import as_dict
 from sd_unlearn.config.train import TrainConfig
 from sd_unlearn.data.concept import Concept, concept_sha256, write_concept
@@ -34,6 +35,7 @@ PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate")
 RECORDED = (
     *("objective", "rank", "lora_alpha", "beta", "correction", "caption_mode", "target", "push", "method"),
     *("unconditional", "timestep_bias", "snr_gamma", "zero_terminal_snr", "reduction", "eta", "seed"),
+    *("lora_targets", "erase_guidance", "forget_weight", "retain"),
 )
 # Options that do not change the trained weights, or are compared by content (concept, base, data).
 NOT_COMPARED = {
@@ -62,7 +64,7 @@ def training_record(
     """The content of training.json. betas: of each set of positives; cost: steps, time, memory and device."""
     settings = as_dict(config)
     return basic_record(config, concept, base) | {
-        **{k: settings[k] for k in RECORDED},
+        **{k: settings[k] for k in RECORDED if k not in unused_options(config.objective)},
         "beta_source": prior.source,
         "beta_estimates": [dataclasses.asdict(e) for e in prior.estimates],
         "cost": cost,

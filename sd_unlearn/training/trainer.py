@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 
 from sd_unlearn.choices import CLOSED_FORM
 from sd_unlearn.config.batching import Batching, default_batching, with_options
+from sd_unlearn.config.checks import unused_options
 from sd_unlearn.config.paths import recorded
 from sd_unlearn.config.train import TrainConfig, with_lora_targets
 from sd_unlearn.data.concept import Concept, describe_anchored
@@ -165,8 +166,8 @@ def _train(
     training = make_training(config, concept, base, data, accelerator, batching, identity)
     _open_run(config, concept, training, keep=resume is not None)
     accelerator.init_trackers("sd-unlearn" if config.report_to == "wandb" else "tensorboard")
-    beta = f"beta {config.beta:g} ({data.prior.source})"
-    summary = f"Forgetting {concept.name!r} in {base.name}: {data.counts()}, {beta}."
+    beta = "" if "beta" in unused_options(config.objective) else f", beta {config.beta:g} ({data.prior.source})"
+    summary = f"Forgetting {concept.name!r} in {base.name}: {data.counts()}{beta}."
     for line in (*filter(None, [data.note]), *data.prior.notes, summary):
         accelerator.print(line, file=sys.stderr)
     with _explained_write_errors(output), _explained_memory_errors(config, base):

@@ -51,6 +51,17 @@ def html_text(cell: str) -> str:
     return html.unescape(cell)
 
 
+@pytest.mark.parametrize(
+    ("objective", "paper", "generic"),
+    [("pu", "2503.03789", True), ("esd-x", "2303.07345", False), ("anchor", "2303.13516", True)],
+)
+def test_the_card_names_the_method(tmp_path: Path, objective: str, paper: str, generic: bool) -> None:
+    exported(hand_run(tmp_path, training=training_record(2, 3.0) | {"objective": objective}))
+    _, text = page(tmp_path)
+    assert [number for number in ("2503.03789", "2303.07345", "2303.13516") if number in text] == [paper]
+    assert ("generates what it generates for" in text) == generic
+
+
 def test_the_card_of_a_run_without_results_says_so(tmp_path: Path) -> None:
     paths = exported(hand_run(tmp_path))
     front, text = page(tmp_path)
