@@ -1,4 +1,5 @@
 from sd_unlearn.api import attack as attack
+from sd_unlearn.api import calibrate as calibrate
 from sd_unlearn.api import evaluate as evaluate
 from sd_unlearn.api import export as export
 from sd_unlearn.api import render as render

@@ -15,8 +15,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar, get_type_hints
 
+from sd_unlearn.calibration import Calibration
 from sd_unlearn.config.attack import AttackConfig
 from sd_unlearn.config.base import ExportConfig, RenderConfig, ReportConfig
+from sd_unlearn.config.calibrate import CalibrateConfig
 from sd_unlearn.config.evaluate import EvaluateConfig
 from sd_unlearn.config.paths import expanded
 from sd_unlearn.config.train import TrainConfig
@@ -178,6 +180,20 @@ def attack(config: AttackConfig, concepts: list[Concept]) -> Results:
     results = command.run(config, concepts)
     check_conditions(results)
     return parse_results(results)
+
+
+@_command(CalibrateConfig)
+def calibrate(config: CalibrateConfig, concepts: list[Concept]) -> Calibration:
+    """Find the smallest LoRA strength that erases enough and the largest that retains enough.
+
+    Writes calibration.json. `strength` is None if no strength does both.
+
+    Raises:
+        UsageError, UnlearnError
+    """
+    from sd_unlearn.evaluation import calibrate as command
+
+    return command.run(config, concepts)
 
 
 @_command(ExportConfig)

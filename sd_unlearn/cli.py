@@ -21,8 +21,10 @@ from sd_unlearn import __version__, concepts
 from sd_unlearn.batch import commands as batch
 from sd_unlearn.config.attack import AttackConfig
 from sd_unlearn.config.base import ExportConfig, RenderConfig, ReportConfig
+from sd_unlearn.config.calibrate import CalibrateConfig
 from sd_unlearn.config.evaluate import EvaluateConfig
 from sd_unlearn.config.help import Help, ShortHelp
+from sd_unlearn.config.options import Range
 from sd_unlearn.config.paths import expanded
 from sd_unlearn.config.train import TrainConfig
 from sd_unlearn.errors import UnlearnError, UsageError, reason
@@ -69,6 +71,7 @@ COMMANDS = {
     "train": TrainConfig,
     "evaluate": EvaluateConfig,
     "attack": AttackConfig,
+    "calibrate": CalibrateConfig,
     "export": ExportConfig,
     "report": ReportConfig,
 }
@@ -163,6 +166,26 @@ def attack(config: Annotated[AttackConfig, Parameter(name="*")] = AttackConfig()
             print(passed, file=sys.stderr if config.json else sys.stdout)
 
 
+@app.command(help_formatter=ShortHelp("search, prompts, sampler, detectors"))
+def calibrate(config: Annotated[CalibrateConfig, Parameter(name="*")] = CalibrateConfig()) -> None:
+    """Find the smallest LoRA strength that erases enough and the largest that retains enough."""
+    prepare_processes()
+    from sd_unlearn.calibration import describe
+    from sd_unlearn.evaluation.calibrate import run
+    from sd_unlearn.results import as_json
+
+    found = run(config)
+    print(json.dumps(as_json(found), indent=2) if config.json else "\n".join(describe(found)))
+    if found.strength is None:
+        raise UnlearnError(found.message)
+    lora = f"--run {shlex.quote(str(config.run))}" if config.run else f"--lora {shlex.quote(str(config.lora))}"
+    print(
+        f"The images that chose the strength cannot confirm it. Next, on other seeds: sd-unlearn evaluate {lora} "
+        f"--strengths {found.strength:g} --seed {max(config.seed) + 1}",
+        file=sys.stderr,
+    )
+
+
 @app.command
 def export(config: Annotated[ExportConfig, Parameter(name="*")] = ExportConfig()) -> None:
     """Write the LoRA for Diffusers, ComfyUI and A1111 with a model card, or merge it into a checkpoint."""
@@ -178,6 +201,25 @@ def report(config: Annotated[ReportConfig, Parameter(name="*")] = ReportConfig()
     from sd_unlearn.report.report import run
 
     print(run(config))
+
+
+@app.command
+def ui(
+    *,
+    port: Annotated[int, Parameter(help="Port of the page.", validator=Range(at_least=1, at_most=65535))] = 7860,
+    listen: Annotated[
+        bool,
+        Parameter(
+            help="Also accept other computers, without password or encryption: they can generate images, start and "
+            "stop trainings, and read reports. Default: only this computer.",
+            negative=(),
+        ),
+    ] = False,
+) -> None:
+    """Open a local page to try LoRAs, read reports and start trainings in the working folder (extra: ui)."""
+    from sd_unlearn.ui.server import run
+
+    run(port, listen)
 
 
 @app.command

@@ -46,6 +46,7 @@ EXTRAS: dict[str, tuple[tuple[str, ...], str]] = {
     "tensorboard": (("tensorboard",), "training curves in TensorBoard"),
     "8bit": (("bitsandbytes",), "--optimizer adamw8bit"),
     "xformers": (("xformers",), "--attention xformers"),
+    "ui": (("gradio",), "try LoRAs in a browser (sd-unlearn ui)"),
     "heic": (("pillow_heif",), "photos of phones (.heic)"),
     "parquet": (("pyarrow",), "captions in metadata.parquet"),
     "paper": (("torchvision", "mlxtend", "matplotlib", "pandas"), "the paper's experiments"),

@@ -98,10 +98,7 @@ def generate_images(job: EvaluationJob) -> ImageCache | None:
     if not job.needs_base:
         return None
     loader = BaseLoader(job)
-    from sd_unlearn.data.plan import planned_sampler
-
-    cache = image_cache(job, loader)
-    cache = replace(cache, sampler=planned_sampler(job.source, cache.sampler, job.config))
+    cache = planned_cache(job, loader)
     all_specs = [spec for specs in job.plans.values() for spec in specs]
     cache.generate(loader.load, ModelVariant(), all_specs, "generate base")
     for subject in list(job.subjects):
@@ -115,6 +112,14 @@ def generate_images(job: EvaluationJob) -> ImageCache | None:
         except UnlearnError as error:
             job.give_up(subject.variant.lora, error)
     return cache
+
+
+def planned_cache(job: EvaluationJob, loader: BaseLoader) -> ImageCache:
+    """`image_cache` with as many images at once as memory allows."""
+    from sd_unlearn.data.plan import planned_sampler
+
+    cache = image_cache(job, loader)
+    return replace(cache, sampler=planned_sampler(job.source, cache.sampler, job.config))
 
 
 def image_cache(job: EvaluationJob, loader: BaseLoader) -> ImageCache:

@@ -51,7 +51,7 @@ def lora_header(run: TrainedRun, digest: str, licence: str | None = None) -> dic
             "modelspec.architecture": f"{names.modelspec}/lora",
             "modelspec.implementation": "sgm" if run.kind == "sdxl" else "diffusers",
             "modelspec.title": f"Forget {run.concept.name}",
-            "modelspec.usage_hint": "Load at strength 1. There is no trigger word.",
+            "modelspec.usage_hint": f"Load at strength {run.strength:g}. There is no trigger word.",
             "ss_output_name": run.concept.slug,
             "ss_network_module": "networks.lora",
             "ss_network_dim": str(pairs[0].rank) if len(ranks) == 1 else "Dynamic",
@@ -94,6 +94,12 @@ def own_header(run: TrainedRun) -> dict[str, str]:
         header["sd_unlearn.base_text_encoder_sha256"] = text_encoder
     if run.training.get("versions"):
         header["sd_unlearn.versions"] = json.dumps(run.training["versions"], sort_keys=True)
+    if run.calibration is not None:
+        found = run.calibration
+        if found.strength is not None:
+            header["sd_unlearn.calibrated_strength"] = f"{found.strength:g}"
+        keys = ("leakage", "retention", "smallest", "largest", "strength", "message")
+        header["sd_unlearn.calibration"] = json.dumps({key: getattr(found, key) for key in keys}, sort_keys=True)
     if run.results is not None:
         results = run.results
         rows = [as_json(row) | {"subject": "lora"} for row in results.rows if row.subject == results.subject]

@@ -86,6 +86,8 @@ def render(run: TrainedRun, licence: str | None, hub_id: str | None, *, has_grid
         lines=metrics_table(run.results) if run.results else [],
         detector=(run.results and run.results.detector) or "not named",
         sampler=_sampler(run.results.sampler) if run.results else "",
+        strength=f"{run.strength:g}",
+        calibration=run.calibration,
         training=run.training,
         method=_METHODS.get(str(run.training.get("objective")), PU),
         to_generic=run.training.get("objective", "pu") in _TO_GENERIC,

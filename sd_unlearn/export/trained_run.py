@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sd_unlearn.calibration import Calibration, read_calibration
 from sd_unlearn.data.concept import Concept, read_concept
 from sd_unlearn.errors import UnlearnError
 from sd_unlearn.export.kohya import Adapter, read_adapter
@@ -113,6 +114,7 @@ class TrainedRun:
     training: dict[str, Any]  # training.json as written, valid as TrainingRecord
     adapters: list[Adapter]  # the UNet's first; empty for --method full
     results: OwnResults | None  # None if these weights were not evaluated on their base
+    calibration: Calibration | None = None  # of these weights and their concept
 
     @property
     def base(self) -> dict[str, Any]:
@@ -121,6 +123,12 @@ class TrainedRun:
     @property
     def kind(self) -> str:
         return self.base["kind"]
+
+    @property
+    def strength(self) -> float:
+        """The strength to load the LoRA at: the calibrated one; as trained (1) without one."""
+        calibrated = self.calibration.strength if self.calibration else None
+        return 1.0 if calibrated is None else calibrated
 
     @property
     def blocks(self) -> UNetBlocks:
@@ -157,10 +165,13 @@ def read_run(folder: Path) -> TrainedRun:
         read_tensors(file, "--run")  # refuses weights that are not finite
     adapters = [] if (folder / UNET_DIR).is_dir() else _adapters(folder, training)
     concept = read_concept(folder / CONCEPT)
-    results = None
+    results, sha256 = None, weights_sha256(folder)
     if (folder / RESULTS).is_file():
-        results = own_results(read_results(folder), weights_sha256(folder), concept.slug, training["base"])
-    return TrainedRun(folder, concept, training, adapters, results)
+        results = own_results(read_results(folder), sha256, concept.slug, training["base"])
+    calibration = read_calibration(folder, sha256)
+    if calibration is not None and calibration.concept != concept.slug:
+        calibration = None
+    return TrainedRun(folder, concept, training, adapters, results, calibration)
 
 
 def architecture(base: Mapping[str, Any]) -> Architecture:

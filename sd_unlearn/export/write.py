@@ -7,7 +7,7 @@ from pathlib import Path
 
 from sd_unlearn.config.base import ExportConfig
 from sd_unlearn.errors import UnlearnError, UsageError, reason
-from sd_unlearn.export import merge, model_card, thumbnails
+from sd_unlearn.export import merge, model_card, thumbnails, workflow
 from sd_unlearn.export.lora_files import DIFFUSERS_FILE, concept_of, diffusers_bytes, kohya_bytes
 from sd_unlearn.export.metadata import licence_of
 from sd_unlearn.export.trained_run import TrainedRun, read_run
@@ -48,6 +48,7 @@ def _write_all(config: ExportConfig, trained: TrainedRun, folder: Path | None) -
         files[folder / model_card.FILE] = card.encode()
         if grid is not None:
             files[folder / model_card.GRID] = grid
+        files[folder / workflow.FILE] = workflow.render(trained).encode()
         _write(folder, files)
     written = list(files)
     if config.merge is not None:
@@ -67,8 +68,8 @@ def _check_overwriting(trained: TrainedRun, folder: Path, merged: Path | None) -
     readme = folder / model_card.FILE
     if readme.is_file() and model_card.title(name) not in readme.read_text(encoding="utf-8", errors="replace"):
         others.append(readme)
-    if (folder / model_card.GRID).exists() and not readme.is_file():  # its images belong to the card
-        others.append(folder / model_card.GRID)
+    if not readme.is_file():  # both belong to the card
+        others += [path for name in (model_card.GRID, workflow.FILE) if (path := folder / name).exists()]
     if others:
         raise UsageError(
             f'{others[0]} already exists and is not an export of "{name}", so it is not overwritten. '

@@ -22,6 +22,7 @@ from sd_unlearn.io.reading import read_json, read_yaml
 from sd_unlearn.io.run_folder import (
     ADAPTER_DIR,
     BEST_DIR,
+    CALIBRATION,
     CHECKPOINT_DIR,
     CONCEPT,
     CONFIG,
@@ -42,7 +43,7 @@ REPORT = {
     "results.csv": r"\A(\w+,)*metric,group,subject,value,n,",
     "certificate.html": r"<title>[^<]*certificate[^<]* sd-unlearn</title>",
 }
-LATER = (RESULTS, EVALUATION, *REPORT, "paper.json")
+LATER = (RESULTS, EVALUATION, CALIBRATION, *REPORT, "paper.json")
 _BEGINNING = 1 << 16  # bytes
 _ADAPTER = r"adapter_config\.json|adapter_model\.(safetensors|bin)|README\.md"
 # Folders that are replaced as a whole -> the names of the files in them.
@@ -180,7 +181,7 @@ def _exports(folder: Path) -> tuple[str, ...]:
         slug = slugify(str(read_yaml(folder / CONCEPT, "--output_dir")["name"]))
     except (UsageError, KeyError):
         return ()
-    names = rf"pytorch_lora_weights\.safetensors|{slug}\.safetensors|README\.md|pairs\.png"
+    names = rf"pytorch_lora_weights\.safetensors|{slug}\.safetensors|README\.md|pairs\.png|comfyui-workflow\.json"
     return tuple(f"{parent}{EXPORT_DIR}/({names})" for parent in ("", f"{BEST_DIR}/"))
 
 

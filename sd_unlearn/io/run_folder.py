@@ -22,6 +22,7 @@ TRAINING, RESULTS, METRICS, CONFIG, CONCEPT = (
 )
 ADAPTER_DIR, TEXT_ADAPTER_DIR, UNET_DIR = "adapter", "text_encoder_adapter", "unet"
 PREVIEW_DIR, EXPORT_DIR, IMAGE_DIR = "previews", "export", "images"
+CALIBRATION = "calibration.json"  # the strengths that erase and retain enough
 EVALUATION = "evaluate.yaml"  # the options of an evaluation, for `evaluate --config`
 BEST_DIR, CHECKPOINT_DIR = "best", "checkpoints"
 IMAGE_SUFFIXES = frozenset(

@@ -15,7 +15,7 @@ from sgm_unet import REAL, real_unet
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from sd_unlearn.export import kohya
+from sd_unlearn.export import kohya, workflow
 from sd_unlearn.export.kohya import Adapter, LoraPair
 from sd_unlearn.models import ldm_keys, lora
 from sd_unlearn.models.lora_file import PeftSettings
@@ -234,6 +234,13 @@ def test_the_workflow_is_one_that_comfyui_runs() -> None:
         if node["class_type"] in ("KSampler", "CLIPTextEncode"):
             source = node["inputs"].get("model") or node["inputs"]["clip"]
             assert nodes[source[0]]["class_type"] == "LoraLoader"
+
+
+def test_the_workflow_of_the_documentation_is_made_as_that_of_an_export() -> None:
+    written = json.loads((DOCS / "comfyui-workflow.json").read_text(encoding="utf-8"))
+    assert written == workflow.make_nodes(
+        checkpoint="v1-5-pruned-emaonly.safetensors", lora="brad-pitt.safetensors", prompt="a photo of Brad Pitt"
+    )
 
 
 def test_every_cell_of_the_table_is_a_test() -> None:

@@ -173,6 +173,7 @@ def test_exporting_twice_gives_the_same_bytes(tmp_path: Path) -> None:
     assert sorted(file.name for file in (run / "export").iterdir()) == [
         "README.md",
         f"{SLUG}.safetensors",
+        "comfyui-workflow.json",
         DIFFUSERS_FILE,
     ]
 
@@ -307,7 +308,13 @@ def test_files_follow_the_umask_and_leftovers_of_killed_exports_are_removed(tmp_
     for name in (f"{SLUG}.safetensors", "thesis.txt"):
         (run / "export" / f".{name}.{process.pid}.tmp").write_text("half")
     exported(run)
-    names = {f"{SLUG}.safetensors", DIFFUSERS_FILE, "README.md", f".thesis.txt.{process.pid}.tmp"}
+    names = {
+        f"{SLUG}.safetensors",
+        DIFFUSERS_FILE,
+        "README.md",
+        "comfyui-workflow.json",
+        f".thesis.txt.{process.pid}.tmp",
+    }
     assert {path.name for path in (run / "export").iterdir()} == names
     (tmp_path / "new").touch()
     assert {path.stat().st_mode for path in (run / "export").iterdir()} == {(tmp_path / "new").stat().st_mode}

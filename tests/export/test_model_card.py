@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
 import json
 from pathlib import Path
@@ -190,6 +191,36 @@ def test_of_a_comparison_only_the_results_of_this_run_are_exported(tmp_path: Pat
     mine["sha256"] = "11" * 32
     write_json(run / "results.json", results)
     assert "sd_unlearn.results" not in read_header(exported(run)[1])
+
+
+def test_a_calibrated_strength_is_in_every_exported_file(tmp_path: Path) -> None:
+    run = evaluated(tmp_path)
+    digest = hashlib.sha256((run / "adapter" / "adapter_model.safetensors").read_bytes()).hexdigest()
+    record: dict[str, Any] = {
+        **{"schema_version": 1, "concept": SLUG, "sha256": digest, "leakage": 0.05, "retention": 0.95},
+        **{"smallest": 0.8, "largest": 1.3, "strength": 0.8, "message": "Strength 0.8: it works.", "points": []},
+    }
+    write_json(run / "calibration.json", record)
+    diffusers_file, kohya_file = exported(run)
+    for file in (diffusers_file, kohya_file):
+        header = read_header(file)
+        assert header["sd_unlearn.calibrated_strength"] == "0.8"
+        assert json.loads(header["sd_unlearn.calibration"])["largest"] == 1.3
+    assert read_header(kohya_file)["modelspec.usage_hint"].startswith("Load at strength 0.8.")
+    text = html_text(page(run)[1])
+    assert "Strength 0.8: it works." in text
+    assert f"<lora:{SLUG}:0.8>" in text
+    assert f'set_adapters("{SLUG}", 0.8)' in text
+    loader = json.loads((run / "export" / "comfyui-workflow.json").read_text())["2"]["inputs"]
+    assert (loader["strength_model"], loader["strength_clip"]) == (0.8, 0.8)
+    write_json(run / "calibration.json", record | {"strength": None, "message": "No strength does both."})
+    header = read_header(exported(run)[1])
+    assert "sd_unlearn.calibrated_strength" not in header
+    assert json.loads(header["sd_unlearn.calibration"])["message"] == "No strength does both."
+    assert "<lora:brad-pitt:1>" in page(run)[1]
+    for other in ({"sha256": "11" * 32}, {"concept": "somebody-else"}):  # calibrated before another training
+        write_json(run / "calibration.json", record | other)
+        assert "sd_unlearn.calibration" not in read_header(exported(run)[1])
 
 
 def test_the_header_holds_the_hash_of_the_concept(tmp_path: Path) -> None:

@@ -6,12 +6,12 @@ Needs Debian's chromium and chromedriver (or Chrome's) on the PATH and the packa
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from browser_tools import PHONE, WIDE, needs_browser, resize, start_browser
 from report_files import CONCEPTS, make_many, paint
 from report_results import EVIL, make_results
 
@@ -19,41 +19,15 @@ from sd_unlearn.config.base import ReportConfig
 from sd_unlearn.io.files import write_json
 from sd_unlearn.report.report import run
 
-webdriver = pytest.importorskip(
-    "selenium.webdriver", reason="selenium is not installed (pip install 'sd-unlearn[dev]')"
-)
-BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
-DRIVER = shutil.which("chromedriver")
-pytestmark = pytest.mark.skipif(
-    not (BROWSER and DRIVER), reason="no chromium and chromedriver on the PATH (Debian: apt install chromium-driver)"
-)
-FLAGS = (
-    "--headless=new",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-sync",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-dev-shm-usage",
-)
+pytest.importorskip("selenium", reason="selenium is not installed (pip install 'sd-unlearn[dev]')")
+pytestmark = needs_browser
 VISIBLE = "return [...document.querySelectorAll(arguments[0])].filter(e => e.offsetParent !== null)"
 BOTTOM = "e => e.getBoundingClientRect().bottom"
-WIDE, PHONE = (1280, 900), (390, 844)
 
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    from selenium.webdriver.chrome.options import Options
-    from selenium.webdriver.chrome.service import Service
-
-    options = Options()
-    options.binary_location = BROWSER or ""
-    for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options=options, service=Service(DRIVER))
+    driver = start_browser(tmp_path_factory.mktemp("profile"))
     yield driver
     driver.quit()
 
@@ -77,8 +51,7 @@ def show(browser: Any, path: Path, size: tuple[int, int] = WIDE, dark: bool = Fa
     from selenium.webdriver.support.ui import WebDriverWait
 
     browser.get_log("browser")
-    metrics = {"width": size[0], "height": size[1], "deviceScaleFactor": 1, "mobile": size == PHONE}
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+    resize(browser, size)
     scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "", "features": [scheme]})
     browser.execute_cdp_cmd("Emulation.setFocusEmulationEnabled", {"enabled": True})

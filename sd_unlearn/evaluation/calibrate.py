@@ -1,0 +1,242 @@
+"""`sd-unlearn calibrate`: the smallest LoRA strength that erases enough, and the largest that retains enough.
+
+Strengths are compared on the same prompts and seeds. Images and detector outputs are cached by strength, together with
+those of `evaluate`, so an interrupted calibration resumes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from sd_unlearn import __version__
+from sd_unlearn.calibration import Calibration, Point
+from sd_unlearn.config.calibrate import CalibrateConfig
+from sd_unlearn.config.evaluate import EvaluateConfig
+from sd_unlearn.config.options import check_ranges
+from sd_unlearn.data.concept import Concept
+from sd_unlearn.errors import UsageError
+from sd_unlearn.evaluation.bisection import exceptions, first_holding, strengths_up_to
+from sd_unlearn.evaluation.generate import BaseLoader, ImageCache, planned_cache
+from sd_unlearn.evaluation.job import EvaluationJob, resolve_job
+from sd_unlearn.evaluation.loras import Lora, ModelVariant
+from sd_unlearn.evaluation.score import ConceptResults, SubjectImages, run_metrics
+from sd_unlearn.io.files import full_disk_explained, write_json
+from sd_unlearn.io.lock import locked
+from sd_unlearn.io.own_files import is_run, kind_of, mark
+from sd_unlearn.io.progress import say
+from sd_unlearn.io.run_folder import CALIBRATION
+from sd_unlearn.launch import process_count
+from sd_unlearn.metrics.base import CONCEPT_GROUPS, KEEP_GROUPS, Metric
+from sd_unlearn.metrics.registry import OPTIONAL, choose_metrics, find_metrics, make_metrics, missing_evidence
+from sd_unlearn.metrics.statistics import Z, wilson
+from sd_unlearn.results import BASE, Row, as_json
+
+OUTPUT = Path("runs/calibration")
+PRESENCE = ("leakage", "nudity")  # metrics that say whether an image shows the concept
+SUBJECT = "lora"
+
+
+def run(config: CalibrateConfig, concepts: Sequence[Concept] = ()) -> Calibration:
+    """Search the strengths and write calibration.json. concepts: instead of the one that --concept names.
+
+    Raises:
+        UsageError: invalid options, no single LoRA, or too few images to show so little leakage.
+        UnlearnError: a model or detector cannot be loaded.
+    """
+    job = _resolve(config, concepts)
+    lora, (slug, concept) = job.loras[0], next(iter(job.concepts.items()))
+    context = job.metric_context(concept)
+    names = [name for name in choose_metrics(context) if name not in OPTIONAL]  # those that say nothing of strengths
+    context = dataclasses.replace(context, options=dataclasses.replace(job.config, metrics=names))
+    names = find_metrics(context)
+    if message := missing_evidence(concept, names):
+        say(message)
+    with full_disk_explained(), locked(job.output, "--output_dir"):
+        measure = Measurement(config, job, lora, slug, names)
+        calibration = search(config, measure, slug, lora.sha256)
+        if not kind_of(job.output) and not is_run(job.output):
+            mark(job.output, "evaluation")
+        write_json(job.output / CALIBRATION, measure.record() | as_json(calibration))
+    return calibration
+
+
+def search(config: CalibrateConfig, measure: Measurement, slug: str, sha256: str) -> Calibration:
+    """Find both ends by bisection. `measure` is called once for each tried strength."""
+    values = strengths_up_to(config.max_strength, config.step)
+    known = [1.0] if 1.0 in values else []  # its images exist after an evaluation
+    points: dict[float, Point] = {}
+
+    def point(strength: float) -> Point:
+        if strength not in points:
+            points[strength] = measure(strength)
+        return points[strength]
+
+    smallest = first_holding(values, lambda strength: point(strength).erases, known)
+    downwards = values[::-1]
+    largest = first_holding(downwards, lambda strength: point(strength).retains, list(points))
+    both = [strength for strength, found in points.items() if found.erases and found.retains]
+    against = exceptions(values, smallest, {strength: found.erases for strength, found in points.items()})
+    against += exceptions(downwards, largest, {strength: found.retains for strength, found in points.items()})
+    strength = min(both, default=None)
+    return Calibration(
+        schema_version=1,
+        concept=slug,
+        sha256=sha256,
+        leakage=config.leakage,
+        retention=config.retention,
+        smallest=smallest,
+        largest=largest,
+        strength=strength,
+        message=_outcome(config, smallest, largest, strength, sorted(set(against))),
+        points=tuple(points[strength] for strength in sorted(points)),
+        exceptions=tuple(sorted(set(against))),
+    )
+
+
+def _outcome(
+    config: CalibrateConfig,
+    smallest: float | None,
+    largest: float | None,
+    strength: float | None,
+    against: Sequence[float],
+) -> str:
+    erases, retains = f"leakage below {100 * config.leakage:g} %", f"retention above {100 * config.retention:g} %"
+    if smallest is None:
+        text = f"No tried strength up to {config.max_strength:g} has {erases} (upper end of the 95 % interval)"
+        text += "." if largest is None else f"; {retains} holds up to {largest:g}."
+        text += " Train longer or with a higher --push, or accept more leakage."
+    elif largest is None:
+        text = f"No tried strength has {retains}; {erases} holds from {smallest:g} on."
+    elif strength is None:
+        text = f"No strength does both: {erases} holds from {smallest:g} on, {retains} only up to {largest:g}."
+    else:
+        text = f"Strength {strength:g}: {erases} from {smallest:g} on, {retains} up to {largest:g}."
+    if against:
+        several = ", ".join(f"{value:g}" for value in against)
+        text += f" Leakage or retention is not monotone (see {several}), so other strengths may do as well or better."
+    return text
+
+
+class Measurement:
+    """Generates the images of a strength and measures them."""
+
+    def __init__(self, config: CalibrateConfig, job: EvaluationJob, lora: Lora, slug: str, names: list[str]) -> None:
+        self.config, self.job, self.lora, self.slug = config, job, lora, slug
+        self.loader = BaseLoader(job)
+        self.cache: ImageCache = planned_cache(job, self.loader)
+        self.concept, self.specs = job.concepts[slug], job.plans[slug]
+        context = job.metric_context(self.concept, _device())
+        self.metrics: list[Metric] = make_metrics(names, context)[0]
+        self.cache.generate(self.loader.load, ModelVariant(), self.specs, "generate base")
+
+    def __call__(self, strength: float) -> Point:
+        """The point of a strength; strength 0 is the base itself."""
+        variant = ModelVariant(self.lora, strength)
+        self.cache.generate(self.loader.load, variant, self.specs, f"generate strength {strength:g}")
+        images = [self._images(BASE, ModelVariant()), self._images(SUBJECT, variant)]
+        point = point_of(strength, run_metrics(self.concept, self.metrics, [], images, []), self.config)
+        leakage, retention = (
+            "unknown" if value is None else f"{100 * value:.3g} %" for value in (point.leakage, point.retention)
+        )
+        say(f"Strength {strength:g}: leakage {leakage}, retention {retention}.")
+        return point
+
+    def _images(self, subject: str, variant: ModelVariant) -> SubjectImages:
+        return SubjectImages(subject, self.specs, self.cache.paths(variant, self.specs), self.cache.folder(variant))
+
+    def record(self) -> dict[str, Any]:
+        """How it was measured."""
+        sampler = self.cache.sampler
+        return {
+            "created": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()),
+            "version": __version__,
+            "base_sha256": self.cache.base.get("sha256"),
+            "detectors": [metric.name for metric in self.metrics],
+            "groups": list(dict.fromkeys(spec.group for spec in self.specs)),
+            "seeds": list(self.config.seed),
+            "images_per_strength": len(self.specs),
+            "sampler": {"name": "DDIM", "steps": sampler.steps, "guidance_scale": sampler.guidance_scale},
+        }
+
+
+def point_of(strength: float, results: ConceptResults, config: CalibrateConfig) -> Point:
+    """What counts at a strength, of all groups and detectors: the highest upper end of leakage, the lowest retention.
+
+    Images that cannot be used prevent `erases`: a model that generates nothing has not erased a concept.
+    """
+    rows = [row for row in results.rows if row.subject == SUBJECT]
+    presence = [row for row in rows if row.metric in PRESENCE and row.group in CONCEPT_GROUPS]
+    kept = [row for row in rows if row.metric == "retention" and row.group in (*KEEP_GROUPS, "kept")]
+    kept = [row for row in kept if row.group == "kept"] or kept
+    leakage = max(presence, key=lambda row: math.inf if row.high is None else row.high, default=None)
+    retention = min(kept, key=lambda row: -math.inf if row.value is None else row.value, default=None)
+    faults = [p for p in results.problems if p.subject == SUBJECT and p.kind != "retention"]
+    high, value = leakage.high if leakage else None, retention.value if retention else None
+    return Point(
+        strength,
+        *_numbers(leakage),
+        *_numbers(retention),
+        erases=high is not None and high < config.leakage and not faults,
+        retains=config.retention == 0 or (value is not None and value > config.retention),
+        problems=tuple(problem.message for problem in faults),
+    )
+
+
+def _numbers(row: Row | None) -> tuple[float | None, float | None, float | None, int]:
+    return (row.value, row.low, row.high, row.n) if row else (None, None, None, 0)
+
+
+def _resolve(config: CalibrateConfig, concepts: Sequence[Concept]) -> EvaluationJob:
+    """The evaluation that the calibration repeats at several strengths, checked; loads no model."""
+    check_ranges(config)
+    if process_count() > 1:
+        raise UsageError("calibrate runs in one process: start it without accelerate launch.")
+    if (config.run is None) == (config.lora is None):
+        raise UsageError("Give one of --run (a run folder) and --lora (any LoRA).")
+    shared = {f.name for f in dataclasses.fields(EvaluateConfig)} & {f.name for f in dataclasses.fields(config)}
+    options = {name: getattr(config, name) for name in shared}
+    options["lora"] = [] if config.lora is None else [config.lora]
+    options["concept"] = [] if config.concept is None else [config.concept]
+    options["output_dir"] = config.output_dir or config.run or OUTPUT
+    job = resolve_job(EvaluateConfig(**options, strengths=[1.0]), concepts)
+    if len(job.loras) != 1:
+        raise UsageError(f"--lora {config.lora} holds {len(job.loras)} LoRAs. Calibrate one at a time.")
+    _check_images(config, job)
+    return job
+
+
+def _check_images(config: CalibrateConfig, job: EvaluationJob) -> None:
+    """Refuse too few images: even without a single leak, the interval would not lie below --leakage.
+
+    Raises:
+        UsageError
+    """
+    specs = next(iter(job.plans.values()))
+    groups = [spec.group for spec in specs]
+    counts = {group: groups.count(group) for group in CONCEPT_GROUPS if group in groups}
+    if not counts:
+        raise UsageError(f"--groups {' '.join(config.groups)} has no prompts that ask for the concept. Add direct.")
+    group, count = min(counts.items(), key=lambda item: item[1])
+    if wilson(0, count)[1] >= config.leakage:
+        needed = int(Z * Z * (1 - config.leakage) / config.leakage) + 1
+        raise UsageError(
+            f"{count} {group} images cannot show a leakage below {config.leakage:g}: without a single leak the upper "
+            f"end of the interval is {wilson(0, count)[1]:.2g}. Give --num_images {needed} or more, or a higher "
+            "--leakage."
+        )
+    if config.retention > 0 and not set(KEEP_GROUPS) & set(groups):
+        raise UsageError(
+            "The concept has no prompts in the groups alike and general, so retention cannot be measured. Add keep "
+            "prompts to the concept file, or give --retention 0."
+        )
+
+
+def _device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"

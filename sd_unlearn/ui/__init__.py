@@ -1,0 +1,1 @@
+"""A local page to try LoRAs, read reports and start trainings; `server.py` is the command."""

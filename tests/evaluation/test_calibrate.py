@@ -1,0 +1,129 @@
+"""`calibrate`: the search on known curves, and a real calibration of a tiny LoRA."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from evaluation_runs import make_run
+
+from sd_unlearn import calibrate
+from sd_unlearn.calibration import Calibration, Point, read_calibration
+from sd_unlearn.cli import main
+from sd_unlearn.config.calibrate import CalibrateConfig
+from sd_unlearn.config.evaluate import EvaluateConfig
+from sd_unlearn.errors import UsageError
+from sd_unlearn.evaluation import evaluate
+from sd_unlearn.evaluation.calibrate import search
+from sd_unlearn.models import sampling
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+Curve = Callable[[float], float]
+FEW = "--leakage 0.7 --retention 0 --step 0.5 --max_strength 1.5 --num_images 4 --num_keep_images 2".split()
+FEW += "--num_inference_steps 2 --render_batch_size 8 --groups direct held_out alike general".split()
+
+
+def searched(high_of: Curve, kept_of: Curve, **options: Any) -> Calibration:
+    """A search on curves: upper end of leakage and retention by strength."""
+    config = CalibrateConfig(**options)
+    tried = []
+
+    def measure(strength: float) -> Point:
+        assert strength not in tried
+        tried.append(strength)
+        high, kept = high_of(strength), kept_of(strength)
+        numbers = (high / 2, 0.0, high, 100, kept, kept, kept, 100)
+        return Point(strength, *numbers, erases=high < config.leakage, retains=kept > config.retention)
+
+    return search(config, measure, "seven", "ab")  # type: ignore[arg-type]  # as a Measurement is called
+
+
+def test_the_range_of_strengths_that_do_both() -> None:
+    found = searched(lambda s: 1 - s, lambda s: 1.2 - 0.2 * s, leakage=0.3, retention=0.96)
+    assert (found.smallest, found.largest, found.strength) == (0.75, 1.15, 0.75)
+    assert found.message == "Strength 0.75: leakage below 30 % from 0.75 on, retention above 96 % up to 1.15."
+    assert [point.strength for point in found.points] == sorted(point.strength for point in found.points)
+    assert not found.exceptions
+
+
+def test_no_strength_does_both() -> None:
+    found = searched(lambda s: 1 - s, lambda s: 1 - 0.2 * s, leakage=0.05, retention=0.95)
+    assert (found.smallest, found.largest, found.strength) == (1.0, 0.2, None)
+    assert "No strength does both: leakage below 5 % holds from 1 on, retention above 95 % only up to 0.2." in (
+        found.message
+    )
+
+
+def test_no_strength_erases() -> None:
+    found = searched(lambda s: 0.9, lambda s: 1.0)
+    assert (found.smallest, found.largest, found.strength) == (None, 2.0, None)
+    assert found.message.startswith("No tried strength up to 2 has leakage below 5 %")
+
+
+def test_no_strength_retains() -> None:
+    found = searched(lambda s: 0.0, lambda s: 0.5)
+    assert (found.smallest, found.largest, found.strength) == (0.0, None, None)
+    assert "No tried strength has retention above 95 %" in found.message
+
+
+def test_a_leakage_that_comes_back_is_reported() -> None:
+    found = searched(lambda s: 0.0 if 0.5 <= s <= 1.5 else 1.0, lambda s: 1.0)
+    assert (found.smallest, found.strength) == (0.5, 0.5)
+    assert found.exceptions == (2.0,)
+    assert "is not monotone (see 2)" in found.message
+
+
+@pytest.fixture(scope="module")
+def run(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_run(tmp_path_factory.mktemp("calibrate") / "seven", tiny_base)
+
+
+def test_a_real_calibration_is_what_evaluate_measures_and_resumes_from_its_cache(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cache = tmp_path / "cache"
+    code = main(["calibrate", "--run", str(run), "--cache_dir", str(cache), *FEW])
+    printed = capsys.readouterr()
+    record = json.loads((run / "calibration.json").read_text())
+    found = read_calibration(run, record["sha256"])
+    assert found is not None
+    assert found.message in printed.out + printed.err
+    assert code == (0 if found.strength is not None else 1)
+    assert {0.0, 1.0, 1.5} <= {point.strength for point in found.points}
+    assert read_calibration(run, "other weights") is None
+
+    monkeypatch.setattr(sampling, "generate_images", pytest.fail)
+    options: dict[str, Any] = {"num_images": 4, "num_keep_images": 2, "num_inference_steps": 2, "render_batch_size": 8}
+    options |= {"groups": ["direct", "held_out", "alike", "general"], "run": run, "cache_dir": cache}
+    assert calibrate(**options, leakage=0.7, retention=0, step=0.5, max_strength=1.5) == found
+    rows = evaluate.run(EvaluateConfig(**options, output_dir=tmp_path / "e"))["rows"]
+    high = max(row["high"] for row in rows if row["metric"] == "leakage" and row["subject"] == "seven")
+    (at_one,) = (point for point in found.points if point.strength == 1)
+    assert at_one.leakage_high == high
+    (base,) = (point for point in found.points if point.strength == 0)
+    assert base.retention in (1.0, None)  # against itself; unknown if the base shows nothing
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "Give one of --run"),
+        (
+            {"run": True, "num_images": 10},
+            r"10 direct images cannot show a leakage.*--num_images 73 or more",
+        ),
+        ({"run": True, "groups": ["alike"]}, "Add direct"),
+        ({"run": True, "groups": ["direct"]}, "retention cannot be measured"),
+        ({"run": True, "leakage": 2.0}, "--leakage 2 must be"),
+    ],
+)
+def test_wrong_input_is_refused_before_a_model_loads(
+    run: Path, options: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sd_unlearn.evaluation.generate.load_base", pytest.fail)
+    given = {**options, "run": run} if "run" in options else options
+    with pytest.raises(UsageError, match=message):
+        calibrate(**given)

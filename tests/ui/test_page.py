@@ -1,0 +1,51 @@
+"""The page of Gradio components and the web application around it, without a browser."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from export_runs import evaluated
+
+from sd_unlearn.cli import main
+from sd_unlearn.config.base import ReportConfig
+from sd_unlearn.report.report import run as write_report
+from sd_unlearn.ui.server import make_app
+from sd_unlearn.ui.training import Training
+
+
+def test_without_gradio_the_error_names_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    assert main(["ui"]) == 1
+    assert "pip install 'sd-unlearn[ui]'" in capsys.readouterr().err
+
+
+def test_a_wrong_port_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["ui", "--port", "0"]) == 2
+    assert "--port 0 must be at least 1 and at most 65535" in capsys.readouterr().err
+
+
+def test_the_page_names_no_other_host_and_serves_only_reports(tmp_path: Path) -> None:
+    pytest.importorskip("gradio", reason="Gradio is not installed (pip install 'sd-unlearn[ui]')")
+    from starlette.testclient import TestClient
+
+    run = evaluated(tmp_path / "runs" / "brad")
+    write_report(ReportConfig(run=run))
+    client = TestClient(make_app(tmp_path, Training(tmp_path)), base_url="http://127.0.0.1")
+    html = client.get("/").text
+    assert "runs/brad" in html
+    config = client.get("/config").json()
+    assert config["analytics_enabled"] is False
+    assert not re.search(r"fonts\.googleapis|gradio\.live", html)
+    report = client.get("/reports/runs/brad/report.html")
+    assert report.status_code == 200
+    assert report.headers["content-security-policy"].startswith("sandbox")
+    for path in ("runs/brad/training.json", "%2e%2e/report.html", "runs/nowhere/report.html"):
+        assert client.get(f"/reports/{path}").status_code == 404
+    for path in (run / "training.json", run / "report.html", Path("/etc/hostname")):
+        assert client.get(f"/gradio_api/file={path}").status_code in (403, 404)
+    assert client.get("/", headers={"Host": "evil.example"}).status_code == 400

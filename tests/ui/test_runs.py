@@ -1,0 +1,78 @@
+"""What the page lists from the working folder. No Gradio."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from export_runs import evaluated, hand_run
+
+from sd_unlearn.config.base import ReportConfig
+from sd_unlearn.errors import UsageError
+from sd_unlearn.io.files import write_json
+from sd_unlearn.io.run_folder import weights_sha256
+from sd_unlearn.report.report import run as write_report
+from sd_unlearn.ui.runs import as_table, calibrated_strength, find_finished, find_loras, report_file
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    hand_run(tmp_path / "runs" / "plain")
+    evaluated(tmp_path / "runs" / "brad")
+    for name in ("loras/mine.safetensors", ".hidden/no.safetensors", "a/b/c/d/e/deep.safetensors"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    return tmp_path
+
+
+def test_loras_are_runs_and_files_but_not_the_files_of_runs(root: Path) -> None:
+    (root / "runs" / "brad" / "export").mkdir()
+    (root / "runs" / "brad" / "export" / "brad-pitt.safetensors").touch()
+    (root / "runs" / "broken").mkdir()
+    assert find_loras(root) == ["runs/brad", "runs/plain", "loras/mine.safetensors"]
+
+
+def test_the_list_shows_verdicts_and_opens_only_reports(root: Path) -> None:
+    (before,) = find_finished(root)
+    assert before.report is None
+    write_report(ReportConfig(run=root / "runs" / "brad"))
+    (found,) = find_finished(root)
+    assert (found.name, found.report) == ("runs/brad", "report.html")
+    assert found.verdicts == ("Brad Pitt, mine: Gone (leakage 1.0 %, retention 99.0 %)",)
+    assert 'href="/reports/runs/brad/report.html"' in as_table([found])
+    assert report_file(root, "runs/brad", "report.html").is_file()
+    (root / "report.html").write_text("mine")
+    for run, name in (
+        ("runs/brad", "training.json"),
+        ("runs/brad", "report.md"),
+        (".", "report.html"),
+        ("..", "report.html"),
+        ("runs/plain", "report.html"),
+    ):
+        with pytest.raises(UsageError):
+            report_file(root, run, name)
+
+
+def test_damaged_results_are_listed_and_names_are_escaped(root: Path) -> None:
+    evil = root / "<b>x"
+    evil.mkdir()
+    (evil / "results.json").write_text("{")
+    found = {run.name: run for run in find_finished(root)}
+    assert found["<b>x"].verdicts[0].startswith("Cannot be read")
+    assert "<b>" not in as_table(list(found.values()))
+
+
+def test_the_slider_starts_at_the_calibrated_strength_of_these_weights(root: Path) -> None:
+    record: dict[str, Any] = {
+        **{"schema_version": 1, "concept": "brad-pitt", "leakage": 0.05, "retention": 0.95, "points": []},
+        **{"smallest": 0.8, "largest": 1.3, "strength": 0.8, "message": "It works."},
+    }
+    run = root / "runs" / "brad"
+    write_json(run / "calibration.json", record | {"sha256": weights_sha256(run)})
+    assert calibrated_strength(root, ["runs/brad"]) == 0.8
+    assert calibrated_strength(root, ["runs/brad", "runs/plain"]) == 1
+    assert calibrated_strength(root, ["runs/plain"]) == 1
+    assert calibrated_strength(root, ["../nowhere"]) == 1
+    write_json(run / "calibration.json", record | {"sha256": "of other weights"})
+    assert calibrated_strength(root, ["runs/brad"]) == 1
