@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 
-from sd_unlearn.errors import UsageError
+from sd_unlearn.errors import UnlearnError, UsageError
 
 # Set by a launcher that has really started several processes: torchrun, Intel MPI, Open MPI, MVAPICH.
 STARTED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
@@ -22,6 +23,30 @@ def process_rank() -> int:
 def process_count() -> int:
     """Number of processes of a distributed run; 1 outside of one."""
     return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def wait_for_others(missing: Callable[[], int], what: str, timeout: float, poll: float = 0.5) -> None:
+    """Wait until the other processes have done their part; returns at once in a single process.
+
+    Args:
+        missing: How many of the things are not done.
+        what: The things, for the error, e.g. "images".
+        timeout: In seconds, since the number last fell; `poll`: between two looks.
+
+    Raises:
+        UnlearnError: nothing was finished for `timeout` seconds.
+    """
+    if process_count() < 2:
+        return
+    fewest, since = missing(), time.monotonic()
+    while (count := missing()) > 0:
+        if count < fewest:
+            fewest, since = count, time.monotonic()
+        if time.monotonic() - since > timeout:
+            raise UnlearnError(
+                f"{count} {what} are still missing: another process must have stopped. Run the command again."
+            )
+        time.sleep(poll)
 
 
 def prepare_processes() -> None:

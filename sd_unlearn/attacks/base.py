@@ -30,6 +30,11 @@ class Samples:
     mean: Tensor  # [N, 4, H/8, W/8], of the VAE's posterior, scaled
     std: Tensor  # as mean
 
+    @staticmethod
+    def none() -> Samples:
+        """No images, for an attack that uses none."""
+        return Samples([], torch.empty(0), torch.empty(0))
+
     def first(self, count: int) -> Samples:
         return Samples(self.captions[:count], self.mean[:count], self.std[:count])
 
@@ -100,6 +105,11 @@ class Settings(Protocol):
     def images(self) -> int: ...
 
 
+def no_images(_settings: Any) -> int:
+    """Of an attack that uses none of the attacker's images."""
+    return 0
+
+
 @dataclass(frozen=True)
 class Attack:
     """An attack and its budgets."""
@@ -111,3 +121,5 @@ class Attack:
     budgets: Mapping[str, Any]  # quick, standard, full -> Settings
     run: Callable[[Target, Any, int], Iterator[Outcome]]  # target, settings, number of the restart; restores the base
     applies_lora: bool = False  # the attack itself applies the LoRA, with Target.applied
+    positives: Callable[[Any], int] = no_images  # how many images of the concept it uses
+    unrelated: Callable[[Any], int] = no_images  # how many images of other prompts it uses

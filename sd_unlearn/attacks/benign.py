@@ -8,6 +8,7 @@ captions, as somebody would who adapts the published model. Suriyakumar et al. 2
 from __future__ import annotations
 
 from collections.abc import Iterator
+from operator import attrgetter
 
 from sd_unlearn.attacks.base import Attack, Outcome, Target
 from sd_unlearn.attacks.finetune import FineTuneSettings, fine_tune
@@ -29,4 +30,5 @@ BENIGN = Attack(
         "full": FineTuneSettings((100, 200, 500), images=200),
     },
     run,
+    unrelated=attrgetter("samples"),
 )

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -70,4 +71,5 @@ COMPLETION = Attack(
     "sampler, images of the concept",
     BUDGETS,
     run,
+    positives=attrgetter("images"),
 )

@@ -30,7 +30,7 @@ class EmbeddingSettings:
     images: int  # to judge, of each restart
     positives: int = 25  # the attacker's images of the concept
     batch_size: int = 25
-    learning_rate: float = 0.1  # of Adam, in units of the root mean square of the encoder's embeddings
+    learning_rate: float = 0.5  # of Adam, in units of the root mean square of the encoder's embeddings
 
 
 BUDGETS = {  # of one learned token and of a whole learned prompt, so that they can be compared
@@ -126,6 +126,11 @@ def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
         prompt, padding="max_length", max_length=tokenizer.model_max_length, truncation=True
     ).input_ids
     return ids
+
+
+def prompt_length(base: Base) -> int:
+    """Number of tokens that every text encoder of the pipeline reads, with start, end and padding."""
+    return min(int(tokenizer.model_max_length) for tokenizer in tokenizers(base))
 
 
 def content_positions(base: Base, prompt: str) -> list[int]:

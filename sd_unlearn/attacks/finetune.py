@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from operator import attrgetter
 
 import torch
 
@@ -76,4 +77,5 @@ FINETUNE = Attack(
         "full": FineTuneSettings((20, 40, 60, 100, 200, 500), images=200),
     },
     run,
+    positives=attrgetter("samples"),
 )

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from operator import attrgetter
 
 import torch
 
@@ -66,4 +67,5 @@ HARD = Attack(
         "full": HardSettings(3000, images=200),
     },
     run,
+    positives=attrgetter("positives"),
 )

@@ -8,6 +8,7 @@ starts from that noise with the usual guidance. Used on erased models by Pham et
 from __future__ import annotations
 
 from collections.abc import Iterator
+from operator import attrgetter
 
 import torch
 from torch import Tensor
@@ -53,4 +54,5 @@ INVERSION = Attack(
     "weights, images of the concept",
     BUDGETS,
     run,
+    positives=attrgetter("images"),
 )

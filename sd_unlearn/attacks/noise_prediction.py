@@ -23,11 +23,16 @@ class NoisedBatch:
 
 
 def sample_batch(samples: Samples, size: int, generator: torch.Generator) -> NoisedBatch:
-    """`size` of the images, or all if there are fewer, in random order. The random numbers are drawn on the CPU."""
+    """`size` of the images, or all if there are fewer, in random order. The random numbers are drawn on the CPU.
+
+    Each image gets a timestep from another of len(rows) equal parts of the schedule: uniform, with less variance of the
+    batch's loss than independent timesteps.
+    """
     rows = torch.randperm(len(samples.mean), generator=generator)[:size]
     latents = samples.latents(rows, generator)
     noise = torch.randn(latents.shape, generator=generator)
-    return NoisedBatch(rows, latents, noise, torch.rand(len(rows), generator=generator))
+    part = torch.randperm(len(rows), generator=generator)
+    return NoisedBatch(rows, latents, noise, (part + torch.rand(len(rows), generator=generator)) / len(rows))
 
 
 def noise_loss(target: Target, batch: NoisedBatch, text: Tensor) -> Tensor:

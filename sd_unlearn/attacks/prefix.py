@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from operator import attrgetter
 
 import torch
 from torch import Tensor
@@ -90,4 +91,5 @@ PREFIX = Attack(
     "weights, any prompt",
     {"quick": PrefixSettings(10), "standard": PrefixSettings(50), "full": PrefixSettings(142)},
     run,
+    positives=attrgetter("images"),
 )

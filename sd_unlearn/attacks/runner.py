@@ -16,7 +16,7 @@ from sd_unlearn.attacks.files import attacker_files
 from sd_unlearn.attacks.images import ImageSource
 from sd_unlearn.attacks.judge import Judged, detects_concept, judge
 from sd_unlearn.attacks.registry import ATTACKS
-from sd_unlearn.attacks.tasks import Model, Task, carry_out, task_folder, wait_for_tasks
+from sd_unlearn.attacks.tasks import Model, Task, carry_out, task_folder
 from sd_unlearn.config.attack import AttackConfig
 from sd_unlearn.errors import UsageError
 from sd_unlearn.evaluation.earlier import carry_attacks
@@ -32,14 +32,13 @@ from sd_unlearn.io.paths import public_name
 from sd_unlearn.io.progress import Progress
 from sd_unlearn.io.reading import read_json
 from sd_unlearn.io.run_folder import IMAGE_DIR, RESULTS
-from sd_unlearn.launch import process_count, process_rank
+from sd_unlearn.launch import process_count, process_rank, wait_for_others
 from sd_unlearn.metrics.registry import make_metrics, merge_cards, metric_cards
-from sd_unlearn.models.base import Base, choose_precision, load_base
+from sd_unlearn.models.base import choose_precision, load_base
 from sd_unlearn.models.find_base import find_base
 from sd_unlearn.results import ATTACK_METRIC, BASE, FLOOR, as_json, parse_results
 
 SHOWN = 8  # images of the best try that are kept beside results.json
-DEFAULT_POSITIVES = 25
 
 
 def attack_all(
@@ -66,7 +65,7 @@ def attack_all(
         _carry_out_missing(config, loader, cache, tasks)
         if process_rank() > 0:
             return {}
-        wait_for_tasks(tasks, TIMEOUT)
+        wait_for_others(lambda: sum(not task.done for task in tasks), "attacks", TIMEOUT, poll=1.0)
         results = _results(config, job, cache, tasks, metrics)
         results = _added(results, earlier) if earlier else results
         results["conditions"] = [as_json(found) for found in outcomes(conditions, parse_results(results))]
@@ -145,35 +144,34 @@ def _carry_out_missing(config: AttackConfig, loader: BaseLoader, cache: ImageCac
         return
     folder = cache.base_folder / "attacker"
     source = ImageSource(loader.load(), cache.sampler, config.seed, folder, config.attacker_images)
-    samples: dict[tuple[str, int, str], tuple[Samples, Samples]] = {}
+    samples: dict[tuple[str, ...], Samples] = {}
     with Progress(len(missing), "attack", "try", shown=process_rank() == 0) as progress:
         for task in missing:
             progress.show(now=f"{task.attack.name} on {task.model.id}")
-            base, concept, count = task.model.load(), task.concept, _needed(task.settings)
-            key = (concept.slug, count, base.vae_sha256)
-            if key not in samples:
-                samples[key] = source.positives(concept, count, base), source.unrelated(concept, count, base)
-            target = _target(task, base, samples[key], config.seed)
+            target = _target(task, source, samples, config.seed)
             with nullcontext() if task.attack.applies_lora else target.applied(1.0):
                 carry_out(task, target)
             progress.advance()
 
 
-def _needed(settings: Any) -> int:
-    """How many of the attacker's images an attack uses."""
-    for name in ("positives", "samples"):
-        if hasattr(settings, name):
-            return int(getattr(settings, name))
-    return max(DEFAULT_POSITIVES, int(settings.images))
+def _target(task: Task, source: ImageSource, known: dict[tuple[str, ...], Samples], seed: int) -> Target:
+    """The attacked model with the attacker's images that the attack uses. known: images that were made before."""
+    base, concept, lora = task.model.load(), task.concept, task.model.variant.lora
 
-
-def _target(task: Task, base: Base, samples: tuple[Samples, Samples], seed: int) -> Target:
-    lora = task.model.variant.lora
+    def images(kind: str, count: int) -> Samples:
+        key = (kind, concept.slug, str(count), base.vae_sha256)
+        if count and key not in known:
+            make = source.positives if kind == "positives" else source.unrelated
+            known[key] = make(concept, count, base)
+        return known[key] if count else Samples.none()
 
     def applied(strength: float) -> Any:
         return nullcontext() if lora is None else lora.applied_to(base, strength)
 
-    return Target(base, task.concept, task.model.cache.sampler, seed, *samples, applied)
+    sampler, attack, settings = task.model.cache.sampler, task.attack, task.settings
+    positives = images("positives", attack.positives(settings))
+    unrelated = images("unrelated", attack.unrelated(settings))
+    return Target(base, concept, sampler, seed, positives, unrelated, applied)
 
 
 def _results(

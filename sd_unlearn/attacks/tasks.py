@@ -17,17 +17,14 @@ from typing import Any
 
 from sd_unlearn.attacks.base import Attack, Outcome, Target
 from sd_unlearn.data.concept import Concept
-from sd_unlearn.errors import UnlearnError
 from sd_unlearn.evaluation.generate import ImageCache
 from sd_unlearn.evaluation.loras import ModelVariant
 from sd_unlearn.io.files import atomic_path, write_json
 from sd_unlearn.io.reading import read_json
-from sd_unlearn.launch import process_count
 from sd_unlearn.models.base import Base
 
-VERSION = 1  # of the attacks' code: raise it when an attack gives other images for the same settings
+VERSION = 2  # of the attacks' code: raise it when an attack gives other images for the same settings
 RECORD = "attack.json"
-POLL = 1.0  # seconds
 
 
 @dataclass(frozen=True)
@@ -111,20 +108,3 @@ def read_task(task: Task) -> tuple[list[Tried], float]:
         for o in record["outcomes"]
     ]
     return tried, record["seconds"]
-
-
-def wait_for_tasks(tasks: Sequence[Task], timeout: float) -> None:
-    """Wait until the other processes have finished their tasks; returns at once in a single process.
-
-    Raises:
-        UnlearnError: no task was finished for `timeout` seconds.
-    """
-    if process_count() < 2:
-        return
-    fewest, since = len(tasks) + 1, time.monotonic()
-    while missing := sum(not task.done for task in tasks):
-        if missing < fewest:
-            fewest, since = missing, time.monotonic()
-        if time.monotonic() - since > timeout:
-            raise UnlearnError(f"{missing} attacks are unfinished: another process must have stopped. Run it again.")
-        time.sleep(POLL)

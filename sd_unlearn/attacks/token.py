@@ -9,6 +9,7 @@ the others at a random token of the vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from operator import attrgetter
 
 import torch
 
@@ -51,4 +52,5 @@ TOKEN = Attack(
     "weights, any text embedding",
     BUDGETS,
     run,
+    positives=attrgetter("positives"),
 )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +11,10 @@ from typing import Any, Protocol
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from sd_unlearn.errors import UnlearnError
 from sd_unlearn.io.files import atomic_path
 from sd_unlearn.io.images import is_intact, png_note
 from sd_unlearn.io.progress import Progress
-from sd_unlearn.launch import process_count, process_rank
+from sd_unlearn.launch import process_count, process_rank, wait_for_others
 from sd_unlearn.models.base import Base
 from sd_unlearn.models.source import DIGITS
 
@@ -167,15 +165,10 @@ def wait_for_images(requests: Sequence[ImageRequest], timeout: float = math.inf)
     Raises:
         UnlearnError: no new image appeared for `timeout` seconds.
     """
-    if process_count() < 2:
-        return
-    fewest, since = len(requests) + 1, time.monotonic()
     missing = list(requests)
-    while missing := [request for request in missing if not is_intact(request.path)]:
-        if len(missing) < fewest:
-            fewest, since = len(missing), time.monotonic()
-        if time.monotonic() - since > timeout:
-            raise UnlearnError(
-                f"{len(missing)} images are still missing: another process must have stopped. Run the command again."
-            )
-        time.sleep(0.5)
+
+    def still_missing() -> int:
+        missing[:] = [request for request in missing if not is_intact(request.path)]
+        return len(missing)
+
+    wait_for_others(still_missing, "images", timeout)
