@@ -12,6 +12,7 @@ resumes. A cell that fails is reported, and the others continue. Cells without a
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -34,6 +35,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--concepts", nargs="+", choices=CONCEPTS, default=list(CONCEPTS), metavar="CONCEPT")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of training")
     parser.add_argument("--budget", choices=list(BUDGETS), default="quick", help="images, and effort of the attacks")
+    attacks = list(next(iter(BUDGETS.values())).attacks)
+    parser.add_argument("--attacks", nargs="+", choices=attacks, default=attacks, metavar="ATTACK")
     parser.add_argument("--only", choices=[*STAGES, "table"], help="one stage")
     parser.add_argument("--work_dir", type=Path, default=ROOT / "runs" / "leaderboard", help="data, runs and caches")
     parser.add_argument("--root", type=Path, default=ROOT, help="folder with build/, where the oracles are")
@@ -43,8 +46,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def run(args: argparse.Namespace) -> int:
     """Carry out the stages of every cell and return how many cells failed."""
     failed = 0
+    budget = BUDGETS[args.budget]
+    budget = dataclasses.replace(budget, attacks={name: budget.attacks[name] for name in args.attacks})
     for cell in cells(args.methods, args.concepts, args.seeds):
-        stages = Stages(cell, BUDGETS[args.budget], args.root, args.work_dir, RECORDS / args.budget)
+        stages = Stages(cell, budget, args.root, args.work_dir, RECORDS / args.budget)
         try:
             for name, stage in STAGES.items():
                 if args.only in (None, name):

@@ -60,14 +60,14 @@ class Budget:
 
 BUDGETS = {
     "quick": Budget(
-        {"num_images": 100, "num_keep_images": 30},
-        dict.fromkeys(("token", "soft", "prefix", "noise", "completion"), "quick")
+        {"num_images": 100, "num_keep_images": 20},
+        dict.fromkeys(("soft", "token", "prefix", "noise", "completion"), "quick")
         | dict.fromkeys(("finetune", "benign"), "standard"),
         grid_images=4,
     ),
     "standard": Budget(
         {"tier": "digits"},
-        dict.fromkeys(("token", "soft", "prefix", "noise", "completion", "finetune", "benign"), "standard"),
+        dict.fromkeys(("soft", "token", "prefix", "noise", "completion", "finetune", "benign"), "standard"),
         grid_images=10,
     ),
 }

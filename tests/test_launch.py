@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from sd_unlearn import cli, launch
-from sd_unlearn.errors import UsageError
+from sd_unlearn.errors import UnlearnError, UsageError
 from sd_unlearn.io.reading import read_json
 
 ROOT = Path(__file__).parent.parent
@@ -136,3 +136,13 @@ def test_torchrun_with_two_processes_trains_the_lora_of_one(
     ours, theirs = (torch.cat([lora[name].flatten() for name in sorted(lora)]) for lora in (one, two))
     assert (ours - theirs).abs().max() <= 1e-5
     assert ours.abs().max() > 1e-2
+
+
+def test_waiting_for_other_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    left = [3, 3, 2, 1, 0]
+    launch.wait_for_others(lambda: 1 / 0, "images", 0)  # a single process waits for nobody and looks at nothing
+    monkeypatch.setattr(launch, "process_count", lambda: 2)
+    launch.wait_for_others(lambda: left.pop(0), "images", 5, poll=0)
+    assert left == []
+    with pytest.raises(UnlearnError, match="2 images are still missing: another process must have stopped"):
+        launch.wait_for_others(lambda: 2, "images", 0, poll=0)

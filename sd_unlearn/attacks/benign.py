@@ -26,7 +26,7 @@ BENIGN = Attack(
     "weights",
     {
         "quick": FineTuneSettings((20,), images=60),
-        "standard": FineTuneSettings((50, 100), images=100),
+        "standard": FineTuneSettings((50, 100), images=60),
         "full": FineTuneSettings((100, 200, 500), images=200),
     },
     run,

@@ -34,7 +34,7 @@ class EmbeddingSettings:
 
 
 BUDGETS = {  # of one learned token and of a whole learned prompt, so that they can be compared
-    "quick": EmbeddingSettings(steps=200, restarts=1, images=60),
+    "quick": EmbeddingSettings(steps=400, restarts=1, images=60),
     "standard": EmbeddingSettings(steps=1000, restarts=2, images=100),
     "full": EmbeddingSettings(steps=5000, restarts=4, images=200),
 }

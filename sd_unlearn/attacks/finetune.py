@@ -73,7 +73,7 @@ FINETUNE = Attack(
     "weights",
     {
         "quick": FineTuneSettings((5, 10, 20), images=60),
-        "standard": FineTuneSettings((20, 40, 50, 60, 100), images=100),
+        "standard": FineTuneSettings((20, 40, 50, 60, 100), images=60),
         "full": FineTuneSettings((20, 40, 60, 100, 200, 500), images=200),
     },
     run,

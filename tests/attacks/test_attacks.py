@@ -11,7 +11,10 @@ import torch
 from attack_cases import SAMPLER, SMALL, make_target
 from base_kinds import make_base
 
-from sd_unlearn.attacks.base import Outcome, Target
+from sd_unlearn.attacks import soft
+from sd_unlearn.attacks.base import Outcome, Samples, Target
+from sd_unlearn.attacks.embedding import LearnedPrompt
+from sd_unlearn.attacks.noise_prediction import sample_batch
 from sd_unlearn.attacks.registry import ATTACKS
 from sd_unlearn.config import attack as options
 from sd_unlearn.data.concept import Concept
@@ -109,3 +112,32 @@ def test_budgets_grow(name: str) -> None:
     assert all(settings.restarts >= 1 for settings in attack.budgets.values())
     assert attack.title
     assert attack.access
+
+
+def test_the_timesteps_of_a_batch_cover_the_schedule() -> None:
+    """One in each of as many equal parts as there are images, in random order."""
+    samples = Samples(["x"] * 8, torch.zeros(8, 1, 1, 1), torch.zeros(8, 1, 1, 1))
+    generator = torch.Generator().manual_seed(0)
+    batches = [sample_batch(samples, 8, generator) for _ in range(50)]
+    assert all(sorted((batch.position * 8).int().tolist()) == list(range(8)) for batch in batches)
+    of_first_image = [float(batch.position[batch.rows.tolist().index(0)]) for batch in batches]
+    assert min(of_first_image) < 0.2
+    assert max(of_first_image) > 0.8
+
+
+def test_soft_learns_everything_after_the_start_token(loaded_base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    learned: list[LearnedPrompt] = []
+    monkeypatch.setattr(soft, "learn", lambda target, prompt, *_: learned.append(prompt) or iter(()))
+    outcomes("soft", make_target(loaded_base))
+    assert learned[0].positions == list(range(1, loaded_base.pipeline.tokenizer.model_max_length))
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_an_attack_gets_the_images_that_it_declares(name: str, loaded_base: Base) -> None:
+    """It also works with no more than these."""
+    attack, target = ATTACKS[name], make_target(loaded_base)
+    none, settings = Samples.none(), SMALL[name]
+    positives = target.positives if attack.positives(settings) else none
+    unrelated = target.unrelated if attack.unrelated(settings) else none
+    found = list(attack.run(replace(target, positives=positives, unrelated=unrelated), settings, 0))
+    assert np.array_equal(pixels(found), pixels(outcomes(name, target)))
