@@ -89,7 +89,8 @@ class Stages:
     @property
     def options(self) -> dict[str, Any]:
         """The options of the training."""
-        return {"seed": self.cell.seed, **self.cell.of.options}
+        seed = {"seed": self.cell.seed} if self.cell.of.trained else {}
+        return {**seed, **self.cell.of.options}
 
     @cached_property
     def source(self) -> Path:
@@ -143,15 +144,11 @@ def train(stages: Stages) -> None:
     if stages.cell.of.how != "train":
         return
     if not (stages.run / TRAINING).is_file():
-        sd_unlearn.train(
-            stages.cell.concept,
-            data_dir=stages.work / "data" / stages.cell.slug,
-            output_dir=stages.run,
-            overwrite=stages.run.exists(),
-            validation_steps=0,
-            report_to="none",
-            **stages.options,
-        )
+        options: dict[str, Any] = {"output_dir": stages.run, "overwrite": stages.run.exists(), **stages.options}
+        if stages.cell.of.trained:
+            data = stages.work / "data" / stages.cell.slug
+            options |= {"data_dir": data, "validation_steps": 0, "report_to": "none"}
+        sd_unlearn.train(stages.cell.concept, **options)
     cost = read_json(stages.run / TRAINING)["cost"]
     size = sum(file.stat().st_size for file in trained_files(stages.run))
     kept = {key: cost.get(key) for key in ("seconds", "steps", "images_seen", "device")}
