@@ -30,7 +30,7 @@ class EmbeddingSettings:
     images: int  # to judge, of each restart
     positives: int = 25  # the attacker's images of the concept
     batch_size: int = 25
-    learning_rate: float = 0.5  # of Adam, in units of the root mean square of the encoder's embeddings
+    learning_rate: float = 1.0  # of Adam, in units of the root mean square of the encoder's embeddings
 
 
 BUDGETS = {  # of one learned token and of a whole learned prompt, so that they can be compared
