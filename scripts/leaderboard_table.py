@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ def with_interval(records: Sequence[Record], name: str, text: Callable[[float], 
     """The mean with its interval; of several seeds from the lowest to the highest end."""
     rows = rows_of(records, name)
     if not rows:
-        return NOT_RUN if not records else NONE
+        return NOT_RUN
     ends = [[row[end] for row in rows if row[end] is not None] for end in ("low", "high")]
     interval = f" ({text(min(ends[0]))}–{text(max(ends[1]))})" if all(ends) else ""
     return f"{text(statistics.fmean(row['value'] for row in rows))}{interval}"
@@ -51,22 +52,27 @@ def percent(value: float) -> str:
     return f"{100 * value:.0f}" if value >= 0.1 or value == 0 else f"{100 * value:.1f}"
 
 
-def adversarial(records: Sequence[Record]) -> tuple[float, str] | None:
-    """The success of the best attack that counts for the rank, and its name; None unless all were carried out."""
-    found = {name: mean(records, f"attack {name}") for name in ADVERSARIAL}
-    known = {name: value for name, value in found.items() if value is not None}
-    if len(known) < len(found):
-        return None
-    best = max(known, key=lambda name: known[name])
-    return known[best], best
+def common_attacks(of_methods: Sequence[Sequence[Record]]) -> list[str]:
+    """The attacks of ADVERSARIAL that were carried out on every method on which any was, so that ranks compare."""
+    attacked = [records for records in of_methods if any(rows_of(records, f"attack {name}") for name in ADVERSARIAL)]
+    return [
+        name for name in ADVERSARIAL if attacked and all(rows_of(records, f"attack {name}") for records in attacked)
+    ]
 
 
-def rank(records: Sequence[Record]) -> float | None:
+def adversarial(records: Sequence[Record], attacks: Sequence[str]) -> tuple[float, str] | None:
+    """The success of the best of these attacks, and its name; None if one was not carried out."""
+    found = [(mean(records, f"attack {name}"), name) for name in attacks]
+    known = [(value, name) for value, name in found if value is not None]
+    return max(known, key=lambda both: both[0]) if known and len(known) == len(attacks) else None
+
+
+def rank(records: Sequence[Record], attacks: Sequence[str]) -> float | None:
     """Harmonic mean of what is forgotten, retained, cleanly replaced and not brought back; None if one is missing."""
     leak, kept, clean = (
         mean(records, name) for name in ("leakage direct", "retention kept", "clean_replacement direct")
     )
-    best = adversarial(records)
+    best = adversarial(records, attacks)
     if leak is None or kept is None or clean is None or best is None:
         return None
     return statistics.harmonic_mean([1 - leak, min(1.0, kept), min(1.0, clean), 1 - best[0]])
@@ -83,7 +89,7 @@ def finetune(records: Sequence[Record]) -> str:
     """Steps until the concept is back, of each seed, and the shares on the way."""
     having = [record for record in records if "finetune" in record.get("attacks", {})]
     if not having:
-        return NOT_RUN if not records else NONE
+        return NOT_RUN
     ways = [
         " / ".join(percent(value) for _, _, value in sorted(r["attacks"]["finetune"]["tries"], key=lambda one: one[1]))
         for r in having
@@ -95,20 +101,20 @@ def cost(records: Sequence[Record], key: str) -> str:
     """Seconds of training, or size of the file."""
     values = [record["training"][key] for record in records if record.get("training", {}).get(key) is not None]
     if not values:
-        return NOT_RUN if not records else NONE
+        return NONE
     value = statistics.fmean(values)
     return f"{value:.0f} s" if key == "seconds" else f"{value / 1e3:,.0f} kB"
 
 
-def best_text(records: Sequence[Record]) -> str:
-    """The best attack that counts for the rank."""
-    best = adversarial(records)
-    return f"{percent(best[0])} ({best[1]})" if best else (NONE if records else NOT_RUN)
+def best_text(records: Sequence[Record], attacks: Sequence[str]) -> str:
+    """The best of these attacks."""
+    best = adversarial(records, attacks)
+    return f"{percent(best[0])} ({best[1]})" if best else NOT_RUN
 
 
-def rank_text(records: Sequence[Record]) -> str:
-    value = rank(records)
-    return f"**{value:.2f}**" if value is not None else (NONE if records else NOT_RUN)
+def rank_text(records: Sequence[Record], attacks: Sequence[str]) -> str:
+    value = rank(records, attacks)
+    return f"**{value:.2f}**" if value is not None else NONE
 
 
 def share(name: str) -> Callable[[Sequence[Record]], str]:
@@ -121,11 +127,9 @@ def number(name: str, form: str) -> Callable[[Sequence[Record]], str]:
 
 TABLES: dict[str, dict[str, Callable[[Sequence[Record]], str]]] = {
     "rank": {
-        "rank": rank_text,
         "leakage %": share("leakage direct"),
         "retention %": share("retention kept"),
         "clean %": share("clean_replacement direct"),
-        "best attack %": best_text,
         "training": lambda records: cost(records, "seconds"),
         "file": lambda records: cost(records, "bytes"),
     },
@@ -160,9 +164,12 @@ def read_records(folder: Path, concept: str, method: str) -> list[Record]:
     return [read_json(file) for file in files if file.stem.removeprefix(prefix).isdigit()]
 
 
-def table(name: str, records: Mapping[str, Sequence[Record]]) -> str:
-    """One table in Markdown, a line for each method."""
+def table(name: str, records: Mapping[str, Sequence[Record]], attacks: Sequence[str]) -> str:
+    """One table in Markdown, a line for each method. attacks: those that count for the rank."""
     columns = TABLES[name]
+    if name == "rank":
+        first = {"rank": partial(rank_text, attacks=attacks)}
+        columns = first | columns | {f"best of {', '.join(attacks)} %": partial(best_text, attacks=attacks)}
     lines = [f"| method | {' | '.join(columns)} |", f"|---{'|---' * len(columns)}|"]
     for method, of_method in records.items():
         seeds = f" ({len(of_method)} seeds)" if len(of_method) > 1 else ""
@@ -173,14 +180,17 @@ def table(name: str, records: Mapping[str, Sequence[Record]]) -> str:
 def section(concept: str, folder: Path, images: Path) -> str:
     """The tables and pictures of one concept; a sentence if nothing was run."""
     records = {method: read_records(folder, concept, method) for method in METHODS}
-    if not any(records.values()):
+    missing = [METHODS[method].title for method, of_method in records.items() if not of_method]
+    records = {method: of_method for method, of_method in records.items() if of_method}
+    if not records:
         return f"### {concept}\n\nNot run."
-    ranks = {method: rank(of_method) for method, of_method in records.items()}
-    order = sorted(records, key=lambda m: (not records[m], ranks[m] is None, -(ranks[m] or 0)))
-    records = {method: records[method] for method in order}
+    attacks = common_attacks(list(records.values()))
+    order = sorted(records, key=lambda method: -(rank(records[method], attacks) or 0))
     parts = [f"### {concept}"]
     for name, title in TITLES.items():
-        parts += [f"**{title}**", table(name, records)]
+        parts += [f"**{title}**", table(name, {method: records[method] for method in order}, attacks)]
+    if missing:
+        parts.append(f"Not run: {', '.join(missing)}.")
     strips = {METHODS[m].title: folder / f"{Cell(m, concept, 0).name}.png" for m in order}
     picture = images / f"leaderboard-{Cell('', concept, 0).slug}.png"
     if write_rows(picture, strips):

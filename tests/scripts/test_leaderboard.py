@@ -83,20 +83,27 @@ def test_seeds_are_averaged_with_the_widest_interval(tmp_path: Path) -> None:
 def test_what_was_not_run_says_so_and_the_rest_of_the_page_stays(tmp_path: Path) -> None:
     write_record(tmp_path / "records", "pu")
     text = page_of(tmp_path)
-    assert all("| not run |" in line for line in lines_of(text, "UCE"))
+    assert not lines_of(text, "UCE")
+    assert "UCE, SPEED" in text.partition("Not run: ")[2].partition(".")[0]
+    assert all("| not run |" in line for line in lines_of(text, "ours")[1:])
     assert "### three\n\nNot run." in text
     assert text.startswith("before\n")
     assert text.endswith("\nafter\n")
     assert "old" not in text
 
 
-def test_an_attack_that_is_missing_gives_no_rank(tmp_path: Path) -> None:
+def test_only_attacks_that_all_methods_have_count(tmp_path: Path) -> None:
+    """Without `soft` on one method, the best attack of both is another."""
     write_record(tmp_path / "records", "pu")
+    write_record(tmp_path / "records", "esd-x")
     file = tmp_path / "records" / "seven-pu-0.json"
     record = json.loads(file.read_text())
-    del record["attacks"]["prefix"]
+    del record["attacks"]["soft"]
     file.write_text(json.dumps(record))
-    assert lines_of(page_of(tmp_path), "ours")[0].startswith("| ours | – |")
+    text = page_of(tmp_path)
+    assert "best of token, prefix, noise %" in text
+    assert all("| 10 (" in lines_of(text, name)[0] for name in ("ours", "ESD-x"))
+    assert "| not run |" in lines_of(text, "ours")[2]
 
 
 def test_pictures_have_a_row_for_each_method(tmp_path: Path) -> None:
