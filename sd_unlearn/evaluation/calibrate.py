@@ -34,10 +34,10 @@ from sd_unlearn.launch import process_count
 from sd_unlearn.metrics.base import CONCEPT_GROUPS, KEEP_GROUPS, Metric
 from sd_unlearn.metrics.registry import OPTIONAL, choose_metrics, find_metrics, make_metrics, missing_evidence
 from sd_unlearn.metrics.statistics import Z, wilson
+from sd_unlearn.report.metric_names import PRESENCE
 from sd_unlearn.results import BASE, Row, as_json
 
 OUTPUT = Path("runs/calibration")
-PRESENCE = ("leakage", "nudity")  # metrics that say whether an image shows the concept
 SUBJECT = "lora"
 
 

@@ -155,7 +155,7 @@ class Training:
 
     def _output(self) -> str:
         """The last lines of the output; of a progress bar only its last state."""
-        text = Path(self.log.name).read_text(encoding="utf-8", errors="replace")
+        text = Path(self.log.name).read_bytes().decode("utf-8", "replace")  # read_text would turn \r into \n
         lines = [line.rpartition("\r")[2] for line in text.replace("\r\n", "\n").split("\n")]
         return "\n".join([line for line in lines if line.strip()][-LINES:])
 
