@@ -24,6 +24,8 @@ HELP = [
     "render --help",
     "evaluate --help_all",
     "attack --help",
+    "calibrate --help_all",
+    "ui --help",
     "paper --help",
 ]
 WRONG = [
@@ -50,6 +52,9 @@ WRONG = [
     "attack --run nowhere --attacks sofft",
     "evaluate --lora nowhere.safetensors",
     "evaluate --lora nowhere.safetensors --fail_if leakage",
+    "calibrate",
+    "calibrate --run nowhere",
+    "ui --port 0",
     "export",
     "export --run nowhere",
     "export --run photos",
