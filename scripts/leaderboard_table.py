@@ -103,7 +103,7 @@ def cost(records: Sequence[Record], key: str) -> str:
     if not values:
         return NONE
     value = statistics.fmean(values)
-    return f"{value:.0f} s" if key == "seconds" else f"{value / 1e3:,.0f} kB"
+    return f"{value:.{1 if value < 10 else 0}f} s" if key == "seconds" else f"{value / 1e3:,.0f} kB"
 
 
 def best_text(records: Sequence[Record], attacks: Sequence[str]) -> str:

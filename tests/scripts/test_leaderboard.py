@@ -123,11 +123,11 @@ def test_pictures_have_a_row_for_each_method(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_cells_from_training_to_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One step of training, a few images and attacks; what is recorded is not done again."""
+    """An edit in closed form, a few images and attacks; what is recorded is not done again."""
     import leaderboard
     import leaderboard_cells
     from attack_cases import SMALL
-    from leaderboard_methods import METHODS, Budget, Method
+    from leaderboard_methods import Budget
 
     from sd_unlearn.attacks import registry, runner
 
@@ -137,23 +137,22 @@ def test_cells_from_training_to_record(tmp_path: Path, monkeypatch: pytest.Monke
         monkeypatch.setattr(module, "ATTACKS", small)
     budget = Budget({"num_images": 2, "num_keep_images": 1}, dict.fromkeys(small, "quick"), grid_images=1)
     monkeypatch.setitem(leaderboard.BUDGETS, "quick", budget)
-    monkeypatch.setitem(METHODS, "pu", Method("ours", "one step", options={"max_train_steps": 1}))
     monkeypatch.setattr(leaderboard, "RECORDS", tmp_path / "records")
     monkeypatch.setattr(leaderboard, "PAGE", tmp_path / "leaderboard.md")
     leaderboard.PAGE.write_text("<!-- leaderboard:start -->\n<!-- leaderboard:end -->\n")
-    flags = ["--methods", "pu", "base", "oracle", "--concepts", "seven", "--seeds", "0", "--work_dir", str(tmp_path)]
+    flags = ["--methods", "uce", "base", "oracle", "--concepts", "seven", "--seeds", "0", "--work_dir", str(tmp_path)]
     assert leaderboard.main([*flags, "--root", str(tmp_path)]) == 0
     records = tmp_path / "records" / "quick"
     assert sorted(file.name for file in records.iterdir()) == [
-        *("seven-base-0.json", "seven-base-0.png", "seven-pu-0.json", "seven-pu-0.png"),
+        *("seven-base-0.json", "seven-base-0.png", "seven-uce-0.json", "seven-uce-0.png"),
     ]  # the oracle was not built
-    ours, base = (json.loads((records / f"seven-{name}-0.json").read_text()) for name in ("pu", "base"))
-    assert ours["training"]["steps"] == 1
-    assert set(ours["attacks"]) == set(small)
+    uce, base = (json.loads((records / f"seven-{name}-0.json").read_text()) for name in ("uce", "base"))
+    assert uce["training"]["bytes"] > 0
+    assert set(uce["attacks"]) == set(small)
     assert base["evaluation"]["rows"]["leakage direct"]["value"] == 1
     assert base["evaluation"]["rows"]["retention kept"]["value"] == 1
     assert base["evaluation"]["rows"]["ua"]["n"] == 5
-    assert str(tmp_path) not in (records / "seven-pu-0.json").read_text()
+    assert str(tmp_path) not in (records / "seven-uce-0.json").read_text()
 
     def fail(*_: object, **__: object) -> None:
         raise AssertionError
