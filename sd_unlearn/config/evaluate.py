@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from cyclopts import Group
 
+from sd_unlearn.choices import SafetyPreset
 from sd_unlearn.config.base import (
     BASE_FORMS,
     CLIP_MODEL,
@@ -60,6 +61,14 @@ class Inputs:
             "--write_plan they are compared with the base pair by pair. Other folders need a metadata.jsonl "
             "(file_name, text, group) or subfolders direct/, held_out/, generic/, alike/, general/.",
             START,
+        ),
+    ] = many()
+    sld: Annotated[
+        list[SafetyPreset],
+        several(
+            "Also evaluate the base with safe latent diffusion, which guides sampling away from the concept's caption: "
+            "weak, medium, strong, max (the paper's presets). Without a LoRA it needs --concept.",
+            PROMPTS,
         ),
     ] = many()
     concept: Annotated[

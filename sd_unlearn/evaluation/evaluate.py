@@ -22,11 +22,12 @@ from sd_unlearn.errors import ConditionError, UnlearnError
 from sd_unlearn.evaluation.earlier import carry_attacks, earlier_results
 from sd_unlearn.evaluation.fail_if import checked_subjects, met_conditions, outcomes, parse_condition
 from sd_unlearn.evaluation.generate import ImageCache, generate_images
-from sd_unlearn.evaluation.job import EvaluationJob, Subject, resolve_job
+from sd_unlearn.evaluation.job import EvaluationJob, resolve_job
 from sd_unlearn.evaluation.loras import ModelVariant
 from sd_unlearn.evaluation.pairs import MAX_PAIRS, PAIRS_PER_GROUP, count_outcomes, pick_pairs
 from sd_unlearn.evaluation.prompts import GROUPS, group_prompts, write_plan
 from sd_unlearn.evaluation.score import ConceptResults, SubjectImages, run_metrics
+from sd_unlearn.evaluation.subjects import Subject
 from sd_unlearn.io.files import full_disk_explained, write_json, write_text
 from sd_unlearn.io.lock import locked, remove_leftovers
 from sd_unlearn.io.own_files import is_run, kind_of, mark
@@ -140,10 +141,10 @@ def _run_all_metrics(
 
 
 def _main_subjects(job: EvaluationJob) -> list[Subject]:
-    """The subjects that are compared with each other: folders, and LoRAs at strength 1 (else the highest strength)."""
-    strengths = {subject.variant.strength for subject in job.subjects if subject.variant}
+    """The subjects that are compared with each other: LoRAs at strength 1 (else the highest strength), all others."""
+    strengths = {subject.strength for subject in job.subjects if subject.strength is not None}
     main = 1.0 if 1.0 in strengths else max(strengths, default=1.0)
-    return [subject for subject in job.subjects if subject.variant is None or subject.variant.strength == main]
+    return [subject for subject in job.subjects if subject.strength in (None, main)]
 
 
 def _images_of(job: EvaluationJob, cache: ImageCache | None, slug: str) -> list[SubjectImages]:

@@ -1,7 +1,7 @@
 """Generate the images of an evaluation that do not exist yet.
 
 The name of an image folder contains everything that determines its images: the base's weights, the sampler, what the
-LoRA changes in the base and its strength.
+LoRA changes in the base and its strength, or the safety guidance.
 So all LoRAs share the base's images, a second evaluation generates only what is missing, and an interrupted evaluation
 resumes.
 """
@@ -65,8 +65,7 @@ class ImageCache:
 
             def get_variant() -> Base:
                 base = get_base()
-                if variant.lora is not None and not variant.is_base:
-                    stack.enter_context(variant.lora.applied_to(base, variant.strength))
+                stack.enter_context(variant.applied_to(base))
                 return base
 
             if not all(request.path.is_file() for request in requests):
@@ -102,7 +101,7 @@ def generate_images(job: EvaluationJob) -> ImageCache | None:
     all_specs = [spec for specs in job.plans.values() for spec in specs]
     cache.generate(loader.load, ModelVariant(), all_specs, "generate base")
     for subject in list(job.subjects):
-        if subject.variant is None or subject.variant.lora is None:
+        if subject.variant is None:
             continue
         specs = [spec for slug in subject.concepts for spec in job.plans[slug]]
         try:
@@ -110,6 +109,8 @@ def generate_images(job: EvaluationJob) -> ImageCache | None:
         except OutOfMemory:  # it is not the LoRA's fault
             raise
         except UnlearnError as error:
+            if subject.variant.lora is None:
+                raise
             job.give_up(subject.variant.lora, error)
     return cache
 

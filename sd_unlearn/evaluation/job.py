@@ -6,7 +6,7 @@ Everything that can be checked without loading a model is checked here.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,10 @@ from sd_unlearn.data.concept import Concept, Prompt, load_concept
 from sd_unlearn.data.prompt_sets import load_prompt_set
 from sd_unlearn.errors import UnlearnError, UsageError
 from sd_unlearn.evaluation.fail_if import parse_condition
-from sd_unlearn.evaluation.image_folders import ImageFolder, read_image_folder, split_name
-from sd_unlearn.evaluation.loras import DIFFUSERS_FILE, Lora, ModelVariant, open_lora, open_run, unique_names
-from sd_unlearn.evaluation.prompts import TIERS, ImageSpec, Tier, override_counts, plan_images
+from sd_unlearn.evaluation.image_folders import split_name
+from sd_unlearn.evaluation.loras import DIFFUSERS_FILE, Lora, open_lora, open_run
+from sd_unlearn.evaluation.prompts import TIERS, ImageSpec, override_counts, plan_images
+from sd_unlearn.evaluation.subjects import Subject, check_guidance, resolve_subjects
 from sd_unlearn.io.files import check_writable
 from sd_unlearn.io.own_files import check_evaluation_folder
 from sd_unlearn.io.paths import public_name
@@ -29,42 +30,8 @@ from sd_unlearn.metrics.registry import MetricContext, check_metrics
 from sd_unlearn.models.base import different_hash, recorded_source
 from sd_unlearn.models.find_base import find_base
 from sd_unlearn.models.source import DIGITS, Source
-from sd_unlearn.results import BASE
 
 OUTPUT = Path("runs/evaluation")
-_TRAINING = ("objective", "beta", "beta_source", "rank", "lora_alpha", "correction", "caption_mode", "target", "push")
-
-
-@dataclass(frozen=True)
-class Subject:
-    """What is compared with the base: a LoRA at a strength, or a folder of existing images."""
-
-    id: str
-    name: str
-    concepts: tuple[str, ...]  # slugs of the concepts it is evaluated on
-    variant: ModelVariant | None = None  # of a LoRA
-    folders: dict[str, ImageFolder] = field(default_factory=dict)  # of existing images, by concept
-
-    def describe(self) -> dict[str, Any]:
-        """Its entry in results.json."""
-        entry = {"id": self.id, "name": self.name}
-        if self.variant is None or self.variant.lora is None:
-            empty = {"strength": None, "sha256": "", "forgets": None, "training": None, "cost": None}
-            return {**entry, "what": "images", **empty}
-        lora = self.variant.lora
-        training = {k: lora.training.get(k) for k in _TRAINING} if lora.training else None
-        cost = lora.training.get("cost")
-        if training is not None:
-            training["steps"] = (cost or {}).get("steps")
-        return {
-            **entry,
-            "what": "lora",
-            "strength": self.variant.strength,
-            "sha256": lora.sha256,
-            "forgets": lora.concept.slug if lora.concept else None,
-            "training": training,
-            "cost": cost,
-        }
 
 
 @dataclass(frozen=True)
@@ -119,13 +86,14 @@ def resolve_job(config: EvaluateConfig, concepts: Sequence[Concept] = (), needs_
     for condition in config.fail_if:
         parse_condition(condition)
     loras, failed = _open_loras(config)
-    if not loras and not config.images and (needs_subjects or not config.concept):
+    if not loras and not config.images and not config.sld and (needs_subjects or not config.concept):
         raise UsageError(
-            "Nothing to evaluate. Give a run folder (--run runs/seven), LoRAs (--lora A B) or folders of images "
-            "(--images)."
+            "Nothing to evaluate. Give a run folder (--run runs/seven), LoRAs (--lora A B), folders of images "
+            "(--images) or --sld."
         )
     by_slug = _resolve_concepts(config, loras, concepts)
     source, base_named = _resolve_base(config, loras, by_slug)
+    check_guidance(config, source)
     tier_name = config.tier or ("digits" if source.name == DIGITS else "quick")
     tier = override_counts(TIERS[tier_name], config.num_images, config.num_keep_images, config.groups)
     extra_prompts = [Prompt(text) for text in load_prompt_set(config.prompt_set)] if config.prompt_set else []
@@ -133,8 +101,9 @@ def resolve_job(config: EvaluateConfig, concepts: Sequence[Concept] = (), needs_
     for slug, specs in plans.items():
         if not specs:
             raise UsageError(f"{slug}: the concept file has no prompts in the groups to evaluate. Change --groups.")
-    subjects = _resolve_subjects(config, loras, by_slug, plans, tier)
-    output = config.output_dir or (config.run if config.run and not config.lora and not config.images else OUTPUT)
+    subjects = resolve_subjects(config, loras, by_slug, plans, tier)
+    alone = config.run if not (config.lora or config.images or config.sld) else None
+    output = config.output_dir or alone or OUTPUT
     check_writable(output, "--output_dir")
     check_evaluation_folder(output, "--output_dir")
     check_writable(config.cache_dir, "--cache_dir")
@@ -209,6 +178,8 @@ def _resolve_concepts(config: EvaluateConfig, loras: Sequence[Lora], given: Sequ
         return {concept.slug: concept for concept in given or map(load_concept, config.concept)}
     if config.images:
         raise UsageError("--images needs --concept: a folder of images does not name the unlearned concept.")
+    if not loras:
+        raise UsageError(f"--sld {' '.join(config.sld)} needs --concept: the concept to guide away from.")
     concepts: dict[str, Concept] = {}
     for concept in (lora.concept for lora in loras if lora.concept):
         concepts.setdefault(concept.slug, concept)
@@ -229,32 +200,6 @@ def _resolve_base(config: EvaluateConfig, loras: Sequence[Lora], concepts: dict[
         return recorded_source(records[0], config.allow_pickle), False
     name = next((lora.base_name for lora in loras if lora.base_name), None)
     return find_base(config, name or next(iter(concepts.values())).base), False
-
-
-def _resolve_subjects(
-    config: EvaluateConfig,
-    loras: Sequence[Lora],
-    concepts: dict[str, Concept],
-    plans: dict[str, list[ImageSpec]],
-    tier: Tier,
-) -> list[Subject]:
-    strengths = list(dict.fromkeys(config.strengths or tier.strengths))
-    subjects = []
-    for lora, name in zip(loras, unique_names(loras), strict=True):
-        slugs = tuple(concepts) if config.concept or lora.concept is None else (lora.concept.slug,)
-        for strength in strengths:
-            subject_id = name if strengths == [1.0] else f"{name} at {strength:g}"
-            subjects.append(Subject(subject_id, name, slugs, ModelVariant(lora, float(strength))))
-    for given in config.images:
-        folders = {
-            slug: read_image_folder(given, concept, plans[slug], only_concept=len(concepts) == 1)
-            for slug, concept in concepts.items()
-        }
-        name = next(iter(folders.values())).name
-        if name == BASE or name in {subject.id for subject in subjects}:
-            raise UsageError(f"--images {given}: the name {name} is already used. Give another, as in mine={given}.")
-        subjects.append(Subject(name, name, tuple(concepts), None, folders))
-    return subjects
 
 
 def _reference_folder(config: EvaluateConfig, concept: Concept, loras: Sequence[Lora]) -> Path | None:

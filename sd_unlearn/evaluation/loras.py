@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from sd_unlearn.io.reading import file_sha256, read_json
 from sd_unlearn.io.run_folder import CONCEPT, TRAINING, UNET_DIR, weights_sha256
 from sd_unlearn.io.schema import OPEN, validate
 from sd_unlearn.models.base import HASHES, Base, different_hash
+from sd_unlearn.models.safe_guidance import Safety, safe_guidance
 
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 
@@ -137,18 +138,38 @@ class Lora:
 
 @dataclass(frozen=True)
 class ModelVariant:
-    """The base with a LoRA at a strength; without a LoRA, or at strength 0, the base itself."""
+    """The base with a LoRA at a strength, or sampled with safety guidance.
+
+    Without either, or at strength 0, it is the base itself.
+    """
 
     lora: Lora | None = None
     strength: float = 1.0
+    safety: Safety | None = None
+
+    @contextmanager
+    def applied_to(self, base: Base) -> Iterator[None]:
+        """Apply it to the base; the base is restored when the block ends.
+
+        Raises:
+            UnlearnError: the LoRA does not fit the base.
+        """
+        with ExitStack() as stack:
+            if self.lora is not None and not self.is_base:
+                stack.enter_context(self.lora.applied_to(base, self.strength))
+            if self.safety is not None:
+                stack.enter_context(safe_guidance(base, self.safety))
+            yield
 
     @property
     def is_base(self) -> bool:
-        return self.lora is None or self.strength == 0
+        return self.safety is None and (self.lora is None or self.strength == 0)
 
     @property
     def folder(self) -> str:
-        """Name of the folder of its images: unique for what the LoRA changes and the strength."""
+        """Name of the folder of its images: unique for the LoRA's change and strength, or for the safety guidance."""
+        if self.safety is not None:
+            return f"sld-{self.safety.name}-{self.safety.digest}"
         if self.lora is None or self.strength == 0:
             return "base"
         return f"lora-{self.lora.change_sha256[:12]}" + (f"-at-{self.strength:g}" if self.strength != 1 else "")
