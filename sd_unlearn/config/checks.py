@@ -9,8 +9,10 @@ from sd_unlearn.config.options import check_ranges
 from sd_unlearn.config.train import TARGETS_OF, TrainConfig
 from sd_unlearn.errors import UsageError
 
-# The options that a closed-form objective uses; all others are about images or training steps.
+# The options that a closed-form objective uses; all others are about images or training steps. Of the data folder,
+# `evaluate` may use the images of a person.
 CLOSED_FORM_OPTIONS = {
+    "data_dir",
     *("concept", "anchor", "kind", "objective", "output_dir", "overwrite", "dry_run", "config", "debug"),
     *("pretrained_model_name_or_path", "vae", "prediction_type", "variant", "single_file_config", "allow_pickle"),
 }

@@ -34,7 +34,7 @@ class SafetySettings:
     momentum_decay: float  # beta_m
 
 
-# Table 1 of the paper's appendix: Hyp-Weak, -Medium, -Strong, -Max. diffusers has 20 for the first scale.
+# The paper's configurations Hyp-Weak, Hyp-Medium, Hyp-Strong and Hyp-Max. diffusers has 20 for the first scale.
 PRESETS: dict[SafetyPreset, SafetySettings] = {
     "weak": SafetySettings(15, 200, 0.0, 0.0, 0.0),
     "medium": SafetySettings(10, 1000, 0.01, 0.3, 0.4),

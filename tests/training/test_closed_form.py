@@ -191,10 +191,10 @@ def test_a_plan_and_an_earlier_run(
     edited: Path, place: Path, tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     objective = objective_of(edited)
-    train(place, tiny_base, objective, output_dir=tmp_path / "run", dry_run=True)
+    train(place, tiny_base, objective, output_dir=tmp_path / "run", data_dir=tmp_path / "data", dry_run=True)
     plan = capsys.readouterr().out
     assert f"--objective {objective}" in plan
     assert "Preserved: 3 keep prompts. No images are generated" in plan
-    assert not (tmp_path / "run").exists()
+    assert not list(tmp_path.iterdir())
     with pytest.raises(UsageError, match="holds a finished run"):
         train(place, tiny_base, objective)
