@@ -66,7 +66,7 @@ class Inputs:
     sld: Annotated[
         list[SafetyPreset],
         several(
-            "Also evaluate the base with safe latent diffusion, which guides sampling away from the concept's caption: "
+            "Also evaluate the base with safe latent diffusion, which guides sampling away from the concept's name: "
             "weak, medium, strong, max (the paper's presets). Without a LoRA it needs --concept.",
             PROMPTS,
         ),

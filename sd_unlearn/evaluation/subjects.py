@@ -102,7 +102,7 @@ def _safe_subjects(presets: Sequence[SafetyPreset], concepts: dict[str, Concept]
     subjects = []
     for preset, (slug, concept) in product(dict.fromkeys(presets), concepts.items()):
         name = f"sld-{preset}" if len(concepts) == 1 else f"sld-{preset} {slug}"
-        safety = Safety(preset, concept.caption, PRESETS[preset])
+        safety = Safety(preset, concept.name, PRESETS[preset])
         subjects.append(Subject(name, name, (slug,), ModelVariant(safety=safety)))
     return subjects
 

@@ -1,7 +1,8 @@
 """Safe latent diffusion: guidance away from a concept while sampling, without changing any weight.
 
 Schramowski et al. 2023, "Safe Latent Diffusion: Mitigating Inappropriate Degeneration in Diffusion Models" (arXiv
-2211.05105), equations 3 to 8. The paper guides away from a list of unsafe content; here it is the caption of a concept.
+2211.05105), equations 3 to 8. The paper guides away from a list of unsafe content; here it is the name of a concept. It
+is not the concept's caption, because the guidance is zero for a prompt that equals the text it guides away from.
 A model that predicts v is guided in v: the formulas are applied to its predictions as they are.
 """
 
@@ -45,10 +46,10 @@ PRESETS: dict[SafetyPreset, SafetySettings] = {
 
 @dataclass(frozen=True)
 class Safety:
-    """Sampling that avoids what a caption describes."""
+    """Sampling that avoids what a text describes."""
 
     name: str  # of the preset
-    caption: str
+    text: str
     settings: SafetySettings
 
     def describe(self) -> dict[str, Any]:
@@ -58,7 +59,7 @@ class Safety:
     @property
     def digest(self) -> str:
         """Identifies what determines the images."""
-        return hashlib.sha256(repr((self.caption, self.settings)).encode()).hexdigest()[:12]
+        return hashlib.sha256(repr((self.text, self.settings)).encode()).hexdigest()[:12]
 
 
 class SafeGuidance:
@@ -73,7 +74,7 @@ class SafeGuidance:
         """The term gamma to subtract from the prompt's prediction in the next step, shaped as the predictions.
 
         Guidance then is e(x,'') + s_g (e(x,p) - gamma - e(x,'')), equation 3. empty, prompt, concept: the predictions
-        for the empty caption, the prompt and the concept's caption.
+        for the empty caption, the prompt and the concept.
         """
         import torch
 
@@ -100,8 +101,8 @@ def safe_guidance(base: Base, safety: Safety) -> Iterator[None]:
     """
     import torch
 
-    text, _, *more = base.pipeline.encode_prompt(
-        prompt=safety.caption, device=base.device, num_images_per_prompt=1, do_classifier_free_guidance=False
+    embedding, _, *more = base.pipeline.encode_prompt(
+        prompt=safety.text, device=base.device, num_images_per_prompt=1, do_classifier_free_guidance=False
     )
     guidance, last = SafeGuidance(safety.settings), math.inf
 
@@ -113,7 +114,7 @@ def safe_guidance(base: Base, safety: Safety) -> Iterator[None]:
             guidance = SafeGuidance(safety.settings)
         last, count = float(timestep), len(noisy) // 2
         empty, prompt = output[0].chunk(2)
-        changed = {"encoder_hidden_states": text.expand(count, -1, -1)}
+        changed = {"encoder_hidden_states": embedding.expand(count, -1, -1)}
         if added := kwargs.get("added_cond_kwargs"):  # SDXL
             changed["added_cond_kwargs"] = added | {
                 "text_embeds": more[0].expand(count, -1),

@@ -31,7 +31,7 @@ def test_it_is_compared_like_a_lora_and_cached(
     assert [(s.id, s.what) for s in results.subjects] == [("base", "base"), ("mine", "lora"), ("sld-max", "images")]
     assert results.subjects[2].forgets == "seven"
     entry = evaluate.run(config)["subjects"][2]
-    assert entry["sld"]["caption"] == "a photo of the digit seven"
+    assert entry["sld"]["text"] == "seven"
     assert entry["sld"]["settings"]["scale"] == 5000
     measured = {(row.subject, row.metric, row.group) for row in results.rows}
     for metric in (("leakage", "direct"), ("retention", "kept"), ("drift", "kept")):

@@ -15,7 +15,7 @@ from sd_unlearn.models.base import Base, load_base
 from sd_unlearn.models.safe_guidance import PRESETS, SafeGuidance, Safety, SafetySettings, safe_guidance
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-CAPTION = "7"
+TEXT = "7"
 STRONG = SafetySettings(1, 200, 0.01, 0.5, 0.7)
 
 
@@ -51,7 +51,7 @@ def latents(base: Base, prompts: list[str], settings: SafetySettings | None = No
 
     if settings is None:
         return sample()
-    with safe_guidance(base, Safety("test", CAPTION, settings)):
+    with safe_guidance(base, Safety("test", TEXT, settings)):
         return sample()
 
 
@@ -67,7 +67,7 @@ def test_without_strength_it_is_plain_guidance(loaded_base: Base) -> None:
 def test_each_batch_starts_anew(loaded_base: Base) -> None:
     """Neither warm-up nor momentum of one batch reaches the next."""
     once = latents(loaded_base, ["7"], STRONG)
-    with safe_guidance(loaded_base, Safety("test", CAPTION, STRONG)):
+    with safe_guidance(loaded_base, Safety("test", TEXT, STRONG)):
         assert torch.equal(latents(loaded_base, ["7"]), once)
         assert torch.equal(latents(loaded_base, ["7"]), once)
 
@@ -83,7 +83,7 @@ def test_it_is_the_pipeline_of_diffusers(loaded_base: Base, settings: SafetySett
         feature_extractor=None,
         requires_safety_checker=False,
     )
-    safe.safety_concept = CAPTION
+    safe.safety_concept = TEXT
     safe.set_progress_bar_config(disable=True)
     prompts = ["7 x", "a"]
     theirs = safe(
