@@ -1,8 +1,9 @@
-"""Measure the cost of a training step, and the time until a concept is unlearned. Prints a Markdown table.
+"""Measure the cost of a training step, the time until a concept is unlearned, and what workers save. Prints a table.
 
     python scripts/bench.py step                      # digits
     python scripts/bench.py step --base sd15-random   # the size of SD 1.5, random weights (created once in build/)
     python scripts/bench.py forget --minutes 30       # the defaults compared with the paper's setting, on digits
+    python scripts/bench.py batch --engine ray        # a list of 12 jobs with one worker and with two, on digits
 
 step: seconds per optimizer step and peak memory. Each variant runs in a separate process, and rounds are interleaved:
     floor    forward, backward and AdamW of a bare UNet with a LoRA, on tensors in memory
@@ -15,6 +16,9 @@ disturbed least, but waiting threads count as busy, so compare it at the same nu
 
 forget: seconds and images until two consecutive probes (60 + 60 images of fixed seeds) measure leakage <= 2 % and
 retention >= 98 %. The time of the first of the two is reported. All settings start from the same data folder.
+
+batch: seconds from the start of the first task to the end of the last, with 1 and with 2 workers of one core each.
+efficiency = seconds with 1 worker / (2 x seconds with 2). Needs a machine with two cores that does nothing else.
 
 --json PATH also writes all values as JSON.
 """
@@ -31,6 +35,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import bench_batch
 import bench_forget
 
 HERE = Path(__file__).parent
@@ -134,7 +139,11 @@ def forget_table(result: dict[str, Any]) -> str:
     return "\n".join([*lines, "", f"{result['concept']} on digits, at most {result['minutes']:g} minutes per setting."])
 
 
-VERBS = {"step": (step, step_table), "forget": (forget, forget_table)}
+VERBS = {
+    "step": (step, step_table),
+    "forget": (forget, forget_table),
+    "batch": (bench_batch.batch, bench_batch.batch_table),
+}
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -157,7 +166,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     )
     names = list(bench_forget.SETTINGS)
     two.add_argument("--settings", nargs="+", choices=names, default=names)
-    for verb in (one, two):
+    three = verbs.add_parser("batch", help="efficiency of two workers")
+    three.add_argument("--engine", choices=("local", "ray"), default="local")
+    three.add_argument("--steps", type=int, default=40, help="steps of each training")
+    for verb in (one, two, three):
         verb.add_argument("--json", type=Path, help="also write all values to this file")
     return parser.parse_args(arguments)
 

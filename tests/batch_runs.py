@@ -14,6 +14,8 @@ from sd_unlearn.batch.job_list import read_job_list
 from sd_unlearn.batch.plan import Plan, make_plan
 from sd_unlearn.config.batch import BatchConfig
 
+# What a concept file of evaluation_runs.DIGIT_FILE lacks to be trained on.
+IMAGES = "images: {positive: 4, unlabeled: 6, mixed_in: 2, keep: 1}\nkeep: ['a photo']\n"
 QUICK = {
     **{"num_inference_steps": 2, "rank": 2, "max_train_steps": 2, "lr_warmup_steps": 1, "effective_batch_size": 8},
     **{"validation_steps": 0, "gradient_share_steps": 0, "report_to": "none"},

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
 from sd_unlearn.batch.copying import copy_job, copy_list, open_target
 from sd_unlearn.batch.engines.engine import Engine
 from sd_unlearn.batch.job_list import JobList, read_job_list
 from sd_unlearn.batch.plan import Plan, Task, make_plan, missing_tasks
+from sd_unlearn.batch.record import is_done
 from sd_unlearn.batch.run import Outcome, Run
 from sd_unlearn.batch.status import describe_progress, describe_tasks, statuses_of
 from sd_unlearn.batch.summary import comparison_tasks, write_table
 from sd_unlearn.config.batch import BatchConfig
 from sd_unlearn.config.options import check_ranges
-from sd_unlearn.errors import UnlearnError
+from sd_unlearn.errors import UnlearnError, UsageError
 from sd_unlearn.io.files import check_writable
 from sd_unlearn.io.lock import locked
 from sd_unlearn.io.progress import Progress
@@ -37,11 +40,7 @@ def run(config: BatchConfig) -> Path | None:
     check_writable(plan.folder, "output_dir")
     target = open_target(plan.jobs.copy_to) if plan.jobs.copy_to else None
     with locked(plan.own_folder, "job list"), _terminated_as_interrupted():
-        outcome = Outcome()
-        if missing:
-            outcome = _run(plan, missing)
-        if not outcome.stopped and (compare := [t for t in comparison_tasks(plan) if not _is_done(plan, t)]):
-            outcome.failed |= _run(plan, compare).failed
+        outcome = _run_all(plan, missing)
         table = write_table(plan, outcome.skipped)
         if target:
             for job in plan.lines:
@@ -64,28 +63,48 @@ def _read(config: BatchConfig) -> tuple[Plan, list[Task]]:
     return plan, missing_tasks(plan, {task: status == "done" for task, status in statuses.items()})
 
 
-def _is_done(plan: Plan, task: Task) -> bool:
-    from sd_unlearn.batch.record import is_done
+def _run_all(plan: Plan, missing: list[Task]) -> Outcome:
+    """Run the missing tasks, and then the comparison of what is evaluated."""
+    outcome = Outcome()
+    with ExitStack() as stack:
 
-    return is_done(plan.folder_of(task.id))
+        @cache
+        def engine() -> Engine:  # it starts processes, so only if anything is missing
+            made = make_engine(plan.jobs, plan.own_folder)
+            stack.callback(made.close)
+            return made
+
+        if missing:
+            outcome = _run(plan, missing, engine())
+        if not outcome.stopped:
+            compare = [task for task in comparison_tasks(plan) if not is_done(plan.folder_of(task.id))]
+            outcome.failed |= _run(plan, compare, engine()).failed if compare else {}
+    return outcome
 
 
-def _run(plan: Plan, tasks: list[Task]) -> Outcome:
-    engine = make_engine(plan.jobs)
-    try:
-        with Progress(len(tasks), f"batch {plan.jobs.name}", "task") as progress:
-            progress.message(f"{len(tasks)} tasks are missing. Engine {plan.jobs.engine}, {engine.workers} at a time.")
-            return Run(plan, tasks, engine, progress).all()
-    finally:
-        engine.close()
+def _run(plan: Plan, tasks: list[Task], engine: Engine) -> Outcome:
+    with Progress(len(tasks), f"batch {plan.jobs.name}", "task") as progress:
+        progress.message(f"{len(tasks)} tasks are missing. Engine {plan.jobs.engine}, {engine.workers} at a time.")
+        return Run(plan, tasks, engine, progress).all()
 
 
-def make_engine(jobs: JobList) -> Engine:
-    """The engine of a job list.
+def make_engine(jobs: JobList, folder: Path) -> Engine:
+    """The engine of a job list, which writes its own files into `folder`.
 
     Raises:
-        UsageError: what it needs is not installed or cannot be reached.
+        UsageError: what it needs is not installed, or one of its options is not valid.
+        UnlearnError: the cluster cannot be reached.
     """
+    if jobs.engine == "ray":
+        from sd_unlearn.batch.engines.ray import RayEngine
+
+        return RayEngine(jobs.ray, jobs.workers, jobs.threads)
+    if jobs.engine == "slurm":
+        if find_spec("submitit") is None:
+            raise UsageError("--engine slurm needs submitit: pip install 'sd-unlearn[slurm]', or --engine local.")
+        from sd_unlearn.batch.engines.slurm import SlurmEngine
+
+        return SlurmEngine(jobs.slurm, folder, jobs.workers, jobs.threads)
     from sd_unlearn.batch.engines.local import LocalEngine
 
     return LocalEngine(jobs.workers, jobs.threads)

@@ -55,7 +55,11 @@ def _copy(folder: Path, place: str, target: Target) -> None:
     """Copy the files of a folder that are missing there or have another size, but no hidden files."""
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)
-        if not path.is_file() or CHECKPOINT_DIR in name.parts or any(part.startswith(".") for part in name.parts):
+        if (
+            not path.is_file()
+            or name.parts[0] in (CHECKPOINT_DIR, "cache")
+            or any(part.startswith(".") for part in name.parts)
+        ):
             continue
         to = f"{place}/{name.as_posix()}"
         try:

@@ -1,4 +1,4 @@
-"""What a task does, in a process of its own. Every engine calls `run_task`, so the results do not depend on the engine.
+"""What a task does, in a process of its own. Every engine calls `start_task`, so results do not depend on the engine.
 
 A process that dies is noticed by the process that started it; if that one dies, the task saves and ends.
 """
@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -46,14 +46,8 @@ CONFIGS: dict[str, type] = {
     "report": ReportConfig,
 }
 INTERRUPTED = 130  # exit code
+PATIENCE = 120.0  # seconds for a task to save and end before it is killed
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-
-
-def run_task(folder: Path, threads: int, gpu: str | None = None) -> int:
-    """Carry out a task and return the exit code of its process; negative if a signal killed it."""
-    process = start_task(folder, threads, gpu)
-    process.join()
-    return int(process.exitcode or 0)
 
 
 def start_task(folder: Path, threads: int, gpu: str | None = None) -> BaseProcess:
@@ -68,6 +62,22 @@ def start_task(folder: Path, threads: int, gpu: str | None = None) -> BaseProces
     process: BaseProcess = _context().Process(target=_main, args=(str(folder), threads, gpu), name=folder.name)
     process.start()
     return process
+
+
+def was_killed(process: BaseProcess) -> bool:
+    """Whether a process that has ended was killed; 255: together with the process that it was forked from."""
+    return process.exitcode is None or process.exitcode < 0 or process.exitcode == 255
+
+
+def stop_tasks(processes: Iterable[BaseProcess]) -> None:
+    """Let tasks save and end, and wait until they have."""
+    processes = list(processes)
+    for process in processes:
+        if process.is_alive() and process.pid:
+            os.kill(process.pid, signal.SIGTERM)
+    for process in processes:
+        process.join(PATIENCE)
+        process.kill()
 
 
 def _context() -> Any:

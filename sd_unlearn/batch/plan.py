@@ -88,6 +88,14 @@ class Plan:
     def folder_of(self, task: str) -> Path:
         return self.folder / "tasks" / task
 
+    def cache_of(self, concept: Concept) -> Path:
+        """Where evaluations of a concept cache images.
+
+        Evaluations of different concepts do not wait for each other, and no image of the base is generated in one
+        batch with images of another concept, which would change its rounding.
+        """
+        return self.folder / "evaluation" / f"{concept.slug}-{concept_sha256(concept)[:12]}"
+
     @property
     def own_folder(self) -> Path:
         """Of what belongs to this list alone: its table and its comparison."""
@@ -194,7 +202,7 @@ class _Planner:
         address = digest_of(stage, identifying(config), [tasks[s] for s in AFTER[stage] if s in tasks])
         product, places = run / PRODUCTS[stage], {"run": run}
         if stage in ("evaluate", "attack"):
-            places["cache_dir"] = self.plan.folder / "evaluation"
+            places["cache_dir"] = self.plan.cache_of(self.concept)
         elif stage == "export" and config.merge is not None:
             places["merge"] = run / config.merge.name
             product = product if is_lora else places["merge"]

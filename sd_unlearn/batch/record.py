@@ -123,14 +123,14 @@ def is_done(folder: Path) -> bool:
 def status_of(folder: Path) -> Status:
     """The state of a task as it is now: what was done but is gone is missing, what was killed is interrupted."""
     status = read_state(folder).status
-    if status == "running" and not _is_locked(folder):
+    if status == "running" and not is_locked(folder):
         return "interrupted"
     if status == "done" and not is_done(folder):
         return "missing"
     return status
 
 
-def _is_locked(folder: Path) -> bool:
+def is_locked(folder: Path) -> bool:
     """Whether a process, on any machine, holds the lock of a task. The system releases the locks of killed ones."""
     lock = FileLock(folder / LOCK)
     try:

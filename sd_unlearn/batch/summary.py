@@ -13,6 +13,7 @@ from sd_unlearn.batch.options import identifying, later_config, task_options
 from sd_unlearn.batch.plan import Job, Plan, Task
 from sd_unlearn.batch.record import LOG, Order, Status, read_state, status_of
 from sd_unlearn.errors import UsageError
+from sd_unlearn.evaluation.loras import ModelVariant
 from sd_unlearn.io.files import write_text
 from sd_unlearn.io.run_folder import RESULTS
 from sd_unlearn.report.cases import Case, cases_of
@@ -101,12 +102,37 @@ def _is_evaluated(plan: Plan, job: Job) -> bool:
     return status_of(plan.folder_of(job.tasks["evaluate"])) == "done"
 
 
+def _joined_cache(plan: Plan, jobs: list[Job]) -> Path:
+    """One folder with the images of all concepts, by links, so that the comparison generates none again.
+
+    Links to the folders of each LoRA, which include the detectors' outputs, and to the single images of the base.
+    """
+    joined = plan.own_folder / "cache"
+    for cache in dict.fromkeys(plan.cache_of(job.concept) for job in jobs):
+        for variant in sorted(cache.glob("*/*/*/")):
+            place = joined / variant.relative_to(cache)
+            if variant.name == ModelVariant().folder:
+                place.mkdir(parents=True, exist_ok=True)
+                for image in variant.glob("*.png"):
+                    _link(place / image.name, image)
+            else:
+                place.parent.mkdir(parents=True, exist_ok=True)
+                _link(place, variant)
+    return joined
+
+
+def _link(place: Path, target: Path) -> None:
+    if not place.exists():
+        place.unlink(missing_ok=True)  # a link to what was deleted since
+        place.symlink_to(target)
+
+
 def _comparison(plan: Plan, jobs: list[Job], folder: Path) -> Iterator[Task]:
     config = later_config("evaluate", {k: v for k, v in plan.jobs.evaluate.items() if k != "fail_if"})
     runs = list(dict.fromkeys(str(job.run) for job in jobs))
     needs = [read_state(plan.folder_of(job.tasks["evaluate"])).started for job in jobs]  # again after a new evaluation
     address = digest_of("compare", str(folder), identifying(config), runs, needs)
-    places = {"output_dir": folder, "cache_dir": plan.folder / "evaluation"}
+    places = {"output_dir": folder, "cache_dir": _joined_cache(plan, jobs)}
     options = task_options(config, places) | {"lora": runs}
     order = Order("evaluate", str(folder), str(folder / RESULTS), f"compare {len(runs)} runs")
     yield (first := Task(f"evaluate-{address}", order, jobs[0].concept, options))

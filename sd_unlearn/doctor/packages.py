@@ -49,6 +49,8 @@ EXTRAS: dict[str, tuple[tuple[str, ...], str]] = {
     "ui": (("gradio",), "try LoRAs in a browser (sd-unlearn ui)"),
     "heic": (("pillow_heif",), "photos of phones (.heic)"),
     "parquet": (("pyarrow",), "captions in metadata.parquet"),
+    "ray": (("ray",), "batch --engine ray"),
+    "slurm": (("submitit",), "batch --engine slurm"),
     "paper": (("torchvision", "mlxtend", "matplotlib", "pandas"), "the paper's experiments"),
     "digits": (("mlxtend",), "rebuild the bundled base"),
 }

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from batch_runs import InThisProcess, plan_of, write_concept_file, write_list
+from batch_runs import IMAGES, InThisProcess, plan_of, write_concept_file, write_list
+from evaluation_runs import DIGIT_FILE
 
 from sd_unlearn import cli
 from sd_unlearn.batch import batch
@@ -20,6 +21,7 @@ from sd_unlearn.batch.summary import write_table
 from sd_unlearn.io.lock import locked
 from sd_unlearn.io.progress import Progress
 from sd_unlearn.io.run_folder import weights_sha256
+from sd_unlearn.results import BASE, read_results
 
 Engines = list[InThisProcess]
 
@@ -29,7 +31,7 @@ def engines(monkeypatch: pytest.MonkeyPatch) -> Engines:
     """The engines of all runs, in order."""
     made: Engines = []
 
-    def make(jobs: JobList) -> InThisProcess:
+    def make(jobs: JobList, folder: Path) -> InThisProcess:
         made.append(InThisProcess())
         return made[-1]
 
@@ -39,6 +41,11 @@ def engines(monkeypatch: pytest.MonkeyPatch) -> Engines:
 
 def table(path: Path) -> list[dict[str, str]]:
     return list(csv.DictReader(path.open(encoding="utf-8")))
+
+
+def leakage(folder: Path) -> list[float | None]:
+    """The leakage of each LoRA in a results.json."""
+    return [row.value for row in read_results(folder).rows if row.metric == "leakage" and row.subject != BASE]
 
 
 def stages(engine: InThisProcess) -> list[str]:
@@ -132,3 +139,26 @@ def test_two_processes_do_not_run_the_same_list(
         assert cli.main(["batch", str(path)]) == 1
     assert "is in use by process" in capsys.readouterr().err
     assert not engines
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_list_ends_with_a_comparison_of_all_jobs_from_the_images_of_their_evaluations(
+    engines: Engines, tiny_base: Path, tmp_path: Path
+) -> None:
+    for name in ("seven", "three"):
+        (tmp_path / f"{name}.yaml").write_text(DIGIT_FILE.format(name=name) + IMAGES)
+    evaluate = {"num_images": 1, "num_keep_images": 1, "groups": "direct", "num_inference_steps": 2}
+    concepts = [f"{tmp_path}/seven.yaml", f"{tmp_path}/three.yaml"]
+    path = write_list(tmp_path / "jobs.yaml", tiny_base, concepts=concepts, stages=["evaluate"], evaluate=evaluate)
+    assert cli.main(["batch", str(path)]) == 0
+    assert stages(engines[0]) == ["render", "train", "evaluate"] * 2 + ["evaluate", "report"]
+    lists = tmp_path / "runs/batch/lists/jobs"
+    compared = leakage(lists / "comparison")
+    lines = table(lists / "jobs.csv")
+    assert compared == [value for line in lines for value in leakage(Path(line["run"]))]
+    assert [float(line["leakage"]) for line in lines] == compared
+    assert (lists / "comparison" / "report.html").is_file()
+    generated = [file for file in (lists / "cache").rglob("*.png") if not file.is_symlink()]
+    assert not [file for file in generated if not file.parent.is_symlink()]  # all are links
+    assert cli.main(["batch", str(path)]) == 0
+    assert len(engines) == 1  # the comparison is done, too

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from sd_unlearn import cli
 from sd_unlearn.config.checks import check_evaluate, check_train
@@ -63,3 +64,14 @@ def test_the_example_of_a_job_list_becomes_tasks(
     assert re.search(r"^# sd-unlearn batch examples/jobs\.yaml", file.read_text())
     assert cli.main(["batch", str(file), "--dry_run"]) == 0
     assert "14 tasks of 4 jobs: 14 missing." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["skypilot", "kuberay"])
+def test_an_example_of_a_cluster_is_yaml_with_a_valid_command(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    text = (ROOT / "examples" / "cluster" / f"{name}.yaml").read_text()
+    assert yaml.safe_load(text)
+    command = re.search(r"sd-unlearn (batch jobs\.yaml [-\w ]+)", text)
+    assert command
+    (Path.cwd() / "jobs.yaml").write_text((ROOT / "examples" / "jobs.yaml").read_text())
+    assert cli.main([*shlex.split(command[1]), "--dry_run"]) == 0
+    assert "14 missing" in capsys.readouterr().out

@@ -136,3 +136,12 @@ def test_a_variant_counts_its_steps_and_rows(tiny_base: Path) -> None:
     assert len(found["seconds"]) == len(found["cpu_seconds"]) == 3
     assert found["rows"] == found["forward_rows"] == 4
     assert found["peak_memory_mb"] > 0
+
+
+def test_the_efficiency_of_two_workers_is_shown_with_the_time_of_each_stage() -> None:
+    from bench_batch import batch_table
+
+    result = {"engine": "ray", "steps": 40, "seconds": {1: 190.0, 2: 100.0}, "efficiency": 0.95}
+    table = batch_table(result | {"tasks": {"render": 5.0, "train": 10.04}})
+    assert "| ray | 190 s | 100 s | 0.95 |" in table
+    assert "render 5.0 s, train 10.0 s (40 steps)" in table

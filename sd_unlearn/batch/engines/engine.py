@@ -14,7 +14,7 @@ class Ended(NamedTuple):
 
 
 class Engine(Protocol):
-    """Runs tasks. Every engine calls execute.run_task, so that the results do not depend on the engine."""
+    """Runs tasks. Every engine calls execute.start_task, so that the results do not depend on the engine."""
 
     workers: int  # tasks at the same time
 

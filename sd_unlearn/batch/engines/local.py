@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import multiprocessing.connection
 import os
-import signal
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from sd_unlearn.batch.engines.engine import Ended
-from sd_unlearn.batch.execute import start_task
-
-PATIENCE = 120.0  # seconds for a task to save and end before it is killed
+from sd_unlearn.batch.execute import start_task, stop_tasks, was_killed
 
 
 class LocalEngine:
@@ -36,17 +33,11 @@ class LocalEngine:
                 process.join()
                 del self.running[folder]
                 self.free.append(gpu)
-                ended.append(Ended(folder, lost=process.exitcode < 0 or process.exitcode == 255))
+                ended.append(Ended(folder, lost=was_killed(process)))
         return ended
 
     def stop(self) -> None:
-        processes = [process for process, _ in self.running.values()]
-        for process in processes:
-            if process.is_alive() and process.pid:
-                os.kill(process.pid, signal.SIGTERM)
-        for process in processes:
-            process.join(PATIENCE)
-            process.kill()
+        stop_tasks(process for process, _ in self.running.values())
 
     def close(self) -> None:
         for process, _ in self.running.values():
