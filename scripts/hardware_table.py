@@ -11,6 +11,7 @@ import json
 import math
 from pathlib import Path
 
+from sd_unlearn.config.batching import Batching
 from sd_unlearn.models.fit import GIB, Training, other_device
 from sd_unlearn.models.footprint import StepOptions, count_inference, count_training
 from sd_unlearn.models.meta import read_configs
@@ -27,7 +28,14 @@ BASES = {
 IMAGES, CAPTIONS = 40, 64  # of a training step; encoded at once
 COLUMNS = (
     *("card", "base, pixels", "micro-batch", "checkpointing", "images a step", "images generated at once"),
-    *("predicted peak", "in phase", "measured peak", "seconds a step", "images a second of render"),
+    *(
+        "predicted peak",
+        "in phase",
+        "micro-batch with int8, nf4",
+        "measured peak",
+        "seconds a step",
+        "images a second of render",
+    ),
 )
 
 
@@ -35,10 +43,11 @@ def row(card: int, base: str, measured: dict[str, list[str]]) -> str:
     """A line of the table: fp16, LoRA of rank 8, the default options."""
     name, pixels = BASES[base]
     configs, device = read_configs(Source(name)), other_device(card * GIB)
-    training = Training(
-        count_inference(configs, "fp16", pixels), device, count_training(configs, StepOptions(), "fp16", pixels)
+    plain, *quantized = (
+        Training(count_inference(configs, "fp16", pixels), device, count_training(configs, options, "fp16", pixels))
+        for options in (StepOptions(quantize_base=kind) for kind in (None, "int8", "nf4"))
     )
-    batching = training.choose(IMAGES, DEFAULT_SAMPLER.batch_size, CAPTIONS)
+    training, batching = plain, choose(plain)
     phases = training.phases(batching, CAPTIONS, rendering=True, teacher=True, previews=True)
     peak = max(phases, key=lambda phase: phase.total)
     size, render = batching.micro_batch_size, batching.render_batch_size
@@ -52,10 +61,16 @@ def row(card: int, base: str, measured: dict[str, list[str]]) -> str:
         f"{render}{', in tiles' if training.needs_tiles(render) else ''}",
         f"{peak.total / GIB:.1f} GB",
         peak.name,
+        ", ".join(f"{b.micro_batch_size}{'*' * b.gradient_checkpointing}" for b in map(choose, quantized)),
     ]
     if peak.total > device.usable:
-        cells = [*cells[:2], *["does not fit"], *["–"] * 3, *cells[6:]]
+        cells = [*cells[:2], *["does not fit"], *["–"] * 3, *cells[6:8], "–"]
     return f"| {' | '.join([*cells, *measured.get(f'{card} GB, {base}', ['', '', ''])])} |"
+
+
+def choose(training: Training) -> Batching:
+    """The batches of a training with the default options."""
+    return training.choose(IMAGES, DEFAULT_SAMPLER.batch_size, CAPTIONS)
 
 
 def table() -> str:

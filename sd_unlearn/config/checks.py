@@ -42,6 +42,8 @@ def check_train(config: TrainConfig) -> None:
     if config.method == "full":
         _check_full(config)
     _check_objective(config)
+    if config.quantize_base:
+        _check_quantized(config)
     _check_probe(config)
     if config.force_resume and config.resume_from_checkpoint is None:
         raise UsageError("--force_resume needs --resume_from_checkpoint: give a checkpoint, or latest.")
@@ -77,6 +79,19 @@ def _check_full(config: TrainConfig) -> None:
     for name in ("use_dora", "train_text_encoder", "lora_dropout", "lora_targets"):
         if getattr(config, name) != getattr(TrainConfig, name):
             raise UsageError(f"--{name} is for --method lora; --method full trains the UNet itself.")
+
+
+def _check_quantized(config: TrainConfig) -> None:
+    """A quantized base must stay frozen, and its weights cannot be read or compiled as others can."""
+    option = f"--quantize_base {config.quantize_base}"
+    if config.method == "full":
+        raise UsageError(f"{option} is for --method lora; --method full trains the UNet itself. Leave one of them out.")
+    if config.use_dora:
+        raise UsageError(
+            f"{option} does not work with --use_dora, which needs the base's weights. Leave one of them out."
+        )
+    if config.torch_compile:
+        raise UsageError(f"{option} does not work with --torch_compile. Leave one of them out.")
 
 
 def _check_probe(config: TrainConfig) -> None:

@@ -24,6 +24,7 @@ Method = Literal["lora", "full"]
 LoraTargets = Literal["attention", "cross_attention", "attention+mlp", "all_linear+conv", "not_cross_attention"]
 Schedule = Literal["cosine", "linear", "constant", "constant_with_warmup", "cosine_with_restarts", "polynomial"]
 Attention = Literal["sdpa", "xformers", "eager"]
+Quantization = Literal["int8", "nf4"]
 
 OBJECTIVE = Group("Objective", sort_key=1)
 WEIGHTS = Group("Trained weights", sort_key=2)
@@ -345,6 +346,14 @@ class Performance:
     attention: Annotated[
         Attention, option("Attention implementation: torch's own (sdpa), xformers, or eager.", PERFORMANCE)
     ] = "sdpa"
+    quantize_base: Annotated[
+        Quantization | None,
+        option(
+            "Store the linear layers of the frozen UNet in 8 bits (int8) or 4 bits (nf4; extra 8bit: pip install "
+            "'sd-unlearn[8bit]') during training. Less memory, slower steps. Default: off.",
+            PERFORMANCE,
+        ),
+    ] = None
 
 
 @dataclass(kw_only=True)

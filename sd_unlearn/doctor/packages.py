@@ -44,7 +44,7 @@ EXTRAS: dict[str, tuple[tuple[str, ...], str]] = {
     "classifier": (("timm", "torchvision"), "evaluate with any image classifier"),
     "fidelity": (("torch_fidelity", "torchmetrics", "torchvision"), "FID, KID and LPIPS"),
     "tensorboard": (("tensorboard",), "training curves in TensorBoard"),
-    "8bit": (("bitsandbytes",), "--optimizer adamw8bit"),
+    "8bit": (("bitsandbytes",), "--optimizer adamw8bit, --quantize_base nf4"),
     "xformers": (("xformers",), "--attention xformers"),
     "ui": (("gradio",), "try LoRAs in a browser (sd-unlearn ui)"),
     "heic": (("pillow_heif",), "photos of phones (.heic)"),

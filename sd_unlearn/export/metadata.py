@@ -15,6 +15,7 @@ _RECORDED = (
     *("rank", "lora_alpha", "beta", "correction", "caption_mode", "version", "config_sha256"),
     *("objective", "method", "target", "push", "reduction", "zero_terminal_snr", "beta_source", "seed"),
     *("truncation_error", "rounding_error_fp32", "rounding_error_fp16"),  # of a closed-form edit as a LoRA
+    "quantize_base",
 )
 _LORA_ONLY = ("rank", "lora_alpha")
 LICENCES = {  # of common bases, in the hub's spelling; a LoRA is under the licence of its base
@@ -84,7 +85,9 @@ def checkpoint_header(run: TrainedRun, digest: str, strength: float, licence: st
 
 def own_header(run: TrainedRun) -> dict[str, str]:
     """The `sd_unlearn.*` keys: how the weights were trained and, after an evaluation, its metrics."""
-    recorded = [key for key in _RECORDED if key in run.training and not (run.is_full and key in _LORA_ONLY)]
+    recorded = [
+        key for key in _RECORDED if run.training.get(key) is not None and not (run.is_full and key in _LORA_ONLY)
+    ]
     header = {f"sd_unlearn.{key}": str(run.training[key]) for key in recorded}
     header["sd_unlearn.concept"] = run.concept.name
     header["sd_unlearn.prompts_sha256"] = concept_sha256(run.concept)

@@ -56,6 +56,7 @@ _SETTINGS = (
     "forget_weight",
     "retain",
     "reduction",
+    "quantize_base",
     "config_sha256",
 )
 # Markdown shows a numeric entity as the character itself, but never reads it as markup.

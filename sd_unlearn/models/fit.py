@@ -7,7 +7,7 @@ the device's kernels and, on a CPU, the freed blocks that the C library keeps.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from sd_unlearn.config.batching import Batching
@@ -171,17 +171,18 @@ class Training(Inference):
         """The phases of a training with these batches, in their order, without those that it does not have."""
         render, encode = batching.render_batch_size, batching.encode_batch_size
         trained = self.trained.constant - self.trained.gradients
+        quantized = Inference(replace(self.footprint, unet=self.trained.unet), self.device)
         found = [
             (rendering, self.render(render, self.needs_tiles(render))),
             (True, self.encode(encode, captions, encode == 1 and self.encode(1, captions).total > self.device.usable)),
             (teacher, self.teacher(batching.teacher_batch_size)),
             (True, self.step(batching.micro_batch_size, batching.gradient_checkpointing)),
-            (previews, self.render(render, self.needs_tiles(render, trained), trained)),
+            (previews, quantized.render(render, quantized.needs_tiles(render, trained), trained)),
         ]
         return [phase for exists, phase in found if exists]
 
     def _weights(self) -> dict[str, int]:
-        return {"UNet": self.footprint.unet, "trained weights, optimizer": self.trained.constant}
+        return {"UNet": self.trained.unet, "trained weights, optimizer": self.trained.constant}
 
     def _rest(self) -> dict[str, int]:
         """On a CPU the VAE stays in the same memory."""

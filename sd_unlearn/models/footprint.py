@@ -15,10 +15,11 @@ from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from sd_unlearn.config.train import Attention, LoraTargets, TrainConfig
+from sd_unlearn.config.train import Attention, LoraTargets, Quantization, TrainConfig
 from sd_unlearn.models.counting import DeviceKernels, LiveBytes, SavedBytes
 from sd_unlearn.models.denoiser import Denoiser
 from sd_unlearn.models.meta import Configs, MetaBase, build_meta_base
+from sd_unlearn.models.quantized import quantize_linear_layers
 from sd_unlearn.models.student import make_student
 
 Precision = Literal["no", "fp16", "bf16"]
@@ -49,8 +50,9 @@ class InferenceFootprint:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingFootprint:
-    """Of a training step, without the base's weights."""
+    """Of a training step."""
 
+    unet: int  # weights of the base's UNet, smaller than in InferenceFootprint if quantized
     trained: int  # the LoRA, or 0 if the UNet itself is trained
     gradients: int
     optimizer: int  # AdamW's two moments
@@ -65,7 +67,7 @@ class TrainingFootprint:
 
     @property
     def constant(self) -> int:
-        """What does not depend on the number of images."""
+        """What does not depend on the number of images, besides the base."""
         trained = self.trained + self.gradients + self.optimizer + self.average
         return trained + self.teacher_copy + self.casts + self.text_encoder
 
@@ -84,6 +86,7 @@ class StepOptions(NamedTuple):
     optimizer: str = "adamw"
     ema_decay: float | None = None
     target: str = "teacher"
+    quantize_base: Quantization | None = None
 
     @classmethod
     def of(cls, config: TrainConfig) -> StepOptions:
@@ -137,6 +140,9 @@ def count_training(
     side = (resolution or base.resolution) // base.pixels_per_latent
     if options.attention == "eager":  # xformers and sdpa keep the same
         base.unet.set_attn_processor(AttnProcessor())
+    if options.quantize_base:
+        quantize_linear_layers(base.unet, options.quantize_base)
+    frozen_weights = size_of(base.unet)
     with torch.device("meta"):
         student = make_student(base, options, seed=0, needs_teacher=options.target == "teacher")  # type: ignore[arg-type]
     model, weights = student.model, [p.numel() * p.element_size() for p in student.trainable()]
@@ -151,6 +157,7 @@ def count_training(
     with student.frozen() as frozen:
         forward = peak_of(frozen, lambda: meta_denoiser(base, frozen).predict(*given), half)
     return TrainingFootprint(
+        unet=frozen_weights,
         trained=0 if full else sum(weights),
         gradients=sum(weights),
         optimizer=sum(_moments(p, options.optimizer) for p in student.trainable()),

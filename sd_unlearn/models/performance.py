@@ -1,4 +1,4 @@
-"""Speed options of training: attention kernels and compilation.
+"""Speed and memory options of training: attention kernels, compilation, a quantized base.
 
 Call `check` before the base is loaded, `prepare` before the LoRA is attached, and `compile_blocks` after.
 """
@@ -12,6 +12,7 @@ import torch
 
 from sd_unlearn.config.train import Performance
 from sd_unlearn.errors import UsageError, reason
+from sd_unlearn.models.quantized import check_nf4, quantize_linear_layers
 
 # Dynamo keeps one graph of the transformer block for each width of the UNet (three in SD 1.x and 2.x), each with the
 # LoRA, without it (teacher) and without gradients (previews), and each again for dynamic batch sizes. At its default
@@ -20,7 +21,7 @@ RECOMPILE_LIMIT = 64
 
 
 def check(options: Performance, device: torch.device) -> None:
-    """Try --attention xformers and --torch_compile on a small tensor on the device, before the base is loaded.
+    """Try --attention xformers, --torch_compile and --quantize_base nf4 on a small tensor, before the base is loaded.
 
     Raises:
         UsageError: one of them does not work on this machine; the message says why.
@@ -29,16 +30,20 @@ def check(options: Performance, device: torch.device) -> None:
         _check_xformers(device)
     if options.torch_compile:
         _check_compilation(device)
+    if options.quantize_base == "nf4":
+        check_nf4(device)
 
 
 def prepare(unet: Any, options: Performance) -> None:
-    """Set the frozen UNet's attention kernels, in place."""
+    """Set the frozen UNet's attention kernels and, with --quantize_base, quantize its linear layers, in place."""
     from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 
     if options.attention == "xformers":
         unet.enable_xformers_memory_efficient_attention()
     else:
         unet.set_attn_processor(AttnProcessor2_0() if options.attention == "sdpa" else AttnProcessor())
+    if options.quantize_base:
+        quantize_linear_layers(unet, options.quantize_base)
 
 
 def compile_blocks(unet: Any, options: Performance) -> None:

@@ -72,6 +72,7 @@ def remedies(config: TrainConfig, resolution: int) -> str:
         "--attention sdpa": config.attention == "eager",
         "--mixed_precision fp16": config.mixed_precision == "no" and torch.cuda.is_available(),
         f"a lower --resolution (now {resolution})": True,
+        "--quantize_base nf4": config.quantize_base is None and config.method == "lora",
         "--optimizer adamw8bit": config.optimizer == "adamw",
         f"a lower --rank (now {config.rank})": config.method == "lora" and config.rank > 4,
     }

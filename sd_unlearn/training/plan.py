@@ -133,6 +133,7 @@ def remedies(config: TrainConfig, plan: MemoryPlan) -> str:
         "--gradient_checkpointing": config.gradient_checkpointing is False,
         "--method lora": config.method == "full",
         "--attention sdpa": config.attention == "eager",
+        "--quantize_base nf4": config.quantize_base is None and config.method == "lora",
         "--mixed_precision fp16": plan.precision == "no" and plan.device.kind == "cuda",
         f"a lower --resolution than {plan.training.footprint.resolution}": True,
     }
@@ -210,16 +211,15 @@ def _time(config: TrainConfig, source: Source, plan: MemoryPlan, output: Path) -
 
 
 def known_speed(runs: Path, source: Source, config: TrainConfig, plan: MemoryPlan) -> float | None:
-    """Images a second of the latest finished run in a folder with the same base, device, precision and resolution."""
+    """Images a second of the latest finished run in a folder with the same base, device and options that matter."""
     speeds = []
     for record in sorted(runs.glob(f"*/{TRAINING}")):
         try:
             training, options = read_json(record), read_yaml(record.parent / CONFIG, "")
             cost = training["cost"]
-            same = (training["base"]["name"], cost["device"], cost["mixed_precision"], options.get("resolution")) == (
-                *(source.name, "cpu" if plan.device.kind == "cpu" else plan.device.name),
-                *(plan.precision, config.resolution),
-            )
+            ran = (training["base"]["name"], cost["device"], cost["mixed_precision"])
+            same = ran == (source.name, "cpu" if plan.device.kind == "cpu" else plan.device.name, plan.precision)
+            same &= all(options.get(name) == getattr(config, name) for name in ("resolution", "quantize_base"))
             if same and cost["seconds"] > 0:
                 speeds.append((training["created"], cost["images_seen"] / cost["seconds"]))
         except (UsageError, KeyError, TypeError):  # another program's file, or an old record

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from sd_unlearn.choices import CLOSED_FORM
 from sd_unlearn.config.checks import check_train
-from sd_unlearn.config.train import Optimizing, TrainConfig
+from sd_unlearn.config.train import TrainConfig
 from sd_unlearn.data.concept import Concept, load_concept
 from sd_unlearn.data.dataset import Example, describe_images, describe_positives, has_negatives, scan, scan_positives
 from sd_unlearn.data.layout import check_batch_size
@@ -52,7 +52,7 @@ def check_inputs(config: TrainConfig, concept: Concept | None = None) -> Inputs:
     """
     concept = concept or load_concept(config.concept, config.anchor, config.kind)
     check_train(config)
-    check_optimizer(config)
+    check_bitsandbytes(config)
     source = find_base(config, concept.base)
     check_base(config, source)
     data_dir = resolve_data_dir(config, concept)
@@ -78,16 +78,19 @@ def check_inputs(config: TrainConfig, concept: Concept | None = None) -> Inputs:
     return Inputs(concept, source, data_dir, own_images, choose_tracker(config.report_to), found)
 
 
-def check_optimizer(options: Optimizing) -> None:
-    """Refuse an optimizer that is not installed.
+def check_bitsandbytes(config: TrainConfig) -> None:
+    """Refuse options that need bitsandbytes if it is not installed.
 
     Raises:
         UsageError
     """
-    if options.optimizer == "adamw8bit" and not find_spec("bitsandbytes"):
-        raise UsageError(
-            "--optimizer adamw8bit needs bitsandbytes: pip install 'sd-unlearn[8bit]', or --optimizer adamw."
-        )
+    if find_spec("bitsandbytes"):
+        return
+    needs = "needs bitsandbytes: pip install 'sd-unlearn[8bit]'"
+    if config.optimizer == "adamw8bit":
+        raise UsageError(f"--optimizer adamw8bit {needs}, or use --optimizer adamw.")
+    if config.quantize_base == "nf4":
+        raise UsageError(f"--quantize_base nf4 {needs}, or use --quantize_base int8.")
 
 
 def check_base(config: TrainConfig, source: Source) -> None:

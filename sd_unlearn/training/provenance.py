@@ -35,7 +35,7 @@ PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate")
 RECORDED = (
     *("objective", "rank", "lora_alpha", "beta", "correction", "caption_mode", "target", "push", "method"),
     *("unconditional", "timestep_bias", "snr_gamma", "zero_terminal_snr", "reduction", "eta", "seed"),
-    *("lora_targets", "erase_guidance", "forget_weight", "retain"),
+    *("lora_targets", "erase_guidance", "forget_weight", "retain", "quantize_base"),
 )
 # Options that do not change the trained weights, or are compared by content (concept, base, data).
 NOT_COMPARED = {

@@ -20,6 +20,7 @@ FROZEN = InferenceFootprint(
     resolution=512,
 )
 TRAINED = TrainingFootprint(
+    unet=FROZEN.unet,
     trained=0,
     gradients=0,
     optimizer=0,

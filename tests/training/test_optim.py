@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from sd_unlearn.config.train import Optimizing
+from sd_unlearn.config.train import Optimizing, TrainConfig
 from sd_unlearn.errors import UsageError
 from sd_unlearn.training.optim import (
     GuardedSteps,
@@ -15,7 +15,7 @@ from sd_unlearn.training.optim import (
     make_schedule,
     set_rates,
 )
-from sd_unlearn.training.preflight import check_optimizer
+from sd_unlearn.training.preflight import check_bitsandbytes
 
 
 def parameters(count: int = 5000) -> list[nn.Parameter]:
@@ -73,8 +73,10 @@ def test_eight_bit_state_is_a_quarter_of_the_size() -> None:
 def test_a_missing_optimizer_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sd_unlearn.training.preflight.find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r"--optimizer adamw8bit needs bitsandbytes: pip install"):
-        check_optimizer(Optimizing(optimizer="adamw8bit"))
-    check_optimizer(Optimizing())
+        check_bitsandbytes(TrainConfig(optimizer="adamw8bit"))
+    with pytest.raises(UsageError, match=r"--quantize_base nf4 needs bitsandbytes: .*sd-unlearn\[8bit\]"):
+        check_bitsandbytes(TrainConfig(quantize_base="nf4"))
+    check_bitsandbytes(TrainConfig(quantize_base="int8"))
 
 
 @pytest.mark.parametrize(

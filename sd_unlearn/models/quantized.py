@@ -1,0 +1,96 @@
+"""Linear layers of a frozen network with their weights in 8 or 4 bits (--quantize_base).
+
+int8: one scale for each output channel. nf4: 4-bit NormalFloat (Dettmers et al. 2023, "QLoRA", section 3), one scale
+for each 64 weights, packed by bitsandbytes. A layer dequantizes its weight whenever it computes, in the forward and
+again in the backward pass, so that only the small weight stays in memory.
+
+Why not bitsandbytes' own layers: Linear8bitLt also rounds the activations to 8 bits (on a GPU always, on a CPU only in
+evaluation mode), and it keeps its input where gradient checkpointing cannot drop it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sd_unlearn.config.train import Quantization
+from sd_unlearn.errors import UsageError, reason
+
+BLOCK = 64  # weights that share a scale in nf4
+
+
+class QuantizedLinear(nn.Linear):
+    """A frozen linear layer that stores its weight quantized. PEFT attaches a LoRA to it as to any linear layer."""
+
+    def __init__(self, layer: nn.Linear, kind: Quantization) -> None:
+        super().__init__(layer.in_features, layer.out_features, bias=False, device="meta")  # no memory
+        self.kind, self.computes_in = kind, layer.weight.dtype
+        packed, scale = _quantize(layer.weight.detach(), kind)
+        # Parameters, because DistributedDataParallel sends buffers to all processes in every step.
+        self.weight = nn.Parameter(packed, requires_grad=False)
+        self.scale = nn.Parameter(scale, requires_grad=False)
+        self.bias = layer.bias
+
+    def dequantized(self) -> Tensor:
+        """The weight [out, in] in the data type that it had."""
+        if self.kind == "int8":
+            return self.weight.to(self.computes_in) * self.scale.to(self.computes_in)
+        shape = [self.out_features, self.in_features]
+        unpack: Any = torch.ops.bitsandbytes.dequantize_4bit
+        return unpack(self.weight, self.scale, BLOCK, "nf4", shape, self.computes_in)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return _Multiply.apply(input, self)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, kind={self.kind}"
+
+
+class _Multiply(torch.autograd.Function):
+    """A linear layer's output. The backward pass dequantizes again instead of keeping the full weight until then."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, layer: QuantizedLinear) -> Tensor:
+        ctx.layer, ctx.dtype = layer, input.dtype
+        return nn.functional.linear(input, layer.dequantized(), layer.bias)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        weight = ctx.layer.dequantized().to(gradient.dtype)  # autocast may have computed in half precision
+        return (gradient @ weight).to(ctx.dtype), None
+
+
+def quantize_linear_layers(network: nn.Module, kind: Quantization) -> None:
+    """Replace the linear layers of a frozen network by quantized ones, in place, one at a time."""
+    for name in [name for name, module in network.named_modules() if type(module) is nn.Linear]:
+        layer = network.get_submodule(name)
+        assert isinstance(layer, nn.Linear)
+        network.set_submodule(name, QuantizedLinear(layer, kind))
+
+
+def check_nf4(device: torch.device) -> None:
+    """Try to quantize a small weight on the device, before the base is loaded.
+
+    Raises:
+        UsageError: bitsandbytes does not work there; the message says why.
+    """
+    try:
+        QuantizedLinear(nn.Linear(BLOCK, 2, device=device), "nf4").dequantized()
+    except (ImportError, RuntimeError, NotImplementedError, AttributeError, OSError) as error:
+        raise UsageError(
+            f"--quantize_base nf4: bitsandbytes does not work on {device.type} ({reason(error)}). Use --quantize_base "
+            "int8, which does not need it."
+        ) from error
+
+
+def _quantize(weight: Tensor, kind: Quantization) -> tuple[Tensor, Tensor]:
+    """(packed weight, scales) of a weight [out, in]."""
+    if kind == "int8":  # [out, in] and [out, 1]
+        scale = weight.float().abs().amax(1, keepdim=True).clamp(min=1e-12) / 127
+        return (weight.float() / scale).round().to(torch.int8), scale
+    import bitsandbytes  # noqa: F401  registers the operators
+
+    packed, scale = torch.ops.bitsandbytes.quantize_4bit(weight.contiguous(), BLOCK, "nf4", torch.uint8)
+    return packed, scale  # [out * in / 2, 1] and [out * in / 64]
