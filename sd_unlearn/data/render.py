@@ -85,6 +85,7 @@ def run(config: RenderConfig, concept: Concept | None = None) -> Path:
     check_render(config)
     job = make_job(concept, config, find_base(config, concept.base))
     check_places(job.folder)
+    check_folder(job)
     if config.anchor is not None:
         print(describe_anchored(concept), file=sys.stderr)
     if config.dry_run:
@@ -204,6 +205,21 @@ def check_ours(folder: Path) -> None:
         )
 
 
+def check_folder(job: RenderJob) -> None:
+    """Refuse to render into a folder that is not ours, or that was rendered with other settings.
+
+    Raises:
+        UsageError: names what differs, with both values.
+    """
+    folder = job.folder
+    check_ours(folder)
+    if (folder / SETTINGS).is_file() and (found := differences(settings_in(folder), job.settings)):
+        raise UsageError(
+            f"--data_dir {folder} was rendered with other settings: {'; '.join(found)}. Repeat the earlier settings, "
+            "choose another --data_dir, or delete the folder to render it again."
+        )
+
+
 def _is_ours(settings: Path) -> bool:
     """Whether settings.json is the one that render_concept writes."""
     try:
@@ -230,15 +246,9 @@ def render_concept(job: RenderJob, get_base: Callable[[], Base]) -> Path:
         UsageError: the folder was rendered with other settings or by other weights, or holds images of the user's own.
         UnlearnError: the folder cannot be written, or the base's images are not finite.
     """
-    folder, settings = job.folder, job.settings
+    folder, settings, started = job.folder, job.settings, job.folder / SETTINGS
     check_writable(folder, "--data_dir")
-    check_ours(folder)
-    started = folder / SETTINGS
-    if started.is_file() and (found := differences(settings_in(folder), settings)):
-        raise UsageError(
-            f"--data_dir {folder} was rendered with other settings: {'; '.join(found)}. Repeat the earlier settings, "
-            "choose another --data_dir, or delete the folder to render it again."
-        )
+    check_folder(job)
     if _is_finished(job):
         return folder
     records = _image_records(job)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 from sd_unlearn.config.batching import Batching
@@ -50,6 +51,24 @@ class Phase:
         return sum(self.parts.values())
 
 
+def free_in_container(root: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """Bytes left under the memory limit of this container (cgroup v2, else v1); None without a limit.
+
+    psutil reports the memory of the whole machine. Cached files count as used, but can be dropped.
+    """
+    for folder, limit, used, cache in (
+        (root, "memory.max", "memory.current", "inactive_file"),
+        (root / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ):
+        try:
+            total, taken = (int((folder / name).read_text()) for name in (limit, used))
+            dropped = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())[cache]
+            return max(0, total - taken + int(dropped))
+        except (OSError, ValueError, KeyError):  # another version, or "max", i.e. no limit
+            continue
+    return None
+
+
 def this_device(processes: int = 1) -> Device:
     """The first GPU with its free memory, else the CPU with its share of the free memory for each of the processes."""
     import psutil
@@ -57,7 +76,8 @@ def this_device(processes: int = 1) -> Device:
 
     if torch.cuda.is_available():
         return Device("cuda", torch.cuda.get_device_name(), torch.cuda.mem_get_info()[0])
-    return Device("cpu", "the CPU", psutil.virtual_memory().available // processes)
+    free, limit = psutil.virtual_memory().available, free_in_container()
+    return Device("cpu", "the CPU", (free if limit is None else min(free, limit)) // processes)
 
 
 def other_device(vram: int) -> Device:

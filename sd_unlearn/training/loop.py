@@ -68,7 +68,7 @@ def fit(options: LoopOptions, training: Training, resume: Path | None = None) ->
     Raises:
         Interrupted: Ctrl-C, SIGTERM or SIGHUP; a checkpoint was saved.
         UnlearnError: too many steps in a row were skipped, or a checkpoint cannot be written.
-        NothingSmaller: a step does not fit into memory.
+        CannotRepeat: a step does not fit into memory.
     """
     accelerator, total = training.accelerator, options.max_train_steps
     state = TrainingState.start(

@@ -20,8 +20,8 @@ class OutOfMemoryInStep(Exception):
     """Memory ran out in this or in another process."""
 
 
-class NothingSmaller(UnlearnError):
-    """Memory runs out although a step is taken in the smallest way."""
+class CannotRepeat(UnlearnError):
+    """Memory ran out, and the step cannot be repeated in smaller parts."""
 
 
 def together(accelerator: Accelerator, action: Callable[[], T]) -> T:

@@ -60,9 +60,13 @@ class GuardedSteps:
         So memory that runs out is noticed before the step, when all processes can still agree to repeat it.
         """
         inner = getattr(self.optimizer, "optimizer", self.optimizer)
-        if getattr(inner, "_step_supports_amp_scaling", False):  # not in 8 bits
-            moments = [torch.empty_like(p) for g in inner.param_groups for p in g["params"] for _ in range(2)]
-            del moments
+        of_eight_bit = getattr(inner, "args", None)  # of bitsandbytes
+        moments = []
+        for parameter in (p for group in inner.param_groups for p in group["params"]):
+            eight_bit = of_eight_bit is not None and parameter.numel() >= of_eight_bit.min_8bit_size
+            dtype = torch.uint8 if eight_bit else torch.float32
+            moments += [torch.empty_like(parameter, dtype=dtype) for _ in range(2)]
+        del moments
 
     def step(self, norm: Tensor) -> None:
         """Step, unless the gradient's norm (before clipping, a scalar) is not finite."""

@@ -18,7 +18,7 @@ from sd_unlearn.data.dataset import Example, describe_images, describe_positives
 from sd_unlearn.data.layout import check_batch_size
 from sd_unlearn.data.photos import check_places
 from sd_unlearn.data.prior import check_countable
-from sd_unlearn.data.render import check_ours, plan_images, resolve_data_dir
+from sd_unlearn.data.render import check_folder, make_job, plan_images, resolve_data_dir, with_seed_of_folder
 from sd_unlearn.errors import UsageError
 from sd_unlearn.io.files import check_writable
 from sd_unlearn.io.own_files import LATER, check_no_foreign_weights, is_free, is_run
@@ -61,7 +61,7 @@ def check_inputs(config: TrainConfig, concept: Concept | None = None) -> Inputs:
     own_images = has_own_images(data_dir)
     check_data_dir(config, data_dir)
     if not own_images:
-        check_ours(data_dir)
+        check_folder(with_seed_of_folder(make_job(concept, config, source)))
     check_batch_size(config, concept, data_dir)
     photos = scan_positives(config.positives, concept) if config.positives else []
     own = scan(data_dir, concept, config.eta, config.positives) if own_images else []

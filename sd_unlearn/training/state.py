@@ -18,11 +18,13 @@ from sd_unlearn.config.batching import Batching
 from sd_unlearn.config.train import LoopOptions
 from sd_unlearn.data.batch import Batch
 from sd_unlearn.data.batches import StratifiedBatches
+from sd_unlearn.errors import reason
+from sd_unlearn.models.memory_errors import is_out_of_memory
 from sd_unlearn.models.student import Student
 from sd_unlearn.objectives.base import Objective
 from sd_unlearn.training import checkpoint
 from sd_unlearn.training.gradients import accumulate_gradients
-from sd_unlearn.training.memory import NothingSmaller, OutOfMemoryInStep, describe_change, together
+from sd_unlearn.training.memory import CannotRepeat, OutOfMemoryInStep, describe_change, together
 from sd_unlearn.training.optim import GuardedSteps, MovingAverage, make_optimizer, make_schedule, set_rates
 from sd_unlearn.training.probe import ProbeResult
 
@@ -92,7 +94,7 @@ class TrainingState:
         ones. note: called with a line about it and what changed.
 
         Raises:
-            NothingSmaller: there are no smaller parts.
+            CannotRepeat: there are no smaller parts, or memory ran out while the weights were updated.
         """
         random_state = checkpoint.random_state()
         while True:
@@ -102,12 +104,23 @@ class TrainingState:
             except OutOfMemoryInStep as error:
                 self._use_less_memory(str(error), note)
             checkpoint.restore_random_state(random_state)
-        norm = self.accelerator.clip_grad_norm_(self.parameters, max_grad_norm)
+        try:
+            return metrics, self._update(max_grad_norm)
+        except (RuntimeError, MemoryError) as error:  # some weights may have changed already
+            if not is_out_of_memory(error):
+                raise
+            raise CannotRepeat(
+                f"Out of memory while step {self.step + 1} updated the weights: {reason(error)}."
+            ) from error
+
+    def _update(self, max_grad_norm: float) -> Tensor:
+        """Clip the gradient and change the weights. Returns the norm of the gradient before clipping."""
+        norm: Tensor = self.accelerator.clip_grad_norm_(self.parameters, max_grad_norm)
         self.optimizer.step(norm)
         self.schedule.step()
         if self.average:
             self.average.update()
-        return metrics, norm
+        return norm
 
     def _gradient(self, model: nn.Module, losses: Losses, batch: Batch) -> tuple[Tensor, Tensor]:
         """The step's gradient, and the optimizer's memory, which it takes in the first step."""
@@ -130,7 +143,7 @@ class TrainingState:
             parameter.grad = None
         smaller = self.batching.smaller_step()
         if smaller is None:
-            raise NothingSmaller(f"Out of memory with one image at once and gradient checkpointing: {why}.")
+            raise CannotRepeat(f"Out of memory with one image at once and gradient checkpointing: {why}.")
         note(*describe_change(self.step + 1, self.batching, smaller))
         self.batching = smaller
         self.student.set_checkpointing(smaller.gradient_checkpointing)

@@ -30,7 +30,7 @@ from sd_unlearn.launch import process_count, process_rank
 from sd_unlearn.models.base import Base, check_text_encoder, choose_precision, load_base, use_zero_terminal_snr
 from sd_unlearn.seeds import TRAIN_SEEDS
 from sd_unlearn.training import checkpoint
-from sd_unlearn.training.memory import NothingSmaller, remedies
+from sd_unlearn.training.memory import CannotRepeat, remedies
 from sd_unlearn.training.preflight import Inputs, check_apart, check_inputs, check_output, is_finished
 from sd_unlearn.training.provenance import device_name, identity_of, open_run, peak_memory_mb, training_record
 
@@ -170,7 +170,7 @@ def _train(
     summary = f"Forgetting {concept.name!r} in {base.name}: {data.counts()}{beta}."
     for line in (*filter(None, [data.note]), *data.prior.notes, summary):
         accelerator.print(line, file=sys.stderr)
-    with _explained_write_errors(output), _explained_memory_errors(config, base):
+    with _explained_write_errors(output), _explained_memory_errors(config, base, output):
         state = fit(config, training, resume)
         if accelerator.is_main_process:
             _close_run(config, training, state, partial(training_record, config, concept, base, data.prior, data.betas))
@@ -218,14 +218,16 @@ def _explained_write_errors(output: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _explained_memory_errors(config: TrainConfig, base: Base) -> Iterator[None]:
-    """Add what would need less memory."""
+def _explained_memory_errors(config: TrainConfig, base: Base, output: Path) -> Iterator[None]:
+    """Add the last checkpoint and what would need less memory."""
     try:
         yield
-    except NothingSmaller as error:
+    except CannotRepeat as error:
+        kept = checkpoint.list_checkpoints(output)
+        retry = f"resume from {kept[-1]} with --resume_from_checkpoint latest" if kept else "repeat the command"
         raise UnlearnError(
-            f"{error} Free memory of the device and continue with --resume_from_checkpoint latest, or start over "
-            f"with: {remedies(config, config.resolution or base.resolution)}."
+            f"{error} Free memory of the device and {retry}, or start over (--overwrite) with: "
+            f"{remedies(config, config.resolution or base.resolution)}."
         ) from error
 
 

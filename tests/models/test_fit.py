@@ -2,9 +2,24 @@
 
 from __future__ import annotations
 
-import pytest
+from pathlib import Path
 
-from sd_unlearn.models.fit import CONTEXT, GIB, WORKSPACE, Device, Inference, Training, balanced, divisors, other_device
+import pytest
+import torch
+
+from sd_unlearn.models.fit import (
+    CONTEXT,
+    GIB,
+    WORKSPACE,
+    Device,
+    Inference,
+    Training,
+    balanced,
+    divisors,
+    free_in_container,
+    other_device,
+    this_device,
+)
 from sd_unlearn.models.footprint import InferenceFootprint, TrainingFootprint
 
 FROZEN = InferenceFootprint(
@@ -94,3 +109,35 @@ def test_memory_grows_with_the_number_of_images() -> None:
 def test_another_card() -> None:
     assert other_device(8 * GIB).free == 8 * GIB - CONTEXT
     assert other_device(8 * GIB).name == "a GPU with 8 GB"
+
+
+@pytest.mark.parametrize(
+    ("files", "free"),
+    [
+        ({"memory.max": "1000", "memory.current": "700", "memory.stat": "anon 5\ninactive_file 200"}, 500),
+        ({"memory.max": "1000", "memory.current": "1700", "memory.stat": "inactive_file 200"}, 0),
+        ({"memory.max": "max", "memory.current": "700", "memory.stat": "inactive_file 200"}, None),
+        (
+            {
+                "memory/memory.limit_in_bytes": "1000",
+                "memory/memory.usage_in_bytes": "700",
+                "memory/memory.stat": "total_inactive_file 100",
+            },
+            400,
+        ),
+        ({}, None),
+    ],
+)
+def test_the_limit_of_a_container(tmp_path: Path, files: dict[str, str], free: int | None) -> None:
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text + "\n")
+    assert free_in_container(tmp_path) == free
+
+
+def test_a_cpu_has_no_more_memory_than_its_container(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("sd_unlearn.models.fit.free_in_container", lambda: 1000)
+    assert this_device(2).free == 500
+    monkeypatch.setattr("sd_unlearn.models.fit.free_in_container", lambda: None)
+    assert this_device().free > 1000

@@ -15,11 +15,14 @@ from accelerate import Accelerator
 from gradient_cases import CAPPED, CASES, PU, Case, Linear, step
 from torch import Tensor
 
+from sd_unlearn.config.batching import Batching
+from sd_unlearn.config.train import TrainConfig
 from sd_unlearn.data.batch import Batch
 from sd_unlearn.objectives.base import LOGGED
 from sd_unlearn.objectives.pu import PUObjective
 from sd_unlearn.training.gradients import accumulate_gradients
 from sd_unlearn.training.memory import OutOfMemoryInStep
+from sd_unlearn.training.trainer import _choose_batching
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -105,6 +108,13 @@ def test_a_repeated_step_has_the_same_dropout() -> None:
     assert once[1] == twice[1]
 
 
+# of two processes whose devices have different memory; both must use the smaller one
+PLANNED = (
+    Batching(micro_batch_size=4, gradient_checkpointing=False, teacher_batch_size=8, render_batch_size=4),
+    Batching(micro_batch_size=4, gradient_checkpointing=True, teacher_batch_size=2, render_batch_size=1),
+)
+
+
 @pytest.mark.parametrize("correction", ["abs", "nn"])
 def test_two_processes_give_the_gradient_of_the_whole_batch(correction: str, tmp_path: Path) -> None:
     """Real processes over gloo with one and two micro-batches each; the parts' own signs differ from the whole's."""
@@ -127,6 +137,7 @@ def test_two_processes_give_the_gradient_of_the_whole_batch(correction: str, tmp
             assert torch.allclose(got, want, rtol=1e-9, atol=1e-12)
             assert dict(zip(LOGGED, cut_logs.tolist(), strict=True)) == pytest.approx(logs, rel=1e-5)
     assert (tmp_path / "out-of-memory").is_file(), done.stderr
+    assert (tmp_path / "batching-0").read_text() == (tmp_path / "batching-1").read_text() == repr(PLANNED[1])
 
 
 def one_of_two_processes(correction: str, folder: str) -> None:
@@ -143,6 +154,8 @@ def one_of_two_processes(correction: str, folder: str) -> None:
     check_out_of_memory(accelerator, case.objective(correction), step(5.0, case, processes=2))
     if accelerator.is_main_process:
         Path(folder, "out-of-memory").touch()
+    chosen = _choose_batching(TrainConfig(), accelerator, PLANNED[accelerator.process_index], None)
+    Path(folder, f"batching-{accelerator.process_index}").write_text(repr(chosen))
     accelerator.wait_for_everyone()
     os._exit(0)  # everything is saved, and gloo's threads may crash while Python shuts down
 

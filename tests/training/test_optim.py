@@ -8,6 +8,7 @@ from torch import nn
 
 from sd_unlearn.config.train import Optimizing, TrainConfig
 from sd_unlearn.errors import UsageError
+from sd_unlearn.models.counting import LiveBytes
 from sd_unlearn.training.optim import (
     GuardedSteps,
     MovingAverage,
@@ -68,6 +69,21 @@ def test_eight_bit_state_is_a_quarter_of_the_size() -> None:
         tensors = [v for v in optimizer.state[found[0]].values() if isinstance(v, torch.Tensor)]
         sizes[kind] = sum(t.numel() * t.element_size() for t in tensors)
     assert sizes["adamw8bit"] < 0.3 * sizes["adamw"]
+
+
+@pytest.mark.parametrize("kind", ["adamw", "adamw8bit"])
+def test_the_memory_that_is_reserved_is_that_of_the_first_step(kind: str) -> None:
+    if kind == "adamw8bit":
+        pytest.importorskip("bitsandbytes")
+    found = parameters(100_000)
+    optimizer = make_optimizer(found, Optimizing(optimizer=kind))  # type: ignore[arg-type]
+    with LiveBytes() as reserved:
+        GuardedSteps(optimizer, None, torch.device("cpu")).reserve()
+    give_gradients(found, 0)
+    optimizer.step()
+    tensors = [v for state in optimizer.state.values() for v in state.values() if isinstance(v, torch.Tensor)]
+    assert reserved.peak == pytest.approx(sum(t.numel() * t.element_size() for t in tensors), rel=0.05)
+    assert reserved.now == 0
 
 
 def test_a_missing_optimizer_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from train_runs import ADAPTER, Config, make, rendered
 
 from sd_unlearn.errors import UnlearnError
 from sd_unlearn.io.reading import read_json, read_jsonl
-from sd_unlearn.training import trainer
+from sd_unlearn.training import checkpoint, trainer
 from sd_unlearn.training.optim import GuardedSteps
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -137,6 +137,26 @@ def test_the_optimizer_may_run_out_of_memory(make_config: Config, monkeypatch: p
     assert (run / ADAPTER).read_bytes() == (small / ADAPTER).read_bytes()
 
 
+@pytest.mark.parametrize("place_of_error", ["accelerate.Accelerator.clip_grad_norm_", "step"])
+def test_memory_that_runs_out_while_weights_are_updated_is_explained(
+    make_config: Config, monkeypatch: pytest.MonkeyPatch, place_of_error: str
+) -> None:
+    """The step cannot be repeated, since some weights may have changed."""
+
+    def fail(*_: object) -> Tensor:
+        if checkpoint.list_checkpoints(Path("run")):
+            raise ERROR
+        return torch.zeros(())
+
+    kept = "step-000001 with --resume_from_checkpoint latest.*--overwrite.*--optimizer adamw8bit"
+    if place_of_error == "step":
+        monkeypatch.setattr(GuardedSteps, "step", fail)
+    else:
+        monkeypatch.setattr(place_of_error, fail)
+    with pytest.raises(UnlearnError, match=rf"Out of memory while step 2 updated the weights: CUDA out.*{kept}"):
+        trainer.run(make_config("run", checkpointing_steps=1))
+
+
 def test_with_one_image_at_once_checkpointing_is_switched_on(
     make_config: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -152,7 +172,8 @@ def test_with_one_image_at_once_checkpointing_is_switched_on(
 def test_when_nothing_is_left_the_error_says_what_to_try(make_config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     run_out(monkeypatch, lambda *_: torch.is_grad_enabled())
     with pytest.raises(
-        UnlearnError, match=r"with one image at once and gradient checkpointing: CUDA out.*latest.*lower --resolution"
+        UnlearnError,
+        match=r"with one image at once and gradient checkpointing: CUDA out.*repeat the command.*lower --resolution",
     ):
         trainer.run(make_config("run"))
     assert not Path("run/training.json").exists()

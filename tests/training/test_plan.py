@@ -9,7 +9,10 @@ import pytest
 from conftest import tree
 
 from sd_unlearn.cli import main
+from sd_unlearn.config.base import RenderConfig
 from sd_unlearn.config.train import TrainConfig
+from sd_unlearn.data.concept import load_concept
+from sd_unlearn.data.render import make_job
 from sd_unlearn.io.files import write_json
 from sd_unlearn.io.run_folder import CONFIG, TRAINING
 from sd_unlearn.models.fit import GIB
@@ -44,6 +47,24 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(concept_file: Path, capsys
     assert main(["render", *command, "--dry_run", "--vram", "4GB"]) == 0
     assert "2 images at once instead of 4" in capsys.readouterr().out
     assert tree(Path(".")) == before
+
+
+@pytest.mark.usefixtures("no_weights")
+@pytest.mark.parametrize("command", ["train", "render"])
+def test_a_dry_run_refuses_a_folder_that_was_rendered_with_other_settings(
+    concept_file: Path, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    """As a real run does; another --seed of a training is allowed."""
+    config = RenderConfig(concept=str(concept_file), data_dir=Path("images"))
+    job = make_job(load_concept(config.concept), config, Source("digits"))
+    Path("images").mkdir()
+    write_json(Path("images/settings.json"), job.settings)
+    words = [command, "--concept", config.concept, "--data_dir", "images", "--dry_run"]
+    words += ["--pretrained_model_name_or_path", "digits"]
+    assert main([*words, "--seed", "1" if command == "train" else "0"]) == 0
+    assert main([*words, "--num_keep", "7"]) == 2
+    found = "--data_dir images was rendered with other settings: keep images (--num_keep) 4 then, 7 now."
+    assert found in capsys.readouterr().err
 
 
 def test_options_win_over_the_plan() -> None:
