@@ -28,7 +28,7 @@ from sd_unlearn.evaluation import evaluate
 from sd_unlearn.io.files import check_writable, write_json, write_text
 from sd_unlearn.io.lock import locked, remove_leftovers
 from sd_unlearn.io.own_files import SWEEP as SWEEP_FILES
-from sd_unlearn.io.own_files import delete_own, is_free, kind_of, mark
+from sd_unlearn.io.own_files import SWEEP_REPORT, check_own_reports, delete_own, is_free, kind_of, mark
 from sd_unlearn.io.reading import read_yaml
 from sd_unlearn.io.run_folder import CONCEPT, DATA_MANIFEST, RESULTS, weights_sha256
 from sd_unlearn.launch import process_count
@@ -198,6 +198,7 @@ def check_output(output: Path, settings: dict[str, Any], overwrite: bool) -> Non
     older = (output / SETTINGS).is_file() and any(output.glob(f"factor-*/{CONCEPT}"))
     if kind_of(output) != "sweep" and not older:
         raise UsageError(f"--output_dir {output} is not an sd-unlearn sweep folder. Choose an empty folder.")
+    check_own_reports(output, SWEEP_REPORT, "--output_dir")
     if not (output / SETTINGS).is_file():
         return
     before = read_yaml(output / SETTINGS, "--output_dir")

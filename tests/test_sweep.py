@@ -236,6 +236,16 @@ def test_another_kind_of_folder_is_refused(make: Make, done: list[Any], overwrit
     assert (done, tree(Path("out"))) == ([], {"config.yaml"})
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_file_of_the_user_with_the_name_of_the_report_stays(make: Make, done: list[Any], overwrite: bool) -> None:
+    sweep.run(make(output_dir=Path("out")))
+    done.clear()
+    Path("out/sweep.md").write_text("my notes\n")
+    with pytest.raises(UsageError, match=r"--output_dir out holds sweep\.md, which sd-unlearn did not write"):
+        sweep.run(make(output_dir=Path("out"), overwrite=overwrite))
+    assert (done, Path("out/sweep.md").read_text()) == ([], "my notes\n")
+
+
 def test_settings_of_a_sweep_without_runs_do_not_bind_the_next(
     make: Make, done: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -36,13 +36,25 @@ from sd_unlearn.io.run_folder import (
 )
 
 MARKER = ".sd-unlearn-run"
-# Files that `report` writes -> what each of them contains near its beginning, and a file of the user's does not.
+# Files that `report`, a sweep and `paper table` write -> what each of them contains near its beginning, and a file of
+# the user's does not.
 REPORT = {
     "report.html": r"<title>[^<]* sd-unlearn report</title>",
     "report.md": r"\A(<!-- Written by sd-unlearn|# Forgetting (“|\d+ concepts))",
     "results.csv": r"\A(\w+,)*metric,group,subject,value,n,",
     "certificate.html": r"<title>[^<]*certificate[^<]* sd-unlearn</title>",
 }
+SWEEP_REPORT = {
+    "sweep.html": r"<title>[^<]* sd-unlearn sweep</title>",
+    "sweep.md": r"\A# Forgetting “[^\n]*”: how strongly\?",
+    "sweep.csv": r"\Afactor,beta,push,metric,group,subject,value,n,",
+}
+PAPER_TABLES = {
+    "table.md": r"\A# Results of the paper's experiments\n",
+    "runs.csv": r"\Afile,experiment,size,seed,",
+    "groups.csv": r"\Aexperiment,size,objective,",
+}
+_REPORTS = REPORT | SWEEP_REPORT | PAPER_TABLES
 LATER = (RESULTS, EVALUATION, CALIBRATION, *REPORT, "paper.json")
 _BEGINNING = 1 << 16  # bytes
 _ADAPTER = r"adapter_config\.json|adapter_model\.(safetensors|bin)|README\.md"
@@ -127,17 +139,17 @@ def check_no_foreign_weights(folder: Path, option: str) -> None:
 
 
 def is_own_report(file: Path) -> bool:
-    """Whether `report` wrote a file, one of REPORT, judging by its content."""
+    """Whether sd-unlearn wrote a report or table, judging by its content. file: named as one of them."""
     try:
         with file.open("rb") as opened:
             beginning = opened.read(_BEGINNING).decode("utf-8", "replace")
     except OSError:
         return False
-    return re.search(REPORT[file.name], beginning) is not None
+    return re.search(_REPORTS[file.name], beginning) is not None
 
 
-def check_own_reports(folder: Path, names: Iterable[str]) -> None:
-    """Refuse to replace files of the user's that have the names of a report.
+def check_own_reports(folder: Path, names: Iterable[str], option: str = "--run") -> None:
+    """Refuse to replace files of the user's that have the names of a report or table. option: that names the folder.
 
     Raises:
         UsageError
@@ -145,7 +157,7 @@ def check_own_reports(folder: Path, names: Iterable[str]) -> None:
     for file in (folder / name for name in names):
         if file.exists() and not is_own_report(file):
             raise UsageError(
-                f"--run {folder} holds {file.name}, which sd-unlearn did not write. Rename or move it: it would be "
+                f"{option} {folder} holds {file.name}, which sd-unlearn did not write. Rename or move it: it would be "
                 "replaced."
             )
 
@@ -158,7 +170,7 @@ def delete_own(folder: Path, patterns: Sequence[str]) -> None:
     own = re.compile("|".join(f"({pattern})" for pattern in (*patterns, *_exports(folder))), re.DOTALL)
     entered: list[Path] = []
     for path in list(_files(folder, entered)):
-        if own.fullmatch(path.relative_to(folder).as_posix()) and (path.name not in REPORT or is_own_report(path)):
+        if own.fullmatch(path.relative_to(folder).as_posix()) and (path.name not in _REPORTS or is_own_report(path)):
             path.unlink()
     for place in reversed(entered):
         with contextlib.suppress(OSError):  # not empty

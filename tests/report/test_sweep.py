@@ -14,6 +14,8 @@ import pytest
 from PIL import Image
 from report_results import EVIL, Page, make_row, plain, rows
 
+from sd_unlearn.errors import UsageError
+from sd_unlearn.io.own_files import SWEEP_REPORT, check_own_reports
 from sd_unlearn.report import sweep
 from sd_unlearn.report.factors import Outcome, advise
 from sd_unlearn.report.lines import lines_of
@@ -59,6 +61,15 @@ def page_of(tmp_path: Path, **changes: Any) -> tuple[str, Page]:
     assert path == tmp_path / "sweep.html"
     source = path.read_text(encoding="utf-8")
     return source, Page(source)
+
+
+def test_files_of_the_user_with_the_names_of_a_report_are_recognized(tmp_path: Path) -> None:
+    page_of(tmp_path)
+    check_own_reports(tmp_path, SWEEP_REPORT, "--output_dir")
+    for name in SWEEP_REPORT:
+        (tmp_path / name).write_text("factor,beta: my notes on the sd-unlearn sweep")
+        with pytest.raises(UsageError, match=f"--output_dir .* holds {name}, which sd-unlearn did not write"):
+            check_own_reports(tmp_path, [name], "--output_dir")
 
 
 def test_page_and_markdown_print_the_values(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from sd_unlearn.errors import UsageError, suggest
 from sd_unlearn.io.files import check_writable, write_bytes, write_text
+from sd_unlearn.io.own_files import PAPER_TABLES, check_own_reports
 from sd_unlearn.paper.tables.document import markers, shown_images, update_document
 from sd_unlearn.paper.tables.records import FinishedRun, collect, no_runs, read_runs
 
@@ -43,7 +44,8 @@ def build_tables(
 
     Raises:
         UnlearnError: a file cannot be written.
-        UsageError: no finished run, a missing package, a document with no or unknown markers; and as `collect`.
+        UsageError: no finished run, a missing package, a document with no or unknown markers, files of others in
+            `output`; and as `collect`.
     """
     check_packages("pandas", *(["matplotlib"] if output else []))
     from sd_unlearn.paper.tables.groups import summarize
@@ -57,6 +59,7 @@ def build_tables(
         raise UsageError(no_runs(folder))
     if output:
         check_writable(output, "--output_dir")
+        check_own_reports(output, PAPER_TABLES, "--output_dir")
     summary = summarize(runs)
     text = page(summary)
     if target:

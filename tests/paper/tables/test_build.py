@@ -76,6 +76,19 @@ def test_by_default_tables_go_into_the_runs_folder_and_are_not_read_as_runs() ->
     assert build_tables(RUNS) == first
 
 
+def test_files_of_the_user_with_the_names_of_tables_stay() -> None:
+    pytest.importorskip("matplotlib")
+    make_sweep()
+    for name in ("table.md", "runs.csv", "groups.csv"):
+        build_tables(RUNS, Path("out"))  # its own files are replaced
+        written = Path("out", name).read_text()
+        Path("out", name).write_text("experiment, my own notes\n")
+        with pytest.raises(UsageError, match=f"--output_dir out holds {name}, which sd-unlearn did not write"):
+            build_tables(RUNS, Path("out"))
+        assert Path("out", name).read_text() == "experiment, my own notes\n"
+        Path("out", name).write_text(written)
+
+
 def test_csv_files_have_a_line_for_each_run_and_each_group() -> None:
     pytest.importorskip("matplotlib")
     make_sweep()
