@@ -9,12 +9,18 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
+import torch
+
 from sd_unlearn.config.batching import Batching
+from sd_unlearn.config.train import Quantization
 from sd_unlearn.models.fit import GIB, Training, other_device
-from sd_unlearn.models.footprint import StepOptions, count_inference, count_training
-from sd_unlearn.models.meta import read_configs
+from sd_unlearn.models.footprint import StepOptions, count_inference, count_training, size_of
+from sd_unlearn.models.meta import Configs, build_meta_base, read_configs
+from sd_unlearn.models.quantized import quantize_linear_layers
 from sd_unlearn.models.sampling import DEFAULT_SAMPLER
 from sd_unlearn.models.source import Source
 
@@ -43,11 +49,12 @@ def row(card: int, base: str, measured: dict[str, list[str]]) -> str:
     """A line of the table: fp16, LoRA of rank 8, the default options."""
     name, pixels = BASES[base]
     configs, device = read_configs(Source(name)), other_device(card * GIB)
-    plain, *quantized = (
-        Training(count_inference(configs, "fp16", pixels), device, count_training(configs, options, "fp16", pixels))
-        for options in (StepOptions(quantize_base=kind) for kind in (None, "int8", "nf4"))
-    )
-    training, batching = plain, choose(plain)
+    footprint = count_training(configs, StepOptions(), "fp16", pixels)
+    training = Training(count_inference(configs, "fp16", pixels), device, footprint)
+    quantized = [
+        replace(training, trained=replace(footprint, unet=quantized_size(configs, kind))) for kind in ("int8", "nf4")
+    ]
+    batching = choose(training)
     phases = training.phases(batching, CAPTIONS, rendering=True, teacher=True, previews=True)
     peak = max(phases, key=lambda phase: phase.total)
     size, render = batching.micro_batch_size, batching.render_batch_size
@@ -66,6 +73,14 @@ def row(card: int, base: str, measured: dict[str, list[str]]) -> str:
     if peak.total > device.usable:
         cells = [*cells[:2], *["does not fit"], *["–"] * 3, *cells[6:8], "–"]
     return f"| {' | '.join([*cells, *measured.get(f'{card} GB, {base}', ['', '', ''])])} |"
+
+
+@cache
+def quantized_size(configs: Configs, kind: Quantization) -> int:
+    """Bytes of the weights of a quantized UNet; nothing else that a step keeps differs."""
+    unet = build_meta_base(configs, torch.float16).unet
+    quantize_linear_layers(unet, kind)
+    return size_of(unet)
 
 
 def choose(training: Training) -> Batching:
