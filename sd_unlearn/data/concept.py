@@ -202,7 +202,8 @@ def find_concept(name: str) -> Path:
 
 
 def _known(files: Iterable[str]) -> str:
-    return f"Concepts with a file: {', '.join(sorted(files))}."
+    names = ", ".join(sorted(files))
+    return f"Concepts with a file: {names}." if names else "There is no folder prompts/ with concept files."
 
 
 def from_anchor(name: str, anchor: str, kind: TemplateKind = "other") -> Concept:

@@ -92,10 +92,7 @@ def read_reference(folder: Path, model: FaceModel) -> Reference:
         else:
             faceless.append(path.name)
     if not embeddings:
-        raise UsageError(
-            f"--reference {folder}: no face was found on any of its {len(faceless)} images. Give photos that show the "
-            "person's face from the front, or use another --face_model."
-        )
+        raise _no_face(folder, "--reference", len(faceless))
     unit = np.stack(embeddings).astype(np.float64)
     mean = unit.mean(0)
     sha256 = hashlib.sha256(b"".join(sorted(digests))).hexdigest()
@@ -117,15 +114,31 @@ def calibrate(folder: Path, model: FaceModel, reference: Reference, rate: float 
         embeddings += [face.embedding for face in faces]
         faceless += not faces
     if not embeddings:
-        raise UsageError(
-            f"--others {folder}: no face was found on any of its {len(paths)} images, so no threshold can be set. Give "
-            "photos of many other people, or use another --face_model."
-        )
+        raise _no_face(folder, "--others", len(paths))
     similarities = reference.similarity(np.stack(embeddings))
     if rate is None:
         rate = 1e-3 if len(similarities) >= MANY else 1e-2
     threshold = threshold_at(similarities, rate)
     return Calibration(threshold, rate, similarities, folder.resolve().name, len(paths), faceless)
+
+
+def check_faces(folder: Path, option: str, model: FaceModel) -> None:
+    """Refuse a folder without any face before images are generated; reads its images up to the first with a face.
+
+    Raises:
+        UsageError: no images, an unreadable image, or no face on any image.
+    """
+    paths = images_of(folder, option)
+    if not any(model.find(_open(path, option)) for path in paths):
+        raise _no_face(folder, option, len(paths))
+
+
+def _no_face(folder: Path, option: str, images: int) -> UsageError:
+    whom = "the person's face from the front" if option == "--reference" else "the faces of many other people"
+    return UsageError(
+        f"{option} {folder}: no face was found on any of its {images} images. Give photos that show {whom}, or use "
+        "another --face_model."
+    )
 
 
 def images_of(folder: Path, option: str) -> list[Path]:

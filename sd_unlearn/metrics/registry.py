@@ -98,8 +98,12 @@ def _lpips(context: MetricContext) -> PairMetric:
 
 def _find_faces(context: MetricContext) -> None:
     from sd_unlearn.metrics.faces import make_face_model
+    from sd_unlearn.metrics.people import check_faces
 
-    make_face_model(context.options.face_model, context.options.face_weights)
+    model = make_face_model(context.options.face_model, context.options.face_weights, context.device)
+    for folder, option in ((context.reference, "--reference"), (context.options.others, "--others")):
+        assert folder is not None  # checked in choose_metrics
+        check_faces(folder, option, model)
 
 
 def _find_clip(context: MetricContext) -> None:

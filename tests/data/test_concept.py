@@ -346,3 +346,10 @@ def test_too_many_images_are_refused(tmp_path: Path) -> None:
     (tmp_path / "x.yaml").write_text(yaml.safe_dump(content))
     with pytest.raises(UsageError, match=r"images\.positive must be less than or equal to 1000000, not 100000000000"):
         read_concept(tmp_path / "x.yaml")
+
+
+def test_without_any_concept_file_the_error_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sd_unlearn.data.concept.concept_files", dict)
+    for name in (None, "seven"):
+        with pytest.raises(UsageError, match=r"There is no folder prompts/ with concept files\."):
+            load_concept(name)

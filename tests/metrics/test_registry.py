@@ -17,7 +17,7 @@ from sd_unlearn import sweep
 from sd_unlearn.config.evaluate import EvaluateConfig
 from sd_unlearn.config.train import TrainConfig
 from sd_unlearn.data.concept import Concept
-from sd_unlearn.errors import UnlearnError
+from sd_unlearn.errors import UnlearnError, UsageError
 from sd_unlearn.evaluation import evaluate, generate
 from sd_unlearn.metrics import digits
 from sd_unlearn.metrics.registry import NAMES, MetricContext, find_metrics, merge_cards
@@ -55,6 +55,30 @@ def test_missing_weights_are_found_before_images_are_generated(
     config = EvaluateConfig(run=run, metrics=[name], reference=[str(tmp_path / "reference")], **options)
     with pytest.raises(UnlearnError, match="could not (be|load)|pip install|does not exist"):
         evaluate.run(config)
+
+
+class Red:
+    """A face model that finds one face on images that are red."""
+
+    def find(self, image: Image.Image) -> list[str]:
+        return ["a face"] * (image.convert("RGB").getpixel((0, 0)) == (255, 0, 0))
+
+
+@pytest.mark.parametrize("faceless", ["reference", "others"])
+def test_a_folder_without_any_face_is_found_before_images_are_generated(
+    faceless: str, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(generate, "load_base", lambda *_: pytest.fail("the base was loaded"))
+    monkeypatch.setattr("sd_unlearn.metrics.faces.make_face_model", lambda *_: Red())
+    monkeypatch.setattr("sd_unlearn.metrics.faces.check_face_model", lambda *_: None)
+    monkeypatch.setattr("sd_unlearn.metrics.identity.check_face_model", lambda *_: None)
+    for number, folder in enumerate(("reference", "others")):
+        blue = Image.new("RGB", (32, 32), (0, number, 255))
+        save(tmp_path / folder, blue, *[Image.new("RGB", (32 + number, 32), "red")] * (folder != faceless))
+    run = make_run(tmp_path / "run", tiny_base)
+    folders = {"reference": [str(tmp_path / "reference")], "others": tmp_path / "others"}
+    with pytest.raises(UsageError, match=f"--{faceless} .*no face was found on any of its 1 images"):
+        evaluate.run(EvaluateConfig(run=run, metrics=["identity"], **folders))
 
 
 @pytest.mark.usefixtures("no_weights")
