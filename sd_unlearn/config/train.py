@@ -101,6 +101,15 @@ class Objective:
             OBJECTIVE,
         ),
     ] = "teacher"
+    teacher_reuse: Annotated[
+        int,
+        option(
+            "Use the images and noise of each step N times within a few hundred steps, so that the base predicts for "
+            "them only once (with --target teacher). Higher values make training faster with fewer samples of noise.",
+            OBJECTIVE,
+            Count,
+        ),
+    ] = 1
     push: Annotated[
         float,
         option(

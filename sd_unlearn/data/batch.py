@@ -29,6 +29,8 @@ class Batch:
     limit: Tensor | None = None  # [B]: the cap on l of each row, where it needs images of other micro-batches
     captioned_keep: Tensor | None = None  # row numbers, see captioned_keep_rows; given to avoid a device sync
     positives: Tensor | None = None  # row numbers, see positive_rows
+    bank_rows: Tensor | None = None  # [B] long: where the teacher's predictions are stored, if rows are seen again
+    is_repeated: bool = False  # whether they are stored already
 
     def captioned_keep_rows(self) -> Tensor:
         """[K] long: keep images under a caption. Only these have a guidance direction to preserve."""

@@ -130,7 +130,7 @@ class StratifiedBatches:
 
     def state_dict(self) -> dict[str, Any]:
         """The sampler's state; load_state_dict makes the next step the one that would have followed."""
-        cycles = {key: (cycle.left, cycle.generator.get_state()) for key, cycle in self.cycles.items()}
+        cycles = {key: (list(cycle.left), cycle.generator.get_state()) for key, cycle in self.cycles.items()}
         return {"generator": self.generator.get_state(), "cycles": cycles}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -70,12 +70,28 @@ def timestep_weight(denoiser: Denoiser, batch: Batch, snr_gamma: float | None) -
 def _teach(teacher: Teacher, noisy: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
     """(the target of each row, f0 - f* of positives and 0 elsewhere), each shaped as noisy."""
     keep, positive = batch.captioned_keep_rows(), batch.positive_rows()
+    target, other = _base_predictions(teacher, noisy, batch, keep, positive)
+    away = torch.zeros_like(target)
+    away[positive] = other[positive] - target[positive]
+    if len(keep):
+        target[keep] += teacher.offset(noisy[keep], batch.timesteps[keep], other[keep])
+    return target, away
+
+
+def _base_predictions(
+    teacher: Teacher, noisy: Tensor, batch: Batch, keep: Tensor, positive: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The base's predictions, each shaped as noisy: under the caption each image was generated from; and of positives
+    under the generic caption, of keep images with a caption under the empty one, of others zero."""
+    if teacher.bank and batch.is_repeated and batch.bank_rows is not None:
+        target, other = teacher.bank.read(batch.bank_rows)
+        return target, other
     rows = torch.cat([torch.arange(len(noisy), device=noisy.device), keep, positive])
     texts = [text.expand(len(who), *text.shape) for text, who in ((teacher.empty, keep), (teacher.generic, positive))]
     predicted = teacher.predict(noisy[rows], batch.timesteps[rows], torch.cat([batch.teacher_text, *texts]))
-    target, unconditional, generic = predicted.split([len(noisy), len(keep), len(positive)])
-    target, away = target.clone(), torch.zeros_like(target)
-    if len(keep):
-        target[keep] += teacher.offset(noisy[keep], batch.timesteps[keep], unconditional)
-    away[positive] = generic - target[positive]
-    return target, away
+    target, more = predicted.split([len(noisy), len(keep) + len(positive)])
+    other = torch.zeros_like(target)
+    other[rows[len(noisy) :]] = more
+    if teacher.bank and batch.bank_rows is not None:
+        teacher.bank.write(batch.bank_rows, target, other)
+    return target.clone(), other

@@ -12,6 +12,25 @@ from torch import Tensor, nn
 from sd_unlearn.models.denoiser import Denoiser
 
 
+class PredictionBank:
+    """The base's predictions for rows that are seen again. They do not depend on the student."""
+
+    def __init__(self, rows: int) -> None:
+        self.rows = rows
+        self.stored: tuple[Tensor, ...] = ()
+
+    def write(self, rows: Tensor, *predictions: Tensor) -> None:
+        """rows: [B] long, below self.rows; predictions: [B, ...] each."""
+        if not self.stored:
+            self.stored = tuple(p.new_zeros((self.rows, *p.shape[1:])) for p in predictions)
+        for stored, predicted in zip(self.stored, predictions, strict=True):
+            stored[rows] = predicted
+
+    def read(self, rows: Tensor) -> tuple[Tensor, ...]:
+        """What was written, [B, ...] each."""
+        return tuple(stored[rows] for stored in self.stored)
+
+
 @dataclass(frozen=True)
 class Teacher:
     """The base behind a student.
@@ -27,6 +46,7 @@ class Teacher:
     guidance_scale: float  # at which images are generated, >= 1
     push: float = 1.0  # multiplies the gradient on positives
     batch_size: int | None = None  # rows of one prediction; None: all
+    bank: PredictionBank | None = None  # for batches that are repeated
 
     @torch.no_grad()
     def predict(self, noisy: Tensor, timesteps: Tensor, text: Tensor) -> Tensor:

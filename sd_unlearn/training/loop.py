@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from sd_unlearn.config.batching import Batching
 from sd_unlearn.config.train import LoopOptions
 from sd_unlearn.data.batch import Batch
-from sd_unlearn.data.batches import StratifiedBatches
+from sd_unlearn.data.repeated import Steps
 from sd_unlearn.errors import UnlearnError
 from sd_unlearn.io.run_folder import BEST_DIR
 from sd_unlearn.models.memory_errors import free_memory, is_out_of_memory
@@ -50,7 +50,7 @@ class Training:
     student: Student
     wrapped: nn.Module  # the student's model as Accelerate prepared it
     losses: Losses
-    batches: StratifiedBatches
+    batches: Steps
     objective: Objective
     accelerator: Accelerator
     batching: Batching  # how the first step is cut; later ones may be cut smaller

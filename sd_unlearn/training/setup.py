@@ -23,6 +23,7 @@ from sd_unlearn.data.encoding import describe_long_captions, encode_captions, en
 from sd_unlearn.data.layout import BASELINES, compose_step
 from sd_unlearn.data.photos import CACHE_DIR
 from sd_unlearn.data.prior import Prior, resolve_beta
+from sd_unlearn.data.repeated import RepeatedBatches, Steps
 from sd_unlearn.metrics.registry import make_label_classifier
 from sd_unlearn.models import performance
 from sd_unlearn.models.base import Base
@@ -31,7 +32,7 @@ from sd_unlearn.models.sampling import resolve_sampler
 from sd_unlearn.models.source import DIGITS
 from sd_unlearn.models.student import Student, make_student
 from sd_unlearn.objectives.registry import make_losses, make_objective
-from sd_unlearn.objectives.teacher import Teacher
+from sd_unlearn.objectives.teacher import PredictionBank, Teacher
 from sd_unlearn.seeds import TRAIN_SEEDS
 from sd_unlearn.training.loop import Training
 from sd_unlearn.training.previews import ImageGenerator, PreviewWriter
@@ -40,6 +41,7 @@ from sd_unlearn.training.probe import LeakageProbe, Probe, RatioProbe, hold_out,
 # The text encoder of digits gives the generic and the empty caption nearly the same embedding, so the unconditional
 # prediction cannot be kept while the generic one changes.
 UNCONDITIONAL = {DIGITS: 0.0}
+REPEATED_STEPS = 20  # that --teacher_reuse repeats together
 
 
 @dataclass(frozen=True)
@@ -137,7 +139,11 @@ def make_training(
     eta = config.eta if batches.layout.negative else 0.0
     objective = make_objective(config, list(data.betas.values()), eta, len(batches.caption_groups))
     of_examples = make_losses(config)
+    steps: Steps = batches
     teacher = _make_teacher(config, concept, data, student, denoiser) if has_teacher else None
+    if teacher and config.teacher_reuse > 1:
+        steps = RepeatedBatches(batches, REPEATED_STEPS, config.teacher_reuse)
+        teacher = dataclasses.replace(teacher, bank=PredictionBank(steps.rows))
 
     def losses(model: nn.Module, batch: Batch, teacher_batch_size: int) -> Tensor:
         of_model = dataclasses.replace(denoiser, model=model)
@@ -154,7 +160,7 @@ def make_training(
         student,
         wrapped,
         losses,
-        batches,
+        steps,
         objective,
         accelerator,
         batching,

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from sd_unlearn.config.batching import Batching
 from sd_unlearn.config.train import LoopOptions
 from sd_unlearn.data.batch import Batch
-from sd_unlearn.data.batches import StratifiedBatches
+from sd_unlearn.data.repeated import Steps
 from sd_unlearn.errors import reason
 from sd_unlearn.models.memory_errors import is_out_of_memory
 from sd_unlearn.models.student import Student
@@ -43,7 +43,7 @@ class TrainingState:
 
     accelerator: Accelerator
     student: Student
-    batches: StratifiedBatches
+    batches: Steps
     objective: Objective
     parameters: list[nn.Parameter]
     optimizer: GuardedSteps
@@ -67,7 +67,7 @@ class TrainingState:
         cls,
         options: LoopOptions,
         student: Student,
-        batches: StratifiedBatches,
+        batches: Steps,
         objective: Objective,
         accelerator: Accelerator,
         batching: Batching,

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from sd_unlearn.config.train import Weights
-from sd_unlearn.data.batch import NO_GROUP, Batch
+from sd_unlearn.data.batch import NO_GROUP, Batch, join
 from sd_unlearn.models.base import Base
 from sd_unlearn.models.denoiser import Denoiser
 from sd_unlearn.models.diffusion import add_noise, min_snr_weight, per_example_loss, training_target
 from sd_unlearn.models.student import make_student
 from sd_unlearn.objectives.losses import example_losses
-from sd_unlearn.objectives.teacher import Teacher
+from sd_unlearn.objectives.teacher import PredictionBank, Teacher
 from sd_unlearn.risk import NORMAL, UNLABELED
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -247,3 +247,19 @@ def test_every_set_of_positives_is_pushed(loaded_base: Base) -> None:
     other = dataclasses.replace(step.batch, label=torch.where(step.batch.is_positive, 3, UNLABELED))
     ours, theirs = (example_losses(step.denoiser, batch, "sum", step.teacher) for batch in (other, step.batch))
     close(step.gradients(ours), step.gradients(theirs))
+
+
+def test_stored_predictions_give_the_same_loss_and_gradient_without_asking_the_base(
+    base: Base, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = Step(base, learned=True)
+    count, stored = len(MIXED), torch.arange(len(MIXED)) + 3
+    banked = dataclasses.replace(step.teacher, bank=PredictionBank(count + 5))
+    expected = example_losses(step.denoiser, step.batch, "sum", step.teacher)
+    first = example_losses(step.denoiser, dataclasses.replace(step.batch, bank_rows=stored), "sum", banked)
+    monkeypatch.setattr(Teacher, "predict", lambda *_: pytest.fail("the base predicts again"))
+    again = dataclasses.replace(step.batch, bank_rows=stored, is_repeated=True)
+    parts = [example_losses(step.denoiser, part, "sum", banked) for part in again.cut(3)]
+    assert torch.equal(first, expected)
+    assert torch.allclose(join(parts), expected)
+    close(step.gradients(join(parts)), step.gradients(expected))

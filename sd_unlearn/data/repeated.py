@@ -1,0 +1,77 @@
+"""The batches of a training several times over, so that the frozen base's predictions for them can be reused."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from sd_unlearn.data.batch import Batch
+from sd_unlearn.data.batches import StratifiedBatches
+
+
+class RepeatedBatches:
+    """Blocks of `size` batches, each block `times` times: the same images, noise and timesteps under the same captions.
+
+    A repeated batch is sampled again from the sampler's state, because its caption embeddings would take much memory.
+    Each row of a block has a number below `rows`, `Batch.bank_rows`, under which predictions for it can be stored.
+    """
+
+    def __init__(self, batches: StratifiedBatches, size: int, times: int) -> None:
+        self.batches, self.size, self.times = batches, size, times
+        self.position = 0  # in the block
+        self.states: list[dict[str, Any]] = []  # of the sampler before each batch of the block so far
+        self.seen: set[int] = set()  # batches of the block that this process has sampled
+
+    @property
+    def images_per_step(self) -> int:
+        """Over all processes."""
+        return self.batches.images_per_step
+
+    @property
+    def rows(self) -> int:
+        """Of a block, over all processes."""
+        return self.size * self.images_per_step
+
+    def __iter__(self) -> Iterator[Batch]:
+        while True:
+            yield self._next()
+
+    def _next(self) -> Batch:
+        if self.position == self.size * self.times:
+            self.position, self.states, self.seen = 0, [], set()
+        number = self.position % self.size
+        batch = self._sample() if self.position < self.size else self._sample_again(number)
+        self.position += 1
+        rows = torch.arange(len(batch.label)) + number * self.images_per_step
+        batch = replace(batch, bank_rows=rows, is_repeated=number in self.seen)
+        self.seen.add(number)
+        return batch
+
+    def _sample(self) -> Batch:
+        self.states.append(self.batches.state_dict())
+        return next(iter(self.batches))
+
+    def _sample_again(self, number: int) -> Batch:
+        latest = self.batches.state_dict()
+        self.batches.load_state_dict(self.states[number])
+        batch = next(iter(self.batches))
+        self.batches.load_state_dict(latest)
+        return batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the block started, and the position in it."""
+        start = self.states[0] if self.states else self.batches.state_dict()
+        return {"start": start, "position": self.position}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The next batch becomes the one that would have followed. Stored predictions are not part of the state."""
+        self.batches.load_state_dict(state["start"])
+        self.position, self.states, self.seen = state["position"], [], set()
+        for _ in range(min(self.position, self.size)):
+            self._sample()
+
+
+Steps = StratifiedBatches | RepeatedBatches
