@@ -110,6 +110,7 @@ OWN_OPTIONS: dict[str, tuple[ObjectiveName, ...]] = {
     "erase_guidance": ("esd-x", "esd-u"),
     "forget_weight": ("neggrad",),
     "retain": ("esd-x", "esd-u", "anchor"),
+    "teacher_reuse": ("pu",),
 }
 # Options that are about unlabeled images and positives under the same caption, which only the risks have.
 RISK_OPTIONS = ("correction", "push", "beta_sweep", "caption_mode", "share_timesteps")
@@ -127,6 +128,8 @@ def _check_objective(config: TrainConfig) -> None:
         if config.objective not in users and getattr(config, name) != getattr(TrainConfig, name):
             flag = "--no_retain" if name == "retain" else f"--{name} {getattr(config, name)}"
             raise UsageError(f"{flag} is for --objective {' or '.join(users)}; --objective is {config.objective}.")
+    if config.teacher_reuse > 1 and config.target == "noise":
+        raise UsageError(f"--teacher_reuse {config.teacher_reuse} needs --target teacher; --target is noise.")
     if config.objective in ("supervised", "unsupervised"):
         _check_baseline(config)
     elif config.objective != "pu":

@@ -30,7 +30,8 @@ class Batch:
     captioned_keep: Tensor | None = None  # row numbers, see captioned_keep_rows; given to avoid a device sync
     positives: Tensor | None = None  # row numbers, see positive_rows
     bank_rows: Tensor | None = None  # [B] long: where the teacher's predictions are stored, if rows are seen again
-    is_repeated: bool = False  # whether they are stored already
+    bank_size: int = 0  # rows that can be stored
+    is_repeated: bool = False  # whether these are stored already
 
     def captioned_keep_rows(self) -> Tensor:
         """[K] long: keep images under a caption. Only these have a guidance direction to preserve."""

@@ -16,7 +16,8 @@ class RepeatedBatches:
     """Blocks of `size` batches, each block `times` times: the same images, noise and timesteps under the same captions.
 
     A repeated batch is sampled again from the sampler's state, because its caption embeddings would take much memory.
-    Each row of a block has a number below `rows`, `Batch.bank_rows`, under which predictions for it can be stored.
+    Each row of a block has a number below `Batch.bank_size`, `Batch.bank_rows`, under which predictions for it can be
+    stored.
     """
 
     def __init__(self, batches: StratifiedBatches, size: int, times: int) -> None:
@@ -30,11 +31,6 @@ class RepeatedBatches:
         """Over all processes."""
         return self.batches.images_per_step
 
-    @property
-    def rows(self) -> int:
-        """Of a block, over all processes."""
-        return self.size * self.images_per_step
-
     def __iter__(self) -> Iterator[Batch]:
         while True:
             yield self._next()
@@ -45,8 +41,9 @@ class RepeatedBatches:
         number = self.position % self.size
         batch = self._sample() if self.position < self.size else self._sample_again(number)
         self.position += 1
-        rows = torch.arange(len(batch.label)) + number * self.images_per_step
-        batch = replace(batch, bank_rows=rows, is_repeated=number in self.seen)
+        count = len(batch.label)  # the same in every batch of a process
+        rows = torch.arange(number * count, (number + 1) * count)
+        batch = replace(batch, bank_rows=rows, bank_size=self.size * count, is_repeated=number in self.seen)
         self.seen.add(number)
         return batch
 

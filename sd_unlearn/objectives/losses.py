@@ -93,5 +93,5 @@ def _base_predictions(
     other = torch.zeros_like(target)
     other[rows[len(noisy) :]] = more
     if teacher.bank and batch.bank_rows is not None:
-        teacher.bank.write(batch.bank_rows, target, other)
+        teacher.bank.write(batch.bank_rows, batch.bank_size, target, other)
     return target.clone(), other

@@ -15,14 +15,13 @@ from sd_unlearn.models.denoiser import Denoiser
 class PredictionBank:
     """The base's predictions for rows that are seen again. They do not depend on the student."""
 
-    def __init__(self, rows: int) -> None:
-        self.rows = rows
+    def __init__(self) -> None:
         self.stored: tuple[Tensor, ...] = ()
 
-    def write(self, rows: Tensor, *predictions: Tensor) -> None:
-        """rows: [B] long, below self.rows; predictions: [B, ...] each."""
+    def write(self, rows: Tensor, size: int, *predictions: Tensor) -> None:
+        """rows: [B] long, below size, the number of rows that are kept; predictions: [B, ...] each."""
         if not self.stored:
-            self.stored = tuple(p.new_zeros((self.rows, *p.shape[1:])) for p in predictions)
+            self.stored = tuple(p.new_zeros((size, *p.shape[1:])) for p in predictions)
         for stored, predicted in zip(self.stored, predictions, strict=True):
             stored[rows] = predicted
 

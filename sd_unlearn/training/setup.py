@@ -143,7 +143,7 @@ def make_training(
     teacher = _make_teacher(config, concept, data, student, denoiser) if has_teacher else None
     if teacher and config.teacher_reuse > 1:
         steps = RepeatedBatches(batches, REPEATED_STEPS, config.teacher_reuse)
-        teacher = dataclasses.replace(teacher, bank=PredictionBank(steps.rows))
+        teacher = dataclasses.replace(teacher, bank=PredictionBank())
 
     def losses(model: nn.Module, batch: Batch, teacher_batch_size: int) -> Tensor:
         of_model = dataclasses.replace(denoiser, model=model)

@@ -40,7 +40,7 @@ def test_the_rows_of_a_block_have_numbers_of_their_own(concept: Concept) -> None
     batches = make(concept)
     got = list(islice(batches, SIZE * TIMES))
     numbers = torch.cat([batch.bank_rows for batch in got[:SIZE] if batch.bank_rows is not None])
-    assert sorted(numbers.tolist()) == list(range(batches.rows))
+    assert sorted(numbers.tolist()) == list(range(got[0].bank_size))
     assert all(torch.equal(a.bank_rows, b.bank_rows) for a, b in zip(got[:SIZE], got[SIZE:], strict=True))  # type: ignore[arg-type]
 
 
