@@ -11,6 +11,8 @@ import torch
 from sd_unlearn.data.batch import Batch
 from sd_unlearn.data.batches import StratifiedBatches
 
+REPEATED_STEPS = 20  # of a block
+
 
 class RepeatedBatches:
     """Blocks of `size` batches, each block `times` times: the same images, noise and timesteps under the same captions.

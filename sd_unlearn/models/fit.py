@@ -147,6 +147,7 @@ class Training(Inference):
     """The phases of a training."""
 
     trained: TrainingFootprint
+    repeated: int = 0  # images of the steps that --teacher_reuse repeats
 
     def teacher(self, rows: int) -> Phase:
         """Predictions of the frozen base, before a micro-batch's own."""
@@ -190,7 +191,7 @@ class Training(Inference):
     def phases(self, batching: Batching, captions: int, rendering: bool, teacher: bool, previews: bool) -> list[Phase]:
         """The phases of a training with these batches, in their order, without those that it does not have."""
         render, encode = batching.render_batch_size, batching.encode_batch_size
-        trained = self.trained.constant - self.trained.gradients
+        trained = self.trained.constant - self.trained.gradients + self.repeated * self.trained.predictions
         quantized = Inference(replace(self.footprint, unet=self.trained.unet), self.device)
         found = [
             (rendering, self.render(render, self.needs_tiles(render))),
@@ -202,7 +203,9 @@ class Training(Inference):
         return [phase for exists, phase in found if exists]
 
     def _weights(self) -> dict[str, int]:
-        return {"UNet": self.trained.unet, "trained weights, optimizer": self.trained.constant}
+        stored = self.repeated * self.trained.predictions
+        weights = {"UNet": self.trained.unet, "trained weights, optimizer": self.trained.constant}
+        return weights | ({"stored predictions": stored} if stored else {})
 
     def _rest(self) -> dict[str, int]:
         """On a CPU the VAE stays in the same memory."""

@@ -64,6 +64,7 @@ class TrainingFootprint:
     checkpointed: int  # per image: the same with gradient checkpointing
     forward: int  # per image: a pass without gradient, as of the teacher
     text_encoder: int = 0  # weights that stay because they are trained, too
+    predictions: int = 0  # per image: the base's, in full precision, if --teacher_reuse stores them
 
     @property
     def constant(self) -> int:
@@ -87,6 +88,7 @@ class StepOptions(NamedTuple):
     ema_decay: float | None = None
     target: str = "teacher"
     quantize_base: Quantization | None = None
+    teacher_reuse: int = 1
 
     @classmethod
     def of(cls, config: TrainConfig) -> StepOptions:
@@ -169,6 +171,7 @@ def count_training(
         checkpointed=(saved.kept + saved.largest_block + saved.largest) // COUNTED,
         forward=forward,
         text_encoder=sum(map(size_of, base.text_encoders)) if options.train_text_encoder else 0,
+        predictions=2 * 4 * side * side * torch.float32.itemsize if options.teacher_reuse > 1 else 0,
     )
 
 

@@ -24,6 +24,7 @@ from sd_unlearn.data.plan import (
     megabytes,
 )
 from sd_unlearn.data.render import image_requests, make_job, plan_images
+from sd_unlearn.data.repeated import REPEATED_STEPS
 from sd_unlearn.errors import UnlearnError, UsageError
 from sd_unlearn.io.reading import read_json, read_yaml
 from sd_unlearn.io.run_folder import CONFIG, TRAINING
@@ -79,12 +80,13 @@ def plan_memory(config: TrainConfig, source: Source, captions: int, rendering: b
     precision = choose_precision_for(device, config.mixed_precision)
     configs = read_configs(source)
     frozen: Precision = "no" if config.method == "full" else precision  # a UNet that is trained is in full precision
+    share = share_of(effective_batch_size(config, processes), processes)
     training = Training(
         count_inference(configs, frozen, config.resolution),
         device,
         count_training(configs, StepOptions.of(config), precision, config.resolution),
+        repeated=REPEATED_STEPS * share,
     )
-    share = share_of(effective_batch_size(config, processes), processes)
     sampler = resolve_sampler(config, source.name)
     captions = min(captions, CAPTIONS_AT_ONCE)
     times = config.gradient_accumulation_steps

@@ -23,7 +23,7 @@ from sd_unlearn.data.encoding import describe_long_captions, encode_captions, en
 from sd_unlearn.data.layout import BASELINES, compose_step
 from sd_unlearn.data.photos import CACHE_DIR
 from sd_unlearn.data.prior import Prior, resolve_beta
-from sd_unlearn.data.repeated import RepeatedBatches, Steps
+from sd_unlearn.data.repeated import REPEATED_STEPS, RepeatedBatches, Steps
 from sd_unlearn.metrics.registry import make_label_classifier
 from sd_unlearn.models import performance
 from sd_unlearn.models.base import Base
@@ -41,7 +41,6 @@ from sd_unlearn.training.probe import LeakageProbe, Probe, RatioProbe, hold_out,
 # The text encoder of digits gives the generic and the empty caption nearly the same embedding, so the unconditional
 # prediction cannot be kept while the generic one changes.
 UNCONDITIONAL = {DIGITS: 0.0}
-REPEATED_STEPS = 20  # that --teacher_reuse repeats together
 
 
 @dataclass(frozen=True)

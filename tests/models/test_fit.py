@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,14 @@ TRAINED = TrainingFootprint(
 def gpu(usable: float) -> Device:
     """A GPU with this much memory (in GB) left for a training step of this base, after UNet and workspace."""
     return Device("cuda", "a GPU", round((usable * GIB + FROZEN.unet + WORKSPACE["cuda"]) / 0.9) + 2)
+
+
+def test_stored_predictions_are_counted_in_every_phase_of_training() -> None:
+    stored = replace(TRAINED, predictions=1000)
+    plain, repeated = Training(FROZEN, gpu(10), TRAINED), Training(FROZEN, gpu(10), stored, repeated=40)
+    batching = plain.choose(40, 10, 1)
+    for before, after in zip(*(t.phases(batching, 1, True, True, True) for t in (plain, repeated)), strict=True):
+        assert after.total - before.total == (0 if after.name in ("render", "encode") else 40_000)
 
 
 def test_sizes() -> None:
