@@ -56,8 +56,9 @@ def gpu(usable: float) -> Device:
 
 
 def test_stored_predictions_are_counted_in_every_phase_of_training() -> None:
-    stored = replace(TRAINED, predictions=1000)
-    plain, repeated = Training(FROZEN, gpu(10), TRAINED), Training(FROZEN, gpu(10), stored, repeated=40)
+    trained = replace(TRAINED, trained=1)
+    stored = replace(trained, predictions=1000)
+    plain, repeated = Training(FROZEN, gpu(10), trained), Training(FROZEN, gpu(10), stored, repeated=40)
     batching = plain.choose(40, 10, 1)
     for before, after in zip(*(t.phases(batching, 1, True, True, True) for t in (plain, repeated)), strict=True):
         assert after.total - before.total == (0 if after.name in ("render", "encode") else 40_000)
