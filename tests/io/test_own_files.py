@@ -96,14 +96,16 @@ def test_a_sweep_is_deleted_and_nothing_else(tmp_path: Path) -> None:
     fill(
         tmp_path,
         "sweep.yaml",
-        "sweep.html",
+        "sweep.json",
         "factor-1/training.json",
         f"factor-1/{MARKER}",
         "factor-0.5/best/config.yaml",
     )
+    (tmp_path / "sweep.html").write_text("<title>Forgetting “seven”: how strongly? – sd-unlearn sweep</title>")
+    (tmp_path / "sweep.md").write_text("my own notes")
     fill(tmp_path, "factor-1/notes.txt", "training.json", "me.png")
     delete_own(tmp_path, SWEEP)
-    assert files(tmp_path) == {"factor-1/notes.txt", "training.json", "me.png"}
+    assert files(tmp_path) == {"factor-1/notes.txt", "training.json", "me.png", "sweep.md"}
     assert not (tmp_path / "factor-0.5").exists()
 
 
