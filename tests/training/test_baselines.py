@@ -41,11 +41,14 @@ SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("esd-u", "neggra
 def test_a_baseline_is_cut_and_resumed_as_pu_is(
     make_config: Config, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    whole = trainer.run(make_config("whole", objective=name, checkpointing_steps=2))
+    # The tiny base is worse than predicting 0, so positives of neggrad have no gradient. With a teacher, keep images
+    # have none in the first step either, and Adam would amplify rounding errors.
+    chosen = {"objective": name, "target": "noise" if name == "neggrad" else "teacher"}
+    whole = trainer.run(make_config("whole", **chosen, checkpointing_steps=2))
     assert weights(whole).isfinite().all()
     lines = logged(whole)
     assert [line["bracket"] for line in lines] == [0.0] * len(lines)
-    cut = trainer.run(make_config("cut", objective=name, train_batch_size=4))
+    cut = trainer.run(make_config("cut", **chosen, train_batch_size=4))
     assert (weights(cut) - weights(whole)).abs().max() <= 1e-4 * weights(whole).abs().max()
 
     def stop(*_: object) -> None:
@@ -59,8 +62,8 @@ def test_a_baseline_is_cut_and_resumed_as_pu_is(
             lambda state, *rest: stop() if state.step == 2 else take_step(state, *rest),
         )
         with pytest.raises(KeyboardInterrupt):
-            trainer.run(make_config("run", objective=name, checkpointing_steps=2))
-    run = trainer.run(make_config("run", objective=name, checkpointing_steps=2, resume_from_checkpoint="latest"))
+            trainer.run(make_config("run", **chosen, checkpointing_steps=2))
+    run = trainer.run(make_config("run", **chosen, checkpointing_steps=2, resume_from_checkpoint="latest"))
     assert (run / ADAPTER).read_bytes() == (whole / ADAPTER).read_bytes()
 
 
