@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import signal
 import subprocess
 import sys
 import tempfile
@@ -129,7 +128,7 @@ class Training:
         if self.process is None or not self.running:
             return
         self.stopping = True
-        self.process.send_signal(signal.SIGINT)
+        self.process.terminate()  # not SIGINT, which processes started in the background of a script ignore
         if wait:
             try:
                 self.process.wait(wait)

@@ -15,19 +15,17 @@ from sd_unlearn.ui import training
 from sd_unlearn.ui.training import Job, Training, make_plan
 
 JOB = Job("seven", "seven", 40, seed=3)
-# Writes what a training writes, then waits for Ctrl-C.
+# Writes what a training writes, then waits for SIGTERM.
 FAKE = """
 import pathlib, signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: sys.exit("saved"))
 run = pathlib.Path("runs/seven")
 (run / "previews").mkdir(parents=True)
 (run / "metrics.jsonl").write_text('{"step": 10}\\n{"step": 20}\\n')
 (run / "previews" / "step-000000.png").touch()
 (run / "previews" / "step-000020.png").touch()
 print("train seven:  0%\\rtrain seven: 50%", file=sys.stderr, flush=True)
-try:
-    time.sleep(60)
-except KeyboardInterrupt:
-    sys.exit("saved")
+time.sleep(60)
 """
 
 
