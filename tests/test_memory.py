@@ -20,7 +20,7 @@ from sd_unlearn.evaluation import evaluate
 from sd_unlearn.models import base as base_module
 from sd_unlearn.models.base import load_base
 from sd_unlearn.models.student import make_student
-from sd_unlearn.training import setup
+from sd_unlearn.objectives import registry
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -58,13 +58,13 @@ def test_rendering_and_training_share_one_base_and_a_step_needs_only_its_unet(
     previews: str,
     kept: set[str],
 ) -> None:
-    losses, found = setup.example_losses, []
+    losses, found = registry.example_losses, []
 
     def watched(*arguments: Any) -> Any:
         found.append(loaded.alive())
         return losses(*arguments)
 
-    monkeypatch.setattr(setup, "example_losses", watched)
+    monkeypatch.setattr(registry, "example_losses", watched)
     command = ["train", str(concept_file), "--pretrained_model_name_or_path", str(tiny_base), "--data_dir", "data"]
     command += ["--num_inference_steps", "1", "--max_train_steps", "1", "--validation_steps", previews]
     assert cli.main([*command, "--report_to", "none", "--train_batch_size", "8"]) == 0

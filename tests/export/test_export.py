@@ -362,5 +362,6 @@ def test_the_lora_of_a_text_encoder_is_in_both_files(base: Path, tmp_path: Path)
 def test_a_full_unet_is_not_exported_as_a_lora(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", training_record(4, 4.0))
     (run / "unet").mkdir()
+    save_file({"weight": torch.zeros(1)}, run / "unet" / "diffusion_pytorch_model.safetensors")
     with pytest.raises(UnlearnError, match=r"--method full.*run/unet.*no LoRA"):
         exported(run)

@@ -29,7 +29,7 @@ from sd_unlearn.errors import UnlearnError, UsageError
 from sd_unlearn.io.files import write_json
 from sd_unlearn.io.reading import read_json, read_jsonl
 from sd_unlearn.io.run_folder import weights_sha256
-from sd_unlearn.training import checkpoint, setup, trainer
+from sd_unlearn.training import checkpoint, provenance, setup, trainer
 from sd_unlearn.training.state import TrainingState
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -244,7 +244,7 @@ def test_a_run_killed_while_its_folder_is_created_can_be_started_again(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, part, killed)
+        patch.setattr(provenance, part, killed)
         with pytest.raises(KeyboardInterrupt):
             trainer.run(make_config("run", resume_from_checkpoint="latest"))
     assert same(trainer.run(make_config("run", resume_from_checkpoint="latest")), whole)

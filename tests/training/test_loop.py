@@ -20,6 +20,7 @@ from sd_unlearn.data.batches import EncodedImages
 from sd_unlearn.data.dataset import Example
 from sd_unlearn.errors import UnlearnError, UsageError
 from sd_unlearn.io.reading import read_json, read_jsonl
+from sd_unlearn.objectives import registry
 from sd_unlearn.training import checkpoint, loop, setup, trainer
 from sd_unlearn.training.probe import ProbeResult, RatioProbe, hold_out
 from sd_unlearn.training.state import TrainingState
@@ -50,14 +51,14 @@ def make_config(place: Path, tiny_base: Path) -> Config:
 
 def make_nan(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
     """Make the losses of these steps NaN."""
-    losses, taken = setup.example_losses, []
+    losses, taken = registry.example_losses, []
 
     def with_nan(*arguments: object, **options: object) -> torch.Tensor:
         taken.append(1)
         found = losses(*arguments, **options)  # type: ignore[arg-type]
         return found * float("nan") if len(taken) in steps else found
 
-    monkeypatch.setattr(setup, "example_losses", with_nan)
+    monkeypatch.setattr(registry, "example_losses", with_nan)
 
 
 def test_a_step_that_is_not_finite_is_skipped_and_counted(make_config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -311,7 +312,7 @@ def test_no_step_waits_for_the_device(make_config: Config, monkeypatch: pytest.M
 
 def test_networks_that_are_not_needed_are_dropped(make_config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     held = {}
-    losses = setup.example_losses
+    losses = registry.example_losses
 
     def watched(denoiser: object, batch: Batch, *arguments: object) -> torch.Tensor:
         held.update(vae=bases[0].pipeline.vae, text_encoder=bases[0].pipeline.text_encoder)
@@ -320,6 +321,6 @@ def test_networks_that_are_not_needed_are_dropped(make_config: Config, monkeypat
     bases: list = []
     load = trainer.load_base
     monkeypatch.setattr(trainer, "load_base", lambda *a: bases.append(load(*a)) or bases[0])
-    monkeypatch.setattr(setup, "example_losses", watched)
+    monkeypatch.setattr(registry, "example_losses", watched)
     trainer.run(make_config("run", max_train_steps=1))
     assert held == {"vae": None, "text_encoder": None}

@@ -39,6 +39,7 @@ from sd_unlearn.models.base import Base, load_base
 from sd_unlearn.models.denoiser import Denoiser
 from sd_unlearn.models.sampling import Sampler
 from sd_unlearn.models.student import apply_run
+from sd_unlearn.objectives import registry
 from sd_unlearn.seeds import TRAIN_SEEDS
 from sd_unlearn.training import preflight, setup, trainer
 from sd_unlearn.training.metrics_log import COST
@@ -788,7 +789,7 @@ def test_zero_terminal_snr_is_trained_on_but_not_rendered_with(
     make_config: Config, v_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: dict[str, float] = {}
-    generate, losses = sampling.generate_images, setup.example_losses
+    generate, losses = sampling.generate_images, registry.example_losses
 
     def drawn(base: Base, *arguments: object) -> object:
         seen["rendered"] = base.pipeline.scheduler.alphas_cumprod[-1].item()
@@ -799,7 +800,7 @@ def test_zero_terminal_snr_is_trained_on_but_not_rendered_with(
         return losses(denoiser, *arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(sampling, "generate_images", drawn)
-    monkeypatch.setattr(setup, "example_losses", lost)
+    monkeypatch.setattr(registry, "example_losses", lost)
     trainer.run(
         make_config(
             "run",
@@ -853,13 +854,13 @@ def test_checkpointing_trains_the_same_lora(
     trained: Path, make_config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[bool] = []
-    losses = setup.example_losses
+    losses = registry.example_losses
 
     def watched(denoiser: Denoiser, *arguments: object) -> Tensor:
         seen.append(any(getattr(m, "gradient_checkpointing", False) for m in denoiser.model.modules()))
         return losses(denoiser, *arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(setup, "example_losses", watched)
+    monkeypatch.setattr(registry, "example_losses", watched)
     run = trainer.run(make_config("run", gradient_checkpointing=True))
     assert all(seen)
     ours, theirs = (load_file(folder / ADAPTER) for folder in (run, trained))
