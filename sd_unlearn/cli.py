@@ -30,7 +30,7 @@ from sd_unlearn.config.train import TrainConfig
 from sd_unlearn.errors import UnlearnError, UsageError, reason
 from sd_unlearn.io.noise import SHOW, silence_warnings
 from sd_unlearn.io.reading import read_options
-from sd_unlearn.launch import prepare_processes, process_rank
+from sd_unlearn.launch import prepare_processes, process_rank, share_cores
 from sd_unlearn.paper import commands as paper
 
 HELP = """Make Stable Diffusion forget a concept and measure how well it worked.
@@ -250,6 +250,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if debug:
         os.environ[SHOW] = "1"
     silence_warnings()
+    share_cores()
     ShortHelp.show_all = "--help_all" in tokens
     tokens = ["--help" if token == "--help_all" else token for token in tokens]
     _replace_unprintable()

@@ -15,6 +15,20 @@ STARTED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE
 TRUE = ("true", "1", "yes", "y", "t", "on")  # as accelerate reads its environment variables
 
 
+# How often a waiting OpenMP thread checks before it sleeps. libgomp's default keeps it busy for milliseconds, which
+# makes two trainings on one machine ten times slower (docs/benchmarks.md).
+SPINS = 10_000
+
+
+def share_cores() -> None:
+    """Let waiting threads of this process sleep early. Has an effect only before torch is imported.
+
+    OMP_WAIT_POLICY and GOMP_SPINCOUNT in the environment take precedence.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", str(SPINS))
+
+
 def process_rank() -> int:
     """Rank of this process in a distributed run, from 0; 0 if it is the only one."""
     return int(os.environ.get("RANK", 0))

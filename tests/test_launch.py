@@ -146,3 +146,18 @@ def test_waiting_for_other_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert left == []
     with pytest.raises(UnlearnError, match="2 images are still missing: another process must have stopped"):
         launch.wait_for_others(lambda: 2, "images", 0, poll=0)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [({}, "10000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, None)],
+)
+def test_waiting_threads_sleep_early_unless_the_environment_says_otherwise(
+    monkeypatch: pytest.MonkeyPatch, given: dict[str, str], expected: str | None
+) -> None:
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    launch.share_cores()
+    assert os.environ.get("GOMP_SPINCOUNT") == expected
