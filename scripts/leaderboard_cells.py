@@ -251,7 +251,7 @@ def attacked(stages: Stages, name: str, budget: str) -> dict[str, Any]:
 
 
 def pictures(stages: Stages) -> None:
-    """Keep some images of the caption, and of the attack `soft`, beside the record."""
+    """Keep some images of the caption, and of the attack `soft`, next to the record."""
     direct = [spec for spec in stages.specs() if spec.group == "direct"][:SHOWN]
     paths: list[Sequence[Path]] = [stages.cache.paths(stages.variant, direct)]
     entries: Sequence[Mapping[str, Any]] = read_json(stages.run / RESULTS).get("attacks", [])

@@ -17,8 +17,8 @@ MODELS = {"base": "digits", "oracle": "build/digits-without-{label}/pipeline"}
 class Method:
     """A row of the table.
 
-    train: a run of `sd-unlearn train`, with these options beside the defaults. sampler: the base, sampled in another
-    way; these are options of `evaluate`. model: a whole model, MODELS.
+    train: a run of `sd-unlearn train` with these options. sampler: the base, sampled in another way; these are options
+    of `evaluate`. model: a whole model, MODELS.
     """
 
     title: str

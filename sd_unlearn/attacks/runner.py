@@ -34,7 +34,7 @@ from sd_unlearn.io.reading import read_json
 from sd_unlearn.io.run_folder import IMAGE_DIR, RESULTS
 from sd_unlearn.launch import process_count, process_rank, wait_for_others
 from sd_unlearn.metrics.registry import make_metrics, merge_cards, metric_cards
-from sd_unlearn.models.base import choose_precision, load_base
+from sd_unlearn.models.base import choose_precision, default_device, load_base
 from sd_unlearn.models.find_base import find_base
 from sd_unlearn.results import ATTACK_METRIC, BASE, FLOOR, as_json, parse_results
 
@@ -187,7 +187,7 @@ def _results(
     for task in tasks:
         grouped[task.concept.slug, task.model.id, task.attack.name].append(task)
     for slug, concept in job.concepts.items():
-        metrics, _ = make_metrics(names[slug], job.metric_context(concept, _device()))
+        metrics, _ = make_metrics(names[slug], job.metric_context(concept, default_device()))
         detectors = [metric for metric in metrics if detects_concept(metric)]
         for (of_concept, _, _), restarts in grouped.items():
             for metric in detectors if of_concept == slug else []:
@@ -198,12 +198,6 @@ def _results(
     if config.floor:
         results["subjects"].append({"id": FLOOR, "name": public_name(config.floor), "what": "base"})
     return results | {"rows": [as_json(one.row) for one in judged], "attacks": entries, "tier": ""}
-
-
-def _device() -> str:
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _with_images(judged: Judged, output: Path) -> Any:

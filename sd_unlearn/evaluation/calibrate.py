@@ -34,6 +34,7 @@ from sd_unlearn.launch import process_count
 from sd_unlearn.metrics.base import CONCEPT_GROUPS, KEEP_GROUPS, Metric
 from sd_unlearn.metrics.registry import OPTIONAL, choose_metrics, find_metrics, make_metrics, missing_evidence
 from sd_unlearn.metrics.statistics import Z, wilson
+from sd_unlearn.models.base import default_device
 from sd_unlearn.report.metric_names import PRESENCE
 from sd_unlearn.results import BASE, Row, as_json
 
@@ -130,7 +131,7 @@ class Measurement:
         self.loader = BaseLoader(job)
         self.cache: ImageCache = planned_cache(job, self.loader)
         self.concept, self.specs = job.concepts[slug], job.plans[slug]
-        context = job.metric_context(self.concept, _device())
+        context = job.metric_context(self.concept, default_device())
         self.metrics: list[Metric] = make_metrics(names, context)[0]
         self.cache.generate(self.loader.load, ModelVariant(), self.specs, "generate base")
 
@@ -234,9 +235,3 @@ def _check_images(config: CalibrateConfig, job: EvaluationJob) -> None:
             "The concept has no prompts in the groups alike and general, so retention cannot be measured. Add keep "
             "prompts to the concept file, or give --retention 0."
         )
-
-
-def _device() -> str:
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"

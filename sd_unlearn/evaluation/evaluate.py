@@ -35,6 +35,7 @@ from sd_unlearn.io.paths import public_name
 from sd_unlearn.io.run_folder import EVALUATION, IMAGE_DIR, RESULTS
 from sd_unlearn.launch import process_rank
 from sd_unlearn.metrics.registry import find_metrics, make_metrics, merge_cards, metric_cards, missing_evidence
+from sd_unlearn.models.base import default_device
 from sd_unlearn.models.sampling import count_tiled
 from sd_unlearn.results import BASE, SCHEMA_VERSION, Pair, Problem, as_json, parse_results
 from sd_unlearn.seeds import EVALUATE_SEEDS
@@ -126,7 +127,7 @@ def _run_all_metrics(
     job: EvaluationJob, cache: ImageCache | None, names: Mapping[str, Sequence[str]]
 ) -> tuple[list[ConceptResults], list[dict[str, Any]]]:
     """The results of each concept that has images, and the metrics' cards."""
-    device = _device()
+    device = default_device()
     evaluated, cards = [], []
     for slug, concept in job.concepts.items():
         metrics, pair_metrics = make_metrics(names[slug], job.metric_context(concept, device))
@@ -170,12 +171,6 @@ def _generated(cache: ImageCache, subject: str, variant: ModelVariant, specs: Se
 
 def _digest(folder: Path) -> str:
     return hashlib.sha256(str(folder.absolute()).encode()).hexdigest()[:12]
-
-
-def _device() -> str:
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def assemble(

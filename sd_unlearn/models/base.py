@@ -154,6 +154,13 @@ def choose_precision(option: str | None) -> str:
     return wanted
 
 
+def default_device() -> str:
+    """Where networks run: CUDA if there is a GPU, else the CPU."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def load_base(source: Source | str, precision: str = "no", device: Any = None) -> Base:
     """Load a frozen pipeline with DDIM sampling and no safety checker.
 
@@ -170,7 +177,7 @@ def load_base(source: Source | str, precision: str = "no", device: Any = None) -
 
     source = Source(source) if isinstance(source, str) else source
     check_source(source)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or default_device()
     # bf16 is converted only after hashing, so that a base has the same hash in every precision.
     pipeline = load_pipeline(source, torch.float16 if precision == "fp16" else torch.float32)
     check_schedule(source.name, type(pipeline.scheduler).__name__)

@@ -61,7 +61,7 @@ class Generator:
         self.base: Base | None = None
         self.base_key: Any = None
         self.opened: dict[tuple[str, float], Lora] = {}
-        self.metrics: dict[str, list[Metric] | str] = {}  # concept -> its metrics, or why there are none
+        self.metrics: dict[str, list[Metric] | str] = {}  # concept -> its metrics, or why none is available
         self.images: OrderedDict[Any, Image.Image] = OrderedDict()
 
     def picture(self, request: Request) -> Picture:
@@ -174,7 +174,7 @@ class Generator:
 
 
 def _metrics_of(concept: Concept) -> list[Metric] | str:
-    """The metrics that detect a concept; why there are none if they are not installed."""
+    """The metrics that detect a concept, or the message that none is installed."""
     context = MetricContext(concept, EvaluateConfig(), None, "quick")
     try:
         names = [name for name in choose_metrics(context) if name not in OPTIONAL]

@@ -22,7 +22,7 @@ from sd_unlearn.errors import UsageError, reason
 WORKERS = 1000  # jobs in the queue at the same time: a common limit of arrays
 POLL = 1.0  # seconds
 TIMEOUT_MIN = 240  # time limit of a job unless the list sets it
-SIGNAL_DELAY_S = 90  # how long before the time limit a job is told to save
+SIGNAL_DELAY_S = 90  # seconds before the time limit at which a job gets the signal to save
 
 
 class TaskJob(Checkpointable):
