@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from leaderboard_methods import Budget, Cell
+from leaderboard_methods import Budget, Cell, Method, chosen
 from leaderboard_pictures import write_strip
 
 import sd_unlearn
@@ -52,7 +52,8 @@ class NotAvailable(Exception):
 class Stages:
     """What has been done for one cell.
 
-    root: where build/ is. work: data, runs and caches. records: where the record is kept.
+    root: where build/ is. work: data, runs and caches. records: where the record is kept. method: the cell's, with
+    other options.
     """
 
     cell: Cell
@@ -60,6 +61,7 @@ class Stages:
     root: Path
     work: Path
     records: Path
+    method: Method | None = None
 
     @cached_property
     def concept(self) -> Concept:
@@ -90,7 +92,8 @@ class Stages:
     def options(self) -> dict[str, Any]:
         """The options of the training."""
         seed = {"seed": self.cell.seed} if self.cell.of.trained else {}
-        return {**seed, **self.cell.of.options}
+        own = self.method.options if self.method else {**self.cell.of.options, **chosen(self.cell.method)}
+        return {**seed, **own}
 
     @cached_property
     def source(self) -> Path:

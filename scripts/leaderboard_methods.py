@@ -9,7 +9,10 @@ from typing import Any, Literal
 
 from bench_forget import PAPER
 
+from sd_unlearn.io.reading import read_json
+
 CONCEPTS = ("seven", "three", "red ink", "blue ink")
+SEARCH_RECORDS = Path(__file__).parents[1] / "docs" / "leaderboard-runs" / "search"
 MODELS = {"base": "digits", "oracle": "build/digits-without-{label}/pipeline"}
 
 
@@ -43,10 +46,25 @@ METHODS: dict[str, Method] = {
     "uce": Method("UCE", "after Gandikota et al. 2024, eq. 7", options={"objective": "uce"}, trained=False),
     "speed": Method("SPEED", "null-space projection of the edit", options={"objective": "speed"}, trained=False),
     "rece": Method("RECE", "UCE, repeated on what it left", options={"objective": "rece"}, trained=False),
-    "sld": Method("SLD", "after Schramowski et al. 2023", "sampler", {"sld": "medium"}, trained=False),
+    "sld": Method("SLD", "after Schramowski et al. 2023", "sampler", {"sld": "max"}, trained=False),
     "oracle": Method("never saw it", "trained without the concept", "model", trained=False),
     "base": Method("base", "nothing unlearned", "model", trained=False),
 }
+
+
+# The settings that `leaderboard_search.py` tries for the trained baselines; first that of the paper.
+SEARCH: dict[str, tuple[dict[str, Any], ...]] = {
+    "esd-x": ({}, {"learning_rate": 2e-3}, {"erase_guidance": 1.0}, {"erase_guidance": 4.0}),
+    "esd-u": ({}, {"learning_rate": 2e-3}, {"erase_guidance": 1.0}, {"erase_guidance": 4.0}),
+    "anchor": ({}, {"learning_rate": 2e-3}, {"max_train_steps": 1000}, {"target": "noise"}),
+    "neggrad": ({}, {"forget_weight": 0.3}, {"forget_weight": 0.1}, {"forget_weight": 0.03}),
+}
+
+
+def chosen(method: str) -> dict[str, Any]:
+    """The setting that the search chose; nothing if there was none."""
+    file = SEARCH_RECORDS / f"{method}.json"
+    return dict(read_json(file)["chosen"]) if file.is_file() else {}
 
 
 @dataclass(frozen=True)

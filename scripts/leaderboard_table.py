@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from leaderboard_methods import CONCEPTS, METHODS, Cell
+from leaderboard_methods import CONCEPTS, METHODS, Cell, chosen
 from leaderboard_pictures import write_rows
 
 from sd_unlearn.io.files import write_text
@@ -202,8 +202,8 @@ def section(concept: str, folder: Path, images: Path) -> str:
 def methods_table() -> str:
     """What each method is."""
     lines = ["| method | what it is | options |", "|---|---|---|"]
-    for method in METHODS.values():
-        options = " ".join(f"--{key} {value}" for key, value in method.options.items())
+    for name, method in METHODS.items():
+        options = " ".join(f"--{key} {value}" for key, value in {**method.options, **chosen(name)}.items())
         lines.append(f"| {method.title} | {method.source} | {f'`{options}`' if options else NONE} |")
     return "\n".join(lines)
 
