@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import hashlib
 import json
 import os
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -43,6 +45,11 @@ def write_bytes(path: Path, data: bytes) -> None:
         raise UnlearnError(f"Cannot write {path}: {reason(error)}. Choose another folder.") from error
 
 
+def host_id() -> str:
+    """Eight characters that tell this machine from others which write to the same storage."""
+    return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
+
+
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary path in the same folder, for a file or a folder, and rename it to `path` when the block ends.
@@ -54,7 +61,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     Raises:
         OSError: the file or folder cannot be written, or a folder is in the place of a file.
     """
-    temporary, former = (path.with_name(f".{path.name}.{os.getpid()}.{end}") for end in ("tmp", "old"))
+    temporary, former = (path.with_name(f".{path.name}.{os.getpid()}@{host_id()}.{end}") for end in ("tmp", "old"))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary

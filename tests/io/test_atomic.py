@@ -14,7 +14,7 @@ from conftest import tree
 from safetensors.torch import save_file
 
 from sd_unlearn.errors import UnlearnError, UsageError
-from sd_unlearn.io.files import atomic_path, check_writable, write_bytes
+from sd_unlearn.io.files import atomic_path, check_writable, host_id, write_bytes
 from sd_unlearn.io.lock import remove_leftovers
 
 ROOT = str(Path(__file__).parent.parent.parent)
@@ -81,8 +81,10 @@ def dead_pid() -> int:
 
 def test_what_killed_processes_left_is_removed(tmp_path: Path) -> None:
     dead, alive = dead_pid(), os.getppid()
-    names = [f".adapter.{dead}.tmp/half", f".x.png.{dead}.tmp", f".config.yaml.{dead}.old", "config.yaml"]
-    kept = [f".x.png.{alive}.tmp", ".x.tmp", f".x.{dead}.swp", "x.png", f"deep/.x.png.{dead}.tmp", f"y.{dead}.tmp"]
+    here = f"{dead}@{host_id()}"
+    names = [f".adapter.{here}.tmp/half", f".x.png.{dead}.tmp", f".config.yaml.{here}.old", "config.yaml"]
+    of_others = [f".x.png.{alive}@{host_id()}.tmp", f".x.png.{dead}@0123abcd.tmp"]  # the second on another machine
+    kept = [*of_others, ".x.tmp", f".x.{dead}.swp", "x.png", f"deep/.x.png.{here}.tmp", f"y.{dead}.tmp"]
     fill(tmp_path, *names, *kept)
     remove_leftovers(tmp_path, ["other"])
     assert len(tree(tmp_path)) == len(names) + len(kept) + 2
