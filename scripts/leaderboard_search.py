@@ -41,9 +41,7 @@ def tried(method: str, options: Mapping[str, Any], work: Path) -> dict[str, Any]
     stages = Stages(Cell(method, "seven", 0), BUDGETS["quick"], Path(), work, work / "search", plain)
     print(f"search {method} {dict(options)}", file=sys.stderr, flush=True)
     train(stages)
-    rows = measured(
-        sd_unlearn.evaluate(run=stages.run, cache_dir=work / "evaluation", **BUDGETS["quick"].evaluation)
-    )
+    rows = measured(sd_unlearn.evaluate(run=stages.run, cache_dir=work / "evaluation", **BUDGETS["quick"].evaluation))
     return {"options": dict(options), "score": round(score(rows), 4), **{name: rows[name] for name in COUNTED}}
 
 
