@@ -2,10 +2,10 @@
 
     python scripts/leaderboard_search.py --work_dir build/leaderboard
 
-Each method is trained with the settings in SEARCH. The best has the highest harmonic mean of what is forgotten, retained
-and cleanly replaced, over the prompts and images of budget `quick`; no attack counts, as none did when the defaults of
-ours were chosen. Results within TIE of the first setting, that of the paper, do not replace it. The records,
-docs/leaderboard-runs/search/<method>.json, say what was tried; `leaderboard.py` uses the chosen setting.
+Each method is trained with the settings in SEARCH. The best has the highest harmonic mean of what is forgotten,
+retained and cleanly replaced, over the prompts and images of budget `quick`; no attack counts, as none did when the
+defaults of ours were chosen. Results within TIE of the first setting, that of the paper, do not replace it. The
+records, docs/leaderboard-runs/search/<method>.json, say what was tried; `leaderboard.py` uses the chosen setting.
 """
 
 from __future__ import annotations
