@@ -75,7 +75,7 @@ def predict(pixels: int, checkpointing: bool, images: int) -> dict[str, float]:
     configs = read_configs(Source(BASE))
     frozen, trained = count_inference(configs, "no", pixels), count_training(configs, StepOptions(), "no", pixels)
     step = Training(frozen, Device("cpu", "the CPU", 0), trained).step(images, checkpointing)
-    return {"weights": frozen.unet / MIB, "peak": (step.total - frozen.vae) / MIB}
+    return {"weights": frozen.network / MIB, "peak": (step.total - frozen.vae) / MIB}
 
 
 def table(measured: dict[str, dict[str, float]]) -> str:

@@ -78,7 +78,7 @@ def row(card: int, base: str, measured: dict[str, list[str]]) -> str:
 @cache
 def quantized_size(configs: Configs, kind: Quantization) -> int:
     """Bytes of the weights of a quantized UNet; nothing else that a step keeps differs."""
-    unet = build_meta_base(configs, torch.float16).unet
+    unet = build_meta_base(configs, torch.float16).network
     quantize_linear_layers(unet, kind)
     return size_of(unet)
 

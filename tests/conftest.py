@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from flow_kinds import FlowKinds
 from kinds import TOKENS, Kinds, make_tokenizer
 from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel
@@ -134,6 +135,24 @@ def v_base(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def kinds(tmp_path_factory: pytest.TempPathFactory) -> Kinds:
     """Narrow models of each real architecture, in each form."""
     return Kinds(tmp_path_factory.mktemp("kinds"))
+
+
+@pytest.fixture(scope="session")
+def flow_kinds(tmp_path_factory: pytest.TempPathFactory) -> FlowKinds:
+    """Narrow models of SD 3, SD 3.5 and FLUX.1."""
+    return FlowKinds(tmp_path_factory.mktemp("flow-kinds"))
+
+
+@pytest.fixture(scope="session")
+def tiny_sd3(flow_kinds: FlowKinds) -> Path:
+    """The folder of a random-weight StableDiffusion3Pipeline, with T5."""
+    return flow_kinds.folder("sd35")
+
+
+@pytest.fixture(scope="session")
+def tiny_flux(flow_kinds: FlowKinds) -> Path:
+    """The folder of a random-weight FluxPipeline with embedded guidance."""
+    return flow_kinds.folder("flux-dev")
 
 
 def scheduled(base: Path, copy: Path, **changes: object) -> Path:

@@ -15,6 +15,7 @@ from sd_unlearn.data.concept import Concept
 from sd_unlearn.data.encoding import encode_captions
 from sd_unlearn.models.base import Base
 from sd_unlearn.models.denoiser import Denoiser
+from sd_unlearn.models.kinds import KINDS
 from sd_unlearn.models.sampling import Sampler
 from sd_unlearn.seeds import EVALUATE_SEEDS, image_seed
 from sd_unlearn.training.previews import ImageGenerator
@@ -27,7 +28,7 @@ class Samples:
     """The attacker's images as the network takes them. Latents are sampled from them, as in training."""
 
     captions: Sequence[str]
-    mean: Tensor  # [N, 4, H/8, W/8], of the VAE's posterior, scaled
+    mean: Tensor  # [N, C, H/8, W/8], of the VAE's posterior, scaled
     std: Tensor  # as mean
 
     @staticmethod
@@ -39,7 +40,7 @@ class Samples:
         return Samples(self.captions[:count], self.mean[:count], self.std[:count])
 
     def latents(self, rows: Tensor, generator: torch.Generator) -> Tensor:
-        """Latents [len(rows), 4, H/8, W/8] of the images with these indices, on the CPU."""
+        """Latents [len(rows), C, H/8, W/8] of the images with these indices, on the CPU."""
         noise = torch.randn((len(rows), *self.mean.shape[1:]), generator=generator)
         return self.mean[rows] + self.std[rows] * noise
 
@@ -58,7 +59,7 @@ class Target:
 
     @property
     def denoiser(self) -> Denoiser:
-        return Denoiser.of(self.base, self.base.pipeline.unet)
+        return Denoiser.of(self.base, self.base.network)
 
     def generator(self, attack: str, restart: int) -> torch.Generator:
         """The random numbers of one restart of an attack, on the CPU."""
@@ -71,7 +72,7 @@ class Target:
         return [image_seed(EVALUATE_SEEDS, self.seed, text, index) for index in range(count)]
 
     def generate(self, text: Tensor, seeds: Sequence[int], **options: Any) -> list[Image.Image]:
-        """One image per seed from text embeddings [1 or N, tokens, width] (SDXL: packed, see models/conditioning).
+        """One image per seed from text embeddings [1 or N, rows, width], as models/conditioning packs them.
 
         options: further arguments of the pipeline, of up to `sampler.batch_size` images at once.
         """
@@ -81,7 +82,7 @@ class Target:
         def embed(captions: Sequence[str]) -> Tensor:
             return torch.stack([rows[int(number)] if number else empty for number in captions])
 
-        generator = ImageGenerator(self.base, self.sampler, embed, self.base.pipeline.unet)
+        generator = ImageGenerator(self.base, self.sampler, embed, self.base.network)
         return generator.generate([str(number) for number in range(len(seeds))], seeds, **options)
 
 
@@ -105,6 +106,22 @@ class Settings(Protocol):
     def images(self) -> int: ...
 
 
+def any_base(_base: Mapping[str, Any]) -> str:
+    """Of an attack that works on every base."""
+    return ""
+
+
+def needs_ddim(base: Mapping[str, Any]) -> str:
+    """Of an attack that changes DDIM's steps."""
+    return f"a base of kind {base['kind']} is not sampled with DDIM" if KINDS[base["kind"]].is_flow else ""
+
+
+def needs_one_vocabulary(base: Mapping[str, Any]) -> str:
+    """Of an attack that chooses tokens, which all text encoders must know."""
+    has_t5 = base["kind"] == "flux" or (base["kind"] == "sd3" and not base.get("drop_t5"))
+    return "CLIP and T5 do not have the same tokens (SD 3 works with --drop_t5)" if has_t5 else ""
+
+
 def no_images(_settings: Any) -> int:
     """Of an attack that uses none of the attacker's images."""
     return 0
@@ -123,3 +140,4 @@ class Attack:
     applies_lora: bool = False  # the attack itself applies the LoRA, with Target.applied
     positives: Callable[[Any], int] = no_images  # how many images of the concept it uses
     unrelated: Callable[[Any], int] = no_images  # how many images of other prompts it uses
+    unsupported: Callable[[Mapping[str, Any]], str] = any_base  # why it does not work on a base (its record); else ""

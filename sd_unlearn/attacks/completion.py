@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sd_unlearn.attacks.base import Attack, Outcome, Target
 from sd_unlearn.data.encoding import encode_captions
-from sd_unlearn.models.diffusion import add_noise
+from sd_unlearn.models.base import Base
 
 
 @dataclass(frozen=True)
@@ -42,24 +42,23 @@ def run(target: Target, settings: ImageSettings, restart: int) -> Iterator[Outco
     while start < len(samples.mean):
         rows = slice(start, start + target.sampler.batch_size)
         known, seeds = samples.mean[rows], target.seeds(settings.images)[rows]
-        keep_left = _keep_left_half(known, noise[rows], target.base.pipeline.scheduler)
+        keep_left = _keep_left_half(known, noise[rows], target.base)
         images += target.generate(text, seeds, callback_on_step_end=keep_left)
         start += target.sampler.batch_size
     yield Outcome(images, len(images))
 
 
-def _keep_left_half(known: Tensor, noise: Tensor, scheduler: Any) -> Any:
-    """A callback of the pipeline that puts the noised left half of known [B, 4, h, w] into the latents."""
-    half = known.shape[-1] // 2
+def _keep_left_half(known: Tensor, noise: Tensor, base: Base) -> Any:
+    """A callback of the pipeline that puts the noised left half of known [B, C, h, w] into the latents."""
+    (height, width), process, conditioning = known.shape[2:], base.process(), base.conditioning
 
     def callback(_pipeline: Any, step: int, _timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
-        latents = values["latents"].clone()
-        left = known[..., :half]
-        if step + 1 < len(scheduler.timesteps):  # the latents are now at the level of the next step
-            timesteps = scheduler.timesteps[step + 1].long().cpu().expand(len(known))
-            left = add_noise(known, noise, timesteps, scheduler.alphas_cumprod.cpu())[..., :half]
-        latents[..., :half] = left.to(latents)
-        return {"latents": latents}
+        latents = conditioning.from_pipeline(values["latents"], height, width).clone()
+        left, later = known, base.pipeline.scheduler.timesteps[step + 1 :]
+        if len(later):  # the latents are now at the level of the next step
+            left = process.add_noise(known, noise, later[0].cpu().expand(len(known)))
+        latents[..., : width // 2] = left[..., : width // 2].to(latents)
+        return {"latents": conditioning.to_pipeline(latents)}
 
     return callback
 

@@ -7,7 +7,7 @@ noise prediction.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from sd_unlearn.attacks.base import Outcome, Target
 from sd_unlearn.attacks.noise_prediction import noise_loss, sample_batch
 from sd_unlearn.models.base import Base
-from sd_unlearn.models.conditioning import pack
 
 
 @dataclass(frozen=True)
@@ -43,10 +42,13 @@ BUDGETS = {  # of one learned token and of a whole learned prompt, so that they 
 class LearnedPrompt:
     """A prompt in which the embeddings of some tokens are parameters, in every text encoder of a pipeline."""
 
-    def __init__(self, base: Base, prompt: str, positions: Sequence[int]) -> None:
-        """positions: of the tokens, counted with the start token. They start as the prompt's own embeddings."""
-        self.base, self.prompt, self.positions = base, prompt, list(positions)
-        tables = [encoder.get_input_embeddings() for encoder in text_encoders(base)]
+    def __init__(self, base: Base, prompt: str, positions: Sequence[int] | Sequence[list[int]]) -> None:
+        """positions: of the tokens, counted with CLIP's start token; or those of each encoder, as its tokenizer counts.
+
+        The tokens start as the prompt's own embeddings.
+        """
+        self.base, self.prompt, self.positions = base, prompt, of_each_encoder(base, positions)
+        tables = [embedding_table(encoder) for encoder in text_encoders(base)]
         self.scales = [float(table.weight.float().square().mean().sqrt()) for table in tables]
         self.vectors: list[Tensor] = [
             nn.Parameter(table.weight[ids].detach().float().clone())
@@ -54,12 +56,16 @@ class LearnedPrompt:
         ]  # of each encoder [positions, width]
 
     def _token_ids(self) -> list[Tensor]:
-        return [torch.tensor(prompt_ids(tokenizer, self.prompt))[self.positions] for tokenizer in tokenizers(self.base)]
+        return [
+            torch.tensor(prompt_ids(tokenizer, self.prompt))[positions]
+            for tokenizer, positions in zip(tokenizers(self.base), self.positions, strict=True)
+        ]
 
-    def start_from(self, ids: Sequence[int]) -> None:
-        """Start every position from the mean embedding of these tokens."""
-        for vectors, encoder in zip(self.vectors, text_encoders(self.base), strict=True):
-            vectors.data[:] = encoder.get_input_embeddings().weight[list(ids)].float().mean(0)
+    def start_from(self, ids_of: Callable[[Any], Sequence[int]]) -> None:
+        """Start every position from the mean embedding of the tokens that ids_of gives for a tokenizer."""
+        encoders = zip(self.vectors, text_encoders(self.base), tokenizers(self.base), strict=True)
+        for vectors, encoder, tokenizer in encoders:
+            vectors.data[:] = embedding_table(encoder).weight[list(ids_of(tokenizer))].float().mean(0)
 
     def add_noise(self, generator: torch.Generator) -> None:
         """Move every embedding by normal noise of the usual size of an embedding."""
@@ -67,13 +73,13 @@ class LearnedPrompt:
             vectors.data += scale * torch.randn(vectors.shape, generator=generator).to(vectors)
 
     def encode(self, count: int = 1) -> Tensor:
-        """Text embeddings [count, tokens, width] (SDXL: packed), differentiable in the vectors.
+        """Text embeddings [count, rows, width] (packed, see models/conditioning), differentiable in the vectors.
 
         Vectors [count, positions, width] give as many prompts.
         """
         with ExitStack() as hooks:
-            for encoder, vectors in zip(text_encoders(self.base), self.vectors, strict=True):
-                hook = encoder.get_input_embeddings().register_forward_hook(_inserted(vectors, self.positions))
+            for encoder, vectors, at in zip(text_encoders(self.base), self.vectors, self.positions, strict=True):
+                hook = embedding_table(encoder).register_forward_hook(_inserted(vectors, at))
                 hooks.callback(hook.remove)
             return encode_prompts(self.base, [self.prompt] * count)
 
@@ -109,15 +115,28 @@ def learn(
 
 
 def text_encoders(base: Base) -> list[Any]:
-    """The pipeline's text encoders: one, or SDXL's two."""
-    names = ("text_encoder", "text_encoder_2")
-    return [encoder for name in names if (encoder := getattr(base.pipeline, name, None)) is not None]
+    """The pipeline's text encoders: one, SDXL's and FLUX's two, or SD 3's two or three."""
+    return base.text_encoders
 
 
 def tokenizers(base: Base) -> list[Any]:
     """The tokenizers of `text_encoders`."""
-    names = ("tokenizer", "tokenizer_2")
+    names = [name.replace("text_encoder", "tokenizer") for name in base.properties.text_encoders]
     return [tokenizer for name in names if (tokenizer := getattr(base.pipeline, name, None)) is not None]
+
+
+def embedding_table(encoder: Any) -> nn.Embedding:
+    """The table that a text encoder looks tokens up in. T5's stack has its own, tied to the one it reports."""
+    table: nn.Embedding = getattr(getattr(encoder, "encoder", None), "embed_tokens", None)  # type: ignore[assignment]
+    return table if table is not None else encoder.get_input_embeddings()
+
+
+def of_each_encoder(base: Base, positions: Sequence[int] | Sequence[list[int]]) -> list[list[int]]:
+    """The positions of tokens for each text encoder. Given once, they are CLIP's: T5 has no start token."""
+    if positions and isinstance(positions[0], list):
+        return [list(own) for own in positions]  # type: ignore[arg-type]
+    starts = [1 if tokenizer.bos_token_id is None else 0 for tokenizer in tokenizers(base)]
+    return [[position - start for position in positions] for start in starts]  # type: ignore[operator]
 
 
 def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
@@ -142,11 +161,5 @@ def content_positions(base: Base, prompt: str) -> list[int]:
 
 
 def encode_prompts(base: Base, prompts: Sequence[str]) -> Tensor:
-    """Text embeddings [N, tokens, width] as the pipeline makes them, with a gradient; of SDXL packed."""
-    encoded = base.pipeline.encode_prompt(
-        list(prompts), device=base.device, num_images_per_prompt=1, do_classifier_free_guidance=False
-    )
-    if base.pooled_width is None:
-        tokens: Tensor = encoded[0]
-        return tokens
-    return pack(encoded[0], encoded[2])
+    """Text embeddings [N, rows, width] as the pipeline makes them, with a gradient."""
+    return base.conditioning.encode(base.pipeline, prompts, base.device)

@@ -48,9 +48,9 @@ def fine_tune(
     base, generator = target.base, target.generator(name, restart)
     text = encode_captions(base, samples.captions).cpu()
     caption = encode_captions(base, [target.concept.caption])
-    unet = base.pipeline.unet
-    options = Weights(rank=settings.rank)
-    adapter = lora.attach(unet, options, lora.unet_targets(unet, options.lora_targets), ATTACK_SEEDS[0] + restart)
+    network, options = base.network, Weights(rank=settings.rank)
+    targets = lora.network_targets(network, options.lora_targets)
+    adapter = lora.attach(network, options, targets, ATTACK_SEEDS[0] + restart).to(base.device)
     try:
         parameters = [parameter for parameter in adapter.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate)
@@ -62,8 +62,8 @@ def fine_tune(
             if step in settings.steps:
                 yield Outcome(target.generate(caption, target.seeds(settings.images)), step)
     finally:
-        base.pipeline.unet = adapter.unload()
-        base.pipeline.unet.requires_grad_(False)
+        base.network = adapter.unload()
+        base.network.requires_grad_(False)
 
 
 FINETUNE = Attack(

@@ -14,7 +14,7 @@ from operator import attrgetter
 
 import torch
 
-from sd_unlearn.attacks.base import Attack, Outcome, Target
+from sd_unlearn.attacks.base import Attack, Outcome, Target, needs_one_vocabulary
 from sd_unlearn.attacks.noise_prediction import noise_loss, sample_batch
 from sd_unlearn.attacks.tokens import TokenPrompt, allowed_tokens, nearest, random_tokens
 
@@ -37,7 +37,7 @@ def run(target: Target, settings: HardSettings, restart: int) -> Iterator[Outcom
     generator, base = target.generator("hard", restart), target.base
     prompt, allowed = TokenPrompt(base, settings.tokens), allowed_tokens(base)
     table = prompt.tables[0]
-    ids = random_tokens(allowed, [len(prompt.positions)], generator)
+    ids = random_tokens(allowed, [len(prompt.positions[0])], generator)
     free = table[ids.to(table.device)].clone().requires_grad_()
     optimizer = torch.optim.AdamW([free], lr=settings.learning_rate * prompt.scales[0])
     samples = target.positives.first(settings.positives)
@@ -68,4 +68,5 @@ HARD = Attack(
     },
     run,
     positives=attrgetter("positives"),
+    unsupported=needs_one_vocabulary,
 )

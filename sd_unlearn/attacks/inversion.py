@@ -1,13 +1,15 @@
 """Inversion: does an image of the concept survive a round trip through the model?
 
 Access: the network, and images of the concept. DDIM run backwards (Song et al. 2021, equation 14 solved for the noisier
-latent) turns an image into the noise that generates it without guidance under the concept's caption; sampling then
-starts from that noise with the usual guidance. Used on erased models by Pham et al. 2024 and Lu et al. 2025.
+latent; for flow matching its differential equation) turns an image into the noise that generates it without guidance
+under the concept's caption; sampling then starts from that noise with the usual guidance. Used on erased models by Pham
+et al. 2024 and Lu et al. 2025.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from itertools import pairwise
 from operator import attrgetter
 
 import torch
@@ -16,6 +18,7 @@ from torch import Tensor
 from sd_unlearn.attacks.base import Attack, Outcome, Target
 from sd_unlearn.attacks.completion import BUDGETS, ImageSettings
 from sd_unlearn.data.encoding import encode_captions
+from sd_unlearn.models.base import Base
 
 
 def run(target: Target, settings: ImageSettings, restart: int) -> Iterator[Outcome]:
@@ -24,27 +27,47 @@ def run(target: Target, settings: ImageSettings, restart: int) -> Iterator[Outco
     text = encode_captions(target.base, [target.concept.caption])
     images = []
     for known in latents.split(target.sampler.batch_size):
-        images += target.generate(text, [0] * len(known), latents=ddim_invert(target, known, text))
+        noise = target.base.conditioning.to_pipeline(invert(target, known, text))
+        images += target.generate(text, [0] * len(known), latents=noise)
     yield Outcome(images, len(images))
 
 
 @torch.no_grad()
-def ddim_invert(target: Target, latents: Tensor, text: Tensor) -> Tensor:
-    """latents [B, 4, h, w] of images -> the noise from which DDIM without guidance returns to them, as latents.
+def invert(target: Target, latents: Tensor, text: Tensor) -> Tensor:
+    """latents [B, C, h, w] of images -> the noise from which sampling without guidance returns to them, as latents.
 
-    text: [1, tokens, width]. Uses the sampler's number of steps.
+    text: [1, rows, width]. Uses the sampler's number of steps.
     """
+    base, denoiser = target.base, target.denoiser
+    dtype = base.network.dtype
+    current, text = latents.to(base.device), text.expand(len(latents), -1, -1).to(base.device, dtype)
+
+    def predict(noisy: Tensor, timestep: Tensor) -> Tensor:
+        return denoiser.predict(noisy.to(dtype), timestep.expand(len(noisy)), text).float()
+
+    steps = _euler if base.properties.is_flow else _ddim
+    return steps(base, target.sampler.steps, current, predict).cpu()
+
+
+Predict = Callable[[Tensor, Tensor], Tensor]  # noisy latents, a timestep -> the network's prediction
+
+
+def _ddim(base: Base, steps: int, current: Tensor, predict: Predict) -> Tensor:
     from diffusers import DDIMInverseScheduler
 
-    base, denoiser = target.base, target.denoiser
     scheduler = DDIMInverseScheduler.from_config(base.pipeline.scheduler.config)
-    scheduler.set_timesteps(target.sampler.steps, device=base.device)
-    dtype = base.pipeline.unet.dtype
-    current, text = latents.to(base.device), text.expand(len(latents), -1, -1).to(base.device, dtype)
+    scheduler.set_timesteps(steps, device=base.device)
     for timestep in scheduler.timesteps:
-        predicted = denoiser.predict(current.to(dtype), timestep.expand(len(current)), text)
-        current = scheduler.step(predicted.float(), int(timestep), current).prev_sample
-    return current.cpu()
+        current = scheduler.step(predict(current, timestep), int(timestep), current).prev_sample
+    return current
+
+
+def _euler(base: Base, steps: int, current: Tensor, predict: Predict) -> Tensor:
+    """Euler steps along the velocity, from the image to noise, spaced as the model's scheduler spaces them."""
+    timesteps = base.process().at(torch.linspace(0, 1, steps + 1)).to(base.device)
+    for timestep, after in pairwise(timesteps):
+        current = current + (after - timestep) / 1000 * predict(current, timestep)
+    return current
 
 
 INVERSION = Attack(

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from sd_unlearn.attacks.base import Attack, Outcome, Target
+from sd_unlearn.attacks.base import Attack, Outcome, Target, needs_ddim
 from sd_unlearn.data.encoding import encode_captions
 
 
@@ -82,4 +82,5 @@ NOISE = Attack(
     "sampler",
     {"quick": NoiseSettings(10), "standard": NoiseSettings(30), "full": NoiseSettings(100)},
     run,
+    unsupported=needs_ddim,
 )

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from sd_unlearn.attacks.base import Samples, Target
-from sd_unlearn.models.diffusion import add_noise, training_target
 
 
 @dataclass(frozen=True)
@@ -17,9 +15,9 @@ class NoisedBatch:
     """Latents of some of the attacker's images, with noise and timesteps to train on."""
 
     rows: Tensor  # [B] indices of the images
-    latents: Tensor  # [B, 4, H/8, W/8]
+    latents: Tensor  # [B, C, H/8, W/8]
     noise: Tensor  # as latents
-    position: Tensor  # [B] in [0, 1): the timestep as a share of the schedule
+    position: Tensor  # [B] in [0, 1): the timestep as a share of the schedule (of its density, for flow matching)
 
 
 def sample_batch(samples: Samples, size: int, generator: torch.Generator) -> NoisedBatch:
@@ -38,11 +36,9 @@ def sample_batch(samples: Samples, size: int, generator: torch.Generator) -> Noi
 def noise_loss(target: Target, batch: NoisedBatch, text: Tensor) -> Tensor:
     """Mean squared error of the prediction (Ho et al. 2020, equation 14) with text [1 or B, tokens, width]."""
     base, denoiser, device = target.base, target.denoiser, target.base.device
-    timesteps = (batch.position * denoiser.num_train_timesteps).long().to(device)
-    latents, noise = batch.latents.to(device), batch.noise.to(device)
-    noisy = add_noise(latents, noise, timesteps, denoiser.alphas_cumprod)
-    kind: Any = denoiser.prediction_type
-    wanted = training_target(latents, noise, timesteps, denoiser.alphas_cumprod, kind)
-    dtype = base.pipeline.unet.dtype
-    predicted = denoiser.predict(noisy.to(dtype), timesteps, text.expand(len(latents), -1, -1).to(device, dtype))
+    timesteps = denoiser.process.at(batch.position).to(device)
+    given = batch.latents.to(device), batch.noise.to(device), timesteps
+    noisy, wanted = denoiser.process.add_noise(*given), denoiser.process.target(*given)
+    dtype = base.network.dtype
+    predicted = denoiser.predict(noisy.to(dtype), timesteps, text.expand(len(noisy), -1, -1).to(device, dtype))
     return (predicted.float() - wanted).square().mean()

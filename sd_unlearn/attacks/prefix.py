@@ -16,7 +16,7 @@ from operator import attrgetter
 import torch
 from torch import Tensor
 
-from sd_unlearn.attacks.base import Attack, Outcome, Samples, Target
+from sd_unlearn.attacks.base import Attack, Outcome, Samples, Target, needs_one_vocabulary
 from sd_unlearn.attacks.noise_prediction import noise_loss, sample_batch
 from sd_unlearn.attacks.tokens import TokenPrompt, allowed_tokens, random_tokens
 
@@ -92,4 +92,5 @@ PREFIX = Attack(
     {"quick": PrefixSettings(10), "standard": PrefixSettings(50), "full": PrefixSettings(142)},
     run,
     positives=attrgetter("images"),
+    unsupported=needs_one_vocabulary,
 )

@@ -80,7 +80,7 @@ def run(target: Target, settings: QuantisationSettings, restart: int) -> Iterato
     """Images of the caption with the UNet in each format; step is the format's number, from 1."""
     text, seeds = encode_captions(target.base, [target.concept.caption]), target.seeds(settings.images)
     for number, name in enumerate(settings.formats, 1):
-        with quantised(target.base.pipeline.unet, FORMATS[name]):
+        with quantised(target.base.network, FORMATS[name]):
             images = target.generate(text, seeds)
         yield Outcome(images, number, found=name)
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sd_unlearn.attacks.base import Attack, Outcome, Target
+from sd_unlearn.attacks.base import Attack, Outcome, Target, needs_one_vocabulary
 from sd_unlearn.attacks.tokens import TokenPrompt, allowed_tokens, random_tokens
 from sd_unlearn.data.encoding import encode_captions
 
@@ -58,7 +58,7 @@ def evolve(
     The better half of each generation survives; each child takes every token from one of two survivors and replaces a
     few by random ones.
     """
-    length, half = len(prompt.positions), settings.population // 2
+    length, half = len(prompt.positions[0]), settings.population // 2
     population = random_tokens(allowed, [settings.population, length], generator)
     errors = _errors(prompt, population, wanted)
     for _ in range(settings.generations):
@@ -94,4 +94,5 @@ RING = Attack(
         "full": RingSettings(3000, 77, images=200),
     },
     run,
+    unsupported=needs_one_vocabulary,
 )

@@ -29,7 +29,7 @@ from sd_unlearn.io.files import atomic_path, full_disk_explained, write_json
 from sd_unlearn.io.lock import locked
 from sd_unlearn.io.own_files import is_run, kind_of, mark
 from sd_unlearn.io.paths import public_name
-from sd_unlearn.io.progress import Progress
+from sd_unlearn.io.progress import Progress, say
 from sd_unlearn.io.reading import read_json
 from sd_unlearn.io.run_folder import IMAGE_DIR, RESULTS
 from sd_unlearn.launch import process_count, process_rank, wait_for_others
@@ -60,6 +60,7 @@ def attack_all(
         earlier = _earlier_results(job, file)
         loader = BaseLoader(job)
         cache = image_cache(job, loader)
+        names = _supported(config, cache.base, names)
         models = _models(config, job, loader, cache)
         tasks = _plan(config, job, models, names)
         _carry_out_missing(config, loader, cache, tasks)
@@ -73,6 +74,20 @@ def attack_all(
             mark(job.output, "evaluation")
         write_json(file, results)
         return results
+
+
+def _supported(config: AttackConfig, base: Mapping[str, Any], names: Sequence[str]) -> list[str]:
+    """The attacks that work on the base. base: its record.
+
+    Raises:
+        UsageError: one of those that --attacks names does not.
+    """
+    faults = {name: fault for name in names if (fault := ATTACKS[name].unsupported(base))}
+    for name, fault in faults.items():
+        if config.attacks:
+            raise UsageError(f"--attacks {name} does not work on {public_name(base['name'])}: {fault}. Leave it out.")
+        say(f"Left out: the attack {name}, because {fault}.")
+    return [name for name in names if name not in faults]
 
 
 def _earlier_results(job: EvaluationJob, file: Path) -> dict[str, Any]:

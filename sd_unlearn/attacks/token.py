@@ -10,27 +10,35 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from operator import attrgetter
+from typing import Any
 
 import torch
 
 from sd_unlearn.attacks.base import Attack, Outcome, Target
-from sd_unlearn.attacks.embedding import BUDGETS, EmbeddingSettings, LearnedPrompt, learn
+from sd_unlearn.attacks.embedding import BUDGETS, EmbeddingSettings, LearnedPrompt, learn, prompt_ids, tokenizers
 from sd_unlearn.data.concept import Concept
 
-PLACEHOLDER = "x"  # any word of a single token: its embedding is replaced
+PLACEHOLDER, OTHER = "x", "y"  # any words of a single token: the embedding is replaced
 
 
 def run(target: Target, settings: EmbeddingSettings, restart: int) -> Iterator[Outcome]:
     """Learn one token; 0 steps of the first restart: the caption itself, if the name is a single token."""
     generator, tokenizer = target.generator("token", restart), target.base.pipeline.tokenizer
     before, name, after = split_caption(target.concept)
-    position = 1 + len(tokenizer(before, add_special_tokens=False).input_ids)
-    prompt = LearnedPrompt(target.base, f"{before}{PLACEHOLDER}{after}", [position])
+    found = [[position(own, before, after)] for own in tokenizers(target.base)]
+    prompt = LearnedPrompt(target.base, f"{before}{PLACEHOLDER}{after}", found)
     if restart:
-        prompt.start_from([int(torch.randint(len(tokenizer) - 2, (), generator=generator))])  # not start or end
+        number = int(torch.randint(len(tokenizer) - 2, (), generator=generator))  # not start or end
+        prompt.start_from(lambda own: [number % len(own)])
     else:
-        prompt.start_from(tokenizer(name, add_special_tokens=False).input_ids)
+        prompt.start_from(lambda own: own(name, add_special_tokens=False).input_ids)
     return learn(target, prompt, settings, generator)
+
+
+def position(tokenizer: Any, before: str, after: str) -> int:
+    """The position of the placeholder's token: where prompts with two different placeholders differ."""
+    prompts = [prompt_ids(tokenizer, f"{before}{word}{after}") for word in (PLACEHOLDER, OTHER)]
+    return next(n for n, (one, other) in enumerate(zip(*prompts, strict=True)) if one != other)
 
 
 def split_caption(concept: Concept) -> tuple[str, str, str]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sd_unlearn.attacks.embedding import LearnedPrompt, content_positions, text_encoders
+from sd_unlearn.attacks.embedding import LearnedPrompt, content_positions, embedding_table, text_encoders
 from sd_unlearn.models.base import Base
 
 PLACEHOLDER = "x"  # a word of a single token, which stands where a token is chosen
@@ -20,7 +20,7 @@ class TokenPrompt(LearnedPrompt):
         prompt = " ".join([PLACEHOLDER] * count + [text]).strip()
         positions = content_positions(base, prompt)[:count]
         super().__init__(base, prompt, positions)
-        self.tables = [encoder.get_input_embeddings().weight.detach().float() for encoder in text_encoders(base)]
+        self.tables = [embedding_table(encoder).weight.detach().float() for encoder in text_encoders(base)]
 
     def choose(self, ids: Tensor) -> None:
         """Use these tokens: [positions], or [N, positions] for N prompts."""
@@ -32,7 +32,7 @@ class TokenPrompt(LearnedPrompt):
 
     def words(self, ids: Tensor) -> str:
         """Chosen tokens as text, followed by the prompt's own text."""
-        own = self.prompt.split(" ", len(self.positions))[len(self.positions) :]
+        own = self.prompt.split(" ", len(self.positions[0]))[len(self.positions[0]) :]
         return " ".join([self.base.pipeline.tokenizer.decode(ids.tolist()).strip(), *own])
 
 

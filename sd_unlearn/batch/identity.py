@@ -28,7 +28,7 @@ def base_identity(source: Source) -> str:
     Of each file the size and 16 blocks are read instead of gigabytes: a training or merge changes all of the weights.
     `train` compares the full hashes with those of the rendered images when it loads the base.
     """
-    options = (source.prediction_type, source.variant, source.single_file_config)
+    options = (source.prediction_type, source.variant, source.single_file_config, *["drop_t5"] * source.drop_t5)
     return digest_of(_content(str(source.place), source.name), source.vae and _content(source.vae, source.vae), options)
 
 

@@ -32,7 +32,7 @@ OWN = {
     *("overwrite", "resume_from_checkpoint", "force_resume", "beta_sweep", "config", "debug", "dry_run", "vram"),
     *("write_plan", "json", "keep_going", "push_to_hub", "private"),
 }
-NOT_IDENTIFYING = OWN | {"render_batch_size", "allow_pickle"}
+NOT_IDENTIFYING = OWN | {"render_batch_size", "allow_pickle", "offload"}
 
 
 def config_of(kind: type, options: Mapping[str, Any], where: str, own: Mapping[str, Any] | None = None) -> Any:

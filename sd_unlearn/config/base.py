@@ -15,7 +15,7 @@ from sd_unlearn.seeds import SEED_SPAN
 DEFAULT_BASE = "CompVis/stable-diffusion-v1-4"
 CLIP_MODEL, CLIP_PRETRAINED = "ViT-B-32", "laion2b_s34b_b79k"
 
-BASE_FORMS = "Base model (SD 1.x, 2.x, XL): Hub id, Diffusers folder, .safetensors file, or digits (bundled)."
+BASE_FORMS = "Base model (SD 1.x, 2.x, XL, 3, 3.5, FLUX.1): Hub id, Diffusers folder, .safetensors file, or digits."
 
 BASE = Group("Base model", sort_key=10)
 IMAGES = Group("Training images to generate", sort_key=11)
@@ -62,6 +62,18 @@ class BaseOptions(PathOptions):
         str | None,
         option("Diffusers folder with the configuration of a single file with a non-standard architecture.", BASE),
     ] = None
+    drop_t5: Annotated[
+        bool,
+        option("Load Stable Diffusion 3 or 3.5 without its third text encoder, T5, which takes 9 GB.", BASE),
+    ] = False
+    offload: Annotated[
+        bool,
+        option(
+            "Keep the base's large layers in the computer's memory and copy each to the GPU when it computes, for "
+            "bases larger than the GPU. Slower, with the same result.",
+            BASE,
+        ),
+    ] = False
     allow_pickle: Annotated[
         bool, option("Also load .ckpt and .bin weights. They are pickles, which can run arbitrary code.", BASE)
     ] = False

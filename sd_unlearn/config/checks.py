@@ -15,6 +15,7 @@ CLOSED_FORM_OPTIONS = {
     "data_dir",
     *("concept", "anchor", "kind", "objective", "output_dir", "overwrite", "dry_run", "config", "debug"),
     *("pretrained_model_name_or_path", "vae", "prediction_type", "variant", "single_file_config", "allow_pickle"),
+    *("drop_t5", "offload"),
 }
 
 

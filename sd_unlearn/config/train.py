@@ -23,6 +23,7 @@ from sd_unlearn.config.options import (
 Method = Literal["lora", "full"]
 LoraTargets = Literal["attention", "cross_attention", "attention+mlp", "all_linear+conv", "not_cross_attention"]
 Schedule = Literal["cosine", "linear", "constant", "constant_with_warmup", "cosine_with_restarts", "polynomial"]
+TimestepSampling = Literal["shift", "uniform", "logit_normal"]
 Attention = Literal["sdpa", "xformers", "eager"]
 Quantization = Literal["int8", "nf4"]
 
@@ -210,6 +211,14 @@ class Noise:
             NOT_NEGATIVE,
         ),
     ] = 0.0
+    timestep_sampling: Annotated[
+        TimestepSampling | None,
+        option(
+            "Density of timesteps for SD 3 and FLUX. shift: as the model's scheduler spaces its sampling steps. "
+            "logit_normal: mostly medium noise (Esser et al. 2024). Default: shift.",
+            NOISE,
+        ),
+    ] = None
     snr_gamma: Annotated[
         float | None,
         option("Min-SNR weighting of timesteps (Hang et al. 2023), usually 5. Default: off.", NOISE, POSITIVE),

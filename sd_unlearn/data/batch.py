@@ -16,13 +16,13 @@ NO_GROUP = -1  # the caption group of keep images
 class Batch:
     """Images of a training step: one process's share, or a micro-batch of it, the input of one forward pass."""
 
-    latents: Tensor  # [B, 4, H/8, W/8], scaled; of a DDPM the images, [B, C, H, W] in [-1, 1]
+    latents: Tensor  # [B, C, H/8, W/8], scaled; of a DDPM the images, [B, C, H, W] in [-1, 1]
     text: Tensor  # [B, tokens, width], or what else Denoiser.predict takes
     teacher_text: Tensor  # as text: the caption each image was generated from, under which the frozen base predicts
     label: Tensor  # [B] long: the number of a positive's set, from 0; UNLABELED; NORMAL for images known to be normal
     caption_group: Tensor  # [B] long, index of the caption group; NO_GROUP for keep images
     num_groups: int
-    timesteps: Tensor  # [B] long
+    timesteps: Tensor  # [B] long; of flow matching float32
     noise: Tensor  # as latents
     unconditional: Tensor  # [B] bool, seen under the empty caption
     weight: Tensor  # [B]: sum(weight * l) over a process, averaged over processes, is the step's mean of each kind

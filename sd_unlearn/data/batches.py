@@ -16,7 +16,7 @@ from torch import Tensor
 from sd_unlearn.data.batch import NO_GROUP, Batch
 from sd_unlearn.data.dataset import Example, members_of_sets
 from sd_unlearn.data.layout import Layout
-from sd_unlearn.models.diffusion import sample_timesteps
+from sd_unlearn.models.diffusion import Process, sample_positions
 from sd_unlearn.risk import NORMAL, UNLABELED
 
 
@@ -25,7 +25,7 @@ class EncodedImages:
     """Training images as the network takes them."""
 
     examples: Sequence[Example]
-    mean: Tensor  # [N, 4, H/8, W/8], of the VAE's posterior, scaled; of a DDPM the images, [N, C, H, W] in [-1, 1]
+    mean: Tensor  # [N, C, H/8, W/8], of the VAE's posterior, scaled; of a DDPM the images, [N, C, H, W] in [-1, 1]
     std: Tensor  # as mean; zeros for a DDPM
     text: Mapping[str, Tensor]  # caption -> what Denoiser.predict takes: embeddings, token ids or a class number
 
@@ -39,7 +39,7 @@ class EncodedImages:
 class NoiseSampling:
     """How timesteps and noise are sampled."""
 
-    num_train_timesteps: int
+    process: Process  # its timesteps
     timestep_bias: float = 0.0  # of images in caption groups; the timesteps of keep images are uniform
     share_timesteps: bool = True  # positives get timesteps and noise of unlabeled images: a less noisy bracket sign
 
@@ -175,7 +175,7 @@ class StratifiedBatches:
         return [self.pools[pool][i] for i in self.cycles[pool, group].take(count)] if count else []
 
     def _timesteps(self, count: int, bias: float) -> Tensor:
-        return sample_timesteps(count, self.sampling.num_train_timesteps, self.generator, bias)
+        return self.sampling.process.at(sample_positions(count, self.generator, bias))
 
     def _collate(self, rows: list[BatchRow], timesteps: Tensor) -> Batch:
         index = torch.tensor([row.example for row in rows])

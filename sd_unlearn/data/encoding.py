@@ -16,9 +16,8 @@ from sd_unlearn.data.dataset import Example
 from sd_unlearn.io.files import atomic_path
 from sd_unlearn.io.images import open_image
 from sd_unlearn.models.base import Base, network_sha256
-from sd_unlearn.models.conditioning import pack
 from sd_unlearn.models.sampling import VAE_TILE
-from sd_unlearn.models.vae import encode
+from sd_unlearn.models.vae import encode, shift_of
 
 CAPTIONS_AT_ONCE = 256
 
@@ -34,9 +33,9 @@ def load_pixels(path: Path, resolution: int) -> Tensor:
 def encode_images(
     base: Base, examples: Sequence[Example], resolution: int, cache: Path, batch_size: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of the VAE's posterior for every image: two tensors [N, 4, H/8, W/8] on the CPU.
+    """Mean and standard deviation of the VAE's posterior for every image: two tensors [N, C, H/8, W/8] on the CPU.
 
-    Both are multiplied by the scaling factor. Training samples latents from them. Cached in `cache` by image content.
+    Both are scaled (models/vae.py, `encode`). Training samples latents from them. Cached in `cache` by image content.
 
     batch_size: images at once. Default: 64 up to 64 pixels, else 4.
 
@@ -45,6 +44,7 @@ def encode_images(
     """
     vae = base.pipeline.vae
     encoder = f"{network_sha256(vae)} {vae.config.scaling_factor}"  # a UNet can be used with several VAEs
+    encoder += f" {shift}" if (shift := shift_of(vae)) else ""
     digest = hashlib.sha256(f"{base.sha256} {encoder} {resolution}".encode())
     for example in examples:
         digest.update(example.path.read_bytes())
@@ -63,9 +63,9 @@ def encode_images(
 
 @torch.no_grad()
 def encode_captions(base: Base, captions: Sequence[str]) -> Tensor:
-    """Text embeddings [len(captions), tokens, width], as the pipeline makes them: padded, without attention mask.
+    """Text embeddings [len(captions), rows, width], as the pipeline makes them: padded, without attention mask.
 
-    SDXL's have the pooled embedding as one more row (conditioning.py). If the pipeline sets
+    Those of SDXL, SD 3 and FLUX have the pooled embedding as one more row (conditioning.py). If the pipeline sets
     force_zeros_for_empty_prompt, those of the empty caption are zeros, which is what guidance then subtracts.
 
     Raises:
@@ -76,16 +76,10 @@ def encode_captions(base: Base, captions: Sequence[str]) -> Tensor:
 
 
 def _embed(base: Base, captions: Sequence[str]) -> Tensor:
-    if base.kind == "sdxl":
-        pipeline = base.pipeline
-        tokens, _, pooled, _ = pipeline.encode_prompt(
-            list(captions), device=base.device, do_classifier_free_guidance=False
-        )
-        text = pack(tokens.float(), pooled.float())
-        if pipeline.config.force_zeros_for_empty_prompt:
-            text[[n for n, caption in enumerate(captions) if not caption.strip()]] = 0
-        return text
-    return base.pipeline.text_encoder(tokenize(base, captions).to(base.device))[0].float()
+    text = base.conditioning.encode(base.pipeline, captions, base.device)
+    if base.pipeline.config.get("force_zeros_for_empty_prompt"):
+        text[[n for n, caption in enumerate(captions) if not caption.strip()]] = 0
+    return text if base.properties.is_flow else text.float()  # T5's are megabytes for each caption
 
 
 def tokenize(base: Base, captions: Sequence[str]) -> Tensor:

@@ -34,8 +34,9 @@ from sd_unlearn.io.lock import locked, remove_leftovers
 from sd_unlearn.io.reading import read_json
 from sd_unlearn.io.run_folder import DATA_MANIFEST, METADATA, POSITIVE, UNLABELED, ImageRecord
 from sd_unlearn.launch import process_rank
-from sd_unlearn.models.base import HASHES, Base, different_hash, load_base
+from sd_unlearn.models.base import Base, different_hash, load_base
 from sd_unlearn.models.find_base import find_base
+from sd_unlearn.models.kinds import sampler_of
 from sd_unlearn.models.sampling import (
     ImageRequest,
     Sampler,
@@ -62,10 +63,15 @@ class RenderJob:
     @property
     def settings(self) -> dict[str, Any]:
         """The content of settings.json. A folder is only resumed with the same settings (render_settings.py)."""
-        overrides = {"vae": local_path(self.source.vae), "prediction_type": self.source.prediction_type}
+        source = self.source
+        overrides = {
+            "vae": local_path(source.vae),
+            "prediction_type": source.prediction_type,
+            "drop_t5": source.drop_t5,
+        }
         return {
             "concept": self.concept.name,
-            "base": local_path(self.source.name),
+            "base": local_path(source.name),
             "seed": self.seed,
             **dataclasses.asdict(self.sampler),
             "plan": [list(group) for group in self.groups],
@@ -291,7 +297,7 @@ def check_same_base(folder: Path, base: Base) -> None:
         return
     if key := different_hash(base.hashes, record):
         raise UsageError(
-            f"--data_dir {folder} holds images of another version of {base.name}: the weights of its {HASHES[key]} "
+            f"--data_dir {folder} holds images of another version of {base.name}: the weights of its {base.part(key)} "
             f"differ (SHA-256 {str(record[key])[:12]} then, {base.hashes[key][:12]} now). Delete the folder or choose "
             "another --data_dir."
         )
@@ -339,7 +345,7 @@ def _manifest(job: RenderJob, base: dict[str, Any], tiled: int) -> dict[str, Any
         "mixed_in_share_of_folder": round(counts.get("mixed_in", 0) / unlabeled, 4),
         "seeds": {"render": list(RENDER_SEEDS), "seed": job.seed},
         "sampler": {
-            "name": "DDIM",
+            "name": sampler_of(base),
             "steps": job.sampler.steps,
             "guidance_scale": job.sampler.guidance_scale,
             **({"tiled_images": tiled} if tiled else {}),

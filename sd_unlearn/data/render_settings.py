@@ -26,6 +26,7 @@ OPTIONS = {
     "resolution": "--resolution",
     "vae": "--vae",
     "prediction_type": "--prediction_type",
+    "drop_t5": "--drop_t5",
 }
 GROUPS = {
     "generic": "--num_unlabeled",

@@ -35,6 +35,7 @@ from sd_unlearn.metrics.base import CONCEPT_GROUPS, KEEP_GROUPS, Metric
 from sd_unlearn.metrics.registry import OPTIONAL, choose_metrics, find_metrics, make_metrics, missing_evidence
 from sd_unlearn.metrics.statistics import Z, wilson
 from sd_unlearn.models.base import default_device
+from sd_unlearn.models.kinds import sampler_of
 from sd_unlearn.report.metric_names import PRESENCE
 from sd_unlearn.results import BASE, Row, as_json
 
@@ -161,7 +162,11 @@ class Measurement:
             "groups": list(dict.fromkeys(spec.group for spec in self.specs)),
             "seeds": list(self.config.seed),
             "images_per_strength": len(self.specs),
-            "sampler": {"name": "DDIM", "steps": sampler.steps, "guidance_scale": sampler.guidance_scale},
+            "sampler": {
+                "name": sampler_of(self.cache.base),
+                "steps": sampler.steps,
+                "guidance_scale": sampler.guidance_scale,
+            },
         }
 
 

@@ -36,6 +36,7 @@ from sd_unlearn.io.run_folder import EVALUATION, IMAGE_DIR, RESULTS
 from sd_unlearn.launch import process_rank
 from sd_unlearn.metrics.registry import find_metrics, make_metrics, merge_cards, metric_cards, missing_evidence
 from sd_unlearn.models.base import default_device
+from sd_unlearn.models.kinds import sampler_of
 from sd_unlearn.models.sampling import count_tiled
 from sd_unlearn.results import BASE, SCHEMA_VERSION, Pair, Problem, as_json, parse_results
 from sd_unlearn.seeds import EVALUATE_SEEDS
@@ -250,7 +251,7 @@ def _sampler_entry(job: EvaluationJob, cache: ImageCache, evaluated: Sequence[Co
     paths = {path for concept in evaluated for images in concept.images for path in images.paths}
     tiled = count_tiled(path for path in paths if path.is_relative_to(cache.base_folder))
     return {
-        "name": "DDIM",
+        "name": sampler_of(cache.base),
         "steps": cache.sampler.steps,
         "guidance_scale": cache.sampler.guidance_scale,
         "resolution": cache.sampler.resolution,

@@ -6,7 +6,7 @@ Everything that can be checked without loading a model is checked here.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -197,7 +197,7 @@ def _resolve_base(config: EvaluateConfig, loras: Sequence[Lora], concepts: dict[
     if config.pretrained_model_name_or_path is not None:
         return find_base(config), True
     if records := [lora.training["base"] for lora in loras if lora.is_run]:
-        return recorded_source(records[0], config.allow_pickle), False
+        return replace(recorded_source(records[0], config.allow_pickle), offload=config.offload), False
     name = next((lora.base_name for lora in loras if lora.base_name), None)
     return find_base(config, name or next(iter(concepts.values())).base), False
 

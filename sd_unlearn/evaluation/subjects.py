@@ -14,7 +14,7 @@ from sd_unlearn.errors import UsageError
 from sd_unlearn.evaluation.image_folders import ImageFolder, read_image_folder
 from sd_unlearn.evaluation.loras import Lora, ModelVariant, unique_names
 from sd_unlearn.evaluation.prompts import ImageSpec, Tier
-from sd_unlearn.models.safe_guidance import PRESETS, Safety
+from sd_unlearn.models.safe_guidance import PRESETS, Safety, check_safe_guidance
 from sd_unlearn.models.sampling import resolve_sampler
 from sd_unlearn.models.source import Source
 from sd_unlearn.results import BASE
@@ -113,6 +113,8 @@ def check_guidance(config: EvaluateConfig, source: Source) -> None:
     Raises:
         UsageError
     """
+    if config.sld and source.kind:
+        check_safe_guidance(source.kind, source.name)
     scale = resolve_sampler(config, source.name).guidance_scale
     if config.sld and scale <= 1:
         raise UsageError(f"--sld {' '.join(config.sld)} needs --guidance_scale above 1; it is {scale:g}.")

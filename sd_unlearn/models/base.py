@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sd_unlearn.config.paths import local_path
+from sd_unlearn.config.train import TimestepSampling
 from sd_unlearn.errors import UnlearnError, UsageError
 from sd_unlearn.io.noise import silence_libraries
-from sd_unlearn.models.find_base import check_prediction, check_schedule, check_source, check_unet
+from sd_unlearn.models.find_base import check_network, check_prediction, check_schedule, check_source
 from sd_unlearn.models.halving import HalvingBatches
+from sd_unlearn.models.kinds import KINDS, Kind, kind_of, network_name, pooled_width_of
 from sd_unlearn.models.loading import load_pipeline
-from sd_unlearn.models.source import COMPONENTS, DIGITS, OPTION, Source, kind_of, pooled_width_of
+from sd_unlearn.models.source import DIGITS, FLOW, OPTION, Source
+
+if TYPE_CHECKING:  # imported in functions: torch takes seconds to import
+    from sd_unlearn.models.conditioning import TextConditioning
+    from sd_unlearn.models.diffusion import Process
 
 # Hashes in the records of runs and rendered folders -> the part of the base. Older records lack some of them.
 HASHES = {"sha256": "UNet", "vae_sha256": "VAE", "text_encoder_sha256": "text encoder"}
@@ -28,57 +35,98 @@ def _batches(doing: str) -> Any:
 
 @dataclass
 class Base:
-    """A loaded, frozen Stable Diffusion pipeline and its identity, and what was learnt about memory while using it."""
+    """A loaded, frozen pipeline and its identity, and what was learnt about memory while using it."""
 
     name: str
-    pipeline: Any  # diffusers.StableDiffusionPipeline or StableDiffusionXLPipeline with a DDIM scheduler
+    pipeline: Any  # of Diffusers, as KINDS names it, with a DDIM or FlowMatchEuler scheduler
     sha256: str
     device: Any
     source: Source
     vae_sha256: str
-    text_encoder_sha256: str  # of both for SDXL
+    text_encoder_sha256: str  # of all text encoders
     vae_tile: int | None = None  # side of the VAE's tiles in pixels, if memory was too small for whole images
     generating: HalvingBatches = _batches("generating images")
     decoding: HalvingBatches = _batches("decoding images")
     encoding: HalvingBatches = _batches("encoding images")
     captioning: HalvingBatches = _batches("encoding captions")
+    timestep_sampling: TimestepSampling = "shift"  # in training, of a flow-matching base
+
+    @property
+    def network(self) -> Any:
+        """The UNet or transformer."""
+        return getattr(self.pipeline, network_name(self.pipeline))
+
+    @network.setter
+    def network(self, network: Any) -> None:
+        setattr(self.pipeline, network_name(self.pipeline), network)
 
     @property
     def kind(self) -> str:
-        """sd1, sd2 or sdxl."""
-        return kind_of(self.pipeline.unet.config)
+        """A key of KINDS."""
+        return kind_of(self.network.config)
+
+    @property
+    def properties(self) -> Kind:
+        """What the base's kind has."""
+        return KINDS[self.kind]
 
     @property
     def resolution(self) -> int:
         """Side in pixels of the images that the model was trained on."""
-        return self.pipeline.unet.config.sample_size * self.pipeline.vae_scale_factor
+        return resolution_of(self.network.config, self.pipeline.vae_scale_factor, self.pipeline.vae)
 
     @property
     def prediction_type(self) -> str:
-        return self.pipeline.scheduler.config.prediction_type
+        """epsilon, v_prediction or flow."""
+        return FLOW if self.properties.is_flow else self.pipeline.scheduler.config.prediction_type
+
+    @property
+    def conditioning(self) -> TextConditioning:
+        """How the network takes captions."""
+        from sd_unlearn.models.conditioning import conditioning_of
+
+        return conditioning_of(self.network.config, self.pipeline.vae_scale_factor)
 
     @property
     def pooled_width(self) -> int | None:
-        """Width of the pooled text embedding that an SDXL UNet takes besides the tokens; None for other kinds."""
-        return pooled_width_of(self.pipeline.unet.config) if self.kind == "sdxl" else None
+        """Width of the pooled text embedding that the network takes besides the tokens; None if it takes none."""
+        return pooled_width_of(self.network.config)
+
+    @property
+    def text_encoders(self) -> list[Any]:
+        """The pipeline's text encoders that are loaded."""
+        found = (getattr(self.pipeline, name, None) for name in self.properties.text_encoders)
+        return [encoder for encoder in found if encoder is not None]
+
+    def process(self, resolution: int | None = None) -> Process:
+        """The forward process of its training, for images of this many pixels (None: its own)."""
+        from sd_unlearn.models.diffusion import Diffusion
+        from sd_unlearn.models.flow import Flow, shift_of
+
+        config = self.pipeline.scheduler.config
+        if not self.properties.is_flow:
+            return Diffusion(self.pipeline.scheduler.alphas_cumprod.to(self.device), self.prediction_type)  # type: ignore[arg-type]
+        side = (resolution or self.resolution) // (2 * self.pipeline.vae_scale_factor)  # in patches
+        shift = shift_of(config, side * side)
+        return Flow(shift, self.timestep_sampling, config.num_train_timesteps, self.device)
 
     @property
     def hashes(self) -> dict[str, str]:
         """The hash of each part, with the keys of HASHES."""
         return {key: getattr(self, key) for key in HASHES}
 
+    def part(self, key: str) -> str:
+        """What a key of HASHES is the hash of, in words."""
+        return self.properties.title if key == "sha256" else HASHES[key]
+
     def describe(self) -> dict[str, Any]:
         """The base's identity and loading options, as recorded in manifests (see `load_recorded_base`)."""
-        source, unet = self.source, self.pipeline.unet.config
-        layers = unet.layers_per_block  # an XL LoRA's names in ComfyUI count them
-        blocks = {
-            "layers_per_block": layers if isinstance(layers, int) else list(layers),
-            "up_block_types": list(unet.up_block_types),
-        }
+        source = self.source
         options = {
             "vae": local_path(source.vae),
             "variant": source.variant,
             "single_file_config": local_path(source.single_file_config),
+            "drop_t5": source.drop_t5,
         }
         return {
             "name": self.name,
@@ -86,11 +134,26 @@ class Base:
             **self.hashes,
             "prediction_type": self.prediction_type,
             "resolution": self.resolution,
-            **({"unet": blocks} if self.kind == "sdxl" else {}),
+            **({"unet": _blocks_of(self.network.config)} if self.kind == "sdxl" else {}),
             **{key: value for key, value in options.items() if value},
             **({"vae_tile": self.vae_tile} if self.vae_tile else {}),
             **({"path": str(source.place.absolute())} if self.name != DIGITS and source.place.exists() else {}),
         }
+
+
+def _blocks_of(unet: Any) -> dict[str, Any]:
+    """What the names of an XL LoRA in ComfyUI depend on."""
+    layers = unet.layers_per_block
+    return {
+        "layers_per_block": layers if isinstance(layers, int) else list(layers),
+        "up_block_types": list(unet.up_block_types),
+    }
+
+
+def resolution_of(network: Any, pixels_per_latent: int, vae: Any) -> int:
+    """Side in pixels of the images that a base was trained on, by the configuration of its networks."""
+    side = network.get("sample_size")  # FLUX's transformer takes any size
+    return int(side * pixels_per_latent if side else vae.config.sample_size)
 
 
 def check_zero_terminal_snr(source: Source) -> None:
@@ -104,14 +167,14 @@ def check_zero_terminal_snr(source: Source) -> None:
 
 
 def check_text_encoder(kind: str | None, name: str) -> None:
-    """Refuse --train_text_encoder for SDXL. kind: None if it is not known yet.
+    """Refuse --train_text_encoder for bases with several text encoders. kind: None if it is not known yet.
 
     Raises:
         UsageError
     """
-    if kind == "sdxl":
+    if kind and len(KINDS[kind].text_encoders) > 1:
         raise UsageError(
-            f"--train_text_encoder: {name} is an SDXL base, whose text encoders cannot be trained. Leave the "
+            f"--train_text_encoder: {name} is a base of kind {kind}, whose text encoders cannot be trained. Leave the "
             "option out."
         )
 
@@ -162,7 +225,7 @@ def default_device() -> str:
 
 
 def load_base(source: Source | str, precision: str = "no", device: Any = None) -> Base:
-    """Load a frozen pipeline with DDIM sampling and no safety checker.
+    """Load a frozen pipeline with DDIM (or flow-matching Euler) sampling and no safety checker.
 
     source: what find_base() returned, or a name. device: CUDA by default if there is a GPU, else the CPU.
 
@@ -172,38 +235,53 @@ def load_base(source: Source | str, precision: str = "no", device: Any = None) -
     """
     import torch
 
-    silence_libraries()
-    from diffusers import DDIMScheduler
+    from sd_unlearn.models.offload import offload_linear_layers
 
+    silence_libraries()
     source = Source(source) if isinstance(source, str) else source
     check_source(source)
     device = device or default_device()
     # bf16 is converted only after hashing, so that a base has the same hash in every precision.
     pipeline = load_pipeline(source, torch.float16 if precision == "fp16" else torch.float32)
-    check_schedule(source.name, type(pipeline.scheduler).__name__)
-    check_prediction(source, pipeline.scheduler.config.prediction_type)
-    check_unet(source.name, pipeline.unet.config)
+    network = getattr(pipeline, network_name(pipeline))
+    kind = KINDS[kind_of(network.config)]
+    if kind.name == "sd3" and pipeline.text_encoder_3 is None:  # the folder has none
+        source = dataclasses.replace(source, drop_t5=True)
+    _set_scheduler(source, kind, pipeline)
+    check_network(source.name, network.config)
     pipeline.set_progress_bar_config(disable=True)
-    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
-    for component in COMPONENTS:
-        if network := getattr(pipeline, component, None):
-            network.requires_grad_(False).eval()
-    if kind_of(pipeline.unet.config) == "sdxl":
+    for component in kind.components:
+        if part := getattr(pipeline, component, None):
+            part.requires_grad_(False).eval()
+    if kind.is_large:
         pipeline.vae.enable_slicing()  # one image at a time: 1024 pixels in full precision take much memory
-    _check_finite(source, pipeline)
-    encoders = [getattr(pipeline, name, None) for name in ("text_encoder", "text_encoder_2")]
-    parts = ([pipeline.unet], [pipeline.vae], [encoder for encoder in encoders if encoder])
+    _check_finite(source, kind, pipeline)
+    encoders = [getattr(pipeline, name, None) for name in kind.text_encoders]
+    parts = ([network], [pipeline.vae], [encoder for encoder in encoders if encoder])
     hashes = [network_sha256(*networks) for networks in parts]
+    for part in (network, *filter(None, encoders)) if source.offload else ():
+        offload_linear_layers(part)
     pipeline = pipeline.to(device, torch.bfloat16) if precision == "bf16" else pipeline.to(device)
-    unet, vae, text_encoder = hashes
-    return Base(source.name, pipeline, unet, torch.device(device), source, vae, text_encoder)
+    sha256, vae, text_encoder = hashes
+    return Base(source.name, pipeline, sha256, torch.device(device), source, vae, text_encoder)
 
 
-def _check_finite(source: Source, pipeline: Any) -> None:
+def _set_scheduler(source: Source, kind: Kind, pipeline: Any) -> None:
+    """Let a pipeline sample with the scheduler of its kind and the model's own schedule."""
+    from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+
+    config = pipeline.scheduler.config
+    check_schedule(source.name, kind, type(pipeline.scheduler).__name__)
+    check_prediction(source, FLOW if kind.is_flow else config.prediction_type)
+    scheduler = FlowMatchEulerDiscreteScheduler if kind.is_flow else DDIMScheduler
+    pipeline.scheduler = scheduler.from_config(config)
+
+
+def _check_finite(source: Source, kind: Kind, pipeline: Any) -> None:
     """Refuse weights that are not finite: Diffusers would generate black images with them."""
     import torch
 
-    for component in COMPONENTS:
+    for component in kind.components:
         network = getattr(pipeline, component, None)
         for name, weight in network.state_dict().items() if network else ():
             if not torch.isfinite(weight).all():
@@ -220,7 +298,7 @@ def recorded_source(record: Mapping[str, Any], allow_pickle: bool = False) -> So
     name, path = record["name"], record.get("path")  # a relative name is of the folder in which the training ran
     if path and not Path(name).expanduser().exists() and Path(path).exists():
         name = path
-    return Source(name, allow_pickle=allow_pickle, **options)
+    return Source(name, allow_pickle=allow_pickle, drop_t5=bool(record.get("drop_t5")), **options)
 
 
 def load_recorded_base(
@@ -244,7 +322,7 @@ def check_recorded(base: Base, record: Mapping[str, Any]) -> None:
         UsageError: the weights of a part changed since the training.
     """
     if key := different_hash(base.hashes, record):
-        raise UsageError(f"The {HASHES[key]} of {base.name} changed since the training: this is another version.")
+        raise UsageError(f"The {base.part(key)} of {base.name} changed since the training: this is another version.")
 
 
 def different_hash(a: Mapping[str, Any], b: Mapping[str, Any]) -> str | None:

@@ -1,14 +1,202 @@
-"""Text conditioning of a UNet as one tensor per caption.
+"""How each kind's network is conditioned on a caption: the caption's encoding as one tensor, and the network's call.
 
-SD 1.x and 2.x take the text encoder's output [tokens, width]. XL also takes a pooled embedding of the caption. It is
-stored as one more row, padded with zeros to the width, so that caching and batching work for both.
+SD 1.x and 2.x take the text encoder's output [tokens, width]. XL, SD 3 and FLUX also take a pooled embedding of the
+caption. It is stored as one more row, padded with zeros to the width, so that caching and batching work for all.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import pad
+
+from sd_unlearn.models.kinds import kind_of, pooled_width_of
+
+T5_TOKENS = 256  # that SD 3's pipeline lets T5 read
+GUIDANCE_IN_TRAINING = 1.0  # embedded guidance of FLUX.1 dev: its prediction without guidance
+
+
+class Conditioning(Protocol):
+    """How a network is called."""
+
+    def predict(self, model: nn.Module, noisy: Tensor, timesteps: Tensor, text: Tensor) -> Tensor:
+        """The prediction, shaped as noisy; the arguments are those of Denoiser.predict."""
+
+
+@dataclass(frozen=True)
+class NoConditioning:
+    """UNet2DModel, the DDPMs of the paper. They work on pixels."""
+
+    def predict(self, model: nn.Module, noisy: Tensor, timesteps: Tensor, text: Tensor) -> Tensor:
+        return model(noisy, timesteps).sample
+
+
+@dataclass(frozen=True)
+class ClassConditioning:
+    """UNet2DModel with class numbers [B, 1] as text."""
+
+    def predict(self, model: nn.Module, noisy: Tensor, timesteps: Tensor, text: Tensor) -> Tensor:
+        return model(noisy, timesteps, class_labels=text[:, 0].long()).sample
+
+
+@dataclass(frozen=True)
+class TextConditioning:
+    """SD 1.x and 2.x, and what the other kinds have in common with them.
+
+    No attention mask is passed to any network: the pipelines pass none, so training must not either.
+    """
+
+    def predict(self, model: nn.Module, noisy: Tensor, timesteps: Tensor, text: Tensor) -> Tensor:
+        return model(noisy, timesteps, encoder_hidden_states=text).sample
+
+    def encode(self, pipeline: Any, captions: Sequence[str], device: Any) -> Tensor:
+        """[N, tokens, width] as the pipeline makes them, differentiable; packed if there is a pooled embedding."""
+        encoded: Tensor = pipeline.encode_prompt(
+            list(captions), device=device, num_images_per_prompt=1, do_classifier_free_guidance=False
+        )[0]
+        return encoded
+
+    def tokens_of(self, text: Tensor) -> Tensor:
+        """The rows of encoded captions [N, rows, width] that stand for tokens."""
+        return text
+
+    def shape_of(self, network: Mapping[str, Any], tokens: int) -> tuple[int, int]:
+        """(rows, width) of an encoded caption. network: its configuration; tokens: that CLIP reads."""
+        return tokens, int(network["cross_attention_dim"])
+
+    def arguments(self, text: Tensor, empty: Tensor) -> dict[str, Tensor]:
+        """The pipeline's arguments for prompts, from encoded captions. empty: the empty caption, as often as text."""
+        return {"prompt_embeds": text, "negative_prompt_embeds": empty}
+
+    def options(self) -> dict[str, Any]:
+        """Further arguments of the pipeline, for prompts in words and encoded ones."""
+        return {}
+
+    def to_pipeline(self, latents: Tensor) -> Tensor:
+        """Latents [B, C, h, w] as the pipeline has them while it samples."""
+        return latents
+
+    def from_pipeline(self, latents: Tensor, height: int, width: int) -> Tensor:
+        """The inverse of to_pipeline. height, width: of the latents [B, C, h, w]."""
+        return latents
+
+
+@dataclass(frozen=True)
+class XLConditioning(TextConditioning):
+    """SDXL: two text encoders, a pooled embedding, and sizes."""
+
+    pooled_width: int
+    pixels_per_latent: int = 8
+
+    def predict(self, model: nn.Module, noisy: Tensor, timesteps: Tensor, text: Tensor) -> Tensor:
+        tokens, pooled = unpack(text, self.pooled_width)
+        added = {"text_embeds": pooled, "time_ids": time_ids(noisy, self.pixels_per_latent)}
+        return model(noisy, timesteps, encoder_hidden_states=tokens, added_cond_kwargs=added).sample
+
+    def encode(self, pipeline: Any, captions: Sequence[str], device: Any) -> Tensor:
+        tokens, _, pooled, _ = pipeline.encode_prompt(
+            list(captions), device=device, num_images_per_prompt=1, do_classifier_free_guidance=False
+        )
+        return pack(tokens, pooled)
+
+    def tokens_of(self, text: Tensor) -> Tensor:
+        return text[:, :-1]
+
+    def shape_of(self, network: Mapping[str, Any], tokens: int) -> tuple[int, int]:
+        return tokens + 1, int(network["cross_attention_dim"])
+
+    def arguments(self, text: Tensor, empty: Tensor) -> dict[str, Tensor]:
+        (tokens, pooled), (no_tokens, no_pooled) = (unpack(rows, self.pooled_width) for rows in (text, empty))
+        return {
+            "prompt_embeds": tokens,
+            "pooled_prompt_embeds": pooled,
+            "negative_prompt_embeds": no_tokens,
+            "negative_pooled_prompt_embeds": no_pooled,
+        }
+
+
+@dataclass(frozen=True)
+class SD3Conditioning(XLConditioning):
+    """SD 3 and 3.5: the tokens of two CLIPs side by side, then those of T5; both CLIPs' pooled embeddings.
+
+    Without T5 its tokens are zeros, as in the pipeline.
+    """
+
+    def predict(self, model: nn.Module, noisy: Tensor, timesteps: Tensor, text: Tensor) -> Tensor:
+        tokens, pooled = unpack(text, self.pooled_width)
+        return model(
+            hidden_states=noisy, timestep=timesteps, encoder_hidden_states=tokens, pooled_projections=pooled
+        ).sample
+
+    def encode(self, pipeline: Any, captions: Sequence[str], device: Any) -> Tensor:
+        tokens, _, pooled, _ = pipeline.encode_prompt(
+            list(captions), None, None, device=device, do_classifier_free_guidance=False
+        )
+        return pack(tokens, pooled)
+
+    def shape_of(self, network: Mapping[str, Any], tokens: int) -> tuple[int, int]:
+        return tokens + T5_TOKENS + 1, int(network["joint_attention_dim"])
+
+
+@dataclass(frozen=True)
+class FluxConditioning(XLConditioning):
+    """FLUX.1: the tokens of T5, the pooled embedding of CLIP, latents in patches of 2 x 2, and their positions."""
+
+    embeds_guidance: bool = False  # dev, which is distilled from guided predictions; schnell is not
+
+    @property
+    def length(self) -> int:
+        """Tokens of a caption that T5 reads, as published for dev and for schnell."""
+        return 512 if self.embeds_guidance else 256
+
+    def predict(self, model: nn.Module, noisy: Tensor, timesteps: Tensor, text: Tensor) -> Tensor:
+        tokens, pooled = unpack(text, self.pooled_width)
+        height, width = noisy.shape[2:]
+        guidance = torch.full((len(noisy),), GUIDANCE_IN_TRAINING, device=noisy.device)
+        predicted = model(
+            hidden_states=to_patches(noisy),
+            timestep=timesteps / 1000,  # the network multiplies by 1000
+            guidance=guidance if self.embeds_guidance else None,
+            pooled_projections=pooled,
+            encoder_hidden_states=tokens,
+            txt_ids=noisy.new_zeros(tokens.shape[1], 3),
+            img_ids=positions(height // 2, width // 2, noisy),
+        ).sample
+        return from_patches(predicted, height, width)
+
+    def encode(self, pipeline: Any, captions: Sequence[str], device: Any) -> Tensor:
+        tokens, pooled, _ = pipeline.encode_prompt(list(captions), None, device, max_sequence_length=self.length)
+        return pack(tokens, pooled)
+
+    def shape_of(self, network: Mapping[str, Any], tokens: int) -> tuple[int, int]:
+        return self.length + 1, int(network["joint_attention_dim"])
+
+    def arguments(self, text: Tensor, empty: Tensor) -> dict[str, Tensor]:
+        tokens, pooled = unpack(text, self.pooled_width)
+        return {"prompt_embeds": tokens, "pooled_prompt_embeds": pooled}
+
+    def options(self) -> dict[str, Any]:
+        return {"max_sequence_length": self.length}
+
+    def to_pipeline(self, latents: Tensor) -> Tensor:
+        return to_patches(latents)
+
+    def from_pipeline(self, latents: Tensor, height: int, width: int) -> Tensor:
+        return from_patches(latents, height, width)
+
+
+def conditioning_of(network: Mapping[str, Any], pixels_per_latent: int) -> TextConditioning:
+    """The conditioning of a base's network, by its configuration."""
+    kind, pooled = kind_of(network), pooled_width_of(network)
+    if pooled is None:
+        return TextConditioning()
+    if kind == "flux":
+        return FluxConditioning(pooled, pixels_per_latent, bool(network.get("guidance_embeds")))
+    return (SD3Conditioning if kind == "sd3" else XLConditioning)(pooled, pixels_per_latent)
 
 
 def pack(tokens: Tensor, pooled: Tensor) -> Tensor:
@@ -32,3 +220,23 @@ def time_ids(noisy: Tensor, pixels: int) -> Tensor:
     ids[:, 0::4] = noisy.shape[2] * pixels  # slices: an index tensor would synchronize the device
     ids[:, 1::4] = noisy.shape[3] * pixels
     return ids
+
+
+def to_patches(latents: Tensor) -> Tensor:
+    """[B, C, h, w] -> [B, h w / 4, 4 C], a row per patch of 2 x 2 latents, as FLUX's pipeline packs them."""
+    rows = latents.unflatten(2, (-1, 2)).unflatten(4, (-1, 2))  # [B, C, h/2, 2, w/2, 2]
+    return rows.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+
+
+def from_patches(patches: Tensor, height: int, width: int) -> Tensor:
+    """The inverse of to_patches: [B, C, height, width]."""
+    rows = patches.unflatten(2, (-1, 2, 2)).unflatten(1, (height // 2, width // 2))
+    return rows.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
+
+
+def positions(height: int, width: int, like: Tensor) -> Tensor:
+    """[height * width, 3]: FLUX's position (0, row, column) of each patch."""
+    ids = like.new_zeros(height, width, 3)
+    ids[..., 1] += torch.arange(height, device=like.device)[:, None]
+    ids[..., 2] += torch.arange(width, device=like.device)
+    return ids.flatten(0, 1)

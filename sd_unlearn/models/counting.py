@@ -53,7 +53,8 @@ class DeviceKernels(TorchFunctionMode):
             to = self.half if name in HALF else torch.float32
             args, kwargs = tree_map_only(Tensor, lambda tensor: self._cast(tensor, to), (args, kwargs))
         if name == "scaled_dot_product_attention":
-            return _Attention.apply(*(self._cast(t, self.half) if self.half else t for t in args[:3]))
+            given = (*args, *(kwargs[key] for key in ("query", "key", "value")[len(args) :]))[:3]
+            return _Attention.apply(*(self._cast(t, self.half) if self.half else t for t in given))
         return func(*args, **kwargs)
 
     def _cast(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,11 +1,67 @@
-"""The forward process as pure functions of tensors: noising, targets, per-example loss."""
+"""The forward process of DDPM's diffusion as pure functions of tensors: noising, targets, per-example loss.
+
+`Diffusion` binds them to a model's schedule. flow.py has its counterpart for flow matching.
+"""
 
 from __future__ import annotations
 
-from typing import Literal
+from dataclasses import dataclass
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
+
+
+class Process(Protocol):
+    """How images become noise in a model's training, and what the network predicts of it."""
+
+    @property
+    def num_train_timesteps(self) -> int: ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes."""
+
+    def at(self, positions: Tensor) -> Tensor:
+        """Timesteps [B] for positions [B] in [0, 1], their shares of the density that training samples from."""
+
+    def add_noise(self, x0: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """x_t, shaped as x0 [B, ...]."""
+
+    def target(self, x0: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """What the network learns to predict from x_t in ordinary training, shaped as x0."""
+
+    def snr_weight(self, timesteps: Tensor, gamma: float) -> Tensor:
+        """Min-SNR loss weights [B]."""
+
+
+@dataclass(frozen=True)
+class Diffusion:
+    """DDPM's forward process with a model's schedule."""
+
+    alphas_cumprod: Tensor  # [T]
+    prediction_type: Literal["epsilon", "v_prediction"] = "epsilon"
+
+    @property
+    def num_train_timesteps(self) -> int:
+        return len(self.alphas_cumprod)
+
+    @property
+    def device(self) -> torch.device:
+        return self.alphas_cumprod.device
+
+    def at(self, positions: Tensor) -> Tensor:
+        """Timesteps [B] long in [0, T)."""
+        return (positions * self.num_train_timesteps).long().clamp(max=self.num_train_timesteps - 1)
+
+    def add_noise(self, x0: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        return add_noise(x0, noise, timesteps, self.alphas_cumprod)
+
+    def target(self, x0: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        return training_target(x0, noise, timesteps, self.alphas_cumprod, self.prediction_type)
+
+    def snr_weight(self, timesteps: Tensor, gamma: float) -> Tensor:
+        return min_snr_weight(timesteps, self.alphas_cumprod, gamma, self.prediction_type)
 
 
 def _coefficients(alphas_cumprod: Tensor, timesteps: Tensor, ndim: int) -> tuple[Tensor, Tensor]:
@@ -70,11 +126,11 @@ def min_snr_weight(
     raise ValueError(f"prediction type {prediction_type!r} is not supported; epsilon and v_prediction are")
 
 
-def sample_timesteps(count: int, num_train_timesteps: int, generator: torch.Generator, bias: float = 0.0) -> Tensor:
-    """Timesteps [count] in [0, T) with density proportional to t^bias: 0 is uniform, 1 favours high-noise timesteps.
+def sample_positions(count: int, generator: torch.Generator, bias: float = 0.0) -> Tensor:
+    """Positions [count] in [0, 1] with density proportional to u^bias: 0 is uniform, 1 favours high-noise timesteps.
 
     Stratified: one sample from each of `count` equally likely intervals, shuffled. Each sample still follows the
-    density, and the batch mean varies less.
+    density, and the batch mean varies less. `Process.at` turns them into timesteps.
     """
     slices = torch.randperm(count, generator=generator) + torch.rand(count, generator=generator)
-    return ((slices / count) ** (1 / (1 + bias)) * num_train_timesteps).long().clamp(max=num_train_timesteps - 1)
+    return (slices / count) ** (1 / (1 + bias))

@@ -12,7 +12,6 @@ from sd_unlearn.config.base import DEFAULT_BASE, BaseOptions
 from sd_unlearn.errors import UsageError
 from sd_unlearn.io.schema import OPEN, validate
 from sd_unlearn.models.checkpoint_header import (
-    SUPPORTED,
     check_suffix,
     check_vae_file,
     kind_of_file,
@@ -20,19 +19,17 @@ from sd_unlearn.models.checkpoint_header import (
     read_checkpoint_header,
     states_prediction,
 )
-from sd_unlearn.models.source import COMPONENTS, OPTION, PIPELINES, Source, kind_of, weights_in
+from sd_unlearn.models.kinds import COMPONENTS, KINDS, NETWORKS, PIPELINES, SUPPORTED, Kind, kind_of
+from sd_unlearn.models.source import FLOW, OPTION, Source, weights_in
 
 PREDICTIONS = ("epsilon", "v_prediction")
-# Hub ids of models that are not supported.
-UNSUPPORTED_IDS = {
-    "FLUX": re.compile(r"black-forest-labs/"),
-    "Stable Diffusion 3": re.compile(r"stabilityai/stable-diffusion-3"),
-}
+# Hub ids of models that are not supported: others are recognized by their model_index.json.
+UNSUPPORTED_IDS = {"FLUX.2": re.compile(r"black-forest-labs/FLUX\.2")}
 
 
 @dataclass(frozen=True)
-class _UNetConfig:
-    """What is read here of a UNet's config.json."""
+class _NetworkConfig:
+    """What is read here of the config.json of a UNet or transformer."""
 
     __pydantic_config__ = OPEN
 
@@ -41,6 +38,10 @@ class _UNetConfig:
     time_cond_proj_dim: int | None = None
     addition_embed_type: str | None = None
     use_linear_projection: bool | None = None
+    joint_attention_dim: int | None = None
+    pooled_projection_dim: int | None = None
+    guidance_embeds: bool | None = None
+    sample_size: int | None = None
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class _TextEncoderConfig:
     __pydantic_config__ = OPEN
 
     hidden_size: int = 0
+    d_model: int = 0  # T5
 
 
 def find_base(options: BaseOptions, concept_base: str | None = None) -> Source:
@@ -61,7 +63,14 @@ def find_base(options: BaseOptions, concept_base: str | None = None) -> Source:
     """
     name = options.pretrained_model_name_or_path or concept_base or DEFAULT_BASE
     source = Source(
-        name, options.vae, options.prediction_type, options.variant, options.allow_pickle, options.single_file_config
+        name,
+        options.vae,
+        options.prediction_type,
+        options.variant,
+        options.allow_pickle,
+        options.single_file_config,
+        options.drop_t5,
+        options.offload,
     )
     check_source(source)
     return source
@@ -70,7 +79,7 @@ def find_base(options: BaseOptions, concept_base: str | None = None) -> Source:
 def check_source(source: Source) -> None:
     """The checks of find_base, for any Source."""
     for component in COMPONENTS:
-        if kind := {"unet": _UNetConfig, "vae": None}.get(component, _TextEncoderConfig):
+        if kind := {**dict.fromkeys(NETWORKS, _NetworkConfig), "vae": None}.get(component, _TextEncoderConfig):
             validate(kind, source.config_of(component), f"{OPTION} {source.name}: {component}/config.json")
     if source.single_file_config and not source.is_file:
         raise UsageError(f"--single_file_config is for a single file; {OPTION} {source.name} is not a file.")
@@ -81,7 +90,11 @@ def check_source(source: Source) -> None:
     else:
         _check_id(OPTION, source.name)
     if source.kind:
-        check_unet(source.name, source.config_of("unet"))
+        check_network(source.name, source.network_config)
+        if source.drop_t5 and source.kind != "sd3":
+            raise UsageError(
+                f"--drop_t5 is for Stable Diffusion 3 and 3.5; {source.name} is of kind {source.kind}. Leave it out."
+            )
     check_prediction(source, source.known_prediction_type)
     if source.vae:
         _check_vae(source, source.vae)
@@ -97,26 +110,34 @@ def check_class(name: str, pipeline: object) -> None:
         raise UsageError(f"{OPTION} {name} is a {pipeline}. {SUPPORTED} ({' or '.join(PIPELINES)}).")
 
 
-def check_unet(name: str, unet: Mapping[str, Any]) -> None:
-    """Refuse a UNet that takes more than latents, a timestep and a caption.
+def check_network(name: str, network: Mapping[str, Any]) -> None:
+    """Refuse a UNet or transformer that takes more than latents, a timestep and a caption.
 
     Raises:
         UsageError
     """
-    channels = unet.get("in_channels", 4)
+    channels = network.get("in_channels", 4)
+    if expected := {"sd3": 16, "flux": 64}.get(kind_of(network)):  # FLUX: patches of 2 x 2
+        if channels != expected:
+            raise UsageError(f"{OPTION} {name} takes {channels} channels instead of {expected}. {SUPPORTED}.")
+        return
     if channels != 4:
         what = {9: ", an inpainting model", 8: ", an InstructPix2Pix model"}.get(channels, "")
         raise UsageError(f"{OPTION} {name} takes {channels} channels instead of a latent's 4{what}. {SUPPORTED}.")
-    if unet.get("time_cond_proj_dim"):
+    if network.get("time_cond_proj_dim"):
         raise UsageError(f"{OPTION} {name} is a distilled (LCM) model. {SUPPORTED}; use its teacher model.")
 
 
-def check_schedule(name: str, scheduler: str) -> None:
-    """Refuse a scheduler class whose noise schedule is not DDPM's.
+def check_schedule(name: str, kind: Kind, scheduler: str) -> None:
+    """Refuse a scheduler class whose noise schedule is not the kind's: DDPM's, or that of flow matching.
 
     Raises:
         UsageError
     """
+    if kind.is_flow:
+        if not scheduler.startswith("FlowMatch"):
+            raise UsageError(f"{OPTION} {name} has the scheduler {scheduler}, but {kind.pipeline} needs FlowMatch.")
+        return
     if scheduler.startswith(("EDM", "FlowMatch")):
         raise UsageError(f"{OPTION} {name} has the noise schedule of {scheduler}, not DDPM's. {SUPPORTED}.")
 
@@ -131,7 +152,7 @@ def check_prediction(source: Source, prediction_type: str | None) -> None:
     """
     if prediction_type is None:
         return
-    if prediction_type not in PREDICTIONS:
+    if prediction_type not in (*PREDICTIONS, FLOW):
         raise UsageError(
             f"{OPTION} {source.name} predicts {prediction_type}; {' and '.join(PREDICTIONS)} are supported."
         )
@@ -181,7 +202,8 @@ def _check_folder(source: Source) -> None:
         raise UsageError(f"{OPTION} {source.name} holds no model_index.json. Use a diffusers folder.")
     index = source.config_of("", "model_index.json")
     check_class(source.name, index.get("_class_name"))
-    check_schedule(source.name, str(_listed_class(index, "scheduler")))
+    kind = next(kind for kind in KINDS.values() if kind.pipeline == index["_class_name"])
+    check_schedule(source.name, kind, str(_listed_class(index, "scheduler")))
     components = [name for name in COMPONENTS if _listed_class(index, name)]
     for component in components:
         weights = weights_in(folder / component)
@@ -191,13 +213,24 @@ def _check_folder(source: Source) -> None:
     if source.variant and source.variant not in known:
         has = f"variants here: {', '.join(known)}" if known else "it has none"
         raise UsageError(f"--variant {source.variant}: {source.name} has no such weights; {has}.")
-    is_xl = index["_class_name"] == PIPELINES[1]
-    if source.kind and (source.kind == "sdxl") != is_xl:
-        raise UsageError(f"{OPTION} {source.name} is a {index['_class_name']} with a UNet of kind {source.kind}.")
-    given = sum(source.config_of(name).get("hidden_size", 0) for name in components if name.startswith("text_encoder"))
-    takes = source.config_of("unet").get("cross_attention_dim", given)
-    if given != takes:
-        raise UsageError(f"{OPTION} {source.name}: its UNet takes text {takes} wide, its text encoders give {given}.")
+    own = KINDS[source.kind or kind.name]
+    if own.pipeline != kind.pipeline:
+        raise UsageError(f"{OPTION} {source.name} is a {kind.pipeline} with a {own.title} of kind {own.name}.")
+    _check_text_width(source, [name for name in components if name.startswith("text_encoder")])
+
+
+def _check_text_width(source: Source, encoders: list[str]) -> None:
+    """Refuse text encoders of other widths than the network takes: T5's own, else those of all CLIPs together."""
+    configs = [source.config_of(name) for name in encoders]
+    widths = [config.get("hidden_size", 0) for config in configs if not config.get("d_model")]
+    given = next((config["d_model"] for config in configs if config.get("d_model")), sum(widths))
+    network = source.network_config
+    takes = network.get("joint_attention_dim") or network.get("cross_attention_dim", given)
+    if given != takes and not (source.kind == "sd3" and given < takes):  # without T5, padded with zeros
+        raise UsageError(
+            f"{OPTION} {source.name}: its {KINDS[source.kind or 'sd1'].title} takes text {takes} wide, its text "
+            f"encoders give {given}."
+        )
 
 
 def _listed_class(index: Mapping[str, Any], component: str) -> Any:

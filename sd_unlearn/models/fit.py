@@ -107,7 +107,7 @@ class Inference:
         previews are generated, from cached captions."""
         f, decode = self.footprint, self.footprint.decode // (TILE_SHARE if tiles else 1)
         sample = f.sample * (1 + KEPT_BLOCKS[self.device.kind])
-        parts = {"UNet": f.unet, "VAE": f.vae + f.upcast} | ({} if training else {"text encoder": f.text_encoders})
+        parts = {f.title: f.network, "VAE": f.vae + f.upcast} | ({} if training else {"text encoder": f.text_encoders})
         parts |= {"trained weights, optimizer": training} if training else {}
         work = {"generated images": at_once * max(sample, decode), "workspace": self.workspace}
         return Phase("preview" if training else "render", at_once, parts | work)
@@ -116,7 +116,7 @@ class Inference:
         """Encode images and captions. captions: encoded at once. tiles: as in render."""
         f = self.footprint
         images = at_once * f.encode // (TILE_SHARE if tiles else 1)
-        weights = {"UNet": f.unet, "VAE": f.vae + f.upcast, "text encoder": f.text_encoders}
+        weights = {f.title: f.network, "VAE": f.vae + f.upcast, "text encoder": f.text_encoders}
         work = {"encoded images": max(images, captions * f.caption), "workspace": self.workspace}
         return Phase("encode", at_once, weights | work)
 
@@ -192,7 +192,7 @@ class Training(Inference):
         """The phases of a training with these batches, in their order, without those that it does not have."""
         render, encode = batching.render_batch_size, batching.encode_batch_size
         trained = self.trained.constant - self.trained.gradients + self.repeated * self.trained.predictions
-        quantized = Inference(replace(self.footprint, unet=self.trained.unet), self.device)
+        quantized = Inference(replace(self.footprint, network=self.trained.network), self.device)
         found = [
             (rendering, self.render(render, self.needs_tiles(render))),
             (True, self.encode(encode, captions, encode == 1 and self.encode(1, captions).total > self.device.usable)),
@@ -204,7 +204,7 @@ class Training(Inference):
 
     def _weights(self) -> dict[str, int]:
         stored = self.repeated * self.trained.predictions
-        weights = {"UNet": self.trained.unet, "trained weights, optimizer": self.trained.constant}
+        weights = {self.footprint.title: self.trained.network, "trained weights, optimizer": self.trained.constant}
         return weights | ({"stored predictions": stored} if stored else {})
 
     def _rest(self) -> dict[str, int]:

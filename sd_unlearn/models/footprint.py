@@ -18,7 +18,10 @@ from torch.autograd.graph import saved_tensors_hooks
 from sd_unlearn.config.train import Attention, LoraTargets, Quantization, TrainConfig
 from sd_unlearn.models.counting import DeviceKernels, LiveBytes, SavedBytes
 from sd_unlearn.models.denoiser import Denoiser
+from sd_unlearn.models.diffusion import Diffusion
+from sd_unlearn.models.kinds import KINDS
 from sd_unlearn.models.meta import Configs, MetaBase, build_meta_base
+from sd_unlearn.models.offload import offloaded_layers
 from sd_unlearn.models.quantized import quantize_linear_layers
 from sd_unlearn.models.student import make_student
 
@@ -32,27 +35,28 @@ EIGHT_BIT_FROM = 4096  # elements of a tensor; bitsandbytes keeps the moments of
 class InferenceFootprint:
     """Of generating and encoding images with a frozen base."""
 
-    unet: int  # weights
+    network: int  # weights of the UNet or transformer; without those that --offload keeps elsewhere
     vae: int
     text_encoders: int
     upcast: int  # more weights while the VAE works: SDXL's is in full precision then
-    sample: int  # per image: the UNet with guidance, two rows
+    sample: int  # per image: the network, with guidance two rows
     decode: int  # per image
     encode: int  # per image
     caption: int  # per caption
-    largest_weight: int  # of the UNet
+    largest_weight: int  # of the network
     resolution: int  # in pixels, for which all of this holds
+    title: str = "UNet"  # what the network is called
 
     @property
     def weights(self) -> int:
-        return self.unet + self.vae + self.text_encoders
+        return self.network + self.vae + self.text_encoders
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingFootprint:
     """Of a training step."""
 
-    unet: int  # weights of the base's UNet, smaller than in InferenceFootprint if quantized
+    network: int  # weights of the base's network, smaller than in InferenceFootprint if quantized
     trained: int  # the LoRA, or 0 if the UNet itself is trained
     gradients: int
     optimizer: int  # AdamW's two moments
@@ -103,29 +107,30 @@ def count_inference(configs: Configs, precision: Precision, resolution: int | No
     """
     base = build_meta_base(configs, HALF[precision] or torch.float32)
     side = (resolution or base.resolution) // base.pixels_per_latent
-    largest = max(p.numel() * p.element_size() for p in base.unet.parameters())
+    largest = max(p.numel() * p.element_size() for p in base.network.parameters())
     upcast = base.kind == "sdxl" and precision == "fp16" and base.vae.config.force_upcast
-    vae, unet, encoders = base.vae, base.unet, base.text_encoders
+    vae, network, encoders = base.vae, base.network, base.text_encoders
     vae_weights = size_of(vae)
     if upcast:
         vae.float()
-    width = side * base.pixels_per_latent
+    width, rows = side * base.pixels_per_latent, 2 if KINDS[base.kind].uses_guidance else 1
     with torch.device("meta"):
-        latents = torch.empty(COUNTED, 4, side, side, dtype=vae.dtype)
+        latents = torch.empty(COUNTED, base.channels, side, side, dtype=vae.dtype)
         pixels = torch.empty(COUNTED, 3, width, width, dtype=vae.dtype)
         ids = torch.empty(COUNTED, base.tokens, dtype=torch.long)
-    denoiser = meta_denoiser(base, unet)
+    denoiser = meta_denoiser(base, network)
     return InferenceFootprint(
-        unet=size_of(unet),
+        network=resident(network, configs.offload),
         vae=vae_weights,
-        text_encoders=sum(map(size_of, encoders)),
+        text_encoders=sum(resident(encoder, configs.offload) for encoder in encoders),
         upcast=size_of(vae) - vae_weights,
-        sample=2 * peak_of(unet, lambda: denoiser.predict(*inputs(base, side, unet.dtype))),
+        sample=rows * peak_of(network, lambda: denoiser.predict(*inputs(base, side, network.dtype))),
         decode=peak_of(vae, lambda: vae.decode(latents)),
         encode=peak_of(vae, lambda: vae.encode(pixels)),
         caption=sum(peak_of(encoder, partial(encoder, ids, output_hidden_states=True)) for encoder in encoders),
         largest_weight=largest,
         resolution=width,
+        title=KINDS[base.kind].title,
     )
 
 
@@ -140,11 +145,11 @@ def count_training(
     full, half = options.method == "full", HALF[precision]
     base = build_meta_base(configs, torch.float32 if full or not half else half)
     side = (resolution or base.resolution) // base.pixels_per_latent
-    if options.attention == "eager":  # xformers and sdpa keep the same
-        base.unet.set_attn_processor(AttnProcessor())
+    if options.attention == "eager" and not KINDS[base.kind].is_flow:  # xformers and sdpa keep the same
+        base.network.set_attn_processor(AttnProcessor())
     if options.quantize_base:
-        quantize_linear_layers(base.unet, options.quantize_base)
-    frozen_weights = size_of(base.unet)
+        quantize_linear_layers(base.network, options.quantize_base)
+    frozen_weights = resident(base.network, configs.offload and not options.quantize_base)
     with torch.device("meta"):
         student = make_student(base, options, seed=0, needs_teacher=options.target == "teacher")  # type: ignore[arg-type]
     model, weights = student.model, [p.numel() * p.element_size() for p in student.trainable()]
@@ -152,14 +157,14 @@ def count_training(
     given = inputs(base, side, torch.float32, ids=options.train_text_encoder)
     kernels = DeviceKernels(half)
     saved = SavedBytes(model, kernels)
-    base.unet.enable_gradient_checkpointing(saved.run_block)
+    base.network.enable_gradient_checkpointing(saved.run_block)
     with kernels, saved_tensors_hooks(saved.save, lambda tensor: tensor):
         denoiser.predict(*given)
-    base.unet.disable_gradient_checkpointing()
+    base.network.disable_gradient_checkpointing()
     with student.frozen() as frozen:
         forward = peak_of(frozen, lambda: meta_denoiser(base, frozen).predict(*given), half)
     return TrainingFootprint(
-        unet=frozen_weights,
+        network=frozen_weights,
         trained=0 if full else sum(weights),
         gradients=sum(weights),
         optimizer=sum(_moments(p, options.optimizer) for p in student.trainable()),
@@ -171,26 +176,32 @@ def count_training(
         checkpointed=(saved.kept + saved.largest_block + saved.largest) // COUNTED,
         forward=forward,
         text_encoder=sum(map(size_of, base.text_encoders)) if options.train_text_encoder else 0,
-        predictions=2 * 4 * side * side * torch.float32.itemsize if options.teacher_reuse > 1 else 0,
+        predictions=2 * base.channels * side * side * torch.float32.itemsize if options.teacher_reuse > 1 else 0,
     )
 
 
 def inputs(base: MetaBase, side: int, dtype: torch.dtype, ids: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """What Denoiser.predict takes: latents, timesteps, and captions as embeddings or token ids, of COUNTED images."""
     with torch.device("meta"):
-        text = torch.empty(COUNTED, base.tokens + (base.pooled_width is not None), base.text_width, dtype=dtype)
+        text = torch.empty(COUNTED, *base.text_shape, dtype=dtype)
         text = torch.empty(COUNTED, base.tokens, dtype=torch.long) if ids else text
-        return torch.empty(COUNTED, 4, side, side, dtype=dtype), torch.empty(COUNTED, dtype=torch.long), text
+        latents = torch.empty(COUNTED, base.channels, side, side, dtype=dtype)
+        return latents, torch.empty(COUNTED, dtype=torch.float if KINDS[base.kind].is_flow else torch.long), text
 
 
 def meta_denoiser(base: MetaBase, model: nn.Module) -> Denoiser:
-    schedule = torch.empty(0)
-    return Denoiser(model, schedule, "epsilon", 1000, base.pooled_width, base.pixels_per_latent)
+    return Denoiser(model, Diffusion(torch.empty(0)), base.conditioning)
 
 
 def size_of(network: nn.Module) -> int:
     """Bytes of a network's weights."""
     return sum(tensor.numel() * tensor.element_size() for tensor in (*network.parameters(), *network.buffers()))
+
+
+def resident(network: nn.Module, offload: bool) -> int:
+    """Bytes of a network's weights on the device. offload: whether large layers are kept elsewhere."""
+    elsewhere = [network.get_submodule(name).weight for name in offloaded_layers(network)] if offload else []
+    return size_of(network) - sum(weight.numel() * weight.element_size() for weight in elsewhere)  # type: ignore[operator,union-attr]
 
 
 def peak_of(network: nn.Module, work: Callable[[], Any], half: torch.dtype | None = None) -> int:

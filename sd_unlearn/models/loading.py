@@ -12,11 +12,12 @@ from typing import Any
 from sd_unlearn.errors import UnlearnError, UsageError, reason
 from sd_unlearn.launch import process_rank
 from sd_unlearn.models.find_base import check_class
-from sd_unlearn.models.source import OPTION, PIPELINES, SINGLE_FILE_DIR, Source, variant_of
+from sd_unlearn.models.kinds import KINDS, NETWORKS
+from sd_unlearn.models.source import OPTION, SINGLE_FILE_DIR, Source, variant_of
 
 
 def load_pipeline(source: Source, dtype: Any) -> Any:
-    """Load the StableDiffusionPipeline or StableDiffusionXLPipeline of a base on the CPU, without a safety checker.
+    """Load the pipeline of a base, of a class that KINDS names, on the CPU, without a safety checker.
 
     Raises:
         UsageError: the base is another pipeline, or the VAE is of another kind.
@@ -38,7 +39,7 @@ def load_pipeline(source: Source, dtype: Any) -> Any:
 
 
 def _load_file_or_folder(source: Source, dtype: Any, vae: Any) -> Any:
-    from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+    import diffusers
 
     if source.is_file:
         from sd_unlearn.models.single_file import load_single_file
@@ -49,16 +50,13 @@ def _load_file_or_folder(source: Source, dtype: Any, vae: Any) -> Any:
     place = str(source.place) if source.place.is_dir() else source.name
     index = _config(source, None, "model_index.json")  # before the weights, which may be many gigabytes
     check_class(source.name, index.get("_class_name"))
-    is_xl = index["_class_name"] == PIPELINES[1]
-    given: dict[str, Any] = (
-        {"add_watermarker": False} if is_xl else {"safety_checker": None, "requires_safety_checker": False}
-    )
+    given = _left_out(source, index)
     if vae is not None:
         _check_vae_config(vae, _config(source, "vae", "config.json"), source)
         given["vae"] = vae
     if not source.allow_pickle:
         given["use_safetensors"] = True
-    load = (StableDiffusionXLPipeline if is_xl else StableDiffusionPipeline).from_pretrained
+    load = getattr(diffusers, index["_class_name"]).from_pretrained
     variant = variant_of(source)
     if not source.place.is_dir():
         _announce_download(source.name)
@@ -72,13 +70,28 @@ def _load_file_or_folder(source: Source, dtype: Any, vae: Any) -> Any:
         raise error
 
 
+def _left_out(source: Source, index: Mapping[str, Any]) -> dict[str, Any]:
+    """The pipeline's arguments that leave out what is not used. index: its model_index.json.
+
+    SD 3 is loaded without T5 if its folder has none, or with --drop_t5.
+    """
+    if index["_class_name"] == KINDS["sdxl"].pipeline:
+        return {"add_watermarker": False}
+    if index["_class_name"] == KINDS["sd3"].pipeline:
+        has_t5 = (index.get("text_encoder_3") or [None])[0] is not None
+        return {} if has_t5 and not source.drop_t5 else {"text_encoder_3": None, "tokenizer_3": None}
+    if index["_class_name"] == KINDS["flux"].pipeline:
+        return {}
+    return {"safety_checker": None, "requires_safety_checker": False}
+
+
 def _announce_download(name: str) -> None:
     """Unless the weights of a Hub id are in the cache: say that they are downloaded, on a terminal with a bar."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.utils import enable_progress_bars
 
-    stem = "unet/diffusion_pytorch_model"
-    files = (f"{stem}{ending}" for ending in (".safetensors", ".fp16.safetensors", ".bin", ".fp16.bin"))
+    endings = (".safetensors", ".fp16.safetensors", ".bin", ".fp16.bin", ".safetensors.index.json")
+    files = (f"{network}/diffusion_pytorch_model{ending}" for network in NETWORKS for ending in endings)
     if process_rank() > 0 or any(isinstance(try_to_load_from_cache(name, file), str) for file in files):
         return
     print(f"Downloading {name} from the Hugging Face Hub: several gigabytes, only once.", file=sys.stderr)

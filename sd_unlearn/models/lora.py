@@ -1,4 +1,4 @@
-"""The LoRA on the UNet and, optionally, on the text encoder: attach, save, read."""
+"""The LoRA on the UNet or transformer and, optionally, on the text encoder: attach, save, read."""
 
 from __future__ import annotations
 
@@ -18,13 +18,25 @@ from sd_unlearn.models.lora_file import PEFT_CONFIG, LoraFile, read_lora_file
 
 ADAPTER_NAME, WEIGHTS_FILE = "default", "adapter_model.safetensors"
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
-_ATTENTION = f"({'|'.join(re.escape(name) for name in ATTENTION)})"
+# The same projections of the text tokens in a transformer with joint attention, as SD 3 and FLUX.
+CONTEXT = ["add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
+_ATTENTION, _JOINT = (
+    f"({'|'.join(re.escape(name) for name in names)})" for names in (ATTENTION, [*ATTENTION, *CONTEXT])
+)
 # Regular expressions that match whole module names of a UNet.
 TARGETS: dict[LoraTargets, str] = {
     "attention": rf".*\.{_ATTENTION}",
     "cross_attention": rf".*\.attn2\.{_ATTENTION}",
     "attention+mlp": rf".*\.({_ATTENTION}|ff\.net\.0\.proj|ff\.net\.2)",
 }
+# The same of a transformer with joint attention, which has no layers of cross-attention of their own. FLUX's single
+# blocks have their feed-forward layers in proj_mlp and proj_out.
+_MLP = r"(ff|ff_context)\.net\.(0\.proj|2)|single_transformer_blocks\.\d+\.(proj_mlp|proj_out)"
+JOINT_TARGETS: dict[LoraTargets, str] = {
+    "attention": rf".*\.{_JOINT}",
+    "attention+mlp": rf".*\.{_JOINT}|(.*\.)?({_MLP})",
+}
+WITHOUT_JOINT_ATTENTION: tuple[LoraTargets, ...] = ("cross_attention", "not_cross_attention")
 TEXT_TARGETS = r".*\.(q_proj|k_proj|v_proj|out_proj)"
 
 
@@ -58,12 +70,24 @@ def attach_factors(network: nn.Module, factors: dict[str, tuple[Tensor, Tensor]]
     return model
 
 
-def unet_targets(unet: nn.Module, group: LoraTargets | None) -> list[str]:
-    """Names of the UNet's modules that a choice of --lora_targets selects; None: the attention projections."""
+def network_targets(network: nn.Module, group: LoraTargets | None) -> list[str]:
+    """Names of the modules of a UNet or transformer that a choice of --lora_targets selects.
+
+    group: None for the attention projections.
+
+    Raises:
+        UsageError: the network has no such layers.
+    """
+    is_joint = any(name.endswith(f".{CONTEXT[1]}") for name, _ in network.named_modules())
+    if is_joint and group in WITHOUT_JOINT_ATTENTION:
+        raise UsageError(
+            f"--lora_targets {group} needs a base with cross-attention; SD 3 and FLUX have joint attention. Use "
+            "attention, attention+mlp or all_linear+conv."
+        )
     if group in ("all_linear+conv", "not_cross_attention"):
-        layers = [name for name, module in unet.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+        layers = [name for name, module in network.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
         return layers if group == "all_linear+conv" else [name for name in layers if ".attn2." not in name]
-    return _matching(unet, TARGETS[group or "attention"])
+    return _matching(network, (JOINT_TARGETS if is_joint else TARGETS)[group or "attention"])
 
 
 def text_encoder_targets(text_encoder: nn.Module) -> list[str]:

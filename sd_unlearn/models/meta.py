@@ -14,13 +14,22 @@ from torch import nn
 
 from sd_unlearn.errors import UnlearnError, UsageError, reason
 from sd_unlearn.io.reading import read_json
-from sd_unlearn.models.source import COMPONENTS, OPTION, SINGLE_FILE_DIR, Source, kind_of, pooled_width_of
+from sd_unlearn.models.base import resolution_of
+from sd_unlearn.models.conditioning import TextConditioning, conditioning_of
+from sd_unlearn.models.kinds import KINDS, NETWORKS, kind_of, network_name
+from sd_unlearn.models.published import PUBLISHED
+from sd_unlearn.models.source import OPTION, SINGLE_FILE_DIR, Source
 
 # Hub ids whose configuration is bundled, so that a plan for them needs no network.
 KNOWN_IDS = {
     "sd1": re.compile(r".*/stable-diffusion-v1-\d"),
     "sd2": re.compile(r".*/stable-diffusion-2(-1)?(-base)?"),
     "sdxl": re.compile(r".*/stable-diffusion-xl-base-.*"),
+    "sd3-medium": re.compile(r"stabilityai/stable-diffusion-3-medium.*"),
+    "sd3.5-medium": re.compile(r"stabilityai/stable-diffusion-3\.5-medium"),
+    "sd3.5-large": re.compile(r"stabilityai/stable-diffusion-3\.5-large.*"),
+    "flux-schnell": re.compile(r"black-forest-labs/FLUX\.1-schnell"),
+    "flux-dev": re.compile(r"black-forest-labs/FLUX\.1-(dev|Krea-dev)"),
 }
 
 
@@ -29,11 +38,12 @@ class MetaBase:
     """The networks of a base on the meta device: shapes and data types, no values and no memory."""
 
     name: str
-    pipeline: Any  # has unet, vae and text_encoder, for SDXL also text_encoder_2
+    pipeline: Any  # has the networks that KINDS names
 
     @property
-    def unet(self) -> Any:
-        return self.pipeline.unet
+    def network(self) -> Any:
+        """The UNet or transformer."""
+        return getattr(self.pipeline, network_name(self.pipeline))
 
     @property
     def vae(self) -> Any:
@@ -41,23 +51,26 @@ class MetaBase:
 
     @property
     def text_encoders(self) -> list[nn.Module]:
-        """Two for SDXL."""
         return [network for name, network in vars(self.pipeline).items() if name.startswith("text_encoder")]
 
     @property
     def kind(self) -> str:
-        """sd1, sd2 or sdxl."""
-        return kind_of(self.unet.config)
+        """A key of KINDS."""
+        return kind_of(self.network.config)
 
     @property
-    def pooled_width(self) -> int | None:
-        """Width of the pooled text embedding that an SDXL UNet takes besides the tokens; None for other kinds."""
-        return pooled_width_of(self.unet.config) if self.kind == "sdxl" else None
+    def conditioning(self) -> TextConditioning:
+        return conditioning_of(self.network.config, self.pixels_per_latent)
 
     @property
-    def text_width(self) -> int:
-        """Width of the text embeddings that the UNet takes."""
-        return int(self.unet.config.cross_attention_dim)
+    def text_shape(self) -> tuple[int, int]:
+        """(rows, width) of an encoded caption, as TextConditioning.encode makes it."""
+        return self.conditioning.shape_of(self.network.config, self.tokens)
+
+    @property
+    def channels(self) -> int:
+        """Of a latent."""
+        return int(self.vae.config.latent_channels)
 
     @property
     def pixels_per_latent(self) -> int:
@@ -66,7 +79,7 @@ class MetaBase:
     @property
     def resolution(self) -> int:
         """Side in pixels of the images that the model was trained on."""
-        return int(self.unet.config.sample_size * self.pixels_per_latent)
+        return resolution_of(self.network.config, self.pixels_per_latent, self.vae)
 
     @property
     def tokens(self) -> int:
@@ -80,19 +93,45 @@ class Configs:
 
     name: str
     components: tuple[tuple[str, str], ...]  # (name, JSON)
+    offload: bool = False  # whether large layers stay in the computer's memory
 
 
 def read_configs(source: Source) -> Configs:
-    """Read the configuration of a base. No weights are read.
+    """Read the configuration of a base. No weights are read. T5 is left out where loading leaves it out.
 
     Raises:
         UsageError: the configuration of a local base is damaged.
         UnlearnError: that of a Hub id is neither bundled nor cached nor on the Hub.
     """
-    unet = component_config(source, "unet")
-    names = COMPONENTS if kind_of(unet) == "sdxl" else COMPONENTS[:3]
-    configs = {"unet": unet} | {name: component_config(source, name) for name in names[1:]}
-    return Configs(source.name, tuple((name, json.dumps(config)) for name, config in configs.items()))
+    network = _network_of(source)
+    config = component_config(source, network)
+    first, *others = KINDS[kind_of(config)].components
+    if source.drop_t5 or (source.configs and not source.config_of("text_encoder_3")):
+        others = [name for name in others if name != "text_encoder_3"]
+    configs = {first: config} | {name: component_config(source, name) for name in others}
+    components = tuple((name, json.dumps(config)) for name, config in configs.items())
+    return Configs(source.name, components, source.offload)
+
+
+def _network_of(source: Source) -> str:
+    """The name of the component that is trained: unet or transformer."""
+    if source.configs:
+        return next((name for name in NETWORKS if source.config_of(name)), "unet")
+    if cached := next((name for name in NETWORKS if _cached(source.name, name)), None):
+        return cached
+    if known := known_id(source.name):
+        return KINDS[kind_of(_bundled(known, "unet") or _bundled(known, "transformer"))].network
+    try:
+        _download(source.name, "unet")
+    except UnlearnError:
+        _download(source.name, "transformer")
+        return "transformer"
+    return "unet"
+
+
+def known_id(name: str) -> str | None:
+    """The key of KNOWN_IDS that a Hub id has: a folder of SINGLE_FILE_DIR, or a key of PUBLISHED."""
+    return next((known for known, pattern in KNOWN_IDS.items() if pattern.fullmatch(name)), None)
 
 
 def build_meta_base(configs: Configs, dtype: torch.dtype) -> MetaBase:
@@ -101,26 +140,35 @@ def build_meta_base(configs: Configs, dtype: torch.dtype) -> MetaBase:
     Raises:
         UsageError: the configuration does not describe such networks.
     """
-    from diffusers import AutoencoderKL, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
-
-    def make(name: str, config: dict[str, Any]) -> Any:
-        if name in ("unet", "vae"):
-            return {"unet": UNet2DConditionModel, "vae": AutoencoderKL}[name].from_config(config)
-        known = {key: value for key, value in config.items() if key not in ("model_type", "dtype", "torch_dtype")}
-        return (CLIPTextModel if name == "text_encoder" else CLIPTextModelWithProjection)(CLIPTextConfig(**known))
-
+    kind = kind_of(json.loads(configs.components[0][1]))
     networks: dict[str, Any] = {}
     for name, config in configs.components:
         try:
             with torch.device("meta"):
-                network = make(name, json.loads(config))
+                network = _make(kind, name, json.loads(config))
         except (TypeError, ValueError, KeyError) as error:
             where = f"{OPTION} {configs.name}: {name}/config.json"
             raise UsageError(f"{where} does not describe a network of Stable Diffusion ({reason(error)}).") from error
         # Not Diffusers' own `to`, which warns about data types.
         networks[name] = nn.Module.to(network.requires_grad_(False).eval(), dtype)
     return MetaBase(configs.name, SimpleNamespace(**networks))
+
+
+def _make(kind: str, name: str, config: dict[str, Any]) -> Any:
+    """A network from its configuration."""
+    import diffusers
+    import transformers
+
+    classes = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL"}
+    classes["transformer"] = "FluxTransformer2DModel" if kind == "flux" else "SD3Transformer2DModel"
+    if name in classes:
+        return getattr(diffusers, classes[name]).from_config(config)
+    known = {key: value for key, value in config.items() if key not in ("model_type", "dtype", "torch_dtype")}
+    if "d_model" in config:
+        return transformers.T5EncoderModel(transformers.T5Config(**known))
+    pools = name != "text_encoder" or kind == "sd3"  # SD 3 takes the pooled embedding of both CLIPs
+    network = transformers.CLIPTextModelWithProjection if pools else transformers.CLIPTextModel
+    return network(transformers.CLIPTextConfig(**known))
 
 
 def component_config(source: Source, component: str) -> dict[str, Any]:
@@ -136,15 +184,18 @@ def component_config(source: Source, component: str) -> dict[str, Any]:
         return config
     if cached := _cached(source.name, component):
         return read_json(cached)
-    for kind, name in KNOWN_IDS.items():
-        if name.fullmatch(source.name):
-            config = _bundled(kind, component)
-            return _at_512_pixels(config, kind) if source.name.endswith("-base") else config
+    if known := known_id(source.name):
+        config = _bundled(known, component)
+        return _at_512_pixels(config, known) if source.name.endswith("-base") else config
     return read_json(_download(source.name, component))
 
 
-def _bundled(kind: str, component: str) -> dict[str, Any]:
-    return read_json(SINGLE_FILE_DIR / kind / component / "config.json")
+def _bundled(known: str, component: str) -> dict[str, Any]:
+    """A component's bundled configuration; empty if the model has no such component."""
+    if known in PUBLISHED:
+        return PUBLISHED[known].get(component, {})
+    path = SINGLE_FILE_DIR / known / component / "config.json"
+    return read_json(path) if path.is_file() else {}
 
 
 def _at_512_pixels(config: dict[str, Any], kind: str | None) -> dict[str, Any]:

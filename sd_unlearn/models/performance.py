@@ -9,6 +9,8 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 
 from sd_unlearn.config.train import Performance
 from sd_unlearn.errors import UsageError, reason
@@ -34,20 +36,23 @@ def check(options: Performance, device: torch.device) -> None:
         check_nf4(device)
 
 
-def prepare(unet: Any, options: Performance) -> None:
-    """Set the frozen UNet's attention kernels and, with --quantize_base, quantize its linear layers, in place."""
-    from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
+def prepare(network: Any, options: Performance) -> None:
+    """Set the frozen network's attention kernels and, with --quantize_base, quantize its linear layers, in place."""
+    if isinstance(network, UNet2DConditionModel):  # transformers have sdpa by themselves (check_flow)
+        _set_attention(network, options)
+    if options.quantize_base:
+        quantize_linear_layers(network, options.quantize_base)
 
+
+def _set_attention(unet: UNet2DConditionModel, options: Performance) -> None:
     if options.attention == "xformers":
         unet.enable_xformers_memory_efficient_attention()
     else:
         unet.set_attn_processor(AttnProcessor2_0() if options.attention == "sdpa" else AttnProcessor())
-    if options.quantize_base:
-        quantize_linear_layers(unet, options.quantize_base)
 
 
-def compile_blocks(unet: Any, options: Performance) -> None:
-    """With --torch_compile: compile the UNet's repeated blocks in place. Weights and their names do not change.
+def compile_blocks(network: Any, options: Performance) -> None:
+    """With --torch_compile: compile the network's repeated blocks in place. Weights and their names do not change.
 
     Call it after the LoRA is attached, so that the LoRA is part of the graph. Only the blocks are compiled, where
     nearly all of the time is spent: one graph serves all blocks of a width, which saves minutes of compilation.
@@ -56,7 +61,9 @@ def compile_blocks(unet: Any, options: Performance) -> None:
     if not options.torch_compile:
         return
     torch._dynamo.config.recompile_limit = max(RECOMPILE_LIMIT, torch._dynamo.config.recompile_limit)
-    unet.compile_repeated_blocks()
+    if not network._repeated_blocks:  # SD 3's transformer does not name them
+        network._repeated_blocks = network._no_split_modules
+    network.compile_repeated_blocks()
 
 
 def _check_xformers(device: torch.device) -> None:

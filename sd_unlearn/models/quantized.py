@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from sd_unlearn.config.train import Quantization
 from sd_unlearn.errors import UsageError, reason
+from sd_unlearn.models.offload import OffloadedLinear
 
 BLOCK = 64  # weights that share a scale in nf4
 
@@ -24,10 +25,11 @@ BLOCK = 64  # weights that share a scale in nf4
 class QuantizedLinear(nn.Linear):
     """A frozen linear layer that stores its weight quantized. PEFT attaches a LoRA to it as to any linear layer."""
 
-    def __init__(self, layer: nn.Linear, kind: Quantization) -> None:
+    def __init__(self, layer: nn.Linear, kind: Quantization, device: torch.device | None = None) -> None:
+        """device: to quantize on and keep the weight on; None: the layer's."""
         super().__init__(layer.in_features, layer.out_features, bias=False, device="meta")  # no memory
         self.kind, self.computes_in = kind, layer.weight.dtype
-        packed, scale = _quantize(layer.weight.detach(), kind)
+        packed, scale = _quantize(layer.weight.detach().to(device or layer.weight.device), kind)
         # Parameters, because DistributedDataParallel sends buffers to all processes in every step.
         self.weight = nn.Parameter(packed, requires_grad=False)
         self.scale = nn.Parameter(scale, requires_grad=False)
@@ -63,11 +65,15 @@ class _Multiply(torch.autograd.Function):
 
 
 def quantize_linear_layers(network: nn.Module, kind: Quantization) -> None:
-    """Replace the linear layers of a frozen network by quantized ones, in place, one at a time."""
-    for name in [name for name, module in network.named_modules() if type(module) is nn.Linear]:
+    """Replace the linear layers of a frozen network by quantized ones, in place, one at a time.
+
+    Layers that are offloaded come to the device of the network.
+    """
+    device = next(network.parameters()).device  # never that of an offloaded layer
+    for name in [name for name, module in network.named_modules() if type(module) in (nn.Linear, OffloadedLinear)]:
         layer = network.get_submodule(name)
         assert isinstance(layer, nn.Linear)
-        network.set_submodule(name, QuantizedLinear(layer, kind))
+        network.set_submodule(name, QuantizedLinear(layer, kind, device))
 
 
 def check_nf4(device: torch.device) -> None:

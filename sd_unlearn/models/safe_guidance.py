@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sd_unlearn.choices import SafetyPreset
+from sd_unlearn.errors import UsageError
+from sd_unlearn.models.kinds import KINDS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -91,6 +93,16 @@ class SafeGuidance:
         return torch.zeros_like(gamma) if self.step <= s.warmup_steps else gamma
 
 
+def check_safe_guidance(kind: str, name: str) -> None:
+    """Refuse a base that safety guidance is not made for.
+
+    Raises:
+        UsageError
+    """
+    if KINDS[kind].is_flow:
+        raise UsageError(f"--sld is for SD 1.x, 2.x and XL; {name} is of kind {kind}. Leave it out.")
+
+
 @contextmanager
 def safe_guidance(base: Base, safety: Safety) -> Iterator[None]:
     """Within the block the base's pipeline samples with safety guidance.
@@ -101,6 +113,7 @@ def safe_guidance(base: Base, safety: Safety) -> Iterator[None]:
     """
     import torch
 
+    check_safe_guidance(base.kind, base.name)
     embedding, _, *more = base.pipeline.encode_prompt(
         prompt=safety.text, device=base.device, num_images_per_prompt=1, do_classifier_free_guidance=False
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +12,14 @@ from typing import Any, Protocol
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from sd_unlearn.errors import UsageError
 from sd_unlearn.io.files import atomic_path
 from sd_unlearn.io.images import is_intact, png_note
 from sd_unlearn.io.progress import Progress
 from sd_unlearn.launch import process_count, process_rank, wait_for_others
 from sd_unlearn.models.base import Base
-from sd_unlearn.models.source import DIGITS
+from sd_unlearn.models.kinds import KINDS
+from sd_unlearn.models.source import DIGITS, Source
 
 VAE_TILE = "sd_unlearn.vae_tile"  # in the metadata of an image or of latents: side in pixels of the VAE's tiles
 
@@ -32,7 +35,7 @@ class ImageRequest:
 
 @dataclass(frozen=True)
 class Sampler:
-    """Settings of DDIM sampling; `resolution` in pixels, None for the base's own."""
+    """Settings of sampling (with the sampler of the base's kind); `resolution` in pixels, None for the base's own."""
 
     steps: int
     guidance_scale: float
@@ -42,6 +45,21 @@ class Sampler:
 
 BASE_SAMPLERS = {DIGITS: Sampler(steps=25, guidance_scale=3.0, batch_size=100)}
 DEFAULT_SAMPLER = Sampler(steps=50, guidance_scale=7.5, batch_size=4)
+# Of the flow-matching models, as published: SD 3, 3.5 medium and large, FLUX.1 dev, and the distilled FLUX.1 schnell
+# and SD 3.5 large turbo, which sample without guidance.
+SD3_SAMPLER = Sampler(steps=28, guidance_scale=7.0, batch_size=4)
+SD35_SAMPLER = Sampler(steps=40, guidance_scale=4.5, batch_size=4)
+SD35_LARGE_SAMPLER = Sampler(steps=28, guidance_scale=3.5, batch_size=4)
+DEV_SAMPLER = Sampler(steps=28, guidance_scale=3.5, batch_size=4)
+SCHNELL_SAMPLER = Sampler(steps=4, guidance_scale=0.0, batch_size=4)
+PUBLISHED_SAMPLERS = {
+    re.compile(r"stabilityai/stable-diffusion-3-.*"): SD3_SAMPLER,
+    re.compile(r"stabilityai/stable-diffusion-3\.5-.*-turbo"): SCHNELL_SAMPLER,
+    re.compile(r"stabilityai/stable-diffusion-3\.5-large"): SD35_LARGE_SAMPLER,
+    re.compile(r"stabilityai/stable-diffusion-3\.5-.*"): SD35_SAMPLER,
+    re.compile(r"black-forest-labs/FLUX\.1-schnell"): SCHNELL_SAMPLER,
+    re.compile(r"black-forest-labs/FLUX\.1-.*"): DEV_SAMPLER,
+}
 
 
 class SamplerOptions(Protocol):
@@ -54,13 +72,43 @@ class SamplerOptions(Protocol):
 
 
 def default_sampler(base_name: str) -> Sampler:
-    """The sampler settings that a base is used with unless options change them."""
-    return BASE_SAMPLERS.get(base_name, DEFAULT_SAMPLER)
+    """The sampler settings that a base is used with unless options change them.
+
+    base_name: as of Source. Of a Hub id only the name is known, of a folder or file its configuration.
+    """
+    if base_name in BASE_SAMPLERS:
+        return BASE_SAMPLERS[base_name]
+    published = next((sampler for name, sampler in PUBLISHED_SAMPLERS.items() if name.fullmatch(base_name)), None)
+    kind, network = _known(base_name)
+    if kind == "flux":
+        return DEV_SAMPLER if network.get("guidance_embeds") else SCHNELL_SAMPLER
+    if kind == "sd3" and network.get("qk_norm"):  # 3.5 normalizes queries and keys; only medium has second attentions
+        return SD35_SAMPLER if network.get("dual_attention_layers") else SD35_LARGE_SAMPLER
+    if kind == "sd3":
+        return SD3_SAMPLER
+    return published or DEFAULT_SAMPLER
+
+
+def _known(base_name: str) -> tuple[str | None, dict[str, Any]]:
+    """The kind of a local base and the configuration of its network; (None, {}) for a Hub id."""
+    source = Source(base_name, allow_pickle=True)
+    try:
+        return source.kind, source.network_config
+    except UsageError:  # damaged or not supported: finding or loading it says so
+        return None, {}
 
 
 def resolve_sampler(options: SamplerOptions, base_name: str) -> Sampler:
-    """The sampler settings of a command: its options, and the base's defaults for those that are None."""
-    default = default_sampler(base_name)
+    """The sampler settings of a command: its options, and the base's defaults for those that are None.
+
+    Raises:
+        UsageError: the base cannot generate images of this resolution.
+    """
+    default, (kind, _) = default_sampler(base_name), _known(base_name)
+    if options.resolution and kind and options.resolution % KINDS[kind].multiple:
+        raise UsageError(
+            f"--resolution {options.resolution}: {base_name} needs a multiple of {KINDS[kind].multiple} pixels."
+        )
     return Sampler(
         options.num_inference_steps or default.steps,
         default.guidance_scale if options.guidance_scale is None else options.guidance_scale,
@@ -100,17 +148,20 @@ def sample(base: Base, seeds: Sequence[int], sampler: Sampler, **prompts: Any) -
     from sd_unlearn.models.vae import decode
 
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+    resolution = sampler.resolution or base.resolution
     with torch.no_grad():
         latents = base.pipeline(
             **prompts,
+            **base.conditioning.options(),
             num_inference_steps=sampler.steps,
             guidance_scale=sampler.guidance_scale,
             generator=generators,
-            height=sampler.resolution,
-            width=sampler.resolution,
+            height=resolution,
+            width=resolution,
             output_type="latent",
         ).images
-    return decode(base, latents)
+    side = resolution // base.pipeline.vae_scale_factor
+    return decode(base, base.conditioning.from_pipeline(latents, side, side))
 
 
 def save_image(image: Image.Image, path: Path) -> None:

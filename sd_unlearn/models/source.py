@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,14 +16,14 @@ from sd_unlearn.models.checkpoint_header import (
     prediction_of_file,
     read_checkpoint_header,
 )
+from sd_unlearn.models.kinds import COMPONENTS, KINDS, NETWORKS, kind_of
 
 OPTION = "--pretrained_model_name_or_path"
 ASSETS = Path(__file__).parent.parent / "assets"
 DIGITS = "digits"
+FLOW = "flow"  # the prediction type of flow matching: the velocity
 DIGITS_DIR = ASSETS / DIGITS
 SINGLE_FILE_DIR = ASSETS / "single_file"  # one folder of configurations per kind
-PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
-COMPONENTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 WEIGHTS = re.compile(r"(?:diffusion_pytorch_model|model|pytorch_model)(?:\.(\w+))?(?:-\d+-of-\d+)?\.(safetensors|bin)")
 
 
@@ -38,6 +37,8 @@ class Source:
     variant: str | None = None
     allow_pickle: bool = False
     single_file_config: str | None = None
+    drop_t5: bool = False  # load SD 3 without its third text encoder
+    offload: bool = False  # keep large layers in the computer's memory (offload.py)
 
     @property
     def place(self) -> Path:
@@ -72,33 +73,25 @@ class Source:
         return content
 
     @property
+    def network_config(self) -> dict[str, Any]:
+        """The local configuration of the UNet or transformer; empty if there is none."""
+        return next(filter(None, map(self.config_of, NETWORKS)), {})
+
+    @property
     def kind(self) -> str | None:
-        """sd1, sd2 or sdxl; None for a Hub id, of which nothing is local yet."""
-        unet = self.config_of("unet")
-        return kind_of(unet) if unet else None
+        """A key of KINDS; None for a Hub id, of which nothing is local yet."""
+        config = self.network_config
+        return kind_of(config) if config else None
 
     @property
     def known_prediction_type(self) -> str | None:
         """The prediction type; None if it is not known before loading."""
+        if (kind := self.kind) and KINDS[kind].is_flow:
+            return FLOW
         if self.is_file and not self.single_file_config:
             return self.prediction_type or prediction_of_file(self.header, kind_of_file(self.header))
         schedule = self.config_of("scheduler", "scheduler_config.json")
         return schedule.get("prediction_type", "epsilon") if schedule else None
-
-
-def kind_of(unet: Mapping[str, Any]) -> str:
-    """sd1, sd2 or sdxl by a UNet's configuration, whatever its width.
-
-    Only XL embeds sizes and a pooled caption, and only SD 1.x enters its transformers by a convolution.
-    """
-    if unet.get("addition_embed_type") == "text_time":
-        return "sdxl"
-    return "sd2" if unet.get("use_linear_projection") else "sd1"
-
-
-def pooled_width_of(unet: Mapping[str, Any]) -> int:
-    """Width of the pooled text embedding that an SDXL UNet takes besides the tokens, by its configuration."""
-    return int(unet["projection_class_embeddings_input_dim"] - 6 * unet["addition_time_embed_dim"])
 
 
 def weights_in(folder: Path) -> set[tuple[str | None, str]]:

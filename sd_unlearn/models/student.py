@@ -1,6 +1,6 @@
 """The trained network (student) and the frozen base behind it (teacher).
 
-The student is a LoRA on the UNet, optionally with one on the text encoder, or the whole UNet.
+The student is a LoRA on the UNet or transformer, optionally with one on the text encoder, or the whole UNet.
 """
 
 from __future__ import annotations
@@ -96,11 +96,11 @@ class Student:
 
 def make_student(base: Base, options: Weights, seed: int, needs_teacher: bool) -> Student:
     """Make the student of a loaded base, in training mode. With method full and a teacher it holds the UNet twice."""
-    unet = base.pipeline.unet
+    network = base.network
     if options.method == "full":
-        base_copy = copy.deepcopy(unet).requires_grad_(False).eval() if needs_teacher else None
-        return Student(unet.requires_grad_(True).train(), base_copy)
-    model: nn.Module = lora.attach(unet, options, lora.unet_targets(unet, options.lora_targets), seed)
+        base_copy = copy.deepcopy(network).requires_grad_(False).eval() if needs_teacher else None
+        return Student(network.requires_grad_(True).train(), base_copy)
+    model: nn.Module = lora.attach(network, options, lora.network_targets(network, options.lora_targets), seed)
     if options.train_text_encoder:
         encoder = base.pipeline.text_encoder
         model = WithTextEncoder(model, lora.attach(encoder, options, lora.text_encoder_targets(encoder), seed + 1))

@@ -21,19 +21,22 @@ MIN_TILE = 32
 
 @torch.no_grad()
 def decode(base: Base, latents: Tensor) -> list[Image.Image]:
-    """The images of latents [B, 4, h, w] as the pipeline samples them (multiplied by the scaling factor).
+    """The images of latents [B, C, h, w] as the pipeline samples them (moved by the shift and scaled).
 
     Raises:
         UnlearnError: a latent or a pixel is not finite, which Diffusers would turn into a black image.
         OutOfMemory: memory is too small for one image in the smallest tiles.
     """
-    _check_finite(base, latents, "UNet")
+    _check_finite(base, latents, base.properties.title)
+
+    shift = shift_of(base.pipeline.vae)
 
     def work(batch: Sequence[Tensor]) -> list[Image.Image]:
         together = torch.cat(list(batch))
 
         def pixels_of(vae: Any) -> Tensor:
-            return vae.decode(together.to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0]
+            latents = together.to(vae.dtype) / vae.config.scaling_factor
+            return vae.decode(latents + shift if shift else latents, return_dict=False)[0]
 
         pixels = _without_overflow(base, pixels_of)
         _check_finite(base, pixels, "VAE")
@@ -49,9 +52,9 @@ def decode(base: Base, latents: Tensor) -> list[Image.Image]:
 
 @torch.no_grad()
 def encode(base: Base, images: Sequence[Any], load: Callable[[Any], Tensor], batch_size: int) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of the VAE's posterior: two tensors [N, 4, h, w] on the CPU, in float32.
+    """Mean and standard deviation of the VAE's posterior: two tensors [N, C, h, w] on the CPU, in float32.
 
-    Both are multiplied by the scaling factor.
+    The mean is moved by the VAE's shift, and both are multiplied by its scaling factor.
 
     load: returns the pixels [3, H, W] in [-1, 1] of one of `images`.
 
@@ -59,7 +62,7 @@ def encode(base: Base, images: Sequence[Any], load: Callable[[Any], Tensor], bat
         UnlearnError: a value is not finite.
         OutOfMemory: memory is too small for one image in the smallest tiles.
     """
-    side = 0
+    side, shift = 0, shift_of(base.pipeline.vae)
 
     def work(batch: Sequence[Any]) -> Tensor:
         nonlocal side
@@ -68,7 +71,7 @@ def encode(base: Base, images: Sequence[Any], load: Callable[[Any], Tensor], bat
 
         def moments_of(vae: Any) -> Tensor:
             posterior = vae.encode(pixels.to(base.device, vae.dtype)).latent_dist
-            return torch.stack([posterior.mean, posterior.std])
+            return torch.stack([posterior.mean - shift if shift else posterior.mean, posterior.std])
 
         moments = _without_overflow(base, moments_of)
         _check_finite(base, moments, "VAE")
@@ -81,6 +84,11 @@ def encode(base: Base, images: Sequence[Any], load: Callable[[Any], Tensor], bat
             break
     mean, std = torch.cat(parts, dim=1)
     return mean.contiguous(), std.contiguous()  # a large VAE may return channels-last tensors
+
+
+def shift_of(vae: Any) -> float:
+    """What is subtracted from latents before they are scaled, as in SD 3 and FLUX; 0 for other VAEs."""
+    return float(vae.config.get("shift_factor") or 0.0)
 
 
 def use_smaller_tiles(base: Base, side: int) -> bool:

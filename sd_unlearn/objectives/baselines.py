@@ -36,7 +36,7 @@ class Rows:
     """The rows of a batch, noised."""
 
     batch: Batch
-    noisy: Tensor  # [B, 4, h, w]
+    noisy: Tensor  # [B, C, h, w]
     noise: Tensor  # as noisy: what the prediction of noise (or v) learns in ordinary training
 
     def where(self, chosen: Tensor) -> Tensor:
@@ -44,7 +44,7 @@ class Rows:
         return torch.nonzero(chosen)[:, 0]
 
     def under(self, predict: Callable[[Tensor, Tensor, Tensor], Tensor], rows: Tensor, text: Tensor) -> Tensor:
-        """[K, 4, h, w]: predictions of rows under one caption [tokens, width], or under one each [K, tokens, width]."""
+        """[K, C, h, w]: predictions of rows under one caption [tokens, width], or under one each [K, tokens, width]."""
         own = text.ndim == self.batch.text.ndim
         texts = text if own else text.expand(len(rows), *text.shape)
         return predict(self.noisy[rows], self.batch.timesteps[rows], texts)

@@ -8,7 +8,7 @@ from torch import Tensor
 from sd_unlearn.choices import Reduction
 from sd_unlearn.data.batch import NO_GROUP, Batch
 from sd_unlearn.models.denoiser import Denoiser
-from sd_unlearn.models.diffusion import add_noise, min_snr_weight, per_example_loss, training_target
+from sd_unlearn.models.diffusion import per_example_loss
 from sd_unlearn.objectives.teacher import Teacher
 
 
@@ -21,7 +21,7 @@ def example_losses(
 ) -> Tensor:
     """l [B] of a batch's examples, differentiable. Each depends on its own image only, so a batch can be cut.
 
-    snr_gamma (> 0) weighs each example by its timestep (`min_snr_weight`), both value and gradient. None: no weighting.
+    snr_gamma (> 0) weighs each example by its timestep (`Process.snr_weight`), value and gradient. None: no weighting.
 
     Without a teacher, l is the noise-prediction loss. With a teacher the value of l is still that loss, which
     determines the sign of a bracket, but the gradient is that of another loss. Let f be the prediction, f* the base's
@@ -53,23 +53,23 @@ def example_losses(
 
 
 def noised(denoiser: Denoiser, batch: Batch) -> tuple[Tensor, Tensor]:
-    """(x_t, what ordinary training predicts from it: the noise, or v), each shaped as the latents."""
-    schedule = denoiser.alphas_cumprod
-    noisy = add_noise(batch.latents, batch.noise, batch.timesteps, schedule)
-    target = training_target(batch.latents, batch.noise, batch.timesteps, schedule, denoiser.prediction_type)  # type: ignore[arg-type]
-    return noisy, target
+    """(x_t, what ordinary training predicts from it: the noise, v, or the velocity), each shaped as the latents."""
+    given, process = (batch.latents, batch.noise, batch.timesteps), denoiser.process
+    return process.add_noise(*given), process.target(*given)
 
 
 def timestep_weight(denoiser: Denoiser, batch: Batch, snr_gamma: float | None) -> Tensor:
-    """[B]: the weight of each example by its timestep (`min_snr_weight`); 1 without snr_gamma."""
+    """[B]: the weight of each example by its timestep (`Process.snr_weight`); 1 without snr_gamma."""
     if snr_gamma is None:
         return torch.ones_like(batch.weight)
-    return min_snr_weight(batch.timesteps, denoiser.alphas_cumprod, snr_gamma, denoiser.prediction_type)  # type: ignore[arg-type]
+    return denoiser.process.snr_weight(batch.timesteps, snr_gamma)
 
 
 def _teach(teacher: Teacher, noisy: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
     """(the target of each row, f0 - f* of positives and 0 elsewhere), each shaped as noisy."""
     keep, positive = batch.captioned_keep_rows(), batch.positive_rows()
+    if teacher.guidance_scale == 1:  # no offset, for which alone the empty caption is needed
+        keep = keep[:0]
     target, other = _base_predictions(teacher, noisy, batch, keep, positive)
     away = torch.zeros_like(target)
     away[positive] = other[positive] - target[positive]

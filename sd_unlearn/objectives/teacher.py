@@ -42,7 +42,7 @@ class Teacher:
     frozen: Callable[[], AbstractContextManager[nn.Module]]  # lends the base's network: Student.frozen
     generic: Tensor
     empty: Tensor
-    guidance_scale: float  # at which images are generated, >= 1
+    guidance_scale: float  # at which images are generated, >= 1; 1 if the base uses no classifier-free guidance
     push: float = 1.0  # multiplies the gradient on positives
     batch_size: int | None = None  # rows of one prediction; None: all
     bank: PredictionBank | None = None  # for batches that are repeated
@@ -64,8 +64,11 @@ class Teacher:
 
         Guidance follows u + s (f - u), where u is the unconditional prediction (`unconditional` is the base's) and s
         the guidance scale. If the adapter has moved u by d, this stays unchanged when f moves by (1 - 1/s) d.
-        Otherwise guidance moves by -(s - 1) d: towards the concept, since d leads away from it.
+        Otherwise guidance moves by -(s - 1) d: towards the concept, since d leads away from it. Without guidance, s =
+        1, sampling follows f alone: the offset is zero, whatever u has become.
         """
+        if self.guidance_scale == 1:
+            return torch.zeros_like(unconditional)
         moved = self.predict_student(noisy, timesteps, self.empty.expand(len(noisy), *self.empty.shape))
         return (1 - 1 / self.guidance_scale) * (moved - unconditional)
 

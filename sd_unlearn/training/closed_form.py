@@ -30,7 +30,7 @@ from sd_unlearn.models import lora
 from sd_unlearn.models.base import Base, load_base
 from sd_unlearn.models.student import Student
 from sd_unlearn.objectives.closed_form import Edit, rece, speed, uce
-from sd_unlearn.training.preflight import Inputs, check_output
+from sd_unlearn.training.preflight import Inputs, check_kind, check_output
 from sd_unlearn.training.provenance import basic_record, device_name, open_run, peak_memory_mb, reset_peak_memory
 
 EDITS = {"uce": uce, "speed": speed, "rece": rece}
@@ -67,6 +67,7 @@ def run(config: TrainConfig, inputs: Inputs, output: Path) -> Path:
         check_output(config, output)  # again: another process may have finished since
         remove_leftovers(output)
         base = load_base(inputs.source)
+        check_kind(config, base.kind, base.name)
         try:
             _edit(config, inputs.concept, base, output)
         except OSError as error:
@@ -90,7 +91,7 @@ def _edit(config: TrainConfig, concept: Concept, base: Base, output: Path) -> No
     """Compute the edit, and write the run folder: the record that marks it as finished last."""
     reset_peak_memory()
     started = time.monotonic()
-    layers = {n: m for n, m in base.pipeline.unet.named_modules() if n.endswith(LAYERS[config.objective])}
+    layers = {n: m for n, m in base.network.named_modules() if n.endswith(LAYERS[config.objective])}
     weights = [layer.weight.detach() for layer in layers.values()]
     embeddings = embed(base, concept)
     edits = EDITS[config.objective](weights, embeddings.concepts, embeddings.anchors, embeddings.preserved)
@@ -98,7 +99,7 @@ def _edit(config: TrainConfig, concept: Concept, base: Base, output: Path) -> No
     factors = dict(zip(layers, (edit.of_rank(rank) for edit in edits), strict=True))
     seconds = time.monotonic() - started
 
-    student = Student(lora.attach_factors(base.pipeline.unet, {n: (e.down, e.up) for n, e in factors.items()}))
+    student = Student(lora.attach_factors(base.network, {n: (e.down, e.up) for n, e in factors.items()}))
     filled_in = {"pretrained_model_name_or_path": base.name, "output_dir": output, "overwrite": False}
     used = recorded(dataclasses.replace(config, **filled_in))  # type: ignore[arg-type]
     open_run(output, concept, {key: value for key, value in used.items() if key in CLOSED_FORM_OPTIONS})
@@ -147,9 +148,9 @@ def embed(base: Base, concept: Concept) -> Embeddings:
 
 
 def _tokens(base: Base, captions: Sequence[str]) -> Tensor:
-    """[N, tokens, width]: what cross-attention takes; of SDXL without the pooled embedding."""
+    """[N, tokens, width]: what cross-attention takes, without the pooled embedding."""
     text = encode_captions(base, captions)
-    return text[:, :-1] if base.kind == "sdxl" else text
+    return base.conditioning.tokens_of(text)
 
 
 def last_tokens(caption: Sequence[int], generic: Sequence[int], end: int) -> tuple[int, int]:

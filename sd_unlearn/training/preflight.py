@@ -12,7 +12,7 @@ from pathlib import Path
 
 from sd_unlearn.choices import CLOSED_FORM
 from sd_unlearn.config.checks import check_train
-from sd_unlearn.config.train import TrainConfig
+from sd_unlearn.config.train import TrainConfig, with_lora_targets
 from sd_unlearn.data.concept import Concept, load_concept
 from sd_unlearn.data.dataset import Example, describe_images, describe_positives, has_negatives, scan, scan_positives
 from sd_unlearn.data.layout import check_batch_size
@@ -25,6 +25,7 @@ from sd_unlearn.io.own_files import LATER, check_no_foreign_weights, is_free, is
 from sd_unlearn.io.run_folder import DATA_MANIFEST, EXPORT_DIR, NEGATIVE, POSITIVE, TRAINING, UNLABELED
 from sd_unlearn.models.base import check_text_encoder, check_zero_terminal_snr
 from sd_unlearn.models.find_base import find_base
+from sd_unlearn.models.kinds import KINDS
 from sd_unlearn.models.source import Source
 from sd_unlearn.training import checkpoint
 from sd_unlearn.training.probe_checks import check_probe
@@ -101,8 +102,38 @@ def check_base(config: TrainConfig, source: Source) -> None:
     """
     if config.zero_terminal_snr:
         check_zero_terminal_snr(source)
+    check_kind(config, source.kind, source.name)
+
+
+def check_kind(config: TrainConfig, kind: str | None, name: str) -> None:
+    """Refuse options that a base of this kind does not support. kind: None if it is not known yet.
+
+    Raises:
+        UsageError
+    """
     if config.train_text_encoder:
-        check_text_encoder(source.kind, source.name)
+        check_text_encoder(kind, name)
+    if kind is None:
+        return
+    if not KINDS[kind].is_flow:
+        if config.timestep_sampling:
+            raise UsageError(
+                f"--timestep_sampling {config.timestep_sampling} is for SD 3 and FLUX; {name} is of kind {kind}. Use "
+                "--timestep_bias."
+            )
+        return
+    what = f"{name} is of kind {kind}, whose transformer"
+    if config.method == "full":
+        raise UsageError(f"--method full: {what} has billions of weights. Train a LoRA (--method lora).")
+    if config.attention != "sdpa":
+        raise UsageError(f"--attention {config.attention}: {what} uses torch's own attention. Use --attention sdpa.")
+    targets = with_lora_targets(config).lora_targets
+    if targets in ("cross_attention", "not_cross_attention") or config.objective in CLOSED_FORM:
+        option = f"--lora_targets {targets}" if config.lora_targets else f"--objective {config.objective}"
+        raise UsageError(
+            f"{option} needs a base with cross-attention (SD 1.x, 2.x, XL); {what} has joint attention. Use "
+            "--objective pu with --lora_targets attention, attention+mlp or all_linear+conv."
+        )
 
 
 def has_own_images(data_dir: Path) -> bool:

@@ -16,7 +16,6 @@ from sd_unlearn.errors import OutOfMemory
 from sd_unlearn.io.progress import say
 from sd_unlearn.io.run_folder import PREVIEW_DIR
 from sd_unlearn.models.base import Base
-from sd_unlearn.models.conditioning import unpack
 from sd_unlearn.models.sampling import Sampler, sample, save_image
 from sd_unlearn.seeds import TRAIN_SEEDS, image_seed
 
@@ -53,13 +52,10 @@ class ImageGenerator:
             pipeline.vae.to("cpu")
 
     def _batch(self, pairs: Sequence[tuple[str, int]], **options: Any) -> list[Image.Image]:
-        dtype, device = self.base.pipeline.unet.dtype, self.base.device
+        dtype, device = self.base.network.dtype, self.base.device
         prompts, seeds = [prompt for prompt, _ in pairs], [seed for _, seed in pairs]
         text, empty = (self.embed(captions).to(device, dtype) for captions in (prompts, [""] * len(prompts)))
-        embeddings = {"prompt_embeds": text, "negative_prompt_embeds": empty}
-        if width := self.base.pooled_width:
-            embeddings["prompt_embeds"], embeddings["pooled_prompt_embeds"] = unpack(text, width)
-            embeddings["negative_prompt_embeds"], embeddings["negative_pooled_prompt_embeds"] = unpack(empty, width)
+        embeddings = self.base.conditioning.arguments(text, empty)
         return sample(self.base, seeds, self.sampler, **embeddings, **options)
 
 

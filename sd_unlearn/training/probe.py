@@ -20,7 +20,7 @@ from sd_unlearn.data.concept import Concept, Prompt
 from sd_unlearn.data.dataset import Example, members_of_sets
 from sd_unlearn.metrics.labels import LabelClassifier
 from sd_unlearn.models.denoiser import Denoiser
-from sd_unlearn.models.diffusion import add_noise, per_example_loss, sample_timesteps, training_target
+from sd_unlearn.models.diffusion import per_example_loss, sample_positions
 from sd_unlearn.models.halving import HalvingBatches
 from sd_unlearn.models.student import Student
 from sd_unlearn.seeds import TRAIN_SEEDS, image_seed
@@ -54,8 +54,8 @@ class RatioProbe:
         self, denoiser: Denoiser, student: Student, latents: Tensor, text: Tensor, is_positive: Tensor, seed: int
     ) -> None:
         generator = torch.Generator().manual_seed(seed)
-        device = denoiser.alphas_cumprod.device
-        timesteps = sample_timesteps(len(latents), denoiser.num_train_timesteps, generator)
+        device = denoiser.process.device
+        timesteps = denoiser.process.at(sample_positions(len(latents), generator))
         noise = torch.randn(latents.shape, generator=generator)
         self.latents, self.text, self.noise = latents.to(device), text.to(device), noise.to(device)
         self.timesteps, self.is_positive = timesteps.to(device), is_positive.to(device)
@@ -72,9 +72,8 @@ class RatioProbe:
         def losses_of(indices: Sequence[int]) -> Tensor:
             rows = torch.tensor(indices, device=self.latents.device)
             x0, noise, t = self.latents[rows], self.noise[rows], self.timesteps[rows]
-            target = training_target(x0, noise, t, denoiser.alphas_cumprod, denoiser.prediction_type)  # type: ignore[arg-type]
-            predicted = denoiser.predict(add_noise(x0, noise, t, denoiser.alphas_cumprod), t, self.text[rows])
-            return per_example_loss(predicted, target)
+            predicted = denoiser.predict(denoiser.process.add_noise(x0, noise, t), t, self.text[rows])
+            return per_example_loss(predicted, denoiser.process.target(x0, noise, t))
 
         training = network.training
         network.eval()  # no dropout

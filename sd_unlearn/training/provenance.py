@@ -34,8 +34,17 @@ PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate")
 # Options copied into training.json.
 RECORDED = (
     *("objective", "rank", "lora_alpha", "beta", "correction", "caption_mode", "target", "push", "method"),
-    *("unconditional", "timestep_bias", "snr_gamma", "zero_terminal_snr", "reduction", "eta", "seed"),
-    *("lora_targets", "erase_guidance", "forget_weight", "retain", "quantize_base"),
+    *(
+        "unconditional",
+        "timestep_bias",
+        "timestep_sampling",
+        "snr_gamma",
+        "zero_terminal_snr",
+        "reduction",
+        "eta",
+        "seed",
+    ),
+    *("timestep_sampling", "lora_targets", "erase_guidance", "forget_weight", "retain", "quantize_base"),
 )
 # Options that do not change the trained weights, or are compared by content (concept, base, data).
 NOT_COMPARED = {
@@ -48,8 +57,20 @@ NOT_COMPARED = {
         "prediction_type",
         "variant",
         "single_file_config",
+        "drop_t5",  # changes the hash of the text encoders
     ),
-    *("allow_pickle", "data_dir", "positives", "output_dir", "config", "debug", "overwrite", "beta_sweep", "report_to"),
+    *(
+        "allow_pickle",
+        "offload",
+        "data_dir",
+        "positives",
+        "output_dir",
+        "config",
+        "debug",
+        "overwrite",
+        "beta_sweep",
+        "report_to",
+    ),
     *("dry_run", "vram"),
     *("num_unlabeled", "num_positive", "num_mixed_in", "num_keep", "num_inference_steps", "render_batch_size"),
     *("validation_steps", "gradient_share_steps", "checkpointing_steps"),

@@ -28,6 +28,7 @@ from sd_unlearn.metrics.registry import make_label_classifier
 from sd_unlearn.models import performance
 from sd_unlearn.models.base import Base
 from sd_unlearn.models.denoiser import Denoiser
+from sd_unlearn.models.diffusion import Process
 from sd_unlearn.models.sampling import resolve_sampler
 from sd_unlearn.models.source import DIGITS
 from sd_unlearn.models.student import Student, make_student
@@ -41,6 +42,11 @@ from sd_unlearn.training.probe import LeakageProbe, Probe, RatioProbe, hold_out,
 # The text encoder of digits gives the generic and the empty caption nearly the same embedding, so the unconditional
 # prediction cannot be kept while the generic one changes.
 UNCONDITIONAL = {DIGITS: 0.0}
+
+
+def default_unconditional(base: Base) -> float:
+    """The share of keep images under the empty caption. None of them without guidance, which alone uses it."""
+    return UNCONDITIONAL.get(base.name, 0.25) if base.properties.uses_guidance else 0.0
 
 
 @dataclass(frozen=True)
@@ -91,7 +97,7 @@ def resolve_defaults(config: TrainConfig, base: Base, data: Data, processes: int
     Of the options on how a step is cut, those that were given are kept, except for the number of micro-batches, which
     with --train_batch_size is that of this number of processes.
     """
-    default = UNCONDITIONAL.get(base.name, 0.25)
+    default = default_unconditional(base)
     return dataclasses.replace(
         config,
         beta=sum(data.betas.values()),
@@ -122,24 +128,25 @@ def make_training(
     """
     assert config.output_dir is not None
     seed, has_teacher = TRAIN_SEEDS[0] + config.seed, config.target == "teacher"
-    performance.prepare(base.pipeline.unet, config)
+    performance.prepare(base.network, config)
     student = make_student(base, config, seed, needs_teacher=has_teacher)
-    performance.compile_blocks(base.pipeline.unet, config)
+    performance.compile_blocks(base.network, config)
     wrapped = accelerator.prepare(student.model)
     if student.base_copy is not None:
         student.base_copy = accelerator.prepare_model(student.base_copy, evaluation_mode=True)
-    denoiser = Denoiser.of(base, student.model)
+    base.timestep_sampling = config.timestep_sampling or base.timestep_sampling
+    denoiser = dataclasses.replace(Denoiser.of(base, student.model), process=base.process(config.resolution))
     held_out: list[int] = []
     images = data.images
     if _probe_name(config) == "ratio":
         kept, held_out = hold_out(images.examples, seed)
         images = images.subset(kept)
-    batches = make_batches(config, concept, images, denoiser.num_train_timesteps, accelerator)
+    batches = make_batches(config, concept, images, denoiser.process, accelerator)
     eta = config.eta if batches.layout.negative else 0.0
     objective = make_objective(config, list(data.betas.values()), eta, len(batches.caption_groups))
     of_examples = make_losses(config)
     steps: Steps = batches
-    teacher = _make_teacher(config, concept, data, student, denoiser) if has_teacher else None
+    teacher = _make_teacher(config, concept, data, student, denoiser, base) if has_teacher else None
     if teacher and config.teacher_reuse > 1:
         steps = RepeatedBatches(batches, REPEATED_STEPS, config.teacher_reuse)
         teacher = dataclasses.replace(teacher, bank=PredictionBank())
@@ -170,7 +177,7 @@ def make_training(
 
 
 def make_batches(
-    config: TrainConfig, concept: Concept, images: EncodedImages, num_train_timesteps: int, accelerator: Accelerator
+    config: TrainConfig, concept: Concept, images: EncodedImages, process: Process, accelerator: Accelerator
 ) -> StratifiedBatches:
     """The batches of a run; config: with defaults filled in."""
     baseline = BASELINES.get(config.objective)
@@ -189,7 +196,7 @@ def make_batches(
         images,
         groups,
         layout,
-        NoiseSampling(num_train_timesteps, config.timestep_bias, config.share_timesteps),
+        NoiseSampling(process, config.timestep_bias, config.share_timesteps),
         TRAIN_SEEDS[0] + config.seed,
         unconditional=(config.unconditional or 0.0) if has_teacher else None,
         sharding=Sharding(accelerator.process_index, accelerator.num_processes),
@@ -200,10 +207,12 @@ def _probe_name(config: TrainConfig) -> str:
     return config.probe if config.probe_steps else "none"
 
 
-def _make_teacher(config: TrainConfig, concept: Concept, data: Data, student: Student, denoiser: Denoiser) -> Teacher:
-    device = denoiser.alphas_cumprod.device
-    generic, empty = (data.images.text[caption].to(device) for caption in (concept.generic, ""))
-    guidance, beta = max(1.0, config.guidance_scale or 1.0), sum(data.betas.values())
+def _make_teacher(
+    config: TrainConfig, concept: Concept, data: Data, student: Student, denoiser: Denoiser, base: Base
+) -> Teacher:
+    generic, empty = (data.images.text[caption].to(base.device) for caption in (concept.generic, ""))
+    guidance = max(1.0, config.guidance_scale or 1.0) if base.properties.uses_guidance else 1.0
+    beta = sum(data.betas.values())
     return Teacher(denoiser, student.frozen, generic, empty, guidance, config.push / beta)
 
 
@@ -211,9 +220,8 @@ def _make_generator(config: TrainConfig, base: Base, data: Data, student: Studen
     """The generator of previews and probes. Drops the text encoder, and the VAE if no images are generated."""
     pipeline = base.pipeline
     if not config.train_text_encoder:
-        pipeline.text_encoder = None
-        if base.kind == "sdxl":
-            pipeline.text_encoder_2 = None
+        for name in base.properties.text_encoders:
+            setattr(pipeline, name, None)
     if not config.validation_steps and _probe_name(config) != "leakage":
         pipeline.vae = None
         return None

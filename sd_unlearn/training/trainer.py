@@ -27,11 +27,11 @@ from sd_unlearn.io.files import write_json
 from sd_unlearn.io.lock import locked, remove_leftovers
 from sd_unlearn.io.run_folder import BEST_DIR, CHECKPOINT_DIR, DATA_MANIFEST, PREVIEW_DIR, TRAINING
 from sd_unlearn.launch import process_count, process_rank
-from sd_unlearn.models.base import Base, check_text_encoder, choose_precision, load_base, use_zero_terminal_snr
+from sd_unlearn.models.base import Base, choose_precision, load_base, use_zero_terminal_snr
 from sd_unlearn.seeds import TRAIN_SEEDS
 from sd_unlearn.training import checkpoint
 from sd_unlearn.training.memory import CannotRepeat, remedies
-from sd_unlearn.training.preflight import Inputs, check_apart, check_inputs, check_output, is_finished
+from sd_unlearn.training.preflight import Inputs, check_apart, check_inputs, check_kind, check_output, is_finished
 from sd_unlearn.training.provenance import device_name, identity_of, open_run, peak_memory_mb, training_record
 
 if TYPE_CHECKING:  # imported in functions: torch takes seconds to import, and wrong options must be refused at once
@@ -151,8 +151,7 @@ def _train(
     output, forced = config.output_dir, config.force_resume
     if config.zero_terminal_snr:  # only now: the folders are rendered with the base's own schedule
         use_zero_terminal_snr(base)
-    if config.train_text_encoder:
-        check_text_encoder(base.kind, base.name)
+    check_kind(config, base.kind, base.name)
     data = read_data(config, concept, base, planned.encode_batch_size)
     batching = _choose_batching(config, accelerator, planned, resume)
     config = resolve_defaults(config, base, data, accelerator.num_processes)

@@ -19,10 +19,11 @@ from sd_unlearn.data.concept import Concept
 from sd_unlearn.data.dataset import Example
 from sd_unlearn.data.layout import Layout, caption_groups, check_batch_size
 from sd_unlearn.errors import UsageError
-from sd_unlearn.models.diffusion import sample_timesteps
+from sd_unlearn.models.diffusion import Diffusion, sample_positions
 from sd_unlearn.risk import NORMAL, UNLABELED
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+DIFFUSION = Diffusion(torch.empty(1000))
 PARAPHRASES = ("Brad Pitt, please", "a portrait of Brad", "that actor")
 GENERIC, CAPTION, KEEP = "a photo of a man", "a photo of Brad Pitt", ("a photo of a dog", "a photo of a cat")
 
@@ -153,7 +154,7 @@ def make_batches(
         EncodedImages(examples, mean, torch.zeros_like(mean), embeddings()),
         groups,
         layout,
-        NoiseSampling(1000, **sampling),  # type: ignore[arg-type]
+        NoiseSampling(DIFFUSION, **sampling),  # type: ignore[arg-type]
         seed,
         unconditional=unconditional if teacher else None,
         sharding=sharding,
@@ -500,7 +501,7 @@ def test_the_order_of_random_draws(concept: Concept) -> None:
     layout = batches.layout
     for batch in steps(batches, 2):
         slots = [layout.unlabeled, layout.keep]
-        timesteps = torch.cat([sample_timesteps(count, 1000, generator) for count in slots])
+        timesteps = torch.cat([DIFFUSION.at(sample_positions(count, generator)) for count in slots])
         torch.randn(batch.latents.shape, generator=generator)
         noise = torch.randn((sum(slots), *batch.latents.shape[1:]), generator=generator)
         here = [*range(layout.unlabeled), *range(layout.positive), *range(layout.unlabeled, sum(slots))]

@@ -132,7 +132,7 @@ def train(base: Path, case: dict[str, Any]) -> PeftModel:
     unet = UNet2DConditionModel.from_pretrained(base, subfolder="unet")
     if "rank" in case:
         options = Weights(rank=case["rank"], lora_alpha=case["alpha"], lora_targets=case.get("targets", "attention"))
-        model = lora.attach(unet, options, lora.unet_targets(unet, options.lora_targets), seed=1)
+        model = lora.attach(unet, options, lora.network_targets(unet, options.lora_targets), seed=1)
     else:
         torch.manual_seed(1)
         settings = {"target_modules": lora.ATTENTION, "init_lora_weights": "gaussian"} | case

@@ -8,7 +8,9 @@ from diffusers import DDPMScheduler, UNet2DModel
 from torch import Tensor
 
 from sd_unlearn.data.batch import Batch
+from sd_unlearn.models.conditioning import ClassConditioning, NoConditioning
 from sd_unlearn.models.denoiser import Denoiser
+from sd_unlearn.models.diffusion import Diffusion
 from sd_unlearn.objectives.losses import example_losses
 from sd_unlearn.risk import UNLABELED
 
@@ -33,8 +35,8 @@ def network(classes: int | None) -> UNet2DModel:
 
 
 def denoiser(classes: int | None) -> Denoiser:
-    conditioning = "class" if classes else "none"
-    return Denoiser(network(classes), DDPMScheduler().alphas_cumprod, "epsilon", 1000, conditioning=conditioning)  # type: ignore[arg-type]
+    conditioning = ClassConditioning() if classes else NoConditioning()
+    return Denoiser(network(classes), Diffusion(DDPMScheduler().alphas_cumprod), conditioning)
 
 
 def seen(text: Tensor) -> Batch:

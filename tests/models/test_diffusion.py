@@ -5,9 +5,20 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sd_unlearn.models.diffusion import add_noise, min_snr_weight, per_example_loss, sample_timesteps, training_target
+from sd_unlearn.models.diffusion import (
+    Diffusion,
+    add_noise,
+    min_snr_weight,
+    per_example_loss,
+    sample_positions,
+    training_target,
+)
 
 ALPHAS = torch.tensor([1.0, 0.64, 0.36, 0.0])  # square roots 1, 0.8, 0.6, 0
+
+
+def sample_timesteps(count: int, steps: int, generator: torch.Generator, bias: float = 0.0) -> torch.Tensor:
+    return Diffusion(torch.empty(steps)).at(sample_positions(count, generator, bias))
 
 
 def test_noising_by_hand() -> None:

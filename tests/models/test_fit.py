@@ -24,7 +24,7 @@ from sd_unlearn.models.fit import (
 from sd_unlearn.models.footprint import InferenceFootprint, TrainingFootprint
 
 FROZEN = InferenceFootprint(
-    unet=2 * GIB,
+    network=2 * GIB,
     vae=GIB // 4,
     text_encoders=GIB // 4,
     upcast=0,
@@ -36,7 +36,7 @@ FROZEN = InferenceFootprint(
     resolution=512,
 )
 TRAINED = TrainingFootprint(
-    unet=FROZEN.unet,
+    network=FROZEN.network,
     trained=0,
     gradients=0,
     optimizer=0,
@@ -52,7 +52,7 @@ TRAINED = TrainingFootprint(
 
 def gpu(usable: float) -> Device:
     """A GPU with this much memory (in GB) left for a training step of this base, after UNet and workspace."""
-    return Device("cuda", "a GPU", round((usable * GIB + FROZEN.unet + WORKSPACE["cuda"]) / 0.9) + 2)
+    return Device("cuda", "a GPU", round((usable * GIB + FROZEN.network + WORKSPACE["cuda"]) / 0.9) + 2)
 
 
 def test_stored_predictions_are_counted_in_every_phase_of_training() -> None:

@@ -68,7 +68,7 @@ SETTINGS: tuple[tuple[Any, int], ...] = (("no", 64), ("fp16", 64), ("fp16", 32))
 
 def test_what_is_trained_is_counted_from_the_options(kinds: Kinds) -> None:
     configs = read_configs(Source(str(kinds.folder("sd1"))))
-    unet = build_meta_base(configs, torch.float32).unet
+    unet = build_meta_base(configs, torch.float32).network
     size = sum(p.numel() * 4 for p in unet.parameters())
     lora = count_training(configs, StepOptions(rank=2), "fp16", 64)
     assert lora.optimizer == 2 * lora.gradients == 2 * lora.trained > 0

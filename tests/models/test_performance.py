@@ -31,7 +31,7 @@ CPU = torch.device("cpu")
 def with_lora(unet: Any, config: TrainConfig) -> Any:
     """The UNet as the trainer prepares it, with a LoRA that has learned something."""
     performance.prepare(unet, config)
-    model = lora.attach(unet, Weights(rank=2), lora.unet_targets(unet, "attention"), 0)
+    model = lora.attach(unet, Weights(rank=2), lora.network_targets(unet, "attention"), 0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:

@@ -18,7 +18,8 @@ from sd_unlearn.errors import UsageError
 from sd_unlearn.io.reading import read_json
 from sd_unlearn.models.checkpoint_header import read_checkpoint_header
 from sd_unlearn.models.find_base import find_base
-from sd_unlearn.models.source import Source, kind_of, variant_of
+from sd_unlearn.models.kinds import kind_of
+from sd_unlearn.models.source import Source, variant_of
 
 
 def found(name: object, **options: Any) -> Source:
@@ -71,9 +72,10 @@ def test_kinds_do_not_depend_on_widths() -> None:
         ("nowhere.safetensors", "is neither a local folder or file"),
         ("models/nowhere.safetensors", "is neither a local folder or file"),
         ("a/b/c", "nor a Hub id"),
-        ("black-forest-labs/FLUX.1-dev", r"is a FLUX model\. Stable Diffusion 1\.x, 2\.x and XL can be trained"),
-        ("stabilityai/stable-diffusion-3-medium-diffusers", "is a Stable Diffusion 3 model"),
-        ("stabilityai/stable-diffusion-3.5-large", "is a Stable Diffusion 3 model"),
+        (
+            "black-forest-labs/FLUX.2-dev",
+            r"is a FLUX\.2 model\. Stable Diffusion 1\.x, 2\.x, XL, 3 and 3\.5 and FLUX\.1 can",
+        ),
     ],
 )
 def test_names_that_cannot_be_a_base(name: str, why: str) -> None:
@@ -84,11 +86,11 @@ def test_names_that_cannot_be_a_base(name: str, why: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "pipeline", ["FluxPipeline", "StableDiffusion3Pipeline", "StableDiffusionXLImg2ImgPipeline", None]
+    "pipeline", ["FluxKontextPipeline", "FluxFillPipeline", "StableDiffusionXLImg2ImgPipeline", None]
 )
 def test_other_pipelines_are_refused_by_name(kinds: Kinds, tmp_path: Path, pipeline: str | None) -> None:
     other = changed(kinds.folder("sd1"), tmp_path / "other", "model_index.json", _class_name=pipeline)
-    refused(rf"is a {pipeline}\. Stable Diffusion 1\.x, 2\.x and XL can be trained", other)
+    refused(rf"is a {pipeline}\. Stable Diffusion 1\.x, 2\.x, XL, 3 and 3\.5 and FLUX\.1 can be trained", other)
 
 
 @pytest.mark.parametrize(
@@ -232,7 +234,7 @@ def test_refused_before_anything_loads(
         monkeypatch.setattr(f"sd_unlearn.{module}.load_base", lambda *_: pytest.fail("a model was loaded"))
     for command in ("render", "train"):
         options = ["--concept", "seven", "--pretrained_model_name_or_path"]
-        assert main([command, *options, "black-forest-labs/FLUX.1-schnell"]) == 2
+        assert main([command, *options, "black-forest-labs/FLUX.2-dev"]) == 2
         assert "FLUX" in capsys.readouterr().err
     assert main(["train", *options, str(kinds.folder("sdxl")), "--train_text_encoder"]) == 2
     assert "--train_text_encoder" in capsys.readouterr().err

@@ -13,7 +13,7 @@ from sd_unlearn.config.train import Weights
 from sd_unlearn.io.reading import read_json
 from sd_unlearn.io.run_folder import weights_sha256
 from sd_unlearn.models.base import Base, load_base
-from sd_unlearn.models.lora import TARGETS, unet_targets
+from sd_unlearn.models.lora import TARGETS, network_targets
 from sd_unlearn.models.student import Student, apply_run, make_student
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -133,7 +133,7 @@ def test_an_adapter_is_written_to_the_same_bytes_by_every_process(loaded_base: B
 
 def test_the_groups_of_layers_are_what_their_names_say(loaded_base: Base) -> None:
     unet = loaded_base.pipeline.unet
-    found = {group: set(unet_targets(unet, group)) for group in (*TARGETS, "all_linear+conv")}
+    found = {group: set(network_targets(unet, group)) for group in (*TARGETS, "all_linear+conv")}
     assert all(name.split(".attn")[1][2:] in ("to_q", "to_k", "to_v", "to_out.0") for name in found["attention"])
     assert found["cross_attention"] == {name for name in found["attention"] if ".attn2." in name}
     assert {name for name in found["attention"] if ".attn1." in name}

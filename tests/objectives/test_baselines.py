@@ -15,7 +15,7 @@ from sd_unlearn.config.train import TrainConfig
 from sd_unlearn.data.batch import NO_GROUP, Batch
 from sd_unlearn.data.layout import BASELINES
 from sd_unlearn.models.denoiser import Denoiser
-from sd_unlearn.models.diffusion import min_snr_weight
+from sd_unlearn.models.diffusion import Diffusion
 from sd_unlearn.objectives.base import LOGGED
 from sd_unlearn.objectives.baselines import MeanObjective, Targets, anchor, baseline_losses, esd, retained
 from sd_unlearn.objectives.losses import example_losses
@@ -50,7 +50,7 @@ class Step:
 
     def __init__(self, *rows: tuple[tuple[int, int], float]) -> None:
         self.model = Toy()
-        self.denoiser = Denoiser(self.model, torch.tensor([0.64, 0.1]), "epsilon", 2)
+        self.denoiser = Denoiser(self.model, Diffusion(torch.tensor([0.64, 0.1])))
         (group, label), text = torch.tensor([kind for kind, _ in rows]).T, torch.tensor([c for _, c in rows])
         count, text = len(rows), text.view(-1, 1, 1)
         self.batch = Batch(
@@ -136,7 +136,7 @@ def test_without_a_teacher_keep_images_of_neggrad_learn_the_noise() -> None:
 
 def test_min_snr_weighs_each_row() -> None:
     step = Step((POSITIVE, CONCEPT), (KEEP, DOG))
-    weight = min_snr_weight(step.batch.timesteps, step.denoiser.alphas_cumprod, 0.7, "epsilon")
+    weight = step.denoiser.process.snr_weight(step.batch.timesteps, 0.7)
     assert weight[0] < 1
     assert torch.allclose(step.losses(ESD, snr_gamma=0.7), weight * step.losses(ESD))
 

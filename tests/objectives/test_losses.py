@@ -15,7 +15,7 @@ from sd_unlearn.config.train import Weights
 from sd_unlearn.data.batch import NO_GROUP, Batch, join
 from sd_unlearn.models.base import Base
 from sd_unlearn.models.denoiser import Denoiser
-from sd_unlearn.models.diffusion import add_noise, min_snr_weight, per_example_loss, training_target
+from sd_unlearn.models.diffusion import Diffusion, add_noise, min_snr_weight, per_example_loss, training_target
 from sd_unlearn.models.student import make_student
 from sd_unlearn.objectives.losses import example_losses
 from sd_unlearn.objectives.teacher import PredictionBank, Teacher
@@ -203,7 +203,7 @@ def test_a_teacher_keeps_the_mean_gradient_and_reduces_its_variance() -> None:
     """d/dw E|(sigma + w) x_t - eps|^2 = 2 w E[x_t^2] = 2 w per element, at any timestep."""
     schedule, generator = torch.linspace(0.99, 0.01, 100), torch.Generator().manual_seed(0)
     model = Gaussian(schedule)
-    denoiser = Denoiser(model, schedule, "epsilon", 100)  # type: ignore[arg-type]
+    denoiser = Denoiser(model, Diffusion(schedule))  # type: ignore[arg-type]
     teacher = Teacher(denoiser, model.frozen, torch.zeros(1, 1), torch.zeros(1, 1), 1.0)
     found: dict[bool, list[float]] = {True: [], False: []}
     text = torch.zeros(4, 1, 1)

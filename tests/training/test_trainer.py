@@ -796,7 +796,7 @@ def test_zero_terminal_snr_is_trained_on_but_not_rendered_with(
         return generate(base, *arguments)  # type: ignore[arg-type]
 
     def lost(denoiser: Denoiser, *arguments: object) -> Tensor:
-        seen["trained"] = denoiser.alphas_cumprod[-1].item()
+        seen["trained"] = denoiser.process.alphas_cumprod[-1].item()
         return losses(denoiser, *arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(sampling, "generate_images", drawn)

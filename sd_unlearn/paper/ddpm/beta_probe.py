@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from sd_unlearn.data.batches import EncodedImages
 from sd_unlearn.data.prior import BetaEstimate, ImageEmbeddings, estimate_beta
 from sd_unlearn.models.denoiser import Denoiser
-from sd_unlearn.models.diffusion import add_noise
 from sd_unlearn.training.probe import ProbeResult
 
 TIMESTEPS = (50, 150, 300)  # of 1,000: enough noise to engage the network, little enough to recognise the image
@@ -62,14 +61,12 @@ class PriorProbe:
             network.train(training)
 
     def _at(self, network: nn.Module, timestep: int, outputs: list[Tensor]) -> NDArray[np.float32]:
-        device = self.denoiser.alphas_cumprod.device
+        device, process = self.denoiser.process.device, self.denoiser.process
         noise = torch.randn(self.pixels.shape, generator=torch.Generator().manual_seed(self.seed + timestep))
         parts = []
         for rows in torch.arange(len(self.pixels)).split(CHUNK):
             timesteps = torch.full((len(rows),), timestep, device=device)
-            noisy = add_noise(
-                self.pixels[rows].to(device), noise[rows].to(device), timesteps, self.denoiser.alphas_cumprod
-            )
+            noisy = process.add_noise(self.pixels[rows].to(device), noise[rows].to(device), timesteps)
             self.denoiser.predict(noisy, timesteps, self.text[rows].to(device))
             parts.append(outputs.pop().mean((2, 3)).float().cpu())
             outputs.clear()

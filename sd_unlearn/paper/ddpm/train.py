@@ -23,7 +23,9 @@ from sd_unlearn.data.layout import Layout
 from sd_unlearn.io.paths import slugify
 from sd_unlearn.io.reading import read_jsonl
 from sd_unlearn.io.run_folder import METRICS
+from sd_unlearn.models.conditioning import ClassConditioning, NoConditioning
 from sd_unlearn.models.denoiser import Denoiser
+from sd_unlearn.models.diffusion import Diffusion
 from sd_unlearn.models.student import Student
 from sd_unlearn.objectives.losses import example_losses
 from sd_unlearn.objectives.pu import PUObjective
@@ -113,17 +115,15 @@ def _make_training(
     wrapped = accelerator.prepare(network)
     denoiser = Denoiser(
         network,
-        schedule.alphas_cumprod.to(accelerator.device),
-        "epsilon",
-        schedule.config.num_train_timesteps,
-        conditioning="class" if settings.conditions else "none",
+        Diffusion(schedule.alphas_cumprod.to(accelerator.device)),
+        ClassConditioning() if settings.conditions else NoConditioning(),
     )
     images = encoded_images(run)
     batches = StratifiedBatches(
         images,
         [None],
         layout_of(settings),
-        NoiseSampling(denoiser.num_train_timesteps),
+        NoiseSampling(denoiser.process),
         seed,
         sharding=Sharding(accelerator.process_index, accelerator.num_processes),
     )

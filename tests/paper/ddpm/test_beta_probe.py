@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from sd_unlearn.data.batches import EncodedImages
 from sd_unlearn.data.dataset import Example
+from sd_unlearn.models.conditioning import NoConditioning
 from sd_unlearn.models.denoiser import Denoiser
+from sd_unlearn.models.diffusion import Diffusion
 from sd_unlearn.paper.ddpm import beta_probe
 from sd_unlearn.paper.ddpm.beta_probe import PriorProbe
 from sd_unlearn.paper.ddpm.unet import make_network, make_schedule
@@ -25,7 +27,7 @@ def examples(unlabeled: int, positive: int, negative: int = 0) -> list[Example]:
 
 
 def probe(model: nn.Module, pixels: Tensor, which: list[Example], seed: int = 0) -> PriorProbe:
-    denoiser = Denoiser(model, make_schedule().alphas_cumprod, "epsilon", 1000, conditioning="none")
+    denoiser = Denoiser(model, Diffusion(make_schedule().alphas_cumprod), NoConditioning())
     images = EncodedImages(which, pixels, torch.zeros_like(pixels), {"0": torch.zeros(1, dtype=torch.long)})
     return PriorProbe(denoiser, images, seed)
 

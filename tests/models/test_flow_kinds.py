@@ -1,0 +1,207 @@
+"""The street on models of SD 3, SD 3.5 and FLUX.1: render, train, evaluate and attack, as a user types them."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from flow_kinds import FLOW_KINDS, KIND_OF, FlowKinds
+from safetensors.torch import load_file
+from torch import Tensor
+from train_runs import flags
+
+from sd_unlearn.cli import main
+from sd_unlearn.config.train import TrainConfig
+from sd_unlearn.data.encoding import encode_captions
+from sd_unlearn.errors import UsageError
+from sd_unlearn.io.reading import read_json
+from sd_unlearn.models.base import load_base
+from sd_unlearn.models.denoiser import Denoiser
+from sd_unlearn.models.sampling import Sampler
+from sd_unlearn.objectives.teacher import Teacher
+from sd_unlearn.training.preflight import check_kind
+from sd_unlearn.training.setup import default_unconditional
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+ADAPTER = "adapter/adapter_model.safetensors"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_steps() -> Iterator[None]:
+    few = Sampler(2, 3.0, 16)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("SD3_SAMPLER", "SD35_SAMPLER", "SD35_LARGE_SAMPLER", "DEV_SAMPLER", "SCHNELL_SAMPLER"):
+            patch.setattr(f"sd_unlearn.models.sampling.{name}", few)
+        yield
+
+
+def base_flags(flow_kinds: FlowKinds, name: str) -> list[str]:
+    counts = {"num_unlabeled": 4, "num_mixed_in": 2, "num_positive": 3, "num_keep": 1, "concept": "seven"}
+    return flags({"pretrained_model_name_or_path": str(flow_kinds.folder(name)), **counts})
+
+
+def training(**changes: object) -> list[str]:
+    options: dict[str, object] = {
+        "max_train_steps": 2,
+        "effective_batch_size": 8,
+        "rank": 2,
+        "learning_rate": 0.01,
+        "validation_steps": 2,
+        "lr_warmup_steps": 0,
+        "report_to": "none",
+    }
+    return flags(options | changes)
+
+
+def rendered(flow_kinds: FlowKinds, name: str) -> Path:
+    """The working folder of a base after `render`."""
+    place = flow_kinds.root / f"street-{name}"
+    if not place.is_dir():
+        place.mkdir()
+        with contextlib.chdir(place):
+            assert main(["render", *base_flags(flow_kinds, name)]) == 0
+    return place
+
+
+def trained(flow_kinds: FlowKinds, name: str) -> Path:
+    """The same after `train`."""
+    place = rendered(flow_kinds, name)
+    if not (place / "runs").is_dir():
+        with contextlib.chdir(place):
+            assert main(["train", *base_flags(flow_kinds, name), *training()]) == 0
+    return place
+
+
+@pytest.mark.parametrize("name", FLOW_KINDS)
+def test_render(flow_kinds: FlowKinds, name: str) -> None:
+    manifest = read_json(rendered(flow_kinds, name) / "data" / "seven" / "manifest.json")
+    base = manifest["base"]
+    assert (base["kind"], base["prediction_type"], base["resolution"]) == (KIND_OF[name], "flow", 64)
+    assert manifest["sampler"]["name"] == "FlowMatchEuler"
+
+
+@pytest.mark.parametrize("name", FLOW_KINDS)
+def test_train(flow_kinds: FlowKinds, name: str) -> None:
+    place = trained(flow_kinds, name)
+    run = place / "runs" / "seven"
+    adapter = load_file(run / ADAPTER)
+    # every module was reached, but the last block of SD 3 gives the text tokens no output
+    untouched = {key for key, value in adapter.items() if "lora_B" in key and not value.any()}
+    assert not {key for key in untouched if "transformer_blocks.2" not in key}
+    assert any("add_k_proj" in key for key in adapter)
+    assert (run / "previews" / "step-000002.png").is_file()
+    record = read_json(run / "training.json")
+    assert record["base"] == read_json(place / "data" / "seven" / "manifest.json")["base"]
+    assert record["unconditional"] == (0.25 if KIND_OF[name] == "sd3" else 0.0)
+
+
+@pytest.mark.parametrize("name", ["sd35", "flux-dev"])
+def test_a_resumed_training_gives_the_same_weights(flow_kinds: FlowKinds, name: str) -> None:
+    place = trained(flow_kinds, name)
+    more = training(validation_steps=0, checkpointing_steps=1, timestep_sampling="logit_normal")
+    with contextlib.chdir(place):
+        for output in ("whole", "resumed"):
+            assert main(["train", *base_flags(flow_kinds, name), *more, "--output_dir", output]) == 0
+        whole = (place / "whole" / ADAPTER).read_bytes()
+        assert (place / "resumed" / ADAPTER).read_bytes() == whole != (place / "runs" / "seven" / ADAPTER).read_bytes()
+        for folder in ("adapter", "checkpoints/step-000002"):
+            shutil.rmtree(place / "resumed" / folder)
+        (place / "resumed" / "training.json").unlink()
+        again = [*more, "--output_dir", "resumed", "--resume_from_checkpoint", "latest"]
+        assert main(["train", *base_flags(flow_kinds, name), *again]) == 0
+    assert (place / "resumed" / ADAPTER).read_bytes() == whole
+
+
+@pytest.mark.parametrize("option", ["--drop_t5", "--quantize_base int8", "--target noise --snr_gamma 5"])
+def test_train_with(flow_kinds: FlowKinds, option: str) -> None:
+    """--drop_t5 changes the images, so they are rendered with it, too."""
+    place, flag = rendered(flow_kinds, "sd35"), option.split()
+    data = ["--data_dir", "without-t5"] if option == "--drop_t5" else []
+    output = option.split()[0].removeprefix("--")
+    with contextlib.chdir(place):
+        steps = [*training(validation_steps=0), "--output_dir", output]
+        assert main(["train", *base_flags(flow_kinds, "sd35"), *steps, *flag, *data]) == 0
+    assert bool(read_json(place / output / "training.json")["base"].get("drop_t5")) == (option == "--drop_t5")
+
+
+# -- what a base without classifier-free guidance changes --
+
+
+def test_the_held_prediction_needs_no_offset_without_guidance(flow_kinds: FlowKinds) -> None:
+    """FLUX samples with f alone: the empty caption's prediction does not matter, and is not computed."""
+    base = load_base(str(flow_kinds.folder("flux-dev")), device="cpu")
+    assert not base.properties.uses_guidance
+    assert default_unconditional(base) == 0
+    text = encode_captions(base, ["", "a digit"])
+    denoiser = Denoiser.of(base, base.network)
+    make = partial(Teacher, denoiser, lambda: contextlib.nullcontext(base.network), text[1], text[0])
+    noisy, timesteps = torch.randn(2, 16, 8, 8), torch.tensor([300.0, 700.0])
+    unconditional = make(1.0).predict(noisy, timesteps, text[:1].expand(2, -1, -1))
+    moved = replace(make(4.0), denoiser=replace(denoiser, model=_Moved(base.network)))
+    assert torch.allclose(moved.offset(noisy, timesteps, unconditional), torch.tensor(0.75), atol=1e-5)  # (1 - 1/4) d
+    without = replace(moved, guidance_scale=1.0, denoiser=replace(denoiser, model=_never))  # type: ignore[arg-type]
+    assert not without.offset(noisy, timesteps, unconditional).any()
+
+
+class _Moved(torch.nn.Module):
+    """A network whose prediction has moved by one."""
+
+    def __init__(self, network: torch.nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, **given: Any) -> Any:
+        answer = self.network(**given)
+        answer.sample = answer.sample + 1
+        return answer
+
+
+def _never(*_: Any, **__: Any) -> Tensor:
+    raise AssertionError("the network was called")
+
+
+# -- what is refused --
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"method": "full"}, "--method full: .* transformer has billions of weights"),
+        ({"attention": "eager"}, "--attention eager: .* uses torch's own attention"),
+        ({"lora_targets": "cross_attention"}, "--lora_targets cross_attention needs a base with cross-attention"),
+        ({"objective": "esd-x"}, "--objective esd-x needs a base with cross-attention"),
+        ({"objective": "uce"}, "--objective uce needs a base with cross-attention"),
+        ({"objective": "speed"}, "--objective speed needs a base with cross-attention"),
+        ({"objective": "rece"}, "--objective rece needs a base with cross-attention"),
+        ({"train_text_encoder": True}, "--train_text_encoder: .* of kind flux"),
+    ],
+)
+def test_options_that_are_refused(changes: dict[str, Any], why: str) -> None:
+    with pytest.raises(UsageError, match=why):
+        check_kind(TrainConfig(**changes), "flux", "a base")
+    if "train_text_encoder" not in changes:
+        check_kind(TrainConfig(**changes), "sd1", "a base")
+    check_kind(TrainConfig(**changes), None, "a base")  # a Hub id of which nothing is known yet
+
+
+def test_options_of_flow_matching_are_refused_for_other_bases(
+    flow_kinds: FlowKinds, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(UsageError, match="--timestep_sampling uniform is for SD 3 and FLUX"):
+        check_kind(TrainConfig(timestep_sampling="uniform"), "sd1", "a base")
+    place = str(flow_kinds.folder("flux-dev"))
+    command = ["--concept", "seven", "--pretrained_model_name_or_path", place]
+    for options, why in (
+        (["--zero_terminal_snr"], "--zero_terminal_snr needs a base that predicts v"),
+        (["--prediction_type", "epsilon"], "--prediction_type epsilon: .* predicts flow"),
+        (["--resolution", "72"], "needs a multiple of 16 pixels"),
+    ):
+        assert main(["train", *command, *options]) == 2
+        assert why.split(": .* ")[-1] in capsys.readouterr().err
