@@ -1,4 +1,4 @@
-"""Print docs/hardware.md's table: what is chosen for each card and base, and the memory it is predicted to take.
+"""Print docs/hardware.md's tables: what is chosen for each card and base, and the memory it is predicted to take.
 
     python scripts/hardware_table.py
 
@@ -31,6 +31,19 @@ BASES = {
     "SD 2.1": ("stabilityai/stable-diffusion-2-1", 768),
     "SDXL": ("stabilityai/stable-diffusion-xl-base-1.0", 1024),
 }
+# In bf16, at 512 pixels.
+FLOW_BASES = {
+    "SD 3.5 medium": "stabilityai/stable-diffusion-3.5-medium",
+    "FLUX.1 dev": "black-forest-labs/FLUX.1-dev",
+}
+FLOW_CARDS = (12, 16, 24, 40, 80)
+FLOW_OPTIONS: tuple[tuple[bool, Quantization | None], ...] = (
+    (False, None),
+    (True, None),
+    (True, "int8"),
+    (True, "nf4"),
+)
+FLOW_COLUMNS = ("card", "base", "options", "micro-batch", "images generated at once", "predicted peak", "in phase")
 IMAGES, CAPTIONS = 40, 64  # of a training step; encoded at once
 COLUMNS = (
     *("card", "base, pixels", "micro-batch", "checkpointing", "images a step", "images generated at once"),
@@ -52,7 +65,7 @@ def row(card: int, base: str, measured: dict[str, list[str]]) -> str:
     footprint = count_training(configs, StepOptions(), "fp16", pixels)
     training = Training(count_inference(configs, "fp16", pixels), device, footprint)
     quantized = [
-        replace(training, trained=replace(footprint, unet=quantized_size(configs, kind))) for kind in ("int8", "nf4")
+        replace(training, trained=replace(footprint, network=quantized_size(configs, kind))) for kind in ("int8", "nf4")
     ]
     batching = choose(training)
     phases = training.phases(batching, CAPTIONS, rendering=True, teacher=True, previews=True)
@@ -94,5 +107,27 @@ def table() -> str:
     return "\n".join([*head, *(row(card, base, measured) for base in BASES for card in CARDS)])
 
 
+def flow_row(card: int, base: str, offload: bool, quantize_base: Quantization | None) -> str:
+    """A line of the table of flow-matching bases: bf16, LoRA of rank 8, 512 pixels."""
+    configs, device = read_configs(Source(FLOW_BASES[base], offload=offload)), other_device(card * GIB)
+    step = count_training(configs, StepOptions(quantize_base=quantize_base), "bf16", 512)
+    training = Training(count_inference(configs, "bf16", 512), device, step)
+    batching = choose(training)
+    phases = training.phases(batching, CAPTIONS, rendering=True, teacher=True, previews=True)
+    peak = max(phases, key=lambda phase: phase.total)
+    options = ["--offload"] * offload + [f"--quantize_base {quantize_base}"] * bool(quantize_base)
+    checkpointing = " with gradient checkpointing" * batching.gradient_checkpointing
+    cells = [f"{batching.micro_batch_size}{checkpointing}", str(batching.render_batch_size)]
+    if peak.total > device.usable:
+        cells = ["does not fit", "–"]
+    return f"| {' | '.join([f'{card} GB', base, ' '.join(options), *cells, f'{peak.total / GIB:.1f} GB', peak.name])} |"
+
+
+def flow_table() -> str:
+    head = [f"| {' | '.join(FLOW_COLUMNS)} |", "|" + "---|" * len(FLOW_COLUMNS)]
+    rows = [flow_row(card, base, *options) for base in FLOW_BASES for card in FLOW_CARDS for options in FLOW_OPTIONS]
+    return "\n".join([*head, *rows])
+
+
 if __name__ == "__main__":
-    print(table())
+    print(table(), flow_table(), sep="\n\n")

@@ -52,8 +52,8 @@ SMALL: dict[str, Any] = {  # settings with which each attack takes well under a 
 def make_target(base: Base, concept: Concept = CONCEPT, seed: int = 0) -> Target:
     """The base itself as the attacked model, and three random latents as the attacker's images."""
     generator = torch.Generator().manual_seed(5)
-    side = base.pipeline.unet.config.sample_size
-    mean = torch.randn(3, 4, side, side, generator=generator)
+    side = base.resolution // base.pipeline.vae_scale_factor
+    mean = torch.randn(3, base.pipeline.vae.config.latent_channels, side, side, generator=generator)
     positives = Samples([concept.caption] * 3, mean, torch.full_like(mean, 0.1))
     unrelated = Samples(
         [prompt.text for prompt in concept.keep_prompts], mean[:2].flip(3), torch.zeros(2, *mean.shape[1:])

@@ -241,8 +241,9 @@ def load_base(source: Source | str, precision: str = "no", device: Any = None) -
     source = Source(source) if isinstance(source, str) else source
     check_source(source)
     device = device or default_device()
-    # bf16 is converted only after hashing, so that a base has the same hash in every precision.
-    pipeline = load_pipeline(source, torch.float16 if precision == "fp16" else torch.float32)
+    # bf16 is converted only after hashing, so that a base has the same hash in every precision; weights that are stored
+    # in bf16 have it already.
+    pipeline = load_pipeline(source, {"fp16": torch.float16, "bf16": None}.get(precision, torch.float32))
     network = getattr(pipeline, network_name(pipeline))
     kind = KINDS[kind_of(network.config)]
     if kind.name == "sd3" and pipeline.text_encoder_3 is None:  # the folder has none
@@ -294,7 +295,9 @@ def _check_finite(source: Source, kind: Kind, pipeline: Any) -> None:
 
 def recorded_source(record: Mapping[str, Any], allow_pickle: bool = False) -> Source:
     """The Source of a run's base. record: "base" of its training.json."""
-    options = {key: record.get(key) for key in ("vae", "variant", "single_file_config", "prediction_type")}
+    options: dict[str, Any] = {
+        key: record.get(key) for key in ("vae", "variant", "single_file_config", "prediction_type")
+    }
     name, path = record["name"], record.get("path")  # a relative name is of the folder in which the training ran
     if path and not Path(name).expanduser().exists() and Path(path).exists():
         name = path

@@ -195,13 +195,14 @@ def meta_denoiser(base: MetaBase, model: nn.Module) -> Denoiser:
 
 def size_of(network: nn.Module) -> int:
     """Bytes of a network's weights."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in (*network.parameters(), *network.buffers()))
+    return sum(map(_bytes, (*network.parameters(), *network.buffers())))
 
 
 def resident(network: nn.Module, offload: bool) -> int:
     """Bytes of a network's weights on the device. offload: whether large layers are kept elsewhere."""
-    elsewhere = [network.get_submodule(name).weight for name in offloaded_layers(network)] if offload else []
-    return size_of(network) - sum(weight.numel() * weight.element_size() for weight in elsewhere)  # type: ignore[operator,union-attr]
+    names = offloaded_layers(network) if offload else iter(())
+    elsewhere = sum(_bytes(network.get_parameter(f"{name}.weight")) for name in names)
+    return size_of(network) - elsewhere
 
 
 def peak_of(network: nn.Module, work: Callable[[], Any], half: torch.dtype | None = None) -> int:
@@ -210,6 +211,10 @@ def peak_of(network: nn.Module, work: Callable[[], Any], half: torch.dtype | Non
     with torch.no_grad(), DeviceKernels(half), live:
         work()
     return live.peak // COUNTED
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
 
 
 def _moments(parameter: Tensor, optimizer: str) -> int:

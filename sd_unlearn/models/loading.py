@@ -12,19 +12,23 @@ from typing import Any
 from sd_unlearn.errors import UnlearnError, UsageError, reason
 from sd_unlearn.launch import process_rank
 from sd_unlearn.models.find_base import check_class
-from sd_unlearn.models.kinds import KINDS, NETWORKS
+from sd_unlearn.models.kinds import COMPONENTS, KINDS, NETWORKS
 from sd_unlearn.models.source import OPTION, SINGLE_FILE_DIR, Source, variant_of
 
 
 def load_pipeline(source: Source, dtype: Any) -> Any:
     """Load the pipeline of a base, of a class that KINDS names, on the CPU, without a safety checker.
 
+    dtype: of the weights; None: bfloat16 for networks that are stored in it, else float32.
+
     Raises:
         UsageError: the base is another pipeline, or the VAE is of another kind.
         UnlearnError: the weights cannot be loaded, or do not fit the configuration.
     """
+    import torch
+
     try:
-        vae = _load_vae(source, dtype) if source.vae else None
+        vae = _load_vae(source, dtype or torch.float32) if source.vae else None
     except (OSError, ValueError, RuntimeError) as error:
         raise UnlearnError(f"--vae {source.vae} could not be loaded: {reason(error)}.") from error
     try:
@@ -40,13 +44,14 @@ def load_pipeline(source: Source, dtype: Any) -> Any:
 
 def _load_file_or_folder(source: Source, dtype: Any, vae: Any) -> Any:
     import diffusers
+    import torch
 
     if source.is_file:
         from sd_unlearn.models.single_file import load_single_file
 
         if vae is not None:
             _check_vae_config(vae, _config(source, "vae", "config.json"), source)
-        return load_single_file(source, dtype, vae)
+        return load_single_file(source, dtype or torch.float32, vae)
     place = str(source.place) if source.place.is_dir() else source.name
     index = _config(source, None, "model_index.json")  # before the weights, which may be many gigabytes
     check_class(source.name, index.get("_class_name"))
@@ -56,18 +61,41 @@ def _load_file_or_folder(source: Source, dtype: Any, vae: Any) -> Any:
         given["vae"] = vae
     if not source.allow_pickle:
         given["use_safetensors"] = True
-    load = getattr(diffusers, index["_class_name"]).from_pretrained
-    variant = variant_of(source)
+    pipeline = getattr(diffusers, index["_class_name"])
+    load, variant = pipeline.from_pretrained, variant_of(source)
     if not source.place.is_dir():
         _announce_download(source.name)
     try:
+        if dtype is None:
+            folder = source.place if source.place.is_dir() else pipeline.download(place, variant=variant, **given)
+            dtype = _stored_dtypes(Path(folder))
         return load(place, dtype=dtype, variant=variant, **given)
     except (OSError, ValueError) as error:
         if variant or source.place.is_dir():
             raise
         with contextlib.suppress(OSError, ValueError):
-            return load(place, dtype=dtype, variant="fp16", **given)  # a repository may only have half precision
+            return load(
+                place, dtype=dtype or torch.float32, variant="fp16", **given
+            )  # a repository may only have half precision
         raise error
+
+
+def _stored_dtypes(folder: Path) -> dict[str, Any]:
+    """bfloat16 for the components whose weights are stored in it, float32 for the others, as from_pretrained takes it.
+
+    A model of 12 billion weights takes 24 GB in bfloat16 and 48 GB in float32.
+    """
+    import torch
+    from safetensors import safe_open
+
+    dtypes = {"default": torch.float32}
+    for component in COMPONENTS:
+        if file := next(iter(sorted((folder / component).glob("*.safetensors"))), None):
+            with safe_open(file, framework="pt") as weights:
+                stored = {weights.get_slice(name).get_dtype() for name in weights.keys()}  # noqa: SIM118
+            if stored == {"BF16"}:
+                dtypes[component] = torch.bfloat16
+    return dtypes
 
 
 def _left_out(source: Source, index: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
-from flow_kinds import FLOW_KINDS, KIND_OF, FlowKinds
+from flow_kinds import FLOW_KINDS, KIND_OF, FlowKinds, make_flux
 from torch import Tensor
 
 from sd_unlearn.data.encoding import encode_captions
@@ -22,6 +22,7 @@ from sd_unlearn.models.denoiser import Denoiser
 from sd_unlearn.models.diffusion import per_example_loss, sample_positions
 from sd_unlearn.models.find_base import check_source
 from sd_unlearn.models.flow import Flow, shift_of
+from sd_unlearn.models.loading import load_pipeline
 from sd_unlearn.models.sampling import Sampler, default_sampler, generate_images
 from sd_unlearn.models.source import Source
 from sd_unlearn.models.vae import decode, encode
@@ -286,3 +287,23 @@ def test_other_folders_are_refused(flow_kinds: FlowKinds, tmp_path: Path) -> Non
 
 def test_schnell_reads_half_as_many_tokens() -> None:
     assert (FluxConditioning(8).length, FluxConditioning(8, embeds_guidance=True).length) == (256, 512)
+
+
+def test_weights_stored_in_bf16_are_not_loaded_in_fp32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """12 billion weights take 48 GB in fp32. The hash is that of a load in full precision."""
+    stored = make_flux().to(torch.bfloat16)
+    stored.text_encoder.float()
+    stored.save_pretrained(tmp_path / "bf16")
+    loaded: list[set[torch.dtype]] = []
+
+    def watched(source: Source, dtype: Any) -> Any:
+        pipeline = load_pipeline(source, dtype)
+        parts = (pipeline.transformer, pipeline.text_encoder)
+        loaded.append({(name, next(part.parameters()).dtype) for name, part in enumerate(parts)})  # type: ignore[misc]
+        return pipeline
+
+    monkeypatch.setattr("sd_unlearn.models.base.load_pipeline", watched)
+    half, full = (load_base(str(tmp_path / "bf16"), precision, "cpu") for precision in ("bf16", "no"))
+    assert loaded == [{(0, torch.bfloat16), (1, torch.float32)}, {(0, torch.float32), (1, torch.float32)}]
+    assert half.hashes == full.hashes
+    assert half.network.dtype == half.pipeline.text_encoder.dtype == torch.bfloat16
