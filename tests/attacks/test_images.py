@@ -10,7 +10,7 @@ import torch
 from attack_cases import SAMPLER, make_target
 
 from sd_unlearn.attacks.completion import _keep_left_half
-from sd_unlearn.attacks.inversion import ddim_invert
+from sd_unlearn.attacks.inversion import invert
 from sd_unlearn.attacks.noise import noisier
 from sd_unlearn.attacks.quantisation import NF4, quantised, to_fp16, to_int8, to_nf4
 from sd_unlearn.data.encoding import encode_captions
@@ -22,7 +22,7 @@ def test_completion_gives_the_left_half(loaded_base: Base) -> None:
     """Sampling ends with the image's own latent in the left half, whatever the model makes of the right one."""
     target = make_target(loaded_base)
     known = target.positives.mean[:1]
-    callback = _keep_left_half(known, torch.randn(known.shape), loaded_base.pipeline.scheduler)
+    callback = _keep_left_half(known, torch.randn(known.shape), loaded_base)
     seen: list[torch.Tensor] = []
 
     def watch(
@@ -46,7 +46,7 @@ def test_sampling_from_an_inverted_image_returns_to_it() -> None:
     target = replace(make_target(loaded_base), sampler=replace(SAMPLER, steps=50, guidance_scale=1.0))
     known = 0.5 * target.positives.mean[:1]
     text = encode_captions(loaded_base, [target.concept.caption])
-    noise = ddim_invert(target, known, text)
+    noise = invert(target, known, text)
     last: list[torch.Tensor] = []
 
     def watch(
