@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,7 +71,7 @@ class Base:
         """What the base's kind has."""
         return KINDS[self.kind]
 
-    @property
+    @cached_property
     def resolution(self) -> int:
         """Side in pixels of the images that the model was trained on."""
         return resolution_of(self.network.config, self.pipeline.vae_scale_factor, self.pipeline.vae)
@@ -264,7 +265,9 @@ def load_base(source: Source | str, precision: str = "no", device: Any = None) -
         offload_linear_layers(part)
     pipeline = pipeline.to(device, torch.bfloat16) if precision == "bf16" else pipeline.to(device)
     sha256, vae, text_encoder = hashes
-    return Base(source.name, pipeline, sha256, torch.device(device), source, vae, text_encoder)
+    base = Base(source.name, pipeline, sha256, torch.device(device), source, vae, text_encoder)
+    assert base.resolution  # computed now: training may drop the VAE later
+    return base
 
 
 def _set_scheduler(source: Source, kind: Kind, pipeline: Any) -> None:
