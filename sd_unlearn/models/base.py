@@ -8,7 +8,6 @@ import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +44,7 @@ class Base:
     source: Source
     vae_sha256: str
     text_encoder_sha256: str  # of all text encoders
+    own_resolution: int | None = None  # in pixels, found while the VAE is there, which training may drop
     vae_tile: int | None = None  # side of the VAE's tiles in pixels, if memory was too small for whole images
     generating: HalvingBatches = _batches("generating images")
     decoding: HalvingBatches = _batches("decoding images")
@@ -71,9 +71,11 @@ class Base:
         """What the base's kind has."""
         return KINDS[self.kind]
 
-    @cached_property
+    @property
     def resolution(self) -> int:
         """Side in pixels of the images that the model was trained on."""
+        if self.own_resolution:
+            return self.own_resolution
         return resolution_of(self.network.config, self.pipeline.vae_scale_factor, self.pipeline.vae)
 
     @property
@@ -265,9 +267,8 @@ def load_base(source: Source | str, precision: str = "no", device: Any = None) -
         offload_linear_layers(part)
     pipeline = pipeline.to(device, torch.bfloat16) if precision == "bf16" else pipeline.to(device)
     sha256, vae, text_encoder = hashes
-    base = Base(source.name, pipeline, sha256, torch.device(device), source, vae, text_encoder)
-    assert base.resolution  # computed now: training may drop the VAE later
-    return base
+    resolution = resolution_of(network.config, pipeline.vae_scale_factor, pipeline.vae)
+    return Base(source.name, pipeline, sha256, torch.device(device), source, vae, text_encoder, resolution)
 
 
 def _set_scheduler(source: Source, kind: Kind, pipeline: Any) -> None:
