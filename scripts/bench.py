@@ -1,9 +1,10 @@
-"""Measure the cost of a training step, the time until a concept is unlearned, and what workers save. Prints a table.
+"""Measure the cost of a training step and of an image, the time to unlearn, and what workers save. Prints a table.
 
     python scripts/bench.py step                      # digits
     python scripts/bench.py step --base sd15-random   # the size of SD 1.5, random weights (created once in build/)
     python scripts/bench.py forget --minutes 30       # the defaults compared with the paper's setting, on digits
     python scripts/bench.py batch --engine ray        # a list of 12 jobs with one worker and with two, on digits
+    python scripts/bench.py sample                    # generating images, compared with the bare pipeline
 
 step: seconds per optimizer step and peak memory. Each variant runs in a separate process, and rounds are interleaved:
     floor    forward, backward and AdamW of a bare UNet with a LoRA, on tensors in memory
@@ -19,6 +20,9 @@ retention >= 98 %. The time of the first of the two is reported. All settings st
 
 batch: seconds from the start of the first task to the end of the last, with 1 and with 2 workers of one core each.
 efficiency = seconds with 1 worker / (2 x seconds with 2). Needs a machine with two cores that does nothing else.
+
+sample: seconds of generating images as `render` and `evaluate` do, and with the bare pipeline at the same batch size.
+Rounds are interleaved in one process. Target: ratio <= 1.05.
 
 --json PATH also writes all values as JSON.
 """
@@ -37,6 +41,7 @@ from typing import Any
 
 import bench_batch
 import bench_forget
+import bench_sample
 
 HERE = Path(__file__).parent
 BUILD = HERE.parent / "build"  # git ignores it
@@ -143,6 +148,7 @@ VERBS = {
     "step": (step, step_table),
     "forget": (forget, forget_table),
     "batch": (bench_batch.batch, bench_batch.batch_table),
+    "sample": (bench_sample.sample, bench_sample.sample_table),
 }
 
 
@@ -169,7 +175,12 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     three = verbs.add_parser("batch", help="efficiency of two workers")
     three.add_argument("--engine", choices=("local", "ray"), default="local")
     three.add_argument("--steps", type=int, default=40, help="steps of each training")
-    for verb in (one, two, three):
+    four = verbs.add_parser("sample", help="generating images, compared with the bare pipeline")
+    four.add_argument("--base", default="digits", help="name or folder")
+    four.add_argument("--images", type=int, default=200, help="of each variant in a round")
+    four.add_argument("--inference_steps", type=int, help="default: those of evaluate")
+    four.add_argument("--rounds", type=int, default=5)
+    for verb in (one, two, three, four):
         verb.add_argument("--json", type=Path, help="also write all values to this file")
     return parser.parse_args(arguments)
 
