@@ -1,8 +1,8 @@
 """What generating images with sd-unlearn costs over the bare pipeline of Diffusers, at the same batch size.
 
-Both variants run in one process on one loaded base, in interleaved rounds: `bare` calls the pipeline and saves PNG files
-with Pillow; `ours` is what `render` and `evaluate` do (`generate_missing`): a random generator for each image, latents
-checked and decoded apart from the sampling, files that are written whole and synced to disk.
+Both variants run in one process on one loaded base, in interleaved rounds: `bare` calls the pipeline and saves PNG
+files with Pillow; `ours` is what `render` and `evaluate` do (`generate_missing`): a random generator for each image,
+latents checked and decoded apart from the sampling, files that are written whole and synced to disk.
 """
 
 from __future__ import annotations

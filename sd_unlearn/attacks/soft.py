@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from operator import attrgetter
 
 from sd_unlearn.attacks.base import Attack, Outcome, Target
-from sd_unlearn.attacks.embedding import BUDGETS, EmbeddingSettings, LearnedPrompt, learn, prompt_length
+from sd_unlearn.attacks.embedding import BUDGETS, EmbeddingSettings, learn
+from sd_unlearn.models.learned_prompt import LearnedPrompt, prompt_length
 
 
 def run(target: Target, settings: EmbeddingSettings, restart: int) -> Iterator[Outcome]:

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 
 from sd_unlearn.attacks.base import Attack, Outcome, Target
-from sd_unlearn.attacks.embedding import BUDGETS, EmbeddingSettings, LearnedPrompt, learn, prompt_ids, tokenizers
+from sd_unlearn.attacks.embedding import BUDGETS, EmbeddingSettings, learn
 from sd_unlearn.data.concept import Concept
+from sd_unlearn.models.learned_prompt import LearnedPrompt, prompt_ids, tokenizers
 
 PLACEHOLDER, OTHER = "x", "y"  # any words of a single token: the embedding is replaced
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sd_unlearn.attacks.embedding import LearnedPrompt, content_positions, embedding_table, text_encoders
 from sd_unlearn.models.base import Base
+from sd_unlearn.models.learned_prompt import LearnedPrompt, content_positions, embedding_table, text_encoders
 
 PLACEHOLDER = "x"  # a word of a single token, which stands where a token is chosen
 

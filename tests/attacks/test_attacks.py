@@ -13,12 +13,12 @@ from base_kinds import make_base
 
 from sd_unlearn.attacks import soft
 from sd_unlearn.attacks.base import Outcome, Samples, Target
-from sd_unlearn.attacks.embedding import LearnedPrompt
 from sd_unlearn.attacks.noise_prediction import sample_batch
 from sd_unlearn.attacks.registry import ATTACKS
 from sd_unlearn.config import attack as options
 from sd_unlearn.data.concept import Concept
 from sd_unlearn.models.base import Base, load_base, network_sha256
+from sd_unlearn.models.learned_prompt import LearnedPrompt
 from sd_unlearn.models.sampling import generate_images
 
 

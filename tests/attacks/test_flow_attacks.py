@@ -9,7 +9,6 @@ from attack_cases import SMALL, make_target
 from flow_kinds import FlowKinds
 
 from sd_unlearn.attacks.base import needs_one_vocabulary
-from sd_unlearn.attacks.embedding import LearnedPrompt, embedding_table, tokenizers
 from sd_unlearn.attacks.inversion import invert
 from sd_unlearn.attacks.registry import ATTACKS
 from sd_unlearn.attacks.runner import _supported
@@ -18,6 +17,7 @@ from sd_unlearn.config.attack import AttackConfig
 from sd_unlearn.data.encoding import encode_captions
 from sd_unlearn.errors import UsageError
 from sd_unlearn.models.base import Base, load_base, network_sha256
+from sd_unlearn.models.learned_prompt import LearnedPrompt, embedding_table, tokenizers
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 BASES = {"sd3-without-t5": set(ATTACKS) - {"noise"}, "flux-dev": set(ATTACKS) - {"noise", "prefix", "hard", "ring"}}

@@ -6,7 +6,7 @@ import pytest
 import torch
 from attack_cases import make_target
 
-from sd_unlearn.attacks.embedding import EmbeddingSettings, LearnedPrompt, content_positions, encode_prompts, learn
+from sd_unlearn.attacks.embedding import EmbeddingSettings, learn
 from sd_unlearn.attacks.noise_prediction import noise_loss, sample_batch
 from sd_unlearn.attacks.prefix import project
 from sd_unlearn.attacks.ring import RingSettings, evolve
@@ -15,6 +15,7 @@ from sd_unlearn.attacks.tokens import TokenPrompt, allowed_tokens, nearest, rand
 from sd_unlearn.data.concept import Concept
 from sd_unlearn.data.encoding import encode_captions
 from sd_unlearn.models.base import Base
+from sd_unlearn.models.learned_prompt import LearnedPrompt, content_positions, encode_prompts
 
 
 def test_a_learned_prompt_starts_as_the_prompt(loaded_base: Base) -> None:
