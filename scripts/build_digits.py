@@ -3,9 +3,14 @@
     python scripts/build_digits.py                    # about an hour and a half on two cores
     python scripts/build_digits.py --only table       # only measure the bundled files
     python scripts/build_digits.py --without seven    # a model that never saw a seven: about 40 minutes on one core
+    python scripts/build_digits.py --kind sd3         # digits-sd3, the same data as a Stable Diffusion 3
 
 The stages (reader, vae, denoiser, assemble, table) save their results in --work_dir. A finished stage is not repeated,
 so an interrupted build resumes at the stage that was interrupted.
+
+--kind sd3 trains two text encoders and a transformer on the same data (digits_sd3.py) and keeps the bundled classifier,
+tokenizer and VAE. Its training saves its state every few minutes and resumes from there. The result is a pipeline
+folder of 6 MB, <work_dir>/pipeline, which is not part of the package.
 
 --without trains text encoder and UNet again, with the same seeds and settings, on no image and no caption of one digit
 or ink. The bundled tokenizer and VAE are kept, which no method of unlearning changes. The result is a pipeline folder,
@@ -20,10 +25,13 @@ import json
 import random
 import shutil
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, StableDiffusion3Pipeline, StableDiffusionPipeline, UNet2DConditionModel
 from digits_data import load_digits, paint
 from digits_models import (
     encode_pool,
@@ -33,14 +41,16 @@ from digits_models import (
     train_reader,
     train_vae,
 )
+from digits_sd3 import Networks, Pool, flow_pipeline, shift_latents, train_flow
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import CLIPTextModel
+from transformers import CLIPTextModel, CLIPTokenizer
 
 from sd_unlearn.metrics.digits import DIGITS, INKS, DigitReader, load_reader
 
 ASSETS = Path(__file__).parent.parent / "sd_unlearn" / "assets"
 STAGES = ("reader", "vae", "denoiser", "assemble", "table")
+TableRow = tuple[str, float, int, str]  # what is measured, a share, the number of images, the target
 
 
 def build_reader(work: Path, steps: int) -> None:
@@ -75,6 +85,37 @@ def leave_out(pool: tuple[Tensor, Tensor, Tensor], concept: str) -> tuple[Tensor
     latents, digits, inks = pool
     kept = digits != DIGITS.index(concept) if concept in DIGITS else inks != INKS.index(concept)
     return latents[kept], digits[kept], inks[kept]
+
+
+def build_sd3(work: Path, steps: int) -> None:
+    """Train text encoders and transformer of digits-sd3. `work` holds its state and the VAE with shift and scale."""
+    bundled = StableDiffusionPipeline.from_pretrained(ASSETS / "digits")
+    if not (work / "pool.safetensors").exists():
+        strokes, labels, _, _ = load_digits()
+        latents, digits, inks = encode_pool(bundled.vae.eval(), strokes, labels, copies=2)
+        latents = shift_latents(bundled.vae, latents / bundled.vae.config.scaling_factor)
+        bundled.vae.save_pretrained(work / "vae")
+        save_file({"latents": latents, "digits": digits, "inks": inks}, work / "pool.safetensors")
+    vae = AutoencoderKL.from_pretrained(work / "vae").eval()
+
+    def progress(networks: Networks) -> str:
+        draw = partial(generate, flow_pipeline(networks, vae, bundled.tokenizer), max_sequence_length=1)
+        shares = [value for _, value, *_ in prompt_rows(draw, count=10)]
+        digits, inks = shares[: len(DIGITS)], shares[len(DIGITS) :]
+        return f"read as asked: digits {sum(digits) / len(digits):.1%}, inks {sum(inks) / len(inks):.1%}"
+
+    train_flow(Pool(**load_file(work / "pool.safetensors")), bundled, steps, work, progress)
+
+
+def assemble_sd3(work: Path, _: int) -> None:
+    """Write the folder of digits-sd3, work/pipeline, in half precision."""
+    folder = ASSETS / "digits" / "tokenizer"
+    tokenizer, vae = CLIPTokenizer.from_pretrained(folder), AutoencoderKL.from_pretrained(work / "vae")
+    pipeline = flow_pipeline(Networks.load(work, tokenizer), vae, tokenizer).to(torch.float16)
+    shutil.rmtree(work / "pipeline", ignore_errors=True)
+    pipeline.save_pretrained(work / "pipeline")
+    for name in ("tokenizer", "tokenizer_2"):  # with the two files of transformers 4, see `assemble`
+        shutil.copytree(folder, work / "pipeline" / name, dirs_exist_ok=True)
 
 
 def assemble(work: Path, _: int) -> None:
@@ -127,11 +168,11 @@ def read(reader: DigitReader, images: Tensor) -> tuple[Tensor, Tensor]:
     return digit.argmax(1), ink.argmax(1)
 
 
-def generate(pipeline: StableDiffusionPipeline, prompt: str, count: int, seed: int) -> Tensor:
-    """Images [count, 3, 32, 32] in [-1, 1]: DDIM, 25 steps, guidance scale 3, as in evaluations."""
+def generate(pipeline: Any, prompt: str, count: int, seed: int, **options: Any) -> Tensor:
+    """Images [count, 3, 32, 32] in [-1, 1]: 25 steps of the pipeline's sampler, guidance scale 3, as in evaluations."""
     generator = torch.Generator().manual_seed(seed)
     images = pipeline(
-        [prompt] * count, num_inference_steps=25, guidance_scale=3.0, generator=generator, output_type="pt"
+        [prompt] * count, num_inference_steps=25, guidance_scale=3.0, generator=generator, output_type="pt", **options
     ).images
     return images * 2 - 1
 
@@ -147,38 +188,61 @@ def table(work: Path, _: int) -> None:
     ]
     pipeline = StableDiffusionPipeline.from_pretrained(ASSETS / "digits")
     pipeline.set_progress_bar_config(disable=True)
+    draw = partial(generate, pipeline)
+    write_card(work, ASSETS / "digits", [*rows, *prompt_rows(draw), *generic_rows(draw)])
+
+
+def table_sd3(work: Path, _: int) -> None:
+    """Measure the files of digits-sd3 and write the results into its model card."""
+    pipeline = StableDiffusion3Pipeline.from_pretrained(work / "pipeline", dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    draw = partial(generate, pipeline, max_sequence_length=1)
+    default = [(f"{name}, 256 empty tokens", *rest) for name, *rest in prompt_rows(partial(generate, pipeline), 20)]
+    write_card(work, work / "pipeline", [*prompt_rows(draw), *generic_rows(draw), *default])
+
+
+def prompt_rows(draw: Callable[[str, int, int], Tensor], count: int = 100) -> list[TableRow]:
+    """How often images of each digit and ink are read as asked. draw: images for (prompt, count, seed)."""
+    reader, rows = load_reader(), []
     for expected, name in enumerate(DIGITS):
-        digit, _ = read(reader, generate(pipeline, f"a photo of the digit {name}", 100, seed=expected))
-        rows.append((f"generated: digit {name}", (digit == expected).float().mean().item(), 100, ">= 95 %"))
+        digit, _ = read(reader, draw(f"a photo of the digit {name}", count, expected))
+        rows.append((f"generated: digit {name}", (digit == expected).float().mean().item(), count, ">= 95 %"))
     for expected, name in enumerate(INKS):
-        _, ink = read(
-            reader, generate(pipeline, f"a photo of a handwritten digit in {name} ink", 100, seed=100 + expected)
-        )
-        rows.append((f"generated: {name} ink", (ink == expected).float().mean().item(), 100, ">= 95 %"))
-    digit, ink = read(
-        reader, torch.cat([generate(pipeline, "a photo of a handwritten digit", 100, seed=200 + i) for i in range(4)])
-    )
-    rows += [
+        _, ink = read(reader, draw(f"a photo of a handwritten digit in {name} ink", count, 100 + expected))
+        rows.append((f"generated: {name} ink", (ink == expected).float().mean().item(), count, ">= 95 %"))
+    return rows
+
+
+def generic_rows(draw: Callable[[str, int, int], Tensor]) -> list[TableRow]:
+    """The shares of the digits and inks among 400 images of the generic prompt."""
+    images = torch.cat([draw("a photo of a handwritten digit", 100, 200 + i) for i in range(4)])
+    digit, ink = read(load_reader(), images)
+    rows = [
         (f"generic prompt: {n}", (digit == i).float().mean().item(), 400, "3 % to 25 %") for i, n in enumerate(DIGITS)
     ]
-    rows += [(f"generic prompt: {n}", (ink == i).float().mean().item(), 400, "8 % to 35 %") for i, n in enumerate(INKS)]
+    return rows + [
+        (f"generic prompt: {n}", (ink == i).float().mean().item(), 400, "8 % to 35 %") for i, n in enumerate(INKS)
+    ]
+
+
+def write_card(work: Path, base: Path, rows: list[TableRow]) -> None:
+    """Print the table and write the model card of a base, given its folder."""
     lines = ["| | measured | n | target |", "|---|---|---|---|"]
     lines += [f"| {name} | {value:.1%} | {n} | {target} |" for name, value, n, target in rows]
     print("\n".join(lines))
-    write_card(work, lines)
-
-
-def write_card(work: Path, lines: list[str]) -> None:
-    files = sorted(p for d in ("digits", "digits_reader") for p in (ASSETS / d).rglob("*.safetensors"))
+    is_bundled = base.parent == ASSETS
+    folders = (base, ASSETS / "digits_reader") if is_bundled else (base,)
+    files = sorted(path for folder in folders for path in folder.rglob("*.safetensors"))
     shas = {p: hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
-    hashes = [f"| {p.relative_to(ASSETS)} | {p.stat().st_size / 1e6:.2f} MB | `{sha}` |" for p, sha in shas.items()]
+    sizes = {p: p.stat().st_size / 1e6 for p in files}
+    hashes = [f"| {p.relative_to(base.parent)} | {sizes[p]:.2f} MB | `{sha}` |" for p, sha in shas.items()]
     seconds = {s: (work / f"{s}.seconds").read_text() for s in STAGES if (work / f"{s}.seconds").exists()}
-    template = (Path(__file__).parent / "digits_card.md").read_text()
+    template = (Path(__file__).parent / ("digits_card.md" if is_bundled else "digits_sd3_card.md")).read_text()
     card = template.replace("@TABLE@", "\n".join(lines)).replace("@HASHES@", "\n".join(hashes))
     card = card.replace(
         "@TIMES@", ", ".join(f"{s} {int(t) / 60:.0f} min" for s, t in seconds.items()) or "not recorded"
     )
-    (ASSETS / "digits" / "README.md").write_text(card)
+    (base / "README.md").write_text(card)
 
 
 def seed_stage(stage: str) -> None:
@@ -188,7 +252,8 @@ def seed_stage(stage: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work_dir", type=Path, help="default: build/digits, or build/digits-without-<concept>")
+    parser.add_argument("--kind", choices=["sd1", "sd3"], default="sd1", help="the layout: digits, or digits-sd3")
+    parser.add_argument("--work_dir", type=Path, help="default: build/<base>, or build/digits-without-<concept>")
     parser.add_argument("--only", choices=STAGES, help="run only this stage, even if it is finished")
     parser.add_argument("--without", choices=[*DIGITS, *INKS], help="leave this digit or ink out of the training data")
     parser.add_argument("--reader_steps", type=int, default=4000)
@@ -197,14 +262,19 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    args.work_dir = args.work_dir or Path("build", f"digits-without-{args.without}" if args.without else "digits")
+    name = "digits-sd3" if args.kind == "sd3" else f"digits-without-{args.without}" if args.without else "digits"
+    args.work_dir = args.work_dir or Path("build", name)
     args.work_dir.mkdir(parents=True, exist_ok=True)
+    if args.without and args.kind == "sd3":
+        parser.error("--without is for --kind sd1 only.")
     if args.without:
         seed_stage("denoiser")
         build_without(args.without, args.work_dir, args.denoiser_steps)
         return
     jobs = {"reader": build_reader, "vae": build_vae, "denoiser": build_denoiser, "assemble": assemble, "table": table}
-    for stage in [args.only] if args.only else STAGES:
+    if args.kind == "sd3":
+        jobs = {"denoiser": build_sd3, "assemble": assemble_sd3, "table": table_sd3}
+    for stage in [args.only] if args.only else jobs:
         done = args.work_dir / f"{stage}.seconds"
         if done.exists() and not args.only and stage not in ("assemble", "table"):
             continue
