@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from sd_unlearn.errors import UnlearnError
-from sd_unlearn.models.ldm_keys import blocks_of, unet_key
+from sd_unlearn.models.lora_names import lookup, module_tables
+from sd_unlearn.models.transformer_keys import Rows
 
 Parts = Mapping[str, Tensor]
 
@@ -29,6 +30,7 @@ class Change:
     kind: str  # a key of KINDS
     parts: dict[str, Tensor]
     scale: float | None = None  # None: the file states none, which means 1
+    rows: Rows | None = None  # of the file's module that are the base's module; None: all of them
 
     @property
     def rank(self) -> int | None:
@@ -47,12 +49,18 @@ class Change:
         compute = KINDS[self.kind].delta
         if compute is None:
             return None
+        if self.rows is not None:
+            shape = (self.rows.total, *shape[1:])
         delta = compute({part: tensor.to(device, torch.float32) for part, tensor in self.parts.items()})
         same = len(delta) == shape[0] and delta.numel() == torch.Size(shape).numel()
         same = same and (delta.ndim != len(shape) or tuple(delta.shape) == tuple(shape))
         if not same:
             raise ValueError(f"the change has the shape {list(delta.shape)}, the weight {list(shape)}")
-        return delta.reshape(shape) * (1.0 if self.scale is None else self.scale)
+        return self._own(delta.reshape(shape)) * (1.0 if self.scale is None else self.scale)
+
+    def _own(self, values: Tensor) -> Tensor:
+        """The base's module's part of values [rows, ...] of the file's module."""
+        return values if self.rows is None else self.rows.of(values)
 
     def weight(self, weight: Tensor, strength: float) -> Tensor | None:
         """The changed weight, in float32; None if only the bias changes. strength: 0 the base, 1 as trained.
@@ -67,7 +75,7 @@ class Change:
         total = plain + strength * delta
         if "magnitude" not in self.parts:
             return total
-        magnitude = self.parts["magnitude"].to(weight.device, torch.float32).flatten()
+        magnitude = self._own(self.parts["magnitude"].to(weight.device, torch.float32).flatten())
         if len(magnitude) != len(weight):
             raise ValueError(f"there are {len(magnitude)} magnitudes for {len(weight)} channels")
         norms = total.flatten(1).norm(dim=1)
@@ -77,7 +85,7 @@ class Change:
     @property
     def bias(self) -> Tensor | None:
         """The difference that is added to the bias."""
-        return next((self.parts[part] for part in ("diff_b", "b_norm") if part in self.parts), None)
+        return next((self._own(self.parts[part]) for part in ("diff_b", "b_norm") if part in self.parts), None)
 
 
 @dataclass(frozen=True)
@@ -175,23 +183,25 @@ class Target:
 
 
 def find_modules(pipeline: Any, changes: Mapping[str, Change], where: str, base_name: str) -> list[Target]:
-    """The module of the pipeline that each change is for; checks that the shapes fit.
+    """The modules of the pipeline that each change is for; checks that the shapes fit.
 
     Raises:
         UnlearnError: the base lacks a module, it has another shape, or two changes are for one module.
     """
-    tables, targets, missing = _module_tables(pipeline), [], []
+    tables, targets, missing = module_tables(pipeline), [], []
     taken: dict[int, str] = {}
     for name, change in changes.items():
-        module = _lookup(tables, name)
-        if module is None:
+        places = lookup(tables, name)
+        if places is None:
             missing.append(name)
             continue
-        _check_fits(name, change, module, where, base_name)
-        if id(module) in taken:
-            raise UnlearnError(f"{where} changes one module twice: as {taken[id(module)]} and as {name}. Keep one.")
-        taken[id(module)] = name
-        targets.append(Target(name, module, change))
+        for module, rows in places:
+            own = dataclasses.replace(change, rows=rows)
+            _check_fits(name, own, module, where, base_name)
+            if id(module) in taken:
+                raise UnlearnError(f"{where} changes one module twice: as {taken[id(module)]} and as {name}. Keep one.")
+            taken[id(module)] = name
+            targets.append(Target(name, module, own))
     if missing:
         raise UnlearnError(
             f"{where} does not fit {base_name}, which lacks {len(missing)} of the {len(changes)} modules that the file "
@@ -203,7 +213,7 @@ def find_modules(pipeline: Any, changes: Mapping[str, Change], where: str, base_
 def _check_fits(name: str, change: Change, module: nn.Module, where: str, base_name: str) -> None:
     weight, bias = module.weight, getattr(module, "bias", None)
     assert isinstance(weight, Tensor)
-    meta = Change(change.kind, {part: tensor.to("meta") for part, tensor in change.parts.items()}, change.scale)
+    meta = dataclasses.replace(change, parts={part: tensor.to("meta") for part, tensor in change.parts.items()})
     fault = ""
     try:
         meta.weight(weight.to("meta"), 1.0)
@@ -213,52 +223,6 @@ def _check_fits(name: str, change: Change, module: nn.Module, where: str, base_n
         fault = f"the change of the bias has the shape {list(change.bias.shape)}"
     if fault:
         raise UnlearnError(f"{where} does not fit {base_name}: {name}: {fault}. Use the base it was trained on.")
-
-
-def _module_tables(pipeline: Any) -> dict[str, dict[str, nn.Module]]:
-    """Prefix of a module's name in a file -> rest of the name -> module."""
-    networks = {n: getattr(pipeline, n, None) for n in ("unet", "text_encoder", "text_encoder_2")}
-    modules = {
-        name: {
-            m: module for m, module in network.named_modules() if isinstance(getattr(module, "weight", None), Tensor)
-        }
-        for name, network in networks.items()
-        if network is not None
-    }
-    for name in set(modules) - {"unet"}:  # some versions of transformers leave out text_model
-        bare = {m.removeprefix("text_model."): module for m, module in modules[name].items()}
-        modules[name] = bare | {f"text_model.{m}": module for m, module in bare.items()}
-    tables = {f"{name}.": table for name, table in modules.items()}
-    tables["base_model.model.unet."] = tables["unet."]
-    tables["base_model.model."] = tables["text_encoder."] | tables["unet."]
-    tables["lora_unet_"] = _flat(_ldm_names(pipeline, modules["unet"]) | modules["unet"])
-    if "text_encoder_2" in modules:
-        tables |= {"lora_te1_": _flat(modules["text_encoder"]), "lora_te2_": _flat(modules["text_encoder_2"])}
-    else:
-        tables["lora_te_"] = _flat(modules["text_encoder"])
-    return tables | {"": modules["unet"]}  # last: names without a prefix are the UNet's
-
-
-def _flat(table: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    return {name.replace(".", "_"): module for name, module in table.items()}
-
-
-def _ldm_names(pipeline: Any, modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    """The UNet's modules by their names in single-file checkpoints."""
-    named = {}
-    for name, module in modules.items():
-        try:
-            named[unet_key(name, blocks_of(pipeline.unet.config))] = module
-        except UnlearnError:  # the layout has no name for it
-            continue
-    return named
-
-
-def _lookup(tables: Mapping[str, Mapping[str, nn.Module]], name: str) -> nn.Module | None:
-    for prefix, table in tables.items():
-        if name.startswith(prefix) and (module := table.get(name.removeprefix(prefix))) is not None:
-            return module
-    return None
 
 
 @contextmanager

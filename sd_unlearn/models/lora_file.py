@@ -1,6 +1,7 @@
 """Read a LoRA file: every tensor of it belongs to the change of one module, or the file is refused.
 
-Accepted names: kohya (lora_unet_..., also in the LDM layout), Diffusers (unet.... and text_encoder....) and PEFT
+Accepted names: kohya (lora_unet_..., also in the layout of single files), Diffusers (unet...., transformer.... and
+text_encoder....), the original code of SD 3 and FLUX (diffusion_model....), OneTrainer (lora_transformer_...) and PEFT
 (base_model.model...., with adapter_config.json in the same folder). Accepted kinds of change: LoRA (also of
 convolutions and with a middle matrix), DoRA in Diffusers' and PEFT's files, LoHa, LoKr, and whole differences of
 weights and biases.
@@ -25,7 +26,7 @@ from sd_unlearn.io.schema import OPEN, validate
 from sd_unlearn.models.lora_change import KINDS, Change, kind_of_change
 
 PEFT_CONFIG, PEFT_PREFIX = "adapter_config.json", "base_model.model."
-NETWORKS = ("unet", "text_encoder", "text_encoder_2")
+NETWORKS = ("unet", "transformer", "text_encoder", "text_encoder_2")
 # End of a tensor's name -> its part in the change of the module.
 ENDINGS = {
     **{f"lora{a}.weight": part for part in ("down", "up", "mid") for a in (f"_{part}", f".{part}")},
