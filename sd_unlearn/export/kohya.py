@@ -10,6 +10,9 @@
 SD 1 and SD 2 keep Diffusers' names. For SDXL's UNet, ldm_keys.unet_key renames the module first, and its text encoders
 have the prefixes lora_te1_ and lora_te2_. `kohya_tensors` appends .lora_down.weight, .lora_up.weight and .alpha.
 
+For the transformers of SD 3 and FLUX, kohya's names fuse q, k and v, while ComfyUI and Forge also read Diffusers'
+(`transformer.<module>.lora_A.weight`). Their files have those names, and no alpha: `transformer_tensors`.
+
 PEFT computes W + alpha / r * up @ down (rsLoRA: alpha / sqrt(r)). A kohya file stores alpha as a separate tensor next
 to each pair; a reader that finds no alpha uses the scale 1.
 """
@@ -66,7 +69,7 @@ class Adapter:
 
     pairs: list[LoraPair]
     settings: PeftSettings
-    network: str = "unet"  # or text_encoder, text_encoder_2
+    network: str = "unet"  # or transformer, text_encoder, text_encoder_2
 
     @property
     def uniform(self) -> bool:
@@ -82,7 +85,7 @@ def read_adapter(folder: Path, network: str = "unet") -> Adapter:
     """Read a trained LoRA from an adapter folder, on the CPU in its own dtype.
 
     Args:
-        network: "unet", "text_encoder" or "text_encoder_2".
+        network: "unet", "transformer", "text_encoder" or "text_encoder_2".
 
     Raises:
         UsageError: a file is missing, or the config is not the JSON that PEFT writes for a LoRA.
@@ -95,7 +98,9 @@ def read_adapter(folder: Path, network: str = "unet") -> Adapter:
     settings = read_peft_settings(folder / PEFT_CONFIG)
     changes = read_lora_file(folder / WEIGHTS_FILE, "--run").changes
     pairs = [_pair(module, change, settings, folder / WEIGHTS_FILE) for module, change in sorted(changes.items())]
-    if network != "unet":  # kohya names start with text_model., which some versions of transformers leave out
+    if network.startswith(
+        "text_encoder"
+    ):  # kohya names start with text_model., which some versions of transformers leave out
         pairs = [dataclasses.replace(pair, module=_text_module(pair.module)) for pair in pairs]
     return Adapter(pairs, settings, network)
 
@@ -105,13 +110,15 @@ def module_key(module: str, network: str = "unet", kind: str = "sd1", blocks: UN
 
     Args:
         module: Name of the module in Diffusers.
-        network: "unet", "text_encoder" or "text_encoder_2".
-        kind: Kind of the base: "sd1", "sd2" or "sdxl".
+        network: "unet", "transformer", "text_encoder" or "text_encoder_2".
+        kind: Kind of the base: "sd1", "sd2", "sdxl", "sd3" or "flux".
         blocks: The blocks of an SDXL UNet, by which its modules are numbered.
 
     Raises:
         UnlearnError: an SDXL UNet with these blocks has no such module.
     """
+    if network == "transformer":
+        return f"transformer.{module}"
     if network == "unet":
         return "lora_unet_" + (unet_key(module, blocks) if kind == "sdxl" else module).replace(".", "_")
     prefix = {"sdxl": {"text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}}.get(kind, {})
@@ -125,6 +132,8 @@ def kohya_tensors(adapter: Adapter, kind: str = "sd1", blocks: UNetBlocks = SDXL
     written and the scale is multiplied into up (float32), because Diffusers applies per-module alphas to the wrong
     attention modules without a warning. Not for DoRA, which has no form here (see lora_files.kohya_bytes).
     """
+    if adapter.network == "transformer":
+        return transformer_tensors(adapter)
     tensors: dict[str, Tensor] = {}
     for pair in adapter.pairs:
         key, up = module_key(pair.module, adapter.network, kind, blocks), pair.up
@@ -134,6 +143,23 @@ def kohya_tensors(adapter: Adapter, kind: str = "sd1", blocks: UNetBlocks = SDXL
             up = (up.double() * (pair.alpha / pair.rank)).float()
         tensors[f"{key}.lora_down.weight"] = pair.down.contiguous()
         tensors[f"{key}.lora_up.weight"] = up.contiguous()
+    return tensors
+
+
+def transformer_tensors(adapter: Adapter) -> dict[str, Tensor]:
+    """The weights of a transformer's adapter under Diffusers' names, which ComfyUI reads as well.
+
+    The scale is multiplied into B (in float32): of both readers, one knows no alpha and the other no header. DoRA's
+    magnitudes are included.
+    """
+    tensors: dict[str, Tensor] = {}
+    for pair in adapter.pairs:
+        key, scale = module_key(pair.module, adapter.network), pair.alpha / pair.rank
+        tensors[f"{key}.lora_A.weight"] = pair.down.contiguous()
+        up = pair.up if scale == 1 else (pair.up.double() * scale).float()
+        tensors[f"{key}.lora_B.weight"] = up.contiguous()
+        if pair.magnitude is not None:
+            tensors[f"{key}.lora_magnitude_vector"] = pair.magnitude
     return tensors
 
 

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sd_unlearn.export import safetensors_writer
-from sd_unlearn.export.kohya import kohya_tensors, module_key
+from sd_unlearn.export.kohya import kohya_tensors, module_key, transformer_tensors
 from sd_unlearn.export.merge import changes
 from sd_unlearn.export.metadata import lora_header, own_header
 from sd_unlearn.export.trained_run import TrainedRun
@@ -26,7 +26,8 @@ _ADAPTER_KEYS = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora
 def diffusers_bytes(run: TrainedRun, dtype: str = "fp32") -> bytes:
     """The LoRA file for Diffusers: PEFT's names with the prefix `unet.` or `text_encoder.`.
 
-    The header key `lora_adapter_metadata` holds the scale. Without it, load_lora_weights assumes alpha = rank.
+    The header key `lora_adapter_metadata` holds the scale. Without it, load_lora_weights assumes alpha = rank, which is
+    true for a transformer's file (`transformer_tensors`).
 
     Args:
         dtype: "fp32" or "fp16".
@@ -36,6 +37,9 @@ def diffusers_bytes(run: TrainedRun, dtype: str = "fp32") -> bytes:
     """
     tensors: dict[str, Tensor] = {}
     adapter_settings: dict[str, Any] = {}
+    if run.network == "transformer":
+        weights = safetensors_writer.converted(transformer_tensors(run.adapters[0]), DTYPES[dtype])
+        return safetensors_writer.pack(weights, {"format": "pt"} | own_header(run))
     for adapter in run.adapters:
         network = adapter.network
         for pair in adapter.pairs:
@@ -65,6 +69,8 @@ def concept_of(file: Path) -> str | None:
 
 def kohya_bytes(run: TrainedRun, dtype: str = "fp32", pipeline: Any = None, licence: str | None = None) -> bytes:
     """The LoRA file for ComfyUI, A1111 and Forge: kohya's names and the trained alpha.
+
+    For SD 3 and FLUX the weights are those of `diffusers_bytes`, with another header.
 
     A DoRA is written as the whole change of each weight (`.diff`), which needs the `pipeline` of the base. The format
     also defines `.dora_scale`, but its readers divide by other norms than PEFT: ComfyUI and Forge by the norm of the

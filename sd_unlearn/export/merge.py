@@ -63,10 +63,9 @@ def merge_into(run: TrainedRun, pipeline: Any, strength: float = 1.0) -> None:
         UnlearnError: the modules of the base differ from the trained ones.
     """
     if run.is_full:
-        from diffusers import UNet2DConditionModel
-
-        trained = UNet2DConditionModel.from_pretrained(str(run.folder / UNET_DIR)).state_dict()
-        for name, value in pipeline.unet.state_dict().items():
+        network = getattr(pipeline, run.network)
+        trained = type(network).from_pretrained(str(run.folder / UNET_DIR)).state_dict()
+        for name, value in network.state_dict().items():
             value.copy_(value.double().lerp(trained[name].double(), strength))
     for _, _, weight, change in changes(run, pipeline):
         weight.copy_(weight.double() + strength * change)
@@ -98,7 +97,8 @@ def write(
             header = checkpoint_header(run, safetensors_writer.digest(tensors), strength, licence)
             safetensors_writer.save(path, tensors, header)
         else:
-            safetensors_writer.converted(pipeline.unet.state_dict(), torch_dtype)  # raises if a weight overflows fp16
+            network = getattr(pipeline, run.network)
+            safetensors_writer.converted(network.state_dict(), torch_dtype)  # raises if a weight overflows fp16
             _save_folder(pipeline.to(torch_dtype), path)
     except OSError as error:
         raise UnlearnError(f"Cannot write --merge {path}: {reason(error)}. Choose another path.") from error

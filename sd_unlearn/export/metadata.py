@@ -8,6 +8,7 @@ from typing import Any
 from sd_unlearn.data.concept import concept_sha256
 from sd_unlearn.export import thumbnails
 from sd_unlearn.export.trained_run import TrainedRun, architecture
+from sd_unlearn.models.kinds import KINDS
 from sd_unlearn.results import as_json
 
 # Keys of training.json that are copied into the header, if present.
@@ -27,7 +28,9 @@ LICENCES = {  # of common bases, in the hub's spelling; a LoRA is under the lice
     "stabilityai/stable-diffusion-2-1": "openrail++",
     "stabilityai/stable-diffusion-2-1-base": "openrail++",
     "stabilityai/stable-diffusion-xl-base-1.0": "openrail++",
+    "black-forest-labs/FLUX.1-schnell": "apache-2.0",
     "digits": "apache-2.0",
+    "digits-sd3": "apache-2.0",
 }
 
 
@@ -75,7 +78,7 @@ def checkpoint_header(run: TrainedRun, digest: str, strength: float, licence: st
         | _modelspec(run, digest, licence)
         | {
             "modelspec.architecture": architecture(run.base).modelspec,
-            "modelspec.implementation": "sgm",
+            "modelspec.implementation": {"sd3": "sd3-ref", "flux": "flux"}.get(run.kind, "sgm"),
             "modelspec.title": f"{run.base_name} without {run.concept.name}",
             "modelspec.usage_hint": hint,
             "sd_unlearn.strength": str(strength),
@@ -112,6 +115,13 @@ def own_header(run: TrainedRun) -> dict[str, str]:
     return header
 
 
+def _prediction(run: TrainedRun) -> str:
+    """ModelSpec's prediction type, which it does not define for flow matching."""
+    if KINDS[run.kind].is_flow:
+        return ""
+    return "v" if run.base.get("prediction_type") == "v_prediction" else "epsilon"
+
+
 def _modelspec(run: TrainedRun, digest: str, licence: str | None) -> dict[str, str]:
     """The ModelSpec keys that a LoRA and a merged checkpoint have in common, and the preview."""
     base, preview = run.base, thumbnails.thumbnail(run)
@@ -119,7 +129,7 @@ def _modelspec(run: TrainedRun, digest: str, licence: str | None) -> dict[str, s
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.description": f'Forgets "{run.concept.name}" and draws "{run.concept.generic}" instead.',
         "modelspec.tags": ", ".join(("unlearning", "concept erasure", run.concept.kind)),
-        "modelspec.prediction_type": "v" if base.get("prediction_type") == "v_prediction" else "epsilon",
+        "modelspec.prediction_type": _prediction(run),
         "modelspec.hash_sha256": f"0x{digest}",
         "modelspec.resolution": f"{base['resolution']}x{base['resolution']}" if base.get("resolution") else "",
         "modelspec.date": str(run.training.get("created") or ""),

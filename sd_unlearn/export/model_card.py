@@ -16,6 +16,7 @@ from jinja2 import FileSystemLoader
 
 from sd_unlearn.export.lora_files import DIFFUSERS_FILE
 from sd_unlearn.export.trained_run import OwnResults, TrainedRun
+from sd_unlearn.models.kinds import KINDS
 from sd_unlearn.report.formatting import interval_text, value_text
 from sd_unlearn.report.jinja import environment
 from sd_unlearn.report.metric_names import group_name, metric_name
@@ -24,7 +25,13 @@ from sd_unlearn.results import BASE
 TEMPLATES = Path(__file__).parent / "templates"
 FILE, GRID = "README.md", "pairs.png"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
-_FAMILY = {"sd1": "stable-diffusion", "sd2": "stable-diffusion", "sdxl": "stable-diffusion-xl"}
+_FAMILY = {
+    "sd1": "stable-diffusion",
+    "sd2": "stable-diffusion",
+    "sdxl": "stable-diffusion-xl",
+    "sd3": "stable-diffusion-3",
+    "flux": "flux",
+}
 PU = "positive-unlabeled learning (Takahashi et al., ICLR 2025, arXiv 2503.03789)"
 _ESD = "ESD (Gandikota et al. 2023, arXiv 2303.07345, equation 7)"
 _METHODS = {  # by objective; the differences to the papers are in docs/training.md
@@ -95,7 +102,8 @@ def render(run: TrainedRun, licence: str | None, hub_id: str | None, *, has_grid
         is_dora=run.is_dora,
         licence=licence,
         settings=_settings(run.training),
-        pipeline_class="StableDiffusionXLPipeline" if run.kind == "sdxl" else "StableDiffusionPipeline",
+        pipeline_class=KINDS[run.kind].pipeline,
+        is_flow=KINDS[run.kind].is_flow,
         diffusers_file=DIFFUSERS_FILE,
         kohya_file=f"{run.concept.slug}.safetensors",
     )

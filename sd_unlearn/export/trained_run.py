@@ -25,6 +25,7 @@ from sd_unlearn.io.run_folder import (
 )
 from sd_unlearn.io.schema import OPEN, validate
 from sd_unlearn.models.base import different_hash
+from sd_unlearn.models.kinds import KINDS
 from sd_unlearn.models.ldm_keys import SDXL_BLOCKS, UNetBlocks, blocks_of
 from sd_unlearn.models.lora_file import read_tensors
 from sd_unlearn.results import Pair, Results, Row, Seeds, read_results
@@ -112,7 +113,7 @@ class TrainedRun:
     folder: Path
     concept: Concept
     training: dict[str, Any]  # training.json as written, valid as TrainingRecord
-    adapters: list[Adapter]  # the UNet's first; empty for --method full
+    adapters: list[Adapter]  # the UNet's or transformer's first; empty for --method full
     results: OwnResults | None  # None if these weights were not evaluated on their base
     calibration: Calibration | None = None  # of these weights and their concept
 
@@ -123,6 +124,11 @@ class TrainedRun:
     @property
     def kind(self) -> str:
         return self.base["kind"]
+
+    @property
+    def network(self) -> str:
+        """The trained network: unet or transformer."""
+        return KINDS[self.kind].network
 
     @property
     def strength(self) -> float:
@@ -189,9 +195,13 @@ def architecture(base: Mapping[str, Any]) -> Architecture:
         return Architecture("stable-diffusion-v2-512", "sd_v2")
     if base["kind"] == "sdxl":
         return Architecture("stable-diffusion-xl-v1-base", "sdxl_base_v1-0")
+    if base["kind"] == "sd3":
+        return Architecture("stable-diffusion-3", "sd3")
+    if base["kind"] == "flux":
+        return Architecture("flux-1", "flux1")
     raise UnlearnError(
         f'{TRAINING} of --run names a base of kind "{base["kind"]}", which export does not support. '
-        "Choose a run on an SD 1, SD 2 or SDXL base."
+        "Choose a run on an SD 1, SD 2, SDXL, SD 3 or FLUX.1 base."
     )
 
 
@@ -210,7 +220,7 @@ def own_results(results: Results, sha256: str, slug: str, base: Mapping[str, Any
 
 
 def _adapters(folder: Path, training: dict[str, Any]) -> list[Adapter]:
-    adapter = read_adapter(folder / ADAPTER_DIR)
+    adapter = read_adapter(folder / ADAPTER_DIR, KINDS[training["base"]["kind"]].network)
     for key, value in (("rank", adapter.settings.r), ("lora_alpha", adapter.settings.lora_alpha)):
         if training[key] != value:
             raise UnlearnError(

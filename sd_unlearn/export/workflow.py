@@ -16,7 +16,8 @@ def render(run: TrainedRun) -> str:
     """The workflow of a run as JSON: its base, concept and strength, and the sampler of its evaluation."""
     sampler = run.results.sampler if run.results else {}
     name = Path(run.base_name).name
-    nodes = make_nodes(
+    make = {"sd3": sd3_nodes, "flux": flux_nodes}.get(run.kind, make_nodes)
+    nodes = make(
         checkpoint=name if name.endswith((".safetensors", ".ckpt")) else f"{name}.safetensors",
         lora=f"{run.concept.slug}.safetensors",
         prompt=run.concept.caption,
@@ -70,6 +71,71 @@ def make_nodes(
         ),
         "7": _node("VAEDecode", "Decode", samples=["6", 0], vae=["1", 2]),
         "8": _node("SaveImage", "Save", filename_prefix="forgotten", images=["7", 0]),
+    }
+
+
+def sd3_nodes(
+    *, checkpoint: str, lora: str, prompt: str, strength: float, size: int, steps: int, guidance: float
+) -> dict[str, Any]:
+    """As `make_nodes`, for Stable Diffusion 3 and 3.5. Their files hold no text encoders."""
+    encoders = {"clip_name1": "clip_g.safetensors", "clip_name2": "clip_l.safetensors"}
+    return {
+        "1": _node("CheckpointLoaderSimple", "The base the LoRA was trained on", ckpt_name=checkpoint),
+        "2": _lora(lora, strength, ["1", 0]),
+        "9": _node("TripleCLIPLoader", "Text encoders", **encoders, clip_name3="t5xxl_fp16.safetensors"),
+        "10": _node("ModelSamplingSD3", "Shift of the noise levels", shift=3.0, model=["2", 0]),
+        "3": _node("CLIPTextEncode", "Prompt", text=prompt, clip=["9", 0]),
+        "4": _node("CLIPTextEncode", "Negative prompt", text="", clip=["9", 0]),
+        **_euler(["10", 0], ["3", 0], size, steps, guidance, "sgm_uniform"),
+        "7": _node("VAEDecode", "Decode", samples=["6", 0], vae=["1", 2]),
+        "8": _node("SaveImage", "Save", filename_prefix="forgotten", images=["7", 0]),
+    }
+
+
+def flux_nodes(
+    *, checkpoint: str, lora: str, prompt: str, strength: float, size: int, steps: int, guidance: float
+) -> dict[str, Any]:
+    """As `make_nodes`, for FLUX.1, of which each network is a file. guidance: the embedded one; dev uses it."""
+    encoders = {"clip_name1": "t5xxl_fp16.safetensors", "clip_name2": "clip_l.safetensors", "type": "flux"}
+    return {
+        "1": _node("UNETLoader", "The base the LoRA was trained on", unet_name=checkpoint, weight_dtype="default"),
+        "2": _lora(lora, strength, ["1", 0]),
+        "9": _node("DualCLIPLoader", "Text encoders", **encoders),
+        "10": _node("VAELoader", "VAE", vae_name="ae.safetensors"),
+        "3": _node("CLIPTextEncode", "Prompt", text=prompt, clip=["9", 0]),
+        "11": _node("FluxGuidance", "Guidance", guidance=guidance, conditioning=["3", 0]),
+        "4": _node("CLIPTextEncode", "Not used", text="", clip=["9", 0]),
+        **_euler(["2", 0], ["11", 0], size, steps, 1.0, "simple"),
+        "7": _node("VAEDecode", "Decode", samples=["6", 0], vae=["10", 0]),
+        "8": _node("SaveImage", "Save", filename_prefix="forgotten", images=["7", 0]),
+    }
+
+
+def _lora(name: str, strength: float, model: list[Any]) -> dict[str, Any]:
+    title = f"What forgets: strength {strength:g}"
+    return _node("LoraLoaderModelOnly", title, lora_name=name, strength_model=float(strength), model=model)
+
+
+def _euler(
+    model: list[Any], positive: list[Any], size: int, steps: int, guidance: float, scheduler: str
+) -> dict[str, Any]:
+    """The sampler of flow-matching models and its empty latents; the negative prompt is node 4."""
+    return {
+        "5": _node("EmptySD3LatentImage", "Size", width=size, height=size, batch_size=1),
+        "6": _node(
+            "KSampler",
+            "The sampler of the evaluation",
+            seed=0,
+            steps=steps,
+            cfg=guidance,
+            sampler_name="euler",
+            scheduler=scheduler,
+            denoise=1.0,
+            model=model,
+            positive=positive,
+            negative=["4", 0],
+            latent_image=["5", 0],
+        ),
     }
 
 

@@ -7,6 +7,8 @@ ComfyUI, A1111 and Forge read whole checkpoints in this layout, and the UNet par
     unet_key("mid_block.resnets.1.conv1")                    "middle_block.2.in_layers.2"
     vae_key("decoder.up_blocks.0.resnets.1.conv1.weight", blocks=4)    "decoder.up.3.block.1.conv1.weight"
 
+The transformers of SD 3 and FLUX have a layout of their own (transformer_keys.py).
+
 input_blocks.4: block 0 is conv_in, blocks 1 and 2 are the two layers of down block 0, block 3 is its downsampler, and
 block 4 is the first layer of down block 1. In that layer, 0 is the resnet and 1 the attention.
 Diffusers' from_single_file does the reverse; the tests check that each undoes the other.
@@ -23,10 +25,14 @@ import torch
 from torch import Tensor
 
 from sd_unlearn.errors import UnlearnError
+from sd_unlearn.models.checkpoint_header import SD3_TEXT_ENCODERS
+from sd_unlearn.models.transformer_keys import original_weights
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 CLIP = {"sd1": "cond_stage_model.transformer.text_model.", "sdxl": "conditioner.embedders.0.transformer.text_model."}
 OPEN_CLIP = {"sd2": "cond_stage_model.model.", "sdxl": "conditioner.embedders.1.model."}
+
+_NOT_WRITTEN = ("position_ids", "encoder.embed_tokens.weight")  # a constant, and a copy of T5's shared.weight
 
 _PREFIXES = {
     "conv_in": "input_blocks.0.0",
@@ -197,11 +203,15 @@ def checkpoint(pipeline: Any, kind: str) -> dict[str, Tensor]:
     """All weights of a pipeline under their names in a single-file checkpoint.
 
     Args:
-        kind: "sd1", "sd2" or "sdxl".
+        kind: "sd1", "sd2", "sdxl", "sd3" or "flux" (the transformer only, as it was published).
 
     Raises:
-        UnlearnError: the layout has no name for a part of the UNet.
+        UnlearnError: the layout has no name for a part of the UNet or transformer.
     """
+    if kind == "flux":
+        return original_weights(kind, pipeline.transformer.state_dict())
+    if kind == "sd3":
+        return _sd3_checkpoint(pipeline)
     unet_blocks, vae_blocks = blocks_of(pipeline.unet.config), len(pipeline.vae.config.up_block_types)
     weights = {UNET + unet_key(key, unet_blocks): value for key, value in pipeline.unet.state_dict().items()}
     weights |= {VAE + key: value for key, value in vae_weights(pipeline.vae.state_dict(), vae_blocks).items()}
@@ -215,6 +225,30 @@ def checkpoint(pipeline: Any, kind: str) -> dict[str, Tensor]:
         weights["v_pred"] = torch.tensor([])  # ComfyUI and Forge look for this key; for SD 2 they test the weights
         if pipeline.scheduler.config.get("rescale_betas_zero_snr"):
             weights["ztsnr"] = torch.tensor([])
+    return weights
+
+
+def _sd3_checkpoint(pipeline: Any) -> dict[str, Tensor]:
+    """As `checkpoint`: transformer, VAE and the text encoders that the pipeline has.
+
+    Raises:
+        UnlearnError: the projection of the first text encoder is not the identity, which the layout leaves out.
+    """
+    weights = {UNET + key: value for key, value in original_weights("sd3", pipeline.transformer.state_dict()).items()}
+    vae = vae_weights(pipeline.vae.state_dict(), len(pipeline.vae.config.up_block_types))
+    weights |= {VAE + key: value for key, value in vae.items()}
+    for component, name in SD3_TEXT_ENCODERS.items():
+        if (encoder := getattr(pipeline, component, None)) is None:
+            continue
+        state = {key: value for key, value in encoder.state_dict().items() if not key.endswith(_NOT_WRITTEN)}
+        if name == "clip_l":
+            projection = state.pop("text_projection.weight")
+            if not torch.equal(projection, torch.eye(len(projection)).to(projection)):
+                raise UnlearnError(
+                    "The projection of the base's first text encoder is not the identity, as in Stable Diffusion 3, so "
+                    "it has no place in a single file. Write a folder instead."
+                )
+        weights |= {f"text_encoders.{name}.transformer.{key}": value for key, value in state.items()}
     return weights
 
 

@@ -192,6 +192,14 @@ def test_every_key_of_a_text_encoder_is_known(kind: str, network: str, prefix: s
 NODES: dict[str, tuple[dict[str, str], tuple[str, ...]]] = {
     "CheckpointLoaderSimple": ({}, ("MODEL", "CLIP", "VAE")),
     "LoraLoader": ({"model": "MODEL", "clip": "CLIP"}, ("MODEL", "CLIP")),
+    "LoraLoaderModelOnly": ({"model": "MODEL"}, ("MODEL",)),
+    "UNETLoader": ({}, ("MODEL",)),
+    "VAELoader": ({}, ("VAE",)),
+    "DualCLIPLoader": ({}, ("CLIP",)),
+    "TripleCLIPLoader": ({}, ("CLIP",)),
+    "ModelSamplingSD3": ({"model": "MODEL"}, ("MODEL",)),
+    "FluxGuidance": ({"conditioning": "CONDITIONING"}, ("CONDITIONING",)),
+    "EmptySD3LatentImage": ({}, ("LATENT",)),
     "CLIPTextEncode": ({"clip": "CLIP"}, ("CONDITIONING",)),
     "EmptyLatentImage": ({}, ("LATENT",)),
     "KSampler": (
@@ -204,6 +212,14 @@ NODES: dict[str, tuple[dict[str, str], tuple[str, ...]]] = {
 SETTINGS = {
     "CheckpointLoaderSimple": {"ckpt_name"},
     "LoraLoader": {"lora_name", "strength_model", "strength_clip"},
+    "LoraLoaderModelOnly": {"lora_name", "strength_model"},
+    "UNETLoader": {"unet_name", "weight_dtype"},
+    "VAELoader": {"vae_name"},
+    "DualCLIPLoader": {"clip_name1", "clip_name2", "type"},
+    "TripleCLIPLoader": {"clip_name1", "clip_name2", "clip_name3"},
+    "ModelSamplingSD3": {"shift"},
+    "FluxGuidance": {"guidance"},
+    "EmptySD3LatentImage": {"width", "height", "batch_size"},
     "CLIPTextEncode": {"text"},
     "EmptyLatentImage": {"width", "height", "batch_size"},
     "KSampler": {"seed", "steps", "cfg", "sampler_name", "scheduler", "denoise"},
@@ -212,9 +228,17 @@ SETTINGS = {
 }
 
 
-def test_the_workflow_is_one_that_comfyui_runs() -> None:
+OF_A_RUN = {"lora": "a.safetensors", "prompt": "a", "strength": 1.0, "size": 1024, "steps": 28, "guidance": 4.5}
+
+
+@pytest.mark.parametrize("kind", ["sd1", "sd3", "flux"])
+def test_the_workflow_is_one_that_comfyui_runs(kind: str) -> None:
     """Every input is there, a link names a node and an output of the right type, and nothing goes past the LoRA."""
-    nodes = json.loads((DOCS / "comfyui-workflow.json").read_text(encoding="utf-8"))
+    nodes = {
+        "sd1": lambda: json.loads((DOCS / "comfyui-workflow.json").read_text(encoding="utf-8")),
+        "sd3": lambda: workflow.sd3_nodes(checkpoint="sd3.safetensors", **OF_A_RUN),
+        "flux": lambda: workflow.flux_nodes(checkpoint="flux.safetensors", **OF_A_RUN),
+    }[kind]()
     for name, node in nodes.items():
         links, _ = NODES[node["class_type"]]
         assert node["inputs"].keys() == links.keys() | SETTINGS[node["class_type"]], name
@@ -228,12 +252,14 @@ def test_the_workflow_is_one_that_comfyui_runs() -> None:
         behind.add(name := waiting.pop())
         waiting += [v[0] for v in nodes[name]["inputs"].values() if isinstance(v, list) and v[0] not in behind]
     assert behind == nodes.keys(), "a node that nothing comes of"
-    (loader,) = (node["inputs"] for node in nodes.values() if node["class_type"] == "LoraLoader")
-    assert (loader["strength_model"], loader["strength_clip"]) == (1.0, 1.0)
+    (loader,) = (name for name, node in nodes.items() if node["class_type"].startswith("LoraLoader"))
+    strengths = {value for key, value in nodes[loader]["inputs"].items() if key.startswith("strength")}
+    assert strengths == {1.0}
+    takes_clip = "clip" in nodes[loader]["inputs"]  # LoRAs of SD 3 and FLUX have no text encoder
     for node in nodes.values():
-        if node["class_type"] in ("KSampler", "CLIPTextEncode"):
-            source = node["inputs"].get("model") or node["inputs"]["clip"]
-            assert nodes[source[0]]["class_type"] == "LoraLoader"
+        source = node["inputs"].get("model") or (takes_clip and node["inputs"].get("clip"))
+        if source and node["class_type"] in ("KSampler", "CLIPTextEncode", "ModelSamplingSD3"):
+            assert source[0] == loader or nodes[source[0]]["inputs"]["model"][0] == loader
 
 
 def test_the_workflow_of_the_documentation_is_made_as_that_of_an_export() -> None:
@@ -245,12 +271,12 @@ def test_the_workflow_of_the_documentation_is_made_as_that_of_an_export() -> Non
 
 def test_every_cell_of_the_table_is_a_test() -> None:
     text = (DOCS / "using.md").read_text(encoding="utf-8")
-    table = [line for line in text.splitlines() if line.startswith(("| SD", "| SDXL"))]
+    table = [line for line in text.splitlines() if line.startswith(("| SD", "| FLUX"))]
     named = [re.findall(r"`(test_\w+)`", line) for line in table]
-    assert len(table) >= 15
+    assert len(table) >= 18
     assert all(named), "a line without a test"
     sources = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
     defined = set(re.findall(r"^def (test_\w+)\(", sources, re.MULTILINE))
     assert {name for names in named for name in names} <= defined
     kinds = {line.split("|")[1].strip() for line in table}
-    assert kinds == {"SD 1", "SD 2", "SDXL"}
+    assert kinds == {"SD 1", "SD 2", "SDXL", "SD 3", "FLUX"}

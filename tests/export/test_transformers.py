@@ -1,0 +1,266 @@
+"""Exports of runs on SD 3 and FLUX: every reader has the trained network, and ComfyUI knows every name."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline, FluxTransformer2DModel, SD3Transformer2DModel
+from export_runs import SLUG, exported, read_header, training_record, write_run
+from flow_kinds import KIND_OF, FlowKinds
+from peft import LoraConfig, PeftModel
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from sd_unlearn.export import merge
+from sd_unlearn.export.lora_files import DIFFUSERS_FILE
+from sd_unlearn.io.run_folder import ADAPTER_DIR
+from sd_unlearn.models import lora
+from sd_unlearn.models.base import network_sha256
+from sd_unlearn.models.transformer_keys import diffusers_weights, original_weights
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+NAMES = ("sd35", "flux-dev")
+NETWORKS = {"sd3": SD3Transformer2DModel, "flux": FluxTransformer2DModel}
+CASES: dict[str, dict[str, Any]] = {
+    "alpha is not rank": {"r": 4, "lora_alpha": 1.4},
+    "rslora": {"r": 4, "lora_alpha": 1.5, "use_rslora": True},
+    "ranks and alphas differ": {
+        "r": 4,
+        "lora_alpha": 3,
+        "rank_pattern": {"to_k": 2},
+        "alpha_pattern": {"ff.net.2": 0.7, "to_k": 9},
+    },
+}
+TOLERANCE = 1e-6  # of a weight, in float32
+
+
+@pytest.fixture(autouse=True)
+def _any_base_loads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Load the base with Diffusers' own loader."""
+
+    def load(run: Any, allow_pickle: bool = False) -> Any:
+        return open_pipeline(Path(run.base["name"]))
+
+    monkeypatch.setattr(merge, "trained_base", load)
+
+
+def open_pipeline(folder: Path) -> Any:
+    pipeline = DiffusionPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    if hasattr(pipeline, "text_encoder_3"):
+        nn.init.eye_(pipeline.text_encoder.text_projection.weight)  # as in the published model
+    return pipeline
+
+
+def trained_run(base: Path, run: Path, kind: str, **settings: Any) -> dict[str, Tensor]:
+    """A run with a LoRA on every linear layer, up weights not zero; returns the trained weights of the transformer."""
+    transformer = NETWORKS[kind].from_pretrained(base, subfolder="transformer")
+    record = training_record(
+        settings["r"],
+        settings["lora_alpha"],
+        name=str(base),
+        kind=kind,
+        sha256=network_sha256(transformer),
+        prediction_type="flow",
+    )
+    write_run(run, record)
+    everything = [n for n, m in transformer.named_modules() if isinstance(m, nn.Linear)]
+    torch.manual_seed(1)
+    config = LoraConfig(target_modules=everything, init_lora_weights="gaussian", **settings)
+    model = PeftModel(transformer, config, adapter_name=lora.ADAPTER_NAME)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(0.2 * torch.randn_like(parameter))
+            if "magnitude" in name:
+                parameter.mul_(1 + 0.2 * torch.rand_like(parameter))
+    lora.save(model, run / ADAPTER_DIR)
+    return {name: value.clone() for name, value in model.merge_and_unload().state_dict().items()}
+
+
+def comfy_names(kind: str, transformer: Any) -> dict[str, tuple[str, int]]:
+    """What ComfyUI looks for in the blocks: a name in the LoRA -> the original weight and its first row.
+
+    Written from the rules of its tables (mmdit_to_diffusers, flux_to_diffusers), independently of transformer_keys.
+    """
+    width, found = transformer.inner_dim, {}
+    first, x, context = ("joint_blocks", "x_block.", "context_block.")
+    rest = {
+        "attn.to_out.0": "x_block.attn.proj",
+        "attn.to_add_out": "context_block.attn.proj",
+        "attn2.to_out.0": "x_block.attn2.proj",
+        "norm1.linear": "x_block.adaLN_modulation.1",
+        "norm1_context.linear": "context_block.adaLN_modulation.1",
+        "ff.net.0.proj": "x_block.mlp.fc1",
+        "ff.net.2": "x_block.mlp.fc2",
+        "ff_context.net.0.proj": "context_block.mlp.fc1",
+        "ff_context.net.2": "context_block.mlp.fc2",
+    }
+    if kind == "flux":
+        first, x, context = ("double_blocks", "img_", "txt_")
+        rest = {
+            "attn.to_out.0": "img_attn.proj",
+            "attn.to_add_out": "txt_attn.proj",
+            "norm1.linear": "img_mod.lin",
+            "norm1_context.linear": "txt_mod.lin",
+            "ff.net.0.proj": "img_mlp.0",
+            "ff.net.2": "img_mlp.2",
+            "ff_context.net.0.proj": "txt_mlp.0",
+            "ff_context.net.2": "txt_mlp.2",
+        }
+    for number in range(len(transformer.transformer_blocks)):
+        ours, theirs = f"transformer.transformer_blocks.{number}.", f"{first}.{number}."
+        for place, part in enumerate("qkv"):
+            found[f"{ours}attn.to_{part}"] = f"{theirs}{x}attn.qkv", place * width
+            found[f"{ours}attn2.to_{part}"] = f"{theirs}{x}attn2.qkv", place * width
+            found[f"{ours}attn.add_{part}_proj"] = f"{theirs}{context}attn.qkv", place * width
+        found |= {ours + name: (theirs + other, 0) for name, other in rest.items()}
+    for number in range(len(getattr(transformer, "single_transformer_blocks", []))):
+        ours, theirs = f"transformer.single_transformer_blocks.{number}.", f"single_blocks.{number}."
+        for place, name in enumerate(("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")):
+            found[ours + name] = f"{theirs}linear1", place * width
+        found[f"{ours}proj_out"], found[f"{ours}norm.linear"] = (f"{theirs}linear2", 0), (f"{theirs}modulation.lin", 0)
+    return found
+
+
+def comfy_reads(kind: str, transformer: Any, file: Path, strength: float) -> dict[str, Tensor]:
+    """An independent reader: the blocks' weights in the original layout, W[rows] + strength * B @ A.
+
+    The rest of the transformer has the same names in Diffusers or none in ComfyUI's tables, and is left out.
+    """
+    weights = {name: value.clone() for name, value in original_weights(kind, transformer.state_dict()).items()}
+    tensors, names = load_file(file), comfy_names(kind, transformer)
+    assert not [key for key in tensors if not key.endswith((".lora_A.weight", ".lora_B.weight"))], "no alpha"
+    for key in {key.split(".lora_")[0] for key in tensors}:
+        if ".transformer_blocks." not in key and ".single_transformer_blocks." not in key:
+            continue
+        name, row = names[key]
+        change = strength * tensors[f"{key}.lora_B.weight"] @ tensors[f"{key}.lora_A.weight"]
+        weights[f"{name}.weight"][row : row + len(change)] += change
+    return weights
+
+
+def in_blocks(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of the blocks, except the modulation of SD 3's last context: ComfyUI does not exchange its halves."""
+    last = max((name for name in weights if ".context_block.adaLN" in name), default="")
+    return {n: w for n, w in weights.items() if "blocks." in n and n != last and n != last.replace("weight", "bias")}
+
+
+def mixed(base: dict[str, Tensor], trained: dict[str, Tensor], strength: float) -> dict[str, Tensor]:
+    return {name: torch.lerp(value, trained[name], strength) for name, value in base.items()}
+
+
+def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
+    assert a.keys() == b.keys()
+    for name, value in a.items():
+        assert torch.allclose(value, b[name], atol=TOLERANCE), name
+
+
+def with_lora(base: Path, file: Path, strength: float) -> dict[str, Tensor]:
+    """What Diffusers makes of the transformer: its own loader, and the weights that it fuses."""
+    pipeline = open_pipeline(base)
+    pipeline.load_lora_weights(file, adapter_name="it")
+    pipeline.fuse_lora(components=["transformer"], lora_scale=strength)
+    pipeline.unload_lora_weights()
+    return dict(pipeline.transformer.state_dict())
+
+
+def merged(run: Path, kind: str, base: Path, place: Path, strength: float) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    exported(run, merge=place / f"{strength}", strength=strength)
+    yield "folder", dict(open_pipeline(place / f"{strength}").transformer.state_dict())
+    file = place / f"{strength}.safetensors"
+    exported(run, merge=file, strength=strength)
+    if kind == "sd3":
+        config = str(base / "transformer")
+        yield "file", dict(SD3Transformer2DModel.from_single_file(str(file), config=config).state_dict())
+    else:  # Diffusers' converter knows the real width only; test_transformer_keys.py compares it with this one
+        shapes = {n: tuple(v.shape) for n, v in open_pipeline(base).transformer.state_dict().items()}
+        yield "file", diffusers_weights(kind, shapes, load_file(file))
+
+
+@pytest.mark.parametrize("case", list(CASES))
+@pytest.mark.parametrize("name", NAMES)
+def test_all_readers_have_the_trained_weights(flow_kinds: FlowKinds, tmp_path: Path, name: str, case: str) -> None:
+    kind, base, run = KIND_OF[name], flow_kinds.folder(name), tmp_path / "run"
+    trained = trained_run(base, run, kind, **CASES[case])
+    for_diffusers, for_comfy = exported(run)
+    transformer = open_pipeline(base).transformer
+    untouched = {name: value.clone() for name, value in transformer.state_dict().items()}
+    for strength in (0.5, 1.0):
+        want = mixed(untouched, trained, strength)
+        assert max((want[key] - value).abs().max() for key, value in untouched.items()) > 100 * TOLERANCE
+        for file in (for_diffusers, for_comfy):
+            assert_same(with_lora(base, file, strength), want)
+            read = in_blocks(comfy_reads(kind, transformer, file, strength))
+            assert_same(read, in_blocks(original_weights(kind, want)))
+    for strength in (0.5, 1.0) if case == "alpha is not rank" else ():
+        for what, weights in merged(run, kind, base, tmp_path, strength):
+            assert_same(weights, mixed(untouched, trained, strength)), what
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_default_targets_have_names_in_comfyui(flow_kinds: FlowKinds, name: str) -> None:
+    transformer = open_pipeline(flow_kinds.folder(name)).transformer
+    names = comfy_names(KIND_OF[name], transformer)
+    attention = [n for n, m in transformer.named_modules() if isinstance(m, nn.Linear) and ".attn" in n]
+    assert attention
+    assert all(f"transformer.{module}" in names for module in attention)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_dora_is_read_by_diffusers_and_as_whole_changes(flow_kinds: FlowKinds, tmp_path: Path, name: str) -> None:
+    kind, base, run = KIND_OF[name], flow_kinds.folder(name), tmp_path / "run"
+    trained = trained_run(base, run, kind, r=4, lora_alpha=1.4, use_dora=True)
+    for_diffusers, for_comfy = exported(run)
+    untouched = open_pipeline(base).transformer.state_dict()
+    assert_same(with_lora(base, for_diffusers, 1.0), trained)
+    for key, change in load_file(for_comfy).items():
+        weight = f"{key.removeprefix('transformer.').removesuffix('.diff')}.weight"
+        assert torch.allclose(untouched[weight] + change, trained[weight], atol=TOLERANCE), key
+
+
+def test_a_merged_file_of_sd3_holds_vae_and_text_encoders(flow_kinds: FlowKinds, tmp_path: Path) -> None:
+    base, run, file = flow_kinds.folder("sd35"), tmp_path / "run", tmp_path / "a.safetensors"
+    trained_run(base, run, "sd3", r=4, lora_alpha=1.4)
+    exported(run, merge=file, dtype="fp16")
+    tensors, pipeline = load_file(file), open_pipeline(base)
+    assert {value.dtype for value in tensors.values()} == {torch.float16}
+    names = {"text_encoder": "clip_l", "text_encoder_2": "clip_g", "text_encoder_3": "t5xxl"}
+    for component, name in names.items():
+        prefix = f"text_encoders.{name}.transformer."
+        own = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+        state = getattr(pipeline, component).state_dict()
+        left_out = set(state) - set(own)
+        assert left_out <= {"text_projection.weight", "encoder.embed_tokens.weight"}
+        assert all(torch.allclose(value.float(), state[key], atol=1e-3) for key, value in own.items())
+    assert "first_stage_model.decoder.up.0.block.0.conv1.weight" in tensors
+    assert "model.diffusion_model.joint_blocks.0.x_block.attn2.qkv.weight" in tensors
+    header = read_header(file)
+    assert header["modelspec.architecture"] == "stable-diffusion-3"
+    assert "modelspec.prediction_type" not in header, "ModelSpec defines none for flow matching"
+
+
+@pytest.mark.parametrize(("name", "architecture"), [("sd35", "stable-diffusion-3"), ("flux-dev", "flux-1")])
+def test_headers_card_and_workflow_are_those_of_the_kind(
+    flow_kinds: FlowKinds, tmp_path: Path, name: str, architecture: str
+) -> None:
+    kind, run = KIND_OF[name], tmp_path / "run"
+    trained_run(flow_kinds.folder(name), run, kind, r=4, lora_alpha=1.4)
+    _, file = exported(run)
+    header = read_header(file)
+    assert header["modelspec.architecture"] == f"{architecture}/lora"
+    assert header["ss_base_model_version"] == {"sd3": "sd3", "flux": "flux1"}[kind]
+    assert "lora_adapter_metadata" not in read_header(run / "export" / DIFFUSERS_FILE), "the scale is in the weights"
+    card = (run / "export" / "README.md").read_text()
+    assert {"sd3": "StableDiffusion3Pipeline", "flux": "FluxPipeline"}[kind] in card
+    assert "A1111" not in card
+    nodes = json.loads((run / "export" / "comfyui-workflow.json").read_text())
+    assert nodes["2"]["class_type"] == "LoraLoaderModelOnly"
+    assert nodes["2"]["inputs"]["lora_name"] == f"{SLUG}.safetensors"
+    links = [value for node in nodes.values() for value in node["inputs"].values() if isinstance(value, list)]
+    assert {node for node, _ in links} <= nodes.keys()
