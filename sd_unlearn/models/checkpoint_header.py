@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from sd_unlearn.errors import UsageError, reason
+from sd_unlearn.models.kinds import SUPPORTED
 
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
-SUPPORTED = "Stable Diffusion 1.x, 2.x and XL can be trained"
 UNET = "model.diffusion_model."
 VAES = ("first_stage_model.", "vae.")
-TEXT_ENCODERS = ("cond_stage_model.", "conditioner.embedders.")
+TEXT_ENCODERS = ("cond_stage_model.", "conditioner.embedders.", "text_encoders.")
+# Component -> its name in SD 3's files, after text_encoders.
+SD3_TEXT_ENCODERS = {"text_encoder": "clip_l", "text_encoder_2": "clip_g", "text_encoder_3": "t5xxl"}
 # Part of a tensor name -> what a file with such a tensor is. The first match is reported.
 UNSUPPORTED_TENSORS = {
     "lora_up.": "a LoRA, not a base model",
@@ -24,8 +26,11 @@ UNSUPPORTED_TENSORS = {
     "motion_modules.": "an AnimateDiff motion module",
     "string_to_param": "a textual inversion",
     "emb_params": "a textual inversion",
-    "joint_blocks.": "a Stable Diffusion 3 model",
-    "double_blocks.": "a FLUX model or a relative of it",
+    ".quant_state.": "quantized to 4 or 8 bits by bitsandbytes (--quantize_base does this on loading)",
+    ".qweight": "quantized for Nunchaku",
+    "distilled_guidance_layer.": "a Chroma model",
+    "double_stream_modulation_img.": "a FLUX.2 model",
+    "individual_token_refiner.": "a HunyuanVideo model",
     "edm_mean": "a Playground 2.5 model, which has an EDM schedule,",
     "edm_vpred.": "a model with an EDM schedule",
     "double_stream_blocks.": "a HiDream model",
@@ -125,10 +130,10 @@ def _pickled_tensors(path: Path, option: str) -> dict[str, Any]:
 
 
 def kind_of_file(header: CheckpointHeader, option: str = "--pretrained_model_name_or_path") -> str:
-    """sd1, sd2 or sdxl, by tensors that do not depend on the model's width.
+    """A key of KINDS, by tensors that do not depend on the model's width.
 
-    Only XL embeds sizes and a pooled caption (label_emb), and only SD 1.x enters its transformers by a convolution
-    (4-dimensional proj_in).
+    SD 3 and FLUX have blocks of their own. Only XL embeds sizes and a pooled caption (label_emb), and only SD 1.x enters
+    its transformers by a convolution (4-dimensional proj_in).
 
     Raises:
         UsageError: the file is not such a checkpoint; says what it is if that is known.
@@ -136,6 +141,8 @@ def kind_of_file(header: CheckpointHeader, option: str = "--pretrained_model_nam
     fault = _unsupported(header)
     if fault:
         raise UsageError(f"{option} {header.path} is {fault}. {SUPPORTED}; use such a checkpoint.")
+    if kind := _transformer_kind(header):
+        return kind
     if not any(header.under(*TEXT_ENCODERS)):
         raise UsageError(f"{option} {header.path} holds a UNet without its text encoder. Use the complete checkpoint.")
     if f"{UNET}label_emb.0.0.weight" in header.shapes:
@@ -144,10 +151,15 @@ def kind_of_file(header: CheckpointHeader, option: str = "--pretrained_model_nam
 
 
 def _unsupported(header: CheckpointHeader) -> str:
-    """What a file is if it is not a checkpoint of Stable Diffusion 1.x, 2.x or XL; empty if it is one."""
+    """What a file is if it is not a checkpoint of a supported kind; empty if it is one."""
     for part, what in UNSUPPORTED_TENSORS.items():
         if any(part in name for name in header.shapes):
             return what
+    if kind := _transformer_kind(header):
+        inputs = next((shape[1] for name, shape in header.shapes.items() if name.endswith("img_in.weight")), 64)
+        return (
+            "" if kind == "sd3" or inputs == 64 else f"a FLUX model that takes {inputs} channels (Fill, Depth, Canny)"
+        )
     if not header.text_width:
         return _part_of_a_model(header)
     channels = (*header.shapes.get(f"{UNET}input_blocks.0.0.weight", ()), 0, 0)[1]
@@ -162,11 +174,20 @@ def _unsupported(header: CheckpointHeader) -> str:
     return ""
 
 
+def _transformer_kind(header: CheckpointHeader) -> str | None:
+    """sd3 or flux, by the blocks of its transformer; None for other files."""
+    if any("joint_blocks.0.x_block.attn.qkv." in name for name in header.shapes):
+        return "sd3"
+    if any("double_blocks.0.img_attn.norm.query_norm." in name for name in header.shapes):
+        return "flux"
+    return None
+
+
 def _part_of_a_model(header: CheckpointHeader) -> str:
     names = header.shapes
     if any(name.endswith("decoder.conv_in.weight") for name in names):
         return "only a VAE: use it with --vae"
-    if any(name.startswith(("down_blocks.", "text_model.", "embeddings.")) for name in names):
+    if any(name.startswith(("down_blocks.", "transformer_blocks.", "text_model.", "embeddings.")) for name in names):
         return "one network of a diffusers folder: use the folder"
     return "not a checkpoint of Stable Diffusion"
 

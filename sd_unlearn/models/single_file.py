@@ -14,6 +14,7 @@ from typing import Any
 from sd_unlearn.errors import UnlearnError, reason
 from sd_unlearn.models import ldm_keys
 from sd_unlearn.models.checkpoint_header import TEXT_ENCODERS, UNET, read_tensors_under
+from sd_unlearn.models.kinds import KINDS
 from sd_unlearn.models.source import OPTION, SINGLE_FILE_DIR, Source
 
 TOKENS = 77  # CLIP's text length
@@ -57,6 +58,10 @@ def load_single_file(source: Source, dtype: Any, vae: Any = None) -> Any:
     from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
     from diffusers.loaders.single_file_utils import SingleFileComponentError
 
+    if KINDS[str(source.kind)].is_flow:
+        from sd_unlearn.models.transformer_file import load_transformer_file
+
+        return load_transformer_file(source, dtype, vae)
     config, is_xl = source.configs, source.kind == "sdxl"
     assert config is not None
     given: dict[str, Any] = _tokenizers(config, source.kind)
