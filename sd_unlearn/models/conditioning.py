@@ -72,7 +72,7 @@ class TextConditioning:
         """The pipeline's arguments for prompts, from encoded captions. empty: the empty caption, as often as text."""
         return {"prompt_embeds": text, "negative_prompt_embeds": empty}
 
-    def options(self) -> dict[str, Any]:
+    def options(self, pipeline: Any) -> dict[str, Any]:
         """Further arguments of the pipeline, for prompts in words and encoded ones."""
         return {}
 
@@ -123,7 +123,7 @@ class XLConditioning(TextConditioning):
 class SD3Conditioning(XLConditioning):
     """SD 3 and 3.5: the tokens of two CLIPs side by side, then those of T5; both CLIPs' pooled embeddings.
 
-    Without T5 its tokens are zeros, as in the pipeline.
+    Without T5 its tokens are zeros: as many as CLIP's, which was Diffusers' number until it became an argument.
     """
 
     def predict(self, model: nn.Module, noisy: Tensor, timesteps: Tensor, text: Tensor) -> Tensor:
@@ -134,9 +134,13 @@ class SD3Conditioning(XLConditioning):
 
     def encode(self, pipeline: Any, captions: Sequence[str], device: Any) -> Tensor:
         tokens, _, pooled, _ = pipeline.encode_prompt(
-            list(captions), None, None, device=device, do_classifier_free_guidance=False
+            list(captions), None, None, device=device, do_classifier_free_guidance=False, **self.options(pipeline)
         )
         return pack(tokens, pooled)
+
+    def options(self, pipeline: Any) -> dict[str, Any]:
+        has_t5 = pipeline.text_encoder_3 is not None
+        return {"max_sequence_length": T5_TOKENS if has_t5 else pipeline.tokenizer_max_length}
 
     def shape_of(self, network: Mapping[str, Any], tokens: int) -> tuple[int, int]:
         return tokens + T5_TOKENS + 1, int(network["joint_attention_dim"])
@@ -179,7 +183,7 @@ class FluxConditioning(XLConditioning):
         tokens, pooled = unpack(text, self.pooled_width)
         return {"prompt_embeds": tokens, "pooled_prompt_embeds": pooled}
 
-    def options(self) -> dict[str, Any]:
+    def options(self, pipeline: Any) -> dict[str, Any]:
         return {"max_sequence_length": self.length}
 
     def to_pipeline(self, latents: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from sd_unlearn.config.base import DEFAULT_BASE, BaseOptions
 from sd_unlearn.errors import UsageError
 from sd_unlearn.io.schema import OPEN, validate
 from sd_unlearn.models.checkpoint_header import (
+    SD3_TEXT_ENCODERS,
     check_suffix,
     check_vae_file,
     kind_of_file,
@@ -117,7 +118,8 @@ def check_network(name: str, network: Mapping[str, Any]) -> None:
         UsageError
     """
     channels = network.get("in_channels", 4)
-    if expected := {"sd3": 16, "flux": 64}.get(kind_of(network)):  # FLUX: patches of 2 x 2
+    if KINDS[kind_of(network)].is_flow:
+        expected = network.get("out_channels") or {"sd3": 16, "flux": 64}[kind_of(network)]  # FLUX: patches of 2 x 2
         if channels != expected:
             raise UsageError(f"{OPTION} {name} takes {channels} channels instead of {expected}. {SUPPORTED}.")
         return
@@ -165,6 +167,9 @@ def check_prediction(source: Source, prediction_type: str | None) -> None:
 
 def _check_file(source: Source) -> None:
     kind = kind_of_file(source.header)
+    if KINDS[kind].is_flow:
+        _check_transformer_file(source, KINDS[kind])
+        return
     config = source.configs
     assert config is not None
     unet = source.config_of("unet")
@@ -193,6 +198,31 @@ def _check_file(source: Source) -> None:
         by = "--prediction_type" if source.prediction_type else "--single_file_config"
         raise UsageError(
             f"{by} says {source.known_prediction_type}, but {source.name} itself states that it predicts {stated}."
+        )
+
+
+def _check_transformer_file(source: Source, kind: Kind) -> None:
+    """Refuse a file of SD 3 or FLUX if it and --single_file_config together do not hold every network."""
+    name, folder = f"{OPTION} {source.name}", source.single_file_config
+    if folder is None:
+        raise UsageError(
+            f"{name} lacks tokenizers and configurations. Add --single_file_config with the diffusers folder of the "
+            "same model, which may lack the weights that the file holds."
+        )
+    index = source.config_of("", "model_index.json")
+    if index.get("_class_name") != kind.pipeline or not source.config_of(kind.network):
+        described = index.get("_class_name", "no pipeline")
+        raise UsageError(f"{name} is of kind {kind.name}, but --single_file_config {folder} describes a {described}.")
+    components = [component for component in kind.components[1:] if _listed_class(index, component)]
+    if source.drop_t5 and "text_encoder_3" in components:
+        components.remove("text_encoder_3")
+    in_file = {"vae"} if source.header.has_vae or source.vae else set()
+    in_file |= {c for c, part in SD3_TEXT_ENCODERS.items() if any(source.header.under(f"text_encoders.{part}."))}
+    missing = [c for c in components if c not in in_file and not weights_in(Path(folder).expanduser() / c)]
+    if missing:
+        raise UsageError(
+            f"{name}: neither the file nor --single_file_config {folder} holds the weights of {', '.join(missing)}. "
+            "Download them into that folder."
         )
 
 

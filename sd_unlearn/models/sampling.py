@@ -152,7 +152,7 @@ def sample(base: Base, seeds: Sequence[int], sampler: Sampler, **prompts: Any) -
     with torch.no_grad():
         latents = base.pipeline(
             **prompts,
-            **base.conditioning.options(),
+            **base.conditioning.options(base.pipeline),
             num_inference_steps=sampler.steps,
             guidance_scale=sampler.guidance_scale,
             generator=generators,
