@@ -132,8 +132,8 @@ def _pickled_tensors(path: Path, option: str) -> dict[str, Any]:
 def kind_of_file(header: CheckpointHeader, option: str = "--pretrained_model_name_or_path") -> str:
     """A key of KINDS, by tensors that do not depend on the model's width.
 
-    SD 3 and FLUX have blocks of their own. Of the others only XL embeds sizes and a pooled caption (label_emb), and only
-    SD 1.x enters its transformers by a convolution (4-dimensional proj_in).
+    SD 3 and FLUX have blocks of their own. Of the UNets only XL embeds sizes and a pooled caption (label_emb), and
+    only SD 1.x enters its transformers by a convolution (4-dimensional proj_in).
 
     Raises:
         UsageError: the file is not such a checkpoint; says what it is if that is known.

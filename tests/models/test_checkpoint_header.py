@@ -21,6 +21,9 @@ from sd_unlearn.models.checkpoint_header import (
 
 OPTION = "--pretrained_model_name_or_path"
 UNET = "model.diffusion_model."
+QKV = "double_blocks.0.img_attn.qkv"
+FLUX = {f"{QKV}.weight": (9216, 3072), "double_blocks.0.img_attn.norm.query_norm.scale": (128,)}
+SD3 = {"joint_blocks.0.x_block.attn.qkv.weight": (4608, 1536)}
 
 
 def real(kind: str, **changes: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
@@ -57,14 +60,26 @@ def test_the_kind_of_published_and_of_narrow_models(kinds: Kinds, kind: str) -> 
     assert narrow.shapes == {name: tuple(value.shape) for name, value in original_names(kinds.pipeline(kind)).items()}
 
 
+@pytest.mark.parametrize("prefix", ["", UNET])
+def test_the_kind_of_transformers(prefix: str) -> None:
+    assert kind_of_file(header({f"{prefix}{name}": shape for name, shape in SD3.items()})) == "sd3"
+    flux = FLUX | {"img_in.weight": (3072, 64)}
+    assert kind_of_file(header({f"{prefix}{name}": shape for name, shape in flux.items()})) == "flux"
+
+
 @pytest.mark.parametrize(
     ("shapes", "named"),
     [
         ({"lora_unet_down_blocks_0.lora_up.weight": (8, 4)}, "a LoRA"),
         ({"unet.down_blocks.0.attn1.to_q.lora_A.weight": (8, 4)}, "a LoRA"),
         (real("sd1") | {"control_model.time_embed.0.weight": (1280, 320)}, "a ControlNet"),
-        ({"model.diffusion_model.joint_blocks.0.context_block.adaLN_modulation.1.bias": (1,)}, "Stable Diffusion 3"),
-        ({"double_blocks.0.img_attn.norm.key_norm.scale": (128,)}, "FLUX"),
+        (FLUX | {"distilled_guidance_layer.in_proj.weight": (5120, 64)}, "a Chroma model"),
+        (FLUX | {"double_stream_modulation_img.lin.weight": (1,)}, r"a FLUX\.2 model"),
+        (FLUX | {"txt_in.individual_token_refiner.blocks.0.mlp.fc1.bias": (1,)}, "a HunyuanVideo model"),
+        (FLUX | {"img_in.weight": (3072, 384)}, r"a FLUX model that takes 384 channels \(Fill"),
+        ({f"{QKV}.weight.quant_state.bitsandbytes__nf4": (1,)}, "quantized .* by bitsandbytes"),
+        ({"transformer_blocks.0.qkv_proj.qweight": (1,)}, "quantized for Nunchaku"),
+        ({"transformer_blocks.0.attn.to_q.weight": (8, 8)}, "one network of a diffusers folder"),
         (real("sd1") | {f"{UNET}input_blocks.0.0.weight": (320, 9, 3, 3)}, "an inpainting model"),
         (real("sd1") | {f"{UNET}input_blocks.0.0.weight": (320, 8, 3, 3)}, "an InstructPix2Pix model"),
         (real("sd1") | {f"{UNET}input_blocks.0.0.weight": (320, 7, 3, 3)}, "7 channels"),

@@ -132,26 +132,3 @@ def test_what_is_missing_is_named_before_anything_loads(
     ):
         with pytest.raises(UsageError, match=says):
             check_source(Source(str(place), single_file_config=config and str(config)))
-
-
-@pytest.mark.parametrize(
-    ("tensor", "what"),
-    [
-        ("distilled_guidance_layer.in_proj.weight", "a Chroma model"),
-        ("double_stream_modulation_img.lin.weight", "a FLUX.2 model"),
-        ("double_blocks.0.img_attn.qkv.weight.quant_state.bitsandbytes__nf4", "bitsandbytes"),
-        ("transformer_blocks.0.attn.to_q.qweight", "Nunchaku"),
-        ("transformer_blocks.0.attn.to_q.weight", "one network of a diffusers folder"),
-    ],
-)
-def test_relatives_and_quantized_files_are_refused_by_name(tmp_path: Path, tensor: str, what: str) -> None:
-    save_file({tensor: torch.ones(2), "img_in.weight": torch.ones(4, 64)}, tmp_path / "a.safetensors")
-    with pytest.raises(UsageError, match=what):
-        check_source(Source(str(tmp_path / "a.safetensors")))
-
-
-def test_a_flux_that_takes_more_than_latents_is_refused(tmp_path: Path) -> None:
-    tensors = {"double_blocks.0.img_attn.norm.query_norm.scale": torch.ones(2), "img_in.weight": torch.ones(4, 384)}
-    save_file(tensors, tmp_path / "fill.safetensors")
-    with pytest.raises(UsageError, match=r"takes 384 channels \(Fill"):
-        check_source(Source(str(tmp_path / "fill.safetensors")))
