@@ -9,8 +9,7 @@ The stages (reader, vae, denoiser, assemble, table) save their results in --work
 so an interrupted build resumes at the stage that was interrupted.
 
 --kind sd3 trains two text encoders and a transformer on the same data (digits_sd3.py) and keeps the bundled classifier,
-tokenizer and VAE. Its training saves its state every few minutes and resumes from there. The result is a pipeline
-folder of 6 MB, <work_dir>/pipeline, which is not part of the package.
+tokenizer and VAE. Its training saves its state every few minutes and resumes from there.
 
 --without trains text encoder and UNet again, with the same seeds and settings, on no image and no caption of one digit
 or ink. The bundled tokenizer and VAE are kept, which no method of unlearning changes. The result is a pipeline folder,
@@ -108,14 +107,14 @@ def build_sd3(work: Path, steps: int) -> None:
 
 
 def assemble_sd3(work: Path, _: int) -> None:
-    """Write the folder of digits-sd3, work/pipeline, in half precision."""
+    """Write the folder of digits-sd3 in half precision: 6 MB."""
     folder = ASSETS / "digits" / "tokenizer"
     tokenizer, vae = CLIPTokenizer.from_pretrained(folder), AutoencoderKL.from_pretrained(work / "vae")
     pipeline = flow_pipeline(Networks.load(work, tokenizer), vae, tokenizer).to(torch.float16)
-    shutil.rmtree(work / "pipeline", ignore_errors=True)
-    pipeline.save_pretrained(work / "pipeline")
+    shutil.rmtree(ASSETS / "digits-sd3", ignore_errors=True)
+    pipeline.save_pretrained(ASSETS / "digits-sd3")
     for name in ("tokenizer", "tokenizer_2"):  # with the two files of transformers 4, see `assemble`
-        shutil.copytree(folder, work / "pipeline" / name, dirs_exist_ok=True)
+        shutil.copytree(folder, ASSETS / "digits-sd3" / name, dirs_exist_ok=True)
 
 
 def assemble(work: Path, _: int) -> None:
@@ -194,11 +193,11 @@ def table(work: Path, _: int) -> None:
 
 def table_sd3(work: Path, _: int) -> None:
     """Measure the files of digits-sd3 and write the results into its model card."""
-    pipeline = StableDiffusion3Pipeline.from_pretrained(work / "pipeline", dtype=torch.float32)
+    pipeline = StableDiffusion3Pipeline.from_pretrained(ASSETS / "digits-sd3", dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     draw = partial(generate, pipeline, max_sequence_length=1)
     default = [(f"{name}, 256 empty tokens", *rest) for name, *rest in prompt_rows(partial(generate, pipeline), 20)]
-    write_card(work, work / "pipeline", [*prompt_rows(draw), *generic_rows(draw), *default])
+    write_card(work, ASSETS / "digits-sd3", [*prompt_rows(draw), *generic_rows(draw), *default])
 
 
 def prompt_rows(draw: Callable[[str, int, int], Tensor], count: int = 100) -> list[TableRow]:
@@ -230,14 +229,14 @@ def write_card(work: Path, base: Path, rows: list[TableRow]) -> None:
     lines = ["| | measured | n | target |", "|---|---|---|---|"]
     lines += [f"| {name} | {value:.1%} | {n} | {target} |" for name, value, n, target in rows]
     print("\n".join(lines))
-    is_bundled = base.parent == ASSETS
-    folders = (base, ASSETS / "digits_reader") if is_bundled else (base,)
+    is_sd3 = base.name == "digits-sd3"
+    folders = (base,) if is_sd3 else (base, ASSETS / "digits_reader")
     files = sorted(path for folder in folders for path in folder.rglob("*.safetensors"))
     shas = {p: hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
     sizes = {p: p.stat().st_size / 1e6 for p in files}
     hashes = [f"| {p.relative_to(base.parent)} | {sizes[p]:.2f} MB | `{sha}` |" for p, sha in shas.items()]
     seconds = {s: (work / f"{s}.seconds").read_text() for s in STAGES if (work / f"{s}.seconds").exists()}
-    template = (Path(__file__).parent / ("digits_card.md" if is_bundled else "digits_sd3_card.md")).read_text()
+    template = (Path(__file__).parent / ("digits_sd3_card.md" if is_sd3 else "digits_card.md")).read_text()
     card = template.replace("@TABLE@", "\n".join(lines)).replace("@HASHES@", "\n".join(hashes))
     card = card.replace(
         "@TIMES@", ", ".join(f"{s} {int(t) / 60:.0f} min" for s, t in seconds.items()) or "not recorded"

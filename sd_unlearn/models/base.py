@@ -19,7 +19,7 @@ from sd_unlearn.models.find_base import check_network, check_prediction, check_s
 from sd_unlearn.models.halving import HalvingBatches
 from sd_unlearn.models.kinds import KINDS, Kind, kind_of, network_name, pooled_width_of
 from sd_unlearn.models.loading import load_pipeline
-from sd_unlearn.models.source import DIGITS, FLOW, OPTION, Source
+from sd_unlearn.models.source import BUNDLED, FLOW, OPTION, Source
 
 if TYPE_CHECKING:  # imported in functions: torch takes seconds to import
     from sd_unlearn.models.conditioning import TextConditioning
@@ -140,7 +140,7 @@ class Base:
             **({"unet": _blocks_of(self.network.config)} if self.kind == "sdxl" else {}),
             **{key: value for key, value in options.items() if value},
             **({"vae_tile": self.vae_tile} if self.vae_tile else {}),
-            **({"path": str(source.place.absolute())} if self.name != DIGITS and source.place.exists() else {}),
+            **({"path": str(source.place.absolute())} if self.name not in BUNDLED and source.place.exists() else {}),
         }
 
 

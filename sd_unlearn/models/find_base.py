@@ -21,7 +21,7 @@ from sd_unlearn.models.checkpoint_header import (
     states_prediction,
 )
 from sd_unlearn.models.kinds import COMPONENTS, KINDS, NETWORKS, PIPELINES, SUPPORTED, Kind, kind_of
-from sd_unlearn.models.source import FLOW, OPTION, Source, weights_in
+from sd_unlearn.models.source import BUNDLED, FLOW, OPTION, Source, weights_in
 
 PREDICTIONS = ("epsilon", "v_prediction")
 # Hub ids of models that are not supported: others are recognized by their model_index.json.
@@ -88,6 +88,11 @@ def check_source(source: Source) -> None:
         _check_file(source)
     elif source.place.is_dir():
         _check_folder(source)
+    elif source.name in BUNDLED:
+        raise UsageError(
+            f"{OPTION} {source.name} is not in this installation. Build it in a clone of the repository: python "
+            "scripts/build_digits.py --kind sd3."
+        )
     else:
         _check_id(OPTION, source.name)
     if source.kind:

@@ -20,9 +20,10 @@ from sd_unlearn.models.kinds import COMPONENTS, KINDS, NETWORKS, kind_of
 
 OPTION = "--pretrained_model_name_or_path"
 ASSETS = Path(__file__).parent.parent / "assets"
-DIGITS = "digits"
+DIGITS, DIGITS_SD3 = "digits", "digits-sd3"
 FLOW = "flow"  # the prediction type of flow matching: the velocity
 DIGITS_DIR = ASSETS / DIGITS
+BUNDLED = {name: ASSETS / name for name in (DIGITS, DIGITS_SD3)}  # the second only if it was built
 SINGLE_FILE_DIR = ASSETS / "single_file"  # one folder of configurations per kind
 WEIGHTS = re.compile(r"(?:diffusion_pytorch_model|model|pytorch_model)(?:\.(\w+))?(?:-\d+-of-\d+)?\.(safetensors|bin)")
 
@@ -43,7 +44,7 @@ class Source:
     @property
     def place(self) -> Path:
         """The path of the base if it is local."""
-        return DIGITS_DIR if self.name == DIGITS else Path(self.name).expanduser()
+        return BUNDLED.get(self.name) or Path(self.name).expanduser()
 
     @property
     def is_file(self) -> bool:

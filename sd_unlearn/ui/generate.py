@@ -21,7 +21,7 @@ from sd_unlearn.metrics.base import Metric
 from sd_unlearn.metrics.registry import OPTIONAL, MetricContext, choose_metrics, make_metrics
 from sd_unlearn.models.base import Base, load_base, recorded_source, use_zero_terminal_snr
 from sd_unlearn.models.sampling import Sampler, default_sampler, generate_images
-from sd_unlearn.models.source import DIGITS, Source
+from sd_unlearn.models.source import BUNDLED, DIGITS, Source
 from sd_unlearn.ui.runs import inside
 
 AS_TRAINED = "as the LoRA was trained"
@@ -136,7 +136,7 @@ class Generator:
 
     def _source(self, name: str, loras: Sequence[Lora]) -> Source:
         if name and name != AS_TRAINED:
-            is_path = name != DIGITS and (name.startswith((".", "/", "~")) or (self.root / name).exists())
+            is_path = name not in BUNDLED and (name.startswith((".", "/", "~")) or (self.root / name).exists())
             return Source(str(inside(self.root, name)) if is_path else name)
         recorded = [lora.training["base"] for lora in loras if lora.is_run]
         if recorded:

@@ -3,15 +3,18 @@
 import hashlib
 import json
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from sd_unlearn.errors import UsageError
 from sd_unlearn.metrics.digits import DIGITS, INKS, READER_DIR, DigitsClassifier, held_out_digits, load_reader
 from sd_unlearn.models.base import load_base
+from sd_unlearn.models.find_base import check_source
 from sd_unlearn.models.sampling import Sampler, generate_images
-from sd_unlearn.models.source import DIGITS_DIR
+from sd_unlearn.models.source import BUNDLED, DIGITS_DIR, DIGITS_SD3, Source
 
 torch = pytest.importorskip("torch")
 GENERIC = "a photo of a handwritten digit"
@@ -85,3 +88,9 @@ def test_files_are_small_safetensors_with_the_stated_hashes():
         assert hashlib.sha256(path.read_bytes()).hexdigest() in card
     stated = json.loads((READER_DIR / "config.json").read_text())["sha256"]
     assert stated == hashlib.sha256((READER_DIR / "model.safetensors").read_bytes()).hexdigest()
+
+
+def test_a_bundled_base_that_was_not_built_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(BUNDLED, DIGITS_SD3, tmp_path / "nowhere")
+    with pytest.raises(UsageError, match=r"digits-sd3 is not in this installation.*--kind sd3"):
+        check_source(Source(DIGITS_SD3))
