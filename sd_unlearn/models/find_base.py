@@ -216,8 +216,8 @@ def _check_transformer_file(source: Source, kind: Kind) -> None:
         )
     index = source.config_of("", "model_index.json")
     if index.get("_class_name") != kind.pipeline or not source.config_of(kind.network):
-        described = index.get("_class_name", "no pipeline")
-        raise UsageError(f"{name} is of kind {kind.name}, but --single_file_config {folder} describes a {described}.")
+        described = f"a {index['_class_name']}" if "_class_name" in index else "no pipeline"
+        raise UsageError(f"{name} is of kind {kind.name}, but --single_file_config {folder} describes {described}.")
     components = [component for component in kind.components[1:] if _listed_class(index, component)]
     if source.drop_t5 and "text_encoder_3" in components:
         components.remove("text_encoder_3")

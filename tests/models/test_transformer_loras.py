@@ -130,7 +130,10 @@ def test_a_fused_module_of_another_width_and_a_module_changed_twice_are_refused(
     query = "transformer.transformer_blocks.0.attn.to_q"
     for change, says in (
         ({f"{key}.lora_up.weight": torch.ones(47, 2)}, r"img_attn_qkv: the change has the shape \[47, 16\]"),
-        ({f"{query}.lora_A.weight": down, f"{query}.lora_B.weight": torch.ones(16, 2)}, "changes one module twice"),
+        (
+            {f"{query}.lora_A.weight": down.clone(), f"{query}.lora_B.weight": torch.ones(16, 2)},
+            "changes one module twice",
+        ),
     ):
         save_file(own | change, tmp_path / "a.safetensors")
         with pytest.raises(UnlearnError, match=says):
