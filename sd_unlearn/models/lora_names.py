@@ -40,7 +40,8 @@ def module_tables(pipeline: Any) -> dict[str, Table]:
     tables["lora_unet_"] = _flat(original | plain)
     if len(texts) > 1:
         tables |= {f"lora_te{number}_": _flat(table) for number, table in enumerate(texts.values(), start=1)}
-        tables["lora_te3_"] = _flat(list(texts.values())[-1])  # T5, also FLUX's, which is its second
+        if hasattr(pipeline, "transformer"):  # T5, also FLUX's, which is its second
+            tables["lora_te3_"] = _flat(list(texts.values())[-1])
     else:
         tables["lora_te_"] = _flat(next(iter(texts.values()), {}))
     return tables | {"": plain}  # last: names without a prefix

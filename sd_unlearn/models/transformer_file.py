@@ -42,7 +42,7 @@ def load_transformer_file(source: Source, dtype: torch.dtype, vae: Any = None) -
 
     kind, folder = KINDS[str(source.kind)], source.configs
     assert folder is not None
-    given = {kind.network: _transformer(source, dtype), **_text_encoders(source, dtype)}
+    given: dict[str, Any] = {kind.network: _transformer(source, dtype), **_text_encoders(source, dtype)}
     if vae is not None:
         given["vae"] = vae
     elif source.header.has_vae:

@@ -157,7 +157,9 @@ def _is_swapped(kind: str, module: str, modules: Mapping[str, int]) -> bool:
     if module == "norm_out.linear":
         return True
     block = re.fullmatch(r"transformer_blocks\.(\d+)\.norm1_context\.linear", module)
-    return bool(block) and kind == "sd3" and f"transformer_blocks.{int(block[1]) + 1}.norm1.linear" not in modules
+    if block is None or kind != "sd3":
+        return False
+    return f"transformer_blocks.{int(block[1]) + 1}.norm1.linear" not in modules
 
 
 def _parameter(original: str, name: str) -> str:
