@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -119,6 +120,16 @@ def test_a_resumed_training_gives_the_same_weights(flow_kinds: FlowKinds, name: 
     assert (place / "resumed" / ADAPTER).read_bytes() == whole
 
 
+@pytest.mark.parametrize("name", FLOW_KINDS)
+def test_evaluate(flow_kinds: FlowKinds, name: str) -> None:
+    run = trained(flow_kinds, name) / "runs" / "seven"
+    assert main(["evaluate", "--run", str(run), "--num_images", "2", "--num_keep_images", "1"]) == 0
+    results = read_json(run / "results.json")
+    assert results["sampler"]["name"] == "FlowMatchEuler"
+    base, unlearned = ([(run / pair[side]).read_bytes() for pair in results["pairs"]] for side in ("base", "image"))
+    assert base != unlearned  # the LoRA does something
+
+
 @pytest.mark.parametrize("option", ["--drop_t5", "--quantize_base int8", "--target noise --snr_gamma 5"])
 def test_train_with(flow_kinds: FlowKinds, option: str) -> None:
     """--drop_t5 changes the images, so they are rendered with it, too."""
@@ -205,3 +216,11 @@ def test_options_of_flow_matching_are_refused_for_other_bases(
     ):
         assert main(["train", *command, *options]) == 2
         assert why.split(": .* ")[-1] in capsys.readouterr().err
+
+
+def test_every_cell_of_the_documented_table_is_a_test() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "bases.md").read_text(encoding="utf-8")
+    named = re.findall(r"`test_flow_kinds\.py::(test_\w+)\[([\w-]+)\]`", page)
+    tests = ("test_render", "test_train", "test_evaluate")
+    assert sorted(named) == sorted((test, name) for test in tests for name in FLOW_KINDS)
+    assert all(test in globals() for test in tests)

@@ -97,12 +97,12 @@ def test_the_plan_counts_the_weights_that_a_quantized_unet_has(kinds: Kinds, bas
     if kind == "nf4":
         pytest.importorskip("bitsandbytes")
     place = str(kinds.folder(base))
-    unet = load_base(place, device="cpu").pipeline.unet
+    unet = load_base(place, device="cpu").pipeline.network
     linear = sum(type(module) is nn.Linear for module in unet.modules())
     quantize_linear_layers(unet, kind)
     assert sum(isinstance(module, QuantizedLinear) for module in unet.modules()) == linear
     counts = [count_training(read_configs(Source(place)), StepOptions(quantize_base=q), "no", 64) for q in (None, kind)]
-    assert counts[1].unet == size_of(unet) < counts[0].unet
+    assert counts[1].network == size_of(unet) < counts[0].network
     assert counts[1].saved == counts[0].saved
     assert counts[1].constant == counts[0].constant
 
