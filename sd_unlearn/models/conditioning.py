@@ -16,7 +16,6 @@ from torch.nn.functional import pad
 
 from sd_unlearn.models.kinds import kind_of, pooled_width_of
 
-T5_TOKENS = 256  # that SD 3's pipeline lets T5 read
 GUIDANCE_IN_TRAINING = 1.0  # embedded guidance of FLUX.1 dev: its prediction without guidance
 
 
@@ -49,6 +48,11 @@ class TextConditioning:
 
     No attention mask is passed to any network: the pipelines pass none, so training must not either.
     """
+
+    @property
+    def length(self) -> int:
+        """Tokens of a caption that T5 reads; 0 without T5."""
+        return 0
 
     def predict(self, model: nn.Module, noisy: Tensor, timesteps: Tensor, text: Tensor) -> Tensor:
         return model(noisy, timesteps, encoder_hidden_states=text).sample
@@ -126,6 +130,11 @@ class SD3Conditioning(XLConditioning):
     Without T5 its tokens are zeros: as many as CLIP's, which was Diffusers' number until it became an argument.
     """
 
+    @property
+    def length(self) -> int:
+        """As many as the pipeline lets T5 read."""
+        return 256
+
     def predict(self, model: nn.Module, noisy: Tensor, timesteps: Tensor, text: Tensor) -> Tensor:
         tokens, pooled = unpack(text, self.pooled_width)
         return model(
@@ -143,7 +152,7 @@ class SD3Conditioning(XLConditioning):
         return {"max_sequence_length": T5_TOKENS if has_t5 else pipeline.tokenizer_max_length}
 
     def shape_of(self, network: Mapping[str, Any], tokens: int) -> tuple[int, int]:
-        return tokens + T5_TOKENS + 1, int(network["joint_attention_dim"])
+        return tokens + self.length + 1, int(network["joint_attention_dim"])
 
 
 @dataclass(frozen=True)
@@ -154,7 +163,7 @@ class FluxConditioning(XLConditioning):
 
     @property
     def length(self) -> int:
-        """Tokens of a caption that T5 reads, as published for dev and for schnell."""
+        """As published for dev and for schnell."""
         return 512 if self.embeds_guidance else 256
 
     def predict(self, model: nn.Module, noisy: Tensor, timesteps: Tensor, text: Tensor) -> Tensor:

@@ -117,7 +117,7 @@ def count_inference(configs: Configs, precision: Precision, resolution: int | No
     with torch.device("meta"):
         latents = torch.empty(COUNTED, base.channels, side, side, dtype=vae.dtype)
         pixels = torch.empty(COUNTED, 3, width, width, dtype=vae.dtype)
-        ids = torch.empty(COUNTED, base.tokens, dtype=torch.long)
+        ids = [torch.empty(COUNTED, base.length_for(encoder), dtype=torch.long) for encoder in encoders]
     denoiser = meta_denoiser(base, network)
     return InferenceFootprint(
         network=resident(network, configs.offload),
@@ -127,7 +127,10 @@ def count_inference(configs: Configs, precision: Precision, resolution: int | No
         sample=rows * peak_of(network, lambda: denoiser.predict(*inputs(base, side, network.dtype))),
         decode=peak_of(vae, lambda: vae.decode(latents)),
         encode=peak_of(vae, lambda: vae.encode(pixels)),
-        caption=sum(peak_of(encoder, partial(encoder, ids, output_hidden_states=True)) for encoder in encoders),
+        caption=sum(
+            peak_of(encoder, partial(encoder, own, output_hidden_states=True))
+            for encoder, own in zip(encoders, ids, strict=True)
+        ),
         largest_weight=largest,
         resolution=width,
         title=KINDS[base.kind].title,

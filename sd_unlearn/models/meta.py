@@ -83,8 +83,12 @@ class MetaBase:
 
     @property
     def tokens(self) -> int:
-        """Length of a caption for the text encoders."""
+        """Length of a caption for CLIP."""
         return int(getattr(self.text_encoders[0].config, "max_position_embeddings", 77))
+
+    def length_for(self, encoder: Any) -> int:
+        """Length of a caption for a text encoder: T5's own, else CLIP's."""
+        return self.conditioning.length if hasattr(encoder.config, "d_model") else self.tokens
 
 
 @dataclass(frozen=True)
