@@ -96,8 +96,7 @@ def tokenize(base: Base, captions: Sequence[str]) -> Tensor:
 
 def describe_long_captions(base: Base, captions: Sequence[str]) -> str:
     """How many captions have more tokens than the text encoder reads, in one line; an empty string if none has."""
-    tokenizer = base.pipeline.tokenizer
-    limit = tokenizer.model_max_length
+    tokenizer, limit = base.longest_tokenizer
     distinct = list(dict.fromkeys(captions))
     tokens = tokenizer(distinct, truncation=False, verbose=False).input_ids
     long = {text for text, ids in zip(distinct, tokens, strict=True) if len(ids) > limit}

@@ -96,6 +96,14 @@ class Base:
         return pooled_width_of(self.network.config)
 
     @property
+    def longest_tokenizer(self) -> tuple[Any, int]:
+        """The tokenizer whose text encoder reads most of a caption, and how many tokens: T5's if it is there."""
+        has_t5 = self.conditioning.length and not self.source.drop_t5
+        name = self.properties.text_encoders[-1 if has_t5 else 0].replace("text_encoder", "tokenizer")
+        tokenizer = getattr(self.pipeline, name)
+        return tokenizer, self.conditioning.length if has_t5 else tokenizer.model_max_length
+
+    @property
     def text_encoders(self) -> list[Any]:
         """The pipeline's text encoders that are loaded."""
         found = (getattr(self.pipeline, name, None) for name in self.properties.text_encoders)
