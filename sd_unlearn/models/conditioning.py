@@ -68,7 +68,7 @@ class TextConditioning:
         """The rows of encoded captions [N, rows, width] that stand for tokens."""
         return text
 
-    def shape_of(self, network: Mapping[str, Any], tokens: int) -> tuple[int, int]:
+    def shape_of(self, network: Mapping[str, Any], tokens: int, has_t5: bool = True) -> tuple[int, int]:
         """(rows, width) of an encoded caption. network: its configuration; tokens: that CLIP reads."""
         return tokens, int(network["cross_attention_dim"])
 
@@ -110,7 +110,7 @@ class XLConditioning(TextConditioning):
     def tokens_of(self, text: Tensor) -> Tensor:
         return text[:, :-1]
 
-    def shape_of(self, network: Mapping[str, Any], tokens: int) -> tuple[int, int]:
+    def shape_of(self, network: Mapping[str, Any], tokens: int, has_t5: bool = True) -> tuple[int, int]:
         return tokens + 1, int(network["cross_attention_dim"])
 
     def arguments(self, text: Tensor, empty: Tensor) -> dict[str, Tensor]:
@@ -149,10 +149,10 @@ class SD3Conditioning(XLConditioning):
 
     def options(self, pipeline: Any) -> dict[str, Any]:
         has_t5 = pipeline.text_encoder_3 is not None
-        return {"max_sequence_length": T5_TOKENS if has_t5 else pipeline.tokenizer_max_length}
+        return {"max_sequence_length": self.length if has_t5 else pipeline.tokenizer_max_length}
 
-    def shape_of(self, network: Mapping[str, Any], tokens: int) -> tuple[int, int]:
-        return tokens + self.length + 1, int(network["joint_attention_dim"])
+    def shape_of(self, network: Mapping[str, Any], tokens: int, has_t5: bool = True) -> tuple[int, int]:
+        return tokens + (self.length if has_t5 else tokens) + 1, int(network["joint_attention_dim"])
 
 
 @dataclass(frozen=True)
@@ -185,7 +185,7 @@ class FluxConditioning(XLConditioning):
         tokens, pooled, _ = pipeline.encode_prompt(list(captions), None, device, max_sequence_length=self.length)
         return pack(tokens, pooled)
 
-    def shape_of(self, network: Mapping[str, Any], tokens: int) -> tuple[int, int]:
+    def shape_of(self, network: Mapping[str, Any], tokens: int, has_t5: bool = True) -> tuple[int, int]:
         return self.length + 1, int(network["joint_attention_dim"])
 
     def arguments(self, text: Tensor, empty: Tensor) -> dict[str, Tensor]:

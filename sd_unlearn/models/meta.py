@@ -65,7 +65,8 @@ class MetaBase:
     @property
     def text_shape(self) -> tuple[int, int]:
         """(rows, width) of an encoded caption, as TextConditioning.encode makes it."""
-        return self.conditioning.shape_of(self.network.config, self.tokens)
+        has_t5 = any(hasattr(encoder.config, "d_model") for encoder in self.text_encoders)
+        return self.conditioning.shape_of(self.network.config, self.tokens, has_t5)
 
     @property
     def channels(self) -> int:

@@ -46,6 +46,7 @@ def test_numbers_of_parameters(name: str) -> None:
 def test_sd3_is_counted_without_t5() -> None:
     base = build_meta_base(configs_of("sd3.5-medium", drop_t5=True), torch.bfloat16)
     assert len(base.text_encoders) == 2
+    assert base.text_shape == (77 + 77 + 1, 4096)
     assert KINDS[base.kind].text_encoders[2] == "text_encoder_3"
 
 
