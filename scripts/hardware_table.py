@@ -98,7 +98,8 @@ def quantized_size(configs: Configs, kind: Quantization) -> int:
 
 def choose(training: Training) -> Batching:
     """The batches of a training with the default options."""
-    return training.choose(IMAGES, DEFAULT_SAMPLER.batch_size, CAPTIONS)
+    captions = min(CAPTIONS, training.footprint.captions_at_once)
+    return training.choose(IMAGES, DEFAULT_SAMPLER.batch_size, captions)
 
 
 def table() -> str:
@@ -112,8 +113,8 @@ def flow_row(card: int, base: str, offload: bool, quantize_base: Quantization | 
     configs, device = read_configs(Source(FLOW_BASES[base], offload=offload)), other_device(card * GIB)
     step = count_training(configs, StepOptions(quantize_base=quantize_base), "bf16", 512)
     training = Training(count_inference(configs, "bf16", 512), device, step)
-    batching = choose(training)
-    phases = training.phases(batching, CAPTIONS, rendering=True, teacher=True, previews=True)
+    batching, captions = choose(training), training.footprint.captions_at_once
+    phases = training.phases(batching, captions, rendering=True, teacher=True, previews=True)
     peak = max(phases, key=lambda phase: phase.total)
     options = ["--offload"] * offload + [f"--quantize_base {quantize_base}"] * bool(quantize_base)
     checkpointing = " with gradient checkpointing" * batching.gradient_checkpointing

@@ -19,8 +19,6 @@ from sd_unlearn.models.base import Base, network_sha256
 from sd_unlearn.models.sampling import VAE_TILE
 from sd_unlearn.models.vae import encode, shift_of
 
-CAPTIONS_AT_ONCE = 256
-
 
 def load_pixels(path: Path, resolution: int) -> Tensor:
     """Read an image upright, scaled and centre-cropped to a square: [3, resolution, resolution] in [-1, 1]."""
@@ -71,7 +69,7 @@ def encode_captions(base: Base, captions: Sequence[str]) -> Tensor:
     Raises:
         OutOfMemory: memory is too small for one caption.
     """
-    parts = base.captioning.map(lambda batch: _embed(base, batch), captions, CAPTIONS_AT_ONCE)
+    parts = base.captioning.map(lambda batch: _embed(base, batch), captions, base.properties.captions_at_once)
     return torch.cat(list(parts))
 
 

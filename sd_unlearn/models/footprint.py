@@ -46,6 +46,7 @@ class InferenceFootprint:
     largest_weight: int  # of the network
     resolution: int  # in pixels, for which all of this holds
     title: str = "UNet"  # what the network is called
+    captions_at_once: int = 256  # at most
 
     @property
     def weights(self) -> int:
@@ -134,6 +135,7 @@ def count_inference(configs: Configs, precision: Precision, resolution: int | No
         largest_weight=largest,
         resolution=width,
         title=KINDS[base.kind].title,
+        captions_at_once=KINDS[base.kind].captions_at_once,
     )
 
 

@@ -26,6 +26,11 @@ class Kind:
     is_large: bool = False  # made for 1024 pixels: the VAE processes one image at a time
 
     @property
+    def captions_at_once(self) -> int:
+        """Captions that are encoded at once at most. T5 takes about 0.1 GB for each."""
+        return 16 if self.is_flow else 256
+
+    @property
     def components(self) -> tuple[str, ...]:
         """The pipeline's networks."""
         return (self.network, "vae", *self.text_encoders)

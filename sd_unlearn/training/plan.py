@@ -88,7 +88,7 @@ def plan_memory(config: TrainConfig, source: Source, captions: int, rendering: b
         repeated=REPEATED_STEPS * share,
     )
     sampler = resolve_sampler(config, source.name)
-    captions = min(captions, CAPTIONS_AT_ONCE)
+    captions = min(captions, training.footprint.captions_at_once)
     times = config.gradient_accumulation_steps
     size = config.train_batch_size or (share_of(share, times) if times else None)
     batching = training.choose(share, sampler.batch_size, captions, size, config.gradient_checkpointing)
