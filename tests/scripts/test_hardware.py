@@ -28,6 +28,13 @@ def test_the_page_is_what_the_command_prints() -> None:
         assert sizes == sorted(sizes)
 
 
+@pytest.mark.slow
+def test_the_table_of_flow_matching_bases_is_what_the_command_prints() -> None:
+    from hardware_table import flow_table
+
+    assert flow_table() in PAGE
+
+
 def test_the_predictions_on_the_page_are_those_of_today() -> None:
     from bench_memory import CELLS, predict
 
