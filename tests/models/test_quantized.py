@@ -97,7 +97,7 @@ def test_the_plan_counts_the_weights_that_a_quantized_unet_has(kinds: Kinds, bas
     if kind == "nf4":
         pytest.importorskip("bitsandbytes")
     place = str(kinds.folder(base))
-    unet = load_base(place, device="cpu").pipeline.network
+    unet = load_base(place, device="cpu").network
     linear = sum(type(module) is nn.Linear for module in unet.modules())
     quantize_linear_layers(unet, kind)
     assert sum(isinstance(module, QuantizedLinear) for module in unet.modules()) == linear
