@@ -17,7 +17,7 @@ from sd_unlearn.errors import UnlearnError, UsageError
 from sd_unlearn.io.noise import silence_libraries
 from sd_unlearn.models.find_base import check_network, check_prediction, check_schedule, check_source
 from sd_unlearn.models.halving import HalvingBatches
-from sd_unlearn.models.kinds import KINDS, Kind, kind_of, network_name, pooled_width_of
+from sd_unlearn.models.kinds import KINDS, Kind, kind_of, network_name
 from sd_unlearn.models.loading import load_pipeline
 from sd_unlearn.models.source import BUNDLED, FLOW, OPTION, Source
 
@@ -50,7 +50,6 @@ class Base:
     decoding: HalvingBatches = _batches("decoding images")
     encoding: HalvingBatches = _batches("encoding images")
     captioning: HalvingBatches = _batches("encoding captions")
-    timestep_sampling: TimestepSampling = "shift"  # in training, of a flow-matching base
 
     @property
     def network(self) -> Any:
@@ -91,11 +90,6 @@ class Base:
         return conditioning_of(self.network.config, self.pipeline.vae_scale_factor)
 
     @property
-    def pooled_width(self) -> int | None:
-        """Width of the pooled text embedding that the network takes besides the tokens; None if it takes none."""
-        return pooled_width_of(self.network.config)
-
-    @property
     def longest_tokenizer(self) -> tuple[Any, int]:
         """The tokenizer whose text encoder reads most of a caption, and how many tokens: T5's if it is there."""
         has_t5 = self.conditioning.length and not self.source.drop_t5
@@ -109,8 +103,12 @@ class Base:
         found = (getattr(self.pipeline, name, None) for name in self.properties.text_encoders)
         return [encoder for encoder in found if encoder is not None]
 
-    def process(self, resolution: int | None = None) -> Process:
-        """The forward process of its training, for images of this many pixels (None: its own)."""
+    def process(self, resolution: int | None = None, sampling: TimestepSampling | None = None) -> Process:
+        """The forward process of its training.
+
+        resolution: of the images, in pixels; None for the base's own. sampling: of timesteps, for a flow-matching base;
+        None for its scheduler's.
+        """
         from sd_unlearn.models.diffusion import Diffusion
         from sd_unlearn.models.flow import Flow, shift_of
 
@@ -119,7 +117,7 @@ class Base:
             return Diffusion(self.pipeline.scheduler.alphas_cumprod.to(self.device), self.prediction_type)  # type: ignore[arg-type]
         side = (resolution or self.resolution) // (2 * self.pipeline.vae_scale_factor)  # in patches
         shift = shift_of(config, side * side)
-        return Flow(shift, self.timestep_sampling, config.num_train_timesteps, self.device)
+        return Flow(shift, sampling or "shift", config.num_train_timesteps, self.device)
 
     @property
     def hashes(self) -> dict[str, str]:

@@ -82,7 +82,7 @@ def baseline_losses(
 def retained(rows: Rows, teacher: Teacher) -> Tensor:
     """The target of keep images: the base's prediction, moved by `Teacher.offset`. Of other rows: the noise."""
     target, batch = rows.noise.clone().float(), rows.batch
-    keep, captioned = rows.where(batch.caption_group == NO_GROUP), batch.captioned_keep_rows()
+    keep, captioned = rows.where(batch.caption_group == NO_GROUP), teacher.guided_rows(batch)
     target[keep] = rows.under(teacher.predict, keep, batch.text[keep])
     empty = rows.under(teacher.predict, captioned, teacher.empty)
     target[captioned] += teacher.offset(rows.noisy[captioned], batch.timesteps[captioned], empty)

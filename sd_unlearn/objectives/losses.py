@@ -67,9 +67,7 @@ def timestep_weight(denoiser: Denoiser, batch: Batch, snr_gamma: float | None) -
 
 def _teach(teacher: Teacher, noisy: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
     """(the target of each row, f0 - f* of positives and 0 elsewhere), each shaped as noisy."""
-    keep, positive = batch.captioned_keep_rows(), batch.positive_rows()
-    if teacher.guidance_scale == 1:  # no offset, for which alone the empty caption is needed
-        keep = keep[:0]
+    keep, positive = teacher.guided_rows(batch), batch.positive_rows()
     target, other = _base_predictions(teacher, noisy, batch, keep, positive)
     away = torch.zeros_like(target)
     away[positive] = other[positive] - target[positive]

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from sd_unlearn.data.batch import Batch
 from sd_unlearn.models.denoiser import Denoiser
 
 
@@ -58,6 +59,11 @@ class Teacher:
         """The student's own prediction, as `predict`."""
         return self._predict(self.denoiser, noisy, timesteps, text)
 
+    def guided_rows(self, batch: Batch) -> Tensor:
+        """[K] long: the rows whose predictions need an offset: keep images under a caption, if there is guidance."""
+        rows = batch.captioned_keep_rows()
+        return rows if self.guidance_scale > 1 else rows[:0]
+
     @torch.no_grad()
     def offset(self, noisy: Tensor, timesteps: Tensor, unconditional: Tensor) -> Tensor:
         """How far a prediction must move so that guided sampling is unchanged although the unconditional one moved.
@@ -65,10 +71,8 @@ class Teacher:
         Guidance follows u + s (f - u), where u is the unconditional prediction (`unconditional` is the base's) and s
         the guidance scale. If the adapter has moved u by d, this stays unchanged when f moves by (1 - 1/s) d.
         Otherwise guidance moves by -(s - 1) d: towards the concept, since d leads away from it. Without guidance, s =
-        1, sampling follows f alone: the offset is zero, whatever u has become.
+        1, sampling follows f alone: the offset is zero, whatever u has become, and is not computed (`guided_rows`).
         """
-        if self.guidance_scale == 1:
-            return torch.zeros_like(unconditional)
         moved = self.predict_student(noisy, timesteps, self.empty.expand(len(noisy), *self.empty.shape))
         return (1 - 1 / self.guidance_scale) * (moved - unconditional)
 

@@ -134,8 +134,8 @@ def make_training(
     wrapped = accelerator.prepare(student.model)
     if student.base_copy is not None:
         student.base_copy = accelerator.prepare_model(student.base_copy, evaluation_mode=True)
-    base.timestep_sampling = config.timestep_sampling or base.timestep_sampling
-    denoiser = dataclasses.replace(Denoiser.of(base, student.model), process=base.process(config.resolution))
+    process = base.process(config.resolution, config.timestep_sampling)
+    denoiser = dataclasses.replace(Denoiser.of(base, student.model), process=process)
     held_out: list[int] = []
     images = data.images
     if _probe_name(config) == "ratio":

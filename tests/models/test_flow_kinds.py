@@ -7,7 +7,6 @@ import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +14,20 @@ import pytest
 import torch
 from flow_kinds import FLOW_KINDS, KIND_OF, FlowKinds
 from safetensors.torch import load_file
-from torch import Tensor
 from train_runs import flags
 
 from sd_unlearn.cli import main
 from sd_unlearn.config.train import TrainConfig
+from sd_unlearn.data.batch import NO_GROUP, Batch
 from sd_unlearn.data.encoding import encode_captions
 from sd_unlearn.errors import UsageError
 from sd_unlearn.io.reading import read_json
 from sd_unlearn.models.base import load_base
 from sd_unlearn.models.denoiser import Denoiser
 from sd_unlearn.models.sampling import Sampler
+from sd_unlearn.objectives.losses import example_losses
 from sd_unlearn.objectives.teacher import Teacher
+from sd_unlearn.risk import UNLABELED
 from sd_unlearn.training.preflight import check_kind
 from sd_unlearn.training.setup import default_unconditional
 
@@ -146,19 +147,26 @@ def test_train_with(flow_kinds: FlowKinds, option: str) -> None:
 
 
 def test_the_held_prediction_needs_no_offset_without_guidance(flow_kinds: FlowKinds) -> None:
-    """FLUX samples with f alone: the empty caption's prediction does not matter, and is not computed."""
+    """FLUX samples with f alone: what the empty caption has become does not matter, and is not computed."""
     base = load_base(str(flow_kinds.folder("flux-dev")), device="cpu")
     assert not base.properties.uses_guidance
     assert default_unconditional(base) == 0
-    text = encode_captions(base, ["", "a digit"])
-    denoiser = Denoiser.of(base, base.network)
-    make = partial(Teacher, denoiser, lambda: contextlib.nullcontext(base.network), text[1], text[0])
-    noisy, timesteps = torch.randn(2, 16, 8, 8), torch.tensor([300.0, 700.0])
-    unconditional = make(1.0).predict(noisy, timesteps, text[:1].expand(2, -1, -1))
-    moved = replace(make(4.0), denoiser=replace(denoiser, model=_Moved(base.network)))
-    assert torch.allclose(moved.offset(noisy, timesteps, unconditional), torch.tensor(0.75), atol=1e-5)  # (1 - 1/4) d
-    without = replace(moved, guidance_scale=1.0, denoiser=replace(denoiser, model=_never))  # type: ignore[arg-type]
-    assert not without.offset(noisy, timesteps, unconditional).any()
+    text = encode_captions(base, ["a digit", "a digit in red"])
+    student = _Moved(base.network)
+    denoiser = Denoiser.of(base, student)
+    nothing = torch.full_like(text[0], torch.nan)  # the empty caption: nan in all that uses it
+    teacher = Teacher(denoiser, lambda: contextlib.nullcontext(base.network), text[0], nothing, guidance_scale=1.0)
+    x0, noise = torch.randn(2, 2, 16, 8, 8, generator=torch.Generator().manual_seed(0))
+    keep, label = torch.full((2,), NO_GROUP), torch.full((2,), UNLABELED)
+    seen, timesteps = torch.zeros(2).bool(), torch.tensor([300.0, 700.0])
+    batch = Batch(x0, text, text, label, keep, 1, timesteps, noise, seen, torch.full((2,), 0.5))
+    with torch.no_grad():
+        losses = example_losses(denoiser, batch, teacher=teacher)
+        assert torch.allclose(losses, torch.tensor(16.0 * 8 * 8), rtol=1e-4)  # |f - f*|^2, f* the base's own prediction
+        guided = example_losses(denoiser, batch, teacher=replace(teacher, guidance_scale=4.0))
+    assert guided.isnan().all()
+    assert len(teacher.guided_rows(batch)) == 0
+    assert len(replace(teacher, guidance_scale=4.0).guided_rows(batch)) == 2
 
 
 class _Moved(torch.nn.Module):
@@ -172,10 +180,6 @@ class _Moved(torch.nn.Module):
         answer = self.network(**given)
         answer.sample = answer.sample + 1
         return answer
-
-
-def _never(*_: Any, **__: Any) -> Tensor:
-    raise AssertionError("the network was called")
 
 
 # -- what is refused --
