@@ -17,14 +17,17 @@ from safetensors.torch import load_file
 from train_runs import flags
 
 from sd_unlearn.cli import main
+from sd_unlearn.config.evaluate import EvaluateConfig
 from sd_unlearn.config.train import TrainConfig
 from sd_unlearn.data.batch import NO_GROUP, Batch
 from sd_unlearn.data.encoding import encode_captions
 from sd_unlearn.errors import UsageError
+from sd_unlearn.evaluation.subjects import check_guidance
 from sd_unlearn.io.reading import read_json
 from sd_unlearn.models.base import load_base
 from sd_unlearn.models.denoiser import Denoiser
 from sd_unlearn.models.sampling import Sampler
+from sd_unlearn.models.source import Source
 from sd_unlearn.objectives.losses import example_losses
 from sd_unlearn.objectives.teacher import Teacher
 from sd_unlearn.risk import UNLABELED
@@ -204,6 +207,12 @@ def test_options_that_are_refused(changes: dict[str, Any], why: str) -> None:
     if "train_text_encoder" not in changes:
         check_kind(TrainConfig(**changes), "sd1", "a base")
     check_kind(TrainConfig(**changes), None, "a base")  # a Hub id of which nothing is known yet
+
+
+def test_safety_guidance_is_refused(flow_kinds: FlowKinds) -> None:
+    base = str(flow_kinds.folder("sd35"))
+    with pytest.raises(UsageError, match=r"--sld is for SD 1\.x, 2\.x and XL; .* is of kind sd3"):
+        check_guidance(EvaluateConfig(sld=["weak"]), Source(base))
 
 
 def test_options_of_flow_matching_are_refused_for_other_bases(
