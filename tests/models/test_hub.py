@@ -7,11 +7,13 @@ import shutil
 from pathlib import Path
 
 import pytest
+from flow_kinds import FlowKinds
 from kinds import KINDS, Kinds
 
 from sd_unlearn.errors import UnlearnError, UsageError
 from sd_unlearn.io.reading import read_json
 from sd_unlearn.models.base import load_base, load_recorded_base
+from sd_unlearn.models.meta import read_configs
 from sd_unlearn.models.source import Source
 
 COMMIT = "0" * 40
@@ -43,6 +45,18 @@ def test_a_base_from_the_hub_equals_its_folder(cache: Path, kinds: Kinds, kind: 
     assert load_recorded_base(base.describe(), device="cpu").describe() == base.describe()
 
 
+@pytest.mark.parametrize("name", ["sd35", "sd3-without-t5", "flux-schnell"])
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_a_flow_matching_base_from_the_hub(cache: Path, flow_kinds: FlowKinds, name: str, precision: str) -> None:
+    """With bf16 the precision of the stored weights is read before they are loaded."""
+    fetched(cache, flow_kinds.folder(name), "owner/model")
+    base = load_base("owner/model", precision, "cpu")
+    assert base.hashes == load_base(str(flow_kinds.folder(name)), device="cpu").hashes
+    assert load_recorded_base(base.describe(), device="cpu").hashes == base.hashes
+    configs = [read_configs(Source(place)).components for place in ("owner/model", str(flow_kinds.folder(name)))]
+    assert dict(configs[0]) == dict(configs[1])
+
+
 def test_a_download_is_announced_and_a_cached_base_is_not(
     cache: Path, kinds: Kinds, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -59,9 +73,9 @@ def test_other_pipelines_are_refused_before_their_weights_are_downloaded(
     cache: Path, kinds: Kinds, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     index = fetched(cache, kinds.folder("sd1"), "owner/other") / "model_index.json"
-    index.write_text(json.dumps(read_json(index) | {"_class_name": "FluxPipeline"}))
+    index.write_text(json.dumps(read_json(index) | {"_class_name": "FluxKontextPipeline"}))
     monkeypatch.setattr("diffusers.DiffusionPipeline.download", lambda *_, **__: pytest.fail("weights were downloaded"))
-    with pytest.raises(UsageError, match="owner/other is a FluxPipeline"):
+    with pytest.raises(UsageError, match="owner/other is a FluxKontextPipeline"):
         load_base("owner/other", device="cpu")
 
 
