@@ -111,7 +111,7 @@ def read_configs(source: Source) -> Configs:
     network = _network_of(source)
     config = component_config(source, network)
     first, *others = KINDS[kind_of(config)].components
-    if source.drop_t5 or (source.configs and not source.config_of("text_encoder_3")):
+    if source.drop_t5 or _lacks_t5(source):
         others = [name for name in others if name != "text_encoder_3"]
     configs = {first: config} | {name: component_config(source, name) for name in others}
     components = tuple((name, json.dumps(config)) for name, config in configs.items())
@@ -208,11 +208,19 @@ def _at_512_pixels(config: dict[str, Any], kind: str | None) -> dict[str, Any]:
     return config | {"sample_size": 64} if kind == "sd2" and config.get("sample_size") == 96 else config
 
 
-def _cached(name: str, component: str) -> Path | None:
-    """A component's config.json in the cache of the Hub."""
+def _lacks_t5(source: Source) -> bool:
+    """Whether a base of SD 3 has no third text encoder: its folder, or its index in the cache of the Hub."""
+    if source.configs:
+        return not source.config_of("text_encoder_3")
+    index = _cached(source.name, "", "model_index.json")
+    return index is not None and (read_json(index).get("text_encoder_3") or [None])[0] is None
+
+
+def _cached(name: str, component: str, file: str = "config.json") -> Path | None:
+    """A component's configuration in the cache of the Hub."""
     from huggingface_hub import try_to_load_from_cache
 
-    found = try_to_load_from_cache(name, f"{component}/config.json")
+    found = try_to_load_from_cache(name, f"{component}/{file}" if component else file)
     return Path(found) if isinstance(found, str) else None
 
 
