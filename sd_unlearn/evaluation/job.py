@@ -19,7 +19,7 @@ from sd_unlearn.errors import UnlearnError, UsageError
 from sd_unlearn.evaluation.fail_if import parse_condition
 from sd_unlearn.evaluation.image_folders import split_name
 from sd_unlearn.evaluation.loras import DIFFUSERS_FILE, Lora, open_lora, open_run
-from sd_unlearn.evaluation.prompts import TIERS, ImageSpec, override_counts, plan_images
+from sd_unlearn.evaluation.prompts import BASE_TIERS, TIERS, ImageSpec, override_counts, plan_images
 from sd_unlearn.evaluation.subjects import Subject, check_guidance, resolve_subjects
 from sd_unlearn.io.files import check_writable
 from sd_unlearn.io.own_files import check_evaluation_folder
@@ -29,7 +29,7 @@ from sd_unlearn.io.run_folder import CONFIG, POSITIVE, TRAINING
 from sd_unlearn.metrics.registry import MetricContext, check_metrics
 from sd_unlearn.models.base import different_hash, recorded_source
 from sd_unlearn.models.find_base import find_base
-from sd_unlearn.models.source import BUNDLED, Source
+from sd_unlearn.models.source import Source
 
 OUTPUT = Path("runs/evaluation")
 
@@ -94,7 +94,7 @@ def resolve_job(config: EvaluateConfig, concepts: Sequence[Concept] = (), needs_
     by_slug = _resolve_concepts(config, loras, concepts)
     source, base_named = _resolve_base(config, loras, by_slug)
     check_guidance(config, source)
-    tier_name = config.tier or ("digits" if source.name in BUNDLED else "quick")
+    tier_name = config.tier or BASE_TIERS.get(source.name, "quick")
     tier = override_counts(TIERS[tier_name], config.num_images, config.num_keep_images, config.groups)
     extra_prompts = [Prompt(text) for text in load_prompt_set(config.prompt_set)] if config.prompt_set else []
     plans = {slug: plan_images(concept, tier, config.seed, extra_prompts) for slug, concept in by_slug.items()}

@@ -19,6 +19,7 @@ from sd_unlearn.io.files import write_text
 from sd_unlearn.io.paths import slugify
 from sd_unlearn.io.reading import read_jsonl
 from sd_unlearn.metrics.base import CONCEPT_GROUPS, KEEP_GROUPS, PromptedImages
+from sd_unlearn.models.source import DIGITS, DIGITS_SD3, EMOJI
 from sd_unlearn.seeds import EVALUATE_SEEDS, image_seed
 
 GROUPS = (*CONCEPT_GROUPS, *KEEP_GROUPS)
@@ -37,9 +38,11 @@ class Tier:
     strengths: tuple[float, ...] = (1.0,)
 
 
+BASE_TIERS = {DIGITS: "digits", DIGITS_SD3: "digits", EMOJI: "emoji"}  # the default tiers of bundled bases
 CURVE = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
 TIERS = {
     "digits": Tier(200, 200, 200, 100, 100, of_each_prompt=True),
+    "emoji": Tier(100, 100, 200, 20, 4, of_each_prompt=True),
     "quick": Tier(100, 0, 0, 100, 100),
     "standard": Tier(500, 500, 500, 500, 1000, strengths=CURVE),
     "full": Tier(2500, 2500, 2500, 2500, 10000, strengths=CURVE),

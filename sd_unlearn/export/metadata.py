@@ -31,6 +31,7 @@ LICENCES = {  # of common bases, in the hub's spelling; a LoRA is under the lice
     "black-forest-labs/FLUX.1-schnell": "apache-2.0",
     "digits": "apache-2.0",
     "digits-sd3": "apache-2.0",
+    "emoji": "cc-by-sa-4.0",  # of the strictest of its drawings, OpenMoji's
 }
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -20,25 +20,35 @@ class LabelPredictions:
     axes: dict[str, tuple[str, ...]]  # axis (digit, ink, ...) -> its labels
     probabilities: dict[str, NDArray]  # axis -> [N, labels]
     features: NDArray  # [N, D]
+    categories: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # e.g. animal: the labels of one axis
 
     def axis_of(self, label: str) -> str:
-        """The axis that a label belongs to.
+        """The axis that a label or a category belongs to.
 
         Raises:
             KeyError: no axis has this label.
         """
+        return self.members(label)[0]
+
+    def members(self, label: str) -> tuple[str, tuple[str, ...]]:
+        """The axis of a label or a category, and the labels that it stands for: of a label itself.
+
+        Raises:
+            KeyError: no axis has this label.
+        """
+        members = self.categories.get(label, (label,))
         for axis, labels in self.axes.items():
-            if label in labels:
-                return axis
+            if members[0] in labels:
+                return axis, members
         raise KeyError(label)
 
     def has_label(self, label: str) -> bool:
-        return any(label in labels for labels in self.axes.values())
+        return label in self.categories or any(label in labels for labels in self.axes.values())
 
     def shows(self, label: str) -> NDArray[np.bool_]:
-        """[N] whether `label` is the most probable label of its axis."""
-        axis = self.axis_of(label)
-        return self.probabilities[axis].argmax(1) == self.axes[axis].index(label)
+        """[N] whether `label`, or a label of this category, is the most probable one of its axis."""
+        axis, members = self.members(label)
+        return np.isin(self.probabilities[axis].argmax(1), [self.axes[axis].index(member) for member in members])
 
     def confident(self, label: str, threshold: float, other_than: bool) -> NDArray[np.bool_]:
         """[N] whether an image has a label with p >= threshold on `label`'s axis; `other_than`: not `label`."""

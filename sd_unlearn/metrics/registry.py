@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from sd_unlearn.config.base import CLIP_MODEL, CLIP_PRETRAINED
 from sd_unlearn.config.evaluate import Detectors
@@ -16,7 +16,11 @@ from sd_unlearn.errors import UnlearnError, UsageError, suggest
 from sd_unlearn.launch import process_rank
 from sd_unlearn.metrics.base import Metric, PairMetric
 from sd_unlearn.metrics.labels import LabelClassifier
+from sd_unlearn.models.source import DIGITS, EMOJI
 from sd_unlearn.results import as_json
+
+if TYPE_CHECKING:
+    from sd_unlearn.metrics.reader import ReaderClassifier
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,12 @@ def _digits(context: MetricContext) -> Metric:
     from sd_unlearn.metrics.digits import make_digits
 
     return make_digits(context.concept)
+
+
+def _emoji(context: MetricContext) -> Metric:
+    from sd_unlearn.metrics.emoji import make_emoji
+
+    return make_emoji(context.concept)
 
 
 def _clip(context: MetricContext) -> Metric:
@@ -124,6 +134,7 @@ MAKERS = {
     "nudity": Maker(_nudity),
     "classifier": Maker(_classifier),
     "digits": Maker(_digits),
+    "emoji": Maker(_emoji),
     "clip": Maker(_clip, _find_clip),
     "cmmd": Maker(_cmmd, _find_clip),
     "fidelity": Maker(_fidelity),
@@ -142,17 +153,17 @@ def choose_metrics(context: MetricContext) -> list[str]:
         UsageError: an unknown name, a metric that does not suit the concept or lacks an option it needs.
     """
     concept, options = context.concept, context.options
-    is_digits_concept = concept.kind in ("digit", "ink")
+    bundled = bundled_metric(concept)
     for name in options.metrics:
         if name not in NAMES:
             raise UsageError(f'--metrics "{name}" is not one of {", ".join(NAMES)}.{suggest(name, NAMES)}')
-        if name == "digits" and not is_digits_concept:
+        if name == DIGITS and bundled != DIGITS:
             raise UsageError(f"--metrics digits is for digits and inks; {concept.name} is of kind {concept.kind}.")
     _check_required_options(context)
     if options.metrics:
         return [name for name in NAMES if name in options.metrics]
-    if is_digits_concept:
-        return ["digits"]
+    if bundled:
+        return [bundled]
     names = ["clip"]
     if concept.kind == "person" and context.reference is not None and options.others is not None:
         names.append("identity")
@@ -270,15 +281,13 @@ def merge_cards(cards: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def make_label_classifier(
     concept: Concept, clip_model: str = CLIP_MODEL, clip_pretrained: str = CLIP_PRETRAINED
 ) -> LabelClassifier:
-    """The bundled classifier for digits and inks, zero-shot CLIP for all other concepts.
+    """The bundled classifier for concepts of a bundled base, zero-shot CLIP for all others.
 
     Raises:
         UsageError, UnlearnError: CLIP is not installed, or its weights cannot be downloaded or read.
     """
-    if concept.kind in ("digit", "ink"):
-        from sd_unlearn.metrics.digits import DigitsClassifier
-
-        return DigitsClassifier()
+    if bundled := _bundled_classifier(concept):
+        return bundled()
     from sd_unlearn.metrics.clip import ClipClassifier
 
     return ClipClassifier(labels_of(concept), clip_model, clip_pretrained)
@@ -286,8 +295,26 @@ def make_label_classifier(
 
 def labels_of(concept: Concept) -> tuple[str, ...]:
     """The labels of `make_label_classifier`, without loading it."""
+    if bundled := _bundled_classifier(concept):
+        return bundled.labels
+    return (concept.label or concept.name, *concept.alternatives)
+
+
+def bundled_metric(concept: Concept) -> str | None:
+    """The metric of the bundled base that a concept is of: digits, emoji or None."""
     if concept.kind in ("digit", "ink"):
+        return DIGITS
+    return EMOJI if concept.base == EMOJI else None
+
+
+def _bundled_classifier(concept: Concept) -> type[ReaderClassifier] | None:
+    bundled = bundled_metric(concept)
+    if bundled == DIGITS:
         from sd_unlearn.metrics.digits import DigitsClassifier
 
-        return DigitsClassifier.labels
-    return (concept.label or concept.name, *concept.alternatives)
+        return DigitsClassifier
+    if bundled == EMOJI:
+        from sd_unlearn.metrics.emoji import EmojiClassifier
+
+        return EmojiClassifier
+    return None

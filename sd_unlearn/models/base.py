@@ -258,7 +258,7 @@ def load_base(source: Source | str, precision: str = "no", device: Any = None) -
     if kind.name == "sd3" and pipeline.text_encoder_3 is None:  # the folder has none
         source = dataclasses.replace(source, drop_t5=True)
     _set_scheduler(source, kind, pipeline)
-    check_network(source.name, network.config)
+    check_network(source.name, network.config, pipeline.vae.config.latent_channels)
     pipeline.set_progress_bar_config(disable=True)
     for component in kind.components:
         if part := getattr(pipeline, component, None):

@@ -21,7 +21,7 @@ from sd_unlearn.models.checkpoint_header import (
     states_prediction,
 )
 from sd_unlearn.models.kinds import COMPONENTS, KINDS, NETWORKS, PIPELINES, SUPPORTED, Kind, kind_of
-from sd_unlearn.models.source import BUNDLED, FLOW, OPTION, Source, weights_in
+from sd_unlearn.models.source import BUNDLED, EMOJI, FLOW, OPTION, Source, weights_in
 
 PREDICTIONS = ("epsilon", "v_prediction")
 # Hub ids of models that are not supported: others are recognized by their model_index.json.
@@ -91,12 +91,12 @@ def check_source(source: Source) -> None:
     elif source.name in BUNDLED:
         raise UsageError(
             f"{OPTION} {source.name} is not in this installation. Build it in a clone of the repository: python "
-            "scripts/build_digits.py --kind sd3."
+            f"scripts/{'build_emoji.py' if source.name == EMOJI else 'build_digits.py --kind sd3'}."
         )
     else:
         _check_id(OPTION, source.name)
     if source.kind:
-        check_network(source.name, source.network_config)
+        check_network(source.name, source.network_config, source.config_of("vae").get("latent_channels", 4))
         if source.drop_t5 and source.kind != "sd3":
             raise UsageError(
                 f"--drop_t5 is for Stable Diffusion 3 and 3.5; {source.name} is of kind {source.kind}. Leave it out."
@@ -116,8 +116,8 @@ def check_class(name: str, pipeline: object) -> None:
         raise UsageError(f"{OPTION} {name} is a {pipeline}. {SUPPORTED} ({' or '.join(PIPELINES)}).")
 
 
-def check_network(name: str, network: Mapping[str, Any]) -> None:
-    """Refuse a UNet or transformer that takes more than latents, a timestep and a caption.
+def check_network(name: str, network: Mapping[str, Any], latent_channels: int) -> None:
+    """Refuse a UNet or transformer that takes more than latents (of the VAE), a timestep and a caption.
 
     Raises:
         UsageError
@@ -128,9 +128,11 @@ def check_network(name: str, network: Mapping[str, Any]) -> None:
         if channels != expected:
             raise UsageError(f"{OPTION} {name} takes {channels} channels instead of {expected}. {SUPPORTED}.")
         return
-    if channels != 4:
+    if channels != latent_channels:
         what = {9: ", an inpainting model", 8: ", an InstructPix2Pix model"}.get(channels, "")
-        raise UsageError(f"{OPTION} {name} takes {channels} channels instead of a latent's 4{what}. {SUPPORTED}.")
+        raise UsageError(
+            f"{OPTION} {name} takes {channels} channels instead of a latent's {latent_channels}{what}. {SUPPORTED}."
+        )
     if network.get("time_cond_proj_dim"):
         raise UsageError(f"{OPTION} {name} is a distilled (LCM) model. {SUPPORTED}; use its teacher model.")
 
@@ -278,7 +280,7 @@ def _check_id(option: str, name: str) -> None:
     if name.count("/") != 1 or name.startswith((".", "/", "~")) or name.endswith((".safetensors", ".ckpt")):
         raise UsageError(
             f"{option} {name} is neither a local folder or file nor a Hub id (owner/name)."
-            + (" The bundled base is called digits." if option == OPTION else "")
+            + (" The bundled bases are called digits and emoji." if option == OPTION else "")
         )
     for what, pattern in UNSUPPORTED_IDS.items():
         if pattern.match(name):

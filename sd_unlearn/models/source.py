@@ -20,10 +20,10 @@ from sd_unlearn.models.kinds import COMPONENTS, KINDS, NETWORKS, kind_of
 
 OPTION = "--pretrained_model_name_or_path"
 ASSETS = Path(__file__).parent.parent / "assets"
-DIGITS, DIGITS_SD3 = "digits", "digits-sd3"
+DIGITS, DIGITS_SD3, EMOJI = "digits", "digits-sd3", "emoji"
 FLOW = "flow"  # the prediction type of flow matching: the velocity
 DIGITS_DIR = ASSETS / DIGITS
-BUNDLED = {name: ASSETS / name for name in (DIGITS, DIGITS_SD3)}  # the second only if it was built
+BUNDLED = {name: ASSETS / name for name in (DIGITS, DIGITS_SD3, EMOJI)}  # all but digits only if they were built
 SINGLE_FILE_DIR = ASSETS / "single_file"  # one folder of configurations per kind
 WEIGHTS = re.compile(r"(?:diffusion_pytorch_model|model|pytorch_model)(?:\.(\w+))?(?:-\d+-of-\d+)?\.(safetensors|bin)")
 

@@ -40,6 +40,7 @@ COLUMNS = (
     Column("Drift", "drift", KEPT),
     Column("LPIPS", "lpips", KEPT),
     Column("FID (digits)", "fid-digits", ("alike", "kept")),
+    Column("FID (emoji)", "fid-emoji", ("alike", "kept")),
     Column("FID", "fid-inception", KEPT),
     Column("KID", "kid-inception", KEPT),
     Column("CMMD", "cmmd", KEPT),

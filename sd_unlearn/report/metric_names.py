@@ -79,6 +79,17 @@ METRICS = {
         "by itself: compare it with the base's",
         is_rate=False,
     ),
+    "fid-emoji": Metric(
+        "FID (emoji)",
+        "Fréchet distance to real emoji, in the features of the emoji reader; lower is better",
+        is_rate=False,
+    ),
+    "kid-emoji": Metric(
+        "KID (emoji)",
+        "kernel distance to real emoji, in features of the emoji reader; lower is better, but its size has no meaning "
+        "by itself: compare it with the base's",
+        is_rate=False,
+    ),
     "fid-inception": Metric(
         "FID", "Fréchet distance to the base's images, in Inception features; lower is closer", is_rate=False
     ),
@@ -103,7 +114,7 @@ METRICS = {
     ),
 }
 PRESENCE = tuple(name for name, metric in METRICS.items() if metric.gives_verdict)  # preferred first
-REPORT_ONLY = ("kid-digits",)  # its size has no meaning by itself; the report's full table explains it
+REPORT_ONLY = ("kid-digits", "kid-emoji")  # its size has no meaning by itself; the report's full table explains it
 GROUPS = {
     "direct": ("by name", "prompts that name the concept, as in training"),
     "held_out": ("other wordings", "prompts for the concept that were not used in training"),

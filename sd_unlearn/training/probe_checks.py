@@ -9,7 +9,7 @@ from sd_unlearn.config.base import CLIP_MODEL, CLIP_PRETRAINED
 from sd_unlearn.config.train import TrainConfig
 from sd_unlearn.data.concept import Concept, Prompt
 from sd_unlearn.errors import UsageError
-from sd_unlearn.metrics.registry import labels_of
+from sd_unlearn.metrics.registry import bundled_metric, labels_of
 from sd_unlearn.models.clip import check_clip
 
 MIN_TO_HOLD_OUT = 4  # images of a kind, of which 2 are held out
@@ -28,7 +28,7 @@ def check_probe(config: TrainConfig, concept: Concept, groups: Sequence[str]) ->
         check_enough(groups.count("positive"), groups.count("generic") + groups.count("mixed_in"))
         return
     classifiable_prompts(concept, labels_of(concept))
-    if concept.kind in ("digit", "ink"):
+    if bundled_metric(concept):
         return  # the classifier is bundled
     if not find_spec("open_clip"):
         raise UsageError("--probe leakage needs open_clip: pip install 'sd-unlearn[clip]', or use --probe ratio.")

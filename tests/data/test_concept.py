@@ -33,13 +33,13 @@ DIGITS = {"zero", "one", "two", "three", "four", "five", "six", "seven", "eight"
 INKS = {"white", "red", "green", "blue", "yellow"}
 PEOPLE = {"Brad Pitt", "Barack Obama", "Angela Merkel", "Serena Williams", "Jackie Chan"}
 FOREIGN = {  # how a prompt of a language begins
-    "de": "ein Foto|ein Gemälde|eine Ziffer",
-    "fr": "une photo|une peinture|un chiffre",
-    "es": "una foto del?|una pintura|un dígito",
-    "it": "una foto di|una foto della|un dipinto|una cifra",
+    "de": "ein Foto|ein Gemälde|eine Ziffer|ein Emoji",
+    "fr": r"une photo|une peinture|un chiffre|un emoji : \w+|un emoji sur fond|un emoji dans",
+    "es": "una foto del?|una pintura|un dígito|un emoji de|un emoji sobre|un emoji al",
+    "it": "una foto di|una foto della|un dipinto|una cifra|un emoji di|un emoji su|un emoji nello",
 }
 ON_DIGITS = [path for path in SHIPPED if read_concept(path).base == "digits"]
-ON_SD = [path for path in SHIPPED if path not in ON_DIGITS]
+ON_SD = [path for path in SHIPPED if read_concept(path).base not in ("digits", "emoji")]
 MINIMAL = {"name": "x", "caption": "a photo of x", "generic": "a photo"}
 
 
@@ -71,6 +71,8 @@ def test_all_concept_files_and_their_kinds() -> None:
         dict.fromkeys(DIGITS, "digit")
         | {f"{ink} ink": "ink" for ink in INKS}
         | dict.fromkeys(PEOPLE, "person")
+        | {"pistol": "object", "cat": "object", "weapon": "object", "Santa Claus": "person", "detective": "person"}
+        | {"OpenMoji style": "style", "red background": "other"}
         | {"Van Gogh": "style", "church": "object", "tench": "object", "nudity": "nudity"}
     )
 

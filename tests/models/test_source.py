@@ -19,7 +19,7 @@ from sd_unlearn.io.reading import read_json
 from sd_unlearn.models.checkpoint_header import read_checkpoint_header
 from sd_unlearn.models.find_base import find_base
 from sd_unlearn.models.kinds import kind_of
-from sd_unlearn.models.source import Source, variant_of
+from sd_unlearn.models.source import BUNDLED, Source, variant_of
 
 
 def found(name: object, **options: Any) -> Source:
@@ -108,6 +108,17 @@ def test_folders_that_cannot_be_trained(
     kinds: Kinds, tmp_path: Path, file: str, changes: dict[str, Any], why: str
 ) -> None:
     refused(why, changed(kinds.folder("sd1"), tmp_path / "other", file, **changes))
+
+
+def test_latents_have_as_many_channels_as_the_vae_says(kinds: Kinds, tmp_path: Path) -> None:
+    unet_only = changed(kinds.folder("sd1"), tmp_path / "unet", "unet/config.json", in_channels=16)
+    refused("takes 16 channels instead of a latent's 4", unet_only)
+    found(changed(unet_only, tmp_path / "both", "vae/config.json", latent_channels=16))
+
+
+def test_a_bundled_base_without_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(BUNDLED, "emoji", tmp_path / "emoji")
+    refused(r"emoji is not in this installation.*scripts/build_emoji\.py", "emoji")
 
 
 def test_folders_that_are_none_or_damaged(kinds: Kinds, tmp_path: Path) -> None:

@@ -17,9 +17,10 @@ from torch import Tensor
 from torch.nn.functional import interpolate, pad
 
 from sd_unlearn.errors import UnlearnError, UsageError
-from sd_unlearn.metrics.digits import FEATURE_WIDTH, DigitsClassifier, distance_rows, load_reader
+from sd_unlearn.metrics.digits import FEATURE_WIDTH, DigitsClassifier, load_reader
 from sd_unlearn.metrics.fidelity import InceptionFidelity
 from sd_unlearn.metrics.mmd import FEWEST
+from sd_unlearn.metrics.reader import distance_rows
 from sd_unlearn.metrics.statistics import wilson
 from sd_unlearn.paper.ddpm.sample import to_bytes
 from sd_unlearn.paper.experiments import DIGITS

@@ -1,0 +1,158 @@
+"""Train the bundled base `emoji` and its classifier from scratch, then measure them and write their model card.
+
+    python scripts/build_emoji.py                       # about 2.5 hours on two cores; needs npm
+    python scripts/build_emoji.py --only table          # only measure the bundled files
+    python scripts/build_emoji.py --reader_seed 1 --reader_channels 24 48 96 160   # a second classifier, not bundled
+
+The stages (drawings, reader, vae, pool, denoiser, assemble, table) save their results in --work_dir. A finished stage
+is not repeated. The trainings (reader, vae, denoiser) save a checkpoint every five minutes, so an interrupted build
+resumes there with the same result. To train longer, remove the stage's results and give more steps: it continues from
+the state before its learning rate fell.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from base_training import Settings, save_half, save_pipeline
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from emoji_data import compose, load_drawings, place
+from emoji_models import (
+    PREDICTION,
+    Pool,
+    encode_pool,
+    make_scheduler,
+    make_tokenizer,
+    train_denoiser,
+    train_reader,
+    train_vae,
+)
+from emoji_table import table
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import CLIPTextModel
+
+from sd_unlearn.metrics.emoji import AXES, BACKGROUNDS, CHANNELS, SIZE, load_reader
+
+ASSETS = Path(__file__).parent.parent / "sd_unlearn" / "assets"
+STAGES = ("drawings", "reader", "vae", "pool", "denoiser", "assemble", "table")
+RESULTS = {  # stage -> its last file in --work_dir; a stage that has it is finished
+    "drawings": "drawings.pt",
+    "reader": "reader.safetensors",
+    "vae": "vae/config.json",
+    "pool": "pool.pt",
+    "denoiser": "unet/config.json",
+}
+
+
+def reader_name(args: argparse.Namespace) -> str:
+    """The name of a reader's files: the bundled one has seed 0."""
+    return f"reader-{args.reader_seed}" if args.reader_seed else "reader"
+
+
+def build_reader(args: argparse.Namespace) -> None:
+    name = reader_name(args)
+    settings = Settings(args.reader_steps, lr=2e-3, weight_decay=2e-2, ema_decay=0.998, seed=args.reader_seed)
+    channels = tuple(args.reader_channels)
+    network = train_reader(load_drawings(args.work_dir), settings, args.work_dir, channels, name)
+    save_file(network.state_dict(), args.work_dir / f"{name}.safetensors")
+
+
+def build_vae(args: argparse.Namespace) -> None:
+    settings = Settings(args.vae_steps, lr=2e-3, weight_decay=1e-4)
+    train_vae(load_drawings(args.work_dir), settings, args.work_dir).save_pretrained(args.work_dir / "vae")
+
+
+def build_pool(args: argparse.Namespace) -> None:
+    vae = AutoencoderKL.from_pretrained(args.work_dir / "vae").eval()
+    torch.save(tuple(encode_pool(vae, load_drawings(args.work_dir), copies=32)), args.work_dir / "pool.pt")
+
+
+def build_denoiser(args: argparse.Namespace) -> None:
+    drawings = load_drawings(args.work_dir)
+    pool = Pool(*torch.load(args.work_dir / "pool.pt", weights_only=True))
+    settings = Settings(args.denoiser_steps, lr=1.5e-3, warmup=300)
+    text, unet = train_denoiser(pool, drawings, make_tokenizer(drawings), settings, args.work_dir)
+    text.save_pretrained(args.work_dir / "text_encoder")
+    unet.save_pretrained(args.work_dir / "unet")
+
+
+def assemble(args: argparse.Namespace) -> None:
+    """Write the bundled files in half precision: the pipeline folder, the classifier and its held-apart features."""
+    work, drawings = args.work_dir, load_drawings(args.work_dir)
+    pipeline = StableDiffusionPipeline(
+        vae=AutoencoderKL.from_pretrained(work / "vae"),
+        text_encoder=CLIPTextModel.from_pretrained(work / "text_encoder"),
+        tokenizer=make_tokenizer(drawings),
+        unet=UNet2DConditionModel.from_pretrained(work / "unet"),
+        scheduler=make_scheduler(PREDICTION),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    base, reader_dir = ASSETS / "emoji", ASSETS / "emoji_reader"
+    for folder in (base, reader_dir):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+    save_pipeline(pipeline.to(torch.float16), base)
+    sha = save_half(load_file(work / "reader.safetensors"), reader_dir / "model.safetensors")
+    config = {**AXES, "channels": CHANNELS, "input": f"RGB {SIZE}x{SIZE} in [-1, 1]", "sha256": sha}
+    (reader_dir / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    load_reader.cache_clear()
+    images, labels = held_apart(args, copies=2)
+    with torch.no_grad():
+        features = torch.cat([load_reader().features(part) for part in images.split(200)]).half()
+    save_file({"features": features, **labels}, reader_dir / "held_apart.safetensors")
+
+
+def held_apart(args: argparse.Namespace, copies: int) -> tuple[Tensor, dict[str, Tensor]]:
+    """`copies` random images of each drawing, which no training draws, and their labels."""
+    drawings = load_drawings(args.work_dir)
+    torch.manual_seed(70_000_000)
+    picked = torch.arange(len(drawings.things)).repeat(copies)
+    backgrounds = torch.randint(len(BACKGROUNDS), (len(picked),))
+    images = torch.cat(
+        [
+            compose(place(drawings.pixels[rows]), b)
+            for rows, b in zip(picked.split(200), backgrounds.split(200), strict=True)
+        ]
+    )
+    return images, {"thing": drawings.things[picked], "style": drawings.styles[picked], "background": backgrounds}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work_dir", type=Path, default=Path("build/emoji"))
+    parser.add_argument("--only", choices=STAGES, help="run only this stage")
+    parser.add_argument("--reader_steps", type=int, default=4000)
+    parser.add_argument("--reader_seed", type=int, default=0, help="not 0: train a second classifier, and only it")
+    parser.add_argument("--reader_channels", type=int, nargs=4, default=CHANNELS)
+    parser.add_argument("--vae_steps", type=int, default=3000)
+    parser.add_argument("--denoiser_steps", type=int, default=8000)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    args.work_dir.mkdir(parents=True, exist_ok=True)
+    if args.reader_seed:
+        build_reader(args)
+        return
+    jobs = {
+        "drawings": lambda args: load_drawings(args.work_dir),
+        "reader": build_reader,
+        "vae": build_vae,
+        "pool": build_pool,
+        "denoiser": build_denoiser,
+        "assemble": assemble,
+        "table": lambda args: table(args.work_dir, held_apart(args, copies=4)),
+    }
+    for stage in [args.only] if args.only else STAGES:
+        if stage not in RESULTS or not (args.work_dir / RESULTS[stage]).exists():
+            jobs[stage](args)
+
+
+if __name__ == "__main__":
+    main()
