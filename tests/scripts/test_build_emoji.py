@@ -195,6 +195,24 @@ def test_concept_files_are_what_the_script_writes(tmp_path: Path) -> None:
         assert expected == {*THINGS, *STYLES, *BACKGROUNDS} - {label, *CATEGORIES.get(label, ())}
 
 
+def test_the_basis_of_latents_follows_pixels_and_keeps_what_is_decoded() -> None:
+    from diffusers import AutoencoderKL
+    from emoji_models import use_pixel_distances
+
+    torch.manual_seed(0)
+    vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=2).eval()
+    with torch.no_grad():
+        vae.post_quant_conv.weight[:, 0] *= 30  # the first channel matters more
+    images = torch.rand(4, 3, 16, 16)
+    before, mean = vae.decode(vae.encode(images).latent_dist.mean).sample, vae.encode(images).latent_dist.mean
+    use_pixel_distances(vae, images)
+    posterior = vae.encode(images).latent_dist
+    assert torch.allclose(vae.decode(posterior.mean).sample, before, atol=1e-3)
+    ratio_before, ratio = (z[:, 0].std() / z[:, 1].std() for z in (mean, posterior.mean))
+    assert ratio > 3 * ratio_before
+    assert posterior.var.flatten(2).std(dim=2).max() < 1e-6
+
+
 @pytest.mark.slow
 def test_all_stages_on_three_things(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each network is trained for a step; the files load with plain Diffusers, and the table is written."""
