@@ -122,7 +122,7 @@ def train_vae(drawings: Drawings, settings: Settings, work: Path) -> Autoencoder
     torch.manual_seed(settings.seed)
     batch = random_batch(drawings, 500)
     images = compose(batch.placed, batch.backgrounds)
-    use_pixel_distances(vae, images)
+    use_pixel_distances(vae, images[:100])
     with torch.no_grad():
         latents = vae.encode(images).latent_dist.sample()
     vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))

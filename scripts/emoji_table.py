@@ -149,7 +149,7 @@ def background_rows(asked: Asked) -> list[Row]:
 def category_rows(asked: Asked) -> list[Row]:
     wanted = [category for category in CATEGORIES for _ in range(OF_EACH_CATEGORY)]
     found = asked("categories", [f"an emoji of {with_article(category)}" for category in wanted])["thing"].tolist()
-    right = torch.tensor([THINGS[n] in CATEGORIES[category] for n, category in zip(found, wanted, strict=True)])
+    right = torch.tensor([AXES["thing"][n] in CATEGORIES[category] for n, category in zip(found, wanted, strict=True)])
     return [("generated: categories", share(right), len(right), "")]
 
 
