@@ -129,6 +129,11 @@ def _check_objective(config: TrainConfig) -> None:
         if config.objective not in users and getattr(config, name) != getattr(TrainConfig, name):
             flag = "--no_retain" if name == "retain" else f"--{name} {getattr(config, name)}"
             raise UsageError(f"{flag} is for --objective {' or '.join(users)}; --objective is {config.objective}.")
+    if config.robust and config.train_text_encoder:
+        raise UsageError(
+            "--robust learns the input of a text encoder that does not change. Leave out --robust or "
+            "--train_text_encoder."
+        )
     if config.teacher_reuse > 1 and config.target == "noise":
         raise UsageError(f"--teacher_reuse {config.teacher_reuse} needs --target teacher; --target is noise.")
     if config.objective in ("supervised", "unsupervised"):

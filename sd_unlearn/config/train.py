@@ -120,6 +120,14 @@ class Objective:
             POSITIVE,
         ),
     ] = 2.0
+    robust: Annotated[
+        bool,
+        option(
+            "While training, search embeddings that bring the concept back, and unlearn under them, too. Slower; "
+            "learned prompts (the attack soft) then succeed less often.",
+            START,
+        ),
+    ] = False
     unconditional: Annotated[
         float | None,
         option(

@@ -6,7 +6,7 @@ is therefore the same however many there are, and resuming needs the state of on
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,7 +27,7 @@ class EncodedImages:
     examples: Sequence[Example]
     mean: Tensor  # [N, C, H/8, W/8], of the VAE's posterior, scaled; of a DDPM the images, [N, C, H, W] in [-1, 1]
     std: Tensor  # as mean; zeros for a DDPM
-    text: Mapping[str, Tensor]  # caption -> what Denoiser.predict takes: embeddings, token ids or a class number
+    text: dict[str, Tensor]  # caption -> what Denoiser.predict takes: embeddings, token ids or a class number
 
     def subset(self, indices: list[int]) -> EncodedImages:
         return replace(

@@ -100,13 +100,19 @@ def compose_step(
     """
     size = effective_batch_size(config, processes)
     baseline = BASELINES.get(config.objective)
+    learned: list[str | None] = [learned_caption(concept)] if config.robust else []
     if baseline is None:
-        groups = caption_groups(concept, config.caption_mode)
+        groups = caption_groups(concept, config.caption_mode) + learned
         return groups, Layout.of(size, len(groups), has_keep, sets, negatives)
-    groups = [*([concept.generic] if baseline.has_generic else []), *concept.captions]
+    groups = [*([concept.generic] if baseline.has_generic else []), *concept.captions, *learned]
     sets = sets if baseline.images == "positive" else 1
     layout = Layout.of_baseline(size, len(groups), has_keep and config.retain, sets, baseline.images)
     return groups, layout
+
+
+def learned_caption(concept: Concept) -> str:
+    """The name of the caption of --robust, whose embedding is learned. No prompt looks like it."""
+    return f"\0learned {concept.slug}"
 
 
 def caption_groups(concept: Concept, mode: CaptionMode) -> list[str | None]:

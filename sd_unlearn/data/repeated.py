@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -73,4 +73,15 @@ class RepeatedBatches:
             self._sample()
 
 
-Steps = StratifiedBatches | RepeatedBatches
+class Steps(Protocol):
+    """Endless batches, one for each step, that a resumed training continues exactly."""
+
+    @property
+    def images_per_step(self) -> int:
+        """Over all processes."""
+
+    def __iter__(self) -> Iterator[Batch]: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...

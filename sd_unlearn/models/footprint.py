@@ -68,7 +68,7 @@ class TrainingFootprint:
     activations: int  # per image: that, and the largest gradient of the backward pass
     checkpointed: int  # per image: the same with gradient checkpointing
     forward: int  # per image: a pass without gradient, as of the teacher
-    text_encoder: int = 0  # weights that stay because they are trained, too
+    text_encoder: int = 0  # weights that stay, because they or their input are trained, too
     predictions: int = 0  # per image: the base's, in full precision, if --teacher_reuse stores them
 
     @property
@@ -94,6 +94,7 @@ class StepOptions(NamedTuple):
     target: str = "teacher"
     quantize_base: Quantization | None = None
     teacher_reuse: int = 1
+    robust: bool = False
 
     @classmethod
     def of(cls, config: TrainConfig) -> StepOptions:
@@ -180,7 +181,7 @@ def count_training(
         activations=(saved.total + saved.largest) // COUNTED,
         checkpointed=(saved.kept + saved.largest_block + saved.largest) // COUNTED,
         forward=forward,
-        text_encoder=sum(map(size_of, base.text_encoders)) if options.train_text_encoder else 0,
+        text_encoder=sum(map(size_of, base.text_encoders)) if options.train_text_encoder or options.robust else 0,
         predictions=2 * base.channels * side * side * torch.float32.itemsize if options.teacher_reuse > 1 else 0,
     )
 

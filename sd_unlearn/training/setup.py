@@ -20,7 +20,7 @@ from sd_unlearn.data.concept import Concept
 from sd_unlearn.data.dataset import members_of_sets, positive_sets, scan, split_beta
 from sd_unlearn.data.embeddings import embed
 from sd_unlearn.data.encoding import describe_long_captions, encode_captions, encode_images, tokenize
-from sd_unlearn.data.layout import BASELINES, compose_step
+from sd_unlearn.data.layout import BASELINES, compose_step, learned_caption
 from sd_unlearn.data.photos import CACHE_DIR
 from sd_unlearn.data.prior import Prior, resolve_beta
 from sd_unlearn.data.repeated import REPEATED_STEPS, RepeatedBatches, Steps
@@ -35,6 +35,7 @@ from sd_unlearn.models.student import Student, make_student
 from sd_unlearn.objectives.registry import make_losses, make_objective
 from sd_unlearn.objectives.teacher import PredictionBank, Teacher
 from sd_unlearn.seeds import TRAIN_SEEDS
+from sd_unlearn.training.learned_captions import LearnedCaption, Network, RobustSteps
 from sd_unlearn.training.loop import Training
 from sd_unlearn.training.previews import ImageGenerator, PreviewWriter
 from sd_unlearn.training.probe import LeakageProbe, Probe, RatioProbe, hold_out, probe_prompts
@@ -159,6 +160,9 @@ def make_training(
     at_once = dataclasses.replace(config, render_batch_size=batching.render_batch_size)
     generator = _make_generator(at_once, base, data, student)
     probe = _make_probe(config, concept, data, student, denoiser, generator, held_out)
+    if config.robust:
+        network = Network(base, denoiser, accelerator, batching.micro_batch_size)
+        steps = RobustSteps(steps, [LearnedCaption(learned_caption(concept), concept.caption, images, network, seed)])
     preview = PreviewWriter(generator, concept, config.seed, config.output_dir) if generator else None
     return Training(
         config.output_dir,
@@ -217,9 +221,9 @@ def _make_teacher(
 
 
 def _make_generator(config: TrainConfig, base: Base, data: Data, student: Student) -> ImageGenerator | None:
-    """The generator of previews and probes. Drops the text encoder, and the VAE if no images are generated."""
+    """The generator of previews and probes. Drops text encoders and VAE if nothing needs them."""
     pipeline = base.pipeline
-    if not config.train_text_encoder:
+    if not (config.train_text_encoder or config.robust):
         for name in base.properties.text_encoders:
             setattr(pipeline, name, None)
     if not config.validation_steps and _probe_name(config) != "leakage":

@@ -29,7 +29,7 @@ from sd_unlearn.errors import UnlearnError, UsageError
 from sd_unlearn.io.files import write_json
 from sd_unlearn.io.reading import read_json, read_jsonl
 from sd_unlearn.io.run_folder import weights_sha256
-from sd_unlearn.training import checkpoint, provenance, setup, trainer
+from sd_unlearn.training import checkpoint, learned_captions, provenance, setup, trainer
 from sd_unlearn.training.state import TrainingState
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -173,12 +173,15 @@ def test_the_command_says_how_to_resume(
         {"quantize_base": "nf4", "probe_steps": 3, "validation_steps": 5, "gradient_checkpointing": True},
         {"probe_steps": 3, "gradient_share_steps": 2, "validation_steps": 5},
         {"teacher_reuse": 2},
+        {"robust": True, "teacher_reuse": 2},
     ],
 )
 def test_every_kind_of_run_resumes_exactly(
     make_config: Config, monkeypatch: pytest.MonkeyPatch, options: dict[str, object]
 ) -> None:
     monkeypatch.setattr(setup, "REPEATED_STEPS", 3)
+    for name, value in {"START": 2, "EVERY": 2, "POOL": 2, "SEARCH_STEPS": 2, "ROWS": 4}.items():
+        monkeypatch.setattr(learned_captions, name, value)
     usual = {"max_train_steps": 10, "checkpointing_steps": 4, **options}
     whole = trainer.run(make_config("whole", **usual))
     with interrupt_after(6, monkeypatch), pytest.raises(KeyboardInterrupt):
