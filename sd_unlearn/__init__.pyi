@@ -2,6 +2,7 @@ from sd_unlearn.api import attack as attack
 from sd_unlearn.api import calibrate as calibrate
 from sd_unlearn.api import evaluate as evaluate
 from sd_unlearn.api import export as export
+from sd_unlearn.api import fuse as fuse
 from sd_unlearn.api import render as render
 from sd_unlearn.api import report as report
 from sd_unlearn.api import train as train

@@ -11,7 +11,7 @@ import functools
 import inspect
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar, get_type_hints
 
@@ -20,9 +20,11 @@ from sd_unlearn.config.attack import AttackConfig
 from sd_unlearn.config.base import ExportConfig, RenderConfig, ReportConfig
 from sd_unlearn.config.calibrate import CalibrateConfig
 from sd_unlearn.config.evaluate import EvaluateConfig
+from sd_unlearn.config.fuse import FuseConfig
 from sd_unlearn.config.paths import expanded
 from sd_unlearn.config.train import TrainConfig
 from sd_unlearn.data.concept import Concept, parse_concept
+from sd_unlearn.data.several import together
 from sd_unlearn.errors import UsageError
 from sd_unlearn.io.reading import check_keys, read_options
 from sd_unlearn.io.schema import convert
@@ -63,9 +65,12 @@ def _signature(options: Callable[..., Any], function: Callable[..., Any]) -> ins
 
 
 def _of_concept(
-    options: Callable[Concatenate[str | None, Options], Config],
-) -> Callable[[Callable[[Config, list[Concept]], Result]], Callable[Concatenate[ConceptLike | None, Options], Result]]:
-    """`_command` of a command whose first argument is one concept."""
+    options: Callable[Concatenate[list[str] | str | None, Options], Config],
+) -> Callable[
+    [Callable[[Config, list[Concept]], Result]],
+    Callable[Concatenate[ConceptLike | Sequence[ConceptLike] | None, Options], Result],
+]:
+    """`_command` of a command whose first argument is one concept, or several that are erased together."""
     decorator: Any = _command(options)  # type checkers see the first argument's wider type only here
     return decorator
 
@@ -122,7 +127,7 @@ def render(config: RenderConfig, concepts: list[Concept]) -> Path:
     """
     from sd_unlearn.data import render as command
 
-    return command.run(config, *concepts)
+    return command.run(config, *_one(concepts))
 
 
 @_of_concept(TrainConfig)
@@ -140,10 +145,10 @@ def train(config: TrainConfig, concepts: list[Concept]) -> Path:
     if config.beta_sweep is not None and not config.dry_run:
         from sd_unlearn import sweep
 
-        return sweep.run(config, *concepts)
+        return sweep.run(config, *_one(concepts))
     from sd_unlearn.training import trainer
 
-    return trainer.run(config, *concepts)
+    return trainer.run(config, *_one(concepts))
 
 
 @_command(EvaluateConfig)
@@ -196,6 +201,18 @@ def calibrate(config: CalibrateConfig, concepts: list[Concept]) -> Calibration:
     return command.run(config, concepts)
 
 
+@_command(FuseConfig)
+def fuse(config: FuseConfig, concepts: list[Concept]) -> Path:
+    """Fuse LoRAs that were trained apart into one that erases all of their concepts. Returns the run folder.
+
+    Raises:
+        UsageError, UnlearnError
+    """
+    from sd_unlearn.fusion import run
+
+    return run(config)
+
+
 @_command(ExportConfig)
 def export(config: ExportConfig, concepts: list[Concept]) -> list[Path]:
     """Write the LoRA for Diffusers, ComfyUI and A1111 with a model card, or merge it into a checkpoint.
@@ -221,6 +238,11 @@ def report(config: ReportConfig, concepts: list[Concept]) -> Path:
     from sd_unlearn.report import report as command
 
     return command.run(config)
+
+
+def _one(concepts: Sequence[Concept]) -> list[Concept]:
+    """The concepts built in code as one, if there are any."""
+    return [together(concepts)] if concepts else []
 
 
 def _check_single_process(name: str) -> None:

@@ -23,6 +23,7 @@ from sd_unlearn.config.attack import AttackConfig
 from sd_unlearn.config.base import ExportConfig, RenderConfig, ReportConfig
 from sd_unlearn.config.calibrate import CalibrateConfig
 from sd_unlearn.config.evaluate import EvaluateConfig
+from sd_unlearn.config.fuse import FuseConfig
 from sd_unlearn.config.help import Help, ShortHelp
 from sd_unlearn.config.options import Range
 from sd_unlearn.config.paths import expanded
@@ -47,6 +48,7 @@ Compare several LoRAs:
 
   sd-unlearn evaluate --lora A B --strengths 0.5 1
   sd-unlearn report --run runs/evaluation
+  sd-unlearn fuse A B                     make one LoRA of several
 
 Many concepts or settings, on one machine or a cluster:
 
@@ -72,6 +74,7 @@ COMMANDS = {
     "evaluate": EvaluateConfig,
     "attack": AttackConfig,
     "calibrate": CalibrateConfig,
+    "fuse": FuseConfig,
     "export": ExportConfig,
     "report": ReportConfig,
 }
@@ -184,6 +187,16 @@ def calibrate(config: Annotated[CalibrateConfig, Parameter(name="*")] = Calibrat
         f"--strengths {found.strength:g} --seed {max(config.seed) + 1}",
         file=sys.stderr,
     )
+
+
+@app.command
+def fuse(config: Annotated[FuseConfig, Parameter(name="*")] = FuseConfig()) -> None:
+    """Fuse LoRAs that were trained apart into one that erases all of their concepts."""
+    from sd_unlearn.fusion import run
+
+    folder = run(config)
+    print(f"Next: sd-unlearn evaluate --run {shlex.quote(str(folder))}", file=sys.stderr)
+    print(folder)
 
 
 @app.command

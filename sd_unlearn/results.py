@@ -134,8 +134,14 @@ class SubjectEntry(_Open):
     strength: float | None = None
     sha256: str = ""  # of the LoRA's weights
     forgets: str | None = None  # slug of the concept it was trained on, if known
+    forgets_together: tuple[str, ...] = ()  # slugs, if it was trained on several concepts
     training: dict[str, Any] | None = None
     cost: dict[str, Any] | None = None
+
+    def should_forget(self, concept: str) -> bool:
+        """Whether it was trained to forget a concept (slug), or may have been."""
+        known = self.forgets_together or ((self.forgets,) if self.forgets else ())
+        return not known or concept in known
 
 
 @dataclass(frozen=True)

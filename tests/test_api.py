@@ -101,6 +101,13 @@ def test_one_value_for_an_option_that_takes_several(monkeypatch: pytest.MonkeyPa
     assert concepts == [SEVEN]
 
 
+def test_several_concepts_built_in_code_are_one_training(calls: list[tuple[Any, ...]]) -> None:
+    three = dataclasses.replace(SEVEN, name="three", caption="a photo of the digit three")
+    sd_unlearn.train([SEVEN, three])
+    assert calls[0][0].concept == ["Lucky Seven", "three"]
+    assert [part.name for part in calls[0][1].parts] == ["Lucky Seven", "three"]
+
+
 def test_a_concept_built_in_code_is_checked_and_handed_on(calls: list[tuple[Any, ...]]) -> None:
     sd_unlearn.train(SEVEN)
     assert calls[0][0].concept == "Lucky Seven"

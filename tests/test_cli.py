@@ -289,8 +289,8 @@ def test_a_wrong_config_file_is_refused(run: Run, content: str, expected: str) -
 USAGE = [
     (["rendr"], "rendr"),
     (["train", "--concept", "seven", "--rnak", "4"], "--rnak"),
-    (["train", "--concept", "seven", "surplus"], "unexpected argument: surplus"),
-    (["train", "seven", "nine"], "unexpected argument: nine"),
+    (["train", "--concept", "seven", "surplus"], '--concept "surplus" has no file'),
+    (["train", "seven", "nin"], '--concept "nin" has no file'),
     (["train", "--concept"], "--concept"),
     (["train", "--concept", "seven", "--rank", "four"], "four"),
     (["train", "--concept", "seven", "--correction", "absolute"], "absolute"),

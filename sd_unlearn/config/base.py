@@ -7,7 +7,17 @@ from typing import Annotated, Literal
 from cyclopts import Group
 
 from sd_unlearn.choices import TemplateKind
-from sd_unlearn.config.options import GENERAL, START, BatchSize, Count, InferenceSteps, NumImages, Range, option
+from sd_unlearn.config.options import (
+    GENERAL,
+    START,
+    BatchSize,
+    Count,
+    InferenceSteps,
+    NumImages,
+    Range,
+    option,
+    several,
+)
 from sd_unlearn.config.paths import PathOptions
 from sd_unlearn.config.planning import PlanOptions
 from sd_unlearn.seeds import SEED_SPAN
@@ -31,12 +41,18 @@ class ConceptOption(PathOptions):
     """The concept, as a flag or as the first argument: cyclopts accepts it in both ways if it is the first field."""
 
     concept: Annotated[
-        str | None,
-        option(
-            'Concept to erase: a bundled concept (e.g. seven or "Brad Pitt"), a .yaml file, or any name with --anchor.',
+        list[str] | str | None,
+        several(
+            'Concept to erase: a bundled concept (e.g. seven or "Brad Pitt"), a .yaml file, or any name with --anchor. '
+            "Several are erased together: seven three, or a .yaml file with a list.",
             START,
         ),
     ] = field(default=None, kw_only=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.concept, list) and len(self.concept) == 1:  # recorded as it was given
+            self.concept = self.concept[0]
 
 
 @dataclass(kw_only=True)

@@ -102,10 +102,10 @@ class StratifiedBatches:
         self.sampling, self.unconditional, self.sharding = sampling, unconditional, sharding
         sets = members_of_sets(self.examples)
         self.positives = ["positive", *(f"positive {k}" for k in range(1, len(sets)))][: len(sets)]
-        labeled_or_keep = ("positive", "negative", "keep")
+        others = ("positive", "negative", "keep", "unused")
         self.pools = {  # their order determines the seeds of their cycles
             "positive": sets.get(0, []),
-            "unlabeled": [i for i, e in enumerate(self.examples) if e.group not in labeled_or_keep],
+            "unlabeled": [i for i, e in enumerate(self.examples) if e.group not in others],
             "keep": [i for i, e in enumerate(self.examples) if e.group == "keep"],
             "any": list(range(len(self.examples))),
             "negative": [i for i, e in enumerate(self.examples) if e.is_negative],
@@ -199,7 +199,7 @@ class StratifiedBatches:
             timesteps,
             noise,
             torch.tensor([row.caption == "" for row in rows]),
-            torch.tensor([self.sharding.processes / row.kind_size for row in rows]),
+            torch.tensor([self.sharding.processes / row.kind_size * self.examples[row.example].weight for row in rows]),
         )
 
     def _teacher_caption(self, row: BatchRow) -> str:

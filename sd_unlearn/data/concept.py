@@ -111,6 +111,11 @@ class Concept:
     evaluate: Evaluation = Evaluation()
 
     @property
+    def parts(self) -> tuple[Concept, ...]:
+        """The concepts that are erased together: itself alone, or several (several.py)."""
+        return (self,)
+
+    @property
     def slug(self) -> str:
         return slugify(self.name)
 
@@ -273,14 +278,14 @@ def _check_paraphrases(concept: Concept, where: str) -> None:
         "caption": [concept.caption],
         **{f"evaluate.{group}": [p.text for p in concept.prompts(group)] for group in ("held_out", "alike", "general")},
     }
-    known = {_normalized(text): f"also in {key}" for key, texts in others.items() for text in texts}
+    known = {normalized(text): f"also in {key}" for key, texts in others.items() for text in texts}
     for text in concept.captions[1:]:
-        fault = known.get(_normalized(text)) if text.strip() else "empty"
+        fault = known.get(normalized(text)) if text.strip() else "empty"
         if fault:
             raise UsageError(f'{where}: paraphrases: "{text}" is {fault}. Remove or change it.')
-        known[_normalized(text)] = "listed twice"
+        known[normalized(text)] = "listed twice"
 
 
-def _normalized(prompt: str) -> str:
+def normalized(prompt: str) -> str:
     """The prompt without differences in case and white space."""
     return " ".join(prompt.casefold().split())

@@ -22,9 +22,10 @@ class Example:
 
     path: Path
     caption: str
-    group: str  # generic | mixed_in | keep; positive | negative in the folders of that kind
+    group: str  # generic | mixed_in | keep; positive | negative in the folders of that kind; unused (turns.py)
     positive_set: int = 0  # of a positive: index of its folder in positive_sets()
     own_caption: bool = False  # whether the caption comes from a metadata or text file, not from the concept
+    weight: float = 1.0  # in the mean of its kind; of a whole kind 1 on average
 
     @property
     def is_positive(self) -> bool:
@@ -39,6 +40,20 @@ class Example:
 def positive_sets(folder: Path) -> list[str]:
     """Names of a data folder's sets of positives (1_positive, 1_positive_2, ...). Each set has its own beta."""
     return sorted(p.name for p in folder.glob(f"{POSITIVE}*") if p.is_dir()) or [POSITIVE]
+
+
+def set_names(concept: Concept) -> list[str]:
+    """Names of the folders with the positives that are rendered: one for each of several concepts."""
+    parts = concept.parts
+    return [POSITIVE] if len(parts) == 1 else [f"{POSITIVE}_{part.slug}" for part in parts]
+
+
+def sets_of(folder: Path, concept: Concept) -> list[tuple[str, Concept]]:
+    """The name of each set of positives in a data folder, and the concept whose images it holds."""
+    parts = concept.parts
+    if len(parts) == 1:
+        return [(name, concept) for name in positive_sets(folder)]
+    return list(zip(set_names(concept), parts, strict=True))
 
 
 def members_of_sets(examples: Sequence[Example]) -> dict[int, list[int]]:
@@ -86,15 +101,15 @@ def scan(folder: Path, concept: Concept, eta: float = 1.0, positives: Path | Non
         UsageError: a missing folder or fewer than two images, `betas` for other sets of positives, an unreadable image,
             an invalid metadata file, or a line of it that matches no image.
     """
-    sets = positive_sets(folder)
-    _check_betas(concept, folder, sets)
+    sets = sets_of(folder, concept)
+    _check_betas(concept, folder, [name for name, _ in sets])
     read_caption = read_captions(folder)
     examples = _scan_folder(folder / UNLABELED, read_caption, Example(folder, concept.generic, "generic"))
-    for number, name in enumerate(sets):
+    for number, (name, part) in enumerate(sets):
         if positives and name == POSITIVE:
             examples += scan_positives(positives, concept)
         else:
-            examples += _scan_folder(folder / name, read_caption, Example(folder, concept.caption, "positive", number))
+            examples += _scan_folder(folder / name, read_caption, Example(folder, part.caption, "positive", number))
     if has_negatives(folder, eta):
         examples += _scan_folder(folder / NEGATIVE, read_caption, Example(folder, concept.generic, "negative"))
     if not any(e.group in ("generic", "mixed_in") for e in examples):

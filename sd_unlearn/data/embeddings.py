@@ -28,7 +28,7 @@ def embed(base: Base, examples: Sequence[Example], latents: Tensor) -> ImageEmbe
     Uses CLIP for bases above MIN_CLIP_PIXELS if open_clip and its weights are available, else the examples' latents
     [N, C, h, w].
     """
-    indices = [n for n, example in enumerate(examples) if example.group not in ("keep", "negative")]
+    indices = [n for n, example in enumerate(examples) if example.group not in ("keep", "negative", "unused")]
     chosen = [examples[n] for n in indices]
     clip, why = _clip_for(base)
     rows = clip.images(open_image(e.path) for e in chosen) if clip else _pooled(latents[indices])

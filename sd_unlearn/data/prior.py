@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -73,14 +73,18 @@ class _Manifest:
     __pydantic_config__ = OPEN
 
     beta: Annotated[float, Field(gt=0, lt=1)] | None = None
+    betas: dict[str, Annotated[float, Field(gt=0, lt=1)] | None] = field(default_factory=dict)  # of several concepts
 
 
 def resolve_beta(
-    option: BetaOption, data_dir: Path, make_embeddings: Callable[[], ImageEmbeddings] | None = None
+    option: BetaOption,
+    data_dir: Path,
+    make_embeddings: Callable[[], ImageEmbeddings] | None = None,
+    slug: str | None = None,
 ) -> Prior:
     """The value of --beta, else the manifest's, else ASSUMED_BETA.
 
-    make_embeddings: called only for `--beta estimate`.
+    make_embeddings: called only for `--beta estimate`. slug: of the concept, if the folder is of several.
 
     Raises:
         UsageError: too few images for an estimate, or an invalid manifest.
@@ -94,7 +98,8 @@ def resolve_beta(
     if option is not None:
         return Prior(option, "option")
     path = data_dir / DATA_MANIFEST
-    known = validate(_Manifest, read_json(path), str(path)).beta if path.is_file() else None
+    manifest = validate(_Manifest, read_json(path), str(path)) if path.is_file() else _Manifest()
+    known = manifest.betas.get(slug) if slug else manifest.beta
     return Prior(known, "manifest") if known else Prior(ASSUMED_BETA, "assumed")
 
 

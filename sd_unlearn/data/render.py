@@ -15,9 +15,10 @@ from sd_unlearn.config.base import RenderConfig
 from sd_unlearn.config.checks import check_render
 from sd_unlearn.config.options import MAX_IMAGES
 from sd_unlearn.config.paths import local_path
-from sd_unlearn.data.concept import Concept, describe_anchored, expand_braces, load_concept
+from sd_unlearn.data.concept import Concept, describe_anchored, expand_braces
+from sd_unlearn.data.dataset import set_names
 from sd_unlearn.data.metadata import read_metadata
-from sd_unlearn.data.photos import check_places
+from sd_unlearn.data.photos import check_places, is_image_folder
 from sd_unlearn.data.render_settings import (
     SETTINGS,
     WEIGHTS,
@@ -27,12 +28,13 @@ from sd_unlearn.data.render_settings import (
     seed_in,
     settings_in,
 )
+from sd_unlearn.data.several import load_concepts
 from sd_unlearn.errors import UnlearnError, UsageError, reason
 from sd_unlearn.io.files import check_writable, write_json, write_jsonl
 from sd_unlearn.io.images import is_intact
 from sd_unlearn.io.lock import locked, remove_leftovers
 from sd_unlearn.io.reading import read_json
-from sd_unlearn.io.run_folder import DATA_MANIFEST, METADATA, POSITIVE, UNLABELED, ImageRecord
+from sd_unlearn.io.run_folder import DATA_MANIFEST, METADATA, NEGATIVE, UNLABELED, ImageRecord
 from sd_unlearn.launch import process_rank
 from sd_unlearn.models.base import Base, different_hash, load_base
 from sd_unlearn.models.find_base import find_base
@@ -87,7 +89,7 @@ def run(config: RenderConfig, concept: Concept | None = None) -> Path:
     Raises:
         UsageError: invalid options, a folder that was rendered with other settings, or images in the wrong place.
     """
-    concept = concept or load_concept(config.concept, config.anchor, config.kind)
+    concept = concept or load_concepts(config.concept, config.anchor, config.kind)
     check_render(config)
     job = make_job(concept, config, find_base(config, concept.base))
     check_places(job.folder)
@@ -130,9 +132,26 @@ def resolve_data_dir(config: RenderConfig, concept: Concept) -> Path:
 def plan_images(concept: Concept, config: RenderConfig) -> list[ImageGroup]:
     """How many images to render of each prompt: the --num_* options, else the concept file's numbers.
 
+    Images that several concepts need, of generic and keep prompts, are rendered once: as many as the one that needs
+    the most.
+
     Raises:
         UsageError: a negative number, more than MAX_IMAGES images, or a folder without images.
     """
+    planned: list[ImageGroup] = []
+    for part in concept.parts:
+        before: dict[tuple[str, str], int] = {}
+        for name, prompt, images in planned:
+            before[name, prompt] = before.get((name, prompt), 0) + images
+        for name, prompt, images in _plan_of(part, config):
+            missing = images - before.get((name, prompt), 0)
+            if (name, prompt) not in before or missing > 0:
+                planned.append(ImageGroup(name, prompt, missing))
+    return planned
+
+
+def _plan_of(concept: Concept, config: RenderConfig) -> list[ImageGroup]:
+    """The images of one concept."""
     counts = dataclasses.asdict(concept.images)
     options = {name: getattr(config, f"num_{name}") for name in counts}
     counts |= {name: value for name, value in options.items() if value is not None}
@@ -167,6 +186,12 @@ def images_by_group(groups: Sequence[ImageGroup]) -> dict[str, int]:
     return {name: images for name, images in counts.items() if images}
 
 
+def images_of_part(groups: Sequence[ImageGroup], part: Concept) -> dict[str, int]:
+    """As `images_by_group`, without the images of other concepts' prompts."""
+    own = {"generic": part.generic, "mixed_in": part.caption, "positive": part.caption}
+    return images_by_group([group for group in groups if own.get(group.name, group.prompt) == group.prompt])
+
+
 def known_beta(generic_share: float, counts: Mapping[str, int]) -> float | None:
     """beta, the share of the concept among the unlabeled images without the keep images; None if it is 0 or 1.
 
@@ -189,7 +214,7 @@ def render_locked(job: RenderJob, get_base: Callable[[], Base]) -> Path:
     if _is_finished(job):
         return job.folder
     with locked(job.folder, "--data_dir"):
-        for folder in (job.folder, job.folder / UNLABELED, job.folder / POSITIVE):
+        for folder in (job.folder, job.folder / UNLABELED, *_positive_folders(job)):
             remove_leftovers(folder)
         return render_concept(job, get_base)
 
@@ -203,7 +228,9 @@ def check_ours(folder: Path) -> None:
     if _is_ours(folder / SETTINGS):
         return
     names = [name for name in (SETTINGS, DATA_MANIFEST) if (folder / name).exists()]
-    names += [sub for sub in (UNLABELED, POSITIVE) if (folder / sub).is_dir() and any((folder / sub).iterdir())]
+    if folder.is_dir():
+        found = sorted(sub for sub in folder.iterdir() if sub.is_dir() and is_image_folder(sub.name))
+        names += [sub.name for sub in found if sub.name != NEGATIVE and any(sub.iterdir())]
     if names:
         raise UsageError(
             f"--data_dir {folder} holds {names[0]}, which sd-unlearn did not render, so nothing is rendered into it. "
@@ -240,7 +267,9 @@ def _is_finished(job: RenderJob) -> bool:
     folder = job.folder
     if not (folder / DATA_MANIFEST).is_file() or not (folder / SETTINGS).is_file():
         return False
-    return not differences(settings_in(folder), job.settings) and _is_complete(folder)
+    if differences(settings_in(folder), job.settings):
+        return False
+    return all(_is_complete(place) for place in (folder / UNLABELED, *_positive_folders(job)))
 
 
 def render_concept(job: RenderJob, get_base: Callable[[], Base]) -> Path:
@@ -311,22 +340,24 @@ def image_requests(job: RenderJob) -> list[ImageRequest]:
 
 def _image_records(job: RenderJob) -> dict[str, list[ImageRecord]]:
     """Folder -> one record per image. Each image of a prompt has its own seed, in whatever group it is."""
-    records: dict[str, list[ImageRecord]] = {UNLABELED: [], POSITIVE: []}
+    positives = dict(zip((part.caption for part in job.concept.parts), set_names(job.concept), strict=True))
+    records: dict[str, list[ImageRecord]] = {folder: [] for folder in (UNLABELED, *positives.values())}
     per_prompt: Counter[str] = Counter()
-    per_group: Counter[str] = Counter()
+    numbers: Counter[tuple[str, str]] = Counter()  # of the files of a group in a folder
     for name, prompt, images in job.groups:
+        folder = positives[prompt] if name == "positive" else UNLABELED
         for _ in range(images):
             record = ImageRecord(
-                file_name=f"{name}-{per_group[name]:05d}.png",
+                file_name=f"{name}-{numbers[folder, name]:05d}.png",
                 text=prompt,
                 seed=image_seed(RENDER_SEEDS, job.seed, prompt, per_prompt[prompt]),
                 guidance_scale=job.sampler.guidance_scale,
                 steps=job.sampler.steps,
                 group=name,
             )
-            records[POSITIVE if name == "positive" else UNLABELED].append(record)
+            records[folder].append(record)
             per_prompt[prompt] += 1
-            per_group[name] += 1
+            numbers[folder, name] += 1
     return records
 
 
@@ -340,8 +371,7 @@ def _manifest(job: RenderJob, base: dict[str, Any], tiled: int) -> dict[str, Any
         "base": base,
         "version": __version__,
         "counts": counts,
-        "beta": known_beta(job.concept.generic_share, counts),
-        "generic_share": job.concept.generic_share,
+        **_betas(job),
         "mixed_in_share_of_folder": round(counts.get("mixed_in", 0) / unlabeled, 4),
         "seeds": {"render": list(RENDER_SEEDS), "seed": job.seed},
         "sampler": {
@@ -353,10 +383,22 @@ def _manifest(job: RenderJob, base: dict[str, Any], tiled: int) -> dict[str, Any
     }
 
 
-def _is_complete(folder: Path) -> bool:
-    """Whether both folders have metadata and every image it lists, undamaged."""
-    for place in (folder / UNLABELED, folder / POSITIVE):
-        lines = read_metadata(place)
-        if not lines or not all(is_intact(place / line.file_name) for line in lines.values()):
-            return False
-    return True
+def _betas(job: RenderJob) -> dict[str, Any]:
+    """beta and generic_share for manifest.json; of several concepts by their slugs."""
+    parts = job.concept.parts
+    betas = {p.slug: known_beta(p.generic_share, images_of_part(job.groups, p)) for p in parts}
+    shares = {p.slug: p.generic_share for p in parts}
+    if len(parts) > 1:
+        return {"betas": betas, "generic_shares": shares}
+    (beta,), (share,) = betas.values(), shares.values()
+    return {"beta": beta, "generic_share": share}
+
+
+def _positive_folders(job: RenderJob) -> list[Path]:
+    return [job.folder / name for name in set_names(job.concept)]
+
+
+def _is_complete(place: Path) -> bool:
+    """Whether an image folder has metadata and every image it lists, undamaged."""
+    lines = read_metadata(place)
+    return bool(lines) and all(is_intact(place / line.file_name) for line in lines.values())

@@ -10,6 +10,7 @@ import torch
 
 from sd_unlearn.data.batch import Batch
 from sd_unlearn.data.batches import StratifiedBatches
+from sd_unlearn.data.turns import InTurn
 
 REPEATED_STEPS = 20  # of a block
 
@@ -22,7 +23,7 @@ class RepeatedBatches:
     stored.
     """
 
-    def __init__(self, batches: StratifiedBatches, size: int, times: int) -> None:
+    def __init__(self, batches: StratifiedBatches | InTurn, size: int, times: int) -> None:
         self.batches, self.size, self.times = batches, size, times
         self.position = 0  # in the block
         self.states: list[dict[str, Any]] = []  # of the sampler before each batch of the block so far

@@ -98,16 +98,16 @@ def met_conditions(conditions: Sequence[Condition], results: Results, only: str 
     Args:
         only: The id of the only subject to check; default: all of them.
     """
-    forgets = {s.id: s.forgets for s in checked_subjects(results) if only in (None, s.id)}
+    checked = {s.id: s for s in checked_subjects(results) if only in (None, s.id)}
     rows = [
         row
         for row in results.rows
-        if row.subject in forgets and (not _is_of_concept(row) or forgets[row.subject] in (None, row.concept))
+        if row.subject in checked and (not _is_of_concept(row) or checked[row.subject].should_forget(row.concept))
     ]
     unknown = [
         f"{problem.subject} on {problem.concept or 'every concept'}: {problem.message.rstrip('.')}"
         for problem in results.problems
-        if problem.subject == BASE or problem.subject in forgets
+        if problem.subject == BASE or problem.subject in checked
     ]
     lines = []
     for condition in conditions:

@@ -13,8 +13,10 @@ from typing import Any
 
 from sd_unlearn.config.checks import check_evaluate
 from sd_unlearn.config.evaluate import EvaluateConfig
-from sd_unlearn.data.concept import Concept, Prompt, load_concept
+from sd_unlearn.data.concept import Concept, Prompt
+from sd_unlearn.data.dataset import set_names
 from sd_unlearn.data.prompt_sets import load_prompt_set
+from sd_unlearn.data.several import load_concepts
 from sd_unlearn.errors import UnlearnError, UsageError
 from sd_unlearn.evaluation.fail_if import parse_condition
 from sd_unlearn.evaluation.image_folders import split_name
@@ -25,7 +27,7 @@ from sd_unlearn.io.files import check_writable
 from sd_unlearn.io.own_files import check_evaluation_folder
 from sd_unlearn.io.paths import public_name
 from sd_unlearn.io.reading import read_yaml
-from sd_unlearn.io.run_folder import CONFIG, POSITIVE, TRAINING
+from sd_unlearn.io.run_folder import CONFIG, TRAINING
 from sd_unlearn.metrics.registry import MetricContext, check_metrics
 from sd_unlearn.models.base import different_hash, recorded_source
 from sd_unlearn.models.find_base import find_base
@@ -140,12 +142,14 @@ def _check_goes_with(lora: Lora, others: Sequence[Lora], config: EvaluateConfig)
     if not config.concept and not config.images:
         if lora.concept is None:
             raise UsageError(f"--lora {lora.path} does not name the concept it unlearns. Give it as --concept.")
-        same = next((o.concept for o in others if o.concept and o.concept.slug == lora.concept.slug), None)
-        if same and _evaluation_fields(same) != _evaluation_fields(lora.concept):
-            raise UsageError(
-                f"{lora.path} was trained with another concept file for {lora.concept.slug} than the LoRAs before it. "
-                "Evaluate all with one file: --concept."
-            )
+        of_others = {concept.slug: concept for other in others for concept in other.concepts}
+        for concept in lora.concepts:
+            same = of_others.get(concept.slug, concept)
+            if _evaluation_fields(same) != _evaluation_fields(concept):
+                raise UsageError(
+                    f"{lora.path} was trained with another concept file for {concept.slug} than the LoRAs before it, "
+                    "or together with other concepts. Evaluate all with one file: --concept."
+                )
     if config.pretrained_model_name_or_path is not None:
         return
     separately = "Evaluate them separately, or choose one base with --pretrained_model_name_or_path."
@@ -175,13 +179,14 @@ def _lora_files(given: str) -> list[str]:
 
 def _resolve_concepts(config: EvaluateConfig, loras: Sequence[Lora], given: Sequence[Concept]) -> dict[str, Concept]:
     if config.concept:
-        return {concept.slug: concept for concept in given or map(load_concept, config.concept)}
+        named = given or [load_concepts(name) for name in config.concept]
+        return {concept.slug: concept for each in named for concept in each.parts}
     if config.images:
         raise UsageError("--images needs --concept: a folder of images does not name the unlearned concept.")
     if not loras:
         raise UsageError(f"--sld {' '.join(config.sld)} needs --concept: the concept to guide away from.")
     concepts: dict[str, Concept] = {}
-    for concept in (lora.concept for lora in loras if lora.concept):
+    for concept in (concept for lora in loras for concept in lora.concepts):
         concepts.setdefault(concept.slug, concept)
     return concepts
 
@@ -209,11 +214,12 @@ def _reference_folder(config: EvaluateConfig, concept: Concept, loras: Sequence[
         if name in (None, concept.slug, concept.name):
             return folder
     for lora in loras:
-        if lora.is_run and lora.concept == concept and (lora.path / CONFIG).is_file():
+        if lora.is_run and lora.concept and concept in lora.concepts and (lora.path / CONFIG).is_file():
             settings = read_yaml(lora.path / CONFIG, "--run")
             if (photos := settings.get("positives")) and Path(photos).is_dir():
                 return Path(photos)
+            name = set_names(lora.concept)[lora.concepts.index(concept)]
             data_dir = settings.get("data_dir")
-            if data_dir and (Path(data_dir) / POSITIVE).is_dir():
-                return Path(data_dir) / POSITIVE
+            if data_dir and (Path(data_dir) / name).is_dir():
+                return Path(data_dir) / name
     return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sd_unlearn.data.concept import Concept, concept_files, read_concept
+from sd_unlearn.data.several import read_concepts, together
 from sd_unlearn.errors import UnlearnError, UsageError, reason, suggest
 from sd_unlearn.io.paths import slugify
 from sd_unlearn.io.reading import file_sha256, read_json
@@ -55,13 +57,18 @@ class Lora:
     path: Path  # a run folder, or a .safetensors file
     sha256: str  # of the weights as they are on disk
     change_sha256: str  # of what it changes in a base, at which scale (lora_change.changes_sha256)
-    concept: Concept | None = None  # the one it was trained to unlearn; None: unknown
+    concept: Concept | None = None  # what it was trained to unlearn, one or several; None: unknown
     training: dict[str, Any] = field(default_factory=dict)  # training.json of a run; empty for files
     header: dict[str, str] = field(default_factory=dict)  # metadata of a .safetensors file; empty for runs
 
     @property
     def is_run(self) -> bool:
         return self.path.is_dir()
+
+    @property
+    def concepts(self) -> tuple[Concept, ...]:
+        """The concepts that it was trained to unlearn; empty: unknown."""
+        return self.concept.parts if self.concept else ()
 
     @property
     def base_name(self) -> str | None:
@@ -230,7 +237,7 @@ def unique_names(loras: Sequence[Lora]) -> list[str]:
 def _of_run(folder: Path) -> Lora:
     training = read_json(folder / TRAINING)
     validate(_TrainingRecord, training, str(folder / TRAINING), "Train again.")
-    concept = read_concept(folder / CONCEPT)
+    concept = read_concepts(folder / CONCEPT)
     sha256 = weights_sha256(folder)
     return Lora(folder.resolve().name, folder, sha256, _change_of_run(folder) or sha256, concept, training)
 
@@ -258,9 +265,17 @@ def _of_file(file: Path, name: str, option: str) -> Lora:
 
     read = read_lora_file(file, option)
     header = read.header
-    concept_file = concept_files().get(slugify(header.get("sd_unlearn.concept", "")))
-    concept = read_concept(concept_file) if concept_file else None
-    return Lora(name, file, file_sha256(file), changes_sha256(read.changes), concept, header=header)
+    return Lora(name, file, file_sha256(file), changes_sha256(read.changes), _concept_in(header), header=header)
+
+
+def _concept_in(header: Mapping[str, str]) -> Concept | None:
+    """The concepts that our header names, if all of them have files here."""
+    try:
+        names = json.loads(header.get("sd_unlearn.concepts", "null")) or [header.get("sd_unlearn.concept", "")]
+        files = [concept_files().get(slugify(name)) for name in names]
+    except (ValueError, TypeError, AttributeError):  # another program's
+        return None
+    return together([read_concept(file) for file in files if file]) if all(files) else None
 
 
 def _file_in(folder: Path, option: str) -> Path:

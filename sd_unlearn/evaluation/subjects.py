@@ -51,12 +51,14 @@ class Subject:
         cost = lora.training.get("cost")
         if training is not None:
             training["steps"] = (cost or {}).get("steps")
+        slugs = [concept.slug for concept in lora.concepts]
         return {
             **entry,
             "what": "lora",
             "strength": self.variant.strength,
             "sha256": lora.sha256,
-            "forgets": lora.concept.slug if lora.concept else None,
+            "forgets": slugs[0] if len(slugs) == 1 else None,
+            **({"forgets_together": slugs} if len(slugs) > 1 else {}),
             "training": training,
             "cost": cost,
         }
@@ -77,7 +79,7 @@ def resolve_subjects(
     strengths = list(dict.fromkeys(config.strengths or tier.strengths))
     subjects = []
     for lora, name in zip(loras, unique_names(loras), strict=True):
-        slugs = tuple(concepts) if config.concept or lora.concept is None else (lora.concept.slug,)
+        slugs = tuple(concepts) if config.concept or not lora.concepts else tuple(c.slug for c in lora.concepts)
         for strength in strengths:
             subject_id = name if strengths == [1.0] else f"{name} at {strength:g}"
             subjects.append(Subject(subject_id, name, slugs, ModelVariant(lora, float(strength))))

@@ -62,7 +62,7 @@ def push(repo_id: str, run: TrainedRun, files: Sequence[Path], *, private: bool)
 
 def reports(run: TrainedRun) -> list[Path]:
     """The run's report files if they are newer than its results. Empty for nudity, because a report shows images."""
-    if run.results is None or run.concept.kind == "nudity":
+    if run.results is None or run.shows_nudity:
         return []
     evaluated_at = (run.folder / RESULTS).stat().st_mtime
     files = [run.folder / name for name in REPORTS]

@@ -94,6 +94,8 @@ def own_header(run: TrainedRun) -> dict[str, str]:
     ]
     header = {f"sd_unlearn.{key}": str(run.training[key]) for key in recorded}
     header["sd_unlearn.concept"] = run.concept.name
+    if len(run.concept.parts) > 1:
+        header["sd_unlearn.concepts"] = json.dumps([part.name for part in run.concept.parts])
     header["sd_unlearn.prompts_sha256"] = concept_sha256(run.concept)
     header["sd_unlearn.base"] = run.base_name
     header["sd_unlearn.base_sha256"] = str(run.base["sha256"])
@@ -128,8 +130,12 @@ def _modelspec(run: TrainedRun, digest: str, licence: str | None) -> dict[str, s
     base, preview = run.base, thumbnails.thumbnail(run)
     header = {
         "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.description": f'Forgets "{run.concept.name}" and draws "{run.concept.generic}" instead.',
-        "modelspec.tags": ", ".join(("unlearning", "concept erasure", run.concept.kind)),
+        "modelspec.description": " ".join(
+            f'Forgets "{part.name}" and draws "{part.generic}" instead.' for part in run.concept.parts
+        ),
+        "modelspec.tags": ", ".join(
+            dict.fromkeys(["unlearning", "concept erasure", *(p.kind for p in run.concept.parts)])
+        ),
         "modelspec.prediction_type": _prediction(run),
         "modelspec.hash_sha256": f"0x{digest}",
         "modelspec.resolution": f"{base['resolution']}x{base['resolution']}" if base.get("resolution") else "",

@@ -45,8 +45,10 @@ _METHODS = {  # by objective; the differences to the papers are in docs/training
     "uce": "the closed-form edit UCE (Gandikota et al. 2024, arXiv 2308.14761, equation 7)",
     "speed": "the closed-form edit SPEED (Li et al. 2025, arXiv 2503.07392)",
     "rece": "the closed-form edit RECE (Gong et al. 2024, arXiv 2407.12383)",
+    "fuse": "fusing LoRAs that were trained apart",
 }
-_TO_GENERIC = ("pu", "anchor", "uce", "speed", "rece")  # objectives that replace the concept with the generic caption
+# objectives that replace the concept with the generic caption
+_TO_GENERIC = ("pu", "anchor", "uce", "speed", "rece", "fuse")
 _SETTINGS = (
     "objective",
     "method",
@@ -146,12 +148,13 @@ def front_matter(run: TrainedRun, licence: str | None) -> str:
 
 def metrics_table(results: OwnResults) -> list[dict[str, str]]:
     """The lines of the card's table: each metric with the LoRA, next to the value of the base."""
-    before = {(row.metric, row.group, row.detector): row for row in results.rows if row.subject == BASE}
+    before = {(row.concept, row.metric, row.group, row.detector): row for row in results.rows if row.subject == BASE}
+    several = len({row.concept for row in results.rows}) > 1
     return [
         {
             "metric": metric_name(row.metric),
-            "group": group_name(row.group),
-            "without": value_text(before.get((row.metric, row.group, row.detector))),
+            "group": f"{row.concept}: {group_name(row.group)}" if several else group_name(row.group),
+            "without": value_text(before.get((row.concept, row.metric, row.group, row.detector))),
             "value": value_text(row),
             "interval": interval_text(row),
             "n": f"{row.n:,}",

@@ -42,7 +42,7 @@ def grid(run: TrainedRun) -> bytes | None:
 
 def _pairs(run: TrainedRun) -> list[tuple[Image.Image, Image.Image]]:
     """Pairs of the run's evaluation, first of the concept, then of retained concepts. Unreadable pairs are skipped."""
-    if run.results is None or run.concept.kind == "nudity":  # nudity must not be published
+    if run.results is None or run.shows_nudity:  # nudity must not be published
         return []
     listed = run.results.pairs
     concept = [pair for group in CONCEPT_GROUPS for pair in listed if pair.group == group]
@@ -56,7 +56,7 @@ def _pairs(run: TrainedRun) -> list[tuple[Image.Image, Image.Image]]:
 
 
 def _preview(run: TrainedRun) -> Image.Image | None:
-    if run.concept.kind == "nudity":
+    if run.shows_nudity:
         return None
     files = sorted((run.folder / PREVIEW_DIR).glob("*.png"))
     return _open(run, f"{PREVIEW_DIR}/{files[-1].name}") if files else None

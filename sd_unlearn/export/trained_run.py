@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from sd_unlearn.calibration import Calibration, read_calibration
-from sd_unlearn.data.concept import Concept, read_concept
+from sd_unlearn.data.concept import Concept
+from sd_unlearn.data.several import read_concepts
 from sd_unlearn.errors import UnlearnError
 from sd_unlearn.export.kohya import Adapter, read_adapter
 from sd_unlearn.io.paths import public_name
@@ -142,6 +143,11 @@ class TrainedRun:
         return blocks_of(self.base["unet"]) if self.base.get("unet") else SDXL_BLOCKS
 
     @property
+    def shows_nudity(self) -> bool:
+        """Whether images of a concept must not be published."""
+        return any(part.kind == "nudity" for part in self.concept.parts)
+
+    @property
     def is_full(self) -> bool:
         """Whether the whole UNet was trained, so that there is no LoRA."""
         return not self.adapters
@@ -170,12 +176,12 @@ def read_run(folder: Path) -> TrainedRun:
     for file in sorted((folder / UNET_DIR).glob("*.safetensors")):
         read_tensors(file, "--run")  # refuses weights that are not finite
     adapters = [] if (folder / UNET_DIR).is_dir() else _adapters(folder, training)
-    concept = read_concept(folder / CONCEPT)
+    concept = read_concepts(folder / CONCEPT)
     results, sha256 = None, weights_sha256(folder)
     if (folder / RESULTS).is_file():
-        results = own_results(read_results(folder), sha256, concept.slug, training["base"])
+        results = own_results(read_results(folder), sha256, [part.slug for part in concept.parts], training["base"])
     calibration = read_calibration(folder, sha256)
-    if calibration is not None and calibration.concept != concept.slug:
+    if calibration is not None and calibration.concept != concept.slug:  # one of several does not count
         calibration = None
     return TrainedRun(folder, concept, training, adapters, results, calibration)
 
@@ -205,8 +211,8 @@ def architecture(base: Mapping[str, Any]) -> Architecture:
     )
 
 
-def own_results(results: Results, sha256: str, slug: str, base: Mapping[str, Any]) -> OwnResults | None:
-    """Select the rows and pairs of these weights at strength 1 on the concept `slug`.
+def own_results(results: Results, sha256: str, slugs: Sequence[str], base: Mapping[str, Any]) -> OwnResults | None:
+    """Select the rows and pairs of these weights at strength 1 on the concepts `slugs`.
 
     None if the file holds other weights only, or if the evaluation used another base than the training.
     """
@@ -215,8 +221,9 @@ def own_results(results: Results, sha256: str, slug: str, base: Mapping[str, Any
     ids = [subject.id for subject in results.compared if subject.sha256 == sha256 and subject.strength in (1, None)]
     if not ids:
         return None
-    pairs = [pair for pair in results.pairs if (pair.subject, pair.concept) == (ids[0], slug)]
-    return OwnResults(ids[0], results.sampler, results.seeds, results.rows_of(slug, ids[0]), pairs)
+    pairs = [pair for pair in results.pairs if pair.subject == ids[0] and pair.concept in slugs]
+    rows = [row for slug in slugs for row in results.rows_of(slug, ids[0])]
+    return OwnResults(ids[0], results.sampler, results.seeds, rows, pairs)
 
 
 def _adapters(folder: Path, training: dict[str, Any]) -> list[Adapter]:

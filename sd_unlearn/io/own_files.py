@@ -18,7 +18,7 @@ from sd_unlearn.errors import UsageError
 from sd_unlearn.io.files import write_json
 from sd_unlearn.io.lock import HOLDER, LOCK
 from sd_unlearn.io.paths import slugify
-from sd_unlearn.io.reading import read_json, read_yaml
+from sd_unlearn.io.reading import read_json, read_yaml_value
 from sd_unlearn.io.run_folder import (
     ADAPTER_DIR,
     BEST_DIR,
@@ -190,8 +190,10 @@ def _files(folder: Path, entered: list[Path]) -> Iterator[Path]:
 def _exports(folder: Path) -> tuple[str, ...]:
     """Patterns of what `export` wrote into a run folder; the file for ComfyUI is named after the concept."""
     try:
-        slug = slugify(str(read_yaml(folder / CONCEPT, "--output_dir")["name"]))
-    except (UsageError, KeyError):
+        concept = read_yaml_value(folder / CONCEPT, "--output_dir")
+        # the name of several concepts is cut, as training.json has it
+        slug = slugify(str(read_json(folder / TRAINING)["concept"] if isinstance(concept, list) else concept["name"]))
+    except (UsageError, KeyError, TypeError):
         return ()
     names = rf"pytorch_lora_weights\.safetensors|{slug}\.safetensors|README\.md|pairs\.png|comfyui-workflow\.json"
     return tuple(f"{parent}{EXPORT_DIR}/({names})" for parent in ("", f"{BEST_DIR}/"))

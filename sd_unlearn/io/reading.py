@@ -115,14 +115,24 @@ def read_yaml(path: Path, option: str) -> dict[str, Any]:
     Raises:
         UsageError: the file is missing, unreadable, not YAML or not a mapping. Names `option` and the file.
     """
+    data = read_yaml_value(path, option)
+    if not isinstance(data, dict):
+        raise UsageError(f"{option} {path} must hold keys and values, not {type(data).__name__}.")
+    return data
+
+
+def read_yaml_value(path: Path, option: str) -> Any:
+    """The content of a YAML file, whatever it holds.
+
+    Raises:
+        UsageError: the file is missing, unreadable or not YAML. Names `option` and the file.
+    """
     text = read_text(path, option)
     try:
         data = yaml.safe_load(text)
         _check_plain(data)
     except Exception as error:  # for odd tags (!!int "", !!bool x) PyYAML raises IndexError, KeyError and others
         raise UsageError(f"{option} {path} is not valid YAML: {reason(error)}.") from None
-    if not isinstance(data, dict):
-        raise UsageError(f"{option} {path} must hold keys and values, not {type(data).__name__}.")
     return data
 
 

@@ -297,14 +297,16 @@ def labels_of(concept: Concept) -> tuple[str, ...]:
     """The labels of `make_label_classifier`, without loading it."""
     if bundled := _bundled_classifier(concept):
         return bundled.labels
-    return (concept.label or concept.name, *concept.alternatives)
+    names = [part.label or part.name for part in concept.parts]
+    return tuple(dict.fromkeys([*names, *(other for part in concept.parts for other in part.alternatives)]))
 
 
 def bundled_metric(concept: Concept) -> str | None:
     """The metric of the bundled base that a concept is of: digits, emoji or None."""
-    if concept.kind in ("digit", "ink"):
-        return DIGITS
-    return EMOJI if concept.base == EMOJI else None
+    of_parts = {
+        DIGITS if part.kind in ("digit", "ink") else EMOJI if part.base == EMOJI else None for part in concept.parts
+    }
+    return of_parts.pop() if len(of_parts) == 1 else None
 
 
 def _bundled_classifier(concept: Concept) -> type[ReaderClassifier] | None:

@@ -72,7 +72,7 @@ def cases_of(results: Results) -> list[Case]:
         side_by_side = lines_of(rows)
         problems = results.problems_of(concept.slug, subject.id)
         standing = standing_of(side_by_side, problems)
-        if subject.forgets and subject.forgets != concept.slug:
+        if not subject.should_forget(concept.slug):
             standing = "other"  # a LoRA that leaves another concept alone has not failed
         elif subject.strength == 0:
             standing = "off"  # nor has one that is switched off

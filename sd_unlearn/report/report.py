@@ -9,7 +9,8 @@ from typing import Any, TypeVar
 
 from sd_unlearn.config.base import ReportConfig
 from sd_unlearn.config.options import check_ranges
-from sd_unlearn.data.concept import Concept, read_concept
+from sd_unlearn.data.concept import Concept
+from sd_unlearn.data.several import read_concepts
 from sd_unlearn.errors import UsageError
 from sd_unlearn.io import run_folder
 from sd_unlearn.io.files import write_text
@@ -193,8 +194,9 @@ def _details(folder: Path, case: Case, results: Results, training: dict[str, Any
         UsageError: a file is damaged; names it.
     """
     log = _optional(folder / run_folder.METRICS, read_jsonl) or []
-    trained = _optional(folder / run_folder.CONCEPT, read_concept)
-    concept = trained if trained and trained.slug == case.concept.slug else None  # it can be evaluated on another one
+    trained = _optional(folder / run_folder.CONCEPT, read_concepts)
+    parts = trained.parts if trained else ()
+    concept = next((part for part in parts if part.slug == case.concept.slug), None)  # it can be evaluated on another
     beta = (case.subject.training or {}).get("beta", training.get("beta"))
     beta = beta if isinstance(beta, int | float) and 0 < beta < 1 else None
     objective, target = ((case.subject.training or {}).get(key, training.get(key)) for key in ("objective", "target"))

@@ -81,7 +81,7 @@ def _plan(config: TrainConfig, inputs: Inputs, output: Path) -> str:
     concept, layers = inputs.concept, " and ".join(LAYERS[config.objective])
     return (
         f"Plan: edit {layers} of {inputs.source.name} with --objective {config.objective}, "
-        f'so that "{concept.caption}" is projected as "{concept.generic}", into {output}.\n'
+        f"so that {_edited(concept)}, into {output}.\n"
         f"Preserved: {len(concept.keep_prompts)} keep prompts. No images are generated and no steps are trained; it "
         "takes the time of loading the base in full precision, and its memory."
     )
@@ -121,14 +121,27 @@ def _edit(config: TrainConfig, concept: Concept, base: Base, output: Path) -> No
     write_json(output / TRAINING, record | {"cost": cost})
     print(
         f"Edited {len(layers)} layers of {base.name} in {seconds:.1f} s (rank {rank}), so that "
-        f'"{concept.caption}" is projected as "{concept.generic}": {output}.',
+        f"{_edited(concept)}: {output}.",
         file=sys.stderr,
     )
 
 
+def _edited(concept: Concept) -> str:
+    edits = [f'"{part.caption}" is projected as "{part.generic}"' for part in concept.parts]
+    return edits[0] if len(edits) == 1 else f"{edits[0]}, and so on for {len(edits)} concepts"
+
+
 @torch.no_grad()
 def embed(base: Base, concept: Concept) -> Embeddings:
-    """The embeddings of a concept: those of the subject in its captions, of the generic caption, of all keep prompts.
+    """The embeddings to edit, of every concept that is erased, and those of all keep prompts."""
+    edited, anchors = zip(*(subjects(base, part) for part in concept.parts), strict=True)
+    keep = [prompt.text for prompt in concept.keep_prompts]
+    preserved = _tokens(base, keep).flatten(0, 1) if keep else edited[0][:0]
+    return Embeddings(torch.cat(edited), torch.cat(anchors), preserved)
+
+
+def subjects(base: Base, concept: Concept) -> tuple[Tensor, Tensor]:
+    """[n, width] each: the embeddings of a concept's subject in its captions, and those they are replaced with.
 
     Of a caption, the tokens from the subject's last one to the end of the sequence are edited (`last_token`), as in the
     code of UCE and RECE: the end and the padding follow the subject, so their embeddings describe it, too.
@@ -142,9 +155,7 @@ def embed(base: Base, concept: Concept) -> Embeddings:
         count = len(caption) - max(subject, instead)
         concepts.append(caption[subject : subject + count])
         anchors.append(generic[instead : instead + count])
-    keep = [prompt.text for prompt in concept.keep_prompts]
-    preserved = _tokens(base, keep).flatten(0, 1) if keep else generic[:0]
-    return Embeddings(torch.cat(concepts), torch.cat(anchors), preserved)
+    return torch.cat(concepts), torch.cat(anchors)
 
 
 def _tokens(base: Base, captions: Sequence[str]) -> Tensor:

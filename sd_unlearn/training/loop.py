@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,7 @@ class Training:
     wrapped: nn.Module  # the student's model as Accelerate prepared it
     losses: Losses
     batches: Steps
-    objective: Objective
+    objectives: Sequence[Objective]  # of each turn (Batch.turn)
     accelerator: Accelerator
     batching: Batching  # how the first step is cut; later ones may be cut smaller
     identity: dict[str, Any]  # what a resumed run must have in common with this one
@@ -72,7 +72,7 @@ def fit(options: LoopOptions, training: Training, resume: Path | None = None) ->
     """
     accelerator, total = training.accelerator, options.max_train_steps
     state = TrainingState.start(
-        options, training.student, training.batches, training.objective, accelerator, training.batching
+        options, training.student, training.batches, training.objectives, accelerator, training.batching
     )
     if resume:
         state.load(resume, options)
@@ -146,7 +146,7 @@ def _shares(options: LoopOptions, training: Training, state: TrainingState, batc
     try:
         shares = gradient_shares(
             lambda part: training.losses(model, part, batching.teacher_batch_size),
-            state.objective,
+            state.objectives[batch.turn],
             batch.to(training.accelerator.device),
             batching.micro_batch_size,
             state.brackets,

@@ -13,12 +13,21 @@ from pathlib import Path
 from sd_unlearn.choices import CLOSED_FORM
 from sd_unlearn.config.checks import check_train
 from sd_unlearn.config.train import TrainConfig, with_lora_targets
-from sd_unlearn.data.concept import Concept, load_concept
-from sd_unlearn.data.dataset import Example, describe_images, describe_positives, has_negatives, scan, scan_positives
+from sd_unlearn.data.concept import Concept
+from sd_unlearn.data.dataset import (
+    Example,
+    describe_images,
+    describe_positives,
+    has_negatives,
+    scan,
+    scan_positives,
+    set_names,
+)
 from sd_unlearn.data.layout import check_batch_size
 from sd_unlearn.data.photos import check_places
 from sd_unlearn.data.prior import check_countable
 from sd_unlearn.data.render import check_folder, make_job, plan_images, resolve_data_dir, with_seed_of_folder
+from sd_unlearn.data.several import load_concepts, share_of_others, sharing
 from sd_unlearn.errors import UsageError
 from sd_unlearn.io.files import check_writable
 from sd_unlearn.io.own_files import LATER, check_no_foreign_weights, is_free, is_run
@@ -51,8 +60,9 @@ def check_inputs(config: TrainConfig, concept: Concept | None = None) -> Inputs:
     Raises:
         UsageError: names the option, its value and what to do.
     """
-    concept = concept or load_concept(config.concept, config.anchor, config.kind)
+    concept = concept or load_concepts(config.concept, config.anchor, config.kind)
     check_train(config)
+    check_several(config, concept)
     check_bitsandbytes(config)
     source = find_base(config, concept.base)
     check_base(config, source)
@@ -77,6 +87,28 @@ def check_inputs(config: TrainConfig, concept: Concept | None = None) -> Inputs:
     check_probe(config, concept, groups)
     found = describe_found(config, data_dir, own, photos)
     return Inputs(concept, source, data_dir, own_images, choose_tracker(config.report_to), found)
+
+
+def check_several(config: TrainConfig, concept: Concept) -> None:
+    """Refuse several concepts that leave nothing to generate instead, or options for a single concept.
+
+    Raises:
+        UsageError
+    """
+    if len(concept.parts) == 1:
+        return
+    if config.positives is not None:
+        raise UsageError(
+            f"--positives {config.positives} is for one concept. Put the photos of each of several into a data folder, "
+            f"--data_dir: {', '.join(set_names(concept)[:3])}."
+        )
+    if config.robust:
+        raise UsageError("--robust is for one concept. Leave it out.")
+    if config.beta_sweep is not None:
+        raise UsageError(f"--beta_sweep {config.beta_sweep} is for one concept. Train each alone, or leave it out.")
+    if config.objective not in CLOSED_FORM:
+        for part in concept.parts:
+            share_of_others(part, sharing(concept, part))
 
 
 def check_bitsandbytes(config: TrainConfig) -> None:

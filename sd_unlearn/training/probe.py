@@ -94,15 +94,21 @@ class LeakageProbe:
     """
 
     def __init__(self, generator: ImageGenerator, classifier: LabelClassifier, concept: Concept, seed: int) -> None:
-        self.generator, self.classifier, self.label = generator, classifier, concept.label or concept.name
+        self.generator, self.classifier = generator, classifier
+        asked = [concept.parts[i % len(concept.parts)] for i in range(NUM_IMAGES)]
+        self.labels = [part.label or part.name for part in asked]
         classifiable = classifiable_prompts(concept, classifier.labels)
         self.kept = [classifiable[i % len(classifiable)] for i in range(NUM_IMAGES)]
-        self.requests = [*_requests([Prompt(concept.caption)] * NUM_IMAGES, seed), *_requests(self.kept, seed)]
+        self.requests = [
+            *_requests([Prompt(part.caption) for part in asked], seed),
+            *_requests(self.kept, seed),
+        ]
 
     def __call__(self) -> ProbeResult:
         prompts, seeds = zip(*self.requests, strict=True)
         reading = self.classifier.read(self.generator.generate(prompts, seeds))
-        leakage = float(reading.shows(self.label)[:NUM_IMAGES].mean())
+        shown = {label: reading.shows(label) for label in dict.fromkeys(self.labels)}
+        leakage = sum(bool(shown[label][i]) for i, label in enumerate(self.labels)) / NUM_IMAGES
         retained = [
             all(bool(reading.shows(word)[NUM_IMAGES + i]) for word in prompt.expect)
             for i, prompt in enumerate(self.kept)
@@ -114,7 +120,7 @@ class LeakageProbe:
 
 def probe_prompts(concept: Concept) -> list[str]:
     """The captions that a LeakageProbe may generate."""
-    return [concept.caption, *(p.text for p in concept.keep_prompts)]
+    return [*(part.caption for part in concept.parts), *(p.text for p in concept.keep_prompts)]
 
 
 def _requests(prompts: Sequence[Prompt], seed: int) -> list[tuple[str, int]]:

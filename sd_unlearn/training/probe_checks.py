@@ -25,6 +25,8 @@ def check_probe(config: TrainConfig, concept: Concept, groups: Sequence[str]) ->
     if not config.probe_steps:
         return
     if config.probe == "ratio":
+        if len(concept.parts) > 1:
+            raise UsageError("--probe ratio is for one concept. Use --probe leakage, or leave out --probe_steps.")
         check_enough(groups.count("positive"), groups.count("generic") + groups.count("mixed_in"))
         return
     classifiable_prompts(concept, labels_of(concept))
@@ -41,8 +43,8 @@ def classifiable_prompts(concept: Concept, labels: Sequence[str]) -> list[Prompt
     Raises:
         UsageError: the classifier knows none of the keep prompts' labels.
     """
-    label = concept.label or concept.name
-    prompts = [p for p in concept.keep_prompts if p.expect and {*p.expect, label} <= set(labels)]
+    asked = {part.label or part.name for part in concept.parts}
+    prompts = [p for p in concept.keep_prompts if p.expect and {*p.expect, *asked} <= set(labels)]
     if not prompts:
         raise UsageError(
             f"--probe leakage: the classifier for {concept.name!r} knows the labels of none of its keep prompts. Use "

@@ -19,8 +19,9 @@ from sd_unlearn.config.batching import CUT
 from sd_unlearn.config.checks import unused_options
 from sd_unlearn.config.paths import as_dict
 from sd_unlearn.config.train import TrainConfig
-from sd_unlearn.data.concept import Concept, concept_sha256, write_concept
+from sd_unlearn.data.concept import Concept, concept_sha256
 from sd_unlearn.data.prior import Prior
+from sd_unlearn.data.several import write_concepts
 from sd_unlearn.io.files import write_text
 from sd_unlearn.io.own_files import RUN, delete_own, mark
 from sd_unlearn.io.run_folder import BEST_DIR, CONCEPT, CONFIG, TRAINING
@@ -94,11 +95,12 @@ def training_record(
     }
 
 
-def basic_record(config: TrainConfig, concept: Concept, base: Base) -> dict[str, Any]:
+def basic_record(config: Any, concept: Concept, base: Base) -> dict[str, Any]:
     """The part of training.json that every objective has."""
     return {
         "schema_version": 1,
         "concept": concept.slug,
+        **({"concepts": [part.slug for part in concept.parts]} if len(concept.parts) > 1 else {}),
         "base": base.describe(),
         "config_sha256": hashlib.sha256(json.dumps(as_dict(config), sort_keys=True).encode()).hexdigest(),
         "created": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()),
@@ -119,7 +121,7 @@ def open_run(output: Path, concept: Concept, settings: dict[str, Any], best: boo
     (output / TRAINING).unlink(missing_ok=True)
     text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
     for folder in (output, output / BEST_DIR) if best else (output,):
-        write_concept(folder / CONCEPT, concept)
+        write_concepts(folder / CONCEPT, concept)
         write_text(folder / CONFIG, text)
 
 

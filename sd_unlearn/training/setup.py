@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
 from sd_unlearn.config.batching import Batching, effective_batch_size
@@ -17,13 +16,15 @@ from sd_unlearn.config.train import TrainConfig
 from sd_unlearn.data.batch import Batch
 from sd_unlearn.data.batches import EncodedImages, NoiseSampling, Sharding, StratifiedBatches
 from sd_unlearn.data.concept import Concept
-from sd_unlearn.data.dataset import members_of_sets, positive_sets, scan, split_beta
-from sd_unlearn.data.embeddings import embed
+from sd_unlearn.data.dataset import members_of_sets, scan
 from sd_unlearn.data.encoding import describe_long_captions, encode_captions, encode_images, tokenize
-from sd_unlearn.data.layout import BASELINES, compose_step, learned_caption
+from sd_unlearn.data.layout import BASELINES, compose_step, learned_caption, with_others
 from sd_unlearn.data.photos import CACHE_DIR
-from sd_unlearn.data.prior import Prior, resolve_beta
+from sd_unlearn.data.prior import Prior
 from sd_unlearn.data.repeated import REPEATED_STEPS, RepeatedBatches, Steps
+from sd_unlearn.data.turns import SEED_STEP, InTurn, Turn, make_turns
+from sd_unlearn.errors import UsageError
+from sd_unlearn.io.run_folder import DATA_MANIFEST
 from sd_unlearn.metrics.registry import make_label_classifier
 from sd_unlearn.models import performance
 from sd_unlearn.models.base import Base
@@ -35,6 +36,7 @@ from sd_unlearn.models.student import Student, make_student
 from sd_unlearn.objectives.registry import make_losses, make_objective
 from sd_unlearn.objectives.teacher import PredictionBank, Teacher
 from sd_unlearn.seeds import TRAIN_SEEDS
+from sd_unlearn.training.betas import resolve_betas
 from sd_unlearn.training.learned_captions import LearnedCaption, Network, RobustSteps
 from sd_unlearn.training.loop import Training
 from sd_unlearn.training.previews import ImageGenerator, PreviewWriter
@@ -55,9 +57,15 @@ class Data:
     """The encoded training data. Training on it needs neither the VAE nor the text encoder."""
 
     images: EncodedImages
-    betas: dict[str, float]  # share of each set of positives among the unlabeled images
+    betas: dict[str, float]  # share of each set of positives, or of several concepts, among the unlabeled images
     prior: Prior  # the source of the betas
+    turns: Sequence[Turn]  # of each concept
     note: str = ""  # a line to print about the captions
+
+    @property
+    def beta(self) -> float | None:
+        """Of all sets together; None for several concepts, which have one each."""
+        return sum(self.betas.values()) if len(self.turns) == 1 else None
 
     def counts(self) -> str:
         """The number of images of each kind, in words."""
@@ -77,11 +85,11 @@ def read_data(config: TrainConfig, concept: Concept, base: Base, encode_batch_si
     examples = scan(config.data_dir, concept, config.eta, config.positives)
     resolution = config.resolution or base.resolution
     mean, std = encode_images(base, examples, resolution, config.data_dir / CACHE_DIR, encode_batch_size)
-    prior = resolve_beta(config.beta, config.data_dir, lambda: embed(base, examples, mean))
-    prior = broadcast_object_list([prior])[0]  # rounding may differ between devices: one beta for all
-    sets = positive_sets(config.data_dir)
-    shared, source = split_beta(concept, sets, prior.beta, prior.source)
-    captions = ["", concept.generic, *concept.captions, *concept.preview_prompts, *(e.caption for e in examples)]
+    betas, prior = resolve_betas(config, concept, base, examples, mean)
+    others = with_others(config) and (config.data_dir / DATA_MANIFEST).is_file()
+    turns = make_turns(concept, examples, list(betas.values()), others)
+    generics = (part.generic for part in concept.parts)
+    captions = ["", *generics, *concept.captions, *concept.preview_prompts, *(e.caption for e in examples)]
     if _probe_name(config) == "leakage":
         captions += probe_prompts(concept)
     captions = list(dict.fromkeys(captions))
@@ -89,7 +97,7 @@ def read_data(config: TrainConfig, concept: Concept, base: Base, encode_batch_si
     encoded = encode(base, captions).cpu()  # one per image with own captions: a step takes only a few to the GPU
     images = EncodedImages(examples, mean, std, dict(zip(captions, encoded, strict=True)))
     note = describe_long_captions(base, [e.caption for e in examples])
-    return Data(images, dict(zip(sets, shared, strict=True)), dataclasses.replace(prior, source=source), note)
+    return Data(images, betas, prior, turns, note)
 
 
 def resolve_defaults(config: TrainConfig, base: Base, data: Data, processes: int) -> TrainConfig:
@@ -101,7 +109,7 @@ def resolve_defaults(config: TrainConfig, base: Base, data: Data, processes: int
     default = default_unconditional(base)
     return dataclasses.replace(
         config,
-        beta=sum(data.betas.values()),
+        beta=config.beta if data.beta is None else data.beta,
         effective_batch_size=effective_batch_size(config, processes),
         gradient_accumulation_steps=None if config.train_batch_size else config.gradient_accumulation_steps,
         guidance_scale=resolve_sampler(config, base.name).guidance_scale,
@@ -142,19 +150,29 @@ def make_training(
     if _probe_name(config) == "ratio":
         kept, held_out = hold_out(images.examples, seed)
         images = images.subset(kept)
-    batches = make_batches(config, concept, images, denoiser.process, accelerator)
-    eta = config.eta if batches.layout.negative else 0.0
-    objective = make_objective(config, list(data.betas.values()), eta, len(batches.caption_groups))
+    seen = [images if len(data.turns) == 1 else dataclasses.replace(images, examples=t.examples) for t in data.turns]
+    samplers = [
+        make_batches(config, turn.concept, of_turn, denoiser.process, accelerator, number)
+        for number, (turn, of_turn) in enumerate(zip(data.turns, seen, strict=True))
+    ]
+    objectives = [
+        make_objective(config, turn.betas, config.eta if b.layout.negative else 0.0, len(b.caption_groups))
+        for turn, b in zip(data.turns, samplers, strict=True)
+    ]
     of_examples = make_losses(config)
-    steps: Steps = batches
-    teacher = _make_teacher(config, concept, data, student, denoiser, base) if has_teacher else None
-    if teacher and config.teacher_reuse > 1:
-        steps = RepeatedBatches(batches, REPEATED_STEPS, config.teacher_reuse)
-        teacher = dataclasses.replace(teacher, bank=PredictionBank())
+    sampled = samplers[0] if len(samplers) == 1 else InTurn(samplers, seed)
+    steps: Steps = sampled
+    teachers = (
+        [_make_teacher(config, turn, data, student, denoiser, base) for turn in data.turns] if has_teacher else []
+    )
+    if teachers and config.teacher_reuse > 1:
+        steps = RepeatedBatches(_of_equal_sizes(sampled, samplers), REPEATED_STEPS, config.teacher_reuse)
+        bank = PredictionBank()
+        teachers = [dataclasses.replace(teacher, bank=bank) for teacher in teachers]
 
     def losses(model: nn.Module, batch: Batch, teacher_batch_size: int) -> Tensor:
         of_model = dataclasses.replace(denoiser, model=model)
-        behind = dataclasses.replace(teacher, batch_size=teacher_batch_size) if teacher else None
+        behind = dataclasses.replace(teachers[batch.turn], batch_size=teacher_batch_size) if teachers else None
         return of_examples(of_model, batch, behind)
 
     at_once = dataclasses.replace(config, render_batch_size=batching.render_batch_size)
@@ -171,7 +189,7 @@ def make_training(
         wrapped,
         losses,
         steps,
-        objective,
+        objectives,
         accelerator,
         batching,
         identity,
@@ -181,9 +199,14 @@ def make_training(
 
 
 def make_batches(
-    config: TrainConfig, concept: Concept, images: EncodedImages, process: Process, accelerator: Accelerator
+    config: TrainConfig,
+    concept: Concept,
+    images: EncodedImages,
+    process: Process,
+    accelerator: Accelerator,
+    number: int = 0,
 ) -> StratifiedBatches:
-    """The batches of a run; config: with defaults filled in."""
+    """The batches of a concept, with this number among several; config: with defaults filled in."""
     baseline = BASELINES.get(config.objective)
     if baseline and baseline.images == "unlabeled":  # those known to show the concept are for pu, which needs a beta
         images = images.subset([n for n, e in enumerate(images.examples) if e.group != "mixed_in"])
@@ -201,7 +224,7 @@ def make_batches(
         groups,
         layout,
         NoiseSampling(process, config.timestep_bias, config.share_timesteps),
-        TRAIN_SEEDS[0] + config.seed,
+        TRAIN_SEEDS[0] + config.seed + SEED_STEP * number,
         unconditional=(config.unconditional or 0.0) if has_teacher else None,
         sharding=Sharding(accelerator.process_index, accelerator.num_processes),
     )
@@ -211,13 +234,31 @@ def _probe_name(config: TrainConfig) -> str:
     return config.probe if config.probe_steps else "none"
 
 
+def _of_equal_sizes(steps: StratifiedBatches | InTurn, samplers: Sequence[StratifiedBatches]) -> Any:
+    """The steps, whose predictions can be stored if all have the same number of images.
+
+    Raises:
+        UsageError
+    """
+    if len({(len(sampler.caption_groups), sampler.layout) for sampler in samplers}) > 1:
+        raise UsageError(
+            "--teacher_reuse needs the same number of images in every step, but the concepts differ in their number of "
+            "paraphrases or share their generic prompt with different others. Use --teacher_reuse 1."
+        )
+    return steps
+
+
 def _make_teacher(
-    config: TrainConfig, concept: Concept, data: Data, student: Student, denoiser: Denoiser, base: Base
+    config: TrainConfig, turn: Turn, data: Data, student: Student, denoiser: Denoiser, base: Base
 ) -> Teacher:
-    generic, empty = (data.images.text[caption].to(base.device) for caption in (concept.generic, ""))
+    """The teacher of a concept's steps. The other concepts are pushed as strongly as the concept itself."""
+    generic, empty = (data.images.text[caption].to(base.device) for caption in (turn.concept.generic, ""))
     guidance = max(1.0, config.guidance_scale or 1.0) if base.properties.uses_guidance else 1.0
-    beta = sum(data.betas.values())
-    return Teacher(denoiser, student.frozen, generic, empty, guidance, config.push / beta)
+    if len(data.turns) == 1:
+        push: float | Tensor = config.push / sum(turn.betas)
+    else:
+        push = torch.tensor([config.push / beta for beta in turn.betas], device=base.device)
+    return Teacher(denoiser, student.frozen, generic, empty, guidance, push)
 
 
 def _make_generator(config: TrainConfig, base: Base, data: Data, student: Student) -> ImageGenerator | None:

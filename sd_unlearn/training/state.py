@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -44,7 +44,7 @@ class TrainingState:
     accelerator: Accelerator
     student: Student
     batches: Steps
-    objective: Objective
+    objectives: Sequence[Objective]  # of each turn (Batch.turn)
     parameters: list[nn.Parameter]
     optimizer: GuardedSteps
     schedule: Any
@@ -68,7 +68,7 @@ class TrainingState:
         options: LoopOptions,
         student: Student,
         batches: Steps,
-        objective: Objective,
+        objectives: Sequence[Objective],
         accelerator: Accelerator,
         batching: Batching,
     ) -> TrainingState:
@@ -78,7 +78,7 @@ class TrainingState:
         optimizer = GuardedSteps(accelerator.prepare(inner), accelerator.scaler, accelerator.device)
         average = MovingAverage(parameters, options.ema_decay) if options.ema_decay else None
         student.set_checkpointing(batching.gradient_checkpointing)
-        return cls(accelerator, student, batches, objective, parameters, optimizer, schedule, average, batching)
+        return cls(accelerator, student, batches, objectives, parameters, optimizer, schedule, average, batching)
 
     def take_step(
         self,
@@ -125,14 +125,17 @@ class TrainingState:
     def _gradient(self, model: nn.Module, losses: Losses, batch: Batch) -> tuple[Tensor, Tensor]:
         """The step's gradient, and the optimizer's memory, which it takes in the first step."""
         of_batch, size = partial(losses, model), self.batching.micro_batch_size
+        objective, previous = self.objectives[batch.turn], self.brackets
+        if previous is not None and len(previous) != objective.num_brackets:
+            previous = None  # of another turn, or from before --force_resume
         found = accumulate_gradients(
             self.accelerator,
             model,
             lambda part: of_batch(part, self.batching.teacher_batch_size),
-            self.objective,
+            objective,
             batch,
             size,
-            self.brackets,
+            previous,
         )
         if self.step == 0:
             together(self.accelerator, self.optimizer.reserve)
@@ -180,7 +183,7 @@ class TrainingState:
     def use_beta(self, beta: float) -> None:
         """Continue with this beta in every caption group."""
         self.beta = beta
-        self.objective = self.objective.with_beta(beta)
+        self.objectives = [objective.with_beta(beta) for objective in self.objectives]
 
     def save(self, run: Path, identity: dict[str, Any], limit: int) -> None:
         """Write a checkpoint; see checkpoint.save."""
@@ -217,8 +220,7 @@ class TrainingState:
         self.batches.load_state_dict(state["sampler"])
         self.optimizer.skipped = state["skipped"].to(device)
         brackets = state["brackets"]  # --force_resume may have changed the number of caption groups
-        same_groups = brackets is not None and len(brackets) == self.objective.num_brackets
-        self.brackets = brackets.to(device) if same_groups else None
+        self.brackets = None if brackets is None else brackets.to(device)
         for name, value in state["progress"].items():
             setattr(self, name, value)
         if self.beta is not None:

@@ -149,7 +149,7 @@ class Generator:
         return Source(known)
 
     def _read(self, image: Image.Image, prompt: str, loras: Sequence[Lora]) -> str:
-        concepts = {lora.concept.slug: lora.concept for lora in loras if lora.concept}
+        concepts = {concept.slug: concept for lora in loras for concept in lora.concepts}
         lines = dict.fromkeys(line for concept in concepts.values() for line in self._read_for(image, prompt, concept))
         return "\n".join(lines) or "No classifier: the chosen LoRAs do not record their concept."
 

@@ -34,7 +34,7 @@ def test_the_page_lists_exactly_the_options_of_each_command() -> None:
     assert {title: set(options) for title, options in rows.items()} == {
         "render and train": names("render"),
         "train only": names("train") - names("render"),
-        **{command: names(command) for command in ("evaluate", "attack", "calibrate", "export", "report")},
+        **{command: names(command) for command in ("evaluate", "attack", "calibrate", "fuse", "export", "report")},
         "batch": {field.name for field in fields(BatchConfig)} - {"jobs"},
         "concepts new": set(inspect.signature(concepts.new).parameters) - {"name"},
         "doctor": {"json", "skip_smoke_run"},

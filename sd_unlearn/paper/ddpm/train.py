@@ -144,7 +144,7 @@ def _make_training(
         wrapped,
         losses,
         batches,
-        objective,
+        [objective],
         accelerator,
         (checkpoint.saved_batching(resume) if resume else None) or whole,
         identity_of(run, accelerator.num_processes),

@@ -1,0 +1,63 @@
+"""Options of `fuse`. Imports no torch."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+from sd_unlearn.config.options import GENERAL, NOT_NEGATIVE, START, Range, option, several
+from sd_unlearn.config.paths import PathOptions
+
+FuseMethod = Literal["least_squares", "sum"]
+
+
+@dataclass(kw_only=True)
+class FuseConfig(PathOptions):
+    """Fuse LoRAs that were trained apart on the same base into one."""
+
+    lora: Annotated[
+        list[str],
+        several("LoRAs to fuse: run folders, exported folders or .safetensors files that name their concept.", START),
+    ] = field(default_factory=list, kw_only=False)
+    output_dir: Annotated[
+        Path | None, option("Run folder of the fused LoRA. Default: runs/<concepts>-fused.", START)
+    ] = None
+    method: Annotated[
+        FuseMethod,
+        option(
+            "least_squares: per layer the change that keeps each LoRA's effect on images of its own concepts, and the "
+            "base's on what all of them retain. sum: the sum of the changes.",
+            START,
+        ),
+    ] = "least_squares"
+    rank: Annotated[
+        int | None,
+        option(
+            "Rank of the fused LoRA. Default: the sum of the ranks, which needs no truncation.",
+            START,
+            Range(above=0, at_most=4096, note="no layer of a UNet needs more"),
+        ),
+    ] = None
+    keep_weight: Annotated[
+        float,
+        option(
+            "Weight of what is retained, relative to that of all concepts. Higher values preserve more but erase less.",
+            START,
+            NOT_NEGATIVE,
+        ),
+    ] = 1.0
+    num_images: Annotated[
+        int,
+        option(
+            "Images that are generated for each LoRA, and of what is retained, to record what the layers see.",
+            START,
+            Range(above=0, at_most=1000),
+        ),
+    ] = 4
+    allow_pickle: Annotated[
+        bool, option("Also load a base with pickled weights. Pickles can run arbitrary code.", GENERAL)
+    ] = False
+    overwrite: Annotated[bool, option("Delete an existing run in --output_dir and start over.", GENERAL)] = False
+    config: Annotated[Path | None, option("YAML file with options as keys; flags take precedence.", GENERAL)] = None
+    debug: Annotated[
+        bool, option("Show a traceback when the command fails, and the messages of libraries.", GENERAL)
+    ] = False

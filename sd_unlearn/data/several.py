@@ -1,0 +1,243 @@
+"""Several concepts that one LoRA erases: a list of names, a list file, and what the concepts mean together.
+
+Everything that takes a Concept also takes SeveralConcepts: its `parts` are the concepts, and a concept alone is its own
+only part.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+import zlib
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sd_unlearn.choices import TemplateKind
+from sd_unlearn.data.concept import (
+    Concept,
+    find_concept,
+    load_concept,
+    normalized,
+    parse_concept,
+    read_concept,
+    write_concept,
+)
+from sd_unlearn.errors import UsageError
+from sd_unlearn.io.files import write_text
+from sd_unlearn.io.paths import slugify
+from sd_unlearn.io.reading import read_yaml_value
+
+PREVIEWED = 6  # concepts in a preview
+LONGEST = 50  # characters of a slug that names every concept
+_BRACES = re.compile(r"\{([^{}]*)\}")
+
+
+@dataclass(frozen=True)
+class SeveralConcepts(Concept):
+    """Concepts that are erased together. `caption` and `generic` are the first one's, `keep` is everyone's.
+
+    The parts are as `together` leaves them: what one of them asks to retain does not name another.
+    """
+
+    several: tuple[Concept, ...] = ()
+
+    @property
+    def parts(self) -> tuple[Concept, ...]:
+        return self.several
+
+    @property
+    def slug(self) -> str:
+        """All names, or the first one and a hash of all if they are many."""
+        whole = slugify(self.name)
+        if len(whole) <= LONGEST:
+            return whole
+        return f"{self.several[0].slug[:30]}-and-{len(self.several) - 1}-more-{zlib.crc32(self.name.encode()):08x}"
+
+    @property
+    def captions(self) -> list[str]:
+        """The training prompts of all parts."""
+        return [caption for part in self.several for caption in part.captions]
+
+    @property
+    def preview_prompts(self) -> list[str]:
+        """The captions of the first parts, the generic prompt and two keep prompts."""
+        return [p.caption for p in self.several[:PREVIEWED]] + [self.generic, *(p.text for p in self.keep_prompts[:2])]
+
+
+def together(concepts: Sequence[Concept]) -> Concept:
+    """The concepts as one; a single concept is itself.
+
+    What a concept retains (keep prompts) and what its retention is measured on (alike, general) loses the prompts, and
+    the alternatives in braces, that name another of the concepts: by its name or label, or as one of its own prompts.
+
+    Raises:
+        UsageError: a concept is listed twice, two have the same caption, or they do not go together.
+    """
+    if len(concepts) == 1:
+        return concepts[0]
+    _check_different(concepts)
+    bases = {concept.base for concept in concepts} - {None}
+    if len(bases) > 1:
+        raise UsageError(f"--concept: the concepts are for different bases ({', '.join(sorted(map(str, bases)))}).")
+    kinds = {concept.kind for concept in concepts}
+    parts = tuple(_without_others(c, [o for o in concepts if o is not c]) for c in concepts)
+    return SeveralConcepts(
+        name=", ".join(part.name for part in parts),
+        caption=parts[0].caption,
+        generic=parts[0].generic,
+        kind=kinds.pop() if len(kinds) == 1 else "other",
+        base=next(iter(bases), None),
+        keep=list(dict.fromkeys(template for part in parts for template in part.keep)),
+        several=parts,
+    )
+
+
+def _check_different(concepts: Sequence[Concept]) -> None:
+    for what, values in (
+        ("concept", [concept.slug for concept in concepts]),
+        ("caption", [normalized(caption) for concept in concepts for caption in concept.captions]),
+    ):
+        twice = next((value for value, count in Counter(values).items() if count > 1), None)
+        if twice is not None:
+            raise UsageError(f'--concept: the {what} "{twice}" is listed twice. Name each concept once.')
+    generics = {normalized(concept.generic): concept.name for concept in concepts}
+    for concept in concepts:
+        for caption in concept.captions:
+            if other := generics.get(normalized(caption)):
+                raise UsageError(
+                    f'--concept: "{caption}" of {concept.name} is what {other} is replaced with (generic). Erase them '
+                    "separately, or change the generic prompt."
+                )
+        if concept.betas:
+            raise UsageError(
+                f"--concept: {concept.name} has several folders of positives (betas in its file), which is for a "
+                "concept that is erased alone."
+            )
+
+
+def _without_others(concept: Concept, others: Sequence[Concept]) -> Concept:
+    """The concept without the prompts to retain that name another one."""
+    names = dict.fromkeys(name for other in others for name in (other.name, other.label) if name)
+    pattern = re.compile(rf"(?<!\w)({'|'.join(re.escape(n) for n in names)})(?!\w)", re.IGNORECASE)
+    asked = {
+        normalized(text)
+        for other in others
+        for text in (*other.captions, *(p.text for group in ("direct", "held_out") for p in other.prompts(group)))
+    }
+
+    def kept(templates: Sequence[str]) -> list[str]:
+        return _filtered(templates, lambda text: bool(pattern.search(text)), asked)
+
+    evaluate = dataclasses.replace(
+        concept.evaluate, alike=kept(concept.evaluate.alike), general=kept(concept.evaluate.general)
+    )
+    return dataclasses.replace(concept, keep=kept(concept.keep), evaluate=evaluate)
+
+
+def _filtered(templates: Sequence[str], names_other: Callable[[str], bool], asked: Collection[str]) -> list[str]:
+    """The templates without those that name another concept or are one of its prompts (`asked`, normalized).
+
+    Of alternatives in braces, only those that do are left out.
+    """
+    found = []
+    for template in templates:
+        text = template
+        for inner in _BRACES.findall(template):
+            braces = f"{{{inner}}}"
+            words = [w for w in inner.split(",") if not names_other(w)]
+            words = [w for w in words if normalized(template.replace(braces, w.strip())) not in asked]
+            text = text.replace(braces, f"{{{','.join(words)}}}")
+        if "{}" not in text and not names_other(_BRACES.sub(" ", text)) and normalized(text) not in asked:
+            found.append(text)
+    return found
+
+
+def load_concepts(
+    names: str | Sequence[str] | None, anchor: str | None = None, kind: TemplateKind | None = None
+) -> Concept:
+    """The concepts of --concept, each a name, a concept file or a list file; see `load_concept` and `together`.
+
+    Raises:
+        UsageError: as load_concept and together; an anchor for several concepts.
+    """
+    given = [names] if isinstance(names, str) else list(names or ())
+    if anchor is not None or kind is not None:
+        if len(given) > 1:
+            raise UsageError(
+                "--anchor and --kind are for one concept without a file. Write files: sd-unlearn concepts new."
+            )
+        return load_concept(given[0] if given else None, anchor, kind)
+    if not given:
+        return load_concept(None)
+    return together([part for name in given for part in _read_all(name)])
+
+
+def _read_all(name: str) -> tuple[Concept, ...]:
+    if not name.endswith((".yaml", ".yml")):
+        return (load_concept(name),)
+    return read_concepts(find_concept(name)).parts
+
+
+def read_concepts(path: Path) -> Concept:
+    """Read a concept file, or a list of concepts: names, concept files, or the content of concept files.
+
+    Raises:
+        UsageError: names the file, the key, the value and what is allowed.
+    """
+    data = read_yaml_value(path, "--concept")
+    if not isinstance(data, list):
+        return read_concept(path)
+    if not data:
+        raise UsageError(f"--concept {path} lists no concepts. Name one a line: - seven.")
+    return together([part for number, item in enumerate(data, 1) for part in _listed(item, path, number)])
+
+
+def _listed(item: Any, path: Path, number: int) -> tuple[Concept, ...]:
+    if isinstance(item, str):
+        return (load_concept(item),)
+    return (parse_concept(item, f"{path}, concept {number}"),)
+
+
+def write_concepts(path: Path, concept: Concept) -> None:
+    """Write one or several concepts so that read_concepts returns the same."""
+    if len(concept.parts) == 1:
+        write_concept(path, concept)
+        return
+    data = [dataclasses.asdict(part) for part in concept.parts]
+    write_text(path, yaml.safe_dump(data, sort_keys=False, allow_unicode=True))
+
+
+def sharing(concept: Concept, part: Concept) -> list[Concept]:
+    """The other parts that images of this part's generic prompt are known to show."""
+    generic = normalized(part.generic)
+    return [
+        other
+        for other in concept.parts
+        if other is not part and normalized(other.generic) == generic and other.generic_share > 0
+    ]
+
+
+def share_of_others(part: Concept, others: Sequence[Concept]) -> float:
+    """Share of images of a part's generic prompt that show others but not the part itself.
+
+    Things of one kind exclude each other (an image shows one digit), so their shares add up; those of different kinds
+    are taken as independent (its ink does not depend on the digit).
+
+    Raises:
+        UsageError: nothing else is left.
+    """
+    by_kind: dict[str, float] = defaultdict(float)
+    for concept in (part, *others):
+        by_kind[concept.kind] += concept.generic_share
+    if max(by_kind.values()) > 0.99:
+        raise UsageError(
+            f'--concept: images of "{part.generic}" show almost nothing but these concepts (their generic_share adds '
+            f"up to {max(by_kind.values()):.2g}), so there is nothing to generate instead. Leave one of them out."
+        )
+    return 1 - math.prod(1 - share for share in by_kind.values()) - part.generic_share if others else 0.0

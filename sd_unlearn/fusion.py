@@ -1,0 +1,237 @@
+"""`sd-unlearn fuse`: LoRAs that were trained apart become one, written as a run folder like that of a training.
+
+Every linear layer of the UNet is fused in the same way (objectives/fusing.py), from the inputs that it sees: of
+cross-attention's keys and values these are the token embeddings of the captions, of all other layers what they get
+while images of the captions are generated.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from itertools import cycle, islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sd_unlearn.config.fuse import FuseConfig
+from sd_unlearn.config.options import check_ranges
+from sd_unlearn.config.paths import recorded
+from sd_unlearn.data.concept import Concept
+from sd_unlearn.data.several import together
+from sd_unlearn.errors import UnlearnError, UsageError
+from sd_unlearn.evaluation.loras import Lora, open_lora
+from sd_unlearn.io.files import check_writable, write_json
+from sd_unlearn.io.lock import locked, remove_leftovers
+from sd_unlearn.io.own_files import is_free, is_run
+from sd_unlearn.io.run_folder import TRAINING, UNET_DIR
+from sd_unlearn.models.base import Base, different_hash, load_base, recorded_source
+from sd_unlearn.seeds import TRAIN_SEEDS, image_seed
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from sd_unlearn.objectives.closed_form import Edit
+
+Layers = dict[str, "nn.Module"]  # by name
+Grams = dict[str, "Tensor"]  # layer -> E[x x'] of its inputs, [in, in]
+KEPT_PROMPTS = 64  # at most, of which images are generated
+
+
+def run(config: FuseConfig) -> Path:
+    """Fuse the LoRAs and write the run folder. Returns the folder.
+
+    Raises:
+        UsageError: fewer than two LoRAs, one without a concept or of another base, or a run folder that is in use.
+        UnlearnError: a LoRA cannot be fused, or the folder cannot be written.
+    """
+    check_ranges(config)
+    loras = [open_lora(name, "fuse") for name in config.lora]
+    concept = check_loras(loras)
+    output = config.output_dir or Path("runs") / f"{concept.slug}-fused"
+    check_output(output, config.overwrite)
+    first = next((lora for lora in loras if lora.is_run), None)
+    if first is None:
+        raise UsageError("fuse needs at least one run folder among the LoRAs, which says how to load the base.")
+    with locked(output, "--output_dir"):
+        remove_leftovers(output)
+        base = load_base(recorded_source(first.training["base"], config.allow_pickle))
+        for lora in loras:
+            if message := lora.other_base(base.hashes | {"name": base.name}):
+                raise UsageError(f"{message} Fuse LoRAs of one base.")
+        _fuse(config, loras, concept, base, output)
+    return output
+
+
+def check_loras(loras: Sequence[Lora]) -> Concept:
+    """The concepts of the LoRAs together.
+
+    Raises:
+        UsageError: fewer than two LoRAs, one that does not name its concept or is not a LoRA, different bases.
+    """
+    if len(loras) < 2:
+        raise UsageError("fuse takes two or more LoRAs: sd-unlearn fuse runs/seven runs/three.")
+    for lora in loras:
+        if not lora.concepts:
+            raise UsageError(f"fuse: {lora.path} does not name the concept it unlearns. Give its run folder.")
+        if (lora.path / UNET_DIR).is_dir():
+            raise UsageError(f"fuse: {lora.path} was trained with --method full and is not a LoRA.")
+        if different_hash(lora.base_hashes, loras[0].base_hashes):
+            raise UsageError(f"fuse: {lora.name} was trained on another base than {loras[0].name}.")
+    return together([concept for lora in loras for concept in lora.concepts])
+
+
+def check_output(output: Path, overwrite: bool) -> None:
+    """Refuse a folder of something else, and a run without --overwrite.
+
+    Raises:
+        UsageError
+    """
+    check_writable(output, "--output_dir")
+    if is_free(output) or (is_run(output) and overwrite):
+        return
+    hint = "add --overwrite" if is_run(output) else "choose another folder"
+    raise UsageError(f"--output_dir {output} is not empty: {hint}.")
+
+
+def _fuse(config: FuseConfig, loras: Sequence[Lora], concept: Concept, base: Base, output: Path) -> None:
+    """Compute the fused LoRA and write the run folder: the record that marks it as finished last."""
+    import torch
+
+    from sd_unlearn.models import lora as adapters
+    from sd_unlearn.models.student import Student
+    from sd_unlearn.training.closed_form import largest_error
+    from sd_unlearn.training.provenance import basic_record, device_name, open_run, peak_memory_mb
+
+    started = time.monotonic()
+    changes = [edits_of(lora, base) for lora in loras]
+    fused = fuse_changes(config, loras, concept, base, changes)
+    rank = config.rank or max(min(*edit.up.shape, *edit.down.shape) for edit in fused.values())
+    stored = {name: edit.of_rank(rank) for name, edit in fused.items()}
+    seconds = time.monotonic() - started
+    exact, kept = list(fused.values()), list(stored.values())
+    errors = {
+        "truncation_error": largest_error(exact, kept, torch.float64),
+        "rounding_error_fp32": largest_error(exact, kept, torch.float32),
+        "rounding_error_fp16": largest_error(exact, kept, torch.float16),
+    }
+    student = Student(adapters.attach_factors(base.pipeline.unet, {n: (e.down, e.up) for n, e in stored.items()}))
+    settings = recorded(replace(config, output_dir=output, overwrite=False))
+    open_run(output, concept, settings)
+    student.save(output)
+    record = basic_record(config, concept, base) | {
+        "objective": "fuse",
+        "fuse_method": config.method,
+        "fused": [{"name": lora.name, "sha256": lora.sha256} for lora in loras],
+        "method": "lora",
+        "rank": rank,
+        "lora_alpha": float(rank),
+        **errors,
+        "cost": {
+            "seconds": round(seconds, 1),
+            "steps": 0,
+            "peak_memory_mb": peak_memory_mb(),
+            "device": device_name(base.device),
+        },
+    }
+    write_json(output / TRAINING, record)
+    print(
+        f"Fused {len(loras)} LoRAs in {seconds:.1f} s (rank {rank}, truncation error "
+        f"{errors['truncation_error']:.2g}): {output}.",
+        file=sys.stderr,
+    )
+
+
+def fuse_changes(
+    config: FuseConfig, loras: Sequence[Lora], concept: Concept, base: Base, changes: Sequence[Mapping[str, Edit]]
+) -> dict[str, Edit]:
+    """Layer -> its fused change; changes: of each LoRA. A layer that only some LoRAs change is fused from these."""
+    from sd_unlearn.objectives.fusing import least_squares, summed
+
+    names = list(dict.fromkeys(name for of_lora in changes for name in of_lora))
+    if config.method == "sum":
+        return {name: summed([of_lora[name] for of_lora in changes if name in of_lora]) for name in names}
+    layers = {name: base.pipeline.unet.get_submodule(name) for name in names}
+    own = []
+    for lora in loras:
+        captions = [caption for part in lora.concepts for caption in part.captions]
+        with lora.applied_to(base, 1.0):
+            own.append(record_inputs(base, layers, captions, config.num_images))
+    keep = [prompt.text for prompt in concept.keep_prompts]
+    stride = max(1, len(keep) // KEPT_PROMPTS)
+    nothing = {name: gram * 0 for name, gram in own[0].items()}
+    images = max(config.num_images, min(len(keep), KEPT_PROMPTS))
+    kept = record_inputs(base, layers, keep[::stride], images) if keep else nothing
+    fused = {}
+    for name in names:
+        having = [(of_lora[name], grams[name]) for of_lora, grams in zip(changes, own, strict=True) if name in of_lora]
+        edits, grams_of_layer = zip(*having, strict=True)
+        fused[name] = least_squares(edits, grams_of_layer, kept[name], config.keep_weight)
+    return fused
+
+
+def edits_of(lora: Lora, base: Base) -> dict[str, Edit]:
+    """Layer of the UNet -> the LoRA's change, in float64.
+
+    Raises:
+        UnlearnError: the LoRA changes other layers than linear ones of the UNet, or is not a plain LoRA.
+    """
+    from torch import nn
+
+    from sd_unlearn.models import lora as adapters
+    from sd_unlearn.models.lora_change import find_modules
+    from sd_unlearn.models.lora_file import read_lora_file
+    from sd_unlearn.objectives.closed_form import Edit
+
+    names = {id(module): name for name, module in base.pipeline.unet.named_modules()}
+    files = adapters.read_run(lora.path) if lora.is_run else [read_lora_file(lora.path, "fuse")]
+    edits = {}
+    for file in files:
+        for target in find_modules(base.pipeline, file.changes, f"fuse {lora.path}", base.name):
+            parts, name = target.change.parts, names.get(id(target.module))
+            if name is None or not isinstance(target.module, nn.Linear) or set(parts) - {"up", "down", "alpha"}:
+                raise UnlearnError(
+                    f"fuse: {lora.path} changes {target.name}. Only LoRAs of linear layers of the UNet can be fused: "
+                    "not DoRA, convolutions or text encoders."
+                )
+            scale = 1.0 if target.change.scale is None else target.change.scale
+            up, down = (parts[part].double().to(base.device) for part in ("up", "down"))
+            edits[name] = Edit(scale * up, down)
+    return edits
+
+
+def record_inputs(base: Base, layers: Layers, prompts: Sequence[str], images: int) -> Grams:
+    """E[x x'] of the inputs x of each layer, one row a token, while images of the prompts are generated."""
+    from sd_unlearn.models.sampling import default_sampler, generate_images
+
+    sampler = default_sampler(base.name)
+    asked = list(islice(cycle(prompts), images))
+    seeds = [image_seed(TRAIN_SEEDS, 0, prompt, number) for number, prompt in enumerate(asked)]
+    with _recording(layers) as (grams, rows):
+        for start in range(0, len(asked), sampler.batch_size):
+            part = slice(start, start + sampler.batch_size)
+            generate_images(base, asked[part], seeds[part], sampler)
+    return {name: gram / rows[name] for name, gram in grams.items()}
+
+
+@contextmanager
+def _recording(layers: Layers) -> Iterator[tuple[Grams, dict[str, int]]]:
+    """Sums of x x' over the inputs that the layers get in the block, in float64, and their number."""
+    grams: Grams = {}
+    rows: dict[str, int] = {}
+
+    def hook(name: str) -> Any:
+        def record(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+            x = inputs[0].detach().flatten(0, -2).float()
+            gram = (x.T @ x).double()
+            grams[name] = grams[name] + gram if name in grams else gram
+            rows[name] = rows.get(name, 0) + len(x)
+
+        return record
+
+    with ExitStack() as stack:
+        for name, layer in layers.items():
+            stack.callback(layer.register_forward_pre_hook(hook(name)).remove)
+        yield grams, rows

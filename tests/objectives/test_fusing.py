@@ -1,0 +1,69 @@
+"""The fused change of a layer, by what it is meant to do with the inputs of each LoRA."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from sd_unlearn.objectives.closed_form import Edit
+from sd_unlearn.objectives.fusing import RIDGE, least_squares, summed
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+OUT, IN = 5, 8
+
+
+def edits(count: int = 2, rank: int = 2) -> list[Edit]:
+    rng = torch.Generator().manual_seed(0)
+    made = [(torch.randn(OUT, rank, generator=rng), torch.randn(rank, IN, generator=rng)) for _ in range(count)]
+    return [Edit(up.double(), down.double()) for up, down in made]
+
+
+def whole(edit: Edit) -> Tensor:
+    return edit.up @ edit.down
+
+
+def gram(*rows: int) -> Tensor:
+    """E[x x'] of inputs along some axes."""
+    return torch.diag(torch.tensor([float(i in rows) for i in range(IN)]))
+
+
+def test_the_sum() -> None:
+    first, second = edits()
+    assert torch.allclose(whole(summed([first, second])), whole(first) + whole(second))
+
+
+def test_each_effect_stays_on_its_own_inputs_and_none_on_kept_ones() -> None:
+    first, second = edits()
+    fused = whole(least_squares([first, second], [gram(0, 1), gram(2, 3)], gram(4, 5)))
+    both = whole(first) + whole(second)
+    assert torch.allclose(fused[:, :2], whole(first)[:, :2], atol=0.05)
+    assert torch.allclose(fused[:, 2:4], whole(second)[:, 2:4], atol=0.05)
+    assert fused[:, 4:6].abs().max() < 0.05
+    assert torch.allclose(fused[:, 6:], both[:, 6:])  # inputs that nobody showed get the sum
+    assert not torch.allclose(both[:, :2], whole(first)[:, :2], atol=0.5)  # which the naive way gets wrong
+
+
+def test_it_is_the_least_squares_solution() -> None:
+    rng = torch.Generator().manual_seed(1)
+    inputs = [torch.randn(6, IN, generator=rng).double() for _ in range(3)]
+    grams = [x.T @ x / len(x) for x in inputs]
+    pair, weight = edits(), 0.7
+    total = grams[0] + grams[1] + 2 * weight * grams[2]
+    ridge = RIDGE * total.diagonal().mean()
+
+    def objective(change: Tensor) -> Tensor:
+        own = sum(((change - whole(e)) @ x.T).square().sum() / len(x) for e, x in zip(pair, inputs[:2], strict=True))
+        kept = 2 * weight * (change @ inputs[2].T).square().sum() / len(inputs[2])
+        return own + kept + ridge * (change - whole(summed(pair))).square().sum()
+
+    change = whole(least_squares(pair, grams[:2], grams[2], weight)).requires_grad_()
+    (slope,) = torch.autograd.grad(objective(change), change)
+    assert slope.abs().max() < 1e-9
+
+
+def test_the_rank_is_the_sum_of_the_ranks() -> None:
+    fused = least_squares(edits(3, 1), [gram(0), gram(1), gram(2)], gram(3))
+    assert torch.linalg.matrix_rank(whole(fused)) == 3
+    assert torch.allclose(whole(fused.of_rank(3)), whole(fused))
+    assert torch.linalg.matrix_rank(whole(fused.of_rank(1))) == 1

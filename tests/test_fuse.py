@@ -1,0 +1,93 @@
+"""`fuse`: two LoRAs of the tiny base become one run that every other command reads."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from export_runs import exported, read_header
+
+from sd_unlearn import fusion
+from sd_unlearn.config.fuse import FuseConfig
+from sd_unlearn.config.train import TrainConfig
+from sd_unlearn.errors import UsageError
+from sd_unlearn.evaluation.loras import open_lora
+from sd_unlearn.io.reading import read_json
+from sd_unlearn.models.base import load_base
+from sd_unlearn.models.source import Source
+from sd_unlearn.training import trainer
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+# one letter a token: the captions end alike, so the subjects are the first letters
+FILE = "name: {name}\ncaption: {caption}\ngeneric: it x\nkeep: [ab, '{{c,d}} e']\n"
+CONCEPTS = {"seven": "7 x", "three": "3 x"}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> list[Path]:
+    folder = tmp_path_factory.mktemp("fuse")
+    for name, caption in CONCEPTS.items():
+        (folder / f"{name}.yaml").write_text(FILE.format(name=name, caption=caption))
+        trainer.run(
+            TrainConfig(
+                concept=str(folder / f"{name}.yaml"),
+                pretrained_model_name_or_path=str(tiny_base),
+                objective="uce",
+                output_dir=folder / name,
+            )
+        )
+    return [folder / name for name in CONCEPTS]
+
+
+@pytest.fixture(scope="module", params=["least_squares", "sum"])
+def fused(request: pytest.FixtureRequest, runs: list[Path]) -> Path:
+    output = runs[0].parent / f"fused-{request.param}"
+    return fusion.run(
+        FuseConfig(lora=[str(run) for run in runs], output_dir=output, method=request.param, num_images=1)
+    )
+
+
+def changes(run: Path, base_folder: Path) -> dict[str, torch.Tensor]:
+    base = load_base(Source(str(base_folder)))
+    return {name: edit.up @ edit.down for name, edit in fusion.edits_of(open_lora(str(run)), base).items()}
+
+
+def test_the_record_names_both_and_the_error(fused: Path, runs: list[Path]) -> None:
+    record = read_json(fused / "training.json")
+    assert record["concepts"] == ["seven", "three"]
+    assert [lora["name"] for lora in record["fused"]] == ["seven", "three"]
+    assert record["truncation_error"] < 1e-6
+    assert [concept.name for concept in open_lora(str(fused)).concepts] == ["seven", "three"]
+
+
+def test_it_is_exported_as_any_lora(fused: Path, tmp_path: Path) -> None:
+    for file in exported(fused, output_dir=tmp_path / "export"):
+        header = read_header(file)
+        assert json.loads(header["sd_unlearn.concepts"]) == ["seven", "three"]
+        assert float(header["sd_unlearn.truncation_error"]) < 1e-6
+        assert header["sd_unlearn.objective"] == "fuse"
+
+
+def test_what_it_changes(fused: Path, runs: list[Path], tiny_base: Path) -> None:
+    whole, first, second = (changes(run, tiny_base) for run in (fused, *runs))
+    assert whole.keys() == first.keys()
+    same = [torch.allclose(whole[name], first[name] + second[name], atol=1e-5) for name in whole]
+    assert all(same) == fused.name.endswith("sum")
+
+
+def test_a_lower_rank_says_what_it_costs(runs: list[Path], tmp_path: Path) -> None:
+    loras = [str(run) for run in runs]
+    run = fusion.run(FuseConfig(lora=loras, output_dir=tmp_path / "low", method="sum", rank=1))
+    assert read_json(run / "training.json")["truncation_error"] > 0.01
+
+
+def test_what_is_refused(runs: list[Path], fused: Path) -> None:
+    seven, three = map(str, runs)
+    with pytest.raises(UsageError, match="takes two or more LoRAs"):
+        fusion.run(FuseConfig(lora=[seven]))
+    with pytest.raises(UsageError, match='"seven" is listed twice'):
+        fusion.run(FuseConfig(lora=[seven, seven]))
+    with pytest.raises(UsageError, match="is not empty: add --overwrite"):
+        fusion.run(FuseConfig(lora=[seven, three], output_dir=fused))
