@@ -199,7 +199,7 @@ class StratifiedBatches:
             timesteps,
             noise,
             torch.tensor([row.caption == "" for row in rows]),
-            torch.tensor([self.sharding.processes / row.kind_size * self.examples[row.example].weight for row in rows]),
+            torch.tensor([self.sharding.processes / row.kind_size for row in rows]),
         )
 
     def _teacher_caption(self, row: BatchRow) -> str:

@@ -25,7 +25,6 @@ class Example:
     group: str  # generic | mixed_in | keep; positive | negative in the folders of that kind; unused (turns.py)
     positive_set: int = 0  # of a positive: index of its folder in positive_sets()
     own_caption: bool = False  # whether the caption comes from a metadata or text file, not from the concept
-    weight: float = 1.0  # in the mean of its kind; of a whole kind 1 on average
 
     @property
     def is_positive(self) -> bool:

@@ -11,7 +11,6 @@ from sd_unlearn.config.batching import effective_batch_size
 from sd_unlearn.config.train import TrainConfig
 from sd_unlearn.data.concept import Concept
 from sd_unlearn.data.dataset import has_negatives, positive_sets
-from sd_unlearn.data.several import sharing
 from sd_unlearn.errors import UsageError
 from sd_unlearn.launch import process_count
 
@@ -139,17 +138,10 @@ def check_batch_size(config: TrainConfig, concept: Concept, folder: Path) -> Non
     """
     size, negatives = effective_batch_size(config, process_count()), has_negatives(folder, config.eta)
     for part in concept.parts:
-        sets = (
-            len(positive_sets(folder)) if part is concept else 1 + bool(with_others(config) and sharing(concept, part))
-        )
+        sets = len(positive_sets(folder)) if part is concept else 1
         captions, layout = compose_step(config, part, process_count(), True, sets, negatives)
         alone = layout.unlabeled + layout.negative or layout.positive  # positives go where their unlabeled images are
         if len(captions) * alone + layout.keep < process_count():
             raise UsageError(
                 f"--effective_batch_size {size} is too small for {process_count()} processes. Start fewer."
             )
-
-
-def with_others(config: TrainConfig) -> bool:
-    """Whether a step of one of several concepts also has positives of the others: the risks' brackets need them."""
-    return config.objective not in BASELINES

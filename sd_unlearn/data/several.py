@@ -7,10 +7,9 @@ only part.
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
 import zlib
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -211,33 +210,3 @@ def write_concepts(path: Path, concept: Concept) -> None:
         return
     data = [dataclasses.asdict(part) for part in concept.parts]
     write_text(path, yaml.safe_dump(data, sort_keys=False, allow_unicode=True))
-
-
-def sharing(concept: Concept, part: Concept) -> list[Concept]:
-    """The other parts that images of this part's generic prompt are known to show."""
-    generic = normalized(part.generic)
-    return [
-        other
-        for other in concept.parts
-        if other is not part and normalized(other.generic) == generic and other.generic_share > 0
-    ]
-
-
-def share_of_others(part: Concept, others: Sequence[Concept]) -> float:
-    """Share of images of a part's generic prompt that show others but not the part itself.
-
-    Things of one kind exclude each other (an image shows one digit), so their shares add up; those of different kinds
-    are taken as independent (its ink does not depend on the digit).
-
-    Raises:
-        UsageError: nothing else is left.
-    """
-    by_kind: dict[str, float] = defaultdict(float)
-    for concept in (part, *others):
-        by_kind[concept.kind] += concept.generic_share
-    if max(by_kind.values()) > 0.99:
-        raise UsageError(
-            f'--concept: images of "{part.generic}" show almost nothing but these concepts (their generic_share adds '
-            f"up to {max(by_kind.values()):.2g}), so there is nothing to generate instead. Leave one of them out."
-        )
-    return 1 - math.prod(1 - share for share in by_kind.values()) - part.generic_share if others else 0.0

@@ -47,8 +47,7 @@ def example_losses(
     distance = per_example_loss(predicted, teacher_target, reduction)
     along = 2 * (predicted.float() * away).flatten(1).sum(1) / (1 if reduction == "sum" else away[0].numel())
     is_keep = batch.caption_group == NO_GROUP
-    push = teacher.push[batch.label.clamp(min=0)] if isinstance(teacher.push, Tensor) else teacher.push
-    followed = torch.where(batch.is_positive & ~is_keep, push * along, distance)
+    followed = torch.where(batch.is_positive & ~is_keep, teacher.push * along, distance)
     value = torch.where(is_keep, followed, against_noise).detach()
     return scale * (value + followed - followed.detach())
 

@@ -44,7 +44,7 @@ class Teacher:
     generic: Tensor
     empty: Tensor
     guidance_scale: float  # at which images are generated, >= 1; 1 if the base uses no classifier-free guidance
-    push: float | Tensor = 1.0  # multiplies the gradient on positives; a tensor: [sets], of each set of them
+    push: float = 1.0  # multiplies the gradient on positives
     batch_size: int | None = None  # rows of one prediction; None: all
     bank: PredictionBank | None = None  # for batches that are repeated
 

@@ -30,7 +30,7 @@ def resolve_betas(
         shared, source = split_beta(concept, sets, prior.beta, prior.source)
         return dict(zip(sets, shared, strict=True)), dataclasses.replace(prior, source=source)
     priors = []
-    for turn in make_turns(concept, examples, [0.0] * len(concept.parts), with_others=False):
+    for turn in make_turns(concept, examples, [0.0] * len(concept.parts)):
         embeddings = partial(embed, base, turn.examples, latents)
         priors.append(resolve_beta(config.beta, config.data_dir, embeddings, turn.concept.slug))
     priors = broadcast_object_list(priors)

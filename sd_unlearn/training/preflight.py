@@ -27,7 +27,7 @@ from sd_unlearn.data.layout import check_batch_size
 from sd_unlearn.data.photos import check_places
 from sd_unlearn.data.prior import check_countable
 from sd_unlearn.data.render import check_folder, make_job, plan_images, resolve_data_dir, with_seed_of_folder
-from sd_unlearn.data.several import load_concepts, share_of_others, sharing
+from sd_unlearn.data.several import load_concepts
 from sd_unlearn.errors import UsageError
 from sd_unlearn.io.files import check_writable
 from sd_unlearn.io.own_files import LATER, check_no_foreign_weights, is_free, is_run
@@ -90,7 +90,7 @@ def check_inputs(config: TrainConfig, concept: Concept | None = None) -> Inputs:
 
 
 def check_several(config: TrainConfig, concept: Concept) -> None:
-    """Refuse several concepts that leave nothing to generate instead, or options for a single concept.
+    """Refuse options for a single concept.
 
     Raises:
         UsageError
@@ -106,9 +106,6 @@ def check_several(config: TrainConfig, concept: Concept) -> None:
         raise UsageError("--robust is for one concept. Leave it out.")
     if config.beta_sweep is not None:
         raise UsageError(f"--beta_sweep {config.beta_sweep} is for one concept. Train each alone, or leave it out.")
-    if config.objective not in CLOSED_FORM:
-        for part in concept.parts:
-            share_of_others(part, sharing(concept, part))
 
 
 def check_bitsandbytes(config: TrainConfig) -> None:

@@ -18,13 +18,12 @@ from sd_unlearn.data.batches import EncodedImages, NoiseSampling, Sharding, Stra
 from sd_unlearn.data.concept import Concept
 from sd_unlearn.data.dataset import members_of_sets, scan
 from sd_unlearn.data.encoding import describe_long_captions, encode_captions, encode_images, tokenize
-from sd_unlearn.data.layout import BASELINES, compose_step, learned_caption, with_others
+from sd_unlearn.data.layout import BASELINES, compose_step, learned_caption
 from sd_unlearn.data.photos import CACHE_DIR
 from sd_unlearn.data.prior import Prior
 from sd_unlearn.data.repeated import REPEATED_STEPS, RepeatedBatches, Steps
 from sd_unlearn.data.turns import SEED_STEP, InTurn, Turn, make_turns
 from sd_unlearn.errors import UsageError
-from sd_unlearn.io.run_folder import DATA_MANIFEST
 from sd_unlearn.metrics.registry import make_label_classifier
 from sd_unlearn.models import performance
 from sd_unlearn.models.base import Base
@@ -86,8 +85,7 @@ def read_data(config: TrainConfig, concept: Concept, base: Base, encode_batch_si
     resolution = config.resolution or base.resolution
     mean, std = encode_images(base, examples, resolution, config.data_dir / CACHE_DIR, encode_batch_size)
     betas, prior = resolve_betas(config, concept, base, examples, mean)
-    others = with_others(config) and (config.data_dir / DATA_MANIFEST).is_file()
-    turns = make_turns(concept, examples, list(betas.values()), others)
+    turns = make_turns(concept, examples, list(betas.values()))
     generics = (part.generic for part in concept.parts)
     captions = ["", *generics, *concept.captions, *concept.preview_prompts, *(e.caption for e in examples)]
     if _probe_name(config) == "leakage":
@@ -243,7 +241,7 @@ def _of_equal_sizes(steps: StratifiedBatches | InTurn, samplers: Sequence[Strati
     if len({(len(sampler.caption_groups), sampler.layout) for sampler in samplers}) > 1:
         raise UsageError(
             "--teacher_reuse needs the same number of images in every step, but the concepts differ in their number of "
-            "paraphrases or share their generic prompt with different others. Use --teacher_reuse 1."
+            "paraphrases. Use --teacher_reuse 1."
         )
     return steps
 
@@ -251,14 +249,10 @@ def _of_equal_sizes(steps: StratifiedBatches | InTurn, samplers: Sequence[Strati
 def _make_teacher(
     config: TrainConfig, turn: Turn, data: Data, student: Student, denoiser: Denoiser, base: Base
 ) -> Teacher:
-    """The teacher of a concept's steps. The other concepts are pushed as strongly as the concept itself."""
+    """The teacher of a concept's steps."""
     generic, empty = (data.images.text[caption].to(base.device) for caption in (turn.concept.generic, ""))
     guidance = max(1.0, config.guidance_scale or 1.0) if base.properties.uses_guidance else 1.0
-    if len(data.turns) == 1:
-        push: float | Tensor = config.push / sum(turn.betas)
-    else:
-        push = torch.tensor([config.push / beta for beta in turn.betas], device=base.device)
-    return Teacher(denoiser, student.frozen, generic, empty, guidance, push)
+    return Teacher(denoiser, student.frozen, generic, empty, guidance, config.push / sum(turn.betas))
 
 
 def _make_generator(config: TrainConfig, base: Base, data: Data, student: Student) -> ImageGenerator | None:

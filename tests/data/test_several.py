@@ -18,7 +18,7 @@ from sd_unlearn.data.concept import Concept, Evaluation, Images, read_concept
 from sd_unlearn.data.dataset import Example, members_of_sets
 from sd_unlearn.data.layout import compose_step
 from sd_unlearn.data.render import images_of_part, known_beta, plan_images
-from sd_unlearn.data.several import load_concepts, read_concepts, share_of_others, sharing, together, write_concepts
+from sd_unlearn.data.several import load_concepts, read_concepts, together, write_concepts
 from sd_unlearn.data.turns import SEED_STEP, UNUSED, InTurn, Turn, make_turns
 from sd_unlearn.errors import UsageError
 from sd_unlearn.models.diffusion import Diffusion
@@ -125,21 +125,6 @@ def test_shared_images_are_planned_once() -> None:
     assert known_beta(0.08, dog) == pytest.approx((2 + 0.8) / 12, abs=1e-4)
 
 
-def test_shares_of_one_kind_add_up_and_those_of_two_are_independent() -> None:
-    cat, dog, red = animal("cat", 0.1), animal("dog", 0.2), animal("red", 0.3, kind="style")
-    assert share_of_others(cat, [dog]) == pytest.approx(0.2)
-    assert share_of_others(cat, [dog, red]) == pytest.approx(1 - 0.7 * 0.7 - 0.1)
-    assert share_of_others(cat, []) == 0
-    with pytest.raises(UsageError, match="nothing to generate instead"):
-        share_of_others(cat, [animal("dog", 0.9)])
-
-
-def test_only_concepts_that_the_generic_prompt_shows_share_a_bracket() -> None:
-    concept = together([animal("cat"), animal("dog"), animal("cow", 0.0), animal("pig", generic="a farm")])
-    assert [other.name for other in sharing(concept, concept.parts[0])] == ["dog"]
-    assert sharing(concept, concept.parts[3]) == []
-
-
 VALUES = {"cat": 3.0, "dog": 5.0, "cow": 11.0}  # losses of positives
 SHARES = {"cat": 0.1, "dog": 0.3, "cow": 0.2}
 
@@ -173,35 +158,30 @@ def samplers(concept: Concept, examples: list[Example], losses: list[float], tur
 
 
 def test_the_brackets_of_a_concept_hold_the_identity_of_the_risk() -> None:
-    """p_U = sum_k beta_k p_k + (1 - sum_k beta_k) p_N over all concepts, in each bracket of each concept's steps: on
-    average over the images a bracket is mean_U[l] - sum_k share_k mean_k[l], whichever concept a step serves."""
+    """p_U = beta p_S + (1 - beta) p_N of each concept, with its own beta and positives, in both brackets of its steps:
+    on average over the images a bracket is mean_U[l] - beta mean_S[l]."""
     concept, examples, losses = of_three()
     turns = make_turns(concept, examples, list(SHARES.values()))
     steps = samplers(concept, examples, losses, turns)
     objectives = [PUObjective([turn.betas] * 2) for turn in turns]
     found: dict[int, list[torch.Tensor]] = {}
     for batch in islice(steps, 3 * 480):
-        nll = batch.latents.flatten()
-        brackets = objectives[batch.turn].terms(nll, batch).brackets
+        brackets = objectives[batch.turn].terms(batch.latents.flatten(), batch).brackets
         found.setdefault(batch.turn, []).append(brackets)
-    want = 7.0 - sum(SHARES[name] * VALUES[name] for name in VALUES)
-    for turn in range(3):
+    for turn, name in enumerate(VALUES):
         average = torch.stack(found[turn]).mean(0)  # [groups]: under the generic and under the concept's caption
-        assert average.tolist() == pytest.approx([want, want], abs=0.05)
+        assert average.tolist() == pytest.approx([7.0 - SHARES[name] * VALUES[name]] * 2, abs=0.05)
 
 
 def test_the_images_of_a_step_are_those_of_its_concept() -> None:
-    concept, examples, losses = of_three()
+    concept, examples, _ = of_three()
     examples[0] = dataclasses.replace(examples[0], group="mixed_in", caption="a dog")
     turns = make_turns(concept, examples, list(SHARES.values()))
     for number, turn in enumerate(turns):
-        own = [e for e in turn.examples if e.is_positive and e.positive_set == 0]
-        assert {e.caption for e in own} == {turn.concept.caption}
-        assert {e.caption for e in turn.examples if e.is_positive} == set(concept.captions)
+        assert {e.caption for e in turn.examples if e.is_positive} == {turn.concept.caption}
+        assert {e.positive_set for e in turn.examples} == {0}
         assert (turn.examples[0].group == UNUSED) == (number != 1)  # mixed in for the dog only
-    alone = make_turns(concept, examples, list(SHARES.values()), with_others=False)
-    assert all({e.caption for e in t.examples if e.is_positive} == {t.concept.caption} for t in alone)
-    assert [t.betas for t in alone] == [(share,) for share in SHARES.values()]
+        assert turn.betas == (SHARES[turn.concept.name],)
 
 
 @pytest.mark.parametrize("count", [2, 5, 10])
@@ -215,10 +195,10 @@ def test_a_step_does_not_grow_with_the_number_of_concepts(count: int) -> None:
     rounds = [list(islice(steps, count)) for _ in range(3)]
     assert {len(batch.label) for batches in rounds for batch in batches} == {40}
     assert all(sorted(batch.turn for batch in batches) == list(range(count)) for batches in rounds)
-    for batch in rounds[0]:  # every bracket is whole: unlabeled images, positives of the concept and of the others
+    for batch in rounds[0]:  # every bracket is whole: unlabeled images and positives
         kinds = Counter(zip(batch.caption_group.tolist(), batch.label.tolist(), strict=True))
         assert {key[0] for key in kinds} == {NO_GROUP, 0, 1}
-        assert all(kinds[group, label] >= 2 for group in (0, 1) for label in (-1, 0, 1))
+        assert all(kinds[group, label] >= 2 for group in (0, 1) for label in (-1, 0))
     if count == 10:
         assert len({tuple(batch.turn for batch in batches) for batches in rounds}) > 1  # another order every time
 
@@ -233,9 +213,3 @@ def test_saved_turns_continue() -> None:
         assert one.turn == other.turn
         assert torch.equal(one.latents, other.latents)
         assert torch.equal(one.noise, other.noise)
-
-
-def test_betas_that_leave_nothing() -> None:
-    concept, examples, _ = of_three()
-    with pytest.raises(UsageError, match="add up to 1 or more"):
-        make_turns(concept, examples, [0.6, 0.6, 0.6])
