@@ -115,6 +115,10 @@ def assemble_sd3(work: Path, _: int) -> None:
     pipeline.save_pretrained(ASSETS / "digits-sd3")
     for name in ("tokenizer", "tokenizer_2"):  # with the two files of transformers 4, see `assemble`
         shutil.copytree(folder, ASSETS / "digits-sd3" / name, dirs_exist_ok=True)
+    for config in (ASSETS / "digits-sd3").rglob("config.json"):  # without the paths of this machine
+        content = json.loads(config.read_text())
+        content.pop("_name_or_path", None)
+        config.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def assemble(work: Path, _: int) -> None:
@@ -185,7 +189,8 @@ def table(work: Path, _: int) -> None:
 
 def table_sd3(work: Path, _: int) -> None:
     """Measure the files of digits-sd3 and write the results into its model card."""
-    pipeline = StableDiffusion3Pipeline.from_pretrained(ASSETS / "digits-sd3", dtype=torch.float32)
+    without_t5 = {"text_encoder_3": None, "tokenizer_3": None}
+    pipeline = StableDiffusion3Pipeline.from_pretrained(ASSETS / "digits-sd3", dtype=torch.float32, **without_t5)
     pipeline.set_progress_bar_config(disable=True)
     draw = partial(generate, pipeline, max_sequence_length=1)
     digits, inks = read_as_asked(partial(generate, pipeline))
