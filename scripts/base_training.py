@@ -178,6 +178,9 @@ def make_scheduler(prediction_type: str = "epsilon") -> DDIMScheduler:
 def save_pipeline(pipeline: StableDiffusionPipeline, folder: Path) -> None:
     """Write a pipeline folder for plain Diffusers and other software."""
     pipeline.save_pretrained(folder)
+    # Diffusers loads weights in half precision as float32, transformers as the configuration says.
+    config = folder / "text_encoder" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
     # transformers 5 writes tokenizer.json only; transformers 4 and other UIs need these two files.
     bpe = json.loads((folder / "tokenizer" / "tokenizer.json").read_text())["model"]
     (folder / "tokenizer" / "vocab.json").write_text(json.dumps(bpe["vocab"], ensure_ascii=False))
