@@ -165,7 +165,7 @@ def _train(
     training = make_training(config, concept, base, data, accelerator, batching, identity)
     _open_run(config, concept, training, keep=resume is not None)
     accelerator.init_trackers("sd-unlearn" if config.report_to == "wandb" else "tensorboard")
-    betas = " ".join(f"{beta:.3g}" for beta in ([data.beta] if data.beta is not None else data.betas.values()))
+    betas = " ".join(f"{beta:g}" for beta in ([data.beta] if data.beta is not None else data.betas.values()))
     beta = "" if "beta" in unused_options(config.objective) else f", beta {betas} ({data.prior.source})"
     summary = f"Forgetting {concept.name!r} in {base.name}: {data.counts()}{beta}."
     for line in (*filter(None, [data.note]), *data.prior.notes, summary):
