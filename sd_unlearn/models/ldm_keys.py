@@ -32,7 +32,6 @@ UNET, VAE = "model.diffusion_model.", "first_stage_model."
 CLIP = {"sd1": "cond_stage_model.transformer.text_model.", "sdxl": "conditioner.embedders.0.transformer.text_model."}
 OPEN_CLIP = {"sd2": "cond_stage_model.model.", "sdxl": "conditioner.embedders.1.model."}
 
-_NOT_WRITTEN = ("position_ids", "encoder.embed_tokens.weight")  # a constant, and a copy of T5's shared.weight
 
 _PREFIXES = {
     "conv_in": "input_blocks.0.0",
@@ -240,7 +239,7 @@ def _sd3_checkpoint(pipeline: Any) -> dict[str, Tensor]:
     for component, name in SD3_TEXT_ENCODERS.items():
         if (encoder := getattr(pipeline, component, None)) is None:
             continue
-        state = {key: value for key, value in encoder.state_dict().items() if not key.endswith(_NOT_WRITTEN)}
+        state = {key: value for key, value in encoder.state_dict().items() if not key.endswith("position_ids")}
         if name == "clip_l":
             projection = state.pop("text_projection.weight")
             if not torch.equal(projection, torch.eye(len(projection)).to(projection)):
