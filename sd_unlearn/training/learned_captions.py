@@ -21,6 +21,8 @@ from torch import Tensor
 
 from sd_unlearn.data.batch import Batch
 from sd_unlearn.data.batches import EncodedImages
+from sd_unlearn.data.concept import Concept
+from sd_unlearn.data.layout import learned_caption
 from sd_unlearn.data.repeated import Steps
 from sd_unlearn.models.base import Base
 from sd_unlearn.models.denoiser import Denoiser
@@ -49,16 +51,17 @@ class Network:
 class LearnedCaption:
     """The learned caption of one concept: `name` in images.text, whose embedding changes during training.
 
-    The first prompt of the pool starts from the concept's caption, the others from the caption plus noise.
+    The first prompt of the pool starts from the concept's caption, the others from the caption plus noise. images: as
+    the concept's steps take them; of several concepts, the first set of positives is the concept's own.
     """
 
-    def __init__(self, name: str, caption: str, images: EncodedImages, network: Network, seed: int) -> None:
-        self.name, self.images, self.network = name, images, network
-        self.positives = [n for n, example in enumerate(images.examples) if example.is_positive]
+    def __init__(self, concept: Concept, images: EncodedImages, network: Network, seed: int) -> None:
+        self.name, self.images, self.network = learned_caption(concept), images, network
+        self.positives = [n for n, e in enumerate(images.examples) if e.is_positive and e.positive_set == 0]
         self.generator = torch.Generator().manual_seed(seed)
         self.searches = HalvingBatches("searching captions for --robust")
         self.updates = 0
-        self.pool = [self._new(caption, noisy=n > 0) for n in range(POOL)]
+        self.pool = [self._new(concept.caption, noisy=n > 0) for n in range(POOL)]
         self._use(self.pool[0][0])
 
     def _new(self, caption: str, noisy: bool) -> tuple[LearnedPrompt, torch.optim.Adam]:

@@ -18,7 +18,7 @@ from sd_unlearn.data.batches import EncodedImages, NoiseSampling, Sharding, Stra
 from sd_unlearn.data.concept import Concept
 from sd_unlearn.data.dataset import members_of_sets, scan
 from sd_unlearn.data.encoding import describe_long_captions, encode_captions, encode_images, tokenize
-from sd_unlearn.data.layout import BASELINES, compose_step, learned_caption
+from sd_unlearn.data.layout import BASELINES, compose_step
 from sd_unlearn.data.photos import CACHE_DIR
 from sd_unlearn.data.prior import Prior
 from sd_unlearn.data.repeated import REPEATED_STEPS, RepeatedBatches, Steps
@@ -178,7 +178,11 @@ def make_training(
     probe = _make_probe(config, concept, data, student, denoiser, generator, held_out)
     if config.robust:
         network = Network(base, denoiser, accelerator, batching.micro_batch_size)
-        steps = RobustSteps(steps, [LearnedCaption(learned_caption(concept), concept.caption, images, network, seed)])
+        learned = [
+            LearnedCaption(turn.concept, of_turn, network, seed + SEED_STEP * number)
+            for number, (turn, of_turn) in enumerate(zip(data.turns, seen, strict=True))
+        ]
+        steps = RobustSteps(steps, learned)
     preview = PreviewWriter(generator, concept, config.seed, config.output_dir) if generator else None
     return Training(
         config.output_dir,

@@ -21,14 +21,14 @@ from sd_unlearn.models.denoiser import Denoiser
 from sd_unlearn.training import learned_captions
 from sd_unlearn.training.learned_captions import LearnedCaption, Network, RobustSteps
 
-CAPTION = "a photo of the digit seven"
+SEVEN = load_concept("seven")
 
 
 @pytest.fixture
 def images() -> EncodedImages:
     """Four positives and two other images, all the same."""
     generator = torch.Generator().manual_seed(0)
-    examples = [Example(Path(f"{n}.png"), CAPTION, "positive" if n < 4 else "generic") for n in range(6)]
+    examples = [Example(Path(f"{n}.png"), SEVEN.caption, "positive" if n < 4 else "generic") for n in range(6)]
     mean = torch.randn(1, 4, 4, 4, generator=generator).expand(6, -1, -1, -1)
     return EncodedImages(examples, mean, torch.zeros_like(mean), {})
 
@@ -51,13 +51,13 @@ def test_searches_make_the_network_predict_the_concept(
         return autograd(loss, *arguments)
 
     monkeypatch.setattr(torch.autograd, "grad", watched)
-    caption = LearnedCaption("x", CAPTION, images, network_of(loaded_base), seed=0)
-    before = images.text["x"]
+    caption = LearnedCaption(SEVEN, images, network_of(loaded_base), seed=0)
+    before = images.text[learned_caption(SEVEN)]
     for n in range(8):
         caption.generator.manual_seed(1)  # the same images, noise and timesteps
         caption.update(learned_captions.START + n)
     assert losses[-1] < losses[0]
-    assert not torch.equal(images.text["x"], before)
+    assert not torch.equal(images.text[learned_caption(SEVEN)], before)
     assert all(torch.equal(value, frozen[name]) for name, value in loaded_base.network.state_dict().items())
     assert all(parameter.grad is None for parameter in loaded_base.network.parameters())
 
@@ -68,7 +68,7 @@ def test_a_search_in_parts_is_the_search_of_the_whole(
     monkeypatch.setattr(learned_captions, "SEARCH_STEPS", 1)
     found = []
     for size in (16, 3):
-        caption = LearnedCaption("x", CAPTION, images, network_of(loaded_base, size), seed=0)
+        caption = LearnedCaption(SEVEN, images, network_of(loaded_base, size), seed=0)
         caption.update(learned_captions.START)
         found.append(caption.pool[0][0].vectors[0].grad)
     assert torch.allclose(*found, rtol=1e-3, atol=1e-4 * float(found[0].abs().max()))  # type: ignore[arg-type]
