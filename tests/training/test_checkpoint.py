@@ -239,7 +239,7 @@ def test_a_finished_run_without_checkpoints_is_not_trained_again(
     assert {p: p.stat().st_mtime_ns for p in run.rglob("*")} == before
 
 
-@pytest.mark.parametrize("part", ["write_concept", "write_text"])
+@pytest.mark.parametrize("part", ["write_concepts", "write_text"])
 def test_a_run_killed_while_its_folder_is_created_can_be_started_again(
     make_config: Config, whole: Path, monkeypatch: pytest.MonkeyPatch, part: str
 ) -> None:
