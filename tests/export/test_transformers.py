@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline, FluxTransformer2DModel, SD3Transformer2DModel
+from diffusers import DiffusionPipeline, FluxTransformer2DModel, SD3Transformer2DModel, StableDiffusion3Pipeline
 from export_runs import SLUG, exported, read_header, training_record, write_run
 from flow_kinds import KIND_OF, FlowKinds
 from peft import LoraConfig, PeftModel
@@ -240,6 +240,11 @@ def test_a_merged_file_of_sd3_holds_vae_and_text_encoders(flow_kinds: FlowKinds,
         assert all(torch.allclose(value.float(), state[key], atol=1e-3) for key, value in own.items())
     assert "first_stage_model.decoder.up.0.block.0.conv1.weight" in tensors
     assert "model.diffusion_model.joint_blocks.0.x_block.attn2.qkv.weight" in tensors
+    read = StableDiffusion3Pipeline.from_single_file(str(file), config=str(base), local_files_only=True)
+    for component in (*names, "vae"):
+        state = getattr(read, component).state_dict()
+        for key, value in getattr(pipeline, component).state_dict().items():
+            assert torch.allclose(state[key].float(), value, atol=1e-3), f"{component} {key}"
     header = read_header(file)
     assert header["modelspec.architecture"] == "stable-diffusion-3"
     assert "modelspec.prediction_type" not in header, "ModelSpec defines none for flow matching"

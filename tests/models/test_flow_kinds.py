@@ -1,4 +1,4 @@
-"""The street on models of SD 3, SD 3.5 and FLUX.1: render, train, evaluate and attack, as a user types them."""
+"""The street on models of SD 3, SD 3.5 and FLUX.1: render, train, evaluate, attack and export, as a user types them."""
 
 from __future__ import annotations
 
@@ -26,6 +26,8 @@ from sd_unlearn.evaluation.subjects import check_guidance
 from sd_unlearn.io.reading import read_json
 from sd_unlearn.models.base import load_base
 from sd_unlearn.models.denoiser import Denoiser
+from sd_unlearn.models.lora_change import apply_changes, find_modules
+from sd_unlearn.models.lora_file import read_lora_file
 from sd_unlearn.models.sampling import Sampler
 from sd_unlearn.models.source import Source
 from sd_unlearn.objectives.losses import example_losses
@@ -231,9 +233,28 @@ def test_options_of_flow_matching_are_refused_for_other_bases(
         assert why.split(": .* ")[-1] in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", FLOW_KINDS)
+def test_export(flow_kinds: FlowKinds, name: str) -> None:
+    """The exported LoRAs change the base as the run does, and the merged folder is the changed base."""
+    place = trained(flow_kinds, name)
+    run, merged = place / "runs" / "seven", place / "merged"
+    with contextlib.chdir(place):
+        assert main(["export", "--run", str(run), "--merge", str(merged)]) == 0
+    base, weights = load_base(str(flow_kinds.folder(name)), device="cpu"), []
+    untouched = {key: value.clone() for key, value in base.network.state_dict().items()}
+    for file in (run / ADAPTER, run / "export/seven.safetensors", run / "export/pytorch_lora_weights.safetensors"):
+        targets = find_modules(base.pipeline, read_lora_file(file, "--lora").changes, "--lora", base.name)
+        with apply_changes(targets, 1.0, "--lora"):
+            weights.append({key: value.clone() for key, value in base.network.state_dict().items()})
+    weights.append(load_base(str(merged), device="cpu").network.state_dict())
+    assert any(not torch.equal(value, untouched[key]) for key, value in weights[0].items())
+    for other in weights[1:]:
+        assert all(torch.allclose(other[key], value, atol=1e-7) for key, value in weights[0].items())
+
+
 def test_every_cell_of_the_documented_table_is_a_test() -> None:
     page = (Path(__file__).parents[2] / "docs" / "bases.md").read_text(encoding="utf-8")
     named = re.findall(r"`test_flow_kinds\.py::(test_\w+)\[([\w-]+)\]`", page)
-    tests = ("test_render", "test_train", "test_evaluate")
+    tests = ("test_render", "test_train", "test_evaluate", "test_export")
     assert sorted(named) == sorted((test, name) for test in tests for name in FLOW_KINDS)
     assert all(test in globals() for test in tests)
