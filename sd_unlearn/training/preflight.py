@@ -102,8 +102,6 @@ def check_several(config: TrainConfig, concept: Concept) -> None:
             f"--positives {config.positives} is for one concept. Put the photos of each of several into a data folder, "
             f"--data_dir: {', '.join(set_names(concept)[:3])}."
         )
-    if config.robust:
-        raise UsageError("--robust is for one concept. Leave it out.")
     if config.beta_sweep is not None:
         raise UsageError(f"--beta_sweep {config.beta_sweep} is for one concept. Train each alone, or leave it out.")
 

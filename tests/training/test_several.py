@@ -18,7 +18,8 @@ from sd_unlearn.errors import UsageError
 from sd_unlearn.evaluation.job import resolve_job
 from sd_unlearn.evaluation.loras import open_lora
 from sd_unlearn.io.reading import read_json, read_jsonl, read_yaml
-from sd_unlearn.training import trainer
+from sd_unlearn.training import learned_captions, trainer
+from sd_unlearn.training.learned_captions import LearnedCaption
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PITT = CONCEPT_FILE + "  alike: ['a photo of {Tom Hanks,Jackie Chan}']\n"
@@ -127,3 +128,23 @@ def test_other_images_are_not_mixed_with_those_of_one(run: Path, place: Path, ti
     )
     with pytest.raises(UsageError, match="rendered with other settings: --concept Brad Pitt, Jackie Chan then"):
         render.run(one)
+
+
+def test_robust_training_learns_a_caption_for_each(
+    place: Path, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"START": 0, "EVERY": 1, "POOL": 1, "SEARCH_STEPS": 1, "ROWS": 2}.items():
+        monkeypatch.setattr(learned_captions, name, value)
+    captions: dict[str, list[LearnedCaption]] = {}
+    update = LearnedCaption.update
+
+    def watched(self: LearnedCaption, step: int) -> None:
+        captions.setdefault(self.name, []).append(self)
+        update(self, step)
+
+    monkeypatch.setattr(LearnedCaption, "update", watched)
+    trainer.run(options(place, tiny_base, output_dir=tmp_path / "run", robust=True, validation_steps=0))
+    assert [len(updates) for updates in captions.values()] == [2, 2]
+    searched = [updates[0].positives for updates in captions.values()]
+    assert [len(positives) for positives in searched] == [4, 4]
+    assert not set(searched[0]) & set(searched[1])
