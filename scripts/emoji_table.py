@@ -55,7 +55,7 @@ def read(reader: EmojiReader, images: Tensor) -> dict[str, Tensor]:
 def load_other(file: Path) -> EmojiReader:
     """A second reader of any width, saved by build_emoji.py --reader_seed."""
     weights = load_file(file)
-    channels = [w.shape[0] for name, w in weights.items() if name.startswith("body") and w.ndim == 4][::2]
+    channels = [len(weights[f"body.{6 * level}.weight"]) for level in range(4)]  # of the first of two blocks each
     reader = EmojiReader(channels)
     reader.load_state_dict(weights)
     return reader.eval()
