@@ -125,7 +125,7 @@ class Objective:
         option(
             "While training, search embeddings that bring the concept back, and unlearn under them, too. Slower; "
             "learned prompts (the attack soft) then succeed less often.",
-            START,
+            OBJECTIVE,
         ),
     ] = False
     unconditional: Annotated[

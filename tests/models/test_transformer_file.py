@@ -33,7 +33,7 @@ def bases(flow_kinds: FlowKinds, tmp_path_factory: pytest.TempPathFactory) -> di
         if KIND_OF[name] == "sd3":
             nn.init.eye_(base.pipeline.text_encoder.text_projection.weight)  # which the files leave out
         base.pipeline.save_pretrained(place / "folder")
-        tensors = {key: value.contiguous() for key, value in checkpoint(base.pipeline, KIND_OF[name]).items()}
+        tensors = {key: value.clone().contiguous() for key, value in checkpoint(base.pipeline, KIND_OF[name]).items()}
         save_file(tensors, place / "model.safetensors")
         for weights in (place / "folder" / "transformer").glob("*.safetensors"):
             weights.unlink()

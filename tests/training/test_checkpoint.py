@@ -170,7 +170,10 @@ def test_the_command_says_how_to_resume(
         {"method": "full", "lora_dropout": 0.0},
         {"train_text_encoder": True},
         {"use_dora": True, "lora_targets": "all_linear+conv"},
-        {"quantize_base": "nf4", "probe_steps": 3, "validation_steps": 5, "gradient_checkpointing": True},
+        pytest.param(
+            {"quantize_base": "nf4", "probe_steps": 3, "validation_steps": 5, "gradient_checkpointing": True},
+            marks=pytest.mark.slow,  # nf4 on a CPU
+        ),
         {"probe_steps": 3, "gradient_share_steps": 2, "validation_steps": 5},
         {"teacher_reuse": 2},
         {"robust": True, "teacher_reuse": 2},
