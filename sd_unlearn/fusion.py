@@ -98,11 +98,9 @@ def check_output(output: Path, overwrite: bool) -> None:
 
 def _fuse(config: FuseConfig, loras: Sequence[Lora], concept: Concept, base: Base, output: Path) -> None:
     """Compute the fused LoRA and write the run folder: the record that marks it as finished last."""
-    import torch
-
     from sd_unlearn.models import lora as adapters
     from sd_unlearn.models.student import Student
-    from sd_unlearn.training.closed_form import largest_error
+    from sd_unlearn.training.closed_form import storage_errors
     from sd_unlearn.training.provenance import basic_record, device_name, open_run, peak_memory_mb
 
     started = time.monotonic()
@@ -111,13 +109,8 @@ def _fuse(config: FuseConfig, loras: Sequence[Lora], concept: Concept, base: Bas
     rank = config.rank or max(min(*edit.up.shape, *edit.down.shape) for edit in fused.values())
     stored = {name: edit.of_rank(rank) for name, edit in fused.items()}
     seconds = time.monotonic() - started
-    exact, kept = list(fused.values()), list(stored.values())
-    errors = {
-        "truncation_error": largest_error(exact, kept, torch.float64),
-        "rounding_error_fp32": largest_error(exact, kept, torch.float32),
-        "rounding_error_fp16": largest_error(exact, kept, torch.float16),
-    }
-    student = Student(adapters.attach_factors(base.pipeline.unet, {n: (e.down, e.up) for n, e in stored.items()}))
+    errors = storage_errors(list(fused.values()), list(stored.values()))
+    student = Student(adapters.attach_factors(base.network, {n: (e.down, e.up) for n, e in stored.items()}))
     settings = recorded(replace(config, output_dir=output, overwrite=False))
     open_run(output, concept, settings)
     student.save(output)
@@ -153,7 +146,7 @@ def fuse_changes(
     names = list(dict.fromkeys(name for of_lora in changes for name in of_lora))
     if config.method == "sum":
         return {name: summed([of_lora[name] for of_lora in changes if name in of_lora]) for name in names}
-    layers = {name: base.pipeline.unet.get_submodule(name) for name in names}
+    layers = {name: base.network.get_submodule(name) for name in names}
     own = []
     for lora in loras:
         captions = [caption for part in lora.concepts for caption in part.captions]
@@ -185,7 +178,7 @@ def edits_of(lora: Lora, base: Base) -> dict[str, Edit]:
     from sd_unlearn.models.lora_file import read_lora_file
     from sd_unlearn.objectives.closed_form import Edit
 
-    names = {id(module): name for name, module in base.pipeline.unet.named_modules()}
+    names = {id(module): name for name, module in base.network.named_modules()}
     files = adapters.read_run(lora.path) if lora.is_run else [read_lora_file(lora.path, "fuse")]
     edits = {}
     for file in files:

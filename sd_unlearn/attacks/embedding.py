@@ -41,11 +41,7 @@ def learn(
 ) -> Iterator[Outcome]:
     """Train the prompt's vectors to predict the noise of images of the concept; yields the images at the end."""
     samples = target.positives.first(settings.positives)
-    groups = [
-        {"params": [vectors], "lr": settings.learning_rate * scale}
-        for vectors, scale in zip(prompt.vectors, prompt.scales, strict=True)
-    ]
-    optimizer = torch.optim.Adam(groups)
+    optimizer = prompt.optimizer(settings.learning_rate)
     for _ in range(settings.steps):
         batch = sample_batch(samples, settings.batch_size, generator)
         loss = noise_loss(target, batch, prompt.encode())

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sd_unlearn.attacks.base import Samples, Target
+from sd_unlearn.models.diffusion import sample_positions
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,7 @@ def sample_batch(samples: Samples, size: int, generator: torch.Generator) -> Noi
     rows = torch.randperm(len(samples.mean), generator=generator)[:size]
     latents = samples.latents(rows, generator)
     noise = torch.randn(latents.shape, generator=generator)
-    part = torch.randperm(len(rows), generator=generator)
-    return NoisedBatch(rows, latents, noise, (part + torch.rand(len(rows), generator=generator)) / len(rows))
+    return NoisedBatch(rows, latents, noise, sample_positions(len(rows), generator))
 
 
 def noise_loss(target: Target, batch: NoisedBatch, text: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sd_unlearn.data.batch import NO_GROUP, Batch
-from sd_unlearn.data.dataset import Example, members_of_sets
+from sd_unlearn.data.dataset import UNUSED, Example, members_of_sets
 from sd_unlearn.data.layout import Layout
 from sd_unlearn.models.diffusion import Process, sample_positions
 from sd_unlearn.risk import NORMAL, UNLABELED
@@ -102,7 +102,7 @@ class StratifiedBatches:
         self.sampling, self.unconditional, self.sharding = sampling, unconditional, sharding
         sets = members_of_sets(self.examples)
         self.positives = ["positive", *(f"positive {k}" for k in range(1, len(sets)))][: len(sets)]
-        others = ("positive", "negative", "keep", "unused")
+        others = ("positive", "negative", "keep", UNUSED)
         self.pools = {  # their order determines the seeds of their cycles
             "positive": sets.get(0, []),
             "unlabeled": [i for i, e in enumerate(self.examples) if e.group not in others],

@@ -15,6 +15,8 @@ from sd_unlearn.errors import UsageError
 from sd_unlearn.io.images import UnreadableImage, open_image
 from sd_unlearn.io.run_folder import NEGATIVE, POSITIVE, UNLABELED
 
+UNUSED = "unused"  # group of the examples that a step of one of several concepts does not sample (turns.py)
+
 
 @dataclass(frozen=True)
 class Example:
@@ -22,7 +24,7 @@ class Example:
 
     path: Path
     caption: str
-    group: str  # generic | mixed_in | keep; positive | negative in the folders of that kind; unused (turns.py)
+    group: str  # generic | mixed_in | keep; positive | negative in the folders of that kind; UNUSED
     positive_set: int = 0  # of a positive: index of its folder in positive_sets()
     own_caption: bool = False  # whether the caption comes from a metadata or text file, not from the concept
 

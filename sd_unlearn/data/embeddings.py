@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
 from sd_unlearn.config.base import CLIP_MODEL, CLIP_PRETRAINED
-from sd_unlearn.data.dataset import Example
+from sd_unlearn.data.dataset import UNUSED, Example
 from sd_unlearn.data.prior import ImageEmbeddings
 from sd_unlearn.errors import UnlearnError, reason
 from sd_unlearn.io.images import open_image
@@ -28,7 +28,7 @@ def embed(base: Base, examples: Sequence[Example], latents: Tensor) -> ImageEmbe
     Uses CLIP for bases above MIN_CLIP_PIXELS if open_clip and its weights are available, else the examples' latents
     [N, C, h, w].
     """
-    indices = [n for n, example in enumerate(examples) if example.group not in ("keep", "negative", "unused")]
+    indices = [n for n, example in enumerate(examples) if example.group not in ("keep", "negative", UNUSED)]
     chosen = [examples[n] for n in indices]
     clip, why = _clip_for(base)
     rows = clip.images(open_image(e.path) for e in chosen) if clip else _pooled(latents[indices])

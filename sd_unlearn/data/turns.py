@@ -14,9 +14,8 @@ from typing import Any
 from sd_unlearn.data.batch import Batch
 from sd_unlearn.data.batches import Cycle, StratifiedBatches
 from sd_unlearn.data.concept import Concept, normalized
-from sd_unlearn.data.dataset import Example
+from sd_unlearn.data.dataset import UNUSED, Example
 
-UNUSED = "unused"  # group of the examples that a step of a concept does not sample
 SEED_STEP = 1_000_003  # between the samplers of two concepts
 
 

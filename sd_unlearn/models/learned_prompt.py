@@ -45,6 +45,11 @@ class LearnedPrompt:
         for vectors, scale in zip(self.vectors, self.scales, strict=True):
             vectors.data += scale * torch.randn(vectors.shape, generator=generator).to(vectors)
 
+    def optimizer(self, learning_rate: float) -> torch.optim.Adam:
+        """Adam of the vectors, with a learning rate in units of the usual size of an embedding."""
+        groups = zip(self.vectors, self.scales, strict=True)
+        return torch.optim.Adam([{"params": [vectors], "lr": learning_rate * scale} for vectors, scale in groups])
+
     def encode(self, count: int = 1) -> Tensor:
         """Text embeddings [count, rows, width] (packed, see models/conditioning), differentiable in the vectors.
 

@@ -112,9 +112,7 @@ def _edit(config: TrainConfig, concept: Concept, base: Base, output: Path) -> No
         "edited_layers": len(layers),
         "edited_tokens": len(embeddings.concepts),
         "preserved_tokens": len(embeddings.preserved),
-        "truncation_error": largest_error(edits, list(factors.values()), torch.float64),
-        "rounding_error_fp32": largest_error(edits, list(factors.values()), torch.float32),
-        "rounding_error_fp16": largest_error(edits, list(factors.values()), torch.float16),
+        **storage_errors(edits, list(factors.values())),
     }
     device = device_name(base.device)
     cost = {"seconds": round(seconds, 1), "steps": 0, "peak_memory_mb": peak_memory_mb(), "device": device}
@@ -175,6 +173,16 @@ def last_tokens(caption: Sequence[int], generic: Sequence[int], end: int) -> tup
     while shared < shortest and first[-1 - shared] == second[-1 - shared]:
         shared += 1
     return max(1, len(first) - shared), max(1, len(second) - shared)
+
+
+def storage_errors(edits: Sequence[Edit], stored: Sequence[Edit]) -> dict[str, float]:
+    """For the record: the error of the factors of lower rank, and with their rounding in fp32 and fp16."""
+    dtypes = {
+        "truncation_error": torch.float64,
+        "rounding_error_fp32": torch.float32,
+        "rounding_error_fp16": torch.float16,
+    }
+    return {name: largest_error(edits, stored, dtype) for name, dtype in dtypes.items()}
 
 
 def largest_error(edits: Sequence[Edit], stored: Sequence[Edit], dtype: torch.dtype) -> float:

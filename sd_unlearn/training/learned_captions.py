@@ -26,6 +26,7 @@ from sd_unlearn.data.layout import learned_caption
 from sd_unlearn.data.repeated import Steps
 from sd_unlearn.models.base import Base
 from sd_unlearn.models.denoiser import Denoiser
+from sd_unlearn.models.diffusion import sample_positions
 from sd_unlearn.models.halving import HalvingBatches
 from sd_unlearn.models.learned_prompt import LearnedPrompt, prompt_length
 
@@ -69,11 +70,7 @@ class LearnedCaption:
         prompt = LearnedPrompt(base, caption, range(1, prompt_length(base)))
         if noisy:
             prompt.add_noise(self.generator)
-        groups = [
-            {"params": [vectors], "lr": LEARNING_RATE * scale}
-            for vectors, scale in zip(prompt.vectors, prompt.scales, strict=True)
-        ]
-        return prompt, torch.optim.Adam(groups)
+        return prompt, prompt.optimizer(LEARNING_RATE)
 
     def update(self, step: int) -> None:
         """Search with the next prompt of the pool and use it. step: training steps so far, a multiple of EVERY."""
@@ -99,16 +96,15 @@ class LearnedCaption:
         mean, std = self.images.mean[rows], self.images.std[rows]
         latents = mean + std * torch.randn(mean.shape, generator=self.generator)
         noise = torch.randn(mean.shape, generator=self.generator)
-        part = torch.randperm(len(rows), generator=self.generator)
-        position = (part + torch.rand(len(rows), generator=self.generator)) / len(rows)  # stratified
-        given = latents.to(device), noise.to(device), process.at(position).to(device)
+        timesteps = process.at(sample_positions(len(rows), self.generator)).to(device)
+        given = latents.to(device), noise.to(device), timesteps
         noisy, target = process.add_noise(*given), process.target(*given)
 
         def gradient(numbers: Sequence[int]) -> tuple[Tensor, ...]:
             of = slice(numbers[0], numbers[-1] + 1)
             with network.accelerator.autocast():
                 text = prompt.encode().expand(len(numbers), -1, -1)
-                predicted = network.denoiser.predict(noisy[of], given[2][of], text)
+                predicted = network.denoiser.predict(noisy[of], timesteps[of], text)
             loss = (predicted.float() - target[of]).square().flatten(1).mean(1).sum() / len(rows)
             return torch.autograd.grad(SCALE * loss, prompt.vectors)
 

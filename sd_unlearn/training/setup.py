@@ -158,13 +158,14 @@ def make_training(
         for turn, b in zip(data.turns, samplers, strict=True)
     ]
     of_examples = make_losses(config)
-    sampled = samplers[0] if len(samplers) == 1 else InTurn(samplers, seed)
-    steps: Steps = sampled
+    in_turn = samplers[0] if len(samplers) == 1 else InTurn(samplers, seed)
+    steps: Steps = in_turn
     teachers = (
         [_make_teacher(config, turn, data, student, denoiser, base) for turn in data.turns] if has_teacher else []
     )
     if teachers and config.teacher_reuse > 1:
-        steps = RepeatedBatches(_of_equal_sizes(sampled, samplers), REPEATED_STEPS, config.teacher_reuse)
+        _check_equal_sizes(samplers)
+        steps = RepeatedBatches(in_turn, REPEATED_STEPS, config.teacher_reuse)
         bank = PredictionBank()
         teachers = [dataclasses.replace(teacher, bank=bank) for teacher in teachers]
 
@@ -178,11 +179,7 @@ def make_training(
     probe = _make_probe(config, concept, data, student, denoiser, generator, held_out)
     if config.robust:
         network = Network(base, denoiser, accelerator, batching.micro_batch_size)
-        learned = [
-            LearnedCaption(turn.concept, of_turn, network, seed + SEED_STEP * number)
-            for number, (turn, of_turn) in enumerate(zip(data.turns, seen, strict=True))
-        ]
-        steps = RobustSteps(steps, learned)
+        steps = RobustSteps(steps, _learned_captions(data.turns, seen, network, seed))
     preview = PreviewWriter(generator, concept, config.seed, config.output_dir) if generator else None
     return Training(
         config.output_dir,
@@ -232,12 +229,22 @@ def make_batches(
     )
 
 
+def _learned_captions(
+    turns: Sequence[Turn], seen: Sequence[EncodedImages], network: Network, seed: int
+) -> list[LearnedCaption]:
+    """The learned caption of each concept. seen: the images as each turn takes them."""
+    return [
+        LearnedCaption(turn.concept, images, network, seed + SEED_STEP * number)
+        for number, (turn, images) in enumerate(zip(turns, seen, strict=True))
+    ]
+
+
 def _probe_name(config: TrainConfig) -> str:
     return config.probe if config.probe_steps else "none"
 
 
-def _of_equal_sizes(steps: StratifiedBatches | InTurn, samplers: Sequence[StratifiedBatches]) -> Any:
-    """The steps, whose predictions can be stored if all have the same number of images.
+def _check_equal_sizes(samplers: Sequence[StratifiedBatches]) -> None:
+    """Predictions can be stored only if all steps have the same number of images.
 
     Raises:
         UsageError
@@ -247,7 +254,6 @@ def _of_equal_sizes(steps: StratifiedBatches | InTurn, samplers: Sequence[Strati
             "--teacher_reuse needs the same number of images in every step, but the concepts differ in their number of "
             "paraphrases. Use --teacher_reuse 1."
         )
-    return steps
 
 
 def _make_teacher(

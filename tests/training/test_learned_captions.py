@@ -26,7 +26,7 @@ SEVEN = load_concept("seven")
 
 @pytest.fixture
 def images() -> EncodedImages:
-    """Four positives and two other images, all the same."""
+    """Four positives and two other images with equal latents."""
     generator = torch.Generator().manual_seed(0)
     examples = [Example(Path(f"{n}.png"), SEVEN.caption, "positive" if n < 4 else "generic") for n in range(6)]
     mean = torch.randn(1, 4, 4, 4, generator=generator).expand(6, -1, -1, -1)
