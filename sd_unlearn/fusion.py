@@ -27,7 +27,8 @@ from sd_unlearn.io.files import check_writable, write_json
 from sd_unlearn.io.lock import locked, remove_leftovers
 from sd_unlearn.io.own_files import is_free, is_run
 from sd_unlearn.io.run_folder import TRAINING, UNET_DIR
-from sd_unlearn.models.base import Base, different_hash, load_base, recorded_source
+from sd_unlearn.models.base import Base, load_base
+from sd_unlearn.models.recorded_base import different_hash, recorded_source
 from sd_unlearn.seeds import TRAIN_SEEDS, image_seed
 
 if TYPE_CHECKING:

@@ -47,10 +47,10 @@ from sd_unlearn.io.own_files import mark
 from sd_unlearn.io.reading import read_json, read_jsonl
 from sd_unlearn.metrics.classifier import make_classifier
 from sd_unlearn.models import lora
-from sd_unlearn.models.base import recorded_source
 from sd_unlearn.models.checkpoint_header import check_vae_file, kind_of_file, prediction_of_file, read_checkpoint_header
 from sd_unlearn.models.find_base import find_base
 from sd_unlearn.models.lora_file import PeftSettings, read_lora_file
+from sd_unlearn.models.recorded_base import recorded_source
 from sd_unlearn.models.source import DIGITS_DIR
 from sd_unlearn.paper.experiments import EXPERIMENTS
 from sd_unlearn.paper.run import check_same_run, folder_of

@@ -36,9 +36,10 @@ from sd_unlearn.io.lock import locked, remove_leftovers
 from sd_unlearn.io.reading import read_json
 from sd_unlearn.io.run_folder import DATA_MANIFEST, METADATA, NEGATIVE, UNLABELED, ImageRecord
 from sd_unlearn.launch import process_rank
-from sd_unlearn.models.base import Base, different_hash, load_base
+from sd_unlearn.models.base import Base, load_base
 from sd_unlearn.models.find_base import find_base
 from sd_unlearn.models.kinds import sampler_of
+from sd_unlearn.models.recorded_base import different_hash
 from sd_unlearn.models.sampling import (
     ImageRequest,
     Sampler,

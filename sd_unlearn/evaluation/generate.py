@@ -22,8 +22,10 @@ from sd_unlearn.evaluation.prompts import ImageSpec
 from sd_unlearn.io.lock import locked, remove_leftovers
 from sd_unlearn.io.paths import slugify
 from sd_unlearn.launch import process_rank
-from sd_unlearn.models.base import HASHES, Base, check_recorded, choose_precision, load_base, use_zero_terminal_snr
+from sd_unlearn.models.base import HASHES, Base, choose_precision, load_base
+from sd_unlearn.models.recorded_base import check_recorded
 from sd_unlearn.models.sampling import ImageRequest, Sampler, generate_missing, resolve_sampler, wait_for_images
+from sd_unlearn.models.zero_terminal_snr import use_zero_terminal_snr
 
 TIMEOUT = 3600  # seconds to wait for an image of another process
 

@@ -29,8 +29,8 @@ from sd_unlearn.io.paths import public_name
 from sd_unlearn.io.reading import read_yaml
 from sd_unlearn.io.run_folder import CONFIG, TRAINING
 from sd_unlearn.metrics.registry import MetricContext, check_metrics
-from sd_unlearn.models.base import different_hash, recorded_source
 from sd_unlearn.models.find_base import find_base
+from sd_unlearn.models.recorded_base import different_hash, recorded_source
 from sd_unlearn.models.source import Source
 
 OUTPUT = Path("runs/evaluation")

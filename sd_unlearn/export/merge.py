@@ -18,7 +18,8 @@ from sd_unlearn.io.lock import remove_leftovers
 from sd_unlearn.io.reading import read_json
 from sd_unlearn.io.run_folder import UNET_DIR
 from sd_unlearn.models import ldm_keys
-from sd_unlearn.models.base import load_recorded_base, use_zero_terminal_snr
+from sd_unlearn.models.recorded_base import load_recorded_base
+from sd_unlearn.models.zero_terminal_snr import use_zero_terminal_snr
 
 SINGLE_FILE = ".safetensors"
 

@@ -25,10 +25,10 @@ from sd_unlearn.io.run_folder import (
     weights_sha256,
 )
 from sd_unlearn.io.schema import OPEN, validate
-from sd_unlearn.models.base import different_hash
 from sd_unlearn.models.kinds import KINDS
 from sd_unlearn.models.ldm_keys import SDXL_BLOCKS, UNetBlocks, blocks_of
 from sd_unlearn.models.lora_file import read_tensors
+from sd_unlearn.models.recorded_base import different_hash
 from sd_unlearn.results import Pair, Results, Row, Seeds, read_results
 
 TEXT_ADAPTER_2_DIR = "text_encoder_2_adapter"  # SDXL's second text encoder

@@ -6,9 +6,7 @@ import dataclasses
 import hashlib
 import os
 import sys
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sd_unlearn.config.paths import local_path
@@ -165,16 +163,6 @@ def resolution_of(network: Any, pixels_per_latent: int, vae: Any) -> int:
     return int(side * pixels_per_latent if side else vae.config.sample_size)
 
 
-def check_zero_terminal_snr(source: Source) -> None:
-    """Refuse --zero_terminal_snr for an epsilon model before it loads, if its configuration is local.
-
-    Raises:
-        UsageError: the model does not predict v.
-    """
-    if source.known_prediction_type:  # not known for a Hub id
-        _refuse_unless_v(source.name, source.known_prediction_type)
-
-
 def check_text_encoder(kind: str | None, name: str) -> None:
     """Refuse --train_text_encoder for bases with several text encoders. kind: None if it is not known yet.
 
@@ -185,28 +173,6 @@ def check_text_encoder(kind: str | None, name: str) -> None:
         raise UsageError(
             f"--train_text_encoder: {name} is a base of kind {kind}, whose text encoders cannot be trained. Leave the "
             "option out."
-        )
-
-
-def use_zero_terminal_snr(base: Base) -> None:
-    """Rescale the base's schedule to end in pure noise, and sample from there (Lin et al. 2023, sections 3.1 and 3.3).
-
-    Raises:
-        UsageError: the base does not predict v. For pure noise, x_t is eps, so an epsilon prediction is trivial.
-    """
-    from diffusers import DDIMScheduler
-
-    _refuse_unless_v(base.name, base.prediction_type)
-    base.pipeline.scheduler = DDIMScheduler.from_config(
-        base.pipeline.scheduler.config, rescale_betas_zero_snr=True, timestep_spacing="trailing"
-    )
-
-
-def _refuse_unless_v(name: str, prediction_type: str) -> None:
-    if prediction_type != "v_prediction":
-        raise UsageError(
-            f"--zero_terminal_snr needs a base that predicts v (SD 2.x at 768 pixels); {name} predicts "
-            f"{prediction_type}, which carries no information at pure noise. Leave the option out."
         )
 
 
@@ -301,46 +267,6 @@ def _check_finite(source: Source, kind: Kind, pipeline: Any) -> None:
                     f'{where} is broken: "{name}" of its {component} is not finite (NaN or infinity). Download it '
                     "again; a model that was converted to fp16 may have overflowed."
                 )
-
-
-def recorded_source(record: Mapping[str, Any], allow_pickle: bool = False) -> Source:
-    """The Source of a run's base. record: "base" of its training.json."""
-    options: dict[str, Any] = {
-        key: record.get(key) for key in ("vae", "variant", "single_file_config", "prediction_type")
-    }
-    name, path = record["name"], record.get("path")  # a relative name is of the folder in which the training ran
-    if path and not Path(name).expanduser().exists() and Path(path).exists():
-        name = path
-    return Source(name, allow_pickle=allow_pickle, drop_t5=bool(record.get("drop_t5")), **options)
-
-
-def load_recorded_base(
-    record: Mapping[str, Any], precision: str = "no", device: Any = None, allow_pickle: bool = False
-) -> Base:
-    """Load the base of a run as it was loaded for the training. record: "base" of its training.json.
-
-    Raises:
-        UsageError: its weights changed since the training, or they are pickles without allow_pickle.
-        UnlearnError: as load_base.
-    """
-    base = load_base(recorded_source(record, allow_pickle), precision, device)
-    check_recorded(base, record)
-    return base
-
-
-def check_recorded(base: Base, record: Mapping[str, Any]) -> None:
-    """Refuse a base that is not the one a run was trained on. record: "base" of its training.json.
-
-    Raises:
-        UsageError: the weights of a part changed since the training.
-    """
-    if key := different_hash(base.hashes, record):
-        raise UsageError(f"The {base.part(key)} of {base.name} changed since the training: this is another version.")
-
-
-def different_hash(a: Mapping[str, Any], b: Mapping[str, Any]) -> str | None:
-    """The first key of HASHES that differs between two records. What one of them lacks is not compared."""
-    return next((key for key in HASHES if a.get(key) and b.get(key) and a[key] != b[key]), None)
 
 
 def network_sha256(*networks: Any) -> str:

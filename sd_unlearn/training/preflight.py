@@ -32,10 +32,11 @@ from sd_unlearn.errors import UsageError
 from sd_unlearn.io.files import check_writable
 from sd_unlearn.io.own_files import LATER, check_no_foreign_weights, is_free, is_run
 from sd_unlearn.io.run_folder import DATA_MANIFEST, EXPORT_DIR, NEGATIVE, POSITIVE, TRAINING, UNLABELED
-from sd_unlearn.models.base import check_text_encoder, check_zero_terminal_snr
+from sd_unlearn.models.base import check_text_encoder
 from sd_unlearn.models.find_base import find_base
 from sd_unlearn.models.kinds import KINDS
 from sd_unlearn.models.source import Source
+from sd_unlearn.models.zero_terminal_snr import check_zero_terminal_snr
 from sd_unlearn.training import checkpoint
 from sd_unlearn.training.probe_checks import check_probe
 

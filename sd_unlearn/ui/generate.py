@@ -19,9 +19,11 @@ from sd_unlearn.evaluation.loras import Lora, open_lora
 from sd_unlearn.evaluation.prompts import ImageSpec, to_prompted_images
 from sd_unlearn.metrics.base import Metric
 from sd_unlearn.metrics.registry import OPTIONAL, MetricContext, choose_metrics, make_metrics
-from sd_unlearn.models.base import Base, load_base, recorded_source, use_zero_terminal_snr
+from sd_unlearn.models.base import Base, load_base
+from sd_unlearn.models.recorded_base import recorded_source
 from sd_unlearn.models.sampling import Sampler, default_sampler, generate_images
 from sd_unlearn.models.source import BUNDLED, DIGITS, Source
+from sd_unlearn.models.zero_terminal_snr import use_zero_terminal_snr
 from sd_unlearn.ui.runs import inside
 
 AS_TRAINED = "as the LoRA was trained"

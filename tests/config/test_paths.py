@@ -17,7 +17,8 @@ from sd_unlearn.config.paths import NAMES, PLACES, PathOptions, expanded, local_
 from sd_unlearn.config.train import TrainConfig
 from sd_unlearn.data import render
 from sd_unlearn.errors import UsageError
-from sd_unlearn.models.base import load_base, load_recorded_base
+from sd_unlearn.models.base import load_base
+from sd_unlearn.models.recorded_base import load_recorded_base
 from sd_unlearn.models.source import Source
 from sd_unlearn.paper import commands as paper
 

@@ -23,7 +23,8 @@ from sd_unlearn.export.lora_files import DIFFUSERS_FILE
 from sd_unlearn.export.trained_run import TEXT_ADAPTER_2_DIR
 from sd_unlearn.io.run_folder import ADAPTER_DIR, TEXT_ADAPTER_DIR
 from sd_unlearn.models import lora
-from sd_unlearn.models.base import Base, check_recorded, network_sha256
+from sd_unlearn.models.base import Base, network_sha256
+from sd_unlearn.models.recorded_base import check_recorded
 from sd_unlearn.models.source import Source
 
 KINDS = ("sd1", "sd2", "sdxl")

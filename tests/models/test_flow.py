@@ -16,13 +16,14 @@ from torch import Tensor
 from sd_unlearn.data.encoding import encode_captions
 from sd_unlearn.errors import UsageError
 from sd_unlearn.models import lora
-from sd_unlearn.models.base import load_base, load_recorded_base
+from sd_unlearn.models.base import load_base
 from sd_unlearn.models.conditioning import FluxConditioning, from_patches, positions, to_patches
 from sd_unlearn.models.denoiser import Denoiser
 from sd_unlearn.models.diffusion import per_example_loss, sample_positions
 from sd_unlearn.models.find_base import check_source
 from sd_unlearn.models.flow import Flow, shift_of
 from sd_unlearn.models.loading import load_pipeline
+from sd_unlearn.models.recorded_base import load_recorded_base
 from sd_unlearn.models.sampling import Sampler, default_sampler, generate_images
 from sd_unlearn.models.source import Source
 from sd_unlearn.models.vae import decode, encode

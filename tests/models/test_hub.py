@@ -12,8 +12,9 @@ from kinds import KINDS, Kinds
 
 from sd_unlearn.errors import UnlearnError, UsageError
 from sd_unlearn.io.reading import read_json
-from sd_unlearn.models.base import load_base, load_recorded_base
+from sd_unlearn.models.base import load_base
 from sd_unlearn.models.meta import read_configs
+from sd_unlearn.models.recorded_base import load_recorded_base
 from sd_unlearn.models.source import Source
 
 COMMIT = "0" * 40

@@ -24,9 +24,10 @@ from sd_unlearn.errors import UnlearnError, UsageError
 from sd_unlearn.export.lora_files import DIFFUSERS_FILE
 from sd_unlearn.io.reading import read_json
 from sd_unlearn.io.run_folder import POSITIVE
-from sd_unlearn.models.base import Base, load_base, load_recorded_base
+from sd_unlearn.models.base import Base, load_base
 from sd_unlearn.models.checkpoint_header import UNET
 from sd_unlearn.models.denoiser import Denoiser
+from sd_unlearn.models.recorded_base import load_recorded_base
 from sd_unlearn.models.sampling import Sampler, generate_images
 from sd_unlearn.models.source import Source
 from sd_unlearn.models.student import apply_run, make_student

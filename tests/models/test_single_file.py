@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from sd_unlearn.errors import UnlearnError, UsageError
-from sd_unlearn.models.base import Base, load_base, load_recorded_base
+from sd_unlearn.models.base import Base, load_base
+from sd_unlearn.models.recorded_base import load_recorded_base
 from sd_unlearn.models.sampling import Sampler, generate_images
 from sd_unlearn.models.single_file import _tokenizers, clip_tokenizer, merges
 from sd_unlearn.models.source import SINGLE_FILE_DIR, Source
