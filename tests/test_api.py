@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 import sd_unlearn
-from sd_unlearn import Concept, ConditionError, UnlearnError, UsageError, api, cli, read_results
+from sd_unlearn import Concept, ConditionError, UnlearnError, UsageError, api, commands, read_results
 from sd_unlearn.data import render
 from sd_unlearn.data.concept import read_concept
 from sd_unlearn.evaluation import evaluate
@@ -61,9 +61,9 @@ def test_the_stub_declares_what_the_package_exports() -> None:
         _ = sd_unlearn.trian
 
 
-@pytest.mark.parametrize("command", list(cli.COMMANDS))
+@pytest.mark.parametrize("command", list(commands.COMMANDS))
 def test_keyword_arguments_are_the_options_of_the_command(command: str) -> None:
-    options = [field.name for field in dataclasses.fields(cli.COMMANDS[command])]
+    options = [field.name for field in dataclasses.fields(commands.COMMANDS[command])]
     assert set(inspect.signature(getattr(api, command)).parameters) == set(options)
 
 

@@ -16,7 +16,7 @@ import yaml
 from conftest import tree
 from rich.console import Console
 
-from sd_unlearn import __version__, cli
+from sd_unlearn import __version__, cli, commands
 from sd_unlearn.config.base import RenderConfig
 from sd_unlearn.config.train import TrainConfig
 from sd_unlearn.data import render
@@ -91,11 +91,11 @@ def test_python_m_sd_unlearn_is_the_command(monkeypatch: pytest.MonkeyPatch) -> 
     assert caught.value.code == 2
 
 
-@pytest.mark.parametrize("command", list(cli.COMMANDS))
+@pytest.mark.parametrize("command", list(commands.COMMANDS))
 def test_help_all_shows_every_option(run: Run, command: str) -> None:
     found = run(command, "--help_all")
     assert found.code == 0
-    for name in cli.COMMANDS[command].__dataclass_fields__:
+    for name in commands.COMMANDS[command].__dataclass_fields__:
         assert re.search(rf"--{name}\b", found.out)
 
 
@@ -113,18 +113,18 @@ def test_help_shows_the_first_group_only(run: Run, command: str) -> None:
     assert "--seed" in everything
 
 
-@pytest.mark.parametrize("command", [*cli.COMMANDS, *(f"paper {name}" for name in paper.COMMANDS)])
+@pytest.mark.parametrize("command", [*commands.COMMANDS, *(f"paper {name}" for name in paper.COMMANDS)])
 def test_help_in_a_narrow_terminal_breaks_no_option_name(
     run: Run, monkeypatch: pytest.MonkeyPatch, command: str
 ) -> None:
-    monkeypatch.setattr(cli.app, "_console", Console(width=80))
+    monkeypatch.setattr(commands.app, "_console", Console(width=80))
     text = run(*command.split(), "--help_all").out
-    for name in (cli.COMMANDS | paper.COMMANDS)[command.split()[-1]].__dataclass_fields__:
+    for name in (commands.COMMANDS | paper.COMMANDS)[command.split()[-1]].__dataclass_fields__:
         assert re.search(rf"--{name}\s", text)
     assert all(len(line) <= 80 for line in text.splitlines())
 
 
-@pytest.mark.parametrize("text", [cli.HELP, paper.HELP])
+@pytest.mark.parametrize("text", [commands.HELP, paper.HELP])
 def test_the_examples_in_the_help_fit_a_narrow_terminal(text: str) -> None:
     assert max(map(len, text.splitlines())) <= 80
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from sd_unlearn import cli
+from sd_unlearn import cli, commands
 from sd_unlearn.errors import ConditionError, UnlearnError, UsageError
 
 ROOT = Path(__file__).parent.parent
@@ -45,7 +45,7 @@ def test_the_navigation_lists_every_page() -> None:
 
 def test_the_exit_codes_are_those_of_the_commands() -> None:
     documented = re.findall(r"^\| (\d+) \| ", (ROOT / "docs" / "evaluating.md").read_text(), re.MULTILINE)
-    assert documented == re.findall(r"(\d+) [a-z]+", cli.HELP.partition("Exit codes:")[2])
+    assert documented == re.findall(r"(\d+) [a-z]+", commands.HELP.partition("Exit codes:")[2])
     codes = {0, UnlearnError.exit_code, UsageError.exit_code, ConditionError.exit_code, 130, cli.BROKEN_PIPE}
     assert {int(code) for code in documented} == codes
 

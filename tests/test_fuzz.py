@@ -25,7 +25,7 @@ from PIL import Image
 from report_results import make_results
 from safetensors.torch import save
 
-from sd_unlearn import cli, sweep
+from sd_unlearn import cli, commands, sweep
 from sd_unlearn.config.base import BaseOptions, RenderConfig, ReportConfig
 from sd_unlearn.config.checks import check_train
 from sd_unlearn.data import render
@@ -156,8 +156,8 @@ def test_config_files(place: Path) -> None:
     def read(folder: Path) -> None:
         tokens = ["train", "--config", str(folder / "x.yaml")]
         try:
-            cli.app.config = cli._config_file(tokens)
-            _, bound, _ = cli.app.parse_args(tokens, exit_on_error=False, print_error=False)
+            commands.app.config = cli._config_file(tokens)
+            _, bound, _ = commands.app.parse_args(tokens, exit_on_error=False, print_error=False)
         except cyclopts.CycloptsError as error:
             raise UsageError(cli._usage_message(error)) from None
         check_train(bound.arguments["config"])
@@ -171,8 +171,8 @@ def test_config_files_of_paper(place: Path) -> None:
     def read(folder: Path) -> None:
         tokens = ["paper", "run", "mnist5k-even", "--config", str(folder / "x.yaml")]
         try:
-            cli.app.config = cli._config_file(tokens)
-            _, bound, _ = cli.app.parse_args(tokens, exit_on_error=False, print_error=False)
+            commands.app.config = cli._config_file(tokens)
+            _, bound, _ = commands.app.parse_args(tokens, exit_on_error=False, print_error=False)
         except cyclopts.CycloptsError as error:
             raise UsageError(cli._usage_message(error)) from None
         folder_of(EXPERIMENTS["mnist5k-even"], bound.arguments["config"])

@@ -11,7 +11,7 @@ from typing import Any, get_args, get_type_hints
 import pytest
 
 from sd_unlearn import concepts
-from sd_unlearn.cli import COMMANDS
+from sd_unlearn.commands import COMMANDS
 from sd_unlearn.config.batch import BatchConfig
 from sd_unlearn.config.checks import check_evaluate, check_render, check_train
 from sd_unlearn.config.evaluate import EvaluateConfig

@@ -10,7 +10,8 @@ from typing import get_args, get_type_hints
 import pytest
 import yaml
 
-from sd_unlearn.cli import COMMANDS, main
+from sd_unlearn.cli import main
+from sd_unlearn.commands import COMMANDS
 from sd_unlearn.config.base import RenderConfig
 from sd_unlearn.config.evaluate import EvaluateConfig
 from sd_unlearn.config.paths import NAMES, PLACES, PathOptions, expanded, local_path, recorded
