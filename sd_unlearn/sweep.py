@@ -22,7 +22,7 @@ from sd_unlearn.config.paths import as_dict
 from sd_unlearn.config.train import TrainConfig
 from sd_unlearn.data.concept import Concept
 from sd_unlearn.data.prior import ASSUMED_BETA, resolve_beta
-from sd_unlearn.data.render import images_by_group, known_beta, plan_images
+from sd_unlearn.data.render_job import images_by_group, known_beta, plan_images
 from sd_unlearn.errors import UsageError
 from sd_unlearn.evaluation import evaluate
 from sd_unlearn.io.files import check_writable, write_json, write_text

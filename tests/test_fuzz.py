@@ -28,7 +28,7 @@ from safetensors.torch import save
 from sd_unlearn import cli, commands, sweep
 from sd_unlearn.config.base import BaseOptions, RenderConfig, ReportConfig
 from sd_unlearn.config.checks import check_train
-from sd_unlearn.data import render
+from sd_unlearn.data import render, render_job
 from sd_unlearn.data.concept import Concept, read_concept
 from sd_unlearn.data.dataset import scan
 from sd_unlearn.data.encoding import load_pixels
@@ -281,7 +281,7 @@ def test_settings_of_rendered_folders(place: Path) -> None:
 
     def read(folder: Path) -> None:
         source = find_base(BaseOptions(pretrained_model_name_or_path="digits"))
-        job = render.make_job(CONCEPT, RenderConfig(data_dir=folder, num_unlabeled=2, num_positive=2), source)
+        job = render_job.make_job(CONCEPT, RenderConfig(data_dir=folder, num_unlabeled=2, num_positive=2), source)
         try:
             render.render_concept(job, load)
         except _Loads:

@@ -20,7 +20,7 @@ from sd_unlearn.config.base import RenderConfig
 from sd_unlearn.config.paths import as_dict
 from sd_unlearn.config.train import TrainConfig
 from sd_unlearn.data.concept import Concept, concept_sha256
-from sd_unlearn.data.render import make_job
+from sd_unlearn.data.render_job import make_job
 from sd_unlearn.errors import UsageError
 from sd_unlearn.io.paths import slugify
 from sd_unlearn.io.run_folder import DATA_MANIFEST, EXPORT_DIR, RESULTS, TRAINING

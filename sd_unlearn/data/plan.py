@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from sd_unlearn.config.base import RenderConfig
 from sd_unlearn.config.planning import parse_vram
-from sd_unlearn.data.render import RenderJob, image_requests
+from sd_unlearn.data.render_job import RenderJob, image_requests
 from sd_unlearn.errors import UnlearnError
 from sd_unlearn.launch import process_count
 from sd_unlearn.models.base import wanted_precision

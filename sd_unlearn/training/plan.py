@@ -23,7 +23,7 @@ from sd_unlearn.data.plan import (
     gigabytes,
     megabytes,
 )
-from sd_unlearn.data.render import image_requests, make_job, plan_images
+from sd_unlearn.data.render_job import image_requests, make_job, plan_images
 from sd_unlearn.data.repeated import REPEATED_STEPS
 from sd_unlearn.errors import UnlearnError, UsageError
 from sd_unlearn.io.reading import read_json, read_yaml

@@ -26,7 +26,8 @@ from sd_unlearn.data.dataset import (
 from sd_unlearn.data.layout import check_batch_size
 from sd_unlearn.data.photos import check_places
 from sd_unlearn.data.prior import check_countable
-from sd_unlearn.data.render import check_folder, make_job, plan_images, resolve_data_dir, with_seed_of_folder
+from sd_unlearn.data.render import check_folder
+from sd_unlearn.data.render_job import make_job, plan_images, resolve_data_dir, with_seed_of_folder
 from sd_unlearn.data.several import load_concepts
 from sd_unlearn.errors import UsageError
 from sd_unlearn.io.files import check_writable

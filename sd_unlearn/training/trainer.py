@@ -21,7 +21,8 @@ from sd_unlearn.config.train import TrainConfig, with_lora_targets
 from sd_unlearn.data.concept import Concept, describe_anchored
 from sd_unlearn.data.dataset import fingerprint
 from sd_unlearn.data.photos import CACHE_DIR
-from sd_unlearn.data.render import check_same_base, make_job, render_locked, with_seed_of_folder
+from sd_unlearn.data.render import check_same_base, render_locked
+from sd_unlearn.data.render_job import make_job, with_seed_of_folder
 from sd_unlearn.errors import UnlearnError, reason
 from sd_unlearn.io.files import write_json
 from sd_unlearn.io.lock import locked, remove_leftovers

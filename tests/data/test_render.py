@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from sd_unlearn.config.base import RenderConfig
-from sd_unlearn.data import render
+from sd_unlearn.data import render, render_job
 from sd_unlearn.data.concept import Concept, expand_braces, load_concept, read_concept
 from sd_unlearn.errors import UnlearnError, UsageError
 from sd_unlearn.io.lock import locked
@@ -127,14 +127,15 @@ def test_image_is_reproduced_from_its_metadata_line(rendered: Path, loaded_base:
 
 def test_beta_of_the_paper_setting() -> None:
     concept = load_concept("Brad Pitt")
-    groups = render.plan_images(concept, RenderConfig())
+    groups = render_job.plan_images(concept, RenderConfig())
     assert groups[0] == ("generic", "a photo of a middle aged man", 64)
     assert groups[1] == ("mixed_in", "a photo of Brad Pitt", 16)
     assert groups[-1] == ("positive", "a photo of Brad Pitt", 20)
     kept = sum(count for group, _, count in groups if group == "keep")
     assert kept == concept.images.keep * len(concept.keep)
     assert (
-        render.known_beta(concept.generic_share, {"generic": 64, "mixed_in": 16, "keep": kept, "positive": 20}) == 0.2
+        render_job.known_beta(concept.generic_share, {"generic": 64, "mixed_in": 16, "keep": kept, "positive": 20})
+        == 0.2
     )
 
 
@@ -143,11 +144,11 @@ def test_beta_of_the_paper_setting() -> None:
     [(0.0, 64, 0, None), (0.1, 400, 0, 0.1), (0.2, 300, 100, 0.4), (0.0, 0, 5, None), (0.5, 1, 1, 0.75)],
 )
 def test_beta_from_shares(share: float, generic: int, mixed_in: int, beta: float | None) -> None:
-    assert render.known_beta(share, {"generic": generic, "mixed_in": mixed_in, "keep": 99, "positive": 7}) == beta
+    assert render_job.known_beta(share, {"generic": generic, "mixed_in": mixed_in, "keep": 99, "positive": 7}) == beta
 
 
 def test_options_override_the_concept_file(concept: Concept) -> None:
-    groups = render.plan_images(concept, RenderConfig(num_unlabeled=9, num_mixed_in=0, num_keep=0, num_positive=3))
+    groups = render_job.plan_images(concept, RenderConfig(num_unlabeled=9, num_mixed_in=0, num_keep=0, num_positive=3))
     assert [count for _, _, count in groups] == [9, 0, 0, 0, 3]
     for wrong in (
         {"num_positive": 0},
@@ -157,7 +158,7 @@ def test_options_override_the_concept_file(concept: Concept) -> None:
         {"num_positive": 10**11},
     ):
         with pytest.raises(UsageError, match="--num_"):
-            render.plan_images(concept, RenderConfig(**wrong))
+            render_job.plan_images(concept, RenderConfig(**wrong))
 
 
 @pytest.mark.parametrize(
@@ -172,7 +173,7 @@ def test_options_override_the_concept_file(concept: Concept) -> None:
     ],
 )
 def test_keep_line_is_split_evenly_over_its_alternatives(line: str, count: int, shares: dict[str, int]) -> None:
-    groups = render._split_evenly(line, count)
+    groups = render_job._split_evenly(line, count)
     assert groups == [("keep", prompt, share) for prompt, share in shares.items()]
     assert sum(group.images for group in groups) == count
 
@@ -182,7 +183,9 @@ def test_keep_line_is_split_evenly_over_its_alternatives(line: str, count: int, 
 def test_every_keep_line_has_the_same_weight(name: str, asked: int | None) -> None:
     concept = load_concept(name)
     kept = [
-        (prompt, n) for group, prompt, n in render.plan_images(concept, RenderConfig(num_keep=asked)) if group == "keep"
+        (prompt, n)
+        for group, prompt, n in render_job.plan_images(concept, RenderConfig(num_keep=asked))
+        if group == "keep"
     ]
     assert [prompt for prompt, _ in kept] == [prompt.text for prompt in concept.keep_prompts]
     left = iter(kept)
@@ -250,7 +253,7 @@ def test_a_complete_folder_needs_no_model(rendered: Path, config: Config, tmp_pa
         raise AssertionError("loaded")
 
     concept = read_concept(Path(str(config().concept)))
-    job = render.make_job(concept, config(), find_base(config()))
+    job = render_job.make_job(concept, config(), find_base(config()))
     assert render.render_concept(job, no_base) == folder
     (folder / UNLABELED / "generic-00000.png").unlink()
     with pytest.raises(AssertionError, match="loaded"):

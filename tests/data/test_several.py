@@ -17,7 +17,7 @@ from sd_unlearn.data.batches import EncodedImages, NoiseSampling, StratifiedBatc
 from sd_unlearn.data.concept import Concept, Evaluation, Images, read_concept
 from sd_unlearn.data.dataset import Example, members_of_sets
 from sd_unlearn.data.layout import compose_step
-from sd_unlearn.data.render import images_of_part, known_beta, plan_images
+from sd_unlearn.data.render_job import images_of_part, known_beta, plan_images
 from sd_unlearn.data.several import load_concepts, read_concepts, together, write_concepts
 from sd_unlearn.data.turns import SEED_STEP, UNUSED, InTurn, Turn, make_turns
 from sd_unlearn.errors import UsageError

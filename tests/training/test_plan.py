@@ -12,7 +12,7 @@ from sd_unlearn.cli import main
 from sd_unlearn.config.base import RenderConfig
 from sd_unlearn.config.train import TrainConfig
 from sd_unlearn.data.concept import load_concept
-from sd_unlearn.data.render import make_job
+from sd_unlearn.data.render_job import make_job
 from sd_unlearn.io.files import write_json
 from sd_unlearn.io.run_folder import CONFIG, TRAINING
 from sd_unlearn.models.fit import GIB

@@ -1,0 +1,176 @@
+"""What a data folder must hold: the images of each prompt, with their files and seeds, and the beta that follows."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sd_unlearn.config.base import RenderConfig
+from sd_unlearn.config.options import MAX_IMAGES
+from sd_unlearn.config.paths import local_path
+from sd_unlearn.data.concept import Concept, expand_braces
+from sd_unlearn.data.dataset import set_names
+from sd_unlearn.data.render_settings import ImageGroup, seed_in
+from sd_unlearn.errors import UsageError
+from sd_unlearn.io.run_folder import UNLABELED, ImageRecord
+from sd_unlearn.models.sampling import ImageRequest, Sampler, resolve_sampler
+from sd_unlearn.models.source import Source
+from sd_unlearn.seeds import RENDER_SEEDS, image_seed
+
+
+@dataclass(frozen=True)
+class RenderJob:
+    """Everything that determines the content of a rendered data folder."""
+
+    concept: Concept
+    source: Source
+    groups: list[ImageGroup]
+    sampler: Sampler
+    seed: int
+    folder: Path
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The content of settings.json. A folder is only resumed with the same settings (render_settings.py)."""
+        source = self.source
+        overrides = {
+            "vae": local_path(source.vae),
+            "prediction_type": source.prediction_type,
+            "drop_t5": source.drop_t5,
+        }
+        return {
+            "concept": self.concept.name,
+            "base": local_path(source.name),
+            "seed": self.seed,
+            **dataclasses.asdict(self.sampler),
+            "plan": [list(group) for group in self.groups],
+            **{key: value for key, value in overrides.items() if value},
+        }
+
+
+def make_job(concept: Concept, config: RenderConfig, source: Source) -> RenderJob:
+    """The rendering that a command's options ask for."""
+    sampler = resolve_sampler(config, source.name)
+    groups = plan_images(concept, config)
+    return RenderJob(concept, source, groups, sampler, config.seed, resolve_data_dir(config, concept))
+
+
+def with_seed_of_folder(job: RenderJob) -> RenderJob:
+    """The job with the seed that its folder was rendered with, so that trainings with other seeds can use the folder.
+
+    Raises:
+        UsageError: settings.json is not readable.
+    """
+    seed = seed_in(job.folder)
+    return job if seed is None else dataclasses.replace(job, seed=seed)
+
+
+def resolve_data_dir(config: RenderConfig, concept: Concept) -> Path:
+    return config.data_dir or Path("data") / concept.slug
+
+
+def plan_images(concept: Concept, config: RenderConfig) -> list[ImageGroup]:
+    """How many images to render of each prompt: the --num_* options, else the concept file's numbers.
+
+    Images that several concepts need, of generic and keep prompts, are rendered once: as many as the one that needs
+    the most.
+
+    Raises:
+        UsageError: a negative number, more than MAX_IMAGES images, or a folder without images.
+    """
+    planned: list[ImageGroup] = []
+    for part in concept.parts:
+        before: dict[tuple[str, str], int] = {}
+        for name, prompt, images in planned:
+            before[name, prompt] = before.get((name, prompt), 0) + images
+        for name, prompt, images in _plan_of(part, config):
+            missing = images - before.get((name, prompt), 0)
+            if (name, prompt) not in before or missing > 0:
+                planned.append(ImageGroup(name, prompt, missing))
+    return planned
+
+
+def _plan_of(concept: Concept, config: RenderConfig) -> list[ImageGroup]:
+    """The images of one concept."""
+    counts = dataclasses.asdict(concept.images)
+    options = {name: getattr(config, f"num_{name}") for name in counts}
+    counts |= {name: value for name, value in options.items() if value is not None}
+    if min(counts.values()) < 0:
+        raise UsageError(f"--num_* must not be negative: {counts}.")
+    if counts["positive"] < 1 or counts["unlabeled"] + counts["mixed_in"] < 1:
+        raise UsageError("--num_positive and --num_unlabeled must leave at least one image in each folder.")
+    total = sum(counts.values()) + counts["keep"] * (len(concept.keep) - 1)
+    if total > MAX_IMAGES:
+        raise UsageError(f"--num_* ask for {total:,} images, but at most {MAX_IMAGES:,} can be rendered: {counts}.")
+    keep = [group for line in concept.keep for group in _split_evenly(line, counts["keep"])]
+    return [
+        ImageGroup("generic", concept.generic, counts["unlabeled"]),
+        ImageGroup("mixed_in", concept.caption, counts["mixed_in"]),
+        *keep,
+        ImageGroup("positive", concept.caption, counts["positive"]),
+    ]
+
+
+def _split_evenly(keep_line: str, images: int) -> list[ImageGroup]:
+    """Split a keep line's images over its alternatives, so that every line has the same weight."""
+    prompts = expand_braces([keep_line])
+    each, rest = divmod(images, len(prompts))
+    return [ImageGroup("keep", prompt.text, each + (i < rest)) for i, prompt in enumerate(prompts)]
+
+
+def images_by_group(groups: Sequence[ImageGroup]) -> dict[str, int]:
+    """Number of images of each group that has any."""
+    counts: Counter[str] = Counter()
+    for group in groups:
+        counts[group.name] += group.images
+    return {name: images for name, images in counts.items() if images}
+
+
+def images_of_part(groups: Sequence[ImageGroup], part: Concept) -> dict[str, int]:
+    """As `images_by_group`, without the images of other concepts' prompts."""
+    own = {"generic": part.generic, "mixed_in": part.caption, "positive": part.caption}
+    return images_by_group([group for group in groups if own.get(group.name, group.prompt) == group.prompt])
+
+
+def known_beta(generic_share: float, counts: Mapping[str, int]) -> float | None:
+    """beta, the share of the concept among the unlabeled images without the keep images; None if it is 0 or 1.
+
+    The concept is in all `mixed_in` images, and in `generic_share` of the images of the generic prompt.
+    counts: images by group.
+    """
+    generic, mixed_in = counts.get("generic", 0), counts.get("mixed_in", 0)
+    beta = (mixed_in + generic_share * generic) / (generic + mixed_in)
+    return round(beta, 4) if 0 < beta < 1 else None
+
+
+def image_requests(job: RenderJob) -> list[ImageRequest]:
+    """Every image of the folder, whether it exists or not."""
+    records = image_records(job).items()
+    return [ImageRequest(job.folder / sub / r.file_name, r.text, r.seed) for sub, rs in records for r in rs]
+
+
+def image_records(job: RenderJob) -> dict[str, list[ImageRecord]]:
+    """Folder -> one record per image. Each image of a prompt has its own seed, in whatever group it is."""
+    positives = dict(zip((part.caption for part in job.concept.parts), set_names(job.concept), strict=True))
+    records: dict[str, list[ImageRecord]] = {folder: [] for folder in (UNLABELED, *positives.values())}
+    per_prompt: Counter[str] = Counter()
+    numbers: Counter[tuple[str, str]] = Counter()  # of the files of a group in a folder
+    for name, prompt, images in job.groups:
+        folder = positives[prompt] if name == "positive" else UNLABELED
+        for _ in range(images):
+            record = ImageRecord(
+                file_name=f"{name}-{numbers[folder, name]:05d}.png",
+                text=prompt,
+                seed=image_seed(RENDER_SEEDS, job.seed, prompt, per_prompt[prompt]),
+                guidance_scale=job.sampler.guidance_scale,
+                steps=job.sampler.steps,
+                group=name,
+            )
+            records[folder].append(record)
+            per_prompt[prompt] += 1
+            numbers[folder, name] += 1
+    return records
