@@ -18,7 +18,8 @@ from torch.nn.functional import mse_loss
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from sd_unlearn.config.batching import EFFECTIVE_BATCH_SIZE
-from sd_unlearn.config.train import TrainConfig, Weights
+from sd_unlearn.config.objective import Weights
+from sd_unlearn.config.train import TrainConfig
 from sd_unlearn.data.layout import Layout
 from sd_unlearn.io.files import write_jsonl
 from sd_unlearn.io.reading import read_json

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from sd_unlearn.config.batching import Batching
-from sd_unlearn.config.train import Quantization
+from sd_unlearn.config.loop import Quantization
 from sd_unlearn.models.fit import GIB, Training, other_device
 from sd_unlearn.models.footprint import StepOptions, count_inference, count_training, size_of
 from sd_unlearn.models.meta import Configs, build_meta_base, read_configs

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from sd_unlearn.config.train import Weights
+from sd_unlearn.config.objective import Weights
 from sd_unlearn.data.concept import read_concept, write_concept
 from sd_unlearn.io.files import write_json
 from sd_unlearn.models.base import load_base

@@ -15,7 +15,7 @@ from kinds import KINDS, Kinds
 
 from sd_unlearn import cli
 from sd_unlearn.config.evaluate import EvaluateConfig
-from sd_unlearn.config.train import Weights
+from sd_unlearn.config.objective import Weights
 from sd_unlearn.evaluation import evaluate
 from sd_unlearn.models import base as base_module
 from sd_unlearn.models.base import load_base

@@ -14,7 +14,7 @@ import torch
 
 from sd_unlearn.attacks.base import Attack, Outcome, Samples, Target
 from sd_unlearn.attacks.noise_prediction import noise_loss, sample_batch
-from sd_unlearn.config.train import Weights
+from sd_unlearn.config.objective import Weights
 from sd_unlearn.data.encoding import encode_captions
 from sd_unlearn.models import lora
 from sd_unlearn.seeds import ATTACK_SEEDS

@@ -9,8 +9,8 @@ import sys
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from sd_unlearn.config.objective import TimestepSampling
 from sd_unlearn.config.paths import local_path
-from sd_unlearn.config.train import TimestepSampling
 from sd_unlearn.errors import UnlearnError, UsageError
 from sd_unlearn.io.noise import silence_libraries
 from sd_unlearn.models.find_base import check_network, check_prediction, check_schedule, check_source

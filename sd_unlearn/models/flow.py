@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sd_unlearn.config.train import TimestepSampling
+from sd_unlearn.config.objective import TimestepSampling
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,9 @@ from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from sd_unlearn.config.train import Attention, LoraTargets, Quantization, TrainConfig
+from sd_unlearn.config.loop import Attention, Quantization
+from sd_unlearn.config.objective import LoraTargets
+from sd_unlearn.config.train import TrainConfig
 from sd_unlearn.models.counting import DeviceKernels, LiveBytes, SavedBytes
 from sd_unlearn.models.denoiser import Denoiser
 from sd_unlearn.models.diffusion import Diffusion

@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 
-from sd_unlearn.config.train import LoraTargets, Weights
+from sd_unlearn.config.objective import LoraTargets, Weights
 from sd_unlearn.errors import UsageError
 from sd_unlearn.io.files import atomic_path, write_json
 from sd_unlearn.io.reading import read_json

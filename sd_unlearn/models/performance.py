@@ -12,7 +12,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 
-from sd_unlearn.config.train import Performance
+from sd_unlearn.config.loop import Performance
 from sd_unlearn.errors import UsageError, reason
 from sd_unlearn.models.quantized import check_nf4, quantize_linear_layers
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sd_unlearn.config.train import Quantization
+from sd_unlearn.config.loop import Quantization
 from sd_unlearn.errors import UsageError, reason
 from sd_unlearn.models.offload import OffloadedLinear
 

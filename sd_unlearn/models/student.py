@@ -17,7 +17,7 @@ from diffusers import ModelMixin, UNet2DConditionModel
 from peft import PeftModel
 from torch import Tensor, nn
 
-from sd_unlearn.config.train import Weights
+from sd_unlearn.config.objective import Weights
 from sd_unlearn.io.files import atomic_path
 from sd_unlearn.io.run_folder import ADAPTER_DIR, TEXT_ADAPTER_DIR, UNET_DIR
 from sd_unlearn.models import lora

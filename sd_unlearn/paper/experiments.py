@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from sd_unlearn.config.train import Reduction
+from sd_unlearn.choices import Reduction
 from sd_unlearn.errors import UsageError, suggest
 
 Size = Literal["paper", "tiny"]

@@ -10,9 +10,9 @@ from cyclopts import Group
 
 from sd_unlearn.choices import Correction, Reduction
 from sd_unlearn.config.base import Seed
+from sd_unlearn.config.objective import Method
 from sd_unlearn.config.options import POSITIVE, BatchSize, Count, InferenceSteps, Range, SomeImages, option
 from sd_unlearn.config.paths import PathOptions
-from sd_unlearn.config.train import Method
 from sd_unlearn.paper.experiments import Sampler, Size
 
 ObjectiveName = Literal["pu", "pnu", "supervised", "unsupervised"]

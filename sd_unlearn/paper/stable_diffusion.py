@@ -31,8 +31,9 @@ from sd_unlearn.choices import Risk
 from sd_unlearn.config.batching import CUT
 from sd_unlearn.config.checks import check_evaluate
 from sd_unlearn.config.evaluate import EvaluateConfig
+from sd_unlearn.config.objective import Method
 from sd_unlearn.config.paths import as_dict
-from sd_unlearn.config.train import Method, TrainConfig
+from sd_unlearn.config.train import TrainConfig
 from sd_unlearn.errors import UsageError, suggest
 from sd_unlearn.evaluation import evaluate
 from sd_unlearn.io.files import write_json

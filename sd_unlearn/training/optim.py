@@ -8,7 +8,7 @@ import torch
 from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
 
-from sd_unlearn.config.train import Optimizing
+from sd_unlearn.config.loop import Optimizing
 
 
 def make_optimizer(parameters: list[nn.Parameter], options: Optimizing) -> torch.optim.Optimizer:

@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from sd_unlearn.config.batching import Batching
-from sd_unlearn.config.train import LoopOptions
+from sd_unlearn.config.loop import LoopOptions
 from sd_unlearn.data.batch import Batch
 from sd_unlearn.data.repeated import Steps
 from sd_unlearn.errors import reason

@@ -20,7 +20,7 @@ from tokenizers import pre_tokenizers
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from sd_unlearn.config.train import Weights
+from sd_unlearn.config.objective import Weights
 from sd_unlearn.errors import UnlearnError
 from sd_unlearn.export.lora_files import DIFFUSERS_FILE
 from sd_unlearn.io.run_folder import ADAPTER_DIR

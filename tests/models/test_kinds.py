@@ -16,7 +16,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from sd_unlearn.cli import main
-from sd_unlearn.config.train import TrainConfig, Weights
+from sd_unlearn.config.objective import Weights
+from sd_unlearn.config.train import TrainConfig
 from sd_unlearn.data.concept import load_concept
 from sd_unlearn.data.dataset import scan
 from sd_unlearn.data.encoding import encode_captions, encode_images

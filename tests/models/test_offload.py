@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from sd_unlearn.config.train import Weights
+from sd_unlearn.config.objective import Weights
 from sd_unlearn.data.encoding import encode_captions
 from sd_unlearn.models import lora
 from sd_unlearn.models.base import load_base

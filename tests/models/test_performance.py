@@ -17,7 +17,8 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from torch import Tensor
 
-from sd_unlearn.config.train import TrainConfig, Weights
+from sd_unlearn.config.objective import Weights
+from sd_unlearn.config.train import TrainConfig
 from sd_unlearn.errors import UsageError
 from sd_unlearn.models import lora, performance
 from sd_unlearn.models.base import Base

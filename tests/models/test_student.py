@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sd_unlearn.config.train import Weights
+from sd_unlearn.config.objective import Weights
 from sd_unlearn.io.reading import read_json
 from sd_unlearn.io.run_folder import weights_sha256
 from sd_unlearn.models.base import Base, load_base

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sd_unlearn.config.train import Weights
+from sd_unlearn.config.objective import Weights
 from sd_unlearn.data.batch import NO_GROUP, Batch, join
 from sd_unlearn.models.base import Base
 from sd_unlearn.models.denoiser import Denoiser

@@ -10,7 +10,7 @@ import torch
 from gradient_cases import CASES, PU, Case, Linear, step
 from torch import Tensor
 
-from sd_unlearn.config.train import Weights
+from sd_unlearn.config.objective import Weights
 from sd_unlearn.data.batch import NO_GROUP, Batch
 from sd_unlearn.models.base import Base
 from sd_unlearn.models.denoiser import Denoiser

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from sd_unlearn.config.train import Optimizing, TrainConfig
+from sd_unlearn.config.loop import Optimizing
+from sd_unlearn.config.train import TrainConfig
 from sd_unlearn.errors import UsageError
 from sd_unlearn.models.counting import LiveBytes
 from sd_unlearn.training.optim import (

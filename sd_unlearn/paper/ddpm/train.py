@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from sd_unlearn.choices import Risk
 from sd_unlearn.config.batching import Batching, share_of
-from sd_unlearn.config.train import LoopOptions
+from sd_unlearn.config.loop import LoopOptions
 from sd_unlearn.data.batch import Batch
 from sd_unlearn.data.batches import EncodedImages, NoiseSampling, Sharding, StratifiedBatches
 from sd_unlearn.data.dataset import Example
