@@ -33,6 +33,11 @@ class Method:
 
 METHODS: dict[str, Method] = {
     "pu": Method("ours", "the defaults of sd-unlearn train"),
+    "pu-layers": Method(
+        "ours, all layers",
+        "a LoRA on all linear and convolutional layers",
+        options={"lora_targets": "all_linear+conv", "learning_rate": 4e-4, "teacher_reuse": 5},
+    ),
     "pu-robust": Method(
         "ours, robust",
         "--robust, with the fewer and faster steps it was tried with",
