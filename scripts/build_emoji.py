@@ -4,10 +4,10 @@
     python scripts/build_emoji.py --only table          # only measure the bundled files
     python scripts/build_emoji.py --reader_seed 1 --reader_channels 24 48 96 160   # a second classifier, not bundled
 
-The stages (drawings, reader, vae, pool, denoiser, assemble, table) save their results in --work_dir. A finished stage
-is not repeated. The trainings (reader, vae, denoiser) save a checkpoint every five minutes, so an interrupted build
-resumes there with the same result. To train longer, remove the stage's results and give more steps: it continues from
-the state before its learning rate fell.
+The stages (drawings, reader, vae, pool, text, denoiser, assemble, table) save their results in --work_dir. A finished
+stage is not repeated. The trainings (reader, vae, text, denoiser) save a checkpoint every five minutes, so an
+interrupted build resumes there with the same result. To train longer, remove the stage's results and give more steps:
+it continues from the state before its learning rate fell.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from emoji_models import (
     make_tokenizer,
     train_denoiser,
     train_reader,
+    train_text,
     train_vae,
 )
 from emoji_table import table
@@ -39,12 +40,13 @@ from transformers import CLIPTextModel
 from sd_unlearn.metrics.emoji import AXES, BACKGROUNDS, CHANNELS, SIZE, load_reader
 
 ASSETS = Path(__file__).parent.parent / "sd_unlearn" / "assets"
-STAGES = ("drawings", "reader", "vae", "pool", "denoiser", "assemble", "table")
+STAGES = ("drawings", "reader", "vae", "pool", "text", "denoiser", "assemble", "table")
 RESULTS = {  # stage -> its last file in --work_dir; a stage that has it is finished
     "drawings": "drawings.pt",
     "reader": "reader.safetensors",
     "vae": "vae/config.json",
     "pool": "pool.pt",
+    "text": "text_encoder/config.json",
     "denoiser": "unet/config.json",
 }
 
@@ -72,12 +74,19 @@ def build_pool(args: argparse.Namespace) -> None:
     torch.save(tuple(encode_pool(vae, load_drawings(args.work_dir), copies=32)), args.work_dir / "pool.pt")
 
 
+def build_text(args: argparse.Namespace) -> None:
+    drawings = load_drawings(args.work_dir)
+    settings = Settings(args.text_steps, lr=1e-3, ema_decay=0.99)
+    text = train_text(drawings, make_tokenizer(drawings), settings, args.work_dir)
+    text.save_pretrained(args.work_dir / "text_encoder")
+
+
 def build_denoiser(args: argparse.Namespace) -> None:
     drawings = load_drawings(args.work_dir)
     pool = Pool(*torch.load(args.work_dir / "pool.pt", weights_only=True))
+    text = CLIPTextModel.from_pretrained(args.work_dir / "text_encoder").eval()
     settings = Settings(args.denoiser_steps, lr=1.5e-3, warmup=300)
-    text, unet = train_denoiser(pool, drawings, make_tokenizer(drawings), settings, args.work_dir)
-    text.save_pretrained(args.work_dir / "text_encoder")
+    unet = train_denoiser(pool, drawings, text, make_tokenizer(drawings), settings, args.work_dir)
     unet.save_pretrained(args.work_dir / "unet")
 
 
@@ -132,6 +141,7 @@ def main() -> None:
     parser.add_argument("--reader_seed", type=int, default=0, help="not 0: train a second classifier, and only it")
     parser.add_argument("--reader_channels", type=int, nargs=4, default=CHANNELS)
     parser.add_argument("--vae_steps", type=int, default=3000)
+    parser.add_argument("--text_steps", type=int, default=1500)
     parser.add_argument("--denoiser_steps", type=int, default=8000)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
@@ -145,6 +155,7 @@ def main() -> None:
         "reader": build_reader,
         "vae": build_vae,
         "pool": build_pool,
+        "text": build_text,
         "denoiser": build_denoiser,
         "assemble": assemble,
         "table": lambda args: table(args.work_dir, held_apart(args, copies=4)),

@@ -12,17 +12,17 @@ import torch.nn.functional as F
 from base_training import Settings, fit, learn_tokenizer, make_scheduler, make_text_encoder
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from emoji_captions import Label, caption
-from emoji_data import Drawings, compose, garbage, place, sampling_weights
+from emoji_data import TONES, Drawings, compose, garbage, place, sampling_weights
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from sd_unlearn.metrics.emoji import BACKGROUNDS, EmojiReader
+from sd_unlearn.metrics.emoji import AXES, BACKGROUNDS, EmojiReader
 
 MAX_TOKENS = 28
 TEXT_WIDTH, TEXT_LAYERS = 160, 3
 LATENT_CHANNELS = 16
-READER_BATCH, VAE_BATCH, DENOISER_BATCH = 64, 24, 64
+READER_BATCH, VAE_BATCH, TEXT_BATCH, DENOISER_BATCH = 64, 24, 128, 64
 GARBAGE = 15  # of a reader's batch: images that show no thing
 PREDICTION = (
     "v_prediction"  # as Stable Diffusion 2: errors at high noise are not amplified, so a short training suffices
@@ -169,6 +169,46 @@ def _label(drawings: Drawings, picked: int, background: int) -> Label:
     return Label(int(drawings.things[picked]), int(drawings.styles[picked]), background, int(drawings.tones[picked]))
 
 
+class LabelledText(nn.Module):
+    """A text encoder that predicts from a caption what its image shows."""
+
+    def __init__(self, text: CLIPTextModel) -> None:
+        super().__init__()
+        self.text = text
+        self.heads = nn.ModuleList(nn.Linear(TEXT_WIDTH, n) for n in (*map(len, AXES.values()), len(TONES) + 1))
+
+    def forward(self, ids: Tensor) -> list[Tensor]:
+        """Token ids [B, L] -> logits of thing, style, background and skin tone (the first: yellow, or no person)."""
+        pooled = self.text(ids).pooler_output
+        return [head(pooled) for head in self.heads]
+
+
+def train_text(drawings: Drawings, tokenizer: CLIPTokenizer, settings: Settings, work: Path) -> CLIPTextModel:
+    """Train a text encoder to predict what a caption's image shows, by cross-entropy.
+
+    As in Stable Diffusion, the denoiser is then trained on a frozen text encoder. Trained together from scratch, the
+    denoiser ignores the captions for the first thousands of steps. A caption that does not name a style is as likely
+    in each, and so on, so its best prediction is uniform.
+    """
+    torch.manual_seed(settings.seed)
+    weights = sampling_weights(drawings)
+
+    def loss_of() -> Tensor:
+        picked = torch.multinomial(weights, TEXT_BATCH, replacement=True)
+        backgrounds = torch.randint(len(BACKGROUNDS), (TEXT_BATCH,))
+        rows = zip(picked.tolist(), backgrounds.tolist(), strict=True)
+        ids = _token_ids(tokenizer, [caption(_label(drawings, *row), random) for row in rows])
+        targets = (drawings.things[picked], drawings.styles[picked], backgrounds, drawings.tones[picked] + 1)
+        return sum(F.cross_entropy(x, y) for x, y in zip(network(ids), targets, strict=True))
+
+    network = LabelledText(make_text_encoder(tokenizer, TEXT_WIDTH, TEXT_LAYERS))
+    return fit("text", network, loss_of, settings, work).text
+
+
+def _token_ids(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
+    return tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
+
+
 def make_unet() -> UNet2DConditionModel:
     return UNet2DConditionModel(
         sample_size=8,
@@ -206,11 +246,19 @@ def encode_pool(vae: AutoencoderKL, drawings: Drawings, copies: int) -> Pool:
 
 
 def train_denoiser(
-    pool: Pool, drawings: Drawings, tokenizer: CLIPTokenizer, settings: Settings, work: Path
-) -> tuple[CLIPTextModel, UNet2DConditionModel]:
-    """Train text encoder and UNet together to predict v = alpha noise - sigma x0 (Salimans and Ho 2022, section 4)."""
+    pool: Pool,
+    drawings: Drawings,
+    text: CLIPTextModel,
+    tokenizer: CLIPTokenizer,
+    settings: Settings,
+    work: Path,
+) -> UNet2DConditionModel:
+    """Train a UNet to predict v = alpha noise - sigma x0 (Salimans and Ho 2022, section 4).
+
+    text: frozen.
+    """
     torch.manual_seed(settings.seed)
-    text, unet = make_text_encoder(tokenizer, TEXT_WIDTH, TEXT_LAYERS), make_unet()
+    unet = make_unet()
     scheduler, weights = make_scheduler(PREDICTION), sampling_weights(drawings)[pool.picked]
     snr = scheduler.alphas_cumprod / (1 - scheduler.alphas_cumprod)
     weight_of = (snr.clamp(max=MAX_SNR) + 1) / (snr + 1)  # a squared error of v is SNR + 1 times that of x0
@@ -218,15 +266,14 @@ def train_denoiser(
     def loss_of() -> Tensor:
         picks = torch.multinomial(weights, DENOISER_BATCH, replacement=True)
         rows = zip(pool.picked[picks].tolist(), pool.backgrounds[picks].tolist(), strict=True)
-        captions = [caption(_label(drawings, *row), random) for row in rows]
-        ids = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
-        unique, back = ids.unique(dim=0, return_inverse=True)
+        ids = _token_ids(tokenizer, [caption(_label(drawings, *row), random) for row in rows])
+        with torch.no_grad():
+            states = text(ids)[0]
         x0 = pool.latents[picks].float()
         noise = torch.randn_like(x0)
         t = ((torch.arange(len(x0)) + torch.rand(len(x0))) * 1000 / len(x0)).long()  # stratified
-        predicted = unet(scheduler.add_noise(x0, noise, t), t, text(unique)[0][back]).sample
+        predicted = unet(scheduler.add_noise(x0, noise, t), t, states).sample
         velocity = scheduler.get_velocity(x0, noise, t)
         return ((predicted - velocity).square().mean((1, 2, 3)) * weight_of[t]).mean()
 
-    average = fit("denoiser", nn.ModuleList([text, unet]), loss_of, settings, work)
-    return average[0], average[1]
+    return fit("denoiser", unet, loss_of, settings, work)

@@ -234,7 +234,7 @@ def test_all_stages_on_three_things(work: Path, tmp_path: Path, monkeypatch: pyt
     from emoji_data import things as emoji_things
 
     for extra in (["--reader_seed", "1", "--reader_channels", "8", "8", "16", "16"], []):
-        steps = [f"--{stage}_steps=1" for stage in ("reader", "vae", "denoiser")]
+        steps = [f"--{stage}_steps=1" for stage in ("reader", "vae", "text", "denoiser")]
         monkeypatch.setattr("sys.argv", ["build_emoji.py", "--work_dir", str(work), "--threads=1", *steps, *extra])
         build_emoji.main()
     pipeline = StableDiffusionPipeline.from_pretrained(assets / "emoji")
