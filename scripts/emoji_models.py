@@ -186,8 +186,8 @@ class LabelledText(nn.Module):
 def train_text(drawings: Drawings, tokenizer: CLIPTokenizer, settings: Settings, work: Path) -> CLIPTextModel:
     """Train a text encoder to predict what a caption's image shows, by cross-entropy.
 
-    As in Stable Diffusion, the denoiser is then trained on a frozen text encoder. Trained together from scratch, the
-    denoiser ignores the captions for the first thousands of steps. A caption that does not name a style is as likely
+    As in Stable Diffusion, the denoiser is then trained on a frozen text encoder, whose outputs tell the things apart
+    from its first step. A caption that does not name a style is as likely
     in each, and so on, so its best prediction is uniform.
     """
     torch.manual_seed(settings.seed)
@@ -196,8 +196,7 @@ def train_text(drawings: Drawings, tokenizer: CLIPTokenizer, settings: Settings,
     def loss_of() -> Tensor:
         picked = torch.multinomial(weights, TEXT_BATCH, replacement=True)
         backgrounds = torch.randint(len(BACKGROUNDS), (TEXT_BATCH,))
-        rows = zip(picked.tolist(), backgrounds.tolist(), strict=True)
-        ids = _token_ids(tokenizer, [caption(_label(drawings, *row), random) for row in rows])
+        ids = _caption_ids(drawings, tokenizer, picked, backgrounds)
         targets = (drawings.things[picked], drawings.styles[picked], backgrounds, drawings.tones[picked] + 1)
         return sum(F.cross_entropy(x, y) for x, y in zip(network(ids), targets, strict=True))
 
@@ -205,7 +204,10 @@ def train_text(drawings: Drawings, tokenizer: CLIPTokenizer, settings: Settings,
     return fit("text", network, loss_of, settings, work).text
 
 
-def _token_ids(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
+def _caption_ids(drawings: Drawings, tokenizer: CLIPTokenizer, picked: Tensor, backgrounds: Tensor) -> Tensor:
+    """Token ids [B, L] of random captions. picked, backgrounds: [B], as in Batch."""
+    rows = zip(picked.tolist(), backgrounds.tolist(), strict=True)
+    captions = [caption(_label(drawings, *row), random) for row in rows]
     return tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
 
 
@@ -265,8 +267,7 @@ def train_denoiser(
 
     def loss_of() -> Tensor:
         picks = torch.multinomial(weights, DENOISER_BATCH, replacement=True)
-        rows = zip(pool.picked[picks].tolist(), pool.backgrounds[picks].tolist(), strict=True)
-        ids = _token_ids(tokenizer, [caption(_label(drawings, *row), random) for row in rows])
+        ids = _caption_ids(drawings, tokenizer, pool.picked[picks], pool.backgrounds[picks])
         with torch.no_grad():
             states = text(ids)[0]
         x0 = pool.latents[picks].float()
