@@ -177,7 +177,7 @@ class Weights:
         option(
             "UNet layers with a LoRA: attention projections, cross-attention projections, attention and feed-forward "
             "layers, all linear and convolutional layers, or all of these outside cross-attention. With more layers, "
-            "prompts and fine-tuning bring the concept back less easily, but similar concepts may suffer. Default: "
+            "prompts and fine-tuning often bring the concept back less easily; similar concepts may suffer. Default: "
             "attention; cross_attention with --objective esd-x and not_cross_attention with esd-u.",
             WEIGHTS,
         ),
