@@ -41,11 +41,13 @@ def example_losses(
         predicted = denoiser.predict(noisy, batch.timesteps, batch.text)
         return scale * per_example_loss(predicted, target, reduction)
     # Before the prediction: DDP fails if the adapter is switched between a forward and its backward pass.
-    teacher_target, away = _teach(teacher, noisy, batch)
+    teacher_target, reference = _teach(teacher, noisy, batch)
     predicted = denoiser.predict(noisy, batch.timesteps, batch.text)
+    if teacher.movement:
+        teacher.movement.add(predicted - teacher_target, reference, batch, teacher.generic)
     against_noise = per_example_loss(predicted, target, reduction)
     distance = per_example_loss(predicted, teacher_target, reduction)
-    along = 2 * (predicted.float() * away).flatten(1).sum(1) / (1 if reduction == "sum" else away[0].numel())
+    along = 2 * (predicted.float() * reference).flatten(1).sum(1) / (1 if reduction == "sum" else reference[0].numel())
     is_keep = batch.caption_group == NO_GROUP
     followed = torch.where(batch.is_positive & ~is_keep, teacher.push * along, distance)
     value = torch.where(is_keep, followed, against_noise).detach()
@@ -66,14 +68,16 @@ def timestep_weight(denoiser: Denoiser, batch: Batch, snr_gamma: float | None) -
 
 
 def _teach(teacher: Teacher, noisy: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-    """(the target of each row, f0 - f* of positives and 0 elsewhere), each shaped as noisy."""
+    """(the target of each row, and what `Movement` compares with: f0 - f* of positives, f* less the prediction under
+    the empty caption of keep images with a caption, 0 elsewhere), each shaped as noisy."""
     keep, positive = teacher.guided_rows(batch), batch.positive_rows()
     target, other = _base_predictions(teacher, noisy, batch, keep, positive)
-    away = torch.zeros_like(target)
-    away[positive] = other[positive] - target[positive]
+    reference = torch.zeros_like(target)
+    reference[positive] = other[positive] - target[positive]
     if len(keep):
+        reference[keep] = target[keep] - other[keep]
         target[keep] += teacher.offset(noisy[keep], batch.timesteps[keep], other[keep])
-    return target, away
+    return target, reference
 
 
 def _base_predictions(

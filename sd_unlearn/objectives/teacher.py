@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sd_unlearn.data.batch import Batch
 from sd_unlearn.models.denoiser import Denoiser
+from sd_unlearn.objectives.movement import Movement
 
 
 class PredictionBank:
@@ -47,6 +48,7 @@ class Teacher:
     push: float = 1.0  # multiplies the gradient on positives
     batch_size: int | None = None  # rows of one prediction; None: all
     bank: PredictionBank | None = None  # for batches that are repeated
+    movement: Movement | None = None  # measured while training
 
     @torch.no_grad()
     def predict(self, noisy: Tensor, timesteps: Tensor, text: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from sd_unlearn.io.run_folder import BEST_DIR
 from sd_unlearn.models.memory_errors import free_memory, is_out_of_memory
 from sd_unlearn.models.student import Student
 from sd_unlearn.objectives.base import LOGGED, Objective
+from sd_unlearn.objectives.movement import Movement
 from sd_unlearn.training import checkpoint
 from sd_unlearn.training.gradient_shares import gradient_shares
 from sd_unlearn.training.metrics_log import Interrupted, MetricsLog, Throughput, stop_requests
@@ -57,6 +58,7 @@ class Training:
     identity: dict[str, Any]  # what a resumed run must have in common with this one
     preview: Callable[[int], None] | None = None  # called with the step
     probe: Probe | None = None
+    movement: Movement = field(default_factory=Movement)  # of a step; the losses add to it
 
 
 def fit(options: LoopOptions, training: Training, resume: Path | None = None) -> TrainingState:
@@ -87,12 +89,14 @@ def fit(options: LoopOptions, training: Training, resume: Path | None = None) ->
         reset_peak_memory()
         speed = Throughput(training.batches.images_per_step, state.step)
         for step, batch in zip(range(state.step + 1, last + 1), training.batches, strict=False):
+            training.movement.reset()
             metrics, norm = state.take_step(
                 training.wrapped, training.losses, batch, options.max_grad_norm, log.write_note
             )
             state.step, state.seconds = step, time.monotonic() - started
             if due(step, LOG_EVERY) or step == total or due(step, options.gradient_share_steps):
-                logged = _step_metrics(state, metrics, norm) | speed.read(step)
+                moved = training.movement.read(accelerator.reduce)
+                logged = _step_metrics(state, metrics, norm) | moved | speed.read(step)
                 with speed.paused():
                     log.write(logged | _shares(options, training, state, batch))
                 _check_skipped(options, training, state)

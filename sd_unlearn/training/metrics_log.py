@@ -64,7 +64,9 @@ class MetricsLog:
         """Append one line; values that are not finite become null."""
         finite = {k: v for k, v in metrics.items() if math.isfinite(v)}
         if {"mean_u", "mean_s"} <= set(finite):
-            shown = {"loss": "loss", "mean_u": "U", "mean_s": "S", "ratio": "ratio", **COST}
+            losses = {"mean_u": "U", "mean_s": "S", "ratio": "ratio"}
+            moved = {"moved": "moved", "spillover": "spillover"}
+            shown = {"loss": "loss", **(moved if "moved" in finite else losses), **COST}
             self.progress.show(**{name: f"{finite[key]:.3g}" for key, name in shown.items() if key in finite})
         elif "ratio" not in metrics:
             self.progress.message(f"step {metrics['step']}: {finite}")

@@ -32,6 +32,7 @@ from sd_unlearn.models.diffusion import Process
 from sd_unlearn.models.sampling import resolve_sampler
 from sd_unlearn.models.source import DIGITS
 from sd_unlearn.models.student import Student, make_student
+from sd_unlearn.objectives.movement import Movement
 from sd_unlearn.objectives.registry import make_losses, make_objective
 from sd_unlearn.objectives.teacher import PredictionBank, Teacher
 from sd_unlearn.seeds import TRAIN_SEEDS
@@ -160,9 +161,9 @@ def make_training(
     of_examples = make_losses(config)
     in_turn = samplers[0] if len(samplers) == 1 else InTurn(samplers, seed)
     steps: Steps = in_turn
-    teachers = (
-        [_make_teacher(config, turn, data, student, denoiser, base) for turn in data.turns] if has_teacher else []
-    )
+    teachers = [_make_teacher(config, turn, data, student, denoiser, base) for turn in data.turns if has_teacher]
+    movement = Movement()
+    teachers = [dataclasses.replace(teacher, movement=movement) for teacher in teachers]
     if teachers and config.teacher_reuse > 1:
         _check_equal_sizes(samplers)
         steps = RepeatedBatches(in_turn, REPEATED_STEPS, config.teacher_reuse)
@@ -194,6 +195,7 @@ def make_training(
         identity,
         preview,
         probe,
+        movement,
     )
 
 

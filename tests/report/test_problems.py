@@ -107,6 +107,17 @@ def test_curves_are_explained_for_the_target_of_the_training(tmp_path: Path, tar
     assert ("does not approach 1 / beta" in page) == (target == "teacher")
 
 
+def test_curves_of_movement_replace_those_of_the_losses(tmp_path: Path) -> None:
+    files.write_json(tmp_path / "results.json", make_results(subject={"training": {"beta": 0.1, "target": "teacher"}}))
+    line = '{{"step": {n}, "mean_u": 1.0, "mean_s": 0.87, "ratio": 0.87, "moved": {n}.1, "spillover": 0.0{n}}}\n'
+    (tmp_path / "metrics.jsonl").write_text("".join(line.format(n=n) for n in range(3)))
+    run(ReportConfig(run=tmp_path))
+    page = (tmp_path / "report.html").read_text()
+    assert "<b>Moved.</b> Predictions on concept images" in page
+    assert "<b>Spillover.</b> Change of predictions" in page
+    assert "mean_s" not in page
+
+
 def test_leaks_and_losses_are_shown_as_a_part_of_all(tmp_path: Path) -> None:
     counts = [{"concept": "seven", "subject": "lora", "group": g, "leaks": a, "lost": b} for g, a, b in GROUP_COUNTS]
     files.write_json(tmp_path / "results.json", make_results(pair_counts=counts))

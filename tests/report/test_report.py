@@ -208,7 +208,7 @@ def test_chart_stays_in_its_area_and_skips_missing_values():
         {"step": 1, "a": 4.0},
         {"step": 5, "a": 8.0},
     ]
-    drawn = line_chart(log, ("a", "absent"), target=10.0)
+    drawn = line_chart(log, ("a", "absent"), target=(10.0, "ten"))
     assert drawn is not None
     left, right, top, bottom = AREA
     [line] = drawn["series"]

@@ -384,6 +384,7 @@ def test_training_moves_the_means_the_right_way(make_config: Config, target: str
     else:  # the run without training equals the teacher, and the other one stays near it
         assert all(line["mean_keep"] < 1e-6 for line in still)
         assert all(0 < line["mean_keep"] < 0.02 * line["mean_u"] for line in moved)
+        assert all(line["spillover"] > 100 * before["spillover"] for before, line in zip(still, moved, strict=True))
 
 
 @pytest.mark.parametrize("target", ["teacher", "noise"])
@@ -392,8 +393,10 @@ def test_the_keep_loss_of_a_new_lora_is_zero_with_a_teacher(make_config: Config,
     (line,) = read_jsonl(run / "metrics.jsonl")
     if target == "teacher":
         assert line["mean_keep"] == pytest.approx(0, abs=1e-6)
+        assert (line["moved"], line["spillover"]) == pytest.approx((0, 0), abs=1e-3)
     else:
         assert line["mean_keep"] > 1
+        assert "moved" not in line
 
 
 @pytest.mark.parametrize("target", ["teacher", "noise"])
