@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,13 +15,11 @@ from sd_unlearn.config.train import TrainConfig
 from sd_unlearn.data.batch import Batch
 from sd_unlearn.data.batches import EncodedImages, NoiseSampling, Sharding, StratifiedBatches
 from sd_unlearn.data.concept import Concept
-from sd_unlearn.data.dataset import members_of_sets, scan
-from sd_unlearn.data.encoding import describe_long_captions, encode_captions, encode_images, tokenize
+from sd_unlearn.data.dataset import members_of_sets
+from sd_unlearn.data.encoding import encode_captions
 from sd_unlearn.data.layout import BASELINES, compose_step
-from sd_unlearn.data.photos import CACHE_DIR
-from sd_unlearn.data.prior import Prior
 from sd_unlearn.data.repeated import REPEATED_STEPS, RepeatedBatches, Steps
-from sd_unlearn.data.turns import SEED_STEP, InTurn, Turn, make_turns
+from sd_unlearn.data.turns import SEED_STEP, InTurn, Turn
 from sd_unlearn.errors import UsageError
 from sd_unlearn.metrics.registry import make_label_classifier
 from sd_unlearn.models import performance
@@ -36,11 +33,11 @@ from sd_unlearn.objectives.movement import Movement
 from sd_unlearn.objectives.registry import make_losses, make_objective
 from sd_unlearn.objectives.teacher import PredictionBank, Teacher
 from sd_unlearn.seeds import TRAIN_SEEDS
-from sd_unlearn.training.betas import resolve_betas
+from sd_unlearn.training.encoded_data import Data, probe_name
 from sd_unlearn.training.learned_captions import LearnedCaption, Network, RobustSteps
 from sd_unlearn.training.loop import Training
 from sd_unlearn.training.previews import ImageGenerator, PreviewWriter
-from sd_unlearn.training.probe import LeakageProbe, Probe, RatioProbe, hold_out, probe_prompts
+from sd_unlearn.training.probe import LeakageProbe, Probe, RatioProbe, hold_out
 
 # The text encoder of digits gives the generic and the empty caption nearly the same embedding, so the unconditional
 # prediction cannot be kept while the generic one changes.
@@ -50,53 +47,6 @@ UNCONDITIONAL = {DIGITS: 0.0}
 def default_unconditional(base: Base) -> float:
     """The share of keep images under the empty caption. None of them without guidance, which alone uses it."""
     return UNCONDITIONAL.get(base.name, 0.25) if base.properties.uses_guidance else 0.0
-
-
-@dataclass(frozen=True)
-class Data:
-    """The encoded training data. Training on it needs neither the VAE nor the text encoder."""
-
-    images: EncodedImages
-    betas: dict[str, float]  # share of each set of positives, or of several concepts, among the unlabeled images
-    prior: Prior  # the source of the betas
-    turns: Sequence[Turn]  # of each concept
-    note: str = ""  # a line to print about the captions
-
-    @property
-    def beta(self) -> float | None:
-        """Of all sets together; None for several concepts, which have one each."""
-        return sum(self.betas.values()) if len(self.turns) == 1 else None
-
-    def counts(self) -> str:
-        """The number of images of each kind, in words."""
-        examples = self.images.examples
-        positive, negative = (sum(getattr(e, f"is_{kind}") for e in examples) for kind in ("positive", "negative"))
-        known = f", {negative} known to be normal" if negative else ""
-        return f"{len(examples) - positive - negative} unlabeled and {positive} positive images{known}"
-
-
-def read_data(config: TrainConfig, concept: Concept, base: Base, encode_batch_size: int) -> Data:
-    """Scan the data folder, encode images (cached) and captions, and determine beta.
-
-    Raises:
-        UsageError: invalid images, captions or betas.
-    """
-    assert config.data_dir is not None
-    examples = scan(config.data_dir, concept, config.eta, config.positives)
-    resolution = config.resolution or base.resolution
-    mean, std = encode_images(base, examples, resolution, config.data_dir / CACHE_DIR, encode_batch_size)
-    betas, prior = resolve_betas(config, concept, base, examples, mean)
-    turns = make_turns(concept, examples, list(betas.values()))
-    generics = (part.generic for part in concept.parts)
-    captions = ["", *generics, *concept.captions, *concept.preview_prompts, *(e.caption for e in examples)]
-    if _probe_name(config) == "leakage":
-        captions += probe_prompts(concept)
-    captions = list(dict.fromkeys(captions))
-    encode = tokenize if config.train_text_encoder else encode_captions
-    encoded = encode(base, captions).cpu()  # one per image with own captions: a step takes only a few to the GPU
-    images = EncodedImages(examples, mean, std, dict(zip(captions, encoded, strict=True)))
-    note = describe_long_captions(base, [e.caption for e in examples])
-    return Data(images, betas, prior, turns, note)
 
 
 def resolve_defaults(config: TrainConfig, base: Base, data: Data, processes: int) -> TrainConfig:
@@ -146,7 +96,7 @@ def make_training(
     denoiser = dataclasses.replace(Denoiser.of(base, student.model), process=process)
     held_out: list[int] = []
     images = data.images
-    if _probe_name(config) == "ratio":
+    if probe_name(config) == "ratio":
         kept, held_out = hold_out(images.examples, seed)
         images = images.subset(kept)
     seen = [images if len(data.turns) == 1 else dataclasses.replace(images, examples=t.examples) for t in data.turns]
@@ -241,10 +191,6 @@ def _learned_captions(
     ]
 
 
-def _probe_name(config: TrainConfig) -> str:
-    return config.probe if config.probe_steps else "none"
-
-
 def _check_equal_sizes(samplers: Sequence[StratifiedBatches]) -> None:
     """Predictions can be stored only if all steps have the same number of images.
 
@@ -273,7 +219,7 @@ def _make_generator(config: TrainConfig, base: Base, data: Data, student: Studen
     if not (config.train_text_encoder or config.robust):
         for name in base.properties.text_encoders:
             setattr(pipeline, name, None)
-    if not config.validation_steps and _probe_name(config) != "leakage":
+    if not config.validation_steps and probe_name(config) != "leakage":
         pipeline.vae = None
         return None
     pipeline.vae.to("cpu")
@@ -295,9 +241,9 @@ def _make_probe(
     generator: ImageGenerator | None,
     held_out: list[int],
 ) -> Probe | None:
-    if _probe_name(config) == "leakage" and generator:
+    if probe_name(config) == "leakage" and generator:
         return LeakageProbe(generator, make_label_classifier(concept), concept, config.seed)
-    if _probe_name(config) != "ratio":
+    if probe_name(config) != "ratio":
         return None
     images = data.images.subset(held_out)
     text = torch.stack([images.text[c] for c in (concept.caption, concept.generic) for _ in held_out])

@@ -146,8 +146,9 @@ def _train(
     planned: Batching,
     resume: Path | None,
 ) -> Path:
+    from sd_unlearn.training.encoded_data import read_data
     from sd_unlearn.training.loop import fit
-    from sd_unlearn.training.setup import make_training, read_data, resolve_defaults
+    from sd_unlearn.training.setup import make_training, resolve_defaults
 
     assert config.output_dir is not None
     output, forced = config.output_dir, config.force_resume
