@@ -21,20 +21,19 @@ def commands(folder: Path, case: Case, seed: int, concept: Concept | None) -> li
 
     If the evaluation's options were not recorded, it is repeated with the same number of images.
     """
-    trained, evaluated = (folder / run_folder.CONFIG).is_file(), (folder / run_folder.EVALUATION).is_file()
-    if evaluated and not trained:
+    if (folder / run_folder.EVALUATION).is_file():
         return commands_of_evaluation(folder)
-    shown, place = _shown(folder), _quote(_copy(folder))
-    target = place if trained else _quote(shown)
-    if evaluated:
-        evaluate = (
-            f"sd-unlearn evaluate --config {_quote(shown / run_folder.EVALUATION)} --run {place} --output_dir {place}"
-        )
-    else:
-        evaluate = f"sd-unlearn evaluate --run {target}{_counts(case, concept)} --seed {seed}"
-    config = _quote(shown / run_folder.CONFIG)
-    train = [f"sd-unlearn train --config {config} --output_dir {place}"] if trained else []
-    return [*train, evaluate, f"sd-unlearn report --run {target}"]
+    trained = _train(folder)
+    target = _quote(_copy(folder) if trained else _shown(folder))
+    evaluate = f"sd-unlearn evaluate --run {target}{_counts(case, concept)} --seed {seed}"
+    return [*trained, evaluate, f"sd-unlearn report --run {target}"]
+
+
+def _train(folder: Path) -> list[str]:
+    """The command that repeats the training, into a copy; none without the training's options."""
+    config = _shown(folder) / run_folder.CONFIG
+    trained = (folder / run_folder.CONFIG).is_file()
+    return [f"sd-unlearn train --config {_quote(config)} --output_dir {_quote(_copy(folder))}"] if trained else []
 
 
 def _counts(case: Case, concept: Concept | None) -> str:
@@ -49,13 +48,14 @@ def _counts(case: Case, concept: Concept | None) -> str:
 
 
 def commands_of_evaluation(folder: Path) -> list[str]:
-    """The commands that repeat an evaluation of several LoRAs from its own record."""
+    """The commands that repeat an evaluation from its own record, and the training of the run that it evaluated."""
     if not (folder / run_folder.EVALUATION).is_file():
         return [f"sd-unlearn report --run {_quote(_shown(folder))}"]
-    options = _shown(folder) / run_folder.EVALUATION
-    copy = _quote(_copy(folder))
+    options, copy, trained = _shown(folder) / run_folder.EVALUATION, _quote(_copy(folder)), _train(folder)
+    run = f" --run {copy}" if trained else ""
     return [
-        f"sd-unlearn evaluate --config {_quote(options)} --output_dir {copy}",
+        *trained,
+        f"sd-unlearn evaluate --config {_quote(options)}{run} --output_dir {copy}",
         f"sd-unlearn report --run {copy}",
     ]
 

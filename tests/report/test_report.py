@@ -411,6 +411,16 @@ def test_commands_repeat_the_options_of_the_evaluation(folder):
     assert "evaluate --run" not in source
 
 
+def test_a_page_of_several_concepts_repeats_their_training(folder):
+    (folder / "evaluate.yaml").write_text("run: runs/seven\n")
+    results = make_results()
+    other = {**results["concepts"][0], "slug": "three", "name": "three"}
+    rows = [{**row, "concept": "three"} for row in results["rows"]]
+    source, _ = page_of(folder, concepts=[*results["concepts"], other], rows=[*results["rows"], *rows])
+    assert "sd-unlearn train --config seven/config.yaml --output_dir seven-again" in source
+    assert "evaluate --config seven/evaluate.yaml --run seven-again" in source
+
+
 def test_a_run_evaluated_on_another_concept_is_titled_after_that(folder):
     source, _ = page_of(folder, concept={"slug": "red-ink", "name": "red ink", "caption": "a digit in red ink"})
     assert "Forgetting “red ink”" in source
