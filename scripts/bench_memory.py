@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel
 
+from sd_unlearn.config.objective import LoraTargets
 from sd_unlearn.config.train import TrainConfig
 from sd_unlearn.io.reading import read_json
 from sd_unlearn.models import performance
@@ -35,6 +36,7 @@ from sd_unlearn.models.source import SINGLE_FILE_DIR, Source
 from sd_unlearn.models.student import make_student
 from sd_unlearn.training.optim import make_optimizer
 
+LAYERS: LoraTargets = "attention"  # of the runs on the page
 BASE = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 CELLS = [(pixels, on, images) for images, on, pixels in product((1, 2, 3, 4), (False, True), (128, 256))]
 
@@ -48,7 +50,7 @@ def status(key: str) -> int:
 def measure(pixels: int, checkpointing: bool, images: int) -> dict[str, float]:
     """Growth of this process in MiB: of the weights, and of the peak of the first step. Run it in a fresh process."""
     torch.set_num_threads(1)
-    options = TrainConfig(gradient_checkpointing=checkpointing)
+    options = TrainConfig(gradient_checkpointing=checkpointing, lora_targets=LAYERS)
     config = read_json(SINGLE_FILE_DIR / "sd1" / "unet" / "config.json")
     gc.collect()
     start = status("VmRSS")
@@ -73,7 +75,8 @@ def measure(pixels: int, checkpointing: bool, images: int) -> dict[str, float]:
 def predict(pixels: int, checkpointing: bool, images: int) -> dict[str, float]:
     """What the plan of a training says for the same: MiB of the weights and of the step's peak, without a VAE."""
     configs = read_configs(Source(BASE))
-    frozen, trained = count_inference(configs, "no", pixels), count_training(configs, StepOptions(), "no", pixels)
+    frozen = count_inference(configs, "no", pixels)
+    trained = count_training(configs, StepOptions(lora_targets=LAYERS), "no", pixels)
     step = Training(frozen, Device("cpu", "the CPU", 0), trained).step(images, checkpointing)
     return {"weights": frozen.network / MIB, "peak": (step.total - frozen.vae) / MIB}
 

@@ -95,7 +95,7 @@ def floor(setting: Setting, steps: int, work: Path) -> None:
     """The lower bound of a LoRA step: forward, backward and AdamW of a bare UNet, on tensors in memory."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     unet = UNet2DConditionModel.from_pretrained(setting.source / "unet").requires_grad_(False).eval().to(device)
-    model = lora.attach(unet, Weights(rank=RANK), lora.network_targets(unet, "attention"), 0)
+    model = lora.attach(unet, Weights(rank=RANK), lora.network_targets(unet, None), 0)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6, fused=True)
     noisy, target = torch.randn(2, setting.rows, 4, setting.side, setting.side, device=device)
     timesteps = torch.randint(0, 1000, (setting.rows,), device=device)

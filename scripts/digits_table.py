@@ -1,6 +1,6 @@
 """Unlearn each of the fifteen concepts of the bundled base with the defaults and print the table of docs/digits.md.
 
-    python scripts/digits_table.py                        # about an hour on two cores
+    python scripts/digits_table.py                        # one to two hours on two cores
     python scripts/digits_table.py --only seven red-ink   # some of the concepts
 
 Each run goes to runs/table/<concept>. Finished runs are not repeated, so an interrupted table can be continued with the

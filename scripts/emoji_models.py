@@ -187,8 +187,7 @@ def train_text(drawings: Drawings, tokenizer: CLIPTokenizer, settings: Settings,
     """Train a text encoder to predict what a caption's image shows, by cross-entropy.
 
     As in Stable Diffusion, the denoiser is then trained on a frozen text encoder, whose outputs tell the things apart
-    from its first step. A caption that does not name a style is as likely
-    in each, and so on, so its best prediction is uniform.
+    from its first step. A caption that does not name a style is as likely in each, so its best prediction is uniform.
     """
     torch.manual_seed(settings.seed)
     weights = sampling_weights(drawings)

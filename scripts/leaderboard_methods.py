@@ -31,28 +31,31 @@ class Method:
     trained: bool = True  # by random steps, so that seeds differ
 
 
+# The learning rate found for LoRAs on fewer layers than our defaults have.
+RATE: Mapping[str, Any] = {"learning_rate": 7e-4}
+ATTENTION: Mapping[str, Any] = {**RATE, "lora_targets": "attention"}
+
 METHODS: dict[str, Method] = {
     "pu": Method("ours", "the defaults of sd-unlearn train"),
-    "pu-layers": Method(
-        "ours, all layers",
-        "a LoRA on all linear and convolutional layers",
-        options={"lora_targets": "all_linear+conv", "learning_rate": 4e-4, "teacher_reuse": 5},
+    "pu-attention": Method(
+        "ours, attention only", "a LoRA on attention projections only", options={**ATTENTION, "teacher_reuse": 1}
     ),
-    "pu-robust": Method(
-        "ours, robust",
-        "--robust, with the fewer and faster steps it was tried with",
-        options={"robust": True, "teacher_reuse": 5, "max_train_steps": 300},
+    "pu-noise": Method(
+        "ours, noise as target",
+        "--target noise with a LoRA on attention projections only",
+        options={**ATTENTION, "target": "noise"},
     ),
-    "pu-noise": Method("ours, noise as target", "the defaults with --target noise", options={"target": "noise"}),
     "paper": Method(
         "the paper's setting",
         "Takahashi et al. 2025: all weights, noise as target, own captions; 2,000 steps as in docs/benchmarks.md",
         options=PAPER | {"beta": 0.2, "max_train_steps": 2000},
     ),
-    "esd-x": Method("ESD-x", "after Gandikota et al. 2023, eq. 7", options={"objective": "esd-x"}),
-    "esd-u": Method("ESD-u", "after Gandikota et al. 2023, eq. 7", options={"objective": "esd-u"}),
-    "anchor": Method("anchor", "after Kumari et al. 2023, eq. 5", options={"objective": "anchor"}),
-    "neggrad": Method("negative gradient", "gradient ascent on the concept", options={"objective": "neggrad"}),
+    "esd-x": Method("ESD-x", "after Gandikota et al. 2023, eq. 7", options={"objective": "esd-x", **RATE}),
+    "esd-u": Method("ESD-u", "after Gandikota et al. 2023, eq. 7", options={"objective": "esd-u", **RATE}),
+    "anchor": Method("anchor", "after Kumari et al. 2023, eq. 5", options={"objective": "anchor", **ATTENTION}),
+    "neggrad": Method(
+        "negative gradient", "gradient ascent on the concept", options={"objective": "neggrad", **ATTENTION}
+    ),
     "uce": Method("UCE", "after Gandikota et al. 2024, eq. 7", options={"objective": "uce"}, trained=False),
     "speed": Method("SPEED", "null-space projection of the edit", options={"objective": "speed"}, trained=False),
     "rece": Method("RECE", "UCE, repeated on what it left", options={"objective": "rece"}, trained=False),
@@ -64,7 +67,7 @@ METHODS: dict[str, Method] = {
 
 # The settings that `leaderboard_search.py` tries for the trained baselines; first that of the paper.
 SEARCH: dict[str, tuple[dict[str, Any], ...]] = {
-    "anchor": ({}, {"learning_rate": 2e-3}),
+    "anchor": ({}, {"learning_rate": 2e-3}, {"lora_targets": "all_linear+conv"}),
     "neggrad": ({}, {"forget_weight": 0.3}, {"forget_weight": 0.1}),
 }
 

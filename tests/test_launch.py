@@ -134,7 +134,8 @@ def test_torchrun_with_two_processes_trains_the_lora_of_one(
     one, two = (load_file(Path(name, "adapter/adapter_model.safetensors")) for name in ("one", "two"))
     assert one.keys() == two.keys()
     ours, theirs = (torch.cat([lora[name].flatten() for name in sorted(lora)]) for lora in (one, two))
-    assert (ours - theirs).abs().max() <= 1e-5
+    # a step moves weights by up to 1e-2, and AdamW amplifies rounding where gradients are tiny
+    assert (ours - theirs).abs().max() <= 5e-5
     assert ours.abs().max() > 1e-2
 
 

@@ -165,14 +165,15 @@ def test_each_factor_is_trained_and_evaluated_and_the_record_is_written_last(
     folders = ["factor-0.5", "factor-1", "factor-2"]
     assert names(done) == [f"{verb} {f}" for verb in ("train", "evaluate") for f in folders]
     configs = [c for verb, c in done if verb == "train"]
-    assert [(c.beta, c.push, c.learning_rate) for c in configs] == [(0.1, 1, 0.125), (0.2, 2, 0.125), (0.4, 4, 0.125)]
+    scaled = [(c.beta, c.push, c.learning_rate) for c in configs]
+    assert scaled == [(0.1, 1.25, 0.125), (0.2, 2.5, 0.125), (0.4, 5, 0.125)]
     assert all((c.beta_sweep, c.data_dir, c.overwrite) == (None, Path("data/brad-pitt"), False) for c in configs)
     assert [c for verb, c in done if verb == "evaluate"] == [EvaluateConfig(run=Path("out") / f) for f in folders]
     assert page == Path("out/sweep.html")
     assert order[-4:] == ["sweep.csv", "sweep.md", "sweep.html", "sweep.json"]
     record = read_json(Path("out/sweep.json"))
-    assert (record["schema_version"], record["factors"], record["beta"], record["push"]) == (1, [0.5, 1, 2], 0.2, 2.0)
-    assert [(r["folder"], r["beta"], r["push"]) for r in record["runs"]][0] == ("factor-0.5", 0.1, 1.0)
+    assert (record["schema_version"], record["factors"], record["beta"], record["push"]) == (1, [0.5, 1, 2], 0.2, 2.5)
+    assert [(r["folder"], r["beta"], r["push"]) for r in record["runs"]][0] == ("factor-0.5", 0.1, 1.25)
     assert {row["metric"] for run in record["runs"] for row in run["rows"]} == {"leakage", "retention"}
     assert record["runs"][0]["rows"][1]["high"] == 0.6
 

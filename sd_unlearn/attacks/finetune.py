@@ -48,9 +48,9 @@ def fine_tune(
     base, generator = target.base, target.generator(name, restart)
     text = encode_captions(base, samples.captions).cpu()
     caption = encode_captions(base, [target.concept.caption])
-    network, options = base.network, Weights(rank=settings.rank)
-    targets = lora.network_targets(network, options.lora_targets)
-    adapter = lora.attach(network, options, targets, ATTACK_SEEDS[0] + restart).to(base.device)
+    network = base.network
+    targets = lora.network_targets(network, "attention")
+    adapter = lora.attach(network, Weights(rank=settings.rank), targets, ATTACK_SEEDS[0] + restart).to(base.device)
     try:
         parameters = [parameter for parameter in adapter.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate)

@@ -134,7 +134,7 @@ def _check_objective(config: TrainConfig) -> None:
             "--robust learns the input of a text encoder that does not change. Leave out --robust or "
             "--train_text_encoder."
         )
-    if config.teacher_reuse > 1 and config.target == "noise":
+    if (config.teacher_reuse or 1) > 1 and config.target == "noise":
         raise UsageError(f"--teacher_reuse {config.teacher_reuse} needs --target teacher; --target is noise.")
     if config.objective in ("supervised", "unsupervised"):
         _check_baseline(config)

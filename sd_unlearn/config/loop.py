@@ -31,7 +31,7 @@ class Optimizing:
     """Optimizer, learning rate schedule and amount of training."""
 
     max_train_steps: Annotated[int, option("Number of training steps.", START, Count)] = 500
-    learning_rate: Annotated[float, option("Peak learning rate.", OPTIMIZER, POSITIVE)] = 7e-4
+    learning_rate: Annotated[float, option("Peak learning rate.", OPTIMIZER, POSITIVE)] = 4e-4
     optimizer: Annotated[
         Literal["adamw", "adamw8bit"],
         option("AdamW, or AdamW with 8-bit states (extra 8bit: pip install 'sd-unlearn[8bit]').", OPTIMIZER),

@@ -18,6 +18,7 @@ from sd_unlearn.config.options import (
 Method = Literal["lora", "full"]
 LoraTargets = Literal["attention", "cross_attention", "attention+mlp", "all_linear+conv", "not_cross_attention"]
 TimestepSampling = Literal["shift", "uniform", "logit_normal"]
+REUSE = 5  # default of --teacher_reuse
 
 OBJECTIVE = Group("Objective", sort_key=1)
 WEIGHTS = Group("Trained weights", sort_key=2)
@@ -91,23 +92,24 @@ class Objective:
         ),
     ] = "teacher"
     teacher_reuse: Annotated[
-        int,
+        int | None,
         option(
             "Use the images and noise of each step N times within a few hundred steps, so that the base predicts for "
-            "them only once (with --target teacher). Higher values make training faster with fewer samples of noise.",
+            "them only once (with --objective pu and --target teacher). Higher values make training faster with fewer "
+            f"samples of noise. Default: {REUSE}; 1 for several concepts at once.",
             OBJECTIVE,
             Count,
         ),
-    ] = 1
+    ] = None
     push: Annotated[
         float,
         option(
-            "How strongly the model is pushed away from the concept (with --target teacher). Higher values erase more "
-            "but preserve less.",
+            "How far predictions of the concept are pushed beyond those of the generic caption, where 1 is the "
+            "distance between the two (with --target teacher). Higher values erase more but preserve less.",
             START,
             POSITIVE,
         ),
-    ] = 2.0
+    ] = 2.5
     robust: Annotated[
         bool,
         option(
@@ -176,9 +178,9 @@ class Weights:
         LoraTargets | None,
         option(
             "UNet layers with a LoRA: attention projections, cross-attention projections, attention and feed-forward "
-            "layers, all linear and convolutional layers, or all of these outside cross-attention. With more layers, "
-            "prompts and fine-tuning often bring the concept back less easily; similar concepts may suffer. Default: "
-            "attention; cross_attention with --objective esd-x and not_cross_attention with esd-u.",
+            "layers, all linear and convolutional layers, or all of these outside cross-attention. With fewer layers, "
+            "prompts and fine-tuning bring the concept back more easily. Default: all_linear+conv; attention+mlp "
+            "for SD 3 and FLUX, cross_attention with --objective esd-x and not_cross_attention with esd-u.",
             WEIGHTS,
         ),
     ] = None

@@ -1,13 +1,13 @@
 """Options of `train`, in groups as --help_all shows them. Imports no torch."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 from sd_unlearn.choices import ObjectiveName
 from sd_unlearn.config.base import RenderConfig
 from sd_unlearn.config.loop import LoopOptions, Performance
-from sd_unlearn.config.objective import LoraTargets, Noise, Objective, Weights
+from sd_unlearn.config.objective import REUSE, LoraTargets, Noise, Objective, Weights
 from sd_unlearn.config.options import (
     GENERAL,
     START,
@@ -37,6 +37,13 @@ class TrainConfig(Performance, LoopOptions, Noise, Weights, Objective, RenderCon
 TARGETS_OF: dict[ObjectiveName, LoraTargets] = {"esd-x": "cross_attention", "esd-u": "not_cross_attention"}
 
 
-def with_lora_targets(config: TrainConfig) -> TrainConfig:
-    """The options with the layers that get a LoRA filled in."""
-    return replace(config, lora_targets=config.lora_targets or TARGETS_OF.get(config.objective, "attention"))
+def default_lora_targets(objective: ObjectiveName, is_flow: bool) -> LoraTargets:
+    """The layers that get a LoRA if --lora_targets is not given. is_flow: the base has a transformer (SD 3, FLUX)."""
+    return TARGETS_OF.get(objective, "attention+mlp" if is_flow else "all_linear+conv")
+
+
+def resolve_teacher_reuse(config: TrainConfig, concepts: int) -> int:
+    """How often the images and noise of a step are used, given or by default. concepts: at once."""
+    if config.teacher_reuse is not None:
+        return config.teacher_reuse
+    return REUSE if (config.objective, config.target, concepts) == ("pu", "teacher", 1) else 1

@@ -17,7 +17,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from sd_unlearn.config.loop import Attention, Quantization
 from sd_unlearn.config.objective import LoraTargets
-from sd_unlearn.config.train import TrainConfig
+from sd_unlearn.config.train import TARGETS_OF, TrainConfig, resolve_teacher_reuse
 from sd_unlearn.models.counting import DeviceKernels, LiveBytes, SavedBytes
 from sd_unlearn.models.denoiser import Denoiser
 from sd_unlearn.models.diffusion import Diffusion
@@ -88,7 +88,7 @@ class StepOptions(NamedTuple):
     lora_alpha: float | None = None
     lora_dropout: float = 0.0
     use_dora: bool = False
-    lora_targets: LoraTargets | None = "attention"
+    lora_targets: LoraTargets | None = None
     train_text_encoder: bool = False
     attention: Attention = "sdpa"
     optimizer: str = "adamw"
@@ -100,7 +100,11 @@ class StepOptions(NamedTuple):
 
     @classmethod
     def of(cls, config: TrainConfig) -> StepOptions:
-        return cls(*(getattr(config, name) for name in cls._fields))
+        options = cls(*(getattr(config, name) for name in cls._fields))
+        return options._replace(
+            lora_targets=config.lora_targets or TARGETS_OF.get(config.objective),
+            teacher_reuse=resolve_teacher_reuse(config, concepts=1),
+        )
 
 
 @cache

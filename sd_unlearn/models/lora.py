@@ -10,6 +10,7 @@ from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 
 from sd_unlearn.config.objective import LoraTargets, Weights
+from sd_unlearn.config.train import default_lora_targets
 from sd_unlearn.errors import UsageError
 from sd_unlearn.io.files import atomic_path, write_json
 from sd_unlearn.io.reading import read_json
@@ -73,12 +74,13 @@ def attach_factors(network: nn.Module, factors: dict[str, tuple[Tensor, Tensor]]
 def network_targets(network: nn.Module, group: LoraTargets | None) -> list[str]:
     """Names of the modules of a UNet or transformer that a choice of --lora_targets selects.
 
-    group: None for the attention projections.
+    group: None for the default of --objective pu.
 
     Raises:
         UsageError: the network has no such layers.
     """
     is_joint = any(name.endswith(f".{CONTEXT[1]}") for name, _ in network.named_modules())
+    group = group or default_lora_targets("pu", is_joint)
     if is_joint and group in WITHOUT_JOINT_ATTENTION:
         raise UsageError(
             f"--lora_targets {group} needs a base with cross-attention; SD 3 and FLUX have joint attention. Use "
@@ -87,7 +89,7 @@ def network_targets(network: nn.Module, group: LoraTargets | None) -> list[str]:
     if group in ("all_linear+conv", "not_cross_attention"):
         layers = [name for name, module in network.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
         return layers if group == "all_linear+conv" else [name for name in layers if ".attn2." not in name]
-    return _matching(network, (JOINT_TARGETS if is_joint else TARGETS)[group or "attention"])
+    return _matching(network, (JOINT_TARGETS if is_joint else TARGETS)[group])
 
 
 def text_encoder_targets(text_encoder: nn.Module) -> list[str]:

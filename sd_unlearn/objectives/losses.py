@@ -29,10 +29,11 @@ def example_losses(
 
     unlabeled: |f - f*|^2. Where the base is optimal for its own images, f* = E[eps | x_t], so |f - eps|^2 and
         |f - f*|^2 differ in expectation by a constant: the same mean gradient without the variance of the noise.
-    positive: push * 2 <f - f0, f0 - f*>, the first-order growth of |f - f*|^2 as f leaves f0. A bracket subtracts this
-        loss, and a negated square has no minimum: it would drive f away from f* in any direction. Linearised, the
-        bracket is convex (the convex-concave procedure), with its minimum at f = f0 + push beta p_S / p_U (f0 - f*),
-        to first order the prediction of p_N = (p_U - beta p_S) / (1 - beta). So f moves in the intended direction only.
+    positive: g 2 <f - f0, f0 - f*>, g times the first-order growth of |f - f*|^2 as f leaves f0. A bracket subtracts
+        this loss, and a negated square has no minimum: it would drive f away from f* in any direction. Linearised, the
+        bracket is convex (the convex-concave procedure), with its minimum at f = f0 + g beta p_S / p_U (f0 - f*), to
+        first order the prediction of p_N = (p_U - beta p_S) / (1 - beta). So f moves in the intended direction only.
+        g follows from how far positives have moved and how far they should (`Movement.pull`), and contains 1 / beta.
     keep images: |f - f*|^2, also as the value, since its optimum is zero. f* is shifted by `Teacher.offset`.
     """
     noisy, target = noised(denoiser, batch)
@@ -43,13 +44,13 @@ def example_losses(
     # Before the prediction: DDP fails if the adapter is switched between a forward and its backward pass.
     teacher_target, reference = _teach(teacher, noisy, batch)
     predicted = denoiser.predict(noisy, batch.timesteps, batch.text)
-    if teacher.movement:
-        teacher.movement.add(predicted - teacher_target, reference, batch, teacher.generic)
+    teacher.movement.add(predicted - teacher_target, reference, batch, teacher.generic)
     against_noise = per_example_loss(predicted, target, reduction)
     distance = per_example_loss(predicted, teacher_target, reduction)
     along = 2 * (predicted.float() * reference).flatten(1).sum(1) / (1 if reduction == "sum" else reference[0].numel())
     is_keep = batch.caption_group == NO_GROUP
-    followed = torch.where(batch.is_positive & ~is_keep, teacher.push * along, distance)
+    pull = teacher.weight * teacher.movement.pull(teacher.push)
+    followed = torch.where(batch.is_positive & ~is_keep, pull * along, distance)
     value = torch.where(is_keep, followed, against_noise).detach()
     return scale * (value + followed - followed.detach())
 

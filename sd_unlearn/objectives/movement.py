@@ -1,5 +1,4 @@
-"""How far the student has moved from the frozen base, relative to the effect of captions: numbers without a unit, which
-mean the same on every base, resolution and objective of the loss."""
+"""How far the student has moved from the frozen base, relative to the effect of captions, and how hard to push it."""
 
 from __future__ import annotations
 
@@ -11,9 +10,15 @@ from torch import Tensor
 
 from sd_unlearn.data.batch import NO_GROUP, Batch
 
+GAIN = 4.0  # of the controller: concepts then come about equally far, 80 to 90 % of --push
+MAX_PULL = 1.2  # times --push: at the start, and while a concept resists
+SPILLOVER = (0.25, 0.5)  # above the first the pull falls, to zero at the second
+SMOOTHING = 0.9  # of a moving average over steps: one step has few positives
+
 
 class Movement:
-    """Sums over the rows of a step, which add up over its micro-batches and processes.
+    """Measures the movement of each step, in sums that add up over its micro-batches and processes, and derives from
+    it how hard the next step is to push. The numbers have no unit and mean the same on every base and resolution.
 
     Let f be the student's prediction, f* the base's under the caption that the image was generated from, f0 and fe the
     base's under the generic and the empty caption.
@@ -26,10 +31,11 @@ class Movement:
     """
 
     def __init__(self) -> None:
-        self._sums: Tensor | None = None  # [4]: the sums above, numerators and denominators in turn
+        self._sums: Tensor | None = None  # [4], of this process: the sums above, numerators and denominators in turn
+        self.smoothed: Tensor | None = None  # [2]: moved and squared spillover; NaN if no image tells
 
-    def reset(self) -> None:
-        """Forget the last step."""
+    def start_step(self) -> None:
+        """Forget what was added since the last step."""
         self._sums = None
 
     @torch.no_grad()
@@ -50,15 +56,37 @@ class Movement:
         sums = torch.stack([torch.where(w, x, 0).sum() for w, x in (*of_rows, (is_captioned_keep, size))])
         self._sums = sums if self._sums is None else self._sums + sums
 
-    def read(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        """{moved, spillover} of the step; NaN without such rows. Waits for the device.
+    def end_step(self, reduce: Callable[[Tensor], Tensor]) -> None:
+        """Take what was added as the whole step. Does not wait for the device.
 
         reduce: adds up, or averages, over processes. All of them have to call this.
         """
         if self._sums is None:
+            return
+        sums = reduce(self._sums)
+        over, below = sums[::2], sums[1::2]
+        seen = over / below.clamp(min=torch.finfo(below.dtype).tiny)
+        before = torch.full_like(seen, math.nan) if self.smoothed is None else self.smoothed
+        after = torch.where(before.isnan(), seen, torch.lerp(seen, before, SMOOTHING))
+        self.smoothed = torch.where(below > 0, after, before)
+
+    def pull(self, push: float) -> Tensor | float:
+        """The weight of positives, in [0, MAX_PULL * push]: proportional to what is left of the way to 1 + push, and
+        less if other images change much.
+
+        A constant weight moves concepts by different amounts, in proportion to p_S / p_U (`losses.example_losses`):
+        what suits most digits then damages the neighbours of an ink.
+        """
+        if self.smoothed is None:
+            return min(GAIN * (1 + push), MAX_PULL * push)
+        moved, squared = self.smoothed.nan_to_num(0)
+        low, high = SPILLOVER
+        bound = ((high - squared.sqrt()) / (high - low)).clamp(0, 1)
+        return bound * (GAIN * (1 + push - moved)).clamp(0, MAX_PULL * push)
+
+    def read(self) -> dict[str, float]:
+        """{moved, spillover}, smoothed over the last steps; NaN without such images. Waits for the device."""
+        if self.smoothed is None:
             return {}
-        along, size, changed, captions = reduce(self._sums).tolist()
-        return {
-            "moved": along / size if size else math.nan,
-            "spillover": math.sqrt(changed / captions) if captions else math.nan,
-        }
+        moved, squared = self.smoothed.tolist()
+        return {"moved": moved, "spillover": math.sqrt(squared)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -45,10 +45,11 @@ class Teacher:
     generic: Tensor
     empty: Tensor
     guidance_scale: float  # at which images are generated, >= 1; 1 if the base uses no classifier-free guidance
-    push: float = 1.0  # multiplies the gradient on positives
+    push: float = 1.0  # how far beyond the generic prediction positives should move, see Movement
+    weight: float = 1.0  # of positives; 1 / beta makes their pull independent of beta
     batch_size: int | None = None  # rows of one prediction; None: all
     bank: PredictionBank | None = None  # for batches that are repeated
-    movement: Movement | None = None  # measured while training
+    movement: Movement = field(default_factory=Movement)
 
     @torch.no_grad()
     def predict(self, noisy: Tensor, timesteps: Tensor, text: Tensor) -> Tensor:

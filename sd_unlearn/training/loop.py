@@ -12,7 +12,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,7 @@ class Training:
     identity: dict[str, Any]  # what a resumed run must have in common with this one
     preview: Callable[[int], None] | None = None  # called with the step
     probe: Probe | None = None
-    movement: Movement = field(default_factory=Movement)  # of a step; the losses add to it
+    movements: Sequence[Movement] = ()  # of each turn; the losses add to them. None without a teacher
 
 
 def fit(options: LoopOptions, training: Training, resume: Path | None = None) -> TrainingState:
@@ -74,7 +74,8 @@ def fit(options: LoopOptions, training: Training, resume: Path | None = None) ->
     """
     accelerator, total = training.accelerator, options.max_train_steps
     state = TrainingState.start(
-        options, training.student, training.batches, training.objectives, accelerator, training.batching
+        *(options, training.student, training.batches, training.objectives, training.movements),
+        *(accelerator, training.batching),
     )
     if resume:
         state.load(resume, options)
@@ -89,14 +90,12 @@ def fit(options: LoopOptions, training: Training, resume: Path | None = None) ->
         reset_peak_memory()
         speed = Throughput(training.batches.images_per_step, state.step)
         for step, batch in zip(range(state.step + 1, last + 1), training.batches, strict=False):
-            training.movement.reset()
             metrics, norm = state.take_step(
                 training.wrapped, training.losses, batch, options.max_grad_norm, log.write_note
             )
             state.step, state.seconds = step, time.monotonic() - started
             if due(step, LOG_EVERY) or step == total or due(step, options.gradient_share_steps):
-                moved = training.movement.read(accelerator.reduce)
-                logged = _step_metrics(state, metrics, norm) | moved | speed.read(step)
+                logged = _step_metrics(state, metrics, norm, batch.turn) | speed.read(step)
                 with speed.paused():
                     log.write(logged | _shares(options, training, state, batch))
                 _check_skipped(options, training, state)
@@ -129,7 +128,7 @@ def _should_save(options: LoopOptions, state: TrainingState) -> bool:
     return due(state.step, options.checkpointing_steps) and not (state.stopped or state.last_step_skipped())
 
 
-def _step_metrics(state: TrainingState, metrics: Tensor, norm: Tensor) -> dict[str, float]:
+def _step_metrics(state: TrainingState, metrics: Tensor, norm: Tensor, turn: int) -> dict[str, float]:
     """The logged metrics of a step. .tolist() waits for the device."""
     assert state.brackets is not None
     values = torch.cat([state.optimizer.skipped[:1], norm.float().view(1), metrics, state.brackets]).tolist()
@@ -137,6 +136,7 @@ def _step_metrics(state: TrainingState, metrics: Tensor, norm: Tensor) -> dict[s
     logged = dict(zip(LOGGED, values[2 : 2 + len(LOGGED)], strict=True))
     logged["ratio"] = logged["mean_s"] / logged["mean_u"] if logged["mean_u"] else math.nan  # some steps have no U
     logged["negative_brackets"] = sum(bracket < 0 for bracket in brackets)
+    logged |= state.movements[turn].read() if state.movements else {}
     rate = state.schedule.get_last_lr()[0]
     return {"step": state.step, **logged, "lr": rate, "grad_norm": grad_norm, "skipped_steps": skipped}
 
@@ -147,11 +147,12 @@ def _shares(options: LoopOptions, training: Training, state: TrainingState, batc
         return {}
     assert state.brackets is not None
     batching, model = state.batching, training.student.model
+    stored = replace(batch, is_repeated=True)  # the step has stored the base's predictions, if they are stored at all
     try:
         shares = gradient_shares(
             lambda part: training.losses(model, part, batching.teacher_batch_size),
             state.objectives[batch.turn],
-            batch.to(training.accelerator.device),
+            stored.to(training.accelerator.device),
             batching.micro_batch_size,
             state.brackets,
             state.parameters,

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from sd_unlearn.choices import CLOSED_FORM
 from sd_unlearn.config.checks import check_train
-from sd_unlearn.config.train import TrainConfig, with_lora_targets
+from sd_unlearn.config.train import TrainConfig, default_lora_targets
 from sd_unlearn.data.concept import Concept
 from sd_unlearn.data.dataset import (
     Example,
@@ -156,7 +156,7 @@ def check_kind(config: TrainConfig, kind: str | None, name: str) -> None:
         raise UsageError(f"--method full: {what} has billions of weights. Train a LoRA (--method lora).")
     if config.attention != "sdpa":
         raise UsageError(f"--attention {config.attention}: {what} uses torch's own attention. Use --attention sdpa.")
-    targets = with_lora_targets(config).lora_targets
+    targets = config.lora_targets or default_lora_targets(config.objective, is_flow=True)
     if targets in ("cross_attention", "not_cross_attention") or config.objective in CLOSED_FORM:
         option = f"--lora_targets {targets}" if config.lora_targets else f"--objective {config.objective}"
         raise UsageError(

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from sd_unlearn.config.batching import Batching, effective_batch_size
-from sd_unlearn.config.train import TrainConfig
+from sd_unlearn.config.train import TrainConfig, default_lora_targets, resolve_teacher_reuse
 from sd_unlearn.data.batch import Batch
 from sd_unlearn.data.batches import EncodedImages, NoiseSampling, Sharding, StratifiedBatches
 from sd_unlearn.data.concept import Concept
@@ -26,10 +26,10 @@ from sd_unlearn.models import performance
 from sd_unlearn.models.base import Base
 from sd_unlearn.models.denoiser import Denoiser
 from sd_unlearn.models.diffusion import Process
+from sd_unlearn.models.kinds import KINDS
 from sd_unlearn.models.sampling import resolve_sampler
 from sd_unlearn.models.source import DIGITS
 from sd_unlearn.models.student import Student, make_student
-from sd_unlearn.objectives.movement import Movement
 from sd_unlearn.objectives.registry import make_losses, make_objective
 from sd_unlearn.objectives.teacher import PredictionBank, Teacher
 from sd_unlearn.seeds import TRAIN_SEEDS
@@ -62,6 +62,8 @@ def resolve_defaults(config: TrainConfig, base: Base, data: Data, processes: int
         effective_batch_size=effective_batch_size(config, processes),
         gradient_accumulation_steps=None if config.train_batch_size else config.gradient_accumulation_steps,
         guidance_scale=resolve_sampler(config, base.name).guidance_scale,
+        lora_targets=config.lora_targets or default_lora_targets(config.objective, KINDS[base.kind].is_flow),
+        teacher_reuse=resolve_teacher_reuse(config, len(data.turns)),
         lora_alpha=float(config.rank if config.lora_alpha is None else config.lora_alpha),
         unconditional=default if config.unconditional is None else config.unconditional,
         pretrained_model_name_or_path=base.name,
@@ -112,11 +114,10 @@ def make_training(
     in_turn = samplers[0] if len(samplers) == 1 else InTurn(samplers, seed)
     steps: Steps = in_turn
     teachers = [_make_teacher(config, turn, data, student, denoiser, base) for turn in data.turns if has_teacher]
-    movement = Movement()
-    teachers = [dataclasses.replace(teacher, movement=movement) for teacher in teachers]
-    if teachers and config.teacher_reuse > 1:
+    repeats = config.teacher_reuse or 1
+    if teachers and repeats > 1:
         _check_equal_sizes(samplers)
-        steps = RepeatedBatches(in_turn, REPEATED_STEPS, config.teacher_reuse)
+        steps = RepeatedBatches(in_turn, REPEATED_STEPS, repeats)
         bank = PredictionBank()
         teachers = [dataclasses.replace(teacher, bank=bank) for teacher in teachers]
 
@@ -145,7 +146,7 @@ def make_training(
         identity,
         preview,
         probe,
-        movement,
+        [teacher.movement for teacher in teachers],
     )
 
 
@@ -210,7 +211,7 @@ def _make_teacher(
     """The teacher of a concept's steps."""
     generic, empty = (data.images.text[caption].to(base.device) for caption in (turn.concept.generic, ""))
     guidance = max(1.0, config.guidance_scale or 1.0) if base.properties.uses_guidance else 1.0
-    return Teacher(denoiser, student.frozen, generic, empty, guidance, config.push / sum(turn.betas))
+    return Teacher(denoiser, student.frozen, generic, empty, guidance, config.push, 1 / sum(turn.betas))
 
 
 def _make_generator(config: TrainConfig, base: Base, data: Data, student: Student) -> ImageGenerator | None:

@@ -22,6 +22,7 @@ from sd_unlearn.errors import reason
 from sd_unlearn.models.memory_errors import is_out_of_memory
 from sd_unlearn.models.student import Student
 from sd_unlearn.objectives.base import Objective
+from sd_unlearn.objectives.movement import Movement
 from sd_unlearn.training import checkpoint
 from sd_unlearn.training.gradients import accumulate_gradients
 from sd_unlearn.training.memory import CannotRepeat, OutOfMemoryInStep, describe_change, together
@@ -45,6 +46,7 @@ class TrainingState:
     student: Student
     batches: Steps
     objectives: Sequence[Objective]  # of each turn (Batch.turn)
+    movements: Sequence[Movement]  # of each turn; none without a teacher
     parameters: list[nn.Parameter]
     optimizer: GuardedSteps
     schedule: Any
@@ -69,6 +71,7 @@ class TrainingState:
         student: Student,
         batches: Steps,
         objectives: Sequence[Objective],
+        movements: Sequence[Movement],
         accelerator: Accelerator,
         batching: Batching,
     ) -> TrainingState:
@@ -78,7 +81,8 @@ class TrainingState:
         optimizer = GuardedSteps(accelerator.prepare(inner), accelerator.scaler, accelerator.device)
         average = MovingAverage(parameters, options.ema_decay) if options.ema_decay else None
         student.set_checkpointing(batching.gradient_checkpointing)
-        return cls(accelerator, student, batches, objectives, parameters, optimizer, schedule, average, batching)
+        moving = (objectives, movements, parameters, optimizer, schedule, average)
+        return cls(accelerator, student, batches, *moving, batching)
 
     def take_step(
         self,
@@ -128,6 +132,9 @@ class TrainingState:
         objective, previous = self.objectives[batch.turn], self.brackets
         if previous is not None and len(previous) != objective.num_brackets:
             previous = None  # of another turn, or from before --force_resume
+        movement = self.movements[batch.turn] if self.movements else None
+        if movement:
+            movement.start_step()
         found = accumulate_gradients(
             self.accelerator,
             model,
@@ -137,6 +144,8 @@ class TrainingState:
             size,
             previous,
         )
+        if movement:
+            movement.end_step(self.accelerator.reduce)
         if self.step == 0:
             together(self.accelerator, self.optimizer.reserve)
         return found
@@ -195,6 +204,7 @@ class TrainingState:
             "sampler": self.batches.state_dict(),
             "average": self.average.state_dict() if self.average else None,
             "brackets": self.brackets,
+            "moved": [movement.smoothed for movement in self.movements],
             "skipped": self.optimizer.skipped,
             "progress": {name: getattr(self, name) for name in PROGRESS},
         }
@@ -221,6 +231,8 @@ class TrainingState:
         self.optimizer.skipped = state["skipped"].to(device)
         brackets = state["brackets"]  # --force_resume may have changed the number of caption groups
         self.brackets = None if brackets is None else brackets.to(device)
+        for movement, smoothed in zip(self.movements, state["moved"], strict=False):
+            movement.smoothed = None if smoothed is None else smoothed.to(device)
         for name, value in state["progress"].items():
             setattr(self, name, value)
         if self.beta is not None:

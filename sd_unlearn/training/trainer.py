@@ -17,7 +17,7 @@ from sd_unlearn.choices import CLOSED_FORM
 from sd_unlearn.config.batching import Batching, default_batching, with_options
 from sd_unlearn.config.checks import unused_options
 from sd_unlearn.config.paths import recorded
-from sd_unlearn.config.train import TrainConfig, with_lora_targets
+from sd_unlearn.config.train import TrainConfig
 from sd_unlearn.data.concept import Concept, describe_anchored
 from sd_unlearn.data.dataset import fingerprint
 from sd_unlearn.data.photos import CACHE_DIR
@@ -57,7 +57,6 @@ def run(config: TrainConfig, concept: Concept | None = None) -> Path:
         Interrupted: Ctrl-C, SIGTERM or SIGHUP while training; a checkpoint was saved.
     """
     inputs = check_inputs(config, concept)
-    config = with_lora_targets(config)
     output = config.output_dir or Path("runs") / inputs.concept.slug
     check_apart(inputs.data_dir, output)
     check_output(config, output)

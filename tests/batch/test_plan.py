@@ -59,7 +59,7 @@ def test_an_address_depends_on_what_determines_the_result_only(make: Callable[..
 
     first = ids()
     assert ids(options={"checkpointing_steps": 1, "train_batch_size": 2}, name="other", workers=7) == first
-    same, other = ids(options={"push": 2.0}), ids(options={"push": 3.0})  # 2 is the default
+    same, other = ids(options={"push": 2.5}), ids(options={"push": 3.0})  # 2.5 is the default
     assert same == first
     assert other["render"] == first["render"]
     assert (other["train"], other["evaluate"]) != (first["train"], first["evaluate"])

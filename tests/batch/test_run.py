@@ -75,7 +75,7 @@ def test_a_second_run_does_only_what_is_missing(
     assert stages(engines[1]) == ["train"]
 
     # another list shares the images and the training that are equal
-    write_list(tmp_path / "more.yaml", tiny_base, concepts=concepts[:1], grid={"push": [2.0, 3.0]})
+    write_list(tmp_path / "more.yaml", tiny_base, concepts=concepts[:1], grid={"push": [2.5, 3.0]})
     assert cli.main(["batch", str(tmp_path / "more.yaml")]) == 0
     assert stages(engines[2]) == ["train"]
     first, second = table(tmp_path / "runs/batch/lists/more/jobs.csv")

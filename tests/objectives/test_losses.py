@@ -18,12 +18,13 @@ from sd_unlearn.models.denoiser import Denoiser
 from sd_unlearn.models.diffusion import Diffusion, add_noise, min_snr_weight, per_example_loss, training_target
 from sd_unlearn.models.student import make_student
 from sd_unlearn.objectives.losses import example_losses
+from sd_unlearn.objectives.movement import MAX_PULL
 from sd_unlearn.objectives.teacher import PredictionBank, Teacher
 from sd_unlearn.risk import NORMAL, UNLABELED
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 MIXED = [NO_GROUP, 0, 0, NO_GROUP, 1, 1, NO_GROUP]
-GUIDANCE, PUSH = 3.0, 2.5
+GUIDANCE, PUSH, WEIGHT = 3.0, 1.7, 2.5
 
 
 @pytest.fixture(params=["epsilon", "v_prediction"])
@@ -75,7 +76,7 @@ class Step:
         self.denoiser = Denoiser.of(base, self.model)
         schedule = base.pipeline.scheduler.alphas_cumprod
         self.target = training_target(latents, noise, timesteps, schedule, base.prediction_type)  # type: ignore[arg-type]
-        self.teacher = Teacher(self.denoiser, self.student.frozen, generic, empty, GUIDANCE, PUSH)
+        self.teacher = Teacher(self.denoiser, self.student.frozen, generic, empty, GUIDANCE, PUSH, WEIGHT)
 
     @torch.no_grad()
     def ask(self, text: Tensor) -> Tensor:
@@ -131,7 +132,7 @@ def test_with_a_teacher_value_and_gradient_belong_to_different_losses(
     elements = 1 if reduction == "sum" else step.noisy[0].numel()
     away = step.base_generic - step.base_prediction
     along = 2 * ((step.predict() - step.base_generic) * away).sum((1, 2, 3)) / elements
-    for mask, followed in ((step.positive, PUSH * along), (~step.positive, distance)):
+    for mask, followed in ((step.positive, WEIGHT * PUSH * MAX_PULL * along), (~step.positive, distance)):
         close(step.gradients(got[mask]), step.gradients(followed[mask]))
         assert any(
             (a - b).abs().max() > 1e-6
@@ -146,13 +147,13 @@ def close(ours: list[Tensor], theirs: list[Tensor]) -> None:
 
 
 def test_the_push_is_the_first_order_of_the_subtracted_loss(loaded_base: Base) -> None:
-    """Where the prediction is the base's under the generic caption, both gradients are the same up to the push."""
+    """Where the prediction is the base's under the generic caption, both gradients are the same up to the weight."""
     step = Step(loaded_base, learned=False)  # predicts the same as the base
     generic = step.teacher.generic.expand(len(MIXED), -1, -1)
     batch = dataclasses.replace(step.batch, text=generic)
     got = example_losses(step.denoiser, batch, "sum", step.teacher)
     square = per_example_loss(step.denoiser.predict(step.noisy, batch.timesteps, generic), step.base_prediction)
-    close(step.gradients(got[step.positive]), step.gradients(PUSH * square[step.positive]))
+    close(step.gradients(got[step.positive]), step.gradients(WEIGHT * PUSH * MAX_PULL * square[step.positive]))
 
 
 def test_the_offset_preserves_the_guided_prediction(loaded_base: Base) -> None:

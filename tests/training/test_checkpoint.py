@@ -260,7 +260,7 @@ def test_a_run_killed_while_its_folder_is_created_can_be_started_again(
     ("change", "message"),
     [
         ({"beta": 0.3}, r"--beta was 0\.\d+ and is 0\.3"),
-        ({"push": 1.0}, "--push was 2.0 and is 1.0"),
+        ({"push": 1.0}, "--push was 2.5 and is 1.0"),
         ({"caption_mode": "own"}, "--caption_mode was both and is own"),
         ({"seed": 1}, "--seed"),
         ({"max_train_steps": 30}, "--max_train_steps was 24 and is 30"),

@@ -76,7 +76,7 @@ def test_micro_batches_of_any_size_train_the_same_lora(
     whole = weights(trainer.run(make_config("whole", **options)))
     for size in (1, 2, 5):
         run = trainer.run(make_config(str(size), **options, train_batch_size=size))
-        assert (weights(run) - whole).abs().max() <= 1e-5 * whole.abs().max()
+        assert (weights(run) - whole).abs().max() <= 1e-4 * whole.abs().max()
         assert read_json(run / "training.json")["cost"]["micro_batch_size"] == size
 
 

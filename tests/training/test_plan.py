@@ -38,7 +38,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(concept_file: Path, capsys
     assert main(["train", *command, "--dry_run", "--vram", "8GB"]) == 0
     printed = capsys.readouterr().out
     for words in (
-        "40 images a step in 10 micro-batches of at most 4",
+        "40 images a step in 14 micro-batches of at most 3",
         "of 7.5 GB free on a GPU with 8 GB",
         "activations",
     ):
@@ -70,15 +70,15 @@ def test_a_dry_run_refuses_a_folder_that_was_rendered_with_other_settings(
 def test_options_win_over_the_plan() -> None:
     source = Source(SD15)
     chosen = plan_memory(PLANNED, source, 10).batching
-    assert (chosen.micro_batch_size, chosen.gradient_checkpointing) == (4, False)
-    given = plan_memory(replace(PLANNED, train_batch_size=3), source, 10).batching
-    assert (given.micro_batch_size, given.gradient_checkpointing) == (3, False)
+    assert (chosen.micro_batch_size, chosen.gradient_checkpointing) == (3, False)
+    given = plan_memory(replace(PLANNED, train_batch_size=2), source, 10).batching
+    assert (given.micro_batch_size, given.gradient_checkpointing) == (2, False)
     large = plan_memory(replace(PLANNED, train_batch_size=14), source, 10).batching
     assert (large.micro_batch_size, large.gradient_checkpointing) == (14, True)
     parts = plan_memory(replace(PLANNED, gradient_accumulation_steps=20, render_batch_size=3), source, 10).batching
     assert (parts.micro_batch_size, parts.render_batch_size) == (2, 3)
     on = plan_memory(replace(PLANNED, gradient_checkpointing=True), source, 10)
-    assert on.batching.micro_batch_size > 4
+    assert on.batching.micro_batch_size > 3
     assert on.peak.total <= on.device.usable
 
 
