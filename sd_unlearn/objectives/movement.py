@@ -12,7 +12,8 @@ from sd_unlearn.data.batch import NO_GROUP, Batch
 
 GAIN = 4.0  # of the controller: concepts then come about equally far, 80 to 90 % of --push
 MAX_PULL = 1.2  # times --push: at the start, and while a concept resists
-SPILLOVER = (0.25, 0.5)  # above the first the pull falls, to zero at the second
+SPILLOVER = (0.25, 0.5)  # between them the pull falls to a tenth: not to zero, so that a base on which captions
+# have little effect is trained, too
 SMOOTHING = 0.9  # of a moving average over steps: one step has few positives
 
 
@@ -81,7 +82,7 @@ class Movement:
             return min(GAIN * (1 + push), MAX_PULL * push)
         moved, squared = self.smoothed.nan_to_num(0)
         low, high = SPILLOVER
-        bound = ((high - squared.sqrt()) / (high - low)).clamp(0, 1)
+        bound = ((high - squared.sqrt()) / (high - low)).clamp(0.1, 1)
         return bound * (GAIN * (1 + push - moved)).clamp(0, MAX_PULL * push)
 
     def read(self) -> dict[str, float]:
