@@ -118,8 +118,8 @@ def test_a_later_micro_batch_may_run_out_of_memory(
     run_out(monkeypatch, raises)
     run = trainer.run(make_config("run", train_batch_size=4))
     assert read_json(run / "training.json")["cost"]["micro_batch_size"] == 2
-    assert (weights(run) - small).abs().max() <= 1e-5 * small.abs().max()
-    assert (weights(run) - whole).abs().max() <= 1e-5 * whole.abs().max()
+    assert (weights(run) - small).abs().max() <= 1e-4 * small.abs().max()
+    assert (weights(run) - whole).abs().max() <= 1e-4 * whole.abs().max()
 
 
 def test_the_optimizer_may_run_out_of_memory(make_config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
