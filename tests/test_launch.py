@@ -119,6 +119,7 @@ def test_torchrun_with_two_processes_trains_the_lora_of_one(
     tiny_base: Path, concept_file: Path, use_cpu: str | None
 ) -> None:
     train = ["--concept", str(concept_file), "--pretrained_model_name_or_path", str(tiny_base), *TRAIN]
+    train += ["--lora_targets", "attention"]  # with all layers, AdamW amplifies rounding
     start = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(ROOT / "train.py")]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
@@ -134,8 +135,7 @@ def test_torchrun_with_two_processes_trains_the_lora_of_one(
     one, two = (load_file(Path(name, "adapter/adapter_model.safetensors")) for name in ("one", "two"))
     assert one.keys() == two.keys()
     ours, theirs = (torch.cat([lora[name].flatten() for name in sorted(lora)]) for lora in (one, two))
-    # a step moves weights by up to 1e-2, and AdamW amplifies rounding where gradients are tiny
-    assert (ours - theirs).abs().max() <= 5e-5
+    assert (ours - theirs).abs().max() <= 1e-5
     assert ours.abs().max() > 1e-2
 
 

@@ -73,10 +73,11 @@ def test_micro_batches_of_any_size_train_the_same_lora(
     shutil.copytree(folder / "1_positive", folder / "1_positive_2")
     (folder / "1_positive_2" / "0.png").unlink()
     options = {"data_dir": folder, "target": target, "effective_batch_size": 17, "beta": 0.4}
+    options["lora_targets"] = "attention"  # with all layers, AdamW amplifies rounding
     whole = weights(trainer.run(make_config("whole", **options)))
     for size in (1, 2, 5):
         run = trainer.run(make_config(str(size), **options, train_batch_size=size))
-        assert (weights(run) - whole).abs().max() <= 1e-4 * whole.abs().max()
+        assert (weights(run) - whole).abs().max() <= 1e-5 * whole.abs().max()
         assert read_json(run / "training.json")["cost"]["micro_batch_size"] == size
 
 
@@ -118,8 +119,8 @@ def test_a_later_micro_batch_may_run_out_of_memory(
     run_out(monkeypatch, raises)
     run = trainer.run(make_config("run", train_batch_size=4))
     assert read_json(run / "training.json")["cost"]["micro_batch_size"] == 2
-    assert (weights(run) - small).abs().max() <= 1e-4 * small.abs().max()
-    assert (weights(run) - whole).abs().max() <= 1e-4 * whole.abs().max()
+    assert (weights(run) - small).abs().max() <= 1e-5 * small.abs().max()
+    assert (weights(run) - whole).abs().max() <= 1e-5 * whole.abs().max()
 
 
 def test_the_optimizer_may_run_out_of_memory(make_config: Config, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -708,6 +708,8 @@ def test_two_processes_render_and_train_as_one(tiny_base: Path, concept_file: Pa
         "7.5",
         "--render_batch_size",
         "4",
+        "--lora_targets",
+        "attention",  # with all layers, AdamW amplifies rounding
     ]
     world = {
         "WORLD_SIZE": "2",
@@ -745,7 +747,7 @@ def test_two_processes_render_and_train_as_one(tiny_base: Path, concept_file: Pa
         found = load_file(Path(name, ADAPTER))
         assert found.keys() == of_both.keys()
         ours, theirs = (torch.cat([value.flatten() for value in lora.values()]) for lora in (found, of_both))
-        assert (ours - theirs).abs().max() <= 5e-5  # AdamW amplifies rounding where gradients are tiny
+        assert (ours - theirs).abs().max() <= 1e-5
         assert (ours - theirs).norm() <= 1e-4 * (ours.norm() + theirs.norm())
 
 
