@@ -15,8 +15,9 @@ Memory is the peak of the process (on a GPU: of the GPU). Targets: noise / floor
 Compare ratios within one run; seconds depend on what else the machine does. CPU time, summed over all threads, is
 disturbed least, but waiting threads count as busy, so compare it at the same number of threads.
 
-forget: seconds and images until two consecutive probes (60 + 60 images of fixed seeds) measure leakage <= 2 % and
-retention >= 98 %. The time of the first of the two is reported. All settings start from the same data folder.
+forget: seconds and images until two consecutive probes (60 + 60 images of fixed seeds) measure leakage <= 2 %,
+retention >= 98 % and clean replacement >= 80 %. The time of the first of the two is reported. All settings start from
+the same data folder.
 
 batch: seconds from the start of the first task to the end of the last, with 1 and with 2 workers of one core each.
 efficiency = seconds with 1 worker / (2 x seconds with 2). Needs a machine with two cores that does nothing else.
@@ -129,17 +130,17 @@ def forget_table(result: dict[str, Any]) -> str:
     """Markdown with one row per setting; with the ratio of times to ours if both reached the goal."""
     ours = next(iter(result["settings"].values()))
     lines = [
-        "| setting | goal reached after | images | leakage | retention | / ours | ended |",
-        "|---|---|---|---|---|---|---|",
+        "| setting | goal reached after | images | leakage | retention | clean | / ours | ended |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for name, o in result["settings"].items():
         if o["leakage"] is None:
-            lines.append(f"| {name} | no probe in {result['minutes']:g} min | – | – | – | – | {o['stopped']} |")
+            lines.append(f"| {name} | no probe in {result['minutes']:g} min | – | – | – | – | – | {o['stopped']} |")
             continue
         time = f"{o['seconds']:.0f} s" if o["reached"] else f"not in {o['last_seconds']:.0f} s (best probe shown)"
         both = o["reached"] and ours["reached"]
         ratio = f"{o['seconds'] / ours['seconds']:.1f}" if both else "–"
-        shares = f"{o['leakage']:.1%} | {o['retention']:.1%}"
+        shares = f"{o['leakage']:.1%} | {o['retention']:.1%} | {o['clean']:.0%}"
         lines.append(f"| {name} | {time} | {o['images']} | {shares} | {ratio} | {o['stopped']} |")
     return "\n".join([*lines, "", f"{result['concept']} on digits, at most {result['minutes']:g} minutes per setting."])
 

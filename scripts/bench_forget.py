@@ -14,7 +14,7 @@ from typing import Any
 from sd_unlearn.io.reading import read_json, read_jsonl_lines
 from sd_unlearn.io.run_folder import METRICS, TRAINING
 
-LEAKAGE, RETENTION = 0.02, 0.98
+LEAKAGE, RETENTION, CLEAN = 0.02, 0.98, 0.8
 MARGIN = 60.0  # seconds for loading, which the time limit does not count
 # The paper's setting for Stable Diffusion: all weights, own captions, no teacher, a small constant learning rate.
 # The time limit ends it, so the number of steps is larger than any run takes.
@@ -44,6 +44,7 @@ class Outcome:
     images: int | None
     leakage: float | None
     retention: float | None
+    clean: float | None  # clean replacement
     probes: int
     last_seconds: float | None  # at the last probe
     stopped: str  # why training ended: the entry of training.json, or "cut off"
@@ -51,13 +52,13 @@ class Outcome:
 
 def read_outcome(run: Path) -> Outcome:
     """Read the outcome of a finished or killed run. Without any probe, the goal counts as not reached."""
-    probes = [line for line in _lines(run / METRICS) if "probe_leakage" in line and "probe_retention" in line]
+    probes = [line for line in _lines(run / METRICS) if "probe_clean" in line]
     met = [probe for probe, after in pairwise(probes) if _shortfall(probe) == _shortfall(after) == 0]
     best = met[:1] or sorted(probes, key=_shortfall)[:1]
     finished = (run / TRAINING).is_file()
     stopped = str(read_json(run / TRAINING)["cost"].get("stopped") or "finished") if finished else "cut off"
     if not best:
-        return Outcome(False, None, None, None, None, 0, None, stopped)
+        return Outcome(False, None, None, None, None, None, 0, None, stopped)
     probe = best[0]
     return Outcome(
         bool(met),
@@ -65,6 +66,7 @@ def read_outcome(run: Path) -> Outcome:
         probe["images"],
         probe["probe_leakage"],
         probe["probe_retention"],
+        probe["probe_clean"],
         len(probes),
         probes[-1]["seconds"],
         stopped,
@@ -84,7 +86,8 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 
 
 def _shortfall(probe: dict[str, Any]) -> float:
-    return max(0.0, probe["probe_leakage"] - LEAKAGE) + max(0.0, RETENTION - probe["probe_retention"])
+    missing = RETENTION - probe["probe_retention"], CLEAN - probe["probe_clean"]
+    return max(0.0, probe["probe_leakage"] - LEAKAGE) + sum(max(0.0, part) for part in missing)
 
 
 def run(

@@ -84,7 +84,8 @@ class Monitoring:
         option(
             "What a probe measures. ratio: how much worse the model has become at the concept than at other images "
             "(loss of held-out positives / loss of held-out unlabeled images, relative to the base). leakage: how many "
-            "of 60 generated images show the concept, and how many of 60 others show what their keep prompt asks for.",
+            "of 60 generated images show the concept, and how many of 60 others show what their keep prompt asks for; "
+            "with the classifier of a bundled base also how many of the first are clean images of something else.",
             MONITORING,
         ),
     ] = "ratio"
@@ -94,7 +95,8 @@ class Monitoring:
     stop_when_forgotten: Annotated[
         bool,
         option(
-            "With --probe leakage: stop when two probes in a row find leakage <= 2 % and retention >= 98 %.",
+            "With --probe leakage: stop when two probes in a row find leakage <= 2 % and retention >= 98 %, on a "
+            "bundled base also clean replacement >= 80 %.",
             MONITORING,
         ),
     ] = False

@@ -59,6 +59,8 @@ class ClipClassifier:
         UnlearnError: the weights cannot be downloaded or read.
     """
 
+    rejects_invalid = False
+
     def __init__(self, labels: Sequence[str], model: str, pretrained: str, device: str = "cpu") -> None:
         if len(labels) < 2:
             raise UsageError(

@@ -12,6 +12,8 @@ from PIL import Image
 
 from sd_unlearn.metrics.base import CONCEPT_GROUPS, KEEP_GROUPS, ImageValues, PromptedImages
 
+CLEAN = 0.9  # probability from which an image counts as clean, if the classifier `rejects_invalid`
+
 
 @dataclass(frozen=True)
 class LabelPredictions:
@@ -66,6 +68,7 @@ class LabelClassifier(Protocol):
 
     name: str  # with version or hash
     labels: tuple[str, ...]
+    rejects_invalid: bool  # trained to have no high probability on invalid images
 
     def read(self, images: Sequence[Image.Image]) -> LabelPredictions: ...
 

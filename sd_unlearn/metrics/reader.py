@@ -26,13 +26,12 @@ from sd_unlearn.io.reading import read_json
 from sd_unlearn.metrics.base import DetectorOutput, ImageValues, PromptedImages
 from sd_unlearn.metrics.drift import drift_rows
 from sd_unlearn.metrics.frechet import frechet_with_interval
-from sd_unlearn.metrics.labels import LabelPredictions, leakage_and_accuracy
+from sd_unlearn.metrics.labels import CLEAN, LabelPredictions, leakage_and_accuracy
 from sd_unlearn.metrics.mmd import FEWEST, Distance, kid
 from sd_unlearn.metrics.statistics import bootstrap, ratio_of_means
 from sd_unlearn.models.halving import FOR_METRIC, HalvingBatches
 from sd_unlearn.results import Card, Row
 
-CLEAN = 0.9  # probability from which an image counts as clean
 _BATCH = 500
 
 
@@ -71,6 +70,7 @@ class ReaderClassifier:
 
     reader: ClassVar[Reader]
     labels: tuple[str, ...]
+    rejects_invalid = True
 
     def __init__(self) -> None:
         config = self.reader.folder / "config.json"

@@ -4,7 +4,9 @@
 (mean_S / mean_U), divided by the same ratio of the base. Higher means that the network knows less of the concept.
 
 --probe leakage generates 60 images of the concept and 60 of keep prompts from fixed seeds, and classifies them as
-`evaluate` does. The best probe is the one with the largest retention - leakage.
+`evaluate` does. If the classifier rejects invalid images, it also measures what is generated instead of the concept:
+the share of clean images of something else, over the share of clean images of the keep prompts (at most 1). The best
+probe is the one with the largest sum of retention, clean replacement and -leakage.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from torch import Tensor, nn
 
 from sd_unlearn.data.concept import Concept, Prompt
 from sd_unlearn.data.dataset import Example, members_of_sets
-from sd_unlearn.metrics.labels import LabelClassifier
+from sd_unlearn.metrics.labels import CLEAN, LabelClassifier, LabelPredictions
 from sd_unlearn.models.denoiser import Denoiser
 from sd_unlearn.models.diffusion import per_example_loss, sample_positions
 from sd_unlearn.models.halving import HalvingBatches
@@ -28,7 +30,7 @@ from sd_unlearn.training.previews import ImageGenerator
 from sd_unlearn.training.probe_checks import check_enough, classifiable_prompts
 
 NUM_IMAGES = 60
-LEAKAGE_LIMIT, RETENTION_LIMIT = 0.02, 0.98
+LEAKAGE_LIMIT, RETENTION_LIMIT, CLEAN_LIMIT = 0.02, 0.98, 0.8
 FIRST_SEED_INDEX = 1000  # previews use the first seeds of each prompt
 ROWS_AT_ONCE = 8  # of --probe ratio
 
@@ -87,7 +89,7 @@ class RatioProbe:
 
 
 class LeakageProbe:
-    """Leakage and retention of images generated from fixed seeds, as a classifier sees them.
+    """Leakage, retention and clean replacement of images generated from fixed seeds, as a classifier sees them.
 
     Raises:
         UsageError: the classifier does not know the concept, or no keep prompt's labels.
@@ -115,7 +117,21 @@ class LeakageProbe:
         ]
         retention = sum(retained) / len(retained)
         forgotten = leakage <= LEAKAGE_LIMIT and retention >= RETENTION_LIMIT
-        return ProbeResult({"probe_leakage": leakage, "probe_retention": retention}, retention - leakage, forgotten)
+        metrics, score = {"probe_leakage": leakage, "probe_retention": retention}, retention - leakage
+        if self.classifier.rejects_invalid:
+            metrics["probe_clean"] = clean = self._clean_replacement(reading)
+            score += clean
+            forgotten = forgotten and clean >= CLEAN_LIMIT
+        return ProbeResult(metrics, score, forgotten)
+
+    def _clean_replacement(self, reading: LabelPredictions) -> float:
+        """Clean images of something else, relative to the clean images of the keep prompts; in [0, 1]."""
+        replaced = sum(bool(reading.confident(label, CLEAN, other_than=True)[i]) for i, label in enumerate(self.labels))
+        usual = sum(
+            bool(reading.confident(label, CLEAN, other_than=False)[NUM_IMAGES + i])
+            for i, label in enumerate(self.labels)
+        )
+        return min(1.0, replaced / usual) if usual else 0.0
 
 
 def probe_prompts(concept: Concept) -> list[str]:

@@ -18,8 +18,9 @@ def _scripts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
 
 
-def probe(leakage: float, retention: float, seconds: float) -> dict[str, float]:
-    return {"probe_leakage": leakage, "probe_retention": retention, "seconds": seconds, "images": 40 * seconds}
+def probe(leakage: float, retention: float, seconds: float, clean: float = 1.0) -> dict[str, float]:
+    rates = {"probe_leakage": leakage, "probe_retention": retention, "probe_clean": clean}
+    return {**rates, "seconds": seconds, "images": 40 * seconds}
 
 
 def make_run(folder: Path, lines: list[dict[str, Any]], stopped: str | None = None, tail: str = "") -> Path:
@@ -38,12 +39,14 @@ def test_the_first_of_two_consecutive_probes_that_meet_the_goal_is_reported() ->
         probe(0, 1, 4),
         probe(0.9, 1.0, 5),
         probe(0.02, 0.97, 10),
+        probe(0, 1, 11, clean=0.7),
+        probe(0, 1, 12, clean=0.79),
         probe(0.02, 0.98, 15),
         probe(0, 1, 20),
     ]
     found = read_outcome(make_run(Path("run"), lines, "forgotten"))
     assert (found.reached, found.seconds, found.images, found.leakage, found.retention) == (True, 15, 600, 0.02, 0.98)
-    assert (found.probes, found.last_seconds, found.stopped) == (5, 20, "forgotten")
+    assert (found.clean, found.probes, found.last_seconds, found.stopped) == (1.0, 7, 20, "forgotten")
 
 
 def test_a_killed_run_shows_its_best_probe() -> None:
@@ -76,7 +79,7 @@ def test_the_forget_table_compares_only_settings_that_reached_the_goal() -> None
     }
     settings = {name: vars(read_outcome(run)) for name, run in runs.items()}
     table = bench.forget_table({"minutes": 30, "concept": "seven", "settings": settings}).splitlines()
-    assert table[3].startswith("| slow | 900 s | 36000 | 1.0% | 99.0% | 45.0 |")
+    assert table[3].startswith("| slow | 900 s | 36000 | 1.0% | 99.0% | 100% | 45.0 |")
     assert table[4].startswith("| never | not in 1700 s (best probe shown) |")
     assert table[5].startswith("| silent | no probe in 30 min |")
 

@@ -217,7 +217,7 @@ def test_the_leakage_probe_stops_at_the_second_good_probe_in_a_row(
     from sd_unlearn.metrics.labels import LabelPredictions
 
     class GivenReadings:
-        name, labels = "given", ("Brad Pitt", "a dog", "a cat")
+        name, labels, rejects_invalid = "given", ("Brad Pitt", "a dog", "a cat"), False
         rounds = 0
 
         def read(self, images: list) -> LabelPredictions:
@@ -245,6 +245,26 @@ def test_the_leakage_probe_stops_at_the_second_good_probe_in_a_row(
             UsageError, match="--probe leakage: the classifier for 'Brad Pitt' knows the labels of none .*a "
         ):
             trainer.run(make_config("other", **options))
+
+
+@pytest.mark.parametrize(("sure", "clean", "forgotten"), [(60, 1.0, True), (24, 0.8, True), (23, 23 / 30, False)])
+def test_broken_images_do_not_count_as_forgotten(sure: int, clean: float, forgotten: bool) -> None:
+    """Half of the keep prompts' images are clean, and `sure` of the concept's 60, none of which shows the concept."""
+    from types import SimpleNamespace
+
+    from sd_unlearn.data.concept import Concept
+    from sd_unlearn.metrics.labels import LabelPredictions
+    from sd_unlearn.training.probe import LeakageProbe
+
+    labels = ("pear", "plum")
+    seen = torch.tensor([[0.05, 0.95]] * sure + [[0.45, 0.55]] * (60 - sure) + [[0.2, 0.8], [0.1, 0.9]] * 30)
+    reading = LabelPredictions({"fruit": labels}, {"fruit": seen.numpy()}, seen.numpy())
+    generator = SimpleNamespace(generate=lambda prompts, seeds: [None] * len(prompts))
+    classifier = SimpleNamespace(name="fruit", labels=labels, rejects_invalid=True, read=lambda images: reading)
+    concept = Concept("pear", "a pear", "a fruit", keep=["a {plum}"])
+    result = LeakageProbe(generator, classifier, concept, 0)()  # type: ignore[arg-type]
+    assert result.metrics == {"probe_leakage": 0, "probe_retention": 1, "probe_clean": pytest.approx(clean)}
+    assert (result.forgotten, result.score) == (forgotten, pytest.approx(1 + clean))
 
 
 def test_the_saved_weights_are_the_moving_average(make_config: Config) -> None:
