@@ -150,8 +150,8 @@ def _check_other_method(config: TrainConfig) -> None:
         if value != getattr(TrainConfig, name):
             flag = "--no_share_timesteps" if name == "share_timesteps" else f"--{name} {value}"
             raise UsageError(f"{flag} is for --objective pu, supervised or unsupervised; {method} does not use it.")
-    if config.beta == "estimate":
-        raise UsageError(f"--beta estimate: {method} does not depend on beta. Leave it out.")
+    if config.beta is not None:
+        raise UsageError(f"--beta {config.beta}: {method} does not depend on beta. Leave it out.")
     if config.eta not in (TrainConfig.eta, 0):
         raise UsageError(f"--eta {config.eta:g} is for --objective pu; {method} does not use it.")
     if config.target == "noise" and config.objective != "neggrad":
