@@ -9,7 +9,8 @@
 step: seconds per optimizer step and peak memory. Each variant runs in a separate process, and rounds are interleaved:
     floor    forward, backward and AdamW of a bare UNet with a LoRA, on tensors in memory
     noise    the trainer's loop with --target noise: the same network passes as floor
-    teacher  the trainer's loop with its defaults, which also runs the frozen base
+    teacher  the trainer's loop with its defaults, which also runs the frozen base. --teacher_reuse computes its
+             predictions in 40 of 200 steps, so give a multiple of 200
     common   like common trainers: VAE and text encoder run on every batch, all weights of the UNet are trained
 Memory is the peak of the process (on a GPU: of the GPU). Targets: noise / floor <= 1.05 in time and <= 1.10 in memory.
 Compare ratios within one run; seconds depend on what else the machine does. CPU time, summed over all threads, is
@@ -57,8 +58,8 @@ def step(args: argparse.Namespace) -> dict[str, Any]:
     for number in range(args.rounds):
         for name in args.variants:
             runs[name].append(measure(name, base, args.steps))
-            median = statistics.median(runs[name][-1]["seconds"])
-            print(f"round {number + 1}, {name}: {median:.3f} s per step", file=sys.stderr, flush=True)
+            mean = statistics.fmean(runs[name][-1]["seconds"])
+            print(f"round {number + 1}, {name}: {mean:.3f} s per step", file=sys.stderr, flush=True)
     return {
         "base": args.base,
         "steps": args.steps,
@@ -84,12 +85,12 @@ def measure(variant: str, base: str, steps: int) -> dict[str, Any]:
 
 
 def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Combine the rounds of a variant: the median over all steps, and the median of the peaks."""
-    medians = {key: statistics.median(s for run in runs for s in run[key]) for key in ("seconds", "cpu_seconds")}
+    """Combine the rounds of a variant: the mean over all steps, as they differ in cost, and the median of the peaks."""
+    means = {key: statistics.fmean(s for run in runs for s in run[key]) for key in ("seconds", "cpu_seconds")}
     return {
-        "median_seconds": medians["seconds"],
-        "median_cpu_seconds": medians["cpu_seconds"],
-        "round_medians": [statistics.median(r["seconds"]) for r in runs],
+        "seconds": means["seconds"],
+        "cpu_seconds": means["cpu_seconds"],
+        "round_seconds": [statistics.fmean(r["seconds"]) for r in runs],
         "peak_memory_mb": statistics.median(r["peak_memory_mb"] for r in runs),
         **{key: runs[0][key] for key in ("rows", "forward_rows", "device", "threads")},
     }
@@ -104,15 +105,15 @@ def step_table(result: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for name, v in variants.items():
-        measures = {"median_seconds": ".3f", "median_cpu_seconds": ".3f", "peak_memory_mb": ".0f"}
+        measures = {"seconds": ".3f", "cpu_seconds": ".3f", "peak_memory_mb": ".0f"}
         cells = [f"{v[k]:{form}} | " + (f"{v[k] / first[k]:.2f}" if first else "–") for k, form in measures.items()]
-        more = v["forward_rows"] - v["rows"]
-        rows = f"{v['forward_rows']:g}" + (f" ({more:g} more than images)" if more else "")
+        more = round(v["forward_rows"] - v["rows"], 1)
+        rows = f"{v['forward_rows']:.3g}" + (f" ({more:g} more than images)" if more else "")
         lines.append(f"| {name} | {' | '.join(cells)} | {v['rows']} | {rows} |")
     machine = next(iter(variants.values()))
     footnote = (
         f"{result['base']}, {machine['device']}, threads: {machine['threads']}, memory in MB; "
-        f"{result['rounds']} rounds of {result['steps']} steps, interleaved; medians."
+        f"{result['rounds']} rounds of {result['steps']} steps, interleaved; means."
     )
     return "\n".join([*lines, "", footnote])
 
@@ -158,7 +159,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     verbs = parser.add_subparsers(dest="verb", required=True)
     one = verbs.add_parser("step", help="cost of an optimizer step")
     one.add_argument("--base", choices=("digits", SD15), default="digits")
-    one.add_argument("--steps", type=int, default=20, help="measured steps per round")
+    one.add_argument("--steps", type=int, default=200, help="measured steps per round")
     one.add_argument("--rounds", type=int, default=3)
     one.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     two = verbs.add_parser("forget", help="time until a concept is unlearned")
