@@ -3,6 +3,7 @@
     python scripts/build_digits.py                    # about an hour and a half on two cores
     python scripts/build_digits.py --only table       # only measure the bundled files
     python scripts/build_digits.py --without seven    # a model that never saw a seven: about 40 minutes on one core
+    python scripts/build_digits.py --width 0.25       # with a quarter of the UNet's width
     python scripts/build_digits.py --kind sd3         # digits-sd3, the same data as a Stable Diffusion 3
 
 The stages (reader, vae, denoiser, assemble, table) save their results in --work_dir. A finished stage is not repeated,
@@ -14,6 +15,9 @@ tokenizer and VAE. Its training saves its state every few minutes and resumes fr
 --without trains text encoder and UNet again, with the same seeds and settings, on no image and no caption of one digit
 or ink. The bundled tokenizer and VAE are kept, which no method of unlearning changes. The result is a pipeline folder,
 <work_dir>/pipeline: what an attack gets out of a model that never knew the concept.
+
+--width, --vae_factor and --prediction_type train other bases on the same data in the same way, to find out whether
+settings that were tuned on `digits` carry over. The four options can be combined.
 """
 
 from __future__ import annotations
@@ -41,6 +45,7 @@ from digits_models import (
     train_vae,
 )
 from digits_sd3 import Networks, Pool, flow_pipeline, shift_latents, train_flow
+from digits_variants import Variant, add_options, build_variant
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
@@ -67,24 +72,6 @@ def build_denoiser(work: Path, steps: int) -> None:
     strokes, labels, _, _ = load_digits()
     pool = encode_pool(AutoencoderKL.from_pretrained(work / "vae").eval(), strokes, labels, copies=4)
     train_denoiser(pool, make_tokenizer(), steps, work)
-
-
-def build_without(concept: str, work: Path, steps: int) -> None:
-    """Train text encoder and UNet without one digit or ink; write the pipeline to work/pipeline."""
-    strokes, labels, _, _ = load_digits()
-    bundled = StableDiffusionPipeline.from_pretrained(ASSETS / "digits")
-    pool = encode_pool(bundled.vae.eval(), strokes, labels, copies=4)
-    train_denoiser(leave_out(pool, concept), bundled.tokenizer, steps, work)
-    bundled.text_encoder = CLIPTextModel.from_pretrained(work / "text_encoder")
-    bundled.unet = UNet2DConditionModel.from_pretrained(work / "unet")
-    bundled.save_pretrained(work / "pipeline")
-
-
-def leave_out(pool: tuple[Tensor, Tensor, Tensor], concept: str) -> tuple[Tensor, Tensor, Tensor]:
-    """The pool of `encode_pool` without one digit or ink, given by its English name."""
-    latents, digits, inks = pool
-    kept = digits != DIGITS.index(concept) if concept in DIGITS else inks != INKS.index(concept)
-    return latents[kept], digits[kept], inks[kept]
 
 
 def build_sd3(work: Path, steps: int) -> None:
@@ -260,24 +247,24 @@ def seed_stage(stage: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kind", choices=["sd1", "sd3"], default="sd1", help="the layout: digits, or digits-sd3")
-    parser.add_argument("--work_dir", type=Path, help="default: build/<base>, or build/digits-without-<concept>")
+    parser.add_argument("--work_dir", type=Path, help="default: build/<base>, e.g. build/digits-without-seven")
     parser.add_argument("--only", choices=STAGES, help="run only this stage, even if it is finished")
-    parser.add_argument("--without", choices=[*DIGITS, *INKS], help="leave this digit or ink out of the training data")
+    add_options(parser)
     parser.add_argument("--reader_steps", type=int, default=4000)
     parser.add_argument("--vae_steps", type=int, default=4000)
     parser.add_argument("--denoiser_steps", type=int, help="default: 4500, for --kind sd3 3400")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    name = "digits-sd3" if args.kind == "sd3" else f"digits-without-{args.without}" if args.without else "digits"
-    args.work_dir = args.work_dir or Path("build", name)
+    variant = Variant(args.without, args.width, args.vae_factor, args.prediction_type)
+    args.work_dir = args.work_dir or Path("build", "digits-sd3" if args.kind == "sd3" else variant.name)
     args.work_dir.mkdir(parents=True, exist_ok=True)
     args.denoiser_steps = args.denoiser_steps or (3400 if args.kind == "sd3" else 4500)
-    if args.kind == "sd3" and (args.without or args.only in ("reader", "vae")):
-        parser.error("--kind sd3 has no --without, and no stages reader and vae.")
-    if args.without:
+    if args.kind == "sd3" and (variant != Variant() or args.only in ("reader", "vae")):
+        parser.error("--kind sd3 has no variants, and no stages reader and vae.")
+    if variant != Variant():
         seed_stage("denoiser")
-        build_without(args.without, args.work_dir, args.denoiser_steps)
+        build_variant(variant, args.work_dir, args.vae_steps, args.denoiser_steps)
         return
     jobs = {"reader": build_reader, "vae": build_vae, "denoiser": build_denoiser, "assemble": assemble, "table": table}
     if args.kind == "sd3":

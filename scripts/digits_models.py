@@ -71,16 +71,17 @@ def train_reader(strokes: Tensor, labels: Tensor, steps: int) -> DigitReader:
     return average.module.eval()
 
 
-def train_vae(strokes: Tensor, labels: Tensor, steps: int) -> AutoencoderKL:
-    """Train a VAE with factor 4 and four latent channels. Its scaling factor gives latents unit variance."""
+def train_vae(strokes: Tensor, labels: Tensor, steps: int, factor: int = 4) -> AutoencoderKL:
+    """Train a VAE with factor 4 and 4 latent channels, or 8 and 16. Its scaling factor gives latents unit variance."""
+    blocks = {4: 3, 8: 4}[factor]
     vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(16, 32, 64),
+        down_block_types=("DownEncoderBlock2D",) * blocks,
+        up_block_types=("UpDecoderBlock2D",) * blocks,
+        block_out_channels=(16, 32, 64, 64)[:blocks],
         layers_per_block=1,
         norm_num_groups=8,
         sample_size=32,
-        latent_channels=4,
+        latent_channels=factor**2 // 4,
         mid_block_add_attention=False,
     )
     optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, weight_decay=1e-4)
@@ -102,7 +103,7 @@ def train_vae(strokes: Tensor, labels: Tensor, steps: int) -> AutoencoderKL:
             bar.set_postfix(l1=f"{loss_pixels.item():.4f}")
     vae.eval()
     with torch.no_grad():
-        x, _, ink = next(minibatches(strokes, labels, 1000))
+        x, _, ink = next(minibatches(strokes, labels, min(1000, len(strokes))))
         latents = vae.encode(paint(x, ink)).latent_dist.sample()
     vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))
     return vae
@@ -115,12 +116,15 @@ def make_tokenizer() -> CLIPTokenizer:
     return learn_tokenizer(corpus, vocab_size=900, min_frequency=60, max_tokens=MAX_TOKENS)
 
 
-def make_unet() -> UNet2DConditionModel:
+def make_unet(width: float = 1.0, channels: int = 4, side: int = 8) -> UNet2DConditionModel:
+    """width: of its layers, relative to the bundled base's. channels, side: of the latents."""
     return UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(64, 96),
+        sample_size=side,
+        in_channels=channels,
+        out_channels=channels,
+        block_out_channels=(int(64 * width), int(96 * width)),
         layers_per_block=1,
-        norm_num_groups=16,
+        norm_num_groups=16 if width >= 1 else 8,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         cross_attention_dim=TEXT_WIDTH,
@@ -130,7 +134,7 @@ def make_unet() -> UNet2DConditionModel:
 
 @torch.no_grad()
 def encode_pool(vae: AutoencoderKL, strokes: Tensor, labels: Tensor, copies: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Encode every digit in every ink, with `copies` random distortions each: (scaled latents [N, 4, 8, 8], digits
+    """Encode every digit in every ink, with `copies` random distortions each: (scaled latents [N, C, H, W], digits
     [N], inks [N])."""
     latents, digits, inks = [], [], []
     for _ in trange(copies, desc="latents"):
@@ -144,13 +148,21 @@ def encode_pool(vae: AutoencoderKL, strokes: Tensor, labels: Tensor, copies: int
 
 
 def train_denoiser(
-    pool: tuple[Tensor, Tensor, Tensor], tokenizer: CLIPTokenizer, steps: int, out: Path, batch: int = 128
+    pool: tuple[Tensor, Tensor, Tensor],
+    tokenizer: CLIPTokenizer,
+    steps: int,
+    out: Path,
+    batch: int = 128,
+    *,
+    width: float = 1.0,
+    prediction_type: str = "epsilon",
 ) -> None:
-    """Train text encoder and UNet together by noise prediction (Ho et al. 2020, equation 14).
+    """Train text encoder and UNet together by noise prediction (Ho et al. 2020, equation 14), or by v-prediction.
 
     Their moving average is saved in the folder `out`.
     """
-    text, unet, scheduler = make_text_encoder(tokenizer, TEXT_WIDTH, layers=2), make_unet(), make_scheduler()
+    text, scheduler = make_text_encoder(tokenizer, TEXT_WIDTH, layers=2), make_scheduler(prediction_type)
+    unet = make_unet(width, *pool[0].shape[1:3])
     nets = nn.ModuleList([text, unet])
     average = copy.deepcopy(nets).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(nets.parameters(), lr=1.5e-3, weight_decay=1e-3, betas=(0.9, 0.99))
@@ -166,7 +178,8 @@ def train_denoiser(
         x0, noise = latents[pick], torch.randn(batch, *latents.shape[1:])
         t = torch.randint(1000, (batch,))
         predicted = unet(scheduler.add_noise(x0, noise, t), t, text(unique)[0][back]).sample
-        loss = F.mse_loss(predicted, noise)
+        target = noise if prediction_type == "epsilon" else scheduler.get_velocity(x0, noise, t)
+        loss = F.mse_loss(predicted, target)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(nets.parameters(), 1.0)

@@ -330,7 +330,10 @@ USAGE = [
     (["train", "--concept", "seven", "--objective", "anchor", "--correction", "nn"], "--correction nn is for"),
     (["train", "--concept", "seven", "--objective", "neggrad", "--eta", "0.3"], "--eta 0.3 is for --objective pu"),
     (["train", "--concept", "seven", "--objective", "neggrad", "--beta", "estimate"], "does not depend on beta"),
-    (["train", "--concept", "seven", "--objective", "esd-u", "--beta", "0.2"], "--beta 0.2: --objective esd-u does not"),
+    (
+        ["train", "--concept", "seven", "--objective", "esd-u", "--beta", "0.2"],
+        "--beta 0.2: --objective esd-u does not",
+    ),
     (["train", "--concept", "seven", "--objective", "anchor", "--caption_mode", "own"], "--caption_mode own is for"),
     (["train", "--concept", "seven", "--objective", "esd-x", "--no_share_timesteps"], "--no_share_timesteps is for"),
     (["train", "--concept", "seven", "--objective", "esd-x", "--target", "noise"], "esd-x needs --target teacher"),

@@ -11,6 +11,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 
+from sd_unlearn.models.base import load_base
 from sd_unlearn.models.source import DIGITS_DIR
 
 ROOT = Path(__file__).parents[2]
@@ -27,13 +28,31 @@ def digits_sd3(monkeypatch: pytest.MonkeyPatch) -> Any:
 @pytest.mark.parametrize(("concept", "left"), [("seven", [0, 3]), ("red", [0, 1])])
 def test_a_pool_without_a_concept(concept: str, left: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    from build_digits import leave_out
+    from digits_variants import leave_out
 
     latents = torch.arange(4.0).view(4, 1, 1, 1)
     digits, inks = torch.tensor([1, 7, 7, 0]), torch.tensor([0, 3, 1, 1])
     kept = leave_out((latents, digits, inks), concept)
     assert [rows.tolist() for rows in (kept[1], kept[2])] == [digits[left].tolist(), inks[left].tolist()]
     assert kept[0].flatten().tolist() == left
+
+
+def test_a_variant_is_a_base_of_the_given_shape(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    import digits_variants
+
+    digits = (torch.rand(8, 1, 32, 32), torch.arange(8))
+    monkeypatch.setattr(digits_variants, "load_digits", lambda: (*digits, *digits))
+    variant = digits_variants.Variant("seven", 0.25, 8, "v_prediction")
+    assert variant.name == "digits-without-seven-width-0.25-factor-8-v"
+    digits_variants.build_variant(variant, tmp_path, vae_steps=0, steps=1)
+    base = load_base(str(tmp_path / "pipeline"))
+    unet, vae = base.pipeline.unet.config, base.pipeline.vae.config
+    assert (tuple(unet.block_out_channels), unet.in_channels, unet.sample_size) == ((16, 24), 16, 4)
+    assert (len(vae.block_out_channels), vae.latent_channels) == (4, 16)
+    assert base.pipeline.scheduler.config.prediction_type == "v_prediction"
+    [image] = base.pipeline("a photo of the digit two", num_inference_steps=1).images
+    assert image.size == (32, 32)
 
 
 @torch.no_grad()
