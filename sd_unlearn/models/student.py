@@ -65,14 +65,22 @@ class Student:
 
     @contextmanager
     def frozen(self) -> Iterator[nn.Module]:
-        """The base: the student's own network with its adapters off, or the frozen copy of a fully trained UNet."""
+        """The base: the student's own network with its adapters off, or the frozen copy of a fully trained UNet.
+
+        Not to be nested. PeftModel.disable_adapter could be, but it inspects every layer each time, which takes longer
+        than a small network's forward pass.
+        """
         if self.base_copy is not None:
             yield self.base_copy
             return
-        with ExitStack() as adapters_off:
-            for adapter in self.adapters:
-                adapters_off.enter_context(adapter.disable_adapter())
+        tuners: list[Any] = [adapter.base_model for adapter in self.adapters]
+        for tuner in tuners:
+            tuner.disable_adapter_layers()
+        try:
             yield self.model
+        finally:
+            for tuner in tuners:
+                tuner.enable_adapter_layers()
 
     def state(self) -> dict[str, Tensor]:
         """Copies of the trainable parameters on the CPU, by name."""
