@@ -1,4 +1,4 @@
-"""Random-weight models of SD 3, SD 3.5 and FLUX.1: the real architectures with narrow layers, as folders."""
+"""Random-weight models of the flow-matching kinds: the real architectures with narrow layers, as folders."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from chat_kinds import make_chat_kind
 from diffusers import (
     AutoencoderKL,
     FlowMatchEulerDiscreteScheduler,
@@ -26,8 +27,10 @@ from transformers import (
     T5EncoderModel,
 )
 
-FLOW_KINDS = ("sd3", "sd35", "flux-dev", "flux-schnell")
+CHAT_KINDS = ("z-image", "z-image-turbo")
+FLOW_KINDS = ("sd3", "sd35", "flux-dev", "flux-schnell", *CHAT_KINDS)
 KIND_OF = {"sd3": "sd3", "sd35": "sd3", "flux-dev": "flux", "flux-schnell": "flux"}
+KIND_OF |= dict.fromkeys(("z-image", "z-image-turbo"), "z-image")
 WIDTHS, T5_WIDTH = (8, 12), 24  # of the two CLIPs; of T5
 VAES = {"sd3": (1.5305, 0.0609), "flux": (0.3611, 0.1159)}  # scaling and shift of the published models
 
@@ -160,8 +163,10 @@ class FlowKinds:
 
     def _folder(self, name: str) -> Path:
         """name: of FLOW_KINDS, or sd3-without-t5."""
-        if name == "sd3-without-t5":
-            pipeline: Any = make_sd3("sd3", t5=False)
+        if name in CHAT_KINDS:
+            pipeline: Any = make_chat_kind(name, make_vae("flux"))
+        elif name == "sd3-without-t5":
+            pipeline = make_sd3("sd3", t5=False)
         else:
             pipeline = make_sd3(name) if KIND_OF[name] == "sd3" else make_flux(name)
         pipeline.save_pretrained(self.root / name)

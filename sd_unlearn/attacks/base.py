@@ -117,8 +117,11 @@ def needs_ddim(base: Mapping[str, Any]) -> str:
 
 
 def needs_one_vocabulary(base: Mapping[str, Any]) -> str:
-    """Of an attack that chooses tokens, which all text encoders must know."""
-    has_t5 = base["kind"] == "flux" or (base["kind"] == "sd3" and not base.get("drop_t5"))
+    """Of an attack that chooses tokens, which all text encoders must know, and places them as CLIP's tokenizer does."""
+    reading = KINDS[base["kind"]].reading
+    if reading == "chat":
+        return "its text encoder is a language model that reads captions in a chat template"
+    has_t5 = reading == "t5" and not base.get("drop_t5")
     return "CLIP and T5 do not have the same tokens (SD 3 works with --drop_t5)" if has_t5 else ""
 
 

@@ -17,6 +17,7 @@ import torch
 from sd_unlearn.attacks.base import Attack, Outcome, Target
 from sd_unlearn.attacks.embedding import BUDGETS, EmbeddingSettings, learn
 from sd_unlearn.data.concept import Concept
+from sd_unlearn.models.conditioning import TextConditioning
 from sd_unlearn.models.learned_prompt import LearnedPrompt, prompt_ids, tokenizers
 
 PLACEHOLDER, OTHER = "x", "y"  # any words of a single token: the embedding is replaced
@@ -26,7 +27,8 @@ def run(target: Target, settings: EmbeddingSettings, restart: int) -> Iterator[O
     """Learn one token; 0 steps of the first restart: the caption itself, if the name is a single token."""
     generator, tokenizer = target.generator("token", restart), target.base.pipeline.tokenizer
     before, name, after = split_caption(target.concept)
-    found = [[position(own, before, after)] for own in tokenizers(target.base)]
+    conditioning = target.base.conditioning
+    found = [[position(own, before, after, conditioning)] for own in tokenizers(target.base)]
     prompt = LearnedPrompt(target.base, f"{before}{PLACEHOLDER}{after}", found)
     if restart:
         number = int(torch.randint(len(tokenizer) - 2, (), generator=generator))  # not start or end
@@ -36,9 +38,9 @@ def run(target: Target, settings: EmbeddingSettings, restart: int) -> Iterator[O
     return learn(target, prompt, settings, generator)
 
 
-def position(tokenizer: Any, before: str, after: str) -> int:
+def position(tokenizer: Any, before: str, after: str, conditioning: TextConditioning = TextConditioning()) -> int:
     """The position of the placeholder's token: where prompts with two different placeholders differ."""
-    prompts = [prompt_ids(tokenizer, f"{before}{word}{after}") for word in (PLACEHOLDER, OTHER)]
+    prompts = [prompt_ids(tokenizer, f"{before}{word}{after}", conditioning) for word in (PLACEHOLDER, OTHER)]
     return next(n for n, (one, other) in enumerate(zip(*prompts, strict=True)) if one != other)
 
 

@@ -25,7 +25,9 @@ from sd_unlearn.seeds import SEED_SPAN
 DEFAULT_BASE = "CompVis/stable-diffusion-v1-4"
 CLIP_MODEL, CLIP_PRETRAINED = "ViT-B-32", "laion2b_s34b_b79k"
 
-BASE_FORMS = "Base model (SD 1.x, 2.x, XL, 3, 3.5, FLUX.1): Hub id, folder, .safetensors file, digits or emoji."
+BASE_FORMS = (
+    "Base model (SD 1.x, 2.x, XL, 3, 3.5, FLUX.1, Z-Image): Hub id, folder, .safetensors file, digits or emoji."
+)
 
 BASE = Group("Base model", sort_key=10)
 IMAGES = Group("Training images to generate", sort_key=11)

@@ -180,7 +180,8 @@ class Weights:
             "UNet layers with a LoRA: attention projections, cross-attention projections, attention and feed-forward "
             "layers, all linear and convolutional layers, or all of these outside cross-attention. With fewer layers, "
             "prompts and fine-tuning bring the concept back more easily. Default: all_linear+conv; attention+mlp "
-            "for SD 3 and FLUX, cross_attention with --objective esd-x and not_cross_attention with esd-u.",
+            "for transformers (SD 3, FLUX, Z-Image), cross_attention with --objective esd-x and not_cross_attention "
+            "with esd-u.",
             WEIGHTS,
         ),
     ] = None
@@ -213,8 +214,8 @@ class Noise:
     timestep_sampling: Annotated[
         TimestepSampling | None,
         option(
-            "Density of timesteps for SD 3 and FLUX. shift: as the model's scheduler spaces its sampling steps. "
-            "logit_normal: mostly medium noise (Esser et al. 2024). Default: shift.",
+            "Density of timesteps for flow matching (SD 3, FLUX, Z-Image). shift: as the model's scheduler spaces its "
+            "sampling steps. logit_normal: mostly medium noise (Esser et al. 2024). Default: shift.",
             NOISE,
         ),
     ] = None

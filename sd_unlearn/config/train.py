@@ -38,7 +38,7 @@ TARGETS_OF: dict[ObjectiveName, LoraTargets] = {"esd-x": "cross_attention", "esd
 
 
 def default_lora_targets(objective: ObjectiveName, is_flow: bool) -> LoraTargets:
-    """The layers that get a LoRA if --lora_targets is not given. is_flow: the base has a transformer (SD 3, FLUX)."""
+    """The layers that get a LoRA if --lora_targets is not given. is_flow: the base has a transformer, not a UNet."""
     return TARGETS_OF.get(objective, "attention+mlp" if is_flow else "all_linear+conv")
 
 

@@ -63,8 +63,9 @@ def encode_images(
 def encode_captions(base: Base, captions: Sequence[str]) -> Tensor:
     """Text embeddings [len(captions), rows, width], as the pipeline makes them: padded, without attention mask.
 
-    Those of SDXL, SD 3 and FLUX have the pooled embedding as one more row (conditioning.py). If the pipeline sets
-    force_zeros_for_empty_prompt, those of the empty caption are zeros, which is what guidance then subtracts.
+    Those of SDXL, SD 3 and FLUX have the pooled embedding as one more row (conditioning.py), those of Z-Image have rows
+    of zeros as padding (chat.py). If the pipeline sets force_zeros_for_empty_prompt, those of the empty caption are
+    zeros, which is what guidance then subtracts.
 
     Raises:
         OutOfMemory: memory is too small for one caption.
@@ -96,7 +97,8 @@ def describe_long_captions(base: Base, captions: Sequence[str]) -> str:
     """How many captions have more tokens than the text encoder reads, in one line; an empty string if none has."""
     tokenizer, limit = base.longest_tokenizer
     distinct = list(dict.fromkeys(captions))
-    tokens = tokenizer(distinct, truncation=False, verbose=False).input_ids
+    read = [base.conditioning.as_read(tokenizer, caption) for caption in distinct]
+    tokens = tokenizer(read, truncation=False, verbose=False).input_ids
     long = {text for text, ids in zip(distinct, tokens, strict=True) if len(ids) > limit}
     if not long:
         return ""

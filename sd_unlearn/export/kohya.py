@@ -10,7 +10,7 @@
 SD 1 and SD 2 keep Diffusers' names. For SDXL's UNet, ldm_keys.unet_key renames the module first, and its text encoders
 have the prefixes lora_te1_ and lora_te2_. `kohya_tensors` appends .lora_down.weight, .lora_up.weight and .alpha.
 
-For the transformers of SD 3 and FLUX, kohya's names fuse q, k and v, while ComfyUI and Forge also read Diffusers'
+For transformers (SD 3, FLUX, Z-Image), kohya's names fuse q, k and v, while ComfyUI and Forge also read Diffusers'
 (`transformer.<module>.lora_A.weight`). Their files have those names, and no alpha: `transformer_tensors`.
 
 PEFT computes W + alpha / r * up @ down (rsLoRA: alpha / sqrt(r)). A kohya file stores alpha as a separate tensor next
@@ -111,7 +111,7 @@ def module_key(module: str, network: str = "unet", kind: str = "sd1", blocks: UN
     Args:
         module: Name of the module in Diffusers.
         network: "unet", "transformer", "text_encoder" or "text_encoder_2".
-        kind: Kind of the base: "sd1", "sd2", "sdxl", "sd3" or "flux".
+        kind: Kind of the base, a key of KINDS.
         blocks: The blocks of an SDXL UNet, by which its modules are numbered.
 
     Raises:

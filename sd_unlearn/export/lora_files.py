@@ -70,7 +70,7 @@ def concept_of(file: Path) -> str | None:
 def kohya_bytes(run: TrainedRun, dtype: str = "fp32", pipeline: Any = None, licence: str | None = None) -> bytes:
     """The LoRA file for ComfyUI, A1111 and Forge: kohya's names and the trained alpha.
 
-    For SD 3 and FLUX the weights are those of `diffusers_bytes`, with another header.
+    For transformers the weights are those of `diffusers_bytes`, with another header.
 
     A DoRA is written as the whole change of each weight (`.diff`), which needs the `pipeline` of the base. The format
     also defines `.dora_scale`, but its readers divide by other norms than PEFT: ComfyUI and Forge by the norm of the

@@ -31,6 +31,7 @@ _FAMILY = {
     "sdxl": "stable-diffusion-xl",
     "sd3": "stable-diffusion-3",
     "flux": "flux",
+    "z-image": "z-image",
 }
 PU = "positive-unlabeled learning (Takahashi et al., ICLR 2025, arXiv 2503.03789)"
 _ESD = "ESD (Gandikota et al. 2023, arXiv 2303.07345, equation 7)"

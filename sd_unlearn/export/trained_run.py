@@ -205,9 +205,11 @@ def architecture(base: Mapping[str, Any]) -> Architecture:
         return Architecture("stable-diffusion-3", "sd3")
     if base["kind"] == "flux":
         return Architecture("flux-1", "flux1")
+    if base["kind"] == "z-image":
+        return Architecture("Z-Image", "zimage")
     raise UnlearnError(
         f'{TRAINING} of --run names a base of kind "{base["kind"]}", which export does not support. '
-        "Choose a run on an SD 1, SD 2, SDXL, SD 3 or FLUX.1 base."
+        "Choose a run on an SD 1, SD 2, SDXL, SD 3, FLUX.1 or Z-Image base."
     )
 
 

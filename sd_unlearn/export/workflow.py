@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sd_unlearn.export.trained_run import TrainedRun
+from sd_unlearn.models.kinds import KINDS
 
 FILE = "comfyui-workflow.json"
 STEPS, GUIDANCE, SIZE = 50, 7.5, 512  # of a run that was not evaluated
@@ -16,7 +17,7 @@ def render(run: TrainedRun) -> str:
     """The workflow of a run as JSON: its base, concept and strength, and the sampler of its evaluation."""
     sampler = run.results.sampler if run.results else {}
     name = Path(run.base_name).name
-    make = {"sd3": sd3_nodes, "flux": flux_nodes}.get(run.kind, make_nodes)
+    make = {"sd3": sd3_nodes, "flux": flux_nodes, "z-image": z_image_nodes}.get(run.kind, make_nodes)
     nodes = make(
         checkpoint=name if name.endswith((".safetensors", ".ckpt")) else f"{name}.safetensors",
         lora=f"{run.concept.slug}.safetensors",
@@ -24,7 +25,7 @@ def render(run: TrainedRun) -> str:
         strength=run.strength,
         size=sampler.get("resolution") or run.base.get("resolution") or SIZE,
         steps=sampler.get("steps", STEPS),
-        guidance=sampler.get("guidance_scale", GUIDANCE),
+        guidance=sampler.get("guidance_scale", GUIDANCE) + KINDS[run.kind].extra_guidance,
     )
     return json.dumps(nodes, indent=2, ensure_ascii=False) + "\n"
 
@@ -106,6 +107,24 @@ def flux_nodes(
         "11": _node("FluxGuidance", "Guidance", guidance=guidance, conditioning=["3", 0]),
         "4": _node("CLIPTextEncode", "Not used", text="", clip=["9", 0]),
         **_euler(["2", 0], ["11", 0], size, steps, 1.0, "simple"),
+        "7": _node("VAEDecode", "Decode", samples=["6", 0], vae=["10", 0]),
+        "8": _node("SaveImage", "Save", filename_prefix="forgotten", images=["7", 0]),
+    }
+
+
+def z_image_nodes(
+    *, checkpoint: str, lora: str, prompt: str, strength: float, size: int, steps: int, guidance: float
+) -> dict[str, Any]:
+    """As `make_nodes`, for Z-Image, of which each network is a file. guidance: 1 for Turbo."""
+    return {
+        "1": _node("UNETLoader", "The base the LoRA was trained on", unet_name=checkpoint, weight_dtype="default"),
+        "2": _lora(lora, strength, ["1", 0]),
+        "9": _node("CLIPLoader", "Text encoder", clip_name="qwen_3_4b.safetensors", type="lumina2"),
+        "10": _node("VAELoader", "VAE", vae_name="ae.safetensors"),
+        "11": _node("ModelSamplingAuraFlow", "Shift of the noise levels: Turbo 3", shift=6.0, model=["2", 0]),
+        "3": _node("CLIPTextEncode", "Prompt", text=prompt, clip=["9", 0]),
+        "4": _node("CLIPTextEncode", "Negative prompt", text="", clip=["9", 0]),
+        **_euler(["11", 0], ["3", 0], size, steps, guidance, "simple"),
         "7": _node("VAEDecode", "Decode", samples=["6", 0], vae=["10", 0]),
         "8": _node("SaveImage", "Save", filename_prefix="forgotten", images=["7", 0]),
     }

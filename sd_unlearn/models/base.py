@@ -83,17 +83,17 @@ class Base:
     @property
     def conditioning(self) -> TextConditioning:
         """How the network takes captions."""
-        from sd_unlearn.models.conditioning import conditioning_of
+        from sd_unlearn.models.choose_conditioning import conditioning_of
 
         return conditioning_of(self.network.config, self.pipeline.vae_scale_factor)
 
     @property
     def longest_tokenizer(self) -> tuple[Any, int]:
         """The tokenizer whose text encoder reads most of a caption, and how many tokens: T5's if it is there."""
-        has_t5 = self.conditioning.length and not self.source.drop_t5
-        name = self.properties.text_encoders[-1 if has_t5 else 0].replace("text_encoder", "tokenizer")
+        is_longer = self.conditioning.length and not self.source.drop_t5
+        name = self.properties.text_encoders[-1 if is_longer else 0].replace("text_encoder", "tokenizer")
         tokenizer = getattr(self.pipeline, name)
-        return tokenizer, self.conditioning.length if has_t5 else tokenizer.model_max_length
+        return tokenizer, self.conditioning.length if is_longer else tokenizer.model_max_length
 
     @property
     def text_encoders(self) -> list[Any]:
@@ -164,12 +164,14 @@ def resolution_of(network: Any, pixels_per_latent: int, vae: Any) -> int:
 
 
 def check_text_encoder(kind: str | None, name: str) -> None:
-    """Refuse --train_text_encoder for bases with several text encoders. kind: None if it is not known yet.
+    """Refuse --train_text_encoder for bases with several text encoders or a language model as text encoder.
+
+    kind: None if it is not known yet.
 
     Raises:
         UsageError
     """
-    if kind and len(KINDS[kind].text_encoders) > 1:
+    if kind and (len(KINDS[kind].text_encoders) > 1 or KINDS[kind].reading == "chat"):
         raise UsageError(
             f"--train_text_encoder: {name} is a base of kind {kind}, whose text encoders cannot be trained. Leave the "
             "option out."

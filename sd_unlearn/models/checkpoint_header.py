@@ -132,7 +132,7 @@ def _pickled_tensors(path: Path, option: str) -> dict[str, Any]:
 def kind_of_file(header: CheckpointHeader, option: str = "--pretrained_model_name_or_path") -> str:
     """A key of KINDS, by tensors that do not depend on the model's width.
 
-    SD 3 and FLUX have blocks of their own. Of the UNets only XL embeds sizes and a pooled caption (label_emb), and
+    Transformers have blocks of their own. Of the UNets only XL embeds sizes and a pooled caption (label_emb), and
     only SD 1.x enters its transformers by a convolution (4-dimensional proj_in).
 
     Raises:
@@ -175,11 +175,15 @@ def _unsupported(header: CheckpointHeader) -> str:
 
 
 def _transformer_kind(header: CheckpointHeader) -> str | None:
-    """sd3 or flux, by the blocks of its transformer; None for other files."""
+    """sd3, flux or z-image, by the blocks of its transformer; None for other files."""
     if any("joint_blocks.0.x_block.attn.qkv." in name for name in header.shapes):
         return "sd3"
     if any("double_blocks.0.img_attn.norm.query_norm." in name for name in header.shapes):
         return "flux"
+    if any("noise_refiner.0.attention.qkv." in n for n in header.shapes) and any(
+        "x_pad_token" in n for n in header.shapes
+    ):
+        return "z-image"
     return None
 
 
@@ -187,7 +191,8 @@ def _part_of_a_model(header: CheckpointHeader) -> str:
     names = header.shapes
     if any(name.endswith("decoder.conv_in.weight") for name in names):
         return "only a VAE: use it with --vae"
-    if any(name.startswith(("down_blocks.", "transformer_blocks.", "text_model.", "embeddings.")) for name in names):
+    networks = ("down_blocks.", "transformer_blocks.", "noise_refiner.", "text_model.", "embeddings.")
+    if any(name.startswith(networks) for name in names):
         return "one network of a diffusers folder: use the folder"
     return "not a checkpoint of Stable Diffusion"
 

@@ -1,7 +1,8 @@
 """How each kind's network is conditioned on a caption: the caption's encoding as one tensor, and the network's call.
 
 SD 1.x and 2.x take the text encoder's output [tokens, width]. XL, SD 3 and FLUX also take a pooled embedding of the
-caption. It is stored as one more row, padded with zeros to the width, so that caching and batching work for all.
+caption. It is stored as one more row, padded with zeros to the width, so that caching and batching work for all. What
+the kinds with a language model as text encoder have in common is in chat.py.
 """
 
 from __future__ import annotations
@@ -13,8 +14,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
-
-from sd_unlearn.models.kinds import kind_of, pooled_width_of
 
 GUIDANCE_IN_TRAINING = 1.0  # embedded guidance of FLUX.1 dev: its prediction without guidance
 
@@ -51,7 +50,7 @@ class TextConditioning:
 
     @property
     def length(self) -> int:
-        """Tokens of a caption that T5 reads; 0 without T5."""
+        """Tokens of a caption that T5 or a language model reads; 0 if only CLIP reads it."""
         return 0
 
     def predict(self, model: nn.Module, noisy: Tensor, timesteps: Tensor, text: Tensor) -> Tensor:
@@ -64,6 +63,23 @@ class TextConditioning:
         )[0]
         return encoded
 
+    def as_read(self, tokenizer: Any, caption: str) -> str:
+        """What the text encoder reads for a caption: the caption itself, or in a chat template."""
+        return caption
+
+    def tokenized(self, tokenizer: Any, caption: str) -> tuple[list[int], list[int]]:
+        """Token ids of a caption, padded to the length that the text encoder reads; 1 where they are not padding."""
+        length = tokenizer.model_max_length
+        found = tokenizer(caption, padding="max_length", max_length=length, truncation=True)
+        return found.input_ids, found.attention_mask
+
+    def learned_positions(self, tokenizer: Any, caption: str, length: int) -> list[int]:
+        """The tokens that an attack on the whole prompt learns: all but the first, also padding, which is not masked.
+
+        length: that all text encoders of the pipeline read.
+        """
+        return list(range(1, length))
+
     def tokens_of(self, text: Tensor) -> Tensor:
         """The rows of encoded captions [N, rows, width] that stand for tokens."""
         return text
@@ -72,7 +88,7 @@ class TextConditioning:
         """(rows, width) of an encoded caption. network: its configuration; tokens: that CLIP reads."""
         return tokens, int(network["cross_attention_dim"])
 
-    def arguments(self, text: Tensor, empty: Tensor) -> dict[str, Tensor]:
+    def arguments(self, text: Tensor, empty: Tensor) -> dict[str, Any]:
         """The pipeline's arguments for prompts, from encoded captions. empty: the empty caption, as often as text."""
         return {"prompt_embeds": text, "negative_prompt_embeds": empty}
 
@@ -113,7 +129,7 @@ class XLConditioning(TextConditioning):
     def shape_of(self, network: Mapping[str, Any], tokens: int, has_t5: bool = True) -> tuple[int, int]:
         return tokens + 1, int(network["cross_attention_dim"])
 
-    def arguments(self, text: Tensor, empty: Tensor) -> dict[str, Tensor]:
+    def arguments(self, text: Tensor, empty: Tensor) -> dict[str, Any]:
         (tokens, pooled), (no_tokens, no_pooled) = (unpack(rows, self.pooled_width) for rows in (text, empty))
         return {
             "prompt_embeds": tokens,
@@ -188,7 +204,7 @@ class FluxConditioning(XLConditioning):
     def shape_of(self, network: Mapping[str, Any], tokens: int, has_t5: bool = True) -> tuple[int, int]:
         return self.length + 1, int(network["joint_attention_dim"])
 
-    def arguments(self, text: Tensor, empty: Tensor) -> dict[str, Tensor]:
+    def arguments(self, text: Tensor, empty: Tensor) -> dict[str, Any]:
         tokens, pooled = unpack(text, self.pooled_width)
         return {"prompt_embeds": tokens, "pooled_prompt_embeds": pooled}
 
@@ -200,16 +216,6 @@ class FluxConditioning(XLConditioning):
 
     def from_pipeline(self, latents: Tensor, height: int, width: int) -> Tensor:
         return from_patches(latents, height, width)
-
-
-def conditioning_of(network: Mapping[str, Any], pixels_per_latent: int) -> TextConditioning:
-    """The conditioning of a base's network, by its configuration."""
-    kind, pooled = kind_of(network), pooled_width_of(network)
-    if pooled is None:
-        return TextConditioning()
-    if kind == "flux":
-        return FluxConditioning(pooled, pixels_per_latent, bool(network.get("guidance_embeds")))
-    return (SD3Conditioning if kind == "sd3" else XLConditioning)(pooled, pixels_per_latent)
 
 
 def pack(tokens: Tensor, pooled: Tensor) -> Tensor:

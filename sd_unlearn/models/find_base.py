@@ -20,7 +20,7 @@ from sd_unlearn.models.checkpoint_header import (
     read_checkpoint_header,
     states_prediction,
 )
-from sd_unlearn.models.kinds import COMPONENTS, KINDS, NETWORKS, PIPELINES, SUPPORTED, Kind, kind_of
+from sd_unlearn.models.kinds import COMPONENTS, KINDS, NETWORKS, PIPELINES, SUPPORTED, Kind, kind_of, text_width_of
 from sd_unlearn.models.source import BUNDLED, EMOJI, FLOW, OPTION, Source, weights_in
 
 PREDICTIONS = ("epsilon", "v_prediction")
@@ -40,6 +40,7 @@ class _NetworkConfig:
     addition_embed_type: str | None = None
     use_linear_projection: bool | None = None
     joint_attention_dim: int | None = None
+    cap_feat_dim: int | None = None
     pooled_projection_dim: int | None = None
     guidance_embeds: bool | None = None
     sample_size: int | None = None
@@ -124,7 +125,8 @@ def check_network(name: str, network: Mapping[str, Any], latent_channels: int) -
     """
     channels = network.get("in_channels", 4)
     if KINDS[kind_of(network)].is_flow:
-        expected = network.get("out_channels") or {"sd3": 16, "flux": 64}[kind_of(network)]  # FLUX: patches of 2 x 2
+        patched = 64 if kind_of(network) == "flux" else latent_channels  # FLUX takes patches of 2 x 2
+        expected = network.get("out_channels") or patched
         if channels != expected:
             raise UsageError(f"{OPTION} {name} takes {channels} channels instead of {expected}. {SUPPORTED}.")
         return
@@ -262,7 +264,7 @@ def _check_text_width(source: Source, encoders: list[str]) -> None:
     widths = [config.get("hidden_size", 0) for config in configs if not config.get("d_model")]
     given = next((config["d_model"] for config in configs if config.get("d_model")), sum(widths))
     network = source.network_config
-    takes = network.get("joint_attention_dim") or network.get("cross_attention_dim", given)
+    takes = text_width_of(network) or given
     if given != takes and not (source.kind == "sd3" and given < takes):  # without T5, padded with zeros
         raise UsageError(
             f"{OPTION} {source.name}: its {KINDS[source.kind or 'sd1'].title} takes text {takes} wide, its text "

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
-SUPPORTED = "Stable Diffusion 1.x, 2.x, XL, 3 and 3.5 and FLUX.1 can be trained"
+SUPPORTED = "Stable Diffusion 1.x, 2.x, XL, 3 and 3.5, FLUX.1 and Z-Image can be trained"
+# How captions become tokens: CLIP's alone, CLIP's and T5's, or those of a language model with a chat template.
+Reading = Literal["clip", "t5", "chat"]
 
 
 @dataclass(frozen=True)
@@ -24,11 +26,20 @@ class Kind:
     is_flow: bool = False  # flow matching (flow.py) instead of DDPM's diffusion (diffusion.py)
     uses_guidance: bool = True  # sampling combines the prompt's prediction with that of the empty caption
     is_large: bool = False  # made for 1024 pixels: the VAE processes one image at a time
+    network_class: str = "UNet2DConditionModel"  # in Diffusers
+    vae_class: str = "AutoencoderKL"  # in Diffusers
+    reading: Reading = "clip"
+    chat_class: str = ""  # of the text encoder in transformers, if it is a language model
+    extra_guidance: float = 0.0  # what the pipeline adds to --guidance_scale: Z-Image's is f + g (f - u)
 
     @property
     def captions_at_once(self) -> int:
         """Captions that are encoded at once at most. T5 takes about 0.1 GB for each."""
         return 16 if self.is_flow else 256
+
+    def guidance_of(self, scale: float | None) -> float:
+        """The s of u + s (f - u) with which a pipeline samples at this --guidance_scale; 1 if it does not guide."""
+        return max(1.0, (scale or 0.0) + self.extra_guidance) if self.uses_guidance else 1.0
 
     @property
     def components(self) -> tuple[str, ...]:
@@ -46,6 +57,12 @@ class Kind:
         return 16 if self.is_flow else 8
 
 
+def _transformer(name: str, pipeline: str, network_class: str, reading: Reading = "t5", **own: Any) -> Kind:
+    """A kind with a transformer that is trained by flow matching at 1024 pixels."""
+    common = {"network": "transformer", "title": "transformer", "is_flow": True, "is_large": True}
+    return Kind(name, pipeline, network_class=network_class, reading=reading, **common, **own)  # type: ignore[arg-type]
+
+
 _TWO, _THREE = ("text_encoder", "text_encoder_2"), ("text_encoder", "text_encoder_2", "text_encoder_3")
 KINDS = {
     kind.name: kind
@@ -53,8 +70,11 @@ KINDS = {
         Kind("sd1", "StableDiffusionPipeline"),
         Kind("sd2", "StableDiffusionPipeline"),
         Kind("sdxl", "StableDiffusionXLPipeline", text_encoders=_TWO, is_large=True),
-        Kind("sd3", "StableDiffusion3Pipeline", "transformer", "transformer", _THREE, is_flow=True, is_large=True),
-        Kind("flux", "FluxPipeline", "transformer", "transformer", _TWO, True, uses_guidance=False, is_large=True),
+        _transformer("sd3", "StableDiffusion3Pipeline", "SD3Transformer2DModel", text_encoders=_THREE),
+        _transformer("flux", "FluxPipeline", "FluxTransformer2DModel", text_encoders=_TWO, uses_guidance=False),
+        _transformer(
+            "z-image", "ZImagePipeline", "ZImageTransformer2DModel", "chat", chat_class="Qwen3Model", extra_guidance=1.0
+        ),
     )
 }
 PIPELINES = tuple(dict.fromkeys(kind.pipeline for kind in KINDS.values()))
@@ -67,6 +87,8 @@ def kind_of(network: Mapping[str, Any]) -> str:
 
     Among UNets only XL embeds sizes and a pooled caption, and only SD 1.x enters its transformers by a convolution.
     """
+    if "cap_feat_dim" in network:
+        return "z-image"
     if "num_single_layers" in network:
         return "flux"
     if "caption_projection_dim" in network:
@@ -74,6 +96,12 @@ def kind_of(network: Mapping[str, Any]) -> str:
     if network.get("addition_embed_type") == "text_time":
         return "sdxl"
     return "sd2" if network.get("use_linear_projection") else "sd1"
+
+
+def text_width_of(network: Mapping[str, Any]) -> int | None:
+    """Width of the text encoders' output that a network takes; None if its configuration does not say."""
+    names = ("joint_attention_dim", "cap_feat_dim", "cross_attention_dim")
+    return next((network[name] for name in names if network.get(name)), None)
 
 
 def pooled_width_of(network: Mapping[str, Any]) -> int | None:

@@ -7,7 +7,7 @@ ComfyUI, A1111 and Forge read whole checkpoints in this layout, and the UNet par
     unet_key("mid_block.resnets.1.conv1")                    "middle_block.2.in_layers.2"
     vae_key("decoder.up_blocks.0.resnets.1.conv1.weight", blocks=4)    "decoder.up.3.block.1.conv1.weight"
 
-The transformers of SD 3 and FLUX have a layout of their own (transformer_keys.py).
+Transformers (SD 3, FLUX, Z-Image) have layouts of their own (transformer_keys.py).
 
 input_blocks.4: block 0 is conv_in, blocks 1 and 2 are the two layers of down block 0, block 3 is its downsampler, and
 block 4 is the first layer of down block 1. In that layer, 0 is the resnet and 1 the attention.
@@ -26,6 +26,7 @@ from torch import Tensor
 
 from sd_unlearn.errors import UnlearnError
 from sd_unlearn.models.checkpoint_header import SD3_TEXT_ENCODERS
+from sd_unlearn.models.kinds import KINDS
 from sd_unlearn.models.transformer_keys import original_weights
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
@@ -202,15 +203,15 @@ def checkpoint(pipeline: Any, kind: str) -> dict[str, Tensor]:
     """All weights of a pipeline under their names in a single-file checkpoint.
 
     Args:
-        kind: "sd1", "sd2", "sdxl", "sd3" or "flux" (the transformer only, as it was published).
+        kind: of KINDS; of FLUX and Z-Image the transformer alone, as they were published.
 
     Raises:
         UnlearnError: the layout has no name for a part of the UNet or transformer.
     """
-    if kind == "flux":
-        return original_weights(kind, pipeline.transformer.state_dict())
     if kind == "sd3":
         return _sd3_checkpoint(pipeline)
+    if KINDS[kind].is_flow:
+        return original_weights(kind, pipeline.transformer.state_dict())
     unet_blocks, vae_blocks = blocks_of(pipeline.unet.config), len(pipeline.vae.config.up_block_types)
     weights = {UNET + unet_key(key, unet_blocks): value for key, value in pipeline.unet.state_dict().items()}
     weights |= {VAE + key: value for key, value in vae_weights(pipeline.vae.state_dict(), vae_blocks).items()}

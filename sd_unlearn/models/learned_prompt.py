@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sd_unlearn.models.base import Base
+from sd_unlearn.models.conditioning import TextConditioning
 
 
 class LearnedPrompt:
@@ -30,7 +31,7 @@ class LearnedPrompt:
 
     def _token_ids(self) -> list[Tensor]:
         return [
-            torch.tensor(prompt_ids(tokenizer, self.prompt))[positions]
+            torch.tensor(prompt_ids(tokenizer, self.prompt, self.base.conditioning))[positions]
             for tokenizer, positions in zip(tokenizers(self.base), self.positions, strict=True)
         ]
 
@@ -96,12 +97,16 @@ def of_each_encoder(base: Base, positions: Sequence[int] | Sequence[list[int]]) 
     return [[position - start for position in positions] for start in starts]  # type: ignore[operator]
 
 
-def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
+def prompt_ids(tokenizer: Any, prompt: str, conditioning: TextConditioning = TextConditioning()) -> list[int]:
     """Token ids of a prompt, padded to the length that the text encoder reads."""
-    ids: list[int] = tokenizer(
-        prompt, padding="max_length", max_length=tokenizer.model_max_length, truncation=True
-    ).input_ids
-    return ids
+    return conditioning.tokenized(tokenizer, prompt)[0]
+
+
+def learned_positions(base: Base, prompt: str) -> list[list[int]]:
+    """The tokens of a prompt, for each text encoder, that are learned if the whole prompt is."""
+    length, conditioning = prompt_length(base), base.conditioning
+    own = [conditioning.learned_positions(tokenizer, prompt, length) for tokenizer in tokenizers(base)]
+    return own if base.properties.reading == "chat" else of_each_encoder(base, own[0])
 
 
 def prompt_length(base: Base) -> int:

@@ -108,9 +108,9 @@ def _left_out(source: Source, index: Mapping[str, Any]) -> dict[str, Any]:
     if index["_class_name"] == KINDS["sd3"].pipeline:
         has_t5 = (index.get("text_encoder_3") or [None])[0] is not None
         return {} if has_t5 and not source.drop_t5 else {"text_encoder_3": None, "tokenizer_3": None}
-    if index["_class_name"] == KINDS["flux"].pipeline:
-        return {}
-    return {"safety_checker": None, "requires_safety_checker": False}
+    if index["_class_name"] == KINDS["sd1"].pipeline:
+        return {"safety_checker": None, "requires_safety_checker": False}
+    return {}
 
 
 def _announce_download(name: str) -> None:

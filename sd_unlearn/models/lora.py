@@ -15,6 +15,7 @@ from sd_unlearn.errors import UsageError
 from sd_unlearn.io.files import atomic_path, write_json
 from sd_unlearn.io.reading import read_json
 from sd_unlearn.io.run_folder import ADAPTER_DIR, TEXT_ADAPTER_DIR
+from sd_unlearn.models.kinds import KINDS, kind_of
 from sd_unlearn.models.lora_file import PEFT_CONFIG, LoraFile, read_lora_file
 
 ADAPTER_NAME, WEIGHTS_FILE = "default", "adapter_model.safetensors"
@@ -31,8 +32,8 @@ TARGETS: dict[LoraTargets, str] = {
     "attention+mlp": rf".*\.({_ATTENTION}|ff\.net\.0\.proj|ff\.net\.2)",
 }
 # The same of a transformer with joint attention, which has no layers of cross-attention of their own. FLUX's single
-# blocks have their feed-forward layers in proj_mlp and proj_out.
-_MLP = r"(ff|ff_context)\.net\.(0\.proj|2)|single_transformer_blocks\.\d+\.(proj_mlp|proj_out)"
+# blocks have their feed-forward layers in proj_mlp and proj_out, Z-Image's blocks in w1, w2 and w3.
+_MLP = r"(ff|ff_context)\.net\.(0\.proj|2)|single_transformer_blocks\.\d+\.(proj_mlp|proj_out)|feed_forward\.w[123]"
 JOINT_TARGETS: dict[LoraTargets, str] = {
     "attention": rf".*\.{_JOINT}",
     "attention+mlp": rf".*\.{_JOINT}|(.*\.)?({_MLP})",
@@ -79,12 +80,12 @@ def network_targets(network: nn.Module, group: LoraTargets | None) -> list[str]:
     Raises:
         UsageError: the network has no such layers.
     """
-    is_joint = any(name.endswith(f".{CONTEXT[1]}") for name, _ in network.named_modules())
+    is_joint = KINDS[kind_of(network.config)].is_flow  # type: ignore[arg-type]
     group = group or default_lora_targets("pu", is_joint)
     if is_joint and group in WITHOUT_JOINT_ATTENTION:
         raise UsageError(
-            f"--lora_targets {group} needs a base with cross-attention; SD 3 and FLUX have joint attention. Use "
-            "attention, attention+mlp or all_linear+conv."
+            f"--lora_targets {group} needs a base with cross-attention; transformers (SD 3, FLUX, Z-Image) have joint "
+            "attention. Use attention, attention+mlp or all_linear+conv."
         )
     if group in ("all_linear+conv", "not_cross_attention"):
         layers = [name for name, module in network.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]

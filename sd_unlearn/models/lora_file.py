@@ -1,7 +1,7 @@
 """Read a LoRA file: every tensor of it belongs to the change of one module, or the file is refused.
 
 Accepted names: kohya (lora_unet_..., also in the layout of single files), Diffusers (unet...., transformer.... and
-text_encoder....), the original code of SD 3 and FLUX (diffusion_model....), OneTrainer (lora_transformer_...) and PEFT
+text_encoder....), the original code of transformers (diffusion_model....), OneTrainer (lora_transformer_...) and PEFT
 (base_model.model...., with adapter_config.json in the same folder). Accepted kinds of change: LoRA (also of
 convolutions and with a middle matrix), DoRA in Diffusers' and PEFT's files, LoHa, LoKr, and whole differences of
 weights and biases.

@@ -31,8 +31,8 @@ def module_tables(pipeline: Any) -> dict[str, Table]:
     tables |= {f"{name}.": table for name, table in texts.items()}
     if network == "transformer":
         original = _original_names(pipeline, own)
-        # OneTrainer, SimpleTuner, and the names of the original code
-        tables |= {"lora_transformer_": _flat(plain), "lycoris_": _flat(plain), "diffusion_model.": original}
+        # OneTrainer, SimpleTuner, and the names of the original code, or of Diffusers with its prefix (ai-toolkit)
+        tables |= {"lora_transformer_": _flat(plain), "lycoris_": _flat(plain), "diffusion_model.": plain | original}
         plain = original | plain
     else:
         original = _ldm_names(pipeline, own)

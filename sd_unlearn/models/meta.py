@@ -15,7 +15,8 @@ from torch import nn
 from sd_unlearn.errors import UnlearnError, UsageError, reason
 from sd_unlearn.io.reading import read_json
 from sd_unlearn.models.base import resolution_of
-from sd_unlearn.models.conditioning import TextConditioning, conditioning_of
+from sd_unlearn.models.choose_conditioning import conditioning_of
+from sd_unlearn.models.conditioning import TextConditioning
 from sd_unlearn.models.kinds import KINDS, NETWORKS, kind_of, network_name
 from sd_unlearn.models.published import PUBLISHED
 from sd_unlearn.models.source import OPTION, SINGLE_FILE_DIR, Source
@@ -30,6 +31,7 @@ KNOWN_IDS = {
     "sd3.5-large": re.compile(r"stabilityai/stable-diffusion-3\.5-large.*"),
     "flux-schnell": re.compile(r"black-forest-labs/FLUX\.1-schnell"),
     "flux-dev": re.compile(r"black-forest-labs/FLUX\.1-(dev|Krea-dev)"),
+    "z-image": re.compile(r"Tongyi-MAI/Z-Image(-Turbo)?"),
 }
 
 
@@ -88,8 +90,9 @@ class MetaBase:
         return int(getattr(self.text_encoders[0].config, "max_position_embeddings", 77))
 
     def length_for(self, encoder: Any) -> int:
-        """Length of a caption for a text encoder: T5's own, else CLIP's."""
-        return self.conditioning.length if hasattr(encoder.config, "d_model") else self.tokens
+        """Length of a caption for a text encoder: that of T5 or a language model, else CLIP's."""
+        is_longer = hasattr(encoder.config, "d_model") or KINDS[self.kind].reading == "chat"
+        return self.conditioning.length if is_longer else self.tokens
 
 
 @dataclass(frozen=True)
@@ -164,11 +167,13 @@ def _make(kind: str, name: str, config: dict[str, Any]) -> Any:
     import diffusers
     import transformers
 
-    classes = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL"}
-    classes["transformer"] = "FluxTransformer2DModel" if kind == "flux" else "SD3Transformer2DModel"
-    if name in classes:
-        return getattr(diffusers, classes[name]).from_config(config)
+    own = KINDS[kind]
+    if name in (own.network, "vae"):
+        return getattr(diffusers, own.vae_class if name == "vae" else own.network_class).from_config(config)
     known = {key: value for key, value in config.items() if key not in ("model_type", "dtype", "torch_dtype")}
+    if own.reading == "chat":
+        network = getattr(transformers, own.chat_class)
+        return network(network.config_class(**known))
     if "d_model" in config:
         return transformers.T5EncoderModel(transformers.T5Config(**known))
     pools = name != "text_encoder" or kind == "sd3"  # SD 3 takes the pooled embedding of both CLIPs

@@ -83,6 +83,32 @@ FLUX: Config = {
     "axes_dims_rope": [16, 56, 56],
 }
 
+Z_IMAGE: Config = {
+    "all_patch_size": [2],
+    "all_f_patch_size": [1],
+    "in_channels": 16,
+    "dim": 3840,
+    "n_layers": 30,
+    "n_refiner_layers": 2,
+    "n_heads": 30,
+    "n_kv_heads": 30,
+    "qk_norm": True,
+    "cap_feat_dim": 2560,
+    "axes_dims": [32, 48, 48],
+    "axes_lens": [1536, 512, 512],
+}
+QWEN3_4B: Config = {
+    "hidden_size": 2560,
+    "intermediate_size": 9728,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 151936,
+    "max_position_embeddings": 40960,
+    "tie_word_embeddings": True,
+}
+
 
 def _sd3(transformer: Config) -> dict[str, Config]:
     encoders = {"text_encoder": CLIP_L, "text_encoder_2": CLIP_G, "text_encoder_3": T5_XXL}
@@ -101,4 +127,5 @@ PUBLISHED: dict[str, dict[str, Config]] = {
     "sd3.5-large": _sd3(SD35_LARGE),
     "flux-dev": _flux(guidance_embeds=True),
     "flux-schnell": _flux(guidance_embeds=False),
+    "z-image": {"transformer": Z_IMAGE, "vae": FLUX_VAE, "text_encoder": QWEN3_4B},
 }

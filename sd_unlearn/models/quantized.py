@@ -43,6 +43,11 @@ class QuantizedLinear(nn.Linear):
         unpack: Any = torch.ops.bitsandbytes.dequantize_4bit
         return unpack(self.weight, self.scale, BLOCK, "nf4", shape, self.computes_in)
 
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The data type of inputs, which Z-Image's transformer asks for where a weight is not a floating-point one."""
+        return self.computes_in
+
     def forward(self, input: Tensor) -> Tensor:
         return _Multiply.apply(input, self)
 

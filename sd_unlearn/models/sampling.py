@@ -45,13 +45,15 @@ class Sampler:
 
 BASE_SAMPLERS = dict.fromkeys(BUNDLED, Sampler(steps=25, guidance_scale=3.0, batch_size=100))
 DEFAULT_SAMPLER = Sampler(steps=50, guidance_scale=7.5, batch_size=4)
-# Of the flow-matching models, as published: SD 3, 3.5 medium and large, FLUX.1 dev, and the distilled FLUX.1 schnell
-# and SD 3.5 large turbo, which sample without guidance.
+# Of the flow-matching models, as published: SD 3, 3.5 medium and large, FLUX.1 dev, the distilled FLUX.1 schnell and
+# SD 3.5 large turbo, which sample without guidance, Z-Image, and Z-Image-Turbo, which samples without guidance, too.
 SD3_SAMPLER = Sampler(steps=28, guidance_scale=7.0, batch_size=4)
 SD35_SAMPLER = Sampler(steps=40, guidance_scale=4.5, batch_size=4)
 SD35_LARGE_SAMPLER = Sampler(steps=28, guidance_scale=3.5, batch_size=4)
 DEV_SAMPLER = Sampler(steps=28, guidance_scale=3.5, batch_size=4)
 SCHNELL_SAMPLER = Sampler(steps=4, guidance_scale=0.0, batch_size=4)
+Z_IMAGE_SAMPLER = Sampler(steps=50, guidance_scale=4.0, batch_size=4)
+Z_IMAGE_TURBO_SAMPLER = Sampler(steps=8, guidance_scale=0.0, batch_size=4)
 PUBLISHED_SAMPLERS = {
     re.compile(r"stabilityai/stable-diffusion-3-.*"): SD3_SAMPLER,
     re.compile(r"stabilityai/stable-diffusion-3\.5-.*-turbo"): SCHNELL_SAMPLER,
@@ -59,6 +61,8 @@ PUBLISHED_SAMPLERS = {
     re.compile(r"stabilityai/stable-diffusion-3\.5-.*"): SD35_SAMPLER,
     re.compile(r"black-forest-labs/FLUX\.1-schnell"): SCHNELL_SAMPLER,
     re.compile(r"black-forest-labs/FLUX\.1-.*"): DEV_SAMPLER,
+    re.compile(r"Tongyi-MAI/Z-Image-Turbo"): Z_IMAGE_TURBO_SAMPLER,
+    re.compile(r"Tongyi-MAI/Z-Image"): Z_IMAGE_SAMPLER,
 }
 
 
@@ -86,6 +90,9 @@ def default_sampler(base_name: str) -> Sampler:
         return SD35_SAMPLER if network.get("dual_attention_layers") else SD35_LARGE_SAMPLER
     if kind == "sd3":
         return SD3_SAMPLER
+    if kind == "z-image":  # the two differ in the shift of their schedulers only: 6, and 3 of Turbo
+        shift = Source(base_name).config_of("scheduler", "scheduler_config.json").get("shift", 1.0)
+        return Z_IMAGE_SAMPLER if shift > 4 else Z_IMAGE_TURBO_SAMPLER
     return published or DEFAULT_SAMPLER
 
 

@@ -1,7 +1,7 @@
-"""Load SD 3 or FLUX from the single file of its transformer. What the file lacks comes from a diffusers folder.
+"""Load SD 3, FLUX or Z-Image from the single file of its transformer. What it lacks comes from a diffusers folder.
 
-The published files hold the transformer alone (FLUX.1), or with the VAE (SD 3.5) and text encoders. Weights in 8-bit
-floating point are converted to the precision of the base, with their scales if the file has some.
+The published files hold the transformer alone (FLUX.1, Z-Image), or with the VAE (SD 3.5) and text encoders. Weights in
+8-bit floating point are converted to the precision of the base, with their scales if the file has some.
 """
 
 from __future__ import annotations
@@ -27,11 +27,12 @@ from sd_unlearn.models.transformer_keys import diffusers_weights
 _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16, *_FP8)
 _SCALE = ".scale_weight"  # of a weight in 8 bits: the weight is this times the stored one
+_UNUSED = ("norm_final.weight",)  # of a norm that Z-Image's final layer does without
 _NOT_WEIGHTS = (_SCALE, ".scale_input", "scaled_fp8")
 
 
 def load_transformer_file(source: Source, dtype: torch.dtype, vae: Any = None) -> Any:
-    """The pipeline of a file of kind sd3 or flux and the folder --single_file_config. vae: replaces both VAEs.
+    """The pipeline of a file with a transformer and the folder --single_file_config. vae: replaces both VAEs.
 
     Raises:
         UnlearnError: the weights do not fit the configuration, or are of an unknown type.
@@ -55,17 +56,17 @@ def load_transformer_file(source: Source, dtype: torch.dtype, vae: Any = None) -
 
 
 def _transformer(source: Source, dtype: torch.dtype) -> nn.Module:
+    import diffusers
     from accelerate import init_empty_weights
-    from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
 
-    network = FluxTransformer2DModel if source.kind == "flux" else SD3Transformer2DModel
+    network = getattr(diffusers, KINDS[str(source.kind)].network_class)
     with init_empty_weights():
         transformer = network.from_config(source.network_config)
     prefix = UNET if any(source.header.under(UNET)) else ""
     tensors = {
         name.removeprefix(prefix): tensor
         for name, tensor in read_tensors_under(source.place, prefix).items()
-        if not name.startswith((*VAES, *TEXT_ENCODERS))
+        if not name.startswith((*VAES, *TEXT_ENCODERS)) and name.removeprefix(prefix) not in _UNUSED
     }
     shapes = {name: tuple(value.shape) for name, value in transformer.state_dict().items()}
     try:

@@ -1,10 +1,11 @@
-"""Rename the weights of SD 3's and FLUX's transformers to the layout of their original single files, and back.
+"""Rename the weights of transformers (SD 3, FLUX, Z-Image) to the layout of their original single files, and back.
 
 ComfyUI and Forge read checkpoints in this layout, and many trainers name the modules of a LoRA by it. Some modules of
 Diffusers are one module there, whose rows are theirs in sequence:
 
     transformer_blocks.0.attn.to_q, to_k, to_v    joint_blocks.0.x_block.attn.qkv (SD 3)
                                                   double_blocks.0.img_attn.qkv (FLUX)
+    layers.0.attention.to_q, to_k, to_v           layers.0.attention.qkv (Z-Image)
 
 The final modulation is (shift, scale) there and (scale, shift) in Diffusers. In SD 3 that of the context in the last
 block is, too.
@@ -48,8 +49,25 @@ _LAYOUTS: dict[str, dict[str, str]] = {
         "guidance_in.out_layer": f"{_GUIDANCE}2",
         **_FINAL,
     },
+    "z-image": {
+        "x_embedder": "all_x_embedder.2-1",
+        "final_layer.linear": "all_final_layer.2-1.linear",
+        "final_layer.adaLN_modulation.1": "all_final_layer.2-1.adaLN_modulation.1",
+        **{name: name for name in ("t_embedder.mlp.0", "t_embedder.mlp.2", "cap_embedder.0", "cap_embedder.1")},
+    },
 }
+# Parameters that are not the weight or bias of a module.
+_CONSTANTS = {"pos_embed": "pos_embed.pos_embed", "x_pad_token": "x_pad_token", "cap_pad_token": "cap_pad_token"}
 _CONTEXT = "attn.add_q_proj attn.add_k_proj attn.add_v_proj"
+_Z_IMAGE_BLOCK = {
+    "attention.qkv": "attention.to_q attention.to_k attention.to_v",
+    "attention.out": "attention.to_out.0",
+    "attention.q_norm": "attention.norm_q",
+    "attention.k_norm": "attention.norm_k",
+    "adaLN_modulation.0": "adaLN_modulation.0",
+    **{name: name for name in ("feed_forward.w1", "feed_forward.w2", "feed_forward.w3")},
+    **{name: name for name in ("attention_norm1", "attention_norm2", "ffn_norm1", "ffn_norm2")},
+}
 _BLOCKS: dict[str, dict[tuple[str, str], dict[str, str]]] = {  # (original, Diffusers) name of a list of blocks
     "sd3": {
         ("joint_blocks", "transformer_blocks"): {
@@ -98,6 +116,7 @@ _BLOCKS: dict[str, dict[tuple[str, str], dict[str, str]]] = {  # (original, Diff
             "modulation.lin": "norm.linear",
         },
     },
+    "z-image": {(name, name): _Z_IMAGE_BLOCK for name in ("layers", "noise_refiner", "context_refiner")},
 }
 
 
@@ -127,7 +146,7 @@ def swap(rows: Tensor) -> Tensor:
 
 
 def original_modules(kind: str, rows: Mapping[str, int]) -> dict[str, list[Rows]]:
-    """The modules of the original layout, and what is in each. kind: sd3 or flux.
+    """The modules of the original layout, and what is in each. kind: sd3, flux or z-image.
 
     rows: the rows of the weight of each module of the transformer in Diffusers.
     """
@@ -173,9 +192,8 @@ def original_weights(kind: str, state: Mapping[str, Tensor]) -> dict[str, Tensor
     Raises:
         UnlearnError: the layout has no name for a weight.
     """
-    left, weights = dict(state), {}
-    if "pos_embed.pos_embed" in left:  # a constant, which readers expect
-        weights["pos_embed"] = left.pop("pos_embed.pos_embed")
+    left, weights = dict(state), dict[str, Tensor]()
+    weights |= {original: left.pop(name) for original, name in _CONSTANTS.items() if name in left}
     rows = {name.removesuffix(".weight"): len(value) for name, value in state.items() if name.endswith(".weight")}
     for original, parts in original_modules(kind, rows).items():
         for name in ("weight", "bias"):
@@ -200,9 +218,8 @@ def diffusers_weights(
     Raises:
         UnlearnError: a weight is missing, or there is one too many.
     """
-    left, state = dict(weights), {}
-    if "pos_embed" in left and "pos_embed.pos_embed" in shapes:
-        state["pos_embed.pos_embed"] = left.pop("pos_embed")
+    left, state = dict(weights), dict[str, Tensor]()
+    state |= {n: left.pop(original) for original, n in _CONSTANTS.items() if original in left and n in shapes}
     rows = {name.removesuffix(".weight"): shape[0] for name, shape in shapes.items() if name.endswith(".weight")}
     for original, parts in original_modules(kind, rows).items():
         for name in ("weight", "bias"):

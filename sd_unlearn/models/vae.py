@@ -87,7 +87,7 @@ def encode(base: Base, images: Sequence[Any], load: Callable[[Any], Tensor], bat
 
 
 def shift_of(vae: Any) -> float:
-    """What is subtracted from latents before they are scaled, as in SD 3 and FLUX; 0 for other VAEs."""
+    """What is subtracted from latents before they are scaled, as in SD 3, FLUX and Z-Image; 0 for other VAEs."""
     return float(vae.config.get("shift_factor") or 0.0)
 
 

@@ -28,7 +28,7 @@ from sd_unlearn.models.base import Base
 from sd_unlearn.models.denoiser import Denoiser
 from sd_unlearn.models.diffusion import sample_positions
 from sd_unlearn.models.halving import HalvingBatches
-from sd_unlearn.models.learned_prompt import LearnedPrompt, prompt_length
+from sd_unlearn.models.learned_prompt import LearnedPrompt, learned_positions
 
 POOL = 6  # prompts
 EVERY = 5  # training steps between two searches, each of the next prompt of the pool
@@ -67,7 +67,7 @@ class LearnedCaption:
 
     def _new(self, caption: str, noisy: bool) -> tuple[LearnedPrompt, torch.optim.Adam]:
         base = self.network.base
-        prompt = LearnedPrompt(base, caption, range(1, prompt_length(base)))
+        prompt = LearnedPrompt(base, caption, learned_positions(base, caption))
         if noisy:
             prompt.add_noise(self.generator)
         return prompt, prompt.optimizer(LEARNING_RATE)

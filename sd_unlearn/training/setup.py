@@ -210,7 +210,7 @@ def _make_teacher(
 ) -> Teacher:
     """The teacher of a concept's steps."""
     generic, empty = (data.images.text[caption].to(base.device) for caption in (turn.concept.generic, ""))
-    guidance = max(1.0, config.guidance_scale or 1.0) if base.properties.uses_guidance else 1.0
+    guidance = base.properties.guidance_of(config.guidance_scale)
     return Teacher(denoiser, student.frozen, generic, empty, guidance, config.push, 1 / sum(turn.betas))
 
 

@@ -1,4 +1,4 @@
-"""Attacks on SD 3 and FLUX: the same images again, an unchanged model; and which attacks do not work there."""
+"""Attacks on flow-matching bases: the same images again, an unchanged model; and which attacks do not work there."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ from sd_unlearn.config.attack import AttackConfig
 from sd_unlearn.data.encoding import encode_captions
 from sd_unlearn.errors import UsageError
 from sd_unlearn.models.base import Base, load_base, network_sha256
-from sd_unlearn.models.learned_prompt import LearnedPrompt, embedding_table, tokenizers
+from sd_unlearn.models.learned_prompt import LearnedPrompt, embedding_table, learned_positions, tokenizers
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-BASES = {"sd3-without-t5": set(ATTACKS) - {"noise"}, "flux-dev": set(ATTACKS) - {"noise", "prefix", "hard", "ring"}}
+BASES = {"sd3-without-t5": set(ATTACKS) - {"noise"}}
+BASES |= dict.fromkeys(("flux-dev", "z-image"), set(ATTACKS) - {"noise", "prefix", "hard", "ring"})
 
 
 def loaded(flow_kinds: FlowKinds, name: str) -> Base:
@@ -51,6 +52,23 @@ def test_attacks_that_do_not_work_are_left_out_or_refused(
     ):
         _supported(AttackConfig(attacks=["ring"]), record, ["ring"])
     assert not needs_one_vocabulary({"kind": "sd1"})
+
+
+def test_the_learned_token_and_prompt_are_in_the_chat_template(flow_kinds: FlowKinds) -> None:
+    base = loaded(flow_kinds, "z-image")
+    tokenizer, conditioning = base.pipeline.tokenizer, base.conditioning
+    read = conditioning.as_read(tokenizer, "an image of x in red")
+    place = position(tokenizer, "an image of ", " in red", conditioning)
+    assert tokenizer(read).input_ids[place] == tokenizer("x").input_ids[0]
+    prompt = LearnedPrompt(base, "an image of x in red", [[place]])
+    plain = encode_captions(base, ["an image of x in red"])
+    assert torch.allclose(prompt.encode(), plain, atol=1e-6)
+    prompt.start_from(lambda own: own("z", add_special_tokens=False).input_ids)
+    assert torch.allclose(prompt.encode(), encode_captions(base, ["an image of z in red"]), atol=1e-5)
+    whole = LearnedPrompt(base, "red", learned_positions(base, "red"))
+    assert whole.positions == [list(range(1, len(tokenizer(conditioning.as_read(tokenizer, "red")).input_ids)))]
+    (gradient,) = torch.autograd.grad(whole.encode().square().sum(), whole.vectors)
+    assert gradient.any(1).all()
 
 
 def test_the_learned_token_is_at_its_place_in_every_tokenizer(flow_kinds: FlowKinds) -> None:

@@ -195,9 +195,11 @@ NODES: dict[str, tuple[dict[str, str], tuple[str, ...]]] = {
     "LoraLoaderModelOnly": ({"model": "MODEL"}, ("MODEL",)),
     "UNETLoader": ({}, ("MODEL",)),
     "VAELoader": ({}, ("VAE",)),
+    "CLIPLoader": ({}, ("CLIP",)),
     "DualCLIPLoader": ({}, ("CLIP",)),
     "TripleCLIPLoader": ({}, ("CLIP",)),
     "ModelSamplingSD3": ({"model": "MODEL"}, ("MODEL",)),
+    "ModelSamplingAuraFlow": ({"model": "MODEL"}, ("MODEL",)),
     "FluxGuidance": ({"conditioning": "CONDITIONING"}, ("CONDITIONING",)),
     "EmptySD3LatentImage": ({}, ("LATENT",)),
     "CLIPTextEncode": ({"clip": "CLIP"}, ("CONDITIONING",)),
@@ -215,9 +217,11 @@ SETTINGS = {
     "LoraLoaderModelOnly": {"lora_name", "strength_model"},
     "UNETLoader": {"unet_name", "weight_dtype"},
     "VAELoader": {"vae_name"},
+    "CLIPLoader": {"clip_name", "type"},
     "DualCLIPLoader": {"clip_name1", "clip_name2", "type"},
     "TripleCLIPLoader": {"clip_name1", "clip_name2", "clip_name3"},
     "ModelSamplingSD3": {"shift"},
+    "ModelSamplingAuraFlow": {"shift"},
     "FluxGuidance": {"guidance"},
     "EmptySD3LatentImage": {"width", "height", "batch_size"},
     "CLIPTextEncode": {"text"},
@@ -231,13 +235,14 @@ SETTINGS = {
 OF_A_RUN = {"lora": "a.safetensors", "prompt": "a", "strength": 1.0, "size": 1024, "steps": 28, "guidance": 4.5}
 
 
-@pytest.mark.parametrize("kind", ["sd1", "sd3", "flux"])
+@pytest.mark.parametrize("kind", ["sd1", "sd3", "flux", "z-image"])
 def test_the_workflow_is_one_that_comfyui_runs(kind: str) -> None:
     """Every input is there, a link names a node and an output of the right type, and nothing goes past the LoRA."""
     nodes = {
         "sd1": lambda: json.loads((DOCS / "comfyui-workflow.json").read_text(encoding="utf-8")),
         "sd3": lambda: workflow.sd3_nodes(checkpoint="sd3.safetensors", **OF_A_RUN),
         "flux": lambda: workflow.flux_nodes(checkpoint="flux.safetensors", **OF_A_RUN),
+        "z-image": lambda: workflow.z_image_nodes(checkpoint="z_image.safetensors", **OF_A_RUN),
     }[kind]()
     for name, node in nodes.items():
         links, _ = NODES[node["class_type"]]
@@ -258,7 +263,7 @@ def test_the_workflow_is_one_that_comfyui_runs(kind: str) -> None:
     takes_clip = "clip" in nodes[loader]["inputs"]  # LoRAs of SD 3 and FLUX have no text encoder
     for node in nodes.values():
         source = node["inputs"].get("model") or (takes_clip and node["inputs"].get("clip"))
-        if source and node["class_type"] in ("KSampler", "CLIPTextEncode", "ModelSamplingSD3"):
+        if source and node["class_type"] in ("KSampler", "CLIPTextEncode", "ModelSamplingSD3", "ModelSamplingAuraFlow"):
             assert source[0] == loader or nodes[source[0]]["inputs"]["model"][0] == loader
 
 
@@ -271,7 +276,7 @@ def test_the_workflow_of_the_documentation_is_made_as_that_of_an_export() -> Non
 
 def test_every_cell_of_the_table_is_a_test() -> None:
     text = (DOCS / "using.md").read_text(encoding="utf-8")
-    table = [line for line in text.splitlines() if line.startswith(("| SD", "| FLUX"))]
+    table = [line for line in text.splitlines() if line.startswith(("| SD", "| FLUX", "| Z-Image"))]
     named = [re.findall(r"`(test_\w+)`", line) for line in table]
     assert len(table) >= 18
     assert all(named), "a line without a test"
@@ -279,4 +284,4 @@ def test_every_cell_of_the_table_is_a_test() -> None:
     defined = set(re.findall(r"^def (test_\w+)\(", sources, re.MULTILINE))
     assert {name for names in named for name in names} <= defined
     kinds = {line.split("|")[1].strip() for line in table}
-    assert kinds == {"SD 1", "SD 2", "SDXL", "SD 3", "FLUX"}
+    assert kinds == {"SD 1", "SD 2", "SDXL", "SD 3", "FLUX", "Z-Image"}

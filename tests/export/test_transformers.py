@@ -1,4 +1,4 @@
-"""Exports of runs on SD 3 and FLUX: every reader has the trained network, and ComfyUI knows every name."""
+"""Exports of runs on SD 3, FLUX and Z-Image: every reader has the trained network, and ComfyUI knows every name."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import diffusers
+import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline, FluxTransformer2DModel, SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers import DiffusionPipeline, SD3Transformer2DModel, StableDiffusion3Pipeline
 from export_runs import SLUG, exported, read_header, training_record, write_run
 from flow_kinds import KIND_OF, FlowKinds
 from peft import LoraConfig, PeftModel
@@ -20,12 +22,14 @@ from sd_unlearn.export import merge
 from sd_unlearn.export.lora_files import DIFFUSERS_FILE
 from sd_unlearn.io.run_folder import ADAPTER_DIR
 from sd_unlearn.models import lora
-from sd_unlearn.models.base import network_sha256
+from sd_unlearn.models.base import load_base, network_sha256
+from sd_unlearn.models.kinds import KINDS
+from sd_unlearn.models.sampling import Sampler, generate_images
+from sd_unlearn.models.student import apply_run
 from sd_unlearn.models.transformer_keys import diffusers_weights, original_weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-NAMES = ("sd35", "flux-dev")
-NETWORKS = {"sd3": SD3Transformer2DModel, "flux": FluxTransformer2DModel}
+NAMES = ("sd35", "flux-dev", "z-image")
 CASES: dict[str, dict[str, Any]] = {
     "alpha is not rank": {"r": 4, "lora_alpha": 1.4},
     "rslora": {"r": 4, "lora_alpha": 1.5, "use_rslora": True},
@@ -59,7 +63,7 @@ def open_pipeline(folder: Path) -> Any:
 
 def trained_run(base: Path, run: Path, kind: str, **settings: Any) -> dict[str, Tensor]:
     """A run with a LoRA on every linear layer, up weights not zero; returns the trained weights of the transformer."""
-    transformer = NETWORKS[kind].from_pretrained(base, subfolder="transformer")
+    transformer = getattr(diffusers, KINDS[kind].network_class).from_pretrained(base, subfolder="transformer")
     record = training_record(
         settings["r"],
         settings["lora_alpha"],
@@ -86,8 +90,11 @@ def trained_run(base: Path, run: Path, kind: str, **settings: Any) -> dict[str, 
 def comfy_names(kind: str, transformer: Any) -> dict[str, tuple[str, int]]:
     """What ComfyUI looks for in the blocks: a name in the LoRA -> the original weight and its first row.
 
-    Written from the rules of its tables (mmdit_to_diffusers, flux_to_diffusers), independently of transformer_keys.
+    Written from the rules of its tables (mmdit_to_diffusers, flux_to_diffusers, z_image_to_diffusers), independently of
+    transformer_keys.
     """
+    if kind == "z-image":
+        return z_image_names(transformer)
     width, found = transformer.inner_dim, {}
     first, x, context = ("joint_blocks", "x_block.", "context_block.")
     rest = {
@@ -128,6 +135,23 @@ def comfy_names(kind: str, transformer: Any) -> dict[str, tuple[str, int]]:
     return found
 
 
+def z_image_names(transformer: Any) -> dict[str, tuple[str, int]]:
+    """Of Z-Image: the blocks have the same names but for the attention."""
+    lists = ("layers", "noise_refiner", "context_refiner")
+    blocks = [f"{name}.{n}." for name in lists for n in range(len(getattr(transformer, name)))]
+    found: dict[str, tuple[str, int]] = {}
+    for block in blocks:
+        for place, part in enumerate("qkv"):
+            found[f"transformer.{block}attention.to_{part}"] = f"{block}attention.qkv", place * transformer.dim
+        found[f"transformer.{block}attention.to_out.0"] = f"{block}attention.out", 0
+        for same in ("feed_forward.w1", "feed_forward.w2", "feed_forward.w3", "adaLN_modulation.0"):
+            found[f"transformer.{block}{same}"] = f"{block}{same}", 0
+    return found
+
+
+BLOCKS = ("transformer_blocks.", "joint_blocks.", "double_blocks.", "single_blocks.", "layers.", "_refiner.")
+
+
 def comfy_reads(kind: str, transformer: Any, file: Path, strength: float) -> dict[str, Tensor]:
     """An independent reader: the blocks' weights in the original layout, W[rows] + strength * B @ A.
 
@@ -137,7 +161,7 @@ def comfy_reads(kind: str, transformer: Any, file: Path, strength: float) -> dic
     tensors, names = load_file(file), comfy_names(kind, transformer)
     assert not [key for key in tensors if not key.endswith((".lora_A.weight", ".lora_B.weight"))], "no alpha"
     for key in {key.split(".lora_")[0] for key in tensors}:
-        if ".transformer_blocks." not in key and ".single_transformer_blocks." not in key:
+        if not any(part in key for part in BLOCKS):
             continue
         name, row = names[key]
         change = strength * tensors[f"{key}.lora_B.weight"] @ tensors[f"{key}.lora_A.weight"]
@@ -148,7 +172,11 @@ def comfy_reads(kind: str, transformer: Any, file: Path, strength: float) -> dic
 def in_blocks(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """The weights of the blocks, except the modulation of SD 3's last context: ComfyUI does not exchange its halves."""
     last = max((name for name in weights if ".context_block.adaLN" in name), default="")
-    return {n: w for n, w in weights.items() if "blocks." in n and n != last and n != last.replace("weight", "bias")}
+    return {
+        n: w
+        for n, w in weights.items()
+        if any(part in n for part in BLOCKS) and n not in (last, last.replace("weight", "bias"))
+    }
 
 
 def mixed(base: dict[str, Tensor], trained: dict[str, Tensor], strength: float) -> dict[str, Tensor]:
@@ -207,9 +235,25 @@ def test_all_readers_have_the_trained_weights(flow_kinds: FlowKinds, tmp_path: P
 def test_the_default_targets_have_names_in_comfyui(flow_kinds: FlowKinds, name: str) -> None:
     transformer = open_pipeline(flow_kinds.folder(name)).transformer
     names = comfy_names(KIND_OF[name], transformer)
-    attention = [n for n, m in transformer.named_modules() if isinstance(m, nn.Linear) and ".attn" in n]
+    attention = [n for n, m in transformer.named_modules() if isinstance(m, nn.Linear) and ".att" in n]
     assert attention
     assert all(f"transformer.{module}" in names for module in attention)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_image_with_the_file_in_plain_diffusers_is_ours(flow_kinds: FlowKinds, tmp_path: Path, name: str) -> None:
+    base, run = flow_kinds.folder(name), tmp_path / "run"
+    trained_run(base, run, KIND_OF[name], r=4, lora_alpha=1.4)
+    plain, ours = DiffusionPipeline.from_pretrained(base), load_base(str(base), device="cpu")
+    untouched = np.asarray(generate_images(ours, ["seven"], [3], Sampler(2, 3.0, 1))[0]).astype(int)
+    with apply_run(ours, run):
+        wanted = np.asarray(generate_images(ours, ["seven"], [3], Sampler(2, 3.0, 1))[0]).astype(int)
+    plain.load_lora_weights(exported(run)[1])
+    given: dict[str, Any] = {"num_inference_steps": 2, "guidance_scale": 3.0, "height": 64, "width": 64}
+    given |= ours.conditioning.options(plain)
+    image = plain("seven", generator=torch.Generator().manual_seed(3), **given).images[0]
+    assert np.abs(np.asarray(image).astype(int) - wanted).max() <= 1
+    assert np.abs(untouched - wanted).max() > 1
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -250,7 +294,9 @@ def test_a_merged_file_of_sd3_holds_vae_and_text_encoders(flow_kinds: FlowKinds,
     assert "modelspec.prediction_type" not in header, "ModelSpec defines none for flow matching"
 
 
-@pytest.mark.parametrize(("name", "architecture"), [("sd35", "stable-diffusion-3"), ("flux-dev", "flux-1")])
+@pytest.mark.parametrize(
+    ("name", "architecture"), [("sd35", "stable-diffusion-3"), ("flux-dev", "flux-1"), ("z-image", "Z-Image")]
+)
 def test_headers_card_and_workflow_are_those_of_the_kind(
     flow_kinds: FlowKinds, tmp_path: Path, name: str, architecture: str
 ) -> None:
@@ -259,10 +305,10 @@ def test_headers_card_and_workflow_are_those_of_the_kind(
     _, file = exported(run)
     header = read_header(file)
     assert header["modelspec.architecture"] == f"{architecture}/lora"
-    assert header["ss_base_model_version"] == {"sd3": "sd3", "flux": "flux1"}[kind]
+    assert header["ss_base_model_version"] == {"sd3": "sd3", "flux": "flux1", "z-image": "zimage"}[kind]
     assert "lora_adapter_metadata" not in read_header(run / "export" / DIFFUSERS_FILE), "the scale is in the weights"
     card = (run / "export" / "README.md").read_text()
-    assert {"sd3": "StableDiffusion3Pipeline", "flux": "FluxPipeline"}[kind] in card
+    assert KINDS[kind].pipeline in card
     assert "A1111" not in card
     nodes = json.loads((run / "export" / "comfyui-workflow.json").read_text())
     assert nodes["2"]["class_type"] == "LoraLoaderModelOnly"

@@ -65,6 +65,8 @@ def test_the_kind_of_transformers(prefix: str) -> None:
     assert kind_of_file(header({f"{prefix}{name}": shape for name, shape in SD3.items()})) == "sd3"
     flux = FLUX | {"img_in.weight": (3072, 64)}
     assert kind_of_file(header({f"{prefix}{name}": shape for name, shape in flux.items()})) == "flux"
+    z_image = {"noise_refiner.0.attention.qkv.weight": (11520, 3840), "x_pad_token": (1, 3840)}
+    assert kind_of_file(header({f"{prefix}{name}": shape for name, shape in z_image.items()})) == "z-image"
 
 
 @pytest.mark.parametrize(
@@ -80,6 +82,7 @@ def test_the_kind_of_transformers(prefix: str) -> None:
         ({f"{QKV}.weight.quant_state.bitsandbytes__nf4": (1,)}, "quantized .* by bitsandbytes"),
         ({"transformer_blocks.0.qkv_proj.qweight": (1,)}, "quantized for Nunchaku"),
         ({"transformer_blocks.0.attn.to_q.weight": (8, 8)}, "one network of a diffusers folder"),
+        ({"noise_refiner.0.attention.to_q.weight": (8, 8)}, "one network of a diffusers folder"),  # Z-Image
         (real("sd1") | {f"{UNET}input_blocks.0.0.weight": (320, 9, 3, 3)}, "an inpainting model"),
         (real("sd1") | {f"{UNET}input_blocks.0.0.weight": (320, 8, 3, 3)}, "an InstructPix2Pix model"),
         (real("sd1") | {f"{UNET}input_blocks.0.0.weight": (320, 7, 3, 3)}, "7 channels"),

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
-from flow_kinds import FLOW_KINDS, KIND_OF, FlowKinds, make_flux
+from flow_kinds import CHAT_KINDS, FLOW_KINDS, KIND_OF, FlowKinds, make_flux
 from torch import Tensor
 
 from sd_unlearn.data.encoding import encode_captions
@@ -142,7 +142,7 @@ def test_patches_are_those_of_the_pipeline() -> None:
 # -- loaded models --
 
 
-@pytest.mark.parametrize("name", FLOW_KINDS)
+@pytest.mark.parametrize("name", [name for name in FLOW_KINDS if name not in CHAT_KINDS])  # those: test_chat_kinds.py
 def test_training_predicts_what_sampling_predicts(
     flow_kinds: FlowKinds, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -228,9 +228,12 @@ def test_published_samplers(flow_kinds: FlowKinds) -> None:
         "stabilityai/stable-diffusion-3.5-large-turbo": (4, 0.0),
         "black-forest-labs/FLUX.1-dev": (28, 3.5),
         "black-forest-labs/FLUX.1-schnell": (4, 0.0),
+        "Tongyi-MAI/Z-Image": (50, 4.0),
+        "Tongyi-MAI/Z-Image-Turbo": (8, 0.0),
         "someone/else": (50, 7.5),
     }
     local = {"sd3": (28, 7.0), "sd35": (40, 4.5), "flux-dev": (28, 3.5), "flux-schnell": (4, 0.0)}
+    local |= {"z-image": (50, 4.0), "z-image-turbo": (8, 0.0)}
     known |= {str(flow_kinds.folder(name)): sampler for name, sampler in local.items()}
     for name, (steps, guidance) in known.items():
         assert (default_sampler(name).steps, default_sampler(name).guidance_scale) == (steps, guidance), name

@@ -1,4 +1,4 @@
-"""The street on models of SD 3, SD 3.5 and FLUX.1: render, train, evaluate, attack and export, as a user types them."""
+"""The street on models of the flow-matching kinds: render, train, evaluate, attack and export, as a user types them."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from sd_unlearn.data.encoding import encode_captions
 from sd_unlearn.errors import UsageError
 from sd_unlearn.evaluation.subjects import check_guidance
 from sd_unlearn.io.reading import read_json
+from sd_unlearn.models import sampling
 from sd_unlearn.models.base import load_base
 from sd_unlearn.models.denoiser import Denoiser
 from sd_unlearn.models.lora_change import apply_changes, find_modules
@@ -44,8 +45,8 @@ ADAPTER = "adapter/adapter_model.safetensors"
 def _few_steps() -> Iterator[None]:
     few = Sampler(2, 3.0, 16)
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("SD3_SAMPLER", "SD35_SAMPLER", "SD35_LARGE_SAMPLER", "DEV_SAMPLER", "SCHNELL_SAMPLER"):
-            patch.setattr(f"sd_unlearn.models.sampling.{name}", few)
+        for name in (name for name in vars(sampling) if name.endswith("_SAMPLER")):
+            patch.setattr(sampling, name, few)
         yield
 
 
@@ -102,14 +103,14 @@ def test_train(flow_kinds: FlowKinds, name: str) -> None:
     # every module was reached, but the last block of SD 3 gives the text tokens no output
     untouched = {key for key, value in adapter.items() if "lora_B" in key and not value.any()}
     assert not {key for key in untouched if "transformer_blocks.2" not in key}
-    assert any("add_k_proj" in key for key in adapter)
+    assert any(("attention.to_k" if KIND_OF[name] == "z-image" else "add_k_proj") in key for key in adapter)
     assert (run / "previews" / "step-000002.png").is_file()
     record = read_json(run / "training.json")
     assert record["base"] == read_json(place / "data" / "seven" / "manifest.json")["base"]
-    assert record["unconditional"] == (0.25 if KIND_OF[name] == "sd3" else 0.0)
+    assert record["unconditional"] == (0.0 if KIND_OF[name] == "flux" else 0.25)
 
 
-@pytest.mark.parametrize("name", ["sd35", "flux-dev"])
+@pytest.mark.parametrize("name", ["sd35", "flux-dev", "z-image"])
 def test_a_resumed_training_gives_the_same_weights(flow_kinds: FlowKinds, name: str) -> None:
     place = trained(flow_kinds, name)
     more = training(validation_steps=0, checkpointing_steps=1, timestep_sampling="logit_normal")
@@ -200,12 +201,13 @@ class _Moved(torch.nn.Module):
         ({"objective": "uce"}, "--objective uce needs a base with cross-attention"),
         ({"objective": "speed"}, "--objective speed needs a base with cross-attention"),
         ({"objective": "rece"}, "--objective rece needs a base with cross-attention"),
-        ({"train_text_encoder": True}, "--train_text_encoder: .* of kind flux"),
+        ({"train_text_encoder": True}, "--train_text_encoder: .* of kind (flux|z-image)"),
     ],
 )
 def test_options_that_are_refused(changes: dict[str, Any], why: str) -> None:
-    with pytest.raises(UsageError, match=why):
-        check_kind(TrainConfig(**changes), "flux", "a base")
+    for kind in ("flux", "z-image"):
+        with pytest.raises(UsageError, match=why):
+            check_kind(TrainConfig(**changes), kind, "a base")
     if "train_text_encoder" not in changes:
         check_kind(TrainConfig(**changes), "sd1", "a base")
     check_kind(TrainConfig(**changes), None, "a base")  # a Hub id of which nothing is known yet
@@ -220,7 +222,7 @@ def test_safety_guidance_is_refused(flow_kinds: FlowKinds) -> None:
 def test_options_of_flow_matching_are_refused_for_other_bases(
     flow_kinds: FlowKinds, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(UsageError, match="--timestep_sampling uniform is for SD 3 and FLUX"):
+    with pytest.raises(UsageError, match=r"--timestep_sampling uniform is for flow matching \(SD 3, FLUX, Z-Image\)"):
         check_kind(TrainConfig(timestep_sampling="uniform"), "sd1", "a base")
     place = str(flow_kinds.folder("flux-dev"))
     command = ["--concept", "seven", "--pretrained_model_name_or_path", place]

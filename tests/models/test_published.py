@@ -18,10 +18,13 @@ IDS = {
     "sd3.5-large": "stabilityai/stable-diffusion-3.5-large",
     "flux-dev": "black-forest-labs/FLUX.1-dev",
     "flux-schnell": "black-forest-labs/FLUX.1-schnell",
+    "z-image": "Tongyi-MAI/Z-Image-Turbo",
 }
-# In billions, as published; with SD 3's table of positions, which Diffusers keeps as a buffer.
+# In billions, as published; with SD 3's table of positions, which Diffusers keeps as a buffer. Z-Image: "6B".
 TRANSFORMERS = {"sd3-medium": 2.08, "sd3.5-medium": 2.5, "sd3.5-large": 8.1, "flux-dev": 11.9, "flux-schnell": 11.9}
-ENCODERS = {"sd3": [0.124, 0.695, 4.76], "flux": [0.123, 4.76]}  # CLIP L (and G), T5's encoder
+TRANSFORMERS |= {"z-image": 6.1}
+# CLIP L (and G), T5's encoder; Qwen3 4B
+ENCODERS = {"sd3": [0.124, 0.695, 4.76], "flux": [0.123, 4.76], "z-image": [4.02]}
 
 
 def configs_of(name: str, drop_t5: bool = False) -> Configs:
@@ -40,7 +43,8 @@ def test_numbers_of_parameters(name: str) -> None:
     assert [billions(encoder) for encoder in base.text_encoders] == pytest.approx(ENCODERS[base.kind], rel=0.01)
     assert base.resolution == 1024
     assert base.channels == 16
-    assert base.text_shape == {"sd3": (334, 4096), "flux": ((513 if name == "flux-dev" else 257), 4096)}[base.kind]
+    flux = ((513 if name == "flux-dev" else 257), 4096)
+    assert base.text_shape == {"sd3": (334, 4096), "flux": flux, "z-image": (512, 2560)}[base.kind]
 
 
 def test_sd3_is_counted_without_t5() -> None:

@@ -1,4 +1,4 @@
-"""SD 3 and FLUX from single files: the same networks as from a folder, also from 8 bits; what is missing is named."""
+"""Transformers from single files: the same networks as from a folder, also from 8 bits; what is missing is named."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from sd_unlearn.models.ldm_keys import checkpoint
 from sd_unlearn.models.source import Source
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-NAMES = ("sd35", "flux-dev")
+NAMES = ("sd35", "flux-dev", "z-image")
 UNET = "model.diffusion_model."
 
 

@@ -1,4 +1,4 @@
-"""The layout of single files of SD 3 and FLUX: diffusers' converters undo ours, on the real architectures."""
+"""The layout of single files of SD 3, FLUX and Z-Image: diffusers' converters undo ours, on the real architectures."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
+from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, ZImageTransformer2DModel
 from diffusers.loaders.single_file_utils import (
     convert_flux_transformer_checkpoint_to_diffusers,
     convert_sd3_transformer_checkpoint_to_diffusers,
+    convert_z_image_transformer_checkpoint_to_diffusers,
 )
 from torch import Tensor, nn
 
@@ -25,10 +26,12 @@ ARCHITECTURES: dict[str, tuple[str, Callable[..., nn.Module], dict[str, Any]]] =
     "SD 3.5 medium": ("sd3", SD3Transformer2DModel, SD3 | {"qk_norm": "rms_norm", "dual_attention_layers": (0, 1)}),
     "FLUX.1 dev": ("flux", FluxTransformer2DModel, FLUX | {"guidance_embeds": True}),
     "FLUX.1 schnell": ("flux", FluxTransformer2DModel, FLUX),
+    "Z-Image": ("z-image", ZImageTransformer2DModel, {"n_layers": 2}),
 }
 CONVERT = {
     "sd3": convert_sd3_transformer_checkpoint_to_diffusers,
     "flux": convert_flux_transformer_checkpoint_to_diffusers,
+    "z-image": convert_z_image_transformer_checkpoint_to_diffusers,
 }
 
 

@@ -1,4 +1,4 @@
-"""LoRA files of SD 3 and FLUX in the spellings of all trainers: every module's change is what the file says."""
+"""LoRA files of transformers in the spellings of all trainers: every module's change is what the file says."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from flow_kinds import KIND_OF, make_flux, make_sd3
+from chat_kinds import make_chat_kind
+from flow_kinds import KIND_OF, make_flux, make_sd3, make_vae
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -19,12 +20,13 @@ from sd_unlearn.models.transformer_keys import diffusers_weights, original_weigh
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 Pairs = dict[str, tuple[Tensor, Tensor, float]]  # module -> down, up and alpha
-NAMES = ("sd35", "flux-dev")
+NAMES = ("sd35", "flux-dev", "z-image")
 
 
 @pytest.fixture(scope="module")
 def pipelines() -> dict[str, Any]:
-    return {"sd35": make_sd3("sd35"), "flux-dev": make_flux("flux-dev")}
+    z_image = make_chat_kind("z-image", make_vae("flux"))
+    return {"sd35": make_sd3("sd35"), "flux-dev": make_flux("flux-dev"), "z-image": z_image}
 
 
 def pairs_of(weights: dict[str, Tensor]) -> Pairs:
@@ -66,6 +68,7 @@ SPELLINGS: dict[str, tuple[bool, Callable[[Pairs, str], dict[str, Tensor]], str]
     "SimpleTuner": (False, kohya, "lycoris_"),
     "kohya": (True, kohya, "lora_unet_"),
     "original code": (True, dotted, "diffusion_model."),
+    "Diffusers' names with the original code's prefix": (False, dotted, "diffusion_model."),
     "original code, bare": (True, dotted, ""),
 }
 

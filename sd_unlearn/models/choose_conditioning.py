@@ -1,0 +1,22 @@
+"""The conditioning of each kind."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from sd_unlearn.models.chat import ZImageConditioning
+from sd_unlearn.models.conditioning import FluxConditioning, SD3Conditioning, TextConditioning, XLConditioning
+from sd_unlearn.models.kinds import kind_of, pooled_width_of
+
+
+def conditioning_of(network: Mapping[str, Any], pixels_per_latent: int) -> TextConditioning:
+    """The conditioning of a base's network, by its configuration."""
+    kind, pooled = kind_of(network), pooled_width_of(network)
+    if kind == "z-image":
+        return ZImageConditioning()
+    if pooled is None:
+        return TextConditioning()
+    if kind == "flux":
+        return FluxConditioning(pooled, pixels_per_latent, bool(network.get("guidance_embeds")))
+    return (SD3Conditioning if kind == "sd3" else XLConditioning)(pooled, pixels_per_latent)

@@ -1,0 +1,213 @@
+"""Kinds with a language model as text encoder, against Diffusers' own pipelines: Z-Image."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from flow_kinds import CHAT_KINDS, FlowKinds
+from torch import Tensor
+
+from sd_unlearn.data.encoding import describe_long_captions, encode_captions
+from sd_unlearn.errors import UsageError
+from sd_unlearn.models import lora
+from sd_unlearn.models.base import Base, load_base
+from sd_unlearn.models.chat import with_padding, without_padding
+from sd_unlearn.models.denoiser import Denoiser
+from sd_unlearn.models.find_base import check_source
+from sd_unlearn.models.footprint import StepOptions, count_inference, count_training, size_of
+from sd_unlearn.models.kinds import KINDS
+from sd_unlearn.models.meta import build_meta_base, read_configs
+from sd_unlearn.models.quantized import quantize_linear_layers
+from sd_unlearn.models.sampling import Sampler, generate_images
+from sd_unlearn.models.source import Source
+from sd_unlearn.training.previews import ImageGenerator
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+# Captions of different lengths, one of them longer than the 32 tokens to which Z-Image's transformer pads
+PROMPTS, SEEDS, FEW = (
+    ["a digit", "a photo of the digit seven in red ink on a white background"],
+    [3, 4],
+    Sampler(2, 3.0, 2),
+)
+
+
+def loaded(flow_kinds: FlowKinds, name: str) -> Base:
+    return load_base(str(flow_kinds.folder(name)), device="cpu")
+
+
+def pixels(images: list[Any]) -> Any:
+    return np.stack([np.asarray(image) for image in images]).astype(int)
+
+
+@pytest.mark.parametrize("name", CHAT_KINDS)
+@pytest.mark.parametrize("guidance", [0.0, 3.0])
+def test_images_are_those_of_diffusers(flow_kinds: FlowKinds, name: str, guidance: float) -> None:
+    """Of the pipeline as Diffusers loads it, with the same prompts, seeds, steps and guidance; also of one prompt."""
+    base, plain = loaded(flow_kinds, name), DiffusionPipeline.from_pretrained(flow_kinds.folder(name))
+    plain.set_progress_bar_config(disable=True)
+    ours = pixels(generate_images(base, PROMPTS, SEEDS, Sampler(3, guidance, 2)))
+    assert np.ptp(ours) > 0
+    for n, (prompt, seed) in enumerate(zip(PROMPTS, SEEDS, strict=True)):
+        theirs = plain(
+            prompt=prompt,
+            num_inference_steps=3,
+            guidance_scale=guidance,
+            height=64,
+            width=64,
+            generator=torch.Generator().manual_seed(seed),
+        ).images
+        assert np.abs(pixels(theirs)[0] - ours[n]).max() <= 1
+
+
+@pytest.mark.parametrize("name", CHAT_KINDS)
+def test_previews_are_generated_as_images_are(flow_kinds: FlowKinds, name: str) -> None:
+    """From encoded captions, without the text encoder."""
+    base = loaded(flow_kinds, name)
+    wanted = pixels(generate_images(base, PROMPTS, SEEDS, FEW))
+    known = {text: encode_captions(base, [text])[0] for text in ("", *PROMPTS)}
+    base.pipeline.text_encoder = None
+    generator = ImageGenerator(base, FEW, lambda texts: torch.stack([known[t] for t in texts]), base.network)
+    assert np.abs(pixels(generator.generate(PROMPTS, SEEDS)) - wanted).max() <= 1
+
+
+@pytest.mark.parametrize("name", CHAT_KINDS)
+def test_training_predicts_the_velocity_that_sampling_follows(
+    flow_kinds: FlowKinds, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step of the scheduler from the denoiser's prediction is the pipeline's: the sign and the time are right."""
+    base = loaded(flow_kinds, name)
+    scheduler = base.pipeline.scheduler
+    steps: list[tuple[Tensor, Tensor, Tensor]] = []
+    step = scheduler.step
+
+    def watched(velocity: Tensor, timestep: Tensor, latents: Tensor, **options: Any) -> Any:
+        steps.append((velocity, timestep, latents))
+        return step(velocity, timestep, latents, **options)
+
+    monkeypatch.setattr(scheduler, "step", watched)
+    generate_images(base, PROMPTS, SEEDS, Sampler(3, 0.0, 2))
+    text = encode_captions(base, PROMPTS)
+    for velocity, timestep, latents in steps:
+        with torch.no_grad():
+            ours = Denoiser.of(base, base.network).predict(
+                base.conditioning.from_pipeline(latents, 8, 8), timestep.expand(2), text
+            )
+        assert torch.allclose(ours, base.conditioning.from_pipeline(velocity, 8, 8), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", CHAT_KINDS)
+def test_a_batch_is_predicted_as_its_examples_one_by_one(flow_kinds: FlowKinds, name: str) -> None:
+    base = loaded(flow_kinds, name)
+    channels = base.pipeline.vae.config.latent_channels
+    noisy = torch.randn(3, channels, 8, 8, generator=torch.Generator().manual_seed(0))
+    timesteps, text = torch.tensor([900.0, 500.0, 10.0]), encode_captions(base, [*PROMPTS, ""])
+    denoiser = Denoiser.of(base, base.network)
+    with torch.no_grad():
+        together = denoiser.predict(noisy, timesteps, text)
+        for n in range(3):
+            alone = denoiser.predict(noisy[n : n + 1], timesteps[n : n + 1], text[n : n + 1])
+            assert torch.allclose(together[n], alone[0], atol=1e-5)
+    assert not torch.allclose(together[0], denoiser.predict(noisy, timesteps, text.flip(0))[0], atol=1e-3)
+
+
+@pytest.mark.parametrize("name", CHAT_KINDS)
+def test_captions_are_encoded_as_by_the_pipeline(flow_kinds: FlowKinds, name: str) -> None:
+    """In any batch, and with a gradient, which attacks need."""
+    base = loaded(flow_kinds, name)
+    together = encode_captions(base, PROMPTS)
+    for n, prompt in enumerate(PROMPTS):
+        assert torch.allclose(encode_captions(base, [prompt])[0], together[n], atol=1e-5)
+    network = base.network.config
+    assert tuple(together.shape[1:]) == base.conditioning.shape_of(network, 0)
+    theirs = base.pipeline.encode_prompt(list(PROMPTS), do_classifier_free_guidance=False)[0]
+    assert all(torch.equal(a, b) for a, b in zip(without_padding(together), theirs, strict=True))
+
+
+def test_padding_is_undone() -> None:
+    rows = [torch.ones(2, 3), torch.ones(5, 3)]
+    padded = with_padding(rows, 6)
+    assert padded.shape == (2, 6, 3)
+    assert all(torch.equal(a, b) for a, b in zip(rows, without_padding(padded), strict=True))
+
+
+def test_the_caption_is_cut_where_the_template_and_it_are_too_long(flow_kinds: FlowKinds) -> None:
+    base = loaded(flow_kinds, "z-image")
+    inside = "a" * (
+        512 - len(base.pipeline.tokenizer(base.conditioning.as_read(base.pipeline.tokenizer, "")).input_ids)
+    )
+    assert not describe_long_captions(base, [inside])
+    assert "longer than the 512 tokens" in describe_long_captions(base, [inside + "a"])
+
+
+def test_guidance_is_that_of_the_pipelines_formula() -> None:
+    """Z-Image samples with f + g (f - u) = u + (1 + g) (f - u), and without guidance at g = 0."""
+    kind = KINDS["z-image"]
+    assert [kind.guidance_of(g) for g in (None, 0.0, 4.0)] == [1.0, 1.0, 5.0]
+    assert [KINDS["sd3"].guidance_of(g) for g in (0.0, 1.0, 7.0)] == [1.0, 1.0, 7.0]
+    assert KINDS["flux"].guidance_of(3.5) == 1.0
+
+
+def test_lora_targets_of_z_image(flow_kinds: FlowKinds) -> None:
+    network = loaded(flow_kinds, "z-image").network
+    attention = set(lora.network_targets(network, "attention"))
+    blocks = ("noise_refiner.0", "context_refiner.0", "layers.0", "layers.1")
+    assert attention == {f"{block}.attention.{end}" for block in blocks for end in lora.ATTENTION}
+    more = set(lora.network_targets(network, None)) - attention
+    assert more == {f"{block}.feed_forward.w{n}" for block in blocks for n in (1, 2, 3)}
+    with pytest.raises(UsageError, match="--lora_targets cross_attention needs a base with cross-attention"):
+        lora.network_targets(network, "cross_attention")
+
+
+@pytest.mark.parametrize("name", CHAT_KINDS)
+def test_a_quantized_network_predicts_nearly_the_same(flow_kinds: FlowKinds, name: str) -> None:
+    """In bfloat16 without autocast, too, as previews are generated."""
+    base = loaded(flow_kinds, name)
+    noisy = torch.randn(2, base.pipeline.vae.config.latent_channels, 8, 8, generator=torch.Generator().manual_seed(0))
+    text, timesteps = encode_captions(base, PROMPTS), torch.tensor([900.0, 300.0])
+    denoiser = Denoiser.of(base, base.network)
+    with torch.no_grad():
+        full = denoiser.predict(noisy, timesteps, text)
+        base.network.to(torch.bfloat16)
+        quantize_linear_layers(base.network, "int8")
+        small = denoiser.predict(noisy.bfloat16(), timesteps, text.bfloat16())
+    assert small.dtype == torch.bfloat16
+    assert (small.float() - full).norm() < 0.1 * full.norm()
+
+
+@pytest.mark.parametrize("name", CHAT_KINDS)
+def test_memory_is_counted_from_the_configuration(flow_kinds: FlowKinds, name: str) -> None:
+    configs = read_configs(Source(str(flow_kinds.folder(name))))
+    base, meta = loaded(flow_kinds, name), build_meta_base(configs, torch.float32)
+    for ours, theirs in ((meta.network, base.network), (meta.vae, base.pipeline.vae)):
+        assert {n: p.shape for n, p in ours.named_parameters()} == {n: p.shape for n, p in theirs.named_parameters()}
+    assert meta.text_shape == tuple(encode_captions(base, [""]).shape[1:])
+    assert (meta.channels, meta.resolution) == (base.pipeline.vae.config.latent_channels, 64)
+    inference = count_inference(configs, "no", 64)
+    assert inference.text_encoders == size_of(base.pipeline.text_encoder)
+    step = count_training(configs, StepOptions(rank=2), "no", 64)
+    assert 0 < step.forward < step.activations
+    assert 0 < step.checkpointed < step.activations
+
+
+def test_folders_that_contradict_themselves_are_refused(flow_kinds: FlowKinds, tmp_path: Path) -> None:
+    import json
+    import shutil
+
+    for file, changes, why in (
+        ("transformer/config.json", {"cap_feat_dim": 99}, "takes text 99 wide, its text encoders give 16"),
+        ("transformer/config.json", {"in_channels": 4}, "takes 4 channels instead of 16"),
+        ("model_index.json", {"_class_name": "FluxPipeline"}, "is a FluxPipeline with a transformer of kind z-image"),
+        ("model_index.json", {"_class_name": "ZImageOmniPipeline"}, "is a ZImageOmniPipeline"),
+        ("model_index.json", {"scheduler": ["diffusers", "DDIMScheduler"]}, "ZImagePipeline needs FlowMatch"),
+    ):
+        copy = shutil.copytree(flow_kinds.folder("z-image"), tmp_path / "copy")
+        content = json.loads((copy / file).read_text())
+        (copy / file).write_text(json.dumps(content | changes))
+        with pytest.raises(UsageError, match=why):
+            check_source(Source(str(copy)))
+        shutil.rmtree(copy)
