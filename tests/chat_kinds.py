@@ -5,10 +5,31 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
-from tokenizers import pre_tokenizers
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderKLFlux2,
+    FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Pipeline,
+    Flux2Transformer2DModel,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
+)
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
-from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3Model
+from transformers import (
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
+    MistralConfig,
+    PixtralImageProcessor,
+    PixtralProcessor,
+    PixtralVisionConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Tokenizer,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3Model,
+)
 
 CHAT_WIDTH = 16  # of the language models
 MARKS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -66,6 +87,91 @@ def make_z_image(name: str, vae: AutoencoderKL) -> ZImagePipeline:
     )
 
 
+MISTRAL_MARKS = ["[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[IMG]", "[IMG_BREAK]", "[IMG_END]"]
+# Mistral's template for the two messages of FLUX.2's pipeline.
+MISTRAL_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{% if message.role == 'system' %}"
+    "[SYSTEM_PROMPT]{{ message.content[0].text }}[/SYSTEM_PROMPT]{% else %}"
+    "[INST]{{ message.content[0].text }}[/INST]{% endif %}{% endfor %}"
+)
+
+
+def make_mistral_processor() -> PixtralProcessor:
+    """Of images and text, as FLUX.2 dev has it: one token a letter, padding on the left as published."""
+    letters = ["<unk>", "<s>", "</s>", "<pad>", *MISTRAL_MARKS, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokenizer = Tokenizer(models.WordLevel({letter: n for n, letter in enumerate(letters)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.ByteLevel(add_prefix_space=False), pre_tokenizers.Split("", "isolated")]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        additional_special_tokens=MISTRAL_MARKS,
+        padding_side="left",
+    )
+    return PixtralProcessor(PixtralImageProcessor(), fast, chat_template=MISTRAL_TEMPLATE)
+
+
+def make_mistral(layers: int) -> Mistral3ForConditionalGeneration:
+    text = MistralConfig(
+        vocab_size=300,
+        hidden_size=CHAT_WIDTH,
+        intermediate_size=32,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        max_position_embeddings=1024,
+    )
+    vision = PixtralVisionConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14
+    )
+    config = Mistral3Config(text_config=text.to_dict(), vision_config=vision.to_dict(), image_token_index=8)
+    return Mistral3ForConditionalGeneration(config)
+
+
+def make_flux2_vae() -> AutoencoderKLFlux2:
+    vae = AutoencoderKLFlux2(
+        block_out_channels=(4, 4, 8, 8), layers_per_block=1, norm_num_groups=2, sample_size=64, latent_channels=32
+    )
+    nn.init.normal_(vae.bn.running_mean)
+    nn.init.uniform_(vae.bn.running_var, 0.5, 2.0)
+    return vae
+
+
+def make_flux2(name: str) -> Flux2Pipeline | Flux2KleinPipeline:
+    """FLUX.2 dev, klein base, or the distilled klein, in miniature."""
+    torch.manual_seed(4)
+    is_dev = name == "flux2-dev"
+    transformer = Flux2Transformer2DModel(
+        num_layers=1,
+        num_single_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=3 * CHAT_WIDTH,
+        timestep_guidance_channels=16,
+        axes_dims_rope=(2, 2, 2, 2),
+        guidance_embeds=is_dev,
+    )
+    parts = {
+        "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        "vae": make_flux2_vae(),
+        "transformer": transformer,
+    }
+    if is_dev:
+        return Flux2Pipeline(text_encoder=make_mistral(30), tokenizer=make_mistral_processor(), **parts)
+    return Flux2KleinPipeline(
+        text_encoder=Qwen3ForCausalLM(qwen3_config(layers=28)),
+        tokenizer=make_chat_tokenizer(),
+        is_distilled=name == "flux2-klein",
+        **parts,
+    )
+
+
 def make_chat_kind(name: str, vae: Any) -> Any:
     """The pipeline of a kind. vae: with 16 channels, of FLUX.1."""
-    return make_z_image(name, vae)
+    return make_flux2(name) if name.startswith("flux2") else make_z_image(name, vae)

@@ -27,10 +27,12 @@ from transformers import (
     T5EncoderModel,
 )
 
-CHAT_KINDS = ("z-image", "z-image-turbo")
+CHAT_KINDS = ("z-image", "flux2-dev", "flux2-klein-base")
+DISTILLED = ("z-image-turbo", "flux2-klein")  # the same networks; other schedulers and samplers
 FLOW_KINDS = ("sd3", "sd35", "flux-dev", "flux-schnell", *CHAT_KINDS)
 KIND_OF = {"sd3": "sd3", "sd35": "sd3", "flux-dev": "flux", "flux-schnell": "flux"}
 KIND_OF |= dict.fromkeys(("z-image", "z-image-turbo"), "z-image")
+KIND_OF |= {"flux2-dev": "flux2"} | dict.fromkeys(("flux2-klein-base", "flux2-klein"), "flux2-klein")
 WIDTHS, T5_WIDTH = (8, 12), 24  # of the two CLIPs; of T5
 VAES = {"sd3": (1.5305, 0.0609), "flux": (0.3611, 0.1159)}  # scaling and shift of the published models
 
@@ -162,8 +164,8 @@ class FlowKinds:
         self.folder = cache(self._folder)
 
     def _folder(self, name: str) -> Path:
-        """name: of FLOW_KINDS, or sd3-without-t5."""
-        if name in CHAT_KINDS:
+        """name: of FLOW_KINDS or DISTILLED, or sd3-without-t5."""
+        if name in (*CHAT_KINDS, *DISTILLED):
             pipeline: Any = make_chat_kind(name, make_vae("flux"))
         elif name == "sd3-without-t5":
             pipeline = make_sd3("sd3", t5=False)

@@ -27,7 +27,7 @@ def run(target: Target, settings: ImageSettings, restart: int) -> Iterator[Outco
     text = encode_captions(target.base, [target.concept.caption])
     images = []
     for known in latents.split(target.sampler.batch_size):
-        noise = target.base.conditioning.to_pipeline(invert(target, known, text))
+        noise = target.base.conditioning.as_argument(invert(target, known, text))
         images += target.generate(text, [0] * len(known), latents=noise)
     yield Outcome(images, len(images))
 

@@ -18,17 +18,17 @@ from sd_unlearn.attacks.base import Attack, Outcome, Target
 from sd_unlearn.attacks.embedding import BUDGETS, EmbeddingSettings, learn
 from sd_unlearn.data.concept import Concept
 from sd_unlearn.models.conditioning import TextConditioning
-from sd_unlearn.models.learned_prompt import LearnedPrompt, prompt_ids, tokenizers
+from sd_unlearn.models.learned_prompt import LearnedPrompt, prompt_ids, readers, tokenizers
 
 PLACEHOLDER, OTHER = "x", "y"  # any words of a single token: the embedding is replaced
 
 
 def run(target: Target, settings: EmbeddingSettings, restart: int) -> Iterator[Outcome]:
     """Learn one token; 0 steps of the first restart: the caption itself, if the name is a single token."""
-    generator, tokenizer = target.generator("token", restart), target.base.pipeline.tokenizer
+    generator, tokenizer = target.generator("token", restart), tokenizers(target.base)[0]
     before, name, after = split_caption(target.concept)
     conditioning = target.base.conditioning
-    found = [[position(own, before, after, conditioning)] for own in tokenizers(target.base)]
+    found = [[position(own, before, after, conditioning)] for own in readers(target.base)]
     prompt = LearnedPrompt(target.base, f"{before}{PLACEHOLDER}{after}", found)
     if restart:
         number = int(torch.randint(len(tokenizer) - 2, (), generator=generator))  # not start or end

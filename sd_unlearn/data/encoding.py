@@ -16,8 +16,9 @@ from sd_unlearn.data.dataset import Example
 from sd_unlearn.io.files import atomic_path
 from sd_unlearn.io.images import open_image
 from sd_unlearn.models.base import Base, network_sha256
+from sd_unlearn.models.latent_scale import described_scale
 from sd_unlearn.models.sampling import VAE_TILE
-from sd_unlearn.models.vae import encode, shift_of
+from sd_unlearn.models.vae import encode
 
 
 def load_pixels(path: Path, resolution: int) -> Tensor:
@@ -41,8 +42,7 @@ def encode_images(
         UnlearnError: a latent is not finite, or memory is too small for one image.
     """
     vae = base.pipeline.vae
-    encoder = f"{network_sha256(vae)} {vae.config.scaling_factor}"  # a UNet can be used with several VAEs
-    encoder += f" {shift}" if (shift := shift_of(vae)) else ""
+    encoder = f"{network_sha256(vae)} {described_scale(vae)}"  # a UNet can be used with several VAEs
     digest = hashlib.sha256(f"{base.sha256} {encoder} {resolution}".encode())
     for example in examples:
         digest.update(example.path.read_bytes())
@@ -97,9 +97,8 @@ def describe_long_captions(base: Base, captions: Sequence[str]) -> str:
     """How many captions have more tokens than the text encoder reads, in one line; an empty string if none has."""
     tokenizer, limit = base.longest_tokenizer
     distinct = list(dict.fromkeys(captions))
-    read = [base.conditioning.as_read(tokenizer, caption) for caption in distinct]
-    tokens = tokenizer(read, truncation=False, verbose=False).input_ids
-    long = {text for text, ids in zip(distinct, tokens, strict=True) if len(ids) > limit}
+    counts = base.conditioning.token_counts(tokenizer, distinct)
+    long = {text for text, count in zip(distinct, counts, strict=True) if count > limit}
     if not long:
         return ""
     count = sum(caption in long for caption in captions)

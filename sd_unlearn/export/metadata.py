@@ -29,6 +29,8 @@ LICENCES = {  # of common bases, in the hub's spelling; a LoRA is under the lice
     "stabilityai/stable-diffusion-2-1-base": "openrail++",
     "stabilityai/stable-diffusion-xl-base-1.0": "openrail++",
     "black-forest-labs/FLUX.1-schnell": "apache-2.0",
+    "black-forest-labs/FLUX.2-klein-4B": "apache-2.0",
+    "black-forest-labs/FLUX.2-klein-base-4B": "apache-2.0",
     "Tongyi-MAI/Z-Image": "apache-2.0",
     "Tongyi-MAI/Z-Image-Turbo": "apache-2.0",
     "digits": "apache-2.0",

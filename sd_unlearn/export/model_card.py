@@ -31,6 +31,8 @@ _FAMILY = {
     "sdxl": "stable-diffusion-xl",
     "sd3": "stable-diffusion-3",
     "flux": "flux",
+    "flux2": "flux2",
+    "flux2-klein": "flux2-klein",
     "z-image": "z-image",
 }
 PU = "positive-unlabeled learning (Takahashi et al., ICLR 2025, arXiv 2503.03789)"

@@ -205,11 +205,15 @@ def architecture(base: Mapping[str, Any]) -> Architecture:
         return Architecture("stable-diffusion-3", "sd3")
     if base["kind"] == "flux":
         return Architecture("flux-1", "flux1")
+    if base["kind"] == "flux2":
+        return Architecture("Flux.2-dev", "flux2")
+    if base["kind"] == "flux2-klein":
+        return Architecture("Flux.2-klein", "flux2-klein")
     if base["kind"] == "z-image":
         return Architecture("Z-Image", "zimage")
     raise UnlearnError(
         f'{TRAINING} of --run names a base of kind "{base["kind"]}", which export does not support. '
-        "Choose a run on an SD 1, SD 2, SDXL, SD 3, FLUX.1 or Z-Image base."
+        "Choose a run on an SD 1, SD 2, SDXL, SD 3, FLUX.1, FLUX.2 or Z-Image base."
     )
 
 

@@ -17,7 +17,13 @@ def render(run: TrainedRun) -> str:
     """The workflow of a run as JSON: its base, concept and strength, and the sampler of its evaluation."""
     sampler = run.results.sampler if run.results else {}
     name = Path(run.base_name).name
-    make = {"sd3": sd3_nodes, "flux": flux_nodes, "z-image": z_image_nodes}.get(run.kind, make_nodes)
+    make = {
+        "sd3": sd3_nodes,
+        "flux": flux_nodes,
+        "flux2": flux2_nodes,
+        "flux2-klein": klein_nodes,
+        "z-image": z_image_nodes,
+    }.get(run.kind, make_nodes)
     nodes = make(
         checkpoint=name if name.endswith((".safetensors", ".ckpt")) else f"{name}.safetensors",
         lora=f"{run.concept.slug}.safetensors",
@@ -107,6 +113,58 @@ def flux_nodes(
         "11": _node("FluxGuidance", "Guidance", guidance=guidance, conditioning=["3", 0]),
         "4": _node("CLIPTextEncode", "Not used", text="", clip=["9", 0]),
         **_euler(["2", 0], ["11", 0], size, steps, 1.0, "simple"),
+        "7": _node("VAEDecode", "Decode", samples=["6", 0], vae=["10", 0]),
+        "8": _node("SaveImage", "Save", filename_prefix="forgotten", images=["7", 0]),
+    }
+
+
+def flux2_nodes(
+    *, checkpoint: str, lora: str, prompt: str, strength: float, size: int, steps: int, guidance: float
+) -> dict[str, Any]:
+    """As `make_nodes`, for FLUX.2 dev, of which each network is a file. guidance: the embedded one."""
+    text_encoder = "mistral_3_small_flux2_bf16.safetensors"
+    return {
+        **_flux2(checkpoint, lora, prompt, strength, size, steps, text_encoder),
+        "11": _node("FluxGuidance", "Guidance", guidance=guidance, conditioning=["3", 0]),
+        "12": _node("BasicGuider", "Without a negative prompt", model=["2", 0], conditioning=["11", 0]),
+    }
+
+
+def klein_nodes(
+    *, checkpoint: str, lora: str, prompt: str, strength: float, size: int, steps: int, guidance: float
+) -> dict[str, Any]:
+    """As `make_nodes`, for FLUX.2 klein, of which each network is a file. guidance: 1 for a distilled one."""
+    text_encoder = "qwen_3_4b.safetensors"
+    return {
+        **_flux2(checkpoint, lora, prompt, strength, size, steps, text_encoder),
+        "4": _node("CLIPTextEncode", "Negative prompt", text="", clip=["9", 0]),
+        "12": _node("CFGGuider", "Guidance", cfg=guidance, model=["2", 0], positive=["3", 0], negative=["4", 0]),
+    }
+
+
+def _flux2(
+    checkpoint: str, lora: str, prompt: str, strength: float, size: int, steps: int, text_encoder: str
+) -> dict[str, Any]:
+    """What the workflows of FLUX.2 have in common. Node 12 is the guider."""
+    return {
+        "1": _node("UNETLoader", "The base the LoRA was trained on", unet_name=checkpoint, weight_dtype="default"),
+        "2": _lora(lora, strength, ["1", 0]),
+        "9": _node("CLIPLoader", "Text encoder", clip_name=text_encoder, type="flux2"),
+        "10": _node("VAELoader", "VAE", vae_name="flux2-vae.safetensors"),
+        "3": _node("CLIPTextEncode", "Prompt", text=prompt, clip=["9", 0]),
+        "5": _node("EmptyFlux2LatentImage", "Size", width=size, height=size, batch_size=1),
+        "13": _node("RandomNoise", "Seed", noise_seed=0),
+        "14": _node("KSamplerSelect", "The sampler of the evaluation", sampler_name="euler"),
+        "15": _node("Flux2Scheduler", "Steps", steps=steps, width=size, height=size),
+        "6": _node(
+            "SamplerCustomAdvanced",
+            "Sample",
+            noise=["13", 0],
+            guider=["12", 0],
+            sampler=["14", 0],
+            sigmas=["15", 0],
+            latent_image=["5", 0],
+        ),
         "7": _node("VAEDecode", "Decode", samples=["6", 0], vae=["10", 0]),
         "8": _node("SaveImage", "Save", filename_prefix="forgotten", images=["7", 0]),
     }

@@ -85,7 +85,21 @@ class Base:
         """How the network takes captions."""
         from sd_unlearn.models.choose_conditioning import conditioning_of
 
-        return conditioning_of(self.network.config, self.pipeline.vae_scale_factor)
+        return conditioning_of(self.network.config, self.pipeline.vae_scale_factor, self.is_distilled)
+
+    @property
+    def is_distilled(self) -> bool:
+        """Whether the pipeline says that the model was distilled, so that it does not guide (FLUX.2 klein)."""
+        return bool(self.pipeline.config.get("is_distilled"))
+
+    @property
+    def uses_guidance(self) -> bool:
+        """Whether sampling combines the prompt's prediction with that of the empty caption."""
+        return self.properties.uses_guidance and not self.is_distilled
+
+    def guidance_of(self, scale: float | None) -> float:
+        """The s of u + s (f - u) with which images are generated at this --guidance_scale; 1 without guidance."""
+        return max(1.0, (scale or 0.0) + self.properties.extra_guidance) if self.uses_guidance else 1.0
 
     @property
     def longest_tokenizer(self) -> tuple[Any, int]:
@@ -108,13 +122,13 @@ class Base:
         None for its scheduler's.
         """
         from sd_unlearn.models.diffusion import Diffusion
-        from sd_unlearn.models.flow import Flow, shift_of
+        from sd_unlearn.models.flow import Flow
 
         config = self.pipeline.scheduler.config
         if not self.properties.is_flow:
             return Diffusion(self.pipeline.scheduler.alphas_cumprod.to(self.device), self.prediction_type)  # type: ignore[arg-type]
         side = (resolution or self.resolution) // (2 * self.pipeline.vae_scale_factor)  # in patches
-        shift = shift_of(config, side * side)
+        shift = self.conditioning.shift_of(config, side * side)
         return Flow(shift, sampling or "shift", config.num_train_timesteps, self.device)
 
     @property

@@ -1,11 +1,12 @@
-"""The kinds whose text encoder is a language model that reads captions in a chat template: Z-Image.
+"""The kinds whose text encoder is a language model that reads captions in a chat template: FLUX.2 and Z-Image.
 
-Their encoded captions have as many tokens as the caption. They are stored padded with rows of zeros, which no token
-has, so that caching and batching work as for the other kinds.
+The encoded captions of Z-Image have as many tokens as the caption. They are stored padded with rows of zeros, which no
+token has, so that caching and batching work as for the other kinds.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,8 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from sd_unlearn.models.conditioning import TextConditioning
-from sd_unlearn.models.kinds import text_width_of
+from sd_unlearn.models import conditioning
+from sd_unlearn.models.conditioning import TextConditioning, from_patches, positions, to_patches
+from sd_unlearn.models.kinds import KINDS, kind_of, text_width_of
+from sd_unlearn.models.latent_scale import LatentScale
 
 
 @dataclass(frozen=True)
@@ -27,8 +30,25 @@ class ChatConditioning(TextConditioning):
         """As many as the pipelines let a language model read by default, those of the template included."""
         return 512
 
+    thinks = False  # whether the template lets the model think before it answers
+
     def shape_of(self, network: Mapping[str, Any], tokens: int, has_t5: bool = True) -> tuple[int, int]:
-        return self.length, text_width_of(network) or 0
+        width = text_width_of(network) or 0
+        return self.length, width * KINDS[kind_of(network)].hidden_states
+
+    def options(self, pipeline: Any) -> dict[str, Any]:
+        return {"max_sequence_length": self.length}
+
+    def as_read(self, tokenizer: Any, caption: str) -> str:
+        """A caption in the chat template, as the pipeline writes it."""
+        messages = [{"role": "user", "content": caption}]
+        text: str = tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True, enable_thinking=self.thinks
+        )
+        return text
+
+    def token_counts(self, tokenizer: Any, captions: Sequence[str]) -> list[int]:
+        return super().token_counts(tokenizer, [self.as_read(tokenizer, caption) for caption in captions])
 
     def tokenized(self, tokenizer: Any, caption: str) -> tuple[list[int], list[int]]:
         read = self.as_read(tokenizer, caption)
@@ -44,6 +64,8 @@ class ChatConditioning(TextConditioning):
 class ZImageConditioning(ChatConditioning):
     """Z-Image: captions of any length, and a network that takes the time 1 - s and predicts x_0 - n."""
 
+    thinks = True
+
     def predict(self, model: nn.Module, noisy: Tensor, timesteps: Tensor, text: Tensor) -> Tensor:
         frames = list(noisy.unsqueeze(2))  # the network is made for videos, too: [C, 1, h, w] each
         predicted = model(x=frames, t=(1000 - timesteps) / 1000, cap_feats=without_padding(text)).sample
@@ -55,18 +77,94 @@ class ZImageConditioning(ChatConditioning):
         )
         return with_padding(rows, self.length)
 
-    def as_read(self, tokenizer: Any, caption: str) -> str:
-        messages = [{"role": "user", "content": caption}]
-        text: str = tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True, enable_thinking=True
-        )
-        return text
-
     def arguments(self, text: Tensor, empty: Tensor) -> dict[str, Any]:
         return {"prompt_embeds": without_padding(text), "negative_prompt_embeds": without_padding(empty)}
 
-    def options(self, pipeline: Any) -> dict[str, Any]:
-        return {"max_sequence_length": self.length}
+
+@dataclass(frozen=True)
+class Flux2Conditioning(ChatConditioning):
+    """FLUX.2 dev: three hidden states of Mistral side by side, with padding, and a guidance scale as an input.
+
+    Latents are in patches of 2 x 2 as for FLUX.1, positions are (0, row, column, place in the caption).
+    """
+
+    steps: int = 50  # that images are generated in; the pipeline spaces them by their number
+    embeds_guidance = True
+
+    def predict(self, model: nn.Module, noisy: Tensor, timesteps: Tensor, text: Tensor) -> Tensor:
+        height, width = noisy.shape[2:]
+        guidance = torch.full((len(noisy),), conditioning.GUIDANCE_IN_TRAINING, device=noisy.device)
+        predicted = model(
+            hidden_states=to_patches(noisy),
+            timestep=timesteps / 1000,  # the network multiplies by 1000
+            guidance=guidance if self.embeds_guidance else None,
+            encoder_hidden_states=text,
+            txt_ids=pad(torch.arange(text.shape[1], device=noisy.device)[:, None], (3, 0)),
+            img_ids=pad(positions(height // 2, width // 2, noisy), (0, 1)),
+        ).sample
+        return from_patches(predicted, height, width)
+
+    def encode(self, pipeline: Any, captions: Sequence[str], device: Any) -> Tensor:
+        text: Tensor = pipeline.encode_prompt(list(captions), device, max_sequence_length=self.length)[0]
+        return text
+
+    def token_counts(self, tokenizer: Any, captions: Sequence[str]) -> list[int]:
+        return [len(self._read(tokenizer, caption)["input_ids"][0]) for caption in captions]
+
+    def tokenized(self, tokenizer: Any, caption: str) -> tuple[list[int], list[int]]:
+        cut = {"padding": "max_length", "truncation": True, "max_length": self.length}
+        found = self._read(tokenizer, caption, **cut)
+        ids, mask = (list(map(int, found[key][0])) for key in ("input_ids", "attention_mask"))
+        return ids, mask
+
+    def _read(self, processor: Any, caption: str, **options: Any) -> Any:
+        from diffusers.pipelines.flux2.pipeline_flux2 import format_input
+
+        return processor.apply_chat_template(format_input([caption]), tokenize=True, return_dict=True, **options)
+
+    def learned_positions(self, tokenizer: Any, caption: str, length: int) -> list[int]:
+        """All but the first, as for CLIP: the transformer attends to the padding, too."""
+        return list(range(1, self.length))
+
+    def arguments(self, text: Tensor, empty: Tensor) -> dict[str, Any]:
+        return {"prompt_embeds": text}
+
+    def shift_of(self, scheduler: Mapping[str, Any], image_tokens: int) -> float:
+        from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
+
+        if not scheduler.get("use_dynamic_shifting"):
+            return super().shift_of(scheduler, image_tokens)
+        return math.exp(compute_empirical_mu(image_tokens, self.steps))
+
+    def to_pipeline(self, latents: Tensor) -> Tensor:
+        return to_patches(latents)
+
+    def from_pipeline(self, latents: Tensor, height: int, width: int) -> Tensor:
+        return from_patches(latents, height, width)
+
+    def as_argument(self, latents: Tensor) -> Tensor:
+        height, width = latents.shape[2:]
+        return to_patches(latents).transpose(1, 2).unflatten(2, (height // 2, width // 2))
+
+
+@dataclass(frozen=True)
+class Flux2KleinConditioning(Flux2Conditioning):
+    """FLUX.2 klein: Qwen3 instead of Mistral, and classifier-free guidance, if it is not distilled."""
+
+    embeds_guidance = False
+
+    def token_counts(self, tokenizer: Any, captions: Sequence[str]) -> list[int]:
+        return ChatConditioning.token_counts(self, tokenizer, captions)
+
+    def tokenized(self, tokenizer: Any, caption: str) -> tuple[list[int], list[int]]:
+        return ChatConditioning.tokenized(self, tokenizer, caption)
+
+    def arguments(self, text: Tensor, empty: Tensor) -> dict[str, Any]:
+        return {"prompt_embeds": text, "negative_prompt_embeds": empty}
+
+    def finished(self, pipeline: Any, latents: Tensor, height: int, width: int) -> Tensor:
+        """The pipeline returns them as the VAE takes them."""
+        return LatentScale.of(pipeline.vae, latents).apply(latents)
 
 
 def with_padding(rows: Sequence[Tensor], length: int) -> Tensor:

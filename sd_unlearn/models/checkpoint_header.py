@@ -29,7 +29,6 @@ UNSUPPORTED_TENSORS = {
     ".quant_state.": "quantized to 4 or 8 bits by bitsandbytes (--quantize_base does this on loading)",
     ".qweight": "quantized for Nunchaku",
     "distilled_guidance_layer.": "a Chroma model",
-    "double_stream_modulation_img.": "a FLUX.2 model",
     "individual_token_refiner.": "a HunyuanVideo model",
     "edm_mean": "a Playground 2.5 model, which has an EDM schedule,",
     "edm_vpred.": "a model with an EDM schedule",
@@ -155,13 +154,13 @@ def _unsupported(header: CheckpointHeader) -> str:
     for part, what in UNSUPPORTED_TENSORS.items():
         if any(part in name for name in header.shapes):
             return what
-    if kind := _transformer_kind(header):
+    if (kind := _transformer_kind(header)) in ("sd3", "flux"):
         inputs = next((shape[1] for name, shape in header.shapes.items() if name.endswith("img_in.weight")), 64)
         return (
             "" if kind == "sd3" or inputs == 64 else f"a FLUX model that takes {inputs} channels (Fill, Depth, Canny)"
         )
     if not header.text_width:
-        return _part_of_a_model(header)
+        return "" if kind else _part_of_a_model(header)
     channels = (*header.shapes.get(f"{UNET}input_blocks.0.0.weight", ()), 0, 0)[1]
     if channels != 4:
         return {9: "an inpainting model", 8: "an InstructPix2Pix model"}.get(
@@ -175,9 +174,11 @@ def _unsupported(header: CheckpointHeader) -> str:
 
 
 def _transformer_kind(header: CheckpointHeader) -> str | None:
-    """sd3, flux or z-image, by the blocks of its transformer; None for other files."""
+    """A kind with a transformer, by the names of its blocks; None for other files."""
     if any("joint_blocks.0.x_block.attn.qkv." in name for name in header.shapes):
         return "sd3"
+    if any("double_stream_modulation_img.lin." in name for name in header.shapes):
+        return "flux2" if any("guidance_in.in_layer." in name for name in header.shapes) else "flux2-klein"
     if any("double_blocks.0.img_attn.norm.query_norm." in name for name in header.shapes):
         return "flux"
     if any("noise_refiner.0.attention.qkv." in n for n in header.shapes) and any(

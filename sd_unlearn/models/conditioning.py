@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from sd_unlearn.models import flow
+
 GUIDANCE_IN_TRAINING = 1.0  # embedded guidance of FLUX.1 dev: its prediction without guidance
 
 
@@ -63,9 +65,9 @@ class TextConditioning:
         )[0]
         return encoded
 
-    def as_read(self, tokenizer: Any, caption: str) -> str:
-        """What the text encoder reads for a caption: the caption itself, or in a chat template."""
-        return caption
+    def token_counts(self, tokenizer: Any, captions: Sequence[str]) -> list[int]:
+        """How many tokens the text encoder would read of each caption if it read all, with those of a chat template."""
+        return [len(ids) for ids in tokenizer(list(captions), truncation=False, verbose=False).input_ids]
 
     def tokenized(self, tokenizer: Any, caption: str) -> tuple[list[int], list[int]]:
         """Token ids of a caption, padded to the length that the text encoder reads; 1 where they are not padding."""
@@ -96,6 +98,10 @@ class TextConditioning:
         """Further arguments of the pipeline, for prompts in words and encoded ones."""
         return {}
 
+    def shift_of(self, scheduler: Mapping[str, Any], image_tokens: int) -> float:
+        """The shift with which the pipeline spaces its steps for images of this many patches (flow matching)."""
+        return flow.shift_of(scheduler, image_tokens)
+
     def to_pipeline(self, latents: Tensor) -> Tensor:
         """Latents [B, C, h, w] as the pipeline has them while it samples."""
         return latents
@@ -103,6 +109,14 @@ class TextConditioning:
     def from_pipeline(self, latents: Tensor, height: int, width: int) -> Tensor:
         """The inverse of to_pipeline. height, width: of the latents [B, C, h, w]."""
         return latents
+
+    def as_argument(self, latents: Tensor) -> Tensor:
+        """Latents [B, C, h, w] as the pipeline takes them for its argument `latents`."""
+        return self.to_pipeline(latents)
+
+    def finished(self, pipeline: Any, latents: Tensor, height: int, width: int) -> Tensor:
+        """Latents [B, C, h, w] from what the pipeline returns for `output_type="latent"`."""
+        return self.from_pipeline(latents, height, width)
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from sd_unlearn.models.source import BUNDLED, EMOJI, FLOW, OPTION, Source, weigh
 
 PREDICTIONS = ("epsilon", "v_prediction")
 # Hub ids of models that are not supported: others are recognized by their model_index.json.
-UNSUPPORTED_IDS = {"FLUX.2": re.compile(r"black-forest-labs/FLUX\.2")}
+UNSUPPORTED_IDS = {"FLUX.1 Kontext": re.compile(r"black-forest-labs/FLUX\.1-Kontext-.*")}
 
 
 @dataclass(frozen=True)
@@ -125,8 +125,7 @@ def check_network(name: str, network: Mapping[str, Any], latent_channels: int) -
     """
     channels = network.get("in_channels", 4)
     if KINDS[kind_of(network)].is_flow:
-        patched = 64 if kind_of(network) == "flux" else latent_channels  # FLUX takes patches of 2 x 2
-        expected = network.get("out_channels") or patched
+        expected = network.get("out_channels") or KINDS[kind_of(network)].channels
         if channels != expected:
             raise UsageError(f"{OPTION} {name} takes {channels} channels instead of {expected}. {SUPPORTED}.")
         return
@@ -261,7 +260,7 @@ def _check_folder(source: Source) -> None:
 def _check_text_width(source: Source, encoders: list[str]) -> None:
     """Refuse text encoders of other widths than the network takes: T5's own, else those of all CLIPs together."""
     configs = [source.config_of(name) for name in encoders]
-    widths = [config.get("hidden_size", 0) for config in configs if not config.get("d_model")]
+    widths = [_hidden_size(config) for config in configs if not config.get("d_model")]
     given = next((config["d_model"] for config in configs if config.get("d_model")), sum(widths))
     network = source.network_config
     takes = text_width_of(network) or given
@@ -270,6 +269,11 @@ def _check_text_width(source: Source, encoders: list[str]) -> None:
             f"{OPTION} {source.name}: its {KINDS[source.kind or 'sd1'].title} takes text {takes} wide, its text "
             f"encoders give {given}."
         )
+
+
+def _hidden_size(config: Mapping[str, Any]) -> int:
+    """Of a text encoder; that of a model for images and text is in the part for text."""
+    return int(config.get("hidden_size") or config.get("text_config", {}).get("hidden_size", 0))
 
 
 def _listed_class(index: Mapping[str, Any], component: str) -> Any:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-SUPPORTED = "Stable Diffusion 1.x, 2.x, XL, 3 and 3.5, FLUX.1 and Z-Image can be trained"
+SUPPORTED = "Stable Diffusion 1.x, 2.x, XL, 3 and 3.5, FLUX.1, FLUX.2 and Z-Image can be trained"
 # How captions become tokens: CLIP's alone, CLIP's and T5's, or those of a language model with a chat template.
 Reading = Literal["clip", "t5", "chat"]
 
@@ -30,16 +30,14 @@ class Kind:
     vae_class: str = "AutoencoderKL"  # in Diffusers
     reading: Reading = "clip"
     chat_class: str = ""  # of the text encoder in transformers, if it is a language model
+    hidden_states: int = 1  # of the text encoder that are put side by side
+    channels: int = 4  # that the network takes
     extra_guidance: float = 0.0  # what the pipeline adds to --guidance_scale: Z-Image's is f + g (f - u)
 
     @property
     def captions_at_once(self) -> int:
         """Captions that are encoded at once at most. T5 takes about 0.1 GB for each."""
         return 16 if self.is_flow else 256
-
-    def guidance_of(self, scale: float | None) -> float:
-        """The s of u + s (f - u) with which a pipeline samples at this --guidance_scale; 1 if it does not guide."""
-        return max(1.0, (scale or 0.0) + self.extra_guidance) if self.uses_guidance else 1.0
 
     @property
     def components(self) -> tuple[str, ...]:
@@ -57,12 +55,19 @@ class Kind:
         return 16 if self.is_flow else 8
 
 
-def _transformer(name: str, pipeline: str, network_class: str, reading: Reading = "t5", **own: Any) -> Kind:
+def _transformer(name: str, pipeline: str, network_class: str, channels: int, **own: Any) -> Kind:
     """A kind with a transformer that is trained by flow matching at 1024 pixels."""
-    common = {"network": "transformer", "title": "transformer", "is_flow": True, "is_large": True}
-    return Kind(name, pipeline, network_class=network_class, reading=reading, **common, **own)  # type: ignore[arg-type]
+    common = {"network": "transformer", "title": "transformer", "is_flow": True, "is_large": True, "reading": "t5"}
+    return Kind(name, pipeline, network_class=network_class, channels=channels, **(common | own))  # type: ignore[arg-type]
 
 
+def _chat(name: str, pipeline: str, network_class: str, channels: int, chat_class: str, **own: Any) -> Kind:
+    """The same with a language model as text encoder."""
+    return _transformer(name, pipeline, network_class, channels, reading="chat", chat_class=chat_class, **own)
+
+
+_FLUX2: dict[str, Any] = {"hidden_states": 3, "vae_class": "AutoencoderKLFlux2"}
+_MISTRAL = "Mistral3ForConditionalGeneration"
 _TWO, _THREE = ("text_encoder", "text_encoder_2"), ("text_encoder", "text_encoder_2", "text_encoder_3")
 KINDS = {
     kind.name: kind
@@ -70,11 +75,11 @@ KINDS = {
         Kind("sd1", "StableDiffusionPipeline"),
         Kind("sd2", "StableDiffusionPipeline"),
         Kind("sdxl", "StableDiffusionXLPipeline", text_encoders=_TWO, is_large=True),
-        _transformer("sd3", "StableDiffusion3Pipeline", "SD3Transformer2DModel", text_encoders=_THREE),
-        _transformer("flux", "FluxPipeline", "FluxTransformer2DModel", text_encoders=_TWO, uses_guidance=False),
-        _transformer(
-            "z-image", "ZImagePipeline", "ZImageTransformer2DModel", "chat", chat_class="Qwen3Model", extra_guidance=1.0
-        ),
+        _transformer("sd3", "StableDiffusion3Pipeline", "SD3Transformer2DModel", 16, text_encoders=_THREE),
+        _transformer("flux", "FluxPipeline", "FluxTransformer2DModel", 64, text_encoders=_TWO, uses_guidance=False),
+        _chat("flux2", "Flux2Pipeline", "Flux2Transformer2DModel", 128, _MISTRAL, uses_guidance=False, **_FLUX2),
+        _chat("flux2-klein", "Flux2KleinPipeline", "Flux2Transformer2DModel", 128, "Qwen3ForCausalLM", **_FLUX2),
+        _chat("z-image", "ZImagePipeline", "ZImageTransformer2DModel", 16, "Qwen3Model", extra_guidance=1.0),
     )
 }
 PIPELINES = tuple(dict.fromkeys(kind.pipeline for kind in KINDS.values()))
@@ -89,6 +94,8 @@ def kind_of(network: Mapping[str, Any]) -> str:
     """
     if "cap_feat_dim" in network:
         return "z-image"
+    if "timestep_guidance_channels" in network:
+        return "flux2" if network.get("guidance_embeds", True) else "flux2-klein"
     if "num_single_layers" in network:
         return "flux"
     if "caption_projection_dim" in network:
@@ -99,14 +106,15 @@ def kind_of(network: Mapping[str, Any]) -> str:
 
 
 def text_width_of(network: Mapping[str, Any]) -> int | None:
-    """Width of the text encoders' output that a network takes; None if its configuration does not say."""
+    """Width of the text encoders' hidden states that a network takes; None if its configuration does not say."""
     names = ("joint_attention_dim", "cap_feat_dim", "cross_attention_dim")
-    return next((network[name] for name in names if network.get(name)), None)
+    found = next((network[name] for name in names if network.get(name)), None)
+    return found // KINDS[kind_of(network)].hidden_states if isinstance(found, int) else found
 
 
 def pooled_width_of(network: Mapping[str, Any]) -> int | None:
     """Width of the pooled text embedding that a network takes besides the tokens; None if it takes none."""
-    if "pooled_projection_dim" in network:
+    if "pooled_projection_dim" in network and KINDS[kind_of(network)].reading != "chat":
         return int(network["pooled_projection_dim"])
     if kind_of(network) == "sdxl":
         return int(network["projection_class_embeddings_input_dim"] - 6 * network["addition_time_embed_dim"])

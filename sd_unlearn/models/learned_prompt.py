@@ -32,7 +32,7 @@ class LearnedPrompt:
     def _token_ids(self) -> list[Tensor]:
         return [
             torch.tensor(prompt_ids(tokenizer, self.prompt, self.base.conditioning))[positions]
-            for tokenizer, positions in zip(tokenizers(self.base), self.positions, strict=True)
+            for tokenizer, positions in zip(readers(self.base), self.positions, strict=True)
         ]
 
     def start_from(self, ids_of: Callable[[Any], Sequence[int]]) -> None:
@@ -78,7 +78,12 @@ def text_encoders(base: Base) -> list[Any]:
 
 
 def tokenizers(base: Base) -> list[Any]:
-    """The tokenizers of `text_encoders`."""
+    """The tokenizers of `text_encoders`: that of FLUX.2 dev is in a processor of images and text."""
+    return [getattr(reader, "tokenizer", reader) for reader in readers(base)]
+
+
+def readers(base: Base) -> list[Any]:
+    """The pipeline's tokenizers, as its conditioning takes them."""
     names = [name.replace("text_encoder", "tokenizer") for name in base.properties.text_encoders]
     return [tokenizer for name in names if (tokenizer := getattr(base.pipeline, name, None)) is not None]
 
@@ -105,7 +110,7 @@ def prompt_ids(tokenizer: Any, prompt: str, conditioning: TextConditioning = Tex
 def learned_positions(base: Base, prompt: str) -> list[list[int]]:
     """The tokens of a prompt, for each text encoder, that are learned if the whole prompt is."""
     length, conditioning = prompt_length(base), base.conditioning
-    own = [conditioning.learned_positions(tokenizer, prompt, length) for tokenizer in tokenizers(base)]
+    own = [conditioning.learned_positions(reader, prompt, length) for reader in readers(base)]
     return own if base.properties.reading == "chat" else of_each_encoder(base, own[0])
 
 

@@ -142,16 +142,18 @@ def _download(name: str, component: str | None, file: str) -> Path:
 
 
 def _load_vae(source: Source, dtype: Any) -> Any:
-    from diffusers import AutoencoderKL
+    import diffusers
 
-    name = str(source.vae)
+    name, kind = str(source.vae), KINDS[source.kind or "sd1"]
     if Path(name).is_file():
+        if kind.vae_class != "AutoencoderKL":
+            raise UsageError(f"--vae {name} is a file; for a base of kind {kind.name} use a folder or a Hub id.")
         from sd_unlearn.models.single_file import load_vae_file
 
         return load_vae_file(Path(name), _vae_config(source), dtype)
     inside = "vae" if (Path(name) / "vae" / "config.json").is_file() else None
     safe = {} if source.allow_pickle else {"use_safetensors": True}
-    return AutoencoderKL.from_pretrained(name, subfolder=inside, dtype=dtype, **safe)
+    return getattr(diffusers, kind.vae_class).from_pretrained(name, subfolder=inside, dtype=dtype, **safe)
 
 
 def _vae_config(source: Source) -> Path:

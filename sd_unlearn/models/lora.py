@@ -22,6 +22,8 @@ ADAPTER_NAME, WEIGHTS_FILE = "default", "adapter_model.safetensors"
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 # The same projections of the text tokens in a transformer with joint attention, as SD 3 and FLUX.
 CONTEXT = ["add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
+# Those of FLUX.2's single blocks, fused with their feed-forward layers.
+_FUSED = r"single_transformer_blocks\.\d+\.attn\.(to_qkv_mlp_proj|to_out)"
 _ATTENTION, _JOINT = (
     f"({'|'.join(re.escape(name) for name in names)})" for names in (ATTENTION, [*ATTENTION, *CONTEXT])
 )
@@ -33,10 +35,13 @@ TARGETS: dict[LoraTargets, str] = {
 }
 # The same of a transformer with joint attention, which has no layers of cross-attention of their own. FLUX's single
 # blocks have their feed-forward layers in proj_mlp and proj_out, Z-Image's blocks in w1, w2 and w3.
-_MLP = r"(ff|ff_context)\.net\.(0\.proj|2)|single_transformer_blocks\.\d+\.(proj_mlp|proj_out)|feed_forward\.w[123]"
+_MLP = (
+    r"(ff|ff_context)\.(net\.0\.proj|net\.2|linear_in|linear_out)|feed_forward\.w[123]"
+    r"|single_transformer_blocks\.\d+\.(proj_mlp|proj_out)"
+)
 JOINT_TARGETS: dict[LoraTargets, str] = {
-    "attention": rf".*\.{_JOINT}",
-    "attention+mlp": rf".*\.{_JOINT}|(.*\.)?({_MLP})",
+    "attention": rf".*\.{_JOINT}|{_FUSED}",
+    "attention+mlp": rf".*\.{_JOINT}|{_FUSED}|(.*\.)?({_MLP})",
 }
 WITHOUT_JOINT_ATTENTION: tuple[LoraTargets, ...] = ("cross_attention", "not_cross_attention")
 TEXT_TARGETS = r".*\.(q_proj|k_proj|v_proj|out_proj)"

@@ -31,6 +31,9 @@ KNOWN_IDS = {
     "sd3.5-large": re.compile(r"stabilityai/stable-diffusion-3\.5-large.*"),
     "flux-schnell": re.compile(r"black-forest-labs/FLUX\.1-schnell"),
     "flux-dev": re.compile(r"black-forest-labs/FLUX\.1-(dev|Krea-dev)"),
+    "flux2-dev": re.compile(r"black-forest-labs/FLUX\.2-dev"),
+    "flux2-klein-4b": re.compile(r"black-forest-labs/FLUX\.2-klein-(base-)?4B"),
+    "flux2-klein-9b": re.compile(r"black-forest-labs/FLUX\.2-klein-(base-)?9B"),
     "z-image": re.compile(r"Tongyi-MAI/Z-Image(-Turbo)?"),
 }
 

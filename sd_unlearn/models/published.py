@@ -83,6 +83,36 @@ FLUX: Config = {
     "axes_dims_rope": [16, 56, 56],
 }
 
+FLUX2_VAE = _VAE | {"latent_channels": 32, "use_quant_conv": True, "use_post_quant_conv": True}
+_FLUX2: Config = {
+    "patch_size": 1,
+    "in_channels": 128,
+    "attention_head_dim": 128,
+    "timestep_guidance_channels": 256,
+    "mlp_ratio": 3.0,
+    "axes_dims_rope": [32, 32, 32, 32],
+    "rope_theta": 2000,
+}
+FLUX2_DEV = _FLUX2 | {
+    "num_layers": 8,
+    "num_single_layers": 48,
+    "num_attention_heads": 48,
+    "joint_attention_dim": 15360,
+}
+KLEIN_4B = _FLUX2 | {
+    "num_layers": 5,
+    "num_single_layers": 20,
+    "num_attention_heads": 24,
+    "joint_attention_dim": 7680,
+    "guidance_embeds": False,
+}
+KLEIN_9B = _FLUX2 | {
+    "num_layers": 8,
+    "num_single_layers": 24,
+    "num_attention_heads": 32,
+    "joint_attention_dim": 12288,
+    "guidance_embeds": False,
+}
 Z_IMAGE: Config = {
     "all_patch_size": [2],
     "all_f_patch_size": [1],
@@ -109,6 +139,22 @@ QWEN3_4B: Config = {
     "tie_word_embeddings": True,
 }
 
+QWEN3_8B = QWEN3_4B | {"hidden_size": 4096, "intermediate_size": 12288, "tie_word_embeddings": False}
+MISTRAL_24B: Config = {  # Mistral Small 3.1; its part for images has the sizes of Mistral3Config
+    "tie_word_embeddings": False,
+    "text_config": {
+        "model_type": "mistral",
+        "hidden_size": 5120,
+        "intermediate_size": 32768,
+        "num_hidden_layers": 40,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "vocab_size": 131072,
+        "max_position_embeddings": 131072,
+    },
+}
+
 
 def _sd3(transformer: Config) -> dict[str, Config]:
     encoders = {"text_encoder": CLIP_L, "text_encoder_2": CLIP_G, "text_encoder_3": T5_XXL}
@@ -127,5 +173,8 @@ PUBLISHED: dict[str, dict[str, Config]] = {
     "sd3.5-large": _sd3(SD35_LARGE),
     "flux-dev": _flux(guidance_embeds=True),
     "flux-schnell": _flux(guidance_embeds=False),
+    "flux2-dev": {"transformer": FLUX2_DEV, "vae": FLUX2_VAE, "text_encoder": MISTRAL_24B},
+    "flux2-klein-4b": {"transformer": KLEIN_4B, "vae": FLUX2_VAE, "text_encoder": QWEN3_4B},
+    "flux2-klein-9b": {"transformer": KLEIN_9B, "vae": FLUX2_VAE, "text_encoder": QWEN3_8B},
     "z-image": {"transformer": Z_IMAGE, "vae": FLUX_VAE, "text_encoder": QWEN3_4B},
 }

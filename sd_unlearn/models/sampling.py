@@ -46,12 +46,15 @@ class Sampler:
 BASE_SAMPLERS = dict.fromkeys(BUNDLED, Sampler(steps=25, guidance_scale=3.0, batch_size=100))
 DEFAULT_SAMPLER = Sampler(steps=50, guidance_scale=7.5, batch_size=4)
 # Of the flow-matching models, as published: SD 3, 3.5 medium and large, FLUX.1 dev, the distilled FLUX.1 schnell and
-# SD 3.5 large turbo, which sample without guidance, Z-Image, and Z-Image-Turbo, which samples without guidance, too.
+# SD 3.5 large turbo, which sample without guidance, FLUX.2 dev and klein base, the distilled FLUX.2 klein, Z-Image, and
+# the distilled Z-Image-Turbo.
 SD3_SAMPLER = Sampler(steps=28, guidance_scale=7.0, batch_size=4)
 SD35_SAMPLER = Sampler(steps=40, guidance_scale=4.5, batch_size=4)
 SD35_LARGE_SAMPLER = Sampler(steps=28, guidance_scale=3.5, batch_size=4)
 DEV_SAMPLER = Sampler(steps=28, guidance_scale=3.5, batch_size=4)
 SCHNELL_SAMPLER = Sampler(steps=4, guidance_scale=0.0, batch_size=4)
+FLUX2_SAMPLER = Sampler(steps=50, guidance_scale=4.0, batch_size=4)
+KLEIN_SAMPLER = Sampler(steps=4, guidance_scale=1.0, batch_size=4)
 Z_IMAGE_SAMPLER = Sampler(steps=50, guidance_scale=4.0, batch_size=4)
 Z_IMAGE_TURBO_SAMPLER = Sampler(steps=8, guidance_scale=0.0, batch_size=4)
 PUBLISHED_SAMPLERS = {
@@ -61,6 +64,8 @@ PUBLISHED_SAMPLERS = {
     re.compile(r"stabilityai/stable-diffusion-3\.5-.*"): SD35_SAMPLER,
     re.compile(r"black-forest-labs/FLUX\.1-schnell"): SCHNELL_SAMPLER,
     re.compile(r"black-forest-labs/FLUX\.1-.*"): DEV_SAMPLER,
+    re.compile(r"black-forest-labs/FLUX\.2-(dev|klein-base-.*)"): FLUX2_SAMPLER,
+    re.compile(r"black-forest-labs/FLUX\.2-klein-.*"): KLEIN_SAMPLER,
     re.compile(r"Tongyi-MAI/Z-Image-Turbo"): Z_IMAGE_TURBO_SAMPLER,
     re.compile(r"Tongyi-MAI/Z-Image"): Z_IMAGE_SAMPLER,
 }
@@ -90,6 +95,9 @@ def default_sampler(base_name: str) -> Sampler:
         return SD35_SAMPLER if network.get("dual_attention_layers") else SD35_LARGE_SAMPLER
     if kind == "sd3":
         return SD3_SAMPLER
+    if kind in ("flux2", "flux2-klein"):
+        is_distilled = Source(base_name).config_of("", "model_index.json").get("is_distilled")
+        return KLEIN_SAMPLER if is_distilled else FLUX2_SAMPLER
     if kind == "z-image":  # the two differ in the shift of their schedulers only: 6, and 3 of Turbo
         shift = Source(base_name).config_of("scheduler", "scheduler_config.json").get("shift", 1.0)
         return Z_IMAGE_SAMPLER if shift > 4 else Z_IMAGE_TURBO_SAMPLER
@@ -168,7 +176,7 @@ def sample(base: Base, seeds: Sequence[int], sampler: Sampler, **prompts: Any) -
             output_type="latent",
         ).images
     side = resolution // base.pipeline.vae_scale_factor
-    return decode(base, base.conditioning.from_pipeline(latents, side, side))
+    return decode(base, base.conditioning.finished(base.pipeline, latents, side, side))
 
 
 def save_image(image: Image.Image, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Rename the weights of transformers (SD 3, FLUX, Z-Image) to the layout of their original single files, and back.
+"""Rename the weights of transformers to the layout of their original single files, and back.
 
 ComfyUI and Forge read checkpoints in this layout, and many trainers name the modules of a LoRA by it. Some modules of
 Diffusers are one module there, whose rows are theirs in sequence:
@@ -28,6 +28,18 @@ PREFIX = "model.diffusion_model."
 _EMBEDDER = "time_text_embed.timestep_embedder.linear_"
 _POOLED, _GUIDANCE = "time_text_embed.text_embedder.linear_", "time_text_embed.guidance_embedder.linear_"
 _FINAL = {"final_layer.linear": "proj_out", "final_layer.adaLN_modulation.1": "norm_out.linear"}
+_FLUX2 = {
+    "img_in": "x_embedder",
+    "txt_in": "context_embedder",
+    "time_in.in_layer": "time_guidance_embed.timestep_embedder.linear_1",
+    "time_in.out_layer": "time_guidance_embed.timestep_embedder.linear_2",
+    "guidance_in.in_layer": "time_guidance_embed.guidance_embedder.linear_1",
+    "guidance_in.out_layer": "time_guidance_embed.guidance_embedder.linear_2",
+    "double_stream_modulation_img.lin": "double_stream_modulation_img.linear",
+    "double_stream_modulation_txt.lin": "double_stream_modulation_txt.linear",
+    "single_stream_modulation.lin": "single_stream_modulation.linear",
+    **_FINAL,
+}
 _LAYOUTS: dict[str, dict[str, str]] = {
     "sd3": {
         "x_embedder.proj": "pos_embed.proj",
@@ -49,6 +61,8 @@ _LAYOUTS: dict[str, dict[str, str]] = {
         "guidance_in.out_layer": f"{_GUIDANCE}2",
         **_FINAL,
     },
+    "flux2": _FLUX2,
+    "flux2-klein": _FLUX2,
     "z-image": {
         "x_embedder": "all_x_embedder.2-1",
         "final_layer.linear": "all_final_layer.2-1.linear",
@@ -59,6 +73,28 @@ _LAYOUTS: dict[str, dict[str, str]] = {
 # Parameters that are not the weight or bias of a module.
 _CONSTANTS = {"pos_embed": "pos_embed.pos_embed", "x_pad_token": "x_pad_token", "cap_pad_token": "cap_pad_token"}
 _CONTEXT = "attn.add_q_proj attn.add_k_proj attn.add_v_proj"
+_FLUX2_BLOCKS = {
+    ("double_blocks", "transformer_blocks"): {
+        "img_attn.qkv": "attn.to_q attn.to_k attn.to_v",
+        "img_attn.norm.query_norm": "attn.norm_q",
+        "img_attn.norm.key_norm": "attn.norm_k",
+        "img_attn.proj": "attn.to_out.0",
+        "img_mlp.0": "ff.linear_in",
+        "img_mlp.2": "ff.linear_out",
+        "txt_attn.qkv": _CONTEXT,
+        "txt_attn.norm.query_norm": "attn.norm_added_q",
+        "txt_attn.norm.key_norm": "attn.norm_added_k",
+        "txt_attn.proj": "attn.to_add_out",
+        "txt_mlp.0": "ff_context.linear_in",
+        "txt_mlp.2": "ff_context.linear_out",
+    },
+    ("single_blocks", "single_transformer_blocks"): {
+        "linear1": "attn.to_qkv_mlp_proj",
+        "linear2": "attn.to_out",
+        "norm.query_norm": "attn.norm_q",
+        "norm.key_norm": "attn.norm_k",
+    },
+}
 _Z_IMAGE_BLOCK = {
     "attention.qkv": "attention.to_q attention.to_k attention.to_v",
     "attention.out": "attention.to_out.0",
@@ -116,6 +152,8 @@ _BLOCKS: dict[str, dict[tuple[str, str], dict[str, str]]] = {  # (original, Diff
             "modulation.lin": "norm.linear",
         },
     },
+    "flux2": _FLUX2_BLOCKS,
+    "flux2-klein": _FLUX2_BLOCKS,
     "z-image": {(name, name): _Z_IMAGE_BLOCK for name in ("layers", "noise_refiner", "context_refiner")},
 }
 
@@ -146,7 +184,7 @@ def swap(rows: Tensor) -> Tensor:
 
 
 def original_modules(kind: str, rows: Mapping[str, int]) -> dict[str, list[Rows]]:
-    """The modules of the original layout, and what is in each. kind: sd3, flux or z-image.
+    """The modules of the original layout, and what is in each. kind: one with a transformer.
 
     rows: the rows of the weight of each module of the transformer in Diffusers.
     """

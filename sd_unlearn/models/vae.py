@@ -13,6 +13,7 @@ from torch import Tensor
 from sd_unlearn.errors import UnlearnError
 from sd_unlearn.io.progress import say
 from sd_unlearn.models.base import Base
+from sd_unlearn.models.latent_scale import LatentScale
 from sd_unlearn.models.sampling import VAE_TILE
 
 # Side in latents of the smallest tiles. The VAE normalizes each tile by itself, so small ones differ in colour.
@@ -21,7 +22,7 @@ MIN_TILE = 32
 
 @torch.no_grad()
 def decode(base: Base, latents: Tensor) -> list[Image.Image]:
-    """The images of latents [B, C, h, w] as the pipeline samples them (moved by the shift and scaled).
+    """The images of latents [B, C, h, w] as the pipeline samples them (scaled, latent_scale.py).
 
     Raises:
         UnlearnError: a latent or a pixel is not finite, which Diffusers would turn into a black image.
@@ -29,14 +30,12 @@ def decode(base: Base, latents: Tensor) -> list[Image.Image]:
     """
     _check_finite(base, latents, base.properties.title)
 
-    shift = shift_of(base.pipeline.vae)
-
     def work(batch: Sequence[Tensor]) -> list[Image.Image]:
         together = torch.cat(list(batch))
 
         def pixels_of(vae: Any) -> Tensor:
-            latents = together.to(vae.dtype) / vae.config.scaling_factor
-            return vae.decode(latents + shift if shift else latents, return_dict=False)[0]
+            latents = together.to(vae.dtype)
+            return vae.decode(LatentScale.of(vae, latents).undo(latents), return_dict=False)[0]
 
         pixels = _without_overflow(base, pixels_of)
         _check_finite(base, pixels, "VAE")
@@ -54,7 +53,7 @@ def decode(base: Base, latents: Tensor) -> list[Image.Image]:
 def encode(base: Base, images: Sequence[Any], load: Callable[[Any], Tensor], batch_size: int) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of the VAE's posterior: two tensors [N, C, h, w] on the CPU, in float32.
 
-    The mean is moved by the VAE's shift, and both are multiplied by its scaling factor.
+    Both are scaled as the network takes latents (latent_scale.py).
 
     load: returns the pixels [3, H, W] in [-1, 1] of one of `images`.
 
@@ -62,7 +61,7 @@ def encode(base: Base, images: Sequence[Any], load: Callable[[Any], Tensor], bat
         UnlearnError: a value is not finite.
         OutOfMemory: memory is too small for one image in the smallest tiles.
     """
-    side, shift = 0, shift_of(base.pipeline.vae)
+    side = 0
 
     def work(batch: Sequence[Any]) -> Tensor:
         nonlocal side
@@ -71,11 +70,12 @@ def encode(base: Base, images: Sequence[Any], load: Callable[[Any], Tensor], bat
 
         def moments_of(vae: Any) -> Tensor:
             posterior = vae.encode(pixels.to(base.device, vae.dtype)).latent_dist
-            return torch.stack([posterior.mean - shift if shift else posterior.mean, posterior.std])
+            return torch.stack([posterior.mean - LatentScale.of(vae, posterior.mean).shift, posterior.std])
 
         moments = _without_overflow(base, moments_of)
         _check_finite(base, moments, "VAE")
-        return moments.float().cpu() * base.pipeline.vae.config.scaling_factor
+        moments = moments.float().cpu()
+        return moments * LatentScale.of(base.pipeline.vae, moments).factor
 
     while True:
         tile = base.vae_tile
@@ -84,11 +84,6 @@ def encode(base: Base, images: Sequence[Any], load: Callable[[Any], Tensor], bat
             break
     mean, std = torch.cat(parts, dim=1)
     return mean.contiguous(), std.contiguous()  # a large VAE may return channels-last tensors
-
-
-def shift_of(vae: Any) -> float:
-    """What is subtracted from latents before they are scaled, as in SD 3, FLUX and Z-Image; 0 for other VAEs."""
-    return float(vae.config.get("shift_factor") or 0.0)
 
 
 def use_smaller_tiles(base: Base, side: int) -> bool:

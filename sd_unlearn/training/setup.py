@@ -46,7 +46,7 @@ UNCONDITIONAL = {DIGITS: 0.0}
 
 def default_unconditional(base: Base) -> float:
     """The share of keep images under the empty caption. None of them without guidance, which alone uses it."""
-    return UNCONDITIONAL.get(base.name, 0.25) if base.properties.uses_guidance else 0.0
+    return UNCONDITIONAL.get(base.name, 0.25) if base.uses_guidance else 0.0
 
 
 def resolve_defaults(config: TrainConfig, base: Base, data: Data, processes: int) -> TrainConfig:
@@ -210,7 +210,7 @@ def _make_teacher(
 ) -> Teacher:
     """The teacher of a concept's steps."""
     generic, empty = (data.images.text[caption].to(base.device) for caption in (turn.concept.generic, ""))
-    guidance = base.properties.guidance_of(config.guidance_scale)
+    guidance = base.guidance_of(config.guidance_scale)
     return Teacher(denoiser, student.frozen, generic, empty, guidance, config.push, 1 / sum(turn.betas))
 
 

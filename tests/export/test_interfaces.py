@@ -208,6 +208,16 @@ NODES: dict[str, tuple[dict[str, str], tuple[str, ...]]] = {
         {"model": "MODEL", "positive": "CONDITIONING", "negative": "CONDITIONING", "latent_image": "LATENT"},
         ("LATENT",),
     ),
+    "EmptyFlux2LatentImage": ({}, ("LATENT",)),
+    "RandomNoise": ({}, ("NOISE",)),
+    "KSamplerSelect": ({}, ("SAMPLER",)),
+    "Flux2Scheduler": ({}, ("SIGMAS",)),
+    "BasicGuider": ({"model": "MODEL", "conditioning": "CONDITIONING"}, ("GUIDER",)),
+    "CFGGuider": ({"model": "MODEL", "positive": "CONDITIONING", "negative": "CONDITIONING"}, ("GUIDER",)),
+    "SamplerCustomAdvanced": (
+        {"noise": "NOISE", "guider": "GUIDER", "sampler": "SAMPLER", "sigmas": "SIGMAS", "latent_image": "LATENT"},
+        ("LATENT", "LATENT"),
+    ),
     "VAEDecode": ({"samples": "LATENT", "vae": "VAE"}, ("IMAGE",)),
     "SaveImage": ({"images": "IMAGE"}, ()),
 }
@@ -227,21 +237,33 @@ SETTINGS = {
     "CLIPTextEncode": {"text"},
     "EmptyLatentImage": {"width", "height", "batch_size"},
     "KSampler": {"seed", "steps", "cfg", "sampler_name", "scheduler", "denoise"},
+    "EmptyFlux2LatentImage": {"width", "height", "batch_size"},
+    "RandomNoise": {"noise_seed"},
+    "KSamplerSelect": {"sampler_name"},
+    "Flux2Scheduler": {"steps", "width", "height"},
+    "BasicGuider": set(),
+    "CFGGuider": {"cfg"},
+    "SamplerCustomAdvanced": set(),
     "VAEDecode": set(),
     "SaveImage": {"filename_prefix"},
 }
 
 
+MODEL_NODES = (
+    *("KSampler", "CLIPTextEncode", "ModelSamplingSD3", "ModelSamplingAuraFlow", "BasicGuider", "CFGGuider"),
+)
 OF_A_RUN = {"lora": "a.safetensors", "prompt": "a", "strength": 1.0, "size": 1024, "steps": 28, "guidance": 4.5}
 
 
-@pytest.mark.parametrize("kind", ["sd1", "sd3", "flux", "z-image"])
+@pytest.mark.parametrize("kind", ["sd1", "sd3", "flux", "flux2", "flux2-klein", "z-image"])
 def test_the_workflow_is_one_that_comfyui_runs(kind: str) -> None:
     """Every input is there, a link names a node and an output of the right type, and nothing goes past the LoRA."""
     nodes = {
         "sd1": lambda: json.loads((DOCS / "comfyui-workflow.json").read_text(encoding="utf-8")),
         "sd3": lambda: workflow.sd3_nodes(checkpoint="sd3.safetensors", **OF_A_RUN),
         "flux": lambda: workflow.flux_nodes(checkpoint="flux.safetensors", **OF_A_RUN),
+        "flux2": lambda: workflow.flux2_nodes(checkpoint="flux2.safetensors", **OF_A_RUN),
+        "flux2-klein": lambda: workflow.klein_nodes(checkpoint="klein.safetensors", **OF_A_RUN),
         "z-image": lambda: workflow.z_image_nodes(checkpoint="z_image.safetensors", **OF_A_RUN),
     }[kind]()
     for name, node in nodes.items():
@@ -263,7 +285,7 @@ def test_the_workflow_is_one_that_comfyui_runs(kind: str) -> None:
     takes_clip = "clip" in nodes[loader]["inputs"]  # LoRAs of SD 3 and FLUX have no text encoder
     for node in nodes.values():
         source = node["inputs"].get("model") or (takes_clip and node["inputs"].get("clip"))
-        if source and node["class_type"] in ("KSampler", "CLIPTextEncode", "ModelSamplingSD3", "ModelSamplingAuraFlow"):
+        if source and node["class_type"] in MODEL_NODES:
             assert source[0] == loader or nodes[source[0]]["inputs"]["model"][0] == loader
 
 
@@ -284,4 +306,4 @@ def test_every_cell_of_the_table_is_a_test() -> None:
     defined = set(re.findall(r"^def (test_\w+)\(", sources, re.MULTILINE))
     assert {name for names in named for name in names} <= defined
     kinds = {line.split("|")[1].strip() for line in table}
-    assert kinds == {"SD 1", "SD 2", "SDXL", "SD 3", "FLUX", "Z-Image"}
+    assert kinds == {"SD 1", "SD 2", "SDXL", "SD 3", "FLUX", "FLUX.2", "Z-Image"}

@@ -29,7 +29,7 @@ from sd_unlearn.models.student import apply_run
 from sd_unlearn.models.transformer_keys import diffusers_weights, original_weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-NAMES = ("sd35", "flux-dev", "z-image")
+NAMES = ("sd35", "flux-dev", "z-image", "flux2-dev", "flux2-klein-base")
 CASES: dict[str, dict[str, Any]] = {
     "alpha is not rank": {"r": 4, "lora_alpha": 1.4},
     "rslora": {"r": 4, "lora_alpha": 1.5, "use_rslora": True},
@@ -108,7 +108,7 @@ def comfy_names(kind: str, transformer: Any) -> dict[str, tuple[str, int]]:
         "ff_context.net.0.proj": "context_block.mlp.fc1",
         "ff_context.net.2": "context_block.mlp.fc2",
     }
-    if kind == "flux":
+    if kind.startswith("flux"):
         first, x, context = ("double_blocks", "img_", "txt_")
         rest = {
             "attn.to_out.0": "img_attn.proj",
@@ -119,6 +119,10 @@ def comfy_names(kind: str, transformer: Any) -> dict[str, tuple[str, int]]:
             "ff.net.2": "img_mlp.2",
             "ff_context.net.0.proj": "txt_mlp.0",
             "ff_context.net.2": "txt_mlp.2",
+            "ff.linear_in": "img_mlp.0",
+            "ff.linear_out": "img_mlp.2",
+            "ff_context.linear_in": "txt_mlp.0",
+            "ff_context.linear_out": "txt_mlp.2",
         }
     for number in range(len(transformer.transformer_blocks)):
         ours, theirs = f"transformer.transformer_blocks.{number}.", f"{first}.{number}."
@@ -131,6 +135,7 @@ def comfy_names(kind: str, transformer: Any) -> dict[str, tuple[str, int]]:
         ours, theirs = f"transformer.single_transformer_blocks.{number}.", f"single_blocks.{number}."
         for place, name in enumerate(("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")):
             found[ours + name] = f"{theirs}linear1", place * width
+        found |= {f"{ours}attn.to_qkv_mlp_proj": (f"{theirs}linear1", 0), f"{ours}attn.to_out": (f"{theirs}linear2", 0)}
         found[f"{ours}proj_out"], found[f"{ours}norm.linear"] = (f"{theirs}linear2", 0), (f"{theirs}modulation.lin", 0)
     return found
 
@@ -251,7 +256,7 @@ def test_the_image_with_the_file_in_plain_diffusers_is_ours(flow_kinds: FlowKind
     plain.load_lora_weights(exported(run)[1])
     given: dict[str, Any] = {"num_inference_steps": 2, "guidance_scale": 3.0, "height": 64, "width": 64}
     given |= ours.conditioning.options(plain)
-    image = plain("seven", generator=torch.Generator().manual_seed(3), **given).images[0]
+    image = plain(prompt="seven", generator=torch.Generator().manual_seed(3), **given).images[0]
     assert np.abs(np.asarray(image).astype(int) - wanted).max() <= 1
     assert np.abs(untouched - wanted).max() > 1
 
@@ -295,7 +300,8 @@ def test_a_merged_file_of_sd3_holds_vae_and_text_encoders(flow_kinds: FlowKinds,
 
 
 @pytest.mark.parametrize(
-    ("name", "architecture"), [("sd35", "stable-diffusion-3"), ("flux-dev", "flux-1"), ("z-image", "Z-Image")]
+    ("name", "architecture"),
+    [("sd35", "stable-diffusion-3"), ("flux-dev", "flux-1"), ("z-image", "Z-Image"), ("flux2-dev", "Flux.2-dev")],
 )
 def test_headers_card_and_workflow_are_those_of_the_kind(
     flow_kinds: FlowKinds, tmp_path: Path, name: str, architecture: str
@@ -305,7 +311,9 @@ def test_headers_card_and_workflow_are_those_of_the_kind(
     _, file = exported(run)
     header = read_header(file)
     assert header["modelspec.architecture"] == f"{architecture}/lora"
-    assert header["ss_base_model_version"] == {"sd3": "sd3", "flux": "flux1", "z-image": "zimage"}[kind]
+    assert (
+        header["ss_base_model_version"] == {"sd3": "sd3", "flux": "flux1", "z-image": "zimage", "flux2": "flux2"}[kind]
+    )
     assert "lora_adapter_metadata" not in read_header(run / "export" / DIFFUSERS_FILE), "the scale is in the weights"
     card = (run / "export" / "README.md").read_text()
     assert KINDS[kind].pipeline in card

@@ -1,4 +1,4 @@
-"""Kinds with a language model as text encoder, against Diffusers' own pipelines: Z-Image."""
+"""Kinds with a language model as text encoder, against Diffusers' own pipelines: FLUX.2 and Z-Image."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from flow_kinds import CHAT_KINDS, FlowKinds
+from flow_kinds import CHAT_KINDS, DISTILLED, FlowKinds
 from torch import Tensor
 
 from sd_unlearn.data.encoding import describe_long_captions, encode_captions
@@ -20,12 +20,14 @@ from sd_unlearn.models.chat import with_padding, without_padding
 from sd_unlearn.models.denoiser import Denoiser
 from sd_unlearn.models.find_base import check_source
 from sd_unlearn.models.footprint import StepOptions, count_inference, count_training, size_of
-from sd_unlearn.models.kinds import KINDS
+from sd_unlearn.models.latent_scale import LatentScale
 from sd_unlearn.models.meta import build_meta_base, read_configs
 from sd_unlearn.models.quantized import quantize_linear_layers
 from sd_unlearn.models.sampling import Sampler, generate_images
 from sd_unlearn.models.source import Source
+from sd_unlearn.models.vae import encode
 from sd_unlearn.training.previews import ImageGenerator
+from sd_unlearn.training.setup import default_unconditional
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 # Captions of different lengths, one of them longer than the 32 tokens to which Z-Image's transformer pads
@@ -44,7 +46,7 @@ def pixels(images: list[Any]) -> Any:
     return np.stack([np.asarray(image) for image in images]).astype(int)
 
 
-@pytest.mark.parametrize("name", CHAT_KINDS)
+@pytest.mark.parametrize("name", [*CHAT_KINDS, *DISTILLED])
 @pytest.mark.parametrize("guidance", [0.0, 3.0])
 def test_images_are_those_of_diffusers(flow_kinds: FlowKinds, name: str, guidance: float) -> None:
     """Of the pipeline as Diffusers loads it, with the same prompts, seeds, steps and guidance; also of one prompt."""
@@ -90,7 +92,7 @@ def test_training_predicts_the_velocity_that_sampling_follows(
         return step(velocity, timestep, latents, **options)
 
     monkeypatch.setattr(scheduler, "step", watched)
-    generate_images(base, PROMPTS, SEEDS, Sampler(3, 0.0, 2))
+    generate_images(base, PROMPTS, SEEDS, Sampler(3, 1.0 if name == "flux2-dev" else 0.0, 2))  # as in training
     text = encode_captions(base, PROMPTS)
     for velocity, timestep, latents in steps:
         with torch.no_grad():
@@ -124,8 +126,9 @@ def test_captions_are_encoded_as_by_the_pipeline(flow_kinds: FlowKinds, name: st
         assert torch.allclose(encode_captions(base, [prompt])[0], together[n], atol=1e-5)
     network = base.network.config
     assert tuple(together.shape[1:]) == base.conditioning.shape_of(network, 0)
-    theirs = base.pipeline.encode_prompt(list(PROMPTS), do_classifier_free_guidance=False)[0]
-    assert all(torch.equal(a, b) for a, b in zip(without_padding(together), theirs, strict=True))
+    theirs = base.pipeline.encode_prompt(list(PROMPTS))[0]
+    ours = without_padding(together) if base.kind == "z-image" else together
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
 def test_padding_is_undone() -> None:
@@ -144,12 +147,62 @@ def test_the_caption_is_cut_where_the_template_and_it_are_too_long(flow_kinds: F
     assert "longer than the 512 tokens" in describe_long_captions(base, [inside + "a"])
 
 
-def test_guidance_is_that_of_the_pipelines_formula() -> None:
-    """Z-Image samples with f + g (f - u) = u + (1 + g) (f - u), and without guidance at g = 0."""
-    kind = KINDS["z-image"]
-    assert [kind.guidance_of(g) for g in (None, 0.0, 4.0)] == [1.0, 1.0, 5.0]
-    assert [KINDS["sd3"].guidance_of(g) for g in (0.0, 1.0, 7.0)] == [1.0, 1.0, 7.0]
-    assert KINDS["flux"].guidance_of(3.5) == 1.0
+@pytest.mark.parametrize(
+    ("name", "scales"),
+    {
+        "sd3": [1.0, 1.0, 4.0],
+        "flux-dev": [1.0, 1.0, 1.0],
+        "z-image": [1.0, 2.0, 5.0],  # f + g (f - u) = u + (1 + g) (f - u)
+        "flux2-dev": [1.0, 1.0, 1.0],
+        "flux2-klein-base": [1.0, 1.0, 4.0],
+        "flux2-klein": [1.0, 1.0, 1.0],
+    }.items(),
+)
+def test_guidance_is_that_of_the_pipelines_formula(flow_kinds: FlowKinds, name: str, scales: list[float]) -> None:
+    """The s of u + s (f - u), on which the offset of held predictions depends."""
+    base = loaded(flow_kinds, name)
+    assert [base.guidance_of(scale) for scale in (0.0, 1.0, 4.0)] == scales
+    assert default_unconditional(base) == (0.25 if max(scales) > 1 else 0.0)
+
+
+@pytest.mark.parametrize("name", [*CHAT_KINDS, *DISTILLED])
+def test_training_samples_timesteps_as_the_pipeline_spaces_its_steps(flow_kinds: FlowKinds, name: str) -> None:
+    base = loaded(flow_kinds, name)
+    steps = 4 if base.is_distilled else 50
+    base.network.forward = lambda **given: (given["hidden_states"],)  # only the steps matter
+    if base.kind != "z-image":
+        generate_images(base, PROMPTS[:1], SEEDS[:1], Sampler(steps, 1.0, 1))
+    else:
+        base.pipeline.scheduler.set_timesteps(sigmas=torch.linspace(1, 1 / steps, steps).tolist())
+    spaced = torch.linspace(1, 1 / steps, steps)
+    assert torch.allclose(base.process(64).at(spaced), base.pipeline.scheduler.timesteps, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", CHAT_KINDS)
+def test_latents_are_scaled_as_the_pipeline_scales_them(flow_kinds: FlowKinds, name: str) -> None:
+    base = loaded(flow_kinds, name)
+    vae = base.pipeline.vae
+    image = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    mean, std = encode(base, [image[0]], lambda one: one, 1)
+    with torch.no_grad():
+        posterior = vae.encode(image).latent_dist
+    scale = LatentScale.of(vae, posterior.mean)
+    assert torch.allclose(scale.undo(mean), posterior.mean, atol=1e-5)
+    assert torch.allclose(std / scale.factor, posterior.std, atol=1e-5)
+    if name.startswith("flux2"):  # the pipeline has a function for images that it is given
+        theirs = base.pipeline._encode_vae_image(image, None)
+        assert torch.allclose(base.conditioning.as_argument(mean), theirs, atol=1e-5)
+
+
+def test_lora_targets_of_flux2(flow_kinds: FlowKinds) -> None:
+    """The single blocks have their attention fused with their feed-forward layers."""
+    network = loaded(flow_kinds, "flux2-dev").network
+    attention, everything = (set(lora.network_targets(network, group)) for group in ("attention", None))
+    double = {f"transformer_blocks.0.attn.{end}" for end in (*lora.ATTENTION, *lora.CONTEXT)}
+    single = {f"single_transformer_blocks.{n}.attn.{end}" for n in (0, 1) for end in ("to_qkv_mlp_proj", "to_out")}
+    assert attention == double | single
+    ends = [f"{ff}.linear_{end}" for ff in ("ff", "ff_context") for end in ("in", "out")]
+    assert everything - attention == {f"transformer_blocks.0.{end}" for end in ends}
 
 
 def test_lora_targets_of_z_image(flow_kinds: FlowKinds) -> None:
@@ -204,8 +257,11 @@ def test_folders_that_contradict_themselves_are_refused(flow_kinds: FlowKinds, t
         ("model_index.json", {"_class_name": "FluxPipeline"}, "is a FluxPipeline with a transformer of kind z-image"),
         ("model_index.json", {"_class_name": "ZImageOmniPipeline"}, "is a ZImageOmniPipeline"),
         ("model_index.json", {"scheduler": ["diffusers", "DDIMScheduler"]}, "ZImagePipeline needs FlowMatch"),
+        ("transformer/config.json", {"joint_attention_dim": 99}, "takes text 33 wide, its text encoders give 16"),
+        ("transformer/config.json", {"guidance_embeds": False}, "Flux2Pipeline with a transformer of kind flux2-klein"),
     ):
-        copy = shutil.copytree(flow_kinds.folder("z-image"), tmp_path / "copy")
+        name = "flux2-dev" if "joint" in str(changes) or "guidance" in str(changes) else "z-image"
+        copy = shutil.copytree(flow_kinds.folder(name), tmp_path / "copy")
         content = json.loads((copy / file).read_text())
         (copy / file).write_text(json.dumps(content | changes))
         with pytest.raises(UsageError, match=why):

@@ -65,6 +65,10 @@ def test_the_kind_of_transformers(prefix: str) -> None:
     assert kind_of_file(header({f"{prefix}{name}": shape for name, shape in SD3.items()})) == "sd3"
     flux = FLUX | {"img_in.weight": (3072, 64)}
     assert kind_of_file(header({f"{prefix}{name}": shape for name, shape in flux.items()})) == "flux"
+    klein = FLUX | {"double_stream_modulation_img.lin.weight": (18432, 3072)}
+    assert kind_of_file(header({f"{prefix}{name}": shape for name, shape in klein.items()})) == "flux2-klein"
+    flux2 = klein | {"guidance_in.in_layer.weight": (6144, 256)}
+    assert kind_of_file(header({f"{prefix}{name}": shape for name, shape in flux2.items()})) == "flux2"
     z_image = {"noise_refiner.0.attention.qkv.weight": (11520, 3840), "x_pad_token": (1, 3840)}
     assert kind_of_file(header({f"{prefix}{name}": shape for name, shape in z_image.items()})) == "z-image"
 
@@ -76,7 +80,6 @@ def test_the_kind_of_transformers(prefix: str) -> None:
         ({"unet.down_blocks.0.attn1.to_q.lora_A.weight": (8, 4)}, "a LoRA"),
         (real("sd1") | {"control_model.time_embed.0.weight": (1280, 320)}, "a ControlNet"),
         (FLUX | {"distilled_guidance_layer.in_proj.weight": (5120, 64)}, "a Chroma model"),
-        (FLUX | {"double_stream_modulation_img.lin.weight": (1,)}, r"a FLUX\.2 model"),
         (FLUX | {"txt_in.individual_token_refiner.blocks.0.mlp.fc1.bias": (1,)}, "a HunyuanVideo model"),
         (FLUX | {"img_in.weight": (3072, 384)}, r"a FLUX model that takes 384 channels \(Fill"),
         ({f"{QKV}.weight.quant_state.bitsandbytes__nf4": (1,)}, "quantized .* by bitsandbytes"),

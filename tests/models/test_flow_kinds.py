@@ -107,10 +107,10 @@ def test_train(flow_kinds: FlowKinds, name: str) -> None:
     assert (run / "previews" / "step-000002.png").is_file()
     record = read_json(run / "training.json")
     assert record["base"] == read_json(place / "data" / "seven" / "manifest.json")["base"]
-    assert record["unconditional"] == (0.0 if KIND_OF[name] == "flux" else 0.25)
+    assert record["unconditional"] == (0.25 if name in ("sd3", "sd35", "z-image", "flux2-klein-base") else 0.0)
 
 
-@pytest.mark.parametrize("name", ["sd35", "flux-dev", "z-image"])
+@pytest.mark.parametrize("name", ["sd35", "flux-dev", "z-image", "flux2-dev"])
 def test_a_resumed_training_gives_the_same_weights(flow_kinds: FlowKinds, name: str) -> None:
     place = trained(flow_kinds, name)
     more = training(validation_steps=0, checkpointing_steps=1, timestep_sampling="logit_normal")
@@ -201,11 +201,11 @@ class _Moved(torch.nn.Module):
         ({"objective": "uce"}, "--objective uce needs a base with cross-attention"),
         ({"objective": "speed"}, "--objective speed needs a base with cross-attention"),
         ({"objective": "rece"}, "--objective rece needs a base with cross-attention"),
-        ({"train_text_encoder": True}, "--train_text_encoder: .* of kind (flux|z-image)"),
+        ({"train_text_encoder": True}, "--train_text_encoder: .* of kind (flux|flux2|flux2-klein|z-image)"),
     ],
 )
 def test_options_that_are_refused(changes: dict[str, Any], why: str) -> None:
-    for kind in ("flux", "z-image"):
+    for kind in ("flux", "flux2", "flux2-klein", "z-image"):
         with pytest.raises(UsageError, match=why):
             check_kind(TrainConfig(**changes), kind, "a base")
     if "train_text_encoder" not in changes:

@@ -18,13 +18,16 @@ IDS = {
     "sd3.5-large": "stabilityai/stable-diffusion-3.5-large",
     "flux-dev": "black-forest-labs/FLUX.1-dev",
     "flux-schnell": "black-forest-labs/FLUX.1-schnell",
+    "flux2-dev": "black-forest-labs/FLUX.2-dev",
+    "flux2-klein-4b": "black-forest-labs/FLUX.2-klein-4B",
+    "flux2-klein-9b": "black-forest-labs/FLUX.2-klein-base-9B",
     "z-image": "Tongyi-MAI/Z-Image-Turbo",
 }
 # In billions, as published; with SD 3's table of positions, which Diffusers keeps as a buffer. Z-Image: "6B".
 TRANSFORMERS = {"sd3-medium": 2.08, "sd3.5-medium": 2.5, "sd3.5-large": 8.1, "flux-dev": 11.9, "flux-schnell": 11.9}
-TRANSFORMERS |= {"z-image": 6.1}
+TRANSFORMERS |= {"flux2-dev": 32, "flux2-klein-4b": 3.9, "flux2-klein-9b": 9.1, "z-image": 6.1}
 # CLIP L (and G), T5's encoder; Qwen3 4B
-ENCODERS = {"sd3": [0.124, 0.695, 4.76], "flux": [0.123, 4.76], "z-image": [4.02]}
+ENCODERS = {"sd3": [0.124, 0.695, 4.76], "flux": [0.123, 4.76], "z-image": [4.02], "flux2": [24.0]}
 
 
 def configs_of(name: str, drop_t5: bool = False) -> Configs:
@@ -40,11 +43,13 @@ def test_numbers_of_parameters(name: str) -> None:
         return sum(tensor.numel() for tensor in (*network.parameters(), *network.buffers())) / 1e9
 
     assert billions(base.network) == pytest.approx(TRANSFORMERS[name], rel=0.02)
-    assert [billions(encoder) for encoder in base.text_encoders] == pytest.approx(ENCODERS[base.kind], rel=0.01)
+    encoders = ENCODERS.get(base.kind) or ([4.02] if name == "flux2-klein-4b" else [8.19])
+    assert [billions(encoder) for encoder in base.text_encoders] == pytest.approx(encoders, rel=0.01)
     assert base.resolution == 1024
-    assert base.channels == 16
+    assert base.channels == (32 if name.startswith("flux2") else 16)
+    flux2 = {"flux2": (512, 15360), "flux2-klein": (512, 7680 if name.endswith("4b") else 12288)}
     flux = ((513 if name == "flux-dev" else 257), 4096)
-    assert base.text_shape == {"sd3": (334, 4096), "flux": flux, "z-image": (512, 2560)}[base.kind]
+    assert base.text_shape == {"sd3": (334, 4096), "flux": flux, "z-image": (512, 2560), **flux2}[base.kind]
 
 
 def test_sd3_is_counted_without_t5() -> None:

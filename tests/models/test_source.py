@@ -73,8 +73,9 @@ def test_kinds_do_not_depend_on_widths() -> None:
         ("models/nowhere.safetensors", "is neither a local folder or file"),
         ("a/b/c", "nor a Hub id"),
         (
-            "black-forest-labs/FLUX.2-dev",
-            r"is a FLUX\.2 model\. Stable Diffusion 1\.x, 2\.x, XL, 3 and 3\.5, FLUX\.1 and Z-Image can",
+            "black-forest-labs/FLUX.1-Kontext-dev",
+            r"is a FLUX\.1 Kontext model\. Stable Diffusion 1\.x, 2\.x, XL, 3 and 3\.5, FLUX\.1, FLUX\.2 and Z-Image "
+            "can",
         ),
     ],
 )
@@ -91,7 +92,8 @@ def test_names_that_cannot_be_a_base(name: str, why: str) -> None:
 def test_other_pipelines_are_refused_by_name(kinds: Kinds, tmp_path: Path, pipeline: str | None) -> None:
     other = changed(kinds.folder("sd1"), tmp_path / "other", "model_index.json", _class_name=pipeline)
     refused(
-        rf"is a {pipeline}\. Stable Diffusion 1\.x, 2\.x, XL, 3 and 3\.5, FLUX\.1 and Z-Image can be trained", other
+        rf"is a {pipeline}\. Stable Diffusion 1\.x, 2\.x, XL, 3 and 3\.5, FLUX\.1, FLUX\.2 and Z-Image can be trained",
+        other,
     )
 
 
@@ -247,7 +249,7 @@ def test_refused_before_anything_loads(
         monkeypatch.setattr(f"sd_unlearn.{module}.load_base", lambda *_: pytest.fail("a model was loaded"))
     for command in ("render", "train"):
         options = ["--concept", "seven", "--pretrained_model_name_or_path"]
-        assert main([command, *options, "black-forest-labs/FLUX.2-dev"]) == 2
+        assert main([command, *options, "black-forest-labs/FLUX.1-Kontext-dev"]) == 2
         assert "FLUX" in capsys.readouterr().err
     assert main(["train", *options, str(kinds.folder("sdxl")), "--train_text_encoder"]) == 2
     assert "--train_text_encoder" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The layout of single files of SD 3, FLUX and Z-Image: diffusers' converters undo ours, on the real architectures."""
+"""The layout of single files of transformers: diffusers' converters undo ours, on the real architectures."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, ZImageTransformer2DModel
+from diffusers import Flux2Transformer2DModel, FluxTransformer2DModel, SD3Transformer2DModel, ZImageTransformer2DModel
 from diffusers.loaders.single_file_utils import (
+    convert_flux2_transformer_checkpoint_to_diffusers,
     convert_flux_transformer_checkpoint_to_diffusers,
     convert_sd3_transformer_checkpoint_to_diffusers,
     convert_z_image_transformer_checkpoint_to_diffusers,
@@ -20,17 +21,22 @@ from sd_unlearn.models.transformer_keys import diffusers_weights, original_modul
 
 SD3 = {"num_layers": 3, "attention_head_dim": 64, "num_attention_heads": 2, "caption_projection_dim": 128}
 FLUX = {"num_layers": 2, "num_single_layers": 2}  # diffusers' converter knows the real width only
+KLEIN = {"num_layers": 2, "num_single_layers": 2, "guidance_embeds": False}
 ARCHITECTURES: dict[str, tuple[str, Callable[..., nn.Module], dict[str, Any]]] = {
     "SD 3": ("sd3", SD3Transformer2DModel, SD3),
     "SD 3.5 large": ("sd3", SD3Transformer2DModel, SD3 | {"qk_norm": "rms_norm"}),
     "SD 3.5 medium": ("sd3", SD3Transformer2DModel, SD3 | {"qk_norm": "rms_norm", "dual_attention_layers": (0, 1)}),
     "FLUX.1 dev": ("flux", FluxTransformer2DModel, FLUX | {"guidance_embeds": True}),
     "FLUX.1 schnell": ("flux", FluxTransformer2DModel, FLUX),
+    "FLUX.2 dev": ("flux2", Flux2Transformer2DModel, {"num_layers": 2, "num_single_layers": 2}),
+    "FLUX.2 klein": ("flux2-klein", Flux2Transformer2DModel, KLEIN),
     "Z-Image": ("z-image", ZImageTransformer2DModel, {"n_layers": 2}),
 }
 CONVERT = {
     "sd3": convert_sd3_transformer_checkpoint_to_diffusers,
     "flux": convert_flux_transformer_checkpoint_to_diffusers,
+    "flux2": convert_flux2_transformer_checkpoint_to_diffusers,
+    "flux2-klein": convert_flux2_transformer_checkpoint_to_diffusers,
     "z-image": convert_z_image_transformer_checkpoint_to_diffusers,
 }
 
@@ -50,7 +56,8 @@ def test_diffusers_reads_every_weight_back(architecture: str) -> None:
     state = narrow_state(make, settings)
     original = original_weights(kind, state)
     ours = diffusers_weights(kind, {name: tuple(value.shape) for name, value in state.items()}, original)
-    theirs = CONVERT[kind]({f"model.diffusion_model.{name}": value for name, value in original.items()})
+    prefix = "" if kind.startswith("flux2") else "model.diffusion_model."  # which that converter does not know
+    theirs = CONVERT[kind]({f"{prefix}{name}": value for name, value in original.items()})
     for read in (ours, theirs):
         assert read.keys() == state.keys()
         assert all(torch.equal(read[name], value) for name, value in state.items())

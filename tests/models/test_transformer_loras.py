@@ -20,13 +20,13 @@ from sd_unlearn.models.transformer_keys import diffusers_weights, original_weigh
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 Pairs = dict[str, tuple[Tensor, Tensor, float]]  # module -> down, up and alpha
-NAMES = ("sd35", "flux-dev", "z-image")
+NAMES = ("sd35", "flux-dev", "z-image", "flux2-dev")
 
 
 @pytest.fixture(scope="module")
 def pipelines() -> dict[str, Any]:
-    z_image = make_chat_kind("z-image", make_vae("flux"))
-    return {"sd35": make_sd3("sd35"), "flux-dev": make_flux("flux-dev"), "z-image": z_image}
+    chat = {name: make_chat_kind(name, make_vae("flux")) for name in ("z-image", "flux2-dev")}
+    return {"sd35": make_sd3("sd35"), "flux-dev": make_flux("flux-dev"), **chat}
 
 
 def pairs_of(weights: dict[str, Tensor]) -> Pairs:
