@@ -35,6 +35,9 @@ BASES = {
 FLOW_BASES = {
     "SD 3.5 medium": "stabilityai/stable-diffusion-3.5-medium",
     "FLUX.1 dev": "black-forest-labs/FLUX.1-dev",
+    "FLUX.2 klein 4B": "black-forest-labs/FLUX.2-klein-base-4B",
+    "Z-Image": "Tongyi-MAI/Z-Image",
+    "Qwen-Image": "Qwen/Qwen-Image",
 }
 FLOW_CARDS = (12, 16, 24, 40, 80)
 FLOW_OPTIONS: tuple[tuple[bool, Quantization | None], ...] = (

@@ -23,6 +23,7 @@ from sd_unlearn.attacks.strength import STRENGTH, StrengthSettings
 from sd_unlearn.attacks.token import TOKEN
 from sd_unlearn.data.concept import Concept
 from sd_unlearn.models.base import Base
+from sd_unlearn.models.kinds import channels_of
 from sd_unlearn.models.sampling import Sampler
 
 CONCEPT = Concept(
@@ -53,7 +54,7 @@ def make_target(base: Base, concept: Concept = CONCEPT, seed: int = 0) -> Target
     """The base itself as the attacked model, and three random latents as the attacker's images."""
     generator = torch.Generator().manual_seed(5)
     side = base.resolution // base.pipeline.vae_scale_factor
-    mean = torch.randn(3, base.pipeline.vae.config.latent_channels, side, side, generator=generator)
+    mean = torch.randn(3, channels_of(base.pipeline.vae.config), side, side, generator=generator)
     positives = Samples([concept.caption] * 3, mean, torch.full_like(mean, 0.1))
     unrelated = Samples(
         [prompt.text for prompt in concept.keep_prompts], mean[:2].flip(3), torch.zeros(2, *mean.shape[1:])

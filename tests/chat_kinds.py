@@ -8,10 +8,13 @@ import torch
 from diffusers import (
     AutoencoderKL,
     AutoencoderKLFlux2,
+    AutoencoderKLQwenImage,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
     Flux2Pipeline,
     Flux2Transformer2DModel,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
@@ -25,6 +28,8 @@ from transformers import (
     PixtralProcessor,
     PixtralVisionConfig,
     PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
     Qwen2Tokenizer,
     Qwen3Config,
     Qwen3ForCausalLM,
@@ -172,6 +177,43 @@ def make_flux2(name: str) -> Flux2Pipeline | Flux2KleinPipeline:
     )
 
 
+def make_qwen_image() -> QwenImagePipeline:
+    """Qwen-Image in miniature."""
+    torch.manual_seed(5)
+    text = {
+        "vocab_size": 300,
+        "hidden_size": CHAT_WIDTH,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0},
+    }
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": CHAT_WIDTH}
+    vae = AutoencoderKLQwenImage(
+        base_dim=4, z_dim=16, dim_mult=[1, 2, 2, 2], num_res_blocks=1, temperal_downsample=[False, True, True]
+    )
+    transformer = QwenImageTransformer2DModel(
+        num_layers=3,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=CHAT_WIDTH,
+        axes_dims_rope=(4, 2, 2),
+    )
+    scheduler = FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, max_image_seq_len=8192
+    )
+    return QwenImagePipeline(
+        scheduler=scheduler,
+        vae=vae,
+        text_encoder=Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision)),
+        tokenizer=make_chat_tokenizer(),
+        transformer=transformer,
+    )
+
+
 def make_chat_kind(name: str, vae: Any) -> Any:
     """The pipeline of a kind. vae: with 16 channels, of FLUX.1."""
+    if name == "qwen-image":
+        return make_qwen_image()
     return make_flux2(name) if name.startswith("flux2") else make_z_image(name, vae)

@@ -27,12 +27,14 @@ from transformers import (
     T5EncoderModel,
 )
 
-CHAT_KINDS = ("z-image", "flux2-dev", "flux2-klein-base")
+CHAT_KINDS = ("z-image", "flux2-dev", "flux2-klein-base", "qwen-image")
 DISTILLED = ("z-image-turbo", "flux2-klein")  # the same networks; other schedulers and samplers
 FLOW_KINDS = ("sd3", "sd35", "flux-dev", "flux-schnell", *CHAT_KINDS)
 KIND_OF = {"sd3": "sd3", "sd35": "sd3", "flux-dev": "flux", "flux-schnell": "flux"}
 KIND_OF |= dict.fromkeys(("z-image", "z-image-turbo"), "z-image")
-KIND_OF |= {"flux2-dev": "flux2"} | dict.fromkeys(("flux2-klein-base", "flux2-klein"), "flux2-klein")
+KIND_OF |= {"flux2-dev": "flux2", "qwen-image": "qwen-image"} | dict.fromkeys(
+    ("flux2-klein-base", "flux2-klein"), "flux2-klein"
+)
 WIDTHS, T5_WIDTH = (8, 12), 24  # of the two CLIPs; of T5
 VAES = {"sd3": (1.5305, 0.0609), "flux": (0.3611, 0.1159)}  # scaling and shift of the published models
 

@@ -26,7 +26,8 @@ DEFAULT_BASE = "CompVis/stable-diffusion-v1-4"
 CLIP_MODEL, CLIP_PRETRAINED = "ViT-B-32", "laion2b_s34b_b79k"
 
 BASE_FORMS = (
-    "Base model (SD 1.x, 2.x, XL, 3, 3.5, FLUX.1, FLUX.2, Z-Image): Hub id, folder, .safetensors file, digits or emoji."
+    "Base model (SD 1.x, 2.x, XL, 3, 3.5, FLUX.1, FLUX.2, Z-Image, Qwen-Image): Hub id, folder, .safetensors file, "
+    "digits or emoji."
 )
 
 BASE = Group("Base model", sort_key=10)

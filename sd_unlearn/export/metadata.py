@@ -31,6 +31,8 @@ LICENCES = {  # of common bases, in the hub's spelling; a LoRA is under the lice
     "black-forest-labs/FLUX.1-schnell": "apache-2.0",
     "black-forest-labs/FLUX.2-klein-4B": "apache-2.0",
     "black-forest-labs/FLUX.2-klein-base-4B": "apache-2.0",
+    "Qwen/Qwen-Image": "apache-2.0",
+    "Qwen/Qwen-Image-2512": "apache-2.0",
     "Tongyi-MAI/Z-Image": "apache-2.0",
     "Tongyi-MAI/Z-Image-Turbo": "apache-2.0",
     "digits": "apache-2.0",

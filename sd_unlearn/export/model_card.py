@@ -34,6 +34,7 @@ _FAMILY = {
     "flux2": "flux2",
     "flux2-klein": "flux2-klein",
     "z-image": "z-image",
+    "qwen-image": "qwen-image",
 }
 PU = "positive-unlabeled learning (Takahashi et al., ICLR 2025, arXiv 2503.03789)"
 _ESD = "ESD (Gandikota et al. 2023, arXiv 2303.07345, equation 7)"

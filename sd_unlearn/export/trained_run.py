@@ -91,6 +91,19 @@ class Architecture:
         return self.kohya.startswith("sd_v2")
 
 
+ARCHITECTURES = {
+    "sd1": Architecture("stable-diffusion-v1", "sd_v1"),
+    "sd2": Architecture("stable-diffusion-v2-512", "sd_v2"),
+    "sdxl": Architecture("stable-diffusion-xl-v1-base", "sdxl_base_v1-0"),
+    "sd3": Architecture("stable-diffusion-3", "sd3"),
+    "flux": Architecture("flux-1", "flux1"),
+    "flux2": Architecture("Flux.2-dev", "flux2"),
+    "flux2-klein": Architecture("Flux.2-klein", "flux2-klein"),
+    "z-image": Architecture("Z-Image", "zimage"),
+    "qwen-image": Architecture("Qwen-Image", "qwen_image"),
+}
+
+
 @dataclass(frozen=True)
 class OwnResults:
     """The part of results.json that measured the run's weights at strength 1, on its own concept and base."""
@@ -192,28 +205,13 @@ def architecture(base: Mapping[str, Any]) -> Architecture:
     Raises:
         UnlearnError: the exported formats do not support this kind of base.
     """
-    v_prediction = base.get("prediction_type") == "v_prediction"
-    if base["kind"] == "sd1":
-        return Architecture("stable-diffusion-v1", "sd_v1")
-    if base["kind"] == "sd2" and v_prediction:
+    if base["kind"] == "sd2" and base.get("prediction_type") == "v_prediction":
         return Architecture("stable-diffusion-v2-768-v", "sd_v2_v")
-    if base["kind"] == "sd2":
-        return Architecture("stable-diffusion-v2-512", "sd_v2")
-    if base["kind"] == "sdxl":
-        return Architecture("stable-diffusion-xl-v1-base", "sdxl_base_v1-0")
-    if base["kind"] == "sd3":
-        return Architecture("stable-diffusion-3", "sd3")
-    if base["kind"] == "flux":
-        return Architecture("flux-1", "flux1")
-    if base["kind"] == "flux2":
-        return Architecture("Flux.2-dev", "flux2")
-    if base["kind"] == "flux2-klein":
-        return Architecture("Flux.2-klein", "flux2-klein")
-    if base["kind"] == "z-image":
-        return Architecture("Z-Image", "zimage")
+    if known := ARCHITECTURES.get(base["kind"]):
+        return known
     raise UnlearnError(
         f'{TRAINING} of --run names a base of kind "{base["kind"]}", which export does not support. '
-        "Choose a run on an SD 1, SD 2, SDXL, SD 3, FLUX.1, FLUX.2 or Z-Image base."
+        "Choose a run on an SD 1, SD 2, SDXL, SD 3, FLUX.1, FLUX.2, Z-Image or Qwen-Image base."
     )
 
 

@@ -23,6 +23,7 @@ def render(run: TrainedRun) -> str:
         "flux2": flux2_nodes,
         "flux2-klein": klein_nodes,
         "z-image": z_image_nodes,
+        "qwen-image": qwen_image_nodes,
     }.get(run.kind, make_nodes)
     nodes = make(
         checkpoint=name if name.endswith((".safetensors", ".ckpt")) else f"{name}.safetensors",
@@ -170,16 +171,38 @@ def _flux2(
     }
 
 
-def z_image_nodes(
-    *, checkpoint: str, lora: str, prompt: str, strength: float, size: int, steps: int, guidance: float
-) -> dict[str, Any]:
+def z_image_nodes(**run: Any) -> dict[str, Any]:
     """As `make_nodes`, for Z-Image, of which each network is a file. guidance: 1 for Turbo."""
+    return _shifted(("qwen_3_4b.safetensors", "lumina2"), "ae.safetensors", "Shift: Turbo 3", 6.0, **run)
+
+
+def qwen_image_nodes(**run: Any) -> dict[str, Any]:
+    """As `make_nodes`, for Qwen-Image, of which each network is a file."""
+    encoder = ("qwen_2.5_vl_7b_fp8_scaled.safetensors", "qwen_image")
+    return _shifted(encoder, "qwen_image_vae.safetensors", "Shift", 3.1, **run)
+
+
+def _shifted(
+    encoder: tuple[str, str],
+    vae: str,
+    title: str,
+    shift: float,
+    *,
+    checkpoint: str,
+    lora: str,
+    prompt: str,
+    strength: float,
+    size: int,
+    steps: int,
+    guidance: float,
+) -> dict[str, Any]:
+    """A workflow with a file for each network and a shift of the noise levels. encoder: its file and type."""
     return {
         "1": _node("UNETLoader", "The base the LoRA was trained on", unet_name=checkpoint, weight_dtype="default"),
         "2": _lora(lora, strength, ["1", 0]),
-        "9": _node("CLIPLoader", "Text encoder", clip_name="qwen_3_4b.safetensors", type="lumina2"),
-        "10": _node("VAELoader", "VAE", vae_name="ae.safetensors"),
-        "11": _node("ModelSamplingAuraFlow", "Shift of the noise levels: Turbo 3", shift=6.0, model=["2", 0]),
+        "9": _node("CLIPLoader", "Text encoder", clip_name=encoder[0], type=encoder[1]),
+        "10": _node("VAELoader", "VAE", vae_name=vae),
+        "11": _node("ModelSamplingAuraFlow", title, shift=shift, model=["2", 0]),
         "3": _node("CLIPTextEncode", "Prompt", text=prompt, clip=["9", 0]),
         "4": _node("CLIPTextEncode", "Negative prompt", text="", clip=["9", 0]),
         **_euler(["11", 0], ["3", 0], size, steps, guidance, "simple"),

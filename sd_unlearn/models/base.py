@@ -15,7 +15,7 @@ from sd_unlearn.errors import UnlearnError, UsageError
 from sd_unlearn.io.noise import silence_libraries
 from sd_unlearn.models.find_base import check_network, check_prediction, check_schedule, check_source
 from sd_unlearn.models.halving import HalvingBatches
-from sd_unlearn.models.kinds import KINDS, Kind, kind_of, network_name
+from sd_unlearn.models.kinds import KINDS, Kind, channels_of, kind_of, network_name
 from sd_unlearn.models.loading import load_pipeline
 from sd_unlearn.models.source import BUNDLED, FLOW, OPTION, Source
 
@@ -85,7 +85,7 @@ class Base:
         """How the network takes captions."""
         from sd_unlearn.models.choose_conditioning import conditioning_of
 
-        return conditioning_of(self.network.config, self.pipeline.vae_scale_factor, self.is_distilled)
+        return conditioning_of(self.network.config, self.pipeline.vae_scale_factor, self.pipeline)
 
     @property
     def is_distilled(self) -> bool:
@@ -174,7 +174,7 @@ def _blocks_of(unet: Any) -> dict[str, Any]:
 def resolution_of(network: Any, pixels_per_latent: int, vae: Any) -> int:
     """Side in pixels of the images that a base was trained on, by the configuration of its networks."""
     side = network.get("sample_size")  # FLUX's transformer takes any size
-    return int(side * pixels_per_latent if side else vae.config.sample_size)
+    return int(side * pixels_per_latent if side else vae.config.get("sample_size", 1024))
 
 
 def check_text_encoder(kind: str | None, name: str) -> None:
@@ -240,7 +240,7 @@ def load_base(source: Source | str, precision: str = "no", device: Any = None) -
     if kind.name == "sd3" and pipeline.text_encoder_3 is None:  # the folder has none
         source = dataclasses.replace(source, drop_t5=True)
     _set_scheduler(source, kind, pipeline)
-    check_network(source.name, network.config, pipeline.vae.config.latent_channels)
+    check_network(source.name, network.config, channels_of(pipeline.vae.config))
     pipeline.set_progress_bar_config(disable=True)
     for component in kind.components:
         if part := getattr(pipeline, component, None):

@@ -1,7 +1,7 @@
-"""The kinds whose text encoder is a language model that reads captions in a chat template: FLUX.2 and Z-Image.
+"""The kinds whose text encoder is a language model that reads captions in a chat template: FLUX.2, Z-Image, Qwen-Image.
 
-The encoded captions of Z-Image have as many tokens as the caption. They are stored padded with rows of zeros, which no
-token has, so that caching and batching work as for the other kinds.
+Encoded captions of Z-Image and Qwen-Image have as many tokens as the caption. They are stored padded with rows of
+zeros, which no token has, so that caching and batching work as for the other kinds.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from sd_unlearn.models import conditioning
 from sd_unlearn.models.conditioning import TextConditioning, from_patches, positions, to_patches
 from sd_unlearn.models.kinds import KINDS, kind_of, text_width_of
 from sd_unlearn.models.latent_scale import LatentScale
+
+INSTRUCTION = 34  # tokens of the instruction in Qwen-Image's template, prompt_template_encode_start_idx of its pipeline
 
 
 @dataclass(frozen=True)
@@ -167,6 +169,62 @@ class Flux2KleinConditioning(Flux2Conditioning):
         return LatentScale.of(pipeline.vae, latents).apply(latents)
 
 
+@dataclass(frozen=True)
+class QwenImageConditioning(ChatConditioning):
+    """Qwen-Image: captions of any length with a mask, latents in patches of 2 x 2 as for FLUX.1."""
+
+    template: str = "{}"  # the pipeline's, which is no template of the tokenizer
+
+    def predict(self, model: nn.Module, noisy: Tensor, timesteps: Tensor, text: Tensor) -> Tensor:
+        height, width = noisy.shape[2:]
+        tokens, mask = masked(text)
+        predicted = model(
+            hidden_states=to_patches(noisy),
+            timestep=timesteps / 1000,  # the network multiplies by 1000
+            encoder_hidden_states=tokens,
+            encoder_hidden_states_mask=mask,
+            img_shapes=[[(1, height // 2, width // 2)]] * len(noisy),
+        ).sample
+        return from_patches(predicted, height, width)
+
+    def encode(self, pipeline: Any, captions: Sequence[str], device: Any) -> Tensor:
+        text, _ = pipeline.encode_prompt(list(captions), device, max_sequence_length=self.length)
+        return pad(text, (0, 0, 0, self.length - text.shape[1]))  # padded with zeros to the longest caption already
+
+    def as_read(self, tokenizer: Any, caption: str) -> str:
+        return self.template.format(caption)
+
+    def token_counts(self, tokenizer: Any, captions: Sequence[str]) -> list[int]:
+        """Without those of the instruction in front, which the pipeline reads and drops."""
+        return [count - INSTRUCTION for count in super().token_counts(tokenizer, captions)]
+
+    def tokenized(self, tokenizer: Any, caption: str) -> tuple[list[int], list[int]]:
+        """Without padding: the pipeline pads to the longest caption of a batch only."""
+        limit = self.length + INSTRUCTION
+        found = tokenizer(self.as_read(tokenizer, caption), truncation=True, max_length=limit)
+        return found.input_ids, found.attention_mask
+
+    def arguments(self, text: Tensor, empty: Tensor) -> dict[str, Any]:
+        (tokens, mask), (no_tokens, no_mask) = masked(text), masked(empty)
+        return {
+            "prompt_embeds": tokens,
+            "prompt_embeds_mask": mask,
+            "negative_prompt_embeds": no_tokens,
+            "negative_prompt_embeds_mask": no_mask,
+        }
+
+    def guidance(self, scale: float, prompts: Mapping[str, Any]) -> dict[str, Any]:
+        """The pipeline guides only with a negative prompt; that of the others is the empty caption by default."""
+        negative = {"negative_prompt": [""] * len(prompts["prompt"])} if scale > 1 and "prompt" in prompts else {}
+        return {"true_cfg_scale": scale, **negative}
+
+    def to_pipeline(self, latents: Tensor) -> Tensor:
+        return to_patches(latents)
+
+    def from_pipeline(self, latents: Tensor, height: int, width: int) -> Tensor:
+        return from_patches(latents, height, width)
+
+
 def with_padding(rows: Sequence[Tensor], length: int) -> Tensor:
     """Captions [tokens, width] with different numbers of tokens -> [N, length, width]."""
     return torch.stack([pad(row, (0, 0, 0, length - len(row))) for row in rows])
@@ -178,3 +236,16 @@ def without_padding(text: Tensor) -> list[Tensor]:
         return list(text)
     counts = text.any(-1).sum(1).tolist()
     return [caption[:count] for caption, count in zip(text, counts, strict=True)]
+
+
+def masked(text: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Padded captions [N, length, width] -> (the same up to the longest, mask [N, tokens]: True where a token is).
+
+    None instead of a mask if there is no padding, or on the meta device.
+    """
+    if text.is_meta:
+        return text, None
+    mask = text.any(-1)
+    longest = int(mask.sum(1).max())
+    mask = mask[:, :longest]
+    return text[:, :longest], None if bool(mask.all()) else mask

@@ -185,6 +185,8 @@ def _transformer_kind(header: CheckpointHeader) -> str | None:
         "x_pad_token" in n for n in header.shapes
     ):
         return "z-image"
+    if any("transformer_blocks.0.img_mod.1." in name for name in header.shapes):
+        return "qwen-image"
     return None
 
 

@@ -98,6 +98,10 @@ class TextConditioning:
         """Further arguments of the pipeline, for prompts in words and encoded ones."""
         return {}
 
+    def guidance(self, scale: float, prompts: Mapping[str, Any]) -> dict[str, Any]:
+        """The pipeline's arguments for guidance of this scale. prompts: those with the prompts or embeddings."""
+        return {"guidance_scale": scale}
+
     def shift_of(self, scheduler: Mapping[str, Any], image_tokens: int) -> float:
         """The shift with which the pipeline spaces its steps for images of this many patches (flow matching)."""
         return flow.shift_of(scheduler, image_tokens)

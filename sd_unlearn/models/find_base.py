@@ -20,7 +20,17 @@ from sd_unlearn.models.checkpoint_header import (
     read_checkpoint_header,
     states_prediction,
 )
-from sd_unlearn.models.kinds import COMPONENTS, KINDS, NETWORKS, PIPELINES, SUPPORTED, Kind, kind_of, text_width_of
+from sd_unlearn.models.kinds import (
+    COMPONENTS,
+    KINDS,
+    NETWORKS,
+    PIPELINES,
+    SUPPORTED,
+    Kind,
+    channels_of,
+    kind_of,
+    text_width_of,
+)
 from sd_unlearn.models.source import BUNDLED, EMOJI, FLOW, OPTION, Source, weights_in
 
 PREDICTIONS = ("epsilon", "v_prediction")
@@ -97,7 +107,7 @@ def check_source(source: Source) -> None:
     else:
         _check_id(OPTION, source.name)
     if source.kind:
-        check_network(source.name, source.network_config, source.config_of("vae").get("latent_channels", 4))
+        check_network(source.name, source.network_config, channels_of(source.config_of("vae")))
         if source.drop_t5 and source.kind != "sd3":
             raise UsageError(
                 f"--drop_t5 is for Stable Diffusion 3 and 3.5; {source.name} is of kind {source.kind}. Leave it out."
@@ -125,7 +135,10 @@ def check_network(name: str, network: Mapping[str, Any], latent_channels: int) -
     """
     channels = network.get("in_channels", 4)
     if KINDS[kind_of(network)].is_flow:
-        expected = network.get("out_channels") or KINDS[kind_of(network)].channels
+        kind = KINDS[kind_of(network)]
+        expected = network.get("out_channels") or kind.channels
+        if kind.name == "qwen-image":  # whose configuration counts the channels of a latent, not of a patch
+            expected = kind.channels
         if channels != expected:
             raise UsageError(f"{OPTION} {name} takes {channels} channels instead of {expected}. {SUPPORTED}.")
         return

@@ -26,6 +26,7 @@ from sd_unlearn.models.meta import Configs, MetaBase, build_meta_base
 from sd_unlearn.models.offload import offloaded_layers
 from sd_unlearn.models.quantized import quantize_linear_layers
 from sd_unlearn.models.student import make_student
+from sd_unlearn.models.vae import decoded, posterior
 
 Precision = Literal["no", "fp16", "bf16"]
 HALF = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -133,8 +134,8 @@ def count_inference(configs: Configs, precision: Precision, resolution: int | No
         text_encoders=sum(resident(encoder, configs.offload) for encoder in encoders),
         upcast=size_of(vae) - vae_weights,
         sample=rows * peak_of(network, lambda: denoiser.predict(*inputs(base, side, network.dtype))),
-        decode=peak_of(vae, lambda: vae.decode(latents)),
-        encode=peak_of(vae, lambda: vae.encode(pixels)),
+        decode=peak_of(vae, lambda: decoded(vae, latents)),
+        encode=peak_of(vae, lambda: posterior(vae, pixels)),
         caption=sum(
             peak_of(encoder, partial(encoder, own, output_hidden_states=True))
             for encoder, own in zip(encoders, ids, strict=True)

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-SUPPORTED = "Stable Diffusion 1.x, 2.x, XL, 3 and 3.5, FLUX.1, FLUX.2 and Z-Image can be trained"
+SUPPORTED = "Stable Diffusion 1.x, 2.x, XL, 3 and 3.5, FLUX.1, FLUX.2, Z-Image and Qwen-Image can be trained"
 # How captions become tokens: CLIP's alone, CLIP's and T5's, or those of a language model with a chat template.
 Reading = Literal["clip", "t5", "chat"]
 
@@ -67,7 +67,8 @@ def _chat(name: str, pipeline: str, network_class: str, channels: int, chat_clas
 
 
 _FLUX2: dict[str, Any] = {"hidden_states": 3, "vae_class": "AutoencoderKLFlux2"}
-_MISTRAL = "Mistral3ForConditionalGeneration"
+_MISTRAL, _QWEN_VL = "Mistral3ForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration"
+_QWEN_VAE = "AutoencoderKLQwenImage"
 _TWO, _THREE = ("text_encoder", "text_encoder_2"), ("text_encoder", "text_encoder_2", "text_encoder_3")
 KINDS = {
     kind.name: kind
@@ -80,6 +81,7 @@ KINDS = {
         _chat("flux2", "Flux2Pipeline", "Flux2Transformer2DModel", 128, _MISTRAL, uses_guidance=False, **_FLUX2),
         _chat("flux2-klein", "Flux2KleinPipeline", "Flux2Transformer2DModel", 128, "Qwen3ForCausalLM", **_FLUX2),
         _chat("z-image", "ZImagePipeline", "ZImageTransformer2DModel", 16, "Qwen3Model", extra_guidance=1.0),
+        _chat("qwen-image", "QwenImagePipeline", "QwenImageTransformer2DModel", 64, _QWEN_VL, vae_class=_QWEN_VAE),
     )
 }
 PIPELINES = tuple(dict.fromkeys(kind.pipeline for kind in KINDS.values()))
@@ -98,6 +100,8 @@ def kind_of(network: Mapping[str, Any]) -> str:
         return "flux2" if network.get("guidance_embeds", True) else "flux2-klein"
     if "num_single_layers" in network:
         return "flux"
+    if "axes_dims_rope" in network:
+        return "qwen-image"
     if "caption_projection_dim" in network:
         return "sd3"
     if network.get("addition_embed_type") == "text_time":
@@ -119,6 +123,11 @@ def pooled_width_of(network: Mapping[str, Any]) -> int | None:
     if kind_of(network) == "sdxl":
         return int(network["projection_class_embeddings_input_dim"] - 6 * network["addition_time_embed_dim"])
     return None
+
+
+def channels_of(vae: Mapping[str, Any]) -> int:
+    """The channels of a VAE's latents, by its configuration."""
+    return int(vae.get("latent_channels") or vae.get("z_dim") or 4)
 
 
 def sampler_of(base: Mapping[str, Any]) -> str:

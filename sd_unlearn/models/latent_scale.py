@@ -19,9 +19,15 @@ class LatentScale:
     def of(cls, vae: Any, latents: Tensor) -> LatentScale:
         """Of latents [..., C, h, w] of a VAE, on their device and in their data type.
 
-        FLUX.2 normalizes each element of a patch of 2 x 2 latents by the statistics of a batch normalization.
+        FLUX.2 normalizes each element of a patch of 2 x 2 latents by the statistics of a batch normalization,
+        Qwen-Image each channel by those in its configuration.
         """
         config = vae.config
+        if config.get("latents_mean"):
+            mean, deviation = (
+                latents.new_tensor(config[key]).view(-1, 1, 1) for key in ("latents_mean", "latents_std")
+            )
+            return cls(mean, 1 / deviation)
         if not hasattr(vae, "bn"):
             return cls(float(config.get("shift_factor") or 0.0), config.scaling_factor)
         height, width = latents.shape[-2:]

@@ -144,16 +144,22 @@ def _download(name: str, component: str | None, file: str) -> Path:
 def _load_vae(source: Source, dtype: Any) -> Any:
     import diffusers
 
-    name, kind = str(source.vae), KINDS[source.kind or "sd1"]
+    name, vae = str(source.vae), _vae_class(source)
     if Path(name).is_file():
-        if kind.vae_class != "AutoencoderKL":
-            raise UsageError(f"--vae {name} is a file; for a base of kind {kind.name} use a folder or a Hub id.")
+        if vae != "AutoencoderKL":
+            raise UsageError(f"--vae {name} is a file; for {source.name}, which has a {vae}, use a folder or a Hub id.")
         from sd_unlearn.models.single_file import load_vae_file
 
         return load_vae_file(Path(name), _vae_config(source), dtype)
     inside = "vae" if (Path(name) / "vae" / "config.json").is_file() else None
     safe = {} if source.allow_pickle else {"use_safetensors": True}
-    return getattr(diffusers, kind.vae_class).from_pretrained(name, subfolder=inside, dtype=dtype, **safe)
+    return getattr(diffusers, vae).from_pretrained(name, subfolder=inside, dtype=dtype, **safe)
+
+
+def _vae_class(source: Source) -> str:
+    """The class in Diffusers of the base's own VAE."""
+    own = source.config_of("vae") if source.configs else _config(source, "vae", "config.json")
+    return str(own.get("_class_name", "AutoencoderKL"))
 
 
 def _vae_config(source: Source) -> Path:
@@ -166,8 +172,8 @@ def _vae_config(source: Source) -> Path:
 
 def _check_vae_config(vae: Any, own: Mapping[str, Any], source: Source) -> None:
     """Refuse a VAE whose latents differ in channels or scale from those that the base was trained on."""
-    for key, default in (("latent_channels", 4), ("scaling_factor", 0.18215)):
-        actual, expected = vae.config[key], own.get(key, default)
+    for key, default in (("latent_channels", 4), ("scaling_factor", 0.18215), ("z_dim", None)):
+        actual, expected = vae.config.get(key, default), own.get(key, default)
         if actual != expected:
             raise UsageError(
                 f"--vae {source.vae} has {key} {actual}, but {source.name} was trained with {key} {expected}. "

@@ -36,7 +36,7 @@ TARGETS: dict[LoraTargets, str] = {
 # The same of a transformer with joint attention, which has no layers of cross-attention of their own. FLUX's single
 # blocks have their feed-forward layers in proj_mlp and proj_out, Z-Image's blocks in w1, w2 and w3.
 _MLP = (
-    r"(ff|ff_context)\.(net\.0\.proj|net\.2|linear_in|linear_out)|feed_forward\.w[123]"
+    r"(ff|ff_context|img_mlp|txt_mlp)\.(net\.0\.proj|net\.2|linear_in|linear_out)|feed_forward\.w[123]"
     r"|single_transformer_blocks\.\d+\.(proj_mlp|proj_out)"
 )
 JOINT_TARGETS: dict[LoraTargets, str] = {

@@ -17,7 +17,7 @@ from sd_unlearn.io.reading import read_json
 from sd_unlearn.models.base import resolution_of
 from sd_unlearn.models.choose_conditioning import conditioning_of
 from sd_unlearn.models.conditioning import TextConditioning
-from sd_unlearn.models.kinds import KINDS, NETWORKS, kind_of, network_name
+from sd_unlearn.models.kinds import KINDS, NETWORKS, channels_of, kind_of, network_name
 from sd_unlearn.models.published import PUBLISHED
 from sd_unlearn.models.source import OPTION, SINGLE_FILE_DIR, Source
 
@@ -34,6 +34,7 @@ KNOWN_IDS = {
     "flux2-dev": re.compile(r"black-forest-labs/FLUX\.2-dev"),
     "flux2-klein-4b": re.compile(r"black-forest-labs/FLUX\.2-klein-(base-)?4B"),
     "flux2-klein-9b": re.compile(r"black-forest-labs/FLUX\.2-klein-(base-)?9B"),
+    "qwen-image": re.compile(r"Qwen/Qwen-Image(-2512)?"),
     "z-image": re.compile(r"Tongyi-MAI/Z-Image(-Turbo)?"),
 }
 
@@ -76,11 +77,12 @@ class MetaBase:
     @property
     def channels(self) -> int:
         """Of a latent."""
-        return int(self.vae.config.latent_channels)
+        return channels_of(self.vae.config)
 
     @property
     def pixels_per_latent(self) -> int:
-        return int(2 ** (len(self.vae.config.block_out_channels) - 1))
+        stages = self.vae.config.get("temperal_downsample") or self.vae.config.block_out_channels[1:]
+        return int(2 ** len(stages))
 
     @property
     def resolution(self) -> int:

@@ -155,6 +155,42 @@ MISTRAL_24B: Config = {  # Mistral Small 3.1; its part for images has the sizes 
     },
 }
 
+QWEN_IMAGE: Config = {
+    "patch_size": 2,
+    "in_channels": 64,
+    "out_channels": 16,
+    "num_layers": 60,
+    "attention_head_dim": 128,
+    "num_attention_heads": 24,
+    "joint_attention_dim": 3584,
+    "axes_dims_rope": [16, 56, 56],
+}
+QWEN_IMAGE_VAE: Config = {
+    "base_dim": 96,
+    "z_dim": 16,
+    "dim_mult": [1, 2, 4, 4],
+    "num_res_blocks": 2,
+    "temperal_downsample": [False, True, True],
+}
+QWEN_VL_7B: Config = {
+    "tie_word_embeddings": False,
+    "text_config": {
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "vocab_size": 152064,
+    },
+    "vision_config": {
+        "depth": 32,
+        "hidden_size": 1280,
+        "intermediate_size": 3420,
+        "num_heads": 16,
+        "out_hidden_size": 3584,
+    },
+}
+
 
 def _sd3(transformer: Config) -> dict[str, Config]:
     encoders = {"text_encoder": CLIP_L, "text_encoder_2": CLIP_G, "text_encoder_3": T5_XXL}
@@ -176,5 +212,6 @@ PUBLISHED: dict[str, dict[str, Config]] = {
     "flux2-dev": {"transformer": FLUX2_DEV, "vae": FLUX2_VAE, "text_encoder": MISTRAL_24B},
     "flux2-klein-4b": {"transformer": KLEIN_4B, "vae": FLUX2_VAE, "text_encoder": QWEN3_4B},
     "flux2-klein-9b": {"transformer": KLEIN_9B, "vae": FLUX2_VAE, "text_encoder": QWEN3_8B},
+    "qwen-image": {"transformer": QWEN_IMAGE, "vae": QWEN_IMAGE_VAE, "text_encoder": QWEN_VL_7B},
     "z-image": {"transformer": Z_IMAGE, "vae": FLUX_VAE, "text_encoder": QWEN3_4B},
 }

@@ -47,13 +47,14 @@ BASE_SAMPLERS = dict.fromkeys(BUNDLED, Sampler(steps=25, guidance_scale=3.0, bat
 DEFAULT_SAMPLER = Sampler(steps=50, guidance_scale=7.5, batch_size=4)
 # Of the flow-matching models, as published: SD 3, 3.5 medium and large, FLUX.1 dev, the distilled FLUX.1 schnell and
 # SD 3.5 large turbo, which sample without guidance, FLUX.2 dev and klein base, the distilled FLUX.2 klein, Z-Image, and
-# the distilled Z-Image-Turbo.
+# the distilled Z-Image-Turbo, Qwen-Image.
 SD3_SAMPLER = Sampler(steps=28, guidance_scale=7.0, batch_size=4)
 SD35_SAMPLER = Sampler(steps=40, guidance_scale=4.5, batch_size=4)
 SD35_LARGE_SAMPLER = Sampler(steps=28, guidance_scale=3.5, batch_size=4)
 DEV_SAMPLER = Sampler(steps=28, guidance_scale=3.5, batch_size=4)
 SCHNELL_SAMPLER = Sampler(steps=4, guidance_scale=0.0, batch_size=4)
 FLUX2_SAMPLER = Sampler(steps=50, guidance_scale=4.0, batch_size=4)
+QWEN_SAMPLER = Sampler(steps=50, guidance_scale=4.0, batch_size=4)
 KLEIN_SAMPLER = Sampler(steps=4, guidance_scale=1.0, batch_size=4)
 Z_IMAGE_SAMPLER = Sampler(steps=50, guidance_scale=4.0, batch_size=4)
 Z_IMAGE_TURBO_SAMPLER = Sampler(steps=8, guidance_scale=0.0, batch_size=4)
@@ -68,6 +69,7 @@ PUBLISHED_SAMPLERS = {
     re.compile(r"black-forest-labs/FLUX\.2-klein-.*"): KLEIN_SAMPLER,
     re.compile(r"Tongyi-MAI/Z-Image-Turbo"): Z_IMAGE_TURBO_SAMPLER,
     re.compile(r"Tongyi-MAI/Z-Image"): Z_IMAGE_SAMPLER,
+    re.compile(r"Qwen/Qwen-Image(-2512)?"): QWEN_SAMPLER,
 }
 
 
@@ -101,6 +103,8 @@ def default_sampler(base_name: str) -> Sampler:
     if kind == "z-image":  # the two differ in the shift of their schedulers only: 6, and 3 of Turbo
         shift = Source(base_name).config_of("scheduler", "scheduler_config.json").get("shift", 1.0)
         return Z_IMAGE_SAMPLER if shift > 4 else Z_IMAGE_TURBO_SAMPLER
+    if kind == "qwen-image":
+        return QWEN_SAMPLER
     return published or DEFAULT_SAMPLER
 
 
@@ -169,7 +173,7 @@ def sample(base: Base, seeds: Sequence[int], sampler: Sampler, **prompts: Any) -
             **prompts,
             **base.conditioning.options(base.pipeline),
             num_inference_steps=sampler.steps,
-            guidance_scale=sampler.guidance_scale,
+            **base.conditioning.guidance(sampler.guidance_scale, prompts),
             generator=generators,
             height=resolution,
             width=resolution,

@@ -202,6 +202,9 @@ def original_modules(kind: str, rows: Mapping[str, int]) -> dict[str, list[Rows]
 
 
 def _names(kind: str, modules: Iterable[str]) -> Iterable[tuple[str, Sequence[str]]]:
+    if kind not in _LAYOUTS:  # Qwen-Image, which has the same names in both
+        yield from ((module, (module,)) for module in modules)
+        return
     for original, module in _LAYOUTS[kind].items():
         yield original, (module,)
     for (new, old), names in _BLOCKS[kind].items():
@@ -212,7 +215,7 @@ def _names(kind: str, modules: Iterable[str]) -> Iterable[tuple[str, Sequence[st
 
 def _is_swapped(kind: str, module: str, modules: Mapping[str, int]) -> bool:
     if module == "norm_out.linear":
-        return True
+        return kind in _LAYOUTS
     block = re.fullmatch(r"transformer_blocks\.(\d+)\.norm1_context\.linear", module)
     if block is None or kind != "sd3":
         return False

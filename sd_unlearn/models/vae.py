@@ -35,7 +35,7 @@ def decode(base: Base, latents: Tensor) -> list[Image.Image]:
 
         def pixels_of(vae: Any) -> Tensor:
             latents = together.to(vae.dtype)
-            return vae.decode(LatentScale.of(vae, latents).undo(latents), return_dict=False)[0]
+            return decoded(vae, LatentScale.of(vae, latents).undo(latents))
 
         pixels = _without_overflow(base, pixels_of)
         _check_finite(base, pixels, "VAE")
@@ -69,8 +69,8 @@ def encode(base: Base, images: Sequence[Any], load: Callable[[Any], Tensor], bat
         side = max(pixels.shape[2:]) // base.pipeline.vae_scale_factor
 
         def moments_of(vae: Any) -> Tensor:
-            posterior = vae.encode(pixels.to(base.device, vae.dtype)).latent_dist
-            return torch.stack([posterior.mean - LatentScale.of(vae, posterior.mean).shift, posterior.std])
+            mean, std = posterior(vae, pixels.to(base.device, vae.dtype))
+            return torch.stack([mean - LatentScale.of(vae, mean).shift, std])
 
         moments = _without_overflow(base, moments_of)
         _check_finite(base, moments, "VAE")
@@ -86,10 +86,31 @@ def encode(base: Base, images: Sequence[Any], load: Callable[[Any], Tensor], bat
     return mean.contiguous(), std.contiguous()  # a large VAE may return channels-last tensors
 
 
+def decoded(vae: Any, latents: Tensor) -> Tensor:
+    """The pixels [B, 3, H, W] of a VAE's latents [B, C, h, w]."""
+    if is_for_videos(vae):
+        return vae.decode(latents.unsqueeze(2), return_dict=False)[0][:, :, 0]
+    return vae.decode(latents, return_dict=False)[0]
+
+
+def posterior(vae: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation [B, C, h, w] of the latents of pixels [B, 3, H, W]."""
+    if is_for_videos(vae):
+        found = vae.encode(pixels.unsqueeze(2)).latent_dist
+        return found.mean[:, :, 0], found.std[:, :, 0]
+    found = vae.encode(pixels).latent_dist
+    return found.mean, found.std
+
+
+def is_for_videos(vae: Any) -> bool:
+    """Whether a VAE takes videos, as Qwen-Image's: an image is one of a single frame."""
+    return hasattr(vae, "temperal_downsample")
+
+
 def use_smaller_tiles(base: Base, side: int) -> bool:
     """`use_tiles` of half the size; returns False if they would be too small. side: of a whole image, in latents."""
-    vae = base.pipeline.vae
-    tile = (vae.tile_latent_min_size if vae.use_tiling else side) // 2
+    vae, scale = base.pipeline.vae, base.pipeline.vae_scale_factor
+    tile = (base.vae_tile // scale if vae.use_tiling and base.vae_tile else side) // 2
     if tile < MIN_TILE:
         return False
     use_tiles(base, tile)
@@ -100,9 +121,13 @@ def use_smaller_tiles(base: Base, side: int) -> bool:
 def use_tiles(base: Base, tile: int) -> None:
     """Let the VAE work in overlapping tiles of `tile` latents. The pixels change slightly, most at the seams."""
     vae = base.pipeline.vae
+    base.vae_tile = tile * base.pipeline.vae_scale_factor
+    if is_for_videos(vae):
+        stride = base.vae_tile * 3 // 4
+        vae.enable_tiling(base.vae_tile, base.vae_tile, stride, stride)
+        return
     vae.enable_tiling()
-    vae.tile_latent_min_size = tile
-    base.vae_tile = vae.tile_sample_min_size = tile * base.pipeline.vae_scale_factor
+    vae.tile_latent_min_size, vae.tile_sample_min_size = tile, base.vae_tile
 
 
 def _without_overflow(base: Base, work: Callable[[Any], Tensor]) -> Tensor:

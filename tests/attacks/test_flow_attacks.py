@@ -22,12 +22,15 @@ from sd_unlearn.models.learned_prompt import LearnedPrompt, embedding_table, lea
 pytestmark = pytest.mark.usefixtures("one_thread")
 BASES = {"sd3-without-t5": set(ATTACKS) - {"noise"}}
 BASES |= dict.fromkeys(
-    ("flux-dev", "z-image", "flux2-dev", "flux2-klein-base"), set(ATTACKS) - {"noise", "prefix", "hard", "ring"}
+    ("flux-dev", "z-image", "flux2-dev", "flux2-klein-base", "qwen-image"),
+    set(ATTACKS) - {"noise", "prefix", "hard", "ring"},
 )
 
 
 def loaded(flow_kinds: FlowKinds, name: str) -> Base:
-    return load_base(str(flow_kinds.folder(name)), device="cpu")
+    base = load_base(str(flow_kinds.folder(name)), device="cpu")
+    base.own_resolution = 64  # Qwen-Image's configuration has none
+    return base
 
 
 @pytest.mark.parametrize(("name", "attack"), [(name, attack) for name, own in BASES.items() for attack in sorted(own)])
@@ -56,7 +59,7 @@ def test_attacks_that_do_not_work_are_left_out_or_refused(
     assert not needs_one_vocabulary({"kind": "sd1"})
 
 
-@pytest.mark.parametrize("name", ["z-image", "flux2-dev", "flux2-klein-base"])
+@pytest.mark.parametrize("name", ["z-image", "flux2-dev", "flux2-klein-base", "qwen-image"])
 def test_the_learned_token_and_prompt_are_in_the_chat_template(flow_kinds: FlowKinds, name: str) -> None:
     base = loaded(flow_kinds, name)
     (tokenizer,), conditioning = tokenizers(base), base.conditioning
@@ -70,7 +73,7 @@ def test_the_learned_token_and_prompt_are_in_the_chat_template(flow_kinds: FlowK
     assert torch.allclose(prompt.encode(), encode_captions(base, ["an image of z in red"]), atol=1e-5)
     whole = LearnedPrompt(base, "red", learned_positions(base, "red"))
     assert len(whole.positions[0]) == (
-        511 if name != "z-image" else sum(conditioning.tokenized(tokenizer, "red")[1]) - 1
+        511 if name.startswith("flux2") else sum(conditioning.tokenized(tokenizer, "red")[1]) - 1
     )
     (gradient,) = torch.autograd.grad(whole.encode().square().sum(), whole.vectors)
     assert gradient.any(1).all()

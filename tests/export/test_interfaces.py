@@ -255,7 +255,7 @@ MODEL_NODES = (
 OF_A_RUN = {"lora": "a.safetensors", "prompt": "a", "strength": 1.0, "size": 1024, "steps": 28, "guidance": 4.5}
 
 
-@pytest.mark.parametrize("kind", ["sd1", "sd3", "flux", "flux2", "flux2-klein", "z-image"])
+@pytest.mark.parametrize("kind", ["sd1", "sd3", "flux", "flux2", "flux2-klein", "z-image", "qwen-image"])
 def test_the_workflow_is_one_that_comfyui_runs(kind: str) -> None:
     """Every input is there, a link names a node and an output of the right type, and nothing goes past the LoRA."""
     nodes = {
@@ -264,6 +264,7 @@ def test_the_workflow_is_one_that_comfyui_runs(kind: str) -> None:
         "flux": lambda: workflow.flux_nodes(checkpoint="flux.safetensors", **OF_A_RUN),
         "flux2": lambda: workflow.flux2_nodes(checkpoint="flux2.safetensors", **OF_A_RUN),
         "flux2-klein": lambda: workflow.klein_nodes(checkpoint="klein.safetensors", **OF_A_RUN),
+        "qwen-image": lambda: workflow.qwen_image_nodes(checkpoint="qwen_image.safetensors", **OF_A_RUN),
         "z-image": lambda: workflow.z_image_nodes(checkpoint="z_image.safetensors", **OF_A_RUN),
     }[kind]()
     for name, node in nodes.items():
@@ -298,7 +299,7 @@ def test_the_workflow_of_the_documentation_is_made_as_that_of_an_export() -> Non
 
 def test_every_cell_of_the_table_is_a_test() -> None:
     text = (DOCS / "using.md").read_text(encoding="utf-8")
-    table = [line for line in text.splitlines() if line.startswith(("| SD", "| FLUX", "| Z-Image"))]
+    table = [line for line in text.splitlines() if line.startswith(("| SD", "| FLUX", "| Z-Image", "| Qwen"))]
     named = [re.findall(r"`(test_\w+)`", line) for line in table]
     assert len(table) >= 18
     assert all(named), "a line without a test"
@@ -306,4 +307,4 @@ def test_every_cell_of_the_table_is_a_test() -> None:
     defined = set(re.findall(r"^def (test_\w+)\(", sources, re.MULTILINE))
     assert {name for names in named for name in names} <= defined
     kinds = {line.split("|")[1].strip() for line in table}
-    assert kinds == {"SD 1", "SD 2", "SDXL", "SD 3", "FLUX", "FLUX.2", "Z-Image"}
+    assert kinds == {"SD 1", "SD 2", "SDXL", "SD 3", "FLUX", "FLUX.2", "Z-Image", "Qwen-Image"}

@@ -29,7 +29,7 @@ from sd_unlearn.models.student import apply_run
 from sd_unlearn.models.transformer_keys import diffusers_weights, original_weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-NAMES = ("sd35", "flux-dev", "z-image", "flux2-dev", "flux2-klein-base")
+NAMES = ("sd35", "flux-dev", "z-image", "flux2-dev", "flux2-klein-base", "qwen-image")
 CASES: dict[str, dict[str, Any]] = {
     "alpha is not rank": {"r": 4, "lora_alpha": 1.4},
     "rslora": {"r": 4, "lora_alpha": 1.5, "use_rslora": True},
@@ -95,6 +95,9 @@ def comfy_names(kind: str, transformer: Any) -> dict[str, tuple[str, int]]:
     """
     if kind == "z-image":
         return z_image_names(transformer)
+    if kind == "qwen-image":  # the same names
+        modules = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
+        return {f"transformer.{name}": (name, 0) for name in modules}
     width, found = transformer.inner_dim, {}
     first, x, context = ("joint_blocks", "x_block.", "context_block.")
     rest = {
@@ -250,13 +253,14 @@ def test_the_image_with_the_file_in_plain_diffusers_is_ours(flow_kinds: FlowKind
     base, run = flow_kinds.folder(name), tmp_path / "run"
     trained_run(base, run, KIND_OF[name], r=4, lora_alpha=1.4)
     plain, ours = DiffusionPipeline.from_pretrained(base), load_base(str(base), device="cpu")
+    ours.own_resolution = 64  # Qwen-Image's configuration has none
     untouched = np.asarray(generate_images(ours, ["seven"], [3], Sampler(2, 3.0, 1))[0]).astype(int)
     with apply_run(ours, run):
         wanted = np.asarray(generate_images(ours, ["seven"], [3], Sampler(2, 3.0, 1))[0]).astype(int)
     plain.load_lora_weights(exported(run)[1])
-    given: dict[str, Any] = {"num_inference_steps": 2, "guidance_scale": 3.0, "height": 64, "width": 64}
-    given |= ours.conditioning.options(plain)
-    image = plain(prompt="seven", generator=torch.Generator().manual_seed(3), **given).images[0]
+    given: dict[str, Any] = {"num_inference_steps": 2, "height": 64, "width": 64}
+    given |= ours.conditioning.options(plain) | ours.conditioning.guidance(3.0, {"prompt": ["seven"]})
+    image = plain(prompt=["seven"], generator=torch.Generator().manual_seed(3), **given).images[0]
     assert np.abs(np.asarray(image).astype(int) - wanted).max() <= 1
     assert np.abs(untouched - wanted).max() > 1
 
@@ -301,7 +305,13 @@ def test_a_merged_file_of_sd3_holds_vae_and_text_encoders(flow_kinds: FlowKinds,
 
 @pytest.mark.parametrize(
     ("name", "architecture"),
-    [("sd35", "stable-diffusion-3"), ("flux-dev", "flux-1"), ("z-image", "Z-Image"), ("flux2-dev", "Flux.2-dev")],
+    [
+        ("sd35", "stable-diffusion-3"),
+        ("flux-dev", "flux-1"),
+        ("z-image", "Z-Image"),
+        ("flux2-dev", "Flux.2-dev"),
+        ("qwen-image", "Qwen-Image"),
+    ],
 )
 def test_headers_card_and_workflow_are_those_of_the_kind(
     flow_kinds: FlowKinds, tmp_path: Path, name: str, architecture: str
@@ -312,7 +322,8 @@ def test_headers_card_and_workflow_are_those_of_the_kind(
     header = read_header(file)
     assert header["modelspec.architecture"] == f"{architecture}/lora"
     assert (
-        header["ss_base_model_version"] == {"sd3": "sd3", "flux": "flux1", "z-image": "zimage", "flux2": "flux2"}[kind]
+        header["ss_base_model_version"]
+        == {"sd3": "sd3", "flux": "flux1", "z-image": "zimage", "flux2": "flux2", "qwen-image": "qwen_image"}[kind]
     )
     assert "lora_adapter_metadata" not in read_header(run / "export" / DIFFUSERS_FILE), "the scale is in the weights"
     card = (run / "export" / "README.md").read_text()

@@ -1,4 +1,4 @@
-"""Kinds with a language model as text encoder, against Diffusers' own pipelines: FLUX.2 and Z-Image."""
+"""Kinds with a language model as text encoder, against Diffusers' own pipelines: FLUX.2, Z-Image, Qwen-Image."""
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ from sd_unlearn.data.encoding import describe_long_captions, encode_captions
 from sd_unlearn.errors import UsageError
 from sd_unlearn.models import lora
 from sd_unlearn.models.base import Base, load_base
-from sd_unlearn.models.chat import with_padding, without_padding
+from sd_unlearn.models.chat import INSTRUCTION, masked, with_padding, without_padding
 from sd_unlearn.models.denoiser import Denoiser
 from sd_unlearn.models.find_base import check_source
 from sd_unlearn.models.footprint import StepOptions, count_inference, count_training, size_of
+from sd_unlearn.models.kinds import channels_of
 from sd_unlearn.models.latent_scale import LatentScale
 from sd_unlearn.models.meta import build_meta_base, read_configs
 from sd_unlearn.models.quantized import quantize_linear_layers
 from sd_unlearn.models.sampling import Sampler, generate_images
 from sd_unlearn.models.source import Source
-from sd_unlearn.models.vae import encode
+from sd_unlearn.models.vae import decode, encode, posterior, use_tiles
 from sd_unlearn.training.previews import ImageGenerator
 from sd_unlearn.training.setup import default_unconditional
 
@@ -39,7 +40,9 @@ PROMPTS, SEEDS, FEW = (
 
 
 def loaded(flow_kinds: FlowKinds, name: str) -> Base:
-    return load_base(str(flow_kinds.folder(name)), device="cpu")
+    base = load_base(str(flow_kinds.folder(name)), device="cpu")
+    base.own_resolution = 64  # Qwen-Image's configuration has none
+    return base
 
 
 def pixels(images: list[Any]) -> Any:
@@ -58,7 +61,11 @@ def test_images_are_those_of_diffusers(flow_kinds: FlowKinds, name: str, guidanc
         theirs = plain(
             prompt=prompt,
             num_inference_steps=3,
-            guidance_scale=guidance,
+            **(
+                {"true_cfg_scale": guidance, "negative_prompt": ""}
+                if name == "qwen-image"
+                else {"guidance_scale": guidance}
+            ),
             height=64,
             width=64,
             generator=torch.Generator().manual_seed(seed),
@@ -105,7 +112,7 @@ def test_training_predicts_the_velocity_that_sampling_follows(
 @pytest.mark.parametrize("name", CHAT_KINDS)
 def test_a_batch_is_predicted_as_its_examples_one_by_one(flow_kinds: FlowKinds, name: str) -> None:
     base = loaded(flow_kinds, name)
-    channels = base.pipeline.vae.config.latent_channels
+    channels = channels_of(base.pipeline.vae.config)
     noisy = torch.randn(3, channels, 8, 8, generator=torch.Generator().manual_seed(0))
     timesteps, text = torch.tensor([900.0, 500.0, 10.0]), encode_captions(base, [*PROMPTS, ""])
     denoiser = Denoiser.of(base, base.network)
@@ -127,8 +134,8 @@ def test_captions_are_encoded_as_by_the_pipeline(flow_kinds: FlowKinds, name: st
     network = base.network.config
     assert tuple(together.shape[1:]) == base.conditioning.shape_of(network, 0)
     theirs = base.pipeline.encode_prompt(list(PROMPTS))[0]
-    ours = without_padding(together) if base.kind == "z-image" else together
-    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    ours = without_padding(together) if base.kind == "z-image" else together[:, : theirs.shape[1]]
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(ours, theirs, strict=True))
 
 
 def test_padding_is_undone() -> None:
@@ -136,13 +143,22 @@ def test_padding_is_undone() -> None:
     padded = with_padding(rows, 6)
     assert padded.shape == (2, 6, 3)
     assert all(torch.equal(a, b) for a, b in zip(rows, without_padding(padded), strict=True))
+    tokens, mask = masked(padded)
+    assert tokens.shape == (2, 5, 3)
+    assert mask is not None
+    assert mask.tolist() == [[True] * 2 + [False] * 3, [True] * 5]
+    assert masked(padded[1:])[1] is None
 
 
-def test_the_caption_is_cut_where_the_template_and_it_are_too_long(flow_kinds: FlowKinds) -> None:
-    base = loaded(flow_kinds, "z-image")
-    inside = "a" * (
-        512 - len(base.pipeline.tokenizer(base.conditioning.as_read(base.pipeline.tokenizer, "")).input_ids)
-    )
+@pytest.mark.parametrize("name", ["z-image", "flux2-dev", "flux2-klein", "qwen-image"])
+def test_the_caption_is_cut_where_the_template_and_it_are_too_long(flow_kinds: FlowKinds, name: str) -> None:
+    base = loaded(flow_kinds, name)
+    (template,) = base.conditioning.token_counts(base.pipeline.tokenizer, [""])
+    read = sum(base.conditioning.tokenized(base.pipeline.tokenizer, "")[1])
+    assert read == template + (INSTRUCTION if name == "qwen-image" else 0)
+    inside = "a" * (512 - template)
+    assert not torch.equal(*encode_captions(base, [inside, inside[:-1] + "b"]))
+    assert torch.allclose(*encode_captions(base, ["a" * 600 + end for end in "ab"]))
     assert not describe_long_captions(base, [inside])
     assert "longer than the 512 tokens" in describe_long_captions(base, [inside + "a"])
 
@@ -156,6 +172,7 @@ def test_the_caption_is_cut_where_the_template_and_it_are_too_long(flow_kinds: F
         "flux2-dev": [1.0, 1.0, 1.0],
         "flux2-klein-base": [1.0, 1.0, 4.0],
         "flux2-klein": [1.0, 1.0, 1.0],
+        "qwen-image": [1.0, 1.0, 4.0],
     }.items(),
 )
 def test_guidance_is_that_of_the_pipelines_formula(flow_kinds: FlowKinds, name: str, scales: list[float]) -> None:
@@ -185,13 +202,40 @@ def test_latents_are_scaled_as_the_pipeline_scales_them(flow_kinds: FlowKinds, n
     image = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
     mean, std = encode(base, [image[0]], lambda one: one, 1)
     with torch.no_grad():
-        posterior = vae.encode(image).latent_dist
-    scale = LatentScale.of(vae, posterior.mean)
-    assert torch.allclose(scale.undo(mean), posterior.mean, atol=1e-5)
-    assert torch.allclose(std / scale.factor, posterior.std, atol=1e-5)
+        plain, deviation = posterior(vae, image)
+    scale = LatentScale.of(vae, plain)
+    assert torch.allclose(scale.undo(mean), plain, atol=1e-5)
+    assert torch.allclose(std / scale.factor, deviation, atol=1e-5)
     if name.startswith("flux2"):  # the pipeline has a function for images that it is given
         theirs = base.pipeline._encode_vae_image(image, None)
         assert torch.allclose(base.conditioning.as_argument(mean), theirs, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["flux2-dev", "qwen-image"])
+def test_the_vae_works_in_tiles_and_may_be_another(flow_kinds: FlowKinds, name: str) -> None:
+    base = loaded(flow_kinds, name)
+    latents = torch.randn(1, channels_of(base.pipeline.vae.config), 16, 16, generator=torch.Generator().manual_seed(0))
+    whole = pixels(decode(base, latents))
+    use_tiles(base, 8)
+    assert base.vae_tile == 64
+    tiled = pixels(decode(base, latents))
+    assert tiled.shape == whole.shape
+    assert 0 < np.abs(tiled - whole).mean() < 40
+    folder = str(flow_kinds.folder(name))
+    again = load_base(Source(folder, vae=folder), device="cpu")
+    assert again.vae_sha256 == base.vae_sha256
+    file = next((flow_kinds.folder(name) / "vae").glob("*.safetensors"))
+    with pytest.raises(UsageError, match="use a folder or a Hub id"):
+        load_base(Source(folder, vae=str(file)), device="cpu")
+
+
+def test_lora_targets_of_qwen_image(flow_kinds: FlowKinds) -> None:
+    network = loaded(flow_kinds, "qwen-image").network
+    attention, everything = (set(lora.network_targets(network, group)) for group in ("attention", None))
+    blocks = [f"transformer_blocks.{n}." for n in (0, 1, 2)]
+    assert attention == {f"{block}attn.{end}" for block in blocks for end in (*lora.ATTENTION, *lora.CONTEXT)}
+    ends = [f"{part}_mlp.net.{end}" for part in ("img", "txt") for end in ("0.proj", "2")]
+    assert everything - attention == {block + end for block in blocks for end in ends}
 
 
 def test_lora_targets_of_flux2(flow_kinds: FlowKinds) -> None:
@@ -220,7 +264,7 @@ def test_lora_targets_of_z_image(flow_kinds: FlowKinds) -> None:
 def test_a_quantized_network_predicts_nearly_the_same(flow_kinds: FlowKinds, name: str) -> None:
     """In bfloat16 without autocast, too, as previews are generated."""
     base = loaded(flow_kinds, name)
-    noisy = torch.randn(2, base.pipeline.vae.config.latent_channels, 8, 8, generator=torch.Generator().manual_seed(0))
+    noisy = torch.randn(2, channels_of(base.pipeline.vae.config), 8, 8, generator=torch.Generator().manual_seed(0))
     text, timesteps = encode_captions(base, PROMPTS), torch.tensor([900.0, 300.0])
     denoiser = Denoiser.of(base, base.network)
     with torch.no_grad():
@@ -239,7 +283,8 @@ def test_memory_is_counted_from_the_configuration(flow_kinds: FlowKinds, name: s
     for ours, theirs in ((meta.network, base.network), (meta.vae, base.pipeline.vae)):
         assert {n: p.shape for n, p in ours.named_parameters()} == {n: p.shape for n, p in theirs.named_parameters()}
     assert meta.text_shape == tuple(encode_captions(base, [""]).shape[1:])
-    assert (meta.channels, meta.resolution) == (base.pipeline.vae.config.latent_channels, 64)
+    assert (meta.channels, meta.pixels_per_latent) == (channels_of(base.pipeline.vae.config), 8)
+    assert meta.resolution == (1024 if name == "qwen-image" else 64)
     inference = count_inference(configs, "no", 64)
     assert inference.text_encoders == size_of(base.pipeline.text_encoder)
     step = count_training(configs, StepOptions(rank=2), "no", 64)

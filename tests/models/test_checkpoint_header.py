@@ -69,6 +69,8 @@ def test_the_kind_of_transformers(prefix: str) -> None:
     assert kind_of_file(header({f"{prefix}{name}": shape for name, shape in klein.items()})) == "flux2-klein"
     flux2 = klein | {"guidance_in.in_layer.weight": (6144, 256)}
     assert kind_of_file(header({f"{prefix}{name}": shape for name, shape in flux2.items()})) == "flux2"
+    qwen = {"transformer_blocks.0.img_mod.1.weight": (18432, 3072)}
+    assert kind_of_file(header({f"{prefix}{name}": shape for name, shape in qwen.items()})) == "qwen-image"
     z_image = {"noise_refiner.0.attention.qkv.weight": (11520, 3840), "x_pad_token": (1, 3840)}
     assert kind_of_file(header({f"{prefix}{name}": shape for name, shape in z_image.items()})) == "z-image"
 

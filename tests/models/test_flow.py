@@ -231,13 +231,14 @@ def test_published_samplers(flow_kinds: FlowKinds) -> None:
         "black-forest-labs/FLUX.2-dev": (50, 4.0),
         "black-forest-labs/FLUX.2-klein-base-4B": (50, 4.0),
         "black-forest-labs/FLUX.2-klein-9B": (4, 1.0),
+        "Qwen/Qwen-Image": (50, 4.0),
         "Tongyi-MAI/Z-Image": (50, 4.0),
         "Tongyi-MAI/Z-Image-Turbo": (8, 0.0),
         "someone/else": (50, 7.5),
     }
     local = {"sd3": (28, 7.0), "sd35": (40, 4.5), "flux-dev": (28, 3.5), "flux-schnell": (4, 0.0)}
     local |= {"z-image": (50, 4.0), "z-image-turbo": (8, 0.0)}
-    local |= {"flux2-dev": (50, 4.0), "flux2-klein-base": (50, 4.0), "flux2-klein": (4, 1.0)}
+    local |= {"flux2-dev": (50, 4.0), "flux2-klein-base": (50, 4.0), "flux2-klein": (4, 1.0), "qwen-image": (50, 4.0)}
     known |= {str(flow_kinds.folder(name)): sampler for name, sampler in local.items()}
     for name, (steps, guidance) in known.items():
         assert (default_sampler(name).steps, default_sampler(name).guidance_scale) == (steps, guidance), name

@@ -22,12 +22,19 @@ IDS = {
     "flux2-klein-4b": "black-forest-labs/FLUX.2-klein-4B",
     "flux2-klein-9b": "black-forest-labs/FLUX.2-klein-base-9B",
     "z-image": "Tongyi-MAI/Z-Image-Turbo",
+    "qwen-image": "Qwen/Qwen-Image",
 }
 # In billions, as published; with SD 3's table of positions, which Diffusers keeps as a buffer. Z-Image: "6B".
 TRANSFORMERS = {"sd3-medium": 2.08, "sd3.5-medium": 2.5, "sd3.5-large": 8.1, "flux-dev": 11.9, "flux-schnell": 11.9}
-TRANSFORMERS |= {"flux2-dev": 32, "flux2-klein-4b": 3.9, "flux2-klein-9b": 9.1, "z-image": 6.1}
+TRANSFORMERS |= {"flux2-dev": 32, "flux2-klein-4b": 3.9, "flux2-klein-9b": 9.1, "z-image": 6.1, "qwen-image": 20.4}
 # CLIP L (and G), T5's encoder; Qwen3 4B
-ENCODERS = {"sd3": [0.124, 0.695, 4.76], "flux": [0.123, 4.76], "z-image": [4.02], "flux2": [24.0]}
+ENCODERS = {
+    "sd3": [0.124, 0.695, 4.76],
+    "flux": [0.123, 4.76],
+    "z-image": [4.02],
+    "flux2": [24.0],
+    "qwen-image": [8.29],
+}
 
 
 def configs_of(name: str, drop_t5: bool = False) -> Configs:
@@ -49,7 +56,10 @@ def test_numbers_of_parameters(name: str) -> None:
     assert base.channels == (32 if name.startswith("flux2") else 16)
     flux2 = {"flux2": (512, 15360), "flux2-klein": (512, 7680 if name.endswith("4b") else 12288)}
     flux = ((513 if name == "flux-dev" else 257), 4096)
-    assert base.text_shape == {"sd3": (334, 4096), "flux": flux, "z-image": (512, 2560), **flux2}[base.kind]
+    assert (
+        base.text_shape
+        == {"sd3": (334, 4096), "flux": flux, "z-image": (512, 2560), "qwen-image": (512, 3584), **flux2}[base.kind]
+    )
 
 
 def test_sd3_is_counted_without_t5() -> None:

@@ -74,8 +74,8 @@ def test_kinds_do_not_depend_on_widths() -> None:
         ("a/b/c", "nor a Hub id"),
         (
             "black-forest-labs/FLUX.1-Kontext-dev",
-            r"is a FLUX\.1 Kontext model\. Stable Diffusion 1\.x, 2\.x, XL, 3 and 3\.5, FLUX\.1, FLUX\.2 and Z-Image "
-            "can",
+            r"is a FLUX\.1 Kontext model\. Stable Diffusion 1\.x, 2\.x, XL, 3 and 3\.5, FLUX\.1, FLUX\.2, "
+            "Z-Image and Qwen-Image can",
         ),
     ],
 )
@@ -92,7 +92,8 @@ def test_names_that_cannot_be_a_base(name: str, why: str) -> None:
 def test_other_pipelines_are_refused_by_name(kinds: Kinds, tmp_path: Path, pipeline: str | None) -> None:
     other = changed(kinds.folder("sd1"), tmp_path / "other", "model_index.json", _class_name=pipeline)
     refused(
-        rf"is a {pipeline}\. Stable Diffusion 1\.x, 2\.x, XL, 3 and 3\.5, FLUX\.1, FLUX\.2 and Z-Image can be trained",
+        rf"is a {pipeline}\. Stable Diffusion 1\.x, 2\.x, XL, 3 and 3\.5, FLUX\.1, FLUX\.2, Z-Image and Qwen-Image "
+        "can be trained",
         other,
     )
 

@@ -19,7 +19,7 @@ from sd_unlearn.models.ldm_keys import checkpoint
 from sd_unlearn.models.source import Source
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-NAMES = ("sd35", "flux-dev", "z-image", "flux2-dev", "flux2-klein-base")
+NAMES = ("sd35", "flux-dev", "z-image", "flux2-dev", "flux2-klein-base", "qwen-image")
 UNET = "model.diffusion_model."
 
 

@@ -20,12 +20,12 @@ from sd_unlearn.models.transformer_keys import diffusers_weights, original_weigh
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 Pairs = dict[str, tuple[Tensor, Tensor, float]]  # module -> down, up and alpha
-NAMES = ("sd35", "flux-dev", "z-image", "flux2-dev")
+NAMES = ("sd35", "flux-dev", "z-image", "flux2-dev", "qwen-image")
 
 
 @pytest.fixture(scope="module")
 def pipelines() -> dict[str, Any]:
-    chat = {name: make_chat_kind(name, make_vae("flux")) for name in ("z-image", "flux2-dev")}
+    chat = {name: make_chat_kind(name, make_vae("flux")) for name in ("z-image", "flux2-dev", "qwen-image")}
     return {"sd35": make_sd3("sd35"), "flux-dev": make_flux("flux-dev"), **chat}
 
 
