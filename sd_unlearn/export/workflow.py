@@ -8,14 +8,15 @@ from typing import Any
 
 from sd_unlearn.export.trained_run import TrainedRun
 from sd_unlearn.models.kinds import KINDS
+from sd_unlearn.models.sampling import default_sampler
 
 FILE = "comfyui-workflow.json"
-STEPS, GUIDANCE, SIZE = 50, 7.5, 512  # of a run that was not evaluated
+STEPS, GUIDANCE, SIZE = 50, 7.5, 512
 
 
 def render(run: TrainedRun) -> str:
-    """The workflow of a run as JSON: its base, concept and strength, and the sampler of its evaluation."""
-    sampler = run.results.sampler if run.results else {}
+    """The workflow of a run as JSON: its base, concept and strength, and the sampler of its evaluation or its base."""
+    sampler, usual = run.results.sampler if run.results else {}, default_sampler(run.base_name)
     name = Path(run.base_name).name
     make = {
         "sd3": sd3_nodes,
@@ -31,8 +32,8 @@ def render(run: TrainedRun) -> str:
         prompt=run.concept.caption,
         strength=run.strength,
         size=sampler.get("resolution") or run.base.get("resolution") or SIZE,
-        steps=sampler.get("steps", STEPS),
-        guidance=sampler.get("guidance_scale", GUIDANCE) + KINDS[run.kind].extra_guidance,
+        steps=sampler.get("steps", usual.steps),
+        guidance=sampler.get("guidance_scale", usual.guidance_scale) + KINDS[run.kind].extra_guidance,
     )
     return json.dumps(nodes, indent=2, ensure_ascii=False) + "\n"
 
