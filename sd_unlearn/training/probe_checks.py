@@ -9,7 +9,7 @@ from sd_unlearn.config.base import CLIP_MODEL, CLIP_PRETRAINED
 from sd_unlearn.config.train import TrainConfig
 from sd_unlearn.data.concept import Concept, Prompt
 from sd_unlearn.errors import UsageError
-from sd_unlearn.metrics.registry import bundled_metric, labels_of
+from sd_unlearn.metrics.classifier_of import bundled_metric, labels_of
 from sd_unlearn.models.clip import check_clip
 
 MIN_TO_HOLD_OUT = 4  # images of a kind, of which 2 are held out

@@ -21,7 +21,7 @@ from sd_unlearn.data.layout import BASELINES, compose_step
 from sd_unlearn.data.repeated import REPEATED_STEPS, RepeatedBatches, Steps
 from sd_unlearn.data.turns import SEED_STEP, InTurn, Turn
 from sd_unlearn.errors import UsageError
-from sd_unlearn.metrics.registry import make_label_classifier
+from sd_unlearn.metrics.classifier_of import make_label_classifier
 from sd_unlearn.models import performance
 from sd_unlearn.models.base import Base
 from sd_unlearn.models.denoiser import Denoiser

@@ -15,8 +15,9 @@ from sd_unlearn.config.evaluate import Detectors
 from sd_unlearn.data.concept import Concept, load_concept
 from sd_unlearn.errors import UnlearnError, UsageError
 from sd_unlearn.metrics.base import DetectorOutput
+from sd_unlearn.metrics.classifier_of import labels_of
 from sd_unlearn.metrics.emoji import AXES, CATEGORIES, READER, STYLES, THINGS, EmojiClassifier, EmojiReader, make_emoji
-from sd_unlearn.metrics.registry import MetricContext, choose_metrics, labels_of
+from sd_unlearn.metrics.registry import MetricContext, choose_metrics
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CELLS = [
