@@ -45,6 +45,7 @@ def settings(place: Path, tiny_base: Path) -> dict[str, object]:
         "data_dir": str(place / "data"),
         "num_inference_steps": 2,
         "rank": 2,
+        "lora_targets": "attention",
         "lora_dropout": 0.2,
         "ema_decay": 0.8,
         "max_train_steps": 24,
@@ -59,8 +60,8 @@ def settings(place: Path, tiny_base: Path) -> dict[str, object]:
 
 
 def few_layers(changes: Mapping[str, object]) -> dict[str, object]:
-    """A quarter of the default's layers, so that tests are quicker; nothing where `changes` do not allow the choice."""
-    return {} if changes.keys() & {"method", "objective"} else {"lora_targets": "attention"}
+    """A quarter of the default's layers, so that tests are quicker, unless `changes` do not allow the choice."""
+    return {"lora_targets": None if changes.keys() & {"method", "objective"} else "attention"}
 
 
 def make(place: Path, tiny_base: Path, output: Path | str, **changes: object) -> TrainConfig:
