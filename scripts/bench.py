@@ -10,7 +10,7 @@ step: seconds per optimizer step and peak memory. Each variant runs in a separat
     floor    forward, backward and AdamW of a bare UNet with a LoRA, on tensors in memory
     noise    the trainer's loop with --target noise: the same network passes as floor
     teacher  the trainer's loop with its defaults, which also runs the frozen base. --teacher_reuse computes its
-             predictions in 40 of 200 steps, so give a multiple of 200
+             predictions in 20 of 100 steps, so give a multiple of 100
     common   like common trainers: VAE and text encoder run on every batch, all weights of the UNet are trained
 Memory is the peak of the process (on a GPU: of the GPU). Targets: noise / floor <= 1.05 in time and <= 1.10 in memory.
 Compare ratios within one run; seconds depend on what else the machine does. CPU time, summed over all threads, is

@@ -13,8 +13,8 @@ from typing import Any
 
 from sd_unlearn.io.reading import read_json, read_jsonl_lines
 from sd_unlearn.io.run_folder import METRICS, TRAINING
+from sd_unlearn.training.probe import CLEAN_LIMIT, LEAKAGE_LIMIT, RETENTION_LIMIT
 
-LEAKAGE, RETENTION, CLEAN = 0.02, 0.98, 0.8
 MARGIN = 60.0  # seconds for loading, which the time limit does not count
 # The paper's setting for Stable Diffusion: all weights, own captions, no teacher, a small constant learning rate.
 # The time limit ends it, so the number of steps is larger than any run takes.
@@ -86,8 +86,8 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 
 
 def _shortfall(probe: dict[str, Any]) -> float:
-    missing = RETENTION - probe["probe_retention"], CLEAN - probe["probe_clean"]
-    return max(0.0, probe["probe_leakage"] - LEAKAGE) + sum(max(0.0, part) for part in missing)
+    missing = RETENTION_LIMIT - probe["probe_retention"], CLEAN_LIMIT - probe["probe_clean"]
+    return max(0.0, probe["probe_leakage"] - LEAKAGE_LIMIT) + sum(max(0.0, part) for part in missing)
 
 
 def run(

@@ -34,8 +34,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from base_training import make_scheduler, save_half, save_pipeline
-from diffusers import AutoencoderKL, StableDiffusion3Pipeline, StableDiffusionPipeline, UNet2DConditionModel
+from base_training import save_half, save_pipeline, trained_pipeline
+from diffusers import AutoencoderKL, StableDiffusion3Pipeline, StableDiffusionPipeline
 from digits_data import load_digits, paint
 from digits_models import (
     encode_pool,
@@ -48,7 +48,7 @@ from digits_sd3 import Networks, Pool, flow_pipeline, shift_latents, train_flow
 from digits_variants import Variant, add_options, build_variant
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTokenizer
 
 from sd_unlearn.metrics.digits import DIGITS, INKS, DigitReader, load_reader
 
@@ -110,16 +110,7 @@ def assemble_sd3(work: Path, _: int) -> None:
 
 def assemble(work: Path, _: int) -> None:
     """Write the bundled files: the pipeline folder, the classifier (in half precision) and the held-out features."""
-    pipeline = StableDiffusionPipeline(
-        vae=AutoencoderKL.from_pretrained(work / "vae"),
-        text_encoder=CLIPTextModel.from_pretrained(work / "text_encoder"),
-        tokenizer=make_tokenizer(),
-        unet=UNet2DConditionModel.from_pretrained(work / "unet"),
-        scheduler=make_scheduler(),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+    pipeline = trained_pipeline(work, AutoencoderKL.from_pretrained(work / "vae"), make_tokenizer())
     base, reader_dir = ASSETS / "digits", ASSETS / "digits_reader"
     for folder in (base, reader_dir):
         shutil.rmtree(folder, ignore_errors=True)

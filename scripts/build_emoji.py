@@ -18,14 +18,13 @@ import shutil
 from pathlib import Path
 
 import torch
-from base_training import Settings, save_half, save_pipeline
-from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from base_training import Settings, save_half, save_pipeline, trained_pipeline
+from diffusers import AutoencoderKL
 from emoji_data import compose, load_drawings, place
 from emoji_models import (
     PREDICTION,
     Pool,
     encode_pool,
-    make_scheduler,
     make_tokenizer,
     train_denoiser,
     train_reader,
@@ -93,16 +92,8 @@ def build_denoiser(args: argparse.Namespace) -> None:
 def assemble(args: argparse.Namespace) -> None:
     """Write the bundled files in half precision: the pipeline folder, the classifier and its held-apart features."""
     work, drawings = args.work_dir, load_drawings(args.work_dir)
-    pipeline = StableDiffusionPipeline(
-        vae=AutoencoderKL.from_pretrained(work / "vae"),
-        text_encoder=CLIPTextModel.from_pretrained(work / "text_encoder"),
-        tokenizer=make_tokenizer(drawings),
-        unet=UNet2DConditionModel.from_pretrained(work / "unet"),
-        scheduler=make_scheduler(PREDICTION),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+    vae = AutoencoderKL.from_pretrained(work / "vae")
+    pipeline = trained_pipeline(work, vae, make_tokenizer(drawings), PREDICTION)
     base, reader_dir = ASSETS / "emoji", ASSETS / "emoji_reader"
     for folder in (base, reader_dir):
         shutil.rmtree(folder, ignore_errors=True)

@@ -10,16 +10,15 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
-from base_training import make_scheduler
-from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from base_training import trained_pipeline
+from diffusers import AutoencoderKL, StableDiffusionPipeline
 from digits_data import load_digits
 from digits_models import encode_pool, train_denoiser, train_vae
 from torch import Tensor
-from transformers import CLIPTextModel
 
 from sd_unlearn.metrics.digits import DIGITS, INKS
+from sd_unlearn.models.source import DIGITS_DIR
 
-BUNDLED = Path(__file__).parent.parent / "sd_unlearn" / "assets" / "digits"
 FACTOR, PREDICTION = 4, "epsilon"  # of the bundled base
 
 
@@ -55,7 +54,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def build_variant(variant: Variant, work: Path, vae_steps: int, steps: int) -> None:
     """Train text encoder and UNet, and the VAE if its factor differs; write the pipeline to work/pipeline."""
     strokes, labels, _, _ = load_digits()
-    bundled = StableDiffusionPipeline.from_pretrained(BUNDLED)
+    bundled = StableDiffusionPipeline.from_pretrained(DIGITS_DIR)
     vae = bundled.vae
     if variant.vae_factor != FACTOR:
         if not (work / "vae").is_dir():
@@ -65,16 +64,8 @@ def build_variant(variant: Variant, work: Path, vae_steps: int, steps: int) -> N
     if variant.without:
         pool = leave_out(pool, variant.without)
     train_denoiser(pool, bundled.tokenizer, steps, work, width=variant.width, prediction_type=variant.prediction_type)
-    StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=CLIPTextModel.from_pretrained(work / "text_encoder"),
-        tokenizer=bundled.tokenizer,
-        unet=UNet2DConditionModel.from_pretrained(work / "unet"),
-        scheduler=make_scheduler(variant.prediction_type),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    ).save_pretrained(work / "pipeline")
+    pipeline = trained_pipeline(work, vae, bundled.tokenizer, variant.prediction_type)
+    pipeline.save_pretrained(work / "pipeline")
 
 
 def leave_out(pool: tuple[Tensor, Tensor, Tensor], concept: str) -> tuple[Tensor, Tensor, Tensor]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from sd_unlearn.models import conditioning
-from sd_unlearn.models.conditioning import TextConditioning, from_patches, positions, to_patches
+from sd_unlearn.models.conditioning import InPatches, TextConditioning, from_patches, positions, to_patches
 from sd_unlearn.models.kinds import KINDS, kind_of, text_width_of
 from sd_unlearn.models.latent_scale import LatentScale
 
@@ -84,7 +84,7 @@ class ZImageConditioning(ChatConditioning):
 
 
 @dataclass(frozen=True)
-class Flux2Conditioning(ChatConditioning):
+class Flux2Conditioning(InPatches, ChatConditioning):
     """FLUX.2 dev: three hidden states of Mistral side by side, with padding, and a guidance scale as an input.
 
     Latents are in patches of 2 x 2 as for FLUX.1, positions are (0, row, column, place in the caption).
@@ -138,12 +138,6 @@ class Flux2Conditioning(ChatConditioning):
             return super().shift_of(scheduler, image_tokens)
         return math.exp(compute_empirical_mu(image_tokens, self.steps))
 
-    def to_pipeline(self, latents: Tensor) -> Tensor:
-        return to_patches(latents)
-
-    def from_pipeline(self, latents: Tensor, height: int, width: int) -> Tensor:
-        return from_patches(latents, height, width)
-
     def as_argument(self, latents: Tensor) -> Tensor:
         height, width = latents.shape[2:]
         return to_patches(latents).transpose(1, 2).unflatten(2, (height // 2, width // 2))
@@ -170,7 +164,7 @@ class Flux2KleinConditioning(Flux2Conditioning):
 
 
 @dataclass(frozen=True)
-class QwenImageConditioning(ChatConditioning):
+class QwenImageConditioning(InPatches, ChatConditioning):
     """Qwen-Image: captions of any length with a mask, latents in patches of 2 x 2 as for FLUX.1."""
 
     template: str = "{}"  # the pipeline's, which is no template of the tokenizer
@@ -217,12 +211,6 @@ class QwenImageConditioning(ChatConditioning):
         """The pipeline guides only with a negative prompt; that of the others is the empty caption by default."""
         negative = {"negative_prompt": [""] * len(prompts["prompt"])} if scale > 1 and "prompt" in prompts else {}
         return {"true_cfg_scale": scale, **negative}
-
-    def to_pipeline(self, latents: Tensor) -> Tensor:
-        return to_patches(latents)
-
-    def from_pipeline(self, latents: Tensor, height: int, width: int) -> Tensor:
-        return from_patches(latents, height, width)
 
 
 def with_padding(rows: Sequence[Tensor], length: int) -> Tensor:

@@ -189,8 +189,18 @@ class SD3Conditioning(XLConditioning):
         return tokens + (self.length if has_t5 else tokens) + 1, int(network["joint_attention_dim"])
 
 
+class InPatches:
+    """Of pipelines that sample latents in patches of 2 x 2: FLUX and Qwen-Image."""
+
+    def to_pipeline(self, latents: Tensor) -> Tensor:
+        return to_patches(latents)
+
+    def from_pipeline(self, latents: Tensor, height: int, width: int) -> Tensor:
+        return from_patches(latents, height, width)
+
+
 @dataclass(frozen=True)
-class FluxConditioning(XLConditioning):
+class FluxConditioning(InPatches, XLConditioning):
     """FLUX.1: the tokens of T5, the pooled embedding of CLIP, latents in patches of 2 x 2, and their positions."""
 
     embeds_guidance: bool = False  # dev, which is distilled from guided predictions; schnell is not
@@ -228,12 +238,6 @@ class FluxConditioning(XLConditioning):
 
     def options(self, pipeline: Any) -> dict[str, Any]:
         return {"max_sequence_length": self.length}
-
-    def to_pipeline(self, latents: Tensor) -> Tensor:
-        return to_patches(latents)
-
-    def from_pipeline(self, latents: Tensor, height: int, width: int) -> Tensor:
-        return from_patches(latents, height, width)
 
 
 def pack(tokens: Tensor, pooled: Tensor) -> Tensor:
