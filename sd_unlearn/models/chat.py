@@ -85,13 +85,13 @@ class ZImageConditioning(ChatConditioning):
 
 @dataclass(frozen=True)
 class Flux2Conditioning(InPatches, ChatConditioning):
-    """FLUX.2 dev: three hidden states of Mistral side by side, with padding, and a guidance scale as an input.
+    """What FLUX.2 dev and klein have in common: three hidden states of the language model side by side, with padding.
 
     Latents are in patches of 2 x 2 as for FLUX.1, positions are (0, row, column, place in the caption).
     """
 
     steps: int = 50  # that images are generated in; the pipeline spaces them by their number
-    embeds_guidance = True
+    embeds_guidance = False
 
     def predict(self, model: nn.Module, noisy: Tensor, timesteps: Tensor, text: Tensor) -> Tensor:
         height, width = noisy.shape[2:]
@@ -110,26 +110,9 @@ class Flux2Conditioning(InPatches, ChatConditioning):
         text: Tensor = pipeline.encode_prompt(list(captions), device, max_sequence_length=self.length)[0]
         return text
 
-    def token_counts(self, tokenizer: Any, captions: Sequence[str]) -> list[int]:
-        return [len(self._read(tokenizer, caption)["input_ids"][0]) for caption in captions]
-
-    def tokenized(self, tokenizer: Any, caption: str) -> tuple[list[int], list[int]]:
-        cut = {"padding": "max_length", "truncation": True, "max_length": self.length}
-        found = self._read(tokenizer, caption, **cut)
-        ids, mask = (list(map(int, found[key][0])) for key in ("input_ids", "attention_mask"))
-        return ids, mask
-
-    def _read(self, processor: Any, caption: str, **options: Any) -> Any:
-        from diffusers.pipelines.flux2.pipeline_flux2 import format_input
-
-        return processor.apply_chat_template(format_input([caption]), tokenize=True, return_dict=True, **options)
-
     def learned_positions(self, tokenizer: Any, caption: str, length: int) -> list[int]:
         """All but the first, as for CLIP: the transformer attends to the padding, too."""
         return list(range(1, self.length))
-
-    def arguments(self, text: Tensor, empty: Tensor) -> dict[str, Any]:
-        return {"prompt_embeds": text}
 
     def shift_of(self, scheduler: Mapping[str, Any], image_tokens: int) -> float:
         from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
@@ -144,19 +127,32 @@ class Flux2Conditioning(InPatches, ChatConditioning):
 
 
 @dataclass(frozen=True)
-class Flux2KleinConditioning(Flux2Conditioning):
-    """FLUX.2 klein: Qwen3 instead of Mistral, and classifier-free guidance, if it is not distilled."""
+class Flux2DevConditioning(Flux2Conditioning):
+    """FLUX.2 dev: Mistral, and a guidance scale as an input."""
 
-    embeds_guidance = False
+    embeds_guidance = True
 
     def token_counts(self, tokenizer: Any, captions: Sequence[str]) -> list[int]:
-        return ChatConditioning.token_counts(self, tokenizer, captions)
+        return [len(self._read(tokenizer, caption)["input_ids"][0]) for caption in captions]
 
     def tokenized(self, tokenizer: Any, caption: str) -> tuple[list[int], list[int]]:
-        return ChatConditioning.tokenized(self, tokenizer, caption)
+        cut = {"padding": "max_length", "truncation": True, "max_length": self.length}
+        found = self._read(tokenizer, caption, **cut)
+        ids, mask = (list(map(int, found[key][0])) for key in ("input_ids", "attention_mask"))
+        return ids, mask
+
+    def _read(self, processor: Any, caption: str, **options: Any) -> Any:
+        from diffusers.pipelines.flux2.pipeline_flux2 import format_input
+
+        return processor.apply_chat_template(format_input([caption]), tokenize=True, return_dict=True, **options)
 
     def arguments(self, text: Tensor, empty: Tensor) -> dict[str, Any]:
-        return {"prompt_embeds": text, "negative_prompt_embeds": empty}
+        return {"prompt_embeds": text}
+
+
+@dataclass(frozen=True)
+class Flux2KleinConditioning(Flux2Conditioning):
+    """FLUX.2 klein: Qwen3, and classifier-free guidance, if it is not distilled."""
 
     def finished(self, pipeline: Any, latents: Tensor, height: int, width: int) -> Tensor:
         """The pipeline returns them as the VAE takes them."""

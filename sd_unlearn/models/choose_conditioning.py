@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sd_unlearn.models.chat import (
-    Flux2Conditioning,
+    Flux2DevConditioning,
     Flux2KleinConditioning,
     QwenImageConditioning,
     ZImageConditioning,
@@ -24,7 +24,7 @@ def conditioning_of(network: Mapping[str, Any], pixels_per_latent: int, pipeline
         return QwenImageConditioning(*([pipeline.prompt_template_encode] if pipeline else []))
     if kind in ("flux2", "flux2-klein"):
         is_distilled = pipeline and pipeline.config.get("is_distilled")
-        return (Flux2Conditioning if kind == "flux2" else Flux2KleinConditioning)(4 if is_distilled else 50)
+        return (Flux2DevConditioning if kind == "flux2" else Flux2KleinConditioning)(4 if is_distilled else 50)
     if pooled is None:
         return TextConditioning()
     if kind == "flux":
