@@ -37,6 +37,15 @@ from transformers import (
 )
 
 CHAT_WIDTH = 16  # of the language models
+SIZES: dict[str, Any] = {
+    "vocab_size": 300,
+    "hidden_size": CHAT_WIDTH,
+    "intermediate_size": 32,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "max_position_embeddings": 1024,
+}
 MARKS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 # Qwen's template for the messages that pipelines make: roles, and an empty thought where thinking is switched off.
 TEMPLATE = (
@@ -56,16 +65,7 @@ def make_chat_tokenizer() -> Qwen2Tokenizer:
 
 
 def qwen3_config(layers: int) -> Qwen3Config:
-    return Qwen3Config(
-        vocab_size=300,
-        hidden_size=CHAT_WIDTH,
-        intermediate_size=32,
-        num_hidden_layers=layers,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-        max_position_embeddings=1024,
-    )
+    return Qwen3Config(num_hidden_layers=layers, **SIZES)
 
 
 def make_z_image(name: str, vae: AutoencoderKL) -> ZImagePipeline:
@@ -122,16 +122,7 @@ def make_mistral_processor() -> PixtralProcessor:
 
 
 def make_mistral(layers: int) -> Mistral3ForConditionalGeneration:
-    text = MistralConfig(
-        vocab_size=300,
-        hidden_size=CHAT_WIDTH,
-        intermediate_size=32,
-        num_hidden_layers=layers,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-        max_position_embeddings=1024,
-    )
+    text = MistralConfig(num_hidden_layers=layers, **SIZES)
     vision = PixtralVisionConfig(
         hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14
     )
