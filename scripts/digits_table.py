@@ -1,10 +1,11 @@
-"""Unlearn each of the fifteen concepts of the bundled base with the defaults and print the table of docs/digits.md.
+"""Unlearn each of the fifteen concepts of the bundled bases with the defaults and print the table of docs/digits.md.
 
-    python scripts/digits_table.py                        # one to two hours on two cores
+    python scripts/digits_table.py                        # two to three hours on two cores
+    python scripts/digits_table.py --base digits-sd3      # of the Stable Diffusion 3 with the same data
     python scripts/digits_table.py --only seven red-ink   # some of the concepts
 
-Each run goes to runs/table/<concept>. Finished runs are not repeated, so an interrupted table can be continued with the
-same command. Options after -- go to `sd-unlearn train`, e.g. `-- --beta 0.2`, best with another --output_dir.
+Each run goes to runs/table-<base>/<concept>. Finished runs are not repeated, so an interrupted table can be continued
+with the same command. Options after -- go to `sd-unlearn train`, e.g. `-- --beta 0.2`, best with another --output_dir.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from pathlib import Path
 
 from sd_unlearn.io.run_folder import RESULTS, TRAINING
 from sd_unlearn.metrics.digits import DIGITS, INKS
+from sd_unlearn.models.source import DIGITS as DIGITS_BASE
+from sd_unlearn.models.source import DIGITS_SD3
 from sd_unlearn.results import BASE, read_results
 
 CONCEPTS = (*DIGITS, *(f"{ink}-ink" for ink in INKS))
@@ -33,14 +36,16 @@ COLUMNS = (
 SECONDS = 90  # target for one training alone on two cores
 
 
-def train_and_evaluate(slug: str, run: Path, train_options: list[str]) -> None:
+def train_and_evaluate(base: str, slug: str, run: Path, train_options: list[str], evaluate_options: list[str]) -> None:
     """Train and evaluate one concept in separate processes, so that each run's time and memory are its own."""
     command = [sys.executable, "-m", "sd_unlearn.cli"]
     if not (run / TRAINING).is_file():
-        train = ["train", "--concept", slug.replace("-", " "), "--output_dir", str(run), *train_options]
-        subprocess.run([*command, *train], check=True)
+        train = ["train", "--concept", slug.replace("-", " "), "--pretrained_model_name_or_path", base]
+        train += ["--data_dir", f"data/{base}/{slug}", "--output_dir", str(run)]
+        subprocess.run([*command, *train, *train_options], check=True)
     if not (run / RESULTS).is_file():
-        subprocess.run([*command, "evaluate", "--run", str(run)], check=True, stdout=subprocess.DEVNULL)
+        evaluate = ["evaluate", "--run", str(run), *evaluate_options]
+        subprocess.run([*command, *evaluate], check=True, stdout=subprocess.DEVNULL)
 
 
 def table_row(slug: str, run: Path) -> tuple[str, bool, float]:
@@ -83,14 +88,19 @@ def summary(met: list[bool], seconds: list[float]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=CONCEPTS, default=list(CONCEPTS), metavar="CONCEPT")
-    parser.add_argument("--output_dir", type=Path, default=Path("runs/table"))
+    parser.add_argument("--base", choices=(DIGITS_BASE, DIGITS_SD3), default=DIGITS_BASE)
+    parser.add_argument("--output_dir", type=Path, help="default: runs/table-<base>")
+    parser.add_argument("--num_images", default="200", help="images of each leakage group")
+    parser.add_argument("--num_keep_images", default="100", help="images of each keep prompt")
     arguments = sys.argv[1:]
     cut = arguments.index("--") if "--" in arguments else len(arguments)
     args = parser.parse_args(arguments[:cut])
+    place = args.output_dir or Path(f"runs/table-{args.base}")
+    numbers = ["--num_images", args.num_images, "--num_keep_images", args.num_keep_images]
     lines, met, seconds = [], [], []
     for slug in args.only:
-        train_and_evaluate(slug, args.output_dir / slug, arguments[cut + 1 :])
-        line, row_met, row_seconds = table_row(slug, args.output_dir / slug)
+        train_and_evaluate(args.base, slug, place / slug, arguments[cut + 1 :], numbers)
+        line, row_met, row_seconds = table_row(slug, place / slug)
         print(line, flush=True)
         lines.append(line)
         met.append(row_met)

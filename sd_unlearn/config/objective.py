@@ -177,11 +177,10 @@ class Weights:
     lora_targets: Annotated[
         LoraTargets | None,
         option(
-            "UNet layers with a LoRA: attention projections, cross-attention projections, attention and feed-forward "
-            "layers, all linear and convolutional layers, or all of these outside cross-attention. With fewer layers, "
-            "prompts and fine-tuning bring the concept back more easily. Default: all_linear+conv; attention+mlp "
-            "for transformers (SD 3, FLUX, Z-Image), cross_attention with --objective esd-x and not_cross_attention "
-            "with esd-u.",
+            "Layers of the UNet or transformer with a LoRA: attention projections, cross-attention projections, "
+            "attention and feed-forward layers, all linear and convolutional layers, or all of these outside "
+            "cross-attention. With fewer layers, prompts and fine-tuning bring the concept back more easily. Default: "
+            "all_linear+conv; cross_attention with --objective esd-x and not_cross_attention with esd-u.",
             WEIGHTS,
         ),
     ] = None

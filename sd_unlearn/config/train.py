@@ -37,9 +37,9 @@ class TrainConfig(Performance, LoopOptions, Noise, Weights, Objective, RenderCon
 TARGETS_OF: dict[ObjectiveName, LoraTargets] = {"esd-x": "cross_attention", "esd-u": "not_cross_attention"}
 
 
-def default_lora_targets(objective: ObjectiveName, is_flow: bool) -> LoraTargets:
-    """The layers that get a LoRA if --lora_targets is not given. is_flow: the base has a transformer, not a UNet."""
-    return TARGETS_OF.get(objective, "attention+mlp" if is_flow else "all_linear+conv")
+def default_lora_targets(objective: ObjectiveName) -> LoraTargets:
+    """The layers that get a LoRA if --lora_targets is not given."""
+    return TARGETS_OF.get(objective, "all_linear+conv")
 
 
 def resolve_teacher_reuse(config: TrainConfig, concepts: int) -> int:

@@ -44,6 +44,9 @@ JOINT_TARGETS: dict[LoraTargets, str] = {
     "attention+mlp": rf".*\.{_JOINT}|{_FUSED}|(.*\.)?({_MLP})",
 }
 WITHOUT_JOINT_ATTENTION: tuple[LoraTargets, ...] = ("cross_attention", "not_cross_attention")
+# ComfyUI has no Diffusers names for these layers of FLUX.2, which see neither image nor caption, and applies a change
+# of the modulation of SD 3's last context to the wrong half. So they get no LoRA.
+_UNNAMED = r"(double_stream_modulation_(img|txt)|single_stream_modulation|time_guidance_embed)\..*"
 TEXT_TARGETS = r".*\.(q_proj|k_proj|v_proj|out_proj)"
 
 
@@ -86,7 +89,7 @@ def network_targets(network: nn.Module, group: LoraTargets | None) -> list[str]:
         UsageError: the network has no such layers.
     """
     is_joint = KINDS[kind_of(network.config)].is_flow  # type: ignore[arg-type]
-    group = group or default_lora_targets("pu", is_joint)
+    group = group or default_lora_targets("pu")
     if is_joint and group in WITHOUT_JOINT_ATTENTION:
         raise UsageError(
             f"--lora_targets {group} needs a base with cross-attention; transformers (SD 3, FLUX, Z-Image) have joint "
@@ -94,8 +97,17 @@ def network_targets(network: nn.Module, group: LoraTargets | None) -> list[str]:
         )
     if group in ("all_linear+conv", "not_cross_attention"):
         layers = [name for name, module in network.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
-        return layers if group == "all_linear+conv" else [name for name in layers if ".attn2." not in name]
+        left_out = _left_out(network) if group == "all_linear+conv" else r".*\.attn2\..*"
+        return [name for name in layers if not re.fullmatch(left_out, name)]
     return _matching(network, (JOINT_TARGETS if is_joint else TARGETS)[group])
+
+
+def _left_out(network: nn.Module) -> str:
+    """A regular expression of the linear layers that get no LoRA with all_linear+conv."""
+    if kind_of(network.config) != "sd3":  # type: ignore[arg-type]
+        return _UNNAMED
+    last = len(network.transformer_blocks) - 1  # type: ignore[arg-type]
+    return rf"transformer_blocks\.{last}\.norm1_context\.linear"
 
 
 def text_encoder_targets(text_encoder: nn.Module) -> list[str]:

@@ -26,7 +26,6 @@ from sd_unlearn.models import performance
 from sd_unlearn.models.base import Base
 from sd_unlearn.models.denoiser import Denoiser
 from sd_unlearn.models.diffusion import Process
-from sd_unlearn.models.kinds import KINDS
 from sd_unlearn.models.sampling import resolve_sampler
 from sd_unlearn.models.source import DIGITS
 from sd_unlearn.models.student import Student, make_student
@@ -62,7 +61,7 @@ def resolve_defaults(config: TrainConfig, base: Base, data: Data, processes: int
         effective_batch_size=effective_batch_size(config, processes),
         gradient_accumulation_steps=None if config.train_batch_size else config.gradient_accumulation_steps,
         guidance_scale=resolve_sampler(config, base.name).guidance_scale,
-        lora_targets=config.lora_targets or default_lora_targets(config.objective, KINDS[base.kind].is_flow),
+        lora_targets=config.lora_targets or default_lora_targets(config.objective),
         teacher_reuse=resolve_teacher_reuse(config, len(data.turns)),
         lora_alpha=float(config.rank if config.lora_alpha is None else config.lora_alpha),
         unconditional=default if config.unconditional is None else config.unconditional,

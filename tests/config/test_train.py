@@ -10,12 +10,10 @@ from sd_unlearn.config.objective import REUSE
 from sd_unlearn.config.train import TrainConfig, default_lora_targets, resolve_teacher_reuse
 
 
-def test_layers_by_default_are_all_of_a_unet_those_of_the_method_and_the_blocks_of_a_transformer() -> None:
-    assert default_lora_targets("pu", is_flow=False) == default_lora_targets("anchor", False) == "all_linear+conv"
-    assert default_lora_targets("pu", is_flow=True) == "attention+mlp"
-    for is_flow in (False, True):
-        assert default_lora_targets("esd-x", is_flow) == "cross_attention"
-        assert default_lora_targets("esd-u", is_flow) == "not_cross_attention"
+def test_layers_by_default_are_all_or_those_of_the_method() -> None:
+    assert default_lora_targets("pu") == default_lora_targets("anchor") == "all_linear+conv"
+    assert default_lora_targets("esd-x") == "cross_attention"
+    assert default_lora_targets("esd-u") == "not_cross_attention"
 
 
 @pytest.mark.parametrize(
