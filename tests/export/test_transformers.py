@@ -62,7 +62,7 @@ def open_pipeline(folder: Path) -> Any:
 
 
 def trained_run(base: Path, run: Path, kind: str, **settings: Any) -> dict[str, Tensor]:
-    """A run with a LoRA on every linear layer, up weights not zero; returns the trained weights of the transformer."""
+    """A run with a LoRA on the default layers, up weights not zero; returns the trained weights of the transformer."""
     transformer = getattr(diffusers, KINDS[kind].network_class).from_pretrained(base, subfolder="transformer")
     record = training_record(
         settings["r"],
@@ -73,9 +73,10 @@ def trained_run(base: Path, run: Path, kind: str, **settings: Any) -> dict[str, 
         prediction_type="flow",
     )
     write_run(run, record)
-    everything = [n for n, m in transformer.named_modules() if isinstance(m, nn.Linear)]
     torch.manual_seed(1)
-    config = LoraConfig(target_modules=everything, init_lora_weights="gaussian", **settings)
+    config = LoraConfig(
+        target_modules=lora.network_targets(transformer, None), init_lora_weights="gaussian", **settings
+    )
     model = PeftModel(transformer, config, adapter_name=lora.ADAPTER_NAME)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -88,7 +89,7 @@ def trained_run(base: Path, run: Path, kind: str, **settings: Any) -> dict[str, 
 
 
 def comfy_names(kind: str, transformer: Any) -> dict[str, tuple[str, int]]:
-    """What ComfyUI looks for in the blocks: a name in the LoRA -> the original weight and its first row.
+    """What ComfyUI looks for: a name in the LoRA -> the original weight and its first row.
 
     Written from the rules of its tables (mmdit_to_diffusers, flux_to_diffusers, z_image_to_diffusers), independently of
     transformer_keys.
@@ -111,6 +112,13 @@ def comfy_names(kind: str, transformer: Any) -> dict[str, tuple[str, int]]:
         "ff_context.net.0.proj": "context_block.mlp.fc1",
         "ff_context.net.2": "context_block.mlp.fc2",
     }
+    embedder = "time_text_embed"
+    outside = {
+        "pos_embed.proj": "x_embedder.proj",
+        "context_embedder": "context_embedder",
+        **{f"{embedder}.timestep_embedder.linear_{n}": f"t_embedder.mlp.{2 * n - 2}" for n in (1, 2)},
+        **{f"{embedder}.text_embedder.linear_{n}": f"y_embedder.mlp.{2 * n - 2}" for n in (1, 2)},
+    }
     if kind.startswith("flux"):
         first, x, context = ("double_blocks", "img_", "txt_")
         rest = {
@@ -127,6 +135,12 @@ def comfy_names(kind: str, transformer: Any) -> dict[str, tuple[str, int]]:
             "ff_context.linear_in": "txt_mlp.0",
             "ff_context.linear_out": "txt_mlp.2",
         }
+        outside = {"x_embedder": "img_in", "context_embedder": "txt_in"}
+        for ours, theirs in (("timestep", "time_in"), ("text", "vector_in"), ("guidance", "guidance_in")):
+            outside[f"{embedder}.{ours}_embedder.linear_1"] = f"{theirs}.in_layer"
+            outside[f"{embedder}.{ours}_embedder.linear_2"] = f"{theirs}.out_layer"
+    outside |= {"proj_out": "final_layer.linear", "norm_out.linear": EXCHANGED}
+    found |= {f"transformer.{name}": (other, 0) for name, other in outside.items()}
     for number in range(len(transformer.transformer_blocks)):
         ours, theirs = f"transformer.transformer_blocks.{number}.", f"{first}.{number}."
         for place, part in enumerate("qkv"):
@@ -144,10 +158,14 @@ def comfy_names(kind: str, transformer: Any) -> dict[str, tuple[str, int]]:
 
 
 def z_image_names(transformer: Any) -> dict[str, tuple[str, int]]:
-    """Of Z-Image: the blocks have the same names but for the attention."""
+    """Of Z-Image: the names are the same but for the attention, the first layer and the last."""
     lists = ("layers", "noise_refiner", "context_refiner")
     blocks = [f"{name}.{n}." for name in lists for n in range(len(getattr(transformer, name)))]
-    found: dict[str, tuple[str, int]] = {}
+    found: dict[str, tuple[str, int]] = {"transformer.all_x_embedder.2-1": ("x_embedder", 0)}
+    for name in ("linear", "adaLN_modulation.1"):
+        found[f"transformer.all_final_layer.2-1.{name}"] = f"final_layer.{name}", 0
+    for name in ("t_embedder.mlp.0", "t_embedder.mlp.2", "cap_embedder.1"):
+        found[f"transformer.{name}"] = name, 0
     for block in blocks:
         for place, part in enumerate("qkv"):
             found[f"transformer.{block}attention.to_{part}"] = f"{block}attention.qkv", place * transformer.dim
@@ -157,34 +175,22 @@ def z_image_names(transformer: Any) -> dict[str, tuple[str, int]]:
     return found
 
 
-BLOCKS = ("transformer_blocks.", "joint_blocks.", "double_blocks.", "single_blocks.", "layers.", "_refiner.")
+EXCHANGED = "final_layer.adaLN_modulation.1"  # ComfyUI exchanges the halves of a change of norm_out.linear
 
 
 def comfy_reads(kind: str, transformer: Any, file: Path, strength: float) -> dict[str, Tensor]:
-    """An independent reader: the blocks' weights in the original layout, W[rows] + strength * B @ A.
-
-    The rest of the transformer has the same names in Diffusers or none in ComfyUI's tables, and is left out.
-    """
+    """An independent reader: the weights in the original layout, W[rows] + strength * B @ A."""
     weights = {name: value.clone() for name, value in original_weights(kind, transformer.state_dict()).items()}
     tensors, names = load_file(file), comfy_names(kind, transformer)
     assert not [key for key in tensors if not key.endswith((".lora_A.weight", ".lora_B.weight"))], "no alpha"
     for key in {key.split(".lora_")[0] for key in tensors}:
-        if not any(part in key for part in BLOCKS):
-            continue
         name, row = names[key]
-        change = strength * tensors[f"{key}.lora_B.weight"] @ tensors[f"{key}.lora_A.weight"]
+        up, down = (tensors[f"{key}.lora_{letter}.weight"] for letter in "BA")
+        change = (strength * up.flatten(1) @ down.flatten(1)).unflatten(1, down.shape[1:])
+        if key == "transformer.norm_out.linear" and name == EXCHANGED:
+            change = torch.cat(change.chunk(2)[::-1])
         weights[f"{name}.weight"][row : row + len(change)] += change
     return weights
-
-
-def in_blocks(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of the blocks, except the modulation of SD 3's last context: ComfyUI does not exchange its halves."""
-    last = max((name for name in weights if ".context_block.adaLN" in name), default="")
-    return {
-        n: w
-        for n, w in weights.items()
-        if any(part in n for part in BLOCKS) and n not in (last, last.replace("weight", "bias"))
-    }
 
 
 def mixed(base: dict[str, Tensor], trained: dict[str, Tensor], strength: float) -> dict[str, Tensor]:
@@ -232,20 +238,21 @@ def test_all_readers_have_the_trained_weights(flow_kinds: FlowKinds, tmp_path: P
         assert max((want[key] - value).abs().max() for key, value in untouched.items()) > 100 * TOLERANCE
         for file in (for_diffusers, for_comfy):
             assert_same(with_lora(base, file, strength), want)
-            read = in_blocks(comfy_reads(kind, transformer, file, strength))
-            assert_same(read, in_blocks(original_weights(kind, want)))
+            assert_same(comfy_reads(kind, transformer, file, strength), original_weights(kind, want))
     for strength in (0.5, 1.0) if case == "alpha is not rank" else ():
         for what, weights in merged(run, kind, base, tmp_path, strength):
             assert_same(weights, mixed(untouched, trained, strength)), what
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_default_targets_have_names_in_comfyui(flow_kinds: FlowKinds, name: str) -> None:
+def test_all_layers_but_those_that_comfyui_cannot_change_get_a_lora(flow_kinds: FlowKinds, name: str) -> None:
     transformer = open_pipeline(flow_kinds.folder(name)).transformer
-    names = comfy_names(KIND_OF[name], transformer)
-    attention = [n for n, m in transformer.named_modules() if isinstance(m, nn.Linear) and ".att" in n]
-    assert attention
-    assert all(f"transformer.{module}" in names for module in attention)
+    names, targets = comfy_names(KIND_OF[name], transformer), lora.network_targets(transformer, None)
+    layers = {n for n, m in transformer.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
+    assert {f"transformer.{module}" for module in targets} <= set(names)
+    last = f"transformer_blocks.{len(getattr(transformer, 'transformer_blocks', [])) - 1}.norm1_context.linear"
+    shared = {n for n in layers if "_stream_modulation" in n or n.startswith("time_guidance_embed.")}
+    assert layers - set(targets) == {"sd35": {last}, "flux2-dev": shared, "flux2-klein-base": shared}.get(name, set())
 
 
 @pytest.mark.parametrize("name", NAMES)
