@@ -1,8 +1,8 @@
 """`sd-unlearn fuse`: LoRAs that were trained apart become one, written as a run folder like that of a training.
 
-Every linear layer of the UNet is fused in the same way (objectives/fusing.py), from the inputs that it sees: of
-cross-attention's keys and values these are the token embeddings of the captions, of all other layers what they get
-while images of the captions are generated.
+Every linear layer of the UNet or transformer is fused in the same way (objectives/fusing.py), from the inputs that it
+sees: of cross-attention's keys and values these are the token embeddings of the captions, of all other layers what they
+get while images of the captions are generated. Of convolutions only what their LoRAs see of the inputs is recorded.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from sd_unlearn.objectives.closed_form import Edit
 
 Layers = dict[str, "nn.Module"]  # by name
-Grams = dict[str, "Tensor"]  # layer -> E[x x'] of its inputs, [in, in]
+Grams = dict[str, "Tensor"]  # layer -> E[x x'] of its inputs, [in, in]; of a convolution E[z z'] of z = downs x
 KEPT_PROMPTS = 64  # at most, of which images are generated
 
 
@@ -142,35 +142,40 @@ def fuse_changes(
     config: FuseConfig, loras: Sequence[Lora], concept: Concept, base: Base, changes: Sequence[Mapping[str, Edit]]
 ) -> dict[str, Edit]:
     """Layer -> its fused change; changes: of each LoRA. A layer that only some LoRAs change is fused from these."""
-    from sd_unlearn.objectives.fusing import least_squares, summed
+    from torch import nn
+
+    from sd_unlearn.objectives.fusing import least_squares, least_squares_in_span, summed
 
     names = list(dict.fromkeys(name for of_lora in changes for name in of_lora))
+    sums = {name: summed([of_lora[name] for of_lora in changes if name in of_lora]) for name in names}
     if config.method == "sum":
-        return {name: summed([of_lora[name] for of_lora in changes if name in of_lora]) for name in names}
+        return sums
     layers = {name: base.network.get_submodule(name) for name in names}
+    downs = {name: sums[name].down for name, layer in layers.items() if isinstance(layer, nn.Conv2d)}
     own = []
     for lora in loras:
         captions = [caption for part in lora.concepts for caption in part.captions]
         with lora.applied_to(base, 1.0):
-            own.append(record_inputs(base, layers, captions, config.num_images))
+            own.append(record_inputs(base, layers, downs, captions, config.num_images))
     keep = [prompt.text for prompt in concept.keep_prompts]
     stride = max(1, len(keep) // KEPT_PROMPTS)
     nothing = {name: gram * 0 for name, gram in own[0].items()}
     images = max(config.num_images, min(len(keep), KEPT_PROMPTS))
-    kept = record_inputs(base, layers, keep[::stride], images) if keep else nothing
+    kept = record_inputs(base, layers, downs, keep[::stride], images) if keep else nothing
     fused = {}
     for name in names:
         having = [(of_lora[name], grams[name]) for of_lora, grams in zip(changes, own, strict=True) if name in of_lora]
         edits, grams_of_layer = zip(*having, strict=True)
-        fused[name] = least_squares(edits, grams_of_layer, kept[name], config.keep_weight)
+        solve = least_squares_in_span if name in downs else least_squares
+        fused[name] = solve(edits, grams_of_layer, kept[name], config.keep_weight)
     return fused
 
 
 def edits_of(lora: Lora, base: Base) -> dict[str, Edit]:
-    """Layer of the UNet -> the LoRA's change, in float64.
+    """Layer of the UNet or transformer -> the LoRA's change, in float64. Kernels of convolutions are flattened.
 
     Raises:
-        UnlearnError: the LoRA changes other layers than linear ones of the UNet, or is not a plain LoRA.
+        UnlearnError: the LoRA changes a text encoder, or is not a plain LoRA.
     """
     from torch import nn
 
@@ -185,25 +190,31 @@ def edits_of(lora: Lora, base: Base) -> dict[str, Edit]:
     for file in files:
         for target in find_modules(base.pipeline, file.changes, f"fuse {lora.path}", base.name):
             parts, name = target.change.parts, names.get(id(target.module))
-            if name is None or not isinstance(target.module, nn.Linear) or set(parts) - {"up", "down", "alpha"}:
+            is_plain = isinstance(target.module, nn.Linear | nn.Conv2d) and not set(parts) - {"up", "down", "alpha"}
+            if name is None or not is_plain:
                 raise UnlearnError(
-                    f"fuse: {lora.path} changes {target.name}. Only LoRAs of linear layers of the UNet can be fused: "
-                    "not DoRA, convolutions or text encoders."
+                    f"fuse: {lora.path} changes {target.name}. Only LoRAs of the UNet or transformer can be fused: not "
+                    "DoRA or text encoders."
                 )
             scale = 1.0 if target.change.scale is None else target.change.scale
-            up, down = (parts[part].double().to(base.device) for part in ("up", "down"))
+            up, down = (parts[part].double().to(base.device).flatten(1) for part in ("up", "down"))
             edits[name] = Edit(scale * up, down)
     return edits
 
 
-def record_inputs(base: Base, layers: Layers, prompts: Sequence[str], images: int) -> Grams:
-    """E[x x'] of the inputs x of each layer, one row a token, while images of the prompts are generated."""
+def record_inputs(
+    base: Base, layers: Layers, downs: Mapping[str, Tensor], prompts: Sequence[str], images: int
+) -> Grams:
+    """E[x x'] of the inputs x of each layer, one row a token, while images of the prompts are generated.
+
+    downs: of each convolution [R, in * kernel]; of these layers E[z z'] of z = downs x, one row a position.
+    """
     from sd_unlearn.models.sampling import default_sampler, generate_images
 
     sampler = default_sampler(base.name)
     asked = list(islice(cycle(prompts), images))
     seeds = [image_seed(TRAIN_SEEDS, 0, prompt, number) for number, prompt in enumerate(asked)]
-    with _recording(layers) as (grams, rows):
+    with _recording(layers, downs) as (grams, rows):
         for start in range(0, len(asked), sampler.batch_size):
             part = slice(start, start + sampler.batch_size)
             generate_images(base, asked[part], seeds[part], sampler)
@@ -211,14 +222,18 @@ def record_inputs(base: Base, layers: Layers, prompts: Sequence[str], images: in
 
 
 @contextmanager
-def _recording(layers: Layers) -> Iterator[tuple[Grams, dict[str, int]]]:
-    """Sums of x x' over the inputs that the layers get in the block, in float64, and their number."""
+def _recording(layers: Layers, downs: Mapping[str, Tensor]) -> Iterator[tuple[Grams, dict[str, int]]]:
+    """Sums of x x', or z z', over the inputs that the layers get in the block, in float64, and their number."""
     grams: Grams = {}
     rows: dict[str, int] = {}
 
     def hook(name: str) -> Any:
-        def record(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-            x = inputs[0].detach().flatten(0, -2).float()
+        def record(module: Any, inputs: tuple[Any, ...]) -> None:
+            x = inputs[0].detach()
+            if name in downs:
+                weight = downs[name].to(x).unflatten(1, module.weight.shape[1:])
+                x = module._conv_forward(x, weight, None).movedim(1, -1)
+            x = x.flatten(0, -2).float()
             gram = (x.T @ x).double()
             grams[name] = grams[name] + gram if name in grams else gram
             rows[name] = rows.get(name, 0) + len(x)

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 from export_runs import exported, read_header
 
 from sd_unlearn import fusion
-from sd_unlearn.config.fuse import FuseConfig
+from sd_unlearn.config.fuse import FuseConfig, FuseMethod
+from sd_unlearn.config.objective import Weights
 from sd_unlearn.config.train import TrainConfig
 from sd_unlearn.errors import UsageError
 from sd_unlearn.evaluation.loras import open_lora
 from sd_unlearn.io.reading import read_json
+from sd_unlearn.io.run_folder import ADAPTER_DIR
+from sd_unlearn.models import lora
 from sd_unlearn.models.base import load_base
 from sd_unlearn.models.source import Source
 from sd_unlearn.training import trainer
@@ -81,6 +86,35 @@ def test_a_lower_rank_says_what_it_costs(runs: list[Path], tmp_path: Path) -> No
     loras = [str(run) for run in runs]
     run = fusion.run(FuseConfig(lora=loras, output_dir=tmp_path / "low", method="sum", rank=1))
     assert read_json(run / "training.json")["truncation_error"] > 0.01
+
+
+def randomize(run: Path, base_folder: Path, seed: int) -> None:
+    """Give a run a LoRA on all layers instead, with random weights."""
+    network = load_base(Source(str(base_folder))).network
+    model = lora.attach(network, Weights(rank=2), lora.network_targets(network, None), seed)
+    torch.manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.01)
+    lora.save(model, run / ADAPTER_DIR)
+
+
+@pytest.mark.parametrize("method", get_args(FuseMethod))
+def test_convolutions_are_fused_too(runs: list[Path], tmp_path: Path, tiny_base: Path, method: FuseMethod) -> None:
+    loras = [Path(shutil.copytree(run, tmp_path / run.name)) for run in runs]
+    for seed, run in enumerate(loras):
+        randomize(run, tiny_base, seed)
+    output = fusion.run(
+        FuseConfig(lora=list(map(str, loras)), output_dir=tmp_path / "fused", method=method, num_images=1)
+    )
+    whole, first, second = (changes(run, tiny_base) for run in (output, *loras))
+    assert "conv_in" in whole
+    for name, change in whole.items():
+        assert torch.linalg.matrix_rank(change) <= 4
+        assert torch.allclose(change, first[name] + second[name], atol=1e-5) == (method == "sum"), name
+    for name in ("conv_in", "mid_block.resnets.0.conv1"):  # between nothing and the sum
+        assert 0 < (whole[name] * first[name]).sum() <= 1.01 * (first[name] * (first[name] + second[name])).sum()
+    assert len(exported(output, output_dir=tmp_path / "export")) == 2
 
 
 def test_what_is_refused(runs: list[Path], fused: Path) -> None:

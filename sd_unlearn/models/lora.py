@@ -69,14 +69,16 @@ def attach(network: nn.Module, options: Weights, target_modules: list[str], seed
 def attach_factors(network: nn.Module, factors: dict[str, tuple[Tensor, Tensor]]) -> PeftModel:
     """Wrap a network with a LoRA that adds up @ down to each weight.
 
-    factors: module -> (down [rank, in], up [out, rank]), of the same rank everywhere.
+    factors: module -> (down [rank, in], up [out, rank]), of the same rank everywhere; of a convolution `in` are the
+    elements of a patch.
     """
     rank = len(next(iter(factors.values()))[0])
     model = attach(network, Weights(rank=rank), list(factors), seed=0)
     for name, (down, up) in factors.items():
         layer = network.get_submodule(name)
-        layer.lora_A[ADAPTER_NAME].weight.copy_(down)  # type: ignore[index,union-attr]
-        layer.lora_B[ADAPTER_NAME].weight.copy_(up)  # type: ignore[index,union-attr]
+        for weights, factor in ((layer.lora_A, down), (layer.lora_B, up)):
+            weight = weights[ADAPTER_NAME].weight  # type: ignore[index,union-attr]
+            weight.copy_(factor.reshape(weight.shape))
     return model
 
 

@@ -27,8 +27,29 @@ def least_squares(edits: Sequence[Edit], own: Sequence[Tensor], kept: Tensor, ke
 
     own: G_k = E_k[x x'], [in, in] each; kept: G_kept. Computed in float64. The rank is the sum of the ranks.
     """
-    total = torch.stack([gram.double() for gram in own]).sum(0) + keep_weight * len(own) * kept.double()
+    total = _total(own, kept, keep_weight)
     ridge = RIDGE * total.diagonal().mean() * torch.eye(len(total), dtype=total.dtype, device=total.device)
     sides = [edit.down.double() @ (gram.double() + ridge) for edit, gram in zip(edits, own, strict=True)]
     down = torch.linalg.solve(total + ridge, torch.cat(sides).T).T
     return Edit(torch.cat([edit.up.double() for edit in edits], dim=1), down)
+
+
+def least_squares_in_span(edits: Sequence[Edit], own: Sequence[Tensor], kept: Tensor, keep_weight: float = 1.0) -> Edit:
+    """The same change, restricted to D = U C V with U all ups side by side and V all downs below one another, [R, in].
+
+    Needs the inputs only as the downs see them, z = V x: own: E_k[z z'], [R, R] each; kept: E_kept[z z']. That makes it
+    fit for convolutions, of whose patches x a whole E[x x'] would be too large. With P_k the projection onto the rows
+    of V that change k has, and r relative to the mean variance of z over that of the downs, C = sum_k P_k (E_k[z z'] +
+    r V V') (sum_k E_k[z z'] + w K E_kept[z z'] + r V V')^-1. Computed in float64.
+    """
+    whole = summed(edits)
+    downs = whole.down.double()
+    total, weights = _total(own, kept, keep_weight), downs @ downs.T
+    ridge = RIDGE * total.diagonal().mean() / weights.diagonal().mean() * weights
+    rows = torch.arange(len(downs), device=downs.device).split([len(edit.down) for edit in edits])
+    sides = torch.cat([(gram.double() + ridge)[part] for gram, part in zip(own, rows, strict=True)])
+    return Edit(whole.up.double(), sides @ torch.linalg.pinv(total + ridge, hermitian=True) @ downs)
+
+
+def _total(own: Sequence[Tensor], kept: Tensor, keep_weight: float) -> Tensor:
+    return torch.stack([gram.double() for gram in own]).sum(0) + keep_weight * len(own) * kept.double()

@@ -142,7 +142,7 @@ def test_evaluate(flow_kinds: FlowKinds, name: str) -> None:
     assert base != unlearned  # the LoRA does something
 
 
-@pytest.mark.parametrize("option", ["--drop_t5", "--quantize_base int8", "--target noise --snr_gamma 5"])
+@pytest.mark.parametrize("option", ["--drop_t5", "--quantize_base int8", "--target noise --snr_gamma 5", "--robust"])
 def test_train_with(flow_kinds: FlowKinds, option: str) -> None:
     """--drop_t5 changes the images, so they are rendered with it, too."""
     place, flag = rendered(flow_kinds, "sd35"), option.split()
@@ -152,6 +152,24 @@ def test_train_with(flow_kinds: FlowKinds, option: str) -> None:
         steps = [*training(validation_steps=0), "--output_dir", output]
         assert main(["train", *base_flags(flow_kinds, "sd35"), *steps, *flag, *data]) == 0
     assert bool(read_json(place / output / "training.json")["base"].get("drop_t5")) == (option == "--drop_t5")
+
+
+@pytest.mark.parametrize("name", ["sd35", "flux-dev"])
+def test_two_concepts_at_once_and_fused(flow_kinds: FlowKinds, name: str) -> None:
+    place = trained(flow_kinds, name)
+    options = [word for word in base_flags(flow_kinds, name) if word not in ("--concept", "seven")]
+    options += training(validation_steps=0)
+    with contextlib.chdir(place):
+        assert main(["train", "three", *options]) == 0
+        assert main(["train", "seven", "three", *options]) == 0
+        assert main(["fuse", "runs/seven", "runs/three", "--num_images", "1"]) == 0
+        for run in ("seven-three", "seven-three-fused"):
+            assert read_json(place / "runs" / run / "training.json")["concepts"] == ["seven", "three"]
+            assert main(["export", "--run", f"runs/{run}"]) == 0
+    fused, seven, three = (
+        set(load_file(place / "runs" / run / ADAPTER)) for run in ("seven-three-fused", "seven", "three")
+    )
+    assert fused == seven == three
 
 
 # -- what a base without classifier-free guidance changes --
