@@ -23,6 +23,7 @@ class Batching:
     teacher_batch_size: int  # rows of one prediction of the frozen base; a micro-batch has up to twice its images
     encode_batch_size: int = 4  # images that the VAE encodes
     render_batch_size: int = 4  # images that the pipeline generates
+    preview_batch_size: int = 4  # the same while a network is trained
 
     def smaller_step(self) -> Batching | None:
         """The next smaller way to take a training step: half as many images, then with checkpointing. None: none."""
@@ -84,6 +85,6 @@ def with_options(batching: Batching, config: TrainConfig, processes: int) -> Bat
         batching = replace(batching, micro_batch_size=at_once, teacher_batch_size=2 * at_once)
     if config.gradient_checkpointing is not None:
         batching = replace(batching, gradient_checkpointing=config.gradient_checkpointing)
-    if config.render_batch_size:
-        batching = replace(batching, render_batch_size=config.render_batch_size)
+    if size := config.render_batch_size:
+        batching = replace(batching, render_batch_size=size, preview_batch_size=size)
     return batching

@@ -186,21 +186,29 @@ class Training(Inference):
             teacher_batch_size=self.teacher_batch_size(size),
             encode_batch_size=self.encode_batch_size(ENCODED[self.footprint.resolution <= 64], captions),
             render_batch_size=self.render_batch_size(render)[0],
+            preview_batch_size=self._previews().render_batch_size(render, self._kept())[0],
         )
 
     def phases(self, batching: Batching, captions: int, rendering: bool, teacher: bool, previews: bool) -> list[Phase]:
         """The phases of a training with these batches, in their order, without those that it does not have."""
-        render, encode = batching.render_batch_size, batching.encode_batch_size
-        trained = self.trained.constant - self.trained.gradients + self.repeated * self.trained.predictions
-        quantized = Inference(replace(self.footprint, network=self.trained.network), self.device)
+        render, encode, preview = batching.render_batch_size, batching.encode_batch_size, batching.preview_batch_size
+        student, trained = self._previews(), self._kept()
         found = [
             (rendering, self.render(render, self.needs_tiles(render))),
             (True, self.encode(encode, captions, encode == 1 and self.encode(1, captions).total > self.device.usable)),
             (teacher, self.teacher(batching.teacher_batch_size)),
             (True, self.step(batching.micro_batch_size, batching.gradient_checkpointing)),
-            (previews, quantized.render(render, quantized.needs_tiles(render, trained), trained)),
+            (previews, student.render(preview, student.needs_tiles(preview, trained), trained)),
         ]
         return [phase for exists, phase in found if exists]
+
+    def _previews(self) -> Inference:
+        """The network that generates previews: the one that is trained, perhaps quantized."""
+        return Inference(replace(self.footprint, network=self.trained.network), self.device)
+
+    def _kept(self) -> int:
+        """Bytes that a training keeps while previews are generated."""
+        return self.trained.constant - self.trained.gradients + self.repeated * self.trained.predictions
 
     def _weights(self) -> dict[str, int]:
         stored = self.repeated * self.trained.predictions

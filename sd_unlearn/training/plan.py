@@ -92,7 +92,8 @@ def plan_memory(config: TrainConfig, source: Source, captions: int, rendering: b
     times = config.gradient_accumulation_steps
     size = config.train_batch_size or (share_of(share, times) if times else None)
     batching = training.choose(share, sampler.batch_size, captions, size, config.gradient_checkpointing)
-    batching = replace(batching, render_batch_size=config.render_batch_size or batching.render_batch_size)
+    if given := config.render_batch_size:
+        batching = replace(batching, render_batch_size=given, preview_batch_size=given)
     previews = bool(config.validation_steps or (config.probe_steps and config.probe == "leakage"))
     phases = training.phases(batching, captions, rendering, config.target == "teacher", previews)
     notes = _notes(training, config, batching, share)
@@ -133,6 +134,7 @@ def remedies(config: TrainConfig, plan: MemoryPlan) -> str:
         "a smaller --train_batch_size": (config.train_batch_size or 1) > 1,
         "a smaller --render_batch_size": (config.render_batch_size or 1) > 1,
         "--gradient_checkpointing": config.gradient_checkpointing is False,
+        "--validation_steps 0 (no previews)": plan.peak.name == "preview" and config.validation_steps > 0,
         "--method lora": config.method == "full",
         "--attention sdpa": config.attention == "eager",
         "--quantize_base nf4": config.quantize_base is None and config.method == "lora",

@@ -125,7 +125,7 @@ def make_training(
         behind = dataclasses.replace(teachers[batch.turn], batch_size=teacher_batch_size) if teachers else None
         return of_examples(of_model, batch, behind)
 
-    at_once = dataclasses.replace(config, render_batch_size=batching.render_batch_size)
+    at_once = dataclasses.replace(config, render_batch_size=batching.preview_batch_size)
     generator = _make_generator(at_once, base, data, student)
     probe = _make_probe(config, concept, data, student, denoiser, generator, held_out)
     if config.robust:

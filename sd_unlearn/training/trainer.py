@@ -196,7 +196,9 @@ def _choose_batching(config: TrainConfig, accelerator: Accelerator, planned: Bat
     processes = accelerator.num_processes
     batching = checkpoint.saved_batching(resume) if resume else None
     batching = with_options(batching, config, processes) if batching else planned
-    batching = dataclasses.replace(batching, render_batch_size=planned.render_batch_size)
+    batching = dataclasses.replace(
+        batching, render_batch_size=planned.render_batch_size, preview_batch_size=planned.preview_batch_size
+    )
     # the same everywhere, so that all processes agree when nothing smaller is left
     return min(gather_object([batching]), key=lambda b: (b.micro_batch_size, not b.gradient_checkpointing))
 

@@ -108,6 +108,15 @@ def test_rendering_is_cut_and_then_tiled() -> None:
     assert chosen(weights + 0.4) == (1, True)
 
 
+def test_previews_are_cut_for_the_memory_that_a_training_leaves() -> None:
+    training = Training(FROZEN, gpu(2), replace(TRAINED, optimizer=GIB))
+    batching = training.choose(40, 4, 1)
+    assert (batching.render_batch_size, batching.preview_batch_size) == (2, 1)
+    preview = training.phases(batching, 1, rendering=True, teacher=True, previews=True)[-1]
+    assert (preview.name, preview.at_once) == ("preview", 1)
+    assert preview.total <= training.device.usable < training.render(2, training=training.trained.constant).total
+
+
 def test_memory_grows_with_the_number_of_images() -> None:
     training = Training(FROZEN, gpu(1), TRAINED)
     for phase in (training.render, lambda n: training.encode(n, 1), training.teacher, lambda n: training.step(n, True)):

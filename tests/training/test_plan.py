@@ -76,7 +76,7 @@ def test_options_win_over_the_plan() -> None:
     large = plan_memory(replace(PLANNED, train_batch_size=14), source, 10).batching
     assert (large.micro_batch_size, large.gradient_checkpointing) == (14, True)
     parts = plan_memory(replace(PLANNED, gradient_accumulation_steps=20, render_batch_size=3), source, 10).batching
-    assert (parts.micro_batch_size, parts.render_batch_size) == (2, 3)
+    assert (parts.micro_batch_size, parts.render_batch_size, parts.preview_batch_size) == (2, 3, 3)
     on = plan_memory(replace(PLANNED, gradient_checkpointing=True), source, 10)
     assert on.batching.micro_batch_size > 3
     assert on.peak.total <= on.device.usable
