@@ -20,6 +20,8 @@ Schedule = Literal["cosine", "linear", "constant", "constant_with_warmup", "cosi
 Attention = Literal["sdpa", "xformers", "eager"]
 Quantization = Literal["int8", "nf4"]
 
+LEARNING_RATE, FLOW_LEARNING_RATE = 4e-4, 8e-4  # docs/tuning.md
+
 OPTIMIZER = Group("Optimizer", sort_key=4)
 MONITORING = Group("Monitoring and early stopping", sort_key=5)
 CHECKPOINTS = Group("Checkpoints", sort_key=6)
@@ -31,7 +33,15 @@ class Optimizing:
     """Optimizer, learning rate schedule and amount of training."""
 
     max_train_steps: Annotated[int, option("Number of training steps.", START, Count)] = 500
-    learning_rate: Annotated[float, option("Peak learning rate.", OPTIMIZER, POSITIVE)] = 4e-4
+    learning_rate: Annotated[
+        float | None,
+        option(
+            f"Peak learning rate. Default: {LEARNING_RATE}; for transformers (SD 3, FLUX, Z-Image) "
+            f"{FLOW_LEARNING_RATE}.",
+            OPTIMIZER,
+            POSITIVE,
+        ),
+    ] = None
     optimizer: Annotated[
         Literal["adamw", "adamw8bit"],
         option("AdamW, or AdamW with 8-bit states (extra 8bit: pip install 'sd-unlearn[8bit]').", OPTIMIZER),
@@ -62,6 +72,11 @@ class Optimizing:
             Range(at_least=0, below=1, note="e.g. 0.99"),
         ),
     ] = None
+
+    @property
+    def peak_rate(self) -> float:
+        """The learning rate, given or that of a UNet."""
+        return LEARNING_RATE if self.learning_rate is None else self.learning_rate
 
 
 @dataclass(kw_only=True)

@@ -180,7 +180,7 @@ def _check_skipped(options: LoopOptions, training: Training, state: TrainingStat
     raise UnlearnError(
         f"Training diverged at step {state.step}: the gradient was not finite for {in_a_row:.0f} steps in a row "
         f"({total:.0f} in total). {hint} with a lower "
-        f"--learning_rate (now {options.learning_rate:g}), a lower --push or --mixed_precision bf16."
+        f"--learning_rate (now {options.peak_rate:g}), a lower --push or --mixed_precision bf16."
     )
 
 

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from sd_unlearn.config.batching import Batching, effective_batch_size
+from sd_unlearn.config.loop import FLOW_LEARNING_RATE, LEARNING_RATE
 from sd_unlearn.config.train import TrainConfig, default_lora_targets, resolve_teacher_reuse
 from sd_unlearn.data.batch import Batch
 from sd_unlearn.data.batches import EncodedImages, NoiseSampling, Sharding, StratifiedBatches
@@ -26,6 +27,7 @@ from sd_unlearn.models import performance
 from sd_unlearn.models.base import Base
 from sd_unlearn.models.denoiser import Denoiser
 from sd_unlearn.models.diffusion import Process
+from sd_unlearn.models.kinds import KINDS
 from sd_unlearn.models.sampling import resolve_sampler
 from sd_unlearn.models.source import DIGITS
 from sd_unlearn.models.student import Student, make_student
@@ -48,6 +50,11 @@ def default_unconditional(base: Base) -> float:
     return UNCONDITIONAL.get(base.name, 0.25) if base.uses_guidance else 0.0
 
 
+def default_learning_rate(base: Base) -> float:
+    """Peak learning rate, by the kind of the base."""
+    return FLOW_LEARNING_RATE if KINDS[base.kind].is_flow else LEARNING_RATE
+
+
 def resolve_defaults(config: TrainConfig, base: Base, data: Data, processes: int) -> TrainConfig:
     """The options with every default filled in, as they are recorded; without those on how the run was started.
 
@@ -61,6 +68,7 @@ def resolve_defaults(config: TrainConfig, base: Base, data: Data, processes: int
         effective_batch_size=effective_batch_size(config, processes),
         gradient_accumulation_steps=None if config.train_batch_size else config.gradient_accumulation_steps,
         guidance_scale=resolve_sampler(config, base.name).guidance_scale,
+        learning_rate=config.learning_rate or default_learning_rate(base),
         lora_targets=config.lora_targets or default_lora_targets(config.objective),
         teacher_reuse=resolve_teacher_reuse(config, len(data.turns)),
         lora_alpha=float(config.rank if config.lora_alpha is None else config.lora_alpha),
