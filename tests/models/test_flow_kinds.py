@@ -35,7 +35,7 @@ from sd_unlearn.objectives.losses import example_losses
 from sd_unlearn.objectives.teacher import Teacher
 from sd_unlearn.risk import UNLABELED
 from sd_unlearn.training.preflight import check_kind
-from sd_unlearn.training.setup import default_unconditional
+from sd_unlearn.training.setup import default_learning_rate, default_unconditional
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SIDES = {"qwen-image": 1024}  # whose configuration has none; it is trained at 64 here
@@ -152,6 +152,19 @@ def test_train_with(flow_kinds: FlowKinds, option: str) -> None:
         steps = [*training(validation_steps=0), "--output_dir", output]
         assert main(["train", *base_flags(flow_kinds, "sd35"), *steps, *flag, *data]) == 0
     assert bool(read_json(place / output / "training.json")["base"].get("drop_t5")) == (option == "--drop_t5")
+
+
+def test_the_learning_rate_depends_on_the_kind_and_is_recorded(flow_kinds: FlowKinds, tiny_base: Path) -> None:
+    transformer, unet = (load_base(str(place), device="cpu") for place in (flow_kinds.folder("sd35"), tiny_base))
+    assert default_learning_rate(transformer) > default_learning_rate(unet)
+    place, name = trained(flow_kinds, "sd35"), "by-default"
+    options = training(validation_steps=0, output_dir=name)
+    cut = options.index("--learning_rate")
+    del options[cut : cut + 2]
+    with contextlib.chdir(place):
+        assert main(["train", *base_flags(flow_kinds, "sd35"), *options]) == 0
+    config = (place / name / "config.yaml").read_text()
+    assert f"learning_rate: {default_learning_rate(transformer)}" in config
 
 
 @pytest.mark.parametrize("name", ["sd35", "flux-dev"])
