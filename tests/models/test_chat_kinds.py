@@ -231,22 +231,22 @@ def test_the_vae_works_in_tiles_and_may_be_another(flow_kinds: FlowKinds, name: 
 
 def test_lora_targets_of_qwen_image(flow_kinds: FlowKinds) -> None:
     network = loaded(flow_kinds, "qwen-image").network
-    attention, everything = (set(lora.network_targets(network, group)) for group in ("attention", None))
+    attention, both = (set(lora.network_targets(network, group)) for group in ("attention", "attention+mlp"))
     blocks = [f"transformer_blocks.{n}." for n in (0, 1, 2)]
     assert attention == {f"{block}attn.{end}" for block in blocks for end in (*lora.ATTENTION, *lora.CONTEXT)}
     ends = [f"{part}_mlp.net.{end}" for part in ("img", "txt") for end in ("0.proj", "2")]
-    assert everything - attention == {block + end for block in blocks for end in ends}
+    assert both - attention == {block + end for block in blocks for end in ends}
 
 
 def test_lora_targets_of_flux2(flow_kinds: FlowKinds) -> None:
     """The single blocks have their attention fused with their feed-forward layers."""
     network = loaded(flow_kinds, "flux2-dev").network
-    attention, everything = (set(lora.network_targets(network, group)) for group in ("attention", None))
+    attention, both = (set(lora.network_targets(network, group)) for group in ("attention", "attention+mlp"))
     double = {f"transformer_blocks.0.attn.{end}" for end in (*lora.ATTENTION, *lora.CONTEXT)}
     single = {f"single_transformer_blocks.{n}.attn.{end}" for n in (0, 1) for end in ("to_qkv_mlp_proj", "to_out")}
     assert attention == double | single
     ends = [f"{ff}.linear_{end}" for ff in ("ff", "ff_context") for end in ("in", "out")]
-    assert everything - attention == {f"transformer_blocks.0.{end}" for end in ends}
+    assert both - attention == {f"transformer_blocks.0.{end}" for end in ends}
 
 
 def test_lora_targets_of_z_image(flow_kinds: FlowKinds) -> None:
@@ -254,7 +254,7 @@ def test_lora_targets_of_z_image(flow_kinds: FlowKinds) -> None:
     attention = set(lora.network_targets(network, "attention"))
     blocks = ("noise_refiner.0", "context_refiner.0", "layers.0", "layers.1")
     assert attention == {f"{block}.attention.{end}" for block in blocks for end in lora.ATTENTION}
-    more = set(lora.network_targets(network, None)) - attention
+    more = set(lora.network_targets(network, "attention+mlp")) - attention
     assert more == {f"{block}.feed_forward.w{n}" for block in blocks for n in (1, 2, 3)}
     with pytest.raises(UsageError, match="--lora_targets cross_attention needs a base with cross-attention"):
         lora.network_targets(network, "cross_attention")

@@ -246,7 +246,7 @@ def test_published_samplers(flow_kinds: FlowKinds) -> None:
 
 @pytest.mark.parametrize("name", ["sd35", "flux-dev"])
 def test_lora_targets(flow_kinds: FlowKinds, name: str) -> None:
-    """The attention projections and those of the text tokens; by default the feed-forward layers, too."""
+    """The attention projections and those of the text tokens; on request the feed-forward layers, too."""
     network = load_base(str(flow_kinds.folder(name)), device="cpu").network
     found = set(lora.network_targets(network, "attention"))
     block = "transformer_blocks.0.attn."
@@ -254,7 +254,7 @@ def test_lora_targets(flow_kinds: FlowKinds, name: str) -> None:
     single = {f"single_transformer_blocks.0.attn.{end}" for end in ("to_q", "to_k", "to_v")}
     second = {f"transformer_blocks.0.attn2.{end}" for end in lora.ATTENTION}
     assert (second if name == "sd35" else single) <= found
-    more = set(lora.network_targets(network, None)) - found
+    more = set(lora.network_targets(network, "attention+mlp")) - found
     wanted = {f"transformer_blocks.0.{ff}.net.{end}" for ff in ("ff", "ff_context") for end in ("0.proj", "2")}
     of_single = {f"single_transformer_blocks.1.{end}" for end in ("proj_mlp", "proj_out")}
     assert wanted | (of_single if name == "flux-dev" else set()) <= more
