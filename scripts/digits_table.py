@@ -29,7 +29,7 @@ COLUMNS = (
     "held-out wording",
     "generic prompt",
     "clean replacement",
-    "kept",
+    "kept (alike, general)",
     "fid-digits",
     "training",
 )
@@ -68,7 +68,7 @@ def table_row(slug: str, run: Path) -> tuple[str, bool, float]:
         f"{value('leakage', 'held_out'):.0%} of {value('leakage', 'held_out', BASE):.0%}",
         f"{generic:.1%} of {generic_base:.1%}",
         f"{clean:.0%}",
-        f"{kept:.1%} (alike {value('retention', 'alike'):.1%}, general {value('retention', 'general'):.1%})",
+        f"{kept:.1%} ({value('retention', 'alike'):.1%}, {value('retention', 'general'):.1%})",
         f"{value('fid-digits', 'alike', BASE):.1f} -> {value('fid-digits', 'alike'):.1f}",
         f"{seconds:.0f} s",
     ]
