@@ -27,7 +27,7 @@ CLIP_MODEL, CLIP_PRETRAINED = "ViT-B-32", "laion2b_s34b_b79k"
 
 BASE_FORMS = (
     "Base model (SD 1.x, 2.x, XL, 3, 3.5, FLUX.1, FLUX.2, Z-Image, Qwen-Image): Hub id, folder, .safetensors file, "
-    "digits or emoji."
+    "digits, digits-sd3 or emoji."
 )
 
 BASE = Group("Base model", sort_key=10)
@@ -137,16 +137,25 @@ class RenderConfig(PlanOptions, BaseOptions, ConceptOption):
         int | None, option("Width and height of the images in pixels. Default: the base's own.", IMAGES, Resolution)
     ] = None
     num_inference_steps: Annotated[
-        int | None, option("Sampling steps. Default: 25 on digits and emoji, 50 otherwise.", IMAGES, InferenceSteps)
+        int | None,
+        option(
+            "Sampling steps. Default: 25 on the bundled bases, else as usual for the base (SD 1.x: 50, SD 3: 28).",
+            IMAGES,
+            InferenceSteps,
+        ),
     ] = None
     guidance_scale: Annotated[
         float | None,
-        option("Classifier-free guidance. Default: 3 on digits and emoji, 7.5 otherwise.", IMAGES, GuidanceScale),
+        option(
+            "Classifier-free guidance. Default: 3 on the bundled bases, else as usual for the base (SD 1.x: 7.5).",
+            IMAGES,
+            GuidanceScale,
+        ),
     ] = None
     render_batch_size: Annotated[
         int | None,
         option(
-            "Images generated at once. Default: 100 on digits and emoji, 4 otherwise; fewer if memory is short.",
+            "Images generated at once. Default: 100 on the bundled bases, 4 otherwise; fewer if memory is short.",
             IMAGES,
             BatchSize,
         ),

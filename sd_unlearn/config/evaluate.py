@@ -139,11 +139,20 @@ class SamplerOptions(BaseOptions):
         ),
     ] = None
     num_inference_steps: Annotated[
-        int | None, option("Sampling steps. Default: 25 on digits and emoji, 50 otherwise.", SAMPLER, InferenceSteps)
+        int | None,
+        option(
+            "Sampling steps. Default: 25 on the bundled bases, else as usual for the base (SD 1.x: 50, SD 3: 28).",
+            SAMPLER,
+            InferenceSteps,
+        ),
     ] = None
     guidance_scale: Annotated[
         float | None,
-        option("Classifier-free guidance. Default: 3 on digits and emoji, 7.5 otherwise.", SAMPLER, GuidanceScale),
+        option(
+            "Classifier-free guidance. Default: 3 on the bundled bases, else as usual for the base (SD 1.x: 7.5).",
+            SAMPLER,
+            GuidanceScale,
+        ),
     ] = None
     resolution: Annotated[
         int | None, option("Width and height of the images in pixels. Default: the base's own.", SAMPLER, Resolution)
@@ -151,7 +160,7 @@ class SamplerOptions(BaseOptions):
     render_batch_size: Annotated[
         int | None,
         option(
-            "Images generated at once. Default: 100 on digits and emoji, 4 otherwise; fewer if memory is short.",
+            "Images generated at once. Default: 100 on the bundled bases, 4 otherwise; fewer if memory is short.",
             SAMPLER,
             BatchSize,
         ),

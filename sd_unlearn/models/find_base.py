@@ -299,7 +299,7 @@ def _check_id(option: str, name: str) -> None:
     if name.count("/") != 1 or name.startswith((".", "/", "~")) or name.endswith((".safetensors", ".ckpt")):
         raise UsageError(
             f"{option} {name} is neither a local folder or file nor a Hub id (owner/name)."
-            + (" The bundled bases are called digits and emoji." if option == OPTION else "")
+            + (" The bundled bases are digits, digits-sd3 and emoji." if option == OPTION else "")
         )
     for what, pattern in UNSUPPORTED_IDS.items():
         if pattern.match(name):
