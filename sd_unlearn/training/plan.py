@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import math
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
-from sd_unlearn.config.batching import Batching, effective_batch_size, share_of
+from sd_unlearn.config.batching import Batching, effective_batch_size, share_of, with_options
 from sd_unlearn.config.train import TrainConfig
 from sd_unlearn.data.plan import (
     check_fits,
@@ -92,8 +92,7 @@ def plan_memory(config: TrainConfig, source: Source, captions: int, rendering: b
     times = config.gradient_accumulation_steps
     size = config.train_batch_size or (share_of(share, times) if times else None)
     batching = training.choose(share, sampler.batch_size, captions, size, config.gradient_checkpointing)
-    if given := config.render_batch_size:
-        batching = replace(batching, render_batch_size=given, preview_batch_size=given)
+    batching = with_options(batching, config, processes)
     previews = bool(config.validation_steps or (config.probe_steps and config.probe == "leakage"))
     phases = training.phases(batching, captions, rendering, config.target == "teacher", previews)
     notes = _notes(training, config, batching, share)
