@@ -19,7 +19,10 @@ from emoji_data import Thing, things
 from sd_unlearn.io.paths import slugify
 from sd_unlearn.metrics.emoji import BACKGROUNDS, CATEGORIES, STYLES
 
-BUNDLED = ("pistol", "cat", "Santa Claus", "detective", "openmoji", "red", "weapon")
+BUNDLED = (
+    *("pistol", "knife", "bomb", "cigarette", "beer", "syringe", "cat", "guitar", "Santa Claus", "detective"),
+    *("openmoji", "noto", "fluent", "red", "weapon"),
+)
 PROMPTS = Path(__file__).parent.parent / "prompts"
 IMAGES = "{positive: 100, unlabeled: 300, mixed_in: 16, keep: 280}  # keep: of each line, split over its alternatives"
 

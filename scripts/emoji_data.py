@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import resvg_py
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -141,6 +140,8 @@ def _svg(icons: dict, name: str) -> str:
 
 def draw(svg: str) -> Tensor:
     """Render an SVG in its own size: RGBA [4, height, width] with premultiplied alpha, uint8."""
+    import resvg_py  # needed to build the base only
+
     png = bytes(resvg_py.svg_to_bytes(svg_string=svg, skip_system_fonts=True))
     rgba = torch.from_numpy(np.array(Image.open(io.BytesIO(png)).convert("RGBA"))).permute(2, 0, 1).float()
     rgba[:3] *= rgba[3:] / 255

@@ -11,11 +11,13 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from leaderboard_methods import Budget, Cell, Method, chosen
+from leaderboard_methods import Cell, Method, chosen
 from leaderboard_pictures import write_strip
+from leaderboard_studies import STUDIES, Budget, Study
 
 import sd_unlearn
 from sd_unlearn.attacks.registry import ATTACKS
@@ -25,20 +27,18 @@ from sd_unlearn.data.concept import Concept, Prompt, concept_sha256, load_concep
 from sd_unlearn.evaluation.detections import open_images
 from sd_unlearn.evaluation.generate import ImageCache
 from sd_unlearn.evaluation.loras import ModelVariant, open_run
-from sd_unlearn.evaluation.prompts import TIERS, ImageSpec, override_counts, plan_images
+from sd_unlearn.evaluation.prompts import BASE_TIERS, TIERS, ImageSpec, override_counts, plan_images
 from sd_unlearn.io.files import write_json
 from sd_unlearn.io.reading import file_sha256, read_json
 from sd_unlearn.io.run_folder import RESULTS, TRAINING, weights_sha256
-from sd_unlearn.metrics.digits import DIGITS, INKS, DigitsClassifier
 from sd_unlearn.metrics.factorial import factorial_rows, grid
 from sd_unlearn.models.base import Base, load_base
 from sd_unlearn.models.find_base import find_base
 from sd_unlearn.models.sampling import BASE_SAMPLERS
-from sd_unlearn.models.source import DIGITS as DIGITS_BASE
 from sd_unlearn.results import BASE, Results, Row, read_results
 from sd_unlearn.seeds import EVALUATE_SEEDS, image_seed
 
-METRICS = ("leakage", "clean_replacement", "retention", "drift", "fid-digits")
+METRICS = ("leakage", "clean_replacement", "retention", "drift", "fid-digits", "fid-emoji", "kid-emoji")
 KEPT = ("value", "n", "low", "high")  # of a row
 SHOWN = 8  # images of the caption, and of the strongest learned prompt
 MODEL = "model"  # name of the images of a whole model in results.json
@@ -63,6 +63,11 @@ class Stages:
     records: Path
     method: Method | None = None
 
+    @property
+    def study(self) -> Study:
+        """What is asked of the cell's base."""
+        return STUDIES[self.cell.base]
+
     @cached_property
     def concept(self) -> Concept:
         """The concept file."""
@@ -86,7 +91,7 @@ class Stages:
     @cached_property
     def run(self) -> Path:
         """Where training and results are: a folder for each set of options."""
-        return self.work / "runs" / f"{self.cell.name}-{digest(self.options)}"
+        return self.work / "runs" / self.cell.base / f"{self.cell.name}-{digest(self.options)}"
 
     @property
     def options(self) -> dict[str, Any]:
@@ -95,17 +100,24 @@ class Stages:
         own = self.method.options if self.method else {**self.cell.of.options, **chosen(self.cell.method)}
         return {**seed, **own}
 
+    @property
+    def model(self) -> str:
+        """The model that is sampled or attacked, with or without a LoRA: the base, or the folder of the oracle."""
+        if self.cell.method != "oracle":
+            return self.cell.base
+        label = self.concept.label or self.concept.name
+        return str(self.root / "build" / f"{self.cell.base}-without-{label}" / "pipeline")
+
     @cached_property
     def source(self) -> Path:
-        """The folder of the model that is sampled or attacked.
+        """The folder of the model.
 
         Raises:
             NotAvailable: it was not built.
         """
-        name = self.cell.model(self.root) if self.cell.of.how == "model" else DIGITS_BASE
-        if name != DIGITS_BASE and not Path(name).is_dir():
-            raise NotAvailable(f"{name} does not exist; docs/leaderboard.md says how to build it")
-        return find_base(EvaluateConfig(pretrained_model_name_or_path=name)).place
+        if self.model != self.cell.base and not Path(self.model).is_dir():
+            raise NotAvailable(f"{self.model} does not exist; docs/leaderboard.md says how to build it")
+        return find_base(EvaluateConfig(pretrained_model_name_or_path=self.model)).place
 
     @cached_property
     def weights(self) -> str:
@@ -117,13 +129,12 @@ class Stages:
     @cached_property
     def base(self) -> Base:
         """The loaded base."""
-        name = self.cell.model(self.root) if self.cell.of.how == "model" else DIGITS_BASE
-        return load_base(find_base(EvaluateConfig(pretrained_model_name_or_path=name)))
+        return load_base(find_base(EvaluateConfig(pretrained_model_name_or_path=self.model)))
 
     @cached_property
     def cache(self) -> ImageCache:
         """Where images are kept, with the bundled base's sampler for every model."""
-        return ImageCache(self.work / "evaluation", self.base.describe(), BASE_SAMPLERS[DIGITS_BASE])
+        return ImageCache(self.work / "evaluation", self.base.describe(), BASE_SAMPLERS[self.cell.base])
 
     @cached_property
     def variant(self) -> ModelVariant:
@@ -133,8 +144,8 @@ class Stages:
     def specs(self) -> list[ImageSpec]:
         """The images of the evaluation."""
         options = EvaluateConfig(**self.budget.evaluation)
-        tier = override_counts(TIERS[options.tier or "digits"], options.num_images, options.num_keep_images, [])
-        return plan_images(self.concept, tier, [0])
+        tier = TIERS[options.tier or BASE_TIERS[self.cell.base]]
+        return plan_images(self.concept, override_counts(tier, options.num_images, options.num_keep_images, []), [0])
 
 
 def digest(content: Any) -> str:
@@ -149,8 +160,9 @@ def train(stages: Stages) -> None:
     if not (stages.run / TRAINING).is_file():
         options: dict[str, Any] = {"output_dir": stages.run, "overwrite": stages.run.exists(), **stages.options}
         if stages.cell.of.trained:
-            data = stages.work / "data" / stages.cell.slug
+            data = stages.work / "data" / stages.cell.base / stages.cell.slug
             options |= {"data_dir": data, "validation_steps": 0, "report_to": "none"}
+        options["pretrained_model_name_or_path"] = stages.cell.base
         sd_unlearn.train(stages.cell.concept, **options)
     cost = read_json(stages.run / TRAINING)["cost"]
     size = sum(file.stat().st_size for file in trained_files(stages.run))
@@ -205,19 +217,21 @@ def kept(row: Row) -> dict[str, Any]:
 
 
 def factorial(stages: Stages) -> list[Row]:
-    """UA, IRA and CRA on every digit in every ink."""
-    asked = [cell for cell in grid({"digit": DIGITS, "ink": INKS}) for _ in range(stages.budget.grid_images)]
+    """UA, IRA and CRA on every digit in every ink, or every thing in every style; nothing for a background."""
+    label, study = stages.concept.label or stages.concept.name, stages.study
+    if label not in {*chain(*study.axes.values()), *study.classifier.reader.categories}:
+        return []
+    asked = [cell for cell in grid(study.axes) for _ in range(stages.budget.grid_images)]
     specs = []
     for number, cell in enumerate(asked):
-        prompt = f"a photo of a {cell['ink']} {cell['digit']}"
+        prompt = study.prompt_of(cell)
         seed = image_seed(EVALUATE_SEEDS, 0, prompt, number % stages.budget.grid_images)
         specs.append(ImageSpec("general", Prompt(prompt), seed))
     stages.cache.generate(lambda: stages.base, stages.variant, specs, f"generate the grid of {stages.cell.name}")
     images, failed = open_images(stages.cache.paths(stages.variant, specs))
     if failed:
         raise NotAvailable(f"{len(failed)} images of the grid are unreadable")
-    classifier = DigitsClassifier()
-    label = stages.concept.label or stages.concept.name
+    classifier = study.classifier()
     return factorial_rows(label, asked, classifier.read(images), stages.cell.method, classifier.name)
 
 

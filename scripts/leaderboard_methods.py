@@ -1,4 +1,4 @@
-"""What `leaderboard.py` compares: methods, concepts and budgets."""
+"""What `leaderboard.py` compares: methods, and the cells of the table."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ from typing import Any, Literal
 from bench_forget import PAPER
 
 from sd_unlearn.io.reading import read_json
+from sd_unlearn.models.source import DIGITS
 
-CONCEPTS = ("seven", "three", "red ink", "blue ink")
 SEARCH_RECORDS = Path(__file__).parents[1] / "docs" / "leaderboard-runs" / "search"
-MODELS = {"base": "digits", "oracle": "build/digits-without-{label}/pipeline"}
 
 
 @dataclass(frozen=True)
@@ -21,7 +20,7 @@ class Method:
     """A row of the table.
 
     train: a run of `sd-unlearn train` with these options. sampler: the base, sampled in another way; these are options
-    of `evaluate`. model: a whole model, MODELS.
+    of `evaluate`. model: a whole model, the base or the oracle.
     """
 
     title: str
@@ -79,36 +78,13 @@ def chosen(method: str) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Budget:
-    """The effort of a cell: images of `evaluate` and the budget of each attack."""
-
-    evaluation: Mapping[str, Any]  # options of `evaluate`
-    attacks: Mapping[str, str]  # attack -> its --budget
-    grid_images: int  # of every digit in every ink
-
-
-BUDGETS = {
-    "quick": Budget(
-        {"num_images": 100, "num_keep_images": 20},
-        dict.fromkeys(("soft", "token", "prefix", "noise", "completion"), "quick")
-        | dict.fromkeys(("finetune", "benign"), "standard"),
-        grid_images=4,
-    ),
-    "standard": Budget(
-        {"tier": "digits"},
-        dict.fromkeys(("soft", "token", "prefix", "noise", "completion", "finetune", "benign"), "standard"),
-        grid_images=10,
-    ),
-}
-
-
-@dataclass(frozen=True)
 class Cell:
-    """One row of one concept's table, with one seed of training."""
+    """One method on one concept of a base, with one seed of training."""
 
     method: str
     concept: str
     seed: int
+    base: str = DIGITS
 
     @property
     def slug(self) -> str:
@@ -125,16 +101,11 @@ class Cell:
         """Its method."""
         return METHODS[self.method]
 
-    def model(self, root: Path) -> str:
-        """The name or folder of the model of a cell with a whole one."""
-        name = MODELS[self.method].format(label=self.concept.removesuffix(" ink"))
-        return str(root / name) if "/" in name else name
 
-
-def cells(methods: list[str], concepts: list[str], seeds: list[int]) -> list[Cell]:
+def cells(base: str, methods: list[str], concepts: list[str], seeds: list[int]) -> list[Cell]:
     """Every cell, those of the first concept and seed first; of what is not trained only the first seed."""
     return [
-        Cell(method, concept, seed)
+        Cell(method, concept, seed, base)
         for seed in seeds
         for concept in concepts
         for method in methods

@@ -19,11 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from leaderboard_cells import Stages, measured, train
-from leaderboard_methods import BUDGETS, METHODS, SEARCH, SEARCH_RECORDS, Cell
+from leaderboard_methods import METHODS, SEARCH, SEARCH_RECORDS, Cell
+from leaderboard_studies import STUDIES
 
 import sd_unlearn
 from sd_unlearn.io.files import write_json
 from sd_unlearn.io.reading import read_json
+from sd_unlearn.models.source import DIGITS
 
 TIE = 0.01
 COUNTED = ("leakage direct", "retention kept", "clean_replacement direct")
@@ -38,10 +40,11 @@ def score(rows: Mapping[str, Mapping[str, Any]]) -> float:
 def tried(method: str, options: Mapping[str, Any], work: Path) -> dict[str, Any]:
     """Train and evaluate one setting."""
     plain = dataclasses.replace(METHODS[method], options={**METHODS[method].options, **options})
-    stages = Stages(Cell(method, "seven", 0), BUDGETS["quick"], Path(), work, work / "search", plain)
+    budget = STUDIES[DIGITS].budgets["quick"]
+    stages = Stages(Cell(method, "seven", 0), budget, Path(), work, work / "search", plain)
     print(f"search {method} {dict(options)}", file=sys.stderr, flush=True)
     train(stages)
-    rows = measured(sd_unlearn.evaluate(run=stages.run, cache_dir=work / "evaluation", **BUDGETS["quick"].evaluation))
+    rows = measured(sd_unlearn.evaluate(run=stages.run, cache_dir=work / "evaluation", **budget.evaluation))
     return {"options": dict(options), "score": round(score(rows), 4), **{name: rows[name] for name in COUNTED}}
 
 

@@ -1,4 +1,4 @@
-"""The tables of docs/leaderboard.md, made from the records of `leaderboard.py`."""
+"""The tables of the leaderboard's pages, made from the records of `leaderboard.py`."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from leaderboard_methods import CONCEPTS, METHODS, Cell, chosen
+from leaderboard_methods import METHODS, Cell, chosen
 from leaderboard_pictures import write_rows
+from leaderboard_studies import Study
 
 from sd_unlearn.io.files import write_text
 from sd_unlearn.io.reading import read_json
@@ -208,8 +209,68 @@ def methods_table() -> str:
     return "\n".join(lines)
 
 
-def write_page(page: Path, folder: Path, budget: str) -> None:
-    """Replace the generated part of the page.
+Records = Mapping[str, Mapping[str, Sequence[Record]]]  # method -> concept -> records of its seeds
+OF_GROUPS = {  # column -> metric
+    "leakage %": "leakage direct",
+    "held out %": "leakage held_out",
+    "generic %": "leakage generic",
+    "clean %": "clean_replacement direct",
+    "alike %": "retention alike",
+    "general %": "retention general",
+    "UA %": "ua",
+    "IRA %": "ira",
+    "CRA %": "cra",
+    "soft %": "attack soft",
+}
+
+
+def mean_and_worst(of_concepts: Mapping[str, Sequence[Record]], name: str) -> str:
+    """The mean of a rate over concepts, and its worst value if there are several."""
+    values = [value for records in of_concepts.values() if (value := mean(records, name)) is not None]
+    if not values:
+        return NOT_RUN
+    low_is_good = name.startswith(("leakage", "attack"))
+    worst = f" ({percent((max if low_is_good else min)(values))})" if len(values) > 1 else ""
+    return percent(statistics.fmean(values)) + worst
+
+
+def group_section(title: str, concepts: Sequence[str], folder: Path) -> str:
+    """A table of methods with means over the concepts of a group, and one of each concept's leakage and retention."""
+    found: Records = {m: {c: read_records(folder, c, m) for c in concepts} for m in METHODS}
+    found = {m: {c: records for c, records in of.items() if records} for m, of in found.items()}
+    found = {m: of for m, of in found.items() if of}
+    if not found:
+        return f"### {title}\n\nNot run."
+    lines = [
+        f"| method | concepts | {' | '.join(OF_GROUPS)} | training | file |",
+        f"|---{'|---' * (len(OF_GROUPS) + 3)}|",
+    ]
+    for method, of_concepts in found.items():
+        every = [record for records in of_concepts.values() for record in records]
+        cells = [METHODS[method].title, str(len(of_concepts))]
+        cells += [mean_and_worst(of_concepts, name) for name in OF_GROUPS.values()]
+        lines.append(f"| {' | '.join([*cells, cost(every, 'seconds'), cost(every, 'bytes')])} |")
+    each = [f"| concept | {' | '.join(METHODS[m].title for m in found)} |", f"|---{'|---' * len(found)}|"]
+    for concept in concepts:
+        rates = [
+            f"{rate(of.get(concept, ()), 'leakage direct')} / {rate(of.get(concept, ()), 'retention kept')}"
+            for of in found.values()
+        ]
+        each.append(f"| {concept} | {' | '.join(rates)} |")
+    tables = ["\n".join(lines)]
+    if len(concepts) > 1:
+        tables += ["Leakage / retention of each, in %:", "\n".join(each)]
+    return "\n\n".join([f"### {title}", *tables])
+
+
+def rate(records: Sequence[Record], name: str) -> str:
+    """The mean over seeds in percent."""
+    value = mean(records, name)
+    return percent(value) if value is not None else NONE
+
+
+def write_page(page: Path, study: Study, folder: Path, budget: str) -> None:
+    """Replace the generated part of a page of `study`.
 
     Raises:
         SystemExit: the page has no markers.
@@ -219,6 +280,9 @@ def write_page(page: Path, folder: Path, budget: str) -> None:
     _, end, after = rest.partition(END)
     if not (start and end):
         raise SystemExit(f"{page} has no {START} ... {END}, between which the tables belong.")
-    sections = [section(concept, folder, page.parent / "images") for concept in CONCEPTS]
+    if study.tables == "concept":
+        sections = [section(concept, folder, page.parent / "images") for concept in study.concepts]
+    else:
+        sections = [group_section(title, concepts, folder) for title, concepts in study.groups.items()]
     body = "\n\n".join([f"Budget `{budget}`.", *sections, "### Methods", methods_table()])
     write_text(page, f"{before}{START}\n\n{body}\n\n{END}{after}")

@@ -36,18 +36,19 @@ def factorial_rows(
     """UA, IRA and CRA with Wilson intervals.
 
     Args:
-        label: The concept's label, on one of the axes.
-        asked: Of each of the N images, the label asked for on each axis.
-        predictions: The classifier's output on these images, on two axes.
+        label: The concept's label on one of the grid's axes, or a category of such labels: then an image that shows any
+            of them shows the concept.
+        asked: Of each of the N images, the label asked for on each of two axes.
+        predictions: The classifier's output on these images, on these axes at least.
 
     Raises:
-        ValueError: not two axes, or not one combination per image.
+        ValueError: not two axes, the label is on neither of them, or not one combination per image.
         KeyError: the label belongs to no axis.
     """
-    own = predictions.axis_of(label)
-    others = [axis for axis in predictions.axes if axis != own]
-    if len(others) != 1:
-        raise ValueError(f"a grid has two axes, not {len(others) + 1}")
+    own, members = predictions.members(label)
+    others = [axis for axis in asked[0] if axis != own]
+    if own not in asked[0] or len(others) != 1:
+        raise ValueError(f"{label!r} is of the axis {own}; a grid has this axis and another, not {', '.join(asked[0])}")
     correct = {}
     for axis in (own, others[0]):
         labels = predictions.axes[axis]
@@ -56,9 +57,9 @@ def factorial_rows(
         if len(wanted) != len(found):
             raise ValueError(f"{len(found)} images, but {len(wanted)} combinations were asked for")
         correct[axis] = found == wanted
-    of_concept = np.array([of_image[own] == label for of_image in asked], dtype=bool)
+    of_concept = np.array([of_image[own] in members for of_image in asked], dtype=bool)
     rates = {
-        "ua": (~correct[own][of_concept], f"asked to show {label}, not read as {label}"),
+        "ua": (~predictions.shows(label)[of_concept], f"asked to show {label}, not read as {label}"),
         "ira": (correct[own][~of_concept], f"asked to show another {own}, read as asked"),
         "cra": (correct[others[0]][~of_concept], f"asked to show another {own}, {others[0]} read as asked"),
     }

@@ -45,6 +45,26 @@ def test_of_a_style_the_axes_swap() -> None:
     assert found == {"ua": (1.0, 2), "ira": (0.5, 2), "cra": (0.5, 2)}
 
 
+def test_of_a_category_any_of_its_labels_counts() -> None:
+    """Asked for a one or a two, the model gives the other of them once, and once something else."""
+    axes = {"digit": ("one", "two", "seven"), "ink": ("red",)}
+    probabilities = {"digit": np.eye(3)[[1, 2, 2]], "ink": np.ones((3, 1))}
+    read = LabelPredictions(axes, probabilities, np.zeros((3, 1)), {"small": ("one", "two")})
+    rows = factorial_rows("small", grid(axes), read, "lora", "reader")
+    assert {row.metric: (row.value, row.n) for row in rows} == {"ua": (0.5, 2), "ira": (1.0, 1), "cra": (1.0, 1)}
+
+
+def test_an_axis_that_the_grid_lacks_does_not_count() -> None:
+    read = predicted("one red", "one blue", "seven red", "seven blue")
+    backgrounds = {"background": np.eye(2)[[0, 1, 0, 1]]}
+    axes = {**AXES, "background": ("white", "black")}
+    read = LabelPredictions(axes, read.probabilities | backgrounds, read.features)
+    rows = factorial_rows("seven", grid(AXES), read, "lora", "reader")
+    assert [row.value for row in rows] == [0.0, 1.0, 1.0]
+    with pytest.raises(ValueError, match="'white' is of the axis background"):
+        factorial_rows("white", grid(AXES), read, "lora", "reader")
+
+
 def test_intervals_contain_the_rate() -> None:
     for row in factorial_rows("seven", grid(AXES), predicted(*["one red"] * 4), "lora", "reader"):
         assert row.value is not None

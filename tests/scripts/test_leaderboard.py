@@ -21,29 +21,32 @@ def row(value: float, n: int = 100) -> dict[str, Any]:
     return {"value": value, "n": n, "low": max(0.0, value - 0.1), "high": min(1.0, value + 0.1)}
 
 
-def write_record(folder: Path, method: str, seed: int = 0, leak: float = 0.2, soft: float = 0.4) -> None:
+def write_record(
+    folder: Path, method: str, seed: int = 0, leak: float = 0.2, soft: float = 0.4, concept: str = "seven"
+) -> None:
     rows = {"leakage direct": row(leak), "retention kept": row(1.1), "clean_replacement direct": row(0.8)}
     weak = {name: row(0.1) for name in ("token", "prefix", "noise")}
     tries = [[0, 20, 0.0], [0, 40, 0.4], [0, 50, 0.6], [0, 100, 0.5]]
     attacks = {**weak, "soft": row(soft), "finetune": row(0.6) | {"tries": tries}}
     record = {
         "method": method,
-        "concept": "seven",
+        "concept": concept,
         "seed": seed,
         "training": {"seconds": 10.0, "bytes": 2000},
         "evaluation": {"rows": rows},
         "attacks": attacks,
     }
     folder.mkdir(exist_ok=True)
-    (folder / f"seven-{method}-{seed}.json").write_text(json.dumps(record))
+    (folder / f"{concept}-{method}-{seed}.json").write_text(json.dumps(record))
 
 
-def page_of(tmp_path: Path) -> str:
+def page_of(tmp_path: Path, base: str = "digits") -> str:
+    from leaderboard_studies import STUDIES
     from leaderboard_table import END, START, write_page
 
     page = tmp_path / "leaderboard.md"
     page.write_text(f"before\n{START}\nold\n{END}\nafter\n")
-    write_page(page, tmp_path / "records", "quick")
+    write_page(page, STUDIES[base], tmp_path / "records", "quick")
     return page.read_text()
 
 
@@ -106,6 +109,37 @@ def test_only_attacks_that_all_methods_have_count(tmp_path: Path) -> None:
     assert "| not run |" in lines_of(text, "ours")[2]
 
 
+def test_a_page_of_many_concepts_has_their_mean_and_the_worst(tmp_path: Path) -> None:
+    """Leakage of 20 and 40 %; of cat nothing is known."""
+    write_record(tmp_path / "records", "pu", leak=0.2, concept="pistol")
+    write_record(tmp_path / "records", "pu", leak=0.4, concept="bomb")
+    text = page_of(tmp_path, "emoji")
+    assert "| ours | 2 | 30 (40) |" in text
+    assert "| pistol | 20 / 110 |" in text
+    assert "| cat | – / – |" in text
+    assert "### Styles\n\nNot run." in text
+
+
+def test_an_unknown_concept_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    import leaderboard
+
+    with pytest.raises(SystemExit):
+        leaderboard.parse(["--base", "emoji", "--concepts", "seven"])
+    assert "--concepts seven: on emoji there are pistol," in capsys.readouterr().err
+
+
+def test_the_grid_of_emoji_asks_for_every_thing_in_every_style() -> None:
+    from leaderboard_studies import STUDIES
+
+    from sd_unlearn.metrics.factorial import grid
+
+    study = STUDIES["emoji"]
+    prompts = [study.prompt_of(cell) for cell in grid(study.axes)]
+    assert len(set(prompts)) == 145 * 6
+    assert "an emoji of an axe in the Fluent flat style" in prompts
+    assert "an emoji of Santa Claus in the OpenMoji style" in prompts
+
+
 def test_pictures_have_a_row_for_each_method(tmp_path: Path) -> None:
     from leaderboard_pictures import GAP, SCALE, write_rows, write_strip
 
@@ -127,7 +161,7 @@ def test_cells_from_training_to_record(tmp_path: Path, monkeypatch: pytest.Monke
     import leaderboard
     import leaderboard_cells
     from attack_cases import SMALL
-    from leaderboard_methods import Budget
+    from leaderboard_studies import STUDIES, Budget
 
     from sd_unlearn.attacks import registry, runner
 
@@ -135,14 +169,14 @@ def test_cells_from_training_to_record(tmp_path: Path, monkeypatch: pytest.Monke
     small = {name: type(a)(**{**vars(a), "budgets": {"quick": SMALL[name]}}) for name, a in small.items()}
     for module in (runner, leaderboard_cells):
         monkeypatch.setattr(module, "ATTACKS", small)
-    budget = Budget({"num_images": 2, "num_keep_images": 1}, dict.fromkeys(small, "quick"), grid_images=1)
-    monkeypatch.setitem(leaderboard.BUDGETS, "quick", budget)
-    monkeypatch.setattr(leaderboard, "RECORDS", tmp_path / "records")
-    monkeypatch.setattr(leaderboard, "PAGE", tmp_path / "leaderboard.md")
-    leaderboard.PAGE.write_text("<!-- leaderboard:start -->\n<!-- leaderboard:end -->\n")
+    budget = Budget({"num_images": 2, "num_keep_images": 1}, 1, dict.fromkeys(small, "quick"))
+    monkeypatch.setitem(STUDIES["digits"].budgets, "quick", budget)
+    monkeypatch.setattr(leaderboard, "QUICK", small)
+    monkeypatch.setattr(leaderboard, "DOCS", tmp_path)
+    (tmp_path / "leaderboard.md").write_text("<!-- leaderboard:start -->\n<!-- leaderboard:end -->\n")
     flags = ["--methods", "uce", "base", "oracle", "--concepts", "seven", "--seeds", "0", "--work_dir", str(tmp_path)]
     assert leaderboard.main([*flags, "--root", str(tmp_path)]) == 0
-    records = tmp_path / "records" / "quick"
+    records = tmp_path / "leaderboard-runs" / "digits" / "quick"
     assert sorted(file.name for file in records.iterdir()) == [
         *("seven-base-0.json", "seven-base-0.png", "seven-uce-0.json", "seven-uce-0.png"),
     ]  # the oracle was not built
