@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -16,6 +14,7 @@ from sd_unlearn.io.paths import public_name
 from sd_unlearn.io.reading import read_json
 from sd_unlearn.io.run_folder import RESULTS
 from sd_unlearn.io.schema import OPEN, validate
+from sd_unlearn.result_faults import first_fault
 
 SCHEMA_VERSION = 2
 BASE = "base"  # id of the subject without any LoRA
@@ -290,50 +289,9 @@ def parse_results(data: Any, where: str = RESULTS, hint: str = "") -> Results:
             or a row, difference, pair or problem of a concept or subject that is not listed.
     """
     results = _without_folders(validate(Results, data, where, hint))
-    _check_consistent(results, where, hint)
-    subjects = {subject.id for subject in results.subjects}
-    slugs = {concept.slug for concept in results.concepts}
-    listed = {"concept": slugs, "subject": subjects, "against": subjects}
-    for key in ("rows", "differences", "pairs", "problems", "attacks"):
-        for number, item in enumerate(getattr(results, key)):
-            for attribute, known in listed.items():
-                name = getattr(item, attribute, None)
-                every = key == "problems" and name in ("", BASE)
-                if name is not None and name not in known and not every:
-                    raise UsageError(f'{where}: {attribute} "{name}" of {key}[{number}] is not listed. {hint}')
+    if fault := first_fault(results):
+        raise UsageError(f"{where}: {fault}. {hint}")
     return results
-
-
-def _check_consistent(results: Results, where: str, hint: str) -> None:
-    """Refuse values that no evaluation writes, as a damaged or hand-edited file has them."""
-    for key in ("rows", "differences"):
-        for number, item in enumerate(getattr(results, key)):
-            if fault := _fault(item):
-                raise UsageError(f"{where}: {key}[{number}] ({item.metric}) {fault}. {hint}")
-    keys: dict[str, list[Any]] = {
-        "concepts": [concept.slug for concept in results.concepts],
-        "subjects": [subject.id for subject in results.subjects],
-        "rows": [(row.concept, row.subject, row.metric, row.group, row.detector) for row in results.rows],
-    }
-    for key, names in keys.items():
-        twice = next((name for name, count in Counter(names).items() if count > 1), None)
-        if twice is not None:
-            name = twice if isinstance(twice, str) else " ".join(filter(None, twice))
-            raise UsageError(f"{where}: {key} lists {name} twice. {hint}")
-
-
-def _fault(item: Row | Difference) -> str:
-    """What is impossible about a row or difference; "" if nothing is."""
-    ends = [value for value in (item.low, item.high) if value is not None]
-    if any(not math.isfinite(value) for value in (*ends, item.value or 0)):
-        return "has a value that is not finite"
-    if item.n < 0:
-        return f"has n = {item.n}"
-    if len(ends) == 2 and ends[0] > ends[1]:
-        return f"has low = {ends[0]:g} above high = {ends[1]:g}"
-    if item.interval == "wilson" and item.value is not None and not 0 <= item.value <= 1:
-        return f"is a share of {item.value:g}"
-    return ""
 
 
 def _without_folders(results: Results) -> Results:

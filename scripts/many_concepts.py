@@ -1,0 +1,195 @@
+"""Erase 1, 10, 50 and 100 things of the bundled base `emoji` with one LoRA, and write the table of docs/emoji.md.
+
+    python scripts/many_concepts.py --methods pu uce speed --counts 1 10
+    python scripts/many_concepts.py --methods sum least_squares --counts 10    # LoRAs trained apart
+    python scripts/many_concepts.py --only table
+
+The first ten things are those of leaderboard.py, the others follow in a fixed random order. Runs that exist in
+--work_dir are not repeated. The records are in docs/leaderboard-runs/emoji/many.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from emoji_concepts import concept_file
+from leaderboard_cells import trained_files
+from leaderboard_studies import STUDIES
+from leaderboard_table import percent
+
+import sd_unlearn
+from sd_unlearn.io.files import write_json, write_text
+from sd_unlearn.io.paths import slugify
+from sd_unlearn.io.reading import read_json
+from sd_unlearn.io.run_folder import TRAINING
+from sd_unlearn.metrics.emoji import THINGS
+from sd_unlearn.metrics.statistics import wilson
+from sd_unlearn.models.source import EMOJI
+from sd_unlearn.results import BASE, Results
+
+DOCS = Path(__file__).parents[1] / "docs"
+RECORDS = DOCS / "leaderboard-runs" / "emoji" / "many"
+START, END = "<!-- many:start -->", "<!-- many:end -->"
+COUNTS = (1, 10, 50, 100)
+TITLES = {
+    "pu": "ours",
+    "uce": "UCE",
+    "speed": "SPEED",
+    "rece": "RECE",
+    "sum": "ours, trained apart and summed",
+    "least_squares": "ours, trained apart and fused",
+}
+FUSED = ("sum", "least_squares")
+FEWER_IMAGES = {"num_positive": 24}  # of each concept, from 50 concepts on
+
+
+def chosen(count: int) -> list[str]:
+    """The first `count` things."""
+    first = list(STUDIES[EMOJI].groups["Things"])
+    others = [name for name in THINGS if name not in first]
+    random.Random(0).shuffle(others)
+    return [*first, *others][:count]
+
+
+def list_file(names: Sequence[str], folder: Path) -> Path:
+    """A file with the concepts of these names, for --concept."""
+    file = folder / f"{len(names) if len(names) > 1 else slugify(names[0])}.yaml"
+    concepts = [yaml.safe_load(concept_file(name)[1]) for name in names]
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(file, yaml.safe_dump(concepts, sort_keys=False, allow_unicode=True))
+    return file
+
+
+def train(method: str, count: int, steps: int | None, work: Path) -> Path:
+    """The run folder of a method on the first `count` things, trained if there is none."""
+    run = work / "runs" / f"many-{method}-{count}{f'-{steps}' if steps else ''}"
+    if (run / TRAINING).is_file():
+        return run
+    if method in FUSED:
+        apart = [train_alone(name, work) for name in chosen(count)]
+        return sd_unlearn.fuse(*map(str, apart), method=method, output_dir=run)
+    options: dict[str, Any] = {"output_dir": run, "overwrite": run.exists()}
+    if method == "pu":
+        options |= {"data_dir": work / "data" / f"many-{count}", "validation_steps": 0, "report_to": "none"}
+        options |= {"max_train_steps": steps} if steps else {}
+        options |= FEWER_IMAGES if count >= 50 else {}
+    else:
+        options["objective"] = method
+    return sd_unlearn.train(str(list_file(chosen(count), work / "lists")), **options)
+
+
+def train_alone(name: str, work: Path) -> Path:
+    """The run folder of one thing, trained with the defaults."""
+    run = work / "runs" / f"alone-{slugify(name)}"
+    if not (run / TRAINING).is_file():
+        options: dict[str, Any] = {"output_dir": run, "overwrite": run.exists(), "validation_steps": 0}
+        data = work / "data" / slugify(name)
+        sd_unlearn.train(str(list_file([name], work / "lists")), data_dir=data, report_to="none", **options)
+    return run
+
+
+def record(method: str, count: int, steps: int | None, work: Path) -> None:
+    """Train and evaluate, and write the record."""
+    file = RECORDS / f"{method}-{count}{f'-{steps}' if steps else ''}.json"
+    if file.is_file():
+        return
+    run = train(method, count, steps, work)
+    results = sd_unlearn.evaluate(
+        run=run,
+        num_images=20 if count <= 10 else 10,
+        num_keep_images=4,
+        groups=["direct", "alike", "general"],
+        cache_dir=work / "evaluation",
+    )
+    training = read_json(run / TRAINING)
+    cost = training.get("cost", {})
+    apart = [train_alone(name, work) for name in chosen(count)] if method in FUSED else []
+    seconds = [read_json(folder / TRAINING)["cost"]["seconds"] for folder in apart]
+    write_json(
+        file,
+        {
+            "method": method,
+            "count": count,
+            "seconds": sum([cost.get("seconds") or 0, *seconds]),
+            "steps": cost.get("steps"),
+            "rank": training.get("rank"),
+            "bytes": sum(path.stat().st_size for path in trained_files(run)),
+            **measured(results),
+        },
+    )
+
+
+def measured(results: Results) -> dict[str, Any]:
+    """Leakage of each concept with and without the LoRA, [value, n], and the retention of what each retains."""
+    [subject] = [subject.id for subject in results.compared]
+    found: dict[str, Any] = {"leakage": {}, "base": {}, "retention": {}}
+    for row in results.rows:
+        name = {("leakage", subject): "leakage", ("leakage", BASE): "base", ("retention", subject): "retention"}.get(
+            (row.metric, row.subject)
+        )
+        if name and row.group in ("direct", "kept") and row.value is not None:
+            found[name][row.concept] = [round(row.value, 6), row.n]
+    return found
+
+
+def table() -> str:
+    """One line for each record, sorted by the number of concepts."""
+    records = [read_json(file) for file in RECORDS.glob("*.json")]
+    columns = "| things | method | leakage, mean % | worst % | base % | retention % | steps | training | file |"
+    lines = [columns, "|---|---|---|---|---|---|---|---|---|"]
+    order = list(TITLES)
+    for one in sorted(records, key=lambda one: (one["count"], order.index(one["method"]), one["steps"] or 0)):
+        leaks = list(one["leakage"].values())
+        hits, n = sum(value * n for value, n in leaks), sum(n for _, n in leaks)
+        low, high = wilson(round(hits), n)
+        cells = [
+            str(one["count"]),
+            TITLES[one["method"]],
+            f"{percent(hits / n)} ({percent(low)}–{percent(high)})",
+            percent(max(value for value, _ in leaks)),
+            percent(mean(one["base"])),
+            percent(mean(one["retention"])),
+            str(one["steps"] or "–"),
+            f"{one['seconds']:.{1 if one['seconds'] < 10 else 0}f} s",
+            f"{one['bytes'] / 1e3:,.0f} kB",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def mean(of: Mapping[str, Sequence[float]]) -> float:
+    return statistics.fmean(value for value, _ in of.values())
+
+
+def write_table(page: Path) -> None:
+    """Replace the generated part of the page."""
+    before, _, rest = page.read_text(encoding="utf-8").partition(START)
+    _, _, after = rest.partition(END)
+    write_text(page, f"{before}{START}\n\n{table()}\n\n{END}{after}")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--methods", nargs="+", choices=list(TITLES), default=list(TITLES), metavar="METHOD")
+    parser.add_argument("--counts", nargs="+", type=int, default=list(COUNTS), help="of things")
+    parser.add_argument("--steps", type=int, help="--max_train_steps of ours")
+    parser.add_argument("--only", choices=["table"], help="only write the table from the records")
+    parser.add_argument("--work_dir", type=Path, default=Path("runs") / "many", help="data, runs and caches")
+    args = parser.parse_args(arguments)
+    for count in args.counts if args.only is None else ():
+        for method in args.methods:
+            if method not in FUSED or count > 1:
+                print(f"{count} things: {method}", file=sys.stderr, flush=True)
+                record(method, count, args.steps if method == "pu" else None, args.work_dir)
+    write_table(DOCS / "emoji.md")
+
+
+if __name__ == "__main__":
+    main()
