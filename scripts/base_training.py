@@ -35,10 +35,28 @@ class Settings(NamedTuple):
     warmup: int = 200
     ema_decay: float = 0.999
     seed: int = 0
+    muon: bool = False  # for weights with two dimensions and more (Jordan et al. 2024); `lr` is then about 0.02
+
+
+def make_optimizer(network: nn.Module, settings: Settings) -> torch.optim.Optimizer:
+    """AdamW, or Muon with AdamW for biases and norms."""
+    if not settings.muon:
+        return torch.optim.AdamW(network.parameters(), settings.lr, settings.betas, weight_decay=settings.weight_decay)
+    from timm.optim import Muon
+
+    return Muon(
+        network.parameters(),
+        settings.lr,
+        weight_decay=settings.weight_decay,
+        nesterov=True,
+        adjust_lr_fn="original",
+        fallback_lr_scale=0.05,
+        betas=settings.betas,
+    )
 
 
 def fit(name: str, network: nn.Module, loss_of: Callable[[], Tensor], settings: Settings, work: Path) -> nn.Module:
-    """Train a network with AdamW and return the moving average of its weights, in eval mode.
+    """Train a network and return the moving average of its weights, in eval mode.
 
     Random numbers are seeded before each step by its number, and work/<name>.pt has the state of the last checkpoint.
     So an interrupted training resumes as if it had not been interrupted. work/<name>-before-decay.pt has the state
@@ -49,7 +67,7 @@ def fit(name: str, network: nn.Module, loss_of: Callable[[], Tensor], settings: 
         loss_of: The loss of a random batch, from the global random generators of `torch` and `random`.
     """
     average = copy.deepcopy(network).eval().requires_grad_(False)
-    optimizer = torch.optim.AdamW(network.parameters(), settings.lr, settings.betas, weight_decay=settings.weight_decay)
+    optimizer = make_optimizer(network, settings)
     done, spent, smooth, decay_from = 0, 0.0, None, int(settings.steps * (1 - DECAY))
     if state := _checkpoint(work, name, settings.steps):
         for part, saved in zip((network, average, optimizer), state["parts"], strict=True):

@@ -57,14 +57,14 @@ def reader_name(args: argparse.Namespace) -> str:
 
 def build_reader(args: argparse.Namespace) -> None:
     name = reader_name(args)
-    settings = Settings(args.reader_steps, lr=2e-3, weight_decay=2e-2, ema_decay=0.998, seed=args.reader_seed)
+    settings = Settings(args.reader_steps, 0.02, weight_decay=5e-3, ema_decay=0.998, seed=args.reader_seed, muon=True)
     channels = tuple(args.reader_channels)
     network = train_reader(load_drawings(args.work_dir), settings, args.work_dir, channels, name)
     save_file(network.state_dict(), args.work_dir / f"{name}.safetensors")
 
 
 def build_vae(args: argparse.Namespace) -> None:
-    settings = Settings(args.vae_steps, lr=2e-3, weight_decay=1e-4)
+    settings = Settings(args.vae_steps, lr=0.02, weight_decay=0, muon=True)
     train_vae(load_drawings(args.work_dir), settings, args.work_dir).save_pretrained(args.work_dir / "vae")
 
 
@@ -128,10 +128,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work_dir", type=Path, default=Path("build/emoji"))
     parser.add_argument("--only", choices=STAGES, help="run only this stage")
-    parser.add_argument("--reader_steps", type=int, default=4000)
+    parser.add_argument("--reader_steps", type=int, default=2500)
     parser.add_argument("--reader_seed", type=int, default=0, help="not 0: train a second classifier, and only it")
     parser.add_argument("--reader_channels", type=int, nargs=4, default=CHANNELS)
-    parser.add_argument("--vae_steps", type=int, default=3000)
+    parser.add_argument("--vae_steps", type=int, default=4000)
     parser.add_argument("--text_steps", type=int, default=1500)
     parser.add_argument("--denoiser_steps", type=int, default=8000)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())

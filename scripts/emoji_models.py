@@ -22,7 +22,7 @@ from sd_unlearn.metrics.emoji import AXES, BACKGROUNDS, EmojiReader
 MAX_TOKENS = 28
 TEXT_WIDTH, TEXT_LAYERS = 160, 3
 LATENT_CHANNELS = 16
-READER_BATCH, VAE_BATCH, TEXT_BATCH, DENOISER_BATCH = 64, 24, 128, 64
+READER_BATCH, VAE_BATCH, TEXT_BATCH, DENOISER_BATCH = 64, 16, 128, 64
 GARBAGE = 15  # of a reader's batch: images that show no thing
 PREDICTION = (
     "v_prediction"  # as Stable Diffusion 2: errors at high noise are not amplified, so a short training suffices
@@ -113,10 +113,11 @@ def train_vae(drawings: Drawings, settings: Settings, work: Path) -> Autoencoder
     def loss_of() -> Tensor:
         batch = random_batch(drawings, VAE_BATCH)
         images = compose(batch.placed, batch.backgrounds).to(memory_format=torch.channels_last)
-        posterior = vae.encode(images).latent_dist
-        decoded = vae.decode(posterior.sample()).sample
+        with torch.autocast("cpu", torch.bfloat16):
+            posterior = vae.encode(images).latent_dist
+            decoded = vae.decode(posterior.sample()).sample.float()
         edges = sum(F.l1_loss(decoded.diff(dim=d), images.diff(dim=d)) for d in (2, 3))
-        return F.l1_loss(decoded, images) + edges + 2e-6 * posterior.kl().mean()
+        return F.l1_loss(decoded, images) + edges + 2e-7 * posterior.kl().mean()
 
     vae = fit("vae", vae, loss_of, settings, work).to(memory_format=torch.contiguous_format)
     torch.manual_seed(settings.seed)

@@ -147,11 +147,16 @@ def test_a_tokenizer_of_the_captions_holds_the_longest(work: Path) -> None:
     assert len(tokenizer("a word that no caption has").input_ids) > 2
 
 
-def test_an_interrupted_training_ends_as_an_uninterrupted_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("muon", [False, True])
+def test_an_interrupted_training_ends_as_an_uninterrupted_one(
+    muon: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import base_training
 
+    if muon:
+        pytest.importorskip("timm")
     monkeypatch.setattr(base_training, "SAVE_SECONDS", -1.0)  # after every step
-    settings = base_training.Settings(steps=6, lr=0.1, warmup=2)
+    settings = base_training.Settings(steps=6, lr=0.1, warmup=2, muon=muon)
 
     def train(work: Path, settings: base_training.Settings, stop: int | None = None) -> list[torch.Tensor]:
         torch.manual_seed(0)
