@@ -1,7 +1,8 @@
 """Train the bundled base `emoji` and its classifier from scratch, then measure them and write their model card.
 
-    python scripts/build_emoji.py                       # about 2.5 hours on two cores; needs npm
+    python scripts/build_emoji.py                       # hours on two cores; needs npm
     python scripts/build_emoji.py --only table          # only measure the bundled files
+    python scripts/build_emoji.py --from_bundled        # train another denoiser on the bundled VAE and text encoder
     python scripts/build_emoji.py --reader_seed 1 --reader_channels 24 48 96 160   # a second classifier, not bundled
 
 The stages (drawings, reader, vae, pool, text, denoiser, assemble, table) save their results in --work_dir. A finished
@@ -39,6 +40,7 @@ from transformers import CLIPTextModel
 from sd_unlearn.metrics.emoji import AXES, BACKGROUNDS, CHANNELS, SIZE, load_reader
 
 ASSETS = Path(__file__).parent.parent / "sd_unlearn" / "assets"
+BASE, READER = "emoji", "emoji_reader"  # folders of the bundled files
 STAGES = ("drawings", "reader", "vae", "pool", "text", "denoiser", "assemble", "table")
 RESULTS = {  # stage -> its last file in --work_dir; a stage that has it is finished
     "drawings": "drawings.pt",
@@ -84,29 +86,43 @@ def build_denoiser(args: argparse.Namespace) -> None:
     drawings = load_drawings(args.work_dir)
     pool = Pool(*torch.load(args.work_dir / "pool.pt", weights_only=True))
     text = CLIPTextModel.from_pretrained(args.work_dir / "text_encoder").eval()
-    settings = Settings(args.denoiser_steps, lr=1.5e-3, warmup=300)
+    settings = Settings(args.denoiser_steps, lr=0.02, weight_decay=0, muon=True)
     unet = train_denoiser(pool, drawings, text, make_tokenizer(drawings), settings, args.work_dir)
     unet.save_pretrained(args.work_dir / "unet")
 
 
 def assemble(args: argparse.Namespace) -> None:
     """Write the bundled files in half precision: the pipeline folder, the classifier and its held-apart features."""
-    work, drawings = args.work_dir, load_drawings(args.work_dir)
-    vae = AutoencoderKL.from_pretrained(work / "vae")
-    pipeline = trained_pipeline(work, vae, make_tokenizer(drawings), PREDICTION)
-    base, reader_dir = ASSETS / "emoji", ASSETS / "emoji_reader"
-    for folder in (base, reader_dir):
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-    save_pipeline(pipeline.to(torch.float16), base)
-    sha = save_half(load_file(work / "reader.safetensors"), reader_dir / "model.safetensors")
+    vae, drawings = AutoencoderKL.from_pretrained(args.work_dir / "vae"), load_drawings(args.work_dir)
+    pipeline = trained_pipeline(args.work_dir, vae, make_tokenizer(drawings), PREDICTION)
+    shutil.rmtree(ASSETS / BASE, ignore_errors=True)
+    save_pipeline(pipeline.to(torch.float16), ASSETS / BASE)
+    assemble_reader(args)
+
+
+def assemble_reader(args: argparse.Namespace) -> None:
+    folder = ASSETS / READER
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    sha = save_half(load_file(args.work_dir / "reader.safetensors"), folder / "model.safetensors")
     config = {**AXES, "channels": CHANNELS, "input": f"RGB {SIZE}x{SIZE} in [-1, 1]", "sha256": sha}
-    (reader_dir / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     load_reader.cache_clear()
     images, labels = held_apart(args, copies=2)
     with torch.no_grad():
         features = torch.cat([load_reader().features(part) for part in images.split(200)]).half()
-    save_file({"features": features, **labels}, reader_dir / "held_apart.safetensors")
+    save_file({"features": features, **labels}, folder / "held_apart.safetensors")
+
+
+def take_bundled(args: argparse.Namespace) -> None:
+    """Copy classifier, VAE and text encoder of the bundled files to --work_dir, as results of finished stages."""
+    weights = load_file(ASSETS / READER / "model.safetensors")
+    save_file(
+        {k: v.float() if v.is_floating_point() else v for k, v in weights.items()}, args.work_dir / "reader.safetensors"
+    )
+    AutoencoderKL.from_pretrained(ASSETS / BASE / "vae").save_pretrained(args.work_dir / "vae")
+    text = CLIPTextModel.from_pretrained(ASSETS / BASE / "text_encoder", dtype=torch.float32)
+    text.save_pretrained(args.work_dir / "text_encoder")
 
 
 def held_apart(args: argparse.Namespace, copies: int) -> tuple[Tensor, dict[str, Tensor]]:
@@ -128,12 +144,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work_dir", type=Path, default=Path("build/emoji"))
     parser.add_argument("--only", choices=STAGES, help="run only this stage")
+    parser.add_argument(
+        "--from_bundled", action="store_true", help="train only the denoiser, with the bundled VAE and text encoder"
+    )
     parser.add_argument("--reader_steps", type=int, default=2500)
     parser.add_argument("--reader_seed", type=int, default=0, help="not 0: train a second classifier, and only it")
     parser.add_argument("--reader_channels", type=int, nargs=4, default=CHANNELS)
     parser.add_argument("--vae_steps", type=int, default=4000)
     parser.add_argument("--text_steps", type=int, default=1500)
-    parser.add_argument("--denoiser_steps", type=int, default=8000)
+    parser.add_argument("--denoiser_steps", type=int, default=6000)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -141,6 +160,8 @@ def main() -> None:
     if args.reader_seed:
         build_reader(args)
         return
+    if args.from_bundled:
+        take_bundled(args)
     jobs = {
         "drawings": lambda args: load_drawings(args.work_dir),
         "reader": build_reader,

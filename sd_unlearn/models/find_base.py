@@ -97,13 +97,13 @@ def check_source(source: Source) -> None:
         raise UsageError(f"--single_file_config is for a single file; {OPTION} {source.name} is not a file.")
     if source.is_file:
         _check_file(source)
-    elif source.place.is_dir():
-        _check_folder(source)
-    elif source.name in BUNDLED:
+    elif source.name in BUNDLED and not (source.place / "model_index.json").is_file():
         raise UsageError(
             f"{OPTION} {source.name} is not in this installation. Build it in a clone of the repository: python "
             f"scripts/{'build_emoji.py' if source.name == EMOJI else 'build_digits.py --kind sd3'}."
         )
+    elif source.place.is_dir():
+        _check_folder(source)
     else:
         _check_id(OPTION, source.name)
     if source.kind:

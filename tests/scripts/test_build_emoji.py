@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from emoji_files import CAT, PISTOL, write_packages
+from safetensors.torch import load_file
 from torch import nn
 
 from sd_unlearn.data.concept import read_concept
@@ -251,6 +252,13 @@ def test_all_stages_on_three_things(work: Path, tmp_path: Path, monkeypatch: pyt
     assert "CC BY-SA 4.0" in card
     assert "classifier and reader-1 agree" in card
     assert "@" not in card.split("---", 2)[2].replace("@iconify-json", "")
+    fresh = Namespace(work_dir=tmp_path / "fresh")
+    fresh.work_dir.mkdir()
+    build_emoji.take_bundled(fresh)
+    finished = [s for s, file in build_emoji.RESULTS.items() if (fresh.work_dir / file).is_file()]
+    assert finished == ["reader", "vae", "text"]
+    weights = load_file(fresh.work_dir / "reader.safetensors")
+    assert all(torch.equal(weights[k], v.to(weights[k])) for k, v in emoji.load_reader().state_dict().items())
     images, labels = build_emoji.held_apart(Namespace(work_dir=work), copies=1)
     assert set(labels) == set(AXES)
     assert len(images) == len(labels["thing"]) == 4 * len(STYLES)
