@@ -86,7 +86,7 @@ def build_denoiser(args: argparse.Namespace) -> None:
     drawings = load_drawings(args.work_dir)
     pool = Pool(*torch.load(args.work_dir / "pool.pt", weights_only=True))
     text = CLIPTextModel.from_pretrained(args.work_dir / "text_encoder").eval()
-    settings = Settings(args.denoiser_steps, lr=0.02, weight_decay=0, muon=True)
+    settings = Settings(args.denoiser_steps, lr=0.015, weight_decay=0, muon=True)
     unet = train_denoiser(pool, drawings, text, make_tokenizer(drawings), settings, args.work_dir)
     unet.save_pretrained(args.work_dir / "unet")
 
@@ -152,7 +152,7 @@ def main() -> None:
     parser.add_argument("--reader_channels", type=int, nargs=4, default=CHANNELS)
     parser.add_argument("--vae_steps", type=int, default=4000)
     parser.add_argument("--text_steps", type=int, default=1500)
-    parser.add_argument("--denoiser_steps", type=int, default=6000)
+    parser.add_argument("--denoiser_steps", type=int, default=12000)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

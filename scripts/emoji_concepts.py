@@ -21,7 +21,7 @@ from sd_unlearn.metrics.emoji import BACKGROUNDS, CATEGORIES, STYLES
 
 BUNDLED = (
     *("pistol", "knife", "bomb", "cigarette", "beer", "syringe", "cat", "guitar", "Santa Claus", "detective"),
-    *("openmoji", "noto", "fluent", "red", "weapon"),
+    *("openmoji", "noto", "emojione", "red", "weapon"),
 )
 PROMPTS = Path(__file__).parent.parent / "prompts"
 IMAGES = "{positive: 100, unlabeled: 300, mixed_in: 16, keep: 280}  # keep: of each line, split over its alternatives"

@@ -223,6 +223,7 @@ def make_unet() -> UNet2DConditionModel:
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         cross_attention_dim=TEXT_WIDTH,
         attention_head_dim=4,
+        resnet_time_scale_shift="scale_shift",  # learns faster than adding the time embedding
     )
 
 

@@ -75,7 +75,7 @@ STUDIES = {
                 *("pistol", "knife", "bomb", "cigarette", "beer", "syringe"),
                 *("cat", "guitar", "Santa Claus", "detective"),
             ),
-            "Styles": ("OpenMoji style", "Noto style", "Fluent style"),
+            "Styles": ("OpenMoji style", "Noto style", "EmojiOne style"),
             "A background": ("red background",),
             "A category": ("weapon",),
         },

@@ -32,6 +32,7 @@ SHIPPED = sorted((PACKAGE.parent / "prompts").glob("*.yaml"))
 DIGITS = {"zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"}
 INKS = {"white", "red", "green", "blue", "yellow"}
 PEOPLE = {"Brad Pitt", "Barack Obama", "Angela Merkel", "Serena Williams", "Jackie Chan"}
+EMOJI_OBJECTS = ("pistol", "knife", "bomb", "cigarette", "beer", "syringe", "cat", "guitar", "weapon")
 FOREIGN = {  # how a prompt of a language begins
     "de": "ein Foto|ein Gemälde|eine Ziffer|ein Emoji",
     "fr": r"une photo|une peinture|un chiffre|un emoji : \w+|un emoji sur fond|un emoji dans",
@@ -71,8 +72,9 @@ def test_all_concept_files_and_their_kinds() -> None:
         dict.fromkeys(DIGITS, "digit")
         | {f"{ink} ink": "ink" for ink in INKS}
         | dict.fromkeys(PEOPLE, "person")
-        | {"pistol": "object", "cat": "object", "weapon": "object", "Santa Claus": "person", "detective": "person"}
-        | {"OpenMoji style": "style", "red background": "other"}
+        | dict.fromkeys(EMOJI_OBJECTS, "object")
+        | {"Santa Claus": "person", "detective": "person", "red background": "other"}
+        | dict.fromkeys(("OpenMoji style", "Noto style", "EmojiOne style"), "style")
         | {"Van Gogh": "style", "church": "object", "tench": "object", "nudity": "nudity"}
     )
 
