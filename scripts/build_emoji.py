@@ -115,14 +115,17 @@ def assemble_reader(args: argparse.Namespace) -> None:
 
 
 def take_bundled(args: argparse.Namespace) -> None:
-    """Copy classifier, VAE and text encoder of the bundled files to --work_dir, as results of finished stages."""
-    weights = load_file(ASSETS / READER / "model.safetensors")
-    save_file(
-        {k: v.float() if v.is_floating_point() else v for k, v in weights.items()}, args.work_dir / "reader.safetensors"
-    )
-    AutoencoderKL.from_pretrained(ASSETS / BASE / "vae").save_pretrained(args.work_dir / "vae")
-    text = CLIPTextModel.from_pretrained(ASSETS / BASE / "text_encoder", dtype=torch.float32)
-    text.save_pretrained(args.work_dir / "text_encoder")
+    """Copy classifier, VAE and text encoder of the bundled files to --work_dir, unless it has its own."""
+    work = args.work_dir
+    if not (work / RESULTS["reader"]).exists():
+        weights = load_file(ASSETS / READER / "model.safetensors")
+        weights = {k: v.float() if v.is_floating_point() else v for k, v in weights.items()}
+        save_file(weights, work / RESULTS["reader"])
+    if not (work / RESULTS["vae"]).exists():
+        AutoencoderKL.from_pretrained(ASSETS / BASE / "vae").save_pretrained(work / "vae")
+    if not (work / RESULTS["text"]).exists():
+        text = CLIPTextModel.from_pretrained(ASSETS / BASE / "text_encoder", dtype=torch.float32)
+        text.save_pretrained(work / "text_encoder")
 
 
 def held_apart(args: argparse.Namespace, copies: int) -> tuple[Tensor, dict[str, Tensor]]:
