@@ -118,9 +118,7 @@ def take_bundled(args: argparse.Namespace) -> None:
     """Copy classifier, VAE and text encoder of the bundled files to --work_dir, unless it has its own."""
     work = args.work_dir
     if not (work / RESULTS["reader"]).exists():
-        weights = load_file(ASSETS / READER / "model.safetensors")
-        weights = {k: v.float() if v.is_floating_point() else v for k, v in weights.items()}
-        save_file(weights, work / RESULTS["reader"])
+        save_file(load_reader().state_dict(), work / RESULTS["reader"])
     if not (work / RESULTS["vae"]).exists():
         AutoencoderKL.from_pretrained(ASSETS / BASE / "vae").save_pretrained(work / "vae")
     if not (work / RESULTS["text"]).exists():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any, Literal
 
@@ -27,7 +27,7 @@ class Budget:
 
     evaluation: Mapping[str, Any]  # options of `evaluate`
     grid_images: int  # of every cell of the grid
-    attacks: Mapping[str, str] = field(default_factory=dict)  # attack -> its --budget
+    attacks: Mapping[str, str]  # attack -> its --budget
 
 
 @dataclass(frozen=True)

@@ -270,19 +270,25 @@ def rate(records: Sequence[Record], name: str) -> str:
 
 
 def write_page(page: Path, study: Study, folder: Path, budget: str) -> None:
-    """Replace the generated part of a page of `study`.
-
-    Raises:
-        SystemExit: the page has no markers.
-    """
-    text = page.read_text(encoding="utf-8")
-    before, start, rest = text.partition(START)
-    _, end, after = rest.partition(END)
-    if not (start and end):
-        raise SystemExit(f"{page} has no {START} ... {END}, between which the tables belong.")
+    """Replace the generated part of a page of `study`; see `replace_between`."""
     if study.tables == "concept":
         sections = [section(concept, folder, page.parent / "images") for concept in study.concepts]
     else:
         sections = [group_section(title, concepts, folder) for title, concepts in study.groups.items()]
     body = "\n\n".join([f"Budget `{budget}`.", *sections, "### Methods", methods_table()])
-    write_text(page, f"{before}{START}\n\n{body}\n\n{END}{after}")
+    replace_between(page, START, END, body)
+
+
+def replace_between(page: Path, start: str, end: str, body: str) -> None:
+    """Replace what is between two markers of a page.
+
+    Raises:
+        SystemExit: there is no such page, or it lacks one of the markers.
+    """
+    if not page.is_file():
+        raise SystemExit(f"{page} does not exist, so no tables were written; the records are kept.")
+    before, found_start, rest = page.read_text(encoding="utf-8").partition(start)
+    _, found_end, after = rest.partition(end)
+    if not (found_start and found_end):
+        raise SystemExit(f"{page} has no {start} ... {end}, between which the tables belong.")
+    write_text(page, f"{before}{start}\n\n{body}\n\n{end}{after}")

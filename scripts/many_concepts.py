@@ -22,7 +22,7 @@ import yaml
 from emoji_concepts import concept_file
 from leaderboard_cells import trained_files
 from leaderboard_studies import STUDIES
-from leaderboard_table import percent
+from leaderboard_table import percent, replace_between
 
 import sd_unlearn
 from sd_unlearn.io.files import write_json, write_text
@@ -169,10 +169,8 @@ def mean(of: Mapping[str, Sequence[float]]) -> float:
 
 
 def write_table(page: Path) -> None:
-    """Replace the generated part of the page."""
-    before, _, rest = page.read_text(encoding="utf-8").partition(START)
-    _, _, after = rest.partition(END)
-    write_text(page, f"{before}{START}\n\n{table()}\n\n{END}{after}")
+    """Replace the generated part of the page; see `replace_between`."""
+    replace_between(page, START, END, table())
 
 
 def main(arguments: list[str] | None = None) -> None:
