@@ -301,7 +301,7 @@ USAGE = [
     (["render", "--concept", ""], "--concept is missing"),
     (["train", "--concept", "sevn"], 'Did you mean "seven"?'),
     (["train", "--concept", "sevn"], "--anchor"),
-    (["train", "--concept", "sevn"], "brad-pitt, cat, church, detective"),
+    (["train", "--concept", "sevn"], "brad-pitt, cat, church, "),
     (["render", "--concept", "../../etc/passwd"], "--anchor"),
     (["train", "--concept", "x", "--anchor", ""], "--anchor"),
     (["train", "--concept", "nowhere.yaml"], "--concept nowhere.yaml"),
