@@ -12,6 +12,7 @@ from base_training import training_seconds
 from diffusers import StableDiffusionPipeline
 from emoji_captions import STYLE_NAMES, with_article
 from emoji_data import as_images, contact_sheet, things
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
@@ -21,6 +22,11 @@ from sd_unlearn.metrics.emoji import ASSETS, AXES, BACKGROUNDS, CATEGORIES, STYL
 Row = tuple[str, float, int, str]  # what is measured, its share, of how many images, the target
 BATCH = 100
 CARD = Path(__file__).parent / "emoji_card.md"
+PICTURE = Path(__file__).parents[1] / "docs" / "images" / "emoji.png"
+SHOWN = (  # on the picture
+    *("cat", "tiger", "dog", "wolf", "owl", "pistol", "knife", "bomb", "cigarette", "beer", "old man", "Santa Claus"),
+    *("mage", "detective", "guitar", "rocket"),
+)
 OF_EACH_THING, OF_EACH_STYLE, OF_EACH_BACKGROUND, OF_EACH_CATEGORY, GENERIC = 8, 50, 25, 10, 300
 
 
@@ -33,6 +39,7 @@ def table(work: Path, held: tuple[Tensor, dict[str, Tensor]]) -> None:
     pipeline.set_progress_bar_config(disable=True)
     reader = load_reader()
     rows = reader_rows(reader, held) + base_rows(pipeline, reader, work)
+    draw_styles(work).save(PICTURE)
     for other in sorted(work.glob("reader-*.safetensors")):
         rows += agreement_rows(reader, load_other(other), other.stem, held[0], work)
     lines = ["| | measured | n | target |", "|---|---|---|---|"]
@@ -43,6 +50,13 @@ def table(work: Path, held: tuple[Tensor, dict[str, Tensor]]) -> None:
     card = CARD.read_text().replace("@TABLE@", "\n".join(lines)).replace("@TIMES@", times or "not recorded")
     card = card.replace("@HASHES@", "\n".join(file_rows(ASSETS, ("emoji", "emoji_reader"))))
     (ASSETS / "emoji" / "README.md").write_text(card.replace("@THINGS@", ", ".join(THINGS)))
+
+
+def draw_styles(work: Path) -> Image.Image:
+    """The things of SHOWN in columns and the styles in rows, from the images of every thing in every style."""
+    grid = torch.load(work / "pictures" / "grid.pt", weights_only=True).unflatten(0, (len(THINGS), len(STYLES)))
+    chosen = grid[[THINGS.index(name) for name in SHOWN]].transpose(0, 1)
+    return contact_sheet(as_images(chosen.flatten(0, 1).float() / 127), len(SHOWN))
 
 
 @torch.no_grad()

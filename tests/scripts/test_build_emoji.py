@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from emoji_files import CAT, PISTOL, write_packages
+from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
@@ -237,6 +238,8 @@ def test_all_stages_on_three_things(work: Path, tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(emoji_table, "BATCH", 20)
     monkeypatch.setattr(emoji_table, "things", lambda: emoji_things()[:3])
     monkeypatch.setattr(emoji_table, "THINGS", THINGS[:3])
+    monkeypatch.setattr(emoji_table, "SHOWN", THINGS[1:3])
+    monkeypatch.setattr(emoji_table, "PICTURE", tmp_path / "emoji.png")
     from emoji_data import things as emoji_things
 
     for extra in (["--reader_seed", "1", "--reader_channels", "8", "8", "16", "16"], []):
@@ -252,6 +255,7 @@ def test_all_stages_on_three_things(work: Path, tmp_path: Path, monkeypatch: pyt
     assert "CC BY-SA 4.0" in card
     assert "classifier and reader-1 agree" in card
     assert "@" not in card.split("---", 2)[2].replace("@iconify-json", "")
+    assert Image.open(tmp_path / "emoji.png").size == (2 * 64, len(STYLES) * 64)
     fresh = Namespace(work_dir=tmp_path / "fresh")
     fresh.work_dir.mkdir()
     build_emoji.take_bundled(fresh)
