@@ -51,8 +51,8 @@ class AttackedModels:
     floor: Annotated[
         str | None,
         option(
-            "A model that never saw the concept, of the same kind as the base (folder, file or Hub id): what the "
-            "attacks get out of it. For digits: scripts/build_digits.py --without seven.",
+            "Also attack a model that never saw the concept, of the same kind as the base (folder, file or Hub id), "
+            "for comparison. For digits: scripts/build_digits.py --without seven.",
             ATTACKER,
         ),
     ] = None
@@ -81,7 +81,7 @@ class Attacker:
             ATTACKER,
         ),
     ] = None
-    seed: Annotated[int, option("Seed of the attacks and of the judged images.", GENERAL, Seed)] = 0
+    seed: Annotated[int, option("Seed of the attacks and of the images they generate.", GENERAL, Seed)] = 0
 
 
 @dataclass(kw_only=True)

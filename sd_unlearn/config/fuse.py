@@ -24,8 +24,8 @@ class FuseConfig(PathOptions):
     method: Annotated[
         FuseMethod,
         option(
-            "least_squares: per layer the change that keeps each LoRA's effect on images of its own concepts, and the "
-            "base's on what all of them retain. sum: the sum of the changes.",
+            "least_squares: for each layer, the change that best keeps each LoRA's effect on images of its own "
+            "concepts and the base's output on what all of them retain. sum: the sum of the changes.",
             START,
         ),
     ] = "least_squares"
@@ -40,7 +40,7 @@ class FuseConfig(PathOptions):
     keep_weight: Annotated[
         float,
         option(
-            "Weight of what is retained, relative to that of all concepts. Higher values preserve more but erase less.",
+            "Weight of retained concepts, relative to all erased ones. Higher values preserve more but erase less.",
             START,
             NOT_NEGATIVE,
         ),
@@ -48,7 +48,7 @@ class FuseConfig(PathOptions):
     num_images: Annotated[
         int,
         option(
-            "Images that are generated for each LoRA, and of what is retained, to record what the layers see.",
+            "Images to generate for each LoRA, and of retained concepts, to record the inputs of the layers.",
             START,
             Range(above=0, at_most=1000),
         ),

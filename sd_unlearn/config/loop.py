@@ -182,8 +182,8 @@ class Performance:
     quantize_base: Annotated[
         Quantization | None,
         option(
-            "Store the linear layers of the frozen UNet in 8 bits (int8) or 4 bits (nf4; extra 8bit: pip install "
-            "'sd-unlearn[8bit]') during training. Less memory, slower steps. Default: off.",
+            "Store the linear layers of the frozen UNet or transformer in 8 bits (int8) or 4 bits (nf4; extra 8bit: "
+            "pip install 'sd-unlearn[8bit]') during training. Less memory, slower steps. Default: off.",
             PERFORMANCE,
         ),
     ] = None

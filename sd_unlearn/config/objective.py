@@ -94,9 +94,9 @@ class Objective:
     teacher_reuse: Annotated[
         int | None,
         option(
-            "Use the images and noise of each step N times within a few hundred steps, so that the base predicts for "
-            "them only once (with --objective pu and --target teacher). Higher values make training faster with fewer "
-            f"samples of noise. Default: {REUSE}; 1 for several concepts at once.",
+            "Use the images and noise of each step N times, in repeated blocks of 20 steps, so that the base predicts "
+            "for them only once (with --objective pu and --target teacher). Higher values make training faster with "
+            f"fewer samples of noise. Default: {REUSE}; 1 for several concepts at once.",
             OBJECTIVE,
             Count,
         ),
@@ -113,7 +113,7 @@ class Objective:
     robust: Annotated[
         bool,
         option(
-            "While training, search embeddings that bring the concept back, and unlearn under them, too. Slower; "
+            "During training, search for embeddings that bring the concept back, and unlearn under them, too. Slower; "
             "learned prompts (the attack soft) then succeed less often.",
             OBJECTIVE,
         ),
