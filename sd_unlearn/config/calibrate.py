@@ -49,7 +49,7 @@ class CalibrateConfig(Detectors, SamplerOptions):
     step: Annotated[float, option("Precision of the strengths.", SEARCH, Range(at_least=0.01, at_most=1))] = 0.05
     tier: Annotated[
         TierName | None,
-        option("Number of images, as for evaluate. Default: that of the bundled base, else quick.", PROMPTS),
+        option("Number of images, as for evaluate. Default: the bundled base's, else quick.", PROMPTS),
     ] = None
     num_images: Annotated[
         int | None, option("Images per group of the concept, instead of the tier's number.", PROMPTS, SomeImages)

@@ -99,7 +99,7 @@ class Prompts:
             "How many images. quick: 100 each of direct, alike and general. standard: 500 each of direct, held_out, "
             "generic and alike, and 1,000 of general. full: 2,500 and 10,000. digits: 200 each of direct, held_out and "
             "generic, and 100 per keep prompt. emoji: 100, 100 and 200, 20 per alike and 4 per general prompt. "
-            "standard and full evaluate seven strengths, 0 to 1.5. Default: that of the bundled base, else quick.",
+            "standard and full evaluate seven strengths, 0 to 1.5. Default: the bundled base's, else quick.",
             START,
         ),
     ] = None
