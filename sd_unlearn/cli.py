@@ -136,10 +136,8 @@ def _usage_message(error: cyclopts.CycloptsError) -> str:
 
 def _how_to_resume(tokens: Sequence[str], saved: str) -> str:
     """What to do after Ctrl-C; `saved` says what a training has saved, if it was one."""
-    if tokens[:1] == ["batch"]:
+    if tokens[:1] == ["batch"] or not saved:
         return "Run the same command again to continue."
-    if not saved:
-        return "Run the same command again to generate the missing images."
     resume = "Run the same command again" if tokens[:1] == ["paper"] else "Add --resume_from_checkpoint latest"
     return f"{saved} {resume} to continue."
 

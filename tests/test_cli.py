@@ -540,7 +540,7 @@ def test_failures_have_code_one_and_interruptions_130(run: Run, monkeypatch: pyt
     failing(KeyboardInterrupt())
     found = run("render", "--concept", "seven")
     assert found.code == 130
-    assert "same command again to generate the missing images" in found.err
+    assert "Run the same command again to continue." in found.err
 
 
 def test_an_unforeseen_error_is_one_line_and_a_traceback_only_with_debug(

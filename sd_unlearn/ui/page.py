@@ -12,7 +12,7 @@ from sd_unlearn.data.concept import concept_files
 from sd_unlearn.errors import UnlearnError, UsageError
 from sd_unlearn.io.images import open_image
 from sd_unlearn.io.paths import slugify
-from sd_unlearn.models.source import DIGITS
+from sd_unlearn.models.source import BUNDLED
 from sd_unlearn.ui.generate import AS_TRAINED, Generator, Request, enlarged
 from sd_unlearn.ui.runs import as_table, calibrated_strength, find_finished, find_loras
 from sd_unlearn.ui.training import Job, Training, make_plan
@@ -83,7 +83,7 @@ def _try_tab(gradio: Any, page: Any, root: Path) -> None:
             found, value=first, multiselect=True, label="LoRAs (runs or files)", elem_id="loras", min_width=WIDE
         )
         base = gradio.Dropdown(
-            [AS_TRAINED, DIGITS],
+            [AS_TRAINED, *BUNDLED],
             value=AS_TRAINED,
             allow_custom_value=True,
             label="Base (or a folder, file, Hub id)",
