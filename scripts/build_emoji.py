@@ -6,9 +6,9 @@
     python scripts/build_emoji.py --reader_seed 1 --reader_channels 24 48 96 160   # a second classifier, not bundled
 
 The stages (drawings, reader, vae, pool, text, denoiser, assemble, table) save their results in --work_dir. A finished
-stage is not repeated. The trainings (reader, vae, text, denoiser) save a checkpoint every five minutes, so an
-interrupted build resumes there with the same result. To train longer, remove the stage's results and give more steps:
-it continues from the state before its learning rate fell.
+stage is not repeated. The trainings save a checkpoint every five minutes, so an interrupted build resumes there with
+the same result. To train longer, remove the stage's results and give more steps: it continues from the state before its
+learning rate fell. The denoiser is trained in two parts, --layout_steps and --denoiser_steps.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def build_denoiser(args: argparse.Namespace) -> None:
     pool = Pool(*torch.load(args.work_dir / "pool.pt", weights_only=True))
     text = CLIPTextModel.from_pretrained(args.work_dir / "text_encoder").eval()
     settings = Settings(args.denoiser_steps, lr=0.015, weight_decay=0, muon=True)
-    unet = train_denoiser(pool, drawings, text, make_tokenizer(drawings), settings, args.work_dir)
+    unet = train_denoiser(pool, drawings, text, make_tokenizer(drawings), settings, args.layout_steps, args.work_dir)
     unet.save_pretrained(args.work_dir / "unet")
 
 
@@ -153,9 +153,13 @@ def main() -> None:
     parser.add_argument("--reader_channels", type=int, nargs=4, default=CHANNELS)
     parser.add_argument("--vae_steps", type=int, default=4000)
     parser.add_argument("--text_steps", type=int, default=1500)
-    parser.add_argument("--denoiser_steps", type=int, default=12000)
+    parser.add_argument(
+        "--layout_steps", type=int, default=1500, help="of the denoiser, at high noise, before its others"
+    )
+    parser.add_argument("--denoiser_steps", type=int, default=6000)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
+    torch.set_flush_denormal(True)  # before the first threads start: else a late training step takes twice as long
     torch.set_num_threads(args.threads)
     args.work_dir.mkdir(parents=True, exist_ok=True)
     if args.reader_seed:

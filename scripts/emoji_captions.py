@@ -109,9 +109,13 @@ class Label(NamedTuple):
     tone: int = -1
 
 
-def caption(label: Label, rng: random.Random) -> str:
-    """A random caption of an image; about one in ten is empty."""
-    group = rng.choices([g for _, g in GROUPS], weights=[w for w, _ in GROUPS])[0]
+def caption(label: Label, rng: random.Random, full: float = 0.0) -> str:
+    """A random caption of an image; about one in ten is empty.
+
+    full: in [0, 1]: further captions as a share of all, which name thing, style and background.
+    """
+    everything = full > 0 and rng.random() < full
+    group = ALL if everything else rng.choices([g for _, g in GROUPS], weights=[w for w, _ in GROUPS])[0]
     template = rng.choices([t for _, t in group], weights=[w for w, _ in group])[0]
     text = template.format(**_words(label, rng))
     return typo(text, rng) if len(text) > 8 and rng.random() < TYPO_RATE else text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,6 +28,8 @@ GARBAGE = 15  # of a reader's batch: images that show no thing
 PREDICTION = (
     "v_prediction"  # as Stable Diffusion 2: errors at high noise are not amplified, so a short training suffices
 )
+LAYOUT_SHIFT, LAYOUT_FULL = 20.0, 1.0  # of the first part of the denoiser's training, see train_denoiser
+SHIFT, FULL = 3.0, 0.4  # of the second
 MAX_SNR = (
     5.0  # images with a higher signal-to-noise ratio weigh as much in x0 as this one (Hang et al. 2023, 2303.09556)
 )
@@ -204,10 +207,12 @@ def train_text(drawings: Drawings, tokenizer: CLIPTokenizer, settings: Settings,
     return fit("text", network, loss_of, settings, work).text
 
 
-def _caption_ids(drawings: Drawings, tokenizer: CLIPTokenizer, picked: Tensor, backgrounds: Tensor) -> Tensor:
-    """Token ids [B, L] of random captions. picked, backgrounds: [B], as in Batch."""
+def _caption_ids(
+    drawings: Drawings, tokenizer: CLIPTokenizer, picked: Tensor, backgrounds: Tensor, full: float = 0.0
+) -> Tensor:
+    """Token ids [B, L] of random captions. picked, backgrounds: [B], as in Batch. full: see `caption`."""
     rows = zip(picked.tolist(), backgrounds.tolist(), strict=True)
-    captions = [caption(_label(drawings, *row), random) for row in rows]
+    captions = [caption(_label(drawings, *row), random, full) for row in rows]
     return tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
 
 
@@ -254,11 +259,14 @@ def train_denoiser(
     text: CLIPTextModel,
     tokenizer: CLIPTokenizer,
     settings: Settings,
+    layout_steps: int,
     work: Path,
 ) -> UNet2DConditionModel:
     """Train a UNet to predict v = alpha noise - sigma x0 (Salimans and Ho 2022, section 4).
 
-    text: frozen.
+    The first `layout_steps` have almost pure noise, and captions that name everything: what is left to learn is the
+    image of each caption, which takes a tenth of the steps that it takes among all timesteps and captions. The steps of
+    `settings` follow. text: frozen.
     """
     torch.manual_seed(settings.seed)
     unet = make_unet()
@@ -266,16 +274,24 @@ def train_denoiser(
     snr = scheduler.alphas_cumprod / (1 - scheduler.alphas_cumprod)
     weight_of = (snr.clamp(max=MAX_SNR) + 1) / (snr + 1)  # a squared error of v is SNR + 1 times that of x0
 
-    def loss_of() -> Tensor:
+    def loss_of(shift: float, full: float) -> Tensor:
         picks = torch.multinomial(weights, DENOISER_BATCH, replacement=True)
-        ids = _caption_ids(drawings, tokenizer, pool.picked[picks], pool.backgrounds[picks])
+        ids = _caption_ids(drawings, tokenizer, pool.picked[picks], pool.backgrounds[picks], full)
         with torch.no_grad():
             states = text(ids)[0]
         x0 = pool.latents[picks].float()
         noise = torch.randn_like(x0)
-        t = ((torch.arange(len(x0)) + torch.rand(len(x0))) * 1000 / len(x0)).long()  # stratified
+        t = _timesteps(len(x0), shift)
         predicted = unet(scheduler.add_noise(x0, noise, t), t, states).sample
         velocity = scheduler.get_velocity(x0, noise, t)
         return ((predicted - velocity).square().mean((1, 2, 3)) * weight_of[t]).mean()
 
-    return fit("denoiser", unet, loss_of, settings, work)
+    layout = partial(loss_of, LAYOUT_SHIFT, LAYOUT_FULL)
+    unet = fit("layout", unet, layout, settings._replace(steps=layout_steps), work).requires_grad_(True)
+    return fit("denoiser", unet, partial(loss_of, SHIFT, FULL), settings, work)
+
+
+def _timesteps(count: int, shift: float) -> Tensor:
+    """[count] long: stratified, with more noise for a higher shift (Esser et al. 2024, 2403.03206, equation 23)."""
+    position = (torch.arange(count) + torch.rand(count)) / count
+    return (1000 * shift * position / (1 + (shift - 1) * position)).long().clamp(max=999)

@@ -45,7 +45,7 @@ def table(work: Path, held: tuple[Tensor, dict[str, Tensor]]) -> None:
     lines = ["| | measured | n | target |", "|---|---|---|---|"]
     lines += [f"| {name} | {value:.1%} | {n} | {target} |" for name, value, n, target in rows]
     print("\n".join(lines))
-    minutes = {name: training_seconds(name, work) for name in ("reader", "vae", "text", "denoiser")}
+    minutes = {name: training_seconds(name, work) for name in ("reader", "vae", "text", "layout", "denoiser")}
     times = ", ".join(f"{name} {seconds / 60:.0f} min" for name, seconds in minutes.items() if seconds)
     card = CARD.read_text().replace("@TABLE@", "\n".join(lines)).replace("@TIMES@", times or "not recorded")
     card = card.replace("@HASHES@", "\n".join(file_rows(ASSETS, ("emoji", "emoji_reader"))))

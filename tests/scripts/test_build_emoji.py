@@ -137,6 +137,30 @@ def test_captions_are_seeded_and_name_what_the_image_shows() -> None:
     assert not [text for text in share if "{" in text]
 
 
+def test_a_share_of_the_captions_can_name_everything() -> None:
+    from emoji_captions import STYLE_NAMES, Label, caption
+
+    label = Label(THINGS.index("guitar"), STYLES.index("noto"), BACKGROUNDS.index("red"))
+    rng = random.Random(0)
+    for full, least, most in ((1.0, 0.9, 1.0), (0.5, 0.5, 0.65), (0.0, 0.05, 0.2)):
+        texts = [caption(label, rng, full) for _ in range(1000)]
+        named = (STYLE_NAMES["noto"], ("red", "rot", "rouge", "rojo", "ross"))
+        share = sum(all(any(word in text for word in words) for words in named) for text in texts) / 1000
+        assert least <= share <= most, full
+    assert [caption(label, random.Random(n)) for n in range(50)] == [
+        caption(label, random.Random(n), 0) for n in range(50)
+    ]
+
+
+@pytest.mark.parametrize(("shift", "median"), [(1.0, 500), (3.0, 750), (20.0, 952)])
+def test_a_higher_shift_trains_at_more_noise(shift: float, median: int) -> None:
+    from emoji_models import _timesteps
+
+    timesteps = _timesteps(4000, shift)
+    assert abs(timesteps.median().item() - median) <= 1
+    assert 0 <= timesteps.min() < timesteps.max() == 999
+
+
 def test_a_tokenizer_of_the_captions_holds_the_longest(work: Path) -> None:
     from emoji_captions import Label, caption
     from emoji_data import load_drawings
@@ -243,7 +267,7 @@ def test_all_stages_on_three_things(work: Path, tmp_path: Path, monkeypatch: pyt
     from emoji_data import things as emoji_things
 
     for extra in (["--reader_seed", "1", "--reader_channels", "8", "8", "16", "16"], []):
-        steps = [f"--{stage}_steps=1" for stage in ("reader", "vae", "text", "denoiser")]
+        steps = [f"--{stage}_steps=1" for stage in ("reader", "vae", "text", "layout", "denoiser")]
         monkeypatch.setattr("sys.argv", ["build_emoji.py", "--work_dir", str(work), "--threads=1", *steps, *extra])
         build_emoji.main()
     pipeline = StableDiffusionPipeline.from_pretrained(assets / "emoji")
