@@ -156,7 +156,7 @@ def main() -> None:
     parser.add_argument(
         "--layout_steps", type=int, default=1500, help="of the denoiser, at high noise, before its others"
     )
-    parser.add_argument("--denoiser_steps", type=int, default=6000)
+    parser.add_argument("--denoiser_steps", type=int, default=3600)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     torch.set_flush_denormal(True)  # before the first threads start: else a late training step takes twice as long

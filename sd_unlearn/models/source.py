@@ -23,7 +23,7 @@ ASSETS = Path(__file__).parent.parent / "assets"
 DIGITS, DIGITS_SD3, EMOJI = "digits", "digits-sd3", "emoji"
 FLOW = "flow"  # the prediction type of flow matching: the velocity
 DIGITS_DIR = ASSETS / DIGITS
-BUNDLED = {name: ASSETS / name for name in (DIGITS, DIGITS_SD3, EMOJI)}  # the last only if it was built
+BUNDLED = {name: ASSETS / name for name in (DIGITS, DIGITS_SD3, EMOJI)}
 SINGLE_FILE_DIR = ASSETS / "single_file"  # one folder of configurations per kind
 WEIGHTS = re.compile(r"(?:diffusion_pytorch_model|model|pytorch_model)(?:\.(\w+))?(?:-\d+-of-\d+)?\.(safetensors|bin)")
 
