@@ -8,7 +8,7 @@
 The stages (drawings, reader, vae, pool, text, denoiser, assemble, table) save their results in --work_dir. A finished
 stage is not repeated. The trainings save a checkpoint every five minutes, so an interrupted build resumes there with
 the same result. To train longer, remove the stage's results and give more steps: it continues from the state before its
-learning rate fell. The denoiser is trained in two parts, --layout_steps and --denoiser_steps.
+learning rate fell. The denoiser is trained in three parts: emoji_models.py has their settings.
 """
 
 from __future__ import annotations
@@ -86,8 +86,9 @@ def build_denoiser(args: argparse.Namespace) -> None:
     drawings = load_drawings(args.work_dir)
     pool = Pool(*torch.load(args.work_dir / "pool.pt", weights_only=True))
     text = CLIPTextModel.from_pretrained(args.work_dir / "text_encoder").eval()
-    settings = Settings(args.denoiser_steps, lr=0.015, weight_decay=0, muon=True)
-    unet = train_denoiser(pool, drawings, text, make_tokenizer(drawings), settings, args.layout_steps, args.work_dir)
+    steps = args.denoiser_steps
+    settings = Settings(sum(steps), lr=0.015, weight_decay=0, muon=True)
+    unet = train_denoiser(pool, drawings, text, make_tokenizer(drawings), settings, steps, args.work_dir)
     unet.save_pretrained(args.work_dir / "unet")
 
 
@@ -154,9 +155,8 @@ def main() -> None:
     parser.add_argument("--vae_steps", type=int, default=4000)
     parser.add_argument("--text_steps", type=int, default=1500)
     parser.add_argument(
-        "--layout_steps", type=int, default=1500, help="of the denoiser, at high noise, before its others"
+        "--denoiser_steps", type=int, nargs=3, default=(1500, 3600, 8000), help="of the three parts of its training"
     )
-    parser.add_argument("--denoiser_steps", type=int, default=3600)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     torch.set_flush_denormal(True)  # before the first threads start: else a late training step takes twice as long

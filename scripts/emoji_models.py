@@ -28,11 +28,20 @@ GARBAGE = 15  # of a reader's batch: images that show no thing
 PREDICTION = (
     "v_prediction"  # as Stable Diffusion 2: errors at high noise are not amplified, so a short training suffices
 )
-LAYOUT_SHIFT, LAYOUT_FULL = 20.0, 1.0  # of the first part of the denoiser's training, see train_denoiser
-SHIFT, FULL = 3.0, 0.4  # of the second
 MAX_SNR = (
     5.0  # images with a higher signal-to-noise ratio weigh as much in x0 as this one (Hang et al. 2023, 2303.09556)
 )
+
+
+class Part(NamedTuple):
+    """A part of the denoiser's training."""
+
+    name: str
+    shift: float  # of the timesteps, see _timesteps
+    full: float  # share of further captions that name everything, see `caption`
+
+
+PARTS = (Part("layout", 20.0, 1.0), Part("denoiser", 3.0, 0.4), Part("refine", 2.0, 0.0))
 
 
 class Batch(NamedTuple):
@@ -259,14 +268,14 @@ def train_denoiser(
     text: CLIPTextModel,
     tokenizer: CLIPTokenizer,
     settings: Settings,
-    layout_steps: int,
+    steps: Sequence[int],
     work: Path,
 ) -> UNet2DConditionModel:
     """Train a UNet to predict v = alpha noise - sigma x0 (Salimans and Ho 2022, section 4).
 
-    The first `layout_steps` have almost pure noise, and captions that name everything: what is left to learn is the
-    image of each caption, which takes a tenth of the steps that it takes among all timesteps and captions. The steps of
-    `settings` follow. text: frozen.
+    The first part has almost pure noise, and captions that name everything: what is left to learn is the image of each
+    caption, which takes a tenth of the steps that it takes among all timesteps and captions. The last has the captions
+    that the base is meant for, of which a quarter leave the thing open. text: frozen. steps: of each of the PARTS.
     """
     torch.manual_seed(settings.seed)
     unet = make_unet()
@@ -286,9 +295,10 @@ def train_denoiser(
         velocity = scheduler.get_velocity(x0, noise, t)
         return ((predicted - velocity).square().mean((1, 2, 3)) * weight_of[t]).mean()
 
-    layout = partial(loss_of, LAYOUT_SHIFT, LAYOUT_FULL)
-    unet = fit("layout", unet, layout, settings._replace(steps=layout_steps), work).requires_grad_(True)
-    return fit("denoiser", unet, partial(loss_of, SHIFT, FULL), settings, work)
+    for part, count in zip(PARTS, steps, strict=True):
+        loss = partial(loss_of, part.shift, part.full)
+        unet = fit(part.name, unet.requires_grad_(True), loss, settings._replace(steps=count), work)
+    return unet
 
 
 def _timesteps(count: int, shift: float) -> Tensor:

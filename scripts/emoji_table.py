@@ -12,6 +12,7 @@ from base_training import training_seconds
 from diffusers import StableDiffusionPipeline
 from emoji_captions import STYLE_NAMES, with_article
 from emoji_data import as_images, contact_sheet, things
+from emoji_models import PARTS
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
@@ -45,7 +46,7 @@ def table(work: Path, held: tuple[Tensor, dict[str, Tensor]]) -> None:
     lines = ["| | measured | n | target |", "|---|---|---|---|"]
     lines += [f"| {name} | {value:.1%} | {n} | {target} |" for name, value, n, target in rows]
     print("\n".join(lines))
-    minutes = {name: training_seconds(name, work) for name in ("reader", "vae", "text", "layout", "denoiser")}
+    minutes = {name: training_seconds(name, work) for name in ("reader", "vae", "text", *(part.name for part in PARTS))}
     times = ", ".join(f"{name} {seconds / 60:.0f} min" for name, seconds in minutes.items() if seconds)
     card = CARD.read_text().replace("@TABLE@", "\n".join(lines)).replace("@TIMES@", times or "not recorded")
     card = card.replace("@HASHES@", "\n".join(file_rows(ASSETS, ("emoji", "emoji_reader"))))
