@@ -30,7 +30,7 @@ from sd_unlearn.evaluation.loras import ModelVariant, open_run
 from sd_unlearn.evaluation.prompts import BASE_TIERS, TIERS, ImageSpec, override_counts, plan_images
 from sd_unlearn.io.files import write_json
 from sd_unlearn.io.reading import file_sha256, read_json
-from sd_unlearn.io.run_folder import RESULTS, TRAINING, weights_sha256
+from sd_unlearn.io.run_folder import CHECKPOINT_DIR, RESULTS, TRAINING, weights_sha256
 from sd_unlearn.metrics.factorial import factorial_rows, grid
 from sd_unlearn.models.base import Base, load_base
 from sd_unlearn.models.find_base import find_base
@@ -90,8 +90,9 @@ class Stages:
 
     @cached_property
     def run(self) -> Path:
-        """Where training and results are: a folder for each set of options."""
-        return self.work / "runs" / self.cell.base / f"{self.cell.name}-{digest(self.options)}"
+        """Where training and results are: a folder for each set of options, base and concept file."""
+        content = [self.options, self.base_weights, concept_sha256(self.concept)]
+        return self.work / "runs" / self.cell.base / f"{self.cell.name}-{digest(content)}"
 
     @property
     def options(self) -> dict[str, Any]:
@@ -122,9 +123,13 @@ class Stages:
     @cached_property
     def weights(self) -> str:
         """SHA-256 of everything that the images depend on."""
-        files = sorted(self.source.rglob("*.safetensors"))
         own = weights_sha256(self.run) if self.cell.of.how == "train" else ""
-        return digest([file_sha256(*files), own, concept_sha256(self.concept)])
+        return digest([self.base_weights, own, concept_sha256(self.concept)])
+
+    @cached_property
+    def base_weights(self) -> str:
+        """SHA-256 of the model without a LoRA."""
+        return weights_in(self.source)
 
     @cached_property
     def base(self) -> Base:
@@ -148,6 +153,11 @@ class Stages:
         return plan_images(self.concept, override_counts(tier, options.num_images, options.num_keep_images, []), [0])
 
 
+def weights_in(folder: Path) -> str:
+    """SHA-256 of the weights in a folder."""
+    return file_sha256(*sorted(folder.rglob("*.safetensors")))
+
+
 def digest(content: Any) -> str:
     """Identifies what JSON can hold."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
@@ -158,7 +168,7 @@ def train(stages: Stages) -> None:
     if stages.cell.of.how != "train":
         return
     if not (stages.run / TRAINING).is_file():
-        options: dict[str, Any] = {"output_dir": stages.run, "overwrite": stages.run.exists(), **stages.options}
+        options: dict[str, Any] = {"output_dir": stages.run, **continued(stages.run), **stages.options}
         if stages.cell.of.trained:
             data = stages.work / "data" / stages.cell.base / stages.cell.slug
             options |= {"data_dir": data, "validation_steps": 0, "report_to": "none"}
@@ -168,6 +178,13 @@ def train(stages: Stages) -> None:
     size = sum(file.stat().st_size for file in trained_files(stages.run))
     kept = {key: cost.get(key) for key in ("seconds", "steps", "images_seen", "device")}
     stages.add(training={**kept, "bytes": size, "options": stages.options})
+
+
+def continued(run: Path) -> dict[str, Any]:
+    """Options of `train` that continue an interrupted run, from its last checkpoint if it has one."""
+    if any(run.glob(f"{CHECKPOINT_DIR}/*")):
+        return {"resume_from_checkpoint": "latest"}
+    return {"overwrite": run.exists()}
 
 
 def trained_files(run: Path) -> list[Path]:
@@ -181,7 +198,9 @@ def evaluate(stages: Stages) -> None:
     """Evaluate the cell and record its metrics and UA, IRA and CRA."""
     if stages.cell.of.how == "train" and not (stages.run / TRAINING).is_file():
         raise NotAvailable("it is not trained yet")
-    key = digest([stages.weights, stages.budget.evaluation, stages.budget.grid_images, dict(stages.cell.of.options)])
+    reader = weights_in(stages.study.classifier.reader.folder)
+    images = [stages.budget.evaluation, stages.budget.grid_images]
+    key = digest([stages.weights, reader, *images, dict(stages.cell.of.options)])
     if stages.record.get("evaluation", {}).get("key") == key:
         return
     how = stages.cell.of.how

@@ -4,8 +4,8 @@
     python scripts/many_concepts.py --methods sum least_squares --counts 10    # LoRAs trained apart
     python scripts/many_concepts.py --only table
 
-The first ten things are those of leaderboard.py, the others follow in a fixed random order. Runs that exist in
---work_dir are not repeated. The records are in docs/leaderboard-runs/emoji/many.
+The first ten things are those of leaderboard.py, the others follow in a fixed random order. What exists in
+--work_dir is not repeated, and interrupted trainings continue. The records are in docs/leaderboard-runs/emoji/many.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 
 import yaml
 from emoji_concepts import concept_file
-from leaderboard_cells import trained_files
+from leaderboard_cells import continued, digest, trained_files, weights_in
 from leaderboard_studies import STUDIES
 from leaderboard_table import percent, replace_between
 
@@ -29,9 +29,9 @@ from sd_unlearn.io.files import write_json, write_text
 from sd_unlearn.io.paths import slugify
 from sd_unlearn.io.reading import read_json
 from sd_unlearn.io.run_folder import TRAINING
-from sd_unlearn.metrics.emoji import THINGS
+from sd_unlearn.metrics.emoji import THINGS, EmojiClassifier
 from sd_unlearn.metrics.statistics import wilson
-from sd_unlearn.models.source import EMOJI
+from sd_unlearn.models.source import BUNDLED, EMOJI
 from sd_unlearn.results import BASE, Results
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -67,17 +67,23 @@ def list_file(names: Sequence[str], folder: Path) -> Path:
     return file
 
 
+def identity(names: Sequence[str]) -> str:
+    """Identifies the base and the concept files of these names, so that no run of another base is taken for ours."""
+    return digest([weights_in(BUNDLED[EMOJI]), [concept_file(name) for name in names]])
+
+
 def train(method: str, count: int, steps: int | None, work: Path) -> Path:
     """The run folder of a method on the first `count` things, trained if there is none."""
-    run = work / "runs" / f"many-{method}-{count}{f'-{steps}' if steps else ''}"
+    key = identity(chosen(count))
+    run = work / "runs" / f"many-{method}-{count}{f'-{steps}' if steps else ''}-{key}"
     if (run / TRAINING).is_file():
         return run
     if method in FUSED:
         apart = [train_alone(name, work) for name in chosen(count)]
         return sd_unlearn.fuse(*map(str, apart), method=method, output_dir=run)
-    options: dict[str, Any] = {"output_dir": run, "overwrite": run.exists()}
+    options: dict[str, Any] = {"output_dir": run, **continued(run)}
     if method == "pu":
-        options |= {"data_dir": work / "data" / f"many-{count}", "validation_steps": 0, "report_to": "none"}
+        options |= {"data_dir": work / "data" / f"many-{count}-{key}", "validation_steps": 0, "report_to": "none"}
         options |= {"max_train_steps": steps} if steps else {}
         options |= FEWER_IMAGES if count >= 50 else {}
     else:
@@ -87,10 +93,10 @@ def train(method: str, count: int, steps: int | None, work: Path) -> Path:
 
 def train_alone(name: str, work: Path) -> Path:
     """The run folder of one thing, trained with the defaults."""
-    run = work / "runs" / f"alone-{slugify(name)}"
+    of_one = f"alone-{slugify(name)}-{identity([name])}"
+    run, data = work / "runs" / of_one, work / "data" / of_one
     if not (run / TRAINING).is_file():
-        options: dict[str, Any] = {"output_dir": run, "overwrite": run.exists(), "validation_steps": 0}
-        data = work / "data" / slugify(name)
+        options: dict[str, Any] = {"output_dir": run, **continued(run), "validation_steps": 0}
         sd_unlearn.train(str(list_file([name], work / "lists")), data_dir=data, report_to="none", **options)
     return run
 
@@ -98,7 +104,8 @@ def train_alone(name: str, work: Path) -> Path:
 def record(method: str, count: int, steps: int | None, work: Path) -> None:
     """Train and evaluate, and write the record."""
     file = RECORDS / f"{method}-{count}{f'-{steps}' if steps else ''}.json"
-    if file.is_file():
+    key = digest([identity(chosen(count)), weights_in(EmojiClassifier.reader.folder)])
+    if file.is_file() and read_json(file).get("key") == key:
         return
     run = train(method, count, steps, work)
     results = sd_unlearn.evaluate(
@@ -115,6 +122,7 @@ def record(method: str, count: int, steps: int | None, work: Path) -> None:
     write_json(
         file,
         {
+            "key": key,
             "method": method,
             "count": count,
             "seconds": sum([cost.get("seconds") or 0, *seconds]),

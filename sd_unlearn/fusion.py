@@ -29,6 +29,7 @@ from sd_unlearn.io.own_files import is_free, is_run
 from sd_unlearn.io.run_folder import TRAINING, UNET_DIR
 from sd_unlearn.models.base import Base, load_base
 from sd_unlearn.models.recorded_base import different_hash, recorded_source
+from sd_unlearn.models.zero_terminal_snr import use_zero_terminal_snr
 from sd_unlearn.seeds import TRAIN_SEEDS, image_seed
 
 if TYPE_CHECKING:
@@ -62,6 +63,8 @@ def run(config: FuseConfig) -> Path:
         for lora in loras:
             if message := lora.other_base(base.hashes | {"name": base.name}):
                 raise UsageError(f"{message} Fuse LoRAs of one base.")
+        if any(lora.zero_terminal_snr for lora in loras):
+            use_zero_terminal_snr(base)
         _fuse(config, loras, concept, base, output)
     return output
 
@@ -70,7 +73,8 @@ def check_loras(loras: Sequence[Lora]) -> Concept:
     """The concepts of the LoRAs together.
 
     Raises:
-        UsageError: fewer than two LoRAs, one that does not name its concept or is not a LoRA, different bases.
+        UsageError: fewer than two LoRAs, one that does not name its concept or is not a LoRA, different bases or noise
+            schedules.
     """
     if len(loras) < 2:
         raise UsageError("fuse takes two or more LoRAs: sd-unlearn fuse runs/seven runs/three.")
@@ -81,6 +85,9 @@ def check_loras(loras: Sequence[Lora]) -> Concept:
             raise UsageError(f"fuse: {lora.path} was trained with --method full and is not a LoRA.")
         if different_hash(lora.base_hashes, loras[0].base_hashes):
             raise UsageError(f"fuse: {lora.name} was trained on another base than {loras[0].name}.")
+    known = {lora.zero_terminal_snr for lora in loras} - {None}
+    if len(known) > 1:
+        raise UsageError("fuse: some of the LoRAs were trained with --zero_terminal_snr and some without.")
     return together([concept for lora in loras for concept in lora.concepts])
 
 
@@ -118,6 +125,7 @@ def _fuse(config: FuseConfig, loras: Sequence[Lora], concept: Concept, base: Bas
     record = basic_record(config, concept, base) | {
         "objective": "fuse",
         "fuse_method": config.method,
+        "zero_terminal_snr": any(lora.zero_terminal_snr for lora in loras),
         "fused": [{"name": lora.name, "sha256": lora.sha256} for lora in loras],
         "method": "lora",
         "rank": rank,
@@ -158,7 +166,7 @@ def fuse_changes(
         with lora.applied_to(base, 1.0):
             own.append(record_inputs(base, layers, downs, captions, config.num_images))
     keep = [prompt.text for prompt in concept.keep_prompts]
-    stride = max(1, len(keep) // KEPT_PROMPTS)
+    stride = max(1, -(-len(keep) // KEPT_PROMPTS))
     nothing = {name: gram * 0 for name, gram in own[0].items()}
     images = max(config.num_images, min(len(keep), KEPT_PROMPTS))
     kept = record_inputs(base, layers, downs, keep[::stride], images) if keep else nothing

@@ -36,7 +36,7 @@ from sd_unlearn.metrics.registry import MetricContext, find_metrics
 from sd_unlearn.report import sweep
 from sd_unlearn.report.examples import one_of_each_prompt
 from sd_unlearn.report.sweep import SWEEP
-from sd_unlearn.results import BASE, Results, as_json, read_results
+from sd_unlearn.results import BASE, ConceptEntry, Results, SubjectEntry, as_json, read_results
 from sd_unlearn.training import trainer
 from sd_unlearn.training.preflight import check_apart, check_inputs, has_own_images, is_finished
 
@@ -233,18 +233,25 @@ def _train(config: TrainConfig, concept: Concept, point: Point, data_dir: Path, 
 
 def _evaluate(run_dir: Path, allow_pickle: bool) -> Results:
     """The results of a run, evaluated unless there are results for exactly these weights."""
-    if (run_dir / RESULTS).is_file() and read_results(run_dir).evaluated[0][1].sha256 == weights_sha256(run_dir):
-        print(f"{run_dir} is already evaluated.", file=sys.stderr)
-    else:
-        evaluate.run(EvaluateConfig(run=run_dir, allow_pickle=allow_pickle))
+    if (run_dir / RESULTS).is_file():
+        found = _at_full_strength(read_results(run_dir))
+        if found and found[1].sha256 == weights_sha256(run_dir):
+            print(f"{run_dir} is already evaluated.", file=sys.stderr)
+            return read_results(run_dir)
+    evaluate.run(EvaluateConfig(run=run_dir, allow_pickle=allow_pickle))
     return read_results(run_dir)
+
+
+def _at_full_strength(results: Results) -> tuple[ConceptEntry, SubjectEntry] | None:
+    """The run's concept and its LoRA at strength 1, which may have been evaluated at others, too."""
+    return next((both for both in results.evaluated if both[1].strength in (None, 1.0)), None)
 
 
 def _record(
     config: TrainConfig, concept: Concept, beta: float, source: str, points: list[Point], results: list[Results]
 ) -> dict[str, Any]:
     """The content of sweep.json: of every run the rows that the report shows, with their intervals."""
-    evaluated = results[0].evaluated[0][0]
+    evaluated, _ = _at_full_strength(results[0]) or results[0].evaluated[0]
     detectors = (row.detector for row in results[0].rows if row.metric in ("leakage", "nudity"))
     return {
         "schema_version": sweep.SCHEMA_VERSION,
@@ -268,7 +275,7 @@ def _record(
 
 def _run_record(point: Point, results: Results) -> dict[str, Any]:
     """A run as sweep.json holds it: its one LoRA on its one concept, as subject "lora"."""
-    concept, lora = results.evaluated[0]
+    concept, lora = _at_full_strength(results) or results.evaluated[0]
     rows = [row for row in results.rows_of(concept.slug, lora.id) if row.metric in sweep.SHOWN]
     return dataclasses.asdict(point) | {
         "folder": point.name,
@@ -286,7 +293,11 @@ def _pictures(points: list[Point], results: list[Results]) -> list[dict[str, Any
     """
     if results[0].evaluated[0][0].kind == "nudity":
         return []
-    by_run = [{(p.group, p.prompt, p.seed): p for p in found.pairs if p.base} for found in results]
+    subjects = [(_at_full_strength(found) or found.evaluated[0])[1].id for found in results]
+    by_run = [
+        {(p.group, p.prompt, p.seed): p for p in found.pairs if p.base and p.subject == subject}
+        for found, subject in zip(results, subjects, strict=True)
+    ]
     pictures = []
     for group, count in PICTURES.items():
         common = [p for key, p in by_run[0].items() if p.group == group and all(key in pairs for pairs in by_run)]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
+from itertools import cycle, islice
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -20,7 +22,7 @@ from sd_unlearn.evaluation.loras import open_lora
 from sd_unlearn.io.reading import read_json
 from sd_unlearn.io.run_folder import ADAPTER_DIR
 from sd_unlearn.models import lora
-from sd_unlearn.models.base import load_base
+from sd_unlearn.models.base import Base, load_base
 from sd_unlearn.models.source import Source
 from sd_unlearn.training import trainer
 
@@ -97,6 +99,37 @@ def randomize(run: Path, base_folder: Path, seed: int) -> None:
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.01)
     lora.save(model, run / ADAPTER_DIR)
+
+
+def test_all_parts_of_a_long_keep_list_are_retained(
+    runs: list[Path], tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fusion, "KEPT_PROMPTS", 2)
+    asked: list[list[str]] = []
+    original = fusion.record_inputs
+
+    def watched(base: Base, layers: Any, downs: Any, prompts: Sequence[str], images: int) -> Any:
+        asked.append(list(islice(cycle(prompts), images)))
+        return original(base, layers, downs, prompts, images)
+
+    monkeypatch.setattr(fusion, "record_inputs", watched)
+    fusion.run(FuseConfig(lora=[str(run) for run in runs], output_dir=Path("fused"), num_images=1))
+    assert asked[-1] == ["ab", "d e"]  # of ab, c e, d e
+
+
+def test_the_noise_schedule_is_that_of_the_loras(runs: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    changed: list[Base] = []
+    monkeypatch.setattr(fusion, "use_zero_terminal_snr", changed.append)
+    loras = [Path(shutil.copytree(run, run.name)) for run in runs]
+    for number, run in enumerate(loras):
+        record = read_json(run / "training.json") | {"zero_terminal_snr": True}
+        (run / "training.json").write_text(json.dumps(record))
+        config = FuseConfig(lora=[str(run) for run in loras], output_dir=Path("fused"), method="sum")
+        if number == 0:
+            with pytest.raises(UsageError, match="--zero_terminal_snr"):
+                fusion.run(config)
+    assert open_lora(str(fusion.run(config))).zero_terminal_snr
+    assert len(changed) == 1
 
 
 @pytest.mark.parametrize("method", get_args(FuseMethod))

@@ -178,6 +178,21 @@ def test_each_factor_is_trained_and_evaluated_and_the_record_is_written_last(
     assert record["runs"][0]["rows"][1]["high"] == 0.6
 
 
+def test_a_run_that_was_also_evaluated_at_other_strengths(make: Make, done: list[Any]) -> None:
+    page = sweep.run(make("1,2"))
+    results = page.parent / "factor-1" / "results.json"
+    found = read_json(results)
+    full = found["subjects"][1]
+    found["subjects"][1:] = [{**full, "id": "lora-0", "strength": 0.0}, {**full, "strength": 1.0}]
+    found["rows"] += [{**row, "subject": "lora-0", "value": 1.0} for row in found["rows"] if row["subject"] == "lora"]
+    write_json(results, found)
+    done.clear()
+    sweep.run(make("1,2"))
+    assert done == []
+    rows = read_json(page.parent / "sweep.json")["runs"][0]["rows"]
+    assert {row["value"] for row in rows if row["subject"] == "lora"} == {0.5}
+
+
 def test_a_killed_sweep_resumes(make: Make, done: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     train, config = trainer.run, make(output_dir=Path("out"))
 

@@ -16,7 +16,7 @@ from sd_unlearn.data.concept import Concept
 from sd_unlearn.errors import UsageError, suggest
 from sd_unlearn.evaluation.fail_if import parse_condition
 from sd_unlearn.evaluation.job import resolve_job
-from sd_unlearn.metrics.registry import find_metrics
+from sd_unlearn.metrics.registry import DETECTORS, find_metrics
 
 
 def run(config: AttackConfig, concepts: Sequence[Concept] = ()) -> dict[str, Any]:
@@ -37,6 +37,11 @@ def run(config: AttackConfig, concepts: Sequence[Concept] = ()) -> dict[str, Any
     if config.attacker_images is not None:
         attacker_files(config.attacker_images)
     job = resolve_job(_as_evaluation(config), concepts, needs_subjects=not (config.ceiling or config.floor))
+    if config.metrics and not set(config.metrics) & set(DETECTORS):
+        raise UsageError(
+            f"--metrics {' '.join(config.metrics)} cannot tell whether an image shows the concept. An attack needs one "
+            f"of {', '.join(DETECTORS)}."
+        )
     metrics = {slug: find_metrics(job.metric_context(concept)) for slug, concept in job.concepts.items()}
     from sd_unlearn.attacks.runner import attack_all
 

@@ -38,10 +38,10 @@ def run(target: Target, settings: ImageSettings, restart: int) -> Iterator[Outco
     generator = target.generator("completion", restart)
     noise = torch.randn(samples.mean.shape, generator=generator)
     text = encode_captions(target.base, [target.concept.caption])
-    images, start = [], 0
+    every_seed, images, start = target.seeds(len(samples.mean)), [], 0
     while start < len(samples.mean):
         rows = slice(start, start + target.sampler.batch_size)
-        known, seeds = samples.mean[rows], target.seeds(settings.images)[rows]
+        known, seeds = samples.mean[rows], every_seed[rows]
         keep_left = _keep_left_half(known, noise[rows], target.base)
         images += target.generate(text, seeds, callback_on_step_end=keep_left)
         start += target.sampler.batch_size

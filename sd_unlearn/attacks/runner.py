@@ -34,8 +34,9 @@ from sd_unlearn.io.reading import read_json
 from sd_unlearn.io.run_folder import IMAGE_DIR, RESULTS
 from sd_unlearn.launch import process_count, process_rank, wait_for_others
 from sd_unlearn.metrics.registry import make_metrics, merge_cards, metric_cards
-from sd_unlearn.models.base import choose_precision, default_device, load_base
+from sd_unlearn.models.base import HASHES, choose_precision, default_device, load_base
 from sd_unlearn.models.find_base import find_base
+from sd_unlearn.models.zero_terminal_snr import use_zero_terminal_snr
 from sd_unlearn.results import ATTACK_METRIC, BASE, FLOOR, as_json, parse_results
 
 SHOWN = 8  # images of the best try that are kept beside results.json
@@ -60,14 +61,17 @@ def attack_all(
         earlier = _earlier_results(job, file)
         loader = BaseLoader(job)
         cache = image_cache(job, loader)
+        if earlier:
+            _check_same_images(earlier, assemble(job, cache, [], []), file)
         names = _supported(config, cache.base, names)
         models = _models(config, job, loader, cache)
-        tasks = _plan(config, job, models, names)
+        tasks = _plan(config, job, models, names, cache.base)
         _carry_out_missing(config, loader, cache, tasks)
         if process_rank() > 0:
             return {}
         wait_for_others(lambda: sum(not task.done for task in tasks), "attacks", TIMEOUT, poll=1.0)
-        results = _results(config, job, cache, tasks, metrics)
+        floor = next((model.cache.base for model in models if model.id == FLOOR), None)
+        results = _results(config, job, cache, tasks, metrics, floor)
         results = _added(results, earlier) if earlier else results
         results["conditions"] = [as_json(found) for found in outcomes(conditions, parse_results(results))]
         if not kind_of(job.output) and not is_run(job.output):
@@ -110,6 +114,26 @@ def _earlier_results(job: EvaluationJob, file: Path) -> dict[str, Any]:
     return earlier
 
 
+def _check_same_images(earlier: dict[str, Any], new: dict[str, Any], file: Path) -> None:
+    """Refuse to add attacks to results whose images were generated with other settings.
+
+    Raises:
+        UsageError
+    """
+    of_earlier = {concept["slug"]: concept.get("sha256") for concept in earlier["concepts"]}
+    changed = [c["slug"] for c in new["concepts"] if of_earlier.get(c["slug"], c["sha256"]) != c["sha256"]]
+    what = [f"another concept file of {slug}" for slug in changed]
+    if any(earlier["base"].get(key, new["base"].get(key)) != new["base"].get(key) for key in HASHES):
+        what.append(f"another base ({earlier['base'].get('name')}, now {new['base'].get('name')})")
+    before, now = earlier["sampler"], new["sampler"]
+    what += [f"{key} {before[key]} (now {now[key]})" for key in now if key in before and before[key] != now[key]]
+    if what:
+        raise UsageError(
+            f"{file} holds results with {', '.join(what)}. Use the same settings, run sd-unlearn evaluate again with "
+            "the new ones, or choose another --output_dir."
+        )
+
+
 def _models(config: AttackConfig, job: EvaluationJob, loader: BaseLoader, cache: ImageCache) -> list[Model]:
     """The base as the ceiling, the floor, and each LoRA."""
     every = tuple(job.concepts)
@@ -119,6 +143,8 @@ def _models(config: AttackConfig, job: EvaluationJob, loader: BaseLoader, cache:
             find_base(dataclasses.replace(config, pretrained_model_name_or_path=config.floor)),
             choose_precision(config.mixed_precision),
         )
+        if job.zero_terminal_snr:
+            use_zero_terminal_snr(floor)
         of_floor = dataclasses.replace(cache, base=floor.describe())
         models.append(Model(FLOOR, ModelVariant(), every, lambda: floor, of_floor))
     return models + [
@@ -128,11 +154,14 @@ def _models(config: AttackConfig, job: EvaluationJob, loader: BaseLoader, cache:
     ]
 
 
-def _plan(config: AttackConfig, job: EvaluationJob, models: Sequence[Model], names: Sequence[str]) -> list[Task]:
-    """Every restart of every attack on every model."""
-    images = _digest(config.attacker_images) if config.attacker_images else ""
+def _plan(
+    config: AttackConfig, job: EvaluationJob, models: Sequence[Model], names: Sequence[str], base: Mapping[str, Any]
+) -> list[Task]:
+    """Every restart of every attack on every model. base: the record of the base that generates attackers' images."""
+    given = _digest(config.attacker_images) if config.attacker_images else ""
     tasks = []
     for model in models:
+        images = given or ("" if model.cache.base == base else str(sorted((key, base.get(key)) for key in HASHES)))
         for concept in (job.concepts[slug] for slug in model.concepts):
             for attack in (ATTACKS[name] for name in names):
                 if model.variant.lora is None and attack.applies_lora:
@@ -195,8 +224,9 @@ def _results(
     cache: ImageCache,
     tasks: Sequence[Task],
     names: Mapping[str, Sequence[str]],
+    floor: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
-    """The content of results.json with these attacks alone."""
+    """The content of results.json with these attacks alone. floor: the record of the floor."""
     judged, cards = list[Judged](), []
     grouped: dict[tuple[str, str, str], list[Task]] = defaultdict(list)
     for task in tasks:
@@ -210,15 +240,16 @@ def _results(
         cards += metric_cards(detectors)
     entries = [as_json(_with_images(one, job.output)) for one in judged]
     results = assemble(job, cache, [], merge_cards(cards))
-    if config.floor:
-        results["subjects"].append({"id": FLOOR, "name": public_name(config.floor), "what": "base"})
+    if floor:
+        name = public_name(str(config.floor))
+        results["subjects"].append({"id": FLOOR, "name": name, "what": "base", "sha256": floor["sha256"]})
     return results | {"rows": [as_json(one.row) for one in judged], "attacks": entries, "tier": ""}
 
 
 def _with_images(judged: Judged, output: Path) -> Any:
-    """The entry, with some images of the best try copied into the output folder."""
+    """The entry, with some images of the best try copied into the output folder. Detectors may differ on the best."""
     entry, names = judged.entry, []
-    folder = Path(IMAGE_DIR) / "attacks" / f"{entry.subject}-{entry.concept}-{entry.attack}"
+    folder = Path(IMAGE_DIR) / "attacks" / f"{entry.subject}-{entry.concept}-{entry.attack}-{judged.best.restart}"
     for path in judged.best.paths[:SHOWN]:
         name = folder / path.name
         with atomic_path(output / name) as temporary:
@@ -231,6 +262,19 @@ def _added(new: dict[str, Any], earlier: dict[str, Any]) -> dict[str, Any]:
     """Earlier results with the new attacks, and those of its own that were not repeated."""
     rows = [row for row in earlier["rows"] if row["metric"] != ATTACK_METRIC]
     cards = {card["detector"]: card for card in (*new["cards"], *earlier.get("cards", ()))}
-    subjects = {subject["id"]: subject for subject in (*new["subjects"], *earlier["subjects"])}
-    changes = {"rows": rows + new["rows"], "attacks": new["attacks"], "cards": list(cards.values())}
-    return carry_attacks(earlier | changes | {"subjects": list(subjects.values())}, earlier)
+    subjects = {subject["id"]: subject for subject in (*earlier["subjects"], *_unmeasured(new, earlier))}
+    concepts = {concept["slug"]: concept for concept in (*earlier["concepts"], *new["concepts"])}
+    changes = {
+        "rows": rows + new["rows"],
+        "attacks": new["attacks"],
+        "cards": list(cards.values()),
+        "subjects": list(subjects.values()),
+        "concepts": list(concepts.values()),
+    }
+    return carry_attacks(earlier | changes, earlier)
+
+
+def _unmeasured(new: dict[str, Any], earlier: dict[str, Any]) -> list[dict[str, Any]]:
+    """Subjects that earlier results do not have. The floor has no other results than attacks, so it may change."""
+    known = {subject["id"] for subject in earlier["subjects"]} - {FLOOR}
+    return [subject for subject in new["subjects"] if subject["id"] not in known]

@@ -56,7 +56,7 @@ def _sampled_sha256(path: Path) -> str:
 @cache
 def images_identity(folder: str) -> str:
     """What identifies a folder of own images: names and content of all files but the cache of `train`."""
-    root = Path(folder)
+    root = Path(folder).expanduser()
     files = [p for p in sorted(root.rglob("*")) if p.is_file() and CACHE_DIR not in p.relative_to(root).parts]
     shown = [p for p in files if not any(part.startswith(".") for part in p.relative_to(root).parts)]
     return digest_of([(p.relative_to(root).as_posix(), file_sha256(p)) for p in shown])

@@ -77,7 +77,7 @@ def _check_closed_form(config: TrainConfig) -> None:
 
 def _check_full(config: TrainConfig) -> None:
     """--method full trains the UNet itself, so options of a LoRA do not apply."""
-    for name in ("use_dora", "train_text_encoder", "lora_dropout", "lora_targets"):
+    for name in ("use_dora", "train_text_encoder", "lora_dropout", "lora_targets", "rank", "lora_alpha"):
         if getattr(config, name) != getattr(TrainConfig, name):
             raise UsageError(f"--{name} is for --method lora; --method full trains the UNet itself.")
 
@@ -134,12 +134,21 @@ def _check_objective(config: TrainConfig) -> None:
             "--robust learns the input of a text encoder that does not change. Leave out --robust or "
             "--train_text_encoder."
         )
-    if (config.teacher_reuse or 1) > 1 and config.target == "noise":
-        raise UsageError(f"--teacher_reuse {config.teacher_reuse} needs --target teacher; --target is noise.")
+    _check_needs_teacher(config)
     if config.objective in ("supervised", "unsupervised"):
         _check_baseline(config)
     elif config.objective != "pu":
         _check_other_method(config)
+
+
+def _check_needs_teacher(config: TrainConfig) -> None:
+    """Without the base as the teacher, its predictions are neither asked for nor exceeded."""
+    if config.target == "teacher":
+        return
+    given = {name: getattr(config, name) for name in ("push", "unconditional", "teacher_reuse")}
+    for name, value in given.items():
+        if value != getattr(TrainConfig, name) and (name, value) != ("teacher_reuse", 1):
+            raise UsageError(f"--{name} {value:g} needs --target teacher; --target is noise. Leave it out.")
 
 
 def _check_other_method(config: TrainConfig) -> None:

@@ -121,8 +121,9 @@ class Objective:
     unconditional: Annotated[
         float | None,
         option(
-            "Share of the keep images that get the empty caption (with --target teacher). Default: 0.25; 0 on digits, "
-            "where the generic and the empty caption mean the same.",
+            "Share of the keep images that get the empty caption (with --target teacher); without images to retain, "
+            "others take their place, all with the empty caption. Default: 0.25; 0 on digits, where the generic and "
+            "the empty caption mean the same.",
             OBJECTIVE,
             Range(at_least=0, at_most=1, note="it is a share, e.g. 0.25"),
         ),
@@ -130,7 +131,8 @@ class Objective:
     erase_guidance: Annotated[
         float,
         option(
-            "With --objective esd-x or esd-u: how far the target is moved away from the concept (eta in the paper).",
+            "With --objective esd-x or esd-u: how far the target is moved from the base's prediction away from the "
+            "concept. 1 is the prediction without a caption. (1 more than eta in the paper's equation 7.)",
             OBJECTIVE,
             POSITIVE,
         ),

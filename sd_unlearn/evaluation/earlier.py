@@ -7,7 +7,7 @@ from typing import Any
 
 from sd_unlearn.errors import UsageError
 from sd_unlearn.io.reading import read_json
-from sd_unlearn.results import ATTACK_METRIC, parse_results
+from sd_unlearn.results import ATTACK_METRIC, FLOOR, parse_results
 
 
 def earlier_results(file: Path) -> dict[str, Any]:
@@ -23,8 +23,13 @@ def earlier_results(file: Path) -> dict[str, Any]:
 def carry_attacks(new: dict[str, Any], old: dict[str, Any]) -> dict[str, Any]:
     """New results with the attacks of older ones, as far as they were on the same weights and concepts.
 
-    Attacks that `new` has itself are not replaced. Both are contents of a results.json.
+    Attacks that `new` has itself are not replaced, and a floor is carried over with its attacks. Both are contents of a
+    results.json.
     """
+    subjects = list(new["subjects"])
+    if all(subject["id"] != FLOOR for subject in subjects):
+        subjects += [subject for subject in old["subjects"] if subject["id"] == FLOOR]
+        new = new | {"subjects": subjects}
     known = {_weights(new, subject["id"]) for subject in new["subjects"]} - {None}
     slugs = {concept["slug"]: concept.get("sha256") for concept in new["concepts"]}
     of_old = {concept["slug"]: concept.get("sha256") for concept in old["concepts"]}
@@ -40,12 +45,18 @@ def carry_attacks(new: dict[str, Any], old: dict[str, Any]) -> dict[str, Any]:
         for row in old["rows"]
         if row["metric"] == ATTACK_METRIC and is_valid(row["concept"], row["subject"], row["group"])
     ]
-    return new | {"rows": new["rows"] + rows, "attacks": [*new.get("attacks", ()), *entries]}
+    attacked = {entry["subject"] for entry in (*new.get("attacks", ()), *entries)}
+    return new | {
+        "rows": new["rows"] + rows,
+        "attacks": [*new.get("attacks", ()), *entries],
+        "subjects": [subject for subject in subjects if subject["id"] != FLOOR or FLOOR in attacked],
+    }
 
 
 def _weights(results: dict[str, Any], subject: str) -> tuple[Any, ...] | None:
     """What identifies the weights of a subject; None for image folders and unknown ids."""
     for entry in results["subjects"]:
         if entry["id"] == subject and entry["what"] != "images":
-            return (subject, entry.get("sha256"), entry.get("strength"), results["base"].get("sha256"))
+            own = (entry["name"], entry.get("sha256")) if subject == FLOOR else entry.get("sha256")
+            return (subject, own, entry.get("strength"), results["base"].get("sha256"))
     return None

@@ -29,6 +29,7 @@ from sd_unlearn.io.run_folder import (
     EVALUATION,
     EXPORT_DIR,
     METRICS,
+    PROBE,
     RESULTS,
     TEXT_ADAPTER_DIR,
     TRAINING,
@@ -74,7 +75,7 @@ _RUN = (
     rf"images/[^/]+/([a-z0-9-]+-{_SHA8}-\d+\.png|{_SHA8}-[^/]+)",
     r"tensorboard/(.*/)?(events\.out\.tfevents\.[^/]+|hparams\.yml)",
 )
-RUN = (*_RUN, *(f"{BEST_DIR}/{path}" for path in _RUN))
+RUN = (*_RUN, *(f"{BEST_DIR}/{path}" for path in (*_RUN, re.escape(PROBE))))
 SWEEP = (r"sweep\.(yaml|json|html|md|csv)", *(rf"factor-[^/]+/{path}" for path in (*RUN, re.escape(MARKER))))
 PAPER = (
     *RUN,

@@ -25,6 +25,7 @@ PREVIEW_DIR, EXPORT_DIR, IMAGE_DIR = "previews", "export", "images"
 CALIBRATION = "calibration.json"  # the strengths that erase and retain enough
 EVALUATION = "evaluate.yaml"  # the options of an evaluation, for `evaluate --config`
 BEST_DIR, CHECKPOINT_DIR = "best", "checkpoints"
+PROBE = "probe.json"  # in the folder of the best weights: the step they are of, and what the probe measured
 IMAGE_SUFFIXES = frozenset(
     ".png .jpg .jpeg .jfif .webp .avif .gif .tif .tiff .bmp .heic .heif".split()  # in any case
 )

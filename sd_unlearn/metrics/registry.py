@@ -139,6 +139,7 @@ MAKERS = {
 NAMES = tuple(MAKERS)
 PAIR_METRICS = ("lpips",)
 OPTIONAL = ("fidelity", "cmmd", "lpips")  # skipped with a warning if unavailable and not given in --metrics
+DETECTORS = tuple(name for name in NAMES if name not in OPTIONAL)  # tell whether an image shows the concept
 IDENTIFYING = ("identity", "classifier")  # can tell people apart; CLIP cannot: names leak through text
 
 

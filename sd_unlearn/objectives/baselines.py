@@ -92,7 +92,9 @@ def retained(rows: Rows, teacher: Teacher) -> Tensor:
 def esd(rows: Rows, teacher: Teacher, eta: float) -> Tensor:
     """After Gandikota et al. 2023, "Erasing Concepts from Diffusion Models" (arXiv 2303.07345), equation 7.
 
-    The target under the concept's caption c is e0(x,c) - eta (e0(x,c) - e0(x,'')), guidance away from c; eta > 0.
+    The target under the concept's caption c is e0(x,c) - eta (e0(x,c) - e0(x,'')), guidance away from c; eta > 0. The
+    equation starts from e0(x,'') instead, the later code of its authors from e0(x,c): the same target for an eta that
+    is larger by 1.
     --objective esd-x trains cross-attention, esd-u the other layers.
 
     Differences: in print x_t are partly denoised samples of the model in training, at one timestep each, here they are

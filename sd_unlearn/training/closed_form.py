@@ -92,7 +92,7 @@ def _edit(config: TrainConfig, concept: Concept, base: Base, output: Path) -> No
     reset_peak_memory()
     started = time.monotonic()
     layers = {n: m for n, m in base.network.named_modules() if n.endswith(LAYERS[config.objective])}
-    weights = [layer.weight.detach() for layer in layers.values()]
+    weights = [layer.weight.detach().to(base.device) for layer in layers.values()]  # with --offload: on the CPU
     embeddings = embed(base, concept)
     edits = EDITS[config.objective](weights, embeddings.concepts, embeddings.anchors, embeddings.preserved)
     rank = max(min(*edit.up.shape, *edit.down.shape) for edit in edits)

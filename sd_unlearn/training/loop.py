@@ -26,7 +26,8 @@ from sd_unlearn.config.loop import LoopOptions
 from sd_unlearn.data.batch import Batch
 from sd_unlearn.data.repeated import Steps
 from sd_unlearn.errors import UnlearnError
-from sd_unlearn.io.run_folder import BEST_DIR
+from sd_unlearn.io.files import write_json
+from sd_unlearn.io.run_folder import BEST_DIR, PROBE
 from sd_unlearn.models.memory_errors import free_memory, is_out_of_memory
 from sd_unlearn.models.student import Student
 from sd_unlearn.objectives.base import LOGGED, Objective
@@ -79,6 +80,7 @@ def fit(options: LoopOptions, training: Training, resume: Path | None = None) ->
     )
     if resume:
         state.load(resume, options)
+        state.check_best(training.output / BEST_DIR / PROBE)
         accelerator.print(f"Resuming from {resume}.", file=sys.stderr)
     last = state.step if state.stopped else total  # it may have been interrupted at an early stop
     started = time.monotonic() - state.seconds
@@ -204,7 +206,9 @@ def _probe(options: LoopOptions, training: Training, state: TrainingState) -> di
         with state.averaged_weights():
             results = [training.probe()]
             if state.is_best(results[0]):
-                training.student.save(training.output / BEST_DIR)
+                best = training.output / BEST_DIR
+                training.student.save(best)
+                write_json(best / PROBE, {"step": state.step, **results[0].metrics})
     result: ProbeResult = broadcast_object_list(results)[0]
     state.record_probe(result, options)
     state.probe_seconds += time.monotonic() - started

@@ -206,7 +206,7 @@ def _time(config: TrainConfig, source: Source, plan: MemoryPlan, output: Path) -
     speed = None if config.vram else known_speed(output.parent, source, config, plan)
     if not speed:
         return "Time: unknown, no earlier training of this base on this device is recorded."
-    images = config.max_train_steps * plan.images_per_step
+    images = config.max_train_steps * plan.images_per_step * process_count()
     return (
         f"Time of the training, without rendering: about {images / speed / 60:,.0f} minutes, at the {speed:.1f} images "
         "a second of an earlier one."
@@ -214,7 +214,9 @@ def _time(config: TrainConfig, source: Source, plan: MemoryPlan, output: Path) -
 
 
 def known_speed(runs: Path, source: Source, config: TrainConfig, plan: MemoryPlan) -> float | None:
-    """Images a second of the latest finished run in a folder with the same base, device and options that matter."""
+    """Images a second, of all processes together, of the latest finished run in a folder with the same base, device,
+    number of processes and options that matter.
+    """
     speeds = []
     for record in sorted(runs.glob(f"*/{TRAINING}")):
         try:
@@ -223,6 +225,7 @@ def known_speed(runs: Path, source: Source, config: TrainConfig, plan: MemoryPla
             ran = (training["base"]["name"], cost["device"], cost["mixed_precision"])
             same = ran == (source.name, "cpu" if plan.device.kind == "cpu" else plan.device.name, plan.precision)
             same &= all(options.get(name) == getattr(config, name) for name in ("resolution", "quantize_base"))
+            same &= cost.get("processes", 1) == process_count()
             if same and cost["seconds"] > 0:
                 speeds.append((training["created"], cost["images_seen"] / cost["seconds"]))
         except (UsageError, KeyError, TypeError):  # another program's file, or an old record

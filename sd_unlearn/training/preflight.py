@@ -19,6 +19,7 @@ from sd_unlearn.data.dataset import (
     describe_images,
     describe_positives,
     has_negatives,
+    members_of_sets,
     scan,
     scan_positives,
     set_names,
@@ -86,7 +87,8 @@ def check_inputs(config: TrainConfig, concept: Concept | None = None) -> Inputs:
         )
     if config.beta == "estimate":
         check_countable(groups.count("positive"), groups.count("generic") + groups.count("mixed_in"))
-    check_probe(config, concept, groups)
+    sets = [len(members) for members in members_of_sets(own).values()] or [groups.count("positive")]
+    check_probe(config, concept, groups, sets)
     found = describe_found(config, data_dir, own, photos)
     return Inputs(concept, source, data_dir, own_images, choose_tracker(config.report_to), found)
 

@@ -24,7 +24,7 @@ from sd_unlearn.seeds import TRAIN_SEEDS, image_seed
 class ImageGenerator:
     """Generates images with the student from cached embeddings, so that no text encoder is kept in memory.
 
-    embed: captions -> [N, tokens, width]. The VAE stays on the CPU between calls.
+    embed: captions -> [N, tokens, width]. The VAE is on the base's device while it generates, and then where it was.
     """
 
     base: Base
@@ -39,6 +39,7 @@ class ImageGenerator:
         options: further arguments of the pipeline. Those of a whole batch, e.g. `latents`, are not halved with it.
         """
         pipeline, training = self.base.pipeline, self.network.training
+        parked = pipeline.vae.device  # the CPU during a training
         self.network.eval()
         pipeline.vae.to(self.base.device)
         try:
@@ -49,7 +50,7 @@ class ImageGenerator:
             return [image for batch in self.base.generating.map(self._batch, pairs, size) for image in batch]
         finally:
             self.network.train(training)
-            pipeline.vae.to("cpu")
+            pipeline.vae.to(parked)
 
     def _batch(self, pairs: Sequence[tuple[str, int]], **options: Any) -> list[Image.Image]:
         dtype, device = self.base.network.dtype, self.base.device

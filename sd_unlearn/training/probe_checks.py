@@ -15,8 +15,12 @@ from sd_unlearn.models.clip import check_clip
 MIN_TO_HOLD_OUT = 4  # images of a kind, of which 2 are held out
 
 
-def check_probe(config: TrainConfig, concept: Concept, groups: Sequence[str]) -> None:
-    """Refuse a probe that could not run. groups: the group of each training image.
+def check_probe(config: TrainConfig, concept: Concept, groups: Sequence[str], positives: Sequence[int]) -> None:
+    """Refuse a probe that could not run.
+
+    Args:
+        groups: The group of each training image.
+        positives: The number of images in each set of positives.
 
     Raises:
         UsageError: too few images to hold some out; no keep prompt with labels of the classifier; no classifier.
@@ -27,7 +31,7 @@ def check_probe(config: TrainConfig, concept: Concept, groups: Sequence[str]) ->
     if config.probe == "ratio":
         if len(concept.parts) > 1:
             raise UsageError("--probe ratio is for one concept. Use --probe leakage, or leave out --probe_steps.")
-        check_enough(groups.count("positive"), groups.count("generic") + groups.count("mixed_in"))
+        check_enough(*positives, groups.count("generic") + groups.count("mixed_in"))
         return
     classifiable_prompts(concept, labels_of(concept))
     if bundled_metric(concept):

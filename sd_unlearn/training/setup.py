@@ -61,7 +61,8 @@ def resolve_defaults(config: TrainConfig, base: Base, data: Data, processes: int
     Of the options on how a step is cut, those that were given are kept, except for the number of micro-batches, which
     with --train_batch_size is that of this number of processes.
     """
-    default = default_unconditional(base)
+    is_lora, has_teacher = config.method == "lora", config.target == "teacher"
+    unconditional = default_unconditional(base) if config.unconditional is None else config.unconditional
     return dataclasses.replace(
         config,
         beta=config.beta if data.beta is None else data.beta,
@@ -71,8 +72,8 @@ def resolve_defaults(config: TrainConfig, base: Base, data: Data, processes: int
         learning_rate=config.learning_rate or default_learning_rate(base),
         lora_targets=config.lora_targets or default_lora_targets(config.objective),
         teacher_reuse=resolve_teacher_reuse(config, len(data.turns)),
-        lora_alpha=float(config.rank if config.lora_alpha is None else config.lora_alpha),
-        unconditional=default if config.unconditional is None else config.unconditional,
+        lora_alpha=float(config.rank if config.lora_alpha is None else config.lora_alpha) if is_lora else None,
+        unconditional=unconditional if has_teacher else None,
         pretrained_model_name_or_path=base.name,
         overwrite=False,
         resume_from_checkpoint=None,

@@ -19,6 +19,7 @@ from sd_unlearn.config.loop import LoopOptions
 from sd_unlearn.data.batch import Batch
 from sd_unlearn.data.repeated import Steps
 from sd_unlearn.errors import reason
+from sd_unlearn.io.reading import read_json
 from sd_unlearn.models.memory_errors import is_out_of_memory
 from sd_unlearn.models.student import Student
 from sd_unlearn.objectives.base import Objective
@@ -175,6 +176,14 @@ class TrainingState:
 
     def is_best(self, probe: ProbeResult) -> bool:
         return probe.score > self.best_score
+
+    def check_best(self, file: Path) -> None:
+        """Of a resumed run: let the next probe replace the best weights if they are of a step that is trained again.
+
+        With other options (--force_resume), that step may not come out as before. file: the record beside the weights.
+        """
+        if file.is_file() and read_json(file)["step"] != self.best_step:
+            self.best_score, self.best_step = -math.inf, 0
 
     def record_probe(self, probe: ProbeResult, options: LoopOptions) -> None:
         """Update best score and beta; set `stopped` if training should end."""

@@ -123,6 +123,54 @@ def test_the_floor_is_attacked_too(run: Path, v_base: Path, capsys: pytest.Captu
     assert attack(run, "--attacks", "noise", "--floor", "nowhere.safetensors") == 2
 
 
+def test_floors_are_not_mixed_up(run: Path, v_base: Path, tiny_base: Path) -> None:
+    assert attack(run, "--attacks", "noise", "--floor", str(v_base)) == 0
+    assert attack(run, "--attacks", "strength", "quantisation", "--floor", str(tiny_base)) == 0
+    assert {name for subject, name in entries(run) if subject == "floor"} == {"quantisation"}
+    [floor] = [s for s in read_json(run / "results.json")["subjects"] if s["id"] == "floor"]
+    assert floor["name"] == tiny_base.name
+    evaluate = ["evaluate", "--run", str(run), *FLAGS, "--num_images", "2", "--num_keep_images", "1"]
+    assert main(evaluate) == 0
+    assert {subject for subject, _ in entries(run)} == {"base", "floor", "seven"}
+    assert floor in read_json(run / "results.json")["subjects"]
+
+
+def test_the_floor_is_attacked_with_the_images_of_the_base(
+    run: Path, v_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So what was done to it as a base of its own, with its own images, is not reused."""
+    attacked, original = list[str](), command.carry_out
+
+    def watched(task: Any, target: Any) -> None:
+        attacked.append(task.model.id)
+        original(task, target)
+
+    monkeypatch.setattr(command, "carry_out", watched)
+    alone = ["--concept", str(run / "concept.yaml"), "--pretrained_model_name_or_path", str(v_base), *FLAGS]
+    assert main(["attack", *alone, "--attacks", "finetune", "--output_dir", "alone"]) == 0
+    assert attack(run, "--attacks", "finetune", "--floor", str(v_base), "--no_ceiling") == 0
+    assert attacked == ["base", "floor", "seven"]
+
+
+def test_attacks_are_not_added_to_images_of_other_settings(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert attack(run, "--attacks", "strength") == 0
+    before = (run / "results.json").read_text()
+    assert attack(run, "--attacks", "noise", "--guidance_scale", "2") == 2
+    assert "guidance_scale" in capsys.readouterr().err
+    assert (run / "results.json").read_text() == before
+
+
+def test_another_concept_is_added(run: Path, tiny_base: Path) -> None:
+    text = (run / "concept.yaml").read_text().replace("seven", "three")
+    Path("three.yaml").write_text(text)
+    for concept in (str(run / "concept.yaml"), "three.yaml"):
+        alone = ["--concept", concept, "--pretrained_model_name_or_path", str(tiny_base), *FLAGS]
+        assert main(["attack", *alone, "--attacks", "noise", "--output_dir", "both"]) == 0
+    found = read_json(Path("both/results.json"))
+    assert [concept["slug"] for concept in found["concepts"]] == ["seven", "three"]
+    assert [entry["concept"] for entry in found["attacks"]] == ["three", "seven"]
+
+
 def test_images_that_the_attacker_brings(run: Path, photos: Any, capsys: pytest.CaptureFixture[str]) -> None:
     folder = photos() / "1_positive"
     assert attack(run, "--attacks", "inversion", "--no_ceiling", "--attacker_images", str(folder)) == 0
@@ -135,6 +183,7 @@ def test_images_that_the_attacker_brings(run: Path, photos: Any, capsys: pytest.
     [
         (["--attacks", "sofft"], "--attacks sofft is not one of"),
         (["--budget", "huge"], "--budget"),
+        (["--metrics", "lpips"], "--metrics lpips cannot tell"),
         (["--seed", "-1"], "--seed"),
     ],
 )

@@ -9,7 +9,7 @@ import pytest
 import torch
 from attack_cases import SAMPLER, make_target
 
-from sd_unlearn.attacks.completion import _keep_left_half
+from sd_unlearn.attacks.completion import COMPLETION, ImageSettings, _keep_left_half
 from sd_unlearn.attacks.inversion import invert
 from sd_unlearn.attacks.noise import noisier
 from sd_unlearn.attacks.quantisation import NF4, quantised, to_fp16, to_int8, to_nf4
@@ -38,6 +38,14 @@ def test_completion_gives_the_left_half(loaded_base: Base) -> None:
     assert torch.allclose(seen[-1][..., :half], known[..., :half])
     assert not torch.allclose(seen[0][..., :half], known[..., :half])
     assert not torch.allclose(seen[-1][..., half:], known[..., half:])
+
+
+def test_completion_of_fewer_images_than_the_budget(loaded_base: Base) -> None:
+    target = make_target(loaded_base)
+    few = replace(target, positives=target.positives.first(1))
+    [whole], [found] = (COMPLETION.run(one, ImageSettings(3), 0) for one in (target, few))
+    assert (len(whole.images), len(found.images)) == (3, 1)
+    assert np.array_equal(np.asarray(found.images[0]), np.asarray(whole.images[0]))
 
 
 def test_sampling_from_an_inverted_image_returns_to_it() -> None:

@@ -13,6 +13,7 @@ from batch_runs import plan_of, write_concept_file, write_list
 from conftest import tree
 
 from sd_unlearn import cli
+from sd_unlearn.batch.identity import images_identity
 from sd_unlearn.batch.plan import Plan, missing_tasks
 from sd_unlearn.errors import UsageError
 from sd_unlearn.models.source import DIGITS_DIR
@@ -94,6 +95,15 @@ def test_own_photos_are_identified_by_their_content(
     (folder / "cache").mkdir()
     (folder / "cache" / "latents.safetensors").write_text("of an earlier training")
     assert set(make(concepts=[concept]).tasks) == set(plan.tasks)
+
+
+def test_a_folder_below_the_home_folder_is_identified_by_its_content(
+    photos: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = photos(unlabeled=1, positive=2)
+    monkeypatch.setenv("HOME", str(folder.parent))
+    assert images_identity(f"~/{folder.name}") == images_identity(str(folder))
+    assert images_identity(f"~/{folder.name}/1_positive") != images_identity(f"~/{folder.name}")
 
 
 def test_concepts_come_from_a_csv_file(make: Callable[..., Plan], tmp_path: Path) -> None:

@@ -15,14 +15,17 @@ from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from train_runs import ADAPTER, Config, make, rendered
 
+from sd_unlearn.config.train import TrainConfig
 from sd_unlearn.data.batch import Batch
 from sd_unlearn.data.batches import EncodedImages
+from sd_unlearn.data.concept import Concept
 from sd_unlearn.data.dataset import Example
 from sd_unlearn.errors import UnlearnError, UsageError
 from sd_unlearn.io.reading import read_json, read_jsonl
 from sd_unlearn.objectives import registry
 from sd_unlearn.training import checkpoint, loop, setup, trainer
 from sd_unlearn.training.probe import ProbeResult, RatioProbe, hold_out
+from sd_unlearn.training.probe_checks import check_probe
 from sd_unlearn.training.state import TrainingState
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -149,6 +152,34 @@ def test_images_of_every_set_are_held_out() -> None:
         hold_out([*sets[1:], *others], 0)
 
 
+def test_every_set_of_positives_needs_images_to_hold_out(concept: Concept) -> None:
+    config = TrainConfig(concept="x", probe_steps=1)
+    groups = ["positive"] * 6 + ["generic"] * 8
+    check_probe(config, concept, groups, [6])
+    with pytest.raises(UsageError, match="one has only 3"):
+        check_probe(config, concept, groups, [3, 3])
+
+
+def test_best_weights_of_steps_that_are_trained_again_are_replaced(
+    make_config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Step 6 was the best, but the run continues from step 5 with another learning rate."""
+    scores = iter([0.1, 0.2, 0.9])
+
+    def probe(self: object) -> ProbeResult:
+        return ProbeResult({}, next(scores))
+
+    options = {"probe_steps": 2, "checkpointing_steps": 5, "max_train_steps": 8}
+    monkeypatch.setattr(RatioProbe, "__call__", probe)
+    with pytest.raises(StopIteration):
+        trainer.run(make_config("run", **options))
+    assert read_json(Path("run/best/probe.json"))["step"] == 6
+    scores = iter([0.1, 0.15])
+    again = {"resume_from_checkpoint": "latest", "force_resume": True, "learning_rate": 1e-5}
+    trainer.run(make_config("run", **options, **again))
+    assert read_json(Path("run/best/probe.json"))["step"] == read_json(Path("run/best/training.json"))["cost"]["steps"]
+
+
 def test_too_few_images_to_hold_out_are_refused_before_a_base_is_loaded(
     make_config: Config, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -238,7 +269,7 @@ def test_the_leakage_probe_stops_at_the_second_good_probe_in_a_row(
     probes = [line for line in read_jsonl(run / "metrics.jsonl") if "probe_leakage" in line]
     assert [line["probe_leakage"] for line in probes] == [0.5, 0.0, 0.5, 0.0, 0.0]
     assert all(line["probe_retention"] == 1 for line in probes)
-    assert (read_json(run / "training.json")["cost"]["steps"], len(list((run / "best").iterdir()))) == (10, 4)
+    assert (read_json(run / "training.json")["cost"]["steps"], len(list((run / "best").iterdir()))) == (10, 5)
     monkeypatch.setattr(trainer, "load_base", lambda *_: pytest.fail("a base was loaded"))
     for GivenReadings.labels in (("Brad Pitt", "a bird"), ("a dog", "a cat")):
         with pytest.raises(

@@ -131,5 +131,7 @@ def test_the_time_comes_from_an_earlier_run_of_the_same_kind() -> None:
     record("c", seconds=5.0)
     assert known_speed(Path("runs"), source, config, plan) == 10.0
     assert known_speed(Path("runs"), source, replace(config, resolution=64), plan) is None
+    record("d", processes=2)
+    assert known_speed(Path("runs"), source, config, plan) == 10.0  # of another number of processes
     (Path("runs") / "c" / TRAINING).write_text("{}")
     assert known_speed(Path("runs"), source, config, plan) == 5.0
