@@ -11,7 +11,13 @@ import numpy as np
 from sd_unlearn.data.concept import Concept
 from sd_unlearn.evaluation import aggregate
 from sd_unlearn.evaluation.detections import MISSING, Detections, detect, pair_distances
-from sd_unlearn.evaluation.problems import FlatImages, image_problems, retention_problems
+from sd_unlearn.evaluation.problems import (
+    FlatImages,
+    evidence_problems,
+    face_problems,
+    image_problems,
+    retention_problems,
+)
 from sd_unlearn.evaluation.prompts import ImageSpec, to_prompted_images
 from sd_unlearn.metrics.base import KEEP_GROUPS, ImageValues, Metric, PairMetric
 from sd_unlearn.metrics.statistics import bootstrap_mean
@@ -70,8 +76,18 @@ def run_metrics(
         for other in images:
             if base and other.planned and other is not base:
                 results.rows += _pair_rows(pair_metric, concept, base, other)
-    results.problems += retention_problems(concept.slug, results.rows)
+    _check_abilities(results)
     return results
+
+
+def _check_abilities(results: ConceptResults) -> None:
+    """Record which subjects lost abilities of the base, or were not tested for them: garbage shows no concept."""
+    concept, rows = results.concept, results.rows
+    lost = retention_problems(concept.slug, rows)
+    results.problems += [*lost, *face_problems(concept.slug, rows, {problem.subject for problem in lost})]
+    for images in results.images:
+        if images.subject != BASE:
+            results.problems += evidence_problems(concept, images.subject, images.specs, images.planned, rows)
 
 
 def _check_images(images: SubjectImages, results: ConceptResults) -> None:

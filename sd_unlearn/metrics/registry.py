@@ -140,6 +140,7 @@ NAMES = tuple(MAKERS)
 PAIR_METRICS = ("lpips",)
 OPTIONAL = ("fidelity", "cmmd", "lpips")  # skipped with a warning if unavailable and not given in --metrics
 IDENTIFYING = ("identity", "classifier")  # can tell people apart; CLIP cannot: names leak through text
+READING = ("digits", "emoji", "classifier", "clip")  # read what retained prompts asked for, so they give retention
 
 
 def choose_metrics(context: MetricContext) -> list[str]:
