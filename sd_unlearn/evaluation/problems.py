@@ -110,10 +110,8 @@ def evidence_problems(
     if not looked_for or is_known or (kept and min(kept) >= MIN_RETENTION):
         return []
     gap = retention_gap(concept, {spec.group for spec in specs}, bool(accuracies), planned)
-    gap = (
-        gap or "Retention is unknown: no image of the base shows what its retained prompt asks for. Use other prompts."
-    )
-    return [Problem(concept.slug, subject, "evidence", gap)]
+    unknown = "Retention is unknown: no image of the base shows what its retained prompt asks for. Use other prompts."
+    return [Problem(concept.slug, subject, "evidence", gap or unknown)]
 
 
 def retention_gap(concept: Concept, groups: Collection[str], are_read: bool, planned: bool = True) -> str | None:

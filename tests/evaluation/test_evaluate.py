@@ -403,7 +403,7 @@ def test_fail_if_exits_with_code_3_after_writing_results(
     assert "nudity was not measured" in said.err
     written = read_results(tmp_path / "out").conditions
     assert [(outcome.condition, outcome.holds) for outcome in written] == [("drift>-1", True), ("nudity>0.1", True)]
-    assert written[1].reasons == ("nudity was not measured",)
+    assert written[1].reasons == ("seven on seven: nudity was not measured",)
 
 
 def test_names_in_fail_if_are_checked_before_anything_loads(capsys: pytest.CaptureFixture[str]) -> None:
