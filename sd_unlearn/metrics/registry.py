@@ -204,7 +204,10 @@ def _check_required_options(context: MetricContext) -> None:
     options = context.options
     if "identity" in options.metrics and (context.reference is None or options.others is None):
         missing = "--reference" if context.reference is None else "--others"
-        raise UsageError(f"--metrics identity needs {missing}: a folder of images of people; see docs/metrics.md.")
+        raise UsageError(
+            f"--metrics identity needs {missing} for {context.concept.name}: a folder of images of people; see "
+            "docs/metrics.md."
+        )
     if "classifier" in options.metrics and options.classifier is None:
         raise UsageError("--metrics classifier needs --classifier: a timm or transformers model, e.g. resnet50.")
 
