@@ -19,6 +19,7 @@ from sd_unlearn.evaluation.problems import (
     retention_problems,
 )
 from sd_unlearn.evaluation.prompts import ImageSpec, to_prompted_images
+from sd_unlearn.io.images import image_size
 from sd_unlearn.metrics.base import KEEP_GROUPS, ImageValues, Metric, PairMetric
 from sd_unlearn.metrics.statistics import bootstrap_mean
 from sd_unlearn.results import BASE, Difference, Problem, Row
@@ -141,5 +142,18 @@ def _pair_rows(metric: PairMetric, concept: Concept, base: SubjectImages, other:
     low, high = bootstrap_mean(distances)
     mean, n = float(distances.mean()), len(distances)
     note = "of pairs of the same prompt and seed"
+    if other_size := _other_size(base_paths, other_paths):
+        note += f"; {other_size}"
     row = Row(metric.metric, "kept", other.subject, mean, n, low, high, metric.name, "bootstrap", note, concept.slug)
     return [row]
+
+
+def _other_size(base: Sequence[Path], other: Sequence[Path]) -> str:
+    """How many images of pairs are not of the base's size, and thus were scaled to it; "" if none."""
+    sizes = [(image_size(a), image_size(b)) for a, b in zip(base, other, strict=True)]
+    scaled = [(a, b) for a, b in sizes if a and b and a != b]
+    if not scaled:
+        return ""
+    (to_width, to_height), (width, height) = scaled[0]
+    example = f"{width} x {height} pixels to {to_width} x {to_height}"
+    return f"{len(scaled)} of {len(base)} images were scaled to the size of the base's, e.g. from {example}"
