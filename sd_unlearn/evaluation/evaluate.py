@@ -25,7 +25,7 @@ from sd_unlearn.evaluation.generate import ImageCache, generate_images
 from sd_unlearn.evaluation.job import EvaluationJob, resolve_job
 from sd_unlearn.evaluation.loras import ModelVariant
 from sd_unlearn.evaluation.pairs import MAX_PAIRS, PAIRS_PER_GROUP, count_outcomes, pick_pairs
-from sd_unlearn.evaluation.problems import retention_gap
+from sd_unlearn.evaluation.problems import known_gaps
 from sd_unlearn.evaluation.prompts import GROUPS, group_prompts, write_plan
 from sd_unlearn.evaluation.score import ConceptResults, SubjectImages, run_metrics
 from sd_unlearn.evaluation.subjects import Subject
@@ -35,15 +35,7 @@ from sd_unlearn.io.own_files import is_run, kind_of, mark
 from sd_unlearn.io.paths import public_name
 from sd_unlearn.io.run_folder import EVALUATION, IMAGE_DIR, RESULTS
 from sd_unlearn.launch import process_rank
-from sd_unlearn.metrics.base import CONCEPT_GROUPS
-from sd_unlearn.metrics.registry import (
-    READING,
-    find_metrics,
-    make_metrics,
-    merge_cards,
-    metric_cards,
-    missing_evidence,
-)
+from sd_unlearn.metrics.registry import find_metrics, make_metrics, merge_cards, metric_cards, missing_evidence
 from sd_unlearn.models.base import default_device
 from sd_unlearn.models.kinds import sampler_of
 from sd_unlearn.models.sampling import count_tiled
@@ -76,21 +68,13 @@ def run(config: EvaluateConfig, concepts: Sequence[Concept] = ()) -> dict[str, A
     metrics = {slug: find_metrics(job.metric_context(concept)) for slug, concept in job.concepts.items()}
     with full_disk_explained(), locked(job.output, "--output_dir"):
         if process_rank() == 0:
-            for slug in job.concepts:
-                for message in _known_gaps(job, slug, metrics[slug]):  # before hours of generating images
-                    print(f"No verdict will be given. {message}", file=sys.stderr)
+            for slug, concept in job.concepts.items():
+                generated = any(subject.variant and slug in subject.concepts for subject in job.subjects)
+                for message in known_gaps(concept, job.plans[slug] if generated else [], metrics[slug]):
+                    print(f"No verdict will be given. {message}", file=sys.stderr)  # before hours of generating
             for folder in (job.output, *(job.output / IMAGE_DIR).glob("*/")):
                 remove_leftovers(folder)
         return _run(config, job, metrics)
-
-
-def _known_gaps(job: EvaluationJob, slug: str, metrics: Sequence[str]) -> list[str]:
-    """Why there will be no verdict on a concept, as far as it is known before images are generated."""
-    concept, groups = job.concepts[slug], {spec.group for spec in job.plans[slug]}
-    gaps = [missing_evidence(concept, metrics)]
-    if groups & set(CONCEPT_GROUPS) and any(subject.variant and slug in subject.concepts for subject in job.subjects):
-        gaps.append(retention_gap(concept, groups, bool(set(metrics) & set(READING))))
-    return [gap for gap in gaps if gap]
 
 
 def _run(config: EvaluateConfig, job: EvaluationJob, metrics: Mapping[str, Sequence[str]]) -> dict[str, Any]:

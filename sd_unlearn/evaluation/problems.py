@@ -13,6 +13,7 @@ from sd_unlearn.data.concept import Concept
 from sd_unlearn.evaluation.prompts import GROUPS, ImageSpec
 from sd_unlearn.io.images import is_flat
 from sd_unlearn.metrics.base import CONCEPT_GROUPS, KEEP_GROUPS, DetectorOutput
+from sd_unlearn.metrics.registry import READING, missing_evidence
 from sd_unlearn.report.metric_names import PRESENCE
 from sd_unlearn.results import BASE, Problem, Row
 
@@ -114,6 +115,20 @@ def evidence_problems(
     return [Problem(concept.slug, subject, "evidence", gap or unknown)]
 
 
+def known_gaps(concept: Concept, specs: Sequence[ImageSpec], metrics: Sequence[str]) -> list[str]:
+    """Why there will be no verdict on a concept, as far as it is known before images are generated.
+
+    Args:
+        specs: The images to generate; none if only existing images are evaluated.
+        metrics: The names of the concept's metrics.
+    """
+    groups = {spec.group for spec in specs}
+    gaps = [missing_evidence(concept, metrics)]
+    if groups & set(CONCEPT_GROUPS):
+        gaps.append(retention_gap(concept, groups, bool(set(metrics) & set(READING))))
+    return [gap for gap in gaps if gap]
+
+
 def retention_gap(concept: Concept, groups: Collection[str], are_read: bool, planned: bool = True) -> str | None:
     """Why retention cannot be measured, and what to add; None if it can be.
 
@@ -136,5 +151,5 @@ def retention_gap(concept: Concept, groups: Collection[str], are_read: bool, pla
     else:
         remedy = "Add retained prompts to the concept file, as alike or general under evaluate."
     return (
-        f"Retention was not measured, and a model that generates only noise does not show the concept either. {remedy}"
+        f"Retention is not measured, and a model that generates only noise does not show the concept either. {remedy}"
     )

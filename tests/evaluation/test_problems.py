@@ -11,7 +11,13 @@ from PIL import Image
 from sd_unlearn.config.evaluate import EvaluateConfig
 from sd_unlearn.data.concept import Concept, Evaluation, Prompt
 from sd_unlearn.evaluation import evaluate
-from sd_unlearn.evaluation.problems import evidence_problems, face_problems, image_problems, retention_problems
+from sd_unlearn.evaluation.problems import (
+    evidence_problems,
+    face_problems,
+    image_problems,
+    known_gaps,
+    retention_problems,
+)
 from sd_unlearn.evaluation.prompts import ImageSpec
 from sd_unlearn.report.cases import cases_of
 from sd_unlearn.results import Problem, Row, parse_results
@@ -71,7 +77,7 @@ def test_gone_needs_retention() -> None:
     assert without_evidence(GONE, ("retention", "kept", 0.3)) == ""  # another problem, if it is too low
     assert without_evidence(("face_rate", "direct", 0.0)) == ""  # nobody looked for the concept
     assert without_evidence(("leakage", "attack", 0.0)) == ""
-    assert without_evidence(("nudity", "held_out", 0.0)).startswith("Retention was not measured, and a model that")
+    assert without_evidence(("nudity", "held_out", 0.0)).startswith("Retention is not measured, and a model that")
 
 
 def test_missing_retention_says_what_to_add() -> None:
@@ -83,6 +89,16 @@ def test_missing_retention_says_what_to_add() -> None:
     assert "Add retained prompts to the concept file" in without_evidence(GONE, groups="direct", concept=bare)
     read = (GONE, ("accuracy", "alike", 0.0), ("accuracy", "kept", 0.0))
     assert without_evidence(*read, ("retention", "kept", None)).startswith("Retention is unknown: no image of the base")
+
+
+def test_what_is_missing_is_known_before_images_are_generated() -> None:
+    specs = [ImageSpec(group, Prompt(""), 0) for group in ("direct", "alike")]
+    assert known_gaps(CONCEPT, specs, ["clip"]) == []
+    (gap,) = known_gaps(CONCEPT, specs, ["identity"])
+    assert "Add clip to --metrics" in gap
+    (gap,) = known_gaps(CONCEPT, specs[:1], ["clip", "identity"])
+    assert "Add alike and general to --groups" in gap
+    assert known_gaps(CONCEPT, [], ["identity"]) == known_gaps(CONCEPT, specs[1:], ["identity"]) == []
 
 
 def test_images_without_a_base_need_a_high_accuracy() -> None:
