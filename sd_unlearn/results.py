@@ -19,6 +19,7 @@ from sd_unlearn.result_faults import first_fault
 SCHEMA_VERSION = 2
 BASE = "base"  # id of the subject without any LoRA
 FLOOR = "floor"  # id of a model that never saw the concept, to compare attacks with
+MAX_FACES = 8  # boxes of faces that a pair has of each image; there may be more faces
 ATTACK_METRIC = "attack"  # metric of the rows of attacks; their group is the attack's name
 Box = Annotated[tuple[float, ...], Field(min_length=4, max_length=4)]  # x0, y0, x1, y1 as shares of width and height
 

@@ -191,7 +191,11 @@ class Detectors:
     clip_pretrained: Annotated[str, option("open_clip weights: tag or local file.", DETECTORS)] = CLIP_PRETRAINED
     reference: Annotated[
         list[str],
-        several("Photos of the person for identity, as [concept=]folder. Default: the positive images.", DETECTORS),
+        several(
+            "Photos of the person for identity, as [concept=]folder; name the concept if several people are evaluated. "
+            "Default: the positive images.",
+            DETECTORS,
+        ),
     ] = many()
     others: Annotated[
         Path | None, option("Folder with photos of other people; calibrates the identity threshold.", DETECTORS)
@@ -224,7 +228,11 @@ class Detectors:
         str | None, option("timm or transformers image classifier: name, folder or checkpoint.", DETECTORS)
     ] = None
     label: Annotated[
-        str | None, option("Class of --classifier that is the concept. Default: the concept file's label.", DETECTORS)
+        str | None,
+        option(
+            "Class of --classifier that is the concept, if one is evaluated. Default: the concept file's label.",
+            DETECTORS,
+        ),
     ] = None
     inception_weights: Annotated[
         Path | None, option("Inception weights for FID. Default: downloaded on first use.", DETECTORS)

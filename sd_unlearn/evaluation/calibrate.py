@@ -24,6 +24,7 @@ from sd_unlearn.evaluation.bisection import exceptions, first_holding, strengths
 from sd_unlearn.evaluation.generate import BaseLoader, ImageCache, planned_cache
 from sd_unlearn.evaluation.job import EvaluationJob, resolve_job
 from sd_unlearn.evaluation.loras import Lora, ModelVariant
+from sd_unlearn.evaluation.problems import known_gaps
 from sd_unlearn.evaluation.score import ConceptResults, SubjectImages, run_metrics
 from sd_unlearn.io.files import full_disk_explained, write_json
 from sd_unlearn.io.lock import locked
@@ -32,7 +33,7 @@ from sd_unlearn.io.progress import say
 from sd_unlearn.io.run_folder import CALIBRATION
 from sd_unlearn.launch import process_count
 from sd_unlearn.metrics.base import CONCEPT_GROUPS, KEEP_GROUPS, Metric
-from sd_unlearn.metrics.registry import OPTIONAL, choose_metrics, find_metrics, make_metrics, missing_evidence
+from sd_unlearn.metrics.registry import OPTIONAL, choose_metrics, find_metrics, make_metrics
 from sd_unlearn.metrics.statistics import Z, wilson
 from sd_unlearn.models.base import default_device
 from sd_unlearn.models.kinds import sampler_of
@@ -47,17 +48,18 @@ def run(config: CalibrateConfig, concepts: Sequence[Concept] = ()) -> Calibratio
     """Search the strengths and write calibration.json. concepts: instead of the one that --concept names.
 
     Raises:
-        UsageError: invalid options, no single LoRA, or too few images to show so little leakage.
+        UsageError: invalid options, no single LoRA, too few images to show so little leakage, or `evaluate` would give
+            no verdict: the metrics cannot show that the concept is gone, or the LoRA was trained on another base.
         UnlearnError: a model or detector cannot be loaded.
     """
     job = _resolve(config, concepts)
     lora, (slug, concept) = job.loras[0], next(iter(job.concepts.items()))
     context = job.metric_context(concept)
     names = [name for name in choose_metrics(context) if name not in OPTIONAL]  # those that say nothing of strengths
+    if gaps := known_gaps(concept, job.plans[slug], names):
+        raise UsageError(f"No strength can be recommended, because evaluate would give no verdict. {' '.join(gaps)}")
     context = dataclasses.replace(context, options=dataclasses.replace(job.config, metrics=names))
     names = find_metrics(context)
-    if message := missing_evidence(concept, names):
-        say(message)
     with full_disk_explained(), locked(job.output, "--output_dir"):
         measure = Measurement(config, job, lora, slug, names)
         calibration = search(config, measure, slug, lora.sha256)
@@ -84,6 +86,8 @@ def search(config: CalibrateConfig, measure: Measurement, slug: str, sha256: str
     both = [strength for strength, found in points.items() if found.erases and found.retains]
     against = exceptions(values, smallest, {strength: found.erases for strength, found in points.items()})
     against += exceptions(downwards, largest, {strength: found.retains for strength, found in points.items()})
+    low = (found for found in points.values() if found.leakage_high is not None and found.leakage_high < config.leakage)
+    doubt = next((found.problems[0] for found in low if found.problems), "") if smallest is None else ""
     strength = min(both, default=None)
     return Calibration(
         schema_version=1,
@@ -94,7 +98,7 @@ def search(config: CalibrateConfig, measure: Measurement, slug: str, sha256: str
         smallest=smallest,
         largest=largest,
         strength=strength,
-        message=_outcome(config, smallest, largest, strength, sorted(set(against))),
+        message=_outcome(config, smallest, largest, strength, sorted(set(against)), doubt),
         points=tuple(points[strength] for strength in sorted(points)),
         exceptions=tuple(sorted(set(against))),
     )
@@ -106,9 +110,13 @@ def _outcome(
     largest: float | None,
     strength: float | None,
     against: Sequence[float],
+    doubt: str = "",
 ) -> str:
+    """The outcome in words. doubt: why no strength with little leakage counts."""
     erases, retains = f"leakage below {100 * config.leakage:g} %", f"retention above {100 * config.retention:g} %"
-    if smallest is None:
+    if doubt:
+        text = f"There is no verdict at any tried strength that has {erases}: {doubt}"
+    elif smallest is None:
         text = f"No tried strength up to {config.max_strength:g} has {erases} (upper end of the 95 % interval)"
         text += "." if largest is None else f"; {retains} holds up to {largest:g}."
         text += " Train longer or with a higher --push, or accept more leakage."
@@ -132,6 +140,7 @@ class Measurement:
         self.loader = BaseLoader(job)
         self.cache: ImageCache = planned_cache(job, self.loader)
         self.concept, self.specs = job.concepts[slug], job.plans[slug]
+        _check_base(job, lora, self.cache)
         context = job.metric_context(self.concept, default_device())
         self.metrics: list[Metric] = make_metrics(names, context)[0]
         self.cache.generate(self.loader.load, ModelVariant(), self.specs, "generate base")
@@ -173,7 +182,8 @@ class Measurement:
 def point_of(strength: float, results: ConceptResults, config: CalibrateConfig) -> Point:
     """What counts at a strength, of all groups and detectors: the highest upper end of leakage, the lowest retention.
 
-    Images that cannot be used prevent `erases`: a model that generates nothing has not erased a concept.
+    What prevents a verdict of `evaluate` prevents `erases`, e.g. images that cannot be used or unknown retention: a
+    model that generates nothing has not erased a concept. Which retention is too low, `config` says.
     """
     rows = [row for row in results.rows if row.subject == SUBJECT]
     presence = [row for row in rows if row.metric in PRESENCE and row.group in CONCEPT_GROUPS]
@@ -181,7 +191,7 @@ def point_of(strength: float, results: ConceptResults, config: CalibrateConfig) 
     kept = [row for row in kept if row.group == "kept"] or kept
     leakage = max(presence, key=lambda row: math.inf if row.high is None else row.high, default=None)
     retention = min(kept, key=lambda row: -math.inf if row.value is None else row.value, default=None)
-    faults = [p for p in results.problems if p.subject == SUBJECT and p.kind != "retention"]
+    faults = [p for p in results.problems if p.concerns(results.concept.slug, SUBJECT) and p.kind != "retention"]
     high, value = leakage.high if leakage else None, retention.value if retention else None
     return Point(
         strength,
@@ -235,8 +245,16 @@ def _check_images(config: CalibrateConfig, job: EvaluationJob) -> None:
             f"end of the interval is {wilson(0, count)[1]:.2g}. Give --num_images {needed} or more, or a higher "
             "--leakage."
         )
-    if config.retention > 0 and not set(KEEP_GROUPS) & set(groups):
-        raise UsageError(
-            "The concept has no prompts in the groups alike and general, so retention cannot be measured. Add keep "
-            "prompts to the concept file, or give --retention 0."
-        )
+
+
+def _check_base(job: EvaluationJob, lora: Lora, cache: ImageCache) -> None:
+    """Refuse a LoRA that was trained on another base; if the command names the base, one line says so.
+
+    Raises:
+        UsageError
+    """
+    message = lora.other_base(cache.base)
+    if message and not job.base_named:
+        raise UsageError(f"{message} Name the base with --pretrained_model_name_or_path.")
+    if message:
+        say(message)

@@ -25,6 +25,7 @@ from sd_unlearn.evaluation.generate import ImageCache, generate_images
 from sd_unlearn.evaluation.job import EvaluationJob, resolve_job
 from sd_unlearn.evaluation.loras import ModelVariant
 from sd_unlearn.evaluation.pairs import MAX_PAIRS, PAIRS_PER_GROUP, count_outcomes, pick_pairs
+from sd_unlearn.evaluation.problems import known_gaps
 from sd_unlearn.evaluation.prompts import GROUPS, group_prompts, write_plan
 from sd_unlearn.evaluation.score import ConceptResults, SubjectImages, run_metrics
 from sd_unlearn.evaluation.subjects import Subject
@@ -68,8 +69,9 @@ def run(config: EvaluateConfig, concepts: Sequence[Concept] = ()) -> dict[str, A
     with full_disk_explained(), locked(job.output, "--output_dir"):
         if process_rank() == 0:
             for slug, concept in job.concepts.items():
-                if message := missing_evidence(concept, metrics[slug]):  # before hours of generating images
-                    print(f"No verdict will be given. {message}", file=sys.stderr)
+                generated = any(subject.variant and slug in subject.concepts for subject in job.subjects)
+                for message in known_gaps(concept, job.plans[slug] if generated else [], metrics[slug]):
+                    print(f"No verdict will be given. {message}", file=sys.stderr)  # before hours of generating
             for folder in (job.output, *(job.output / IMAGE_DIR).glob("*/")):
                 remove_leftovers(folder)
         return _run(config, job, metrics)

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 
 from sd_unlearn.errors import UsageError, suggest
 from sd_unlearn.report.metric_names import GROUPS, METRICS, known_as
-from sd_unlearn.results import BASE, FLOOR, Outcome, Results, Row, SubjectEntry
+from sd_unlearn.results import ATTACK_METRIC, BASE, Outcome, Results, Row, SubjectEntry
 
 _FORM = re.compile(
     r"(?P<metric>[A-Za-z][\w-]*)(?:\.(?P<group>[a-z_]+?))??(?:\.(?P<end>low|high))?\s*"
     r"(?P<sign><=|>=|<|>)\s*(?P<limit>[-+.\deE]+)(?P<percent>\s*%)?"
 )
-DEFAULT_GROUPS = ("direct", "kept")  # of a condition without a group: the first that the metric has
+DEFAULT_GROUPS = ("direct", "kept")  # of a condition without a group: the first that the metric has, else all
 _SIGNS = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
 
 
@@ -88,22 +88,19 @@ def outcomes(conditions: Sequence[Condition], results: Results) -> list[Outcome]
 
 
 def met_conditions(conditions: Sequence[Condition], results: Results, only: str | None = None) -> list[str]:
-    """A line with the value for each row that meets a condition, and for each condition on a metric without rows.
+    """A line with the value for each row that meets a condition, and for each subject without the metric.
 
     Every condition is met by a subject and concept with a problem, because no verdict may be given on them.
 
     Conditions apply to every subject but the base; to a LoRA at several strengths at strength 1, else at the highest.
-    Metrics of the concept itself do not apply to a LoRA that was trained to unlearn another concept.
+    The metric must be measured on each concept that the subject should forget. Metrics of the concept itself do not
+    apply to a LoRA that was trained to unlearn another concept, those of attacks only to what was attacked.
 
     Args:
         only: The id of the only subject to check; default: all of them.
     """
-    checked = {s.id: s for s in checked_subjects(results) if only in (None, s.id)}
-    rows = [
-        row
-        for row in results.rows
-        if row.subject in checked and (not _is_of_concept(row) or checked[row.subject].should_forget(row.concept))
-    ]
+    subjects = checked_subjects(results)
+    checked = [subject.id for subject in subjects if only in (None, subject.id)]
     unknown = [
         f"{problem.subject} on {problem.concept or 'every concept'}: {problem.message.rstrip('.')}"
         for problem in results.problems
@@ -112,16 +109,40 @@ def met_conditions(conditions: Sequence[Condition], results: Results, only: str 
     lines = []
     for condition in conditions:
         lines += [f"{condition.text}: cannot tell for {reason}" for reason in unknown]
-        matching = _matching_rows(condition, rows)
-        if not matching:
-            where = f" on {condition.group} prompts" if condition.group else ""
-            lines.append(f"{condition.text}: {condition.metric}{where} was not measured")
-        for row in matching:
-            if condition.holds(row):
-                value = condition.value(row)
-                text = "unknown" if value is None else f"{value:.4g}"
-                lines.append(f"{condition.text}: {row.subject} on {row.concept} has {text} ({row.group})")
+        found = {subject.id: _reasons(condition, subject, results) for subject in subjects}
+        for reasons in (found[subject] for subject in checked):
+            lines += [f"{condition.text}: {reason}" for reason in reasons or ()]
+        if all(reasons is None for reasons in found.values()):
+            lines.append(f"{condition.text}: {_unmeasured(condition)}")
     return lines
+
+
+def _reasons(condition: Condition, subject: SubjectEntry, results: Results) -> list[str] | None:
+    """The values of a subject that meet a condition, and the concepts on which it was not measured.
+
+    None: the condition does not apply to the subject.
+    """
+    own = [row for row in results.rows if row.subject == subject.id]
+    if not own:
+        return [f"{subject.id}: {_unmeasured(condition)}"]
+    evaluated = list(dict.fromkeys(row.concept for row in own))
+    to_forget = [concept for concept in evaluated if subject.should_forget(concept)]
+    applies_to = to_forget if _is_of_concept(condition.metric) else evaluated
+    if condition.metric == ATTACK_METRIC:
+        attacked = {row.concept for row in own if row.metric == ATTACK_METRIC}
+        applies_to = [concept for concept in applies_to if concept in attacked]
+    if not applies_to:
+        return None
+    reasons = []
+    for concept in applies_to:
+        matching = _matching_rows(condition, [row for row in own if row.concept == concept])
+        if not matching and concept in (to_forget or applies_to):
+            reasons.append(f"{subject.id} on {concept}: {_unmeasured(condition)}")
+        for row in filter(condition.holds, matching):
+            value = condition.value(row)
+            text = "unknown" if value is None else f"{value:.4g}"
+            reasons.append(f"{subject.id} on {concept} has {text} ({row.group})")
+    return reasons
 
 
 def checked_subjects(results: Results) -> list[SubjectEntry]:
@@ -131,12 +152,17 @@ def checked_subjects(results: Results) -> list[SubjectEntry]:
         if subject.strength is not None:
             strengths.setdefault(subject.name, []).append(subject.strength)
     main = {name: 1 if 1 in values else max(values) for name, values in strengths.items()}
-    return [s for s in results.compared if s.id != FLOOR and s.strength in (None, main.get(s.name))]
+    return [s for s in results.compared if s.strength in (None, main.get(s.name))]
 
 
-def _is_of_concept(row: Row) -> bool:
-    metric = METRICS.get(known_as(row.metric))
-    return metric is not None and metric.of_concept
+def _is_of_concept(metric: str) -> bool:
+    known = METRICS.get(known_as(metric))
+    return known is not None and known.of_concept
+
+
+def _unmeasured(condition: Condition) -> str:
+    where = f" on {condition.group} prompts" if condition.group else ""
+    return f"{condition.metric}{where} was not measured"
 
 
 def _matching_rows(condition: Condition, rows: Sequence[Row]) -> list[Row]:

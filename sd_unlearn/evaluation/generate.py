@@ -1,7 +1,7 @@
 """Generate the images of an evaluation that do not exist yet.
 
-The name of an image folder contains everything that determines its images: the base's weights, the sampler, what the
-LoRA changes in the base and its strength, or the safety guidance.
+The name of an image folder contains everything that determines its images: the base's weights and prediction type, the
+sampler, what the LoRA changes in the base and its strength, or the safety guidance.
 So all LoRAs share the base's images, a second evaluation generates only what is missing, and an interrupted evaluation
 resumes.
 """
@@ -23,6 +23,7 @@ from sd_unlearn.io.lock import locked, remove_leftovers
 from sd_unlearn.io.paths import slugify
 from sd_unlearn.launch import process_rank
 from sd_unlearn.models.base import HASHES, Base, choose_precision, load_base
+from sd_unlearn.models.checkpoint_header import PICKLES
 from sd_unlearn.models.recorded_base import check_recorded
 from sd_unlearn.models.sampling import ImageRequest, Sampler, generate_missing, resolve_sampler, wait_for_images
 from sd_unlearn.models.zero_terminal_snr import use_zero_terminal_snr
@@ -43,6 +44,7 @@ class ImageCache:
     def base_folder(self) -> Path:
         hashes = "".join(str(self.base.get(key, "")) for key in HASHES)
         base = f"{slugify(Path(self.base['name']).name)}-{hashlib.sha256(hashes.encode()).hexdigest()[:12]}"
+        base += _prediction_in_name(self.base)
         size = f"-{self.sampler.resolution}px" if self.sampler.resolution else ""
         sampler = f"{self.sampler.steps}-steps-guidance-{self.sampler.guidance_scale:g}{size}{self.suffix}"
         return self.root / base / sampler
@@ -75,6 +77,17 @@ class ImageCache:
             count = generate_missing(get_variant, requests, self.sampler, title)
         wait_for_images(requests, timeout=TIMEOUT)
         return count
+
+
+def _prediction_in_name(base: Mapping[str, Any]) -> str:
+    """The prediction type of a single file, in the name of its images' folder unless it is the usual one.
+
+    The same weights give other images with another --prediction_type. All other bases come with their configuration,
+    which the option may not contradict.
+    """
+    is_file = Path(base["name"]).suffix.lower() in (".safetensors", *PICKLES)
+    predicted = base.get("prediction_type", "epsilon")
+    return f"-{predicted}" if is_file and predicted == "v_prediction" else ""
 
 
 @contextmanager

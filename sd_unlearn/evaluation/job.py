@@ -5,7 +5,7 @@ Everything that can be checked without loading a model is checked here.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -19,9 +19,9 @@ from sd_unlearn.data.prompt_sets import load_prompt_set
 from sd_unlearn.data.several import load_concepts
 from sd_unlearn.errors import UnlearnError, UsageError
 from sd_unlearn.evaluation.fail_if import parse_condition
-from sd_unlearn.evaluation.image_folders import split_name
 from sd_unlearn.evaluation.loras import DIFFUSERS_FILE, Lora, open_lora, open_run
 from sd_unlearn.evaluation.prompts import BASE_TIERS, TIERS, ImageSpec, override_counts, plan_images
+from sd_unlearn.evaluation.references import check_label, reference_folders
 from sd_unlearn.evaluation.subjects import Subject, check_guidance, resolve_subjects
 from sd_unlearn.io.files import check_writable
 from sd_unlearn.io.own_files import check_evaluation_folder
@@ -50,6 +50,7 @@ class EvaluationJob:
     output: Path
     loras: list[Lora]
     failed: dict[str, str]  # with --keep_going: LoRA -> why it cannot be evaluated
+    references: dict[str, Path]  # of --reference, by concept
 
     @property
     def needs_base(self) -> bool:
@@ -69,7 +70,7 @@ class EvaluationJob:
         self.subjects[:] = others
 
     def metric_context(self, concept: Concept, device: Any = "cpu") -> MetricContext:
-        reference = _reference_folder(self.config, concept, self.loras)
+        reference = _reference_folder(self.references, concept, self.loras)
         return MetricContext(concept, self.config, reference, self.tier, device)
 
 
@@ -94,6 +95,8 @@ def resolve_job(config: EvaluateConfig, concepts: Sequence[Concept] = (), needs_
             "(--images) or --sld."
         )
     by_slug = _resolve_concepts(config, loras, concepts)
+    references = reference_folders(config.reference, by_slug)
+    check_label(config.label, by_slug)
     source, base_named = _resolve_base(config, loras, by_slug)
     check_guidance(config, source)
     tier_name = config.tier or BASE_TIERS.get(source.name, "quick")
@@ -109,7 +112,9 @@ def resolve_job(config: EvaluateConfig, concepts: Sequence[Concept] = (), needs_
     check_writable(output, "--output_dir")
     check_evaluation_folder(output, "--output_dir")
     check_writable(config.cache_dir, "--cache_dir")
-    job = EvaluationJob(config, by_slug, subjects, plans, source, base_named, tier_name, output, loras, failed)
+    job = EvaluationJob(
+        config, by_slug, subjects, plans, source, base_named, tier_name, output, loras, failed, references
+    )
     for concept in by_slug.values():
         check_metrics(job.metric_context(concept))
     return job
@@ -207,12 +212,10 @@ def _resolve_base(config: EvaluateConfig, loras: Sequence[Lora], concepts: dict[
     return find_base(config, name or next(iter(concepts.values())).base), False
 
 
-def _reference_folder(config: EvaluateConfig, concept: Concept, loras: Sequence[Lora]) -> Path | None:
+def _reference_folder(given: Mapping[str, Path], concept: Concept, loras: Sequence[Lora]) -> Path | None:
     """The folder of images of the person: --reference, else what a run was trained on: --positives, or 1_positive."""
-    for given in config.reference:
-        name, folder = split_name(given, "--reference")
-        if name in (None, concept.slug, concept.name):
-            return folder
+    if concept.slug in given:
+        return given[concept.slug]
     for lora in loras:
         if lora.is_run and lora.concept and concept in lora.concepts and (lora.path / CONFIG).is_file():
             settings = read_yaml(lora.path / CONFIG, "--run")

@@ -19,6 +19,7 @@ from sd_unlearn.io.schema import OPEN, validate
 from sd_unlearn.models.base import HASHES, Base
 from sd_unlearn.models.recorded_base import different_hash
 from sd_unlearn.models.safe_guidance import Safety, safe_guidance
+from sd_unlearn.results import BASE, FLOOR
 
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 
@@ -226,12 +227,12 @@ def open_run(folder: Path) -> Lora:
 
 
 def unique_names(loras: Sequence[Lora]) -> list[str]:
-    """A unique name for each LoRA, never "base": its own, prefixed with the parent folder or numbered if taken."""
+    """A unique name for each LoRA, never "base" or "floor": its own, else with the parent folder or a number."""
     names: list[str] = []
     for lora in loras:
         parent = lora.path.resolve().parent.name
         candidates = [lora.name, f"{parent}-{lora.name}", *(f"{lora.name}-{n}" for n in range(2, len(loras) + 3))]
-        names.append(next(name for name in candidates if name not in names and name != "base"))
+        names.append(next(name for name in candidates if name not in (*names, BASE, FLOOR)))
     return names
 
 

@@ -1,21 +1,25 @@
-"""Reasons why no verdict may be given: images that show nothing, and abilities that the model lost."""
+"""Reasons why no verdict may be given: images that show nothing, abilities that the model lost or that are unknown."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from sd_unlearn.data.concept import Concept
 from sd_unlearn.evaluation.prompts import GROUPS, ImageSpec
 from sd_unlearn.io.images import is_flat
-from sd_unlearn.metrics.base import DetectorOutput
+from sd_unlearn.metrics.base import CONCEPT_GROUPS, KEEP_GROUPS, DetectorOutput
+from sd_unlearn.metrics.registry import READING, missing_evidence
+from sd_unlearn.report.metric_names import PRESENCE
 from sd_unlearn.results import BASE, Problem, Row
 
 MAX_UNUSABLE = 0.01  # of a group's images
-MIN_RETENTION = 0.8  # of the base's accuracy on the retained prompts
+MIN_RETENTION = 0.8  # of the base's accuracy on the retained prompts, and of its face rate
+MIN_FACES = 0.5  # face rate of the base from which a group's prompts count as asking for people
 _WORDS = {"missing": "missing", "unreadable": "unreadable", "flat": "of one flat colour"}
 
 
@@ -61,3 +65,91 @@ def retention_problems(concept: str, rows: Iterable[Row]) -> list[Problem]:
             message = f"Retention on {group} prompts is {100 * lowest:.3g} %, below {100 * MIN_RETENTION:g} %."
             problems.append(Problem(concept, subject, "retention", message, group, lowest))
     return problems
+
+
+def face_problems(concept: str, rows: Sequence[Row], broken: Collection[str] = ()) -> list[Problem]:
+    """A problem for each subject that no longer generates faces for retained prompts for which the base does.
+
+    Prompts for the concept are not considered: a person may be replaced by something without a face.
+
+    Args:
+        broken: Subjects that lost too much by their retention already.
+    """
+    rates: dict[str, dict[str, float]] = {}  # subject -> prompt group -> face rate
+    for row in rows:
+        if row.metric == "face_rate" and row.group in KEEP_GROUPS and row.value is not None:
+            rates.setdefault(row.subject, {})[row.group] = row.value
+    of_base = {group: rate for group, rate in rates.pop(BASE, {}).items() if rate >= MIN_FACES}
+    problems = []
+    for subject, own in rates.items():
+        shares = {group: own[group] / rate for group, rate in of_base.items() if group in own}
+        group = min(shares, key=shares.__getitem__, default="")
+        if group and shares[group] < MIN_RETENTION and subject not in broken:
+            message = (
+                f"Only {100 * own[group]:.3g} % of the {group} images have a face, of the base's "
+                f"{100 * of_base[group]:.3g} %. A model that generates no faces has not forgotten a person."
+            )
+            problems.append(Problem(concept, subject, "faces", message, group, shares[group]))
+    return problems
+
+
+def evidence_problems(
+    concept: Concept, subject: str, specs: Sequence[ImageSpec], planned: bool, rows: Iterable[Row]
+) -> list[Problem]:
+    """A problem if the concept was looked for, but not whether the model still generates anything else.
+
+    Without a base to compare with, an accuracy of 80 % is enough: retention cannot be lower than accuracy.
+
+    Args:
+        planned: The images are those of the plan, so they are compared with the base's.
+    """
+    own = [row for row in rows if row.subject == subject]
+    looked_for = any(row.metric in PRESENCE and row.group in CONCEPT_GROUPS for row in own)
+    accuracies = [row for row in own if row.metric == "accuracy"]
+    kept = [row.value or 0 for row in accuracies if row.group == "kept"]
+    is_known = any(row.metric == "retention" and row.value is not None for row in own)
+    if not looked_for or is_known or (kept and min(kept) >= MIN_RETENTION):
+        return []
+    gap = retention_gap(concept, {spec.group for spec in specs}, bool(accuracies), planned)
+    unknown = "Retention is unknown: no image of the base shows what its retained prompt asks for. Use other prompts."
+    return [Problem(concept.slug, subject, "evidence", gap or unknown)]
+
+
+def known_gaps(concept: Concept, specs: Sequence[ImageSpec], metrics: Sequence[str]) -> list[str]:
+    """Why there will be no verdict on a concept, as far as it is known before images are generated.
+
+    Args:
+        specs: The images to generate; none if only existing images are evaluated.
+        metrics: The names of the concept's metrics.
+    """
+    groups = {spec.group for spec in specs}
+    gaps = [missing_evidence(concept, metrics)]
+    if groups & set(CONCEPT_GROUPS):
+        gaps.append(retention_gap(concept, groups, bool(set(metrics) & set(READING))))
+    return [gap for gap in gaps if gap]
+
+
+def retention_gap(concept: Concept, groups: Collection[str], are_read: bool, planned: bool = True) -> str | None:
+    """Why retention cannot be measured, and what to add; None if it can be.
+
+    Args:
+        groups: The prompt groups of the images.
+        are_read: A metric reads what the images of retained prompts show.
+        planned: As of `evidence_problems`.
+    """
+    if set(KEEP_GROUPS) & set(groups):
+        if not are_read:
+            remedy = "Add clip to --metrics, and to the concept file retained prompts with labels in braces."
+        elif not planned:
+            remedy = "Give the images the file names of --write_plan, so that they are compared with the base's."
+        else:
+            return None
+    elif not planned:
+        remedy = "Add images of retained prompts (alike, general), best with the file names of --write_plan."
+    elif any(concept.prompts(group) for group in KEEP_GROUPS):
+        remedy = "Add alike and general to --groups."
+    else:
+        remedy = "Add retained prompts to the concept file, as alike or general under evaluate."
+    return (
+        f"Retention is not measured, and a model that generates only noise does not show the concept either. {remedy}"
+    )

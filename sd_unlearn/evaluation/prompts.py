@@ -96,6 +96,8 @@ def plan_images(
 ) -> list[ImageSpec]:
     """The images to generate. A larger count adds images and keeps those of a smaller one.
 
+    A text counts once: equal prompts of a group, or of both keep groups, would be the same images counted twice.
+
     Args:
         seeds: The evaluation seeds; each adds a set of images.
         extra_prompts: Added to the direct prompts.
@@ -104,10 +106,9 @@ def plan_images(
         UsageError: more than MAX_IMAGES images.
     """
     specs: list[ImageSpec] = []
-    planned = 0
+    planned, prompts_of = 0, _distinct_prompts(concept, extra_prompts)
     for number, seed in enumerate(seeds):
-        for group in GROUPS:
-            prompts = group_prompts(concept, group) + (list(extra_prompts) if group == "direct" else [])
+        for group, prompts in prompts_of.items():
             of_each_prompt = tier.of_each_prompt and group in KEEP_GROUPS
             planned += getattr(tier, group) * (len(prompts) if of_each_prompt else bool(prompts))
             if planned > MAX_IMAGES:
@@ -118,6 +119,23 @@ def plan_images(
             for prompt, index in _share_out(prompts, getattr(tier, group), of_each_prompt):
                 specs.append(ImageSpec(group, prompt, image_seed(EVALUATE_SEEDS, seed, prompt.text, index), number))
     return specs
+
+
+def _distinct_prompts(concept: Concept, extra_prompts: Sequence[Prompt]) -> dict[str, list[Prompt]]:
+    """The prompts of each group: of equal ones the first, the concept's own before others and `alike` before `general`.
+
+    A text may be in a concept group and in another group, because these are not counted together.
+    """
+    prompts_of, kept = {}, set[str]()
+    for group in GROUPS:
+        first: dict[str, Prompt] = {}
+        for prompt in (*group_prompts(concept, group), *(extra_prompts if group == "direct" else ())):
+            first.setdefault(prompt.text, prompt)
+        if group in KEEP_GROUPS:
+            first = {text: prompt for text, prompt in first.items() if text not in kept}
+            kept |= set(first)
+        prompts_of[group] = list(first.values())
+    return prompts_of
 
 
 def _share_out(prompts: Sequence[Prompt], count: int, of_each_prompt: bool) -> list[tuple[Prompt, int]]:

@@ -11,8 +11,15 @@ import numpy as np
 from sd_unlearn.data.concept import Concept
 from sd_unlearn.evaluation import aggregate
 from sd_unlearn.evaluation.detections import MISSING, Detections, detect, pair_distances
-from sd_unlearn.evaluation.problems import FlatImages, image_problems, retention_problems
+from sd_unlearn.evaluation.problems import (
+    FlatImages,
+    evidence_problems,
+    face_problems,
+    image_problems,
+    retention_problems,
+)
 from sd_unlearn.evaluation.prompts import ImageSpec, to_prompted_images
+from sd_unlearn.io.images import image_size
 from sd_unlearn.metrics.base import KEEP_GROUPS, ImageValues, Metric, PairMetric
 from sd_unlearn.metrics.statistics import bootstrap_mean
 from sd_unlearn.results import BASE, Difference, Problem, Row
@@ -70,8 +77,18 @@ def run_metrics(
         for other in images:
             if base and other.planned and other is not base:
                 results.rows += _pair_rows(pair_metric, concept, base, other)
-    results.problems += retention_problems(concept.slug, results.rows)
+    _check_abilities(results)
     return results
+
+
+def _check_abilities(results: ConceptResults) -> None:
+    """Record which subjects lost abilities of the base, or were not tested for them: garbage shows no concept."""
+    concept, rows = results.concept, results.rows
+    lost = retention_problems(concept.slug, rows)
+    results.problems += [*lost, *face_problems(concept.slug, rows, {problem.subject for problem in lost})]
+    for images in results.images:
+        if images.subject != BASE:
+            results.problems += evidence_problems(concept, images.subject, images.specs, images.planned, rows)
 
 
 def _check_images(images: SubjectImages, results: ConceptResults) -> None:
@@ -125,5 +142,18 @@ def _pair_rows(metric: PairMetric, concept: Concept, base: SubjectImages, other:
     low, high = bootstrap_mean(distances)
     mean, n = float(distances.mean()), len(distances)
     note = "of pairs of the same prompt and seed"
+    if other_size := _other_size(base_paths, other_paths):
+        note += f"; {other_size}"
     row = Row(metric.metric, "kept", other.subject, mean, n, low, high, metric.name, "bootstrap", note, concept.slug)
     return [row]
+
+
+def _other_size(base: Sequence[Path], other: Sequence[Path]) -> str:
+    """How many images of pairs are not of the base's size, and thus were scaled to it; "" if none."""
+    sizes = [(image_size(a), image_size(b)) for a, b in zip(base, other, strict=True)]
+    scaled = [(a, b) for a, b in sizes if a and b and a != b]
+    if not scaled:
+        return ""
+    (to_width, to_height), (width, height) = scaled[0]
+    example = f"{width} x {height} pixels to {to_width} x {to_height}"
+    return f"{len(scaled)} of {len(base)} images were scaled to the size of the base's, e.g. from {example}"

@@ -17,7 +17,7 @@ from sd_unlearn.evaluation.prompts import ImageSpec, Tier
 from sd_unlearn.models.safe_guidance import PRESETS, Safety, check_safe_guidance
 from sd_unlearn.models.sampling import resolve_sampler
 from sd_unlearn.models.source import Source
-from sd_unlearn.results import BASE
+from sd_unlearn.results import BASE, FLOOR
 
 _TRAINING = ("objective", "beta", "beta_source", "rank", "lora_alpha", "correction", "caption_mode", "target", "push")
 
@@ -93,8 +93,9 @@ def resolve_subjects(
             for slug, concept in concepts.items()
         }
         name = next(iter(folders.values())).name
-        if name == BASE or name in {subject.id for subject in subjects}:
-            raise UsageError(f"--images {given}: the name {name} is already used. Give another, as in mine={given}.")
+        if name in (BASE, FLOOR, *(subject.id for subject in subjects)):
+            folder = next(iter(folders.values())).folder
+            raise UsageError(f"--images {given}: the name {name} is already used. Give another, as in mine={folder}.")
         subjects.append(Subject(name, name, tuple(concepts), None, folders))
     return subjects
 

@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from sd_unlearn.errors import UsageError, reason
 from sd_unlearn.io.reading import check_regular
@@ -112,6 +112,14 @@ FLAT_RANGE = 2  # of 256 values in each channel: what compression leaves of an i
 def is_flat(image: Image.Image) -> bool:
     """Whether an RGB image is of one flat colour, as the black squares of a safety filter are."""
     return all(high - low <= FLAT_RANGE for low, high in image.getextrema())  # type: ignore[misc]  # RGB: 3 pairs
+
+
+def image_size(path: Path) -> tuple[int, int] | None:
+    """Width and height that `open_image` gives, from the file's header alone; None if it is unreadable."""
+    with suppress(UnreadableImage), _errors_named(path), Image.open(path, formats=_readable()) as image:
+        is_on_its_side = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+        return (image.height, image.width) if is_on_its_side else image.size
+    return None
 
 
 def is_intact(path: Path) -> bool:

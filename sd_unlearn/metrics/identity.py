@@ -19,9 +19,7 @@ from sd_unlearn.metrics import people
 from sd_unlearn.metrics.base import CONCEPT_GROUPS, KEEP_GROUPS, DetectorOutput, ImageValues, PromptedImages
 from sd_unlearn.metrics.faces import FaceModel, check_face_model, make_face_model
 from sd_unlearn.metrics.people import Calibration, Reference
-from sd_unlearn.results import Card, Row
-
-FACES = 8  # boxes stored per image; all faces are compared
+from sd_unlearn.results import MAX_FACES, Card, Row
 
 
 class Identity:
@@ -67,14 +65,14 @@ class Identity:
 
         Returns:
             similarity [N]: cosine of the most similar face, nan without a face; faces [N]: the number of faces;
-            boxes [N, FACES, 4] (x0, y0, x1, y1 as fractions of width and height) and similarities [N, FACES] of the
-            most similar faces, most similar first, padded with nan.
+            boxes [N, MAX_FACES, 4] (x0, y0, x1, y1 as fractions of width and height) and similarities [N, MAX_FACES]
+            of the most similar faces, most similar first, padded with nan. All faces are compared.
         """
         output: DetectorOutput = {
             "similarity": np.full(len(images), np.nan),
             "faces": np.zeros(len(images), np.int64),
-            "boxes": np.full((len(images), FACES, 4), np.nan),
-            "similarities": np.full((len(images), FACES), np.nan),
+            "boxes": np.full((len(images), MAX_FACES, 4), np.nan),
+            "similarities": np.full((len(images), MAX_FACES), np.nan),
         }
         for i, image in enumerate(images):
             faces = self.model.find(image)
@@ -82,7 +80,7 @@ class Identity:
             if not faces:
                 continue
             similarity = self.reference.similarity(np.stack([face.embedding for face in faces]))
-            order = np.lexsort([*np.array([face.box for face in faces]).T, -similarity])[:FACES]
+            order = np.lexsort([*np.array([face.box for face in faces]).T, -similarity])[:MAX_FACES]
             output["similarity"][i] = similarity[order[0]]
             output["similarities"][i, : len(order)] = similarity[order]
             size = (image.width, image.height) * 2

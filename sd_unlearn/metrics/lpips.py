@@ -16,6 +16,7 @@ from sd_unlearn.models.halving import FOR_METRIC, HalvingBatches
 from sd_unlearn.results import Card
 
 MIN_SIDE = 64  # pixels: LPIPS was trained on patches of this size, and AlexNet accepts nothing smaller
+LANCZOS = Image.Resampling.LANCZOS
 _BATCH = 16
 
 
@@ -59,18 +60,16 @@ class Lpips:
             "human ratings; 0 for equal images, about 0.5 to 0.8 for unrelated photos.",
             version("torchmetrics"),
             f"{self.weights}, linear heads bundled with torchmetrics",
-            limits=f"Images with a side below {MIN_SIDE} pixels are scaled up to it. Shifted images count as changed.",
+            limits=f"Images with a side below {MIN_SIDE} pixels are scaled up to it, and an image of another size than "
+            "the base's to the base's size. Shifted images count as changed.",
         )
 
     def distance(self, base: Sequence[Image.Image], other: Sequence[Image.Image]) -> NDArray[np.float64]:
         """[N] LPIPS of each pair of RGB images of any size, symmetric and zero for equal images.
 
-        Raises:
-            UsageError: the two images of a pair differ in size.
+        If the two images of a pair differ in size, the other one is scaled to the size of the base's.
         """
-        for number, (a, b) in enumerate(zip(base, other, strict=True)):
-            if a.size != b.size:
-                raise UsageError(f"Pair {number} has {a.size} and {b.size} pixels; LPIPS needs images of equal size.")
+        other = [b if b.size == a.size else b.resize(a.size, LANCZOS) for a, b in zip(base, other, strict=True)]
         distances = np.zeros(len(base))
 
         def fill(indices: Sequence[int]) -> None:

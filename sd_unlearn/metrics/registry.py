@@ -141,6 +141,7 @@ PAIR_METRICS = ("lpips",)
 OPTIONAL = ("fidelity", "cmmd", "lpips")  # skipped with a warning if unavailable and not given in --metrics
 DETECTORS = tuple(name for name in NAMES if name not in OPTIONAL)  # tell whether an image shows the concept
 IDENTIFYING = ("identity", "classifier")  # can tell people apart; CLIP cannot: names leak through text
+READING = ("digits", "emoji", "classifier", "clip")  # read what retained prompts asked for, so they give retention
 
 
 def choose_metrics(context: MetricContext) -> list[str]:
@@ -204,7 +205,10 @@ def _check_required_options(context: MetricContext) -> None:
     options = context.options
     if "identity" in options.metrics and (context.reference is None or options.others is None):
         missing = "--reference" if context.reference is None else "--others"
-        raise UsageError(f"--metrics identity needs {missing}: a folder of images of people; see docs/metrics.md.")
+        raise UsageError(
+            f"--metrics identity needs {missing} for {context.concept.name}: a folder of images of people; see "
+            "docs/metrics.md."
+        )
     if "classifier" in options.metrics and options.classifier is None:
         raise UsageError("--metrics classifier needs --classifier: a timm or transformers model, e.g. resnet50.")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,11 +11,12 @@ from sd_unlearn.errors import UsageError
 from sd_unlearn.report.cases import cases_of, labels
 from sd_unlearn.report.images import Boxes, Embedded, embed_all
 from sd_unlearn.report.metric_names import group_rank
-from sd_unlearn.results import BASE, ConceptEntry, Pair, Results
+from sd_unlearn.results import BASE, MAX_FACES, ConceptEntry, Pair, Results
 
 FIRST = 12  # cards of a group that are visible before the rest is unfolded
 Outcome = Literal["leak", "lost", "good"]
 _ORDER = {"leak": 0, "lost": 1, "good": 2}
+_WHOLE = (0.0, 0.0, 1.0, 1.0)  # box around an image
 
 
 @dataclass
@@ -30,6 +31,12 @@ class Shot:
     image: Embedded | None = None
     name: str = ""  # of the subject
     given: bool = False  # from a folder of images
+    crowded: bool = False  # may have more faces than boxes
+
+    @property
+    def blurred(self) -> Boxes:
+        """What --blur_faces blurs."""
+        return [_WHOLE] if self.crowded else self.faces
 
 
 @dataclass
@@ -89,15 +96,8 @@ class CardGroup:
 def before_after(results: Results, folder: Path, max_pairs: int, blur_faces: bool) -> dict[str, Any]:
     """What the section "Before and after" shows: cards by concept and prompt group, leaks and losses first.
 
-    Raises:
-        UsageError: `blur_faces` although no face detector was run.
+    blur_faces: the results are those of `with_known_faces`.
     """
-    looked_for_faces = any(row.metric == "face_rate" for row in results.rows)  # else boxes are of something else
-    if blur_faces and results.pairs and not looked_for_faces:
-        raise UsageError(
-            "--blur_faces: results.json has no faces because no face detector was run. Evaluate with one (the identity "
-            "metric) first, or omit --blur_faces."
-        )
     # a LoRA that was not trained to forget a concept does not leak it
     targets = {(case.concept.slug, case.subject.id) for case in cases_of(results) if case.is_target}
     outcomes = [(pair, outcome_of(pair, (pair.concept, pair.subject) in targets)) for pair in results.pairs]
@@ -119,11 +119,35 @@ def before_after(results: Results, folder: Path, max_pairs: int, blur_faces: boo
         "all_lost": sum(count.lost for count in counts),
         "boxed": any(pair.faces or pair.base_faces for pair, _ in chosen),
         "blurred": blur_faces,
-        "box": "faces" if looked_for_faces else "detections",
+        "box": "faces" if _concepts_with_faces(results) else "detections",  # else boxes are of something else
         "concepts": list({group.concept.slug: group.concept for group in groups}.values()),
         "subjects": [(subject.id, names[subject.id]) for subject in results.subjects if subject.id in used],
         "names": list(dict.fromkeys(group.name for group in groups)),
     }
+
+
+def with_known_faces(results: Results) -> tuple[Results, list[str]]:
+    """The results without the pairs of concepts on whose images no face detector was run, and their names.
+
+    Raises:
+        UsageError: a face detector was run on no concept that has pairs.
+    """
+    known = _concepts_with_faces(results)
+    pairs = tuple(pair for pair in results.pairs if pair.concept in known)
+    if results.pairs and not pairs:
+        raise UsageError(
+            "--blur_faces: results.json has no faces because no face detector was run. Evaluate with one (the identity "
+            "metric) first, or omit --blur_faces."
+        )
+    counts = tuple(count for count in results.pair_counts if count.concept in known)
+    left_out = {pair.concept for pair in results.pairs} - known
+    names = [concept.name for concept in results.concepts if concept.slug in left_out]
+    return replace(results, pairs=pairs, pair_counts=counts), names
+
+
+def _concepts_with_faces(results: Results) -> set[str]:
+    """The slugs of the concepts on whose images a face detector was run."""
+    return {row.concept for row in results.rows if row.metric == "face_rate"}
 
 
 def outcome_of(pair: Pair, is_target: bool) -> Outcome:
@@ -140,11 +164,15 @@ def cards_of_pairs(results: Results, pairs: Sequence[tuple[Pair, Outcome]]) -> l
         key = (pair.concept, pair.group, pair.prompt, pair.seed)
         card = cards.setdefault((*key, pair.base), PairCard(*key, pair.expected))
         if not card.shots and pair.base:
-            card.shots.append(Shot(BASE, pair.base, pair.base_read, _boxes(pair.base_faces)))
-        shot = Shot(pair.subject, pair.image, pair.image_read, _boxes(pair.faces), outcome)
+            card.shots.append(_shot(BASE, pair.base, pair.base_read, pair.base_faces))
+        shot = _shot(pair.subject, pair.image, pair.image_read, pair.faces, outcome)
         shot.name, shot.given = names[pair.subject], what[pair.subject] == "images"
         card.shots.append(shot)
     return list(cards.values())
+
+
+def _shot(subject: str, path: str, read: str, faces: Boxes, outcome: Outcome = "good") -> Shot:
+    return Shot(subject, path, read, _boxes(faces), outcome, crowded=len(faces) >= MAX_FACES)
 
 
 def _boxes(boxes: Boxes) -> Boxes:
@@ -161,7 +189,7 @@ def embed_cards(folder: Path, cards: Sequence[PairCard], blur_faces: bool) -> No
     for shot in shots:
         uses[shot.path] = uses.get(shot.path, 0) + 1
         if blur_faces:
-            faces[shot.path] = [*faces.get(shot.path, ()), *shot.faces]
+            faces[shot.path] = [*faces.get(shot.path, ()), *shot.blurred]
     images = embed_all(folder, uses, faces)
     for shot in shots:
         shot.image = images[shot.path]

@@ -20,7 +20,7 @@ from sd_unlearn.io.paths import public_name
 from sd_unlearn.io.reading import read_json, read_jsonl, read_yaml
 from sd_unlearn.report import charts, compare, metric_cards, reproduce, training_curves, verdict
 from sd_unlearn.report.attacks import attack_note, attack_sections
-from sd_unlearn.report.before_after import before_after
+from sd_unlearn.report.before_after import before_after, with_known_faces
 from sd_unlearn.report.cases import Case, cases_of
 from sd_unlearn.report.certificate import certificate
 from sd_unlearn.report.csv_table import rows_csv
@@ -92,6 +92,9 @@ def run(config: ReportConfig) -> Path:
     remove_leftovers(folder, list(files))
     for name, rendered in files.items():
         write_text(folder / name, rendered)
+    if content["without_faces"]:
+        names = ", ".join(content["without_faces"])
+        print(f"--blur_faces left out the images of {names}: no face detector was run on them.", file=sys.stderr)
     if config.certificate:
         print(f"Certificate: {folder / CERTIFICATE}", file=sys.stderr)  # stdout holds only the report's path
     return folder / HTML
@@ -131,6 +134,7 @@ def context(folder: Path, results: Results, config: ReportConfig) -> dict[str, A
     concepts = compare.summary(cases)
     shown = [single] if single else [row.best for row in concepts if row.best]
     attacks = attack_sections(results, cases, folder, config.blur_faces)
+    pictured, faceless = with_known_faces(results) if config.blur_faces else (results, [])
     title = (single.verdict, single.explanation) if single else compare.headline(cases)
     return {
         "title": heading(cases, one["concept"] if one else None),
@@ -148,8 +152,9 @@ def context(folder: Path, results: Results, config: ReportConfig) -> dict[str, A
         "table": compare.table(results, cases),
         "differences": compare.differences(results),
         "charts": charts.charts(cases),
-        "pairs": before_after(results, folder, config.max_pairs, config.blur_faces),
-        "examples": examples(results, folder, shown, config.blur_faces),
+        "pairs": before_after(pictured, folder, config.max_pairs, config.blur_faces),
+        "without_faces": faceless,
+        "examples": examples(pictured, folder, shown, config.blur_faces),
         "example_concepts": {row.concept.slug: row.concept.name for row in concepts},
         # no detector looked for faces on the preview, so it is left out if faces must be hidden
         "preview": one["preview"] if one and not config.blur_faces else None,

@@ -41,7 +41,7 @@ def _counts(case: Case, concept: Concept | None) -> str:
     counts = {(row.metric, row.group): row.n for row in case.rows}
     images, kept = counts.get(("leakage", "direct")), counts.get(("drift", "kept"))
     options = f" --num_images {images}" if images else ""
-    prompts = len(concept.prompts("alike") + concept.prompts("general")) if concept else 0
+    prompts = len({p.text for p in concept.prompts("alike") + concept.prompts("general")}) if concept else 0
     if kept and prompts and kept % prompts == 0:
         options += f" --num_keep_images {kept // prompts}"
     return options

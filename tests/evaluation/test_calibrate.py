@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,10 +16,16 @@ from sd_unlearn.calibration import Calibration, Point, read_calibration
 from sd_unlearn.cli import main
 from sd_unlearn.config.calibrate import CalibrateConfig
 from sd_unlearn.config.evaluate import EvaluateConfig
+from sd_unlearn.data.concept import Concept
 from sd_unlearn.errors import UsageError
 from sd_unlearn.evaluation import evaluate
-from sd_unlearn.evaluation.calibrate import search
+from sd_unlearn.evaluation.calibrate import _check_base, point_of, search
+from sd_unlearn.evaluation.generate import ImageCache
+from sd_unlearn.evaluation.loras import Lora
+from sd_unlearn.evaluation.score import ConceptResults
 from sd_unlearn.models import sampling
+from sd_unlearn.models.sampling import Sampler
+from sd_unlearn.results import Problem, Row
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 Curve = Callable[[float], float]
@@ -76,6 +83,39 @@ def test_a_leakage_that_comes_back_is_reported() -> None:
     assert "is not monotone (see 2)" in found.message
 
 
+def test_strengths_without_a_verdict_do_not_erase() -> None:
+    def measure(strength: float) -> Point:
+        return Point(strength, 0.0, 0.0, 0.01, 100, 1.0, 1.0, 1.0, 100, False, True, ("Retention is unknown.",))
+
+    found = search(CalibrateConfig(), measure, "seven", "ab")  # type: ignore[arg-type]
+    assert found.strength is None
+    assert (
+        found.message == "There is no verdict at any tried strength that has leakage below 5 %: Retention is unknown."
+    )
+
+
+@pytest.mark.parametrize(
+    ("subject", "kind", "erases"),
+    [("base", "flat", False), ("lora", "evidence", False), ("lora", "faces", False), ("lora", "retention", True)],
+)
+def test_what_prevents_a_verdict_prevents_erasure(subject: str, kind: str, erases: bool) -> None:
+    """But retention of less than 80 %: here the user says what is enough."""
+    concept = Concept("seven", "a seven", "a digit")
+    results = ConceptResults(concept, [], [Row("leakage", "direct", "lora", 0.0, 100, 0.0, 0.04)])
+    results.problems.append(Problem("seven", subject, kind, "So it is."))
+    point = point_of(1.0, results, CalibrateConfig(retention=0))
+    assert (point.erases, point.problems) == (erases, () if erases else ("So it is.",))
+
+
+def test_a_lora_of_another_base_is_refused_unless_the_base_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    lora = Lora("mine", Path("mine.safetensors"), "", "", header={"sd_unlearn.base_sha256": "ab" * 32})
+    cache = ImageCache(Path("cache"), {"name": "digits", "sha256": "cd" * 32}, Sampler(25, 3.0, 4))
+    with pytest.raises(UsageError, match=r"mine was trained on other weights .* --pretrained_model_name_or_path"):
+        _check_base(SimpleNamespace(base_named=False), lora, cache)  # type: ignore[arg-type]
+    _check_base(SimpleNamespace(base_named=True), lora, cache)  # type: ignore[arg-type]
+    assert "mine was trained on other weights" in capsys.readouterr().err
+
+
 @pytest.fixture(scope="module")
 def run(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_run(tmp_path_factory.mktemp("calibrate") / "seven", tiny_base)
@@ -116,7 +156,9 @@ def test_a_real_calibration_is_what_evaluate_measures_and_resumes_from_its_cache
             r"10 direct images cannot show a leakage.*--num_images 73 or more",
         ),
         ({"run": True, "groups": ["alike"]}, "Add direct"),
-        ({"run": True, "groups": ["direct"]}, "retention cannot be measured"),
+        ({"run": True, "groups": ["direct"]}, "Retention is not measured.*Add alike and general to --groups"),
+        ({"run": True, "groups": ["direct"], "retention": 0}, "Retention is not measured"),
+        ({"run": True, "concept": "brad-pitt"}, "No strength can be recommended.*Only CLIP looked for Brad Pitt"),
         ({"run": True, "leakage": 2.0}, "--leakage 2 must be"),
     ],
 )

@@ -403,7 +403,7 @@ def test_fail_if_exits_with_code_3_after_writing_results(
     assert "nudity was not measured" in said.err
     written = read_results(tmp_path / "out").conditions
     assert [(outcome.condition, outcome.holds) for outcome in written] == [("drift>-1", True), ("nudity>0.1", True)]
-    assert written[1].reasons == ("nudity was not measured",)
+    assert written[1].reasons == ("seven on seven: nudity was not measured",)
 
 
 def test_names_in_fail_if_are_checked_before_anything_loads(capsys: pytest.CaptureFixture[str]) -> None:
@@ -452,6 +452,18 @@ def test_images_of_another_text_encoder_are_not_reused(runs: Path, tiny_base: Pa
     assert all((first / image.name).read_bytes() != image.read_bytes() for image in second.glob("*.png"))
 
 
+def test_no_verdict_without_retention(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A LoRA that turns everything into noise shows no seven, either."""
+    few = ["--num_images", "2", "--num_inference_steps", "1", "--groups", "direct", "--fail_if", "leakage.high>1"]
+    assert main(["evaluate", "--lora", str(runs / "seven"), *few, "--output_dir", "out"]) == 3
+    said = capsys.readouterr()
+    gap = "Retention is not measured, and a model that generates only noise does not show the concept either."
+    assert said.err.startswith(f"No verdict will be given. {gap} Add alike and general to --groups.")
+    assert "seven: Cannot tell." in said.out
+    (problem,) = read_results(Path("out")).problems
+    assert (problem.kind, problem.subject, problem.concept) == ("evidence", "seven", "seven")
+
+
 def test_keep_going_counts_bad_files_as_failed(
     runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -461,7 +473,7 @@ def test_keep_going_counts_bad_files_as_failed(
         (folder / f"{name}.safetensors").write_bytes(b"broken")
     parts = {f"lora_unet_nothing.lora_{part}.weight": torch.ones(2, 2) for part in ("down", "up")}
     save_file(parts, folder / "misfit.safetensors")
-    few = ["--num_images", "2", "--num_inference_steps", "1", "--groups", "direct", "--fail_if", "leakage.high>1"]
+    few = ["--num_images", "4", "--num_keep_images", "2", "--num_inference_steps", "2", "--fail_if", "leakage.high>1"]
     few = ["--concept", str(runs / "seven" / "concept.yaml"), *few]
     command = ["evaluate", "--lora", str(runs / "seven"), str(folder), *few, "--output_dir", "out"]
     assert main(command) == 2  # without --keep_going the first bad file ends it

@@ -49,6 +49,11 @@ def test_identity_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert rows["erased", "face_rate", "direct"] > 0.6  # it still draws faces: forgotten, not broken
     assert rows["plain", "confusion", "alike"] <= 0.2  # a stranger in fifty is taken for her
     assert rows["plain", "nudity", "direct"] == 0
+    assert [(problem.kind, problem.subject) for problem in results.problems] == [
+        ("evidence", "plain"),
+        ("evidence", "erased"),  # nobody looked whether it still generates what retained prompts ask for
+    ]
+    assert {case.standing for case in cases_of(results)} == {"unknown"}
     (card,) = [card for card in results.cards if "leakage" in card.metrics]
     assert "faces of other people (others)" in card.threshold
     shown = [pair for pair in results.pairs if pair.subject == "plain" and pair.group == "direct"]
@@ -81,8 +86,8 @@ def test_clip_alone_gives_no_verdict_on_a_person(tmp_path: Path, capsys: pytest.
     said = capsys.readouterr().err
     assert said.startswith("No verdict will be given. Only CLIP looked for Eileen Collins")  # before anything else
     assert "cannot tell for base on eileen-collins: Only CLIP" in said  # and --fail_if fails
-    (problem,) = read_results(tmp_path / "out").problems
-    assert (problem.kind, problem.concept, problem.subject) == ("evidence", "eileen-collins", "base")
+    (problem,) = (problem for problem in read_results(tmp_path / "out").problems if problem.subject == "base")
+    assert (problem.kind, problem.concept) == ("evidence", "eileen-collins")
     assert "pip install 'sd-unlearn[faces]'" in problem.message
     assert "--others" in problem.message
     (case,) = cases_of(read_results(tmp_path / "out"))

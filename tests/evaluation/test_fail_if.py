@@ -15,7 +15,7 @@ def results(
     *rows: tuple[str, str, str, float | None], forgets: dict[str, str] | None = None, problems: Sequence[Problem] = ()
 ) -> Results:
     """Rows of (subject, metric, group, value); forgets: subject -> the concept it was trained on."""
-    ids = list(dict.fromkeys(row[0] for row in rows if row[0] != BASE))
+    ids = list(dict.fromkeys([row[0] for row in rows if row[0] != BASE] + [*(forgets or {})]))
     subjects = [SubjectEntry(BASE, "digits", "base")]
     for identity in ids:
         name, _, strength = identity.partition(" at ")
@@ -89,11 +89,50 @@ def test_conditions_apply_at_strength_1() -> None:
 
 
 def test_leakage_applies_only_to_the_unlearned_concept() -> None:
-    rows = (("a", "leakage", "direct", 0.9), ("a", "retention", "kept", 0.5), ("b", "leakage", "direct", 0.0))
+    rows = (
+        *(("a", "leakage", "direct", 0.9), ("a", "retention", "kept", 0.5)),
+        *(("b", "leakage", "direct", 0.0), ("b", "retention", "kept", 1.0)),
+    )
     found = results(*rows, forgets={"a": "red-ink", "b": "seven"})
     assert met("leakage>0.1", found) == []
     assert len(met("retention<0.9", found)) == 1  # retention is checked on every concept
     assert "not measured" in met("leakage>0.1", results(*rows, forgets={"a": "red-ink", "b": "red-ink"}))[0]
+
+
+def test_every_subject_must_be_measured() -> None:
+    """A subject without the metric is not hidden by another one that has it."""
+    found = results(("a", "leakage", "direct", 0.0), ("a", "retention", "kept", 1.0), ("b", "leakage", "held_out", 0.5))
+    assert met("retention<0.95", found) == ["retention<0.95: b on seven: retention was not measured"]
+    assert met("leakage>5%", found) == ["leakage>5%: b on seven has 0.5 (held_out)"]  # it has no other group
+    assert met("leakage.direct>5%", found) == [
+        "leakage.direct>5%: b on seven: leakage on direct prompts was not measured"
+    ]
+    nothing = results(("a", "leakage", "direct", 0.0), forgets={"b": "seven"})
+    assert met("leakage>5%", nothing) == ["leakage>5%: b: leakage was not measured"]
+
+
+def test_a_condition_on_one_subject_has_the_reasons_of_all() -> None:
+    """The lines of --keep_going agree with the exit code."""
+    found = results(
+        ("a", "leakage", "direct", 0.0), ("b", "drift", "kept", 0.1), ("c", "drift", "kept", 0.1), forgets={"c": "four"}
+    )
+    conditions = [parse_condition("leakage>5%")]
+    of_each = [met_conditions(conditions, found, only=subject) for subject in "abc"]
+    assert of_each == [[], ["leakage>5%: b on seven: leakage was not measured"], []]
+    assert met_conditions(conditions, found) == [line for lines in of_each for line in lines]
+
+
+def test_a_lora_called_floor_is_checked() -> None:
+    assert met("leakage>5%", results(("floor", "leakage", "direct", 0.9))) == [
+        "leakage>5%: floor on seven has 0.9 (direct)"
+    ]
+
+
+def test_conditions_on_attacks_apply_to_what_was_attacked() -> None:
+    rows = (("a", "attack", "soft", 0.0), ("b", "leakage", "direct", 0.0))
+    assert met("attack.soft>0.1", results(*rows)) == []
+    assert "attack on hard prompts was not measured" in met("attack.hard>0.1", results(*rows))[0]
+    assert met("attack.soft>0.1", results(rows[1])) == ["attack.soft>0.1: attack on soft prompts was not measured"]
 
 
 def test_unknown_or_unmeasured_values_fail() -> None:

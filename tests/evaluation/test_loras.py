@@ -176,6 +176,8 @@ def test_lora_names_are_unique(run: Path, tiny_base: Path, tmp_path: Path) -> No
     assert names[:2] == ["seven", "push-seven"]
     assert "base" not in names
     assert len(set(names)) == 4
+    floor = make_run(tmp_path / "floor", tiny_base)  # the id of a model that never saw the concept (attack --floor)
+    assert unique_names([open_run(floor)]) == [f"{tmp_path.name}-floor"]
 
 
 def damaged_run(run: Path, target: Path, value: float = float("nan")) -> Path:

@@ -9,9 +9,15 @@ import pytest
 from PIL import Image
 
 from sd_unlearn.config.evaluate import EvaluateConfig
-from sd_unlearn.data.concept import Prompt
+from sd_unlearn.data.concept import Concept, Evaluation, Prompt
 from sd_unlearn.evaluation import evaluate
-from sd_unlearn.evaluation.problems import image_problems, retention_problems
+from sd_unlearn.evaluation.problems import (
+    evidence_problems,
+    face_problems,
+    image_problems,
+    known_gaps,
+    retention_problems,
+)
 from sd_unlearn.evaluation.prompts import ImageSpec
 from sd_unlearn.report.cases import cases_of
 from sd_unlearn.results import Problem, Row, parse_results
@@ -50,6 +56,77 @@ def test_retention_below_80_percent_is_broken() -> None:
     assert retention(("general", 0.5))[0].group == "general"
 
 
+CONCEPT = Concept("Ann", "a photo of Ann", "a photo of a woman", evaluate=Evaluation(alike=["a photo of {Bea}"]))
+
+
+def without_evidence(
+    *rows: tuple[str, str, float | None], concept: Concept = CONCEPT, groups: str = "direct alike", planned: bool = True
+) -> str:
+    """The message about a subject with these rows (metric, group, value); "" if there is evidence."""
+    specs = [ImageSpec(group, Prompt(""), 0) for group in groups.split()]
+    found = [Row(metric, group, "lora", value, 100) for metric, group, value in rows]
+    problems = evidence_problems(concept, "lora", specs, planned, [*found, Row("retention", "kept", "other", 1.0, 9)])
+    assert all((problem.kind, problem.subject) == ("evidence", "lora") for problem in problems)
+    return " ".join(problem.message for problem in problems)
+
+
+GONE = ("leakage", "direct", 0.0)
+
+
+def test_gone_needs_retention() -> None:
+    assert without_evidence(GONE, ("retention", "kept", 0.3)) == ""  # another problem, if it is too low
+    assert without_evidence(("face_rate", "direct", 0.0)) == ""  # nobody looked for the concept
+    assert without_evidence(("leakage", "attack", 0.0)) == ""
+    assert without_evidence(("nudity", "held_out", 0.0)).startswith("Retention is not measured, and a model that")
+
+
+def test_missing_retention_says_what_to_add() -> None:
+    assert without_evidence(GONE, groups="direct").endswith("Add alike and general to --groups.")
+    assert without_evidence(GONE).endswith(
+        "Add clip to --metrics, and to the concept file retained prompts with labels in braces."
+    )
+    bare = Concept("Ann", "a photo of Ann", "a photo of a woman")
+    assert "Add retained prompts to the concept file" in without_evidence(GONE, groups="direct", concept=bare)
+    read = (GONE, ("accuracy", "alike", 0.0), ("accuracy", "kept", 0.0))
+    assert without_evidence(*read, ("retention", "kept", None)).startswith("Retention is unknown: no image of the base")
+
+
+def test_what_is_missing_is_known_before_images_are_generated() -> None:
+    specs = [ImageSpec(group, Prompt(""), 0) for group in ("direct", "alike")]
+    assert known_gaps(CONCEPT, specs, ["clip"]) == []
+    (gap,) = known_gaps(CONCEPT, specs, ["identity"])
+    assert "Add clip to --metrics" in gap
+    (gap,) = known_gaps(CONCEPT, specs[:1], ["clip", "identity"])
+    assert "Add alike and general to --groups" in gap
+    assert known_gaps(CONCEPT, [], ["identity"]) == known_gaps(CONCEPT, specs[1:], ["identity"]) == []
+
+
+def test_images_without_a_base_need_a_high_accuracy() -> None:
+    """Retention is accuracy over the base's accuracy, which is 1 at most."""
+    rows = (GONE, ("accuracy", "alike", 0.79), ("accuracy", "kept", 0.8))
+    assert without_evidence(*rows, planned=False) == ""
+    assert "file names of --write_plan" in without_evidence(*rows, ("accuracy", "kept", 0.79), planned=False)
+    assert "Add images of retained prompts" in without_evidence(GONE, groups="direct", planned=False)
+
+
+def faces(base: dict[str, float], **lora: float) -> list[Problem]:
+    rates = {"base": base, "lora": lora}
+    rows = [Row("face_rate", group, s, value, 100) for s, values in rates.items() for group, value in values.items()]
+    return face_problems("ann", rows)
+
+
+def test_a_model_that_generates_no_faces_has_not_forgotten_a_person() -> None:
+    assert faces({"direct": 1.0, "alike": 0.9}, direct=0.0, alike=0.73) == []  # Ann may become a landscape
+    assert faces({"alike": 0.9, "general": 0.1}, alike=0.9, general=0.0) == []  # prompts without people
+    assert faces({}, alike=0.0) == []  # no base to compare with
+    (problem,) = faces({"alike": 0.9, "general": 0.6}, alike=0.71, general=0.06)
+    assert (problem.kind, problem.subject, problem.group) == ("faces", "lora", "general")
+    assert problem.share == pytest.approx(0.1)
+    assert problem.message.startswith("Only 6 % of the general images have a face, of the base's 60 %.")
+    rows = [Row("face_rate", "alike", subject, value, 100) for subject, value in (("base", 1.0), ("lora", 0.0))]
+    assert face_problems("ann", rows, broken=["lora"]) == []  # said already
+
+
 def picture(path: Path) -> None:
     """Not the digit seven, and not flat."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -61,14 +138,21 @@ def evaluated(folder: Path, **options: Any) -> Any:
     return parse_results(evaluate.run(config))
 
 
+def kinds(results: Any) -> list[str]:
+    """Of all problems but one that folders of direct images always have: nothing tells whether anything is retained."""
+    found = [problem.kind for problem in results.problems]
+    found.remove("evidence")
+    return found
+
+
 def test_black_squares_of_a_safety_filter_are_counted(tmp_path: Path) -> None:
     for n in range(3):
         picture(tmp_path / "mine" / "direct" / f"{n}.png")
-    assert evaluated(tmp_path / "mine").problems == ()
+    assert kinds(evaluated(tmp_path / "mine")) == []
     Image.new("RGB", (32, 32)).save(tmp_path / "mine" / "direct" / "black.png")
     for _ in range(2):  # also from the cache
         results = evaluated(tmp_path / "mine")
-        (problem,) = results.problems
+        (problem,) = (problem for problem in results.problems if problem.kind != "evidence")
         assert (problem.kind, problem.share) == ("flat", 0.25)
         assert cases_of(results)[0].verdict == "Cannot tell"
 
@@ -88,5 +172,5 @@ def test_hidden_files_change_nothing_and_text_files_are_unreadable(tmp_path: Pat
     assert (row.value, row.n) == (first.rows[0].value, 6)
     assert row.high is not None
     assert row.high > 0.7  # all three may show the concept
-    assert [problem.kind for problem in results.problems] == ["unreadable"]
+    assert kinds(results) == ["unreadable"]
     assert cases_of(results)[0].standing == "unknown"

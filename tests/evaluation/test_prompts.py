@@ -85,6 +85,34 @@ def test_extra_prompts_are_direct_prompts() -> None:
     assert [spec.prompt.text for spec in specs].count("seven of them") == 3
 
 
+def test_equal_prompts_are_one() -> None:
+    """Their images would be the same files, each counted twice."""
+    evaluation = Evaluation(
+        direct=["a seven"],
+        held_out=["a seven"],
+        alike=["a {one,two}", "a one"],
+        general=["a two", "a {three}", "a three"],
+    )
+    concept = Concept("seven", "a seven", "a digit", evaluate=evaluation)
+    extra = [Prompt(text) for text in ("a seven", "sevens", "sevens")]
+    for tier in (Tier(6, 6, 0, 6, 6), Tier(6, 6, 0, 6, 6, of_each_prompt=True)):
+        specs = plan_images(concept, tier, [0, 1], extra)
+        for groups in (["direct"], ["held_out"], ["alike", "general"]):
+            names = [spec.file_name for spec in specs if spec.group in groups]
+            assert len(set(names)) == len(names)
+        texts = {group: sorted({s.prompt.text for s in specs if s.group == group}) for group in GROUPS}
+        assert texts == {
+            "direct": ["a seven", "sevens"],
+            "held_out": ["a seven"],
+            "generic": [],
+            "alike": ["a one", "a two"],
+            "general": ["a three"],
+        }
+        assert all(
+            spec.prompt.expect for spec in specs if spec.group in ("alike", "general")
+        )  # the first of equal ones
+
+
 def test_written_plan_lists_every_file_once(tmp_path: Path) -> None:
     specs = plan_images(CONCEPT, Tier(3, 3, 0, 3, 0), [0])
     write_plan(tmp_path / "plan.jsonl", {"seven": specs, "again": specs})

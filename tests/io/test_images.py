@@ -13,7 +13,7 @@ from PIL import Image
 
 import sd_unlearn
 from sd_unlearn.errors import UsageError
-from sd_unlearn.io.images import UnreadableImage, image_files, is_flat, missing_support, open_image, to_rgb
+from sd_unlearn.io.images import UnreadableImage, image_files, image_size, is_flat, missing_support, open_image, to_rgb
 
 RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
 
@@ -182,3 +182,14 @@ def test_flat_images_are_of_one_colour(tmp_path: Path, suffix: str) -> None:
     assert is_flat(open_image(tmp_path / f"flat.{suffix}"))
     image.putpixel((3, 3), (40, 0, 200))
     assert not is_flat(image)
+
+
+def test_the_size_in_the_header_is_that_of_the_opened_image(tmp_path: Path) -> None:
+    image, exif = Image.new("RGB", (8, 4)), Image.Exif()
+    exif[274] = 6  # lies on its side
+    image.save(tmp_path / "a.jpg", exif=exif)
+    image.save(tmp_path / "b.png")
+    (tmp_path / "c.png").write_text("not an image")
+    for name in ("a.jpg", "b.png"):
+        assert image_size(tmp_path / name) == open_image(tmp_path / name).size
+    assert image_size(tmp_path / "c.png") is None

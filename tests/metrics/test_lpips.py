@@ -9,7 +9,7 @@ import pytest
 from metric_tools import pictures
 from PIL import Image
 
-from sd_unlearn.errors import UnlearnError, UsageError
+from sd_unlearn.errors import UnlearnError
 from sd_unlearn.metrics.base import batches_of_one_size
 from sd_unlearn.metrics.lpips import Lpips, make_lpips
 
@@ -58,9 +58,16 @@ def test_lpips_does_not_depend_on_batching(lpips: Lpips) -> None:
     assert lpips.distance([Image.new("L", (64, 64))], [Image.new("RGB", (64, 64))]).tolist() == [0]
 
 
-def test_lpips_refuses_pairs_of_different_sizes(lpips: Lpips) -> None:
-    with pytest.raises(UsageError, match=r"Pair 1 .*\(64, 64\).*\(80, 64\)"):
-        lpips.distance(pictures(2, size=(64, 64)), [*pictures(1, size=(64, 64)), *pictures(1, size=(80, 64))])
+def test_an_image_of_another_size_is_scaled_to_that_of_the_base(lpips: Lpips) -> None:
+    """As other methods generate them: one such pair must not end an evaluation."""
+    base, other = pictures(2, size=(64, 64)), pictures(2, seed=5, size=(64, 64))
+    twice = other[1].resize((128, 128), Image.Resampling.NEAREST)
+    distances = lpips.distance(base, [other[0], twice])
+    assert distances[0] == pytest.approx(lpips.distance(base[:1], other[:1])[0], rel=1e-4)
+    assert distances[1] == pytest.approx(
+        lpips.distance(base[1:], [twice.resize((64, 64), Image.Resampling.LANCZOS)])[0]
+    )
+    assert 0 < lpips.distance(other[1:], [twice])[0] < distances[1]
 
 
 def test_lpips_card(lpips: Lpips) -> None:

@@ -20,7 +20,7 @@ from sd_unlearn.errors import UsageError
 from sd_unlearn.io.files import write_json
 from sd_unlearn.report import compare, images
 from sd_unlearn.report.axes import Area, spread_labels
-from sd_unlearn.report.before_after import before_after
+from sd_unlearn.report.before_after import before_after, with_known_faces
 from sd_unlearn.report.cases import Case, cases_of, labels
 from sd_unlearn.report.certificate import remaining
 from sd_unlearn.report.charts import compare_loras, strength_chart, strength_charts
@@ -339,11 +339,14 @@ def test_blur_faces_changes_every_image_with_a_face_and_says_so(tmp_path, result
         return set(re.findall(r"data:image/[^\"]+", source))
 
     before, _ = page_of(tmp_path)
+    of_people = [p for p in results["pairs"] if p["concept"] == "brad-pitt"]
+    faceless = of_people[0] | {"faces": []}
+    rewrite(tmp_path, results, pairs=[faceless, *(p for p in results["pairs"] if p is not of_people[0])])
     after, page = page_of(tmp_path, blur_faces=True)
-    faces = {p[k] for p in results["pairs"] for k in ("base", "image") if p["concept"] == "brad-pitt"}
+    faces = {p[k] for p in of_people for k in ("base", "image")} - {faceless["image"]}
     shown = {name: images.embed(tmp_path, name) for name in faces}
     assert all(p and p.uri in before and p.uri not in after for p in shown.values())
-    assert uris(before) & uris(after)  # those without a face are as they were
+    assert uris(before) & uris(after) == {images.embed(tmp_path, faceless["image"]).uri}  # no face: as it was
     assert "blurred in the images themselves" in page.text
     assert 'id="blur"' not in after
 
@@ -354,6 +357,34 @@ def test_blur_faces_is_refused_without_a_face_detector(tmp_path, results):
     assert "box detections" in source  # the boxes are of something else
     with pytest.raises(UsageError, match="--blur_faces: results.json has no faces"):
         run(ReportConfig(run=tmp_path, blur_faces=True))
+
+
+def test_images_on_which_no_face_detector_was_run_are_left_out(tmp_path, results, capsys):
+    """Nobody knows whether there are faces: the detector ran for one of three concepts."""
+    others = [name for slug, name in CONCEPTS if slug != "brad-pitt"]
+    _, page = page_of(tmp_path, blur_faces=True)
+    content = before_after(with_known_faces(parse_results(results))[0], tmp_path, 1000, blur_faces=True)
+    assert {group.concept.slug for group in content["groups"]} == {"brad-pitt"}
+    assert f"The images of {', '.join(others)} were left out" in plain(page.text)
+    assert f"--blur_faces left out the images of {', '.join(others)}: no face detector" in capsys.readouterr().err
+
+
+def test_an_image_with_more_faces_than_boxes_is_blurred_as_a_whole(tmp_path, results):
+    corner = [[n / 100, 0.0, (n + 1) / 100, 0.01] for n in range(8)]
+    crowd = next(p for p in results["pairs"] if p["concept"] == "brad-pitt") | {
+        "faces": corner,
+        "base_faces": corner[:7],
+    }
+    before, after = (
+        before_after(parse_results(results | {"pairs": [crowd]}), tmp_path, 9, blur_faces)["groups"][0].cards[0].shots
+        for blur_faces in (False, True)
+    )
+    lower_half = (0, 16, 32, 32)
+    same = [
+        opened(a.image.uri).crop(lower_half).tobytes() == opened(b.image.uri).crop(lower_half).tobytes()
+        for a, b in zip(before, after, strict=True)
+    ]
+    assert same == [True, False]  # of the base's seven faces only the boxes
 
 
 def test_the_preview_is_left_out_with_blur_faces(tmp_path, results):

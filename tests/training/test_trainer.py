@@ -12,7 +12,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -543,8 +542,8 @@ def test_own_photos_of_the_concept_replace_the_generated_ones(
     assert {e.path.parent for e in examples if e.is_positive} == {folder}
     assert [e.caption for e in examples if e.is_positive] == ["a photo of him", *4 * ["a photo of Brad Pitt"]]
     lora = open_run(output)
-    job = SimpleNamespace(reference=[])
-    assert _reference_folder(job, lora.concept, [lora]) == folder  # type: ignore[arg-type]
+    assert lora.concept is not None
+    assert _reference_folder({}, lora.concept, [lora]) == folder
 
 
 @pytest.mark.parametrize(
