@@ -62,7 +62,7 @@ def measure(pixels: int, checkpointing: bool, images: int) -> dict[str, float]:
     performance.prepare(unet, options)
     if checkpointing:
         unet.enable_gradient_checkpointing()
-    student = make_student(SimpleNamespace(pipeline=SimpleNamespace(unet=unet)), options, 0, True)  # type: ignore[arg-type]
+    student = make_student(SimpleNamespace(network=unet), options, 0, True)  # type: ignore[arg-type]
     optimizer = make_optimizer(student.trainable(), options)
     weights = status("VmRSS") - start
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again

@@ -111,12 +111,12 @@ def assemble_sd3(work: Path, _: int) -> None:
 def assemble(work: Path, _: int) -> None:
     """Write the bundled files: the pipeline folder, the classifier (in half precision) and the held-out features."""
     pipeline = trained_pipeline(work, AutoencoderKL.from_pretrained(work / "vae"), make_tokenizer())
-    base, reader_dir = ASSETS / "digits", ASSETS / "digits_reader"
+    base, reader_dir, reader = ASSETS / "digits", ASSETS / "digits_reader", load_file(work / "reader.safetensors")
     for folder in (base, reader_dir):
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
     save_pipeline(pipeline, base)
-    sha = save_half(load_file(work / "reader.safetensors"), reader_dir / "model.safetensors")
+    sha = save_half(reader, reader_dir / "model.safetensors")
     config = {"digits": DIGITS, "inks": INKS, "input": "RGB 32x32 in [-1, 1]", "sha256": sha}
     (reader_dir / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     load_reader.cache_clear()

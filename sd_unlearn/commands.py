@@ -97,6 +97,7 @@ app.command(batch.app)
 @app.command(help_formatter=ShortHelp("number of images, sampler, loading of the base model"))
 def render(config: Annotated[RenderConfig, Parameter(name="*")] = RenderConfig()) -> None:
     """Generate the training images of a concept; only those that are missing."""
+    prepare_processes()
     from sd_unlearn.data.render import run
 
     folder = run(config)

@@ -219,7 +219,7 @@ def record_inputs(
     """
     from sd_unlearn.models.sampling import default_sampler, generate_images
 
-    sampler = default_sampler(base.name)
+    sampler = default_sampler(base.source)
     asked = list(islice(cycle(prompts), images))
     seeds = [image_seed(TRAIN_SEEDS, 0, prompt, number) for number, prompt in enumerate(asked)]
     with _recording(layers, downs) as (grams, rows):

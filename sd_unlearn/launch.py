@@ -64,7 +64,7 @@ def wait_for_others(missing: Callable[[], int], what: str, timeout: float, poll:
 
 
 def prepare_processes() -> None:
-    """Make the processes that torchrun starts on a machine without a GPU work together.
+    """Make the processes of a distributed run work together: each on a GPU of its own, or all on the CPU.
 
     accelerate joins processes on the CPU only if ACCELERATE_USE_CPU is set; without it each would train by itself and
     write into the same folder.
@@ -81,11 +81,14 @@ def prepare_processes() -> None:
             f"Start N processes with: {torchrun_command([*program, *sys.argv[1:]])}. "
             "For a single process, leave out accelerate launch and --num_processes."
         )
-    if process_count() > 1 and "ACCELERATE_USE_CPU" not in os.environ:
-        import torch
+    if process_count() == 1:
+        return
+    import torch
 
-        if not torch.accelerator.is_available():
-            os.environ["ACCELERATE_USE_CPU"] = "true"
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    elif "ACCELERATE_USE_CPU" not in os.environ and not torch.accelerator.is_available():
+        os.environ["ACCELERATE_USE_CPU"] = "true"
 
 
 def is_lone_process(environment: Mapping[str, str]) -> bool:

@@ -328,6 +328,8 @@ USAGE = [
     (["train", "--concept", "seven", "--target", "noise", "--push", "3"], "--push 3 needs --target teacher"),
     (["train", "--concept", "seven", "--target", "noise", "--unconditional", "0.5"], "--unconditional 0.5 needs"),
     (["train", "--concept", "seven", "--method", "full", "--rank", "4"], "--rank is for --method lora"),
+    (["train", "--concept", "seven", "--method", "full", "--offload"], "--offload is for --method lora"),
+    (["train", "--concept", "seven", "--use_dora", "--offload"], "--offload does not work with --use_dora"),
     (["train", "--concept", "seven", "--objective", "esd-x", "--push", "3"], "--push 3.0 is for --objective pu"),
     (["train", "--concept", "seven", "--objective", "esd-u", "--beta_sweep", "1,2"], "esd-u does not use it"),
     (["train", "--concept", "seven", "--objective", "anchor", "--correction", "nn"], "--correction nn is for"),

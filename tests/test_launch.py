@@ -53,6 +53,18 @@ def test_only_a_single_process_on_the_cpu_is_lone(changes: dict[str, str | None]
     assert launch.is_lone_process({k: v for k, v in (LONE | changes).items() if v is not None}) is expected
 
 
+def test_each_process_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: list[int] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    launch.prepare_processes()
+    assert chosen == []
+    for name, value in {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8"}.items():
+        monkeypatch.setenv(name, value)
+    launch.prepare_processes()
+    assert chosen == [1]
+
+
 @pytest.mark.parametrize(
     ("spec", "program"),
     [

@@ -45,6 +45,8 @@ def check_train(config: TrainConfig) -> None:
     _check_objective(config)
     if config.quantize_base:
         _check_quantized(config)
+    if config.offload and config.use_dora:
+        raise UsageError("--offload does not work with --use_dora, which needs the base's weights. Leave one out.")
     _check_probe(config)
     if config.force_resume and config.resume_from_checkpoint is None:
         raise UsageError("--force_resume needs --resume_from_checkpoint: give a checkpoint, or latest.")
@@ -77,7 +79,7 @@ def _check_closed_form(config: TrainConfig) -> None:
 
 def _check_full(config: TrainConfig) -> None:
     """--method full trains the UNet itself, so options of a LoRA do not apply."""
-    for name in ("use_dora", "train_text_encoder", "lora_dropout", "lora_targets", "rank", "lora_alpha"):
+    for name in ("use_dora", "train_text_encoder", "lora_dropout", "lora_targets", "rank", "lora_alpha", "offload"):
         if getattr(config, name) != getattr(TrainConfig, name):
             raise UsageError(f"--{name} is for --method lora; --method full trains the UNet itself.")
 

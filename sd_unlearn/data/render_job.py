@@ -54,7 +54,7 @@ class RenderJob:
 
 def make_job(concept: Concept, config: RenderConfig, source: Source) -> RenderJob:
     """The rendering that a command's options ask for."""
-    sampler = resolve_sampler(config, source.name)
+    sampler = resolve_sampler(config, source)
     groups = plan_images(concept, config)
     return RenderJob(concept, source, groups, sampler, config.seed, resolve_data_dir(config, concept))
 

@@ -145,7 +145,7 @@ def image_cache(job: EvaluationJob, loader: BaseLoader) -> ImageCache:
     record = recorded[0] if recorded else loader.load().describe()
     suffix = "-zero-snr" if job.zero_terminal_snr else ""
     suffix += f"-{config.mixed_precision}" if config.mixed_precision != "no" else ""
-    return ImageCache(config.cache_dir, record, resolve_sampler(config, job.source.name), suffix)
+    return ImageCache(config.cache_dir, record, resolve_sampler(config, job.source), suffix)
 
 
 class BaseLoader:

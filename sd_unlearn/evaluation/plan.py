@@ -30,7 +30,7 @@ def show_plan(job: EvaluationJob) -> None:
     if not job.needs_base:
         print(f"Plan: evaluate {len(job.subjects)} image folders on {names}. No image is generated.")
         return
-    device, sampler = choose_device(config.vram), resolve_sampler(config, job.source.name)
+    device, sampler = choose_device(config.vram), resolve_sampler(config, job.source)
     precision = choose_precision_for(device, config.mixed_precision)
     inference = plan_inference(job.source, device, precision, sampler.resolution)
     phase, notes = fit_sampler(inference, sampler, config.render_batch_size)

@@ -118,6 +118,6 @@ def check_guidance(config: EvaluateConfig, source: Source) -> None:
     """
     if config.sld and source.kind:
         check_safe_guidance(source.kind, source.name)
-    scale = resolve_sampler(config, source.name).guidance_scale
+    scale = resolve_sampler(config, source).guidance_scale
     if config.sld and scale <= 1:
         raise UsageError(f"--sld {' '.join(config.sld)} needs --guidance_scale above 1; it is {scale:g}.")

@@ -8,6 +8,7 @@ from typing import Any
 
 from sd_unlearn.export.trained_run import TrainedRun
 from sd_unlearn.models.kinds import KINDS
+from sd_unlearn.models.recorded_base import recorded_source
 from sd_unlearn.models.sampling import default_sampler
 
 FILE = "comfyui-workflow.json"
@@ -16,7 +17,7 @@ STEPS, GUIDANCE, SIZE = 50, 7.5, 512
 
 def render(run: TrainedRun) -> str:
     """The workflow of a run as JSON: its base, concept and strength, and the sampler of its evaluation or its base."""
-    sampler, usual = run.results.sampler if run.results else {}, default_sampler(run.base_name)
+    sampler, usual = run.results.sampler if run.results else {}, default_sampler(recorded_source(run.base))
     name = Path(run.base_name).name
     make = {
         "sd3": sd3_nodes,

@@ -70,12 +70,17 @@ def free_in_container(root: Path = Path("/sys/fs/cgroup")) -> int | None:
 
 
 def this_device(processes: int = 1) -> Device:
-    """The first GPU with its free memory, else the CPU with its share of the free memory for each of the processes."""
+    """The GPU of this process with its free memory, else the CPU with a share of the free memory.
+
+    Of several processes on GPUs, each assumes that its whole GPU is free: they must choose the same batches, because
+    they share out images by batches.
+    """
     import psutil
     import torch
 
     if torch.cuda.is_available():
-        return Device("cuda", torch.cuda.get_device_name(), torch.cuda.mem_get_info()[0])
+        free, total = torch.cuda.mem_get_info()
+        return Device("cuda", torch.cuda.get_device_name(), free if processes == 1 else max(0, total - CONTEXT))
     free, limit = psutil.virtual_memory().available, free_in_container()
     return Device("cpu", "the CPU", (free if limit is None else min(free, limit)) // processes)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -82,15 +82,16 @@ class SamplerOptions(Protocol):
     resolution: int | None
 
 
-def default_sampler(base_name: str) -> Sampler:
+def default_sampler(base: Source | str) -> Sampler:
     """The sampler settings that a base is used with unless options change them.
 
-    base_name: as of Source. Of a Hub id only the name is known, of a folder or file its configuration.
+    base: of a Hub id only the name is known, of a folder or file its configuration.
     """
-    if base_name in BASE_SAMPLERS:
-        return BASE_SAMPLERS[base_name]
-    published = next((sampler for name, sampler in PUBLISHED_SAMPLERS.items() if name.fullmatch(base_name)), None)
-    kind, network = _known(base_name)
+    source = Source(base) if isinstance(base, str) else base
+    if source.name in BASE_SAMPLERS:
+        return BASE_SAMPLERS[source.name]
+    published = next((sampler for name, sampler in PUBLISHED_SAMPLERS.items() if name.fullmatch(source.name)), None)
+    kind, network = _known(source)
     if kind == "flux":
         return DEV_SAMPLER if network.get("guidance_embeds") else SCHNELL_SAMPLER
     if kind == "sd3" and network.get("qk_norm"):  # 3.5 normalizes queries and keys; only medium has second attentions
@@ -98,35 +99,35 @@ def default_sampler(base_name: str) -> Sampler:
     if kind == "sd3":
         return SD3_SAMPLER
     if kind in ("flux2", "flux2-klein"):
-        is_distilled = Source(base_name).config_of("", "model_index.json").get("is_distilled")
+        is_distilled = source.config_of("", "model_index.json").get("is_distilled")
         return KLEIN_SAMPLER if is_distilled else FLUX2_SAMPLER
     if kind == "z-image":  # the two differ in the shift of their schedulers only: 6, and 3 of Turbo
-        shift = Source(base_name).config_of("scheduler", "scheduler_config.json").get("shift", 1.0)
+        shift = source.config_of("scheduler", "scheduler_config.json").get("shift", 1.0)
         return Z_IMAGE_SAMPLER if shift > 4 else Z_IMAGE_TURBO_SAMPLER
     if kind == "qwen-image":
         return QWEN_SAMPLER
     return published or DEFAULT_SAMPLER
 
 
-def _known(base_name: str) -> tuple[str | None, dict[str, Any]]:
+def _known(source: Source) -> tuple[str | None, dict[str, Any]]:
     """The kind of a local base and the configuration of its network; (None, {}) for a Hub id."""
-    source = Source(base_name, allow_pickle=True)
+    source = replace(source, allow_pickle=True)
     try:
         return source.kind, source.network_config
     except UsageError:  # damaged or not supported: finding or loading it says so
         return None, {}
 
 
-def resolve_sampler(options: SamplerOptions, base_name: str) -> Sampler:
+def resolve_sampler(options: SamplerOptions, source: Source) -> Sampler:
     """The sampler settings of a command: its options, and the base's defaults for those that are None.
 
     Raises:
         UsageError: the base cannot generate images of this resolution.
     """
-    default, (kind, _) = default_sampler(base_name), _known(base_name)
+    default, (kind, _) = default_sampler(source), _known(source)
     if options.resolution and kind and options.resolution % KINDS[kind].multiple:
         raise UsageError(
-            f"--resolution {options.resolution}: {base_name} needs a multiple of {KINDS[kind].multiple} pixels."
+            f"--resolution {options.resolution}: {source.name} needs a multiple of {KINDS[kind].multiple} pixels."
         )
     return Sampler(
         options.num_inference_steps or default.steps,

@@ -164,8 +164,10 @@ def _name_part(name: str, value: object) -> str:
 
 def _check(experiment: Experiment, options: RunOptions) -> None:
     check_ranges(options)
-    if options.beta == "estimate" and options.objective == "unsupervised":
-        raise UsageError("--beta estimate cannot be used with --objective unsupervised, which has no beta. Remove it.")
+    if options.beta is not None and options.objective == "unsupervised":
+        raise UsageError(
+            f"--beta {options.beta} cannot be used with --objective unsupervised, which has no beta. Remove it."
+        )
     if options.method != "full":
         raise UsageError(
             f"--method {options.method} is for text-to-image models; {experiment.name} trains a DDPM. Remove it."
@@ -174,6 +176,8 @@ def _check(experiment: Experiment, options: RunOptions) -> None:
         raise UsageError(
             "--contamination 0 needs --objective unsupervised: without sensitive images there is nothing to unlearn."
         )
+    if options.eta != RunOptions.eta and options.objective != "pnu":
+        raise UsageError(f"--eta {options.eta:g} is for --objective pnu, not {options.objective}. Remove it.")
     if options.num_negative is not None and options.objective != "pnu":
         raise UsageError(f"--num_negative is for --objective pnu, not {options.objective}.")
     if options.correction != "abs" and options.objective not in WITH_BRACKET:

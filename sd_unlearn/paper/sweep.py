@@ -15,7 +15,9 @@ from sd_unlearn.paper.settings import WITH_BRACKET
 from sd_unlearn.paper.tables.build import build_tables, check_packages
 
 OBJECTIVES = get_args(ObjectiveName)
-BRACKET_OPTIONS = ("correction", "max_ratio")  # a sweep applies them only to the objectives that have them
+# A sweep applies these only to the objectives that have them.
+BRACKET_OPTIONS = ("correction", "max_ratio")
+PNU_OPTIONS = ("eta", "num_negative")
 
 
 def run_sweep(name: str, options: SweepOptions) -> str:
@@ -52,7 +54,8 @@ def combinations(options: SweepOptions) -> list[RunOptions]:
     for seed, objective, beta in product(seeds, objectives, betas):
         if objective == "unsupervised":  # it has no beta, so it runs once
             beta = None
-        kept = {k: v for k, v in shared.items() if objective in WITH_BRACKET or k not in BRACKET_OPTIONS}
+        unused = (*(() if objective in WITH_BRACKET else BRACKET_OPTIONS), *(() if objective == "pnu" else PNU_OPTIONS))
+        kept = {k: v for k, v in shared.items() if k not in unused}
         each = RunOptions(**kept, seed=seed, objective=objective, beta=beta)  # type: ignore[arg-type]
         if each not in runs:
             runs.append(each)

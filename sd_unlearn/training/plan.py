@@ -87,7 +87,7 @@ def plan_memory(config: TrainConfig, source: Source, captions: int, rendering: b
         count_training(configs, StepOptions.of(config), precision, config.resolution),
         repeated=REPEATED_STEPS * share,
     )
-    sampler = resolve_sampler(config, source.name)
+    sampler = resolve_sampler(config, source)
     captions = min(captions, training.footprint.captions_at_once)
     times = config.gradient_accumulation_steps
     size = config.train_batch_size or (share_of(share, times) if times else None)

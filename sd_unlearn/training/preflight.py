@@ -34,6 +34,7 @@ from sd_unlearn.errors import UsageError
 from sd_unlearn.io.files import check_writable
 from sd_unlearn.io.own_files import LATER, check_no_foreign_weights, is_free, is_run
 from sd_unlearn.io.run_folder import DATA_MANIFEST, EXPORT_DIR, NEGATIVE, POSITIVE, TRAINING, UNLABELED
+from sd_unlearn.launch import process_count
 from sd_unlearn.models.base import check_text_encoder
 from sd_unlearn.models.find_base import find_base
 from sd_unlearn.models.kinds import KINDS
@@ -69,6 +70,10 @@ def check_inputs(config: TrainConfig, concept: Concept | None = None) -> Inputs:
     check_bitsandbytes(config)
     source = find_base(config, concept.base)
     check_base(config, source)
+    if config.offload and not config.quantize_base and process_count() > 1:
+        raise UsageError(
+            f"--offload works in one process, or with --quantize_base; this training has {process_count()} processes."
+        )
     data_dir = resolve_data_dir(config, concept)
     if config.objective in CLOSED_FORM:
         return Inputs(concept, source, data_dir, own_images=False, tracker=None)

@@ -68,7 +68,7 @@ def resolve_defaults(config: TrainConfig, base: Base, data: Data, processes: int
         beta=config.beta if data.beta is None else data.beta,
         effective_batch_size=effective_batch_size(config, processes),
         gradient_accumulation_steps=None if config.train_batch_size else config.gradient_accumulation_steps,
-        guidance_scale=resolve_sampler(config, base.name).guidance_scale,
+        guidance_scale=resolve_sampler(config, base.source).guidance_scale,
         learning_rate=config.learning_rate or default_learning_rate(base),
         lora_targets=config.lora_targets or default_lora_targets(config.objective),
         teacher_reuse=resolve_teacher_reuse(config, len(data.turns)),
@@ -238,7 +238,7 @@ def _make_generator(config: TrainConfig, base: Base, data: Data, student: Studen
             return encode_captions(base, captions)
         return torch.stack([data.images.text[caption] for caption in captions])
 
-    return ImageGenerator(base, resolve_sampler(config, base.name), embed_captions, student.model)
+    return ImageGenerator(base, resolve_sampler(config, base.source), embed_captions, student.model)
 
 
 def _make_probe(

@@ -108,7 +108,7 @@ class Generator:
 
     def _image(self, request: Request, loras: Sequence[Lora]) -> Image.Image:
         base = self._base(request.base, loras)
-        default = default_sampler(base.name)
+        default = default_sampler(base.source)
         guidance = default.guidance_scale if request.guidance is None else request.guidance
         sampler = Sampler(request.steps or default.steps, guidance, 1)
         active = tuple(loras) if request.strength else ()

@@ -8,6 +8,7 @@ import sys
 import tempfile
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from sd_unlearn.errors import UsageError, reason
 from sd_unlearn.ui.page import CSS, TITLE, build, import_gradio, theme
@@ -33,6 +34,11 @@ def run(port: int, listen: bool = False) -> None:
     root = Path.cwd()
     host = EVERYWHERE if listen else LOCAL
     with tempfile.TemporaryDirectory(prefix="sd-unlearn-ui-") as cache:
+        if Path(cache).resolve().is_relative_to(root):
+            raise UsageError(
+                f"The folder for temporary files, {Path(cache).parent}, lies in {root}, whose files the page must not "
+                "show. Start sd-unlearn ui in another folder, or set TMPDIR to a folder outside."
+            )
         os.environ["GRADIO_TEMP_DIR"] = cache  # images that the page shows
         training = Training(root)
         app = make_app(root, training, listen)
@@ -47,9 +53,27 @@ def run(port: int, listen: bool = False) -> None:
         import uvicorn
 
         try:
-            uvicorn.run(app, host=host, port=port, log_level="warning")
+            # An open page holds its connection: without a limit, Ctrl-C would wait for it to be closed.
+            uvicorn.run(app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=1)
         finally:
             training.stop(wait=STOP_SECONDS)
+
+
+class SameOrigin:
+    """Middleware that refuses what other websites send to the page, e.g. uploads that fill the disk."""
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        headers = dict(scope.get("headers") or [])
+        origin = headers.get(b"origin")
+        if origin is not None and urlsplit(origin).netloc != headers.get(b"host"):
+            from starlette.responses import PlainTextResponse
+
+            await PlainTextResponse("This page answers only to itself.", 403)(scope, receive, send)
+        else:
+            await self.app(scope, receive, send)
 
 
 def make_app(root: Path, training: Training, listen: bool = False) -> Any:
@@ -66,6 +90,7 @@ def make_app(root: Path, training: Training, listen: bool = False) -> Any:
     app = FastAPI(title=TITLE, docs_url=None, redoc_url=None, openapi_url=None)
     if not listen:  # a website whose name leads here must not reach the page (DNS rebinding)
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=[LOCAL, "localhost"])
+        app.add_middleware(SameOrigin)
 
     @app.get("/reports/{path:path}")
     def report(path: str) -> Any:

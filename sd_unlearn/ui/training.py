@@ -127,8 +127,9 @@ class Training:
         """Ask the training to save a checkpoint and stop, as Ctrl-C does. wait: seconds to wait for its end."""
         if self.process is None or not self.running:
             return
-        self.stopping = True
-        self.process.terminate()  # not SIGINT, which processes started in the background of a script ignore
+        if not self.stopping:  # a second signal would end it without a checkpoint
+            self.stopping = True
+            self.process.terminate()  # not SIGINT, which processes started in the background of a script ignore
         if wait:
             try:
                 self.process.wait(wait)

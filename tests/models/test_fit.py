@@ -154,6 +154,16 @@ def test_the_limit_of_a_container(tmp_path: Path, files: dict[str, str], free: i
     assert free_in_container(tmp_path) == free
 
 
+def test_several_processes_plan_for_whole_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is free differs between the GPUs; with different batches, some images would belong to no process."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    for free in (4 * GIB, 7 * GIB):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda free=free: (free, 8 * GIB))
+        assert this_device().free == free
+        assert this_device(2).free == other_device(8 * GIB).free
+
+
 def test_a_cpu_has_no_more_memory_than_its_container(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr("sd_unlearn.models.fit.free_in_container", lambda: 1000)

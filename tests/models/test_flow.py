@@ -244,6 +244,14 @@ def test_published_samplers(flow_kinds: FlowKinds) -> None:
         assert (default_sampler(name).steps, default_sampler(name).guidance_scale) == (steps, guidance), name
 
 
+def test_a_single_file_has_the_sampler_of_its_configuration(flow_kinds: FlowKinds, tmp_path: Path) -> None:
+    file = tmp_path / "any-name.safetensors"
+    file.touch()
+    for name in ("flux-dev", "z-image-turbo"):
+        source = Source(str(file), single_file_config=str(flow_kinds.folder(name)))
+        assert default_sampler(source) == default_sampler(str(flow_kinds.folder(name)))
+
+
 @pytest.mark.parametrize("name", ["sd35", "flux-dev"])
 def test_lora_targets(flow_kinds: FlowKinds, name: str) -> None:
     """The attention projections and those of the text tokens; on request the feed-forward layers, too."""

@@ -151,6 +151,8 @@ def test_only_pnu_has_labeled_normal_images() -> None:
         ({"beta": 1.0}, "--beta 1 "),
         ({"beta": -0.1}, "--beta -0.1"),
         ({"beta": "estimate", "objective": "unsupervised"}, "--beta estimate"),
+        ({"beta": 0.3, "objective": "unsupervised"}, "--beta 0.3"),
+        ({"eta": 0.9}, "--eta 0.9 is for --objective pnu"),
         ({"contamination": 1.2}, "--contamination 1.2"),
         ({"contamination": 0}, "--contamination 0 .*unsupervised"),
         ({"missing": "4"}, '--missing "4" is not a sensitive class'),

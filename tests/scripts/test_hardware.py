@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from sd_unlearn.io.reading import read_json
+
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "hardware.md").read_text()
 
@@ -46,3 +48,15 @@ def test_the_predictions_on_the_page_are_those_of_today() -> None:
         assert row[3] == f"{predict(pixels, on, images)['peak']:,.0f} MB"
         assert abs(float(row[5]) - 1) <= 0.15
         assert abs(float(row[6].rstrip(" |")) - 1) <= 0.15
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_memory_is_measured_for_what_is_predicted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a network of the right layout without weights."""
+    import bench_memory
+
+    small = {"block_out_channels": [32, 64, 64, 64], "layers_per_block": 1, "norm_num_groups": 32}
+    monkeypatch.setattr(bench_memory, "read_json", lambda file: {**read_json(file), **small})
+    monkeypatch.setattr(bench_memory, "status", lambda name: 2**20 * len(name))
+    found = bench_memory.measure(64, False, 1)
+    assert set(found) == {"weights", "peak"}

@@ -49,3 +49,7 @@ def test_the_page_names_no_other_host_and_serves_only_reports(tmp_path: Path) ->
     for path in (run / "training.json", run / "report.html", Path("/etc/hostname")):
         assert client.get(f"/gradio_api/file={path}").status_code in (403, 404)
     assert client.get("/", headers={"Host": "evil.example"}).status_code == 400
+    upload = {"url": "/gradio_api/upload", "files": {"files": ("a.txt", b"a")}}
+    assert client.post(**upload, headers={"Origin": "http://127.0.0.1"}).status_code == 200
+    for origin in ("http://evil.example", "null"):
+        assert client.post(**upload, headers={"Origin": origin}).status_code == 403

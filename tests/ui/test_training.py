@@ -18,7 +18,11 @@ JOB = Job("seven", "seven", 40, seed=3)
 # Writes what a training writes, then waits for SIGTERM.
 FAKE = """
 import pathlib, signal, sys, time
-signal.signal(signal.SIGTERM, lambda *_: sys.exit("saved"))
+def stop(*_):
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    time.sleep(1)
+    sys.exit("saved")
+signal.signal(signal.SIGTERM, stop)
 run = pathlib.Path("runs/seven")
 (run / "previews").mkdir(parents=True)
 (run / "metrics.jsonl").write_text('{"step": 10}\\n{"step": 20}\\n')
@@ -80,6 +84,7 @@ def test_progress_previews_and_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert found.output == "train seven: 50%"  # the last state of the bar
     page.stop()
     assert "Stopping" in page.progress().state
+    page.stop()  # a second signal would end it without a checkpoint
     until(lambda: not page.running)
     found = page.progress()
     assert found.state.startswith("Stopped.")
