@@ -8,7 +8,7 @@
 The stages (drawings, reader, vae, pool, text, denoiser, assemble, table) save their results in --work_dir. A finished
 stage is not repeated. The trainings save a checkpoint every five minutes, so an interrupted build resumes there with
 the same result. To train longer, remove the stage's results and give more steps: it continues from the state before its
-learning rate fell. The denoiser is trained in three parts: emoji_models.py has their settings.
+learning rate fell. The denoiser is trained in two parts: emoji_models.py has their settings.
 """
 
 from __future__ import annotations
@@ -155,7 +155,7 @@ def main() -> None:
     parser.add_argument("--vae_steps", type=int, default=4000)
     parser.add_argument("--text_steps", type=int, default=1500)
     parser.add_argument(
-        "--denoiser_steps", type=int, nargs=3, default=(1500, 3600, 8000), help="of the three parts of its training"
+        "--denoiser_steps", type=int, nargs=2, default=(1500, 3600), help="of the two parts of its training"
     )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()

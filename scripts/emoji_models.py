@@ -41,7 +41,7 @@ class Part(NamedTuple):
     full: float  # share of further captions that name everything, see `caption`
 
 
-PARTS = (Part("layout", 20.0, 1.0), Part("denoiser", 3.0, 0.4), Part("refine", 2.0, 0.0))
+PARTS = (Part("layout", 20.0, 1.0), Part("denoiser", 3.0, 0.4))
 
 
 class Batch(NamedTuple):
@@ -274,8 +274,8 @@ def train_denoiser(
     """Train a UNet to predict v = alpha noise - sigma x0 (Salimans and Ho 2022, section 4).
 
     The first part has almost pure noise, and captions that name everything: what is left to learn is the image of each
-    caption, which takes a tenth of the steps that it takes among all timesteps and captions. The last has the captions
-    that the base is meant for, of which a quarter leave the thing open. text: frozen. steps: of each of the PARTS.
+    caption, which takes a tenth of the steps that it takes among all timesteps and captions. text: frozen. steps: of
+    each of the PARTS.
     """
     torch.manual_seed(settings.seed)
     unet = make_unet()
