@@ -62,7 +62,8 @@ def run_experiment(name: str, options: RunOptions) -> Path:
 def run_ddpm(name: str, options: RunOptions) -> Path:
     """Run a DDPM experiment as far as it is not finished. Returns its folder. Raises as `run_experiment`."""
     experiment = find_experiment(name)
-    options = dataclasses.replace(options, mixed_precision=choose_precision(options.mixed_precision))
+    precision: Any = choose_precision(options.mixed_precision)
+    options = dataclasses.replace(options, mixed_precision=precision)
     settings, counts, size = resolve(experiment, options)
     folder = folder_of(experiment, options)
     check_writable(folder, "--output_dir")
