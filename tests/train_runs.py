@@ -61,7 +61,8 @@ def settings(place: Path, tiny_base: Path) -> dict[str, object]:
 
 def few_layers(changes: Mapping[str, object]) -> dict[str, object]:
     """A quarter of the default's layers, so that tests are quicker, unless `changes` do not allow the choice."""
-    return {"lora_targets": None if changes.keys() & {"method", "objective"} else "attention"}
+    targets = {"lora_targets": None if changes.keys() & {"method", "objective"} else "attention"}
+    return targets | ({"rank": TrainConfig.rank} if changes.get("method") == "full" else {})
 
 
 def make(place: Path, tiny_base: Path, output: Path | str, **changes: object) -> TrainConfig:

@@ -32,6 +32,7 @@ class Batch:
     bank_rows: Tensor | None = None  # [B] long: where the teacher's predictions are stored, if rows are seen again
     bank_size: int = 0  # rows that can be stored
     is_repeated: bool = False  # whether these are stored already
+    visit: int = 0  # how many steps had these rows before
     turn: int = 0  # which of several concepts the step serves
 
     def captioned_keep_rows(self) -> Tensor:

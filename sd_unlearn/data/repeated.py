@@ -41,12 +41,13 @@ class RepeatedBatches:
     def _next(self) -> Batch:
         if self.position == self.size * self.times:
             self.position, self.states, self.seen = 0, [], set()
-        number = self.position % self.size
+        visit, number = divmod(self.position, self.size)
         batch = self._sample() if self.position < self.size else self._sample_again(number)
         self.position += 1
         count = len(batch.label)  # the same in every batch of a process
         rows = torch.arange(number * count, (number + 1) * count)
-        batch = replace(batch, bank_rows=rows, bank_size=self.size * count, is_repeated=number in self.seen)
+        seen = number in self.seen
+        batch = replace(batch, bank_rows=rows, bank_size=self.size * count, is_repeated=seen, visit=visit)
         self.seen.add(number)
         return batch
 

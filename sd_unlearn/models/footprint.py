@@ -72,7 +72,7 @@ class TrainingFootprint:
     checkpointed: int  # per image: the same with gradient checkpointing
     forward: int  # per image: a pass without gradient, as of the teacher
     text_encoder: int = 0  # weights that stay, because they or their input are trained, too
-    predictions: int = 0  # per image: the base's, in full precision, if --teacher_reuse stores them
+    predictions: int = 0  # per image: two of the base and the offset, in full precision, if --teacher_reuse stores them
 
     @property
     def constant(self) -> int:
@@ -189,7 +189,7 @@ def count_training(
         checkpointed=(saved.kept + saved.largest_block + saved.largest) // COUNTED,
         forward=forward,
         text_encoder=sum(map(size_of, base.text_encoders)) if options.train_text_encoder or options.robust else 0,
-        predictions=2 * base.channels * side * side * torch.float32.itemsize if options.teacher_reuse > 1 else 0,
+        predictions=3 * base.channels * side * side * torch.float32.itemsize if options.teacher_reuse > 1 else 0,
     )
 
 

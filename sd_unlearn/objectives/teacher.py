@@ -15,7 +15,7 @@ from sd_unlearn.objectives.movement import Movement
 
 
 class PredictionBank:
-    """The base's predictions for rows that are seen again. They do not depend on the student."""
+    """Predictions for rows that are seen again."""
 
     def __init__(self) -> None:
         self.stored: tuple[Tensor, ...] = ()
@@ -48,7 +48,8 @@ class Teacher:
     push: float = 1.0  # how far beyond the generic prediction positives should move, see Movement
     weight: float = 1.0  # of positives; 1 / beta makes their pull independent of beta
     batch_size: int | None = None  # rows of one prediction; None: all
-    bank: PredictionBank | None = None  # for batches that are repeated
+    bank: PredictionBank | None = None  # the base's predictions for batches that are repeated
+    offsets: PredictionBank | None = None  # the offsets of their rows, from the first of the steps that have them
     movement: Movement = field(default_factory=Movement)
 
     @torch.no_grad()

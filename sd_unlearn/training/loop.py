@@ -32,6 +32,7 @@ from sd_unlearn.models.memory_errors import free_memory, is_out_of_memory
 from sd_unlearn.models.student import Student
 from sd_unlearn.objectives.base import LOGGED, Objective
 from sd_unlearn.objectives.movement import Movement
+from sd_unlearn.objectives.teacher import PredictionBank
 from sd_unlearn.training import checkpoint
 from sd_unlearn.training.gradient_shares import gradient_shares
 from sd_unlearn.training.metrics_log import Interrupted, MetricsLog, Throughput, stop_requests
@@ -60,6 +61,7 @@ class Training:
     preview: Callable[[int], None] | None = None  # called with the step
     probe: Probe | None = None
     movements: Sequence[Movement] = ()  # of each turn; the losses add to them. None without a teacher
+    offsets: PredictionBank | None = None  # `Teacher.offsets`
 
 
 def fit(options: LoopOptions, training: Training, resume: Path | None = None) -> TrainingState:
@@ -78,6 +80,7 @@ def fit(options: LoopOptions, training: Training, resume: Path | None = None) ->
         *(options, training.student, training.batches, training.objectives, training.movements),
         *(accelerator, training.batching),
     )
+    state.offsets = training.offsets
     if resume:
         state.load(resume, options)
         state.check_best(training.output / BEST_DIR / PROBE)

@@ -126,8 +126,8 @@ def make_training(
     if teachers and repeats > 1:
         _check_equal_sizes(samplers)
         steps = RepeatedBatches(in_turn, REPEATED_STEPS, repeats)
-        bank = PredictionBank()
-        teachers = [dataclasses.replace(teacher, bank=bank) for teacher in teachers]
+        bank, offsets = PredictionBank(), PredictionBank()
+        teachers = [dataclasses.replace(teacher, bank=bank, offsets=offsets) for teacher in teachers]
 
     def losses(model: nn.Module, batch: Batch, teacher_batch_size: int) -> Tensor:
         of_model = dataclasses.replace(denoiser, model=model)
@@ -155,6 +155,7 @@ def make_training(
         preview,
         probe,
         [teacher.movement for teacher in teachers],
+        teachers[0].offsets if teachers else None,
     )
 
 

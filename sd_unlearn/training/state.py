@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from sd_unlearn.config.batching import Batching
@@ -24,6 +25,7 @@ from sd_unlearn.models.memory_errors import is_out_of_memory
 from sd_unlearn.models.student import Student
 from sd_unlearn.objectives.base import Objective
 from sd_unlearn.objectives.movement import Movement
+from sd_unlearn.objectives.teacher import PredictionBank
 from sd_unlearn.training import checkpoint
 from sd_unlearn.training.gradients import accumulate_gradients
 from sd_unlearn.training.memory import CannotRepeat, OutOfMemoryInStep, describe_change, together
@@ -54,6 +56,7 @@ class TrainingState:
     average: MovingAverage | None
     batching: Batching
     brackets: Tensor | None = None  # of the last step; the next step assumes their signs
+    offsets: PredictionBank | None = None  # of this process; a resumed step has the weights of a later one
 
     step: int = 0
     seconds: float = 0.0
@@ -214,6 +217,7 @@ class TrainingState:
             "average": self.average.state_dict() if self.average else None,
             "brackets": self.brackets,
             "moved": [movement.smoothed for movement in self.movements],
+            "offsets": gather_object([[tensor.cpu() for tensor in self.offsets.stored] if self.offsets else []]),
             "skipped": self.optimizer.skipped,
             "progress": {name: getattr(self, name) for name in PROGRESS},
         }
@@ -242,6 +246,9 @@ class TrainingState:
         self.brackets = None if brackets is None else brackets.to(device)
         for movement, smoothed in zip(self.movements, state["moved"], strict=False):
             movement.smoothed = None if smoothed is None else smoothed.to(device)
+        if self.offsets:
+            stored = state["offsets"][self.accelerator.process_index]
+            self.offsets.stored = tuple(tensor.to(device) for tensor in stored)
         for name, value in state["progress"].items():
             setattr(self, name, value)
         if self.beta is not None:

@@ -33,6 +33,7 @@ def test_each_block_is_repeated_and_the_blocks_follow_each_other(concept: Concep
     first, second = plain[:SIZE], plain[SIZE:]
     for batch, expected in zip(got, [*first, *first, *second, *second], strict=True):
         assert same(dataclasses.replace(expected, bank_rows=batch.bank_rows), batch)
+    assert [batch.visit for batch in got] == [n // SIZE % TIMES for n in range(len(got))]
     assert [batch.is_repeated for batch in got] == [n % (SIZE * TIMES) >= SIZE for n in range(len(got))]
 
 

@@ -255,11 +255,14 @@ def test_stored_predictions_give_the_same_loss_and_gradient_without_asking_the_b
 ) -> None:
     step = Step(base, learned=True)
     count, stored = len(MIXED), torch.arange(len(MIXED)) + 3
-    banked = dataclasses.replace(step.teacher, bank=PredictionBank())
+    banked = dataclasses.replace(step.teacher, bank=PredictionBank(), offsets=PredictionBank())
     expected = example_losses(step.denoiser, step.batch, "sum", step.teacher)
     first = example_losses(
         step.denoiser, dataclasses.replace(step.batch, bank_rows=stored, bank_size=count + 5), "sum", banked
     )
+    monkeypatch.setattr(Teacher, "predict_student", lambda *_: pytest.fail("the student predicts again"))
+    resumed = dataclasses.replace(step.batch, bank_rows=stored, bank_size=count + 5, visit=1)
+    assert torch.equal(example_losses(step.denoiser, resumed, "sum", banked), expected)
     monkeypatch.setattr(Teacher, "predict", lambda *_: pytest.fail("the base predicts again"))
     again = dataclasses.replace(step.batch, bank_rows=stored, bank_size=count + 5, is_repeated=True)
     parts = [example_losses(step.denoiser, part, "sum", banked) for part in again.cut(3)]

@@ -332,7 +332,7 @@ def test_the_resolved_config_repeats_the_run(trained: Path, capsys: pytest.Captu
 def test_full_fine_tuning_trains_every_weight_of_the_unet(
     make_config: Config, tiny_base: Path, loaded_base: Base, target: str
 ) -> None:
-    run = trainer.run(make_config("run", method="full", target=target))
+    run = trainer.run(make_config("run", method="full", target=target, rank=TrainConfig.rank, lora_alpha=None))
     assert {p.name for p in run.iterdir()} == {
         ".sd-unlearn-run",
         "concept.yaml",
