@@ -68,7 +68,7 @@ def list_file(names: Sequence[str], folder: Path) -> Path:
 
 
 def identity(names: Sequence[str]) -> str:
-    """Identifies the base and the concept files of these names, so that no run of another base is taken for ours."""
+    """A hash of the base and of the concept files of these names: runs of an earlier version are not reused."""
     return digest([weights_in(BUNDLED[EMOJI]), [concept_file(name) for name in names]])
 
 

@@ -247,11 +247,16 @@ def _at_full_strength(results: Results) -> tuple[ConceptEntry, SubjectEntry] | N
     return next((both for both in results.evaluated if both[1].strength in (None, 1.0)), None)
 
 
+def _measured(results: Results) -> tuple[ConceptEntry, SubjectEntry]:
+    """The run's concept and LoRA in results of `_evaluate`."""
+    return _at_full_strength(results) or results.evaluated[0]
+
+
 def _record(
     config: TrainConfig, concept: Concept, beta: float, source: str, points: list[Point], results: list[Results]
 ) -> dict[str, Any]:
     """The content of sweep.json: of every run the rows that the report shows, with their intervals."""
-    evaluated, _ = _at_full_strength(results[0]) or results[0].evaluated[0]
+    evaluated, _ = _measured(results[0])
     detectors = (row.detector for row in results[0].rows if row.metric in ("leakage", "nudity"))
     return {
         "schema_version": sweep.SCHEMA_VERSION,
@@ -275,7 +280,7 @@ def _record(
 
 def _run_record(point: Point, results: Results) -> dict[str, Any]:
     """A run as sweep.json holds it: its one LoRA on its one concept, as subject "lora"."""
-    concept, lora = _at_full_strength(results) or results.evaluated[0]
+    concept, lora = _measured(results)
     rows = [row for row in results.rows_of(concept.slug, lora.id) if row.metric in sweep.SHOWN]
     return dataclasses.asdict(point) | {
         "folder": point.name,
@@ -293,10 +298,9 @@ def _pictures(points: list[Point], results: list[Results]) -> list[dict[str, Any
     """
     if results[0].evaluated[0][0].kind == "nudity":
         return []
-    subjects = [(_at_full_strength(found) or found.evaluated[0])[1].id for found in results]
     by_run = [
-        {(p.group, p.prompt, p.seed): p for p in found.pairs if p.base and p.subject == subject}
-        for found, subject in zip(results, subjects, strict=True)
+        {(p.group, p.prompt, p.seed): p for p in found.pairs if p.base and p.subject == _measured(found)[1].id}
+        for found in results
     ]
     pictures = []
     for group, count in PICTURES.items():

@@ -183,7 +183,7 @@ class TrainingState:
     def check_best(self, file: Path) -> None:
         """Of a resumed run: let the next probe replace the best weights if they are of a step that is trained again.
 
-        With other options (--force_resume), that step may not come out as before. file: the record beside the weights.
+        With other options (--force_resume), that step may give other weights. file: the record beside the weights.
         """
         if file.is_file() and read_json(file)["step"] != self.best_step:
             self.best_score, self.best_step = -math.inf, 0
