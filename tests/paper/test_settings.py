@@ -76,7 +76,7 @@ def test_mnist5k_is_tiny_by_default() -> None:
 
 def test_the_folder_name_lists_the_settings_that_differ() -> None:
     assert variant() == "tiny-pu-beta0.1-seed42"
-    assert variant(objective="unsupervised", beta=0.3, seed=1) == "tiny-unsupervised-seed1"
+    assert variant(objective="unsupervised", seed=1) == "tiny-unsupervised-seed1"
     assert variant(beta="estimate") == "tiny-pu-beta-estimated-seed42"
     assert variant(missing="9", correction="nn") == "tiny-pu-beta0.1-correction-nn-missing-9-seed42"
     assert variant(conditional=True) == "tiny-pu-beta0.1-conditional-seed42"
