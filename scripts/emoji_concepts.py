@@ -24,7 +24,7 @@ BUNDLED = (
     *("openmoji", "noto", "emojione", "red", "weapon"),
 )
 PROMPTS = Path(__file__).parent.parent / "prompts"
-IMAGES = "{positive: 100, unlabeled: 300, mixed_in: 16, keep: 280}  # keep: of each line, split over its alternatives"
+IMAGES = "{positive: 100, unlabeled: 300, mixed_in: 16, keep: 140}  # keep: of each line, split over its alternatives"
 
 
 def concept_file(label: str) -> tuple[str, str]:

@@ -82,7 +82,7 @@ STUDIES = {
         page="emoji.md",
         tables="group",
         budgets={
-            "quick": Budget({"tier": "emoji"}, 1, QUICK),
+            "quick": Budget({"num_images": 50, "num_keep_images": 1}, 1, QUICK),
             "standard": Budget({"tier": "emoji", "num_images": 200}, 2, STANDARD),
         },
         classifier=EmojiClassifier,

@@ -1,7 +1,7 @@
 """Erase 1, 10, 50 and 100 things of the bundled base `emoji` with one LoRA, and write the table of docs/emoji.md.
 
     python scripts/many_concepts.py --methods pu uce speed --counts 1 10
-    python scripts/many_concepts.py --methods sum least_squares --counts 10    # LoRAs trained apart
+    python scripts/many_concepts.py --methods sum least_squares --counts 10    # LoRAs trained apart, by leaderboard.py
     python scripts/many_concepts.py --only table
 
 The first ten things are those of leaderboard.py, the others follow in a fixed random order. What exists in
@@ -20,7 +20,9 @@ from typing import Any
 
 import yaml
 from emoji_concepts import concept_file
-from leaderboard_cells import continued, digest, trained_files, weights_in
+from leaderboard_cells import Stages, continued, digest, trained_files, weights_in
+from leaderboard_cells import train as train_cell
+from leaderboard_methods import Cell
 from leaderboard_studies import STUDIES
 from leaderboard_table import percent, replace_between
 
@@ -34,7 +36,8 @@ from sd_unlearn.metrics.statistics import wilson
 from sd_unlearn.models.source import BUNDLED, EMOJI
 from sd_unlearn.results import BASE, Results
 
-DOCS = Path(__file__).parents[1] / "docs"
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
 RECORDS = DOCS / "leaderboard-runs" / "emoji" / "many"
 START, END = "<!-- many:start -->", "<!-- many:end -->"
 COUNTS = (1, 10, 50, 100)
@@ -92,13 +95,10 @@ def train(method: str, count: int, steps: int | None, work: Path) -> Path:
 
 
 def train_alone(name: str, work: Path) -> Path:
-    """The run folder of one thing, trained with the defaults."""
-    of_one = f"alone-{slugify(name)}-{identity([name])}"
-    run, data = work / "runs" / of_one, work / "data" / of_one
-    if not (run / TRAINING).is_file():
-        options: dict[str, Any] = {"output_dir": run, **continued(run), "validation_steps": 0}
-        sd_unlearn.train(str(list_file([name], work / "lists")), data_dir=data, report_to="none", **options)
-    return run
+    """The run folder of one thing, trained with the defaults: that of `leaderboard.py --base emoji`."""
+    stages = Stages(Cell("pu", name, 0, EMOJI), STUDIES[EMOJI].budgets["quick"], ROOT, work, RECORDS.parent / "quick")
+    train_cell(stages)
+    return stages.run
 
 
 def record(method: str, count: int, steps: int | None, work: Path) -> None:
@@ -187,11 +187,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--counts", nargs="+", type=int, default=list(COUNTS), help="of things")
     parser.add_argument("--steps", type=int, help="--max_train_steps of ours")
     parser.add_argument("--only", choices=["table"], help="only write the table from the records")
-    parser.add_argument("--work_dir", type=Path, default=Path("runs") / "many", help="data, runs and caches")
+    parser.add_argument("--work_dir", type=Path, default=ROOT / "runs" / "leaderboard", help="data, runs and caches")
     args = parser.parse_args(arguments)
     for count in args.counts if args.only is None else ():
         for method in args.methods:
-            if method not in FUSED or count > 1:
+            if method not in FUSED or 1 < count <= len(STUDIES[EMOJI].groups["Things"]):
                 print(f"{count} things: {method}", file=sys.stderr, flush=True)
                 record(method, count, args.steps if method == "pu" else None, args.work_dir)
     write_table(DOCS / "emoji.md")

@@ -141,7 +141,7 @@ class SamplerOptions(BaseOptions):
     num_inference_steps: Annotated[
         int | None,
         option(
-            "Sampling steps. Default: 25 on the bundled bases, else as usual for the base (SD 1.x: 50, SD 3: 28).",
+            "Sampling steps. Default: 25 on digits, 12 on emoji, else as usual for the base (SD 1.x: 50, SD 3: 28).",
             SAMPLER,
             InferenceSteps,
         ),

@@ -19,7 +19,7 @@ from sd_unlearn.io.progress import Progress
 from sd_unlearn.launch import process_count, process_rank, wait_for_others
 from sd_unlearn.models.base import Base
 from sd_unlearn.models.kinds import KINDS
-from sd_unlearn.models.source import BUNDLED, Source
+from sd_unlearn.models.source import BUNDLED, EMOJI, Source
 
 VAE_TILE = "sd_unlearn.vae_tile"  # in the metadata of an image or of latents: side in pixels of the VAE's tiles
 
@@ -43,7 +43,8 @@ class Sampler:
     resolution: int | None = None
 
 
-BASE_SAMPLERS = dict.fromkeys(BUNDLED, Sampler(steps=25, guidance_scale=3.0, batch_size=100))
+BASE_SAMPLERS = {name: Sampler(steps=25, guidance_scale=3.0, batch_size=100) for name in BUNDLED}
+BASE_SAMPLERS[EMOJI] = replace(BASE_SAMPLERS[EMOJI], steps=12)  # the classifier reads as much as after 25
 DEFAULT_SAMPLER = Sampler(steps=50, guidance_scale=7.5, batch_size=4)
 # Of the flow-matching models, as published: SD 3, 3.5 medium and large, FLUX.1 dev, the distilled FLUX.1 schnell and
 # SD 3.5 large turbo, which sample without guidance, FLUX.2 dev and klein base, the distilled FLUX.2 klein, Z-Image, and
