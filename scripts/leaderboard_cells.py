@@ -199,7 +199,7 @@ def evaluate(stages: Stages) -> None:
     if stages.cell.of.how == "train" and not (stages.run / TRAINING).is_file():
         raise NotAvailable("it is not trained yet")
     reader = weights_in(stages.study.classifier.reader.folder)
-    images = [stages.budget.evaluation, stages.budget.grid_images]
+    images = [stages.budget.evaluation, stages.budget.grid_images, stages.budget.grid_step]
     key = digest([stages.weights, reader, *images, dict(stages.cell.of.options)])
     if stages.record.get("evaluation", {}).get("key") == key:
         return
@@ -236,11 +236,20 @@ def kept(row: Row) -> dict[str, Any]:
 
 
 def factorial(stages: Stages) -> list[Row]:
-    """UA, IRA and CRA on every digit in every ink, or every thing in every style; nothing for a background."""
+    """UA, IRA and CRA on the grid of digits and inks, or things and styles; nothing for a background.
+
+    All cells with the concept are taken, and of the others every `grid_step`-th.
+    """
     label, study = stages.concept.label or stages.concept.name, stages.study
     if label not in {*chain(*study.axes.values()), *study.classifier.reader.categories}:
         return []
-    asked = [cell for cell in grid(study.axes) for _ in range(stages.budget.grid_images)]
+    own = set(study.classifier.reader.categories.get(label, (label,)))
+    cells = [
+        cell
+        for index, cell in enumerate(grid(study.axes))
+        if own & set(cell.values()) or index % stages.budget.grid_step == 0
+    ]
+    asked = [cell for cell in cells for _ in range(stages.budget.grid_images)]
     specs = []
     for number, cell in enumerate(asked):
         prompt = study.prompt_of(cell)

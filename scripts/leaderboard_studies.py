@@ -28,6 +28,7 @@ class Budget:
     evaluation: Mapping[str, Any]  # options of `evaluate`
     grid_images: int  # of every cell of the grid
     attacks: Mapping[str, str]  # attack -> its --budget
+    grid_step: int = 1  # of the cells without the concept, every how many are taken
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ STUDIES = {
         page="emoji.md",
         tables="group",
         budgets={
-            "quick": Budget({"num_images": 50, "num_keep_images": 1}, 1, QUICK),
+            "quick": Budget({"num_images": 50, "num_keep_images": 1}, 1, QUICK, grid_step=5),
             "standard": Budget({"tier": "emoji", "num_images": 200}, 2, STANDARD),
         },
         classifier=EmojiClassifier,
