@@ -111,7 +111,7 @@ def record(method: str, count: int, steps: int | None, work: Path) -> None:
     results = sd_unlearn.evaluate(
         run=run,
         num_images=20 if count <= 10 else 10,
-        num_keep_images=4,
+        num_keep_images=2,
         groups=["direct", "alike", "general"],
         cache_dir=work / "evaluation",
     )
