@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+NULL_SPACE_THRESHOLD = 0.1  # of eigenvalues, as in SPEED
+
 
 @dataclass(frozen=True)
 class Edit:
@@ -63,7 +65,11 @@ def uce(
 
 
 def speed(
-    weights: Sequence[Tensor], concepts: Tensor, anchors: Tensor, preserved: Tensor, threshold: float = 0.1
+    weights: Sequence[Tensor],
+    concepts: Tensor,
+    anchors: Tensor,
+    preserved: Tensor,
+    threshold: float = NULL_SPACE_THRESHOLD,
 ) -> list[Edit]:
     """Null-space constrained edit (Li et al. 2025, "SPEED", arXiv 2503.07392).
 
@@ -78,7 +84,7 @@ def speed(
     return [Edit(weight.double() @ (anchors - concepts).T, down) for weight in weights]
 
 
-def null_space(preserved: Tensor, threshold: float) -> Tensor:
+def null_space(preserved: Tensor, threshold: float = NULL_SPACE_THRESHOLD) -> Tensor:
     """[in, in] the projection onto the eigenvectors of P'P with eigenvalues below `threshold`."""
     values, vectors = torch.linalg.eigh(preserved.double().T @ preserved.double())
     kept = vectors[:, values < threshold]

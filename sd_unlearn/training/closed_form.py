@@ -21,7 +21,7 @@ from sd_unlearn.config.paths import recorded
 from sd_unlearn.config.train import TrainConfig
 from sd_unlearn.data.concept import Concept
 from sd_unlearn.data.encoding import encode_captions, tokenize
-from sd_unlearn.errors import UnlearnError, reason
+from sd_unlearn.errors import UnlearnError, UsageError, reason
 from sd_unlearn.io.files import write_json
 from sd_unlearn.io.lock import locked, remove_leftovers
 from sd_unlearn.io.run_folder import TRAINING
@@ -29,7 +29,7 @@ from sd_unlearn.launch import process_rank
 from sd_unlearn.models import lora
 from sd_unlearn.models.base import Base, load_base
 from sd_unlearn.models.student import Student
-from sd_unlearn.objectives.closed_form import Edit, rece, speed, uce
+from sd_unlearn.objectives.closed_form import Edit, null_space, rece, speed, uce
 from sd_unlearn.training.preflight import Inputs, check_kind, check_output
 from sd_unlearn.training.provenance import basic_record, device_name, open_run, peak_memory_mb, reset_peak_memory
 
@@ -94,6 +94,7 @@ def _edit(config: TrainConfig, concept: Concept, base: Base, output: Path) -> No
     layers = {n: m for n, m in base.network.named_modules() if n.endswith(LAYERS[config.objective])}
     weights = [layer.weight.detach().to(base.device) for layer in layers.values()]  # with --offload: on the CPU
     embeddings = embed(base, concept)
+    free = {"free_directions": free_directions(embeddings)} if config.objective == "speed" else {}
     edits = EDITS[config.objective](weights, embeddings.concepts, embeddings.anchors, embeddings.preserved)
     rank = max(min(*edit.up.shape, *edit.down.shape) for edit in edits)
     factors = dict(zip(layers, (edit.of_rank(rank) for edit in edits), strict=True))
@@ -112,6 +113,7 @@ def _edit(config: TrainConfig, concept: Concept, base: Base, output: Path) -> No
         "edited_layers": len(layers),
         "edited_tokens": len(embeddings.concepts),
         "preserved_tokens": len(embeddings.preserved),
+        **free,
         **storage_errors(edits, list(factors.values())),
     }
     device = device_name(base.device)
@@ -122,6 +124,23 @@ def _edit(config: TrainConfig, concept: Concept, base: Base, output: Path) -> No
         f"{_edited(concept)}: {output}.",
         file=sys.stderr,
     )
+
+
+def free_directions(embeddings: Embeddings) -> int:
+    """The number of directions of the text embeddings in which SPEED may act: those that nothing preserved uses.
+
+    Raises:
+        UsageError: there are none, so the edit would change nothing.
+    """
+    preserved = embeddings.preserved
+    free, width = round(float(null_space(preserved).trace())), preserved.shape[1]
+    if free == 0:
+        raise UsageError(
+            f"--objective speed changes only directions that the keep prompts do not use, and their {len(preserved):,} "
+            f"embeddings use all {width}. Use fewer keep prompts, or --objective uce or rece."
+        )
+    print(f"The keep prompts leave {free} of {width} directions for the edit.", file=sys.stderr)
+    return free
 
 
 def _edited(concept: Concept) -> str:

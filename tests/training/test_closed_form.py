@@ -117,6 +117,19 @@ def test_the_lora_is_the_edit_of_the_paper(edited: Path, place: Path, loaded_bas
             assert ((new - old) @ c.T).norm() > ((new - old) @ p.T).norm() * (len(c) / len(p)) ** 0.5
 
 
+def test_speed_needs_directions_that_the_keep_prompts_leave() -> None:
+    """Rows 3 e_i use direction i; a row of length 0.1 does not use its direction (0.01 is below the threshold)."""
+    directions = torch.eye(4)
+
+    def free(preserved: Tensor) -> int:
+        return closed_form.free_directions(closed_form.Embeddings(directions[:1], directions[1:2], preserved))
+
+    assert free(3 * directions[:1]) == 3
+    assert free(torch.cat([3 * directions[:3], 0.1 * directions[3:]])) == 1
+    with pytest.raises(UsageError, match="their 4 embeddings use all 4. Use fewer keep prompts, or --objective uce"):
+        free(3 * directions)
+
+
 def test_the_run_folder_and_its_record(edited: Path) -> None:
     names = {"adapter", "adapter/adapter_config.json", "adapter/adapter_model.safetensors"}
     assert tree(edited) - {".sd-unlearn-run", ".lock"} >= names | {"concept.yaml", "config.yaml", "training.json"}
@@ -126,6 +139,7 @@ def test_the_run_folder_and_its_record(edited: Path) -> None:
     assert record["truncation_error"] < 1e-10
     assert record["truncation_error"] < record["rounding_error_fp32"] < 1e-5 < record["rounding_error_fp16"] < 1e-2
     assert settings["objective"] == record["objective"]
+    assert ("free_directions" in record) == (record["objective"] == "speed")
     assert "max_train_steps" not in settings
     again = trainer.run(TrainConfig(**settings | {"output_dir": edited.with_name(f"{edited.name}-again")}))
     adapters = [(run / "adapter" / "adapter_model.safetensors").read_bytes() for run in (edited, again)]
