@@ -261,8 +261,8 @@ class EvaluateConfig(PlanOptions, Detectors, SamplerOptions, Prompts, Inputs):
     write_plan: Annotated[
         Path | None,
         option(
-            "Write prompts, seeds and file names as JSONL for generation by another program, and exit. An existing "
-            "file is not replaced.",
+            "Write prompts, seeds and file names as JSONL for generation by another program, and exit. Only an "
+            "earlier plan is replaced.",
             OUTPUT,
         ),
     ] = None
