@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 Layers = dict[str, "nn.Module"]  # by name
 Grams = dict[str, "Tensor"]  # layer -> E[x x'] of its inputs, [in, in]; of a convolution E[z z'] of z = downs x
-KEPT_PROMPTS = 64  # at most, of which images are generated
+MAX_PROMPTS = 64  # at most, of which images are generated
 
 
 def run(config: FuseConfig) -> Path:
@@ -166,10 +166,8 @@ def fuse_changes(
         with lora.applied_to(base, 1.0):
             own.append(record_inputs(base, layers, downs, captions, config.num_images))
     keep = [prompt.text for prompt in concept.keep_prompts]
-    stride = max(1, -(-len(keep) // KEPT_PROMPTS))
     nothing = {name: gram * 0 for name, gram in own[0].items()}
-    images = max(config.num_images, min(len(keep), KEPT_PROMPTS))
-    kept = record_inputs(base, layers, downs, keep[::stride], images) if keep else nothing
+    kept = record_inputs(base, layers, downs, keep, config.num_images) if keep else nothing
     fused = {}
     for name in names:
         having = [(of_lora[name], grams[name]) for of_lora, grams in zip(changes, own, strict=True) if name in of_lora]
@@ -210,17 +208,24 @@ def edits_of(lora: Lora, base: Base) -> dict[str, Edit]:
     return edits
 
 
+def prompts_of_images(prompts: Sequence[str], images: int) -> list[str]:
+    """The prompts of at least `images` images: each once or more; of a long list MAX_PROMPTS, evenly chosen."""
+    chosen = prompts[:: -(-len(prompts) // MAX_PROMPTS)]
+    return list(islice(cycle(chosen), max(images, len(chosen))))
+
+
 def record_inputs(
     base: Base, layers: Layers, downs: Mapping[str, Tensor], prompts: Sequence[str], images: int
 ) -> Grams:
     """E[x x'] of the inputs x of each layer, one row a token, while images of the prompts are generated.
 
+    images: how many, see `prompts_of_images`.
     downs: of each convolution [R, in * kernel]; of these layers E[z z'] of z = downs x, one row a position.
     """
     from sd_unlearn.models.sampling import default_sampler, generate_images
 
     sampler = default_sampler(base.source)
-    asked = list(islice(cycle(prompts), images))
+    asked = prompts_of_images(prompts, images)
     seeds = [image_seed(TRAIN_SEEDS, 0, prompt, number) for number, prompt in enumerate(asked)]
     with _recording(layers, downs) as (grams, rows):
         for start in range(0, len(asked), sampler.batch_size):

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
-from itertools import cycle, islice
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import pytest
 import torch
@@ -101,20 +99,11 @@ def randomize(run: Path, base_folder: Path, seed: int) -> None:
     lora.save(model, run / ADAPTER_DIR)
 
 
-def test_all_parts_of_a_long_keep_list_are_retained(
-    runs: list[Path], tiny_base: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(fusion, "KEPT_PROMPTS", 2)
-    asked: list[list[str]] = []
-    original = fusion.record_inputs
-
-    def watched(base: Base, layers: Any, downs: Any, prompts: Sequence[str], images: int) -> Any:
-        asked.append(list(islice(cycle(prompts), images)))
-        return original(base, layers, downs, prompts, images)
-
-    monkeypatch.setattr(fusion, "record_inputs", watched)
-    fusion.run(FuseConfig(lora=[str(run) for run in runs], output_dir=Path("fused"), num_images=1))
-    assert asked[-1] == ["ab", "d e"]  # of ab, c e, d e
+def test_every_prompt_has_an_image_and_a_long_list_is_thinned_out_evenly(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert fusion.prompts_of_images(["a", "b"], 5) == ["a", "b", "a", "b", "a"]
+    assert fusion.prompts_of_images(list("abcdef"), 4) == list("abcdef")  # six concepts of one LoRA
+    monkeypatch.setattr(fusion, "MAX_PROMPTS", 2)
+    assert fusion.prompts_of_images(["a", "b", "c"], 1) == ["a", "c"]
 
 
 def test_the_noise_schedule_is_that_of_the_loras(runs: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:

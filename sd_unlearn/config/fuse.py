@@ -48,7 +48,8 @@ class FuseConfig(PathOptions):
     num_images: Annotated[
         int,
         option(
-            "Images to generate for each LoRA, and of retained concepts, to record the inputs of the layers.",
+            "Images to generate for each LoRA, and of retained concepts, to record the inputs of the layers; at "
+            "least one per prompt.",
             START,
             Range(above=0, at_most=1000),
         ),

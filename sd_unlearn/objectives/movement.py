@@ -15,6 +15,7 @@ MAX_PULL = 1.2  # times --push: at the start, and while a concept resists
 SPILLOVER = (0.25, 0.5)  # between them the pull falls to a tenth: not to zero, so that a base on which captions
 # have little effect is trained, too
 SMOOTHING = 0.9  # of a moving average over steps: one step has few positives
+MIN_SMOOTHING = 0.5  # over the turns of one of several concepts, which come less often
 
 
 class Movement:
@@ -29,9 +30,13 @@ class Movement:
         --push moves it beyond 1.
     spillover: sqrt(sum |f - f*|^2 / sum |f* - fe|^2) over keep images under their captions: 0 if their predictions have
         not changed, 1 if they have changed as much as by leaving out the caption. f* is shifted by `Teacher.offset`.
+
+    Args:
+        every: One of how many steps is seen. With several concepts, each has its own movement, which sees its turns.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, every: int = 1) -> None:
+        self.smoothing = max(MIN_SMOOTHING, SMOOTHING**every)
         self._sums: Tensor | None = None  # [4], of this process: the sums above, numerators and denominators in turn
         self.smoothed: Tensor | None = None  # [2]: moved and squared spillover; NaN if no image tells
 
@@ -68,7 +73,7 @@ class Movement:
         over, below = sums[::2], sums[1::2]
         seen = over / below.clamp(min=torch.finfo(below.dtype).tiny)
         before = torch.full_like(seen, math.nan) if self.smoothed is None else self.smoothed
-        after = torch.where(before.isnan(), seen, torch.lerp(seen, before, SMOOTHING))
+        after = torch.where(before.isnan(), seen, torch.lerp(seen, before, self.smoothing))
         self.smoothed = torch.where(below > 0, after, before)
 
     def pull(self, push: float) -> Tensor | float:

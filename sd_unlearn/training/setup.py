@@ -31,6 +31,7 @@ from sd_unlearn.models.kinds import KINDS
 from sd_unlearn.models.sampling import resolve_sampler
 from sd_unlearn.models.source import DIGITS
 from sd_unlearn.models.student import Student, make_student
+from sd_unlearn.objectives.movement import Movement
 from sd_unlearn.objectives.registry import make_losses, make_objective
 from sd_unlearn.objectives.teacher import PredictionBank, Teacher
 from sd_unlearn.seeds import TRAIN_SEEDS
@@ -220,7 +221,10 @@ def _make_teacher(
     """The teacher of a concept's steps."""
     generic, empty = (data.images.text[caption].to(base.device) for caption in (turn.concept.generic, ""))
     guidance = base.guidance_of(config.guidance_scale)
-    return Teacher(denoiser, student.frozen, generic, empty, guidance, config.push, 1 / sum(turn.betas))
+    movement = Movement(every=len(data.turns))
+    return Teacher(
+        denoiser, student.frozen, generic, empty, guidance, config.push, 1 / sum(turn.betas), movement=movement
+    )
 
 
 def _make_generator(config: TrainConfig, base: Base, data: Data, student: Student) -> ImageGenerator | None:

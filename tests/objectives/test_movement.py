@@ -125,6 +125,17 @@ def pulled(
     return float(movement.pull(push))
 
 
+def test_of_several_concepts_a_few_turns_count(batch: Batch, reference: Tensor) -> None:
+    """Of one in a hundred, with five turns in 500 steps: the first, before anything has moved, is soon forgotten."""
+    for every, least in ((1, 0.3), (100, 0.9)):
+        movement = Movement(every)
+        for moved in (0.0, 1.0, 1.0, 1.0, 1.0):
+            pulled(movement, batch, reference, moved)
+        found = movement.read()["moved"]
+        assert least < found < 1
+        assert (found < 0.4) == (every == 1)
+
+
 def test_the_pull_is_full_at_first_and_falls_to_zero_where_positives_should_be(batch: Batch, reference: Tensor) -> None:
     assert Movement().pull(2.0) == 2 * MAX_PULL
     pulls = [pulled(Movement(), batch, reference, moved) for moved in (-1, 0, 1, 2.5, 2.9, 3, 5)]
