@@ -8,7 +8,7 @@ from typing import Any
 
 from sd_unlearn.errors import UsageError
 from sd_unlearn.io.reading import read_json
-from sd_unlearn.io.run_folder import CALIBRATION
+from sd_unlearn.io.run_folder import CALIBRATION, TRAINING
 from sd_unlearn.io.schema import OPEN, validate
 
 
@@ -48,6 +48,7 @@ class Calibration:
     strength: float | None  # the smallest tried strength that does both; None: no tried strength does
     message: str  # the outcome in words
     points: tuple[Point, ...]  # by strength
+    base_sha256: str = ""  # of the base that it was measured on
     exceptions: tuple[float, ...] = ()  # strengths that contradict the assumption that more erases more, retains less
 
 
@@ -71,10 +72,15 @@ def _value(value: float | None, low: float | None, high: float | None) -> str:
 
 
 def read_calibration(folder: Path, sha256: str) -> Calibration | None:
-    """The calibration of these weights in a folder; None if there is none, or it is of other weights or damaged."""
+    """The calibration of these weights in a folder.
+
+    None if there is none, it is damaged, or it is of other weights or of another base than that of the folder's run.
+    """
     try:
         data: Any = read_json(folder / CALIBRATION)
         found = validate(Calibration, data, str(folder / CALIBRATION))
+        base = read_json(folder / TRAINING)["base"].get("sha256") if (folder / TRAINING).is_file() else None
     except UsageError:
         return None
-    return found if found.sha256 == sha256 else None
+    same_base = not base or found.base_sha256 in ("", base)
+    return found if found.sha256 == sha256 and same_base else None

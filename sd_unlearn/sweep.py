@@ -108,7 +108,8 @@ def _run(
         line = f"Sweep, run {number} of {len(points)}: factor {point.factor:g}, beta {point.beta:g}"
         print(f"{line}, push {point.push:g}." if config.target == "teacher" else f"{line}.", file=sys.stderr)
         _train(config, concept, point, data_dir, output / point.name)
-    results = [_evaluate(output / point.name, config.allow_pickle) for point in points]
+    results = [_evaluate(output / point.name, concept.slug, config.allow_pickle) for point in points]
+    _check_alike(points, results, output)
     record = _record(config, concept, *beta, points, results)
     page = sweep.write(output, record)
     write_json(output / SWEEP, record)
@@ -231,15 +232,31 @@ def _train(config: TrainConfig, concept: Concept, point: Point, data_dir: Path, 
     )
 
 
-def _evaluate(run_dir: Path, allow_pickle: bool) -> Results:
-    """The results of a run, evaluated unless there are results for exactly these weights."""
+def _evaluate(run_dir: Path, slug: str, allow_pickle: bool) -> Results:
+    """The results of a run, evaluated unless there are results for exactly these weights and this concept."""
     if (run_dir / RESULTS).is_file():
         found = _at_full_strength(read_results(run_dir))
-        if found and found[1].sha256 == weights_sha256(run_dir):
+        if found and (found[0].slug, found[1].sha256) == (slug, weights_sha256(run_dir)):
             print(f"{run_dir} is already evaluated.", file=sys.stderr)
             return read_results(run_dir)
     evaluate.run(EvaluateConfig(run=run_dir, allow_pickle=allow_pickle))
     return read_results(run_dir)
+
+
+def _check_alike(points: list[Point], results: list[Results], output: Path) -> None:
+    """Refuse to compare runs that were evaluated in different ways, by `evaluate` with other options.
+
+    Raises:
+        UsageError
+    """
+    ways = [(found.tier, found.sampler, found.seeds, found.base) for found in results]
+    for point, way in zip(points, ways, strict=True):
+        if way != ways[0]:
+            raise UsageError(
+                f"{output / point.name} was evaluated with another tier, sampler, seed or base than "
+                f"{output / points[0].name}, so the two cannot be compared. Evaluate one like the other, or delete its "
+                f"{RESULTS}, and repeat the sweep."
+            )
 
 
 def _at_full_strength(results: Results) -> tuple[ConceptEntry, SubjectEntry] | None:

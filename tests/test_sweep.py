@@ -193,6 +193,20 @@ def test_a_run_that_was_also_evaluated_at_other_strengths(make: Make, done: list
     assert {row["value"] for row in rows if row["subject"] == "lora"} == {0.5}
 
 
+def test_results_of_another_concept_are_not_taken_and_of_other_settings_refused(make: Make, done: list[Any]) -> None:
+    page = sweep.run(make("1,2"))
+    results = page.parent / "factor-1" / "results.json"
+    found = read_json(results)
+    done.clear()
+    other = {**found, "concepts": [{**found["concepts"][0], "slug": "eight"}]}
+    write_json(results, {**other, "rows": [{**row, "concept": "eight"} for row in found["rows"]]})
+    sweep.run(make("1,2"))
+    assert names(done) == ["evaluate factor-1"]
+    write_json(results, {**found, "sampler": {"steps": 5}})
+    with pytest.raises(UsageError, match="factor-2 was evaluated with another tier, sampler.*delete its results.json"):
+        sweep.run(make("1,2"))
+
+
 def test_a_killed_sweep_resumes(make: Make, done: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     train, config = trainer.run, make(output_dir=Path("out"))
 

@@ -42,6 +42,7 @@ from sd_unlearn.results import BASE, Row, as_json
 
 OUTPUT = Path("runs/calibration")
 SUBJECT = "lora"
+NEVER_THERE = "the base itself hardly shows the concept. Check the concept and its prompts, and which base is used."
 
 
 def run(config: CalibrateConfig, concepts: Sequence[Concept] = ()) -> Calibration:
@@ -62,7 +63,9 @@ def run(config: CalibrateConfig, concepts: Sequence[Concept] = ()) -> Calibratio
     names = find_metrics(context)
     with full_disk_explained(), locked(job.output, "--output_dir"):
         measure = Measurement(config, job, lora, slug, names)
-        calibration = search(config, measure, slug, lora.sha256)
+        calibration = dataclasses.replace(
+            search(config, measure, slug, lora.sha256), base_sha256=measure.cache.base.get("sha256") or ""
+        )
         if not kind_of(job.output) and not is_run(job.output):
             mark(job.output, "evaluation")
         write_json(job.output / CALIBRATION, measure.record() | as_json(calibration))
@@ -70,7 +73,10 @@ def run(config: CalibrateConfig, concepts: Sequence[Concept] = ()) -> Calibratio
 
 
 def search(config: CalibrateConfig, measure: Measurement, slug: str, sha256: str) -> Calibration:
-    """Find both ends by bisection. `measure` is called once for each tried strength."""
+    """Find both ends by bisection. `measure` is called once for each tried strength.
+
+    If the base itself hardly shows the concept, no strength erases it.
+    """
     values = strengths_up_to(config.max_strength, config.step)
     known = [1.0] if 1.0 in values else []  # its images exist after an evaluation
     points: dict[float, Point] = {}
@@ -88,6 +94,8 @@ def search(config: CalibrateConfig, measure: Measurement, slug: str, sha256: str
     against += exceptions(downwards, largest, {strength: found.retains for strength, found in points.items()})
     low = (found for found in points.values() if found.leakage_high is not None and found.leakage_high < config.leakage)
     doubt = next((found.problems[0] for found in low if found.problems), "") if smallest is None else ""
+    if smallest == 0:
+        smallest, both, doubt = None, [], NEVER_THERE
     strength = min(both, default=None)
     return Calibration(
         schema_version=1,
@@ -166,7 +174,6 @@ class Measurement:
         return {
             "created": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()),
             "version": __version__,
-            "base_sha256": self.cache.base.get("sha256"),
             "detectors": [metric.name for metric in self.metrics],
             "groups": list(dict.fromkeys(spec.group for spec in self.specs)),
             "seeds": list(self.config.seed),
@@ -222,6 +229,11 @@ def _resolve(config: CalibrateConfig, concepts: Sequence[Concept]) -> Evaluation
     job = resolve_job(EvaluateConfig(**options, strengths=[1.0]), concepts)
     if len(job.loras) != 1:
         raise UsageError(f"--lora {config.lora} holds {len(job.loras)} LoRAs. Calibrate one at a time.")
+    if len(job.concepts) > 1:
+        raise UsageError(
+            f"The LoRA removes {len(job.concepts)} concepts, and calibrate measures one. Choose it with --concept, for "
+            f'example "{next(iter(job.concepts.values())).name}".'
+        )
     _check_images(config, job)
     return job
 

@@ -24,8 +24,13 @@ def frechet_distance(a: NDArray, b: NDArray) -> float:
 
 
 def frechet_with_interval(generated: NDArray, real: NDArray) -> Distance:
-    """Frechet distance of features [N, D] to real ones [M, D], with a basic bootstrap interval over `generated`."""
+    """Frechet distance of features [N, D] to real ones [M, D], with an interval over `generated`.
+
+    The distance is too large if images are few, and that of a resample is larger still. So the interval is as wide as
+    that of bootstrap resamples, but around the value: what other sets of N images would give. It is no interval of the
+    distance of infinitely many images; values are comparable for the same N only.
+    """
     value = frechet_distance(generated, real)
-    # A resample is further away than the sample itself; the basic interval corrects that bias.
     low, high = bootstrap(lambda x: frechet_distance(x, real), generated, resamples=200)
-    return Distance(value, max(0.0, 2 * value - high), max(0.0, 2 * value - low))
+    half = (high - low) / 2
+    return Distance(value, max(0.0, value - half), value + half)

@@ -212,8 +212,8 @@ def distance_rows(
         return Row(metric, group, subject, distance.value, n, distance.low, distance.high, detector, interval, note)
 
     if n > width:
-        note = f"Frechet distance of the detector's features {sets}"
-        rows.append(row(f"fid-{base}", frechet_with_interval(generated, real), "basic-bootstrap", note))
+        note = f"Frechet distance of the detector's features {sets}; comparable for the same n only"
+        rows.append(row(f"fid-{base}", frechet_with_interval(generated, real), "bootstrap-width", note))
     if n >= FEWEST:
         note = f"kernel distance of the detector's features {sets}, unbiased"
         if n <= width:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import yaml
 from evaluation_runs import make_run
 
 from sd_unlearn import calibrate
@@ -71,8 +73,8 @@ def test_no_strength_erases() -> None:
 
 
 def test_no_strength_retains() -> None:
-    found = searched(lambda s: 0.0, lambda s: 0.5)
-    assert (found.smallest, found.largest, found.strength) == (0.0, None, None)
+    found = searched(lambda s: 0.0 if s else 1.0, lambda s: 0.5)
+    assert (found.smallest, found.largest, found.strength) == (0.05, None, None)
     assert "No tried strength has retention above 95 %" in found.message
 
 
@@ -81,6 +83,13 @@ def test_a_leakage_that_comes_back_is_reported() -> None:
     assert (found.smallest, found.strength) == (0.5, 0.5)
     assert found.exceptions == (2.0,)
     assert "is not monotone (see 2)" in found.message
+
+
+def test_a_base_that_does_not_show_the_concept_is_no_erasure() -> None:
+    found = searched(lambda s: 0.01, lambda s: 1.0, leakage=0.05)
+    assert (found.smallest, found.strength) == (None, None)
+    assert "the base itself hardly shows the concept" in found.message
+    assert not found.exceptions
 
 
 def test_strengths_without_a_verdict_do_not_erase() -> None:
@@ -134,6 +143,10 @@ def test_a_real_calibration_is_what_evaluate_measures_and_resumes_from_its_cache
     assert code == (0 if found.strength is not None else 1)
     assert {0.0, 1.0, 1.5} <= {point.strength for point in found.points}
     assert read_calibration(run, "other weights") is None
+    other = {**record, "base_sha256": "of another base"}
+    (run / "calibration.json").write_text(json.dumps(other))
+    assert read_calibration(run, record["sha256"]) is None
+    (run / "calibration.json").write_text(json.dumps(record))
 
     monkeypatch.setattr(sampling, "generate_images", pytest.fail)
     options: dict[str, Any] = {"num_images": 4, "num_keep_images": 2, "num_inference_steps": 2, "render_batch_size": 8}
@@ -145,6 +158,14 @@ def test_a_real_calibration_is_what_evaluate_measures_and_resumes_from_its_cache
     assert at_one.leakage_high == high
     (base,) = (point for point in found.points if point.strength == 0)
     assert base.retention in (1.0, None)  # against itself; unknown if the base shows nothing
+
+
+def test_one_of_several_concepts_has_to_be_named(run: Path, tmp_path: Path) -> None:
+    several = Path(shutil.copytree(run, tmp_path / "several"))
+    one = yaml.safe_load((run / "concept.yaml").read_text())
+    (several / "concept.yaml").write_text(yaml.safe_dump([one, {**one, "name": "other", "caption": "another caption"}]))
+    with pytest.raises(UsageError, match='removes 2 concepts.*Choose it with --concept, for example "seven"'):
+        calibrate(run=several)
 
 
 @pytest.mark.parametrize(

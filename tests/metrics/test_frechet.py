@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from sd_unlearn.metrics.frechet import frechet_distance
+from sd_unlearn.metrics.frechet import frechet_distance, frechet_with_interval
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 RNG = np.random.default_rng(0)
@@ -39,3 +39,17 @@ def test_frechet_against_torch_fidelitys_formula() -> None:
     root = linalg.sqrtm(cov_a @ cov_b).real
     want = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(cov_a + cov_b - 2 * root)
     assert frechet_distance(a, b) == pytest.approx(want, rel=1e-8)
+
+
+def test_the_interval_covers_the_value_and_other_sets_of_as_many_images() -> None:
+    real = RNG.normal(size=(2000, 6))
+    values = [frechet_distance(RNG.normal(size=(60, 6)), real) for _ in range(40)]
+    found = frechet_with_interval(RNG.normal(size=(60, 6)), real)
+    assert found.low < found.value < found.high
+    covering = [low <= np.mean(values) <= high for low, high in (intervals(real) for _ in range(20))]
+    assert np.mean(covering) > 0.7
+
+
+def intervals(real: np.ndarray) -> tuple[float, float]:
+    found = frechet_with_interval(RNG.normal(size=(60, 6)), real)
+    return found.low, found.high
