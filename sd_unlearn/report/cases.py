@@ -69,7 +69,7 @@ def cases_of(results: Results) -> list[Case]:
     cases = []
     for concept, subject in sorted(found, key=lambda both: order[both[0].slug]):
         rows = results.rows_of(concept.slug, subject.id)
-        side_by_side = lines_of(rows)
+        side_by_side = lines_of(rows, concept.kind)
         problems = results.problems_of(concept.slug, subject.id)
         standing = standing_of(side_by_side, problems)
         if not subject.should_forget(concept.slug):
