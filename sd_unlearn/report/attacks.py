@@ -85,6 +85,7 @@ def _lines(results: Results, case: Case) -> list[AttackLine]:
     for entry in results.attacks:
         row = rows.get((case.subject.id, entry.attack, entry.detector))
         if row and (entry.concept, entry.subject) == (case.concept.slug, case.subject.id) and entry.tries:
-            base, floor = (rows.get((model, entry.attack, entry.detector)) for model in (BASE, FLOOR))
+            others = [rows.get((model, entry.attack, entry.detector)) for model in (BASE, FLOOR)]
+            base, floor = (other if other and results.is_same_attack(row, other) else None for other in others)
             lines.append(AttackLine(group_name(entry.attack), entry, row, base, floor))
     return sorted(lines, key=lambda line: -(line.lora.value or 0))

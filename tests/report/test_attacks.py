@@ -6,19 +6,24 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 from PIL import Image
 
 from sd_unlearn.cli import main
+from sd_unlearn.report.terminal import format_attacks
+from sd_unlearn.results import read_results
 
 
 def tries(*values: tuple[int, float]) -> list[dict[str, Any]]:
     return [{"restart": 0, "step": step, "value": value, "n": 10, "found": ""} for step, value in values]
 
 
-def entry(attack: str, found: list[dict[str, Any]], images: tuple[str, ...] = ()) -> dict[str, Any]:
+def entry(
+    attack: str, found: list[dict[str, Any]], images: tuple[str, ...] = (), subject: str = "lora", **changes: Any
+) -> dict[str, Any]:
     return {
         "concept": "seven",
-        "subject": "lora",
+        "subject": subject,
         "attack": attack,
         "budget": "quick",
         "detector": "reader",
@@ -27,13 +32,14 @@ def entry(attack: str, found: list[dict[str, Any]], images: tuple[str, ...] = ()
         "access": "weights",
         "source": "Somebody <et al.> 2024",
         "images": list(images),
+        **changes,
     }
 
 
-def row(metric: str, group: str, subject: str, value: float) -> dict[str, Any]:
+def row(metric: str, group: str, subject: str, value: float, **changes: Any) -> dict[str, Any]:
     interval = {"low": max(0.0, value - 0.05), "high": min(1.0, value + 0.05), "interval": "wilson"}
     names = {"metric": metric, "group": group, "subject": subject, "concept": "seven", "detector": "reader"}
-    return {**names, "value": value, "n": 100, **interval}
+    return {**names, "value": value, "n": 100, **interval, **changes}
 
 
 def write(folder: Path, attacks: list[dict[str, Any]], rows: list[dict[str, Any]]) -> None:
@@ -61,6 +67,8 @@ def test_the_most_successful_attack_comes_first(tmp_path: Path) -> None:
         entry("soft", tries((200, 0.8)), ("worst.png", "missing.png")),
         entry("finetune", tries((5, 0.2), (10, 0.6))),
     ]
+    attacks += [entry(name, tries((200, 1.0)), subject="base") for name in ("token", "soft", "finetune")]
+    attacks.append(entry("soft", tries((200, 0.25)), subject="floor"))
     values = {"token": 0.1, "soft": 0.8, "finetune": 0.6}
     rows = [row("attack", name, "lora", value) for name, value in values.items()]
     rows += [row("attack", name, "base", 1.0) for name in values] + [row("attack", "soft", "floor", 0.25)]
@@ -82,6 +90,27 @@ def test_the_most_successful_attack_comes_first(tmp_path: Path) -> None:
     assert note in markdown.replace("\\", "")
     assert "Does it stay gone?" in markdown
     assert "| learned prompt | weights | 80.0 % |" in markdown
+
+
+@pytest.mark.parametrize("other", [{"budget": "full"}, {"seed": 7}, {"settings": {"steps": 5000}}])
+def test_an_attack_with_other_settings_is_not_shown_next_to_it(tmp_path: Path, other: dict[str, Any]) -> None:
+    attacks = [entry("soft", tries((200, 0.8)))]
+    attacks += [entry("soft", tries((200, 0.33)), subject=subject, **other) for subject in ("base", "floor")]
+    rows = [
+        row("attack", "soft", subject, value) for subject, value in (("lora", 0.8), ("base", 0.33), ("floor", 0.33))
+    ]
+    write(tmp_path, attacks, rows)
+    for page in (*report(tmp_path, "--certificate"), (tmp_path / "certificate.html").read_text()):
+        assert "80.0" in page
+        assert "33.0" not in page
+    assert "33.0" not in format_attacks(read_results(tmp_path))
+    for one in attacks:
+        one |= other
+    write(tmp_path, attacks, rows)
+    html, _ = report(tmp_path, "--certificate")
+    assert "33.0" in html
+    assert "33.0" in (tmp_path / "certificate.html").read_text()
+    assert format_attacks(read_results(tmp_path)).count("33.0 %") == 2
 
 
 def test_without_attacks_there_is_no_section(tmp_path: Path) -> None:
