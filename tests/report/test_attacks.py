@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 from PIL import Image
 
 from sd_unlearn.cli import main
+from sd_unlearn.report.cases import cases_of
 from sd_unlearn.report.terminal import format_attacks
 from sd_unlearn.results import read_results
 
@@ -73,20 +75,20 @@ def test_the_most_successful_attack_comes_first(tmp_path: Path) -> None:
     rows = [row("attack", name, "lora", value) for name, value in values.items()]
     rows += [row("attack", name, "base", 1.0) for name in values] + [row("attack", "soft", "floor", 0.25)]
     write(tmp_path, attacks, rows)
-    html, markdown = report(tmp_path)
-    section = html[html.index('id="attacks"') : html.index('id="metrics"')]
+    page, markdown = report(tmp_path)
+    section = page[page.index('id="attacks"') : page.index('id="metrics"')]
     assert (
         section.index("Learned prompt") < section.index("Fine-tuning on the concept") < section.index("Learned token")
     )
     assert section.count("<img ") == 1
-    assert "half is back after 10 steps" in section
+    assert "half of the base's 100.0 % is reached after 10 steps" in html.unescape(section)
     assert "Somebody &lt;et al.&gt; 2024" in section
     assert "25.0" in section
     note = (
         "Of 3 attacks, the most successful (learned prompt) brings it back in 80.0 %; from a model that never saw it, "
     )
     note += "25.0 %."
-    assert note in html.replace("\u00a0", " ")
+    assert note in page.replace("\u00a0", " ")
     assert note in markdown.replace("\\", "")
     assert "Does it stay gone?" in markdown
     assert "| learned prompt | weights | 80.0 % |" in markdown
@@ -107,26 +109,68 @@ def test_an_attack_with_other_settings_is_not_shown_next_to_it(tmp_path: Path, o
     for one in attacks:
         one |= other
     write(tmp_path, attacks, rows)
-    html, _ = report(tmp_path, "--certificate")
-    assert "33.0" in html
+    page, _ = report(tmp_path, "--certificate")
+    assert "33.0" in page
     assert "33.0" in (tmp_path / "certificate.html").read_text()
     assert format_attacks(read_results(tmp_path)).count("33.0 %") == 2
 
 
+@pytest.mark.parametrize(("lora", "text"), [(0.45, "is reached after 10 steps"), (0.2, "is not reached in 10 steps")])
+def test_fine_tuning_is_half_back_at_half_of_what_the_base_shows(tmp_path: Path, lora: float, text: str) -> None:
+    values = (("base", 0.45), ("lora", lora))
+    attacks = [entry("finetune", tries((5, 0.1), (10, value)), subject=name) for name, value in values]
+    write(tmp_path, attacks, [row("attack", "finetune", name, value) for name, value in values])
+    for page in report(tmp_path):
+        assert f"quick, 1 restart, 2 tries; half of the base's 45.0 % {text}" in html.unescape(page)
+
+
+def test_with_two_detectors_the_headline_is_about_the_one_that_gives_the_verdict(tmp_path: Path) -> None:
+    values = {("token", "reader"): 0.1, ("soft", "reader"): 0.3, ("token", "clip"): 0.9, ("soft", "clip"): 0.2}
+    names = [f"{attack}-{detector}.png" for attack, detector in values]
+    for name in names:
+        Image.new("RGB", (8, 8), "red").save(tmp_path / name)
+    attacks = [
+        entry(attack, tries((200, value)), (name,), detector=detector)
+        for name, ((attack, detector), value) in zip(names, values.items(), strict=True)
+    ]
+    rows = [row("attack", name, "lora", value, detector=detector) for (name, detector), value in values.items()]
+    write(tmp_path, attacks, rows)
+    page, markdown = report(tmp_path)
+    assert "Of 2 attacks, the most successful (learned prompt) brings it back in 30.0 %." in page.replace("\u00a0", " ")
+    assert "Images of the most successful attack: learned prompt." in page
+    section = page[page.index('id="attacks"') : page.index('id="metrics"')]
+    assert (section.count(">clip</td>"), section.count(">reader</td>")) == (2, 2)
+    assert "| learned token | weights | 90.0 % |" in markdown
+    assert markdown.count("| clip | quick, 1 restart, 1 try |") == 2
+    head, _, *lines = format_attacks(read_results(tmp_path)).splitlines()
+    assert head.endswith("detector")
+    assert {line.split()[-1] for line in lines} == {"reader", "clip"}
+    [case] = cases_of(read_results(tmp_path))
+    assert [(line.group, line.main.value) for line in case.attacks] == [("soft", 0.3), ("token", 0.1)]
+
+
+def test_one_detector_is_not_named_in_the_tables(tmp_path: Path) -> None:
+    write(tmp_path, [entry("soft", tries((200, 0.8)))], [row("attack", "soft", "lora", 0.8)])
+    page, markdown = report(tmp_path)
+    assert ">Detector</th>" not in page[page.index('id="attacks"') : page.index('id="metrics"')]
+    assert "| n | effort |" in markdown
+    assert "detector" not in format_attacks(read_results(tmp_path))
+
+
 def test_without_attacks_there_is_no_section(tmp_path: Path) -> None:
     write(tmp_path, [], [])
-    html, markdown = report(tmp_path)
-    assert 'id="attacks"' not in html
+    page, markdown = report(tmp_path)
+    assert 'id="attacks"' not in page
     assert "Does it stay gone?" not in markdown
-    assert "sd-unlearn attack tries" in html
+    assert "sd-unlearn attack tries" in page
 
 
 def test_without_a_floor_no_column_for_it(tmp_path: Path) -> None:
     write(tmp_path, [entry("benign", tries((20, 0.0)))], [row("attack", "benign", "lora", 0.0)])
-    html, _ = report(tmp_path)
-    section = html[html.index('id="attacks"') : html.index('id="metrics"')]
+    page, _ = report(tmp_path)
+    section = page[page.index('id="attacks"') : page.index('id="metrics"')]
     assert "From the floor</th>" not in section
-    assert "half is not back after 20 steps" in section
+    assert "50 % is not reached in 20 steps" in section
 
 
 def test_the_certificate_lists_attacks_before_other_metrics(tmp_path: Path) -> None:
