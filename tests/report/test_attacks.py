@@ -12,6 +12,7 @@ from PIL import Image
 
 from sd_unlearn.cli import main
 from sd_unlearn.report.cases import cases_of
+from sd_unlearn.report.metric_names import group_name
 from sd_unlearn.report.terminal import format_attacks
 from sd_unlearn.results import read_results
 
@@ -179,3 +180,31 @@ def test_the_certificate_lists_attacks_before_other_metrics(tmp_path: Path) -> N
     report(tmp_path, "--certificate")
     page = (tmp_path / "certificate.html").read_text()
     assert page.index("learned prompt") < page.index("Retention")
+
+
+def test_the_certificate_has_retention_and_the_most_successful_of_many_attacks(tmp_path: Path) -> None:
+    names = ["prefix", "hard", "token", "soft", "ring", "noise", "inversion", "completion", "finetune", "benign"]
+    names += ["strength", "quantisation"]
+    values = {name: (i + 1) / 20 for i, name in enumerate(names)}
+    attacks = [entry(name, tries((200, value))) for name, value in values.items()]
+    rows = [row("attack", name, "lora", value) for name, value in values.items()]
+    rows += [row("retention", "kept", "lora", 0.9), row("clean_replacement", "direct", "lora", 0.95)]
+    write(tmp_path, attacks, [*rows, row("drift", "kept", "lora", 0.1)])
+    report(tmp_path, "--certificate")
+    page = (tmp_path / "certificate.html").read_text()
+    table = page[page.index("<tbody>") : page.index("</tbody>")]
+    shown = [group_name(name) for name in reversed(names)][:9]
+    assert [table.index(name) for name in shown] == sorted(table.index(name) for name in shown)
+    assert table.count("<tr>") == 12
+    assert table.count("Retention") == table.count("Clean replacement") == 1
+    assert group_name("prefix") not in table
+    assert "3 further attacks and 1 further line are in the report." in page
+    assert "Only the prompts and attacks counted here were tried." in page
+
+
+def test_a_certificate_without_attacks_says_that_only_prompts_were_tried(tmp_path: Path) -> None:
+    write(tmp_path, [], [])
+    report(tmp_path, "--certificate")
+    page = (tmp_path / "certificate.html").read_text()
+    assert "Only the prompts counted here were tried." in page
+    assert "further" not in page[page.index("What was measured") :]
