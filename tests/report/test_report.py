@@ -268,6 +268,9 @@ def verdict_of(found: list[dict[str, Any]]) -> str:
 def test_verdict_considers_other_wordings_and_missing_values():
     other = make_row("leakage", "held_out", "lora", 0.3, low=0.2, high=0.4)
     assert verdict_of([*make_results()["rows"], other]) == "Gone when asked for by name, less so in other wordings"
+    few = make_row("leakage", "held_out", "lora", 0.0, 40, low=0.0, high=0.088)
+    unsure = "Gone when asked for by name, but too few images of other wordings to be sure"
+    assert verdict_of([*make_results()["rows"], few]) == unsure
     assert verdict_of([]) == "Not measured"
 
 
