@@ -93,6 +93,8 @@ def test_the_most_successful_attack_comes_first(tmp_path: Path) -> None:
     assert note in markdown.replace("\\", "")
     assert "Does it stay gone?" in markdown
     assert "| learned prompt | weights | 80.0 % |" in markdown
+    for text in (section, markdown):
+        assert "interval is that of the best try alone" in text.replace("&nbsp;", " ")
 
 
 @pytest.mark.parametrize("other", [{"budget": "full"}, {"seed": 7}, {"settings": {"steps": 5000}}])
