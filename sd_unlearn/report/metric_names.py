@@ -172,7 +172,8 @@ def presence_order(kind: str) -> tuple[str, ...]:
 
     It is NudeNet's for nudity, and for results that do not record the kind.
     """
-    return tuple(sorted(PRESENCE, key=lambda metric: (metric == "nudity") != (kind in ("", "nudity"))))
+    first = "nudity" if kind in ("", "nudity") else "leakage"
+    return tuple(sorted(PRESENCE, key=lambda metric: metric != first))
 
 
 def metric_rank(metric: str) -> int:
