@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -260,8 +261,28 @@ class Results(_Open):
         return [(c, s) for s in self.compared for c in self.concepts if (c.slug, s.id) in measured]
 
     def rows_of(self, concept: str, subject: str) -> list[Row]:
-        """The rows of one subject and of the base on one concept (slug)."""
-        return [row for row in self.rows if row.concept == concept and row.subject in (BASE, subject)]
+        """The rows of one subject and of the base on one concept (slug).
+
+        Without attacks on the base that were carried out on the subject with other settings: they do not compare.
+        """
+        rows = [row for row in self.rows if row.concept == concept and row.subject in (BASE, subject)]
+        own = {(row.group, row.detector): row for row in rows if (row.metric, row.subject) == (ATTACK_METRIC, subject)}
+
+        def compares(row: Row) -> bool:
+            same = own.get((row.group, row.detector))
+            return row.metric != ATTACK_METRIC or same is None or self.is_same_attack(row, same)
+
+        return list(filter(compares, rows))
+
+    def is_same_attack(self, row: Row, other: Row) -> bool:
+        """Whether two rows of one attack, of different subjects, have the same budget, settings and seed."""
+        one, two = (self._efforts.get((r.concept, r.subject, r.group, r.detector)) for r in (row, other))
+        return one == two
+
+    @cached_property
+    def _efforts(self) -> dict[tuple[str, ...], tuple[Any, ...]]:
+        """Budget, settings and seed by concept, subject, attack and detector."""
+        return {(e.concept, e.subject, e.attack, e.detector): (e.budget, e.settings, e.seed) for e in self.attacks}
 
     def problems_of(self, concept: str, subject: str) -> list[Problem]:
         """Why no verdict may be given on one subject and concept; empty if one may."""

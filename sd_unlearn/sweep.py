@@ -35,6 +35,7 @@ from sd_unlearn.launch import process_count
 from sd_unlearn.metrics.registry import MetricContext, find_metrics
 from sd_unlearn.report import sweep
 from sd_unlearn.report.examples import one_of_each_prompt
+from sd_unlearn.report.lines import lines_of, presence
 from sd_unlearn.report.sweep import SWEEP
 from sd_unlearn.results import BASE, ConceptEntry, Results, SubjectEntry, as_json, read_results
 from sd_unlearn.training import trainer
@@ -273,16 +274,17 @@ def _record(
     config: TrainConfig, concept: Concept, beta: float, source: str, points: list[Point], results: list[Results]
 ) -> dict[str, Any]:
     """The content of sweep.json: of every run the rows that the report shows, with their intervals."""
-    evaluated, _ = _measured(results[0])
-    detectors = (row.detector for row in results[0].rows if row.metric in ("leakage", "nudity"))
+    evaluated, lora = _measured(results[0])
+    detected = presence(lines_of(results[0].rows_of(evaluated.slug, lora.id), evaluated.kind))
     return {
         "schema_version": sweep.SCHEMA_VERSION,
         "concept": concept.slug,
         "name": concept.name,
+        "kind": evaluated.kind,
         "caption": evaluated.caption,
         "generic": evaluated.generic,
         "base": results[0].base,
-        "detector": next(detectors, ""),
+        "detector": detected.main.detector if detected else "",
         "target": config.target,
         "factors": [p.factor for p in points],
         "beta": beta,

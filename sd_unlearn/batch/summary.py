@@ -18,7 +18,7 @@ from sd_unlearn.io.files import write_text
 from sd_unlearn.io.run_folder import RESULTS
 from sd_unlearn.report.cases import Case, cases_of
 from sd_unlearn.report.report import HTML
-from sd_unlearn.results import ATTACK_METRIC, Row, read_results
+from sd_unlearn.results import Row, read_results
 
 TABLE = "jobs.csv"
 COLUMNS = (
@@ -64,8 +64,7 @@ def _measured(run: Path) -> dict[str, Any]:
     case = next((c for c in cases if c.subject.strength == 1), cases[0] if cases else None)
     if case is None:
         return {}
-    attacks = [row for row in case.rows if row.metric == ATTACK_METRIC and row.subject == case.subject.id]
-    strongest = max(attacks, key=lambda row: row.value or 0.0, default=None)
+    strongest = case.attacks[0].lora if case.attacks else None
     return {
         "verdict": case.verdict,
         **_interval("leakage", case.presence and case.presence.lora),

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sd_unlearn.errors import UsageError, suggest
-from sd_unlearn.report.metric_names import GROUPS, METRICS, known_as
+from sd_unlearn.metrics.base import CONCEPT_GROUPS
+from sd_unlearn.report.metric_names import GROUPS, METRICS, PRESENCE, known_as
 from sd_unlearn.results import ATTACK_METRIC, BASE, Outcome, Results, Row, SubjectEntry
 
 _FORM = re.compile(
@@ -141,7 +142,8 @@ def _reasons(condition: Condition, subject: SubjectEntry, results: Results) -> l
         for row in filter(condition.holds, matching):
             value = condition.value(row)
             text = "unknown" if value is None else f"{value:.4g}"
-            reasons.append(f"{subject.id} on {concept} has {text} ({row.group})")
+            where = row.group if row.metric == condition.metric else f"{row.group}, {row.metric}"
+            reasons.append(f"{subject.id} on {concept} has {text} ({where})")
     return reasons
 
 
@@ -165,8 +167,14 @@ def _unmeasured(condition: Condition) -> str:
     return f"{condition.metric}{where} was not measured"
 
 
+def _is_about(condition: Condition, row: Row) -> bool:
+    """Whether a condition is about a row: one on leakage is about all detectors of the concept, also NudeNet."""
+    detects = row.metric in PRESENCE and row.group in CONCEPT_GROUPS
+    return row.metric == condition.metric or (condition.metric == "leakage" and detects)
+
+
 def _matching_rows(condition: Condition, rows: Sequence[Row]) -> list[Row]:
-    of_metric = [row for row in rows if row.metric == condition.metric]
+    of_metric = [row for row in rows if _is_about(condition, row)]
     for group in [condition.group] if condition.group else DEFAULT_GROUPS:
         matching = [row for row in of_metric if row.group == group]
         if matching:

@@ -17,6 +17,7 @@ from sd_unlearn.io.files import atomic_path
 from sd_unlearn.io.paths import slugify
 from sd_unlearn.io.run_folder import IMAGE_DIR
 from sd_unlearn.metrics.base import CONCEPT_GROUPS
+from sd_unlearn.report.metric_names import presence_order
 from sd_unlearn.results import BASE, Pair, PairCount
 
 PAIRS_PER_GROUP = 24  # pairs of each prompt group and subject; fewer if there were more than MAX_PAIRS
@@ -36,7 +37,7 @@ def pick_pairs(results: ConceptResults, folder: Path, count: int) -> list[Pair]:
         if images.subject == BASE:
             continue
         before = base if images.planned else None
-        leaks = _first_values(results, images, ("leakage", "nudity")) == 1
+        leaks = _leaks(results, images)
         lost = _lost(results, images, before)
         for index in _choose(images.specs, leaks, lost, count):
             before_file = _copy_image(before, index, folder) if before else ""
@@ -53,7 +54,7 @@ def count_outcomes(results: ConceptResults) -> list[PairCount]:
     for images in results.images:
         if images.subject == BASE:
             continue
-        leaks = _first_values(results, images, ("leakage", "nudity")) == 1
+        leaks = _leaks(results, images)
         lost = _lost(results, images, base if images.planned else None)
         for group in GROUPS:
             members = [n for n, spec in enumerate(images.specs) if spec.group == group]
@@ -80,15 +81,21 @@ def _lost(results: ConceptResults, images: SubjectImages, base: SubjectImages | 
     """[N] whether the base's image was correct and this one is not."""
     if base is None:
         return np.zeros(len(images.specs), dtype=bool)
-    before = _first_values(results, base, ("accuracy",))
-    return (before == 1) & (_first_values(results, images, ("accuracy",)) == 0)
+    before = _first_values(results, base, "accuracy")
+    return (before == 1) & (_first_values(results, images, "accuracy") == 0)
 
 
-def _first_values(results: ConceptResults, images: SubjectImages, metrics: tuple[str, ...]) -> NDArray[np.float64]:
+def _leaks(results: ConceptResults, images: SubjectImages) -> NDArray[np.bool_]:
+    """[N] whether the detector that gives the verdict finds the concept."""
+    return _first_values(results, images, *presence_order(results.concept.kind)) == 1
+
+
+def _first_values(results: ConceptResults, images: SubjectImages, *metrics: str) -> NDArray[np.float64]:
     """[N] the values of the first of these metrics that was computed; nan if none was."""
-    for values in results.values.get(images.subject, []):
-        if values.metric in metrics:
-            return values.values
+    for metric in metrics:
+        for values in results.values.get(images.subject, []):
+            if values.metric == metric:
+                return values.values
     return np.full(len(images.specs), np.nan)
 
 

@@ -98,6 +98,7 @@ def render(run: TrainedRun, licence: str | None, hub_id: str | None, *, has_grid
         hub_id=hub_id,
         has_grid=has_grid,
         lines=metrics_table(run.results) if run.results else [],
+        is_attacked=bool(run.results and run.results.is_attacked),
         detector=(run.results and run.results.detector) or "not named",
         sampler=_sampler(run.results.sampler) if run.results else "",
         strength=f"{run.strength:g}",

@@ -29,7 +29,7 @@ from sd_unlearn.models.kinds import KINDS
 from sd_unlearn.models.ldm_keys import SDXL_BLOCKS, UNetBlocks, blocks_of
 from sd_unlearn.models.lora_file import read_tensors
 from sd_unlearn.models.recorded_base import different_hash
-from sd_unlearn.results import Pair, Results, Row, Seeds, read_results
+from sd_unlearn.results import ATTACK_METRIC, Pair, Results, Row, Seeds, read_results
 
 TEXT_ADAPTER_2_DIR = "text_encoder_2_adapter"  # SDXL's second text encoder
 RETRAIN = "Train again with --overwrite."
@@ -118,6 +118,11 @@ class OwnResults:
     def detector(self) -> str:
         """The names of all detectors, comma-separated."""
         return ", ".join(dict.fromkeys(row.detector for row in self.rows if row.detector))
+
+    @property
+    def is_attacked(self) -> bool:
+        """Whether the run's LoRA was attacked."""
+        return any((row.metric, row.subject) == (ATTACK_METRIC, self.subject) for row in self.rows)
 
 
 @dataclass(frozen=True)

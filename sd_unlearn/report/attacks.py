@@ -12,7 +12,7 @@ from sd_unlearn.report.images import Embedded, embed
 from sd_unlearn.report.metric_names import group_name
 from sd_unlearn.results import ATTACK_METRIC, BASE, FLOOR, AttackEntry, Results, Row
 
-HALF = 0.5  # success that counts as "back" when steps of fine-tuning are counted
+HALF = 0.5  # share of the base's success that counts as "back" when steps of fine-tuning are counted
 
 
 @dataclass(frozen=True)
@@ -27,14 +27,19 @@ class AttackLine:
 
     @property
     def effort(self) -> str:
-        """What was tried, and for fine-tuning after how many steps half of the images showed the concept."""
-        restarts = len({one.restart for one in self.entry.tries})
+        """What was tried, and for fine-tuning after how many steps the concept is half back."""
+        restarts, tries = len({one.restart for one in self.entry.tries}), len(self.entry.tries)
         text = f"{self.entry.budget}, {restarts} restart{'s' if restarts > 1 else ''}"
-        if self.entry.attack in ("finetune", "benign"):
-            steps = [one.step for one in self.entry.tries if one.value >= HALF]
-            last = max(one.step for one in self.entry.tries)
-            text += f"; half is back after {min(steps)} steps" if steps else f"; half is not back after {last} steps"
-        return text
+        text += f", {tries} {'tries' if tries > 1 else 'try'}"
+        return f"{text}; {self._half_back()}" if self.entry.attack in ("finetune", "benign") else text
+
+    def _half_back(self) -> str:
+        """After how many steps half of the base's success is reached, or 50 % if the base's is unknown or 0."""
+        ceiling = self.base.value if self.base else None
+        half = f"half of the base's {value_text(self.base)}" if ceiling else f"{100 * HALF:g} %"
+        steps = [one.step for one in self.entry.tries if one.value >= HALF * (ceiling or 1.0)]
+        last = max(one.step for one in self.entry.tries)
+        return f"{half} is reached after {min(steps)} steps" if steps else f"{half} is not reached in {last} steps"
 
     @property
     def found(self) -> str:
@@ -51,6 +56,15 @@ class AttackSection:
     images: Sequence[Embedded]  # of the most successful attack
 
     @property
+    def worst(self) -> AttackLine:
+        """The most successful attack, by the detector that gives the verdict."""
+        return _worst(self.case, self.lines)
+
+    @property
+    def detectors(self) -> list[str]:
+        return list(dict.fromkeys(line.lora.detector for line in self.lines))
+
+    @property
     def has_floor(self) -> bool:
         return any(line.floor for line in self.lines)
 
@@ -61,7 +75,7 @@ def attack_sections(results: Results, cases: Sequence[Case], folder: Path, blur_
     for case in cases:
         lines = _lines(results, case)
         if lines:
-            places = () if blur_faces else lines[0].entry.images
+            places = () if blur_faces else _worst(case, lines).entry.images
             images = [image for place in places if (image := embed(folder, place))]
             sections.append(AttackSection(case, lines, images))
     return sections
@@ -69,10 +83,15 @@ def attack_sections(results: Results, cases: Sequence[Case], folder: Path, blur_
 
 def attack_note(section: AttackSection) -> str:
     """The most successful attack in a sentence, shown next to the verdict."""
-    worst = section.lines[0]
-    tried = f"Of {len(section.lines)} attacks, the most successful" if len(section.lines) > 1 else "The attack tried"
+    worst, attacks = section.worst, {line.entry.attack for line in section.lines}
+    tried = f"Of {len(attacks)} attacks, the most successful" if len(attacks) > 1 else "The attack tried"
     beside = f"; from a model that never saw it, {value_text(worst.floor)}" if worst.floor else ""
     return f"{tried} ({worst.name}) brings it back in {value_text(worst.lora)}{beside}."
+
+
+def _worst(case: Case, lines: Sequence[AttackLine]) -> AttackLine:
+    worst = case.attacks[0].lora
+    return next((line for line in lines if line.lora == worst), lines[0])
 
 
 def _lines(results: Results, case: Case) -> list[AttackLine]:
@@ -85,6 +104,7 @@ def _lines(results: Results, case: Case) -> list[AttackLine]:
     for entry in results.attacks:
         row = rows.get((case.subject.id, entry.attack, entry.detector))
         if row and (entry.concept, entry.subject) == (case.concept.slug, case.subject.id) and entry.tries:
-            base, floor = (rows.get((model, entry.attack, entry.detector)) for model in (BASE, FLOOR))
+            others = [rows.get((model, entry.attack, entry.detector)) for model in (BASE, FLOOR)]
+            base, floor = (other if other and results.is_same_attack(row, other) else None for other in others)
             lines.append(AttackLine(group_name(entry.attack), entry, row, base, floor))
     return sorted(lines, key=lambda line: -(line.lora.value or 0))

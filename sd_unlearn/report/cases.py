@@ -9,7 +9,7 @@ from sd_unlearn.report import lines
 from sd_unlearn.report.formatting import WITHOUT
 from sd_unlearn.report.lines import KEPT, Line, lines_of, presence
 from sd_unlearn.report.verdict import STANDINGS, explain, standing_of
-from sd_unlearn.results import BASE, ConceptEntry, Problem, Results, Row, SubjectEntry
+from sd_unlearn.results import ATTACK_METRIC, BASE, ConceptEntry, Problem, Results, Row, SubjectEntry
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,19 @@ class Case:
     def retention(self) -> Line | None:
         return self.pick("retention", *KEPT)
 
+    @property
+    def attacks(self) -> list[Line]:
+        """The attacks on the LoRA, the most successful first, by one detector.
+
+        It is the one that gives the verdict, or the first in results.json if that one judged no attack.
+        """
+        found = [line for line in self.lines if line.metric == ATTACK_METRIC and line.lora]
+        names = [line.main.detector for line in found]
+        detector = self.presence.main.detector if self.presence else ""
+        if found and detector not in names:
+            detector = names[0]
+        return sorted((x for x in found if x.main.detector == detector), key=lambda line: -(line.main.value or 0.0))
+
     def pick(self, metric: str, *groups: str) -> Line | None:
         return lines.pick(self.lines, metric, *groups)
 
@@ -69,7 +82,7 @@ def cases_of(results: Results) -> list[Case]:
     cases = []
     for concept, subject in sorted(found, key=lambda both: order[both[0].slug]):
         rows = results.rows_of(concept.slug, subject.id)
-        side_by_side = lines_of(rows)
+        side_by_side = lines_of(rows, concept.kind)
         problems = results.problems_of(concept.slug, subject.id)
         standing = standing_of(side_by_side, problems)
         if not subject.should_forget(concept.slug):

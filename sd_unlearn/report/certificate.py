@@ -10,6 +10,7 @@ from typing import Any
 from sd_unlearn.io.run_folder import RESULTS
 from sd_unlearn.report.cases import Case
 from sd_unlearn.report.formatting import number, value_text
+from sd_unlearn.report.jinja import count
 from sd_unlearn.report.lines import Line, presence
 from sd_unlearn.report.metric_cards import MetricCard, cards_of
 from sd_unlearn.report.metric_names import PRESENCE, REPORT_ONLY, group_name
@@ -18,11 +19,18 @@ from sd_unlearn.report.verdict import GONE
 from sd_unlearn.results import ATTACK_METRIC, Results
 
 MOST = 12  # lines of the table; the report has all of them
+ALWAYS = ("retention", "clean_replacement")  # metrics that are never left out
+NOT_ATTACKED = (
+    "Only the prompts counted here were tried. Other wordings, input images, or prompts optimized to find the concept "
+    "may bring it back."
+)
+ATTACKED = (
+    "Only the prompts and attacks counted here were tried. Other wordings, or stronger attacks, with more steps or "
+    "another start, may bring more back."
+)
 LIMITS = (
     "The values hold for this LoRA file at this strength, on this base, with this sampler. Without the LoRA the base "
     "generates the concept as before.",
-    "Only the prompts counted here were tried. Other wordings, input images, or prompts optimized to find the concept "
-    "may bring it back.",
     "Detectors make errors; their known errors are listed with them. The intervals cover the random choice of images, "
     "not detector errors.",
 )
@@ -36,27 +44,50 @@ def certificate(folder: Path, results: Results, cases: Sequence[Case]) -> dict[s
         "results": results,
         "base": base_record(results.base),
         "digest": hashlib.sha256((folder / RESULTS).read_bytes()).hexdigest(),
-        "limits": LIMITS,
         "gone": GONE,
         "pages": [_page(case, cards) for case in targets],
     }
 
 
 def _page(case: Case, cards: Mapping[str, MetricCard]) -> dict[str, Any]:
-    main = [line for group in ("direct", "held_out", "generic") if (line := presence(case.lines, group))]
-    rest = [line for line in case.lines if line.lora and not any(line is other for other in main)]
-    first = (*PRESENCE, ATTACK_METRIC)  # other detectors of the concept, then attacks
-    rest.sort(key=lambda line: first.index(line.metric) if line.metric in first else len(first))
-    shown = [*main, *(line for line in rest if line.metric not in REPORT_ONLY)][:MOST]
+    shown, left_out = _chosen(case)
     detectors = dict.fromkeys(line.main.detector for line in shown if line.main.detector)
     return {
         "case": case,
         "lines": shown,
-        "left_out": len(main) + len(rest) - len(shown),
+        "left_out": _further(shown, left_out),
+        "limits": (LIMITS[0], ATTACKED if case.attacks else NOT_ATTACKED, *LIMITS[1:]),
         "remaining": remaining(case),
         "detectors": [cards[detector] for detector in detectors],
         "untried": [group_name(group) for group in ("held_out", "alike", "general") if not _measured(case, group)],
     }
+
+
+def _chosen(case: Case) -> tuple[list[Line], list[Line]]:
+    """The lines of the table, and those that only the report has. Of many attacks, the most successful are shown."""
+    lines = [line for line in case.lines if line.lora]
+    main = [line for group in ("direct", "held_out", "generic") if (line := presence(case.lines, group))]
+    always = [line for line in lines if line.metric in ALWAYS]
+    others = [line for line in lines if line.metric in PRESENCE and not any(line is one for one in main)]
+    attacks = sorted(
+        (line for line in lines if line.metric == ATTACK_METRIC), key=lambda line: -(line.main.value or 0.0)
+    )
+    apart = (*PRESENCE, *ALWAYS, ATTACK_METRIC, *REPORT_ONLY)
+    rest = [*others, *attacks, *(line for line in lines if line.metric not in apart)]
+    room = max(0, MOST - len(main) - len(always))
+    of_concept = min(room, len(others) + len(attacks))
+    shown = [*main, *rest[:of_concept], *always, *rest[of_concept:room]]
+    return shown, [line for line in lines if not any(line is one for one in shown)]
+
+
+def _further(shown: Sequence[Line], left_out: Sequence[Line]) -> str:
+    """How many attacks and other lines are left out, as a sentence; "" if none is."""
+    known = {line.group for line in shown if line.metric == ATTACK_METRIC}
+    attacks = {line.group for line in left_out if line.metric == ATTACK_METRIC} - known
+    lines = sum(line.metric != ATTACK_METRIC or line.group in known for line in left_out)
+    counts = ((len(attacks), "further attack"), (lines, "further line"))
+    text = " and ".join(count(number, what) for number, what in counts if number)
+    return text and f"{text} {'is' if len(attacks) + lines == 1 else 'are'} in the report."
 
 
 def remaining(case: Case) -> list[str]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from sd_unlearn.report.formatting import finite, sentence
 from sd_unlearn.report.lines import KEPT, Line, pick, presence
-from sd_unlearn.report.verdict import GONE, standing_of
+from sd_unlearn.report.verdict import standing_of
 from sd_unlearn.results import Problem
 
 
@@ -28,9 +28,7 @@ class Outcome:
     @property
     def is_unsure(self) -> bool:
         """Whether it may be gone, but the intervals are too wide to tell."""
-        other = presence(self.lines, "held_out")
-        seldom = other is not None and other.lora is not None and finite(other.lora.value) and other.lora.value <= GONE
-        return self.standing == "nearly" or (self.standing == "partly" and seldom)
+        return self.standing in ("nearly", "unsure")
 
     @property
     def label(self) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from sd_unlearn.report.metric_names import PRESENCE, group_rank, known_as, metric_rank
+from sd_unlearn.report.metric_names import PRESENCE, group_rank, known_as, metric_rank, presence_order
 from sd_unlearn.results import BASE, Row
 
 KEPT = ("kept", "general", "alike")  # groups for metrics of what is kept, preferred first
@@ -32,8 +32,14 @@ class Line(NamedTuple):
         return " / ".join(f"{n:,}" for n in counts)
 
 
-def lines_of(rows: Iterable[Row]) -> list[Line]:
-    """Combine the rows of the base and of one LoRA; known metrics and groups come first, none is dropped."""
+def lines_of(rows: Iterable[Row], kind: str = "") -> list[Line]:
+    """Combine the rows of the base and of one LoRA; known metrics and groups come first, none is dropped.
+
+    What detects the concept comes before everything else: for each group, first the detector that gives the verdict.
+
+    Args:
+        kind: Of the concept; "" if unknown.
+    """
     found: dict[tuple[str, str, str, int], dict[bool, Row]] = {}
     for row in rows:
         repeat, is_base = 0, row.subject == BASE
@@ -42,7 +48,14 @@ def lines_of(rows: Iterable[Row]) -> list[Line]:
             repeat += 1
         found[row.metric, row.group, row.detector, repeat][is_base] = row
     lines = [Line(metric, group, both.get(True), both.get(False)) for (metric, group, *_), both in found.items()]
-    return sorted(lines, key=lambda line: (metric_rank(line.metric), group_rank(line.group)))
+    order = presence_order(kind)
+
+    def place(line: Line) -> tuple[int, int, int]:
+        if line.metric in order:
+            return -1, group_rank(line.group), order.index(line.metric)
+        return metric_rank(line.metric), group_rank(line.group), 0
+
+    return sorted(lines, key=place)
 
 
 def pick(lines: Sequence[Line], metric: str, *groups: str) -> Line | None:
@@ -52,14 +65,10 @@ def pick(lines: Sequence[Line], metric: str, *groups: str) -> Line | None:
 
 
 def presence(lines: Sequence[Line], group: str = "direct") -> Line | None:
-    """How often the concept was detected on a group, by the first detector in results.json."""
+    """How often the concept was detected on a group, by the detector that gives the verdict."""
     return next(iter(presence_by_detector(lines, group)), None)
 
 
 def presence_by_detector(lines: Sequence[Line], group: str) -> list[Line]:
-    """How often each detector found the concept on a group, in the order of results.json."""
-    for metric in PRESENCE:
-        hits = [x for x in lines if (x.metric, x.group) == (metric, group) and x.lora]
-        if hits:
-            return hits
-    return []
+    """How often each detector found the concept on a group, the one that gives the verdict first. lines: lines_of."""
+    return [x for x in lines if x.metric in PRESENCE and x.group == group and x.lora]

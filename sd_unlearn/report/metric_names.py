@@ -15,7 +15,7 @@ class Metric(NamedTuple):
     higher_is_better: bool = False
     is_share: bool = False  # always between 0 and 1
     of_concept: bool = False  # measures the concept itself, so it does not apply to LoRAs that erase another one
-    gives_verdict: bool = False  # the share of images that show the concept; the first that was measured decides
+    gives_verdict: bool = False  # the share of images that show the concept
 
 
 # In the order of the tables. Keys are names of results.json without a model: cmmd-ViT-L-14 is "cmmd" (`known_as`).
@@ -113,7 +113,7 @@ METRICS = {
         "LPIPS", "perceptual distance between an image with and without the LoRA; 0 means unchanged", is_rate=False
     ),
 }
-PRESENCE = tuple(name for name, metric in METRICS.items() if metric.gives_verdict)  # preferred first
+PRESENCE = tuple(name for name, metric in METRICS.items() if metric.gives_verdict)
 REPORT_ONLY = ("kid-digits", "kid-emoji")  # its size has no meaning by itself; the report's full table explains it
 GROUPS = {
     "direct": ("by name", "prompts that name the concept, as in training"),
@@ -165,6 +165,15 @@ def metric_name(metric: str) -> str:
 def group_name(group: str) -> str:
     """A prompt group as people read it; an unknown group keeps its name."""
     return GROUPS[group][0] if group in GROUPS else group
+
+
+def presence_order(kind: str) -> tuple[str, ...]:
+    """PRESENCE for a kind of concept, the metric that gives the verdict first.
+
+    It is NudeNet's for nudity, and for results that do not record the kind.
+    """
+    first = "nudity" if kind in ("", "nudity") else "leakage"
+    return tuple(sorted(PRESENCE, key=lambda metric: metric != first))
 
 
 def metric_rank(metric: str) -> int:

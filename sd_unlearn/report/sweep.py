@@ -67,7 +67,7 @@ def write(output: Path, record: dict[str, Any]) -> Path:
 
 def context(record: dict[str, Any], rows: Sequence[Sequence[Row]]) -> dict[str, Any]:
     """Everything the templates show. rows: of each run."""
-    lines = [lines_of(found) for found in rows]
+    lines = [lines_of(found, record.get("kind", "")) for found in rows]
     outcomes = [
         Outcome(run["factor"], x, [Problem(**problem) for problem in run.get("problems", ())])
         for run, x in zip(record["runs"], lines, strict=True)
@@ -132,8 +132,8 @@ def describe_factors(record: dict[str, Any]) -> str:
 
 
 def _cell(lines: Sequence[Line], metric: str, group: str) -> Line | None:
-    """For nudity, the share of nude images takes the place of leakage."""
-    return pick(lines, metric, group) or (pick(lines, "nudity", group) if metric == "leakage" else None)
+    """Leakage is that of the detector that gives the verdict: for nudity, the share of nude images."""
+    return presence(lines, group) if metric == "leakage" else pick(lines, metric, group)
 
 
 def _base(column: tuple[Line | None, ...]) -> Row | None:

@@ -43,17 +43,22 @@ def format_table(results: Results) -> str:
 def format_attacks(results: Results) -> str:
     """An aligned table of the attacks: how often each brought the concept back, from the LoRA and from the base.
 
+    Base and floor have a value only if they were attacked with the same settings. Several detectors are named.
+
     Without a LoRA, the attacks on the base and on the floor have lines of their own.
     """
     rows = {(row.concept, row.subject, row.group, row.detector): row for row in results.rows if row.metric == "attack"}
-    shown, lines = {subject for _, subject, _, _ in rows} - {BASE, FLOOR} or {BASE, FLOOR}, []
+    shown = {subject for _, subject, _, _ in rows} - {BASE, FLOOR} or {BASE, FLOOR}
+    several, lines = len({detector for *_, detector in rows}) > 1, []
     for (concept, subject, group, detector), row in rows.items():
         if subject in shown:
-            base, floor = (rows.get((concept, model, group, detector)) for model in (BASE, FLOOR))
+            others = [rows.get((concept, model, group, detector)) for model in (BASE, FLOOR)]
+            base, floor = (other if other and results.is_same_attack(row, other) else None for other in others)
             name = f"{subject} ({concept})" if len(results.concepts) > 1 else subject
-            values = [value_text(one) if one else NONE for one in (row, floor, base)]
-            lines.append((group, name, values[0], interval_text(row), *values[1:], str(row.n)))
-    return "\n".join(_aligned([ATTACKS, *lines]))
+            values = [value_text(one) for one in (row, floor, base)]
+            line = (group, name, values[0], interval_text(row), *values[1:], str(row.n))
+            lines.append((*line, detector) if several else line)
+    return "\n".join(_aligned([(*ATTACKS, "detector") if several else ATTACKS, *lines]))
 
 
 def _line(case: Case) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ GONE = 0.05  # a concept is gone when the whole interval of its leakage lies at 
 BROKEN = "retention"  # kind of the problem that the model lost its other abilities; all other kinds: cannot tell
 STANDINGS = {
     "gone": "Gone",
+    "unsure": "Gone when asked for by name, but too few images of other wordings to be sure",
     "partly": "Gone when asked for by name, less so in other wordings",
     "nearly": "Nearly gone, but too few images to be sure",
     "weaker": "Weaker, but still there",
@@ -35,9 +36,10 @@ def standing_of(lines: Sequence[Line], problems: Sequence[Problem] = ()) -> str:
     if direct is None or direct.lora is None:
         return "unmeasured"
     standing = _compare(direct.lora, direct.base)
-    if standing == "gone" and other and other.lora and _compare(other.lora, other.base) not in ("gone", "never"):
-        return "partly"
-    return standing
+    if standing != "gone" or other is None or other.lora is None:
+        return standing
+    wordings = _compare(other.lora, other.base)
+    return {"gone": "gone", "never": "gone", "nearly": "unsure", "unmeasured": "unsure"}.get(wordings, "partly")
 
 
 def _compare(lora: Row, base: Row | None) -> str:

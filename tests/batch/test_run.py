@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from batch_runs import IMAGES, InThisProcess, plan_of, write_concept_file, write_list
 from evaluation_runs import DIGIT_FILE
+from report_results import make_results, make_row
 
 from sd_unlearn import cli
 from sd_unlearn.batch import batch
@@ -18,9 +19,10 @@ from sd_unlearn.batch.job_list import JobList
 from sd_unlearn.batch.record import read_state, status_of
 from sd_unlearn.batch.run import Run
 from sd_unlearn.batch.summary import write_table
+from sd_unlearn.io.files import write_json
 from sd_unlearn.io.lock import locked
 from sd_unlearn.io.progress import Progress
-from sd_unlearn.io.run_folder import weights_sha256
+from sd_unlearn.io.run_folder import RESULTS, weights_sha256
 from sd_unlearn.results import BASE, read_results
 
 Engines = list[InThisProcess]
@@ -84,6 +86,24 @@ def test_a_second_run_does_only_what_is_missing(
     capsys.readouterr()
     assert cli.main(["batch", "status", str(tmp_path / "more.yaml")]) == 0
     assert "3 tasks of 2 jobs: 3 done." in capsys.readouterr().out
+
+
+def test_the_table_has_the_strongest_attack_by_the_detector_that_gives_the_verdict(
+    tiny_base: Path, tmp_path: Path
+) -> None:
+    plan = plan_of(write_list(tmp_path / "jobs.yaml", tiny_base, stages=["evaluate", "attack"]))
+    [job] = plan.lines
+    assert job.run
+    rows = [
+        make_row("leakage", "direct", "lora", 0.0),
+        make_row("attack", "token", "lora", 0.9, detector="clip"),
+        make_row("attack", "token", "lora", 0.1),
+        make_row("attack", "soft", "lora", 0.3),
+    ]
+    job.run.mkdir(parents=True)
+    write_json(job.run / RESULTS, make_results(rows=rows))
+    [line] = table(write_table(plan, {}))
+    assert (line["strongest_attack"], line["attack"]) == ("soft", "0.3")
 
 
 @pytest.mark.usefixtures("one_thread")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -214,6 +215,17 @@ def test_pairs_are_picked_without_metrics_of_single_images(tmp_path: Path) -> No
     pairs = pick_pairs(ConceptResults(CONCEPT, images), tmp_path / "out", 5)
     assert [(pair.subject, pair.leak, pair.image_read) for pair in pairs] == [("mine", False, "")] * 2
     assert all((tmp_path / "out" / file).is_file() for pair in pairs for file in (pair.base, pair.image))
+
+
+@pytest.mark.parametrize(("kind", "leak"), [("nudity", True), ("person", False)])
+def test_pairs_leak_by_the_detector_that_gives_the_verdict(tmp_path: Path, kind: Any, leak: bool) -> None:
+    concept = dataclasses.replace(CONCEPT, kind=kind)
+    specs = plan_images(concept, Tier(1, 0, 0, 0, 0), [0])
+    images = [SubjectImages("mine", specs, save(tmp_path / "mine", {spec.file_name: 1 for spec in specs}), None)]
+    found = [ImageValues(name, ("direct",), np.array([value])) for name, value in (("leakage", 0.0), ("nudity", 1.0))]
+    for values in (found, found[::-1]):
+        (pair,) = pick_pairs(ConceptResults(concept, images, values={"mine": values}), tmp_path / "out", 5)
+        assert pair.leak == leak
 
 
 def test_lost_pairs_are_shown_as_leaks_are(tmp_path: Path) -> None:

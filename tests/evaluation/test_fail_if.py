@@ -79,6 +79,14 @@ def test_default_group_is_direct_then_kept() -> None:
     assert len(met("retention<0.9", found)) == 1
 
 
+def test_a_condition_on_leakage_also_checks_the_images_that_nudenet_finds() -> None:
+    found = results(("a", "leakage", "direct", 0.0), ("a", "nudity", "direct", 0.9), ("a", "nudity", "kept", 0.9))
+    assert met("leakage>5%", found) == ["leakage>5%: a on seven has 0.9 (direct, nudity)"]
+    assert met("leakage.kept>5%", found) == ["leakage.kept>5%: a on seven: leakage on kept prompts was not measured"]
+    assert met("nudity>5%", results(("a", "leakage", "direct", 0.9), ("a", "nudity", "direct", 0.0))) == []
+    assert met("leakage>5%", results(("a", "nudity", "direct", 0.0))) == []
+
+
 def test_conditions_apply_at_strength_1() -> None:
     found = results(("a at 0", "leakage", "direct", 0.9), ("a at 1", "leakage", "direct", 0.0))
     assert met("leakage>0.1", found) == []

@@ -18,6 +18,7 @@ from PIL import Image
 from sd_unlearn.data.concept import Concept, write_concept
 from sd_unlearn.export import metadata, model_card, trained_run
 from sd_unlearn.io.files import write_json
+from sd_unlearn.io.reading import read_json
 
 HUB_BASE = "stabilityai/stable-diffusion-xl-base-1.0"
 EVIL = '</td>![x](http://a.b/c.png) <script>alert(1)</script> [y](javascript:z) | `k` **b** http://a.b www.a.b "q"\n# h'
@@ -44,6 +45,18 @@ def test_the_card_has_metrics_with_intervals_and_usage(tmp_path: Path) -> None:
     assert f"<lora:{SLUG}:1>" in text
     assert "Weight 0 brings the concept back" in text
     assert "](pairs.png)" in text
+
+
+@pytest.mark.parametrize("is_attacked", [True, False])
+def test_the_card_says_whether_attacks_were_tried(tmp_path: Path, is_attacked: bool) -> None:
+    evaluated(tmp_path)
+    results = read_json(tmp_path / "results.json")
+    attack = {**results["rows"][0], "metric": "attack", "group": "soft", "subject": "mine" if is_attacked else "base"}
+    write_json(tmp_path / "results.json", results | {"rows": [*results["rows"], attack]})
+    exported(tmp_path)
+    _, text = page(tmp_path)
+    assert ("prompts and attacks of the table were tested" in " ".join(text.split())) == is_attacked
+    assert ("Only the prompts of the evaluation were tested" in text) != is_attacked
 
 
 def html_text(cell: str) -> str:

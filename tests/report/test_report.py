@@ -26,7 +26,7 @@ from sd_unlearn.io import files
 from sd_unlearn.io.own_files import REPORT, check_own_reports, is_own_report
 from sd_unlearn.report import formatting, images, jinja
 from sd_unlearn.report.axes import ticks
-from sd_unlearn.report.cases import cases_of
+from sd_unlearn.report.cases import Case, cases_of
 from sd_unlearn.report.examples import choose
 from sd_unlearn.report.lines import lines_of
 from sd_unlearn.report.preview import preview
@@ -268,7 +268,38 @@ def verdict_of(found: list[dict[str, Any]]) -> str:
 def test_verdict_considers_other_wordings_and_missing_values():
     other = make_row("leakage", "held_out", "lora", 0.3, low=0.2, high=0.4)
     assert verdict_of([*make_results()["rows"], other]) == "Gone when asked for by name, less so in other wordings"
+    few = make_row("leakage", "held_out", "lora", 0.0, 40, low=0.0, high=0.088)
+    unsure = "Gone when asked for by name, but too few images of other wordings to be sure"
+    assert verdict_of([*make_results()["rows"], few]) == unsure
     assert verdict_of([]) == "Not measured"
+
+
+def seen_by_clip_and_nudenet(kind: str, reverse: bool = False) -> Case:
+    """A LoRA after which CLIP finds no image of the concept, and NudeNet most of them."""
+    found = [
+        make_row("leakage", "direct", "base", 0.9, low=0.85, high=0.94, detector="clip"),
+        make_row("leakage", "direct", "lora", 0.0, low=0.0, high=0.02, detector="clip"),
+        make_row("nudity", "direct", "base", 0.95, low=0.9, high=0.98, detector="nudenet"),
+        make_row("nudity", "direct", "lora", 0.9, low=0.85, high=0.94, detector="nudenet"),
+        make_row("retention", "kept", "lora", 1.0, low=0.97, high=1.01, detector="clip"),
+    ]
+    [case] = cases_of(parsed(concept={"kind": kind}, rows=found[::-1] if reverse else found))
+    return case
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_nudenet_decides_on_nudity_and_clip_is_quoted(reverse):
+    case = seen_by_clip_and_nudenet("nudity", reverse)
+    assert case.verdict == "Still there"
+    assert "90.0 %" in case.explanation
+    assert "Another detector, clip, finds it in 0.0 %" in case.explanation
+    assert [line.main.detector for line in case.lines[:2]] == ["nudenet", "clip"]
+
+
+def test_nudenet_does_not_decide_on_other_concepts():
+    case = seen_by_clip_and_nudenet("digit")
+    assert case.verdict == "Gone"
+    assert "Another detector, nudenet, finds it in 90.0 %" in case.explanation
 
 
 def test_terminal_table_is_aligned_and_starts_with_the_verdict():

@@ -182,6 +182,15 @@ def test_the_sweep_report_needs_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+def test_on_nudity_the_table_has_the_share_of_nude_images() -> None:
+    found = [make_row("leakage", "direct", "lora", 0.0), make_row("nudity", "direct", "lora", 0.9, detector="nudenet")]
+    record = make_record(kind="nudity", runs=[make_run(1, 0.0, 1.0, rows=found)])
+    content = sweep.context(record, [rows(*found)])
+    [(_, [cell, *_])] = content["table"]
+    assert cell.lora.value == 0.9
+    assert content["outcomes"][0].standing == "still"
+
+
 def outcome(factor: float, leaks: float, kept: float = 0.99, problem: str = "", held_out: float = 0.0) -> Outcome:
     """What a run achieved whose leakage has an interval of 0.02 to both sides, of an evaluation of 400 images."""
     values = (("leakage", "direct", "base", 0.96), ("leakage", "direct", "lora", leaks))
