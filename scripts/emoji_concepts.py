@@ -24,7 +24,8 @@ BUNDLED = (
     *("openmoji", "noto", "emojione", "red", "weapon"),
 )
 PROMPTS = Path(__file__).parent.parent / "prompts"
-IMAGES = "{positive: 100, unlabeled: 300, mixed_in: 16, keep: 140}  # keep: of each line, split over its alternatives"
+IMAGES = "{positive: 100, unlabeled: 300, mixed_in: 16, keep: 70}  # keep: of each line, split over its alternatives"
+IN_A_LINE = 25  # things of a keep line, so that each has about three keep images
 
 
 def concept_file(label: str) -> tuple[str, str]:
@@ -52,7 +53,7 @@ def _thing(thing: Thing) -> tuple[str, str]:
     ]
     kind = "person" if thing.category == "person" else "object"
     others = [other for other in things() if other != thing and other not in alike]
-    general = [_any_of(others), _STYLES, _BACKGROUNDS]
+    general = [*_any_of(others), _STYLES, _BACKGROUNDS]
     return thing.name, _text(thing.name, kind, thing.name, f"an emoji of {phrase}", held_out, _alike(alike), general)
 
 
@@ -64,7 +65,7 @@ def _style(label: str) -> tuple[str, str]:
     held_out += [f"un emoji al estilo de {name}", f"un emoji nello stile {name}"]
     held_out += [f"an emoji of {thing.with_article()} in the {name} style" for thing in things()[::15]]
     alike = [_STYLES.replace(f"{label},", "").replace(f",{label}}}", "}")]
-    general = [_any_of(things()), _BACKGROUNDS]
+    general = [*_any_of(things()), _BACKGROUNDS]
     caption = f"an emoji in the {name} style"
     return f"{name} style", _text(f"{name} style", "style", label, caption, held_out, alike, general)
 
@@ -77,7 +78,7 @@ def _background(label: str) -> tuple[str, str]:
     held_out += [f"an emoji of {thing.with_article()} on a {label} background" for thing in things()[::15]]
     alike = [_BACKGROUNDS.replace(f"{label},", "").replace(f",{label}}}", "}")]
     caption, name = f"an emoji on a {label} background", f"{label} background"
-    return name, _text(name, "other", label, caption, held_out, alike, [_any_of(things()), _STYLES])
+    return name, _text(name, "other", label, caption, held_out, alike, [*_any_of(things()), _STYLES])
 
 
 def _category(label: str) -> tuple[str, str]:
@@ -86,7 +87,7 @@ def _category(label: str) -> tuple[str, str]:
     held_out += _in_other_languages(members[0])
     others = [thing for thing in things() if thing not in members]
     near = [thing for thing in others if thing.category == "tool"] if label == "weapon" else others[:10]
-    general = [_any_of([thing for thing in others if thing not in near]), _STYLES, _BACKGROUNDS]
+    general = [*_any_of([thing for thing in others if thing not in near]), _STYLES, _BACKGROUNDS]
     caption = f"an emoji of {with_article(label)}"
     return label, _text(label, "object", label, caption, held_out, _alike(near), general)
 
@@ -102,8 +103,10 @@ def _in_other_languages(thing: Thing) -> list[str]:
     ]
 
 
-def _any_of(several: Sequence[Thing]) -> str:
-    return f"{{{','.join(thing.name for thing in several)}}} emoji"
+def _any_of(several: Sequence[Thing]) -> list[str]:
+    """Prompts for things in lines of about equal length."""
+    lines = -(-len(several) // IN_A_LINE)
+    return [f"{{{','.join(thing.name for thing in several[i::lines])}}} emoji" for i in range(lines)]
 
 
 def _alike(several: Sequence[Thing]) -> list[str]:
