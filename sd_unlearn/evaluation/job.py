@@ -155,6 +155,11 @@ def _check_goes_with(lora: Lora, others: Sequence[Lora], config: EvaluateConfig)
                     f"{lora.path} was trained with another concept file for {concept.slug} than the LoRAs before it, "
                     "or together with other concepts. Evaluate all with one file: --concept."
                 )
+    known = {other.zero_terminal_snr for other in (*others, lora)} - {None}
+    if len(known) > 1:
+        raise UsageError(
+            "Some of the LoRAs were trained with --zero_terminal_snr and some without. Evaluate them separately."
+        )
     if config.pretrained_model_name_or_path is not None:
         return
     separately = "Evaluate them separately, or choose one base with --pretrained_model_name_or_path."
@@ -165,11 +170,6 @@ def _check_goes_with(lora: Lora, others: Sequence[Lora], config: EvaluateConfig)
     run = next((other for other in others if other.is_run), None)
     if lora.is_run and run and different_hash(lora.base_hashes, run.base_hashes):
         raise UsageError(f"{lora.name} was trained on other weights of the base than {run.name}. {separately}")
-    known = {other.zero_terminal_snr for other in (*others, lora)} - {None}
-    if len(known) > 1:
-        raise UsageError(
-            "Some of the LoRAs were trained with --zero_terminal_snr and some without. Evaluate them separately."
-        )
 
 
 def _lora_files(given: str) -> list[str]:

@@ -319,8 +319,9 @@ def test_base_and_lora_use_the_noise_schedule_of_the_training(
     evaluate.run(EvaluateConfig(**few, run=zero))
     assert [value == 0 for value in last] == [False, False, True, True]
     assert len({p.read_bytes() for p in (tmp_path / "cache").rglob("base/*.png")}) == 8
-    with pytest.raises(UsageError, match="Evaluate them separately"):
-        resolve_job(EvaluateConfig(**few, lora=[str(plain), str(zero)]))
+    for base in (None, str(v_base)):
+        with pytest.raises(UsageError, match="Evaluate them separately"):
+            resolve_job(EvaluateConfig(**few, lora=[str(plain), str(zero)], pretrained_model_name_or_path=base))
     said = {"sd_unlearn.zero_terminal_snr": "True", "sd_unlearn.concept": "seven", "sd_unlearn.base": str(v_base)}
     save_file({"lora_unet_x.diff": torch.zeros(1)}, tmp_path / "zero.safetensors", said)
     file = str(tmp_path / "zero.safetensors")  # an exported one says it in its header
