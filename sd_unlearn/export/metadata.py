@@ -9,7 +9,7 @@ from sd_unlearn.data.concept import concept_sha256
 from sd_unlearn.export import thumbnails
 from sd_unlearn.export.trained_run import TrainedRun, architecture
 from sd_unlearn.models.kinds import KINDS
-from sd_unlearn.results import as_json
+from sd_unlearn.results import BASE, as_json
 
 # Keys of training.json that are copied into the header, if present.
 _RECORDED = (
@@ -120,6 +120,9 @@ def own_header(run: TrainedRun) -> dict[str, str]:
         rows = [as_json(row) | {"subject": "lora"} for row in results.rows if row.subject == results.subject]
         content: dict[str, Any] = {"detector": results.detector, "sampler": results.sampler, "rows": rows}
         content["seeds"] = as_json(results.seeds)
+        content["problems"] = [
+            as_json(problem) | ({} if problem.subject == BASE else {"subject": "lora"}) for problem in results.problems
+        ]
         header["sd_unlearn.results"] = json.dumps(content, sort_keys=True)
     return header
 

@@ -97,6 +97,7 @@ def render(run: TrainedRun, licence: str | None, hub_id: str | None, *, has_grid
         base_id=name if _is_hub_id(run) else None,
         hub_id=hub_id,
         has_grid=has_grid,
+        problems=list(dict.fromkeys(problem.message for problem in run.results.problems)) if run.results else [],
         lines=metrics_table(run.results) if run.results else [],
         is_attacked=bool(run.results and run.results.is_attacked),
         detector=(run.results and run.results.detector) or "not named",

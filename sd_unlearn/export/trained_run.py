@@ -29,7 +29,7 @@ from sd_unlearn.models.kinds import KINDS
 from sd_unlearn.models.ldm_keys import SDXL_BLOCKS, UNetBlocks, blocks_of
 from sd_unlearn.models.lora_file import read_tensors
 from sd_unlearn.models.recorded_base import different_hash
-from sd_unlearn.results import ATTACK_METRIC, Pair, Results, Row, Seeds, read_results
+from sd_unlearn.results import ATTACK_METRIC, Pair, Problem, Results, Row, Seeds, read_results
 
 TEXT_ADAPTER_2_DIR = "text_encoder_2_adapter"  # SDXL's second text encoder
 RETRAIN = "Train again with --overwrite."
@@ -113,6 +113,7 @@ class OwnResults:
     seeds: Seeds
     rows: list[Row]
     pairs: list[Pair]
+    problems: list[Problem] = field(default_factory=list)  # why no verdict may be given
 
     @property
     def detector(self) -> str:
@@ -221,7 +222,7 @@ def architecture(base: Mapping[str, Any]) -> Architecture:
 
 
 def own_results(results: Results, sha256: str, slugs: Sequence[str], base: Mapping[str, Any]) -> OwnResults | None:
-    """Select the rows and pairs of these weights at strength 1 on the concepts `slugs`.
+    """Select the rows, pairs and problems of these weights at strength 1 on the concepts `slugs`.
 
     None if the file holds other weights only, or if the evaluation used another base than the training.
     """
@@ -232,7 +233,8 @@ def own_results(results: Results, sha256: str, slugs: Sequence[str], base: Mappi
         return None
     pairs = [pair for pair in results.pairs if pair.subject == ids[0] and pair.concept in slugs]
     rows = [row for slug in slugs for row in results.rows_of(slug, ids[0])]
-    return OwnResults(ids[0], results.sampler, results.seeds, rows, pairs)
+    problems = dict.fromkeys(problem for slug in slugs for problem in results.problems_of(slug, ids[0]))
+    return OwnResults(ids[0], results.sampler, results.seeds, rows, pairs, list(problems))
 
 
 def _adapters(folder: Path, training: dict[str, Any]) -> list[Adapter]:

@@ -141,7 +141,8 @@ def test_header_holds_results_of_this_adapter_only(tmp_path: Path) -> None:
     write_json(run / "results.json", results)
     content = json.loads(read_header(exported(run)[1])["sd_unlearn.results"])
     rows = content.pop("rows")
-    assert content == {"detector": "reader", "sampler": results["sampler"], "seeds": results["seeds"]}
+    shared = {"sampler": results["sampler"], "seeds": results["seeds"]}
+    assert content == {"detector": "reader", "problems": [], **shared}
     expected = leakage_rows()[1] | {"concept": SLUG, "subject": "lora"}
     assert [{key: row[key] for key in expected} for row in rows] == [expected]
     results["subjects"][1]["sha256"] = "00" * 32

@@ -206,6 +206,29 @@ def test_of_a_comparison_only_the_results_of_this_run_are_exported(tmp_path: Pat
     assert "sd_unlearn.results" not in read_header(exported(run)[1])
 
 
+def test_what_prevents_a_verdict_is_in_card_and_header(tmp_path: Path) -> None:
+    """A leakage of 1 % of black images is not published without saying so."""
+    run = evaluated(tmp_path)
+    results = json.loads((run / "results.json").read_text())
+    problem = {"concept": SLUG, "subject": "mine", "kind": "flat", "message": "Of 200 direct images 150 are flat."}
+    of_base = problem | {"subject": "base", "concept": "", "message": "The base's images are flat."}
+    results["subjects"].append(results["subjects"][1] | {"id": "half", "strength": 0.5})
+    results["problems"] = [problem, of_base, problem | {"subject": "half", "message": "Of another strength."}]
+    write_json(run / "results.json", results)
+    content = json.loads(read_header(exported(run)[1])["sd_unlearn.results"])
+    expected = [problem | {"subject": "lora"}, of_base]
+    assert [{key: found[key] for key in problem} for found in content["problems"]] == expected
+    text = html_text(page(run)[1])
+    assert "does not show that the concept is gone" in text
+    assert text.index("- Of 200 direct images 150 are flat.") < text.index("| metric |")
+    assert "- The base's images are flat." in text
+    assert "Of another strength" not in text
+    results["problems"] = []
+    write_json(run / "results.json", results)
+    exported(run)
+    assert "does not show" not in page(run)[1]
+
+
 def test_a_calibrated_strength_is_in_every_exported_file(tmp_path: Path) -> None:
     run = evaluated(tmp_path)
     digest = hashlib.sha256((run / "adapter" / "adapter_model.safetensors").read_bytes()).hexdigest()
