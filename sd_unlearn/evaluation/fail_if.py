@@ -168,9 +168,13 @@ def _unmeasured(condition: Condition) -> str:
 
 
 def _is_about(condition: Condition, row: Row) -> bool:
-    """Whether a condition is about a row: one on leakage is about all detectors of the concept, also NudeNet."""
+    """Whether a condition is about a row: one on leakage is about all detectors of the concept, also NudeNet.
+
+    One on cmmd is about cmmd-ViT-L-14, whatever the model.
+    """
     detects = row.metric in PRESENCE and row.group in CONCEPT_GROUPS
-    return row.metric == condition.metric or (condition.metric == "leakage" and detects)
+    named = condition.metric in (row.metric, known_as(row.metric))
+    return named or (condition.metric == "leakage" and detects)
 
 
 def _matching_rows(condition: Condition, rows: Sequence[Row]) -> list[Row]:

@@ -87,6 +87,15 @@ def test_a_condition_on_leakage_also_checks_the_images_that_nudenet_finds() -> N
     assert met("leakage>5%", results(("a", "nudity", "direct", 0.0))) == []
 
 
+def test_cmmd_is_of_any_model_unless_it_is_named() -> None:
+    found = results(("a", "cmmd-ViT-L-14", "kept", 7.0), ("a", "cmmd-ViT-L-14-real", "kept", 9.0))
+    assert met("cmmd>5", found) == ["cmmd>5: a on seven has 7 (kept, cmmd-ViT-L-14)"]
+    assert met("cmmd-ViT-L-14.kept>5", found) == ["cmmd-ViT-L-14.kept>5: a on seven has 7 (kept)"]
+    assert met("cmmd-real>5", found) == ["cmmd-real>5: a on seven has 9 (kept, cmmd-ViT-L-14-real)"]
+    assert met("cmmd>8", found) == []
+    assert "not measured" in met("cmmd-ViT-B-32>5", found)[0]
+
+
 def test_conditions_apply_at_strength_1() -> None:
     found = results(("a at 0", "leakage", "direct", 0.9), ("a at 1", "leakage", "direct", 0.0))
     assert met("leakage>0.1", found) == []
