@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sd_unlearn.attacks.base import Samples, Target
+from sd_unlearn.attacks.earlier import added, check_same_images, read_earlier
 from sd_unlearn.attacks.files import attacker_files
 from sd_unlearn.attacks.images import ImageSource
 from sd_unlearn.attacks.judge import Judged, detects_concept, judge
@@ -19,7 +20,6 @@ from sd_unlearn.attacks.registry import ATTACKS
 from sd_unlearn.attacks.tasks import Model, Task, carry_out, task_folder
 from sd_unlearn.config.attack import AttackConfig
 from sd_unlearn.errors import UsageError
-from sd_unlearn.evaluation.earlier import carry_attacks
 from sd_unlearn.evaluation.evaluate import assemble
 from sd_unlearn.evaluation.fail_if import Condition, outcomes
 from sd_unlearn.evaluation.generate import TIMEOUT, BaseLoader, ImageCache, image_cache
@@ -30,14 +30,13 @@ from sd_unlearn.io.lock import locked
 from sd_unlearn.io.own_files import is_run, kind_of, mark
 from sd_unlearn.io.paths import public_name
 from sd_unlearn.io.progress import Progress, say
-from sd_unlearn.io.reading import read_json
 from sd_unlearn.io.run_folder import IMAGE_DIR, RESULTS
 from sd_unlearn.launch import process_count, process_rank, wait_for_others
 from sd_unlearn.metrics.registry import make_metrics, merge_cards, metric_cards
 from sd_unlearn.models.base import HASHES, choose_precision, default_device, load_base
 from sd_unlearn.models.find_base import find_base
 from sd_unlearn.models.zero_terminal_snr import use_zero_terminal_snr
-from sd_unlearn.results import ATTACK_METRIC, BASE, FLOOR, as_json, parse_results
+from sd_unlearn.results import BASE, FLOOR, as_json, parse_results
 
 SHOWN = 8  # images of the best try that are kept beside results.json
 
@@ -58,11 +57,11 @@ def attack_all(
     """
     file = job.output / RESULTS
     with full_disk_explained(), locked(job.output, "--output_dir"):
-        earlier = _earlier_results(job, file)
+        earlier = read_earlier(job, file)
         loader = BaseLoader(job)
         cache = image_cache(job, loader)
         if earlier:
-            _check_same_images(earlier, assemble(job, cache, [], []), file)
+            check_same_images(earlier, assemble(job, cache, [], []), file)
         names = _supported(config, cache.base, names)
         models = _models(config, job, loader, cache)
         tasks = _plan(config, job, models, names, cache.base)
@@ -72,7 +71,7 @@ def attack_all(
         wait_for_others(lambda: sum(not task.done for task in tasks), "attacks", TIMEOUT, poll=1.0)
         floor = next((model.cache.base for model in models if model.id == FLOOR), None)
         results = _results(config, job, cache, tasks, metrics, floor)
-        results = _added(results, earlier) if earlier else results
+        results = added(results, earlier) if earlier else results
         results["conditions"] = [as_json(found) for found in outcomes(conditions, parse_results(results))]
         if not kind_of(job.output) and not is_run(job.output):
             mark(job.output, "evaluation")
@@ -92,46 +91,6 @@ def _supported(config: AttackConfig, base: Mapping[str, Any], names: Sequence[st
             raise UsageError(f"--attacks {name} does not work on {public_name(base['name'])}: {fault}. Leave it out.")
         say(f"Left out: the attack {name}, because {fault}.")
     return [name for name in names if name not in faults]
-
-
-def _earlier_results(job: EvaluationJob, file: Path) -> dict[str, Any]:
-    """The content of results.json, to which the attacks are added; {} without one.
-
-    Raises:
-        UsageError: it is damaged, or holds other weights under the same names.
-    """
-    if not file.is_file():
-        return {}
-    earlier: dict[str, Any] = read_json(file)
-    parse_results(earlier, str(file), "Run sd-unlearn evaluate again, or choose another --output_dir.")
-    weights = {s["id"]: (s.get("sha256"), s.get("strength")) for s in earlier["subjects"]}
-    for subject in (subject.describe() for subject in job.subjects):
-        if weights.get(subject["id"]) != (subject["sha256"], subject["strength"]):
-            raise UsageError(
-                f"{file} holds results of other weights than {subject['name']} has now. Run sd-unlearn evaluate again, "
-                "or choose another --output_dir."
-            )
-    return earlier
-
-
-def _check_same_images(earlier: dict[str, Any], new: dict[str, Any], file: Path) -> None:
-    """Refuse to add attacks to results whose images were generated with other settings.
-
-    Raises:
-        UsageError
-    """
-    of_earlier = {concept["slug"]: concept.get("sha256") for concept in earlier["concepts"]}
-    changed = [c["slug"] for c in new["concepts"] if of_earlier.get(c["slug"], c["sha256"]) != c["sha256"]]
-    what = [f"another concept file of {slug}" for slug in changed]
-    if any(earlier["base"].get(key, new["base"].get(key)) != new["base"].get(key) for key in HASHES):
-        what.append(f"another base ({earlier['base'].get('name')}, now {new['base'].get('name')})")
-    before, now = earlier["sampler"], new["sampler"]
-    what += [f"{key} {before[key]} (now {now[key]})" for key in now if key in before and before[key] != now[key]]
-    if what:
-        raise UsageError(
-            f"{file} holds results with {', '.join(what)}. Use the same settings, run sd-unlearn evaluate again with "
-            "the new ones, or choose another --output_dir."
-        )
 
 
 def _models(config: AttackConfig, job: EvaluationJob, loader: BaseLoader, cache: ImageCache) -> list[Model]:
@@ -256,25 +215,3 @@ def _with_images(judged: Judged, output: Path) -> Any:
             shutil.copyfile(path, temporary)
         names.append(str(name))
     return dataclasses.replace(entry, images=tuple(names))
-
-
-def _added(new: dict[str, Any], earlier: dict[str, Any]) -> dict[str, Any]:
-    """Earlier results with the new attacks, and those of its own that were not repeated."""
-    rows = [row for row in earlier["rows"] if row["metric"] != ATTACK_METRIC]
-    cards = {card["detector"]: card for card in (*new["cards"], *earlier.get("cards", ()))}
-    subjects = {subject["id"]: subject for subject in (*earlier["subjects"], *_unmeasured(new, earlier))}
-    concepts = {concept["slug"]: concept for concept in (*earlier["concepts"], *new["concepts"])}
-    changes = {
-        "rows": rows + new["rows"],
-        "attacks": new["attacks"],
-        "cards": list(cards.values()),
-        "subjects": list(subjects.values()),
-        "concepts": list(concepts.values()),
-    }
-    return carry_attacks(earlier | changes, earlier)
-
-
-def _unmeasured(new: dict[str, Any], earlier: dict[str, Any]) -> list[dict[str, Any]]:
-    """Subjects that earlier results do not have. The floor has no other results than attacks, so it may change."""
-    known = {subject["id"] for subject in earlier["subjects"]} - {FLOOR}
-    return [subject for subject in new["subjects"] if subject["id"] not in known]

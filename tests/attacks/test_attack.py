@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,40 @@ def test_evaluate_and_attack_add_to_the_same_results(run: Path) -> None:
     metrics = {(row["metric"], row["group"]) for row in read_json(run / "results.json")["rows"]}
     assert {("attack", "noise"), ("attack", "strength"), ("leakage", "direct")} <= metrics
     assert main(["report", "--run", str(run)]) == 0
+
+
+def test_attacks_belong_to_the_lora_at_strength_1_whatever_its_name(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Evaluated at several strengths it is called "seven at 1"."""
+    evaluate = ["evaluate", "--run", str(run), *FLAGS, "--num_images", "1", "--num_keep_images", "1"]
+    assert attack(run, "--attacks", "noise") == 0
+    assert main([*evaluate, "--strengths", "0.5", "1"]) == 0
+    assert set(entries(run)) == {("base", "noise"), ("seven at 1", "noise")}
+    assert attack(run, "--attacks", "completion") == 0
+    assert {subject for subject, _ in entries(run)} == {"base", "seven at 1"}
+    assert [subject.id for subject in read_results(run).compared] == ["seven at 0.5", "seven at 1"]
+    assert main(["report", "--run", str(run)]) == 0
+    assert main(evaluate) == 0
+    assert set(entries(run)) == {(s, a) for s in ("base", "seven") for a in ("noise", "completion")}
+    rows = [row for row in read_results(run).rows if row.metric == "attack"]
+    assert {(row.subject, row.group) for row in rows} == set(entries(run))
+    assert main([*evaluate, "--strengths", "0.5"]) == 0
+    capsys.readouterr()
+    assert attack(run, "--attacks", "noise") == 2
+    assert "no results of seven with its present weights at strength 1" in capsys.readouterr().err
+
+
+def test_a_lora_with_two_names_is_attacked_once(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(run, run.parent / "again")
+    both = ["--lora", str(run), str(run.parent / "again"), "--output_dir", "both", *FLAGS]
+    assert main(["attack", *both, "--attacks", "strength", "--no_ceiling"]) == 0
+    assert set(entries(Path("both"))) == {("seven", "strength"), ("again", "strength")}
+    few = ["--num_images", "1", "--groups", "direct", "--strengths", "0.5", "1"]
+    assert main(["evaluate", "--lora", str(run), "--output_dir", "both", *FLAGS, *few]) == 0
+    assert set(entries(Path("both"))) == {("seven at 1", "strength")}
+    assert main(["attack", *both, "--attacks", "noise", "--no_ceiling"]) == 0
+    assert set(entries(Path("both"))) == {("seven at 1", "strength"), ("seven at 1", "noise")}
 
 
 def test_attacks_on_other_weights_are_dropped(run: Path, tiny_base: Path) -> None:
