@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from sd_unlearn.errors import UsageError
-from sd_unlearn.evaluation.earlier import carry_attacks, same_models
+from sd_unlearn.evaluation.earlier import carry_attacks, changed_detectors, changed_settings, same_models
 from sd_unlearn.evaluation.job import EvaluationJob
 from sd_unlearn.io.reading import read_json
-from sd_unlearn.models.base import HASHES
 from sd_unlearn.results import ATTACK_METRIC, FLOOR, parse_results
 
 
@@ -38,8 +37,11 @@ def read_earlier(job: EvaluationJob, file: Path) -> dict[str, Any]:
     return earlier
 
 
-def check_same_images(earlier: dict[str, Any], new: dict[str, Any], file: Path) -> None:
-    """Refuse to add attacks to results whose images were generated with other settings.
+def check_same_settings(earlier: dict[str, Any], new: dict[str, Any], file: Path) -> None:
+    """Refuse to add attacks to results whose images were generated, or judged, with other settings.
+
+    Args:
+        new: Results without attacks: settings, concepts, and the cards of the detectors.
 
     Raises:
         UsageError
@@ -47,10 +49,8 @@ def check_same_images(earlier: dict[str, Any], new: dict[str, Any], file: Path) 
     of_earlier = {concept["slug"]: concept.get("sha256") for concept in earlier["concepts"]}
     changed = [c["slug"] for c in new["concepts"] if of_earlier.get(c["slug"], c["sha256"]) != c["sha256"]]
     what = [f"another concept file of {slug}" for slug in changed]
-    if any(earlier["base"].get(key, new["base"].get(key)) != new["base"].get(key) for key in HASHES):
-        what.append(f"another base ({earlier['base'].get('name')}, now {new['base'].get('name')})")
-    before, now = earlier["sampler"], new["sampler"]
-    what += [f"{key} {before[key]} (now {now[key]})" for key in now if key in before and before[key] != now[key]]
+    what += changed_settings(earlier, new)
+    what += [f"another threshold of {detector}" for detector in changed_detectors(earlier, new)]
     if what:
         raise UsageError(
             f"{file} holds results with {', '.join(what)}. Use the same settings, run sd-unlearn evaluate again with "

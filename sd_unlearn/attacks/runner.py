@@ -6,13 +6,13 @@ import dataclasses
 import hashlib
 import shutil
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from sd_unlearn.attacks.base import Samples, Target
-from sd_unlearn.attacks.earlier import added, check_same_images, read_earlier
+from sd_unlearn.attacks.earlier import added, check_same_settings, read_earlier
 from sd_unlearn.attacks.files import attacker_files
 from sd_unlearn.attacks.images import ImageSource
 from sd_unlearn.attacks.judge import Judged, detects_concept, judge
@@ -32,7 +32,8 @@ from sd_unlearn.io.paths import public_name
 from sd_unlearn.io.progress import Progress, say
 from sd_unlearn.io.run_folder import IMAGE_DIR, RESULTS
 from sd_unlearn.launch import process_count, process_rank, wait_for_others
-from sd_unlearn.metrics.registry import make_metrics, merge_cards, metric_cards
+from sd_unlearn.metrics.base import Metric
+from sd_unlearn.metrics.registry import DETECTORS, make_metrics, merge_cards, metric_cards
 from sd_unlearn.models.base import HASHES, choose_precision, default_device, load_base
 from sd_unlearn.models.find_base import find_base
 from sd_unlearn.models.zero_terminal_snr import use_zero_terminal_snr
@@ -61,7 +62,8 @@ def attack_all(
         loader = BaseLoader(job)
         cache = image_cache(job, loader)
         if earlier:
-            check_same_images(earlier, assemble(job, cache, [], []), file)
+            cards = [card for _, detectors in _detectors(job, metrics) for card in metric_cards(detectors)]
+            check_same_settings(earlier, assemble(job, cache, [], cards), file)
         names = _supported(config, cache.base, names)
         models = _models(config, job, loader, cache)
         tasks = _plan(config, job, models, names, cache.base)
@@ -177,6 +179,17 @@ def _target(task: Task, source: ImageSource, known: dict[tuple[str, ...], Sample
     return Target(base, concept, sampler, seed, positives, unrelated, applied)
 
 
+def _detectors(job: EvaluationJob, names: Mapping[str, Sequence[str]]) -> Iterator[tuple[str, list[Metric]]]:
+    """(slug, the metrics that detect it) of one concept after the other, so that few networks are in memory.
+
+    names: of all metrics of each concept.
+    """
+    for slug, concept in job.concepts.items():
+        own = [name for name in names[slug] if name in DETECTORS]
+        metrics, _ = make_metrics(own, job.metric_context(concept, default_device()))
+        yield slug, [metric for metric in metrics if detects_concept(metric)]
+
+
 def _results(
     config: AttackConfig,
     job: EvaluationJob,
@@ -190,9 +203,7 @@ def _results(
     grouped: dict[tuple[str, str, str], list[Task]] = defaultdict(list)
     for task in tasks:
         grouped[task.concept.slug, task.model.id, task.attack.name].append(task)
-    for slug, concept in job.concepts.items():
-        metrics, _ = make_metrics(names[slug], job.metric_context(concept, default_device()))
-        detectors = [metric for metric in metrics if detects_concept(metric)]
+    for slug, detectors in _detectors(job, names):
         for (of_concept, _, _), restarts in grouped.items():
             for metric in detectors if of_concept == slug else []:
                 judged.append(judge(restarts, metric, config.budget, config.seed))

@@ -15,6 +15,7 @@ from evaluation_runs import make_run
 from sd_unlearn.attacks import runner as command
 from sd_unlearn.attacks.registry import ATTACKS
 from sd_unlearn.cli import main
+from sd_unlearn.io.files import write_json
 from sd_unlearn.io.reading import read_json
 from sd_unlearn.results import read_results
 
@@ -193,6 +194,30 @@ def test_attacks_are_not_added_to_images_of_other_settings(run: Path, capsys: py
     assert attack(run, "--attacks", "noise", "--guidance_scale", "2") == 2
     assert "guidance_scale" in capsys.readouterr().err
     assert (run / "results.json").read_text() == before
+
+
+def test_attacks_are_not_added_to_results_of_another_threshold(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Refused before the first attack: both would stand under one card."""
+    assert attack(run, "--attacks", "strength") == 0
+    results = read_json(run / "results.json")
+    results["cards"][0]["threshold"] = "score >= 0.45"
+    write_json(run / "results.json", results)
+    monkeypatch.setattr(command, "carry_out", pytest.fail)
+    assert attack(run, "--attacks", "noise") == 2
+    assert "another threshold of digits-reader" in capsys.readouterr().err
+
+
+def test_an_evaluation_with_other_settings_leaves_attacks_out_and_says_so(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert attack(run, "--attacks", "strength", "--no_ceiling") == 0
+    few = ["--num_images", "1", "--groups", "direct", "--num_inference_steps", "3"]
+    assert main(["evaluate", "--run", str(run), *few]) == 0
+    results = read_json(run / "results.json")
+    assert results["attacks"] == [row for row in results["rows"] if row["metric"] == "attack"] == []
+    assert "earlier attacks with steps 2 (now 3) (strength on seven). Repeat them" in capsys.readouterr().err
 
 
 def test_another_concept_is_added(run: Path, tiny_base: Path) -> None:
