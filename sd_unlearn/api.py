@@ -166,7 +166,7 @@ def evaluate(config: EvaluateConfig, concepts: list[Concept]) -> Results:
         if getattr(config, name):
             raise UsageError(f"evaluate(): {name} evaluates nothing. Use the command: sd-unlearn evaluate --{name}.")
     results = command.run(config, concepts)
-    command.check_conditions(results)
+    command.check_conditions(results, config.fail_if)
     return parse_results(results)
 
 
@@ -183,7 +183,7 @@ def attack(config: AttackConfig, concepts: list[Concept]) -> Results:
 
     _check_single_process("attack")
     results = command.run(config, concepts)
-    check_conditions(results)
+    check_conditions(results, config.fail_if)
     return parse_results(results)
 
 

@@ -138,7 +138,7 @@ def evaluate(config: Annotated[EvaluateConfig, Parameter(name="*")] = EvaluateCo
         notes = sys.stderr if config.json else sys.stdout
         for line in pass_or_fail(config, results):
             print(line, file=notes)
-        if passed := check_conditions(results):
+        if passed := check_conditions(results, config.fail_if):
             print(passed, file=notes)
 
 
@@ -154,7 +154,7 @@ def attack(config: Annotated[AttackConfig, Parameter(name="*")] = AttackConfig()
     results = run(config)
     if results:  # empty in all processes but the first
         print(json.dumps(results, indent=2) if config.json else format_attacks(parse_results(results)))
-        if passed := check_conditions(results):
+        if passed := check_conditions(results, config.fail_if):
             print(passed, file=sys.stderr if config.json else sys.stdout)
 
 

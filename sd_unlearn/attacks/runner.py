@@ -21,7 +21,7 @@ from sd_unlearn.attacks.tasks import Model, Task, carry_out, task_folder
 from sd_unlearn.config.attack import AttackConfig
 from sd_unlearn.errors import UsageError
 from sd_unlearn.evaluation.evaluate import assemble
-from sd_unlearn.evaluation.fail_if import Condition, outcomes
+from sd_unlearn.evaluation.fail_if import Condition, outcomes, parse_condition
 from sd_unlearn.evaluation.generate import TIMEOUT, BaseLoader, ImageCache, image_cache
 from sd_unlearn.evaluation.job import EvaluationJob
 from sd_unlearn.evaluation.loras import ModelVariant
@@ -59,6 +59,7 @@ def attack_all(
     file = job.output / RESULTS
     with full_disk_explained(), locked(job.output, "--output_dir"):
         earlier = read_earlier(job, file)
+        kept = [parse_condition(found["condition"]) for found in earlier.get("conditions", ())]
         loader = BaseLoader(job)
         cache = image_cache(job, loader)
         if earlier:
@@ -74,7 +75,8 @@ def attack_all(
         floor = next((model.cache.base for model in models if model.id == FLOOR), None)
         results = _results(config, job, cache, tasks, metrics, floor)
         results = added(results, earlier) if earlier else results
-        results["conditions"] = [as_json(found) for found in outcomes(conditions, parse_results(results))]
+        all_conditions = list(dict.fromkeys([*kept, *conditions]))
+        results["conditions"] = [as_json(found) for found in outcomes(all_conditions, parse_results(results))]
         if not kind_of(job.output) and not is_run(job.output):
             mark(job.output, "evaluation")
         write_json(file, results)

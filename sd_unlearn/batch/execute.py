@@ -192,6 +192,6 @@ def _then_check(run: Callable[[Any], dict[str, Any]]) -> Callable[[Any], Any]:
     from sd_unlearn.evaluation.evaluate import check_conditions
 
     def command(config: Any) -> None:
-        check_conditions(run(config))
+        check_conditions(run(config), config.fail_if)
 
     return command

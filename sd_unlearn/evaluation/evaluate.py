@@ -98,14 +98,16 @@ def _run(config: EvaluateConfig, job: EvaluationJob, metrics: Mapping[str, Seque
     return results
 
 
-def check_conditions(results: dict[str, Any]) -> str:
-    """A line that says how many --fail_if conditions were checked; "" without any.
+def check_conditions(results: dict[str, Any], fail_if: Sequence[str]) -> str:
+    """A line that says how many conditions of --fail_if were checked; "" without any.
+
+    Conditions of an earlier command, which `attack` keeps in results.json, are not checked.
 
     Raises:
         ConditionError: at least one condition holds; names each of them with its value.
         UnlearnError: a LoRA could not be evaluated (--keep_going).
     """
-    conditions = results["conditions"]
+    conditions = [found for found in results["conditions"] if found["condition"] in fail_if]
     met = [f"{found['condition']}: {reason}" for found in conditions for reason in found["reasons"]]
     if met:
         raise ConditionError(f"--fail_if: {'; '.join(met)}.")

@@ -150,6 +150,21 @@ def test_conditions_on_attacks(run: Path) -> None:
     assert attack(run, "--attacks", "strength", "--fail_if", "attack.sift>0.5") == 2
 
 
+def test_the_conditions_of_the_evaluation_are_kept(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """They do not decide the exit code of the attack, which has its own."""
+    evaluate = ["evaluate", "--run", str(run), *FLAGS, "--num_images", "1", "--num_keep_images", "1"]
+    assert main([*evaluate, "--fail_if", "leakage>=0", "leakage.high>1"]) == 3
+    of_evaluation = read_results(run).conditions
+    assert attack(run, "--attacks", "noise") == 0
+    assert read_results(run).conditions == of_evaluation
+    assert attack(run, "--attacks", "noise", "--fail_if", "attack.noise>=0", "leakage.high>1") == 3
+    assert "attack.noise>=0" in capsys.readouterr().err
+    found = {outcome.condition: outcome.holds for outcome in read_results(run).conditions}
+    assert found == {"leakage>=0": True, "leakage.high>1": False, "attack.noise>=0": True}
+    assert attack(run, "--attacks", "noise", "--fail_if", "leakage.high>1") == 0
+    assert "Passed 1 of 1" in capsys.readouterr().out
+
+
 def test_the_floor_is_attacked_too(run: Path, v_base: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert attack(run, "--attacks", "noise", "finetune", "--floor", str(v_base), "--fail_if", "attack.noise>1") == 0
     assert {subject for subject, _ in entries(run)} == {"base", "floor", "seven"}
