@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from sd_unlearn.config.attack import ATTACKS
 from sd_unlearn.errors import UsageError
 from sd_unlearn.evaluation.earlier import carry_attacks, changed_detectors, changed_settings, same_models
 from sd_unlearn.evaluation.job import EvaluationJob
@@ -64,8 +65,10 @@ def added(new: dict[str, Any], earlier: dict[str, Any]) -> dict[str, Any]:
     cards = {card["detector"]: card for card in (*new["cards"], *earlier.get("cards", ()))}
     subjects = {subject["id"]: subject for subject in (*earlier["subjects"], *_unmeasured(new, earlier))}
     concepts = {concept["slug"]: concept for concept in (*earlier["concepts"], *new["concepts"])}
+    problems = [problem for problem in earlier.get("problems", ()) if problem.get("group") not in ATTACKS]
     changes = {
         "rows": rows + new["rows"],
+        "problems": problems + [problem for problem in new["problems"] if problem["group"] in ATTACKS],
         "attacks": new["attacks"],
         "cards": list(cards.values()),
         "subjects": list(subjects.values()),

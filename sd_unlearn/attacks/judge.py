@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,10 +14,11 @@ from sd_unlearn.attacks.tasks import Task, Tried, read_task
 from sd_unlearn.data.concept import Concept, Prompt
 from sd_unlearn.evaluation.aggregate import image_values
 from sd_unlearn.evaluation.detections import detect
+from sd_unlearn.evaluation.problems import image_faults, unusable
 from sd_unlearn.metrics.base import Metric, PromptedImages
 from sd_unlearn.metrics.statistics import wilson
 from sd_unlearn.report.metric_names import PRESENCE
-from sd_unlearn.results import ATTACK_METRIC, AttackEntry, AttackTry, Row
+from sd_unlearn.results import ATTACK_METRIC, AttackEntry, AttackTry, Problem, Row
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,23 @@ def judge(tasks: Sequence[Task], metric: Metric, budget: str, seed: int) -> Judg
         seed,
     )
     return Judged(row, entry, images)
+
+
+def attack_problems(tasks: Sequence[Task]) -> list[Problem]:
+    """A problem if too many images of an attack on a LoRA cannot be used, because they do not show the concept either.
+
+    Args:
+        tasks: All restarts of one attack on one subject.
+    """
+    first, paths, faults = tasks[0], list[Path](), dict[Path, str]()
+    if first.model.variant.lora is None:  # base and floor get no verdict
+        return []
+    for task in tasks:
+        own = [path for tried in read_task(task)[0] for path in tried.paths]
+        paths += own
+        faults |= image_faults(own, first.model.id, task.folder)[0]
+    what = f"{len(paths):,} images of the attack {first.attack.name}"
+    return unusable(first.concept.slug, first.model.id, first.attack.name, paths, faults, what)
 
 
 def success(tried: Tried, metric: Metric, task: Task) -> tuple[int, int]:

@@ -15,7 +15,7 @@ from sd_unlearn.attacks.base import Samples, Target
 from sd_unlearn.attacks.earlier import added, check_same_settings, read_earlier
 from sd_unlearn.attacks.files import attacker_files
 from sd_unlearn.attacks.images import ImageSource
-from sd_unlearn.attacks.judge import Judged, detects_concept, judge
+from sd_unlearn.attacks.judge import Judged, attack_problems, detects_concept, judge
 from sd_unlearn.attacks.registry import ATTACKS
 from sd_unlearn.attacks.tasks import Model, Task, carry_out, task_folder
 from sd_unlearn.config.attack import AttackConfig
@@ -215,6 +215,9 @@ def _results(
     if floor:
         name = public_name(str(config.floor))
         results["subjects"].append({"id": FLOOR, "name": name, "what": "base", "sha256": floor["sha256"]})
+    for problem in (found for restarts in grouped.values() for found in attack_problems(restarts)):
+        say(f"No verdict will be given on {problem.subject}. {problem.message}")
+        results["problems"].append(as_json(problem))
     return results | {"rows": [as_json(one.row) for one in judged], "attacks": entries, "tier": ""}
 
 
@@ -222,7 +225,7 @@ def _with_images(judged: Judged, output: Path) -> Any:
     """The entry, with some images of the best try copied into the output folder. Detectors may differ on the best."""
     entry, names = judged.entry, []
     folder = Path(IMAGE_DIR) / "attacks" / f"{entry.subject}-{entry.concept}-{entry.attack}-{judged.best.restart}"
-    for path in judged.best.paths[:SHOWN]:
+    for path in (path for path in judged.best.paths[:SHOWN] if path.is_file()):
         name = folder / path.name
         with atomic_path(output / name) as temporary:
             shutil.copyfile(path, temporary)

@@ -31,7 +31,7 @@ def carry_attacks(new: dict[str, Any], old: dict[str, Any]) -> dict[str, Any]:
 
     An attack holds for the same weights, base, sampler, concept file and threshold. It gets the id that `new` has for
     the attacked model. Attacks that `new` has itself are not replaced. A floor is carried over with its attacks, and so
-    are the cards of their detectors.
+    are their problems and the cards of their detectors.
     """
     subjects = list(new["subjects"])
     if all(subject["id"] != FLOOR for subject in subjects):
@@ -55,6 +55,7 @@ def carry_attacks(new: dict[str, Any], old: dict[str, Any]) -> dict[str, Any]:
         "rows": [*new["rows"], *_rows_of(entries, old, names)],
         "attacks": [*new.get("attacks", ()), *entries.values()],
         "cards": [*new["cards"], *_cards_of(entries, old, new)],
+        "problems": [*new.get("problems", ()), *_problems_of(entries, old, names)],
         "subjects": [subject for subject in subjects if subject["id"] != FLOOR or FLOOR in attacked],
     }
 
@@ -81,6 +82,16 @@ def _rows_of(entries: Mapping[Place, Json], old: Json, names: Mapping[str, str])
         if row["metric"] == ATTACK_METRIC and place in entries:
             rows[place] = {**row, "subject": place[1]}
     return list(rows.values())
+
+
+def _problems_of(entries: Mapping[Place, Json], old: Json, names: Mapping[str, str]) -> list[Json]:
+    """The problems of the attacks that were carried over from old results; their group is the attack's name."""
+    attacks, found = {place[:3] for place in entries}, {}
+    for problem in old.get("problems", ()):
+        place = (problem["concept"], names.get(problem["subject"], ""), problem.get("group", ""))
+        if place in attacks:
+            found[place] = {**problem, "subject": place[1]}
+    return list(found.values())
 
 
 def _cards_of(entries: Mapping[Place, Json], old: Json, new: Json) -> list[Json]:

@@ -17,6 +17,10 @@ _FORM = re.compile(
     r"(?P<sign><=|>=|<|>)\s*(?P<limit>[-+.\deE]+)(?P<percent>\s*%)?"
 )
 DEFAULT_GROUPS = ("direct", "kept")  # of a condition without a group: the first that the metric has, else all
+_NO_RETENTION = (
+    "cannot tell, because retention is not known, and a model that generates only noise resists every attack. Run "
+    "sd-unlearn evaluate first"
+)
 _SIGNS = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
 
 
@@ -95,7 +99,8 @@ def met_conditions(conditions: Sequence[Condition], results: Results, only: str 
 
     Conditions apply to every subject but the base; to a LoRA at several strengths at strength 1, else at the highest.
     The metric must be measured on each concept that the subject should forget. Metrics of the concept itself do not
-    apply to a LoRA that was trained to unlearn another concept, those of attacks only to what was attacked.
+    apply to a LoRA that was trained to unlearn another concept, those of attacks only to what was attacked. The latter
+    are met if retention is not known.
 
     Args:
         only: The id of the only subject to check; default: all of them.
@@ -136,7 +141,10 @@ def _reasons(condition: Condition, subject: SubjectEntry, results: Results) -> l
         return None
     reasons = []
     for concept in applies_to:
-        matching = _matching_rows(condition, [row for row in own if row.concept == concept])
+        of_concept = [row for row in own if row.concept == concept]
+        matching = _matching_rows(condition, of_concept)
+        if condition.metric == ATTACK_METRIC and not _retention_is_known(of_concept):
+            reasons.append(f"{subject.id} on {concept}: {_NO_RETENTION}")
         if not matching and concept in (to_forget or applies_to):
             reasons.append(f"{subject.id} on {concept}: {_unmeasured(condition)}")
         for row in filter(condition.holds, matching):
@@ -145,6 +153,10 @@ def _reasons(condition: Condition, subject: SubjectEntry, results: Results) -> l
             where = row.group if row.metric == condition.metric else f"{row.group}, {row.metric}"
             reasons.append(f"{subject.id} on {concept} has {text} ({where})")
     return reasons
+
+
+def _retention_is_known(rows: Sequence[Row]) -> bool:
+    return any(row.metric == "retention" and row.value is not None for row in rows)
 
 
 def checked_subjects(results: Results) -> list[SubjectEntry]:

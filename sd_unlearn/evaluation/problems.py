@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from sd_unlearn.data.concept import Concept
+from sd_unlearn.evaluation.detections import MISSING, detect
 from sd_unlearn.evaluation.prompts import GROUPS, ImageSpec
 from sd_unlearn.io.images import is_flat
 from sd_unlearn.metrics.base import CONCEPT_GROUPS, KEEP_GROUPS, DetectorOutput
@@ -32,25 +33,48 @@ class FlatImages:
         return {"flat": np.array([is_flat(image) for image in images], dtype=bool)}
 
 
+def image_faults(paths: Sequence[Path], subject: str, cache: Path | None) -> tuple[dict[Path, str], dict[Path, str]]:
+    """The images that cannot be used, with missing, unreadable or flat; and why images cannot be read."""
+    detections, failed = detect(FlatImages(), paths, subject, cache, f"check: {subject}")
+    faults = {path: "missing" if reason == MISSING else "unreadable" for path, reason in failed.items()}
+    readable = [path for path, is_readable in zip(paths, detections.readable, strict=True) if is_readable]
+    flat = detections.output["flat"]
+    return faults | {path: "flat" for path, is_flat in zip(readable, flat, strict=True) if is_flat}, failed
+
+
 def image_problems(
     concept: str, subject: str, specs: Sequence[ImageSpec], paths: Sequence[Path], faults: Mapping[Path, str]
 ) -> list[Problem]:
     """A problem for each prompt group in which more than 1 % of the images cannot be used.
 
     Args:
-        faults: Path -> missing | unreadable | flat, of the images that cannot be used.
+        faults: As returned by `image_faults`.
     """
     problems = []
     for group in GROUPS:
         members = [path for spec, path in zip(specs, paths, strict=True) if spec.group == group]
-        kinds = Counter(faults[path] for path in members if path in faults)
-        share = kinds.total() / max(1, len(members))
-        if share > MAX_UNUSABLE:
-            counts = ", ".join(f"{kinds[kind]:,} {words}" for kind, words in _WORDS.items() if kinds[kind])
-            whose = "the base's " if subject == BASE else ""
-            message = f"Of {whose}{len(members):,} {group} images {kinds.total():,} cannot be used ({counts})."
-            problems.append(Problem(concept, subject, kinds.most_common(1)[0][0], message, group, share))
+        whose = "the base's " if subject == BASE else ""
+        what = f"{whose}{len(members):,} {group} images"
+        problems += unusable(concept, subject, group, members, faults, what)
     return problems
+
+
+def unusable(
+    concept: str, subject: str, group: str, paths: Sequence[Path], faults: Mapping[Path, str], what: str
+) -> list[Problem]:
+    """A problem if more than 1 % of the images of a group, or of an attack, cannot be used.
+
+    Args:
+        faults: As returned by `image_faults`.
+        what: The images in words, with their number.
+    """
+    kinds = Counter(faults[path] for path in paths if path in faults)
+    share = kinds.total() / max(1, len(paths))
+    if share <= MAX_UNUSABLE:
+        return []
+    counts = ", ".join(f"{kinds[kind]:,} {words}" for kind, words in _WORDS.items() if kinds[kind])
+    message = f"Of {what} {kinds.total():,} cannot be used ({counts})."
+    return [Problem(concept, subject, kinds.most_common(1)[0][0], message, group, share)]
 
 
 def retention_problems(concept: str, rows: Iterable[Row]) -> list[Problem]:

@@ -10,11 +10,11 @@ import numpy as np
 
 from sd_unlearn.data.concept import Concept
 from sd_unlearn.evaluation import aggregate
-from sd_unlearn.evaluation.detections import MISSING, Detections, detect, pair_distances
+from sd_unlearn.evaluation.detections import Detections, detect, pair_distances
 from sd_unlearn.evaluation.problems import (
-    FlatImages,
     evidence_problems,
     face_problems,
+    image_faults,
     image_problems,
     retention_problems,
 )
@@ -93,11 +93,7 @@ def _check_abilities(results: ConceptResults) -> None:
 
 def _check_images(images: SubjectImages, results: ConceptResults) -> None:
     """Record the images that cannot be used, and the groups in which they are too many for a verdict."""
-    detections, failed = detect(FlatImages(), images.paths, images.subject, images.cache, f"check: {images.subject}")
-    faults = {path: "missing" if reason == MISSING else "unreadable" for path, reason in failed.items()}
-    readable = [path for path, is_readable in zip(images.paths, detections.readable, strict=True) if is_readable]
-    flat = detections.output["flat"]
-    faults |= {path: "flat" for path, is_flat in zip(readable, flat, strict=True) if is_flat}
+    faults, failed = image_faults(images.paths, images.subject, images.cache)
     results.problems += image_problems(results.concept.slug, images.subject, images.specs, images.paths, faults)
     results.skipped |= {path: (images.subject, reason) for path, reason in failed.items()}
 

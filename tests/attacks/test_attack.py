@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from attack_cases import SMALL
 from evaluation_runs import make_run
+from PIL import Image
 
 from sd_unlearn.attacks import runner as command
 from sd_unlearn.attacks.registry import ATTACKS
@@ -143,11 +144,67 @@ def test_attacks_on_other_weights_are_dropped(run: Path, tiny_base: Path) -> Non
     assert read_json(run / "results.json")["attacks"] == []
 
 
+def add_retention(run: Path, subject: str = "seven", value: float | None = 1.0) -> None:
+    """As if an evaluation had found that the LoRA keeps the base's abilities."""
+    results = read_json(run / "results.json")
+    row = {"metric": "retention", "group": "kept", "subject": subject, "value": value, "n": 100, "concept": "seven"}
+    results["rows"] = [old for old in results["rows"] if old["metric"] != "retention"] + [row]
+    write_json(run / "results.json", results)
+
+
 def test_conditions_on_attacks(run: Path) -> None:
+    assert attack(run, "--attacks", "strength") == 0
+    add_retention(run)
     assert attack(run, "--attacks", "strength", "--fail_if", "attack.strength>=0") == 3
     assert attack(run, "--attacks", "strength", "--fail_if", "attack.strength>1") == 0
     assert attack(run, "--attacks", "strength", "--fail_if", "attack.soft>0.5") == 3  # not measured
     assert attack(run, "--attacks", "strength", "--fail_if", "attack.sift>0.5") == 2
+
+
+def test_no_condition_on_attacks_passes_without_retention(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A LoRA that generates only noise resists every attack."""
+    assert attack(run, "--attacks", "strength", "--fail_if", "attack.strength>1") == 3
+    said = capsys.readouterr().err
+    assert "seven on seven: cannot tell, because retention is not known" in said
+    assert "Run sd-unlearn evaluate first." in said
+    add_retention(run, value=None)
+    assert attack(run, "--attacks", "strength", "--fail_if", "attack.strength>1") == 3
+
+
+@pytest.mark.parametrize("fault", ["flat", "unreadable", "missing"])
+def test_attack_images_that_show_nothing_are_a_problem(
+    run: Path, fault: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    original = command.carry_out
+
+    def broken(task: Any, target: Any) -> None:
+        original(task, target)
+        file = task.folder / "00-0000.png"
+        if fault == "flat":
+            Image.new("RGB", (32, 32)).save(file)
+        elif fault == "unreadable":
+            file.write_bytes(b"x")
+        else:
+            file.unlink()
+
+    monkeypatch.setattr(command, "carry_out", broken)
+    assert attack(run, "--attacks", "completion") == 0
+    assert "No verdict will be given on seven. Of 3 images of the attack completion 1" in capsys.readouterr().err
+    add_retention(run)
+    assert attack(run, "--attacks", "completion", "--fail_if", "attack.completion>1") == 3
+    assert "cannot tell for seven on seven: Of 3 images of the attack completion" in capsys.readouterr().err
+    monkeypatch.setattr(command, "carry_out", original)
+    assert attack(run, "--attacks", "noise") == 0  # the problem is kept with its attack
+    [problem] = read_results(run).problems  # and none is of the base
+    assert (problem.subject, problem.kind, problem.group, problem.share) == ("seven", fault, "completion", 1 / 3)
+    evaluate = ["evaluate", "--run", str(run), *FLAGS, "--num_images", "1", "--num_keep_images", "1"]
+    assert main([*evaluate, "--strengths", "0.5", "1", "--fail_if", "attack.noise>1"]) == 3
+    of_attacks = [problem for problem in read_results(run).problems if problem.group == "completion"]
+    assert [problem.subject for problem in of_attacks] == ["seven at 1"]
+    for folder in run.parent.parent.rglob("completion-*"):
+        shutil.rmtree(folder)
+    assert attack(run, "--attacks", "completion") == 0
+    assert "completion" not in [problem.group for problem in read_results(run).problems]
 
 
 def test_the_conditions_of_the_evaluation_are_kept(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -166,10 +223,12 @@ def test_the_conditions_of_the_evaluation_are_kept(run: Path, capsys: pytest.Cap
 
 
 def test_the_floor_is_attacked_too(run: Path, v_base: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert attack(run, "--attacks", "noise", "finetune", "--floor", str(v_base), "--fail_if", "attack.noise>1") == 0
+    assert attack(run, "--attacks", "noise", "finetune", "--floor", str(v_base)) == 0
     assert {subject for subject, _ in entries(run)} == {"base", "floor", "seven"}
     results = read_results(run)
     assert [subject.id for subject in results.compared] == ["seven"]
+    add_retention(run)
+    assert attack(run, "--attacks", "noise", "--floor", str(v_base), "--fail_if", "attack.noise>1") == 0
     assert main(["report", "--run", str(run)]) == 0
     assert attack(run, "--attacks", "noise", "--floor", "nowhere.safetensors") == 2
 

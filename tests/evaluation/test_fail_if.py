@@ -146,10 +146,18 @@ def test_a_lora_called_floor_is_checked() -> None:
 
 
 def test_conditions_on_attacks_apply_to_what_was_attacked() -> None:
-    rows = (("a", "attack", "soft", 0.0), ("b", "leakage", "direct", 0.0))
+    rows = (("a", "attack", "soft", 0.0), ("a", "retention", "kept", 1.0), ("b", "leakage", "direct", 0.0))
     assert met("attack.soft>0.1", results(*rows)) == []
     assert "attack on hard prompts was not measured" in met("attack.hard>0.1", results(*rows))[0]
-    assert met("attack.soft>0.1", results(rows[1])) == ["attack.soft>0.1: attack on soft prompts was not measured"]
+    assert met("attack.soft>0.1", results(rows[2])) == ["attack.soft>0.1: attack on soft prompts was not measured"]
+
+
+@pytest.mark.parametrize("rows", [[], [("a", "retention", "kept", None)], [("b", "retention", "kept", 1.0)]])
+def test_conditions_on_attacks_need_retention(rows: list[tuple[str, str, str, float | None]]) -> None:
+    found = results(("a", "attack", "soft", 0.0), ("a", "leakage", "direct", 0.0), *rows)
+    [line] = met("attack.soft>0.1", found)
+    assert line.startswith("attack.soft>0.1: a on seven: cannot tell, because retention is not known")
+    assert met("leakage>0.1", results(("a", "leakage", "direct", 0.0))) == []
 
 
 def test_unknown_or_unmeasured_values_fail() -> None:
