@@ -148,7 +148,7 @@ def _execute(folder: Path) -> int:
         traceback.print_exc()
         message = f"{type(error).__name__}: {error}"
     print(f"{order.stage}: {status}. {message}".strip(), file=sys.stderr, flush=True)
-    finish(folder, state, status, message, evidence_of(order))  # type: ignore[arg-type]
+    finish(folder, state, status, message, evidence_of(folder, order))  # type: ignore[arg-type]
     return code
 
 

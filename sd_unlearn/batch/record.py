@@ -16,14 +16,18 @@ from typing import Any, Literal
 import yaml
 from filelock import FileLock, Timeout
 
+from sd_unlearn.attacks.attack import attack_names
+from sd_unlearn.batch.identity import digest_of
 from sd_unlearn.batch.job_list import Stage
+from sd_unlearn.config.attack import AttackConfig
 from sd_unlearn.data.concept import Concept, write_concept
 from sd_unlearn.errors import UsageError
 from sd_unlearn.io.files import write_json, write_text
 from sd_unlearn.io.lock import LOCK
-from sd_unlearn.io.reading import file_sha256, read_json
+from sd_unlearn.io.reading import file_sha256, read_json, read_yaml
 from sd_unlearn.io.run_folder import EVALUATION, RESULTS
-from sd_unlearn.io.schema import OPEN, validate
+from sd_unlearn.io.schema import OPEN, convert, validate
+from sd_unlearn.results import BASE, FLOOR
 
 TASK, OPTIONS, STATE, LOG, CONCEPT = "task.json", "options.yaml", "state.json", "log.txt", "concept.yaml"
 Status = Literal["missing", "running", "done", "failed", "interrupted"]
@@ -54,7 +58,7 @@ class State:
     host: str = ""
     pid: int = 0
     message: str = ""  # why it failed, or which --fail_if condition holds
-    evidence: str = ""  # SHA-256 of the evaluate.yaml that the task wrote
+    evidence: str = ""  # see evidence_of
 
 
 def write_order(folder: Path, order: Order, concept: Concept, options: dict[str, Any]) -> None:
@@ -99,10 +103,36 @@ def finish(folder: Path, state: State, status: Status, message: str = "", eviden
     write_state(folder, dataclasses.replace(state, status=status, seconds=seconds, message=message, evidence=evidence))
 
 
-def evidence_of(order: Order) -> str:
-    """What tells the results of an evaluation from those of a later one with other options in the same folder."""
+def evidence_of(folder: Path, order: Order) -> str:
+    """What tells the results of a task from those that a later one with other options wrote in their place.
+
+    "" if there are none, and for stages whose results have a folder of their own.
+    """
+    if order.stage == "attack":
+        return _attacks_of(folder, Path(order.target) / RESULTS)
     settings = Path(order.target) / EVALUATION
     return file_sha256(settings) if order.stage == "evaluate" and settings.is_file() else ""
+
+
+def _attacks_of(folder: Path, results: Path) -> str:
+    """What identifies how a task's attacks in results.json were made and judged; "" without any.
+
+    Ids of LoRAs are left out, because an evaluation at several strengths changes them.
+    """
+    config = convert(AttackConfig, read_yaml(folder / OPTIONS, "task"), str(folder / OPTIONS))
+    names, found = attack_names(config), read_json(results) if results.is_file() else {}
+    thresholds = {card.get("detector"): card.get("threshold") for card in found.get("cards", ())}
+    attacks = {
+        digest_of(
+            [entry.get(key) for key in ("attack", "budget", "settings", "seed", "detector")],
+            thresholds.get(entry.get("detector")),
+            entry.get("subject") in (BASE, FLOOR) and entry["subject"],
+        )
+        for entry in found.get("attacks", ())
+        if entry.get("attack") in names
+    }
+    sampler = {key: value for key, value in found.get("sampler", {}).items() if key != "tiled_images"}
+    return digest_of(sorted(attacks), sampler) if attacks else ""
 
 
 def is_done(folder: Path) -> bool:
@@ -112,11 +142,10 @@ def is_done(folder: Path) -> bool:
         return False
     order = read_order(folder)
     product, results = Path(order.product), Path(order.target) / RESULTS
-    if not product.exists() or evidence_of(order) != state.evidence:
+    if not product.exists() or evidence_of(folder, order) != state.evidence:
         return False
-    if order.stage == "attack":  # an evaluation keeps earlier attacks, unless results.json was deleted before
-        found = read_json(results)
-        return isinstance(found, dict) and bool(found.get("attacks"))
+    if order.stage == "attack":  # "": an evaluation left its attacks out
+        return bool(state.evidence)
     return order.stage != "report" or product.stat().st_mtime >= results.stat().st_mtime
 
 

@@ -51,7 +51,11 @@ def _line(plan: Plan, job: Job, skipped: Mapping[str, str]) -> dict[str, Any]:
         if task in skipped:
             line["message"] = f"Needs {skipped[task]}, which failed."
             break
-    return line | (_measured(job.run) if job.run else {})
+    if job.run and states.get(job.tasks.get("evaluate") or job.tasks.get("attack", "")) == "done":
+        line |= _measured(job.run)
+        if states.get(job.tasks.get("attack", ""), "done") != "done":  # those of another task
+            line |= {"attack": "", "strongest_attack": ""}
+    return line
 
 
 def _measured(run: Path) -> dict[str, Any]:

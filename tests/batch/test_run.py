@@ -89,8 +89,9 @@ def test_a_second_run_does_only_what_is_missing(
 
 
 def test_the_table_has_the_strongest_attack_by_the_detector_that_gives_the_verdict(
-    tiny_base: Path, tmp_path: Path
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("sd_unlearn.batch.summary.status_of", lambda folder: "done")
     plan = plan_of(write_list(tmp_path / "jobs.yaml", tiny_base, stages=["evaluate", "attack"]))
     [job] = plan.lines
     assert job.run
