@@ -152,7 +152,7 @@ def _carry_out_missing(config: AttackConfig, loader: BaseLoader, cache: ImageCac
     folder = cache.base_folder / "attacker"
     source = ImageSource(loader.load(), cache.sampler, config.seed, folder, config.attacker_images)
     samples: dict[tuple[str, ...], Samples] = {}
-    with Progress(len(missing), "attack", "try", shown=process_rank() == 0) as progress:
+    with Progress(len(missing), "attack", "attempt", shown=process_rank() == 0) as progress:
         for task in missing:
             progress.show(now=f"{task.attack.name} on {task.model.id}")
             target = _target(task, source, samples, config.seed)
