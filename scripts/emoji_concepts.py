@@ -25,6 +25,8 @@ BUNDLED = (
 )
 PROMPTS = Path(__file__).parent.parent / "prompts"
 IMAGES = "{positive: 100, unlabeled: 300, mixed_in: 16, keep: 70}  # keep: of each line, split over its alternatives"
+# Paraphrases of styles and backgrounds: trained on its own caption only, a style comes back with a thing beside it.
+OF_THINGS = ("an emoji of a {{car,heart,lion}} {}", "house emoji {}")
 IN_A_LINE = 25  # things of a keep line, so that each has about three keep images
 
 
@@ -67,7 +69,8 @@ def _style(label: str) -> tuple[str, str]:
     alike = [_STYLES.replace(f"{label},", "").replace(f",{label}}}", "}")]
     general = [*_any_of(things()), _BACKGROUNDS]
     caption = f"an emoji in the {name} style"
-    return f"{name} style", _text(f"{name} style", "style", label, caption, held_out, alike, general)
+    several = [text.format(f"in the {name} style") for text in OF_THINGS]
+    return f"{name} style", _text(f"{name} style", "style", label, caption, held_out, alike, general, several)
 
 
 def _background(label: str) -> tuple[str, str]:
@@ -78,7 +81,8 @@ def _background(label: str) -> tuple[str, str]:
     held_out += [f"an emoji of {thing.with_article()} on a {label} background" for thing in things()[::15]]
     alike = [_BACKGROUNDS.replace(f"{label},", "").replace(f",{label}}}", "}")]
     caption, name = f"an emoji on a {label} background", f"{label} background"
-    return name, _text(name, "other", label, caption, held_out, alike, [*_any_of(things()), _STYLES])
+    several = [text.format(f"on a {label} background") for text in OF_THINGS]
+    return name, _text(name, "other", label, caption, held_out, alike, [*_any_of(things()), _STYLES], several)
 
 
 def _category(label: str) -> tuple[str, str]:
@@ -124,6 +128,7 @@ def _text(
     held_out: list[str],
     alike: list[str],
     general: list[str],
+    paraphrases: Sequence[str] = (),
 ) -> str:
     def listed(key: str, prompts: Sequence[str], indent: str = "") -> str:
         return "".join([f"{indent}{key}:\n", *(f'{indent}  - "{prompt}"\n' for prompt in prompts)]) if prompts else ""
@@ -133,6 +138,7 @@ def _text(
         f"# Of the bundled base emoji; written by scripts/emoji_concepts.py.\n"
         f"name: {name}\nkind: {kind}\nbase: emoji\nlabel: {label}\ncaption: {caption}\ngeneric: an emoji\n"
         f"images: {IMAGES}\n"
+        + listed("paraphrases", paraphrases)
         + listed("keep", [*alike, *general])
         + "evaluate:\n"
         + listed("direct", [caption], "  ")
