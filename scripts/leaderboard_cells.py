@@ -95,6 +95,12 @@ class Stages:
         return self.work / "runs" / self.cell.base / f"{self.cell.name}-{digest(content)}"
 
     @property
+    def data(self) -> Path:
+        """The training images: a folder for each base and concept file, which the methods share."""
+        content = [self.base_weights, concept_sha256(self.concept)]
+        return self.work / "data" / self.cell.base / f"{self.cell.slug}-{digest(content)}"
+
+    @property
     def options(self) -> dict[str, Any]:
         """The options of the training."""
         seed = {"seed": self.cell.seed} if self.cell.of.trained else {}
@@ -170,8 +176,7 @@ def train(stages: Stages) -> None:
     if not (stages.run / TRAINING).is_file():
         options: dict[str, Any] = {"output_dir": stages.run, **continued(stages.run), **stages.options}
         if stages.cell.of.trained:
-            data = stages.work / "data" / stages.cell.base / stages.cell.slug
-            options |= {"data_dir": data, "validation_steps": 0, "report_to": "none"}
+            options |= {"data_dir": stages.data, "validation_steps": 0, "report_to": "none"}
         options["pretrained_model_name_or_path"] = stages.cell.base
         sd_unlearn.train(stages.cell.concept, **options)
     cost = read_json(stages.run / TRAINING)["cost"]
