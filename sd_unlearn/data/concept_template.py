@@ -42,6 +42,7 @@ class Template:
     held_out: tuple[str, ...]
     general: tuple[str, ...]  # further prompts, not classified
     label: str = ""
+    paraphrases: tuple[str, ...] = ()
 
 
 PHOTO, CAPTION, GENERIC = "a photo of {}", "a photo of {name}", "a photo of {anchor}"
@@ -101,6 +102,7 @@ TEMPLATES: dict[TemplateKind, Template] = {
         anchor="a painting by an unknown artist",
         similar="similar styles, as whole phrases, e.g. a Claude Monet painting",
         label="an artwork in the style of {name}",
+        paraphrases=("a picture of {{a woman,a house,a ship,a horse}} in the style of {name}",),
         retained=(
             Retained(
                 "{}",
@@ -192,6 +194,9 @@ def concept_text(
         "generic_share: 0.0   # share of the concept in images of the generic prompt: look at some",
         IMAGES,
         _list("alternatives", "what else CLIP may recognize: one word or phrase each", [*words, anchor]),
+        _list("paraphrases", "trained on, too: a style has to go beside any subject", _fill(template.paraphrases, filled))
+        if template.paraphrases
+        else "",
         _list("keep", f"retained in training; add {template.similar}", keep),
         "evaluate:",
         _list("  held_out", "not used in training; add wordings without the name", _fill(template.held_out, filled)),

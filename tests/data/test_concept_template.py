@@ -174,3 +174,12 @@ def test_the_example_of_the_page_is_valid() -> None:
     (example,) = re.findall(r"```yaml\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
     concept = parse(example)
     assert {word for p in concept.prompts("alike") for word in p.expect} <= set(concept.alternatives)
+
+
+def test_a_style_is_also_trained_beside_subjects() -> None:
+    """A style that goes under its own caption only comes back beside a subject (docs/tuning.md, 2026-11-30)."""
+    style = parse(concept_text("Jane Example", "a painting by an unknown artist", "style"))
+    assert style.captions[0] == "an artwork in the style of Jane Example"
+    assert "a picture of a ship in the style of Jane Example" in style.captions
+    assert not {*style.captions[1:]} & {*texts(style, "held_out"), *texts(style, "direct"), *style.keep}
+    assert parse(concept_text("Jane Example", "a woman", "person")).captions == ["a photo of Jane Example"]
