@@ -32,6 +32,18 @@ def write_strip(path: Path, groups: Sequence[Sequence[Path]]) -> None:
     _save(strip, path)
 
 
+def write_grid(path: Path, rows: Sequence[Sequence[Path]]) -> None:
+    """Write images of one size in rows, with a gap after every second row."""
+    images = [[open_image(file) for file in row] for row in rows]
+    side = SCALE * images[0][0].height
+    size = (side * max(map(len, images)), side * len(images) + GAP * ((len(images) - 1) // 2))
+    page = Image.new("RGB", size, "white")
+    for y, row in enumerate(images):
+        for x, image in enumerate(row):
+            page.paste(image.resize((side, side), Image.Resampling.NEAREST), (x * side, y * side + y // 2 * GAP))
+    _save(page, path)
+
+
 def write_rows(path: Path, strips: Mapping[str, Path]) -> bool:
     """Write one labelled row for each strip; False if there is none."""
     rows = {name: open_image(file) for name, file in strips.items() if file.is_file()}

@@ -23,16 +23,25 @@ from emoji_concepts import concept_file
 from leaderboard_cells import Stages, continued, digest, trained_files, weights_in
 from leaderboard_cells import train as train_cell
 from leaderboard_methods import Cell
+from leaderboard_pictures import write_grid
 from leaderboard_studies import STUDIES
 from leaderboard_table import percent, replace_between
 
 import sd_unlearn
+from sd_unlearn.config.evaluate import EvaluateConfig
+from sd_unlearn.data.several import read_concepts
+from sd_unlearn.evaluation.generate import ImageCache
+from sd_unlearn.evaluation.loras import ModelVariant, open_run
+from sd_unlearn.evaluation.prompts import TIERS, override_counts, plan_images
 from sd_unlearn.io.files import write_json, write_text
 from sd_unlearn.io.paths import slugify
 from sd_unlearn.io.reading import read_json
 from sd_unlearn.io.run_folder import TRAINING
 from sd_unlearn.metrics.emoji import THINGS, EmojiClassifier
 from sd_unlearn.metrics.statistics import wilson
+from sd_unlearn.models.base import load_base
+from sd_unlearn.models.find_base import find_base
+from sd_unlearn.models.sampling import BASE_SAMPLERS
 from sd_unlearn.models.source import BUNDLED, EMOJI
 from sd_unlearn.results import BASE, Results
 
@@ -50,6 +59,7 @@ TITLES = {
     "least_squares": "ours, trained apart and fused",
 }
 FUSED = ("sum", "least_squares")
+SHOWN = ("pu", 10, None)  # on the picture: method, number of things, steps
 FEWER_IMAGES = {"num_positive": 24}  # of each concept, from 50 concepts on
 
 
@@ -108,6 +118,8 @@ def record(method: str, count: int, steps: int | None, work: Path) -> None:
     if file.is_file() and read_json(file).get("key") == key:
         return
     run = train(method, count, steps, work)
+    if (method, count, steps) == SHOWN:
+        draw(run, work, DOCS / "images" / "emoji-ten.png")
     results = sd_unlearn.evaluate(
         run=run,
         num_images=20 if count <= 10 else 10,
@@ -132,6 +144,24 @@ def record(method: str, count: int, steps: int | None, work: Path) -> None:
             **measured(results),
         },
     )
+
+
+def draw(run: Path, work: Path, file: Path) -> None:
+    """Draw the first image of each erased thing, and of as many retained ones, without and with the LoRA."""
+    base = load_base(find_base(EvaluateConfig(pretrained_model_name_or_path=EMOJI)))
+    cache = ImageCache(work / "evaluation", base.describe(), BASE_SAMPLERS[EMOJI])
+    parts = read_concepts(run / "concept.yaml").parts
+    plans = [plan_images(part, override_counts(TIERS["emoji"], 20, 2, []), [0]) for part in parts]
+    erased = [next(spec for spec in plan if spec.group == "direct") for plan in plans]
+    things = [spec for spec in plans[0] if spec.group == "general" and spec.prompt.text.endswith(" emoji")]
+    stride = len(things) // len(parts)
+    specs = [*erased, *things[::stride][: len(parts)]]
+    rows = []
+    for variant in (ModelVariant(), ModelVariant(open_run(run))):
+        cache.generate(lambda: base, variant, specs, "generate the picture")
+        rows.append(cache.paths(variant, specs))
+    columns = len(parts)
+    write_grid(file, [row[part : part + columns] for part in (0, columns) for row in rows])
 
 
 def measured(results: Results) -> dict[str, Any]:
