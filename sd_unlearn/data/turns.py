@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from sd_unlearn.data.batch import Batch
-from sd_unlearn.data.batches import Cycle, StratifiedBatches
+from sd_unlearn.data.batches import Cycle, StratifiedBatches, sampler_state
 from sd_unlearn.data.concept import Concept, normalized
 from sd_unlearn.data.dataset import UNUSED, Example
 
@@ -76,6 +76,9 @@ class InTurn:
         return {"order": order, "concepts": [batches.state_dict() for batches in self.batches]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        state = sampler_state(state)
+        if len(state.get("concepts", ())) != len(self.batches):
+            return  # of other concepts, with --force_resume
         left, generator = state["order"]
         self.order.left = list(left)
         self.order.generator.set_state(generator)

@@ -126,7 +126,7 @@ def make_training(
     repeats = config.teacher_reuse or 1
     if teachers and repeats > 1:
         _check_equal_sizes(samplers)
-        steps = RepeatedBatches(in_turn, REPEATED_STEPS, repeats)
+        steps = RepeatedBatches(in_turn, REPEATED_STEPS, repeats, identity)
         bank, offsets = PredictionBank(), PredictionBank()
         teachers = [dataclasses.replace(teacher, bank=bank, offsets=offsets) for teacher in teachers]
 
