@@ -30,6 +30,7 @@ from sd_unlearn.data.prior import check_countable
 from sd_unlearn.data.render import check_folder
 from sd_unlearn.data.render_job import make_job, plan_images, resolve_data_dir, with_seed_of_folder
 from sd_unlearn.data.several import load_concepts
+from sd_unlearn.data.turns import make_turns
 from sd_unlearn.errors import UsageError
 from sd_unlearn.io.files import check_writable
 from sd_unlearn.io.own_files import LATER, check_no_foreign_weights, is_free, is_run
@@ -83,7 +84,7 @@ def check_inputs(config: TrainConfig, concept: Concept | None = None) -> Inputs:
         check_folder(with_seed_of_folder(make_job(concept, config, source)))
     check_batch_size(config, concept, data_dir)
     photos = scan_positives(config.positives, concept) if config.positives else []
-    own = scan(data_dir, concept, config.eta, config.positives) if own_images else []
+    own = scan_own(config, concept, data_dir) if own_images else []
     groups = [example.group for example in own] or image_groups(config, concept, photos)
     if config.objective == "neggrad" and config.target == "noise" and "keep" not in groups:
         raise UsageError(
@@ -113,6 +114,22 @@ def check_several(config: TrainConfig, concept: Concept) -> None:
         )
     if config.beta_sweep is not None:
         raise UsageError(f"--beta_sweep {config.beta_sweep} is for one concept. Train each alone, or leave it out.")
+
+
+def scan_own(config: TrainConfig, concept: Concept, data_dir: Path) -> list[Example]:
+    """The user's own images.
+
+    Raises:
+        UsageError: as scan; there are no unlabeled images for one of several concepts.
+    """
+    own = scan(data_dir, concept, config.eta, config.positives)
+    for turn in make_turns(concept, own, [0.0] * len(concept.parts)):
+        if not any(example.group in ("generic", "mixed_in") for example in turn.examples):
+            raise UsageError(
+                f"--data_dir {data_dir}: all images in {UNLABELED} have captions of the other concepts or the group "
+                f"keep, so there are none for {turn.concept.name}. Add images of {turn.concept.generic!r}."
+            )
+    return own
 
 
 def check_bitsandbytes(config: TrainConfig) -> None:

@@ -184,6 +184,23 @@ def test_the_images_of_a_step_are_those_of_its_concept() -> None:
         assert turn.betas == (SHARES[turn.concept.name],)
 
 
+def test_images_without_captions_are_for_every_concept() -> None:
+    """With each concept's own generic prompt as the caption; an own caption that is one's generic prompt is for it."""
+    concept = together([animal("cat"), animal("dog", generic="a pet")])
+    examples = [
+        Example(Path("0"), GENERIC, "generic"),
+        Example(Path("1"), GENERIC, "negative"),
+        Example(Path("2"), "a pet", "generic", own_caption=True),
+        Example(Path("3"), "a sunset", "generic", own_caption=True),
+        Example(Path("4"), "a house", "keep", own_caption=True),
+    ]
+    cat, dog = (turn.examples for turn in make_turns(concept, examples, [0.1, 0.1]))
+    assert [e.caption for e in cat] == [GENERIC, GENERIC, "a pet", "a sunset", "a house"]
+    assert [e.caption for e in dog] == ["a pet", "a pet", "a pet", "a sunset", "a house"]
+    assert [e.group for e in cat] == ["generic", "negative", UNUSED, "generic", "keep"]
+    assert [e.group for e in dog] == ["generic", "negative", "generic", "generic", "keep"]
+
+
 @pytest.mark.parametrize("count", [2, 5, 10])
 def test_a_step_does_not_grow_with_the_number_of_concepts(count: int) -> None:
     concept = animals(count)

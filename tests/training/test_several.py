@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -120,6 +121,28 @@ def test_an_interrupted_training_ends_with_the_same_weights(
 def test_options_for_one_concept(place: Path, tiny_base: Path, changes: dict[str, object], fault: str) -> None:
     with pytest.raises(UsageError, match=fault):
         trainer.run(options(place, tiny_base, output_dir=Path("refused"), **changes))
+
+
+@pytest.fixture
+def own_photos(photos: Callable[..., Path]) -> Path:
+    """Photos without captions, in the folders of both concepts."""
+    folder = photos(unlabeled=4, positive=3)
+    (folder / "1_positive").rename(folder / "1_positive_brad-pitt")
+    shutil.copytree(folder / "1_positive_brad-pitt", folder / "1_positive_jackie-chan")
+    return folder
+
+
+def test_own_photos_without_captions_are_for_each(place: Path, tiny_base: Path, own_photos: Path) -> None:
+    (place / "woman.yaml").write_text(CHAN.replace("generic: a photo of a man", "generic: a photo of a woman"))
+    concepts = [str(place / "pitt.yaml"), str(place / "woman.yaml")]
+    changes = {"concept": concepts, "data_dir": own_photos, "output_dir": Path("run"), "validation_steps": 0}
+    trainer.run(options(place, tiny_base, **changes))
+    assert read_json(Path("run/training.json"))["cost"]["steps"] == 4  # two for each
+    lines = [json.dumps({"file_name": f"{i}.png", "text": "a photo of a man"}) for i in range(4)]
+    (own_photos / "0_unlabeled" / "metadata.jsonl").write_text("\n".join(lines))
+    with pytest.raises(UsageError, match=r"none for Jackie Chan. Add images of 'a photo of a woman'"):
+        trainer.run(options(place, tiny_base, **changes, overwrite=True))
+    assert Path("run/training.json").is_file()
 
 
 def test_other_images_are_not_mixed_with_those_of_one(run: Path, place: Path, tiny_base: Path) -> None:
