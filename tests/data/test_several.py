@@ -125,6 +125,21 @@ def test_shared_images_are_planned_once() -> None:
     assert known_beta(0.08, dog) == pytest.approx((2 + 0.8) / 12, abs=1e-4)
 
 
+def test_the_same_prompt_in_another_spelling_is_planned_once() -> None:
+    """And counts for the beta of both, as their steps take the images of both spellings."""
+    other = animal("dog", generic="An  animal", keep=["A house"], images=Images(positive=4, unlabeled=10, mixed_in=2))
+    concept = together([animal("cat", keep=["a house"]), other])
+    plan = plan_images(concept, RenderConfig())
+    generics = [(group.prompt, group.images) for group in plan if group.name == "generic"]
+    assert generics == [(GENERIC, 6), ("An  animal", 4)]
+    assert [group.images for group in plan if group.name == "keep"] == [20]
+    cat, dog = (images_of_part(plan, part) for part in concept.parts)
+    assert (cat["generic"], dog["generic"]) == (10, 10)
+    assert known_beta(0.08, dog) == pytest.approx((2 + 0.8) / 12, abs=1e-4)
+    examples = [Example(Path("0"), g.prompt, g.name, own_caption=True) for g in plan if g.name == "generic"]
+    assert all(e.group == "generic" for turn in make_turns(concept, examples, [0.1, 0.1]) for e in turn.examples)
+
+
 VALUES = {"cat": 3.0, "dog": 5.0, "cow": 11.0}  # losses of positives
 SHARES = {"cat": 0.1, "dog": 0.3, "cow": 0.2}
 
