@@ -3,10 +3,10 @@
 --probe ratio needs no classifier: the mean loss of held-out positives over that of held-out unlabeled images
 (mean_S / mean_U), divided by the same ratio of the base. Higher means that the network knows less of the concept.
 
---probe leakage generates 60 images of the concept (one of each if there are more concepts) and as many of keep prompts
-from fixed seeds, and classifies them as `evaluate` does. If the classifier rejects invalid images, it also measures what is generated instead of the concept:
-the share of clean images of something else, over the share of clean images of the keep prompts (at most 1). The best
-probe is the one with the largest sum of retention, clean replacement and -leakage.
+--probe leakage generates 60 images of the concept (at least one of each of several) and as many of keep prompts from
+fixed seeds, and classifies them as `evaluate` does. If the classifier rejects invalid images, it also measures what is
+generated instead of the concept: the share of clean images of something else, over the share of clean images of the
+keep prompts (at most 1). The best probe is the one with the largest sum of retention, clean replacement and -leakage.
 """
 
 from __future__ import annotations

@@ -70,6 +70,21 @@ def test_a_label_and_the_prompts_of_another_concept_count_too() -> None:
     assert together([other, red]).parts[0].keep == ["a {blue} cat", "a {crimson,something crimson}"]
 
 
+@pytest.mark.parametrize(
+    ("template", "kept"),
+    [
+        ("one {red,blue} background", ["one {blue} background"]),
+        ("a {red background,blue} wall", ["a {blue} wall"]),
+        ("a cat on a {red,Red} background", []),
+        ("a {red,blue} {house,tree}", ["a {red,blue} {house,tree}"]),
+        ("a {red,blue} {car,background}", ["a {red,blue} {car}"]),
+    ],
+)
+def test_a_concept_named_across_braces_is_not_retained(template: str, kept: list[str]) -> None:
+    cat, _ = together([animal("cat", keep=[template]), animal("red background")]).parts
+    assert cat.keep == kept
+
+
 def test_names_and_folders() -> None:
     few, many = animals(3), animals(10)
     assert (few.name, few.slug) == ("cat, dog, cow", "cat-dog-cow")
