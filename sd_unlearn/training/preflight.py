@@ -82,10 +82,10 @@ def check_inputs(config: TrainConfig, concept: Concept | None = None) -> Inputs:
     check_data_dir(config, data_dir)
     if not own_images:
         check_folder(with_seed_of_folder(make_job(concept, config, source)))
-    check_batch_size(config, concept, data_dir)
     photos = scan_positives(config.positives, concept) if config.positives else []
     own = scan_own(config, concept, data_dir) if own_images else []
     groups = [example.group for example in own] or image_groups(config, concept, photos)
+    check_batch_size(config, concept, data_dir, config.target == "teacher" or "keep" in groups)
     if config.objective == "neggrad" and config.target == "noise" and "keep" not in groups:
         raise UsageError(
             f"--objective neggrad --target noise needs images to retain: {data_dir} has none of the group keep. Add "
