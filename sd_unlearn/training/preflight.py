@@ -20,9 +20,7 @@ from sd_unlearn.data.dataset import (
     describe_positives,
     has_negatives,
     members_of_sets,
-    scan,
     scan_positives,
-    set_names,
 )
 from sd_unlearn.data.layout import check_batch_size
 from sd_unlearn.data.photos import check_places
@@ -30,7 +28,6 @@ from sd_unlearn.data.prior import check_countable
 from sd_unlearn.data.render import check_folder
 from sd_unlearn.data.render_job import make_job, plan_images, resolve_data_dir, with_seed_of_folder
 from sd_unlearn.data.several import load_concepts
-from sd_unlearn.data.turns import make_turns
 from sd_unlearn.errors import UsageError
 from sd_unlearn.io.files import check_writable
 from sd_unlearn.io.own_files import LATER, check_no_foreign_weights, is_free, is_run
@@ -42,6 +39,13 @@ from sd_unlearn.models.kinds import KINDS
 from sd_unlearn.models.source import Source
 from sd_unlearn.models.zero_terminal_snr import check_zero_terminal_snr
 from sd_unlearn.training import checkpoint
+from sd_unlearn.training.concept_checks import (
+    check_concept,
+    check_counts,
+    check_several,
+    describe_few_steps,
+    scan_own,
+)
 from sd_unlearn.training.probe_checks import check_probe
 
 
@@ -54,7 +58,7 @@ class Inputs:
     data_dir: Path
     own_images: bool  # the user's own; otherwise the folder is rendered if missing or unfinished
     tracker: str | None
-    found: str = ""  # what own images were found, in lines
+    notes: tuple[str, ...] = ()  # lines for the user: what own images were found, few steps
 
 
 def check_inputs(config: TrainConfig, concept: Concept | None = None) -> Inputs:
@@ -67,6 +71,7 @@ def check_inputs(config: TrainConfig, concept: Concept | None = None) -> Inputs:
     """
     concept = concept or load_concepts(config.concept, config.anchor, config.kind)
     check_train(config)
+    check_concept(config, concept)
     check_several(config, concept)
     check_bitsandbytes(config)
     source = find_base(config, concept.base)
@@ -82,6 +87,7 @@ def check_inputs(config: TrainConfig, concept: Concept | None = None) -> Inputs:
     check_data_dir(config, data_dir)
     if not own_images:
         check_folder(with_seed_of_folder(make_job(concept, config, source)))
+        check_counts(config, concept, data_dir)
     photos = scan_positives(config.positives, concept) if config.positives else []
     own = scan_own(config, concept, data_dir) if own_images else []
     groups = [example.group for example in own] or image_groups(config, concept, photos)
@@ -95,41 +101,8 @@ def check_inputs(config: TrainConfig, concept: Concept | None = None) -> Inputs:
         check_countable(groups.count("positive"), groups.count("generic") + groups.count("mixed_in"))
     sets = [len(members) for members in members_of_sets(own).values()] or [groups.count("positive")]
     check_probe(config, concept, groups, sets)
-    found = describe_found(config, data_dir, own, photos)
-    return Inputs(concept, source, data_dir, own_images, choose_tracker(config.report_to), found)
-
-
-def check_several(config: TrainConfig, concept: Concept) -> None:
-    """Refuse options for a single concept.
-
-    Raises:
-        UsageError
-    """
-    if len(concept.parts) == 1:
-        return
-    if config.positives is not None:
-        raise UsageError(
-            f"--positives {config.positives} is for one concept. Put the photos of each of several into a data folder, "
-            f"--data_dir: {', '.join(set_names(concept)[:3])}."
-        )
-    if config.beta_sweep is not None:
-        raise UsageError(f"--beta_sweep {config.beta_sweep} is for one concept. Train each alone, or leave it out.")
-
-
-def scan_own(config: TrainConfig, concept: Concept, data_dir: Path) -> list[Example]:
-    """The user's own images.
-
-    Raises:
-        UsageError: as scan; there are no unlabeled images for one of several concepts.
-    """
-    own = scan(data_dir, concept, config.eta, config.positives)
-    for turn in make_turns(concept, own, [0.0] * len(concept.parts)):
-        if not any(example.group in ("generic", "mixed_in") for example in turn.examples):
-            raise UsageError(
-                f"--data_dir {data_dir}: all images in {UNLABELED} have captions of the other concepts or the group "
-                f"keep, so there are none for {turn.concept.name}. Add images of {turn.concept.generic!r}."
-            )
-    return own
+    notes = [*describe_found(config, data_dir, own, photos), *describe_few_steps(config, concept)]
+    return Inputs(concept, source, data_dir, own_images, choose_tracker(config.report_to), tuple(notes))
 
 
 def check_bitsandbytes(config: TrainConfig) -> None:
@@ -216,7 +189,7 @@ def image_groups(config: TrainConfig, concept: Concept, photos: Sequence[Example
     return [group for group in groups if group != "positive"] + ["positive"] * len(photos) if photos else groups
 
 
-def describe_found(config: TrainConfig, data_dir: Path, own: Sequence[Example], photos: Sequence[Example]) -> str:
+def describe_found(config: TrainConfig, data_dir: Path, own: Sequence[Example], photos: Sequence[Example]) -> list[str]:
     """What was found among the user's own images, in lines: in the data folder, and in --positives."""
     lines = [describe_positives(config.positives, photos)] if config.positives else []
     if own:
@@ -226,7 +199,7 @@ def describe_found(config: TrainConfig, data_dir: Path, own: Sequence[Example], 
                 f"{data_dir}: no image has the group keep, so other concepts are not retained in training "
                 "(docs/concepts.md, Your own images)."
             )
-    return "\n".join(lines)
+    return lines
 
 
 def choose_tracker(report_to: str | None) -> str | None:
