@@ -493,7 +493,7 @@ def test_folders_are_rendered_first(tiny_base: Path, concept_file: Path, capsys:
             "--max_train_steps",
             "1",
             "--effective_batch_size",
-            "4",
+            "5",
             "--validation_steps",
             "0",
         ]
