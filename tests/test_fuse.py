@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from pathlib import Path
-from typing import get_args
+from types import SimpleNamespace
+from typing import Any, get_args
 
 import pytest
 import torch
 from export_runs import exported, read_header
 
-from sd_unlearn import fusion
+from sd_unlearn import cli, fusion
 from sd_unlearn.config.fuse import FuseConfig, FuseMethod
 from sd_unlearn.config.objective import Weights
 from sd_unlearn.config.train import TrainConfig
 from sd_unlearn.errors import UsageError
 from sd_unlearn.evaluation.loras import open_lora
 from sd_unlearn.io.reading import read_json
-from sd_unlearn.io.run_folder import ADAPTER_DIR
+from sd_unlearn.io.run_folder import ADAPTER_DIR, weights_sha256
 from sd_unlearn.models import lora
 from sd_unlearn.models.base import Base, load_base
 from sd_unlearn.models.source import Source
+from sd_unlearn.report import reproduce
 from sd_unlearn.training import trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -80,6 +83,19 @@ def test_what_it_changes(fused: Path, runs: list[Path], tiny_base: Path) -> None
     assert whole.keys() == first.keys()
     same = [torch.allclose(whole[name], first[name] + second[name], atol=1e-5) for name in whole]
     assert all(same) == fused.name.endswith("sum")
+
+
+def test_the_command_of_the_report_repeats_it(
+    fused: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    case: Any = SimpleNamespace(rows=[])
+    command, evaluate, _ = reproduce.commands(fused, case, 0, None)
+    assert command == f"sd-unlearn fuse --config {fused.name}/config.yaml --output_dir {fused.name}-again"
+    assert evaluate.startswith(f"sd-unlearn evaluate --run {fused.name}-again")
+    monkeypatch.chdir(fused.parent)
+    assert cli.main(shlex.split(command)[1:]) == 0
+    assert capsys.readouterr().out == f"{fused.name}-again\n"
+    assert weights_sha256(Path(f"{fused.name}-again")) == weights_sha256(fused)
 
 
 def test_a_lower_rank_says_what_it_costs(runs: list[Path], tmp_path: Path) -> None:

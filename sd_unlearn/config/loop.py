@@ -99,8 +99,9 @@ class Monitoring:
         option(
             "What a probe measures. ratio: how much worse the model has become at the concept than at other images "
             "(loss of held-out positives / loss of held-out unlabeled images, relative to the base). leakage: how many "
-            "of 60 generated images show the concept, and how many of 60 others show what their keep prompt asks for; "
-            "with the classifier of a bundled base also how many of the first are clean images of something else.",
+            "of 60 generated images (at least one of each concept) show the concept, and how many of as many others "
+            "show what their keep prompt asks for; with the classifier of a bundled base also how many of the first "
+            "are clean images of something else.",
             MONITORING,
         ),
     ] = "ratio"

@@ -77,6 +77,12 @@ class BatchRow:
     kind_size: int  # images of its kind in the whole batch
 
 
+def sampler_state(state: dict[str, Any]) -> dict[str, Any]:
+    """The state of a sampler without that of RobustSteps and RepeatedBatches, which --force_resume may remove."""
+    state = state.get("steps", state)
+    return state.get("start", state)
+
+
 class StratifiedBatches:
     """Endless steps, each this process's share of its images, on the CPU.
 
@@ -134,6 +140,9 @@ class StratifiedBatches:
         return {"generator": self.generator.get_state(), "cycles": cycles}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        state = sampler_state(state)
+        if "generator" not in state:
+            return  # of several concepts, with --force_resume
         self.generator.set_state(state["generator"])
         for key, (left, generator) in state["cycles"].items():
             if cycle := self.cycles.get(key):  # with --force_resume there may be fewer images and captions

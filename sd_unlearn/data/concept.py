@@ -152,14 +152,13 @@ def expand_braces(templates: list[str]) -> list[Prompt]:
     """
     prompts: list[Prompt] = []
     for template in templates:
-        options = [[word.strip() for word in group.split(",")] for group in _BRACES.findall(template)]
+        start, *pieces = _BRACES.split(template)  # of each braces: what is inside, then the text up to the next
+        options = [[word.strip() for word in group.split(",")] for group in pieces[::2]]
         count = math.prod(map(len, options))
         if len(prompts) + count > MAX_PROMPTS:
             raise ValueError(f'"{template[:60]}" stands for {count:,} prompts; up to {MAX_PROMPTS:,} are possible')
         for words in itertools.product(*options):
-            text = template
-            for word in words:
-                text = _BRACES.sub(word.replace("\\", r"\\"), text, count=1)
+            text = start + "".join(word + after for word, after in zip(words, pieces[1::2], strict=True))
             prompts.append(Prompt(text, tuple(words)))
     return prompts
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 from typing import Literal
 
@@ -31,24 +32,32 @@ class Layout:
 
         Without keep images the rest is unlabeled; without positives, their quarter is. Positives are divided among
         their sets, and negatives get half of the unlabeled images' share. Every caption group has at least one image of
-        each kind.
+        each kind, and a step at least one keep image.
 
         Raises:
             UsageError: the batch is too small for that.
         """
         kinds = sets + 1 + negatives
-        if batch_size < groups * kinds:
-            raise UsageError(
-                f"--effective_batch_size {batch_size} is too small: a step needs at least {groups * kinds} images, one "
-                f"of each kind ({kinds}) in each caption group ({groups}, set by --caption_mode)."
-            )
-        positive = max(1, int(0.25 * batch_size / groups / sets)) if sets else 0
-        share = int((0.35 if sets else 0.6) * batch_size / groups)
-        unlabeled = share if has_keep else batch_size // groups - sets * positive
-        negative = max(1, unlabeled // 2) if negatives else 0
-        unlabeled = max(1, unlabeled - negative)
-        layout = cls(positive, unlabeled, 0, negative, sets)
-        return replace(layout, keep=max(0, batch_size - layout.total(groups)) if has_keep else 0)
+
+        def divide(size: int) -> Layout | None:
+            """The layout of a step of this size, None if it is too small."""
+            positive = max(1, int(0.25 * size / groups / sets)) if sets else 0
+            share = int((0.35 if sets else 0.6) * size / groups)
+            unlabeled = share if has_keep else size // groups - sets * positive
+            negative = max(1, unlabeled // 2) if negatives else 0
+            unlabeled = max(1, unlabeled - negative)
+            layout = cls(positive, unlabeled, 0, negative, sets)
+            left = size - layout.total(groups)
+            return replace(layout, keep=left if has_keep else 0) if left >= has_keep else None
+
+        if layout := divide(batch_size):
+            return layout
+        enough = next(size for size in count(batch_size + 1) if divide(size))
+        keep = " and a keep image" if has_keep else ""
+        raise UsageError(
+            f"--effective_batch_size {batch_size} is too small: a step needs at least {enough} images, one of each "
+            f"kind ({kinds}) in each caption group ({groups}, set by --caption_mode and paraphrases){keep}."
+        )
 
     @classmethod
     def of_baseline(
@@ -59,14 +68,14 @@ class Layout:
         Raises:
             UsageError: the batch is too small for that.
         """
-        if batch_size < groups * sets:
+        if batch_size < groups * sets + has_keep:
             raise UsageError(
-                f"--effective_batch_size {batch_size} is too small: a step needs at least {groups * sets} images, one "
-                f"of each set ({sets}) under each caption ({groups})."
+                f"--effective_batch_size {batch_size} is too small: a step needs at least {groups * sets + has_keep} "
+                f"images, one of each set ({sets}) under each caption ({groups}){' and a keep image' * has_keep}."
             )
         each = max(1, int((0.6 if has_keep else 1) * batch_size / groups / sets))
         layout = cls(each, 0, 0, sets=sets) if images == "positive" else cls(0, each, 0, sets=0)
-        return replace(layout, keep=max(0, batch_size - layout.total(groups)) if has_keep else 0)
+        return replace(layout, keep=batch_size - layout.total(groups) if has_keep else 0)
 
     def total(self, groups: int) -> int:
         return groups * (self.sets * self.positive + self.unlabeled + self.negative) + self.keep
@@ -130,16 +139,18 @@ def caption_groups(concept: Concept, mode: CaptionMode) -> list[str | None]:
     return groups[mode]
 
 
-def check_batch_size(config: TrainConfig, concept: Concept, folder: Path) -> None:
+def check_batch_size(config: TrainConfig, concept: Concept, folder: Path, has_keep: bool = True) -> None:
     """Refuse a step that cannot hold what it needs, and options that contradict each other about its size.
 
+    has_keep: as in Layout.of.
+
     Raises:
-        UsageError: names --effective_batch_size and the smallest possible value.
+        UsageError: names --effective_batch_size and a sufficient value.
     """
     size, negatives = effective_batch_size(config, process_count()), has_negatives(folder, config.eta)
     for part in concept.parts:
         sets = len(positive_sets(folder)) if part is concept else 1
-        captions, layout = compose_step(config, part, process_count(), True, sets, negatives)
+        captions, layout = compose_step(config, part, process_count(), has_keep, sets, negatives)
         alone = layout.unlabeled + layout.negative or layout.positive  # positives go where their unlabeled images are
         if len(captions) * alone + layout.keep < process_count():
             raise UsageError(

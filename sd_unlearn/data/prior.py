@@ -61,7 +61,7 @@ class Prior:
     """The beta of a training, in (0, 1), and where it comes from."""
 
     beta: float
-    source: str  # option | manifest | estimated | assumed
+    source: str  # option | manifest | estimated | assumed; of several concepts each that occurs
     estimates: tuple[BetaEstimate, ...] = ()  # the first is the one used
     notes: tuple[str, ...] = ()  # lines for the user
 

@@ -12,7 +12,7 @@ from typing import Any
 from sd_unlearn.config.base import RenderConfig
 from sd_unlearn.config.options import MAX_IMAGES
 from sd_unlearn.config.paths import local_path
-from sd_unlearn.data.concept import Concept, expand_braces
+from sd_unlearn.data.concept import Concept, expand_braces, normalized
 from sd_unlearn.data.dataset import set_names
 from sd_unlearn.data.render_settings import ImageGroup, seed_in
 from sd_unlearn.errors import UsageError
@@ -77,7 +77,7 @@ def plan_images(concept: Concept, config: RenderConfig) -> list[ImageGroup]:
     """How many images to render of each prompt: the --num_* options, else the concept file's numbers.
 
     Images that several concepts need, of generic and keep prompts, are rendered once: as many as the one that needs
-    the most.
+    the most. Prompts that differ only in case or white space are the same.
 
     Raises:
         UsageError: a negative number, more than MAX_IMAGES images, or a folder without images.
@@ -86,10 +86,12 @@ def plan_images(concept: Concept, config: RenderConfig) -> list[ImageGroup]:
     for part in concept.parts:
         before: dict[tuple[str, str], int] = {}
         for name, prompt, images in planned:
-            before[name, prompt] = before.get((name, prompt), 0) + images
+            key = (name, normalized(prompt))
+            before[key] = before.get(key, 0) + images
         for name, prompt, images in _plan_of(part, config):
-            missing = images - before.get((name, prompt), 0)
-            if (name, prompt) not in before or missing > 0:
+            key = (name, normalized(prompt))
+            missing = images - before.get(key, 0)
+            if key not in before or missing > 0:
                 planned.append(ImageGroup(name, prompt, missing))
     return planned
 
@@ -133,7 +135,11 @@ def images_by_group(groups: Sequence[ImageGroup]) -> dict[str, int]:
 def images_of_part(groups: Sequence[ImageGroup], part: Concept) -> dict[str, int]:
     """As `images_by_group`, without the images of other concepts' prompts."""
     own = {"generic": part.generic, "mixed_in": part.caption, "positive": part.caption}
-    return images_by_group([group for group in groups if own.get(group.name, group.prompt) == group.prompt])
+
+    def is_own(group: ImageGroup) -> bool:
+        return normalized(own.get(group.name, group.prompt)) == normalized(group.prompt)
+
+    return images_by_group([group for group in groups if is_own(group)])
 
 
 def known_beta(generic_share: float, counts: Mapping[str, int]) -> float | None:

@@ -9,9 +9,10 @@ from __future__ import annotations
 import dataclasses
 import re
 import zlib
-from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import yaml
 from sd_unlearn.choices import TemplateKind
 from sd_unlearn.data.concept import (
     Concept,
+    expand_braces,
     find_concept,
     load_concept,
     normalized,
@@ -73,7 +75,8 @@ def together(concepts: Sequence[Concept]) -> Concept:
     """The concepts as one; a single concept is itself.
 
     What a concept retains (keep prompts) and what its retention is measured on (alike, general) loses the prompts, and
-    the alternatives in braces, that name another of the concepts: by its name or label, or as one of its own prompts.
+    the alternatives in braces, that name another of the concepts: by its name or label (also across braces), or as one
+    of its own prompts.
 
     Raises:
         UsageError: a concept is listed twice, two have the same caption, or they do not go together.
@@ -130,8 +133,12 @@ def _without_others(concept: Concept, others: Sequence[Concept]) -> Concept:
         for text in (*other.captions, *(p.text for group in ("direct", "held_out") for p in other.prompts(group)))
     }
 
+    @cache
+    def is_other(prompt: str) -> bool:
+        return bool(pattern.search(prompt)) or normalized(prompt) in asked
+
     def kept(templates: Sequence[str]) -> list[str]:
-        return _filtered(templates, lambda text: bool(pattern.search(text)), asked)
+        return _filtered(templates, is_other)
 
     evaluate = dataclasses.replace(
         concept.evaluate, alike=kept(concept.evaluate.alike), general=kept(concept.evaluate.general)
@@ -139,22 +146,34 @@ def _without_others(concept: Concept, others: Sequence[Concept]) -> Concept:
     return dataclasses.replace(concept, keep=kept(concept.keep), evaluate=evaluate)
 
 
-def _filtered(templates: Sequence[str], names_other: Callable[[str], bool], asked: Collection[str]) -> list[str]:
-    """The templates without those that name another concept or are one of its prompts (`asked`, normalized).
+def _filtered(templates: Sequence[str], is_other: Callable[[str], bool]) -> list[str]:
+    """The templates without the prompts that name another concept or are one of its own (`is_other`).
 
-    Of alternatives in braces, only those that do are left out.
+    An alternative in braces is left out if all prompts with it are such; then, from the last braces on, if any are.
     """
     found = []
     for template in templates:
-        text = template
-        for inner in _BRACES.findall(template):
-            braces = f"{{{inner}}}"
-            words = [w for w in inner.split(",") if not names_other(w)]
-            words = [w for w in words if normalized(template.replace(braces, w.strip())) not in asked]
-            text = text.replace(braces, f"{{{','.join(words)}}}")
-        if "{}" not in text and not names_other(_BRACES.sub(" ", text)) and normalized(text) not in asked:
-            found.append(text)
+        for enough in (all, any):
+            template = _without_alternatives(template, is_other, enough)
+        if "{}" not in template and not any(is_other(prompt.text) for prompt in expand_braces([template])):
+            found.append(template)
     return found
+
+
+def _without_alternatives(
+    template: str, is_other: Callable[[str], bool], enough: Callable[[Iterable[bool]], bool]
+) -> str:
+    """The template without the alternatives in braces of which all, or any, prompts are of another concept."""
+    prompts = {prompt.expect: is_other(prompt.text) for prompt in expand_braces([template])}
+    for number, braces in reversed(list(enumerate(_BRACES.finditer(template)))):
+        having = defaultdict(list)
+        for words, other in prompts.items():
+            having[words[number]].append(other)
+        left = [word for word in braces[1].split(",") if not enough(having[word.strip()])]
+        kept = {word.strip() for word in left}
+        prompts = {words: other for words, other in prompts.items() if words[number] in kept}
+        template = f"{template[: braces.start()]}{{{','.join(left)}}}{template[braces.end() :]}"
+    return template
 
 
 def load_concepts(

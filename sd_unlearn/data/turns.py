@@ -2,19 +2,22 @@
 
 A step of a concept is the step of a training on it alone: its captions, its positives and the unlabeled images of its
 generic prompt, and the keep images, which none of the concepts covers. Every bracket is therefore complete within a
-step, and its sign is decided over the whole batch, as for one concept.
+step, and its sign is decided over the whole batch, as for one concept. Imports torch only for the steps themselves, so
+that `train` can refuse what a concept lacks at once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from sd_unlearn.data.batch import Batch
-from sd_unlearn.data.batches import Cycle, StratifiedBatches
 from sd_unlearn.data.concept import Concept, normalized
 from sd_unlearn.data.dataset import UNUSED, Example
+
+if TYPE_CHECKING:
+    from sd_unlearn.data.batch import Batch
+    from sd_unlearn.data.batches import StratifiedBatches
 
 SEED_STEP = 1_000_003  # between the samplers of two concepts
 
@@ -46,6 +49,8 @@ def _seen(example: Example, number: int, parts: Sequence[Concept]) -> Example:
     """An example as a step of the concept with this number takes it."""
     if example.is_positive:
         return replace(example, positive_set=0, group="positive" if example.positive_set == number else UNUSED)
+    if example.group in ("generic", "negative") and not example.own_caption:
+        return replace(example, caption=parts[number].generic)  # by default, of every concept
     if example.group not in ("generic", "mixed_in"):
         return example
     prompts = [normalized(part.generic if example.group == "generic" else part.caption) for part in parts]
@@ -58,6 +63,8 @@ class InTurn:
     """Endless steps of several samplers, one for each concept: every round serves each once, in a new order."""
 
     def __init__(self, batches: Sequence[StratifiedBatches], seed: int) -> None:
+        from sd_unlearn.data.batches import Cycle
+
         self.batches, self.order = batches, Cycle(len(batches), seed)
 
     @property
@@ -76,6 +83,11 @@ class InTurn:
         return {"order": order, "concepts": [batches.state_dict() for batches in self.batches]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        from sd_unlearn.data.batches import sampler_state
+
+        state = sampler_state(state)
+        if len(state.get("concepts", ())) != len(self.batches):
+            return  # of other concepts, with --force_resume
         left, generator = state["order"]
         self.order.left = list(left)
         self.order.generator.set_state(generator)

@@ -44,7 +44,7 @@ def smoke_run(folder: Path) -> str:
         num_positive=2,
         num_keep=0,
         num_inference_steps=2,
-        effective_batch_size=4,
+        effective_batch_size=5,
         max_train_steps=3,
         validation_steps=0,
         report_to="none",

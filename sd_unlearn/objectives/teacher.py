@@ -22,8 +22,9 @@ class PredictionBank:
 
     def write(self, rows: Tensor, size: int, *predictions: Tensor) -> None:
         """rows: [B] long, below size, the number of rows that are kept; predictions: [B, ...] each."""
-        if not self.stored:
-            self.stored = tuple(p.new_zeros((size, *p.shape[1:])) for p in predictions)
+        shapes = [(size, *p.shape[1:]) for p in predictions]
+        if [tuple(stored.shape) for stored in self.stored] != shapes:  # --force_resume may have changed them
+            self.stored = tuple(p.new_zeros(shape) for p, shape in zip(predictions, shapes, strict=True))
         for stored, predicted in zip(self.stored, predictions, strict=True):
             stored[rows] = predicted
 

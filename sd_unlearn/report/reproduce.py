@@ -10,6 +10,7 @@ from typing import Any
 from sd_unlearn.data.concept import Concept
 from sd_unlearn.io import run_folder
 from sd_unlearn.io.paths import public_name
+from sd_unlearn.io.reading import read_yaml
 from sd_unlearn.report.cases import Case
 from sd_unlearn.results import Results
 
@@ -30,10 +31,12 @@ def commands(folder: Path, case: Case, seed: int, concept: Concept | None) -> li
 
 
 def _train(folder: Path) -> list[str]:
-    """The command that repeats the training, into a copy; none without the training's options."""
+    """The command that repeats the training, or the fusing of LoRAs, into a copy; none without the run's options."""
+    if not (folder / run_folder.CONFIG).is_file():
+        return []
+    command = "fuse" if "lora" in read_yaml(folder / run_folder.CONFIG, "--run") else "train"
     config = _shown(folder) / run_folder.CONFIG
-    trained = (folder / run_folder.CONFIG).is_file()
-    return [f"sd-unlearn train --config {_quote(config)} --output_dir {_quote(_copy(folder))}"] if trained else []
+    return [f"sd-unlearn {command} --config {_quote(config)} --output_dir {_quote(_copy(folder))}"]
 
 
 def _counts(case: Case, concept: Concept | None) -> str:

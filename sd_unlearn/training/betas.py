@@ -36,6 +36,7 @@ def resolve_betas(
     priors = broadcast_object_list(priors)
     of_all = dataclasses.replace(
         priors[0],
+        source=", ".join(dict.fromkeys(prior.source for prior in priors)),
         estimates=tuple(estimate for prior in priors for estimate in prior.estimates),
         notes=tuple(f"{part.name}: {n}" for part, p in zip(concept.parts, priors, strict=True) for n in p.notes),
     )

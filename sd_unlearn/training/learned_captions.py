@@ -155,7 +155,8 @@ class RobustSteps:
         return {"steps": self.steps.state_dict(), "count": self.count, "captions": captions}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.count = state["count"]
-        for caption, own in zip(self.captions, state["captions"], strict=True):
-            caption.load_state_dict(own)  # first: steps that are sampled again take the embeddings from it
-        self.steps.load_state_dict(state["steps"])
+        if len(state.get("captions", ())) == len(self.captions):  # not with --force_resume from a run without --robust
+            self.count = state["count"]
+            for caption, own in zip(self.captions, state["captions"], strict=True):
+                caption.load_state_dict(own)  # first: steps that are sampled again take the embeddings from it
+        self.steps.load_state_dict(state.get("steps", state))

@@ -20,9 +20,7 @@ from sd_unlearn.data.dataset import (
     describe_positives,
     has_negatives,
     members_of_sets,
-    scan,
     scan_positives,
-    set_names,
 )
 from sd_unlearn.data.layout import check_batch_size
 from sd_unlearn.data.photos import check_places
@@ -41,6 +39,13 @@ from sd_unlearn.models.kinds import KINDS
 from sd_unlearn.models.source import Source
 from sd_unlearn.models.zero_terminal_snr import check_zero_terminal_snr
 from sd_unlearn.training import checkpoint
+from sd_unlearn.training.concept_checks import (
+    check_concept,
+    check_counts,
+    check_several,
+    describe_few_steps,
+    scan_own,
+)
 from sd_unlearn.training.probe_checks import check_probe
 
 
@@ -53,7 +58,7 @@ class Inputs:
     data_dir: Path
     own_images: bool  # the user's own; otherwise the folder is rendered if missing or unfinished
     tracker: str | None
-    found: str = ""  # what own images were found, in lines
+    notes: tuple[str, ...] = ()  # lines for the user: what own images were found, few steps
 
 
 def check_inputs(config: TrainConfig, concept: Concept | None = None) -> Inputs:
@@ -66,6 +71,7 @@ def check_inputs(config: TrainConfig, concept: Concept | None = None) -> Inputs:
     """
     concept = concept or load_concepts(config.concept, config.anchor, config.kind)
     check_train(config)
+    check_concept(config, concept)
     check_several(config, concept)
     check_bitsandbytes(config)
     source = find_base(config, concept.base)
@@ -81,10 +87,11 @@ def check_inputs(config: TrainConfig, concept: Concept | None = None) -> Inputs:
     check_data_dir(config, data_dir)
     if not own_images:
         check_folder(with_seed_of_folder(make_job(concept, config, source)))
-    check_batch_size(config, concept, data_dir)
+        check_counts(config, concept, data_dir)
     photos = scan_positives(config.positives, concept) if config.positives else []
-    own = scan(data_dir, concept, config.eta, config.positives) if own_images else []
+    own = scan_own(config, concept, data_dir) if own_images else []
     groups = [example.group for example in own] or image_groups(config, concept, photos)
+    check_batch_size(config, concept, data_dir, config.target == "teacher" or "keep" in groups)
     if config.objective == "neggrad" and config.target == "noise" and "keep" not in groups:
         raise UsageError(
             f"--objective neggrad --target noise needs images to retain: {data_dir} has none of the group keep. Add "
@@ -94,25 +101,8 @@ def check_inputs(config: TrainConfig, concept: Concept | None = None) -> Inputs:
         check_countable(groups.count("positive"), groups.count("generic") + groups.count("mixed_in"))
     sets = [len(members) for members in members_of_sets(own).values()] or [groups.count("positive")]
     check_probe(config, concept, groups, sets)
-    found = describe_found(config, data_dir, own, photos)
-    return Inputs(concept, source, data_dir, own_images, choose_tracker(config.report_to), found)
-
-
-def check_several(config: TrainConfig, concept: Concept) -> None:
-    """Refuse options for a single concept.
-
-    Raises:
-        UsageError
-    """
-    if len(concept.parts) == 1:
-        return
-    if config.positives is not None:
-        raise UsageError(
-            f"--positives {config.positives} is for one concept. Put the photos of each of several into a data folder, "
-            f"--data_dir: {', '.join(set_names(concept)[:3])}."
-        )
-    if config.beta_sweep is not None:
-        raise UsageError(f"--beta_sweep {config.beta_sweep} is for one concept. Train each alone, or leave it out.")
+    notes = [*describe_found(config, data_dir, own, photos), *describe_few_steps(config, concept)]
+    return Inputs(concept, source, data_dir, own_images, choose_tracker(config.report_to), tuple(notes))
 
 
 def check_bitsandbytes(config: TrainConfig) -> None:
@@ -199,7 +189,7 @@ def image_groups(config: TrainConfig, concept: Concept, photos: Sequence[Example
     return [group for group in groups if group != "positive"] + ["positive"] * len(photos) if photos else groups
 
 
-def describe_found(config: TrainConfig, data_dir: Path, own: Sequence[Example], photos: Sequence[Example]) -> str:
+def describe_found(config: TrainConfig, data_dir: Path, own: Sequence[Example], photos: Sequence[Example]) -> list[str]:
     """What was found among the user's own images, in lines: in the data folder, and in --positives."""
     lines = [describe_positives(config.positives, photos)] if config.positives else []
     if own:
@@ -209,7 +199,7 @@ def describe_found(config: TrainConfig, data_dir: Path, own: Sequence[Example], 
                 f"{data_dir}: no image has the group keep, so other concepts are not retained in training "
                 "(docs/concepts.md, Your own images)."
             )
-    return "\n".join(lines)
+    return lines
 
 
 def choose_tracker(report_to: str | None) -> str | None:

@@ -3,10 +3,10 @@
 --probe ratio needs no classifier: the mean loss of held-out positives over that of held-out unlabeled images
 (mean_S / mean_U), divided by the same ratio of the base. Higher means that the network knows less of the concept.
 
---probe leakage generates 60 images of the concept and 60 of keep prompts from fixed seeds, and classifies them as
-`evaluate` does. If the classifier rejects invalid images, it also measures what is generated instead of the concept:
-the share of clean images of something else, over the share of clean images of the keep prompts (at most 1). The best
-probe is the one with the largest sum of retention, clean replacement and -leakage.
+--probe leakage generates 60 images of the concept (at least one of each of several) and as many of keep prompts from
+fixed seeds, and classifies them as `evaluate` does. If the classifier rejects invalid images, it also measures what is
+generated instead of the concept: the share of clean images of something else, over the share of clean images of the
+keep prompts (at most 1). The best probe is the one with the largest sum of retention, clean replacement and -leakage.
 """
 
 from __future__ import annotations
@@ -91,16 +91,19 @@ class RatioProbe:
 class LeakageProbe:
     """Leakage, retention and clean replacement of images generated from fixed seeds, as a classifier sees them.
 
+    count: images of the concept, and as many of keep prompts.
+
     Raises:
         UsageError: the classifier does not know the concept, or no keep prompt's labels.
     """
 
     def __init__(self, generator: ImageGenerator, classifier: LabelClassifier, concept: Concept, seed: int) -> None:
         self.generator, self.classifier = generator, classifier
-        asked = [concept.parts[i % len(concept.parts)] for i in range(NUM_IMAGES)]
+        self.count = max(NUM_IMAGES, len(concept.parts))
+        asked = [concept.parts[i % len(concept.parts)] for i in range(self.count)]
         self.labels = [part.label or part.name for part in asked]
         classifiable = classifiable_prompts(concept, classifier.labels)
-        self.kept = [classifiable[i % len(classifiable)] for i in range(NUM_IMAGES)]
+        self.kept = [classifiable[i % len(classifiable)] for i in range(self.count)]
         self.requests = [
             *_requests([Prompt(part.caption) for part in asked], seed),
             *_requests(self.kept, seed),
@@ -110,9 +113,9 @@ class LeakageProbe:
         prompts, seeds = zip(*self.requests, strict=True)
         reading = self.classifier.read(self.generator.generate(prompts, seeds))
         shown = {label: reading.shows(label) for label in dict.fromkeys(self.labels)}
-        leakage = sum(bool(shown[label][i]) for i, label in enumerate(self.labels)) / NUM_IMAGES
+        leakage = sum(bool(shown[label][i]) for i, label in enumerate(self.labels)) / self.count
         retained = [
-            all(bool(reading.shows(word)[NUM_IMAGES + i]) for word in prompt.expect)
+            all(bool(reading.shows(word)[self.count + i]) for word in prompt.expect)
             for i, prompt in enumerate(self.kept)
         ]
         retention = sum(retained) / len(retained)
@@ -128,7 +131,7 @@ class LeakageProbe:
         """Clean images of something else, relative to the clean images of the keep prompts; in [0, 1]."""
         replaced = sum(bool(reading.confident(label, CLEAN, other_than=True)[i]) for i, label in enumerate(self.labels))
         usual = sum(
-            bool(reading.confident(label, CLEAN, other_than=False)[NUM_IMAGES + i])
+            bool(reading.confident(label, CLEAN, other_than=False)[self.count + i])
             for i, label in enumerate(self.labels)
         )
         return min(1.0, replaced / usual) if usual else 0.0

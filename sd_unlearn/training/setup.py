@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from sd_unlearn.config.batching import Batching, effective_batch_size
+from sd_unlearn.config.checks import unused_options
 from sd_unlearn.config.loop import FLOW_LEARNING_RATE, LEARNING_RATE
 from sd_unlearn.config.train import TrainConfig, default_lora_targets, resolve_teacher_reuse
 from sd_unlearn.data.batch import Batch
@@ -59,20 +60,23 @@ def default_learning_rate(base: Base) -> float:
 def resolve_defaults(config: TrainConfig, base: Base, data: Data, processes: int) -> TrainConfig:
     """The options with every default filled in, as they are recorded; without those on how the run was started.
 
+    Options that objective or method do not use stay empty, so that the record can be given as options again.
     Of the options on how a step is cut, those that were given are kept, except for the number of micro-batches, which
     with --train_batch_size is that of this number of processes.
     """
-    is_lora, has_teacher = config.method == "lora", config.target == "teacher"
+    is_lora, has_teacher, unused = config.method == "lora", config.target == "teacher", unused_options(config.objective)
+    beta = config.beta if data.beta is None else data.beta
+    targets = config.lora_targets or default_lora_targets(config.objective)
     unconditional = default_unconditional(base) if config.unconditional is None else config.unconditional
     return dataclasses.replace(
         config,
-        beta=config.beta if data.beta is None else data.beta,
+        beta=None if "beta" in unused else beta,
         effective_batch_size=effective_batch_size(config, processes),
         gradient_accumulation_steps=None if config.train_batch_size else config.gradient_accumulation_steps,
         guidance_scale=resolve_sampler(config, base.source).guidance_scale,
         learning_rate=config.learning_rate or default_learning_rate(base),
-        lora_targets=config.lora_targets or default_lora_targets(config.objective),
-        teacher_reuse=resolve_teacher_reuse(config, len(data.turns)),
+        lora_targets=targets if is_lora else None,
+        teacher_reuse=None if "teacher_reuse" in unused else resolve_teacher_reuse(config, len(data.turns)),
         lora_alpha=float(config.rank if config.lora_alpha is None else config.lora_alpha) if is_lora else None,
         unconditional=unconditional if has_teacher else None,
         pretrained_model_name_or_path=base.name,
@@ -126,7 +130,7 @@ def make_training(
     repeats = config.teacher_reuse or 1
     if teachers and repeats > 1:
         _check_equal_sizes(samplers)
-        steps = RepeatedBatches(in_turn, REPEATED_STEPS, repeats)
+        steps = RepeatedBatches(in_turn, REPEATED_STEPS, repeats, identity)
         bank, offsets = PredictionBank(), PredictionBank()
         teachers = [dataclasses.replace(teacher, bank=bank, offsets=offsets) for teacher in teachers]
 

@@ -244,9 +244,9 @@ class TrainingState:
         self.optimizer.skipped = state["skipped"].to(device)
         brackets = state["brackets"]  # --force_resume may have changed the number of caption groups
         self.brackets = None if brackets is None else brackets.to(device)
-        for movement, smoothed in zip(self.movements, state["moved"], strict=False):
+        for movement, smoothed in zip(self.movements, state.get("moved", ()), strict=False):
             movement.smoothed = None if smoothed is None else smoothed.to(device)
-        if self.offsets:
+        if self.offsets and "offsets" in state:  # checkpoints of earlier versions have none, and start a new block
             stored = state["offsets"][self.accelerator.process_index]
             self.offsets.stored = tuple(tensor.to(device) for tensor in stored)
         for name, value in state["progress"].items():

@@ -82,8 +82,8 @@ def _run(config: TrainConfig, inputs: Inputs, output: Path) -> Path:
         places = [output / name for name in ("", BEST_DIR, CHECKPOINT_DIR, PREVIEW_DIR)]
         for folder in (*places, inputs.data_dir / CACHE_DIR):
             remove_leftovers(folder)
-        if inputs.found:
-            print(inputs.found, file=sys.stderr)
+        for line in inputs.notes:
+            print(line, file=sys.stderr)
     if config.resume_from_checkpoint and not resume:
         if is_finished(output):  # saved without checkpoints, or they were deleted since
             print(f"{output} is finished and has no checkpoints. Start over with --overwrite.", file=sys.stderr)

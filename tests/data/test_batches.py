@@ -44,7 +44,7 @@ def test_a_cycle_takes_every_index_before_it_repeats(size: int) -> None:
 
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("has_keep", [True, False])
-@pytest.mark.parametrize("batch_size", [4, 5, 6, 7, 8, 13, 16, 31, 32, 100])
+@pytest.mark.parametrize("batch_size", [5, 6, 7, 8, 13, 16, 31, 32, 100])
 def test_layout(batch_size: int, groups: int, has_keep: bool) -> None:
     layout = Layout.of(batch_size, groups, has_keep)
     total = groups * (layout.positive + layout.unlabeled) + layout.keep
@@ -54,6 +54,7 @@ def test_layout(batch_size: int, groups: int, has_keep: bool) -> None:
     assert groups * layout.positive <= max(groups, batch_size / 4)
     assert not has_keep or groups * layout.unlabeled <= max(groups, 0.35 * batch_size)
     assert has_keep or layout.keep == 0
+    assert not has_keep or layout.keep >= 1
     assert not has_keep or layout.keep >= int(0.4 * batch_size) or layout.positive == layout.unlabeled == 1
 
 
@@ -102,27 +103,44 @@ def test_layout_of_the_default_batch() -> None:
 
 @pytest.mark.parametrize(
     ("least", "groups", "kinds"),
-    [(4, 2, {}), (10, 5, {}), (15, 5, {"negatives": True}), (8, 2, {"sets": 2, "negatives": True})],
+    [(4, 2, {}), (10, 5, {}), (40, 20, {}), (15, 5, {"negatives": True}), (8, 2, {"sets": 2, "negatives": True})],
 )
 def test_a_batch_that_is_too_small_is_refused(least: int, groups: int, kinds: dict[str, int]) -> None:
-    layout = Layout.of(least, groups, True, **kinds)  # type: ignore[arg-type]
-    assert layout.total(groups) == least
-    with pytest.raises(UsageError, match=f"--effective_batch_size {least - 1} .* at least {least} images"):
-        Layout.of(least - 1, groups, True, **kinds)  # type: ignore[arg-type]
+    """least: without keep images; with them, there is room for one."""
+    assert Layout.of(least, groups, False, **kinds).total(groups) == least  # type: ignore[arg-type]
+    layout = Layout.of(least + 1, groups, True, **kinds)  # type: ignore[arg-type]
+    assert (layout.total(groups), layout.keep) == (least + 1, 1)
+    with pytest.raises(UsageError, match=f"--effective_batch_size {least} .* at least {least + 1} .* and a keep image"):
+        Layout.of(least, groups, True, **kinds)  # type: ignore[arg-type]
+
+
+def test_a_step_of_many_sets_is_not_larger_than_the_batch() -> None:
+    """The unlabeled images' share is taken after one positive of each set."""
+    assert Layout.of(16, 1, True, sets=10) == Layout(1, 5, 1, sets=10)
+    with pytest.raises(UsageError, match="at least 16 images"):
+        Layout.of(11, 1, True, sets=10)
+
+
+def test_a_baseline_has_room_for_a_keep_image() -> None:
+    assert Layout.of_baseline(4, 2, False, 2, "positive") == Layout(1, 0, 0, sets=2)
+    assert Layout.of_baseline(5, 2, True, 2, "positive") == Layout(1, 0, 1, sets=2)
+    with pytest.raises(UsageError, match="--effective_batch_size 4 .* at least 5 images.* and a keep image"):
+        Layout.of_baseline(4, 2, True, 2, "positive")
 
 
 def test_the_smallest_batch_depends_on_the_folders(concept: Concept, photos: Callable[..., Path]) -> None:
     folder, asked = photos(), dataclasses.replace(concept, paraphrases=["Brad, {please,now}"])
     config = TrainConfig(effective_batch_size=7)
     check_batch_size(config, concept, folder)
-    with pytest.raises(UsageError, match="--effective_batch_size 7 .*at least 8 images.*4, set by --caption_mode"):
+    with pytest.raises(UsageError, match="--effective_batch_size 7 .*at least 9 images.*4, set by --caption_mode"):
         check_batch_size(config, asked, folder)
     check_batch_size(TrainConfig(effective_batch_size=7, caption_mode="shared"), asked, folder)
     (folder / "2_negative").mkdir()
     (folder / "1_positive_2").mkdir()
-    with pytest.raises(UsageError, match=r"--effective_batch_size 7 .*at least 8 images, one of each kind \(4\)"):
+    with pytest.raises(UsageError, match=r"--effective_batch_size 7 .*at least 9 images, one of each kind \(4\)"):
         check_batch_size(config, concept, folder)
-    with pytest.raises(UsageError, match="at least 12 images"):
+    check_batch_size(TrainConfig(effective_batch_size=8, target="noise"), concept, folder, has_keep=False)
+    with pytest.raises(UsageError, match="at least 13 images"):
         check_batch_size(TrainConfig(effective_batch_size=7, eta=0.0), asked, folder)
 
 

@@ -17,8 +17,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 SIZE, TIMES = 3, 2
 
 
-def make(concept: Concept) -> RepeatedBatches:
-    return RepeatedBatches(make_batches(concept, "both", teacher=True), SIZE, TIMES)
+def make(concept: Concept, times: int = TIMES, **identity: object) -> RepeatedBatches:
+    return RepeatedBatches(make_batches(concept, "both", teacher=True), SIZE, times, identity)
 
 
 def same(one: Batch, other: Batch) -> bool:
@@ -59,3 +59,27 @@ def test_after_resuming_nothing_is_stored_yet(concept: Concept) -> None:
     list(islice(stopped, SIZE + 1))
     resumed.load_state_dict(stopped.state_dict())
     assert [batch.is_repeated for batch in islice(resumed, SIZE - 1)] == [False] * (SIZE - 1)
+
+
+@pytest.mark.parametrize(("times", "identity"), [(2, {}), (5, {}), (3, {"images": 8})])
+def test_other_blocks_start_anew_where_the_sampler_is(
+    concept: Concept, times: int, identity: dict[str, object]
+) -> None:
+    """As with --force_resume and another --teacher_reuse (also one that the position exceeds) or other options."""
+    stopped, resumed = make(concept, times=3), make(concept, times, **identity)
+    list(islice(stopped, 3 * SIZE - 1))
+    resumed.load_state_dict(stopped.state_dict())
+    plain = list(islice(make_batches(concept, "both", teacher=True), 3 * SIZE))
+    got = list(islice(resumed, SIZE * times + SIZE))
+    for batch, expected in zip(got, [*plain[SIZE : 2 * SIZE] * times, *plain[2 * SIZE :]], strict=True):
+        assert same(dataclasses.replace(expected, bank_rows=batch.bank_rows), batch)
+    assert [batch.visit for batch in got] == [n // SIZE % times for n in range(len(got))]
+
+
+def test_a_sampler_continues_with_and_without_blocks(concept: Concept) -> None:
+    plain, blocks = make_batches(concept, "both", teacher=True), make(concept)
+    list(islice(plain, 2))
+    blocks.load_state_dict(plain.state_dict())
+    assert torch.equal(next(iter(plain)).noise, next(iter(blocks)).noise)
+    plain.load_state_dict(blocks.state_dict())
+    assert plain.state_dict()["generator"].equal(blocks.state_dict()["start"]["generator"])

@@ -70,6 +70,21 @@ def test_a_label_and_the_prompts_of_another_concept_count_too() -> None:
     assert together([other, red]).parts[0].keep == ["a {blue} cat", "a {crimson,something crimson}"]
 
 
+@pytest.mark.parametrize(
+    ("template", "kept"),
+    [
+        ("one {red,blue} background", ["one {blue} background"]),
+        ("a {red background,blue} wall", ["a {blue} wall"]),
+        ("a cat on a {red,Red} background", []),
+        ("a {red,blue} {house,tree}", ["a {red,blue} {house,tree}"]),
+        ("a {red,blue} {car,background}", ["a {red,blue} {car}"]),
+    ],
+)
+def test_a_concept_named_across_braces_is_not_retained(template: str, kept: list[str]) -> None:
+    cat, _ = together([animal("cat", keep=[template]), animal("red background")]).parts
+    assert cat.keep == kept
+
+
 def test_names_and_folders() -> None:
     few, many = animals(3), animals(10)
     assert (few.name, few.slug) == ("cat, dog, cow", "cat-dog-cow")
@@ -123,6 +138,21 @@ def test_shared_images_are_planned_once() -> None:
     cat, dog = (images_of_part(plan, part) for part in concept.parts)
     assert known_beta(0.08, cat) == 0.08
     assert known_beta(0.08, dog) == pytest.approx((2 + 0.8) / 12, abs=1e-4)
+
+
+def test_the_same_prompt_in_another_spelling_is_planned_once() -> None:
+    """And counts for the beta of both, as their steps take the images of both spellings."""
+    other = animal("dog", generic="An  animal", keep=["A house"], images=Images(positive=4, unlabeled=10, mixed_in=2))
+    concept = together([animal("cat", keep=["a house"]), other])
+    plan = plan_images(concept, RenderConfig())
+    generics = [(group.prompt, group.images) for group in plan if group.name == "generic"]
+    assert generics == [(GENERIC, 6), ("An  animal", 4)]
+    assert [group.images for group in plan if group.name == "keep"] == [20]
+    cat, dog = (images_of_part(plan, part) for part in concept.parts)
+    assert (cat["generic"], dog["generic"]) == (10, 10)
+    assert known_beta(0.08, dog) == pytest.approx((2 + 0.8) / 12, abs=1e-4)
+    examples = [Example(Path("0"), g.prompt, g.name, own_caption=True) for g in plan if g.name == "generic"]
+    assert all(e.group == "generic" for turn in make_turns(concept, examples, [0.1, 0.1]) for e in turn.examples)
 
 
 VALUES = {"cat": 3.0, "dog": 5.0, "cow": 11.0}  # losses of positives
@@ -182,6 +212,23 @@ def test_the_images_of_a_step_are_those_of_its_concept() -> None:
         assert {e.positive_set for e in turn.examples} == {0}
         assert (turn.examples[0].group == UNUSED) == (number != 1)  # mixed in for the dog only
         assert turn.betas == (SHARES[turn.concept.name],)
+
+
+def test_images_without_captions_are_for_every_concept() -> None:
+    """With each concept's own generic prompt as the caption; an own caption that is one's generic prompt is for it."""
+    concept = together([animal("cat"), animal("dog", generic="a pet")])
+    examples = [
+        Example(Path("0"), GENERIC, "generic"),
+        Example(Path("1"), GENERIC, "negative"),
+        Example(Path("2"), "a pet", "generic", own_caption=True),
+        Example(Path("3"), "a sunset", "generic", own_caption=True),
+        Example(Path("4"), "a house", "keep", own_caption=True),
+    ]
+    cat, dog = (turn.examples for turn in make_turns(concept, examples, [0.1, 0.1]))
+    assert [e.caption for e in cat] == [GENERIC, GENERIC, "a pet", "a sunset", "a house"]
+    assert [e.caption for e in dog] == ["a pet", "a pet", "a pet", "a sunset", "a house"]
+    assert [e.group for e in cat] == ["generic", "negative", UNUSED, "generic", "keep"]
+    assert [e.group for e in dog] == ["generic", "negative", "generic", "generic", "keep"]
 
 
 @pytest.mark.parametrize("count", [2, 5, 10])

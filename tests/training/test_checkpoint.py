@@ -29,6 +29,7 @@ from sd_unlearn.errors import UnlearnError, UsageError
 from sd_unlearn.io.files import write_json
 from sd_unlearn.io.reading import read_json, read_jsonl
 from sd_unlearn.io.run_folder import weights_sha256
+from sd_unlearn.objectives.teacher import PredictionBank
 from sd_unlearn.training import checkpoint, learned_captions, provenance, setup, trainer
 from sd_unlearn.training.state import TrainingState
 
@@ -194,6 +195,66 @@ def test_every_kind_of_run_resumes_exactly(
         assert weights_sha256(Path("run")) == weights_sha256(whole)
         assert logged(Path("run")) == logged(whole)
         Path("run/training.json").unlink()
+
+
+REUSED = {"max_train_steps": 10, "checkpointing_steps": 4, "teacher_reuse": 3}
+
+
+@pytest.fixture
+def in_block(make_config: Config, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run ended in the second visit of a block of 3 steps, before its end."""
+    monkeypatch.setattr(setup, "REPEATED_STEPS", 3)
+    with interrupt_after(5, monkeypatch), pytest.raises(KeyboardInterrupt):
+        trainer.run(make_config("run", **REUSED))
+    return Path("run")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"teacher_reuse": 1},
+        {"teacher_reuse": 2},
+        {"robust": True},
+        {"effective_batch_size": 24},
+        {"effective_batch_size": 10},
+        {"unconditional": 0.5},
+    ],
+)
+def test_forced_changes_start_a_new_block(
+    in_block: Path, make_config: Config, monkeypatch: pytest.MonkeyPatch, changes: dict[str, object]
+) -> None:
+    """The offsets that the teacher has stored for the rows of the old block are not used for others."""
+    read: list[bool] = []
+    original = PredictionBank.read
+
+    def watched(self: PredictionBank, rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        read.append(True)
+        return original(self, rows)
+
+    monkeypatch.setattr(PredictionBank, "read", watched)
+    options = REUSED | {"max_train_steps": 8, "force_resume": True, "resume_from_checkpoint": "latest"} | changes
+    trainer.run(make_config("run", **options))
+    assert not read  # the three steps left are the first visit of a block
+    assert read_json(in_block / "training.json")["cost"]["steps"] == 8
+
+
+def test_reuse_and_robust_can_be_turned_on_and_off(make_config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(setup, "REPEATED_STEPS", 3)
+    trainer.run(make_config("run", teacher_reuse=1, robust=True, max_train_steps=2))
+    for steps, changes in enumerate([{"robust": False}, {"teacher_reuse": 3}, {"teacher_reuse": 3, "robust": True}], 3):
+        options = {"teacher_reuse": 1} | changes | {"max_train_steps": steps}
+        trainer.run(make_config("run", force_resume=True, resume_from_checkpoint="latest", **options))
+    assert read_json(Path("run/training.json"))["cost"]["steps"] == 5
+
+
+def test_a_checkpoint_without_offsets_starts_a_new_block(in_block: Path, make_config: Config) -> None:
+    """Earlier versions did not save them."""
+    path = checkpoint.list_checkpoints(in_block)[-1] / "state.pt"
+    state = torch.load(path, weights_only=True)
+    del state["offsets"], state["sampler"]["block"]
+    torch.save(state, path)
+    trainer.run(make_config("run", **REUSED, resume_from_checkpoint="latest"))
+    assert read_json(in_block / "training.json")["cost"]["steps"] == 10
 
 
 def test_repeating_the_command_does_not_delete_an_unfinished_run(stopped: Path, make_config: Config) -> None:

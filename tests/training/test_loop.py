@@ -278,6 +278,30 @@ def test_the_leakage_probe_stops_at_the_second_good_probe_in_a_row(
             trainer.run(make_config("other", **options))
 
 
+def test_the_leakage_probe_asks_for_every_concept() -> None:
+    """Of 70, the last five leak, and every image of a keep prompt shows what it asks for."""
+    from types import SimpleNamespace
+
+    from sd_unlearn.data.concept import Concept
+    from sd_unlearn.data.several import together
+    from sd_unlearn.metrics.labels import LabelPredictions
+    from sd_unlearn.training.probe import LeakageProbe
+
+    names = [f"thing {number}" for number in range(70)]
+    labels = (*names, "plum")
+    concept = together([Concept(name, f"a {name}", "it", keep=["a {plum}"]) for name in names])
+
+    def read(prompts: list[str]) -> LabelPredictions:
+        shown = [labels.index(prompt.removeprefix("a ")) for prompt in prompts]
+        seen = torch.eye(71)[[70 if n < 65 else n for n in shown]].numpy()
+        return LabelPredictions({"thing": labels}, {"thing": seen}, seen)
+
+    generator = SimpleNamespace(generate=lambda prompts, seeds: prompts)
+    classifier = SimpleNamespace(name="thing", labels=labels, rejects_invalid=True, read=read)
+    result = LeakageProbe(generator, classifier, concept, 0)()  # type: ignore[arg-type]
+    assert result.metrics == {"probe_leakage": 5 / 70, "probe_retention": 1, "probe_clean": pytest.approx(65 / 70)}
+
+
 @pytest.mark.parametrize(("sure", "clean", "forgotten"), [(60, 1.0, True), (24, 0.8, True), (23, 23 / 30, False)])
 def test_broken_images_do_not_count_as_forgotten(sure: int, clean: float, forgotten: bool) -> None:
     """Half of the keep prompts' images are clean, and `sure` of the concept's 60, none of which shows the concept."""

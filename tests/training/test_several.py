@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import CONCEPT_FILE
@@ -14,11 +16,13 @@ from sd_unlearn.config.base import RenderConfig
 from sd_unlearn.config.evaluate import EvaluateConfig
 from sd_unlearn.config.train import TrainConfig
 from sd_unlearn.data import render
+from sd_unlearn.data.several import load_concepts
 from sd_unlearn.errors import UsageError
 from sd_unlearn.evaluation.job import resolve_job
 from sd_unlearn.evaluation.loras import open_lora
 from sd_unlearn.io.reading import read_json, read_jsonl, read_yaml
 from sd_unlearn.training import learned_captions, trainer
+from sd_unlearn.training.betas import resolve_betas
 from sd_unlearn.training.learned_captions import LearnedCaption
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -120,6 +124,38 @@ def test_an_interrupted_training_ends_with_the_same_weights(
 def test_options_for_one_concept(place: Path, tiny_base: Path, changes: dict[str, object], fault: str) -> None:
     with pytest.raises(UsageError, match=fault):
         trainer.run(options(place, tiny_base, output_dir=Path("refused"), **changes))
+
+
+def test_every_source_of_beta_is_named(place: Path) -> None:
+    """The manifest has no beta for a concept that none or all of its unlabeled images show."""
+    both = load_concepts([str(place / "pitt.yaml"), str(place / "chan.yaml")])
+    Path("manifest.json").write_text('{"betas": {"brad-pitt": 0.2, "jackie-chan": null}}')
+    unused: Any = None
+    betas, prior = resolve_betas(TrainConfig(data_dir=Path()), both, unused, [], unused)
+    assert betas == {"brad-pitt": 0.2, "jackie-chan": 0.1}
+    assert prior.source == "manifest, assumed"
+
+
+@pytest.fixture
+def own_photos(photos: Callable[..., Path]) -> Path:
+    """Photos without captions, in the folders of both concepts."""
+    folder = photos(unlabeled=4, positive=3)
+    (folder / "1_positive").rename(folder / "1_positive_brad-pitt")
+    shutil.copytree(folder / "1_positive_brad-pitt", folder / "1_positive_jackie-chan")
+    return folder
+
+
+def test_own_photos_without_captions_are_for_each(place: Path, tiny_base: Path, own_photos: Path) -> None:
+    (place / "woman.yaml").write_text(CHAN.replace("generic: a photo of a man", "generic: a photo of a woman"))
+    concepts = [str(place / "pitt.yaml"), str(place / "woman.yaml")]
+    changes = {"concept": concepts, "data_dir": own_photos, "output_dir": Path("run"), "validation_steps": 0}
+    trainer.run(options(place, tiny_base, **changes))
+    assert read_json(Path("run/training.json"))["cost"]["steps"] == 4  # two for each
+    lines = [json.dumps({"file_name": f"{i}.png", "text": "a photo of a man"}) for i in range(4)]
+    (own_photos / "0_unlabeled" / "metadata.jsonl").write_text("\n".join(lines))
+    with pytest.raises(UsageError, match=r"none for Jackie Chan. Add images of 'a photo of a woman'"):
+        trainer.run(options(place, tiny_base, **changes, overwrite=True))
+    assert Path("run/training.json").is_file()
 
 
 def test_other_images_are_not_mixed_with_those_of_one(run: Path, place: Path, tiny_base: Path) -> None:

@@ -493,7 +493,7 @@ def test_folders_are_rendered_first(tiny_base: Path, concept_file: Path, capsys:
             "--max_train_steps",
             "1",
             "--effective_batch_size",
-            "4",
+            "5",
             "--validation_steps",
             "0",
         ]
@@ -597,7 +597,7 @@ def test_paraphrases_are_used_in_training(place: Path, make_config: Config) -> N
         trainer.run(make_config("small", **options, effective_batch_size=7))
     assert not Path("small").exists()
     adapters = []
-    for mode, images in (("both", 10), ("shared", 8)):
+    for mode, images in (("both", 11), ("shared", 8)):
         run = trainer.run(make_config(mode, **options, effective_batch_size=images, caption_mode=mode))
         assert read_json(run / "training.json")["cost"]["images_seen"] == 2 * images
         adapters.append((run / ADAPTER).read_bytes())

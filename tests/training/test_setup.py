@@ -1,0 +1,39 @@
+"""The options of a training as they are recorded."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from sd_unlearn.config.checks import check_train
+from sd_unlearn.config.train import TrainConfig
+from sd_unlearn.models.base import Base
+from sd_unlearn.training.setup import resolve_defaults
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"objective": "esd-x"},
+        {"objective": "esd-u"},
+        {"objective": "anchor"},
+        {"objective": "neggrad"},
+        {"objective": "neggrad", "target": "noise"},
+        {"objective": "supervised", "target": "noise"},
+        {"objective": "unsupervised", "target": "noise"},
+        {"method": "full"},
+        {"method": "full", "target": "noise", "train_batch_size": 8},
+    ],
+)
+@pytest.mark.parametrize("concepts", [1, 2])
+def test_recorded_options_are_accepted_again(loaded_base: Base, options: dict[str, Any], concepts: int) -> None:
+    config = TrainConfig(concept="seven", **options)
+    check_train(config)
+    data: Any = SimpleNamespace(beta=0.2 if concepts == 1 else None, turns=[None] * concepts)
+    resolved = resolve_defaults(config, loaded_base, data, 1)
+    check_train(resolved)
+    assert resolve_defaults(resolved, loaded_base, data, 1) == resolved
+    assert resolved.lora_targets is None or config.method == "lora"
