@@ -251,7 +251,8 @@ def group_section(title: str, concepts: Sequence[str], folder: Path) -> str:
         cells += [mean_and_worst(of_concepts, name) for name in OF_GROUPS.values()]
         lines.append(f"| {' | '.join([*cells, cost(every, 'seconds'), cost(every, 'bytes')])} |")
     each = [f"| concept | {' | '.join(METHODS[m].title for m in found)} |", f"|---{'|---' * len(found)}|"]
-    for concept in concepts:
+    run = [concept for concept in concepts if any(concept in of for of in found.values())]
+    for concept in run:
         rates = [
             f"{rate(of.get(concept, ()), 'leakage direct')} / {rate(of.get(concept, ()), 'retention kept')}"
             for of in found.values()
@@ -260,6 +261,8 @@ def group_section(title: str, concepts: Sequence[str], folder: Path) -> str:
     tables = ["\n".join(lines)]
     if len(concepts) > 1:
         tables += ["Leakage / retention of each, in %:", "\n".join(each)]
+    if missing := [concept for concept in concepts if concept not in run]:
+        tables.append(f"Not run yet: {', '.join(missing)}.")
     return "\n\n".join([f"### {title}", *tables])
 
 
