@@ -46,11 +46,11 @@ class Setting:
 
     @classmethod
     def of(cls, base: str) -> Setting:
-        """Digits with its default settings, or a folder with a base of the size of SD 1.5: 128 pixels, batch size 4."""
+        """Digits with its default settings, or a folder with a base of the size of SD 1.5: 128 pixels, batch size 5."""
         source = DIGITS_DIR if base == DIGITS else Path(base)
         text, vae, unet = (read_json(source / part / "config.json") for part in ("text_encoder", "vae", "unet"))
         factor = 2 ** (len(vae["block_out_channels"]) - 1)
-        side, batch = (unet["sample_size"], EFFECTIVE_BATCH_SIZE) if base == DIGITS else (128 // factor, 4)
+        side, batch = (unet["sample_size"], EFFECTIVE_BATCH_SIZE) if base == DIGITS else (128 // factor, 5)
         return cls(source, base, side * factor, side, batch, text["max_position_embeddings"], text["hidden_size"])
 
     @property

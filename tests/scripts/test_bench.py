@@ -137,7 +137,7 @@ def test_a_variant_counts_its_steps_and_rows(tiny_base: Path) -> None:
     )
     found = json.loads(done.stdout.splitlines()[-1])
     assert len(found["seconds"]) == len(found["cpu_seconds"]) == 3
-    assert found["rows"] == found["forward_rows"] == 4
+    assert found["rows"] == found["forward_rows"] == 5
     assert found["peak_memory_mb"] > 0
 
 
