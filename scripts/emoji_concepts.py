@@ -25,7 +25,8 @@ BUNDLED = (
 )
 PROMPTS = Path(__file__).parent.parent / "prompts"
 IMAGES = "{positive: 100, unlabeled: 300, mixed_in: 16, keep: 70}  # keep: of each line, split over its alternatives"
-# Paraphrases of styles and backgrounds: trained on its own caption only, a style comes back with a thing beside it.
+# Paraphrases of styles and backgrounds: a style that is trained on its own caption only comes back in prompts that also
+# name a thing.
 OF_THINGS = ("an emoji of a {{car,heart,lion}} {}", "house emoji {}")
 IN_A_LINE = 25  # things of a keep line, so that each has about three keep images
 

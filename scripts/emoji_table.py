@@ -19,6 +19,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sd_unlearn.metrics.emoji import ASSETS, AXES, BACKGROUNDS, CATEGORIES, STYLES, THINGS, EmojiReader, load_reader
+from sd_unlearn.models.sampling import BASE_SAMPLERS
+from sd_unlearn.models.source import EMOJI
 
 Row = tuple[str, float, int, str]  # what is measured, its share, of how many images, the target
 BATCH = 100
@@ -209,7 +211,7 @@ def file_rows(assets: Path, folders: Iterable[str]) -> list[str]:
 
 
 def generate(pipeline: StableDiffusionPipeline, prompts: list[str], seed: int) -> Tensor:
-    """One image per prompt, [B, 3, h, w] in [-1, 1]: DDIM, 12 steps, guidance scale 3, as in evaluations."""
-    generator = torch.Generator().manual_seed(seed)
-    images = pipeline(prompts, num_inference_steps=12, guidance_scale=3.0, generator=generator, output_type="pt").images
-    return images * 2 - 1
+    """One image per prompt, [B, 3, h, w] in [-1, 1], with the sampler of evaluations."""
+    sampler, generator = BASE_SAMPLERS[EMOJI], torch.Generator().manual_seed(seed)
+    options = {"num_inference_steps": sampler.steps, "guidance_scale": sampler.guidance_scale, "output_type": "pt"}
+    return pipeline(prompts, generator=generator, **options).images * 2 - 1

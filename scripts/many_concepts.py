@@ -59,6 +59,7 @@ TITLES = {
     "least_squares": "ours, trained apart and fused",
 }
 FUSED = ("sum", "least_squares")
+IMAGES, KEPT_IMAGES = 20, 2  # of each concept's own prompt, and of each keep prompt
 SHOWN = ("pu", 10, None)  # on the picture: method, number of things, steps
 FEWER_IMAGES = {"num_positive": 24}  # of each concept, from 50 concepts on
 
@@ -122,8 +123,8 @@ def record(method: str, count: int, steps: int | None, work: Path) -> None:
         draw(run, work, DOCS / "images" / "emoji-ten.png")
     results = sd_unlearn.evaluate(
         run=run,
-        num_images=20 if count <= 10 else 10,
-        num_keep_images=2,
+        num_images=IMAGES if count <= 10 else IMAGES // 2,
+        num_keep_images=KEPT_IMAGES,
         groups=["direct", "alike", "general"],
         cache_dir=work / "evaluation",
     )
@@ -151,7 +152,7 @@ def draw(run: Path, work: Path, file: Path) -> None:
     base = load_base(find_base(EvaluateConfig(pretrained_model_name_or_path=EMOJI)))
     cache = ImageCache(work / "evaluation", base.describe(), BASE_SAMPLERS[EMOJI])
     parts = read_concepts(run / "concept.yaml").parts
-    plans = [plan_images(part, override_counts(TIERS["emoji"], 20, 2, []), [0]) for part in parts]
+    plans = [plan_images(part, override_counts(TIERS["emoji"], IMAGES, KEPT_IMAGES, []), [0]) for part in parts]
     erased = [next(spec for spec in plan if spec.group == "direct") for plan in plans]
     things = [spec for spec in plans[0] if spec.group == "general" and spec.prompt.text.endswith(" emoji")]
     stride = len(things) // len(parts)
