@@ -9,7 +9,7 @@ import random
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
@@ -23,6 +23,9 @@ from sd_unlearn.io.files import atomic_path
 
 SAVE_SECONDS = 300  # between two checkpoints of a training
 DECAY = 0.25  # share of the steps of `fit`, at its end, in which the learning rate falls to zero
+
+
+Network = TypeVar("Network", bound=nn.Module)
 
 
 class Settings(NamedTuple):
@@ -55,7 +58,7 @@ def make_optimizer(network: nn.Module, settings: Settings) -> torch.optim.Optimi
     )
 
 
-def fit(name: str, network: nn.Module, loss_of: Callable[[], Tensor], settings: Settings, work: Path) -> nn.Module:
+def fit(name: str, network: Network, loss_of: Callable[[], Tensor], settings: Settings, work: Path) -> Network:
     """Train a network and return the moving average of its weights, in eval mode.
 
     Random numbers are seeded before each step by its number, and work/<name>.pt has the state of the last checkpoint.
@@ -68,9 +71,10 @@ def fit(name: str, network: nn.Module, loss_of: Callable[[], Tensor], settings: 
     """
     average = copy.deepcopy(network).eval().requires_grad_(False)
     optimizer = make_optimizer(network, settings)
+    parts: list[Any] = [network, average, optimizer]
     done, spent, smooth, decay_from = 0, 0.0, None, int(settings.steps * (1 - DECAY))
     if state := _checkpoint(work, name, settings.steps):
-        for part, saved in zip((network, average, optimizer), state["parts"], strict=True):
+        for part, saved in zip(parts, state["parts"], strict=True):
             part.load_state_dict(saved)
         done, spent, smooth = state["done"], state["seconds"], state["loss"]
     started = saved_at = time.monotonic()
@@ -90,7 +94,7 @@ def fit(name: str, network: nn.Module, loss_of: Callable[[], Tensor], settings: 
         now = time.monotonic()
         if now - saved_at > SAVE_SECONDS or step + 1 in (decay_from, settings.steps):
             saved_at, seconds = now, spent + now - started
-            state = {"parts": [part.state_dict() for part in (network, average, optimizer)], "done": step + 1}
+            state = {"parts": [part.state_dict() for part in parts], "done": step + 1}
             for file in (f"{name}.pt", *([f"{name}-before-decay.pt"] if step + 1 == decay_from else [])):
                 with atomic_path(work / file) as temporary:
                     torch.save({**state, "steps": settings.steps, "seconds": seconds, "loss": smooth}, temporary)

@@ -50,7 +50,7 @@ def sample(args: argparse.Namespace) -> dict[str, Any]:
     source = find_base(options)
     base = load_base(source)
     base.pipeline.set_progress_bar_config(disable=True)
-    sampler = resolve_sampler(options, source.name)
+    sampler = resolve_sampler(options, source)
     measured: dict[str, list[tuple[float, float]]] = {"bare": [], "ours": []}
     for number in range(args.rounds + 1):
         for name, generate in {"bare": bare, "ours": ours}.items():

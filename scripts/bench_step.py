@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -135,7 +135,7 @@ def common(setting: Setting, steps: int, work: Path) -> None:
         optimizer.zero_grad()
 
 
-def ours(target: str) -> Callable[[Setting, int, Path], None]:
+def ours(target: Literal["teacher", "noise"]) -> Callable[[Setting, int, Path], None]:
     """The trainer's loop as a user starts it, on a folder of images."""
 
     def run(setting: Setting, steps: int, work: Path) -> None:
@@ -160,7 +160,7 @@ def ours(target: str) -> Callable[[Setting, int, Path], None]:
                 gradient_share_steps=0,
                 report_to="none",
                 mixed_precision="no",
-            )  # type: ignore[arg-type]
+            )
         )
 
     return run

@@ -6,6 +6,7 @@ import copy
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -68,7 +69,7 @@ def train_reader(strokes: Tensor, labels: Tensor, steps: int) -> DigitReader:
         optimizer.step()
         schedule.step()
         average.update_parameters(reader)
-    return average.module.eval()
+    return cast(DigitReader, average.module).eval()
 
 
 def train_vae(strokes: Tensor, labels: Tensor, steps: int, factor: int = 4) -> AutoencoderKL:
@@ -164,7 +165,8 @@ def train_denoiser(
     text, scheduler = make_text_encoder(tokenizer, TEXT_WIDTH, layers=2), make_scheduler(prediction_type)
     unet = make_unet(width, *pool[0].shape[1:3])
     nets = nn.ModuleList([text, unet])
-    average = copy.deepcopy(nets).eval().requires_grad_(False)
+    averages = [copy.deepcopy(network).eval().requires_grad_(False) for network in (text, unet)]
+    average = nn.ModuleList(averages)
     optimizer = torch.optim.AdamW(nets.parameters(), lr=1.5e-3, weight_decay=1e-3, betas=(0.9, 0.99))
     schedule = cosine(optimizer, steps, warmup=300)
     latents, digits, inks = pool
@@ -192,5 +194,5 @@ def train_denoiser(
         if step % 50 == 0:
             bar.set_postfix(loss=f"{smooth:.4f}")
         if (step + 1) % 1000 == 0 or step + 1 == steps:
-            average[0].save_pretrained(out / "text_encoder")
-            average[1].save_pretrained(out / "unet")
+            for network, name in zip(averages, ("text_encoder", "unet"), strict=True):
+                network.save_pretrained(out / name)

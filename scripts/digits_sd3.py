@@ -71,15 +71,19 @@ class Networks(nn.Module):
         pooled = torch.cat([output.text_embeds for output in outputs], dim=-1)
         return F.pad(tokens, (0, JOINT_WIDTH - tokens.shape[-1])), pooled
 
+    def parts(self) -> dict[str, Any]:
+        """The networks by name, each with Diffusers' or Transformers' own functions to save and load it."""
+        return dict(self.named_children())
+
     def save(self, folder: Path) -> None:
-        for name, network in self.named_children():
+        for name, network in self.parts().items():
             network.save_pretrained(folder / name)
 
     @classmethod
     def load(cls, folder: Path, tokenizer: CLIPTokenizer) -> Networks:
         """What `save` wrote."""
         networks = cls(tokenizer)
-        for name, network in networks.named_children():
+        for name, network in networks.parts().items():
             setattr(networks, name, type(network).from_pretrained(folder / name))
         return networks.eval()
 
@@ -210,7 +214,7 @@ def train_flow(
     optimizer = torch.optim.AdamW(nets.parameters(), lr=1.5e-3, weight_decay=1e-3, betas=(0.9, 0.99))
     schedule = cosine(optimizer, steps, warmup=200)
     rng, first = random.Random(1), 0
-    parts = {"nets": nets, "average": average, "optimizer": optimizer, "schedule": schedule}
+    parts: dict[str, Any] = {"nets": nets, "average": average, "optimizer": optimizer, "schedule": schedule}
     if (out / CHECKPOINT).exists():
         state = torch.load(out / CHECKPOINT, weights_only=False)  # our own file; it holds the state of `random`
         for name, part in parts.items():

@@ -4,8 +4,8 @@
     python scripts/digits_table.py --base digits-sd3      # of the Stable Diffusion 3 with the same data
     python scripts/digits_table.py --only seven red-ink   # some of the concepts
 
-Each run goes to runs/table-<base>/<concept>. Finished runs are not repeated, so an interrupted table can be continued
-with the same command. Options after -- go to `sd-unlearn train`, e.g. `-- --beta 0.2`, best with another --output_dir.
+Each run goes to runs/table-<base>/<concept>. Finished trainings and images that exist are not repeated, so an
+interrupted table can be continued with the same command. Options after -- go to `sd-unlearn train`, e.g. `-- --beta 0.2`, best with another --output_dir.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-from sd_unlearn.io.run_folder import RESULTS, TRAINING
 from sd_unlearn.metrics.digits import DIGITS, INKS
 from sd_unlearn.models.source import DIGITS as DIGITS_BASE
 from sd_unlearn.models.source import DIGITS_SD3
@@ -39,13 +38,11 @@ SECONDS = 90  # target for one training alone on two cores
 def train_and_evaluate(base: str, slug: str, run: Path, train_options: list[str], evaluate_options: list[str]) -> None:
     """Train and evaluate one concept in separate processes, so that each run's time and memory are its own."""
     command = [sys.executable, "-m", "sd_unlearn.cli"]
-    if not (run / TRAINING).is_file():
-        train = ["train", "--concept", slug.replace("-", " "), "--pretrained_model_name_or_path", base]
-        train += ["--data_dir", f"data/{base}/{slug}", "--output_dir", str(run)]
-        subprocess.run([*command, *train, *train_options], check=True)
-    if not (run / RESULTS).is_file():
-        evaluate = ["evaluate", "--run", str(run), *evaluate_options]
-        subprocess.run([*command, *evaluate], check=True, stdout=subprocess.DEVNULL)
+    train = ["train", "--concept", slug.replace("-", " "), "--pretrained_model_name_or_path", base]
+    train += ["--data_dir", f"data/{base}/{slug}", "--output_dir", str(run), "--resume_from_checkpoint", "latest"]
+    subprocess.run([*command, *train, *train_options], check=True)
+    evaluate = ["evaluate", "--run", str(run), *evaluate_options]
+    subprocess.run([*command, *evaluate], check=True, stdout=subprocess.DEVNULL)
 
 
 def table_row(slug: str, run: Path) -> tuple[str, bool, float]:
@@ -55,7 +52,7 @@ def table_row(slug: str, run: Path) -> tuple[str, bool, float]:
     rows = {(row.metric, row.group, row.subject): row for row in results.rows_of(concept.slug, lora.id)}
 
     def value(metric: str, group: str, subject: str = lora.id) -> float:
-        number = rows[metric, group, subject].value
+        number = rows[metric, group, subject].value if (metric, group, subject) in rows else None
         return float("nan") if number is None else number
 
     leakage, kept, clean = value("leakage", "direct"), value("retention", "kept"), value("clean_replacement", "direct")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from base_training import typo
@@ -82,7 +83,7 @@ STYLE_BACKGROUND = [(1, "an emoji in the {style} style on a {background} backgro
 CATEGORY = [(3, "an emoji of {category}"), (1, "a picture of {category}"), (1, "{category}")]
 CATEGORY_STYLE = [(1, "an emoji of {category} in the {style} style")]
 NEITHER = [(4, "an emoji"), (1, "a picture of an emoji"), (1, "an icon")]
-GROUPS = [
+GROUPS: list[tuple[int, Sequence[tuple[float, str]]]] = [
     (28, THING),
     (22, THING_STYLE),
     (10, THING_BACKGROUND),

@@ -157,6 +157,7 @@ def main() -> None:
     args = parser.parse_args()
     if unknown := [label for label in args.labels if label not in known]:
         parser.error(f"unknown: {', '.join(unknown)}. Known: {', '.join(known)}")
+    args.output_dir.mkdir(parents=True, exist_ok=True)
     for label in args.labels:
         name, text = concept_file(label)
         (args.output_dir / f"{slugify(name)}.yaml").write_text(text, encoding="utf-8")

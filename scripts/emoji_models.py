@@ -6,7 +6,7 @@ import random
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -210,7 +210,7 @@ def train_text(drawings: Drawings, tokenizer: CLIPTokenizer, settings: Settings,
         backgrounds = torch.randint(len(BACKGROUNDS), (TEXT_BATCH,))
         ids = _caption_ids(drawings, tokenizer, picked, backgrounds)
         targets = (drawings.things[picked], drawings.styles[picked], backgrounds, drawings.tones[picked] + 1)
-        return sum(F.cross_entropy(x, y) for x, y in zip(network(ids), targets, strict=True))
+        return torch.stack([F.cross_entropy(x, y) for x, y in zip(network(ids), targets, strict=True)]).sum()
 
     network = LabelledText(make_text_encoder(tokenizer, TEXT_WIDTH, TEXT_LAYERS))
     return fit("text", network, loss_of, settings, work).text
@@ -221,7 +221,8 @@ def _caption_ids(
 ) -> Tensor:
     """Token ids [B, L] of random captions. picked, backgrounds: [B], as in Batch. full: see `caption`."""
     rows = zip(picked.tolist(), backgrounds.tolist(), strict=True)
-    captions = [caption(_label(drawings, *row), random, full) for row in rows]
+    rng = cast(random.Random, random)  # the module has the functions of its global generator, which `fit` seeds
+    captions = [caption(_label(drawings, *row), rng, full) for row in rows]
     return tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
 
 

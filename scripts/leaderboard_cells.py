@@ -35,7 +35,7 @@ from sd_unlearn.metrics.factorial import factorial_rows, grid
 from sd_unlearn.models.base import Base, load_base
 from sd_unlearn.models.find_base import find_base
 from sd_unlearn.models.sampling import BASE_SAMPLERS
-from sd_unlearn.results import BASE, Results, Row, read_results
+from sd_unlearn.results import BASE, Results, Row
 from sd_unlearn.seeds import EVALUATE_SEEDS, image_seed
 
 METRICS = ("leakage", "clean_replacement", "retention", "drift", "fid-digits", "fid-emoji", "kid-emoji")
@@ -311,4 +311,4 @@ def pictures(stages: Stages) -> None:
     write_strip(stages.file.with_suffix(".png"), paths)
 
 
-__all__ = ["NotAvailable", "Stages", "attack", "evaluate", "read_results", "train"]
+__all__ = ["NotAvailable", "Stages", "attack", "evaluate", "train"]

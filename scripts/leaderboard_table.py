@@ -38,11 +38,17 @@ def mean(records: Sequence[Record], name: str) -> float | None:
     return statistics.fmean(row["value"] for row in rows) if rows else None
 
 
+def absent(records: Sequence[Record], name: str) -> str:
+    """What stands for a metric or attack without a value: it was not run, or it is not defined for what was run."""
+    is_evaluated = any("evaluation" in record for record in records)
+    return NONE if is_evaluated and not name.startswith("attack") else NOT_RUN
+
+
 def with_interval(records: Sequence[Record], name: str, text: Callable[[float], str]) -> str:
     """The mean with its interval; of several seeds from the lowest to the highest end."""
     rows = rows_of(records, name)
     if not rows:
-        return NOT_RUN
+        return absent(records, name)
     ends = [[row[end] for row in rows if row[end] is not None] for end in ("low", "high")]
     interval = f" ({text(min(ends[0]))}–{text(max(ends[1]))})" if all(ends) else ""
     return f"{text(statistics.fmean(row['value'] for row in rows))}{interval}"
@@ -225,13 +231,13 @@ OF_GROUPS = {  # column -> metric
 
 
 def mean_and_worst(of_concepts: Mapping[str, Sequence[Record]], name: str) -> str:
-    """The mean of a rate over concepts, and its worst value if there are several."""
+    """A rate with its interval; of several concepts the mean, and the worst value."""
+    every = [record for records in of_concepts.values() for record in records]
     values = [value for records in of_concepts.values() if (value := mean(records, name)) is not None]
-    if not values:
-        return NOT_RUN
-    low_is_good = name.startswith(("leakage", "attack"))
-    worst = f" ({percent((max if low_is_good else min)(values))})" if len(values) > 1 else ""
-    return percent(statistics.fmean(values)) + worst
+    if len(values) < 2:
+        return with_interval(every, name, percent)
+    worst = (max if name.startswith(("leakage", "attack")) else min)(values)
+    return f"{percent(statistics.fmean(values))} (worst {percent(worst)})"
 
 
 def group_section(title: str, concepts: Sequence[str], folder: Path) -> str:
@@ -254,22 +260,18 @@ def group_section(title: str, concepts: Sequence[str], folder: Path) -> str:
     run = [concept for concept in concepts if any(concept in of for of in found.values())]
     for concept in run:
         rates = [
-            f"{rate(of.get(concept, ()), 'leakage direct')} / {rate(of.get(concept, ()), 'retention kept')}"
+            " / ".join(
+                with_interval(of.get(concept, ()), name, percent) for name in ("leakage direct", "retention kept")
+            )
             for of in found.values()
         ]
         each.append(f"| {concept} | {' | '.join(rates)} |")
     tables = ["\n".join(lines)]
     if len(concepts) > 1:
-        tables += ["Leakage / retention of each, in %:", "\n".join(each)]
+        tables += ["Leakage / retention of each, in %, with 95 % intervals:", "\n".join(each)]
     if missing := [concept for concept in concepts if concept not in run]:
         tables.append(f"Not run yet: {', '.join(missing)}.")
     return "\n\n".join([f"### {title}", *tables])
-
-
-def rate(records: Sequence[Record], name: str) -> str:
-    """The mean over seeds in percent."""
-    value = mean(records, name)
-    return percent(value) if value is not None else NONE
 
 
 def write_page(page: Path, study: Study, folder: Path, budget: str) -> None:

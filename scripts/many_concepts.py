@@ -93,8 +93,8 @@ def train(method: str, count: int, steps: int | None, work: Path) -> Path:
     if (run / TRAINING).is_file():
         return run
     if method in FUSED:
-        apart = [train_alone(name, work) for name in chosen(count)]
-        return sd_unlearn.fuse(*map(str, apart), method=method, output_dir=run)
+        apart = [str(train_alone(name, work)) for name in chosen(count)]
+        return sd_unlearn.fuse(apart, method="sum" if method == "sum" else "least_squares", output_dir=run)
     options: dict[str, Any] = {"output_dir": run, **continued(run)}
     if method == "pu":
         options |= {"data_dir": work / "data" / f"many-{count}-{key}", "validation_steps": 0, "report_to": "none"}

@@ -12,7 +12,6 @@ counts their share.
 from __future__ import annotations
 
 import argparse
-import sys
 from functools import cache
 from pathlib import Path
 
@@ -108,4 +107,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

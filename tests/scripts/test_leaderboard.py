@@ -88,7 +88,8 @@ def test_what_was_not_run_says_so_and_the_rest_of_the_page_stays(tmp_path: Path)
     text = page_of(tmp_path)
     assert not lines_of(text, "UCE")
     assert "UCE, SPEED" in text.partition("Not run: ")[2].partition(".")[0]
-    assert all("| not run |" in line for line in lines_of(text, "ours")[1:])
+    assert "| – |" in lines_of(text, "ours")[1]  # evaluated, but the record has no such metric
+    assert "| not run |" in lines_of(text, "ours")[2]  # an attack
     assert "### three\n\nNot run." in text
     assert text.startswith("before\n")
     assert text.endswith("\nafter\n")
@@ -114,10 +115,15 @@ def test_a_page_of_many_concepts_has_their_mean_and_the_worst(tmp_path: Path) ->
     write_record(tmp_path / "records", "pu", leak=0.2, concept="pistol")
     write_record(tmp_path / "records", "pu", leak=0.4, concept="bomb")
     text = page_of(tmp_path, "emoji")
-    assert "| ours | 2 | 30 (40) |" in text
-    assert "| pistol | 20 / 110 |" in text
+    assert "| ours | 2 | 30 (worst 40) | – |" in text
+    assert "| pistol | 20 (10–30) / 110 (100–100) |" in text
     assert "Not run yet: knife, cigarette, beer, syringe, cat," in text
     assert "### Styles\n\nNot run." in text
+
+
+def test_a_page_of_many_concepts_gives_a_single_one_with_its_interval(tmp_path: Path) -> None:
+    write_record(tmp_path / "records", "pu", leak=0.2, concept="pistol")
+    assert "| ours | 1 | 20 (10–30) | – |" in page_of(tmp_path, "emoji")
 
 
 def test_an_unknown_concept_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
