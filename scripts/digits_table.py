@@ -5,7 +5,8 @@
     python scripts/digits_table.py --only seven red-ink   # some of the concepts
 
 Each run goes to runs/table-<base>/<concept>. Finished trainings and images that exist are not repeated, so an
-interrupted table can be continued with the same command. Options after -- go to `sd-unlearn train`, e.g. `-- --beta 0.2`, best with another --output_dir.
+interrupted table can be continued with the same command. Options after -- go to `sd-unlearn train`, e.g. `-- --beta
+0.2`, best with another --output_dir.
 """
 
 from __future__ import annotations
