@@ -21,6 +21,7 @@ Attention = Literal["sdpa", "xformers", "eager"]
 Quantization = Literal["int8", "nf4"]
 
 LEARNING_RATE, FLOW_LEARNING_RATE = 4e-4, 8e-4  # docs/tuning.md
+STEPS, STEPS_OF_EACH = 500, 25  # at least so many for each of several concepts
 
 OPTIMIZER = Group("Optimizer", sort_key=4)
 MONITORING = Group("Monitoring and early stopping", sort_key=5)
@@ -32,7 +33,15 @@ PERFORMANCE = Group("Speed and memory", sort_key=7)
 class Optimizing:
     """Optimizer, learning rate schedule and amount of training."""
 
-    max_train_steps: Annotated[int, option("Number of training steps.", START, Count)] = 500
+    max_train_steps: Annotated[
+        int | None,
+        option(
+            f"Number of training steps. Default: {STEPS}; {STEPS_OF_EACH} for each concept if there are more than "
+            f"{STEPS // STEPS_OF_EACH}.",
+            START,
+            Count,
+        ),
+    ] = None
     learning_rate: Annotated[
         float | None,
         option(
@@ -72,6 +81,11 @@ class Optimizing:
             Range(at_least=0, below=1, note="e.g. 0.99"),
         ),
     ] = None
+
+    @property
+    def steps(self) -> int:
+        """The number of training steps, given or that of one concept."""
+        return STEPS if self.max_train_steps is None else self.max_train_steps
 
     @property
     def peak_rate(self) -> float:

@@ -6,15 +6,14 @@ from collections import Counter
 from pathlib import Path
 
 from sd_unlearn.choices import CLOSED_FORM
-from sd_unlearn.config.train import TrainConfig
+from sd_unlearn.config.loop import STEPS_OF_EACH
+from sd_unlearn.config.train import TrainConfig, resolve_steps
 from sd_unlearn.data.concept import Concept, normalized
 from sd_unlearn.data.dataset import Example, scan, set_names
 from sd_unlearn.data.render_job import plan_images
 from sd_unlearn.data.turns import make_turns
 from sd_unlearn.errors import UsageError
 from sd_unlearn.io.run_folder import UNLABELED
-
-FEW_STEPS = 25  # for each of several concepts
 
 
 def check_concept(config: TrainConfig, concept: Concept) -> None:
@@ -50,21 +49,23 @@ def check_several(config: TrainConfig, concept: Concept) -> None:
         )
     if config.beta_sweep is not None:
         raise UsageError(f"--beta_sweep {config.beta_sweep} is for one concept. Train each alone, or leave it out.")
-    if config.objective not in CLOSED_FORM and config.max_train_steps < count:
+    steps = resolve_steps(config, count)
+    if config.objective not in CLOSED_FORM and steps < count:
         raise UsageError(
-            f"--max_train_steps {config.max_train_steps} is less than the {count} concepts, of which each step serves "
-            f"one. Use at least {FEW_STEPS * count}, or erase fewer concepts."
+            f"--max_train_steps {steps} is less than the {count} concepts, of which each step serves "
+            f"one. Use at least {STEPS_OF_EACH * count}, or erase fewer concepts."
         )
 
 
 def describe_few_steps(config: TrainConfig, concept: Concept) -> list[str]:
-    """A line if --max_train_steps was given and leaves each of several concepts few steps."""
-    steps, count = config.max_train_steps, len(concept.parts)
-    if count == 1 or steps == TrainConfig.max_train_steps or steps >= FEW_STEPS * count:
+    """A line if --max_train_steps leaves each of several concepts few steps."""
+    count = len(concept.parts)
+    steps = resolve_steps(config, count)
+    if count == 1 or steps >= STEPS_OF_EACH * count:
         return []
     return [
         f"Warning: --max_train_steps {steps} gives each of {count} concepts about {steps // count} steps. With fewer "
-        f"than {FEW_STEPS} each ({FEW_STEPS * count} together), concepts may not be erased."
+        f"than {STEPS_OF_EACH} each ({STEPS_OF_EACH * count} together), concepts may not be erased."
     ]
 
 

@@ -75,7 +75,7 @@ def fit(options: LoopOptions, training: Training, resume: Path | None = None) ->
         UnlearnError: too many steps in a row were skipped, or a checkpoint cannot be written.
         CannotRepeat: a step does not fit into memory.
     """
-    accelerator, total = training.accelerator, options.max_train_steps
+    accelerator, total = training.accelerator, options.steps
     state = TrainingState.start(
         *(options, training.student, training.batches, training.objectives, training.movements),
         *(accelerator, training.batching),
@@ -175,7 +175,7 @@ def _shares(options: LoopOptions, training: Training, state: TrainingState, batc
 
 def _check_skipped(options: LoopOptions, training: Training, state: TrainingState) -> None:
     total, in_a_row = state.optimizer.skipped.tolist()
-    at_end = state.step == options.max_train_steps
+    at_end = state.step == options.steps
     if in_a_row < MAX_SKIPPED_STEPS and not (at_end and 2 * in_a_row > state.step):
         return
     kept = checkpoint.list_checkpoints(training.output)
@@ -191,7 +191,7 @@ def _check_skipped(options: LoopOptions, training: Training, state: TrainingStat
 
 def _preview_base(options: LoopOptions, training: Training, state: TrainingState) -> None:
     """The first preview, to compare the others with: nothing is trained yet. None if there will be no others."""
-    if state.step == 0 and 0 < options.validation_steps <= options.max_train_steps:
+    if state.step == 0 and 0 < options.validation_steps <= options.steps:
         _preview(training, state)
 
 

@@ -27,7 +27,7 @@ def make_schedule(optimizer: Any, options: Optimizing) -> Any:
         options.lr_scheduler,
         optimizer,
         num_warmup_steps=options.lr_warmup_steps,
-        num_training_steps=options.max_train_steps,
+        num_training_steps=options.steps,
     )
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sd_unlearn.config.batching import Batching, effective_batch_size, share_of, with_options
-from sd_unlearn.config.train import TrainConfig
+from sd_unlearn.config.train import TrainConfig, resolve_steps
 from sd_unlearn.data.plan import (
     check_fits,
     choose_device,
@@ -175,7 +175,7 @@ def describe_plan(config: TrainConfig, inputs: Inputs, output: Path, plan: Memor
     else:
         paths = [request.path for request in image_requests(job)]
         lines += describe_images(count_missing(paths), len(paths), resolution, job.sampler)
-    return "\n".join([*lines, _disk(config, plan), _time(config, inputs.source, plan, output)])
+    return "\n".join([*lines, _disk(config, plan), _time(config, inputs, plan, output)])
 
 
 def show_plan(config: TrainConfig, inputs: Inputs, output: Path) -> None:
@@ -201,12 +201,12 @@ def _disk(config: TrainConfig, plan: MemoryPlan) -> str:
     )
 
 
-def _time(config: TrainConfig, source: Source, plan: MemoryPlan, output: Path) -> str:
+def _time(config: TrainConfig, inputs: Inputs, plan: MemoryPlan, output: Path) -> str:
     """How long the training takes, by the speed of an earlier one of the same base on the same device."""
-    speed = None if config.vram else known_speed(output.parent, source, config, plan)
+    speed = None if config.vram else known_speed(output.parent, inputs.source, config, plan)
     if not speed:
         return "Time: unknown, no earlier training of this base on this device is recorded."
-    images = config.max_train_steps * plan.images_per_step * process_count()
+    images = resolve_steps(config, len(inputs.concept.parts)) * plan.images_per_step * process_count()
     return (
         f"Time of the training, without rendering: about {images / speed / 60:,.0f} minutes, at the {speed:.1f} images "
         "a second of an earlier one."

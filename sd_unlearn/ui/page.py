@@ -7,7 +7,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from sd_unlearn.config.train import TrainConfig
+from sd_unlearn.config.loop import STEPS
 from sd_unlearn.data.concept import concept_files
 from sd_unlearn.errors import UnlearnError, UsageError
 from sd_unlearn.io.images import open_image
@@ -163,7 +163,7 @@ def _train_tab(gradio: Any, page: Any, root: Path, training: Training) -> None:
         name = gradio.Textbox("seven", label="Run folder, in runs/", elem_id="run-name")
         base = gradio.Textbox("", label="Base (empty: the concept's)")
     with gradio.Row():
-        steps = gradio.Number(TrainConfig.max_train_steps, label="Steps", precision=0, minimum=1, elem_id="steps")
+        steps = gradio.Number(STEPS, label="Steps", precision=0, minimum=1, elem_id="steps")
         seed = gradio.Number(0, label="Seed", precision=0, minimum=0)
     with gradio.Row():
         plan_button = gradio.Button("Show the plan", variant="primary", elem_id="plan")

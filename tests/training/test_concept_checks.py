@@ -50,7 +50,7 @@ def test_a_few_steps_of_each_concept_are_warned_of_if_they_were_asked_for() -> N
     assert not describe_few_steps(TrainConfig(max_train_steps=75), THREE)
     assert not describe_few_steps(TrainConfig(max_train_steps=10), THREE.parts[0])
     many = together([Concept(f"thing {n}", f"a thing {n}", "it") for n in range(30)])
-    assert not describe_few_steps(TrainConfig(), many)  # the default
+    assert not describe_few_steps(TrainConfig(), many)  # the default grows
     assert line in check_inputs(TrainConfig(max_train_steps=74, pretrained_model_name_or_path="digits"), THREE).notes
 
 
