@@ -20,8 +20,6 @@ from sd_unlearn.data.render_job import (
     image_records,
     image_requests,
     images_by_group,
-    images_of_part,
-    known_beta,
     make_job,
 )
 from sd_unlearn.data.render_settings import SETTINGS, WEIGHTS, differences, read_settings, settings_in
@@ -207,7 +205,6 @@ def _manifest(job: RenderJob, base: dict[str, Any], tiled: int) -> dict[str, Any
         "base": base,
         "version": __version__,
         "counts": counts,
-        **_betas(job),
         "mixed_in_share_of_folder": round(counts.get("mixed_in", 0) / unlabeled, 4),
         "seeds": {"render": list(RENDER_SEEDS), "seed": job.seed},
         "sampler": {
@@ -217,17 +214,6 @@ def _manifest(job: RenderJob, base: dict[str, Any], tiled: int) -> dict[str, Any
             **({"tiled_images": tiled} if tiled else {}),
         },
     }
-
-
-def _betas(job: RenderJob) -> dict[str, Any]:
-    """beta and generic_share for manifest.json; of several concepts by their slugs."""
-    parts = job.concept.parts
-    betas = {p.slug: known_beta(p.generic_share, images_of_part(job.groups, p)) for p in parts}
-    shares = {p.slug: p.generic_share for p in parts}
-    if len(parts) > 1:
-        return {"betas": betas, "generic_shares": shares}
-    (beta,), (share,) = betas.values(), shares.values()
-    return {"beta": beta, "generic_share": share}
 
 
 def _positive_folders(job: RenderJob) -> list[Path]:

@@ -132,16 +132,6 @@ def images_by_group(groups: Sequence[ImageGroup]) -> dict[str, int]:
     return {name: images for name, images in counts.items() if images}
 
 
-def images_of_part(groups: Sequence[ImageGroup], part: Concept) -> dict[str, int]:
-    """As `images_by_group`, without the images of other concepts' prompts."""
-    own = {"generic": part.generic, "mixed_in": part.caption, "positive": part.caption}
-
-    def is_own(group: ImageGroup) -> bool:
-        return normalized(own.get(group.name, group.prompt)) == normalized(group.prompt)
-
-    return images_by_group([group for group in groups if is_own(group)])
-
-
 def known_beta(generic_share: float, counts: Mapping[str, int]) -> float | None:
     """beta, the share of the concept among the unlabeled images without the keep images; None if it is 0 or 1.
 
@@ -149,7 +139,7 @@ def known_beta(generic_share: float, counts: Mapping[str, int]) -> float | None:
     counts: images by group.
     """
     generic, mixed_in = counts.get("generic", 0), counts.get("mixed_in", 0)
-    beta = (mixed_in + generic_share * generic) / (generic + mixed_in)
+    beta = (mixed_in + generic_share * generic) / max(1, generic + mixed_in)
     return round(beta, 4) if 0 < beta < 1 else None
 
 

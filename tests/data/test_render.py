@@ -100,7 +100,6 @@ def test_folders_follow_the_imagefolder_convention(rendered: Path) -> None:
 
 def test_manifest_records_the_origin_of_the_images(rendered: Path, tiny_base: Path) -> None:
     manifest = read_json(rendered / DATA_MANIFEST)
-    assert manifest["beta"] == pytest.approx(1 / 5)
     assert manifest["counts"] == {"generic": 4, "mixed_in": 1, "keep": 4, "positive": 4}
     assert manifest["base"] == load_base(str(tiny_base), device="cpu").describe()
     assert manifest["base"]["resolution"] == 32
