@@ -14,6 +14,7 @@ from sd_unlearn.config.options import MAX_IMAGES
 from sd_unlearn.config.paths import local_path
 from sd_unlearn.data.concept import Concept, expand_braces, normalized
 from sd_unlearn.data.dataset import set_names
+from sd_unlearn.data.metadata import normalize, read_metadata
 from sd_unlearn.data.render_settings import ImageGroup, seed_in
 from sd_unlearn.errors import UsageError
 from sd_unlearn.io.run_folder import UNLABELED, ImageRecord
@@ -144,13 +145,16 @@ def known_beta(generic_share: float, counts: Mapping[str, int]) -> float | None:
 
 
 def image_requests(job: RenderJob) -> list[ImageRequest]:
-    """Every image of the folder, whether it exists or not."""
+    """Every image of the folder, as image_records, whether it exists or not."""
     records = image_records(job).items()
     return [ImageRequest(job.folder / sub / r.file_name, r.text, r.seed) for sub, rs in records for r in rs]
 
 
 def image_records(job: RenderJob) -> dict[str, list[ImageRecord]]:
-    """Folder -> one record per image. Each image of a prompt has its own seed, in whatever group it is."""
+    """Folder -> one record per image: those that its metadata file lists, or all of the plan if it has none yet.
+
+    Each image of a prompt has its own seed, in whatever group it is.
+    """
     positives = dict(zip((part.caption for part in job.concept.parts), set_names(job.concept), strict=True))
     records: dict[str, list[ImageRecord]] = {folder: [] for folder in (UNLABELED, *positives.values())}
     per_prompt: Counter[str] = Counter()
@@ -169,4 +173,10 @@ def image_records(job: RenderJob) -> dict[str, list[ImageRecord]]:
             records[folder].append(record)
             per_prompt[prompt] += 1
             numbers[folder, name] += 1
-    return records
+    return {folder: _listed(job.folder / folder, of_folder) for folder, of_folder in records.items()}
+
+
+def _listed(place: Path, records: list[ImageRecord]) -> list[ImageRecord]:
+    """The records of the images that a folder's metadata file lists. The user may have removed others."""
+    names = {normalize(line.file_name) for line in read_metadata(place).values()}
+    return [record for record in records if record.file_name in names] if names else records

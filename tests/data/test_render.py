@@ -233,6 +233,26 @@ def test_deleted_images_are_rendered_again_identically(
     assert all(p.stat().st_mtime_ns == time for p, time in kept.items())  # what was there was not drawn over
 
 
+def test_a_missing_image_is_rendered_without_undoing_what_the_user_changed(
+    rendered: Path, config: Config, tmp_path: Path
+) -> None:
+    """Removed images stay removed, and edited captions are kept."""
+    folder = shutil.copytree(rendered, tmp_path / "data")
+    metadata = folder / UNLABELED / METADATA
+    lines = [line for line in metadata.read_text().splitlines() if "mixed_in" not in line]
+    metadata.write_text("\n".join(lines).replace("a photo of a dog", "a photo of my dog"))
+    (folder / UNLABELED / "mixed_in-00000.png").unlink()
+    before = contents(folder)
+    for lost in ("generic-00001.png", "keep-00000.png"):
+        (folder / UNLABELED / lost).unlink()
+    render.run(config())
+    after = contents(folder)
+    assert read_json(folder / DATA_MANIFEST)["counts"] == {"generic": 4, "keep": 4, "positive": 4}
+    assert {k: v for k, v in after.items() if k != DATA_MANIFEST} == {
+        k: v for k, v in before.items() if k != DATA_MANIFEST
+    }
+
+
 def test_a_damaged_image_of_a_complete_folder_is_rendered_again(rendered: Path, config: Config, tmp_path: Path) -> None:
     """Also if only its middle is damaged, so that its size and its end are right."""
     folder = shutil.copytree(rendered, tmp_path / "data")
@@ -453,6 +473,27 @@ def test_images_of_other_weights_under_the_same_name_are_refused(
     next(data.rglob("*.png")).unlink()
     with pytest.raises(UsageError, match=f"the weights of its {which} differ"):
         render.run(options)
+
+
+def test_a_moved_base_is_compared_by_its_weights(
+    config: Config, tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old, new = tmp_path / "old", tmp_path / "new"
+    shutil.copytree(tiny_base, old)
+    folder = render.run(config(pretrained_model_name_or_path=str(old)))
+    images = {name: data for name, data in contents(folder).items() if name.endswith((".png", ".jsonl"))}
+    shutil.copytree(old, new)
+    with pytest.raises(UsageError, match=f"--pretrained_model_name_or_path {old} then, {new} now"):
+        render.run(config(pretrained_model_name_or_path=str(new)))  # both exist
+    shutil.rmtree(old)
+    render.run(config(pretrained_model_name_or_path=str(new)))
+    assert {name: contents(folder)[name] for name in images} == images
+    assert "Rendered 0 of 13 images" in capsys.readouterr().err
+    assert read_json(folder / "settings.json")["base"] == str(new)
+    shutil.rmtree(new)
+    other = changed_base(tiny_base, tmp_path / "other", "unet", "conv_in.bias", 0.5)
+    with pytest.raises(UsageError, match="the weights of its UNet differ"):
+        render.run(config(pretrained_model_name_or_path=other))
 
 
 def test_base_has_the_same_hash_in_every_precision(tiny_base: Path) -> None:
