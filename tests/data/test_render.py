@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from conftest import CONCEPT_FILE, tree
+from huggingface_hub.errors import LocalEntryNotFoundError
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -397,6 +398,21 @@ def test_failed_load_leaves_no_files(config: Config, tiny_base: Path, tmp_path: 
         render.run(config(pretrained_model_name_or_path=str(hollow)))
     assert tree(tmp_path) == before
     render.run(config())
+
+
+def test_a_base_that_is_not_found_is_looked_for_once(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine without a network each attempt takes half a minute."""
+    asked: list[str] = []
+
+    def download(name: str, file: str, subfolder: str) -> str:
+        asked.append(f"{name}/{subfolder}/{file}")
+        raise LocalEntryNotFoundError("cannot reach the Hub")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    monkeypatch.setattr(render, "load_base", lambda *_: pytest.fail("loaded"))
+    with pytest.raises(UnlearnError, match="models/mine: there is no such local folder or file, and it was not found"):
+        render.run(config(pretrained_model_name_or_path="models/mine", render_batch_size=None))
+    assert asked == ["models/mine/unet/config.json"]
 
 
 def test_unwritable_folder_is_named_with_its_option(config: Config, tmp_path: Path) -> None:
