@@ -125,15 +125,31 @@ def read_yaml_value(path: Path, option: str) -> Any:
     """The content of a YAML file, whatever it holds.
 
     Raises:
-        UsageError: the file is missing, unreadable or not YAML. Names `option` and the file.
+        UsageError: the file is missing, unreadable or not YAML, or has a key twice. Names `option` and the file.
     """
     text = read_text(path, option)
     try:
-        data = yaml.safe_load(text)
+        data = yaml.load(text, _Loader)
         _check_plain(data)
     except Exception as error:  # for odd tags (!!int "", !!bool x) PyYAML raises IndexError, KeyError and others
         raise UsageError(f"{option} {path} is not valid YAML: {reason(error)}.") from None
     return data
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that a mapping holds twice. PyYAML would take the last one."""
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        node = super().compose_mapping_node(anchor)
+        lines: dict[tuple[str, str], int] = {}
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode) or key.value == "<<":
+                continue
+            name, line = (key.tag, key.value), key.start_mark.line + 1
+            if name in lines:
+                raise ValueError(f'the key "{key.value}" is in line {lines[name]} and again in line {line}; keep one')
+            lines[name] = line
+        return node
 
 
 def _check_plain(data: Any) -> None:

@@ -125,6 +125,16 @@ def test_a_list_file_holds_names_files_and_whole_concepts(tmp_path: Path) -> Non
         load_concepts("empty.yaml")
 
 
+def test_a_list_file_is_found_by_name_and_its_paths_are_relative_to_it(tmp_path: Path) -> None:
+    (tmp_path / "prompts" / "animals").mkdir(parents=True)
+    write_concepts(tmp_path / "prompts" / "animals" / "cat.yaml", animal("cat"))
+    Path("prompts/two.yml").write_text("- animals/cat.yaml\n- seven\n")
+    assert [part.name for part in load_concepts("two").parts] == ["cat", "seven"]
+    Path("prompts/two.yml").write_text("- seven\n- sevn\n")
+    with pytest.raises(UsageError, match=r'prompts/two\.yml, concept 2: --concept "sevn" has no file .*"seven"'):
+        load_concepts("two")
+
+
 def test_shared_images_are_planned_once() -> None:
     concept = together([animal("cat"), animal("dog", images=Images(positive=3, unlabeled=10, mixed_in=2, keep=30))])
     plan = plan_images(concept, RenderConfig())
