@@ -125,6 +125,22 @@ def _split_evenly(keep_line: str, images: int) -> list[ImageGroup]:
     return [ImageGroup("keep", prompt.text, each + (i < rest)) for i, prompt in enumerate(prompts)]
 
 
+def describe_without_images(groups: Sequence[ImageGroup]) -> list[str]:
+    """A line that warns of keep prompts without images, unless none has any."""
+    keep: Counter[str] = Counter()
+    for group in groups:
+        if group.name == "keep":
+            keep[group.prompt] += group.images
+    without = [prompt for prompt, images in keep.items() if not images]
+    if not without or not keep.total():
+        return []
+    return [
+        f'Warning: {len(without)} of {len(keep)} keep prompts get no image, e.g. "{without[0]}", and are not retained. '
+        "Raise --num_keep, or keep under images in the concept file: the images of each keep line are split over its "
+        "alternatives."
+    ]
+
+
 def images_by_group(groups: Sequence[ImageGroup]) -> dict[str, int]:
     """Number of images of each group that has any."""
     counts: Counter[str] = Counter()

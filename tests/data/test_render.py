@@ -195,6 +195,25 @@ def test_every_keep_line_has_the_same_weight(name: str, asked: int | None) -> No
         assert max(shares) - min(shares) <= 1
 
 
+def test_keep_prompts_without_images_are_named(concept: Concept) -> None:
+    few, none, enough = (render_job.plan_images(concept, RenderConfig(num_keep=images)) for images in (1, 0, 2))
+    (line,) = render_job.describe_without_images(few)
+    assert line.startswith('Warning: 1 of 2 keep prompts get no image, e.g. "a photo of a cat", and are not retained.')
+    assert render_job.describe_without_images(none) == render_job.describe_without_images(enough) == []
+
+
+def test_a_concept_that_is_replaced_with_itself_is_rendered_with_a_warning(
+    config: Config, concept_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    concept_file.write_text(
+        concept_file.read_text().replace("generic: a photo of a man", "generic: A photo of Brad Pitt")
+    )
+    render.run(config(num_unlabeled=1, num_keep=1, num_positive=1))
+    err = capsys.readouterr().err
+    assert 'Warning: caption and generic prompt of Brad Pitt are both "a photo of Brad Pitt".' in err
+    assert "1 of 2 keep prompts get no image" in err
+
+
 @pytest.mark.parametrize("saved", [0, 1, 4, IMAGES - 1])
 def test_interrupted_and_resumed_equals_uninterrupted(
     rendered: Path, config: Config, monkeypatch: pytest.MonkeyPatch, saved: int
