@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
+import io
 import json
 import re
 import stat
@@ -80,24 +82,48 @@ def parse_json(text: str) -> Any:
     return value
 
 
-def read_jsonl_lines(path: Path) -> dict[int, dict[str, Any]]:
+def read_jsonl_lines(path: Path, option: str = "") -> dict[int, dict[str, Any]]:
     """Line number (from 1) -> object of a JSONL file. Blank lines are skipped.
 
     Raises:
         UsageError: the file is missing or unreadable, or a line, which is named, is not a JSON object.
     """
-    records = {}
-    for number, line in enumerate(read_text(path).split("\n"), 1):  # JSON strings may contain U+2028: no splitlines
+    name, records = f"{option} {path}".strip(), {}
+    lines = read_text(path, option).split("\n")  # JSON strings may contain U+2028: no splitlines
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
             record = parse_json(line)
         except ValueError as error:
-            raise UsageError(f"{path} line {number} is not JSON ({reason(error)}). Fix or delete the line.") from None
+            raise UsageError(f"{name} line {number} is not JSON ({reason(error)}). Fix or delete the line.") from None
         if not isinstance(record, dict):
-            raise UsageError(f"{path} line {number} is not a JSON object. Fix or delete the line.")
+            raise UsageError(f"{name} line {number} is not a JSON object. Fix or delete the line.")
         records[number] = record
     return records
+
+
+def read_csv_lines(path: Path, option: str = "") -> tuple[list[str], dict[int, dict[str, Any]]]:
+    """The columns of a CSV file, and line number (from 1) -> row. The first line names the columns.
+
+    Raises:
+        UsageError: the file is missing or unreadable, or a line, which is named, is not valid.
+    """
+    name = f"{option} {path}".strip()
+    reader = csv.DictReader(io.StringIO(read_text(path, option), newline=""), strict=True)
+    rows: dict[int, dict[str, Any]] = {}
+    try:
+        columns = list(reader.fieldnames or ())
+        for row in reader:
+            if None in row:
+                raise UsageError(
+                    f"{name} line {reader.line_num} has more than the {len(columns)} columns of the first line. Put "
+                    "texts with commas in double quotes."
+                )
+            rows[reader.line_num] = row
+    except csv.Error as error:
+        raise UsageError(f"{name} is not valid CSV after line {reader.line_num} ({reason(error)}). Fix it.") from None
+    return columns, rows
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
