@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import shlex
@@ -53,14 +52,13 @@ def list_(*, as_json: AsJson = False) -> None:
 @app.command
 def show(name: Name, /, *, as_json: AsJson = False) -> None:
     """Print a concept file, e.g. as the start of your own; with --json, what is read from it."""
-    from sd_unlearn.data.concept import find_concept, read_concept
+    from sd_unlearn.data.concept import find_concept
+    from sd_unlearn.data.several import concept_data, read_concepts
 
     path = find_concept(name)
-    concept = read_concept(path)
+    concept = read_concepts(path)
     print(f"{path}:", file=sys.stderr)
-    print(
-        json.dumps(dataclasses.asdict(concept), indent=2, ensure_ascii=False) if as_json else read_text(path).rstrip()
-    )
+    print(json.dumps(concept_data(concept), indent=2, ensure_ascii=False) if as_json else read_text(path).rstrip())
 
 
 @app.command
@@ -170,18 +168,20 @@ def _print_next(concept: Concept, name: str) -> None:
 
 
 def _entry(slug: str, path: Path) -> dict[str, Any]:
-    """What the list says about a concept file; about a file that is not valid, why."""
-    from sd_unlearn.data.concept import read_concept
+    """What the list says about a concept file or a list of concepts; about a file that is not valid, why."""
+    from sd_unlearn.data.several import read_concepts
 
     try:
-        concept = read_concept(path)
+        concept = read_concepts(path)
     except UnlearnError as error:
         return {"slug": slug, "name": slug, "kind": None, "base": None, "file": str(path), "error": str(error)}
-    prompts = {"keep": len(concept.keep_prompts), **{group: len(concept.prompts(group)) for group in GROUPS}}
+    parts = concept.parts
+    prompts = {"keep": len(concept.keep_prompts)}
+    prompts |= {group: sum(len(part.prompts(group)) for part in parts) for group in GROUPS}
     base = concept.base or DEFAULT_BASE
     return {
         "slug": slug,
-        "name": concept.name,
+        "name": concept.name if len(parts) == 1 else slug,
         "kind": concept.kind,
         "base": base,
         "prompts": prompts,

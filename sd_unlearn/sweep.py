@@ -10,6 +10,8 @@ import dataclasses
 import math
 import sys
 import time
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,8 @@ from sd_unlearn.config.evaluate import EvaluateConfig
 from sd_unlearn.config.paths import as_dict
 from sd_unlearn.config.train import TrainConfig
 from sd_unlearn.data.concept import Concept
-from sd_unlearn.data.prior import ASSUMED_BETA, resolve_beta
+from sd_unlearn.data.metadata import read_metadata
+from sd_unlearn.data.prior import resolve_beta
 from sd_unlearn.data.render_job import images_by_group, known_beta, plan_images
 from sd_unlearn.errors import UsageError
 from sd_unlearn.evaluation import evaluate
@@ -30,7 +33,7 @@ from sd_unlearn.io.lock import locked, remove_leftovers
 from sd_unlearn.io.own_files import SWEEP as SWEEP_FILES
 from sd_unlearn.io.own_files import SWEEP_REPORT, check_own_reports, delete_own, is_free, kind_of, mark
 from sd_unlearn.io.reading import read_yaml
-from sd_unlearn.io.run_folder import CONCEPT, DATA_MANIFEST, RESULTS, weights_sha256
+from sd_unlearn.io.run_folder import CONCEPT, DATA_MANIFEST, RESULTS, UNLABELED, weights_sha256
 from sd_unlearn.launch import process_count
 from sd_unlearn.metrics.registry import MetricContext, find_metrics
 from sd_unlearn.report import sweep
@@ -165,11 +168,12 @@ def beta_of(config: TrainConfig, concept: Concept, data_dir: Path) -> tuple[floa
     assert config.beta != "estimate"  # check_options
     if concept.betas and config.beta is None:
         return sum(concept.betas.values()), "concept"
-    if config.beta is not None or has_own_images(data_dir) or (data_dir / DATA_MANIFEST).is_file():
-        prior = resolve_beta(config.beta, data_dir)
-        return prior.beta, prior.source
-    known = known_beta(concept.generic_share, images_by_group(plan_images(concept, config)))
-    return (known, "manifest") if known else (ASSUMED_BETA, "assumed")
+    counts: Mapping[str, int] = images_by_group(plan_images(concept, config))
+    if (data_dir / DATA_MANIFEST).is_file():
+        counts = Counter(line.group or "generic" for line in read_metadata(data_dir / UNLABELED).values())
+    known = None if has_own_images(data_dir) else known_beta(concept.generic_share, counts)
+    prior = resolve_beta(config.beta, known)
+    return prior.beta, prior.source
 
 
 def scale(factors: list[float], beta: float, push: float, target: str, source: str) -> list[Point]:

@@ -61,6 +61,17 @@ def test_a_file_is_printed(call: Call) -> None:
     assert json.loads(call("show", "seven", "--json")[1])["images"]["mixed_in"] == 0
 
 
+def test_a_list_of_concepts_is_listed_and_printed(call: Call) -> None:
+    Path("prompts").mkdir()
+    Path("prompts/ll.yaml").write_text("- seven\n- zero\n")
+    parts = [load_concept("seven"), load_concept("zero")]
+    entry = next(entry for entry in json.loads(call("--json")[1]) if entry["slug"] == "ll")
+    assert (entry["name"], entry["kind"], entry["base"]) == ("ll", "digit", "digits")
+    assert entry["prompts"]["held_out"] == sum(len(part.prompts("held_out")) for part in parts)
+    assert call("show", "ll")[:2] == (0, "- seven\n- zero\n")
+    assert [each["name"] for each in json.loads(call("show", "ll", "--json")[1])] == ["seven", "zero"]
+
+
 @pytest.mark.parametrize(
     ("name", "found"),
     [("brad pit", "brad-pitt"), ("Pitt", "brad-pitt"), ("vangogh", "van-gogh"), ("Merkel", "angela-merkel")],

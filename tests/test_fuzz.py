@@ -32,8 +32,8 @@ from sd_unlearn.data import render, render_job
 from sd_unlearn.data.concept import Concept, read_concept
 from sd_unlearn.data.dataset import scan
 from sd_unlearn.data.encoding import load_pixels
-from sd_unlearn.data.prior import resolve_beta
 from sd_unlearn.data.prompt_sets import load_prompt_set
+from sd_unlearn.data.render_settings import read_settings
 from sd_unlearn.errors import UnlearnError, UsageError
 from sd_unlearn.evaluation.detections import detect
 from sd_unlearn.evaluation.image_folders import read_image_folder
@@ -267,8 +267,10 @@ def test_captions(place: Path) -> None:
 
 
 def test_manifests(place: Path) -> None:
-    manifest = {"schema_version": 1, "beta": 0.2, "counts": {"generic": 2}}
-    fuzz(place, json_contents(manifest), "manifest.json", lambda folder: resolve_beta(None, folder), photos)
+    manifest = {"schema_version": 1, "base": {"name": "digits"}, "counts": {"generic": 2}}
+    fuzz(
+        place, json_contents(manifest), "manifest.json", lambda folder: read_settings(folder / "manifest.json"), photos
+    )
 
 
 class _Loads(Exception):

@@ -129,26 +129,31 @@ def test_invalid_factors_are_refused_and_nothing_is_written(
 
 
 def test_factors_scale_beta_and_with_a_teacher_the_push() -> None:
-    taught = sweep.scale([0.5, 1, 3], 0.1, 2.0, "teacher", "manifest")
+    taught = sweep.scale([0.5, 1, 3], 0.1, 2.0, "teacher", "known")
     assert taught == [Point(0.5, 0.05, 1.0), Point(1, 0.1, 2.0), Point(3, 0.3, 6.0)]
-    assert [p.push for p in sweep.scale([0.5, 3], 0.1, 2.0, "noise", "manifest")] == [2.0, 2.0]
-    with pytest.raises(UsageError, match=r"2 times beta 0.5 \(manifest\) is 1, .* below 2"):
-        sweep.scale([1, 2], 0.5, 2.0, "noise", "manifest")
+    assert [p.push for p in sweep.scale([0.5, 3], 0.1, 2.0, "noise", "known")] == [2.0, 2.0]
+    with pytest.raises(UsageError, match=r"2 times beta 0.5 \(known\) is 1, .* below 2"):
+        sweep.scale([1, 2], 0.5, 2.0, "noise", "known")
 
 
 def test_beta_is_determined_before_anything_is_rendered(
     make: Make, concept: Concept, photos: Callable[..., Path]
 ) -> None:
     assert sweep.beta_of(make(beta=0.3), concept, Path("data")) == (0.3, "option")
-    assert sweep.beta_of(make(), concept, Path("data")) == (0.2, "manifest")  # 1 hidden of 5
-    assert sweep.beta_of(make(num_unlabeled=1), concept, Path("data")) == (0.5, "manifest")
+    assert sweep.beta_of(make(), concept, Path("data")) == (0.2, "known")  # 1 hidden of 5
+    assert sweep.beta_of(make(num_unlabeled=1), concept, Path("data")) == (0.5, "known")
     assert sweep.beta_of(make(num_mixed_in=0), concept, Path("data")) == (0.1, "assumed")
     assert sweep.beta_of(make(), concept, photos()) == (0.1, "assumed")
     several = dataclasses.replace(concept, betas={"1_positive": 0.25, "1_positive_2": 0.125})
     assert sweep.beta_of(make(), several, Path("data")) == (0.375, "concept")
     assert sweep.beta_of(make(beta=0.3), several, Path("data")) == (0.3, "option")
-    write_json(Path("data/manifest.json"), {"beta": 0.25})
-    assert sweep.beta_of(make(), concept, Path("data")) == (0.25, "manifest")
+    line = '{"file_name": "0.png", "text": "", "group": "%s"}\n'
+    write_json(Path("data/manifest.json"), {})
+    Path("data/0_unlabeled").mkdir()
+    Path("data/0_unlabeled/metadata.jsonl").write_text("".join(line % g for g in ("mixed_in", "generic", "keep")))
+    assert sweep.beta_of(make(), concept, Path("data")) == (0.5, "known")
+    shown = dataclasses.replace(concept, generic_share=0.2)
+    assert sweep.beta_of(make(), shown, Path("data")) == (0.6, "known")
 
 
 def test_each_factor_is_trained_and_evaluated_and_the_record_is_written_last(

@@ -131,7 +131,11 @@ class RenderConfig(PlanOptions, BaseOptions, ConceptOption):
     ] = None
     num_keep: Annotated[
         int | None,
-        option("Images per keep prompt in 0_unlabeled. Default: the concept file's.", IMAGES, NumImages),
+        option(
+            "Images of each keep line in 0_unlabeled, split over its alternatives. Default: the concept file's.",
+            IMAGES,
+            NumImages,
+        ),
     ] = None
     resolution: Annotated[
         int | None, option("Width and height of the images in pixels. Default: the base's own.", IMAGES, Resolution)

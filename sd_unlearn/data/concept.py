@@ -32,7 +32,8 @@ from sd_unlearn.io.schema import STRICT, validate
 
 MAX_PROMPTS = 10_000  # in one list of a concept file, with all alternatives
 PACKAGE = Path(__file__).parent.parent
-_BRACES = re.compile(r"\{([^{}]*)\}")
+SUFFIXES = (".yaml", ".yml")  # of concept files
+BRACES = re.compile(r"\{([^{}]*)\}")  # group 1: the alternatives, separated by commas
 
 
 def _not_blank(text: str) -> str:
@@ -42,6 +43,11 @@ def _not_blank(text: str) -> str:
 
 
 def _expandable(templates: list[str]) -> list[str]:
+    for template in templates:
+        if not template.strip():
+            raise ValueError("must not hold an empty prompt")
+        if not all(word.strip() for inside in BRACES.findall(template) for word in inside.split(",")):
+            raise ValueError(f'holds an empty alternative: "{template[:60]}"')
     expand_braces(templates)
     return templates
 
@@ -152,7 +158,7 @@ def expand_braces(templates: list[str]) -> list[Prompt]:
     """
     prompts: list[Prompt] = []
     for template in templates:
-        start, *pieces = _BRACES.split(template)  # of each braces: what is inside, then the text up to the next
+        start, *pieces = BRACES.split(template)  # of each braces: what is inside, then the text up to the next
         options = [[word.strip() for word in group.split(",")] for group in pieces[::2]]
         count = math.prod(map(len, options))
         if len(prompts) + count > MAX_PROMPTS:
@@ -166,33 +172,35 @@ def expand_braces(templates: list[str]) -> list[Prompt]:
 def concept_files() -> dict[str, Path]:
     """Slug -> concept file. A file in the working folder's prompts/ overrides a bundled one."""
     folders = (PACKAGE / "prompts", PACKAGE.parent / "prompts", Path("prompts"))
-    return {file.stem: file for folder in folders for file in sorted(folder.glob("*.yaml"))}
+    files = (file for folder in folders for file in sorted(folder.glob("*.y*ml")) if file.suffix in SUFFIXES)
+    return {slugify(file.stem): file for file in files}
 
 
 def load_concept(name: str | None, anchor: str | None = None, kind: TemplateKind | None = None) -> Concept:
-    """The concept with this name or at this path (.yaml); with an anchor, a concept built without a file.
+    """The concept with this name or in this file; with an anchor, a concept built without a file.
 
     kind: of the concept built from an anchor; default: other.
 
     Raises:
         UsageError: `name` is missing, has no file, or the file is not valid; a kind without an anchor.
     """
-    if not name or not name.strip():
-        raise UsageError(f"--concept is missing. {_known(concept_files())}")
-    if anchor is not None:
-        return from_anchor(name, anchor, kind or "other")
-    if kind is not None:
-        raise UsageError(f"--kind {kind} is for --anchor: a concept with a file says its kind there.")
+    if name and name.strip():  # else find_concept says what is missing
+        if anchor is not None:
+            return from_anchor(name, anchor, kind or "other")
+        if kind is not None:
+            raise UsageError(f"--kind {kind} is for --anchor: a concept with a file says its kind there.")
     return read_concept(find_concept(name))
 
 
-def find_concept(name: str) -> Path:
-    """The file of a concept: its path if the name ends in .yaml, else the file with this name.
+def find_concept(name: str | None) -> Path:
+    """The file of a concept: its path if the name ends in .yaml or .yml, else the file with this name.
 
     Raises:
-        UsageError: there is no such file; suggests similar names.
+        UsageError: no name, or no such file; suggests similar names.
     """
-    if name.endswith((".yaml", ".yml")):
+    if not name or not name.strip():
+        raise UsageError(f"--concept is missing. {_known(concept_files())}")
+    if name.endswith(SUFFIXES):
         return Path(name)
     files, slug = concept_files(), slugify(name)
     if slug not in files:
@@ -279,8 +287,7 @@ def _check_paraphrases(concept: Concept, where: str) -> None:
     }
     known = {normalized(text): f"also in {key}" for key, texts in others.items() for text in texts}
     for text in concept.captions[1:]:
-        fault = known.get(normalized(text)) if text.strip() else "empty"
-        if fault:
+        if fault := known.get(normalized(text)):
             raise UsageError(f'{where}: paraphrases: "{text}" is {fault}. Remove or change it.')
         known[normalized(text)] = "listed twice"
 

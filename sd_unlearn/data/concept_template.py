@@ -17,6 +17,7 @@ import yaml
 from sd_unlearn.choices import TemplateKind
 from sd_unlearn.errors import UsageError
 
+_AN = re.compile(r"(?!eu|ewe|one|uf|uni(?![dmn])|us[aeu]|ut[ei])[aeiou]|hour|heir|honest|honou?r")  # "an" before it
 _IGNORED = {"a", "an", "the", "of", "in", "and", "painting", "photo"}  # words that name nothing by themselves
 
 
@@ -31,7 +32,7 @@ class Retained(NamedTuple):
 
 @dataclass(frozen=True)
 class Template:
-    """What the concept files of one kind have in common. {name} and {anchor} are filled in."""
+    """What the concept files of one kind have in common. {name}, {bare} (no article) and {anchor} are filled in."""
 
     about: str
     caption: str
@@ -46,7 +47,7 @@ class Template:
 
 
 PHOTO, CAPTION, GENERIC = "a photo of {}", "a photo of {name}", "a photo of {anchor}"
-FOREIGN = ("ein Foto von {name}", "une photo de {name}", "una foto de {name}", "una foto di {name}")
+FOREIGN = ("ein Foto von {bare}", "une photo de {bare}", "una foto de {bare}", "una foto di {bare}")
 PLACES = Retained(PHOTO, ("a dog", "a city street", "a bowl of fruit", "a living room"), "general")
 THINGS = (
     Retained(PHOTO, ("a dog", "a cat", "a horse", "a bird"), "general"),
@@ -177,7 +178,9 @@ def concept_text(
         [_line(each, training=False) for each in retained if each.group == group] for group in ("alike", "general")
     )
     called = with_article(name) if kind == "object" else name
-    filled = {"name": _plain(called), "misspelt": _plain(misspell(called))}
+    misspelt = called.removesuffix(name) + misspell(name)
+    filled = {"name": _plain(called), "bare": _plain(name), "misspelt": _plain(misspelt)}
+    held_out = [text for text in template.held_out if "{misspelt}" not in text or misspelt != called]
     general += [text for text in template.general if not _overlap(name, text)]
     parts = [
         f"# sd-unlearn train --concept {shlex.quote(file or name)}",
@@ -199,7 +202,7 @@ def concept_text(
         else "",
         _list("keep", f"retained in training; add {template.similar}", keep),
         "evaluate:",
-        _list("  held_out", "not used in training; add wordings without the name", _fill(template.held_out, filled)),
+        _list("  held_out", "not used in training; add wordings without the name", _fill(held_out, filled)),
         _list("  alike", "must be retained, and is measured; braces hold labels of alternatives", alike),
         _list("  general", "everything else that is measured", general),
     ]
@@ -215,7 +218,7 @@ images:                # how many images to generate; not used with images of yo
 
 
 def misspell(name: str) -> str:
-    """The name with two letters in the middle of its longest word swapped."""
+    """The name with two letters in the middle of its longest word swapped; a name that is too short as it is."""
     words = name.split(" ")
     longest = max(range(len(words)), key=lambda i: len(words[i]))
     word = words[longest]
@@ -233,7 +236,7 @@ def with_article(name: str) -> str:
     is_plural = name.endswith("s") and not name.endswith(("ss", "us", "is"))
     if is_plural or first != first.lower() or first in ("a", "an", "the", "some", "my"):
         return name
-    return f"{'an' if first[0] in 'aeiou' else 'a'} {name}"
+    return f"{'an' if _AN.match(first) else 'a'} {name}"
 
 
 def _retained(template: Template, name: str, anchor: str, similar: Sequence[str]) -> list[Retained]:

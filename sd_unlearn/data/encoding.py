@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image, ImageOps
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -42,21 +42,29 @@ def encode_images(
         UnlearnError: a latent is not finite, or memory is too small for one image.
     """
     vae = base.pipeline.vae
-    encoder = f"{network_sha256(vae)} {described_scale(vae)}"  # a UNet can be used with several VAEs
+    encoder = f"{network_sha256(vae)} {vae.dtype} {described_scale(vae)}"  # a UNet can be used with several VAEs
     digest = hashlib.sha256(f"{base.sha256} {encoder} {resolution}".encode())
     for example in examples:
         digest.update(example.path.read_bytes())
     path = cache / f"latents-{digest.hexdigest()[:16]}.safetensors"
-    if path.is_file():
-        with safe_open(path, framework="pt") as cached:
-            tile = (cached.metadata() or {}).get(VAE_TILE)
-            base.vae_tile = int(tile) if tile else base.vae_tile
-            return cached.get_tensor("mean"), cached.get_tensor("std")
+    if cached := _read_cached(path):
+        mean, std, tile = cached
+        base.vae_tile = int(tile) if tile else base.vae_tile
+        return mean, std
     batch_size = batch_size or (64 if resolution <= 64 else 4)
     mean, std = encode(base, [e.path for e in examples], lambda image: load_pixels(image, resolution), batch_size)
     with atomic_path(path) as temporary:
         save_file({"mean": mean, "std": std}, temporary, {VAE_TILE: str(base.vae_tile)} if base.vae_tile else None)
     return mean, std
+
+
+def _read_cached(path: Path) -> tuple[Tensor, Tensor, str | None] | None:
+    """Mean, standard deviation and tile size of a cache file; None if it is missing or damaged."""
+    try:
+        with safe_open(path, framework="pt") as cached:
+            return cached.get_tensor("mean"), cached.get_tensor("std"), (cached.metadata() or {}).get(VAE_TILE)
+    except (OSError, SafetensorError):
+        return None
 
 
 @torch.no_grad()

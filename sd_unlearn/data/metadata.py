@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import posixpath
 import unicodedata
 from collections.abc import Callable, Sequence
@@ -14,7 +12,7 @@ from typing import Any
 
 from sd_unlearn.errors import UsageError, reason, suggest
 from sd_unlearn.io.images import image_files
-from sd_unlearn.io.reading import read_jsonl_lines, read_text
+from sd_unlearn.io.reading import read_csv_lines, read_jsonl_lines
 from sd_unlearn.io.run_folder import METADATA
 from sd_unlearn.io.schema import STRICT, validate
 
@@ -79,24 +77,12 @@ def row_name(path: Path | None, number: int) -> str:
 
 
 def _read_csv(path: Path) -> dict[int, dict[str, Any]]:
-    reader = csv.DictReader(io.StringIO(read_text(path), newline=""), strict=True)
-    rows: dict[int, dict[str, Any]] = {}
-    try:
-        header = reader.fieldnames or []
-        if "file_name" not in header:
-            raise UsageError(
-                f"{path} has the columns {', '.join(header) or '(none)'}. It needs file_name and text in its first "
-                "line, separated by commas."
-            )
-        for row in reader:
-            if None in row:
-                raise UsageError(
-                    f"{path} line {reader.line_num} has more than the {len(header)} columns of the first line. Put "
-                    "captions with commas in double quotes."
-                )
-            rows[reader.line_num] = row
-    except csv.Error as error:
-        raise UsageError(f"{path} line {reader.line_num} is not valid CSV ({reason(error)}). Fix the line.") from None
+    columns, rows = read_csv_lines(path)
+    if "file_name" not in columns:
+        raise UsageError(
+            f"{path} has the columns {', '.join(columns) or '(none)'}. It needs file_name and text in its first line, "
+            "separated by commas."
+        )
     return rows
 
 

@@ -18,7 +18,7 @@ from sd_unlearn.launch import process_count
 from sd_unlearn.models.base import wanted_precision
 from sd_unlearn.models.fit import GIB, MIB, Device, Inference, Phase, other_device, this_device
 from sd_unlearn.models.footprint import Precision, count_inference
-from sd_unlearn.models.meta import read_configs
+from sd_unlearn.models.meta import BaseNotFound, read_configs
 from sd_unlearn.models.sampling import Sampler
 from sd_unlearn.models.source import Source
 
@@ -65,13 +65,19 @@ def fit_sampler(inference: Inference, sampler: Sampler, given: int | None) -> tu
 
 
 def planned_sampler(source: Source, sampler: Sampler, options: ImageOptions) -> Sampler:
-    """The sampler with as many images at once as fit, at most its own number; --render_batch_size wins."""
+    """The sampler with as many images at once as fit, at most its own number; --render_batch_size wins.
+
+    Raises:
+        BaseNotFound: the base is neither local nor found on the Hub.
+    """
     if options.render_batch_size:
         return sampler
     device = choose_device(options.vram)
     precision = choose_precision_for(device, options.mixed_precision or "no")
     try:
         inference = plan_inference(source, device, precision, sampler.resolution)
+    except BaseNotFound:
+        raise
     except UnlearnError:  # loading the base says what is wrong with it
         return sampler
     return replace(sampler, batch_size=inference.render_batch_size(sampler.batch_size)[0])

@@ -1,4 +1,4 @@
-"""beta, the share of the concept among the unlabeled images: an option, the manifest's, estimated, or assumed.
+"""beta, the share of the concept among the unlabeled images: an option, known, estimated, or assumed.
 
 With p_U = beta p_S + (1 - beta) p_N, the share of unlabeled images above a high score is beta times the share of
 positives above it, if no normal image scores that high. Scores come from classifiers of positive against unlabeled
@@ -9,18 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
 
 from sd_unlearn.errors import UsageError
-from sd_unlearn.io.reading import read_json
-from sd_unlearn.io.run_folder import DATA_MANIFEST
-from sd_unlearn.io.schema import OPEN, validate
 
 ASSUMED_BETA = 0.1
 MIN_IMAGES = 10  # different images of each kind: with fewer positives the error bound exceeds 0.43
@@ -61,33 +56,20 @@ class Prior:
     """The beta of a training, in (0, 1), and where it comes from."""
 
     beta: float
-    source: str  # option | manifest | estimated | assumed; of several concepts each that occurs
+    source: str  # option | known | estimated | assumed; of several concepts each that occurs
     estimates: tuple[BetaEstimate, ...] = ()  # the first is the one used
     notes: tuple[str, ...] = ()  # lines for the user
 
 
-@dataclass(frozen=True)
-class _Manifest:
-    """What is read here of a data folder's manifest.json."""
-
-    __pydantic_config__ = OPEN
-
-    beta: Annotated[float, Field(gt=0, lt=1)] | None = None
-    betas: dict[str, Annotated[float, Field(gt=0, lt=1)] | None] = field(default_factory=dict)  # of several concepts
-
-
 def resolve_beta(
-    option: BetaOption,
-    data_dir: Path,
-    make_embeddings: Callable[[], ImageEmbeddings] | None = None,
-    slug: str | None = None,
+    option: BetaOption, known: float | None, make_embeddings: Callable[[], ImageEmbeddings] | None = None
 ) -> Prior:
-    """The value of --beta, else the manifest's, else ASSUMED_BETA.
+    """The value of --beta, else the known share, else ASSUMED_BETA.
 
-    make_embeddings: called only for `--beta estimate`. slug: of the concept, if the folder is of several.
+    known: of generated images, in (0, 1); else None. make_embeddings: called only for `--beta estimate`.
 
     Raises:
-        UsageError: too few images for an estimate, or an invalid manifest.
+        UsageError: too few images for an estimate.
     """
     if option == "estimate":
         if make_embeddings is None:
@@ -97,10 +79,7 @@ def resolve_beta(
         return Prior(estimates[0].beta, "estimated", estimates, (embeddings.why, *_notes(estimates)))
     if option is not None:
         return Prior(option, "option")
-    path = data_dir / DATA_MANIFEST
-    manifest = validate(_Manifest, read_json(path), str(path)) if path.is_file() else _Manifest()
-    known = manifest.betas.get(slug) if slug else manifest.beta
-    return Prior(known, "manifest") if known else Prior(ASSUMED_BETA, "assumed")
+    return Prior(known, "known") if known else Prior(ASSUMED_BETA, "assumed")
 
 
 def check_countable(n_positive: int, n_unlabeled: int) -> None:

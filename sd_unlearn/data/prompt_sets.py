@@ -7,19 +7,18 @@ plain text with one prompt per line. No row is skipped: a row without a prompt i
 
 from __future__ import annotations
 
-import csv
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from sd_unlearn.errors import UnlearnError, UsageError, reason, suggest
-from sd_unlearn.io.reading import check_regular, parse_json
+from sd_unlearn.io.reading import read_csv_lines, read_jsonl_lines, read_text
 
 I2P = "i2p"
 I2P_REPOSITORY, I2P_FILE = "AIML-TUDA/i2p", "i2p_benchmark.csv"
 PROMPT_COLUMNS = ("prompt", "text", "caption")  # the first of these that a set has
 
-NumberedRows = Iterator[tuple[int, Mapping[str, Any]]]  # (line number from 1, {column: value})
+NumberedRows = Mapping[int, Mapping[str, Any]]  # line number from 1 -> {column: value}
 
 
 def load_prompt_set(name_or_path: str | Path, option: str = "--prompt_set") -> list[str]:
@@ -39,13 +38,7 @@ def load_prompt_set(name_or_path: str | Path, option: str = "--prompt_set") -> l
             f"{where} is neither a known set ({I2P}) nor a {', '.join(READERS)} file."
             f"{suggest(str(name_or_path), [I2P])}"
         )
-    try:
-        check_regular(path)
-        prompts = [_prompt(row, f"{where}, line {number}") for number, row in read_rows(path, where)]
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{where} is not UTF-8 text ({error.reason}). Save it as UTF-8.") from None
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{where}: {reason(error)}. Known sets: {I2P}.") from None
+    prompts = [_prompt(row, f"{where}, line {number}") for number, row in read_rows(path, option).items()]
     if not prompts:
         raise UsageError(f"{where} holds no prompts.")
     return prompts
@@ -64,52 +57,35 @@ def _download_i2p(option: str) -> Path:
         ) from error
 
 
-def _csv_rows(path: Path, where: str) -> NumberedRows:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        rows = csv.DictReader(file, strict=True)
-        try:
-            columns = [name.strip().lower() for name in rows.fieldnames or ()]
-            if not set(columns) & set(PROMPT_COLUMNS):
-                names = ", ".join(columns) or "nothing"
-                raise UsageError(f'{where} has no column "{PROMPT_COLUMNS[0]}" in its first line. Found: {names}.')
-            rows.fieldnames = columns
-            for row in rows:
-                if None in row:
-                    raise UsageError(
-                        f"{where}, line {rows.line_num}, has more cells than the first line has columns. "
-                        "Put prompts that contain commas in double quotes."
-                    )
-                yield rows.line_num, row
-        except csv.Error as error:
-            raise UsageError(f"{where} is not valid CSV after line {rows.line_num}: {error}.") from None
+def _csv_rows(path: Path, option: str) -> NumberedRows:
+    columns, rows = read_csv_lines(path, option)
+    if not {_key(column) for column in columns} & set(PROMPT_COLUMNS):
+        raise UsageError(
+            f'{option} {path} has no column "{PROMPT_COLUMNS[0]}" in its first line. Found: '
+            f"{', '.join(columns) or 'nothing'}."
+        )
+    return rows
 
 
-def _json_rows(path: Path, where: str) -> NumberedRows:
-    for number, line in _lines(path):
-        try:
-            row = parse_json(line)
-        except ValueError as error:
-            raise UsageError(f"{where}, line {number}, is not valid JSON: {reason(error)}.") from None
-        if not isinstance(row, dict):
-            raise UsageError(f'{where}, line {number}, must be an object with a key "{PROMPT_COLUMNS[0]}".')
-        yield number, {key.strip().lower(): value for key, value in row.items()}
+def _text_rows(path: Path, option: str) -> NumberedRows:
+    lines = read_text(path, option).split("\n")
+    return {number: {PROMPT_COLUMNS[0]: line} for number, line in enumerate(lines, 1) if line.strip()}
 
 
-def _text_rows(path: Path, where: str) -> NumberedRows:
-    yield from ((number, {PROMPT_COLUMNS[0]: line}) for number, line in _lines(path))
+READERS: dict[str, Callable[[Path, str], NumberedRows]] = {
+    ".csv": _csv_rows,
+    ".jsonl": read_jsonl_lines,
+    ".txt": _text_rows,
+}
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """The lines that are not blank, stripped, with their numbers from 1."""
-    with path.open(encoding="utf-8-sig") as file:
-        yield from ((number, line.strip()) for number, line in enumerate(file, start=1) if line.strip())
-
-
-READERS: dict[str, Callable[[Path, str], NumberedRows]] = {".csv": _csv_rows, ".jsonl": _json_rows, ".txt": _text_rows}
+def _key(column: str) -> str:
+    return column.strip().lower()
 
 
 def _prompt(row: Mapping[str, Any], where: str) -> str:
-    text = next((row[column] for column in PROMPT_COLUMNS if column in row), None)
+    cells = {_key(column): value for column, value in row.items()}
+    text = next((cells[column] for column in PROMPT_COLUMNS if column in cells), None)
     if not isinstance(text, str) or not text.strip():
         raise UsageError(f"{where}: the prompt is {repr(text) if text else 'missing'}; it must be text.")
     return text.strip()

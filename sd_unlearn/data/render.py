@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from sd_unlearn import __version__
 from sd_unlearn.config.base import RenderConfig
 from sd_unlearn.config.checks import check_render
-from sd_unlearn.data.concept import Concept, describe_anchored
+from sd_unlearn.data.concept import Concept, describe_anchored, normalized
 from sd_unlearn.data.dataset import set_names
 from sd_unlearn.data.metadata import read_metadata
 from sd_unlearn.data.photos import check_places, is_image_folder
 from sd_unlearn.data.render_job import (
     RenderJob,
+    describe_without_images,
     image_records,
     image_requests,
-    images_by_group,
-    images_of_part,
-    known_beta,
     make_job,
 )
 from sd_unlearn.data.render_settings import SETTINGS, WEIGHTS, differences, read_settings, settings_in
@@ -56,6 +55,8 @@ def run(config: RenderConfig, concept: Concept | None = None) -> Path:
     check_folder(job)
     if config.anchor is not None:
         print(describe_anchored(concept), file=sys.stderr)
+    for line in (*_describe_unchanged(concept), *describe_without_images(job.groups)):
+        print(line, file=sys.stderr)
     if config.dry_run:
         from sd_unlearn.data.plan import show_plan
 
@@ -66,6 +67,16 @@ def run(config: RenderConfig, concept: Concept | None = None) -> Path:
 
         job = dataclasses.replace(job, sampler=planned_sampler(job.source, job.sampler, config))
     return render_locked(job, lambda: load_base(job.source, config.mixed_precision or "no"))
+
+
+def _describe_unchanged(concept: Concept) -> list[str]:
+    """Lines that warn of concepts that are replaced with themselves."""
+    return [
+        f'Warning: caption and generic prompt of {part.name} are both "{part.caption}". Most trainings refuse that, '
+        "because nothing would be erased. Change the generic prompt (generic in the concept file, or --anchor)."
+        for part in concept.parts
+        if normalized(part.caption) == normalized(part.generic)
+    ]
 
 
 def render_locked(job: RenderJob, get_base: Callable[[], Base]) -> Path:
@@ -111,11 +122,27 @@ def check_folder(job: RenderJob) -> None:
     """
     folder = job.folder
     check_ours(folder)
-    if (folder / SETTINGS).is_file() and (found := differences(settings_in(folder), job.settings)):
+    if (folder / SETTINGS).is_file() and (found := _differences(job)):
         raise UsageError(
             f"--data_dir {folder} was rendered with other settings: {'; '.join(found)}. Repeat the earlier settings, "
             "choose another --data_dir, or delete the folder to render it again."
         )
+
+
+def _differences(job: RenderJob) -> list[str]:
+    """How the settings differ from those of the folder. A base that was moved is compared later, by check_same_base."""
+    before, now = settings_in(job.folder), job.settings
+    keys = [key for key in ("base", "vae") if _is_moved(before.get(key), now.get(key))]
+    if _recorded_weights(job.folder):
+        before |= {key: now[key] for key in keys}
+    return differences(before, now)
+
+
+def _is_moved(before: Any, now: Any) -> bool:
+    """Whether a path of the settings no longer exists, and the one given instead does."""
+    if not (isinstance(before, str) and isinstance(now, str)):
+        return False
+    return Path(before).is_absolute() and not Path(before).exists() and Path(now).exists()
 
 
 def _is_ours(settings: Path) -> bool:
@@ -139,6 +166,8 @@ def _is_finished(job: RenderJob) -> bool:
 
 def render_concept(job: RenderJob, get_base: Callable[[], Base]) -> Path:
     """Render what is missing in the data folder, write metadata and manifest, and return the folder.
+
+    Metadata files that exist are not changed, and images that they do not list are not rendered.
 
     get_base: loads the base; called only if something is missing.
 
@@ -170,10 +199,12 @@ def render_concept(job: RenderJob, get_base: Callable[[], Base]) -> Path:
     wait_for_images(requests)
     if process_rank() == 0:
         for sub, rs in records.items():
-            write_jsonl(folder / sub / METADATA, rs)
-        base = loaded[0] if loaded else get_base()
+            if not read_metadata(folder / sub):
+                write_jsonl(folder / sub / METADATA, rs)
+        base = loaded[0] if loaded else load()
+        counts = Counter(record.group for rs in records.values() for record in rs)
         tiled = count_tiled(request.path for request in requests)
-        write_json(folder / DATA_MANIFEST, _manifest(job, base.describe(), tiled))
+        write_json(folder / DATA_MANIFEST, _manifest(job, base.describe(), counts, tiled))
         print(f"Rendered {generated} of {len(requests)} images into {folder}.", file=sys.stderr)
     return folder
 
@@ -184,11 +215,7 @@ def check_same_base(folder: Path, base: Base) -> None:
     Raises:
         UsageError: names the part that differs.
     """
-    manifest, started = folder / DATA_MANIFEST, folder / SETTINGS
-    record = read_settings(manifest).get("base") if manifest.is_file() else None
-    record = record or (read_settings(started).get(WEIGHTS) if started.is_file() else None)
-    if not isinstance(record, dict):
-        return
+    record = _recorded_weights(folder)
     if key := different_hash(base.hashes, record):
         raise UsageError(
             f"--data_dir {folder} holds images of another version of {base.name}: the weights of its {base.part(key)} "
@@ -197,18 +224,23 @@ def check_same_base(folder: Path, base: Base) -> None:
         )
 
 
-def _manifest(job: RenderJob, base: dict[str, Any], tiled: int) -> dict[str, Any]:
-    """The content of manifest.json. tiled: number of images that the VAE decoded in tiles."""
-    counts = images_by_group(job.groups)
-    unlabeled = sum(images for group, images in counts.items() if group != "positive")
+def _recorded_weights(folder: Path) -> dict[str, Any]:
+    """The hashes of the base that generated the images of a folder; empty if none are recorded."""
+    for file, key in ((folder / DATA_MANIFEST, "base"), (folder / SETTINGS, WEIGHTS)):
+        record = read_settings(file).get(key) if file.is_file() else None
+        if record and isinstance(record, dict):
+            return record
+    return {}
+
+
+def _manifest(job: RenderJob, base: dict[str, Any], counts: Mapping[str, int], tiled: int) -> dict[str, Any]:
+    """The content of manifest.json. counts: images by group. tiled: how many of them the VAE decoded in tiles."""
     return {
         "schema_version": 1,
         "concept": job.concept.slug,
         "base": base,
         "version": __version__,
-        "counts": counts,
-        **_betas(job),
-        "mixed_in_share_of_folder": round(counts.get("mixed_in", 0) / unlabeled, 4),
+        "counts": dict(counts),
         "seeds": {"render": list(RENDER_SEEDS), "seed": job.seed},
         "sampler": {
             "name": sampler_of(base),
@@ -217,17 +249,6 @@ def _manifest(job: RenderJob, base: dict[str, Any], tiled: int) -> dict[str, Any
             **({"tiled_images": tiled} if tiled else {}),
         },
     }
-
-
-def _betas(job: RenderJob) -> dict[str, Any]:
-    """beta and generic_share for manifest.json; of several concepts by their slugs."""
-    parts = job.concept.parts
-    betas = {p.slug: known_beta(p.generic_share, images_of_part(job.groups, p)) for p in parts}
-    shares = {p.slug: p.generic_share for p in parts}
-    if len(parts) > 1:
-        return {"betas": betas, "generic_shares": shares}
-    (beta,), (share,) = betas.values(), shares.values()
-    return {"beta": beta, "generic_share": share}
 
 
 def _positive_folders(job: RenderJob) -> list[Path]:

@@ -14,6 +14,7 @@ from sd_unlearn.config.options import MAX_IMAGES
 from sd_unlearn.config.paths import local_path
 from sd_unlearn.data.concept import Concept, expand_braces, normalized
 from sd_unlearn.data.dataset import set_names
+from sd_unlearn.data.metadata import normalize, read_metadata
 from sd_unlearn.data.render_settings import ImageGroup, seed_in
 from sd_unlearn.errors import UsageError
 from sd_unlearn.io.run_folder import UNLABELED, ImageRecord
@@ -124,22 +125,28 @@ def _split_evenly(keep_line: str, images: int) -> list[ImageGroup]:
     return [ImageGroup("keep", prompt.text, each + (i < rest)) for i, prompt in enumerate(prompts)]
 
 
+def describe_without_images(groups: Sequence[ImageGroup]) -> list[str]:
+    """A line that warns of keep prompts without images, unless none has any."""
+    keep: Counter[str] = Counter()
+    for group in groups:
+        if group.name == "keep":
+            keep[group.prompt] += group.images
+    without = [prompt for prompt, images in keep.items() if not images]
+    if not without or not keep.total():
+        return []
+    return [
+        f'Warning: {len(without)} of {len(keep)} keep prompts get no image, e.g. "{without[0]}", and are not retained. '
+        "Raise --num_keep, or keep under images in the concept file: the images of each keep line are split over its "
+        "alternatives."
+    ]
+
+
 def images_by_group(groups: Sequence[ImageGroup]) -> dict[str, int]:
     """Number of images of each group that has any."""
     counts: Counter[str] = Counter()
     for group in groups:
         counts[group.name] += group.images
     return {name: images for name, images in counts.items() if images}
-
-
-def images_of_part(groups: Sequence[ImageGroup], part: Concept) -> dict[str, int]:
-    """As `images_by_group`, without the images of other concepts' prompts."""
-    own = {"generic": part.generic, "mixed_in": part.caption, "positive": part.caption}
-
-    def is_own(group: ImageGroup) -> bool:
-        return normalized(own.get(group.name, group.prompt)) == normalized(group.prompt)
-
-    return images_by_group([group for group in groups if is_own(group)])
 
 
 def known_beta(generic_share: float, counts: Mapping[str, int]) -> float | None:
@@ -149,18 +156,21 @@ def known_beta(generic_share: float, counts: Mapping[str, int]) -> float | None:
     counts: images by group.
     """
     generic, mixed_in = counts.get("generic", 0), counts.get("mixed_in", 0)
-    beta = (mixed_in + generic_share * generic) / (generic + mixed_in)
+    beta = (mixed_in + generic_share * generic) / max(1, generic + mixed_in)
     return round(beta, 4) if 0 < beta < 1 else None
 
 
 def image_requests(job: RenderJob) -> list[ImageRequest]:
-    """Every image of the folder, whether it exists or not."""
+    """Every image of the folder, as image_records, whether it exists or not."""
     records = image_records(job).items()
     return [ImageRequest(job.folder / sub / r.file_name, r.text, r.seed) for sub, rs in records for r in rs]
 
 
 def image_records(job: RenderJob) -> dict[str, list[ImageRecord]]:
-    """Folder -> one record per image. Each image of a prompt has its own seed, in whatever group it is."""
+    """Folder -> one record per image: those that its metadata file lists, or all of the plan if it has none yet.
+
+    Each image of a prompt has its own seed, in whatever group it is.
+    """
     positives = dict(zip((part.caption for part in job.concept.parts), set_names(job.concept), strict=True))
     records: dict[str, list[ImageRecord]] = {folder: [] for folder in (UNLABELED, *positives.values())}
     per_prompt: Counter[str] = Counter()
@@ -179,4 +189,10 @@ def image_records(job: RenderJob) -> dict[str, list[ImageRecord]]:
             records[folder].append(record)
             per_prompt[prompt] += 1
             numbers[folder, name] += 1
-    return records
+    return {folder: _listed(job.folder / folder, of_folder) for folder, of_folder in records.items()}
+
+
+def _listed(place: Path, records: list[ImageRecord]) -> list[ImageRecord]:
+    """The records of the images that a folder's metadata file lists. The user may have removed others."""
+    names = {normalize(line.file_name) for line in read_metadata(place).values()}
+    return [record for record in records if record.file_name in names] if names else records

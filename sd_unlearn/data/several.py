@@ -20,6 +20,8 @@ import yaml
 
 from sd_unlearn.choices import TemplateKind
 from sd_unlearn.data.concept import (
+    BRACES,
+    SUFFIXES,
     Concept,
     expand_braces,
     find_concept,
@@ -27,7 +29,6 @@ from sd_unlearn.data.concept import (
     normalized,
     parse_concept,
     read_concept,
-    write_concept,
 )
 from sd_unlearn.errors import UsageError
 from sd_unlearn.io.files import write_text
@@ -36,7 +37,6 @@ from sd_unlearn.io.reading import read_yaml_value
 
 PREVIEWED = 6  # concepts in a preview
 LONGEST = 50  # characters of a slug that names every concept
-_BRACES = re.compile(r"\{([^{}]*)\}")
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ def _without_alternatives(
 ) -> str:
     """The template without the alternatives in braces of which all, or any, prompts are of another concept."""
     prompts = {prompt.expect: is_other(prompt.text) for prompt in expand_braces([template])}
-    for number, braces in reversed(list(enumerate(_BRACES.finditer(template)))):
+    for number, braces in reversed(list(enumerate(BRACES.finditer(template)))):
         having = defaultdict(list)
         for words, other in prompts.items():
             having[words[number]].append(other)
@@ -179,27 +179,19 @@ def _without_alternatives(
 def load_concepts(
     names: str | Sequence[str] | None, anchor: str | None = None, kind: TemplateKind | None = None
 ) -> Concept:
-    """The concepts of --concept, each a name, a concept file or a list file; see `load_concept` and `together`.
+    """The concepts of --concept, each the name or path of a concept file or list; see `load_concept` and `together`.
 
     Raises:
         UsageError: as load_concept and together; an anchor for several concepts.
     """
-    given = [names] if isinstance(names, str) else list(names or ())
+    given: Sequence[str | None] = [names] if isinstance(names, str) else names or [None]
     if anchor is not None or kind is not None:
         if len(given) > 1:
             raise UsageError(
                 "--anchor and --kind are for one concept without a file. Write files: sd-unlearn concepts new."
             )
-        return load_concept(given[0] if given else None, anchor, kind)
-    if not given:
-        return load_concept(None)
-    return together([part for name in given for part in _read_all(name)])
-
-
-def _read_all(name: str) -> tuple[Concept, ...]:
-    if not name.endswith((".yaml", ".yml")):
-        return (load_concept(name),)
-    return read_concepts(find_concept(name)).parts
+        return load_concept(given[0], anchor, kind)
+    return together([part for name in given for part in read_concepts(find_concept(name)).parts])
 
 
 def read_concepts(path: Path) -> Concept:
@@ -213,19 +205,27 @@ def read_concepts(path: Path) -> Concept:
         return read_concept(path)
     if not data:
         raise UsageError(f"--concept {path} lists no concepts. Name one a line: - seven.")
-    return together([part for number, item in enumerate(data, 1) for part in _listed(item, path, number)])
+    return together([_listed(item, path, number) for number, item in enumerate(data, 1)])
 
 
-def _listed(item: Any, path: Path, number: int) -> tuple[Concept, ...]:
-    if isinstance(item, str):
-        return (load_concept(item),)
-    return (parse_concept(item, f"{path}, concept {number}"),)
+def _listed(item: Any, path: Path, number: int) -> Concept:
+    """A concept of a list file. Paths are relative to the list's folder, else to the working folder."""
+    where = f"{path}, concept {number}"
+    if not isinstance(item, str):
+        return parse_concept(item, where)
+    beside = path.parent / item
+    try:
+        return load_concept(str(beside) if item.endswith(SUFFIXES) and beside.is_file() else item)
+    except UsageError as error:
+        raise UsageError(f"{where}: {error}") from None
+
+
+def concept_data(concept: Concept) -> Any:
+    """One or several concepts as the content of a file that read_concepts reads."""
+    data = [dataclasses.asdict(part) for part in concept.parts]
+    return data if len(data) > 1 else data[0]
 
 
 def write_concepts(path: Path, concept: Concept) -> None:
     """Write one or several concepts so that read_concepts returns the same."""
-    if len(concept.parts) == 1:
-        write_concept(path, concept)
-        return
-    data = [dataclasses.asdict(part) for part in concept.parts]
-    write_text(path, yaml.safe_dump(data, sort_keys=False, allow_unicode=True))
+    write_text(path, yaml.safe_dump(concept_data(concept), sort_keys=False, allow_unicode=True))

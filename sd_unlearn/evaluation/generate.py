@@ -133,9 +133,13 @@ def generate_images(job: EvaluationJob) -> ImageCache | None:
 def planned_cache(job: EvaluationJob, loader: BaseLoader) -> ImageCache:
     """`image_cache` with as many images at once as memory allows."""
     from sd_unlearn.data.plan import planned_sampler
+    from sd_unlearn.models.meta import BaseNotFound
 
     cache = image_cache(job, loader)
-    return replace(cache, sampler=planned_sampler(job.source, cache.sampler, job.config))
+    try:
+        return replace(cache, sampler=planned_sampler(job.source, cache.sampler, job.config))
+    except BaseNotFound:  # all images may exist already
+        return cache
 
 
 def image_cache(job: EvaluationJob, loader: BaseLoader) -> ImageCache:

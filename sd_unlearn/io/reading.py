@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
+import io
 import json
 import re
 import stat
@@ -80,24 +82,48 @@ def parse_json(text: str) -> Any:
     return value
 
 
-def read_jsonl_lines(path: Path) -> dict[int, dict[str, Any]]:
+def read_jsonl_lines(path: Path, option: str = "") -> dict[int, dict[str, Any]]:
     """Line number (from 1) -> object of a JSONL file. Blank lines are skipped.
 
     Raises:
         UsageError: the file is missing or unreadable, or a line, which is named, is not a JSON object.
     """
-    records = {}
-    for number, line in enumerate(read_text(path).split("\n"), 1):  # JSON strings may contain U+2028: no splitlines
+    name, records = f"{option} {path}".strip(), {}
+    lines = read_text(path, option).split("\n")  # JSON strings may contain U+2028: no splitlines
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
             record = parse_json(line)
         except ValueError as error:
-            raise UsageError(f"{path} line {number} is not JSON ({reason(error)}). Fix or delete the line.") from None
+            raise UsageError(f"{name} line {number} is not JSON ({reason(error)}). Fix or delete the line.") from None
         if not isinstance(record, dict):
-            raise UsageError(f"{path} line {number} is not a JSON object. Fix or delete the line.")
+            raise UsageError(f"{name} line {number} is not a JSON object. Fix or delete the line.")
         records[number] = record
     return records
+
+
+def read_csv_lines(path: Path, option: str = "") -> tuple[list[str], dict[int, dict[str, Any]]]:
+    """The columns of a CSV file, and line number (from 1) -> row. The first line names the columns.
+
+    Raises:
+        UsageError: the file is missing or unreadable, or a line, which is named, is not valid.
+    """
+    name = f"{option} {path}".strip()
+    reader = csv.DictReader(io.StringIO(read_text(path, option), newline=""), strict=True)
+    rows: dict[int, dict[str, Any]] = {}
+    try:
+        columns = list(reader.fieldnames or ())
+        for row in reader:
+            if None in row:
+                raise UsageError(
+                    f"{name} line {reader.line_num} has more than the {len(columns)} columns of the first line. Put "
+                    "texts with commas in double quotes."
+                )
+            rows[reader.line_num] = row
+    except csv.Error as error:
+        raise UsageError(f"{name} is not valid CSV after line {reader.line_num} ({reason(error)}). Fix it.") from None
+    return columns, rows
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
@@ -125,15 +151,31 @@ def read_yaml_value(path: Path, option: str) -> Any:
     """The content of a YAML file, whatever it holds.
 
     Raises:
-        UsageError: the file is missing, unreadable or not YAML. Names `option` and the file.
+        UsageError: the file is missing, unreadable or not YAML, or has a key twice. Names `option` and the file.
     """
     text = read_text(path, option)
     try:
-        data = yaml.safe_load(text)
+        data = yaml.load(text, _Loader)
         _check_plain(data)
     except Exception as error:  # for odd tags (!!int "", !!bool x) PyYAML raises IndexError, KeyError and others
         raise UsageError(f"{option} {path} is not valid YAML: {reason(error)}.") from None
     return data
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that a mapping holds twice. PyYAML would take the last one."""
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        node = super().compose_mapping_node(anchor)
+        lines: dict[tuple[str, str], int] = {}
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode) or key.value == "<<":
+                continue
+            name, line = (key.tag, key.value), key.start_mark.line + 1
+            if name in lines:
+                raise ValueError(f'the key "{key.value}" is in line {lines[name]} and again in line {line}; keep one')
+            lines[name] = line
+        return node
 
 
 def _check_plain(data: Any) -> None:

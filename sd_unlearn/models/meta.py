@@ -17,6 +17,7 @@ from sd_unlearn.io.reading import read_json
 from sd_unlearn.models.base import resolution_of
 from sd_unlearn.models.choose_conditioning import conditioning_of
 from sd_unlearn.models.conditioning import TextConditioning
+from sd_unlearn.models.find_base import check_source
 from sd_unlearn.models.kinds import KINDS, NETWORKS, channels_of, kind_of, network_name
 from sd_unlearn.models.published import PUBLISHED
 from sd_unlearn.models.source import OPTION, SINGLE_FILE_DIR, Source
@@ -37,6 +38,10 @@ KNOWN_IDS = {
     "qwen-image": re.compile(r"Qwen/Qwen-Image(-2512)?"),
     "z-image": re.compile(r"Tongyi-MAI/Z-Image(-Turbo)?"),
 }
+
+
+class BaseNotFound(UnlearnError):
+    """A base that is neither local nor found on the Hub, so that loading it would fail as well."""
 
 
 @dataclass(frozen=True)
@@ -113,9 +118,12 @@ def read_configs(source: Source) -> Configs:
     """Read the configuration of a base. No weights are read. T5 is left out where loading leaves it out.
 
     Raises:
-        UsageError: the configuration of a local base is damaged.
-        UnlearnError: that of a Hub id is neither bundled nor cached nor on the Hub.
+        UsageError: as check_source, or the configuration of a base is damaged.
+        BaseNotFound: a Hub id whose configuration is neither bundled nor cached, and the Hub does not know it or cannot
+            be reached.
+        UnlearnError: the Hub has the id, but not the configuration.
     """
+    check_source(source)
     network = _network_of(source)
     config = component_config(source, network)
     first, *others = KINDS[kind_of(config)].components
@@ -136,6 +144,8 @@ def _network_of(source: Source) -> str:
         return KINDS[kind_of(_bundled(known, "unet") or _bundled(known, "transformer"))].network
     try:
         _download(source.name, "unet")
+    except BaseNotFound:
+        raise
     except UnlearnError:
         _download(source.name, "transformer")
         return "transformer"
@@ -236,11 +246,14 @@ def _cached(name: str, component: str, file: str = "config.json") -> Path | None
 
 def _download(name: str, component: str) -> Path:
     from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import RemoteEntryNotFoundError
 
     try:
         return Path(hf_hub_download(name, "config.json", subfolder=component))
+    except RemoteEntryNotFoundError as error:
+        raise UnlearnError(f"{OPTION} {name} has no {component}/config.json on the Hub.") from error
     except (OSError, ValueError) as error:
-        raise UnlearnError(
-            f"{OPTION} {name}: its configuration could not be downloaded ({reason(error)}), and no memory can be "
-            "predicted without it. Use a local base, or connect to the Hub."
+        raise BaseNotFound(
+            f"{OPTION} {name}: there is no such local folder or file, and it was not found on the Hub "
+            f"({reason(error)}). Check the name; without a network, use a local base or the bundled base digits."
         ) from error

@@ -9,6 +9,7 @@ from typing import Any
 
 from sd_unlearn.data.concept import read_concept
 from sd_unlearn.data.dataset import fingerprint, scan
+from sd_unlearn.data.render_job import known_beta
 from sd_unlearn.errors import UsageError
 from sd_unlearn.io.reading import read_json, read_yaml
 from sd_unlearn.io.run_folder import CONCEPT, CONFIG, DATA_MANIFEST, TRAINING, weights_sha256
@@ -38,7 +39,7 @@ def record_of(experiment: str, size: Size, folder: Path, results: Results, secon
     rate, *distances = rows_of([row for row in results.rows if row.subject == results.subjects[-1].id])
     data_dir = Path(options["data_dir"])
     manifest = read_json(data_dir / DATA_MANIFEST) if (data_dir / DATA_MANIFEST).is_file() else {}
-    counts = manifest.get("counts", {})
+    counts, concept = manifest.get("counts", {}), read_concept(folder / CONCEPT)
     unsupervised = options["objective"] == "unsupervised"
     return {
         "schema_version": SCHEMA_VERSION,
@@ -53,7 +54,7 @@ def record_of(experiment: str, size: Size, folder: Path, results: Results, secon
             "beta_source": None if unsupervised else training["beta_source"],
             "conditional": True,
             "missing": [],
-            "contamination": manifest.get("beta"),
+            "contamination": known_beta(concept.generic_share, counts),
             "num_negative": 0,
             "sampler": "ddim",
             "num_inference_steps": results.sampler["steps"],
@@ -70,7 +71,7 @@ def record_of(experiment: str, size: Size, folder: Path, results: Results, secon
         "classifier": _classifier(results.cards, rate.detector),
         "rows": [dataclasses.asdict(row) for row in (rate, *distances)],
         "cost": training["cost"] | {"sampling_seconds": round(seconds, 1)},
-        "data_sha256": fingerprint(scan(data_dir, read_concept(folder / CONCEPT), 0.0)),
+        "data_sha256": fingerprint(scan(data_dir, concept, 0.0)),
         "weights_sha256": weights_sha256(folder),
         **{name: training[name] for name in ("version", "versions", "commit")},
         "created": results.created,

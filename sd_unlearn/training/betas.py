@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 
@@ -14,7 +15,9 @@ from sd_unlearn.data.concept import Concept
 from sd_unlearn.data.dataset import Example, positive_sets, split_beta
 from sd_unlearn.data.embeddings import embed
 from sd_unlearn.data.prior import Prior, resolve_beta
+from sd_unlearn.data.render_job import known_beta
 from sd_unlearn.data.turns import make_turns
+from sd_unlearn.io.run_folder import DATA_MANIFEST
 from sd_unlearn.models.base import Base
 
 
@@ -23,8 +26,14 @@ def resolve_betas(
 ) -> tuple[dict[str, float], Prior]:
     """beta of each set of positives of one concept, or of each of several concepts; and where it comes from."""
     assert config.data_dir is not None
+    is_rendered = (config.data_dir / DATA_MANIFEST).is_file()
+
+    def known_share(part: Concept, seen: Sequence[Example]) -> float | None:
+        counts = Counter(example.group for example in seen)
+        return known_beta(part.generic_share, counts) if is_rendered else None
+
     if len(concept.parts) == 1:
-        prior = resolve_beta(config.beta, config.data_dir, lambda: embed(base, examples, latents))
+        prior = resolve_beta(config.beta, known_share(concept, examples), lambda: embed(base, examples, latents))
         prior = broadcast_object_list([prior])[0]  # rounding may differ between devices: one beta for all
         sets = positive_sets(config.data_dir)
         shared, source = split_beta(concept, sets, prior.beta, prior.source)
@@ -32,7 +41,7 @@ def resolve_betas(
     priors = []
     for turn in make_turns(concept, examples, [0.0] * len(concept.parts)):
         embeddings = partial(embed, base, turn.examples, latents)
-        priors.append(resolve_beta(config.beta, config.data_dir, embeddings, turn.concept.slug))
+        priors.append(resolve_beta(config.beta, known_share(turn.concept, turn.examples), embeddings))
     priors = broadcast_object_list(priors)
     of_all = dataclasses.replace(
         priors[0],

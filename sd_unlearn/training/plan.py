@@ -31,7 +31,7 @@ from sd_unlearn.io.run_folder import CONFIG, TRAINING
 from sd_unlearn.launch import process_count, process_rank
 from sd_unlearn.models.fit import Device, Phase, Training, balanced
 from sd_unlearn.models.footprint import Precision, StepOptions, count_inference, count_training
-from sd_unlearn.models.meta import read_configs
+from sd_unlearn.models.meta import BaseNotFound, read_configs
 from sd_unlearn.models.sampling import resolve_sampler
 from sd_unlearn.models.source import Source
 from sd_unlearn.training.preflight import Inputs
@@ -150,10 +150,12 @@ def plan_run(config: TrainConfig, inputs: Inputs) -> MemoryPlan | None:
 
     Raises:
         UsageError: options that contradict each other.
-        UnlearnError: the training cannot fit, and no option says how large its batches are.
+        UnlearnError: the training cannot fit, and no option says how large its batches are; the base is not found.
     """
     try:
         read_configs(inputs.source)
+    except BaseNotFound:
+        raise
     except UnlearnError:
         return None
     plan = plan_memory(config, inputs.source, captions_of(config, inputs), not inputs.own_images)

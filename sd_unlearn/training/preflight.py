@@ -26,7 +26,13 @@ from sd_unlearn.data.layout import check_batch_size
 from sd_unlearn.data.photos import check_places
 from sd_unlearn.data.prior import check_countable
 from sd_unlearn.data.render import check_folder
-from sd_unlearn.data.render_job import make_job, plan_images, resolve_data_dir, with_seed_of_folder
+from sd_unlearn.data.render_job import (
+    describe_without_images,
+    make_job,
+    plan_images,
+    resolve_data_dir,
+    with_seed_of_folder,
+)
 from sd_unlearn.data.several import load_concepts
 from sd_unlearn.errors import UsageError
 from sd_unlearn.io.files import check_writable
@@ -58,7 +64,7 @@ class Inputs:
     data_dir: Path
     own_images: bool  # the user's own; otherwise the folder is rendered if missing or unfinished
     tracker: str | None
-    notes: tuple[str, ...] = ()  # lines for the user: what own images were found, few steps
+    notes: tuple[str, ...] = ()  # lines for the user: what own images were found, what gets few images or steps
 
 
 def check_inputs(config: TrainConfig, concept: Concept | None = None) -> Inputs:
@@ -85,9 +91,12 @@ def check_inputs(config: TrainConfig, concept: Concept | None = None) -> Inputs:
         return Inputs(concept, source, data_dir, own_images=False, tracker=None)
     own_images = has_own_images(data_dir)
     check_data_dir(config, data_dir)
+    notes = []
     if not own_images:
-        check_folder(with_seed_of_folder(make_job(concept, config, source)))
+        job = with_seed_of_folder(make_job(concept, config, source))
+        check_folder(job)
         check_counts(config, concept, data_dir)
+        notes = describe_without_images(job.groups)
     photos = scan_positives(config.positives, concept) if config.positives else []
     own = scan_own(config, concept, data_dir) if own_images else []
     groups = [example.group for example in own] or image_groups(config, concept, photos)
@@ -101,7 +110,7 @@ def check_inputs(config: TrainConfig, concept: Concept | None = None) -> Inputs:
         check_countable(groups.count("positive"), groups.count("generic") + groups.count("mixed_in"))
     sets = [len(members) for members in members_of_sets(own).values()] or [groups.count("positive")]
     check_probe(config, concept, groups, sets)
-    notes = [*describe_found(config, data_dir, own, photos), *describe_few_steps(config, concept)]
+    notes += [*describe_found(config, data_dir, own, photos), *describe_few_steps(config, concept)]
     return Inputs(concept, source, data_dir, own_images, choose_tracker(config.report_to), tuple(notes))
 
 

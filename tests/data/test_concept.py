@@ -205,6 +205,14 @@ def test_working_folder_overrides_bundled_file(tmp_path: Path) -> None:
     assert "eight" in concept_files()
 
 
+@pytest.mark.parametrize("file", ["Jane_Q.yaml", "jane q.yml"])
+@pytest.mark.parametrize("name", ["Jane Q", "Jane_Q", "jane-q"])
+def test_a_file_is_found_however_its_name_is_written(tmp_path: Path, file: str, name: str) -> None:
+    (tmp_path / "prompts").mkdir()
+    write(tmp_path / "prompts" / file, name="Jane Q")
+    assert load_concept(name).name == "Jane Q"
+
+
 def test_anchor_builds_a_concept() -> None:
     concept = load_concept("Grumpy Cat", " a cat ")
     assert (concept.name, concept.slug, concept.kind) == ("Grumpy Cat", "grumpy-cat", "other")
@@ -262,7 +270,10 @@ def test_unknown_concept_lists_the_files_and_suggests_anchor() -> None:
         ({"paraphrases": ["an x", "A  photo of X"]}, r'paraphrases: "A  photo of X" is also in caption'),
         ({"paraphrases": ["a photo"]}, '"a photo" is also in generic'),
         ({"paraphrases": ["an x", "An X "]}, '"An X " is listed twice'),
-        ({"paraphrases": [" "]}, '" " is empty'),
+        ({"paraphrases": [" "]}, "paraphrases must not hold an empty prompt"),
+        ({"evaluate": {"alike": ["a cat", ""]}}, r"evaluate\.alike must not hold an empty prompt"),
+        ({"keep": ["a {cat,,dog}"]}, 'keep holds an empty alternative: "a {cat,,dog}"'),
+        ({"keep": ["a {}"]}, 'keep holds an empty alternative: "a {}"'),
         ({"paraphrases": ["an x"], "evaluate": {"held_out": ["AN x"]}}, r'"an x" is also in evaluate\.held_out'),
         (
             {"paraphrases": ["{an,the} x"], "evaluate": {"held_out": ["the x"]}},
@@ -289,6 +300,13 @@ def test_file_without_keys_is_refused(tmp_path: Path, content: bytes) -> None:
     with pytest.raises(UsageError, match=r"--concept .*mine\.yaml") as caught:
         load_concept(str(tmp_path / "mine.yaml"))
     assert "\n" not in str(caught.value)
+
+
+def test_a_key_that_is_there_twice_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "mine.yaml")
+    path.write_text(path.read_text() + "keep: [a cat]\nimages: {}\nkeep: [a dog]\n")
+    with pytest.raises(UsageError, match=r'mine\.yaml.* the key "keep" is in line 4 and again in line 6; keep one'):
+        load_concept(str(path))
 
 
 def test_missing_file_is_named() -> None:

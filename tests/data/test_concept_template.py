@@ -131,6 +131,30 @@ def test_small_words() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    "named",
+    ["a unicorn", "a uniform", "a utensil", "a used car", "a one-way sign", "a ewe", "a horse", "a hotel"]
+    + ["an hourglass", "an heirloom", "an umbrella", "an uninhabited island", "an onion", "an ostrich", "an urn"],
+)
+def test_the_article_follows_the_sound(named: str) -> None:
+    assert with_article(named.split(" ", 1)[1]) == named
+
+
+def test_wordings_of_an_object_in_other_languages_have_no_english_article() -> None:
+    held_out = texts(from_anchor("unicorn", "a horse", "object"), "held_out")
+    assert {"ein Foto von unicorn", "une photo de unicorn", "a photo of a uniocrn", "a unicorn in the rain"} <= set(
+        held_out
+    )
+
+
+@pytest.mark.parametrize("name", ["Bo", "龙", "ox"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_name_that_is_too_short_to_misspell_has_no_misspelling(name: str, kind: TemplateKind) -> None:
+    concept = from_anchor(name, "something else", kind)
+    assert concept.caption not in texts(concept, "held_out")
+    assert len(texts(concept, "held_out")) == len(TEMPLATES[kind].held_out) - 1
+
+
 def test_what_is_retained_is_said() -> None:
     concept = from_anchor("Jane Example", "a middle aged woman", "person")
     text = describe_anchored(concept)

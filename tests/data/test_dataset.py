@@ -274,6 +274,17 @@ def test_latents_equal_the_vaes_and_are_cached(
     assert file.suffix == ".safetensors"
 
 
+def test_a_damaged_cache_file_is_replaced(loaded_base: Base, photos: Photos, concept: Concept, tmp_path: Path) -> None:
+    examples = scan(photos(), concept)
+    encoded = encode_images(loaded_base, examples, 32, tmp_path / "cache")
+    (file,) = (tmp_path / "cache").iterdir()
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2])
+    again = encode_images(loaded_base, examples, 32, tmp_path / "cache")
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(again, encoded, strict=True))
+    assert file.read_bytes() == whole
+
+
 def test_latents_of_a_channels_last_vae(tmp_path: Path, photos: Photos, concept: Concept, loaded_base: Base) -> None:
     """As convolutions of real size do by themselves on some machines."""
     examples = scan(photos(), concept)
@@ -286,7 +297,7 @@ def test_latents_of_a_channels_last_vae(tmp_path: Path, photos: Photos, concept:
         assert torch.allclose(ours, theirs, atol=1e-5)
 
 
-@pytest.mark.parametrize("change", ["resolution", "picture", "order", "base", "vae"])
+@pytest.mark.parametrize("change", ["resolution", "picture", "order", "base", "vae", "precision"])
 def test_cache_is_not_used_for_other_inputs(
     loaded_base: Base, photos: Photos, concept: Concept, tmp_path: Path, change: str
 ) -> None:
@@ -300,6 +311,8 @@ def test_cache_is_not_used_for_other_inputs(
         examples.reverse()
     elif change == "vae":
         loaded_base.pipeline.vae.encoder.conv_in.weight.data += 1
+    elif change == "precision":
+        loaded_base.pipeline.vae.to(torch.bfloat16)
     else:
         loaded_base.sha256 = "another"
     encode_images(loaded_base, examples, resolution, tmp_path / "cache")

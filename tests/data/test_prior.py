@@ -5,7 +5,6 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,8 +26,6 @@ from sd_unlearn.data.prior import (
     resolve_beta,
 )
 from sd_unlearn.errors import UsageError
-from sd_unlearn.io.files import write_json
-from sd_unlearn.io.run_folder import DATA_MANIFEST
 
 
 def mixture(
@@ -42,20 +39,16 @@ def mixture(
     return ImageEmbeddings("a test", "because", concept[:n_positive], np.concatenate([concept[n_positive:], normal]))
 
 
-def test_option_overrides_manifest_overrides_assumption(tmp_path: Path) -> None:
-    assert resolve_beta(None, tmp_path) == Prior(ASSUMED_BETA, "assumed")
-    write_json(tmp_path / DATA_MANIFEST, {"beta": None})
-    assert resolve_beta(None, tmp_path) == Prior(ASSUMED_BETA, "assumed")
-    write_json(tmp_path / DATA_MANIFEST, {"beta": 0.2})
-    assert resolve_beta(None, tmp_path) == Prior(0.2, "manifest")
-    assert resolve_beta(0.3, tmp_path) == Prior(0.3, "option")
+def test_option_overrides_known_share_overrides_assumption() -> None:
+    assert resolve_beta(None, None) == Prior(ASSUMED_BETA, "assumed")
+    assert resolve_beta(None, 0.2) == Prior(0.2, "known")
+    assert resolve_beta(0.3, 0.2) == Prior(0.3, "option")
 
 
-def test_beta_is_estimated_only_on_request(tmp_path: Path) -> None:
-    write_json(tmp_path / DATA_MANIFEST, {"beta": 0.2})
+def test_beta_is_estimated_only_on_request() -> None:
     for asked in (None, 0.3):
-        resolve_beta(asked, tmp_path, lambda: pytest.fail("nobody asked"))
-    found = resolve_beta("estimate", tmp_path, lambda: mixture(0.4))
+        resolve_beta(asked, 0.2, lambda: pytest.fail("nobody asked"))
+    found = resolve_beta("estimate", 0.2, lambda: mixture(0.4))
     assert (found.beta, found.source) == (found.estimates[0].beta, "estimated")
     assert [e.method for e in found.estimates] == ["BBE", "Elkan-Noto"]
     assert found.beta == pytest.approx(0.4, abs=0.05)
@@ -201,8 +194,8 @@ def test_estimate_stays_between_0_and_1() -> None:
 
 
 @pytest.mark.parametrize(("n_positive", "wide"), [(20, True), (200, False)])
-def test_warning_for_twenty_positives(tmp_path: Path, n_positive: int, wide: bool) -> None:
-    notes = resolve_beta("estimate", tmp_path, lambda: mixture(0.1, n_positive)).notes
+def test_warning_for_twenty_positives(n_positive: int, wide: bool) -> None:
+    notes = resolve_beta("estimate", None, lambda: mixture(0.1, n_positive)).notes
     warned = [note for note in notes if note.startswith("Warning")]
     assert len(warned) == wide
     if wide:
@@ -218,16 +211,16 @@ def test_warning_for_a_wide_interval() -> None:
 
 
 @pytest.mark.parametrize("counts", [(MIN_IMAGES - 1, 100), (100, MIN_IMAGES - 1), (2, 2)])
-def test_too_few_images(tmp_path: Path, counts: tuple[int, int]) -> None:
+def test_too_few_images(counts: tuple[int, int]) -> None:
     with pytest.raises(UsageError, match=f"--beta estimate: {counts[0]} .* {counts[1]} .*--beta as a number"):
-        resolve_beta("estimate", tmp_path, lambda: mixture(0.5, *counts))
+        resolve_beta("estimate", None, lambda: mixture(0.5, *counts))
 
 
-def test_copies_do_not_count_as_images(tmp_path: Path) -> None:
+def test_copies_do_not_count_as_images() -> None:
     images = mixture(0.5, 5, 100)
     many = ImageEmbeddings("a test", "because", np.repeat(images.positive, 10, axis=0), images.unlabeled)
     with pytest.raises(UsageError, match="5 different positive"):
-        resolve_beta("estimate", tmp_path, lambda: many)
+        resolve_beta("estimate", None, lambda: many)
 
 
 def test_prior_is_imported_without_scikit_learn() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from conftest import CONCEPT_FILE, tree
+from huggingface_hub.errors import LocalEntryNotFoundError
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -100,7 +101,6 @@ def test_folders_follow_the_imagefolder_convention(rendered: Path) -> None:
 
 def test_manifest_records_the_origin_of_the_images(rendered: Path, tiny_base: Path) -> None:
     manifest = read_json(rendered / DATA_MANIFEST)
-    assert manifest["beta"] == pytest.approx(1 / 5)
     assert manifest["counts"] == {"generic": 4, "mixed_in": 1, "keep": 4, "positive": 4}
     assert manifest["base"] == load_base(str(tiny_base), device="cpu").describe()
     assert manifest["base"]["resolution"] == 32
@@ -195,6 +195,25 @@ def test_every_keep_line_has_the_same_weight(name: str, asked: int | None) -> No
         assert max(shares) - min(shares) <= 1
 
 
+def test_keep_prompts_without_images_are_named(concept: Concept) -> None:
+    few, none, enough = (render_job.plan_images(concept, RenderConfig(num_keep=images)) for images in (1, 0, 2))
+    (line,) = render_job.describe_without_images(few)
+    assert line.startswith('Warning: 1 of 2 keep prompts get no image, e.g. "a photo of a cat", and are not retained.')
+    assert render_job.describe_without_images(none) == render_job.describe_without_images(enough) == []
+
+
+def test_a_concept_that_is_replaced_with_itself_is_rendered_with_a_warning(
+    config: Config, concept_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    concept_file.write_text(
+        concept_file.read_text().replace("generic: a photo of a man", "generic: A photo of Brad Pitt")
+    )
+    render.run(config(num_unlabeled=1, num_keep=1, num_positive=1))
+    err = capsys.readouterr().err
+    assert 'Warning: caption and generic prompt of Brad Pitt are both "a photo of Brad Pitt".' in err
+    assert "1 of 2 keep prompts get no image" in err
+
+
 @pytest.mark.parametrize("saved", [0, 1, 4, IMAGES - 1])
 def test_interrupted_and_resumed_equals_uninterrupted(
     rendered: Path, config: Config, monkeypatch: pytest.MonkeyPatch, saved: int
@@ -232,6 +251,26 @@ def test_deleted_images_are_rendered_again_identically(
     render.run(config())
     assert contents(folder) == contents(rendered) != before
     assert all(p.stat().st_mtime_ns == time for p, time in kept.items())  # what was there was not drawn over
+
+
+def test_a_missing_image_is_rendered_without_undoing_what_the_user_changed(
+    rendered: Path, config: Config, tmp_path: Path
+) -> None:
+    """Removed images stay removed, and edited captions are kept."""
+    folder = shutil.copytree(rendered, tmp_path / "data")
+    metadata = folder / UNLABELED / METADATA
+    lines = [line for line in metadata.read_text().splitlines() if "mixed_in" not in line]
+    metadata.write_text("\n".join(lines).replace("a photo of a dog", "a photo of my dog"))
+    (folder / UNLABELED / "mixed_in-00000.png").unlink()
+    before = contents(folder)
+    for lost in ("generic-00001.png", "keep-00000.png"):
+        (folder / UNLABELED / lost).unlink()
+    render.run(config())
+    after = contents(folder)
+    assert read_json(folder / DATA_MANIFEST)["counts"] == {"generic": 4, "keep": 4, "positive": 4}
+    assert {k: v for k, v in after.items() if k != DATA_MANIFEST} == {
+        k: v for k, v in before.items() if k != DATA_MANIFEST
+    }
 
 
 def test_a_damaged_image_of_a_complete_folder_is_rendered_again(rendered: Path, config: Config, tmp_path: Path) -> None:
@@ -380,6 +419,21 @@ def test_failed_load_leaves_no_files(config: Config, tiny_base: Path, tmp_path: 
     render.run(config())
 
 
+def test_a_base_that_is_not_found_is_looked_for_once(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine without a network each attempt takes half a minute."""
+    asked: list[str] = []
+
+    def download(name: str, file: str, subfolder: str) -> str:
+        asked.append(f"{name}/{subfolder}/{file}")
+        raise LocalEntryNotFoundError("cannot reach the Hub")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    monkeypatch.setattr(render, "load_base", lambda *_: pytest.fail("loaded"))
+    with pytest.raises(UnlearnError, match="models/mine: there is no such local folder or file, and it was not found"):
+        render.run(config(pretrained_model_name_or_path="models/mine", render_batch_size=None))
+    assert asked == ["models/mine/unet/config.json"]
+
+
 def test_unwritable_folder_is_named_with_its_option(config: Config, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     for place in ("file", "file/deeper"):
@@ -454,6 +508,27 @@ def test_images_of_other_weights_under_the_same_name_are_refused(
     next(data.rglob("*.png")).unlink()
     with pytest.raises(UsageError, match=f"the weights of its {which} differ"):
         render.run(options)
+
+
+def test_a_moved_base_is_compared_by_its_weights(
+    config: Config, tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old, new = tmp_path / "old", tmp_path / "new"
+    shutil.copytree(tiny_base, old)
+    folder = render.run(config(pretrained_model_name_or_path=str(old)))
+    images = {name: data for name, data in contents(folder).items() if name.endswith((".png", ".jsonl"))}
+    shutil.copytree(old, new)
+    with pytest.raises(UsageError, match=f"--pretrained_model_name_or_path {old} then, {new} now"):
+        render.run(config(pretrained_model_name_or_path=str(new)))  # both exist
+    shutil.rmtree(old)
+    render.run(config(pretrained_model_name_or_path=str(new)))
+    assert {name: contents(folder)[name] for name in images} == images
+    assert "Rendered 0 of 13 images" in capsys.readouterr().err
+    assert read_json(folder / "settings.json")["base"] == str(new)
+    shutil.rmtree(new)
+    other = changed_base(tiny_base, tmp_path / "other", "unet", "conv_in.bias", 0.5)
+    with pytest.raises(UsageError, match="the weights of its UNet differ"):
+        render.run(config(pretrained_model_name_or_path=other))
 
 
 def test_base_has_the_same_hash_in_every_precision(tiny_base: Path) -> None:

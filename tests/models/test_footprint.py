@@ -89,5 +89,7 @@ def test_a_known_hub_id_needs_no_network_and_an_unknown_one_says_what_to_do() ->
         for end in ("-base", "")
     )
     assert (at_512, at_768) == (512, 768)
-    with pytest.raises(UnlearnError, match="someone/model: its configuration could not be downloaded"):
+    with pytest.raises(
+        UnlearnError, match="someone/model: there is no such local folder or file, and it was not found on"
+    ):
         read_configs(Source("someone/model"))

@@ -126,7 +126,7 @@ def test_a_run_writes_its_record(finished: Callable[..., Path], objective: str, 
     used = record["settings"]
     assert (used["objective"], used["method"], used["target"]) == (objective, method, "noise")
     assert used["conditional"]
-    assert used["beta"] == (None if objective == "unsupervised" else 0.25)  # 2 of 8, known from the manifest
+    assert used["beta"] == (None if objective == "unsupervised" else 0.25)  # 2 of 8, known of generated images
     assert used["contamination"] == 0.25
     assert record["counts"] == {"normal": 6, "mixed_in": 2, "positive": 3, "negative": 0}
     assert record["cost"]["steps"] == 3

@@ -16,6 +16,7 @@ from sd_unlearn.config.base import RenderConfig
 from sd_unlearn.config.evaluate import EvaluateConfig
 from sd_unlearn.config.train import TrainConfig
 from sd_unlearn.data import render
+from sd_unlearn.data.dataset import Example
 from sd_unlearn.data.several import load_concepts
 from sd_unlearn.errors import UsageError
 from sd_unlearn.evaluation.job import resolve_job
@@ -68,7 +69,6 @@ def test_the_data_folder_has_a_set_of_positives_for_each(run: Path, place: Path)
     ]
     manifest = read_json(data / "manifest.json")
     assert manifest["counts"] == {"generic": 4, "mixed_in": 2, "keep": 4, "positive": 8}  # shared images once
-    assert manifest["betas"] == {"brad-pitt": 0.2, "jackie-chan": 0.2}  # of 4 generic images and one mixed in
     captions = [line["text"] for line in read_jsonl(data / "1_positive_jackie-chan" / "metadata.jsonl")]
     assert captions == ["a photo of Jackie Chan"] * 4
 
@@ -76,7 +76,7 @@ def test_the_data_folder_has_a_set_of_positives_for_each(run: Path, place: Path)
 def test_the_run_names_both(run: Path) -> None:
     record = read_json(run / "training.json")
     assert record["concepts"] == ["brad-pitt", "jackie-chan"]
-    assert record["betas"] == {"brad-pitt": 0.2, "jackie-chan": 0.2}
+    assert record["betas"] == {"brad-pitt": 0.2, "jackie-chan": 0.2}  # of 4 generic images and one mixed in
     assert record["cost"]["images_seen"] == 4 * 16
     lora = open_lora(str(run))
     assert [concept.name for concept in lora.concepts] == ["Brad Pitt", "Jackie Chan"]
@@ -127,13 +127,15 @@ def test_options_for_one_concept(place: Path, tiny_base: Path, changes: dict[str
 
 
 def test_every_source_of_beta_is_named(place: Path) -> None:
-    """The manifest has no beta for a concept that none or all of its unlabeled images show."""
+    """beta is unknown for a concept that none or all of its unlabeled images show."""
     both = load_concepts([str(place / "pitt.yaml"), str(place / "chan.yaml")])
-    Path("manifest.json").write_text('{"betas": {"brad-pitt": 0.2, "jackie-chan": null}}')
+    shown = Example(Path("0.png"), "a photo of Brad Pitt", "mixed_in", own_caption=True)
+    others = [Example(Path(f"{number}.png"), "a photo of a man", "generic", own_caption=True) for number in range(4)]
+    Path("manifest.json").touch()
     unused: Any = None
-    betas, prior = resolve_betas(TrainConfig(data_dir=Path()), both, unused, [], unused)
+    betas, prior = resolve_betas(TrainConfig(data_dir=Path()), both, unused, [shown, *others], unused)
     assert betas == {"brad-pitt": 0.2, "jackie-chan": 0.1}
-    assert prior.source == "manifest, assumed"
+    assert prior.source == "known, assumed"
 
 
 @pytest.fixture

@@ -161,7 +161,7 @@ def test_the_training_record(trained: Path, tiny_base: Path) -> None:
     assert record["schema_version"] == 1
     assert record["concept"] == "brad-pitt"
     assert record["base"] == load_base(str(tiny_base), device="cpu").describe()
-    assert (record["beta"], record["beta_source"]) == (0.2, "manifest")
+    assert (record["beta"], record["beta_source"]) == (0.2, "known")
     assert (record["push"], record["unconditional"]) == (2.5, 0.25)
     assert (record["rank"], record["lora_alpha"]) == (2, 3.0)
     assert (record["correction"], record["caption_mode"]) == ("abs", "both")
@@ -516,6 +516,20 @@ def test_an_incomplete_rendering_is_finished_first(place: Path, make_config: Con
     assert lost[0].is_file()
 
 
+def test_beta_follows_the_concept_file_and_the_images_that_are_left(place: Path, make_config: Config) -> None:
+    """Also after the folder was rendered: one looks at its images before setting generic_share."""
+    data = shutil.copytree(place / "data", Path("data"))
+    (data / "0_unlabeled" / "generic-00003.png").unlink()
+    metadata = data / "0_unlabeled" / "metadata.jsonl"
+    lines = metadata.read_text().splitlines()
+    metadata.write_text("\n".join(line for line in lines if "generic-00003.png" not in line))
+    Path("brad.yaml").write_text((place / "brad.yaml").read_text() + "generic_share: 0.5\n")
+    run = trainer.run(make_config("run", concept="brad.yaml", data_dir=data, max_train_steps=1))
+    record = read_json(run / "training.json")
+    assert (record["beta"], record["beta_source"]) == (0.625, "known")  # one mixed in and half of three
+    assert not (data / "0_unlabeled" / "generic-00003.png").exists()
+
+
 def test_own_images(photos: Callable[..., Path], make_config: Config, capsys: pytest.CaptureFixture[str]) -> None:
     folder = photos(unlabeled=4, positive=3)
     before = tree(folder)
@@ -536,8 +550,8 @@ def test_own_photos_of_the_concept_replace_the_generated_ones(
     output = trainer.run(make_config("run", positives=folder, max_train_steps=2))
     err = capsys.readouterr().err
     assert f"{folder}: 5 images of the concept, 1 with own captions." in err
-    assert re.search(r" 5 positive images, beta 0\.\d+ \(manifest\)", err)
-    assert read_json(output / "training.json")["beta_source"] == "manifest"
+    assert re.search(r" 5 positive images, beta 0\.\d+ \(known\)", err)
+    assert read_json(output / "training.json")["beta_source"] == "known"
     examples = scan(place / "data", read_concept(place / "brad.yaml"), positives=folder)
     assert {e.path.parent for e in examples if e.is_positive} == {folder}
     assert [e.caption for e in examples if e.is_positive] == ["a photo of him", *4 * ["a photo of Brad Pitt"]]
