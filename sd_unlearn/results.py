@@ -123,6 +123,14 @@ class ConceptEntry(_Open):
     generic: str  # what should be generated instead
     kind: str = ""
     sha256: str = ""  # of the concept file's content
+    prompts: dict[str, tuple[str, ...]] = field(default_factory=dict)  # by prompt group
+
+    @property
+    def asked(self) -> str:
+        """The direct prompts in words."""
+        first, *others = self.prompts.get("direct") or (self.caption,)
+        more = f" (and {len(others)} other prompt{'s' * (len(others) > 1)})" if others else ""
+        return f"“{first}”{more}"
 
 
 @dataclass(frozen=True)
