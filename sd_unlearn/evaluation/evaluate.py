@@ -57,6 +57,13 @@ def run(config: EvaluateConfig, concepts: Sequence[Concept] = ()) -> dict[str, A
         UnlearnError: a model or detector cannot be loaded.
     """
     job = resolve_job(config, concepts)
+    if job.prompt_set and job.prompt_set[0] < job.prompt_set[1] and process_rank() == 0:
+        used, size = job.prompt_set
+        print(
+            f"--prompt_set {config.prompt_set}: {used:,} of {size:,} prompts are used. To use all, leave out "
+            "--num_images, and --groups or add direct to it.",
+            file=sys.stderr,
+        )
     if config.write_plan is not None:
         write_plan(config.write_plan, job.plans)
         return {}
@@ -194,6 +201,7 @@ def assemble(
         "sampler": _sampler_entry(job, cache, evaluated) if cache else {},
         "seeds": {"evaluate": list(EVALUATE_SEEDS), "seeds": list(config.seed)},
         "prompt_set": config.prompt_set and public_name(config.prompt_set),
+        "prompt_set_used": job.prompt_set and dict(zip(("used", "of"), job.prompt_set, strict=True)),
         "concepts": [_concept_entry(concept) for concept in job.concepts.values()],
         "subjects": base + [subject.describe() for subject in job.subjects],
         "cards": cards,

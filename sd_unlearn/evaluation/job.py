@@ -20,7 +20,7 @@ from sd_unlearn.data.several import load_concepts
 from sd_unlearn.errors import UnlearnError, UsageError
 from sd_unlearn.evaluation.fail_if import parse_condition
 from sd_unlearn.evaluation.loras import DIFFUSERS_FILE, Lora, open_lora, open_run
-from sd_unlearn.evaluation.prompts import BASE_TIERS, TIERS, ImageSpec, override_counts, plan_images
+from sd_unlearn.evaluation.prompts import BASE_TIERS, TIERS, ImageSpec, count_used, override_counts, plan_images
 from sd_unlearn.evaluation.references import check_label, reference_folders
 from sd_unlearn.evaluation.subjects import Subject, check_guidance, resolve_subjects
 from sd_unlearn.io.files import check_writable
@@ -51,6 +51,7 @@ class EvaluationJob:
     loras: list[Lora]
     failed: dict[str, str]  # with --keep_going: LoRA -> why it cannot be evaluated
     references: dict[str, Path]  # of --reference, by concept
+    prompt_set: tuple[int, int] | None  # how many prompts of --prompt_set are used, and how many it has
 
     @property
     def needs_base(self) -> bool:
@@ -102,7 +103,10 @@ def resolve_job(config: EvaluateConfig, concepts: Sequence[Concept] = (), needs_
     tier_name = config.tier or BASE_TIERS.get(source.name, "quick")
     tier = override_counts(TIERS[tier_name], config.num_images, config.num_keep_images, config.groups)
     extra_prompts = [Prompt(text) for text in load_prompt_set(config.prompt_set)] if config.prompt_set else []
-    plans = {slug: plan_images(concept, tier, config.seed, extra_prompts) for slug, concept in by_slug.items()}
+    every_direct = bool(extra_prompts) and config.num_images is None
+    plans = {
+        slug: plan_images(concept, tier, config.seed, extra_prompts, every_direct) for slug, concept in by_slug.items()
+    }
     for slug, specs in plans.items():
         if not specs:
             raise UsageError(f"{slug}: the concept file has no prompts in the groups to evaluate. Change --groups.")
@@ -113,7 +117,18 @@ def resolve_job(config: EvaluateConfig, concepts: Sequence[Concept] = (), needs_
     check_evaluation_folder(output, "--output_dir")
     check_writable(config.cache_dir, "--cache_dir")
     job = EvaluationJob(
-        config, by_slug, subjects, plans, source, base_named, tier_name, output, loras, failed, references
+        config,
+        by_slug,
+        subjects,
+        plans,
+        source,
+        base_named,
+        tier_name,
+        output,
+        loras,
+        failed,
+        references,
+        count_used(plans, extra_prompts) if extra_prompts else None,
     )
     for concept in by_slug.values():
         check_metrics(job.metric_context(concept))

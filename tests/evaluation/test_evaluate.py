@@ -337,6 +337,17 @@ def test_prompt_set_is_added_to_the_direct_prompts(runs: Path, tmp_path: Path) -
     assert texts == ["a photo of the digit seven", "the number {7}"] * 2  # its braces are no alternatives
 
 
+def test_results_say_how_many_prompts_of_a_set_are_used(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "set.txt").write_text("".join(f"the number {n}\n" for n in range(9)))
+    config = EvaluateConfig(
+        **FEW, run=runs / "seven", prompt_set=str(tmp_path / "set.txt"), output_dir=tmp_path / "out"
+    )
+    assert evaluate.run(config)["prompt_set_used"] == {"used": 3, "of": 9}
+    assert "set.txt: 3 of 9 prompts are used." in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
