@@ -111,13 +111,22 @@ def _safe_subjects(presets: Sequence[SafetyPreset], concepts: dict[str, Concept]
 
 
 def check_guidance(config: EvaluateConfig, source: Source) -> None:
-    """Safety guidance is part of classifier-free guidance, so there must be some.
+    """Refuse safety guidance that cannot act: without classifier-free guidance, or with warm-up until the last step.
 
     Raises:
         UsageError
     """
     if config.sld and source.kind:
         check_safe_guidance(source.kind, source.name)
-    scale = resolve_sampler(config, source).guidance_scale
-    if config.sld and scale <= 1:
-        raise UsageError(f"--sld {' '.join(config.sld)} needs --guidance_scale above 1; it is {scale:g}.")
+    sampler = resolve_sampler(config, source)
+    if config.sld and sampler.guidance_scale <= 1:
+        raise UsageError(
+            f"--sld {' '.join(config.sld)} needs --guidance_scale above 1; it is {sampler.guidance_scale:g}."
+        )
+    for preset in config.sld:
+        warmup = PRESETS[preset].warmup_steps
+        if warmup >= sampler.steps:
+            raise UsageError(
+                f"--sld {preset} only acts after {warmup} sampling steps, and --num_inference_steps is "
+                f"{sampler.steps}. Give more steps, or a preset that acts earlier (max acts at once)."
+            )
