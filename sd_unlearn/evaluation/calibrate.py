@@ -56,7 +56,7 @@ def run(config: CalibrateConfig, concepts: Sequence[Concept] = ()) -> Calibratio
     lora, (slug, concept) = job.loras[0], next(iter(job.concepts.items()))
     context = job.metric_context(concept)
     names = [name for name in choose_metrics(context) if name not in OPTIONAL]  # those that say nothing of strengths
-    if gaps := known_gaps(concept, job.plans[slug], names):
+    if gaps := known_gaps(context, job.plans[slug], names):
         raise UsageError(f"No strength can be recommended, because evaluate would give no verdict. {' '.join(gaps)}")
     context = dataclasses.replace(context, options=dataclasses.replace(job.config, metrics=names))
     names = find_metrics(context)

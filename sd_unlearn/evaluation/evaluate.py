@@ -77,7 +77,9 @@ def run(config: EvaluateConfig, concepts: Sequence[Concept] = ()) -> dict[str, A
         if process_rank() == 0:
             for slug, concept in job.concepts.items():
                 generated = any(subject.variant and slug in subject.concepts for subject in job.subjects)
-                for message in known_gaps(concept, job.plans[slug] if generated else [], metrics[slug]):
+                for message in known_gaps(
+                    job.metric_context(concept), job.plans[slug] if generated else [], metrics[slug]
+                ):
                     print(f"No verdict will be given. {message}", file=sys.stderr)  # before hours of generating
             for folder in (job.output, *(job.output / IMAGE_DIR).glob("*/")):
                 remove_leftovers(folder)
@@ -147,7 +149,7 @@ def _run_all_metrics(
         if images:
             main = [subject.id for subject in _main_subjects(job) if slug in subject.concepts]
             evaluated.append(run_metrics(concept, metrics, pair_metrics, images, main))
-            if message := missing_evidence(concept, names[slug]):
+            if message := missing_evidence(job.metric_context(concept), names[slug]):
                 evaluated[-1].problems.append(Problem(slug, BASE, "evidence", message))
             cards += metric_cards([*metrics, *pair_metrics])
     return evaluated, merge_cards(cards)

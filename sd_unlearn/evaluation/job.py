@@ -28,6 +28,7 @@ from sd_unlearn.io.own_files import check_evaluation_folder
 from sd_unlearn.io.paths import public_name
 from sd_unlearn.io.reading import read_yaml
 from sd_unlearn.io.run_folder import CONFIG, TRAINING
+from sd_unlearn.metrics.option_users import check_used
 from sd_unlearn.metrics.registry import MetricContext, check_metrics
 from sd_unlearn.models.find_base import find_base
 from sd_unlearn.models.recorded_base import different_hash, recorded_source
@@ -130,8 +131,7 @@ def resolve_job(config: EvaluateConfig, concepts: Sequence[Concept] = (), needs_
         references,
         count_used(plans, extra_prompts) if extra_prompts else None,
     )
-    for concept in by_slug.values():
-        check_metrics(job.metric_context(concept))
+    check_used(config, list(dict.fromkeys(chain(*(check_metrics(job.metric_context(c)) for c in by_slug.values())))))
     return job
 
 

@@ -14,7 +14,7 @@ from sd_unlearn.evaluation.detections import MISSING, detect
 from sd_unlearn.evaluation.prompts import GROUPS, ImageSpec
 from sd_unlearn.io.images import is_flat
 from sd_unlearn.metrics.base import CONCEPT_GROUPS, KEEP_GROUPS, DetectorOutput
-from sd_unlearn.metrics.registry import READING, missing_evidence
+from sd_unlearn.metrics.registry import READING, MetricContext, missing_evidence
 from sd_unlearn.report.metric_names import PRESENCE, presence_order
 from sd_unlearn.report.verdict import GONE
 from sd_unlearn.results import BASE, Problem, Row
@@ -175,7 +175,7 @@ def evidence_problems(
     return [Problem(concept.slug, subject, "evidence", gap or unknown)]
 
 
-def known_gaps(concept: Concept, specs: Sequence[ImageSpec], metrics: Sequence[str]) -> list[str]:
+def known_gaps(context: MetricContext, specs: Sequence[ImageSpec], metrics: Sequence[str]) -> list[str]:
     """Why there will be no verdict on a concept, as far as it is known before images are generated.
 
     Args:
@@ -183,9 +183,9 @@ def known_gaps(concept: Concept, specs: Sequence[ImageSpec], metrics: Sequence[s
         metrics: The names of the concept's metrics.
     """
     groups = {spec.group for spec in specs}
-    gaps = [missing_evidence(concept, metrics)]
+    gaps = [missing_evidence(context, metrics)]
     if groups & set(CONCEPT_GROUPS):
-        gaps.append(retention_gap(concept, groups, bool(set(metrics) & set(READING))))
+        gaps.append(retention_gap(context.concept, groups, bool(set(metrics) & set(READING))))
     return [gap for gap in gaps if gap]
 
 

@@ -21,6 +21,7 @@ from sd_unlearn.evaluation.problems import (
     retention_problems,
 )
 from sd_unlearn.evaluation.prompts import ImageSpec
+from sd_unlearn.metrics.registry import MetricContext
 from sd_unlearn.report.cases import cases_of
 from sd_unlearn.results import Problem, Row, parse_results
 
@@ -133,12 +134,13 @@ def test_missing_retention_says_what_to_add() -> None:
 
 def test_what_is_missing_is_known_before_images_are_generated() -> None:
     specs = [ImageSpec(group, Prompt(""), 0) for group in ("direct", "alike")]
-    assert known_gaps(CONCEPT, specs, ["clip"]) == []
-    (gap,) = known_gaps(CONCEPT, specs, ["identity"])
+    context = MetricContext(CONCEPT, EvaluateConfig(), None, "quick")
+    assert known_gaps(context, specs, ["clip"]) == []
+    (gap,) = known_gaps(context, specs, ["identity"])
     assert "Add clip to --metrics" in gap
-    (gap,) = known_gaps(CONCEPT, specs[:1], ["clip", "identity"])
+    (gap,) = known_gaps(context, specs[:1], ["clip", "identity"])
     assert "Add alike and general to --groups" in gap
-    assert known_gaps(CONCEPT, [], ["identity"]) == known_gaps(CONCEPT, specs[1:], ["identity"]) == []
+    assert known_gaps(context, [], ["identity"]) == known_gaps(context, specs[1:], ["identity"]) == []
 
 
 def test_images_without_a_base_need_a_high_accuracy() -> None:
