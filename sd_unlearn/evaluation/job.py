@@ -31,7 +31,7 @@ from sd_unlearn.io.run_folder import CONFIG, TRAINING
 from sd_unlearn.metrics.option_users import check_used
 from sd_unlearn.metrics.registry import MetricContext, check_metrics
 from sd_unlearn.models.find_base import find_base
-from sd_unlearn.models.recorded_base import different_hash, recorded_source
+from sd_unlearn.models.recorded_base import OPTIONS, different_hash, recorded_source
 from sd_unlearn.models.source import Source
 
 OUTPUT = Path("runs/evaluation")
@@ -148,7 +148,7 @@ def _open_loras(config: EvaluateConfig) -> tuple[list[Lora], dict[str, str]]:
             if not config.keep_going:
                 raise
             failed[given] = str(error)
-    if failed and not loras and not config.images:
+    if failed and not loras and not config.images and not config.sld:
         raise UnlearnError(f"No LoRA can be evaluated. {' '.join(failed.values())}")
     return loras, failed
 
@@ -222,9 +222,26 @@ def _resolve_base(config: EvaluateConfig, loras: Sequence[Lora], concepts: dict[
     if config.pretrained_model_name_or_path is not None:
         return find_base(config), True
     if records := [lora.training["base"] for lora in loras if lora.is_run]:
+        _check_base_options(config)
         return replace(recorded_source(records[0], config.allow_pickle), offload=config.offload), False
     name = next((lora.base_name for lora in loras if lora.base_name), None)
     return find_base(config, name or next(iter(concepts.values())).base), False
+
+
+def _check_base_options(config: EvaluateConfig) -> None:
+    """Refuse options of another base: that of a run is loaded as the run records it.
+
+    Raises:
+        UsageError
+    """
+    for name in OPTIONS:
+        value = getattr(config, name)
+        if value != getattr(EvaluateConfig, name):
+            given = f"--{name}" if value is True else f"--{name} {value}"
+            raise UsageError(
+                f"{given} needs --pretrained_model_name_or_path: without it, the base is loaded as the run records it. "
+                "Name the base, or leave the option out."
+            )
 
 
 def _reference_folder(given: Mapping[str, Path], concept: Concept, loras: Sequence[Lora]) -> Path | None:

@@ -508,6 +508,30 @@ def test_keep_going_counts_bad_files_as_failed(
     assert "No LoRA can be evaluated" in capsys.readouterr().err
 
 
+def test_keep_going_evaluates_sld_if_no_lora_can_be(tiny_base: Path) -> None:
+    job = resolve_job(
+        EvaluateConfig(
+            lora=["bad"], sld=["max"], keep_going=True, concept=["seven"], pretrained_model_name_or_path=str(tiny_base)
+        )
+    )
+    assert ([subject.id for subject in job.subjects], list(job.failed)) == (["sld-max"], ["bad"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"vae": "/nope"}, "--vae /nope needs --pretrained_model_name_or_path"),
+        ({"prediction_type": "v_prediction"}, "--prediction_type v_prediction needs"),
+        ({"variant": "fp16"}, "--variant fp16 needs"),
+        ({"single_file_config": "sdxl"}, "--single_file_config sdxl needs"),
+        ({"drop_t5": True}, "--drop_t5 needs"),
+    ],
+)
+def test_options_of_another_base_need_the_base(options: dict[str, Any], message: str, runs: Path) -> None:
+    with pytest.raises(UsageError, match=message):
+        resolve_job(EvaluateConfig(run=runs / "seven", **options))
+
+
 def test_keep_going_counts_loras_of_other_bases_and_concepts_as_failed(
     runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
