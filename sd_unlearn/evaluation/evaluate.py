@@ -20,7 +20,7 @@ from sd_unlearn.config.paths import recorded
 from sd_unlearn.data.concept import Concept, concept_sha256
 from sd_unlearn.errors import ConditionError, UnlearnError
 from sd_unlearn.evaluation.earlier import carry_attacks, earlier_results
-from sd_unlearn.evaluation.fail_if import checked_subjects, met_conditions, outcomes, parse_condition
+from sd_unlearn.evaluation.fail_if import met_conditions, outcomes, parse_condition
 from sd_unlearn.evaluation.generate import ImageCache, generate_images
 from sd_unlearn.evaluation.job import EvaluationJob, resolve_job
 from sd_unlearn.evaluation.loras import ModelVariant
@@ -28,7 +28,7 @@ from sd_unlearn.evaluation.pairs import MAX_PAIRS, PAIRS_PER_GROUP, count_outcom
 from sd_unlearn.evaluation.problems import known_gaps
 from sd_unlearn.evaluation.prompts import GROUPS, group_prompts, write_plan
 from sd_unlearn.evaluation.score import ConceptResults, SubjectImages, run_metrics
-from sd_unlearn.evaluation.subjects import Subject
+from sd_unlearn.evaluation.subjects import main_subjects
 from sd_unlearn.io.files import full_disk_explained, write_json, write_text
 from sd_unlearn.io.lock import locked, remove_leftovers
 from sd_unlearn.io.own_files import is_run, kind_of, mark
@@ -131,7 +131,7 @@ def pass_or_fail(config: EvaluateConfig, results: dict[str, Any]) -> list[str]:
     if not config.keep_going:
         return []
     conditions, found, lines = [parse_condition(text) for text in config.fail_if], parse_results(results), []
-    for subject in checked_subjects(found):
+    for subject in main_subjects(found.compared):
         because = met_conditions(conditions, found, only=subject.id)
         lines.append(f"fail {subject.name}: {'; '.join(because)}" if because else f"pass {subject.name}")
     return lines + [f"fail {failed.lora}: {failed.message}" for failed in found.failed]
@@ -147,19 +147,12 @@ def _run_all_metrics(
         metrics, pair_metrics = make_metrics(names[slug], job.metric_context(concept, device))
         images = _images_of(job, cache, slug)
         if images:
-            main = [subject.id for subject in _main_subjects(job) if slug in subject.concepts]
+            main = [subject.id for subject in main_subjects(job.subjects) if slug in subject.concepts]
             evaluated.append(run_metrics(concept, metrics, pair_metrics, images, main))
             if message := missing_evidence(job.metric_context(concept), names[slug]):
                 evaluated[-1].problems.append(Problem(slug, BASE, "evidence", message))
             cards += metric_cards([*metrics, *pair_metrics])
     return evaluated, merge_cards(cards)
-
-
-def _main_subjects(job: EvaluationJob) -> list[Subject]:
-    """The subjects that are compared with each other: LoRAs at strength 1 (else the highest strength), all others."""
-    strengths = {subject.strength for subject in job.subjects if subject.strength is not None}
-    main = 1.0 if 1.0 in strengths else max(strengths, default=1.0)
-    return [subject for subject in job.subjects if subject.strength in (None, main)]
 
 
 def _images_of(job: EvaluationJob, cache: ImageCache | None, slug: str) -> list[SubjectImages]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import product
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from sd_unlearn.choices import SafetyPreset
 from sd_unlearn.config.evaluate import EvaluateConfig
@@ -62,6 +62,27 @@ class Subject:
             "training": training,
             "cost": cost,
         }
+
+
+class _AtStrength(Protocol):
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def strength(self) -> float | None: ...
+
+
+_S = TypeVar("_S", bound=_AtStrength)
+
+
+def main_subjects(subjects: Iterable[_S]) -> list[_S]:
+    """What is compared with each other and checked: each LoRA at strength 1, else at its highest, and all others."""
+    found, strengths = list(subjects), dict[str, list[float]]()
+    for subject in found:
+        if subject.strength is not None:
+            strengths.setdefault(subject.name, []).append(subject.strength)
+    main = {name: 1 if 1 in values else max(values) for name, values in strengths.items()}
+    return [subject for subject in found if subject.strength in (None, main.get(subject.name))]
 
 
 def resolve_subjects(

@@ -56,7 +56,10 @@ class Reader:
         return LabelPredictions(self.axes, probabilities, output["features"], self.categories)
 
     def held_apart(self) -> dict[str, NDArray]:
-        """Features [N, width], and the label [N] on each axis, of real images that no bundled model was trained on."""
+        """Features [N, width], and the label [N] on each axis, of real images that no bundled model was trained on.
+
+        Those of emoji are new placements of drawings that the models were trained on.
+        """
         held = load_file(self.folder / "held_apart.safetensors")
         return {name: (tensor.float() if name == "features" else tensor).numpy() for name, tensor in held.items()}
 
@@ -194,7 +197,7 @@ class ReaderMetric:
         axis, members = self.reader.predictions(held).members(label)
         numbers = [self.reader.axes[axis].index(member) for member in members]
         real = held["features"][~np.isin(held[axis], numbers)]
-        sets = f"of the alike images to real held-apart {self.reader.base}"
+        sets = f"of the alike images to held-apart images of {self.reader.base}"
         return distance_rows(features, real, "alike", subject, self.name, sets, self.reader.base)
 
 
