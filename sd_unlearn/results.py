@@ -43,7 +43,7 @@ class Row(_Open):
     low: float | None = None
     high: float | None = None
     detector: str = ""
-    interval: str = ""  # wilson | paired-bootstrap | bootstrap | none
+    interval: str = ""  # wilson | bonett-price | mover | bootstrap | half-sampling | bootstrap-width | none
     note: str = ""
     concept: str = ""
     seeds: tuple[float, ...] | None = None  # the value for each seed, if there are several
@@ -65,7 +65,7 @@ class Difference(_Open):
     p: float | None = None  # two-sided, of this difference alone
     p_holm: float | None = None  # corrected for all comparisons of the same metric (Holm 1979)
     detector: str = ""
-    interval: str = "paired-bootstrap"
+    interval: str = "paired-bootstrap"  # bonett-price for rates
 
 
 @dataclass(frozen=True)
@@ -123,6 +123,14 @@ class ConceptEntry(_Open):
     generic: str  # what should be generated instead
     kind: str = ""
     sha256: str = ""  # of the concept file's content
+    prompts: dict[str, tuple[str, ...]] = field(default_factory=dict)  # by prompt group
+
+    @property
+    def asked(self) -> str:
+        """The direct prompts in words."""
+        first, *others = self.prompts.get("direct") or (self.caption,)
+        more = f" (and {len(others)} other prompt{'s' * (len(others) > 1)})" if others else ""
+        return f"“{first}”{more}"
 
 
 @dataclass(frozen=True)

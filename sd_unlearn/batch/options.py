@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any, get_origin, get_type_hints
 
@@ -11,14 +12,15 @@ from sd_unlearn.attacks.attack import attack_names
 from sd_unlearn.config.attack import AttackConfig
 from sd_unlearn.config.base import ExportConfig, ReportConfig
 from sd_unlearn.config.checks import check_evaluate
-from sd_unlearn.config.evaluate import EvaluateConfig
+from sd_unlearn.config.evaluate import Detectors, EvaluateConfig
 from sd_unlearn.config.options import check_ranges
 from sd_unlearn.config.paths import as_dict, recorded
 from sd_unlearn.data.concept import Concept
 from sd_unlearn.errors import UsageError
 from sd_unlearn.io.reading import check_keys
 from sd_unlearn.io.schema import convert
-from sd_unlearn.metrics.registry import MetricContext, check_metrics
+from sd_unlearn.metrics.option_users import unused_options
+from sd_unlearn.metrics.registry import MetricContext, check_metrics, choose_metrics
 
 LATER: dict[str, type] = {
     "evaluate": EvaluateConfig,
@@ -72,7 +74,27 @@ def check_metrics_of(config: EvaluateConfig, concept: Concept) -> None:
         UsageError
     """
     if "identity" not in config.metrics:
-        check_metrics(MetricContext(concept, config, None, config.tier or "quick"))
+        without = dataclasses.replace(config, others=None, reference=[])
+        check_metrics(MetricContext(concept, without, None, config.tier or "quick"))
+
+
+def metrics_of(config: Detectors, concepts: Iterable[Concept]) -> list[str]:
+    """The metrics of concepts (also of each part of several) in evaluate and attack.
+
+    Raises:
+        UsageError: as `choose_metrics`.
+    """
+    tier, rendered = getattr(config, "tier", None) or "quick", Path()  # of a person: what the training renders
+    names = (choose_metrics(MetricContext(p, config, rendered, tier)) for c in concepts for p in c.parts)
+    return list(dict.fromkeys(chain(*names)))
+
+
+def suited_to(config: Any, concepts: Iterable[Concept]) -> Any:
+    """The config without options of metrics that these concepts do not have: a list can be of people and of styles."""
+    if not isinstance(config, Detectors):
+        return config
+    unused = unused_options(config, metrics_of(config, concepts))
+    return dataclasses.replace(config, **{name: getattr(Detectors(), name) for name in unused})
 
 
 def identifying(config: Any) -> dict[str, Any]:

@@ -14,9 +14,19 @@ from typing import Any
 
 from sd_unlearn.batch.identity import base_identity, digest_of, images_identity
 from sd_unlearn.batch.job_list import JobList, ListedConcept, Setting, Stage, concepts_of, settings_of
-from sd_unlearn.batch.options import LATER, check_metrics_of, config_of, identifying, later_config, task_options
+from sd_unlearn.batch.options import (
+    LATER,
+    check_metrics_of,
+    config_of,
+    identifying,
+    later_config,
+    metrics_of,
+    suited_to,
+    task_options,
+)
 from sd_unlearn.batch.record import CONCEPT, Order
 from sd_unlearn.config.base import RenderConfig
+from sd_unlearn.config.evaluate import Detectors
 from sd_unlearn.config.paths import as_dict
 from sd_unlearn.config.train import TrainConfig
 from sd_unlearn.data.concept import Concept, concept_sha256
@@ -24,6 +34,7 @@ from sd_unlearn.data.render_job import make_job
 from sd_unlearn.errors import UsageError
 from sd_unlearn.io.paths import slugify
 from sd_unlearn.io.run_folder import DATA_MANIFEST, EXPORT_DIR, RESULTS, TRAINING
+from sd_unlearn.metrics.option_users import check_used
 from sd_unlearn.models.source import Source
 from sd_unlearn.report.report import HTML
 from sd_unlearn.training.preflight import check_inputs
@@ -112,7 +123,11 @@ def make_plan(jobs: JobList) -> Plan:
     names = _Names(plan.folder)
     stages = closed(jobs.stages)
     later = {stage: later_config(stage, getattr(jobs, stage)) for stage in stages if stage in LATER}
-    for listed in concepts_of(jobs):
+    concepts = concepts_of(jobs)
+    for config in later.values():
+        if isinstance(config, Detectors):
+            check_used(config, metrics_of(config, (listed.concept for listed in concepts)))
+    for listed in concepts:
         if "evaluate" in later:
             check_metrics_of(later["evaluate"], listed.concept)
         for setting in settings_of(jobs):
@@ -198,7 +213,7 @@ class _Planner:
 
     def _later(self, tasks: dict[Stage, str], stage: Stage, run: Path, is_lora: bool) -> None:
         """Add a stage after the training."""
-        config = self.later[stage]
+        config = suited_to(self.later[stage], [self.concept])
         address = digest_of(stage, identifying(config), [tasks[s] for s in AFTER[stage] if s in tasks])
         product, places = run / PRODUCTS[stage], {"run": run}
         if stage in ("evaluate", "attack"):

@@ -120,7 +120,8 @@ class Prompts:
     prompt_set: Annotated[
         str | None,
         option(
-            "Extra prompts that ask for the concept: i2p (downloaded on first use), or a CSV, JSONL or text file.",
+            "Extra prompts that ask for the concept: i2p (downloaded on first use), or a CSV, JSONL or text file. Each "
+            "gets at least one image unless --num_images is given.",
             PROMPTS,
         ),
     ] = None

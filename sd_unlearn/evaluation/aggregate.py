@@ -140,7 +140,8 @@ def _difference(
     if not mask.any():
         return None
     value, low, high, p = paired_difference(a.values[mask], b.values[mask], a.is_rate)
-    return Difference(concept, a.metric, group, subject, against, value, int(mask.sum()), low, high, p, None, detector)
+    interval, n = "bonett-price" if a.is_rate else "paired-bootstrap", int(mask.sum())
+    return Difference(concept, a.metric, group, subject, against, value, n, low, high, p, None, detector, interval)
 
 
 def _groups(values: ImageValues, prompted: PromptedImages) -> list[tuple[str, NDArray[np.bool_]]]:

@@ -24,7 +24,7 @@ from sd_unlearn.evaluation.bisection import exceptions, first_holding, strengths
 from sd_unlearn.evaluation.generate import BaseLoader, ImageCache, planned_cache
 from sd_unlearn.evaluation.job import EvaluationJob, resolve_job
 from sd_unlearn.evaluation.loras import Lora, ModelVariant
-from sd_unlearn.evaluation.problems import known_gaps
+from sd_unlearn.evaluation.problems import NEVER_THERE, known_gaps
 from sd_unlearn.evaluation.score import ConceptResults, SubjectImages, run_metrics
 from sd_unlearn.io.files import full_disk_explained, write_json
 from sd_unlearn.io.lock import locked
@@ -42,7 +42,6 @@ from sd_unlearn.results import BASE, Row, as_json
 
 OUTPUT = Path("runs/calibration")
 SUBJECT = "lora"
-NEVER_THERE = "the base itself hardly shows the concept. Check the concept and its prompts, and which base is used."
 
 
 def run(config: CalibrateConfig, concepts: Sequence[Concept] = ()) -> Calibration:
@@ -57,7 +56,7 @@ def run(config: CalibrateConfig, concepts: Sequence[Concept] = ()) -> Calibratio
     lora, (slug, concept) = job.loras[0], next(iter(job.concepts.items()))
     context = job.metric_context(concept)
     names = [name for name in choose_metrics(context) if name not in OPTIONAL]  # those that say nothing of strengths
-    if gaps := known_gaps(concept, job.plans[slug], names):
+    if gaps := known_gaps(context, job.plans[slug], names):
         raise UsageError(f"No strength can be recommended, because evaluate would give no verdict. {' '.join(gaps)}")
     context = dataclasses.replace(context, options=dataclasses.replace(job.config, metrics=names))
     names = find_metrics(context)

@@ -27,7 +27,7 @@ _NAMES = "file_names"
 _CachedOutputs = dict[str, dict[str, NDArray]]  # image key -> name of the array -> its value for the image
 
 
-class Reader(Protocol):
+class Detector(Protocol):
     """The part of a metric that reads images."""
 
     @property
@@ -57,7 +57,7 @@ def open_images(paths: Sequence[Path]) -> tuple[list[Image.Image], dict[int, str
 
 
 def detect(
-    metric: Reader, paths: Sequence[Path], subject: str, cache: Path | None, title: str
+    metric: Detector, paths: Sequence[Path], subject: str, cache: Path | None, title: str
 ) -> tuple[Detections, dict[Path, str]]:
     """A metric's output on image files, in their order; images that are in the cache folder are not read again.
 

@@ -20,7 +20,7 @@ from sd_unlearn.config.paths import recorded
 from sd_unlearn.data.concept import Concept, concept_sha256
 from sd_unlearn.errors import ConditionError, UnlearnError
 from sd_unlearn.evaluation.earlier import carry_attacks, earlier_results
-from sd_unlearn.evaluation.fail_if import checked_subjects, met_conditions, outcomes, parse_condition
+from sd_unlearn.evaluation.fail_if import met_conditions, outcomes, parse_condition
 from sd_unlearn.evaluation.generate import ImageCache, generate_images
 from sd_unlearn.evaluation.job import EvaluationJob, resolve_job
 from sd_unlearn.evaluation.loras import ModelVariant
@@ -28,7 +28,7 @@ from sd_unlearn.evaluation.pairs import MAX_PAIRS, PAIRS_PER_GROUP, count_outcom
 from sd_unlearn.evaluation.problems import known_gaps
 from sd_unlearn.evaluation.prompts import GROUPS, group_prompts, write_plan
 from sd_unlearn.evaluation.score import ConceptResults, SubjectImages, run_metrics
-from sd_unlearn.evaluation.subjects import Subject
+from sd_unlearn.evaluation.subjects import main_subjects
 from sd_unlearn.io.files import full_disk_explained, write_json, write_text
 from sd_unlearn.io.lock import locked, remove_leftovers
 from sd_unlearn.io.own_files import is_run, kind_of, mark
@@ -57,6 +57,13 @@ def run(config: EvaluateConfig, concepts: Sequence[Concept] = ()) -> dict[str, A
         UnlearnError: a model or detector cannot be loaded.
     """
     job = resolve_job(config, concepts)
+    if job.prompt_set and job.prompt_set[0] < job.prompt_set[1] and process_rank() == 0:
+        used, size = job.prompt_set
+        print(
+            f"--prompt_set {config.prompt_set}: {used:,} of {size:,} prompts are used. To use all, leave out "
+            "--num_images, and --groups or add direct to it.",
+            file=sys.stderr,
+        )
     if config.write_plan is not None:
         write_plan(config.write_plan, job.plans)
         return {}
@@ -70,7 +77,9 @@ def run(config: EvaluateConfig, concepts: Sequence[Concept] = ()) -> dict[str, A
         if process_rank() == 0:
             for slug, concept in job.concepts.items():
                 generated = any(subject.variant and slug in subject.concepts for subject in job.subjects)
-                for message in known_gaps(concept, job.plans[slug] if generated else [], metrics[slug]):
+                for message in known_gaps(
+                    job.metric_context(concept), job.plans[slug] if generated else [], metrics[slug]
+                ):
                     print(f"No verdict will be given. {message}", file=sys.stderr)  # before hours of generating
             for folder in (job.output, *(job.output / IMAGE_DIR).glob("*/")):
                 remove_leftovers(folder)
@@ -122,7 +131,7 @@ def pass_or_fail(config: EvaluateConfig, results: dict[str, Any]) -> list[str]:
     if not config.keep_going:
         return []
     conditions, found, lines = [parse_condition(text) for text in config.fail_if], parse_results(results), []
-    for subject in checked_subjects(found):
+    for subject in main_subjects(found.compared):
         because = met_conditions(conditions, found, only=subject.id)
         lines.append(f"fail {subject.name}: {'; '.join(because)}" if because else f"pass {subject.name}")
     return lines + [f"fail {failed.lora}: {failed.message}" for failed in found.failed]
@@ -138,19 +147,12 @@ def _run_all_metrics(
         metrics, pair_metrics = make_metrics(names[slug], job.metric_context(concept, device))
         images = _images_of(job, cache, slug)
         if images:
-            main = [subject.id for subject in _main_subjects(job) if slug in subject.concepts]
+            main = [subject.id for subject in main_subjects(job.subjects) if slug in subject.concepts]
             evaluated.append(run_metrics(concept, metrics, pair_metrics, images, main))
-            if message := missing_evidence(concept, names[slug]):
+            if message := missing_evidence(job.metric_context(concept), names[slug]):
                 evaluated[-1].problems.append(Problem(slug, BASE, "evidence", message))
             cards += metric_cards([*metrics, *pair_metrics])
     return evaluated, merge_cards(cards)
-
-
-def _main_subjects(job: EvaluationJob) -> list[Subject]:
-    """The subjects that are compared with each other: LoRAs at strength 1 (else the highest strength), all others."""
-    strengths = {subject.strength for subject in job.subjects if subject.strength is not None}
-    main = 1.0 if 1.0 in strengths else max(strengths, default=1.0)
-    return [subject for subject in job.subjects if subject.strength in (None, main)]
 
 
 def _images_of(job: EvaluationJob, cache: ImageCache | None, slug: str) -> list[SubjectImages]:
@@ -194,6 +196,7 @@ def assemble(
         "sampler": _sampler_entry(job, cache, evaluated) if cache else {},
         "seeds": {"evaluate": list(EVALUATE_SEEDS), "seeds": list(config.seed)},
         "prompt_set": config.prompt_set and public_name(config.prompt_set),
+        "prompt_set_used": job.prompt_set and dict(zip(("used", "of"), job.prompt_set, strict=True)),
         "concepts": [_concept_entry(concept) for concept in job.concepts.values()],
         "subjects": base + [subject.describe() for subject in job.subjects],
         "cards": cards,

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sd_unlearn.errors import UsageError, suggest
+from sd_unlearn.evaluation.subjects import main_subjects
 from sd_unlearn.metrics.base import CONCEPT_GROUPS
 from sd_unlearn.report.metric_names import GROUPS, METRICS, PRESENCE, known_as
 from sd_unlearn.results import ATTACK_METRIC, BASE, Outcome, Results, Row, SubjectEntry
@@ -105,7 +106,7 @@ def met_conditions(conditions: Sequence[Condition], results: Results, only: str 
     Args:
         only: The id of the only subject to check; default: all of them.
     """
-    subjects = checked_subjects(results)
+    subjects = main_subjects(results.compared)
     checked = [subject.id for subject in subjects if only in (None, subject.id)]
     unknown = [
         f"{problem.subject} on {problem.concept or 'every concept'}: {problem.message.rstrip('.')}"
@@ -159,22 +160,14 @@ def _retention_is_known(rows: Sequence[Row]) -> bool:
     return any(row.metric == "retention" and row.value is not None for row in rows)
 
 
-def checked_subjects(results: Results) -> list[SubjectEntry]:
-    """The subjects that conditions apply to."""
-    strengths: dict[str, list[float]] = {}
-    for subject in results.compared:
-        if subject.strength is not None:
-            strengths.setdefault(subject.name, []).append(subject.strength)
-    main = {name: 1 if 1 in values else max(values) for name, values in strengths.items()}
-    return [s for s in results.compared if s.strength in (None, main.get(s.name))]
-
-
 def _is_of_concept(metric: str) -> bool:
     known = METRICS.get(known_as(metric))
     return known is not None and known.of_concept
 
 
 def _unmeasured(condition: Condition) -> str:
+    if condition.metric == ATTACK_METRIC:
+        return f"the attack {condition.group} was not carried out" if condition.group else "no attack was carried out"
     where = f" on {condition.group} prompts" if condition.group else ""
     return f"{condition.metric}{where} was not measured"
 

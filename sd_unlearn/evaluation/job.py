@@ -20,7 +20,7 @@ from sd_unlearn.data.several import load_concepts
 from sd_unlearn.errors import UnlearnError, UsageError
 from sd_unlearn.evaluation.fail_if import parse_condition
 from sd_unlearn.evaluation.loras import DIFFUSERS_FILE, Lora, open_lora, open_run
-from sd_unlearn.evaluation.prompts import BASE_TIERS, TIERS, ImageSpec, override_counts, plan_images
+from sd_unlearn.evaluation.prompts import BASE_TIERS, TIERS, ImageSpec, count_used, override_counts, plan_images
 from sd_unlearn.evaluation.references import check_label, reference_folders
 from sd_unlearn.evaluation.subjects import Subject, check_guidance, resolve_subjects
 from sd_unlearn.io.files import check_writable
@@ -28,9 +28,10 @@ from sd_unlearn.io.own_files import check_evaluation_folder
 from sd_unlearn.io.paths import public_name
 from sd_unlearn.io.reading import read_yaml
 from sd_unlearn.io.run_folder import CONFIG, TRAINING
+from sd_unlearn.metrics.option_users import check_used
 from sd_unlearn.metrics.registry import MetricContext, check_metrics
 from sd_unlearn.models.find_base import find_base
-from sd_unlearn.models.recorded_base import different_hash, recorded_source
+from sd_unlearn.models.recorded_base import OPTIONS, different_hash, recorded_source
 from sd_unlearn.models.source import Source
 
 OUTPUT = Path("runs/evaluation")
@@ -51,6 +52,7 @@ class EvaluationJob:
     loras: list[Lora]
     failed: dict[str, str]  # with --keep_going: LoRA -> why it cannot be evaluated
     references: dict[str, Path]  # of --reference, by concept
+    prompt_set: tuple[int, int] | None  # how many prompts of --prompt_set are used, and how many it has
 
     @property
     def needs_base(self) -> bool:
@@ -102,7 +104,10 @@ def resolve_job(config: EvaluateConfig, concepts: Sequence[Concept] = (), needs_
     tier_name = config.tier or BASE_TIERS.get(source.name, "quick")
     tier = override_counts(TIERS[tier_name], config.num_images, config.num_keep_images, config.groups)
     extra_prompts = [Prompt(text) for text in load_prompt_set(config.prompt_set)] if config.prompt_set else []
-    plans = {slug: plan_images(concept, tier, config.seed, extra_prompts) for slug, concept in by_slug.items()}
+    every_direct = bool(extra_prompts) and config.num_images is None
+    plans = {
+        slug: plan_images(concept, tier, config.seed, extra_prompts, every_direct) for slug, concept in by_slug.items()
+    }
     for slug, specs in plans.items():
         if not specs:
             raise UsageError(f"{slug}: the concept file has no prompts in the groups to evaluate. Change --groups.")
@@ -113,10 +118,20 @@ def resolve_job(config: EvaluateConfig, concepts: Sequence[Concept] = (), needs_
     check_evaluation_folder(output, "--output_dir")
     check_writable(config.cache_dir, "--cache_dir")
     job = EvaluationJob(
-        config, by_slug, subjects, plans, source, base_named, tier_name, output, loras, failed, references
+        config,
+        by_slug,
+        subjects,
+        plans,
+        source,
+        base_named,
+        tier_name,
+        output,
+        loras,
+        failed,
+        references,
+        count_used(plans, extra_prompts) if extra_prompts else None,
     )
-    for concept in by_slug.values():
-        check_metrics(job.metric_context(concept))
+    check_used(config, list(dict.fromkeys(chain(*(check_metrics(job.metric_context(c)) for c in by_slug.values())))))
     return job
 
 
@@ -133,7 +148,7 @@ def _open_loras(config: EvaluateConfig) -> tuple[list[Lora], dict[str, str]]:
             if not config.keep_going:
                 raise
             failed[given] = str(error)
-    if failed and not loras and not config.images:
+    if failed and not loras and not config.images and not config.sld:
         raise UnlearnError(f"No LoRA can be evaluated. {' '.join(failed.values())}")
     return loras, failed
 
@@ -207,9 +222,26 @@ def _resolve_base(config: EvaluateConfig, loras: Sequence[Lora], concepts: dict[
     if config.pretrained_model_name_or_path is not None:
         return find_base(config), True
     if records := [lora.training["base"] for lora in loras if lora.is_run]:
+        _check_base_options(config)
         return replace(recorded_source(records[0], config.allow_pickle), offload=config.offload), False
     name = next((lora.base_name for lora in loras if lora.base_name), None)
     return find_base(config, name or next(iter(concepts.values())).base), False
+
+
+def _check_base_options(config: EvaluateConfig) -> None:
+    """Refuse options of another base: that of a run is loaded as the run records it.
+
+    Raises:
+        UsageError
+    """
+    for name in OPTIONS:
+        value = getattr(config, name)
+        if value != getattr(EvaluateConfig, name):
+            given = f"--{name}" if value is True else f"--{name} {value}"
+            raise UsageError(
+                f"{given} needs --pretrained_model_name_or_path: without it, the base is loaded as the run records it. "
+                "Name the base, or leave the option out."
+            )
 
 
 def _reference_folder(given: Mapping[str, Path], concept: Concept, loras: Sequence[Lora]) -> Path | None:

@@ -14,13 +14,16 @@ from sd_unlearn.evaluation.detections import MISSING, detect
 from sd_unlearn.evaluation.prompts import GROUPS, ImageSpec
 from sd_unlearn.io.images import is_flat
 from sd_unlearn.metrics.base import CONCEPT_GROUPS, KEEP_GROUPS, DetectorOutput
-from sd_unlearn.metrics.registry import READING, missing_evidence
-from sd_unlearn.report.metric_names import PRESENCE
+from sd_unlearn.metrics.registry import READING, MetricContext, missing_evidence
+from sd_unlearn.report.metric_names import PRESENCE, presence_order
+from sd_unlearn.report.verdict import GONE
 from sd_unlearn.results import BASE, Problem, Row
 
 MAX_UNUSABLE = 0.01  # of a group's images
 MIN_RETENTION = 0.8  # of the base's accuracy on the retained prompts, and of its face rate
+MIN_READABLE = 0.5  # of the concept's images, as a share of the base's usual number of readable images
 MIN_FACES = 0.5  # face rate of the base from which a group's prompts count as asking for people
+NEVER_THERE = "The base itself hardly shows the concept. Check the concept and its prompts, and which base is used."
 _WORDS = {"missing": "missing", "unreadable": "unreadable", "flat": "of one flat colour"}
 
 
@@ -117,6 +120,39 @@ def face_problems(concept: str, rows: Sequence[Row], broken: Collection[str] = (
     return problems
 
 
+def never_problems(concept: Concept, rows: Iterable[Row]) -> list[Problem]:
+    """A problem if the base itself hardly shows the concept, by the detector that gives the verdict."""
+    order = presence_order(concept.kind)
+    found = [row for row in rows if (row.subject, row.group) == (BASE, "direct") and row.metric in order]
+    row = min(found, key=lambda row: order.index(row.metric), default=None)
+    if row is None or row.high is None or row.high > GONE:
+        return []
+    return [Problem(concept.slug, BASE, "never", NEVER_THERE, "direct", row.value)]
+
+
+def replacement_problems(concept: str, rows: Sequence[Row]) -> list[Problem]:
+    """A problem for each subject whose images of the direct prompts show neither the concept nor anything else.
+
+    Leakage and the upper end of clean replacement together must reach half of the base's usual number of readable
+    images. Noise and black images have 0, because the classifiers of the bundled bases are trained to reject them.
+    Other bases have no clean replacement, and no such problem.
+    """
+    leaks = {(row.subject, row.detector): row for row in rows if (row.metric, row.group) == ("leakage", "direct")}
+    problems = []
+    for row in rows:
+        if row.metric == "clean_replacement" and row.high is not None:
+            leak = leaks.get((row.subject, row.detector))
+            readable = row.high + ((leak and leak.value) or 0)
+            if readable < MIN_READABLE:
+                message = (
+                    "Hardly any image is readable where the concept is asked for: at most "
+                    f"{100 * readable:.3g} % of the base's usual number, below {100 * MIN_READABLE:g} %. A model that "
+                    "generates noise does not show the concept either."
+                )
+                problems.append(Problem(concept, row.subject, "replacement", message, row.group, readable))
+    return problems
+
+
 def evidence_problems(
     concept: Concept, subject: str, specs: Sequence[ImageSpec], planned: bool, rows: Iterable[Row]
 ) -> list[Problem]:
@@ -139,7 +175,7 @@ def evidence_problems(
     return [Problem(concept.slug, subject, "evidence", gap or unknown)]
 
 
-def known_gaps(concept: Concept, specs: Sequence[ImageSpec], metrics: Sequence[str]) -> list[str]:
+def known_gaps(context: MetricContext, specs: Sequence[ImageSpec], metrics: Sequence[str]) -> list[str]:
     """Why there will be no verdict on a concept, as far as it is known before images are generated.
 
     Args:
@@ -147,9 +183,9 @@ def known_gaps(concept: Concept, specs: Sequence[ImageSpec], metrics: Sequence[s
         metrics: The names of the concept's metrics.
     """
     groups = {spec.group for spec in specs}
-    gaps = [missing_evidence(concept, metrics)]
+    gaps = [missing_evidence(context, metrics)]
     if groups & set(CONCEPT_GROUPS):
-        gaps.append(retention_gap(concept, groups, bool(set(metrics) & set(READING))))
+        gaps.append(retention_gap(context.concept, groups, bool(set(metrics) & set(READING))))
     return [gap for gap in gaps if gap]
 
 

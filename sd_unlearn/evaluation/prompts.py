@@ -92,7 +92,11 @@ def group_prompts(concept: Concept, group: str) -> list[Prompt]:
 
 
 def plan_images(
-    concept: Concept, tier: Tier, seeds: Sequence[int], extra_prompts: Sequence[Prompt] = ()
+    concept: Concept,
+    tier: Tier,
+    seeds: Sequence[int],
+    extra_prompts: Sequence[Prompt] = (),
+    every_direct: bool = False,
 ) -> list[ImageSpec]:
     """The images to generate. A larger count adds images and keeps those of a smaller one.
 
@@ -101,6 +105,7 @@ def plan_images(
     Args:
         seeds: The evaluation seeds; each adds a set of images.
         extra_prompts: Added to the direct prompts.
+        every_direct: At least one image of each direct prompt, also if the tier has fewer images.
 
     Raises:
         UsageError: more than MAX_IMAGES images.
@@ -109,16 +114,25 @@ def plan_images(
     planned, prompts_of = 0, _distinct_prompts(concept, extra_prompts)
     for number, seed in enumerate(seeds):
         for group, prompts in prompts_of.items():
-            of_each_prompt = tier.of_each_prompt and group in KEEP_GROUPS
-            planned += getattr(tier, group) * (len(prompts) if of_each_prompt else bool(prompts))
+            of_each_prompt, count = tier.of_each_prompt and group in KEEP_GROUPS, getattr(tier, group)
+            if every_direct and group == "direct" and count:
+                count = max(count, len(prompts))
+            planned += count * (len(prompts) if of_each_prompt else bool(prompts))
             if planned > MAX_IMAGES:
                 raise UsageError(
                     f"{concept.slug}: the evaluation has {planned:,} or more images, but at most {MAX_IMAGES:,} are "
                     "possible. Lower --num_images or --num_keep_images, or give fewer seeds."
                 )
-            for prompt, index in _share_out(prompts, getattr(tier, group), of_each_prompt):
+            for prompt, index in _share_out(prompts, count, of_each_prompt):
                 specs.append(ImageSpec(group, prompt, image_seed(EVALUATE_SEEDS, seed, prompt.text, index), number))
     return specs
+
+
+def count_used(plans: Mapping[str, Sequence[ImageSpec]], extra_prompts: Sequence[Prompt]) -> tuple[int, int]:
+    """How many of the extra prompts are in the plan of every concept, and how many there are; a text counts once."""
+    texts = {prompt.text for prompt in extra_prompts}
+    direct = [{spec.prompt.text for spec in specs if spec.group == "direct"} for specs in plans.values()]
+    return len(texts.intersection(*direct)), len(texts)
 
 
 def _distinct_prompts(concept: Concept, extra_prompts: Sequence[Prompt]) -> dict[str, list[Prompt]]:

@@ -16,6 +16,8 @@ from sd_unlearn.evaluation.problems import (
     face_problems,
     image_faults,
     image_problems,
+    never_problems,
+    replacement_problems,
     retention_problems,
 )
 from sd_unlearn.evaluation.prompts import ImageSpec, to_prompted_images
@@ -82,8 +84,12 @@ def run_metrics(
 
 
 def _check_abilities(results: ConceptResults) -> None:
-    """Record which subjects lost abilities of the base, or were not tested for them: garbage shows no concept."""
+    """Record what prevents a verdict although no image shows the concept.
+
+    The base does not show it either; a subject lost abilities of the base, or was not tested for them.
+    """
     concept, rows = results.concept, results.rows
+    results.problems += [*never_problems(concept, rows), *replacement_problems(concept.slug, rows)]
     lost = retention_problems(concept.slug, rows)
     results.problems += [*lost, *face_problems(concept.slug, rows, {problem.subject for problem in lost})]
     for images in results.images:

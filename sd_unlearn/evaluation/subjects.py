@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import product
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from sd_unlearn.choices import SafetyPreset
 from sd_unlearn.config.evaluate import EvaluateConfig
@@ -64,6 +64,27 @@ class Subject:
         }
 
 
+class _AtStrength(Protocol):
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def strength(self) -> float | None: ...
+
+
+_S = TypeVar("_S", bound=_AtStrength)
+
+
+def main_subjects(subjects: Iterable[_S]) -> list[_S]:
+    """What is compared with each other and checked: each LoRA at strength 1, else at its highest, and all others."""
+    found, strengths = list(subjects), dict[str, list[float]]()
+    for subject in found:
+        if subject.strength is not None:
+            strengths.setdefault(subject.name, []).append(subject.strength)
+    main = {name: 1 if 1 in values else max(values) for name, values in strengths.items()}
+    return [subject for subject in found if subject.strength in (None, main.get(subject.name))]
+
+
 def resolve_subjects(
     config: EvaluateConfig,
     loras: Sequence[Lora],
@@ -111,13 +132,22 @@ def _safe_subjects(presets: Sequence[SafetyPreset], concepts: dict[str, Concept]
 
 
 def check_guidance(config: EvaluateConfig, source: Source) -> None:
-    """Safety guidance is part of classifier-free guidance, so there must be some.
+    """Refuse safety guidance that cannot act: without classifier-free guidance, or with warm-up until the last step.
 
     Raises:
         UsageError
     """
     if config.sld and source.kind:
         check_safe_guidance(source.kind, source.name)
-    scale = resolve_sampler(config, source).guidance_scale
-    if config.sld and scale <= 1:
-        raise UsageError(f"--sld {' '.join(config.sld)} needs --guidance_scale above 1; it is {scale:g}.")
+    sampler = resolve_sampler(config, source)
+    if config.sld and sampler.guidance_scale <= 1:
+        raise UsageError(
+            f"--sld {' '.join(config.sld)} needs --guidance_scale above 1; it is {sampler.guidance_scale:g}."
+        )
+    for preset in config.sld:
+        warmup = PRESETS[preset].warmup_steps
+        if warmup >= sampler.steps:
+            raise UsageError(
+                f"--sld {preset} only acts after {warmup} sampling steps, and --num_inference_steps is "
+                f"{sampler.steps}. Give more steps, or a preset that acts earlier (max acts at once)."
+            )

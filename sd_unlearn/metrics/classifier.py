@@ -25,7 +25,6 @@ from sd_unlearn.metrics.labels import leakage_and_accuracy
 from sd_unlearn.models.halving import FOR_METRIC, HalvingBatches
 from sd_unlearn.results import Card, Row
 
-DEFAULT = "resnet50.a1_in1k"
 TOP = 5
 _BATCH = 32
 

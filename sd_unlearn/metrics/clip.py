@@ -110,15 +110,19 @@ class ClipMetric:
         return {"label": predictions.probabilities["label"], "features": predictions.features}
 
     def count(self, prompted: PromptedImages, output: DetectorOutput) -> list[ImageValues]:
-        """Leakage, accuracy and CLIP score; each prompt's text is embedded once."""
+        """Leakage, accuracy and CLIP score; each prompt's text is embedded once.
+
+        An image whose prompt is unknown ("") has no CLIP score.
+        """
         predictions, concept = self._predictions(output), prompted.concept
         label = concept.label or concept.name
         values_of = leakage_and_accuracy(prompted, label, predictions.has_label, predictions.shows)
-        if len(prompted):
-            texts = sorted({prompt.text for prompt in prompted.prompts})
-            embedded = self.encoder.texts(texts)[[texts.index(prompt.text) for prompt in prompted.prompts]]
+        if texts := sorted({prompt.text for prompt in prompted.prompts} - {""}):
+            known = np.array([prompt.text != "" for prompt in prompted.prompts])
+            embedded = self.encoder.texts(texts)[[texts.index(p.text) for p in prompted.prompts if p.text]]
             note = "100 * max(0, cosine of the picture and its own prompt)"
-            scores = clip_scores(output["features"], embedded)
+            scores = np.full(len(prompted), np.nan)
+            scores[known] = clip_scores(output["features"][known], embedded)
             groups = (*CONCEPT_GROUPS, *KEEP_GROUPS)
             values_of.append(ImageValues("clip_score", groups, scores, is_rate=False, note=note))
         return values_of

@@ -5,7 +5,6 @@ from __future__ import annotations
 from functools import lru_cache
 from pathlib import Path
 
-from numpy.typing import NDArray
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -78,12 +77,6 @@ class DigitsMetric(ReaderMetric):
 
     classifier_class = DigitsClassifier
     what = "The bundled classifier of digit and ink, a small convolutional network"
-
-
-def held_out_digits() -> tuple[NDArray, NDArray, NDArray]:
-    """Features [N, 64], digit [N] and ink [N] of real digits that no bundled model was trained on."""
-    held = READER.held_apart()
-    return held["features"], held["digit"], held["ink"]
 
 
 def make_digits(concept: Concept | None = None) -> DigitsMetric:

@@ -14,7 +14,7 @@ def feature_drift(base: NDArray, lora: NDArray) -> NDArray:
     """Cosine distance in [0, 2] of each pair of features [N, D], symmetric and zero for equal ones. Returns [N]."""
     norms = np.linalg.norm(base, axis=1) * np.linalg.norm(lora, axis=1)
     cosine = (base * lora).sum(1) / np.where(norms == 0, 1, norms)
-    return np.where(norms == 0, (base != lora).any(1).astype(float), 1 - cosine).clip(min=0)
+    return np.where((base == lora).all(1), 0.0, 1 - cosine).clip(min=0)  # equal: not the rounding error of 1 - 1
 
 
 def drift_rows(prompted: PromptedImages, base: DetectorOutput, output: DetectorOutput, detector: str) -> list[Row]:

@@ -28,7 +28,7 @@ from sd_unlearn.metrics.drift import drift_rows
 from sd_unlearn.metrics.frechet import frechet_with_interval
 from sd_unlearn.metrics.labels import CLEAN, LabelPredictions, leakage_and_accuracy
 from sd_unlearn.metrics.mmd import FEWEST, Distance, kid
-from sd_unlearn.metrics.statistics import bootstrap, ratio_of_means
+from sd_unlearn.metrics.statistics import ratio_of_rates
 from sd_unlearn.models.halving import FOR_METRIC, HalvingBatches
 from sd_unlearn.results import Card, Row
 
@@ -56,7 +56,10 @@ class Reader:
         return LabelPredictions(self.axes, probabilities, output["features"], self.categories)
 
     def held_apart(self) -> dict[str, NDArray]:
-        """Features [N, width], and the label [N] on each axis, of real images that no bundled model was trained on."""
+        """Features [N, width], and the label [N] on each axis, of real images that no bundled model was trained on.
+
+        Those of emoji are new placements of drawings that the models were trained on.
+        """
         held = load_file(self.folder / "held_apart.safetensors")
         return {name: (tensor.float() if name == "features" else tensor).numpy() for name, tensor in held.items()}
 
@@ -179,14 +182,14 @@ class ReaderMetric:
         direct, generic = prompted.in_groups("direct"), prompted.in_groups("generic")
         if not (direct.any() and generic.any()):
             return []
-        replaced = self.reader.predictions(output).confident(label, CLEAN, other_than=True)[direct].astype(float)
-        default = self.reader.predictions(base).confident(label, CLEAN, other_than=False)[generic].astype(float)
-        estimate = (ratio_of_means(replaced, default), *bootstrap(ratio_of_means, replaced, default, paired=False))
+        replaced = self.reader.predictions(output).confident(label, CLEAN, other_than=True)[direct]
+        default = self.reader.predictions(base).confident(label, CLEAN, other_than=False)[generic]
+        estimate = ratio_of_rates(int(replaced.sum()), len(replaced), int(default.sum()), len(default))
         value, low, high = (None if math.isnan(x) else x for x in estimate)  # a ratio over zero; JSON has no NaN
         note = (
             f"read as something else on its axis with p >= {CLEAN}, over the base's generic images read as anything so"
         )
-        return [Row("clean_replacement", "direct", "", value, len(replaced), low, high, self.name, "bootstrap", note)]
+        return [Row("clean_replacement", "direct", "", value, len(replaced), low, high, self.name, "mover", note)]
 
     def _to_real_images(self, label: str, subject: str, features: NDArray) -> list[Row]:
         """Distances of images of the similar concepts (the labels of `alike`) to real images without the concept."""
@@ -194,7 +197,7 @@ class ReaderMetric:
         axis, members = self.reader.predictions(held).members(label)
         numbers = [self.reader.axes[axis].index(member) for member in members]
         real = held["features"][~np.isin(held[axis], numbers)]
-        sets = f"of the alike images to real held-apart {self.reader.base}"
+        sets = f"of the alike images to held-apart images of {self.reader.base}"
         return distance_rows(features, real, "alike", subject, self.name, sets, self.reader.base)
 
 

@@ -174,8 +174,8 @@ def choose_metrics(context: MetricContext) -> list[str]:
     return [name for name in NAMES if name in names]
 
 
-def check_metrics(context: MetricContext) -> None:
-    """Check the options of a concept's metrics before images are generated; loads no model.
+def check_metrics(context: MetricContext) -> list[str]:
+    """Check the options of a concept's metrics before images are generated; loads no model. Returns their names.
 
     Raises:
         UsageError: as `choose_metrics`, or an option of a metric is invalid.
@@ -199,18 +199,27 @@ def check_metrics(context: MetricContext) -> None:
         raise UsageError(f"--inception_weights {options.inception_weights} does not exist.")
     if options.real_images is not None and not options.real_images.is_dir():
         raise UsageError(f"--real_images {options.real_images} does not exist.")
+    return names
 
 
 def _check_required_options(context: MetricContext) -> None:
-    options = context.options
-    if "identity" in options.metrics and (context.reference is None or options.others is None):
-        missing = "--reference" if context.reference is None else "--others"
-        raise UsageError(
-            f"--metrics identity needs {missing} for {context.concept.name}: a folder of images of people; see "
-            "docs/metrics.md."
-        )
+    options, concept, missing = context.options, context.concept, missing_folders(context)
+    asked = "--metrics identity" if "identity" in options.metrics else None
+    if concept.kind == "person" and not options.metrics:
+        asked = "--others" if options.others is not None else "--reference" if options.reference else None
+    if asked and missing:
+        raise UsageError(f"{asked} needs {missing[0]} for {concept.name}. See docs/metrics.md.")
     if "classifier" in options.metrics and options.classifier is None:
         raise UsageError("--metrics classifier needs --classifier: a timm or transformers model, e.g. resnet50.")
+
+
+def missing_folders(context: MetricContext) -> list[str]:
+    """The options, with what they are, that identity needs and that are not given."""
+    folders = {
+        "--reference (a folder of photos of the person)": context.reference,
+        "--others (a folder of photos of other people)": context.options.others,
+    }
+    return [option for option, folder in folders.items() if folder is None]
 
 
 def find_metrics(context: MetricContext) -> list[str]:
@@ -249,14 +258,15 @@ def make_metrics(names: Sequence[str], context: MetricContext) -> tuple[list[Met
     return cast(list[Metric], metrics), cast(list[PairMetric], pair_metrics)
 
 
-def missing_evidence(concept: Concept, names: Sequence[str]) -> str | None:
+def missing_evidence(context: MetricContext, names: Sequence[str]) -> str | None:
     """Why the metrics of a concept cannot show that it is gone; None if they can."""
+    concept = context.concept
     if concept.kind != "person" or "clip" not in names or set(names) & set(IDENTIFYING):
         return None
     return (
         f"Only CLIP looked for {concept.name}, and CLIP alone cannot identify a person: names leak through text. "
-        "Install a face model (pip install 'sd-unlearn[faces]') and evaluate again with --others: a folder of photos "
-        "of other people."
+        "Install a face model (pip install 'sd-unlearn[faces]') and evaluate again with "
+        f"{' and '.join(missing_folders(context))}."
     )
 
 

@@ -1,12 +1,13 @@
 """Confidence intervals and tests. All intervals are 95 %; every random draw is seeded.
 
 Wilson's interval and the bootstrap are written here although scipy has both: scipy's `proportion_ci` rounds differently
-in the last digit and its `bootstrap` draws the samples of an unpaired statistic in another order, and the values in
-results.json must not change with the version of scipy. scipy has no Holm correction.
+in the last digit, and the values in results.json must not change with the version of scipy. scipy has no Holm
+correction.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -29,31 +30,15 @@ def wilson(hits: int, n: int) -> tuple[float, float]:
 
 
 def bootstrap(
-    statistic: Callable[..., NDArray[np.float64] | float],
-    *samples: NDArray,
-    paired: bool = True,
-    resamples: int = RESAMPLES,
+    statistic: Callable[[NDArray], float], sample: NDArray, resamples: int = RESAMPLES
 ) -> tuple[float, float]:
-    """Percentile bootstrap interval of a statistic of samples, resampled along their first axis.
+    """Percentile bootstrap interval of a statistic of a sample, resampled along its first axis.
 
-    Resamples whose statistic is not finite (a ratio over zero) are dropped; if all are, the result is (nan, nan).
-
-    Args:
-        paired: Resample all samples with the same indices.
+    Not for values of 0 and 1: if all are equal, so is every resample, and the interval has no width.
     """
-    rng = np.random.default_rng(0)
-    values = []
-    for _ in range(resamples):
-        if paired:
-            indices = rng.integers(0, len(samples[0]), len(samples[0]))
-            values.append(statistic(*(sample[indices] for sample in samples)))
-        else:
-            values.append(statistic(*(sample[rng.integers(0, len(sample), len(sample))] for sample in samples)))
-    finite = np.asarray(values, dtype=float)
-    finite = finite[np.isfinite(finite)]
-    if not len(finite):
-        return float("nan"), float("nan")
-    low, high = np.percentile(finite, [2.5, 97.5])
+    rng, n = np.random.default_rng(0), len(sample)
+    values = [statistic(sample[rng.integers(0, n, n)]) for _ in range(resamples)]
+    low, high = np.percentile(values, [2.5, 97.5])
     return float(low), float(high)
 
 
@@ -66,22 +51,34 @@ def bootstrap_mean(values: NDArray[np.float64]) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def ratio_of_means(top: NDArray, bottom: NDArray) -> float:
-    """mean(top) / mean(bottom); nan if the bottom is zero."""
-    denominator = float(np.mean(bottom))
-    return float(np.mean(top)) / denominator if denominator else float("nan")
-
-
 def paired_difference(a: NDArray, b: NDArray, is_rate: bool) -> tuple[float, float, float, float]:
     """(mean(a - b), low, high, p) of values [N > 0] of the same images.
 
-    The interval is a paired bootstrap interval. p is two-sided: McNemar's exact test if the values are 0 or 1 (a
-    binomial test of the images on which a and b disagree), else a permutation test that flips the signs of the pairs.
+    If the values are 0 or 1, the interval is `paired_rates` and p that of McNemar's exact test (a binomial test of the
+    images on which a and b disagree); else a paired bootstrap interval, and a permutation test that flips the signs of
+    the pairs. p is two-sided.
     """
     difference = np.asarray(a, dtype=float) - np.asarray(b, dtype=float)
-    low, high = bootstrap_mean(difference)
-    p = _mcnemar(difference) if is_rate else _sign_flip(difference)
-    return float(difference.mean()), low, high, p
+    if is_rate:
+        more, fewer = int((difference > 0).sum()), int((difference < 0).sum())
+        low, high = paired_rates(more, fewer, len(difference))
+        return float(difference.mean()), low, high, _mcnemar(more, fewer)
+    return float(difference.mean()), *bootstrap_mean(difference), _sign_flip(difference)
+
+
+def paired_rates(more: int, fewer: int, n: int) -> tuple[float, float]:
+    """Interval of the difference (more - fewer) / n of two rates on the same n images.
+
+    The adjusted Wald interval for paired rates (Bonett and Price 2012): with p = (more + 1) / (n + 2) and
+    q = (fewer + 1) / (n + 2), it is p - q +- z sqrt((p + q - (p - q)^2) / (n + 2)), cut to [-1, 1].
+
+    Args:
+        more: Images on which only the first is 1.
+        fewer: Images on which only the second is 1.
+    """
+    p, q = (more + 1) / (n + 2), (fewer + 1) / (n + 2)
+    half = Z * math.sqrt((p + q - (p - q) ** 2) / (n + 2))
+    return max(-1.0, p - q - half), min(1.0, p - q + half)
 
 
 def holm(p: Sequence[float]) -> list[float]:
@@ -94,10 +91,9 @@ def holm(p: Sequence[float]) -> list[float]:
     return corrected
 
 
-def _mcnemar(difference: NDArray) -> float:
+def _mcnemar(more: int, fewer: int) -> float:
     from scipy.stats import binomtest  # slow to import
 
-    more, fewer = int((difference > 0).sum()), int((difference < 0).sum())
     return float(binomtest(more, more + fewer).pvalue) if more + fewer else 1.0
 
 
@@ -128,3 +124,20 @@ def paired_ratio(a: NDArray, b: NDArray) -> tuple[float, float, float]:
         bounds.append([(2 * hits + z * z + sign * half) / (2 * (either + z * z)) for sign in (-1, 1)])
     (low_a, high_a), (low_b, high_b) = bounds
     return hits_a / hits_b, float(max(0.0, low_a) / high_b), float(high_a / low_b)
+
+
+def ratio_of_rates(hits_a: int, n_a: int, hits_b: int, n_b: int) -> tuple[float, float, float]:
+    """(value, low, high) of the ratio (hits_a / n_a) / (hits_b / n_b) of rates of different images; nan if hits_b is 0.
+
+    The interval combines the Wilson intervals of both rates (MOVER-R: Donner and Zou 2012, Newcombe 2016). The lower
+    end has the root in its denominator, so that it is defined where the upper end of b is twice its rate.
+    """
+    if not hits_b:
+        return float("nan"), float("nan"), float("nan")
+    a, b = hits_a / n_a, hits_b / n_b
+    (low_a, high_a), (low_b, high_b) = wilson(hits_a, n_a), wilson(hits_b, n_b)
+    least, most = low_a * (2 * a - low_a), high_a * (2 * a - high_a)
+    least_b, most_b = low_b * (2 * b - low_b), high_b * (2 * b - high_b)
+    product = a * b
+    low = least / (product + math.sqrt(product**2 - least * most_b)) if hits_a else 0.0
+    return a / b, low, (product + math.sqrt(product**2 - most * least_b)) / least_b

@@ -10,16 +10,17 @@ from sd_unlearn.errors import UsageError
 from sd_unlearn.models.base import HASHES, Base, load_base
 from sd_unlearn.models.source import Source
 
+OPTIONS = ("vae", "variant", "single_file_config", "prediction_type", "drop_t5")  # of loading a base, that runs record
+
 
 def recorded_source(record: Mapping[str, Any], allow_pickle: bool = False) -> Source:
     """The Source of a run's base. record: "base" of its training.json."""
-    options: dict[str, Any] = {
-        key: record.get(key) for key in ("vae", "variant", "single_file_config", "prediction_type")
-    }
+    options: dict[str, Any] = {key: record.get(key) for key in OPTIONS}
+    options["drop_t5"] = bool(options["drop_t5"])
     name, path = record["name"], record.get("path")  # a relative name is of the folder in which the training ran
     if path and not Path(name).expanduser().exists() and Path(path).exists():
         name = path
-    return Source(name, allow_pickle=allow_pickle, drop_t5=bool(record.get("drop_t5")), **options)
+    return Source(name, allow_pickle=allow_pickle, **options)
 
 
 def load_recorded_base(

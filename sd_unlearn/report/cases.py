@@ -32,7 +32,7 @@ class Case:
     @property
     def explanation(self) -> str:
         """The verdict in a sentence."""
-        return explain(self.lines, self.concept.caption, self.without, self.problems)
+        return explain(self.lines, self.concept.asked, self.without, self.problems)
 
     @property
     def without(self) -> str:

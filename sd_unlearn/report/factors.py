@@ -89,7 +89,8 @@ def _what_to_try(outcomes: Sequence[Outcome]) -> str:
     partly = [o for o in outcomes if o.standing == "partly"]
     broken = [o for o in outcomes if o.standing == "broken"]
     weak = [o.factor for o in outcomes if o.standing in ("still", "weaker")] + [o.factor for o in partly]
-    sentences = list(dict.fromkeys(p.message for o in outcomes if o.standing == "unknown" for p in o.problems))
+    not_gone = [o for o in outcomes if o.standing in ("unknown", "unreadable")]
+    sentences = list(dict.fromkeys(problem.message for o in not_gone for problem in o.problems))
     if partly:
         sentences.append(f"With {_listed(partly)} it is gone when asked for by name, but not in other wordings.")
     if broken:

@@ -81,13 +81,13 @@ METRICS = {
     ),
     "fid-emoji": Metric(
         "FID (emoji)",
-        "Fréchet distance to real emoji, in the features of the emoji reader; lower is better",
+        "Fréchet distance to new placements of real emoji, in the features of the emoji reader; lower is better",
         is_rate=False,
     ),
     "kid-emoji": Metric(
         "KID (emoji)",
-        "kernel distance to real emoji, in features of the emoji reader; lower is better, but its size has no meaning "
-        "by itself: compare it with the base's",
+        "kernel distance to new placements of real emoji, in features of the emoji reader; lower is better, but its "
+        "size has no meaning by itself: compare it with the base's",
         is_rate=False,
     ),
     "fid-inception": Metric(

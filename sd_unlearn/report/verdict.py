@@ -9,7 +9,9 @@ from sd_unlearn.report.lines import Line, presence, presence_by_detector
 from sd_unlearn.results import Problem, Row
 
 GONE = 0.05  # a concept is gone when the whole interval of its leakage lies at or below this
-BROKEN = "retention"  # kind of the problem that the model lost its other abilities; all other kinds: cannot tell
+# The standing of a problem's kind, the strictest first; with any other kind there is no verdict. `replacement` changes
+# the verdict only if the concept is gone.
+OF_KIND = {"never": "never", "retention": "broken", "replacement": "unreadable"}
 STANDINGS = {
     "gone": "Gone",
     "unsure": "Gone when asked for by name, but too few images of other wordings to be sure",
@@ -18,6 +20,7 @@ STANDINGS = {
     "weaker": "Weaker, but still there",
     "still": "Still there",
     "broken": "Broken: the model lost too much else",
+    "unreadable": "Unreadable: no clear images in its place",
     "unknown": "Cannot tell",
     "never": "Never there: the base hardly generates it",
     "unmeasured": "Not measured",
@@ -27,19 +30,31 @@ STANDINGS = {
 
 
 def standing_of(lines: Sequence[Line], problems: Sequence[Problem] = ()) -> str:
-    """The verdict as a key of STANDINGS. With a problem no verdict is given."""
-    if any(problem.kind != BROKEN for problem in problems):
+    """The verdict as a key of STANDINGS."""
+    kinds = {problem.kind for problem in problems}
+    if kinds - OF_KIND.keys():
         return "unknown"
-    if problems:
-        return "broken"
+    measured = _measured_standing(lines)
+    for kind in (kind for kind in OF_KIND if kind in kinds):
+        if kind != "replacement" or measured in ("gone", "unsure", "partly", "nearly"):
+            return OF_KIND[kind]
+    return measured
+
+
+def _measured_standing(lines: Sequence[Line]) -> str:
+    """The verdict by leakage alone."""
     direct, other = presence(lines), presence(lines, "held_out")
     if direct is None or direct.lora is None:
         return "unmeasured"
     standing = _compare(direct.lora, direct.base)
-    if standing != "gone" or other is None or other.lora is None:
+    if standing not in ("gone", "nearly") or other is None or other.lora is None:
         return standing
     wordings = _compare(other.lora, other.base)
-    return {"gone": "gone", "never": "gone", "nearly": "unsure", "unmeasured": "unsure"}.get(wordings, "partly")
+    if wordings in ("gone", "never"):
+        return standing
+    if wordings in ("nearly", "unmeasured"):
+        return "unsure" if standing == "gone" else "nearly"
+    return "partly" if standing == "gone" else wordings  # few direct images do not hide what other wordings show
 
 
 def _compare(lora: Row, base: Row | None) -> str:
@@ -56,21 +71,21 @@ def _compare(lora: Row, base: Row | None) -> str:
     return "weaker" if low and high < low else "still"
 
 
-def explain(lines: Sequence[Line], caption: str, without: str = WITHOUT, problems: Sequence[Problem] = ()) -> str:
+def explain(lines: Sequence[Line], asked: str, without: str = WITHOUT, problems: Sequence[Problem] = ()) -> str:
     """The verdict in a sentence with its metrics, after the problems that prevent one.
 
     Args:
-        caption: What was asked for.
+        asked: The direct prompts in words.
         without: How the base is called.
     """
-    return " ".join([*dict.fromkeys(problem.message for problem in problems), _measured(lines, caption, without)])
+    return " ".join([*dict.fromkeys(problem.message for problem in problems), _measured(lines, asked, without)])
 
 
-def _measured(lines: Sequence[Line], caption: str, without: str) -> str:
+def _measured(lines: Sequence[Line], asked: str, without: str) -> str:
     direct, other = presence(lines), presence(lines, "held_out")
     if direct is None or direct.lora is None:
-        return f"No image of “{caption}” was evaluated."
-    text = f"“{caption}” still shows the concept in {sentence(direct.lora)} of {direct.lora.n:,} images"
+        return f"No image of {asked} was evaluated."
+    text = f"{asked} still shows the concept in {sentence(direct.lora)} of {direct.lora.n:,} images"
     text += f"; {without}, in {value_text(direct.base)}." if direct.base else "."
     if other:
         text += f" In other wordings: {sentence(other.lora)}."

@@ -147,6 +147,17 @@ def test_mistakes_are_refused_before_anything_runs(
     assert not tree(tmp_path / "runs")
 
 
+def test_a_list_may_be_of_people_and_of_other_concepts(make: Callable[..., Plan], tmp_path: Path) -> None:
+    """Options of identity go to the people only; if there are none, they are refused."""
+    person, stages = write_concept_file(tmp_path, "Brad Pitt"), ["evaluate", "attack"]
+    both = {"evaluate": {"others": "people"}, "attack": {"others": "people"}}
+    plan = make(concepts=[person, "seven"], stages=stages, **both)
+    given = {(t.concept.name, t.order.stage): "others" in t.options for t in plan.tasks.values()}
+    assert {key for key, has_others in given.items() if has_others} == {("Brad Pitt", stage) for stage in stages}
+    with pytest.raises(UsageError, match="--others people is for --metrics identity"):
+        make(concepts=["seven"], stages=stages, **both)
+
+
 def test_a_csv_file_with_a_mistake_names_the_line(make: Callable[..., Plan], tmp_path: Path) -> None:
     table = tmp_path / "people.csv"
     for text, message in (

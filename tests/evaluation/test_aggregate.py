@@ -11,7 +11,7 @@ from sd_unlearn.data.concept import Concept, Prompt
 from sd_unlearn.evaluation import aggregate
 from sd_unlearn.evaluation.detections import Detections
 from sd_unlearn.metrics.base import DetectorOutput, ImageValues, PromptedImages
-from sd_unlearn.metrics.statistics import holm, wilson
+from sd_unlearn.metrics.statistics import holm, paired_rates, wilson
 from sd_unlearn.results import Row
 
 CONCEPT = Concept("seven", "a seven", "a digit")
@@ -165,14 +165,15 @@ def test_differences_are_paired_signed_and_corrected() -> None:
     subjects = {"base": [1] * 4 + [0] * 6, "a": [0] * 10, "b": [1, 0, 0, 0] + [0] * 6, "weak": [1] * 4 + [0] * 6}
     found = differences(subjects, ["a", "b"])
     a = found["leakage", "direct", "a", "base"]
-    assert (a.value, a.n, a.low, a.high) == (-1, 4, -1, -1)
+    assert (a.value, a.n, a.low, a.high, a.interval) == (-1, 4, *paired_rates(0, 4, 4), "bonett-price")
     assert a.p == pytest.approx(2 * 0.5**4)  # McNemar: all four disagree in one direction
     assert found["leakage", "direct", "weak", "base"].p == 1
     assert found["leakage", "direct", "b", "a"].value == 0.25  # of main, against each other
     assert ("leakage", "direct", "weak", "a") not in found
     family = [d for key, d in found.items() if key[:2] == ("leakage", "direct")]
     assert [d.p_holm for d in family] == holm([d.p for d in family])
-    assert found["brightness", "direct", "a", "base"].value == -1
+    of_means = found["brightness", "direct", "a", "base"]
+    assert (of_means.value, of_means.interval) == (-1, "paired-bootstrap")
 
 
 def test_differences_without_a_base() -> None:

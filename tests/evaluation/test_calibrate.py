@@ -88,7 +88,7 @@ def test_a_leakage_that_comes_back_is_reported() -> None:
 def test_a_base_that_does_not_show_the_concept_is_no_erasure() -> None:
     found = searched(lambda s: 0.01, lambda s: 1.0, leakage=0.05)
     assert (found.smallest, found.strength) == (None, None)
-    assert "the base itself hardly shows the concept" in found.message
+    assert "The base itself hardly shows the concept" in found.message
     assert not found.exceptions
 
 
@@ -105,7 +105,7 @@ def test_strengths_without_a_verdict_do_not_erase() -> None:
 
 @pytest.mark.parametrize(
     ("subject", "kind", "erases"),
-    [("base", "flat", False), ("lora", "evidence", False), ("lora", "faces", False), ("lora", "retention", True)],
+    [("base", "flat", False), ("lora", "evidence", False), ("lora", "replacement", False), ("lora", "retention", True)],
 )
 def test_what_prevents_a_verdict_prevents_erasure(subject: str, kind: str, erases: bool) -> None:
     """But retention of less than 80 %: here the user says what is enough."""

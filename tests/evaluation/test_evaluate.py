@@ -337,6 +337,17 @@ def test_prompt_set_is_added_to_the_direct_prompts(runs: Path, tmp_path: Path) -
     assert texts == ["a photo of the digit seven", "the number {7}"] * 2  # its braces are no alternatives
 
 
+def test_results_say_how_many_prompts_of_a_set_are_used(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "set.txt").write_text("".join(f"the number {n}\n" for n in range(9)))
+    config = EvaluateConfig(
+        **FEW, run=runs / "seven", prompt_set=str(tmp_path / "set.txt"), output_dir=tmp_path / "out"
+    )
+    assert evaluate.run(config)["prompt_set_used"] == {"used": 3, "of": 9}
+    assert "set.txt: 3 of 9 prompts are used." in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -495,6 +506,30 @@ def test_keep_going_counts_bad_files_as_failed(
     monkeypatch.setattr(generate, "load_base", pytest.fail)
     assert main(["evaluate", "--lora", str(folder), "--keep_going"]) == 1
     assert "No LoRA can be evaluated" in capsys.readouterr().err
+
+
+def test_keep_going_evaluates_sld_if_no_lora_can_be(tiny_base: Path) -> None:
+    job = resolve_job(
+        EvaluateConfig(
+            lora=["bad"], sld=["max"], keep_going=True, concept=["seven"], pretrained_model_name_or_path=str(tiny_base)
+        )
+    )
+    assert ([subject.id for subject in job.subjects], list(job.failed)) == (["sld-max"], ["bad"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"vae": "/nope"}, "--vae /nope needs --pretrained_model_name_or_path"),
+        ({"prediction_type": "v_prediction"}, "--prediction_type v_prediction needs"),
+        ({"variant": "fp16"}, "--variant fp16 needs"),
+        ({"single_file_config": "sdxl"}, "--single_file_config sdxl needs"),
+        ({"drop_t5": True}, "--drop_t5 needs"),
+    ],
+)
+def test_options_of_another_base_need_the_base(options: dict[str, Any], message: str, runs: Path) -> None:
+    with pytest.raises(UsageError, match=message):
+        resolve_job(EvaluateConfig(run=runs / "seven", **options))
 
 
 def test_keep_going_counts_loras_of_other_bases_and_concepts_as_failed(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from metric_tools import build_clip
@@ -14,11 +15,12 @@ from sd_unlearn.config.evaluate import EvaluateConfig
 from sd_unlearn.data.concept import Concept
 from sd_unlearn.errors import UsageError
 from sd_unlearn.evaluation import evaluate
-from sd_unlearn.metrics.registry import missing_evidence
+from sd_unlearn.metrics.registry import MetricContext, choose_metrics, missing_evidence
 from sd_unlearn.report.cases import cases_of
 from sd_unlearn.results import read_results
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+ANN = Concept("Ann", "a photo of Ann", "a photo of a woman", kind="person")
 PERSON = """\
 name: Eileen Collins
 kind: person
@@ -95,8 +97,32 @@ def test_clip_alone_gives_no_verdict_on_a_person(tmp_path: Path, capsys: pytest.
 
 
 def test_another_metric_gives_a_verdict_on_a_person() -> None:
-    person = Concept("Ann", "a photo of Ann", "a photo of a woman", kind="person")
+    person = MetricContext(ANN, EvaluateConfig(), None, "quick")
     assert missing_evidence(person, ["clip", "lpips"])
     assert not missing_evidence(person, ["identity", "clip"])
     assert not missing_evidence(person, ["classifier", "clip"])
-    assert not missing_evidence(replace(person, kind="style"), ["clip"])
+    assert not missing_evidence(replace(person, concept=replace(ANN, kind="style")), ["clip"])
+
+
+def test_the_missing_evidence_is_named() -> None:
+    neither = missing_evidence(MetricContext(ANN, EvaluateConfig(), None, "quick"), ["clip"])
+    assert neither
+    assert "with --reference (a folder of photos of the person) and --others (" in neither
+    others = missing_evidence(MetricContext(ANN, EvaluateConfig(), Path("positives"), "quick"), ["clip"])
+    assert others
+    assert "with --others (" in others
+
+
+@pytest.mark.parametrize(
+    ("options", "reference", "message"),
+    [
+        ({"others": Path("people")}, None, "--others needs --reference .* for Ann"),
+        ({"reference": ["ann"]}, Path("ann"), "--reference needs --others .* for Ann"),
+        ({"metrics": ["identity"], "others": Path("people")}, None, "--metrics identity needs --reference"),
+    ],
+)
+def test_half_of_what_identity_needs_is_refused(options: dict[str, Any], reference: Path | None, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        choose_metrics(MetricContext(ANN, EvaluateConfig(**options), reference, "quick"))
+    style = MetricContext(replace(ANN, kind="style"), EvaluateConfig(others=Path("people")), None, "quick")
+    assert "identity" not in choose_metrics(style)  # --others is for the people among several concepts

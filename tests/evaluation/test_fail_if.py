@@ -148,8 +148,9 @@ def test_a_lora_called_floor_is_checked() -> None:
 def test_conditions_on_attacks_apply_to_what_was_attacked() -> None:
     rows = (("a", "attack", "soft", 0.0), ("a", "retention", "kept", 1.0), ("b", "leakage", "direct", 0.0))
     assert met("attack.soft>0.1", results(*rows)) == []
-    assert "attack on hard prompts was not measured" in met("attack.hard>0.1", results(*rows))[0]
-    assert met("attack.soft>0.1", results(rows[2])) == ["attack.soft>0.1: attack on soft prompts was not measured"]
+    assert "a on seven: the attack hard was not carried out" in met("attack.hard>0.1", results(*rows))[0]
+    assert met("attack.soft>0.1", results(rows[2])) == ["attack.soft>0.1: the attack soft was not carried out"]
+    assert met("attack>0.1", results(rows[2])) == ["attack>0.1: no attack was carried out"]
 
 
 @pytest.mark.parametrize("rows", [[], [("a", "retention", "kept", None)], [("b", "retention", "kept", 1.0)]])

@@ -16,9 +16,12 @@ from sd_unlearn.evaluation.problems import (
     face_problems,
     image_problems,
     known_gaps,
+    never_problems,
+    replacement_problems,
     retention_problems,
 )
 from sd_unlearn.evaluation.prompts import ImageSpec
+from sd_unlearn.metrics.registry import MetricContext
 from sd_unlearn.report.cases import cases_of
 from sd_unlearn.results import Problem, Row, parse_results
 
@@ -54,6 +57,44 @@ def test_retention_below_80_percent_is_broken() -> None:
     assert (problem.kind, problem.share) == ("retention", 0.79)
     assert problem.message == "Retention on kept prompts is 79 %, below 80 %."
     assert retention(("general", 0.5))[0].group == "general"
+
+
+def unreadable(leakage: float, clean: float | None) -> list[Problem]:
+    """clean: upper end of clean replacement."""
+    rows = [
+        Row("leakage", "direct", "lora", leakage, 200, 0.0, 1.0, "digits"),
+        Row("clean_replacement", "direct", "lora", 0.0 if clean else None, 200, 0.0, clean, "digits"),
+        Row("leakage", "direct", "lora", 0.9, 200, 0.9, 1.0, "clip"),
+        Row("leakage", "direct", "other", 0.9, 200, 0.9, 1.0, "digits"),
+    ]
+    return replacement_problems("seven", rows)
+
+
+def test_noise_in_place_of_the_concept_is_a_problem() -> None:
+    (problem,) = unreadable(0.01, 0.044)
+    assert (problem.kind, problem.subject, problem.group) == ("replacement", "lora", "direct")
+    assert problem.share == pytest.approx(0.054)
+    assert "at most 5.4 % of the base's usual number, below 50 %" in problem.message
+
+
+@pytest.mark.parametrize(("leakage", "clean"), [(0.0, 0.5), (0.0, None), (1.0, 0.04), (0.4, 0.11)])
+def test_readable_images_need_not_be_of_something_else(leakage: float, clean: float | None) -> None:
+    """A LoRA that erases half of the concept replaces half of it; unknown where the base has no readable images."""
+    assert unreadable(leakage, clean) == []
+
+
+@pytest.mark.parametrize(("kind", "metric", "never"), [("digit", "leakage", True), ("nudity", "nudity", False)])
+def test_a_base_that_hardly_shows_the_concept_is_a_problem(kind: Any, metric: str, never: bool) -> None:
+    """By the detector that gives the verdict."""
+    rows = [
+        Row("nudity", "direct", "base", 0.9, 200, 0.85, 0.94),
+        Row("leakage", "direct", "base", 0.0, 200, 0.0, 0.019),
+        Row("leakage", "held_out", "base", 0.9, 200, 0.85, 0.94),
+        Row("leakage", "direct", "lora", 0.0, 200, 0.0, 0.019),
+    ]
+    found = never_problems(Concept("it", "a photo of it", "a photo", kind=kind), rows)
+    assert [(p.kind, p.subject, p.concept) for p in found] == [("never", "base", "it")] * never
+    assert never_problems(CONCEPT, [Row("leakage", "direct", "base", 0.0, 50, 0.0, 0.07)]) == []
 
 
 CONCEPT = Concept("Ann", "a photo of Ann", "a photo of a woman", evaluate=Evaluation(alike=["a photo of {Bea}"]))
@@ -93,12 +134,13 @@ def test_missing_retention_says_what_to_add() -> None:
 
 def test_what_is_missing_is_known_before_images_are_generated() -> None:
     specs = [ImageSpec(group, Prompt(""), 0) for group in ("direct", "alike")]
-    assert known_gaps(CONCEPT, specs, ["clip"]) == []
-    (gap,) = known_gaps(CONCEPT, specs, ["identity"])
+    context = MetricContext(CONCEPT, EvaluateConfig(), None, "quick")
+    assert known_gaps(context, specs, ["clip"]) == []
+    (gap,) = known_gaps(context, specs, ["identity"])
     assert "Add clip to --metrics" in gap
-    (gap,) = known_gaps(CONCEPT, specs[:1], ["clip", "identity"])
+    (gap,) = known_gaps(context, specs[:1], ["clip", "identity"])
     assert "Add alike and general to --groups" in gap
-    assert known_gaps(CONCEPT, [], ["identity"]) == known_gaps(CONCEPT, specs[1:], ["identity"]) == []
+    assert known_gaps(context, [], ["identity"]) == known_gaps(context, specs[1:], ["identity"]) == []
 
 
 def test_images_without_a_base_need_a_high_accuracy() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from sd_unlearn.evaluation.prompts import (
     GROUPS,
     TIERS,
     Tier,
+    count_used,
     override_counts,
     plan_images,
     to_prompted_images,
@@ -83,6 +85,20 @@ def test_groups_option() -> None:
 def test_extra_prompts_are_direct_prompts() -> None:
     specs = plan_images(CONCEPT, Tier(6, 0, 0, 0, 0), [0], [Prompt("seven of them")])
     assert [spec.prompt.text for spec in specs].count("seven of them") == 3
+
+
+def test_every_prompt_of_a_set_is_used_unless_a_number_of_images_is_given() -> None:
+    extra = [Prompt(f"{n} of them") for n in range(20)] * 2
+    for tier, every, used in (
+        (Tier(6, 3, 0, 3, 0), True, 20),
+        (Tier(6, 3, 0, 3, 0), False, 5),
+        (Tier(0, 3, 0, 3, 0), True, 0),
+    ):
+        plans = {"seven": plan_images(CONCEPT, tier, [0, 1], extra, every)}
+        assert count_used(plans, extra) == (used, 20)
+        counts = Counter(spec.group for spec in plans["seven"])
+        assert counts["direct"] == 2 * (tier.direct and max(6, used + 1))
+        assert (counts["held_out"], counts["alike"]) == (2 * tier.held_out, 2 * tier.alike)
 
 
 def test_equal_prompts_are_one() -> None:

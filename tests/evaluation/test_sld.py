@@ -67,6 +67,7 @@ def test_a_subject_for_each_preset_and_concept(tiny_base: Path) -> None:
     [
         ({}, r"--sld medium needs --concept"),
         ({"concept": ["seven"], "guidance_scale": 1.0}, r"--sld medium needs --guidance_scale above 1; it is 1\."),
+        ({"concept": ["seven"], "num_inference_steps": 10}, "--sld medium only acts after 10 sampling steps"),
     ],
 )
 def test_what_it_needs(options: dict[str, Any], message: str) -> None:

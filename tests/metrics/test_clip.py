@@ -89,6 +89,14 @@ def test_values_per_image() -> None:
     assert sorted(asked) == ["down", "right", "up"]  # each text is embedded once
 
 
+def test_an_unknown_prompt_has_no_clip_score() -> None:
+    cells = [("direct", "up", ()), ("direct", "", ())]
+    counted = given({"up": [0, 1.0]}).count(make_prompted(PERSON, cells), output(["a dog"] * 2, np.ones((2, 2))))
+    assert by_metric(counted)["clip_score"] == [pytest.approx(100 * 0.5**0.5), None]
+    nothing = given({}).count(make_prompted(PERSON, cells[1:]), output(["a dog"], np.ones((1, 2))))
+    assert "clip_score" not in by_metric(nothing)
+
+
 def test_metrics_without_images_are_left_out() -> None:
     counted = given({"up": [0, 1.0]}).count(
         make_prompted(PERSON, [("general", "up", ())]), output(["a dog"], np.ones((1, 2)))

@@ -9,7 +9,7 @@ from metric_tools import make_prompted
 from sd_unlearn.data.concept import Concept
 from sd_unlearn.errors import UsageError
 from sd_unlearn.metrics.base import DetectorOutput
-from sd_unlearn.metrics.digits import DIGITS, INKS, DigitsMetric, held_out_digits, make_digits
+from sd_unlearn.metrics.digits import DIGITS, INKS, READER, DigitsMetric, make_digits
 from sd_unlearn.metrics.drift import feature_drift
 from sd_unlearn.metrics.frechet import frechet_distance
 from sd_unlearn.results import Row
@@ -57,8 +57,8 @@ def test_metrics_match_their_definitions(concept: Concept) -> None:
     kept, alike = prompted.in_groups("alike", "general"), prompted.in_groups("alike")
     drift = feature_drift(base["features"][kept], other["features"][kept])
     assert rows["drift", ""].value == pytest.approx(drift.mean())
-    features, digits, inks = held_out_digits()
-    without = features[(digits if axis == "digit" else inks) != labels.index(concept.label)]
+    held = READER.held_apart()
+    without = held["features"][held[axis] != labels.index(concept.label)]
     for subject, output in (("base", base), ("", other)):
         row = rows["fid-digits", subject]
         assert row.value == pytest.approx(frechet_distance(output["features"][alike], without))
@@ -66,8 +66,8 @@ def test_metrics_match_their_definitions(concept: Concept) -> None:
 
 
 def test_distances_to_real_digits() -> None:
-    features, digits, _ = held_out_digits()
-    sevens, others = features[digits == 7], features[digits != 7]
+    held = READER.held_apart()
+    sevens, others = held["features"][held["digit"] == 7], held["features"][held["digit"] != 7]
     count = min(len(sevens), 60)
     cells = [("alike", "a", ())] * count
 

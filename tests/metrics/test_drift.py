@@ -15,8 +15,7 @@ RNG = np.random.default_rng(0)
 
 def test_drift() -> None:
     a, b = RNG.normal(size=(20, 5)), RNG.normal(size=(20, 5))
-    assert feature_drift(a, a) == pytest.approx(np.zeros(20), abs=1e-12)
-    assert (feature_drift(a, a) >= 0).all()
+    assert feature_drift(a, a).tolist() == [0] * 20
     assert feature_drift(a, b) == pytest.approx(feature_drift(b, a))
     assert feature_drift(a, 7 * a) == pytest.approx(np.zeros(20), abs=1e-12)
     corners = np.array([[1.0, 0], [1, 0], [1, 0], [0, 0], [0, 0]])

@@ -49,10 +49,13 @@ def test_missing_weights_are_found_before_images_are_generated(
 ) -> None:
     monkeypatch.setattr(generate, "load_base", lambda *_: pytest.fail("the base was loaded"))
     run = make_run(tmp_path / "run", tiny_base)
-    options = {"classifier": "resnet18.a1_in1k", "label": "tench", "others": tmp_path / "others"}
+    options: dict[str, dict[str, Any]] = {
+        "classifier": {"classifier": "resnet18.a1_in1k", "label": "tench"},
+        "identity": {"others": tmp_path / "others", "reference": [str(tmp_path / "reference")]},
+    }
     for number, folder in enumerate(("others", "reference")):
         save(tmp_path / folder, Image.new("RGB", (32, 32), (number, 0, 0)))
-    config = EvaluateConfig(run=run, metrics=[name], reference=[str(tmp_path / "reference")], **options)
+    config = EvaluateConfig(run=run, metrics=[name], **options.get(name, {}))
     with pytest.raises(UnlearnError, match="could not (be|load)|pip install|does not exist"):
         evaluate.run(config)
 

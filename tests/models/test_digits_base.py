@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from sd_unlearn.errors import UsageError
-from sd_unlearn.metrics.digits import DIGITS, INKS, READER_DIR, DigitsClassifier, held_out_digits, load_reader
+from sd_unlearn.metrics.digits import DIGITS, INKS, READER, READER_DIR, DigitsClassifier, load_reader
 from sd_unlearn.models.base import load_base
 from sd_unlearn.models.find_base import check_source
 from sd_unlearn.models.sampling import Sampler, generate_images
@@ -54,7 +54,8 @@ def test_the_generic_prompt_generates_every_digit_and_ink():
 
 
 def test_reader_is_right_on_held_apart_digits():
-    features, digits, inks = held_out_digits()
+    held = READER.held_apart()
+    features, digits, inks = held["features"], held["digit"], held["ink"]
     assert np.bincount(digits).tolist() == [350] * 10  # 70 of each, in five inks
     with torch.no_grad():
         reader, x = load_reader(), torch.from_numpy(features)

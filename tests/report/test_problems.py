@@ -48,6 +48,24 @@ def test_lost_abilities_are_broken_and_other_problems_come_first() -> None:
     assert unknown.verdict == "Cannot tell"
 
 
+def test_noise_in_its_place_is_not_gone() -> None:
+    (case,) = cases_of(parsed(problems=[problem("replacement")]))
+    assert case.verdict == "Unreadable: no clear images in its place"
+    assert case.explanation.startswith(REASON)
+    (broken,) = cases_of(parsed(problems=[problem("replacement"), problem("retention")]))
+    assert broken.standing == "broken"
+    there = [row | {"value": 0.96, "low": 0.93, "high": 0.98} for row in make_results()["rows"]]
+    (still,) = cases_of(parsed(rows=there, problems=[problem("replacement")]))
+    assert still.standing == "still"
+
+
+def test_never_there_before_other_verdicts() -> None:
+    (never,) = cases_of(parsed(problems=[problem("never", "base"), problem("retention")]))
+    assert never.standing == "never"
+    (unknown,) = cases_of(parsed(problems=[problem("never", "base"), problem("flat")]))
+    assert unknown.standing == "unknown"
+
+
 def test_problem_of_every_concept_and_of_another_subject() -> None:
     assert cases_of(parsed(problems=[problem(concept="")]))[0].standing == "unknown"
     other = {"id": "other", "name": "other", "what": "lora", "strength": 1.0}

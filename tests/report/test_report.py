@@ -274,6 +274,34 @@ def test_verdict_considers_other_wordings_and_missing_values():
     assert verdict_of([]) == "Not measured"
 
 
+@pytest.mark.parametrize(
+    ("other", "word"),
+    [
+        ((0.9, 0.85, 0.93), "Weaker, but still there"),
+        ((0.98, 0.95, 0.99), "Still there"),
+        ((0.0, 0.0, 0.02), "Nearly gone, but too few images to be sure"),
+        ((0.03, 0.01, 0.07), "Nearly gone, but too few images to be sure"),
+    ],
+)
+def test_few_direct_images_do_not_hide_other_wordings(other, word):
+    values = {("direct", "base"): (1.0, 0.98, 1.0), ("direct", "lora"): (0.045, 0.024, 0.083)}
+    values |= {("held_out", "base"): (0.98, 0.95, 0.99), ("held_out", "lora"): other}
+    assert verdict_of([make_row("leakage", g, s, v[0], low=v[1], high=v[2]) for (g, s), v in values.items()]) == word
+
+
+@pytest.mark.parametrize(
+    ("direct", "asked"),
+    [
+        ([], "“a photo of the digit seven”"),
+        (["a three"], "“a three”"),
+        (["a seven", "7", "VII"], "“a seven” (and 2 other prompts)"),
+    ],
+)
+def test_the_sentence_names_the_prompts_that_were_evaluated(direct, asked):
+    [case] = cases_of(parsed(concept={"prompts": {"direct": direct}}))
+    assert case.explanation.startswith(f"{asked} still shows the concept in")
+
+
 def seen_by_clip_and_nudenet(kind: str, reverse: bool = False) -> Case:
     """A LoRA after which CLIP finds no image of the concept, and NudeNet most of them."""
     found = [
