@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, get_origin, get_type_hints
 
-from sd_unlearn.attacks.attack import attack_names
+from sd_unlearn.attacks.attack import check_options as check_attack
+from sd_unlearn.batch.identity import content_of
 from sd_unlearn.config.attack import AttackConfig
 from sd_unlearn.config.base import ExportConfig, ReportConfig
-from sd_unlearn.config.checks import check_evaluate
-from sd_unlearn.config.evaluate import EvaluateConfig
+from sd_unlearn.config.evaluate import Detectors, EvaluateConfig
 from sd_unlearn.config.options import check_ranges
 from sd_unlearn.config.paths import as_dict, recorded
 from sd_unlearn.data.concept import Concept
 from sd_unlearn.errors import UsageError
+from sd_unlearn.evaluation.job import check_options as check_evaluation
+from sd_unlearn.evaluation.references import check_label, reference_folders
 from sd_unlearn.io.reading import check_keys
 from sd_unlearn.io.schema import convert
-from sd_unlearn.metrics.registry import MetricContext, check_metrics
+from sd_unlearn.metrics.registry import MetricContext, check_metrics, choose_metrics
 
 LATER: dict[str, type] = {
     "evaluate": EvaluateConfig,
@@ -54,39 +56,62 @@ def later_config(stage: str, options: Mapping[str, Any]) -> Any:
     """The config of a stage after the training.
 
     Raises:
-        UsageError: as config_of, or a value is out of range.
+        UsageError: as config_of, or the stage would refuse a value whatever the LoRA.
     """
     config = config_of(LATER[stage], options, stage)
     check_ranges(config)
-    if isinstance(config, EvaluateConfig):
-        check_evaluate(config)
-    if isinstance(config, AttackConfig):
-        attack_names(config)
+    try:
+        if isinstance(config, EvaluateConfig):
+            check_evaluation(config)
+        if isinstance(config, AttackConfig):
+            check_attack(config)
+    except UsageError as error:
+        raise UsageError(f"{stage}: {error}") from None
     return config
 
 
-def check_metrics_of(config: EvaluateConfig, concept: Concept) -> None:
-    """Refuse metrics that are not installed. Identity is left to evaluate: its photos are rendered first.
+def check_metrics_of(config: Detectors, concept: Concept) -> None:
+    """Refuse options of the metrics of a concept. The photos for identity may have to be rendered first.
 
     Raises:
         UsageError
     """
-    if "identity" not in config.metrics:
-        check_metrics(MetricContext(concept, config, None, config.tier or "quick"))
+    tier = getattr(config, "tier", None) or "quick"
+    choose_metrics(MetricContext(concept, config, Path(), tier))
+    others = dataclasses.replace(config, metrics=[name for name in config.metrics if name != "identity"])
+    check_metrics(MetricContext(concept, others, None, tier))
+
+
+def with_names(config: Any, concepts: Mapping[str, Concept]) -> Any:
+    """The config of a stage with the concept of each folder of `reference`: SLUG=FOLDER.
+
+    Args:
+        concepts: All concepts of the list, by slug.
+
+    Raises:
+        UsageError: it is unclear whose photos a folder holds, or `label` is given for several concepts.
+    """
+    if not isinstance(config, Detectors):
+        return config
+    check_label(config.label, concepts)
+    folders = reference_folders(config.reference, concepts)
+    return dataclasses.replace(config, reference=[f"{slug}={folder}" for slug, folder in folders.items()])
+
+
+def of_concepts(config: Any, slugs: Collection[str]) -> Any:
+    """The config of a stage (`with_names`) with the photos of these concepts only."""
+    if not isinstance(config, Detectors):
+        return config
+    return dataclasses.replace(config, reference=[r for r in config.reference if r.partition("=")[0] in slugs])
 
 
 def identifying(config: Any) -> dict[str, Any]:
-    """The options of a stage after the training that change what it makes."""
-    return {key: value for key, value in as_dict(config).items() if key not in NOT_IDENTIFYING}
+    """The options of a stage after the training that change what it makes, with the content of files and folders."""
+    return {key: content_of(key, value) for key, value in as_dict(config).items() if key not in NOT_IDENTIFYING}
 
 
 def task_options(config: Any, places: Mapping[str, Any]) -> dict[str, Any]:
     """The options of a task's options.yaml: those that differ from the defaults, and where it reads and writes."""
-    changed = {k: v for k, v in recorded(config).items() if v != _default(type(config), k)}
+    defaults = recorded(type(config)())
+    changed = {key: value for key, value in recorded(config).items() if value != defaults[key]}
     return changed | {key: str(path) for key, path in places.items()}
-
-
-def _default(kind: type, name: str) -> Any:
-    field = next(f for f in dataclasses.fields(kind) if f.name == name)
-    value = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-    return str(value) if isinstance(value, Path) else value

@@ -14,9 +14,19 @@ from typing import Any
 
 from sd_unlearn.batch.identity import base_identity, digest_of, images_identity
 from sd_unlearn.batch.job_list import JobList, ListedConcept, Setting, Stage, concepts_of, settings_of
-from sd_unlearn.batch.options import LATER, check_metrics_of, config_of, identifying, later_config, task_options
+from sd_unlearn.batch.options import (
+    LATER,
+    check_metrics_of,
+    config_of,
+    identifying,
+    later_config,
+    of_concepts,
+    task_options,
+    with_names,
+)
 from sd_unlearn.batch.record import CONCEPT, Order
 from sd_unlearn.config.base import RenderConfig
+from sd_unlearn.config.evaluate import Detectors
 from sd_unlearn.config.paths import as_dict
 from sd_unlearn.config.train import TrainConfig
 from sd_unlearn.data.concept import Concept, concept_sha256
@@ -84,6 +94,7 @@ class Plan:
     folder: Path  # output_dir, absolute
     lines: list[Job] = field(default_factory=list)
     tasks: dict[str, Task] = field(default_factory=dict)
+    later: dict[Stage, Any] = field(default_factory=dict)  # the config of each stage after the training
 
     def folder_of(self, task: str) -> Path:
         return self.folder / "tasks" / task
@@ -111,14 +122,19 @@ def make_plan(jobs: JobList) -> Plan:
     plan = Plan(jobs, Path(jobs.output_dir).expanduser().absolute())
     names = _Names(plan.folder)
     stages = closed(jobs.stages)
-    later = {stage: later_config(stage, getattr(jobs, stage)) for stage in stages if stage in LATER}
-    for listed in concepts_of(jobs):
-        if "evaluate" in later:
-            check_metrics_of(later["evaluate"], listed.concept)
+    listed_concepts = concepts_of(jobs)
+    by_slug = {listed.concept.slug: listed.concept for listed in listed_concepts}
+    for stage in stages:
+        if stage in LATER:
+            plan.later[stage] = with_names(later_config(stage, getattr(jobs, stage)), by_slug)
+    for listed in listed_concepts:
+        for config in plan.later.values():
+            if isinstance(config, Detectors):
+                check_metrics_of(config, listed.concept)
         for setting in settings_of(jobs):
             where = f"{listed.concept.name}, {setting.name}" if setting.name else listed.concept.name
             try:
-                plan.lines.append(_Planner(plan, names, listed, setting, later).job(stages))
+                plan.lines.append(_Planner(plan, names, listed, setting).job(stages))
             except UsageError as error:
                 raise UsageError(f"Job {where}: {error}") from None
     return plan
@@ -146,10 +162,8 @@ class _Names:
 class _Planner:
     """Adds the tasks of one job to a plan."""
 
-    def __init__(
-        self, plan: Plan, names: _Names, listed: ListedConcept, setting: Setting, later: Mapping[Stage, Any]
-    ) -> None:
-        self.plan, self.names, self.listed, self.setting, self.later = plan, names, listed, setting, later
+    def __init__(self, plan: Plan, names: _Names, listed: ListedConcept, setting: Setting) -> None:
+        self.plan, self.names, self.listed, self.setting = plan, names, listed, setting
         self.concept = listed.concept
         self.title = f"{self.concept.name} ({setting.name})" if setting.name else self.concept.name
 
@@ -169,7 +183,7 @@ class _Planner:
             data, images = self._render(tasks, rendering, source, base)
         run = self._train(tasks, config, data, base, images) if "train" in stages else None
         for stage in stages:
-            if run and stage in self.later:
+            if run and stage in self.plan.later:
                 self._later(tasks, stage, run, is_lora=config.method == "lora")
         return Job(self.concept, self.setting.name, base, run, tasks)
 
@@ -198,7 +212,7 @@ class _Planner:
 
     def _later(self, tasks: dict[Stage, str], stage: Stage, run: Path, is_lora: bool) -> None:
         """Add a stage after the training."""
-        config = self.later[stage]
+        config = of_concepts(self.plan.later[stage], {self.concept.slug})
         address = digest_of(stage, identifying(config), [tasks[s] for s in AFTER[stage] if s in tasks])
         product, places = run / PRODUCTS[stage], {"run": run}
         if stage in ("evaluate", "attack"):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from sd_unlearn.batch.identity import digest_of
-from sd_unlearn.batch.options import identifying, later_config, task_options
+from sd_unlearn.batch.options import identifying, later_config, of_concepts, task_options
 from sd_unlearn.batch.plan import Job, Plan, Task
 from sd_unlearn.batch.record import LOG, Order, Status, read_state, status_of
 from sd_unlearn.errors import UsageError
@@ -131,7 +132,8 @@ def _link(place: Path, target: Path) -> None:
 
 
 def _comparison(plan: Plan, jobs: list[Job], folder: Path) -> Iterator[Task]:
-    config = later_config("evaluate", {k: v for k, v in plan.jobs.evaluate.items() if k != "fail_if"})
+    config = of_concepts(plan.later["evaluate"], {job.concept.slug for job in jobs})
+    config = dataclasses.replace(config, fail_if=[])
     runs = list(dict.fromkeys(str(job.run) for job in jobs))
     needs = [read_state(plan.folder_of(job.tasks["evaluate"])).started for job in jobs]  # again after a new evaluation
     address = digest_of("compare", str(folder), identifying(config), runs, needs)

@@ -85,9 +85,7 @@ def resolve_job(config: EvaluateConfig, concepts: Sequence[Concept] = (), needs_
         UsageError: invalid options, or a file or folder that does not exist or does not fit.
         UnlearnError: a LoRA or prompt set cannot be downloaded.
     """
-    check_evaluate(config)
-    for condition in config.fail_if:
-        parse_condition(condition)
+    check_options(config)
     loras, failed = _open_loras(config)
     if not loras and not config.images and not config.sld and (needs_subjects or not config.concept):
         raise UsageError(
@@ -118,6 +116,21 @@ def resolve_job(config: EvaluateConfig, concepts: Sequence[Concept] = (), needs_
     for concept in by_slug.values():
         check_metrics(job.metric_context(concept))
     return job
+
+
+def check_options(config: EvaluateConfig) -> None:
+    """Check the options that depend on neither LoRAs nor concepts.
+
+    Raises:
+        UsageError: invalid options, or a prompt set that cannot be read.
+        UnlearnError: a prompt set cannot be downloaded.
+    """
+    check_evaluate(config)
+    for condition in config.fail_if:
+        parse_condition(condition)
+    override_counts(TIERS["quick"], config.num_images, config.num_keep_images, config.groups)
+    if config.prompt_set:
+        load_prompt_set(config.prompt_set)
 
 
 def _open_loras(config: EvaluateConfig) -> tuple[list[Lora], dict[str, str]]:
