@@ -45,18 +45,28 @@ def _line(plan: Plan, job: Job, skipped: Mapping[str, str]) -> dict[str, Any]:
     status: Status | str = next((s for s in states.values() if s != "done"), "done")
     line: dict[str, Any] = {"concept": job.concept.name, "setting": job.setting, "status": status, "run": job.run or ""}
     line["seconds"] = round(sum(read_state(plan.folder_of(task)).seconds for task in states), 1)
-    for task, state in states.items():
-        if state == "failed":
-            line["message"] = f"{read_state(plan.folder_of(task)).message} Log: {plan.folder_of(task) / LOG}"
-            break
-        if task in skipped:
-            line["message"] = f"Needs {skipped[task]}, which failed."
-            break
+    line["message"] = _fault(plan, states, skipped) or " ".join(met_conditions(plan, job))
     if job.run and states.get(job.tasks.get("evaluate") or job.tasks.get("attack", "")) == "done":
         line |= _measured(job.run)
         if states.get(job.tasks.get("attack", ""), "done") != "done":  # those of another task
             line |= {"attack": "", "strongest_attack": ""}
     return line
+
+
+def _fault(plan: Plan, states: Mapping[str, Status], skipped: Mapping[str, str]) -> str:
+    """Why a task of a job failed or was skipped; "" if none was."""
+    for task, state in states.items():
+        if state == "failed":
+            return f"{read_state(plan.folder_of(task)).message} Log: {plan.folder_of(task) / LOG}"
+        if task in skipped:
+            return f"Needs {skipped[task]}, which failed."
+    return ""
+
+
+def met_conditions(plan: Plan, job: Job) -> list[str]:
+    """The messages of a job's tasks after which a --fail_if condition holds."""
+    folders = [plan.folder_of(task) for task in job.tasks.values()]
+    return [state.message for f in folders if status_of(f) == "done" and (state := read_state(f)).message]
 
 
 def _measured(run: Path) -> dict[str, Any]:
