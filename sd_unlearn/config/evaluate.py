@@ -256,7 +256,7 @@ class EvaluateConfig(PlanOptions, Detectors, SamplerOptions, Prompts, Inputs):
     ] = many()
     keep_going: Annotated[
         bool,
-        option("Evaluate the other LoRAs if one cannot be evaluated, and print pass or fail for each.", OUTPUT),
+        option("Evaluate the other LoRAs if one cannot be evaluated, and print the outcome of each.", OUTPUT),
     ] = False
     write_plan: Annotated[
         Path | None,

@@ -118,13 +118,14 @@ def check_conditions(results: dict[str, Any], fail_if: Sequence[str]) -> str:
 
 
 def pass_or_fail(config: EvaluateConfig, results: dict[str, Any]) -> list[str]:
-    """With --keep_going a line for each LoRA and image folder: whether it passes --fail_if, and why not."""
+    """With --keep_going a line for each LoRA and image folder: whether it passes --fail_if, if given, and why not."""
     if not config.keep_going:
         return []
     conditions, found, lines = [parse_condition(text) for text in config.fail_if], parse_results(results), []
     for subject in checked_subjects(found):
         because = met_conditions(conditions, found, only=subject.id)
-        lines.append(f"fail {subject.name}: {'; '.join(because)}" if because else f"pass {subject.name}")
+        passed = f"{'pass' if conditions else 'evaluated'} {subject.name}"
+        lines.append(f"fail {subject.name}: {'; '.join(because)}" if because else passed)
     return lines + [f"fail {failed.lora}: {failed.message}" for failed in found.failed]
 
 
