@@ -303,6 +303,26 @@ def test_a_finished_run_without_checkpoints_is_not_trained_again(
     assert {p: p.stat().st_mtime_ns for p in run.rglob("*")} == before
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seed": 1}, "--seed was 0 and is 1"),
+        ({"rank": 4}, "--rank was 2 and is 4"),
+        ({"lora_dropout": 0.0}, "--lora_dropout was 0.2 and is 0.0"),  # the default
+        ({"pretrained_model_name_or_path": "digits"}, "--pretrained_model_name_or_path was .* and is digits"),
+        ({"concept": "seven"}, "the concept was Brad Pitt and is seven"),
+    ],
+)
+def test_a_finished_run_without_checkpoints_is_not_taken_for_another(
+    whole: Path, make_config: Config, change: dict[str, object], message: str
+) -> None:
+    shutil.copytree(whole, Path("run"))
+    for dry_run in (False, True):
+        options = {"resume_from_checkpoint": "latest", "data_dir": Path("other"), "dry_run": dry_run} | change
+        with pytest.raises(UsageError, match=f"run is a finished run without checkpoints.*{message}.*--overwrite"):
+            trainer.run(make_config("run", **options))
+
+
 @pytest.mark.parametrize("part", ["write_concepts", "write_text"])
 def test_a_run_killed_while_its_folder_is_created_can_be_started_again(
     make_config: Config, whole: Path, monkeypatch: pytest.MonkeyPatch, part: str
