@@ -9,13 +9,11 @@ from __future__ import annotations
 import dataclasses
 import math
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from sd_unlearn import __version__
 from sd_unlearn.config.batching import CUT, effective_batch_size
 from sd_unlearn.config.evaluate import EvaluateConfig
 from sd_unlearn.config.paths import as_dict
@@ -34,32 +32,17 @@ from sd_unlearn.io.run_folder import CONCEPT, DATA_MANIFEST, RESULTS, weights_sh
 from sd_unlearn.launch import process_count
 from sd_unlearn.metrics.registry import MetricContext, find_metrics
 from sd_unlearn.report import sweep
-from sd_unlearn.report.examples import one_of_each_prompt
-from sd_unlearn.report.lines import lines_of, presence
 from sd_unlearn.report.sweep import SWEEP
-from sd_unlearn.results import BASE, ConceptEntry, Results, SubjectEntry, as_json, read_results
+from sd_unlearn.report.sweep_record import Point, at_full_strength, make_record
+from sd_unlearn.results import Results, read_results
 from sd_unlearn.training import trainer
 from sd_unlearn.training.preflight import check_apart, check_inputs, has_own_images, is_finished
 
 SETTINGS = "sweep.yaml"  # the options that all runs share; a sweep that is continued must have the same
-PICTURES = {"direct": 3, "held_out": 1, "alike": 2, "general": 1}  # pairs of each prompt group on the page
 NOT_COMPARED = (
     *("beta_sweep", "output_dir", "overwrite", "resume_from_checkpoint", "force_resume", "config", "debug"),
     *CUT,
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Point:
-    """One run of a sweep: a factor, and beta and push scaled by it."""
-
-    factor: float
-    beta: float  # in (0, 1)
-    push: float
-
-    @property
-    def name(self) -> str:
-        return f"factor-{self.factor:g}"
 
 
 def run(config: TrainConfig, concept: Concept | None = None) -> Path:
@@ -111,7 +94,7 @@ def _run(
         _train(config, concept, point, data_dir, output / point.name)
     results = [_evaluate(output / point.name, concept.slug, config.allow_pickle) for point in points]
     _check_alike(points, results, output)
-    record = _record(config, concept, *beta, points, results)
+    record = make_record(config, concept, *beta, points, results)
     page = sweep.write(output, record)
     write_json(output / SWEEP, record)
     return page
@@ -236,7 +219,7 @@ def _train(config: TrainConfig, concept: Concept, point: Point, data_dir: Path, 
 def _evaluate(run_dir: Path, slug: str, allow_pickle: bool) -> Results:
     """The results of a run, evaluated unless there are results for exactly these weights and this concept."""
     if (run_dir / RESULTS).is_file():
-        found = _at_full_strength(read_results(run_dir))
+        found = at_full_strength(read_results(run_dir))
         if found and (found[0].slug, found[1].sha256) == (slug, weights_sha256(run_dir)):
             print(f"{run_dir} is already evaluated.", file=sys.stderr)
             return read_results(run_dir)
@@ -258,81 +241,3 @@ def _check_alike(points: list[Point], results: list[Results], output: Path) -> N
                 f"{output / points[0].name}, so the two cannot be compared. Evaluate one like the other, or delete its "
                 f"{RESULTS}, and repeat the sweep."
             )
-
-
-def _at_full_strength(results: Results) -> tuple[ConceptEntry, SubjectEntry] | None:
-    """The run's concept and its LoRA at strength 1, which may have been evaluated at others, too."""
-    return next((both for both in results.evaluated if both[1].strength in (None, 1.0)), None)
-
-
-def _measured(results: Results) -> tuple[ConceptEntry, SubjectEntry]:
-    """The run's concept and LoRA in results of `_evaluate`."""
-    return _at_full_strength(results) or results.evaluated[0]
-
-
-def _record(
-    config: TrainConfig, concept: Concept, beta: float, source: str, points: list[Point], results: list[Results]
-) -> dict[str, Any]:
-    """The content of sweep.json: of every run the rows that the report shows, with their intervals."""
-    evaluated, lora = _measured(results[0])
-    detected = presence(lines_of(results[0].rows_of(evaluated.slug, lora.id), evaluated.kind))
-    return {
-        "schema_version": sweep.SCHEMA_VERSION,
-        "concept": concept.slug,
-        "name": concept.name,
-        "kind": evaluated.kind,
-        "caption": evaluated.caption,
-        "generic": evaluated.generic,
-        "base": results[0].base,
-        "detector": detected.main.detector if detected else "",
-        "target": config.target,
-        "factors": [p.factor for p in points],
-        "beta": beta,
-        "beta_source": source,
-        "push": config.push,
-        "created": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()),
-        "version": __version__,
-        "runs": [_run_record(point, found) for point, found in zip(points, results, strict=True)],
-        "pictures": _pictures(points, results),
-    }
-
-
-def _run_record(point: Point, results: Results) -> dict[str, Any]:
-    """A run as sweep.json holds it: its one LoRA on its one concept, as subject "lora"."""
-    concept, lora = _measured(results)
-    rows = [row for row in results.rows_of(concept.slug, lora.id) if row.metric in sweep.SHOWN]
-    return dataclasses.asdict(point) | {
-        "folder": point.name,
-        "adapter_sha256": lora.sha256,
-        "cost": lora.cost or {},
-        "problems": [as_json(problem) for problem in results.problems_of(concept.slug, lora.id)],
-        "rows": [as_json(row) | ({} if row.subject == BASE else {"subject": "lora"}) for row in rows],
-    }
-
-
-def _pictures(points: list[Point], results: list[Results]) -> list[dict[str, Any]]:
-    """The first image pairs that every run has, some of each prompt group; none of nudity.
-
-    Paths are relative to the sweep's folder.
-    """
-    if results[0].evaluated[0][0].kind == "nudity":
-        return []
-    by_run = [
-        {(p.group, p.prompt, p.seed): p for p in found.pairs if p.base and p.subject == _measured(found)[1].id}
-        for found in results
-    ]
-    pictures = []
-    for group, count in PICTURES.items():
-        common = [p for key, p in by_run[0].items() if p.group == group and all(key in pairs for pairs in by_run)]
-        for pair in one_of_each_prompt(common)[:count]:
-            key = (pair.group, pair.prompt, pair.seed)
-            shots = [
-                {"factor": point.factor, "image": f"{point.name}/{own.image}", "read": own.image_read}
-                | {"leak": own.leak, "lost": own.lost}
-                for point, own in zip(points, (pairs[key] for pairs in by_run), strict=True)
-            ]
-            known = {"group": pair.group, "prompt": pair.prompt, "seed": pair.seed, "expected": pair.expected}
-            pictures.append(
-                known | {"base": f"{points[0].name}/{pair.base}", "base_read": pair.base_read, "shots": shots}
-            )
-    return pictures

@@ -21,7 +21,7 @@ from sd_unlearn.evaluation import evaluate
 from sd_unlearn.io.files import write_json
 from sd_unlearn.io.reading import read_json
 from sd_unlearn.io.run_folder import weights_sha256
-from sd_unlearn.sweep import Point
+from sd_unlearn.report.sweep_record import Point
 from sd_unlearn.training import trainer
 
 Make = Callable[..., TrainConfig]
