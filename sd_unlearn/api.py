@@ -142,7 +142,7 @@ def train(config: TrainConfig, concepts: list[Concept]) -> Path:
         KeyboardInterrupt: Ctrl-C; a checkpoint was saved.
     """
     prepare_processes()
-    if config.beta_sweep is not None and not config.dry_run:
+    if config.beta_sweep is not None:
         from sd_unlearn import sweep
 
         return sweep.run(config, *_one(concepts))

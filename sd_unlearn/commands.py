@@ -112,7 +112,9 @@ def train(config: Annotated[TrainConfig, Parameter(name="*")] = TrainConfig()) -
     if config.beta_sweep is not None and not config.dry_run:
         from sd_unlearn import sweep
 
-        print(sweep.run(config))
+        page = sweep.run(config)
+        if not config.dry_run:
+            print(page)
         return
     from sd_unlearn.training import trainer
 
