@@ -198,7 +198,7 @@ def _train(
     summary = f"Forgetting {concept.name!r} in {base.name}: {data.counts()}{beta}."
     for line in (*filter(None, [data.note]), *data.prior.notes, summary):
         accelerator.print(line, file=sys.stderr)
-    with _explained_write_errors(output), _explained_memory_errors(config, base, output):
+    with _explained_write_errors(output), _explained_memory_errors(config, base, output), _named_checkpoint(output):
         state = fit(config, training, resume)
         if accelerator.is_main_process:
             _close_run(config, training, state, partial(training_record, config, concept, base, data.prior, data.betas))
@@ -259,6 +259,18 @@ def _explained_memory_errors(config: TrainConfig, base: Base, output: Path) -> I
             f"{error} Free memory of the device and {retry}, or start over (--overwrite) with: "
             f"{remedies(config, config.resolution or base.resolution)}."
         ) from error
+
+
+@contextmanager
+def _named_checkpoint(output: Path) -> Iterator[None]:
+    """Name the last checkpoint after a second Ctrl-C, which saves none."""
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        kept = checkpoint.list_checkpoints(output)
+        if str(interrupt) or not kept:
+            raise
+        raise KeyboardInterrupt(f"The last checkpoint is {kept[-1]}.") from None
 
 
 def _close_run(config: TrainConfig, training: Training, state: TrainingState, record_of: RecordOf) -> None:

@@ -44,6 +44,12 @@ def test_settings_and_grid_are_combined_and_share_rendered_images(make: Callable
     assert not tree(tmp_path / "runs")  # planning writes nothing
 
 
+def test_no_is_a_precision_in_yaml(make: Callable[..., Plan]) -> None:
+    """YAML reads it as false."""
+    plan = make(options={"mixed_precision": False}, stages=["evaluate"], evaluate={"mixed_precision": False})
+    assert plan.tasks == make(options={"mixed_precision": "no"}, stages=["evaluate"]).tasks
+
+
 def test_a_stage_brings_the_stages_that_it_needs(make: Callable[..., Plan]) -> None:
     assert list(stages(make(stages=["report"]))) == ["render", "train", "evaluate", "report"]
     assert list(stages(make(stages=["attack"]))) == ["render", "train", "attack"]
@@ -165,10 +171,18 @@ def test_concepts_come_from_a_csv_file(make: Callable[..., Plan], tmp_path: Path
         ({"concept": ["seven"]}, 'unknown key "concept". Did you mean "concepts"?'),
         ({"concepts": []}, "concepts is empty"),
         ({"concepts": ["sevn"]}, 'Did you mean "seven"?'),
+        (
+            {"concepts": [{"name": "A", "anchr": "b"}]},
+            'unknown key "anchr" in concepts[0]. Did you mean "anchor"? Known: anchor, data_dir, kind',
+        ),
+        ({"concepts": [7]}, "concepts[0] must be text (in quotes), not 7"),
         ({"concepts": ["people.csv"]}, "people.csv: No such file"),
         ({"options": {"rnak": 4}}, 'options: unknown key "rnak". Did you mean "rank"?'),
         ({"options": {"rank": 0}}, "--rank 0 must be above 0"),
         ({"options": {"rank": "four"}}, "rank must be int, not 'four'"),
+        ({"options": {"rank": True}}, "rank must be int, not True"),
+        ({"options": {"rank": 7.5}}, "rank must be int, not 7.5"),
+        ({"stages": ["evaluate"], "evaluate": {"seed": [0, True]}}, "evaluate: seed must be list[int], not [0, True]"),
         ({"options": {"output_dir": "x"}}, "output_dir cannot be set here"),
         ({"grid": {"rank": []}}, "grid: rank has no values"),
         ({"grid": {"rank": [2]}, "settings": [{"rank": 4}]}, "rank is both in settings and in grid"),

@@ -162,6 +162,20 @@ def test_the_command_says_how_to_resume(
     assert "Saved step 2 of 24 in run. Add --resume_from_checkpoint latest to continue." in said
     assert signal.getsignal(signal.SIGINT) is before
 
+    step = TrainingState.take_step
+
+    def second(self: TrainingState, *arguments: object) -> object:
+        if self.step == 3:
+            raise KeyboardInterrupt  # as a second Ctrl-C, which saves nothing
+        return step(self, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(TrainingState, "take_step", second)
+    command = ["train", *flags(settings(place, tiny_base)), "--output_dir", "run", "--overwrite"]
+    assert cli.main(command) == 130
+    said = capsys.readouterr().err
+    resume = "Replace --overwrite with --resume_from_checkpoint latest to continue."
+    assert f"The last checkpoint is run/checkpoints/step-000003. {resume}" in said
+
 
 @pytest.mark.parametrize(
     "options",
