@@ -36,6 +36,12 @@ def run(config: AttackConfig, concepts: Sequence[Concept] = ()) -> dict[str, Any
         UnlearnError: a model or detector cannot be loaded, or a LoRA does not fit the base.
     """
     check_options(config)
+    base_alone = bool(config.concept) and (config.ceiling or config.floor is not None)
+    if config.run is None and not config.lora and not base_alone:
+        raise UsageError(
+            "Nothing to attack. Give a run folder (--run runs/seven), LoRAs (--lora A B), or --concept to attack the "
+            "base alone."
+        )
     job = resolve_job(_as_evaluation(config), concepts, needs_subjects=not (config.ceiling or config.floor))
     metrics = {slug: find_metrics(job.metric_context(concept)) for slug, concept in job.concepts.items()}
     from sd_unlearn.attacks.runner import attack_all

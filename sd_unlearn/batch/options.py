@@ -78,8 +78,9 @@ def check_metrics_of(config: Detectors, concept: Concept) -> None:
     """
     tier = getattr(config, "tier", None) or "quick"
     choose_metrics(MetricContext(concept, config, Path(), tier))
-    others = dataclasses.replace(config, metrics=[name for name in config.metrics if name != "identity"])
-    check_metrics(MetricContext(concept, others, None, tier))
+    metrics = [name for name in config.metrics if name != "identity"]
+    without = dataclasses.replace(config, metrics=metrics, others=None, reference=[])
+    check_metrics(MetricContext(concept, without, None, tier))
 
 
 def with_names(config: Any, concepts: Mapping[str, Concept]) -> Any:

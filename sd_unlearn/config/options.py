@@ -4,7 +4,8 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, get_args, get_type_hints
+from pathlib import Path
+from typing import Annotated, Any, get_args, get_type_hints
 
 from cyclopts import CoercionError, Group, Parameter, Token, convert
 
@@ -106,6 +107,12 @@ def _convert(type_: Any, tokens: Sequence[Token]) -> Any:
 def many() -> Any:
     """Default of an option that takes several values: none."""
     return field(default_factory=list)
+
+
+ConfigFile = Annotated[
+    Path | None, option("YAML file with options as keys; flags on the command line take precedence.", GENERAL)
+]
+Debug = Annotated[bool, option("Show a traceback when the command fails, and the messages of libraries.", GENERAL)]
 
 
 def check_ranges(config: Any) -> None:

@@ -57,13 +57,13 @@ def run(config: EvaluateConfig, concepts: Sequence[Concept] = ()) -> dict[str, A
         UnlearnError: a model or detector cannot be loaded.
     """
     job = resolve_job(config, concepts)
-    if config.write_plan is not None:
-        write_plan(config.write_plan, job.plans)
-        return {}
     if config.dry_run:
         from sd_unlearn.evaluation.plan import show_plan
 
         show_plan(job)
+        return {}
+    if config.write_plan is not None:
+        write_plan(config.write_plan, job.plans)
         return {}
     metrics = {slug: find_metrics(job.metric_context(concept)) for slug, concept in job.concepts.items()}
     with full_disk_explained(), locked(job.output, "--output_dir"):

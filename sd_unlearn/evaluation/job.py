@@ -122,10 +122,12 @@ def check_options(config: EvaluateConfig) -> None:
     """Check the options that depend on neither LoRAs nor concepts.
 
     Raises:
-        UsageError: invalid options, or a prompt set that cannot be read.
+        UsageError: invalid options, a folder that does not exist, or a prompt set that cannot be read.
         UnlearnError: a prompt set cannot be downloaded.
     """
     check_evaluate(config)
+    if config.others is not None and not config.others.is_dir():
+        raise UsageError(f"--others {config.others} is not a folder. Give a folder of photos of other people.")
     for condition in config.fail_if:
         parse_condition(condition)
     override_counts(TIERS["quick"], config.num_images, config.num_keep_images, config.groups)

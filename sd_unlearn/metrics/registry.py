@@ -197,9 +197,8 @@ def check_metrics(context: MetricContext) -> None:
         check_nudity(options.nudity_preset or DEFAULT_PRESET, options.nudity_classes or None, options.nudity_threshold)
     if options.inception_weights is not None and not options.inception_weights.is_file():
         raise UsageError(f"--inception_weights {options.inception_weights} does not exist.")
-    for name in ("real_images", "others"):
-        if (folder := getattr(options, name)) is not None and not folder.is_dir():
-            raise UsageError(f"--{name} {folder} is not a folder.")
+    if options.real_images is not None and not options.real_images.is_dir():
+        raise UsageError(f"--real_images {options.real_images} does not exist.")
 
 
 def _check_required_options(context: MetricContext) -> None:

@@ -23,7 +23,7 @@ from sd_unlearn.data.dataset import fingerprint
 from sd_unlearn.data.photos import CACHE_DIR
 from sd_unlearn.data.render import check_same_base, render_locked
 from sd_unlearn.data.render_job import make_job, with_seed_of_folder
-from sd_unlearn.errors import UnlearnError, reason
+from sd_unlearn.errors import UnlearnError, counted, reason
 from sd_unlearn.io.files import write_json
 from sd_unlearn.io.lock import locked, remove_leftovers
 from sd_unlearn.io.run_folder import BEST_DIR, CHECKPOINT_DIR, DATA_MANIFEST, PREVIEW_DIR, TRAINING
@@ -297,4 +297,4 @@ def _close_run(config: TrainConfig, training: Training, state: TrainingState, re
         print(f"Best step by --probe {config.probe}: {state.best_step}, saved in {best}.", file=sys.stderr)
     write_json(output / TRAINING, record_of(cost))
     stopped = f" ({state.stopped})" if state.stopped else ""
-    print(f"Trained {state.step} steps in {state.seconds:.0f} s{stopped}: {output}.", file=sys.stderr)
+    print(f"Trained {counted(state.step, 'step')} in {state.seconds:.0f} s{stopped}: {output}.", file=sys.stderr)

@@ -295,6 +295,8 @@ def test_pairs_with_equal_file_names_keep_their_images(tmp_path: Path) -> None:
 
 def test_write_plan_generates_nothing(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(generate, "load_base", pytest.fail)
+    assert evaluate.run(every(runs, write_plan=tmp_path / "plan.jsonl", dry_run=True)) == {}
+    assert not (tmp_path / "plan.jsonl").exists()
     assert evaluate.run(every(runs, write_plan=tmp_path / "plan.jsonl")) == {}
     lines = [json.loads(line) for line in (tmp_path / "plan.jsonl").read_text().splitlines()]
     assert {line["concept"] for line in lines} == {"seven", "four"}
