@@ -26,12 +26,14 @@ from sd_unlearn.config.train import TrainConfig
 from sd_unlearn.data.concept import Concept, parse_concept
 from sd_unlearn.data.several import together
 from sd_unlearn.errors import UsageError
+from sd_unlearn.io.noise import silence_bitsandbytes
 from sd_unlearn.io.reading import check_keys, read_options
 from sd_unlearn.io.schema import convert
 from sd_unlearn.launch import prepare_processes, process_count
 from sd_unlearn.results import Results, parse_results
 
 warnings.filterwarnings("ignore", "IProgress not found")  # in notebooks: progress here is lines of text, not a widget
+silence_bitsandbytes()
 
 Options = ParamSpec("Options")
 Config = TypeVar("Config")
@@ -142,7 +144,7 @@ def train(config: TrainConfig, concepts: list[Concept]) -> Path:
         KeyboardInterrupt: Ctrl-C; a checkpoint was saved.
     """
     prepare_processes()
-    if config.beta_sweep is not None and not config.dry_run:
+    if config.beta_sweep is not None:
         from sd_unlearn import sweep
 
         return sweep.run(config, *_one(concepts))

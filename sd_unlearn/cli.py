@@ -6,7 +6,7 @@ import contextlib
 import io
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from sd_unlearn.config.paths import expanded
 from sd_unlearn.errors import UnlearnError, UsageError, reason
 from sd_unlearn.io.noise import SHOW, silence_warnings
 from sd_unlearn.io.reading import read_options
+from sd_unlearn.io.schema import with_no
 from sd_unlearn.launch import share_cores
 from sd_unlearn.paper import commands as paper
 
@@ -33,16 +34,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     tokens = [_underscored(t) for t in (sys.argv[1:] if arguments is None else arguments)]
     debug = "--debug" in tokens
-    if debug:
-        os.environ[SHOW] = "1"
-    silence_warnings()
-    share_cores()
     ShortHelp.show_all = "--help_all" in tokens
-    tokens = ["--help" if token == "--help_all" else token for token in tokens]
+    tokens = ["--help" if token == "--help_all" else token for token in tokens if token != "--debug"]
     _replace_unprintable()
+    options: dict[str, Any] = {}
     try:
         _check_unicode(tokens)
-        app.config = _config_file(tokens)
+        options, source = _config_file(tokens)
+        app.config = (cyclopts.config.Dict(options, use_commands_as_keys=False, source=source),) if options else ()
+        debug = debug or options.get("debug") is True
+        if debug:
+            os.environ[SHOW] = "1"
+        silence_warnings()
+        share_cores()
         app(tokens, exit_on_error=False, print_error=False)
         if sys.stdout:  # None if it is closed
             sys.stdout.flush()
@@ -51,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UnlearnError as error:
         return _fail(_out_of_memory(error) or error, debug)
     except KeyboardInterrupt as interrupt:
-        print(f"\nInterrupted. {_how_to_resume(tokens, str(interrupt))}", file=sys.stderr)
+        print(f"\nInterrupted. {_how_to_resume(tokens, options, str(interrupt))}", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of stdout, e.g. head, has enough
         _discard_stdout()
@@ -108,8 +112,8 @@ def _underscored(token: str) -> str:
     return "--" + name[2:].replace("-", "_") + equals + value
 
 
-def _config_file(tokens: Sequence[str]) -> tuple[Any, ...]:
-    """The options in the command's --config file, for cyclopts. Flags take precedence over them.
+def _config_file(tokens: Sequence[str]) -> tuple[dict[str, Any], str]:
+    """The options in the command's --config file, and its name. Flags take precedence over them.
 
     Raises:
         UsageError: the file cannot be read, or has an unknown key.
@@ -120,9 +124,9 @@ def _config_file(tokens: Sequence[str]) -> tuple[Any, ...]:
     if "--config" in tokens[:-1]:
         path = tokens[tokens.index("--config") + 1]
     if command is None or path is None:
-        return ()
-    given = read_options(Path(expanded(path)), [f.name for f in fields(known[command])])
-    return (cyclopts.config.Dict(given, use_commands_as_keys=False, source=path),)
+        return {}, ""
+    kind = known[command]
+    return with_no(kind, read_options(Path(expanded(path)), [f.name for f in fields(kind)])), path
 
 
 def _usage_message(error: cyclopts.CycloptsError) -> str:
@@ -134,17 +138,26 @@ def _usage_message(error: cyclopts.CycloptsError) -> str:
     return " ".join(str(error).split())
 
 
-def _how_to_resume(tokens: Sequence[str], saved: str) -> str:
-    """What to do after Ctrl-C; `saved` says what a training has saved, if it was one."""
-    if tokens[:1] == ["batch"] or not saved:
-        return "Run the same command again to continue."
-    resume = "Run the same command again" if tokens[:1] == ["paper"] else "Add --resume_from_checkpoint latest"
-    return f"{saved} {resume} to continue."
+def _how_to_resume(tokens: Sequence[str], options: Mapping[str, Any], saved: str) -> str:
+    """What to do after Ctrl-C.
+
+    Args:
+        options: Those of the --config file.
+        saved: What is left of a training or sweep that had begun; "" for anything else.
+    """
+    given = {t.partition("=")[0][2:] for t in tokens if t.startswith("--")} | {k for k, v in options.items() if v}
+    overwrite, again = "overwrite" in given, "Run the same command again"
+    if tokens[:1] == ["train"] and "beta_sweep" not in given and "resume_from_checkpoint" not in given:
+        instead = "Replace --overwrite with" if overwrite else "Add"
+        again = f"{instead} --resume_from_checkpoint latest"
+    elif overwrite:
+        again += " without --overwrite"
+    return f"{saved} {again} to continue." if saved else "Run the same command again to continue."
 
 
 def _fail(error: UnlearnError, debug: bool) -> int:
     """Print the error in one line on stderr; returns its exit code."""
-    if debug and not isinstance(error.__context__, cyclopts.CycloptsError):
+    if debug and not isinstance(error, UsageError):
         import traceback
 
         traceback.print_exc()

@@ -18,7 +18,7 @@ from sd_unlearn.config.calibrate import CalibrateConfig
 from sd_unlearn.config.evaluate import EvaluateConfig
 from sd_unlearn.config.fuse import FuseConfig
 from sd_unlearn.config.help import Help, ShortHelp
-from sd_unlearn.config.options import Range
+from sd_unlearn.config.options import Range, option
 from sd_unlearn.config.train import TrainConfig
 from sd_unlearn.errors import UnlearnError
 from sd_unlearn.launch import prepare_processes, process_rank
@@ -50,7 +50,8 @@ Your own concept:
   sd-unlearn concepts                     list the bundled concepts
   sd-unlearn concepts new "Jane Example"  write a concept file
 
-If something does not work, run sd-unlearn doctor.
+If something does not work, run sd-unlearn doctor. --debug, after any command,
+shows tracebacks and the messages of libraries.
 
 Exit codes: 0 done, 1 failed, 2 wrong usage, 3 a --fail_if condition holds,
 130 interrupted, 141 the reader of stdout stopped early (as head does).
@@ -109,10 +110,12 @@ def render(config: Annotated[RenderConfig, Parameter(name="*")] = RenderConfig()
 def train(config: Annotated[TrainConfig, Parameter(name="*")] = TrainConfig()) -> None:
     """Train a LoRA that erases a concept; missing training images are generated first."""
     prepare_processes()
-    if config.beta_sweep is not None and not config.dry_run:
+    if config.beta_sweep is not None:
         from sd_unlearn import sweep
 
-        print(sweep.run(config))
+        page = sweep.run(config)
+        if not config.dry_run:
+            print(page)
         return
     from sd_unlearn.training import trainer
 
@@ -208,13 +211,12 @@ def report(config: Annotated[ReportConfig, Parameter(name="*")] = ReportConfig()
 @app.command
 def ui(
     *,
-    port: Annotated[int, Parameter(help="Port of the page.", validator=Range(at_least=1, at_most=65535))] = 7860,
+    port: Annotated[int, option("Port of the page.", None, Range(at_least=1, at_most=65535))] = 7860,
     listen: Annotated[
         bool,
-        Parameter(
-            help="Also accept other computers, without password or encryption: they can generate images, start and "
-            "stop trainings, and read reports. Default: only this computer.",
-            negative=(),
+        option(
+            "Also accept other computers, without password or encryption: they can generate images, start and stop "
+            "trainings, and read reports. Default: only this computer."
         ),
     ] = False,
 ) -> None:

@@ -15,7 +15,7 @@ from cyclopts import App, Parameter
 
 from sd_unlearn.choices import TemplateKind
 from sd_unlearn.config.base import DEFAULT_BASE
-from sd_unlearn.errors import UnlearnError, UsageError
+from sd_unlearn.errors import UnlearnError, UsageError, suggest
 from sd_unlearn.io.files import write_text
 from sd_unlearn.io.paths import slugify
 from sd_unlearn.io.reading import read_text
@@ -55,6 +55,7 @@ def show(name: Name, /, *, as_json: AsJson = False) -> None:
     from sd_unlearn.data.concept import find_concept
     from sd_unlearn.data.several import concept_data, read_concepts
 
+    _check_has_file(name)
     path = find_concept(name)
     concept = read_concepts(path)
     print(f"{path}:", file=sys.stderr)
@@ -104,6 +105,22 @@ def new(
     write_text(path, text)
     print(path)
     _print_next(concept, name if found_by_name else str(path))
+
+
+def _check_has_file(name: str) -> None:
+    """Refuse the name of a concept without a file, in words that fit `concepts show`.
+
+    Raises:
+        UsageError
+    """
+    from sd_unlearn.data.concept import concept_files
+
+    files, slug = concept_files(), slugify(name)
+    if slug not in files and not name.endswith((".yaml", ".yml")):
+        raise UsageError(
+            f'"{name}" has no concept file.{suggest(slug, files)} sd-unlearn concepts lists all, and sd-unlearn '
+            f'concepts new "{name}" writes one.'
+        )
 
 
 def _new_file(name: str, output: Path | None) -> Path:

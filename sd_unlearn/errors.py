@@ -37,6 +37,11 @@ def suggest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
     return f' Did you mean "{close[0]}"?' if close else ""
 
 
+def counted(number: int, noun: str) -> str:
+    """'1 task', '2 tasks'."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def reason(error: BaseException, limit: int = 200) -> str:
     """The reason of an error in one line of at most `limit` characters, without a full stop."""
     system = error.strerror if isinstance(error, OSError) else None

@@ -247,6 +247,7 @@ class Results(_Open):
     base: dict[str, Any] = field(default_factory=dict)
     sampler: dict[str, Any] = field(default_factory=dict)
     seeds: Seeds = Seeds()
+    prompt_set: str | None = None  # name of the extra prompts
     cards: tuple[Card, ...] = ()
     differences: tuple[Difference, ...] = ()
     pairs: tuple[Pair, ...] = ()

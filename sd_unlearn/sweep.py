@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import sys
-import time
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,15 +16,16 @@ from typing import Any
 
 import yaml
 
-from sd_unlearn import __version__
 from sd_unlearn.config.batching import CUT, effective_batch_size
 from sd_unlearn.config.evaluate import EvaluateConfig
 from sd_unlearn.config.paths import as_dict
 from sd_unlearn.config.train import TrainConfig
-from sd_unlearn.data.concept import Concept
+from sd_unlearn.data.concept import Concept, concept_sha256
+from sd_unlearn.data.dataset import fingerprint, scan, scan_positives
 from sd_unlearn.data.metadata import read_metadata
 from sd_unlearn.data.prior import resolve_beta
 from sd_unlearn.data.render_job import images_by_group, known_beta, plan_images
+from sd_unlearn.data.render_settings import seed_in
 from sd_unlearn.errors import UsageError
 from sd_unlearn.evaluation import evaluate
 from sd_unlearn.io.files import check_writable, write_json, write_text
@@ -36,37 +36,31 @@ from sd_unlearn.io.reading import read_yaml
 from sd_unlearn.io.run_folder import CONCEPT, DATA_MANIFEST, RESULTS, UNLABELED, weights_sha256
 from sd_unlearn.launch import process_count
 from sd_unlearn.metrics.registry import MetricContext, find_metrics
+from sd_unlearn.models.base import choose_precision
 from sd_unlearn.report import sweep
-from sd_unlearn.report.examples import one_of_each_prompt
-from sd_unlearn.report.lines import lines_of, presence
 from sd_unlearn.report.sweep import SWEEP
-from sd_unlearn.results import BASE, ConceptEntry, Results, SubjectEntry, as_json, read_results
+from sd_unlearn.report.sweep_record import Point, at_full_strength, make_record, measured
+from sd_unlearn.results import BASE, Results, read_results
 from sd_unlearn.training import trainer
-from sd_unlearn.training.preflight import check_apart, check_inputs, has_own_images, is_finished
+from sd_unlearn.training.preflight import Inputs, check_apart, check_inputs, has_own_images, is_finished
 
-SETTINGS = "sweep.yaml"  # the options that all runs share; a sweep that is continued must have the same
-PICTURES = {"direct": 3, "held_out": 1, "alike": 2, "general": 1}  # pairs of each prompt group on the page
+SETTINGS = "sweep.yaml"  # what all runs share; a sweep that is continued must have the same
+CONTENTS = {  # keys of SETTINGS that are no options -> how a sweep with another value is described
+    "concept_sha256": "of another concept, or its file has changed",
+    "own_images_sha256": "on other images of your own",
+    "images_seed": "on images that were generated with another --seed",
+}
 NOT_COMPARED = (
     *("beta_sweep", "output_dir", "overwrite", "resume_from_checkpoint", "force_resume", "config", "debug"),
+    *("dry_run", "vram"),
     *CUT,
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class Point:
-    """One run of a sweep: a factor, and beta and push scaled by it."""
-
-    factor: float
-    beta: float  # in (0, 1)
-    push: float
-
-    @property
-    def name(self) -> str:
-        return f"factor-{self.factor:g}"
-
-
 def run(config: TrainConfig, concept: Concept | None = None) -> Path:
-    """Train and evaluate one run per factor of --beta_sweep, then write the report. Returns sweep.html.
+    """Train and evaluate one run per factor of --beta_sweep, then write the report.
+
+    Returns the path of sweep.html; with --dry_run, which only prints the plan, the folder that there would be.
 
     Finished runs are skipped, so an interrupted sweep resumes, and factors can be added later.
 
@@ -83,9 +77,12 @@ def run(config: TrainConfig, concept: Concept | None = None) -> Path:
     points = scale(factors, beta, config.push, config.target, source)
     images = effective_batch_size(config, process_count())
     shared = as_dict(dataclasses.replace(config, beta=beta, data_dir=inputs.data_dir, effective_batch_size=images))
-    settings = {k: v for k, v in shared.items() if k not in NOT_COMPARED}
+    settings = {k: v for k, v in shared.items() if k not in NOT_COMPARED} | contents_of(config, inputs)
     check_apart(inputs.data_dir, output)
     check_output(output, settings, config.overwrite)
+    if config.dry_run:
+        _show_plan(config, inputs, points, output)
+        return output
     find_metrics(MetricContext(concept, EvaluateConfig(), None, "quick"))  # not after hours of training
     with locked(output, "--output_dir"):
         check_output(output, settings, config.overwrite)  # again: another process may have started one since
@@ -93,13 +90,15 @@ def run(config: TrainConfig, concept: Concept | None = None) -> Path:
         mark(output, "sweep")
         if config.overwrite:
             delete_own(output, SWEEP_FILES)
-        return _run(config, inputs.data_dir, concept, points, settings, (beta, source), output)
+        try:
+            return _run(config, inputs, points, settings, (beta, source), output)
+        except KeyboardInterrupt as interrupt:
+            raise KeyboardInterrupt(f"{interrupt} Finished factors are kept.".strip()) from None
 
 
 def _run(
     config: TrainConfig,
-    data_dir: Path,
-    concept: Concept,
+    inputs: Inputs,
     points: list[Point],
     settings: dict[str, Any],
     beta: tuple[float, str],
@@ -107,17 +106,44 @@ def _run(
 ) -> Path:
     """`run` once the options are checked, while no other process uses the sweep's folder. beta: as beta_of."""
     write_text(output / SETTINGS, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
-
     for number, point in enumerate(points, 1):
-        line = f"Sweep, run {number} of {len(points)}: factor {point.factor:g}, beta {point.beta:g}"
-        print(f"{line}, push {point.push:g}." if config.target == "teacher" else f"{line}.", file=sys.stderr)
-        _train(config, concept, point, data_dir, output / point.name)
-    results = [_evaluate(output / point.name, concept.slug, config.allow_pickle) for point in points]
+        print(f"Sweep, run {number} of {len(points)}: {_describe(config, point)}.", file=sys.stderr)
+        _train(config, inputs.concept, point, inputs.data_dir, output / point.name)
+    results = [_evaluate(output / point.name, inputs.concept.slug, config) for point in points]
     _check_alike(points, results, output)
-    record = _record(config, concept, *beta, points, results)
+    record = make_record(config, inputs.concept, *beta, points, results)
     page = sweep.write(output, record)
     write_json(output / SWEEP, record)
     return page
+
+
+def _show_plan(config: TrainConfig, inputs: Inputs, points: list[Point], output: Path) -> None:
+    """Print the factors and the plan of one training, which is that of all."""
+    from sd_unlearn.training.plan import show_plan
+
+    print(f"Sweep: {len(points)} trainings into {output}, each evaluated.")
+    for point in points:
+        print(f"  {_describe(config, point)}{' (finished)' if is_finished(output / point.name) else ''}")
+    print("Each of them:\n")
+    show_plan(config, inputs, output / points[0].name)
+
+
+def _describe(config: TrainConfig, point: Point) -> str:
+    push = f", push {point.push:g}" if config.target == "teacher" else ""
+    return f"factor {point.factor:g}, beta {point.beta:g}{push}"
+
+
+def contents_of(config: TrainConfig, inputs: Inputs) -> dict[str, Any]:
+    """What the runs of a sweep share besides options: the keys of CONTENTS."""
+    concept, folder, photos = inputs.concept, inputs.data_dir, config.positives
+    own = scan(folder, concept, config.eta, photos) if inputs.own_images else []
+    own = scan_positives(photos, concept) if photos and not own else own
+    seed = None if inputs.own_images else seed_in(folder)
+    return {
+        "concept_sha256": concept_sha256(concept),
+        "own_images_sha256": fingerprint(own) if own else None,
+        "images_seed": config.seed if seed is None else seed,
+    }
 
 
 def parse_factors(text: str) -> list[float]:
@@ -208,12 +234,14 @@ def check_output(output: Path, settings: dict[str, Any], overwrite: bool) -> Non
     if not (output / SETTINGS).is_file():
         return
     before = read_yaml(output / SETTINGS, "--output_dir")
-    changed = [k for k in settings if before.get(k) != settings[k]]
+    known = before.keys() | (settings.keys() - CONTENTS.keys())  # older sweeps have no CONTENTS
+    changed = [key for key in settings if key in known and before.get(key) != settings[key]]
     if changed and not overwrite and any(output.glob("factor-*")):
         key = changed[0]
+        held = f"with --{key} {before.get(key)}, but this one has {settings[key]}"
         raise UsageError(
-            f"--output_dir {output} holds a sweep with --{key} {before.get(key)}, but this one has {settings[key]}. "
-            "Choose another --output_dir, or add --overwrite to start over."
+            f"--output_dir {output} holds a sweep {CONTENTS.get(key, held)}. Choose another --output_dir, or add "
+            "--overwrite to start over."
         )
 
 
@@ -237,14 +265,16 @@ def _train(config: TrainConfig, concept: Concept, point: Point, data_dir: Path, 
     )
 
 
-def _evaluate(run_dir: Path, slug: str, allow_pickle: bool) -> Results:
+def _evaluate(run_dir: Path, slug: str, config: TrainConfig) -> Results:
     """The results of a run, evaluated unless there are results for exactly these weights and this concept."""
     if (run_dir / RESULTS).is_file():
-        found = _at_full_strength(read_results(run_dir))
+        found = at_full_strength(read_results(run_dir))
         if found and (found[0].slug, found[1].sha256) == (slug, weights_sha256(run_dir)):
             print(f"{run_dir} is already evaluated.", file=sys.stderr)
             return read_results(run_dir)
-    evaluate.run(EvaluateConfig(run=run_dir, allow_pickle=allow_pickle))
+    shared = {name: getattr(config, name) for name in ("allow_pickle", "offload", "render_batch_size")}
+    precision: Any = choose_precision(config.mixed_precision)
+    evaluate.run(EvaluateConfig(run=run_dir, mixed_precision=precision, **shared))
     return read_results(run_dir)
 
 
@@ -254,89 +284,23 @@ def _check_alike(points: list[Point], results: list[Results], output: Path) -> N
     Raises:
         UsageError
     """
-    ways = [(found.tier, found.sampler, found.seeds, found.base) for found in results]
+    ways = [_way(found) for found in results]
     for point, way in zip(points, ways, strict=True):
-        if way != ways[0]:
+        if different := [name for name, value in way.items() if value != ways[0][name]]:
             raise UsageError(
-                f"{output / point.name} was evaluated with another tier, sampler, seed or base than "
+                f"{output / point.name} was evaluated with another {' and '.join(different)} than "
                 f"{output / points[0].name}, so the two cannot be compared. Evaluate one like the other, or delete its "
                 f"{RESULTS}, and repeat the sweep."
             )
 
 
-def _at_full_strength(results: Results) -> tuple[ConceptEntry, SubjectEntry] | None:
-    """The run's concept and its LoRA at strength 1, which may have been evaluated at others, too."""
-    return next((both for both in results.evaluated if both[1].strength in (None, 1.0)), None)
-
-
-def _measured(results: Results) -> tuple[ConceptEntry, SubjectEntry]:
-    """The run's concept and LoRA in results of `_evaluate`."""
-    return _at_full_strength(results) or results.evaluated[0]
-
-
-def _record(
-    config: TrainConfig, concept: Concept, beta: float, source: str, points: list[Point], results: list[Results]
-) -> dict[str, Any]:
-    """The content of sweep.json: of every run the rows that the report shows, with their intervals."""
-    evaluated, lora = _measured(results[0])
-    detected = presence(lines_of(results[0].rows_of(evaluated.slug, lora.id), evaluated.kind))
+def _way(results: Results) -> dict[str, Any]:
+    """How a run was evaluated, by name."""
+    concept, _ = measured(results)
+    rows = [row for row in results.rows if (row.subject, row.concept) == (BASE, concept.slug)]
     return {
-        "schema_version": sweep.SCHEMA_VERSION,
-        "concept": concept.slug,
-        "name": concept.name,
-        "kind": evaluated.kind,
-        "caption": evaluated.caption,
-        "generic": evaluated.generic,
-        "base": results[0].base,
-        "detector": detected.main.detector if detected else "",
-        "target": config.target,
-        "factors": [p.factor for p in points],
-        "beta": beta,
-        "beta_source": source,
-        "push": config.push,
-        "created": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()),
-        "version": __version__,
-        "runs": [_run_record(point, found) for point, found in zip(points, results, strict=True)],
-        "pictures": _pictures(points, results),
+        **{name: getattr(results, name) for name in ("tier", "sampler", "seeds", "base")},
+        "prompt set": results.prompt_set,
+        "concept file": concept.sha256,
+        "number of images or group": {(row.metric, row.group, row.n) for row in rows if row.metric in sweep.SHOWN},
     }
-
-
-def _run_record(point: Point, results: Results) -> dict[str, Any]:
-    """A run as sweep.json holds it: its one LoRA on its one concept, as subject "lora"."""
-    concept, lora = _measured(results)
-    rows = [row for row in results.rows_of(concept.slug, lora.id) if row.metric in sweep.SHOWN]
-    return dataclasses.asdict(point) | {
-        "folder": point.name,
-        "adapter_sha256": lora.sha256,
-        "cost": lora.cost or {},
-        "problems": [as_json(problem) for problem in results.problems_of(concept.slug, lora.id)],
-        "rows": [as_json(row) | ({} if row.subject == BASE else {"subject": "lora"}) for row in rows],
-    }
-
-
-def _pictures(points: list[Point], results: list[Results]) -> list[dict[str, Any]]:
-    """The first image pairs that every run has, some of each prompt group; none of nudity.
-
-    Paths are relative to the sweep's folder.
-    """
-    if results[0].evaluated[0][0].kind == "nudity":
-        return []
-    by_run = [
-        {(p.group, p.prompt, p.seed): p for p in found.pairs if p.base and p.subject == _measured(found)[1].id}
-        for found in results
-    ]
-    pictures = []
-    for group, count in PICTURES.items():
-        common = [p for key, p in by_run[0].items() if p.group == group and all(key in pairs for pairs in by_run)]
-        for pair in one_of_each_prompt(common)[:count]:
-            key = (pair.group, pair.prompt, pair.seed)
-            shots = [
-                {"factor": point.factor, "image": f"{point.name}/{own.image}", "read": own.image_read}
-                | {"leak": own.leak, "lost": own.lost}
-                for point, own in zip(points, (pairs[key] for pairs in by_run), strict=True)
-            ]
-            known = {"group": pair.group, "prompt": pair.prompt, "seed": pair.seed, "expected": pair.expected}
-            pictures.append(
-                known | {"base": f"{points[0].name}/{pair.base}", "base_read": pair.base_read, "shots": shots}
-            )
-    return pictures

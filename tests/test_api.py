@@ -72,6 +72,8 @@ def test_packages_named_as_functions_are_called_as_these() -> None:
     import sd_unlearn.report.report
 
     for function in (sd_unlearn.export, sd_unlearn.report):
+        of_api = getattr(api, function.__name__.rpartition(".")[2])
+        assert (inspect.signature(function), function.__doc__) == (inspect.signature(of_api), of_api.__doc__)
         with pytest.raises(UsageError, match="--run nowhere does not exist"):
             function(run="nowhere")
 

@@ -16,10 +16,11 @@ import yaml
 from conftest import tree
 from rich.console import Console
 
-from sd_unlearn import __version__, cli, commands
+from sd_unlearn import __version__, cli, commands, sweep
 from sd_unlearn.config.base import RenderConfig
 from sd_unlearn.config.train import TrainConfig
 from sd_unlearn.data import render
+from sd_unlearn.io.noise import SHOW
 from sd_unlearn.paper import commands as paper
 from sd_unlearn.training import trainer
 
@@ -31,6 +32,7 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
     """run("train", "--beta", "2") -> code, out, err; a refusal is one line, a failure ends with one."""
 
     monkeypatch.setenv("COLUMNS", "160")  # the width of the help
+    monkeypatch.setenv(SHOW, "")  # --debug sets it
 
     def call(*arguments: str) -> SimpleNamespace:
         capsys.readouterr()
@@ -237,6 +239,12 @@ def test_a_resolved_config_is_a_config_file(run: Run, configs: list[TrainConfig]
     assert configs == [config]
 
 
+def test_no_in_a_config_file_is_text(run: Run, configs: list[TrainConfig]) -> None:
+    Path("run.yaml").write_text("concept: seven\nmixed_precision: no\n")
+    assert run("train", "--config", "run.yaml").code == 0
+    assert configs.pop().mixed_precision == "no"
+
+
 def test_unknown_config_key(run: Run) -> None:
     Path("run.yaml").write_text("concept: seven\nlearning_rat: 1\n")
     found = run("train", "--config", "run.yaml")
@@ -256,6 +264,9 @@ def test_a_key_of_another_command_is_refused(run: Run) -> None:
         ("", "run.yaml must hold keys"),
         ("a: [", "run.yaml is not valid YAML"),
         ("rank: much\n", "rank"),
+        ("rank: 7.5\n", "7.5"),
+        ("rank: true\n", "rank"),
+        ("debug: true\nrank: much\n", "rank"),
         ("correction: absolute\n", "correction"),
         ("beta: 2\n", "--beta 2"),
         ("beta: 1\n", "--beta 1 must be above 0 and below 1"),
@@ -293,7 +304,11 @@ USAGE = [
     (["train", "seven", "nin"], '--concept "nin" has no file'),
     (["train", "--concept"], "--concept"),
     (["train", "--concept", "seven", "--rank", "four"], "four"),
+    (["train", "--concept", "seven", "--rank", "7.5"], 'Invalid value for --rank: unable to convert "7.5" into int'),
+    (["evaluate", "--run", "runs/x", "--seed", "0", "1.5"], 'Invalid value for --seed: unable to convert "1.5"'),
+    (["ui", "--port", "7860.5"], "7860.5"),
     (["train", "--concept", "seven", "--correction", "absolute"], "absolute"),
+    (["train", "--rnak", "4", "--debug"], "--rnak"),
     (["train", "--concept", "seven", "--mixed_precision", "fp8"], "fp8"),
     (["train", "--config", "nowhere.yaml"], "--config nowhere.yaml: No such file"),
     (["train", "--config", "."], "--config ."),
@@ -355,7 +370,10 @@ USAGE = [
         ["train", "--concept", "seven", "--objective", "pu", "--forget_weight", "2"],
         "--forget_weight 2.0 is",
     ),
-    (["train", "--concept", "seven", "--objective", "neggrad", "--no_retain"], "--no_retain is for"),
+    (
+        ["train", "--concept", "seven", "--objective", "neggrad", "--no_retain"],
+        "for --objective esd-x, esd-u or anchor",
+    ),
     (["train", "--concept", "seven", "--eta", "1.1"], "--eta 1.1"),
     (["train", "--concept", "seven", "--eta", "-0.1"], "--eta -0.1"),
     (["train", "--concept", "seven", "--eta", "nan"], "--eta nan"),
@@ -408,6 +426,9 @@ USAGE = [
     (["evaluate"], "--run runs/seven"),
     (["evaluate", "--lora", "nowhere"], "--lora nowhere"),
     (["evaluate", "--lora", "a", "--fail_if", "leak"], "--fail_if"),
+    (["attack"], "Nothing to attack. Give a run folder (--run runs/seven), LoRAs (--lora A B), or --concept"),
+    (["attack", "--concept", "seven", "--no_ceiling"], "Nothing to attack"),
+    (["concepts", "show", "sevn"], '"sevn" has no concept file. Did you mean "seven"? sd-unlearn concepts lists all'),
     (["export"], "--run"),
     (["report"], "--run"),
     *(([command, "--run", "nowhere"], "--run nowhere") for command in ("evaluate", "export", "report")),
@@ -555,13 +576,48 @@ def test_an_unforeseen_error_is_one_line_and_a_traceback_only_with_debug(
         raise ZeroDivisionError("two\nlines")
 
     monkeypatch.setattr(render, "run", fail)
+    monkeypatch.setenv(SHOW, "")
     assert cli.main(["render", "--concept", "seven"]) == 1
     err = capsys.readouterr().err
     assert "--debug" in err
     assert "Traceback" not in err
     assert err.count("\n") == 1
-    assert cli.main(["render", "--concept", "seven", "--debug"]) == 1
-    assert "Traceback" in capsys.readouterr().err
+    Path("run.yaml").write_text("concept: seven\ndebug: true\n")
+    for arguments in (["--concept", "seven", "--debug"], ["--config", "run.yaml"]):
+        assert cli.main(["render", *arguments]) == 1
+        assert "Traceback" in capsys.readouterr().err
+
+
+def test_every_command_accepts_debug(run: Run) -> None:
+    for command in (["concepts"], ["concepts", "show", "seven"], ["--version"], ["paper", "list"]):
+        assert run(*command, "--debug").code == 0
+    assert "--debug" in run("--help").out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "saved", "advice"),
+    [
+        ("train seven", "Saved.", "Saved. Add --resume_from_checkpoint latest to continue."),
+        ("train seven --resume_from_checkpoint=latest", "Saved.", "Saved. Run the same command again to continue."),
+        ("train seven --overwrite", "Saved.", "Saved. Replace --overwrite with --resume_from_checkpoint latest to"),
+        ("train seven --overwrite", "", "Interrupted. Run the same command again to continue."),
+        ("train seven --beta_sweep 1,2", "Kept.", "Kept. Run the same command again to continue."),
+        ("train seven --beta_sweep 1,2 --overwrite", "Kept.", "Kept. Run the same command again without --overwrite"),
+        ("train --config run.yaml", "Kept.", "Kept. Run the same command again without --overwrite to continue."),
+    ],
+)
+def test_what_to_do_after_ctrl_c(
+    run: Run, monkeypatch: pytest.MonkeyPatch, arguments: str, saved: str, advice: str
+) -> None:
+    def interrupt(config: TrainConfig) -> Path:
+        raise KeyboardInterrupt(*filter(None, [saved]))
+
+    Path("run.yaml").write_text("concept: seven\nbeta_sweep: 1,2\noverwrite: true\n")
+    for module in (trainer, sweep):
+        monkeypatch.setattr(module, "run", interrupt)
+    found = run(*arguments.split())
+    assert found.code == 130
+    assert advice in found.err
 
 
 def test_train_py_is_the_train_command(

@@ -21,7 +21,7 @@ from sd_unlearn.evaluation import evaluate
 from sd_unlearn.io.files import write_json
 from sd_unlearn.io.reading import read_json
 from sd_unlearn.io.run_folder import weights_sha256
-from sd_unlearn.sweep import Point
+from sd_unlearn.report.sweep_record import Point
 from sd_unlearn.training import trainer
 
 Make = Callable[..., TrainConfig]
@@ -208,7 +208,7 @@ def test_results_of_another_concept_are_not_taken_and_of_other_settings_refused(
     sweep.run(make("1,2"))
     assert names(done) == ["evaluate factor-1"]
     write_json(results, {**found, "sampler": {"steps": 5}})
-    with pytest.raises(UsageError, match="factor-2 was evaluated with another tier, sampler.*delete its results.json"):
+    with pytest.raises(UsageError, match="factor-2 was evaluated with another sampler than .*delete its results.json"):
         sweep.run(make("1,2"))
 
 
@@ -222,7 +222,7 @@ def test_a_killed_sweep_resumes(make: Make, done: list[Any], monkeypatch: pytest
         return train(asked, concept)
 
     monkeypatch.setattr(trainer, "run", killed)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt, match=r"Finished factors are kept\."):
         sweep.run(config)
     assert not Path("out/sweep.json").exists()
     monkeypatch.setattr(trainer, "run", train)
@@ -260,6 +260,81 @@ def test_a_sweep_with_other_settings_is_refused(make: Make, done: list[Any]) -> 
     sweep.run(make("2", output_dir=Path("out"), rank=4, overwrite=True))
     assert names(done) == ["train factor-2", "evaluate factor-2"]
     assert not Path("out/factor-1").exists()
+
+
+def test_a_sweep_of_another_concept_or_other_images_is_refused(
+    make: Make,
+    done: list[Any],
+    concept_file: Path,
+    photos: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sweep.run(make("1", output_dir=Path("out")))
+    with monkeypatch.context() as patch:
+        patch.setattr(sweep, "seed_in", lambda folder: 7)
+        with pytest.raises(UsageError, match="generated with another --seed"):
+            sweep.run(make("2", output_dir=Path("out")))
+    written = concept_file.read_text()
+    concept_file.write_text(written.replace("a photo of Brad Pitt]", "a painting of Brad Pitt]"))
+    with pytest.raises(UsageError, match="of another concept, or its file has changed"):
+        sweep.run(make("2", output_dir=Path("out")))
+    concept_file.write_text(written)
+
+    for option in ("data_dir", "positives"):
+        folder = photos(unlabeled=12, positive=8, folder=option)
+        own = {option: folder if option == "data_dir" else folder / "1_positive", "output_dir": Path(f"out-{option}")}
+        own |= {"beta": 0.1, "effective_batch_size": 8}
+        sweep.run(make("1", **own))
+        (folder / "1_positive" / "0.png").write_bytes((folder / "1_positive" / "1.png").read_bytes())
+        with pytest.raises(UsageError, match="on other images of your own"):
+            sweep.run(make("2", **own))
+    assert [name for name in names(done) if name.endswith("factor-2")] == []
+
+
+@pytest.mark.parametrize(
+    ("change", "different"),
+    [
+        ({"prompt_set": "i2p"}, "prompt set"),
+        ({"concepts": [{"slug": "brad-pitt", "name": "B", "caption": "a", "generic": "b", "sha256": "2"}]}, "concept"),
+        ({"sampler": {"steps": 5}}, "sampler"),
+        ({"rows": "held_out"}, "number of images or group"),
+    ],
+)
+def test_runs_that_were_evaluated_in_other_ways_are_not_compared(
+    make: Make, done: list[Any], change: dict[str, Any], different: str
+) -> None:
+    page = sweep.run(make("1,2"))
+    results = page.parent / "factor-1" / "results.json"
+    found = read_json(results)
+    if group := change.get("rows"):
+        change = {"rows": [*found["rows"], {**found["rows"][0], "group": group}]}
+    write_json(results, found | change)
+    with pytest.raises(UsageError, match=f"factor-2 was evaluated with another {different}"):
+        sweep.run(make("1,2"))
+
+
+def test_a_dry_run_shows_the_factors_and_checks_them(
+    tiny_base: Path, concept_file: Path, done: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--pretrained_model_name_or_path", str(tiny_base), "--report_to", "none", "--dry_run"]
+    before = tree(Path())
+    train = ["train", "--concept", str(concept_file), *options]
+    assert cli.main([*train, "--beta_sweep", "0.5,1"]) == 0
+    said = capsys.readouterr().out
+    assert "2 trainings into runs/brad-pitt-sweep" in said
+    assert "factor 0.5, beta 0.1, push 1.25" in said
+    assert said.count("Plan: erase") == 1
+    assert cli.main([*train, "--beta_sweep", "0.5,much"]) == 2
+    assert (done, tree(Path())) == ([], before)
+
+
+def test_a_sweep_evaluates_with_the_options_that_the_training_needed(
+    make: Make, done: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sweep, "choose_precision", lambda given: given or "no")
+    sweep.run(make("1", offload=True, mixed_precision="fp16", render_batch_size=2))
+    [config] = [config for verb, config in done if verb == "evaluate"]
+    assert (config.offload, config.mixed_precision, config.render_batch_size) == (True, "fp16", 2)
 
 
 @pytest.mark.parametrize("overwrite", [False, True])

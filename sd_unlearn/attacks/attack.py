@@ -15,8 +15,11 @@ from sd_unlearn.config.evaluate import EvaluateConfig
 from sd_unlearn.data.concept import Concept
 from sd_unlearn.errors import UsageError, suggest
 from sd_unlearn.evaluation.fail_if import parse_condition
+from sd_unlearn.evaluation.job import check_options as check_evaluation
 from sd_unlearn.evaluation.job import resolve_job
 from sd_unlearn.metrics.registry import DETECTORS, find_metrics
+from sd_unlearn.models.find_base import find_base
+from sd_unlearn.models.source import OPTION
 
 
 def run(config: AttackConfig, concepts: Sequence[Concept] = ()) -> dict[str, Any]:
@@ -32,20 +35,45 @@ def run(config: AttackConfig, concepts: Sequence[Concept] = ()) -> dict[str, Any
         UsageError: invalid options, or nothing to attack.
         UnlearnError: a model or detector cannot be loaded, or a LoRA does not fit the base.
     """
-    names = attack_names(config)
+    check_options(config)
+    base_alone = bool(config.concept) and (config.ceiling or config.floor is not None)
+    if config.run is None and not config.lora and not base_alone:
+        raise UsageError(
+            "Nothing to attack. Give a run folder (--run runs/seven), LoRAs (--lora A B), or --concept to attack the "
+            "base alone."
+        )
+    job = resolve_job(_as_evaluation(config), concepts, needs_subjects=not (config.ceiling or config.floor))
+    metrics = {slug: find_metrics(job.metric_context(concept)) for slug, concept in job.concepts.items()}
+    from sd_unlearn.attacks.runner import attack_all
+
     conditions = [parse_condition(text) for text in config.fail_if]
+    return attack_all(config, job, attack_names(config), metrics, conditions)
+
+
+def check_options(config: AttackConfig) -> None:
+    """Check the options that depend on neither LoRAs nor concepts.
+
+    Raises:
+        UsageError: invalid options, or a folder or model that does not exist.
+    """
+    attack_names(config)
+    check_evaluation(_as_evaluation(config))
     if config.attacker_images is not None:
         attacker_files(config.attacker_images)
-    job = resolve_job(_as_evaluation(config), concepts, needs_subjects=not (config.ceiling or config.floor))
+    if config.floor:
+        _check_floor(config, config.floor)
     if config.metrics and not set(config.metrics) & set(DETECTORS):
         raise UsageError(
             f"--metrics {' '.join(config.metrics)} cannot tell whether an image shows the concept. An attack needs one "
             f"of {', '.join(DETECTORS)}."
         )
-    metrics = {slug: find_metrics(job.metric_context(concept)) for slug, concept in job.concepts.items()}
-    from sd_unlearn.attacks.runner import attack_all
 
-    return attack_all(config, job, names, metrics, conditions)
+
+def _check_floor(config: AttackConfig, floor: str) -> None:
+    try:
+        find_base(dataclasses.replace(config, pretrained_model_name_or_path=floor))
+    except UsageError as error:
+        raise UsageError(str(error).replace(OPTION, "--floor")) from None
 
 
 def attack_names(config: AttackConfig) -> tuple[str, ...]:

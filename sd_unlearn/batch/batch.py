@@ -16,10 +16,10 @@ from sd_unlearn.batch.plan import Plan, Task, make_plan, missing_tasks
 from sd_unlearn.batch.record import is_done
 from sd_unlearn.batch.run import Outcome, Run
 from sd_unlearn.batch.status import describe_progress, describe_tasks, statuses_of
-from sd_unlearn.batch.summary import comparison_tasks, write_table
+from sd_unlearn.batch.summary import comparison_tasks, met_conditions, write_table
 from sd_unlearn.config.batch import BatchConfig
 from sd_unlearn.config.options import check_ranges
-from sd_unlearn.errors import UnlearnError, UsageError
+from sd_unlearn.errors import ConditionError, UnlearnError, UsageError, counted
 from sd_unlearn.io.files import check_writable
 from sd_unlearn.io.lock import locked
 from sd_unlearn.io.progress import Progress
@@ -31,6 +31,7 @@ def run(config: BatchConfig) -> Path | None:
     Raises:
         UsageError: the job list or an option in it is not valid; before anything runs.
         UnlearnError: tasks have failed, after all others were done; another process runs the list.
+        ConditionError: a --fail_if condition holds, after this run or an earlier one.
         KeyboardInterrupt: Ctrl-C; running tasks have saved.
     """
     plan, missing = _read(config)
@@ -84,7 +85,8 @@ def _run_all(plan: Plan, missing: list[Task]) -> Outcome:
 
 def _run(plan: Plan, tasks: list[Task], engine: Engine) -> Outcome:
     with Progress(len(tasks), f"batch {plan.jobs.name}", "task") as progress:
-        progress.message(f"{len(tasks)} tasks are missing. Engine {plan.jobs.engine}, {engine.workers} at a time.")
+        missing = f"{counted(len(tasks), 'task')} {'is' if len(tasks) == 1 else 'are'} missing"
+        progress.message(f"{missing}. Engine {plan.jobs.engine}, {engine.workers} at a time.")
         return Run(plan, tasks, engine, progress).all()
 
 
@@ -111,17 +113,20 @@ def make_engine(jobs: JobList, folder: Path) -> Engine:
 
 
 def _check(plan: Plan, outcome: Outcome, table: Path) -> None:
-    """Say what failed, after everything else was done.
+    """Say what failed, after everything else was done, or in how many jobs a --fail_if condition holds.
 
     Raises:
-        UnlearnError
+        UnlearnError, ConditionError
     """
     if not outcome.failed:
+        if met := [job for job in plan.lines if met_conditions(plan, job)]:
+            jobs = counted(len(plan.lines), "job")
+            raise ConditionError(f"--fail_if: a condition holds in {len(met)} of {jobs}; {table} says which.")
         return
     left = "The other tasks were not started (max_failures)." if outcome.stopped else "All others are done."
     skipped = f", {len(outcome.skipped)} that need them were skipped" if outcome.skipped else ""
     raise UnlearnError(
-        f"{len(outcome.failed)} of {len(plan.tasks)} tasks failed{skipped}; {table} says why. {left} "
+        f"{len(outcome.failed)} of {counted(len(plan.tasks), 'task')} failed{skipped}; {table} says why. {left} "
         "Run the same command again to repeat them."
     )
 

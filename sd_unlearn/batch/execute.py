@@ -17,6 +17,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+from sd_unlearn.batch.options import LATER
 from sd_unlearn.batch.record import (
     LOG,
     OPTIONS,
@@ -27,24 +28,16 @@ from sd_unlearn.batch.record import (
     is_done,
     read_order,
 )
-from sd_unlearn.config.attack import AttackConfig
-from sd_unlearn.config.base import ExportConfig, RenderConfig, ReportConfig
-from sd_unlearn.config.evaluate import EvaluateConfig
+from sd_unlearn.config.base import RenderConfig
 from sd_unlearn.config.train import TrainConfig
 from sd_unlearn.errors import ConditionError, UnlearnError
 from sd_unlearn.io.lock import locked
+from sd_unlearn.io.noise import silence_warnings
 from sd_unlearn.io.reading import read_yaml
 from sd_unlearn.io.run_folder import CONCEPT as TRAINED_CONCEPT
 from sd_unlearn.io.schema import convert
 
-CONFIGS: dict[str, type] = {
-    "render": RenderConfig,
-    "train": TrainConfig,
-    "evaluate": EvaluateConfig,
-    "attack": AttackConfig,
-    "export": ExportConfig,
-    "report": ReportConfig,
-}
+CONFIGS: dict[str, type] = {"render": RenderConfig, "train": TrainConfig, **LATER}
 INTERRUPTED = 130  # exit code
 PATIENCE = 120.0  # seconds for a task to save and end before it is killed
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
@@ -101,6 +94,7 @@ def _main(folder: str, threads: int, gpu: str | None) -> None:
     signal.signal(signal.SIGTERM, _interrupt)
     signal.signal(signal.SIGINT, _interrupt)
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    silence_warnings()
     with open(Path(folder) / LOG, "a", encoding="utf-8", errors="replace") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)

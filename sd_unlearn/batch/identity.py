@@ -13,6 +13,10 @@ from sd_unlearn.data.photos import CACHE_DIR
 from sd_unlearn.io.reading import file_sha256
 from sd_unlearn.models.source import Source
 
+# Options that name a file or folder: of models, and of images.
+MODELS = {"pretrained_model_name_or_path", "vae", "single_file_config", "floor", "classifier", "clip_pretrained"}
+FILES = MODELS | {"face_weights", "inception_weights", "prompt_set"}
+IMAGES = {"reference", "others", "real_images", "attacker_images"}
 SAMPLES, SAMPLE_BYTES = 16, 1 << 16  # of a large file
 _BASE_FILES = re.compile(r".*\.(safetensors|bin|ckpt|json|txt)")
 
@@ -51,6 +55,17 @@ def _sampled_sha256(path: Path) -> str:
             file.seek(i * (size - SAMPLE_BYTES) // (SAMPLES - 1))
             digest.update(file.read(SAMPLE_BYTES))
     return digest.hexdigest()
+
+
+def content_of(option: str, value: Any) -> Any:
+    """The value of an option; of files and folders that exist their content."""
+    if isinstance(value, list):
+        return [content_of(option, each) for each in value]
+    if isinstance(value, str) and option in FILES:
+        return _content(value, value)
+    if isinstance(value, str) and option in IMAGES:
+        return images_identity(value.partition("=")[2] if option == "reference" else value)
+    return value
 
 
 @cache

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from itertools import chain
 from pathlib import Path
 from typing import Any, get_origin, get_type_hints
 
-from sd_unlearn.attacks.attack import attack_names
+from sd_unlearn.attacks.attack import check_options as check_attack
+from sd_unlearn.batch.identity import content_of
 from sd_unlearn.config.attack import AttackConfig
 from sd_unlearn.config.base import ExportConfig, ReportConfig
-from sd_unlearn.config.checks import check_evaluate
 from sd_unlearn.config.evaluate import Detectors, EvaluateConfig
 from sd_unlearn.config.options import check_ranges
 from sd_unlearn.config.paths import as_dict, recorded
 from sd_unlearn.data.concept import Concept
 from sd_unlearn.errors import UsageError
+from sd_unlearn.evaluation.job import check_options as check_evaluation
+from sd_unlearn.evaluation.references import check_label, reference_folders
 from sd_unlearn.io.reading import check_keys
 from sd_unlearn.io.schema import convert
 from sd_unlearn.metrics.option_users import unused_options
@@ -56,26 +58,31 @@ def later_config(stage: str, options: Mapping[str, Any]) -> Any:
     """The config of a stage after the training.
 
     Raises:
-        UsageError: as config_of, or a value is out of range.
+        UsageError: as config_of, or the stage would refuse a value whatever the LoRA.
     """
     config = config_of(LATER[stage], options, stage)
     check_ranges(config)
-    if isinstance(config, EvaluateConfig):
-        check_evaluate(config)
-    if isinstance(config, AttackConfig):
-        attack_names(config)
+    try:
+        if isinstance(config, EvaluateConfig):
+            check_evaluation(config)
+        if isinstance(config, AttackConfig):
+            check_attack(config)
+    except UsageError as error:
+        raise UsageError(f"{stage}: {error}") from None
     return config
 
 
-def check_metrics_of(config: EvaluateConfig, concept: Concept) -> None:
-    """Refuse metrics that are not installed. Identity is left to evaluate: its photos are rendered first.
+def check_metrics_of(config: Detectors, concept: Concept) -> None:
+    """Refuse options of the metrics of a concept. The photos for identity may have to be rendered first.
 
     Raises:
         UsageError
     """
-    if "identity" not in config.metrics:
-        without = dataclasses.replace(config, others=None, reference=[])
-        check_metrics(MetricContext(concept, without, None, config.tier or "quick"))
+    tier = getattr(config, "tier", None) or "quick"
+    choose_metrics(MetricContext(concept, config, Path(), tier))
+    metrics = [name for name in config.metrics if name != "identity"]
+    without = dataclasses.replace(config, metrics=metrics, others=None, reference=[])
+    check_metrics(MetricContext(concept, without, None, tier))
 
 
 def metrics_of(config: Detectors, concepts: Iterable[Concept]) -> list[str]:
@@ -89,26 +96,42 @@ def metrics_of(config: Detectors, concepts: Iterable[Concept]) -> list[str]:
     return list(dict.fromkeys(chain(*names)))
 
 
-def suited_to(config: Any, concepts: Iterable[Concept]) -> Any:
-    """The config without options of metrics that these concepts do not have: a list can be of people and of styles."""
+def with_names(config: Any, concepts: Mapping[str, Concept]) -> Any:
+    """The config of a stage with the concept of each folder of `reference`: SLUG=FOLDER.
+
+    Args:
+        concepts: All concepts of the list, by slug.
+
+    Raises:
+        UsageError: it is unclear whose photos a folder holds, or `label` is given for several concepts.
+    """
     if not isinstance(config, Detectors):
         return config
+    check_label(config.label, concepts)
+    folders = reference_folders(config.reference, concepts)
+    return dataclasses.replace(config, reference=[f"{slug}={folder}" for slug, folder in folders.items()])
+
+
+def of_concepts(config: Any, concepts: Collection[Concept]) -> Any:
+    """The config of a stage (`with_names`) for some of the concepts: with the photos of these only.
+
+    Options of metrics that they do not have are left out: a list can be of people and of styles.
+    """
+    if not isinstance(config, Detectors):
+        return config
+    slugs = {concept.slug for concept in concepts}
+    config = dataclasses.replace(config, reference=[r for r in config.reference if r.partition("=")[0] in slugs])
     unused = unused_options(config, metrics_of(config, concepts))
     return dataclasses.replace(config, **{name: getattr(Detectors(), name) for name in unused})
 
 
 def identifying(config: Any) -> dict[str, Any]:
-    """The options of a stage after the training that change what it makes."""
-    return {key: value for key, value in as_dict(config).items() if key not in NOT_IDENTIFYING}
+    """The options of a stage after the training that change what it makes, with the content of files and folders."""
+    return {key: content_of(key, value) for key, value in as_dict(config).items() if key not in NOT_IDENTIFYING}
 
 
 def task_options(config: Any, places: Mapping[str, Any]) -> dict[str, Any]:
     """The options of a task's options.yaml: those that differ from the defaults, and where it reads and writes."""
-    changed = {k: v for k, v in recorded(config).items() if v != _default(type(config), k)}
+    defaults = recorded(type(config)())
+    changed = {key: value for key, value in recorded(config).items() if value != defaults[key]}
     return changed | {key: str(path) for key, path in places.items()}
-
-
-def _default(kind: type, name: str) -> Any:
-    field = next(f for f in dataclasses.fields(kind) if f.name == name)
-    value = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-    return str(value) if isinstance(value, Path) else value

@@ -21,8 +21,9 @@ from sd_unlearn.batch.options import (
     identifying,
     later_config,
     metrics_of,
-    suited_to,
+    of_concepts,
     task_options,
+    with_names,
 )
 from sd_unlearn.batch.record import CONCEPT, Order
 from sd_unlearn.config.base import RenderConfig
@@ -95,6 +96,7 @@ class Plan:
     folder: Path  # output_dir, absolute
     lines: list[Job] = field(default_factory=list)
     tasks: dict[str, Task] = field(default_factory=dict)
+    later: dict[Stage, Any] = field(default_factory=dict)  # the config of each stage after the training
 
     def folder_of(self, task: str) -> Path:
         return self.folder / "tasks" / task
@@ -122,18 +124,21 @@ def make_plan(jobs: JobList) -> Plan:
     plan = Plan(jobs, Path(jobs.output_dir).expanduser().absolute())
     names = _Names(plan.folder)
     stages = closed(jobs.stages)
-    later = {stage: later_config(stage, getattr(jobs, stage)) for stage in stages if stage in LATER}
-    concepts = concepts_of(jobs)
-    for config in later.values():
-        if isinstance(config, Detectors):
-            check_used(config, metrics_of(config, (listed.concept for listed in concepts)))
-    for listed in concepts:
-        if "evaluate" in later:
-            check_metrics_of(later["evaluate"], listed.concept)
+    listed_concepts = concepts_of(jobs)
+    by_slug = {listed.concept.slug: listed.concept for listed in listed_concepts}
+    for stage in stages:
+        if stage in LATER:
+            plan.later[stage] = with_names(later_config(stage, getattr(jobs, stage)), by_slug)
+    detecting = [config for config in plan.later.values() if isinstance(config, Detectors)]
+    for config in detecting:
+        check_used(config, metrics_of(config, by_slug.values()))
+    for listed in listed_concepts:
+        for config in detecting:
+            check_metrics_of(of_concepts(config, [listed.concept]), listed.concept)
         for setting in settings_of(jobs):
             where = f"{listed.concept.name}, {setting.name}" if setting.name else listed.concept.name
             try:
-                plan.lines.append(_Planner(plan, names, listed, setting, later).job(stages))
+                plan.lines.append(_Planner(plan, names, listed, setting).job(stages))
             except UsageError as error:
                 raise UsageError(f"Job {where}: {error}") from None
     return plan
@@ -161,10 +166,8 @@ class _Names:
 class _Planner:
     """Adds the tasks of one job to a plan."""
 
-    def __init__(
-        self, plan: Plan, names: _Names, listed: ListedConcept, setting: Setting, later: Mapping[Stage, Any]
-    ) -> None:
-        self.plan, self.names, self.listed, self.setting, self.later = plan, names, listed, setting, later
+    def __init__(self, plan: Plan, names: _Names, listed: ListedConcept, setting: Setting) -> None:
+        self.plan, self.names, self.listed, self.setting = plan, names, listed, setting
         self.concept = listed.concept
         self.title = f"{self.concept.name} ({setting.name})" if setting.name else self.concept.name
 
@@ -184,7 +187,7 @@ class _Planner:
             data, images = self._render(tasks, rendering, source, base)
         run = self._train(tasks, config, data, base, images) if "train" in stages else None
         for stage in stages:
-            if run and stage in self.later:
+            if run and stage in self.plan.later:
                 self._later(tasks, stage, run, is_lora=config.method == "lora")
         return Job(self.concept, self.setting.name, base, run, tasks)
 
@@ -213,7 +216,7 @@ class _Planner:
 
     def _later(self, tasks: dict[Stage, str], stage: Stage, run: Path, is_lora: bool) -> None:
         """Add a stage after the training."""
-        config = suited_to(self.later[stage], [self.concept])
+        config = of_concepts(self.plan.later[stage], [self.concept])
         address = digest_of(stage, identifying(config), [tasks[s] for s in AFTER[stage] if s in tasks])
         product, places = run / PRODUCTS[stage], {"run": run}
         if stage in ("evaluate", "attack"):

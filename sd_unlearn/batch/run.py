@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from sd_unlearn.batch.engines.engine import Ended, Engine
 from sd_unlearn.batch.plan import Plan, Task
 from sd_unlearn.batch.record import LOG, is_done, read_state, write_order
+from sd_unlearn.errors import UnlearnError
 from sd_unlearn.io.progress import Progress
 
 POLL = 1.0  # seconds
@@ -34,17 +34,20 @@ class Run:
         self.lost: dict[str, int] = {}
         self.outcome = Outcome()
 
-    def all(self, finished: Callable[[Task], None] = lambda task: None) -> Outcome:
-        """Run the tasks. finished: called with each task when it is done.
+    def all(self) -> Outcome:
+        """Run the tasks.
 
         Raises:
+            UnlearnError: the engine starts no tasks. None is running any more.
             KeyboardInterrupt: running tasks have saved and ended.
         """
         try:
             while self.running or self._start():
-                for ended in self.engine.wait(POLL):
-                    self._end(self.running.pop(ended.folder), ended, finished)
-                self._start()
+                ended = self.engine.wait(POLL)
+                for each in ended:
+                    self._end(self.running.pop(each.folder), each)
+                if ended:
+                    self._start()
         except KeyboardInterrupt:
             self.progress.message("Interrupted: waiting until the running tasks have saved.")
             self.engine.stop()
@@ -58,25 +61,33 @@ class Run:
         free = self.engine.workers - len(self.running)
         ready = [task for task in self.waiting.values() if not any(need in self.waiting for need in task.needs)]
         ready = [task for task in ready if not self._running(task.needs)][:free]
-        for task in ready:
-            folder = self.plan.folder_of(task.id)
+        if not ready:
+            return False
+        folders = {self.plan.folder_of(task.id): task for task in ready}
+        for folder, task in folders.items():
             write_order(folder, task.order, task.concept, task.options)
-            self.running[folder] = self.waiting.pop(task.id)
-        if ready:
-            self.engine.start([self.plan.folder_of(task.id) for task in ready])
-            self._show()
-        return bool(ready)
+        try:
+            self.engine.start(list(folders))
+        except UnlearnError as error:
+            if not self.running:
+                raise
+            self.progress.message(f"{error} Trying again when a running task has ended.")
+            return False
+        self.running |= folders
+        for task in ready:
+            del self.waiting[task.id]
+        self._show()
+        return True
 
     def _running(self, ids: tuple[str, ...]) -> bool:
         return any(task.id in ids for task in self.running.values())
 
-    def _end(self, task: Task, ended: Ended, finished: Callable[[Task], None]) -> None:
+    def _end(self, task: Task, ended: Ended) -> None:
         state = read_state(ended.folder)
         if is_done(ended.folder):
             self.outcome.done.add(task.id)
             note = f" {state.message}" if state.message else ""
             self._advance(f"{task.order.title}: done in {state.seconds:.0f} s.{note}")
-            finished(task)
         elif ended.lost and self.lost.get(task.id, 0) < self.plan.jobs.retries:
             self.lost[task.id] = self.lost.get(task.id, 0) + 1
             self.waiting = {task.id: task, **self.waiting}

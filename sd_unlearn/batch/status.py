@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from sd_unlearn.batch.plan import Plan, Task
 from sd_unlearn.batch.record import LOG, Status, read_state, status_of
+from sd_unlearn.errors import counted
 
 TAIL_BYTES = 4096
 
@@ -28,7 +29,7 @@ def describe_tasks(plan: Plan, missing: list[Task], statuses: Mapping[str, Statu
         status = statuses[task.id] if task.id in wanted or statuses[task.id] == "done" else "not needed"
         lines.append(f"{status:<11} {task.order.title}  {plan.folder_of(task.id)}")
     counts = Counter(statuses[task.id] for task in plan.tasks.values())
-    return "\n".join([*lines, f"{len(plan.tasks)} tasks of {len(plan.lines)} jobs: {_counted(counts)}."])
+    return "\n".join([*lines, f"{_size(plan)}: {_counted(counts)}."])
 
 
 def describe_progress(plan: Plan, missing: list[Task], statuses: Mapping[str, Status]) -> str:
@@ -45,7 +46,11 @@ def describe_progress(plan: Plan, missing: list[Task], statuses: Mapping[str, St
     counts = Counter(statuses.values())
     running = counts["running"]
     left = f", about {tqdm.format_interval(seconds)} left" if (seconds := _seconds_left(plan, missing, running)) else ""
-    return "\n".join([*lines, f"{len(plan.tasks)} tasks of {len(plan.lines)} jobs: {_counted(counts)}{left}."])
+    return "\n".join([*lines, f"{_size(plan)}: {_counted(counts)}{left}."])
+
+
+def _size(plan: Plan) -> str:
+    return f"{counted(len(plan.tasks), 'task')} of {counted(len(plan.lines), 'job')}"
 
 
 def _counted(counts: Mapping[Status, int]) -> str:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from sd_unlearn.batch.identity import digest_of
-from sd_unlearn.batch.options import identifying, later_config, suited_to, task_options
+from sd_unlearn.batch.options import identifying, later_config, of_concepts, task_options
 from sd_unlearn.batch.plan import Job, Plan, Task
 from sd_unlearn.batch.record import LOG, Order, Status, read_state, status_of
 from sd_unlearn.errors import UsageError
@@ -44,18 +45,28 @@ def _line(plan: Plan, job: Job, skipped: Mapping[str, str]) -> dict[str, Any]:
     status: Status | str = next((s for s in states.values() if s != "done"), "done")
     line: dict[str, Any] = {"concept": job.concept.name, "setting": job.setting, "status": status, "run": job.run or ""}
     line["seconds"] = round(sum(read_state(plan.folder_of(task)).seconds for task in states), 1)
-    for task, state in states.items():
-        if state == "failed":
-            line["message"] = f"{read_state(plan.folder_of(task)).message} Log: {plan.folder_of(task) / LOG}"
-            break
-        if task in skipped:
-            line["message"] = f"Needs {skipped[task]}, which failed."
-            break
+    line["message"] = _fault(plan, states, skipped) or " ".join(met_conditions(plan, job))
     if job.run and states.get(job.tasks.get("evaluate") or job.tasks.get("attack", "")) == "done":
         line |= _measured(job.run)
         if states.get(job.tasks.get("attack", ""), "done") != "done":  # those of another task
             line |= {"attack": "", "strongest_attack": ""}
     return line
+
+
+def _fault(plan: Plan, states: Mapping[str, Status], skipped: Mapping[str, str]) -> str:
+    """Why a task of a job failed or was skipped; "" if none was."""
+    for task, state in states.items():
+        if state == "failed":
+            return f"{read_state(plan.folder_of(task)).message} Log: {plan.folder_of(task) / LOG}"
+        if task in skipped:
+            return f"Needs {skipped[task]}, which failed."
+    return ""
+
+
+def met_conditions(plan: Plan, job: Job) -> list[str]:
+    """The messages of a job's tasks after which a --fail_if condition holds."""
+    folders = [plan.folder_of(task) for task in job.tasks.values()]
+    return [state.message for f in folders if status_of(f) == "done" and (state := read_state(f)).message]
 
 
 def _measured(run: Path) -> dict[str, Any]:
@@ -131,8 +142,8 @@ def _link(place: Path, target: Path) -> None:
 
 
 def _comparison(plan: Plan, jobs: list[Job], folder: Path) -> Iterator[Task]:
-    config = later_config("evaluate", {k: v for k, v in plan.jobs.evaluate.items() if k != "fail_if"})
-    config = suited_to(config, [job.concept for job in jobs])
+    config = of_concepts(plan.later["evaluate"], [job.concept for job in jobs])
+    config = dataclasses.replace(config, fail_if=[])
     runs = list(dict.fromkeys(str(job.run) for job in jobs))
     needs = [read_state(plan.folder_of(job.tasks["evaluate"])).started for job in jobs]  # again after a new evaluation
     address = digest_of("compare", str(folder), identifying(config), runs, needs)

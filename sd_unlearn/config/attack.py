@@ -8,7 +8,7 @@ from cyclopts import Group
 
 from sd_unlearn.config.base import Seed
 from sd_unlearn.config.evaluate import Detectors, SamplerOptions
-from sd_unlearn.config.options import GENERAL, START, many, option, several
+from sd_unlearn.config.options import GENERAL, START, ConfigFile, Debug, many, option, several
 
 ATTACKS = (
     *("prefix", "hard", "token", "soft", "ring", "noise"),
@@ -97,9 +97,5 @@ class AttackConfig(Detectors, SamplerOptions, Attacker, AttackedModels):
         several('Exit 3 if a condition holds, e.g. "attack.soft>0.1" or "attack.finetune.high>50%".', START),
     ] = many()
     json: Annotated[bool, option("Print results.json instead of the table.", GENERAL)] = False
-    config: Annotated[
-        Path | None, option("YAML file with options as keys; flags on the command line take precedence.", GENERAL)
-    ] = None
-    debug: Annotated[
-        bool, option("Show a traceback when the command fails, and the messages of libraries.", GENERAL)
-    ] = False
+    config: ConfigFile = None
+    debug: Debug = False

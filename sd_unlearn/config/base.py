@@ -11,7 +11,9 @@ from sd_unlearn.config.options import (
     GENERAL,
     START,
     BatchSize,
+    ConfigFile,
     Count,
+    Debug,
     InferenceSteps,
     NumImages,
     Range,
@@ -180,12 +182,8 @@ class RenderConfig(PlanOptions, BaseOptions, ConceptOption):
             GENERAL,
         ),
     ] = None
-    config: Annotated[
-        Path | None, option("YAML file with options as keys; flags on the command line take precedence.", GENERAL)
-    ] = None
-    debug: Annotated[
-        bool, option("Show a traceback when the command fails, and the messages of libraries.", GENERAL)
-    ] = False
+    config: ConfigFile = None
+    debug: Debug = False
 
 
 @dataclass(kw_only=True)
@@ -229,8 +227,8 @@ class ExportConfig(PathOptions):
     allow_pickle: Annotated[bool, option("Also load a base with pickled weights. Pickles can run arbitrary code.")] = (
         False
     )
-    config: Annotated[Path | None, option("YAML file with options as keys; flags take precedence.")] = None
-    debug: Annotated[bool, option("Show a traceback when the command fails, and the messages of libraries.")] = False
+    config: ConfigFile = None
+    debug: Debug = False
 
 
 @dataclass(kw_only=True)
@@ -247,5 +245,5 @@ class ReportConfig(PathOptions):
     max_pairs: Annotated[
         int, option("Maximum number of before/after pairs in report.html; leaks and losses come first.", None, Count)
     ] = 1000
-    config: Annotated[Path | None, option("YAML file with options as keys; flags take precedence.")] = None
-    debug: Annotated[bool, option("Show a traceback when the command fails, and the messages of libraries.")] = False
+    config: ConfigFile = None
+    debug: Debug = False

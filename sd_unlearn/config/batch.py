@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
-from sd_unlearn.config.options import CountOrNever, Range, option
+from sd_unlearn.config.options import CountOrNever, Debug, Range, option
 from sd_unlearn.config.paths import PathOptions
 
 EngineName = Literal["local", "ray", "slurm"]
@@ -50,4 +50,4 @@ class BatchConfig(PathOptions):
         ),
     ] = None
     dry_run: Annotated[bool, option("List the tasks, which are done and which are missing, and exit.")] = False
-    debug: Annotated[bool, option("Show a traceback when the command fails, and the messages of libraries.")] = False
+    debug: Debug = False

@@ -8,7 +8,7 @@ from cyclopts import Group
 
 from sd_unlearn.config.base import Seed
 from sd_unlearn.config.evaluate import Detectors, SamplerOptions, TierName
-from sd_unlearn.config.options import GENERAL, START, Range, SomeImages, option, several
+from sd_unlearn.config.options import GENERAL, START, ConfigFile, Debug, Range, SomeImages, option, several
 
 SEARCH = Group("Search", sort_key=1)
 PROMPTS = Group("Prompts and seeds", sort_key=2)
@@ -73,9 +73,5 @@ class CalibrateConfig(Detectors, SamplerOptions):
         option("Folder for calibration.json. Default: the run folder of --run, else runs/calibration.", START),
     ] = None
     json: Annotated[bool, option("Print calibration.json instead of the table.", GENERAL)] = False
-    config: Annotated[
-        Path | None, option("YAML file with options as keys; flags on the command line take precedence.", GENERAL)
-    ] = None
-    debug: Annotated[
-        bool, option("Show a traceback when the command fails, and the messages of libraries.", GENERAL)
-    ] = False
+    config: ConfigFile = None
+    debug: Debug = False

@@ -130,7 +130,9 @@ def _check_objective(config: TrainConfig) -> None:
     for name, users in OWN_OPTIONS.items():
         if config.objective not in users and getattr(config, name) != getattr(TrainConfig, name):
             flag = "--no_retain" if name == "retain" else f"--{name} {getattr(config, name)}"
-            raise UsageError(f"{flag} is for --objective {' or '.join(users)}; --objective is {config.objective}.")
+            *others, last = users
+            named = f"{', '.join(others)} or {last}" if others else last
+            raise UsageError(f"{flag} is for --objective {named}; --objective is {config.objective}.")
     if config.robust and config.train_text_encoder:
         raise UsageError(
             "--robust learns the input of a text encoder that does not change. Leave out --robust or "

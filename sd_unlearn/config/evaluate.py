@@ -19,9 +19,10 @@ from sd_unlearn.config.base import (
     Strength,
 )
 from sd_unlearn.config.options import (
-    GENERAL,
     START,
     BatchSize,
+    ConfigFile,
+    Debug,
     InferenceSteps,
     Range,
     SomeImages,
@@ -257,7 +258,7 @@ class EvaluateConfig(PlanOptions, Detectors, SamplerOptions, Prompts, Inputs):
     ] = many()
     keep_going: Annotated[
         bool,
-        option("Evaluate the other LoRAs if one cannot be evaluated, and print pass or fail for each.", OUTPUT),
+        option("Evaluate the other LoRAs if one cannot be evaluated, and print the outcome of each.", OUTPUT),
     ] = False
     write_plan: Annotated[
         Path | None,
@@ -268,9 +269,5 @@ class EvaluateConfig(PlanOptions, Detectors, SamplerOptions, Prompts, Inputs):
         ),
     ] = None
     json: Annotated[bool, option("Print results.json instead of the table.", OUTPUT)] = False
-    config: Annotated[
-        Path | None, option("YAML file with options as keys; flags on the command line take precedence.", GENERAL)
-    ] = None
-    debug: Annotated[
-        bool, option("Show a traceback when the command fails, and the messages of libraries.", GENERAL)
-    ] = False
+    config: ConfigFile = None
+    debug: Debug = False

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
-from sd_unlearn.config.options import GENERAL, NOT_NEGATIVE, START, Range, option, several
+from sd_unlearn.config.options import GENERAL, NOT_NEGATIVE, START, ConfigFile, Debug, Range, option, several
 from sd_unlearn.config.paths import PathOptions
 
 FuseMethod = Literal["least_squares", "sum"]
@@ -58,7 +58,5 @@ class FuseConfig(PathOptions):
         bool, option("Also load a base with pickled weights. Pickles can run arbitrary code.", GENERAL)
     ] = False
     overwrite: Annotated[bool, option("Delete an existing run in --output_dir and start over.", GENERAL)] = False
-    config: Annotated[Path | None, option("YAML file with options as keys; flags take precedence.", GENERAL)] = None
-    debug: Annotated[
-        bool, option("Show a traceback when the command fails, and the messages of libraries.", GENERAL)
-    ] = False
+    config: ConfigFile = None
+    debug: Debug = False

@@ -1,11 +1,13 @@
 """How an option of a command is declared: help text, group and allowed range. Imports no torch."""
 
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, get_type_hints
+from pathlib import Path
+from typing import Annotated, Any, get_args, get_type_hints
 
-from cyclopts import Group, Parameter
+from cyclopts import CoercionError, Group, Parameter, Token, convert
 
 from sd_unlearn.errors import UsageError
 
@@ -77,17 +79,40 @@ Validator = Callable[[Any, Any], None]  # (type, value); raises ValueError
 def option(text: str, group: Group | None = None, valid: Validator | None = None, negative: str = "") -> Parameter:
     """An option with its help text. `negative` is the flag that turns it off."""
     known: dict[str, Any] = {"group": group} if group else {}  # group=None would hide the option
-    return Parameter(help=text, negative=negative or (), validator=valid, **known)
+    return Parameter(help=text, negative=negative or (), validator=valid, converter=_convert, **known)
 
 
 def several(text: str, group: Group, valid: Range | None = None) -> Parameter:
     """An option that takes one or more values."""
-    return Parameter(help=text, group=group, validator=valid, negative=(), consume_multiple=True, show_default=False)
+    return Parameter(
+        help=text,
+        group=group,
+        validator=valid,
+        converter=_convert,
+        negative=(),
+        consume_multiple=True,
+        show_default=False,
+    )
+
+
+def _convert(type_: Any, tokens: Sequence[Token]) -> Any:
+    """cyclopts' conversion, which would round 7.5 for a whole number."""
+    types = {type_, *get_args(type_)}
+    for token in tokens:
+        if int in types and float not in types and re.fullmatch(r"[-+]?\d*\.\d*[1-9]\d*", token.value):
+            raise CoercionError(token=token, target_type=int)
+    return convert(type_, tokens)
 
 
 def many() -> Any:
     """Default of an option that takes several values: none."""
     return field(default_factory=list)
+
+
+ConfigFile = Annotated[
+    Path | None, option("YAML file with options as keys; flags on the command line take precedence.", GENERAL)
+]
+Debug = Annotated[bool, option("Show a traceback when the command fails, and the messages of libraries.", GENERAL)]
 
 
 def check_ranges(config: Any) -> None:

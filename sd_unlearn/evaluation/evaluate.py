@@ -64,13 +64,13 @@ def run(config: EvaluateConfig, concepts: Sequence[Concept] = ()) -> dict[str, A
             "--num_images, and --groups or add direct to it.",
             file=sys.stderr,
         )
-    if config.write_plan is not None:
-        write_plan(config.write_plan, job.plans)
-        return {}
     if config.dry_run:
         from sd_unlearn.evaluation.plan import show_plan
 
         show_plan(job)
+        return {}
+    if config.write_plan is not None:
+        write_plan(config.write_plan, job.plans)
         return {}
     metrics = {slug: find_metrics(job.metric_context(concept)) for slug, concept in job.concepts.items()}
     with full_disk_explained(), locked(job.output, "--output_dir"):
@@ -127,13 +127,14 @@ def check_conditions(results: dict[str, Any], fail_if: Sequence[str]) -> str:
 
 
 def pass_or_fail(config: EvaluateConfig, results: dict[str, Any]) -> list[str]:
-    """With --keep_going a line for each LoRA and image folder: whether it passes --fail_if, and why not."""
+    """With --keep_going a line for each LoRA and image folder: whether it passes --fail_if, if given, and why not."""
     if not config.keep_going:
         return []
     conditions, found, lines = [parse_condition(text) for text in config.fail_if], parse_results(results), []
     for subject in main_subjects(found.compared):
         because = met_conditions(conditions, found, only=subject.id)
-        lines.append(f"fail {subject.name}: {'; '.join(because)}" if because else f"pass {subject.name}")
+        passed = f"{'pass' if conditions else 'evaluated'} {subject.name}"
+        lines.append(f"fail {subject.name}: {'; '.join(because)}" if because else passed)
     return lines + [f"fail {failed.lora}: {failed.message}" for failed in found.failed]
 
 

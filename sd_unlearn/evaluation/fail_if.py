@@ -50,7 +50,7 @@ def parse_condition(text: str) -> Condition:
     """Parse a condition such as "leakage.held_out.high>5%".
 
     Raises:
-        UsageError: not a condition, an unknown metric or prompt group, or a limit above 1 for a metric between 0 and 1.
+        UsageError: not a condition, an unknown metric or prompt group, or a limit outside of the metric's range.
     """
     match = _FORM.fullmatch(text.strip())
     try:
@@ -64,11 +64,24 @@ def parse_condition(text: str) -> Condition:
         )
     _check_names(text, match["metric"], match["group"])
     limit = limit / 100 if match["percent"] else limit
-    if METRICS[known_as(match["metric"])].is_share and limit > 1:
-        raise UsageError(
-            f'--fail_if "{text}": {match["metric"]} is between 0 and 1. Write {limit:g}% or {limit / 100:g}.'
-        )
+    _check_limit(text, match["metric"], match["sign"], limit)
     return Condition(text, match["metric"], match["group"], match["end"] or "value", match["sign"], limit)
+
+
+def _check_limit(text: str, metric: str, sign: str, limit: float) -> None:
+    """Refuse limits that a rate never passes, e.g. leakage>1, which was meant as 1 %."""
+    known = METRICS[known_as(metric)]
+    if not known.is_rate:
+        return
+    too_low = limit < 0 or (limit, sign) == (0, "<")
+    if known.is_share:
+        too_high = limit > 1 or (limit, sign) == (1, ">")
+    else:  # relative to the base
+        too_high = limit > 1 and sign in (">", ">=")
+    if too_low or too_high:
+        allowed = "is between 0 and 1" if known.is_share else "is a share of the base's, e.g. 0.95"
+        meant = abs(limit) or 1.0
+        raise UsageError(f'--fail_if "{text}": {metric} {allowed}. Write {meant:g}% or {meant / 100:g}.')
 
 
 def _check_names(text: str, metric: str, group: str | None) -> None:

@@ -87,9 +87,7 @@ def resolve_job(config: EvaluateConfig, concepts: Sequence[Concept] = (), needs_
         UsageError: invalid options, or a file or folder that does not exist or does not fit.
         UnlearnError: a LoRA or prompt set cannot be downloaded.
     """
-    check_evaluate(config)
-    for condition in config.fail_if:
-        parse_condition(condition)
+    check_options(config)
     loras, failed = _open_loras(config)
     if not loras and not config.images and not config.sld and (needs_subjects or not config.concept):
         raise UsageError(
@@ -133,6 +131,23 @@ def resolve_job(config: EvaluateConfig, concepts: Sequence[Concept] = (), needs_
     )
     check_used(config, list(dict.fromkeys(chain(*(check_metrics(job.metric_context(c)) for c in by_slug.values())))))
     return job
+
+
+def check_options(config: EvaluateConfig) -> None:
+    """Check the options that depend on neither LoRAs nor concepts.
+
+    Raises:
+        UsageError: invalid options, a folder that does not exist, or a prompt set that cannot be read.
+        UnlearnError: a prompt set cannot be downloaded.
+    """
+    check_evaluate(config)
+    if config.others is not None and not config.others.is_dir():
+        raise UsageError(f"--others {config.others} is not a folder. Give a folder of photos of other people.")
+    for condition in config.fail_if:
+        parse_condition(condition)
+    override_counts(TIERS["quick"], config.num_images, config.num_keep_images, config.groups)
+    if config.prompt_set:
+        load_prompt_set(config.prompt_set)
 
 
 def _open_loras(config: EvaluateConfig) -> tuple[list[Lora], dict[str, str]]:

@@ -21,9 +21,15 @@ def silence_warnings() -> None:
     for category in (DeprecationWarning, PendingDeprecationWarning, FutureWarning):
         warnings.filterwarnings("ignore", category=category)
     warnings.filterwarnings("ignore", module=rf"({'|'.join(LIBRARIES)})(\.|$)")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    silence_bitsandbytes()
     if sys.stderr is None or not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+def silence_bitsandbytes() -> None:
+    """Hide what bitsandbytes says when it is imported: that it lacks kernels for CPUs, which are not used here."""
+    if not os.environ.get(SHOW):
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def silence_libraries() -> None:

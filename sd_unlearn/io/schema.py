@@ -6,9 +6,10 @@ import dataclasses
 import inspect
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
-from typing import Any, TypeVar, get_type_hints
+from types import NoneType, UnionType
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
@@ -54,20 +55,37 @@ def validate(kind: type[T], data: Any, where: str, hint: str = "") -> T:
 
 
 def convert(kind: type[T], data: Mapping[str, Any], where: str) -> T:
-    """Turn Python values into a dataclass: as `validate`, but a path may be text, and a list a tuple.
+    """Turn Python values into a dataclass: as `validate`, but a path may be text, a list a tuple, and false "no".
 
     Raises:
         UsageError: `data` does not match; names the key and what it must be.
     """
+    values, hints = with_no(kind, data), get_type_hints(kind)
+    wrong = next((k for k, v in values.items() if _has_bool(v) and bool not in _parts(hints.get(k))), None)
     try:
         adapter: TypeAdapter[T] = _adapter(kind)  # type: ignore[arg-type]  # every type is hashable
-        return adapter.validate_python(data)
+        if wrong is None:  # pydantic would take true for 1
+            return adapter.validate_python(values)
     except ValidationError as error:
-        fault = error.errors(include_url=False)[0]
-        key = str(fault["loc"][0])
-        wanted = inspect.formatannotation(get_type_hints(kind)[key]).replace("NoneType", "None")
-        wanted = re.sub(r"\b(typing|pathlib)\.", "", wanted)
-        raise UsageError(f"{where}: {key} must be {wanted}, not {data[key]!r}.") from None
+        wrong = str(error.errors(include_url=False)[0]["loc"][0])
+    wanted = inspect.formatannotation(hints[wrong]).replace("NoneType", "None")
+    wanted = re.sub(r"\b(typing|pathlib)\.", "", wanted)
+    raise UsageError(f"{where}: {wrong} must be {wanted}, not {data[wrong]!r}.")
+
+
+def with_no(kind: type, data: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a dataclass in YAML, where `no` is false: the text for options with the choice "no"."""
+    hints = get_type_hints(kind)
+    return {key: "no" if value is False and "no" in _parts(hints.get(key)) else value for key, value in data.items()}
+
+
+def _parts(hint: Any) -> list[Any]:
+    """A type and everything it consists of: of a list or union the types, of a Literal the values."""
+    return [hint, *(part for argument in get_args(hint) for part in _parts(argument))]
+
+
+def _has_bool(value: Any) -> bool:
+    return any(isinstance(item, bool) for item in (value if isinstance(value, list | tuple) else [value]))
 
 
 @cache
@@ -78,14 +96,14 @@ def _adapter(kind: Any) -> TypeAdapter[Any]:
 def _describe(kind: Any, fault: Mapping[str, Any]) -> str:
     """The text of an error of pydantic in this package's words."""
     *parents, key = fault["loc"] or ("",)
-    place = _path(fault["loc"])
+    place, outer = _path(_at(kind, fault["loc"])[1]), _path(_at(kind, parents)[1])
+    inside = f" in {outer}" if outer else ""
     if fault["type"] in _UNKNOWN:
-        known = _keys_at(kind, parents)
-        inside = f" in {_path(parents)}" if parents else ""
+        holder = _at(kind, parents)[0]
+        known = [field.name for field in dataclasses.fields(holder)] if dataclasses.is_dataclass(holder) else []
         listed = f" Known: {', '.join(sorted(known))}" if known else ""
         return f'unknown key "{key}"{inside}' + (f".{suggest(str(key), known)}{listed}" if known else "")
     if fault["type"] in ("missing", "missing_argument"):
-        inside = f" in {_path(parents)}" if parents else ""
         return f'needs the key "{key}"{inside}'
     if fault["type"] == "value_error":  # raised by a validator of ours, whose message is complete
         return f"{place or 'the content'} {fault['ctx']['error']}"
@@ -95,7 +113,7 @@ def _describe(kind: Any, fault: Mapping[str, Any]) -> str:
     return f"{place or 'the content'} {message}{value}"
 
 
-def _path(parts: Any) -> str:
+def _path(parts: Sequence[Any]) -> str:
     """("keep", 3, "name") -> keep[3].name."""
     text = ""
     for part in parts:
@@ -103,10 +121,21 @@ def _path(parts: Any) -> str:
     return text
 
 
-def _keys_at(kind: Any, parents: list[Any]) -> list[str]:
-    """Field names of the dataclass at a path inside `kind`; empty if the path leads through a list or mapping."""
-    for parent in parents:
-        if not dataclasses.is_dataclass(kind) or not isinstance(parent, str):
-            return []
-        kind = get_type_hints(kind).get(parent)
-    return [field.name for field in dataclasses.fields(kind)] if dataclasses.is_dataclass(kind) else []
+def _at(kind: Any, parts: Sequence[Any]) -> tuple[Any, list[Any]]:
+    """The type at a path inside `kind` (None: not known), and the path without pydantic's names of a union's types."""
+    path = []
+    for part in parts:
+        types = [one for one in (get_args(kind) if isinstance(kind, UnionType) else (kind,)) if one is not NoneType]
+        if len(types) > 1 and (named := [one for one in types if getattr(one, "__name__", "") == part]):
+            kind = named[0]
+            continue
+        path.append(part)
+        kind = next((inner for one in types if (inner := _inside(one, part)) is not None), None)
+    return kind, path
+
+
+def _inside(kind: Any, part: Any) -> Any:
+    """The type of an item of a list or mapping, or of a field of a dataclass; None for others."""
+    if dataclasses.is_dataclass(kind):
+        return get_type_hints(kind).get(part)
+    return get_args(kind)[-1 if get_origin(kind) is dict else 0] if get_args(kind) else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import resource
 import subprocess
 import time
@@ -17,13 +18,15 @@ import yaml
 from sd_unlearn import __version__
 from sd_unlearn.config.batching import CUT
 from sd_unlearn.config.checks import unused_options
-from sd_unlearn.config.paths import as_dict
+from sd_unlearn.config.paths import as_dict, local_path
 from sd_unlearn.config.train import TrainConfig
 from sd_unlearn.data.concept import Concept, concept_sha256
 from sd_unlearn.data.prior import Prior
-from sd_unlearn.data.several import write_concepts
+from sd_unlearn.data.several import read_concepts, write_concepts
+from sd_unlearn.errors import UsageError
 from sd_unlearn.io.files import write_text
 from sd_unlearn.io.own_files import RUN, delete_own, mark
+from sd_unlearn.io.reading import read_yaml
 from sd_unlearn.io.run_folder import BEST_DIR, CONCEPT, CONFIG, TRAINING
 from sd_unlearn.models.base import Base
 from sd_unlearn.seeds import TRAIN_SEEDS
@@ -38,7 +41,6 @@ RECORDED = (
     *(
         "unconditional",
         "timestep_bias",
-        "timestep_sampling",
         "snr_gamma",
         "zero_terminal_snr",
         "reduction",
@@ -139,6 +141,38 @@ def identity_of(config: TrainConfig, concept: Concept, base: Base, data_sha256: 
         "data": data_sha256,
         "processes": processes,
     }
+
+
+def check_same_run(output: Path, config: TrainConfig, concept: Concept, base: str) -> None:
+    """Refuse to take a finished run without checkpoints for one of another concept or base, or with other options.
+
+    Options that are neither given nor have a default are not compared, nor those that are resolved later.
+
+    Raises:
+        UsageError: names what differs, with both values.
+    """
+    before = read_yaml(output / CONFIG, "--output_dir")
+    now = as_dict(config) | {"pretrained_model_name_or_path": local_path(base)}
+    skipped = NOT_COMPARED - {"pretrained_model_name_or_path"} | {"mixed_precision"}
+    differences = [
+        f"--{key} was {before[key]} and is {value}"
+        for key, value in now.items()
+        if key in before and key not in skipped and value not in (None, "estimate") and not _same(value, before[key])
+    ]
+    former = read_concepts(output / CONCEPT)
+    if concept_sha256(former) != concept_sha256(concept):
+        differences.insert(0, f"the concept was {former.name} and is {concept.name}, or its file has changed")
+    if differences:
+        raise UsageError(
+            f"--output_dir {output} is a finished run without checkpoints, and this training differs: "
+            f"{'; '.join(differences)}. Choose another --output_dir, or start over with --overwrite."
+        )
+
+
+def _same(first: Any, second: Any) -> bool:
+    """Whether two values of an option are equal; a beta that is the sum of several may be rounded."""
+    numbers = isinstance(first, float) and isinstance(second, float)
+    return first == second or (numbers and math.isclose(first, second))
 
 
 def peak_memory_mb() -> int:

@@ -23,7 +23,7 @@ from sd_unlearn.data.dataset import fingerprint
 from sd_unlearn.data.photos import CACHE_DIR
 from sd_unlearn.data.render import check_same_base, render_locked
 from sd_unlearn.data.render_job import make_job, with_seed_of_folder
-from sd_unlearn.errors import UnlearnError, reason
+from sd_unlearn.errors import UnlearnError, counted, reason
 from sd_unlearn.io.files import write_json
 from sd_unlearn.io.lock import locked, remove_leftovers
 from sd_unlearn.io.run_folder import BEST_DIR, CHECKPOINT_DIR, DATA_MANIFEST, PREVIEW_DIR, TRAINING
@@ -33,8 +33,22 @@ from sd_unlearn.models.zero_terminal_snr import use_zero_terminal_snr
 from sd_unlearn.seeds import TRAIN_SEEDS
 from sd_unlearn.training import checkpoint
 from sd_unlearn.training.memory import CannotRepeat, remedies
-from sd_unlearn.training.preflight import Inputs, check_apart, check_inputs, check_kind, check_output, is_finished
-from sd_unlearn.training.provenance import device_name, identity_of, open_run, peak_memory_mb, training_record
+from sd_unlearn.training.preflight import (
+    Inputs,
+    check_apart,
+    check_inputs,
+    check_kind,
+    check_output,
+    is_finished,
+)
+from sd_unlearn.training.provenance import (
+    check_same_run,
+    device_name,
+    identity_of,
+    open_run,
+    peak_memory_mb,
+    training_record,
+)
 
 if TYPE_CHECKING:  # imported in functions: torch takes seconds to import, and wrong options must be refused at once
     from accelerate import Accelerator
@@ -59,7 +73,7 @@ def run(config: TrainConfig, concept: Concept | None = None) -> Path:
     inputs = check_inputs(config, concept)
     output = config.output_dir or Path("runs") / inputs.concept.slug
     check_apart(inputs.data_dir, output)
-    check_output(config, output)
+    _find_checkpoint(config, inputs, output)
     if config.anchor is not None and process_rank() == 0:
         print(describe_anchored(inputs.concept, inputs.own_images), file=sys.stderr)
     if config.objective in CLOSED_FORM:
@@ -77,7 +91,7 @@ def run(config: TrainConfig, concept: Concept | None = None) -> Path:
 
 def _run(config: TrainConfig, inputs: Inputs, output: Path) -> Path:
     """`run` once the options are checked, while no other process uses the run folder."""
-    resume = check_output(config, output)  # again: another process may have finished since
+    resume = _find_checkpoint(config, inputs, output)  # again: another process may have finished since
     if process_rank() == 0:
         places = [output / name for name in ("", BEST_DIR, CHECKPOINT_DIR, PREVIEW_DIR)]
         for folder in (*places, inputs.data_dir / CACHE_DIR):
@@ -110,6 +124,18 @@ def _run(config: TrainConfig, inputs: Inputs, output: Path) -> Path:
         accelerator.wait_for_everyone()  # the first process writes the metadata after the last image
     config = dataclasses.replace(config, data_dir=inputs.data_dir, output_dir=output)
     return _train(config, inputs.concept, get_base(), accelerator, planned, resume)
+
+
+def _find_checkpoint(config: TrainConfig, inputs: Inputs, output: Path) -> Path | None:
+    """The checkpoint to resume from, once the run folder is checked.
+
+    Raises:
+        UsageError: as check_output, or a finished run without checkpoints is of another training.
+    """
+    resume = check_output(config, output)
+    if config.resume_from_checkpoint and not resume and is_finished(output):
+        check_same_run(output, config, inputs.concept, inputs.source.name)
+    return resume
 
 
 def _make_accelerator(config: TrainConfig, output: Path, tracker: str | None) -> Accelerator:
@@ -172,7 +198,7 @@ def _train(
     summary = f"Forgetting {concept.name!r} in {base.name}: {data.counts()}{beta}."
     for line in (*filter(None, [data.note]), *data.prior.notes, summary):
         accelerator.print(line, file=sys.stderr)
-    with _explained_write_errors(output), _explained_memory_errors(config, base, output):
+    with _explained_write_errors(output), _explained_memory_errors(config, base, output), _named_checkpoint(output):
         state = fit(config, training, resume)
         if accelerator.is_main_process:
             _close_run(config, training, state, partial(training_record, config, concept, base, data.prior, data.betas))
@@ -235,6 +261,18 @@ def _explained_memory_errors(config: TrainConfig, base: Base, output: Path) -> I
         ) from error
 
 
+@contextmanager
+def _named_checkpoint(output: Path) -> Iterator[None]:
+    """Name the last checkpoint after a second Ctrl-C, which saves none."""
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        kept = checkpoint.list_checkpoints(output)
+        if str(interrupt) or not kept:
+            raise
+        raise KeyboardInterrupt(f"The last checkpoint is {kept[-1]}.") from None
+
+
 def _close_run(config: TrainConfig, training: Training, state: TrainingState, record_of: RecordOf) -> None:
     """Save the trained weights and, last, the record that marks the run as finished."""
     accelerator, output, best = training.accelerator, training.output, training.output / BEST_DIR
@@ -259,4 +297,4 @@ def _close_run(config: TrainConfig, training: Training, state: TrainingState, re
         print(f"Best step by --probe {config.probe}: {state.best_step}, saved in {best}.", file=sys.stderr)
     write_json(output / TRAINING, record_of(cost))
     stopped = f" ({state.stopped})" if state.stopped else ""
-    print(f"Trained {state.step} steps in {state.seconds:.0f} s{stopped}: {output}.", file=sys.stderr)
+    print(f"Trained {counted(state.step, 'step')} in {state.seconds:.0f} s{stopped}: {output}.", file=sys.stderr)

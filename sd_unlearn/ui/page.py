@@ -13,6 +13,7 @@ from sd_unlearn.errors import UnlearnError, UsageError
 from sd_unlearn.io.images import open_image
 from sd_unlearn.io.paths import slugify
 from sd_unlearn.models.source import BUNDLED
+from sd_unlearn.seeds import SEED_SPAN
 from sd_unlearn.ui.generate import AS_TRAINED, Generator, Request, enlarged
 from sd_unlearn.ui.runs import as_table, calibrated_strength, find_finished, find_loras
 from sd_unlearn.ui.training import Job, Training, make_plan
@@ -95,7 +96,7 @@ def _try_tab(gradio: Any, page: Any, root: Path) -> None:
         strength = gradio.Slider(
             0, max(LARGEST, start), start, step=0.05, label="Strength", elem_id="strength", min_width=WIDE
         )
-        seed = gradio.Number(0, label="Seed", precision=0, minimum=0, elem_id="seed")
+        seed = gradio.Number(0, label="Seed", precision=0, minimum=0, maximum=SEED_SPAN - 1, elem_id="seed")
         steps = gradio.Number(0, label="Steps (0: default)", precision=0, minimum=0, maximum=1000)
         guidance = gradio.Number(0, label="Guidance (0: default)", minimum=0)
     button = gradio.Button("Generate", variant="primary", elem_id="generate")
@@ -164,7 +165,7 @@ def _train_tab(gradio: Any, page: Any, root: Path, training: Training) -> None:
         base = gradio.Textbox("", label="Base (empty: the concept's)")
     with gradio.Row():
         steps = gradio.Number(STEPS, label="Steps", precision=0, minimum=1, elem_id="steps")
-        seed = gradio.Number(0, label="Seed", precision=0, minimum=0)
+        seed = gradio.Number(0, label="Seed", precision=0, minimum=0, maximum=SEED_SPAN - 1)
     with gradio.Row():
         plan_button = gradio.Button("Show the plan", variant="primary", elem_id="plan")
         start = gradio.Button("Start", interactive=False, elem_id="start")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import sys
 import tempfile
@@ -11,6 +12,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from sd_unlearn.errors import UsageError, reason
+from sd_unlearn.io.noise import SHOW
 from sd_unlearn.ui.page import CSS, TITLE, build, import_gradio, theme
 from sd_unlearn.ui.runs import report_file
 from sd_unlearn.ui.training import Training
@@ -25,7 +27,7 @@ REPORT_HEADERS = {
 
 
 def run(port: int, listen: bool = False) -> None:
-    """Serve the page until Ctrl-C; a training that runs is then stopped with a checkpoint.
+    """Serve the page until Ctrl-C, SIGTERM or SIGHUP; a training that runs is then stopped with a checkpoint.
 
     Raises:
         UnlearnError: Gradio is not installed.
@@ -52,9 +54,12 @@ def run(port: int, listen: bool = False) -> None:
             )
         import uvicorn
 
+        _end_as_ctrl_c()
+        # An open page holds its connection: without a limit, Ctrl-C would wait for it to be closed. uvicorn then logs a
+        # traceback for it.
+        level = "warning" if os.environ.get(SHOW) else "critical"
         try:
-            # An open page holds its connection: without a limit, Ctrl-C would wait for it to be closed.
-            uvicorn.run(app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=1)
+            uvicorn.run(app, host=host, port=port, log_level=level, timeout_graceful_shutdown=1)
         finally:
             training.stop(wait=STOP_SECONDS)
 
@@ -115,6 +120,17 @@ def make_app(root: Path, training: Training, listen: bool = False) -> Any:
         pwa=False,
         blocked_paths=[str(root)],  # the page shows copies of images, never files of the folder
     )
+
+
+def _end_as_ctrl_c() -> None:
+    """Let SIGTERM and a closed terminal (SIGHUP) end the page as Ctrl-C does, so that a training is stopped."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)  # uvicorn shuts down first, then raises the signal again
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup ignores it
+        signal.signal(signal.SIGHUP, lambda *_: signal.raise_signal(signal.SIGTERM))
 
 
 def _check_port(host: str, port: int) -> None:

@@ -91,7 +91,7 @@ _COMMAND = (sys.executable, "-m", "sd_unlearn")
 
 
 class Training:
-    """The one training of the page. It is in the process group of the page, so Ctrl-C in the terminal ends both."""
+    """The one training of the page. It has a session of its own: Ctrl-C in the terminal would be a second signal."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -120,6 +120,7 @@ class Training:
             stdin=subprocess.DEVNULL,
             stdout=self.log,
             stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
         self.job, self.stopping = job, False
 

@@ -156,19 +156,19 @@ def test_conditions_on_attacks(run: Path) -> None:
     assert attack(run, "--attacks", "strength") == 0
     add_retention(run)
     assert attack(run, "--attacks", "strength", "--fail_if", "attack.strength>=0") == 3
-    assert attack(run, "--attacks", "strength", "--fail_if", "attack.strength>1") == 0
+    assert attack(run, "--attacks", "strength", "--fail_if", "attack.strength>=1") == 0
     assert attack(run, "--attacks", "strength", "--fail_if", "attack.soft>0.5") == 3  # not measured
     assert attack(run, "--attacks", "strength", "--fail_if", "attack.sift>0.5") == 2
 
 
 def test_no_condition_on_attacks_passes_without_retention(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A LoRA that generates only noise resists every attack."""
-    assert attack(run, "--attacks", "strength", "--fail_if", "attack.strength>1") == 3
+    assert attack(run, "--attacks", "strength", "--fail_if", "attack.strength>=1") == 3
     said = capsys.readouterr().err
     assert "seven on seven: cannot tell, because retention is not known" in said
     assert "Run sd-unlearn evaluate first." in said
     add_retention(run, value=None)
-    assert attack(run, "--attacks", "strength", "--fail_if", "attack.strength>1") == 3
+    assert attack(run, "--attacks", "strength", "--fail_if", "attack.strength>=1") == 3
 
 
 @pytest.mark.parametrize("fault", ["flat", "unreadable", "missing"])
@@ -191,14 +191,14 @@ def test_attack_images_that_show_nothing_are_a_problem(
     assert attack(run, "--attacks", "completion") == 0
     assert "No verdict will be given on seven. Of 3 images of the attack completion 1" in capsys.readouterr().err
     add_retention(run)
-    assert attack(run, "--attacks", "completion", "--fail_if", "attack.completion>1") == 3
+    assert attack(run, "--attacks", "completion", "--fail_if", "attack.completion>=1") == 3
     assert "cannot tell for seven on seven: Of 3 images of the attack completion" in capsys.readouterr().err
     monkeypatch.setattr(command, "carry_out", original)
     assert attack(run, "--attacks", "noise") == 0  # the problem is kept with its attack
     [problem] = read_results(run).problems  # and none is of the base
     assert (problem.subject, problem.kind, problem.group, problem.share) == ("seven", fault, "completion", 1 / 3)
     evaluate = ["evaluate", "--run", str(run), *FLAGS, "--num_images", "1", "--num_keep_images", "1"]
-    assert main([*evaluate, "--strengths", "0.5", "1", "--fail_if", "attack.noise>1"]) == 3
+    assert main([*evaluate, "--strengths", "0.5", "1", "--fail_if", "attack.noise>=1"]) == 3
     of_attacks = [problem for problem in read_results(run).problems if problem.group == "completion"]
     assert [problem.subject for problem in of_attacks] == ["seven at 1"]
     for folder in run.parent.parent.rglob("completion-*"):
@@ -210,15 +210,15 @@ def test_attack_images_that_show_nothing_are_a_problem(
 def test_the_conditions_of_the_evaluation_are_kept(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """They do not decide the exit code of the attack, which has its own."""
     evaluate = ["evaluate", "--run", str(run), *FLAGS, "--num_images", "1", "--num_keep_images", "1"]
-    assert main([*evaluate, "--fail_if", "leakage>=0", "leakage.high>1"]) == 3
+    assert main([*evaluate, "--fail_if", "leakage>=0", "drift>100"]) == 3
     of_evaluation = read_results(run).conditions
     assert attack(run, "--attacks", "noise") == 0
     assert read_results(run).conditions == of_evaluation
-    assert attack(run, "--attacks", "noise", "--fail_if", "attack.noise>=0", "leakage.high>1") == 3
+    assert attack(run, "--attacks", "noise", "--fail_if", "attack.noise>=0", "drift>100") == 3
     assert "attack.noise>=0" in capsys.readouterr().err
     found = {outcome.condition: outcome.holds for outcome in read_results(run).conditions}
-    assert found == {"leakage>=0": True, "leakage.high>1": False, "attack.noise>=0": True}
-    assert attack(run, "--attacks", "noise", "--fail_if", "leakage.high>1") == 0
+    assert found == {"leakage>=0": True, "drift>100": False, "attack.noise>=0": True}
+    assert attack(run, "--attacks", "noise", "--fail_if", "drift>100") == 0
     assert "Passed 1 of 1" in capsys.readouterr().out
 
 
@@ -228,7 +228,7 @@ def test_the_floor_is_attacked_too(run: Path, v_base: Path, capsys: pytest.Captu
     results = read_results(run)
     assert [subject.id for subject in results.compared] == ["seven"]
     add_retention(run)
-    assert attack(run, "--attacks", "noise", "--floor", str(v_base), "--fail_if", "attack.noise>1") == 0
+    assert attack(run, "--attacks", "noise", "--floor", str(v_base), "--fail_if", "attack.noise>=1") == 0
     assert main(["report", "--run", str(run)]) == 0
     assert attack(run, "--attacks", "noise", "--floor", "nowhere.safetensors") == 2
 

@@ -21,6 +21,7 @@ from evaluation_runs import DIGIT_FILE
 from sd_unlearn.batch.plan import Plan
 from sd_unlearn.batch.record import read_state
 from sd_unlearn.batch.run import Run
+from sd_unlearn.errors import UnlearnError
 from sd_unlearn.io.progress import Progress
 from sd_unlearn.io.run_folder import RESULTS, weights_sha256
 
@@ -165,6 +166,22 @@ def test_submitit_gives_the_same_results(jobs: Jobs, start: Start, cluster: str)
     path = jobs(1, engine="slurm", workers=2, slurm={"cluster": cluster})
     finish(start(path))
     assert results(plan_of(path)) == undisturbed(path)
+
+
+def test_what_slurm_refuses_names_the_key_of_the_job_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("submitit")
+    from sd_unlearn.batch.engines.slurm import SlurmEngine
+
+    for name, line in (("srun", "exit 0"), ("sbatch", "echo invalid partition specified: gpuu >&2; exit 1")):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{line}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    engine = SlurmEngine({"slurm_partition": "gpuu"}, tmp_path / "list", None, 1)
+    with pytest.raises(UnlearnError, match="slurm: the cluster refused 2 jobs: .*gpuu.*the key slurm"):
+        engine.start([tmp_path / "a", tmp_path / "b"])
+    (tmp_path / "sbatch").unlink()
+    with pytest.raises(UnlearnError, match="slurm: the cluster refused 1 job: .*the key slurm"):
+        engine.start([tmp_path / "a"])
 
 
 @pytest.mark.slow

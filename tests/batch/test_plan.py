@@ -13,7 +13,7 @@ from batch_runs import plan_of, write_concept_file, write_list
 from conftest import tree
 
 from sd_unlearn import cli
-from sd_unlearn.batch.identity import images_identity
+from sd_unlearn.batch.identity import _content, images_identity
 from sd_unlearn.batch.plan import Plan, missing_tasks
 from sd_unlearn.errors import UsageError
 from sd_unlearn.models.source import DIGITS_DIR
@@ -42,6 +42,12 @@ def test_settings_and_grid_are_combined_and_share_rendered_images(make: Callable
     assert names[0] == "short, push 1.0, seed 0"
     assert names[-1] == "max_train_steps 3, push 2.0, seed 1"
     assert not tree(tmp_path / "runs")  # planning writes nothing
+
+
+def test_no_is_a_precision_in_yaml(make: Callable[..., Plan]) -> None:
+    """YAML reads it as false."""
+    plan = make(options={"mixed_precision": False}, stages=["evaluate"], evaluate={"mixed_precision": False})
+    assert plan.tasks == make(options={"mixed_precision": "no"}, stages=["evaluate"]).tasks
 
 
 def test_a_stage_brings_the_stages_that_it_needs(make: Callable[..., Plan]) -> None:
@@ -106,6 +112,50 @@ def test_a_folder_below_the_home_folder_is_identified_by_its_content(
     assert images_identity(f"~/{folder.name}/1_positive") != images_identity(f"~/{folder.name}")
 
 
+@pytest.mark.parametrize(
+    ("stage", "options", "file"),
+    [
+        ("evaluate", {"prompt_set": "prompts.txt"}, "prompts.txt"),
+        ("evaluate", {"others": "photos"}, "photos/a.txt"),
+        ("evaluate", {"reference": "photos"}, "photos/a.txt"),
+        ("evaluate", {"real_images": "photos"}, "photos/a.txt"),
+        ("evaluate", {"classifier": "./weights.pth"}, "weights.pth"),
+        ("evaluate", {"clip_pretrained": "weights.bin"}, "weights.bin"),
+        ("evaluate", {"face_weights": "weights.onnx"}, "weights.onnx"),
+        ("attack", {"others": "photos"}, "photos/a.txt"),
+    ],
+)
+def test_a_stage_is_repeated_when_a_file_that_it_reads_has_changed(
+    make: Callable[..., Plan], tmp_path: Path, stage: str, options: dict[str, Any], file: str
+) -> None:
+    def id_of(content: str) -> str:
+        images_identity.cache_clear()  # a command reads each folder once
+        _content.cache_clear()
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_text(content)
+        return str(make(stages=[stage], **{stage: options}).lines[0].tasks[stage])
+
+    first = id_of("one")
+    assert id_of("two") != first
+    assert id_of("one") == first
+
+
+def test_photos_of_one_person_are_not_those_of_another(make: Callable[..., Plan], tmp_path: Path) -> None:
+    for name in ("brad", "tom"):
+        (tmp_path / name).mkdir()
+    concepts = [write_concept_file(tmp_path, name) for name in ("Brad Pitt", "Tom Cruise", "Jane Doe")]
+    shared: dict[str, Any] = {"concepts": concepts, "stages": ["evaluate"]}
+    with pytest.raises(UsageError, match="--reference brad does not say whose photos"):
+        make(**shared, evaluate={"reference": "brad"})
+    with pytest.raises(UsageError, match="no concept brad is evaluated"):
+        make(**shared, evaluate={"reference": ["brad=brad"]})
+    with pytest.raises(UsageError, match="--label man would be the class of all 3 concepts"):
+        make(**shared, evaluate={"label": "man"})
+    plan = make(**shared, evaluate={"reference": ["brad-pitt=brad", "Tom Cruise=tom"]})
+    given = [plan.tasks[job.tasks["evaluate"]].options.get("reference") for job in plan.lines]
+    assert given == [[f"brad-pitt={tmp_path}/brad"], [f"tom-cruise={tmp_path}/tom"], None]
+
+
 def test_concepts_come_from_a_csv_file(make: Callable[..., Plan], tmp_path: Path) -> None:
     table = tmp_path / "people.csv"
     table.write_text('name,anchor,kind\nJane Example,"a woman, smiling",person\nseven,,\n')
@@ -121,10 +171,18 @@ def test_concepts_come_from_a_csv_file(make: Callable[..., Plan], tmp_path: Path
         ({"concept": ["seven"]}, 'unknown key "concept". Did you mean "concepts"?'),
         ({"concepts": []}, "concepts is empty"),
         ({"concepts": ["sevn"]}, 'Did you mean "seven"?'),
+        (
+            {"concepts": [{"name": "A", "anchr": "b"}]},
+            'unknown key "anchr" in concepts[0]. Did you mean "anchor"? Known: anchor, data_dir, kind',
+        ),
+        ({"concepts": [7]}, "concepts[0] must be text (in quotes), not 7"),
         ({"concepts": ["people.csv"]}, "people.csv: No such file"),
         ({"options": {"rnak": 4}}, 'options: unknown key "rnak". Did you mean "rank"?'),
         ({"options": {"rank": 0}}, "--rank 0 must be above 0"),
         ({"options": {"rank": "four"}}, "rank must be int, not 'four'"),
+        ({"options": {"rank": True}}, "rank must be int, not True"),
+        ({"options": {"rank": 7.5}}, "rank must be int, not 7.5"),
+        ({"stages": ["evaluate"], "evaluate": {"seed": [0, True]}}, "evaluate: seed must be list[int], not [0, True]"),
         ({"options": {"output_dir": "x"}}, "output_dir cannot be set here"),
         ({"grid": {"rank": []}}, "grid: rank has no values"),
         ({"grid": {"rank": [2]}, "settings": [{"rank": 4}]}, "rank is both in settings and in grid"),
@@ -132,7 +190,19 @@ def test_concepts_come_from_a_csv_file(make: Callable[..., Plan], tmp_path: Path
         ({"stages": ["trian"]}, "stages[0]"),
         ({"stages": ["evaluate"], "evaluate": {"tier": "huge"}}, "evaluate: tier must be"),
         ({"stages": ["evaluate"], "evaluate": {"metrics": "fidelty"}}, "fidelty"),
+        ({"stages": ["evaluate"], "evaluate": {"metrics": "identity"}}, "--metrics identity needs --others"),
+        ({"stages": ["evaluate"], "evaluate": {"groups": ["direkt"]}}, 'evaluate: --groups "direkt"'),
+        ({"stages": ["evaluate"], "evaluate": {"fail_if": "foo>1"}}, "there is no metric foo"),
+        ({"stages": ["evaluate"], "evaluate": {"prompt_set": "none.csv"}}, "--prompt_set none.csv"),
+        ({"stages": ["evaluate"], "evaluate": {"others": "none"}}, "--others none is not a folder"),
+        ({"stages": ["evaluate"], "evaluate": {"reference": "none"}}, "none is not a folder"),
+        ({"stages": ["evaluate"], "evaluate": {"real_images": "none"}}, "--real_images none"),
         ({"stages": ["attack"], "attack": {"attacks": ["sofft"]}}, "sofft"),
+        ({"stages": ["attack"], "attack": {"attacker_images": "none"}}, "attack: --attacker_images none"),
+        ({"stages": ["attack"], "attack": {"fail_if": ["attack.foo>1"]}}, "foo is not a prompt group"),
+        ({"stages": ["attack"], "attack": {"others": "none"}}, "--others none"),
+        ({"stages": ["attack"], "attack": {"metrics": "lpips"}}, "--metrics lpips cannot tell"),
+        ({"stages": ["attack"], "attack": {"floor": "./none"}}, "attack: --floor ./none"),
         ({"stages": ["export"], "export": {"push_to_hub": "me/it"}}, "push_to_hub cannot be set here"),
         ({"workers": 0}, "workers"),
         ({"ray": {"num_gpu": 1}}, 'unknown key "num_gpu" in ray. Did you mean "num_gpus"?'),

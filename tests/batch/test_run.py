@@ -15,10 +15,12 @@ from report_results import make_results, make_row
 
 from sd_unlearn import cli
 from sd_unlearn.batch import batch
+from sd_unlearn.batch.engines.engine import Ended
 from sd_unlearn.batch.job_list import JobList
-from sd_unlearn.batch.record import read_state, status_of
+from sd_unlearn.batch.record import begin, finish, read_order, read_state, status_of
 from sd_unlearn.batch.run import Run
 from sd_unlearn.batch.summary import write_table
+from sd_unlearn.errors import UnlearnError
 from sd_unlearn.io.files import write_json
 from sd_unlearn.io.lock import locked
 from sd_unlearn.io.progress import Progress
@@ -150,6 +152,68 @@ def test_no_further_tasks_start_after_max_failures(engines: Engines, tiny_base: 
     assert len(engines[0].started) == 2
     assert cli.main(["batch", str(path)]) == 1
     assert len(engines[1].started) == 3
+
+
+class Busy:
+    """An engine that does nothing but mark tasks as done, and refuses tasks while others run."""
+
+    workers = 2
+
+    def __init__(self, closed: bool = False) -> None:
+        self.closed = closed
+        self.started: list[str] = []
+        self.running: list[Path] = []
+        self.refused = 0
+
+    def start(self, folders: list[Path]) -> None:
+        if self.running or self.closed:
+            self.refused += 1
+            raise UnlearnError("The queue is full.")
+        for folder in folders:
+            product = Path(read_order(folder).product)
+            product.parent.mkdir(parents=True, exist_ok=True)
+            product.touch()
+            finish(folder, begin(folder), "done")
+            self.started.append(folder.name)
+            self.running.append(folder)
+
+    def wait(self, seconds: float) -> list[Ended]:
+        return [Ended(self.running.pop(0))]
+
+    def stop(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def test_a_refused_submission_is_repeated_when_a_task_has_ended(tiny_base: Path, tmp_path: Path) -> None:
+    concepts = [write_concept_file(tmp_path, name) for name in ("Brad Pitt", "Tom Cruise")]
+    plan = plan_of(write_list(tmp_path / "jobs.yaml", tiny_base, concepts=concepts))
+    tasks, progress = list(plan.tasks.values()), Progress(4, "batch", "task", shown=False)
+    closed = Busy(closed=True)
+    with pytest.raises(UnlearnError, match="The queue is full"):
+        Run(plan, tasks, closed, progress).all()
+    assert closed.refused == 1
+    engine = Busy()
+    assert Run(plan, tasks, engine, progress).all().done == set(plan.tasks)
+    assert [name.partition("-")[0] for name in engine.started] == ["render", "render", "train", "train"]
+    assert engine.refused == 1  # the first training, while the second rendering was running
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_condition_that_holds_is_in_the_table_and_the_exit_code(
+    engines: Engines, tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "seven.yaml").write_text(DIGIT_FILE.format(name="seven") + IMAGES)
+    evaluate = {"num_images": 1, "groups": "direct", "num_inference_steps": 2, "fail_if": "drift>0"}
+    shared: dict[str, Any] = {"concepts": [f"{tmp_path}/seven.yaml"], "stages": ["evaluate"]}
+    path = write_list(tmp_path / "jobs.yaml", tiny_base, **shared, evaluate=evaluate)
+    for _ in range(2):  # also when nothing is missing any more
+        assert cli.main(["batch", str(path)]) == 3
+        assert "a condition holds in 1 of 1 job; " in capsys.readouterr().err
+        [line] = table(tmp_path / "runs/batch/lists/jobs/jobs.csv")
+        assert line["status"] == "done"
+        assert "--fail_if: drift>0: " in line["message"]
+    assert len(engines) == 1
 
 
 def test_two_processes_do_not_run_the_same_list(

@@ -54,6 +54,7 @@ def test_only_a_leading_tilde_is_expanded() -> None:
 
 
 def test_home_in_yaml_and_on_the_command_line(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (home / "people").mkdir()
     (home / "options.yaml").write_text("run: ~/from-yaml\nothers: ~/people\n")
     assert main(["evaluate", "--config", "~/options.yaml"]) == 2
     assert f"--run {home}/from-yaml is not a folder" in capsys.readouterr().err

@@ -295,6 +295,8 @@ def test_pairs_with_equal_file_names_keep_their_images(tmp_path: Path) -> None:
 
 def test_write_plan_generates_nothing(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(generate, "load_base", pytest.fail)
+    assert evaluate.run(every(runs, write_plan=tmp_path / "plan.jsonl", dry_run=True)) == {}
+    assert not (tmp_path / "plan.jsonl").exists()
     assert evaluate.run(every(runs, write_plan=tmp_path / "plan.jsonl")) == {}
     lines = [json.loads(line) for line in (tmp_path / "plan.jsonl").read_text().splitlines()]
     assert {line["concept"] for line in lines} == {"seven", "four"}
@@ -406,7 +408,7 @@ def test_fail_if_exits_with_code_3_after_writing_results(
         "--output_dir",
         str(tmp_path / "out"),
     ]
-    assert main([*command, "--fail_if", "drift<-1", "leakage.high>1"]) == 0
+    assert main([*command, "--fail_if", "drift<-1", "drift>100"]) == 0
     assert "Passed 2 of 2 --fail_if checks" in capsys.readouterr().err
     assert main([*command, "--fail_if", "drift>-1", "nudity>0.1"]) == 3
     said = capsys.readouterr()
@@ -466,7 +468,7 @@ def test_images_of_another_text_encoder_are_not_reused(runs: Path, tiny_base: Pa
 
 def test_no_verdict_without_retention(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A LoRA that turns everything into noise shows no seven, either."""
-    few = ["--num_images", "2", "--num_inference_steps", "1", "--groups", "direct", "--fail_if", "leakage.high>1"]
+    few = ["--num_images", "2", "--num_inference_steps", "1", "--groups", "direct", "--fail_if", "drift>100"]
     assert main(["evaluate", "--lora", str(runs / "seven"), *few, "--output_dir", "out"]) == 3
     said = capsys.readouterr()
     gap = "Retention is not measured, and a model that generates only noise does not show the concept either."
@@ -485,7 +487,7 @@ def test_keep_going_counts_bad_files_as_failed(
         (folder / f"{name}.safetensors").write_bytes(b"broken")
     parts = {f"lora_unet_nothing.lora_{part}.weight": torch.ones(2, 2) for part in ("down", "up")}
     save_file(parts, folder / "misfit.safetensors")
-    few = ["--num_images", "4", "--num_keep_images", "2", "--num_inference_steps", "2", "--fail_if", "leakage.high>1"]
+    few = ["--num_images", "4", "--num_keep_images", "2", "--num_inference_steps", "2", "--fail_if", "drift>100"]
     few = ["--concept", str(runs / "seven" / "concept.yaml"), *few]
     command = ["evaluate", "--lora", str(runs / "seven"), str(folder), *few, "--output_dir", "out"]
     assert main(command) == 2  # without --keep_going the first bad file ends it
@@ -556,8 +558,8 @@ def test_keep_going_counts_loras_of_other_bases_and_concepts_as_failed(
     }
     few = ["--num_images", "2", "--num_inference_steps", "1", "--groups", "direct", "--keep_going"]
     assert main(["evaluate", "--lora", str(runs / "seven"), *others, str(runs / "four"), *few]) == 1
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("pass", "fail"))]
-    assert lines[:2] == ["pass seven", "pass four"]
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("pass", "evaluated", "fail"))]
+    assert lines[:2] == ["evaluated seven", "evaluated four"]
     assert [line.partition(": ")[0] for line in lines[2:]] == [f"fail {name}" for name in others]
     assert all(message in line for line, message in zip(lines[2:], others.values(), strict=True))
 

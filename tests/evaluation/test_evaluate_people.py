@@ -84,7 +84,7 @@ def test_clip_alone_gives_no_verdict_on_a_person(tmp_path: Path, capsys: pytest.
         save(tmp_path / "plain" / group, astronaut())
     clip = ["--metrics", "clip", "--clip_model", build_clip(tmp_path), "--clip_pretrained", ""]
     pictures = ["--concept", "collins.yaml", "--images", "plain", "--output_dir", "out"]
-    assert main(["evaluate", *pictures, *clip, "--fail_if", "leakage>1"]) == 3
+    assert main(["evaluate", *pictures, *clip, "--fail_if", "leakage>0.5"]) == 3
     said = capsys.readouterr().err
     assert said.startswith("No verdict will be given. Only CLIP looked for Eileen Collins")  # before anything else
     assert "cannot tell for base on eileen-collins: Only CLIP" in said  # and --fail_if fails

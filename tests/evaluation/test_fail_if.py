@@ -49,11 +49,22 @@ def test_parse(text: str, metric: str, group: str | None, end: str, limit: float
 
 
 @pytest.mark.parametrize(
-    "text", ["", "leakage", "leakage=0.1", "leakage>much", ">0.1", "leakage>0.1 or so", "leakage>5", "accuracy.kept<95"]
+    "text",
+    [
+        *("", "leakage", "leakage=0.1", "leakage>much", ">0.1", "leakage>0.1 or so"),
+        *("leakage>5", "accuracy.kept<95", "leakage<-1", "leakage<0", "retention<0", "retention>=95"),
+    ],
 )
 def test_invalid_condition_is_refused(text: str) -> None:
     with pytest.raises(UsageError, match="--fail_if"):
         parse_condition(text)
+
+
+def test_a_limit_that_is_never_passed_is_refused_with_what_was_meant() -> None:
+    with pytest.raises(UsageError, match="leakage is between 0 and 1. Write 1% or 0.01"):
+        parse_condition("leakage.high>1")
+    for possible in ("leakage>=1", "leakage<=0", "retention<1.02", "retention>1", "drift>5"):
+        assert parse_condition(possible).text == possible
 
 
 def test_conditions_apply_to_every_subject_but_the_base() -> None:

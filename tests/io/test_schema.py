@@ -53,7 +53,8 @@ def test_a_valid_file() -> None:
 
 def test_unknown_keys_are_refused_with_a_suggestion() -> None:
     assert 'unknown key "nam". Did you mean "name"?' in refused({"nam": "x"})
-    assert 'unknown key "promt" in lines[1]. Fix' in refused({"name": "x", "lines": [{"prompt": "p"}, {"promt": "p"}]})
+    in_list = refused({"name": "x", "lines": [{"prompt": "p"}, {"promt": "p"}]})
+    assert 'unknown key "promt" in lines[1]. Did you mean "prompt"? Known: count, prompt. Fix' in in_list
     nested = refused({"name": "x", "first": {"prompt": "p", "cuont": 1}})
     assert 'unknown key "cuont" in first. Did you mean "count"?' in nested
     assert "Known: count, prompt" in nested

@@ -162,6 +162,20 @@ def test_the_command_says_how_to_resume(
     assert "Saved step 2 of 24 in run. Add --resume_from_checkpoint latest to continue." in said
     assert signal.getsignal(signal.SIGINT) is before
 
+    step = TrainingState.take_step
+
+    def second(self: TrainingState, *arguments: object) -> object:
+        if self.step == 3:
+            raise KeyboardInterrupt  # as a second Ctrl-C, which saves nothing
+        return step(self, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(TrainingState, "take_step", second)
+    command = ["train", *flags(settings(place, tiny_base)), "--output_dir", "run", "--overwrite"]
+    assert cli.main(command) == 130
+    said = capsys.readouterr().err
+    resume = "Replace --overwrite with --resume_from_checkpoint latest to continue."
+    assert f"The last checkpoint is run/checkpoints/step-000003. {resume}" in said
+
 
 @pytest.mark.parametrize(
     "options",
@@ -301,6 +315,26 @@ def test_a_finished_run_without_checkpoints_is_not_trained_again(
         assert trainer.run(make_config("run", resume_from_checkpoint="latest", force_resume=forced)) == run
         assert "run is finished" in capsys.readouterr().err
     assert {p: p.stat().st_mtime_ns for p in run.rglob("*")} == before
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seed": 1}, "--seed was 0 and is 1"),
+        ({"rank": 4}, "--rank was 2 and is 4"),
+        ({"lora_dropout": 0.0}, "--lora_dropout was 0.2 and is 0.0"),  # the default
+        ({"pretrained_model_name_or_path": "digits"}, "--pretrained_model_name_or_path was .* and is digits"),
+        ({"concept": "seven"}, "the concept was Brad Pitt and is seven"),
+    ],
+)
+def test_a_finished_run_without_checkpoints_is_not_taken_for_another(
+    whole: Path, make_config: Config, change: dict[str, object], message: str
+) -> None:
+    shutil.copytree(whole, Path("run"))
+    for dry_run in (False, True):
+        options = {"resume_from_checkpoint": "latest", "data_dir": Path("other"), "dry_run": dry_run} | change
+        with pytest.raises(UsageError, match=f"run is a finished run without checkpoints.*{message}.*--overwrite"):
+            trainer.run(make_config("run", **options))
 
 
 @pytest.mark.parametrize("part", ["write_concepts", "write_text"])

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
+import socket
+import subprocess
 import sys
+import time
+import urllib.error
+import urllib.request
 from pathlib import Path
+from typing import Any
 
 import pytest
 from export_runs import evaluated
 
+from sd_unlearn import cli
 from sd_unlearn.cli import main
 from sd_unlearn.config.base import ReportConfig
 from sd_unlearn.report.report import run as write_report
+from sd_unlearn.seeds import SEED_SPAN
 from sd_unlearn.ui.server import make_app
 from sd_unlearn.ui.training import Training
 
@@ -40,6 +50,8 @@ def test_the_page_names_no_other_host_and_serves_only_reports(tmp_path: Path) ->
     assert "runs/brad" in html
     config = client.get("/config").json()
     assert config["analytics_enabled"] is False
+    seeds = [part["props"] for part in config["components"] if part["props"].get("label") == "Seed"]
+    assert [seed["maximum"] for seed in seeds] == [SEED_SPAN - 1] * 2
     assert not re.search(r"fonts\.googleapis|gradio\.live", html)
     report = client.get("/reports/runs/brad/report.html")
     assert report.status_code == 200
@@ -53,3 +65,33 @@ def test_the_page_names_no_other_host_and_serves_only_reports(tmp_path: Path) ->
     assert client.post(**upload, headers={"Origin": "http://127.0.0.1"}).status_code == 200
     for origin in ("http://evil.example", "null"):
         assert client.post(**upload, headers={"Origin": origin}).status_code == 403
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_the_page_ends_without_a_traceback_while_it_is_open(number: int) -> None:
+    pytest.importorskip("gradio", reason="Gradio is not installed (pip install 'sd-unlearn[ui]')")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "sd_unlearn", "ui", "--port", str(port)]
+    environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1]), "SD_UNLEARN_DEBUG": ""}
+    server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    try:
+        heartbeat = open_page(f"http://127.0.0.1:{port}/gradio_api/heartbeat/x", server)
+        heartbeat.readline()
+        server.send_signal(number)
+        _, said = server.communicate(timeout=60)
+    finally:
+        server.kill()
+    assert server.returncode == 0
+    assert said.splitlines() == [f"sd-unlearn ui: http://127.0.0.1:{port}  (Ctrl-C to stop)"]
+
+
+def open_page(url: str, server: subprocess.Popen[str]) -> Any:
+    for _ in range(1200):
+        assert server.poll() is None, server.communicate()[1]
+        try:
+            return urllib.request.urlopen(url)
+        except urllib.error.URLError:  # not yet
+            time.sleep(0.1)
+    raise AssertionError("the page was not served within two minutes")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import time
@@ -76,6 +77,8 @@ def test_progress_previews_and_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert page.progress().state == "No training was started."
     page.start(JOB)
     until(lambda: "50%" in page.progress().output)
+    assert page.process is not None
+    assert os.getsid(page.process.pid) == page.process.pid  # Ctrl-C in the terminal does not reach it
     with pytest.raises(UsageError, match="A training is running"):
         page.start(JOB)
     found = page.progress()
@@ -89,7 +92,6 @@ def test_progress_previews_and_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     found = page.progress()
     assert found.state.startswith("Stopped.")
     assert "saved" in found.output
-    assert page.process is not None
     assert page.process.returncode != -signal.SIGKILL
 
 

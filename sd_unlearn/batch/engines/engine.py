@@ -19,7 +19,11 @@ class Engine(Protocol):
     workers: int  # tasks at the same time
 
     def start(self, folders: list[Path]) -> None:
-        """Start tasks; never more than `workers` at a time."""
+        """Start all of the tasks; never more than `workers` at a time.
+
+        Raises:
+            UnlearnError: none of them was started.
+        """
 
     def wait(self, seconds: float) -> list[Ended]:
         """The tasks that have ended since the last call; waits for the first of them at most so long."""

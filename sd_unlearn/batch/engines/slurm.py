@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from submitit import AutoExecutor
+from submitit.core.utils import FailedJobError
 from submitit.helpers import Checkpointable, DelayedSubmission
 
 from sd_unlearn.batch.engines.engine import Ended
 from sd_unlearn.batch.execute import PATIENCE, start_task, stop_tasks, was_killed
 from sd_unlearn.batch.record import is_locked
-from sd_unlearn.errors import UsageError, reason
+from sd_unlearn.errors import UnlearnError, UsageError, counted, reason
 
 WORKERS = 1000  # jobs in the queue at the same time: a common limit of arrays
 POLL = 1.0  # seconds
@@ -63,8 +64,14 @@ class SlurmEngine:
         self.running: dict[Path, Any] = {}
 
     def start(self, folders: list[Path]) -> None:
-        with self.executor.batch():
-            jobs = [self.executor.submit(TaskJob(), str(folder), self.threads) for folder in folders]
+        try:
+            with self.executor.batch():
+                jobs = [self.executor.submit(TaskJob(), str(folder), self.threads) for folder in folders]
+        except (FailedJobError, OSError) as error:
+            raise UnlearnError(
+                f"slurm: the cluster refused {counted(len(folders), 'job')}: {reason(error)}. Check the key slurm of "
+                "the job list, e.g. slurm_partition, and run the same command again."
+            ) from error
         self.running.update(zip(folders, jobs, strict=True))
 
     def wait(self, seconds: float) -> list[Ended]:
