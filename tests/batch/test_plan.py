@@ -117,11 +117,11 @@ def test_a_folder_below_the_home_folder_is_identified_by_its_content(
     [
         ("evaluate", {"prompt_set": "prompts.txt"}, "prompts.txt"),
         ("evaluate", {"others": "photos"}, "photos/a.txt"),
-        ("evaluate", {"reference": "photos"}, "photos/a.txt"),
+        ("evaluate", {"reference": "photos", "others": "others"}, "photos/a.txt"),
         ("evaluate", {"real_images": "photos"}, "photos/a.txt"),
         ("evaluate", {"classifier": "./weights.pth"}, "weights.pth"),
         ("evaluate", {"clip_pretrained": "weights.bin"}, "weights.bin"),
-        ("evaluate", {"face_weights": "weights.onnx"}, "weights.onnx"),
+        ("evaluate", {"face_weights": "weights.onnx", "others": "others"}, "weights.onnx"),
         ("attack", {"others": "photos"}, "photos/a.txt"),
     ],
 )
@@ -135,13 +135,14 @@ def test_a_stage_is_repeated_when_a_file_that_it_reads_has_changed(
         (tmp_path / file).write_text(content)
         return str(make(stages=[stage], **{stage: options}).lines[0].tasks[stage])
 
+    (tmp_path / "others").mkdir()
     first = id_of("one")
     assert id_of("two") != first
     assert id_of("one") == first
 
 
 def test_photos_of_one_person_are_not_those_of_another(make: Callable[..., Plan], tmp_path: Path) -> None:
-    for name in ("brad", "tom"):
+    for name in ("brad", "tom", "others"):
         (tmp_path / name).mkdir()
     concepts = [write_concept_file(tmp_path, name) for name in ("Brad Pitt", "Tom Cruise", "Jane Doe")]
     shared: dict[str, Any] = {"concepts": concepts, "stages": ["evaluate"]}
@@ -151,7 +152,7 @@ def test_photos_of_one_person_are_not_those_of_another(make: Callable[..., Plan]
         make(**shared, evaluate={"reference": ["brad=brad"]})
     with pytest.raises(UsageError, match="--label man would be the class of all 3 concepts"):
         make(**shared, evaluate={"label": "man"})
-    plan = make(**shared, evaluate={"reference": ["brad-pitt=brad", "Tom Cruise=tom"]})
+    plan = make(**shared, evaluate={"reference": ["brad-pitt=brad", "Tom Cruise=tom"], "others": "others"})
     given = [plan.tasks[job.tasks["evaluate"]].options.get("reference") for job in plan.lines]
     assert given == [[f"brad-pitt={tmp_path}/brad"], [f"tom-cruise={tmp_path}/tom"], None]
 
@@ -220,6 +221,7 @@ def test_mistakes_are_refused_before_anything_runs(
 def test_a_list_may_be_of_people_and_of_other_concepts(make: Callable[..., Plan], tmp_path: Path) -> None:
     """Options of identity go to the people only; if there are none, they are refused."""
     person, stages = write_concept_file(tmp_path, "Brad Pitt"), ["evaluate", "attack"]
+    (tmp_path / "people").mkdir()
     both = {"evaluate": {"others": "people"}, "attack": {"others": "people"}}
     plan = make(concepts=[person, "seven"], stages=stages, **both)
     given = {(t.concept.name, t.order.stage): "others" in t.options for t in plan.tasks.values()}
