@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         _check_unicode(tokens)
         options, source = _config_file(tokens)
-        app.config = (cyclopts.config.Dict(options, use_commands_as_keys=False, source=source),) if options else ()
+        app.config = _as_config(options, source)
         debug = debug or options.get("debug") is True
         if debug:
             os.environ[SHOW] = "1"
@@ -127,6 +127,11 @@ def _config_file(tokens: Sequence[str]) -> tuple[dict[str, Any], str]:
         return {}, ""
     kind = known[command]
     return with_no(kind, read_options(Path(expanded(path)), [f.name for f in fields(kind)])), path
+
+
+def _as_config(options: dict[str, Any], source: str) -> tuple[cyclopts.config.Dict, ...]:
+    """The options of a --config file for `App.config`."""
+    return (cyclopts.config.Dict(options, use_commands_as_keys=False, source=source),) if options else ()
 
 
 def _usage_message(error: cyclopts.CycloptsError) -> str:

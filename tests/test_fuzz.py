@@ -156,7 +156,7 @@ def test_config_files(place: Path) -> None:
     def read(folder: Path) -> None:
         tokens = ["train", "--config", str(folder / "x.yaml")]
         try:
-            commands.app.config = cli._config_file(tokens)
+            commands.app.config = cli._as_config(*cli._config_file(tokens))
             _, bound, _ = commands.app.parse_args(tokens, exit_on_error=False, print_error=False)
         except cyclopts.CycloptsError as error:
             raise UsageError(cli._usage_message(error)) from None
@@ -171,7 +171,7 @@ def test_config_files_of_paper(place: Path) -> None:
     def read(folder: Path) -> None:
         tokens = ["paper", "run", "mnist5k-even", "--config", str(folder / "x.yaml")]
         try:
-            commands.app.config = cli._config_file(tokens)
+            commands.app.config = cli._as_config(*cli._config_file(tokens))
             _, bound, _ = commands.app.parse_args(tokens, exit_on_error=False, print_error=False)
         except cyclopts.CycloptsError as error:
             raise UsageError(cli._usage_message(error)) from None

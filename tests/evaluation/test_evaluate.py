@@ -364,7 +364,8 @@ def test_results_say_how_many_prompts_of_a_set_are_used(
         ({"num_images": 0}, "--num_images 0"),
         ({"groups": ["direkt"]}, "--groups"),
         ({"metrics": ["nudity"], "nudity_preset": "rec"}, '--nudity_preset "rec"'),
-        ({"metrics": ["identity"], "reference": ["."], "others": Path("no"), "face_model": "dlib"}, "--reference ."),
+        ({"metrics": ["identity"], "reference": ["."], "others": Path("."), "face_model": "dlib"}, "--reference ."),
+        ({"others": Path("no")}, "--others no is not a folder"),
         ({"real_images": Path("nowhere")}, "--real_images nowhere"),
     ],
 )
