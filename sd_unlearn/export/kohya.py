@@ -27,11 +27,10 @@ import torch
 from torch import Tensor
 
 from sd_unlearn.errors import UnlearnError, UsageError
+from sd_unlearn.io.run_folder import WEIGHTS_FILE
 from sd_unlearn.models.ldm_keys import SDXL_BLOCKS, UNetBlocks, unet_key
 from sd_unlearn.models.lora_change import Change
 from sd_unlearn.models.lora_file import PEFT_CONFIG, PEFT_PREFIX, PeftSettings, read_lora_file, read_peft_settings
-
-WEIGHTS_FILE = "adapter_model.safetensors"
 
 
 @dataclass(frozen=True)

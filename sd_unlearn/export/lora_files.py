@@ -16,7 +16,6 @@ from sd_unlearn.export.merge import changes
 from sd_unlearn.export.metadata import lora_header, own_header
 from sd_unlearn.export.trained_run import TrainedRun
 
-DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 # The settings that Diffusers needs to rebuild the adapter. PEFT's whole config could contain local paths, and an older
 # PEFT would refuse the file because of settings that it does not know.

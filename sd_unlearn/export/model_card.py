@@ -14,8 +14,8 @@ from typing import Any
 import yaml
 from jinja2 import FileSystemLoader
 
-from sd_unlearn.export.lora_files import DIFFUSERS_FILE
 from sd_unlearn.export.trained_run import OwnResults, TrainedRun
+from sd_unlearn.io.run_folder import DIFFUSERS_FILE
 from sd_unlearn.models.kinds import KINDS
 from sd_unlearn.report.formatting import interval_text, value_text
 from sd_unlearn.report.jinja import environment

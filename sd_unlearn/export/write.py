@@ -8,12 +8,12 @@ from pathlib import Path
 from sd_unlearn.config.base import ExportConfig
 from sd_unlearn.errors import UnlearnError, UsageError, reason
 from sd_unlearn.export import merge, model_card, thumbnails, workflow
-from sd_unlearn.export.lora_files import DIFFUSERS_FILE, concept_of, diffusers_bytes, kohya_bytes
+from sd_unlearn.export.lora_files import concept_of, diffusers_bytes, kohya_bytes
 from sd_unlearn.export.metadata import licence_of
 from sd_unlearn.export.trained_run import TrainedRun, read_run
 from sd_unlearn.io.files import atomic_path, check_writable
 from sd_unlearn.io.lock import locked, remove_leftovers
-from sd_unlearn.io.run_folder import EXPORT_DIR, UNET_DIR
+from sd_unlearn.io.run_folder import DIFFUSERS_FILE, EXPORT_DIR, UNET_DIR
 
 WAIT = 60  # seconds for another export into the same folder
 

@@ -25,11 +25,11 @@ import torch
 from torch import Tensor
 
 from sd_unlearn.errors import UnlearnError
-from sd_unlearn.models.checkpoint_header import SD3_TEXT_ENCODERS
+from sd_unlearn.models.checkpoint_header import SD3_TEXT_ENCODERS, UNET
 from sd_unlearn.models.kinds import KINDS
 from sd_unlearn.models.transformer_keys import original_weights
 
-UNET, VAE = "model.diffusion_model.", "first_stage_model."
+VAE = "first_stage_model."
 CLIP = {"sd1": "cond_stage_model.transformer.text_model.", "sdxl": "conditioner.embedders.0.transformer.text_model."}
 OPEN_CLIP = {"sd2": "cond_stage_model.model.", "sdxl": "conditioner.embedders.1.model."}
 

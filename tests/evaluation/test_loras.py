@@ -14,8 +14,9 @@ from sd_unlearn.config.base import ExportConfig
 from sd_unlearn.config.evaluate import EvaluateConfig
 from sd_unlearn.errors import UnlearnError, UsageError
 from sd_unlearn.evaluation import evaluate
-from sd_unlearn.evaluation.loras import DIFFUSERS_FILE, open_lora, open_run, unique_names
+from sd_unlearn.evaluation.loras import open_lora, open_run, unique_names
 from sd_unlearn.export import export
+from sd_unlearn.io.run_folder import DIFFUSERS_FILE
 from sd_unlearn.models.base import Base, load_base
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -19,9 +19,8 @@ from torch import Tensor, nn
 
 from sd_unlearn.errors import UnlearnError, UsageError
 from sd_unlearn.export import merge
-from sd_unlearn.export.lora_files import DIFFUSERS_FILE
 from sd_unlearn.export.trained_run import TEXT_ADAPTER_2_DIR
-from sd_unlearn.io.run_folder import ADAPTER_DIR, TEXT_ADAPTER_DIR
+from sd_unlearn.io.run_folder import ADAPTER_DIR, DIFFUSERS_FILE, TEXT_ADAPTER_DIR
 from sd_unlearn.models import lora
 from sd_unlearn.models.base import Base, network_sha256
 from sd_unlearn.models.recorded_base import check_recorded

@@ -17,9 +17,9 @@ from sd_unlearn.config.base import ExportConfig
 from sd_unlearn.data.concept import Concept, write_concept
 from sd_unlearn.errors import UnlearnError, UsageError
 from sd_unlearn.export import export, write
-from sd_unlearn.export.lora_files import DIFFUSERS_FILE
 from sd_unlearn.io.files import write_json
 from sd_unlearn.io.lock import locked
+from sd_unlearn.io.run_folder import DIFFUSERS_FILE
 
 
 def payload(file: Path) -> bytes:
