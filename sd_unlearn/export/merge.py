@@ -93,7 +93,7 @@ def write(
     merge_into(run, pipeline, strength)
     try:
         remove_leftovers(path.parent, (path.name, f"*{SINGLE_FILE}"))
-        if path.suffix == SINGLE_FILE:
+        if path.suffix.lower() == SINGLE_FILE:
             tensors = safetensors_writer.converted(ldm_keys.checkpoint(pipeline, run.kind), torch_dtype)
             header = checkpoint_header(run, safetensors_writer.digest(tensors), strength, licence)
             safetensors_writer.save(path, tensors, header)

@@ -55,7 +55,7 @@ def make_nodes(
         "1": _node("CheckpointLoaderSimple", "The base the LoRA was trained on", ckpt_name=checkpoint),
         "2": _node(
             "LoraLoader",
-            f"What forgets: strength {strength:g}",
+            f"LoRA, strength {strength:g}",
             lora_name=lora,
             strength_model=float(strength),
             strength_clip=float(strength),
@@ -214,7 +214,7 @@ def _shifted(
 
 
 def _lora(name: str, strength: float, model: list[Any]) -> dict[str, Any]:
-    title = f"What forgets: strength {strength:g}"
+    title = f"LoRA, strength {strength:g}"
     return _node("LoraLoaderModelOnly", title, lora_name=name, strength_model=float(strength), model=model)
 
 

@@ -367,6 +367,15 @@ def test_an_unusable_checkpoint_path_is_refused_before_anything_loads(
     assert (tmp_path / "there.safetensors").read_bytes() == b"somebody's model"
 
 
+def test_a_suffix_in_capitals_is_that_of_a_file_too(bases: dict[str, Path], tmp_path: Path) -> None:
+    trained_run(bases["sd1"], tmp_path / "run", "sd1", r=4, lora_alpha=1.4)
+    merge_path(tmp_path / "run", tmp_path / "a.SAFETENSORS")
+    assert "sd_unlearn.strength" in read_header(tmp_path / "a.SAFETENSORS")
+    (tmp_path / "b.Safetensors").mkdir()
+    with pytest.raises(UsageError, match="exists"):
+        merge_path(tmp_path / "run", tmp_path / "b.Safetensors")
+
+
 def test_the_current_folder_is_refused_as_checkpoint_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UsageError, match=r"--merge \. is the current folder"):
