@@ -2,7 +2,8 @@
 
 Every linear layer of the UNet or transformer is fused in the same way (objectives/fusing.py), from the inputs that it
 sees: of cross-attention's keys and values these are the token embeddings of the captions, of all other layers what they
-get while images of the captions are generated. Of convolutions only what their LoRAs see of the inputs is recorded.
+get while images of the captions are generated. For a convolution, only what the down matrices of
+its LoRAs give for the inputs is recorded.
 """
 
 from __future__ import annotations
@@ -46,14 +47,15 @@ def run(config: FuseConfig) -> Path:
     """Fuse the LoRAs and write the run folder. Returns the folder.
 
     Raises:
-        UsageError: fewer than two LoRAs, one without a concept or of another base, or a run folder that is in use.
+        UsageError: fewer than two LoRAs, one without a concept or of another base, an output folder that is not free
+            or that is one of the LoRAs, or options that contradict each other.
         UnlearnError: a LoRA cannot be fused, or the folder cannot be written.
     """
-    check_ranges(config)
+    check_options(config)
     loras = [open_lora(name, "fuse") for name in config.lora]
     concept = check_loras(loras)
     output = config.output_dir or Path("runs") / f"{concept.slug}-fused"
-    check_output(output, config.overwrite)
+    check_output(output, config.overwrite, loras)
     first = next((lora for lora in loras if lora.is_run), None)
     if first is None:
         raise UsageError("fuse needs at least one run folder among the LoRAs, which says how to load the base.")
@@ -67,6 +69,18 @@ def run(config: FuseConfig) -> Path:
             use_zero_terminal_snr(base)
         _fuse(config, loras, concept, base, output)
     return output
+
+
+def check_options(config: FuseConfig) -> None:
+    """Refuse values out of range, and options that --method sum does not use.
+
+    Raises:
+        UsageError
+    """
+    check_ranges(config)
+    for name in ("keep_weight", "num_images") if config.method == "sum" else ():
+        if (value := getattr(config, name)) != getattr(FuseConfig, name):
+            raise UsageError(f"--{name} {value:g} is for --method least_squares. Leave it out.")
 
 
 def check_loras(loras: Sequence[Lora]) -> Concept:
@@ -88,16 +102,24 @@ def check_loras(loras: Sequence[Lora]) -> Concept:
     known = {lora.zero_terminal_snr for lora in loras} - {None}
     if len(known) > 1:
         raise UsageError("fuse: some of the LoRAs were trained with --zero_terminal_snr and some without.")
-    return together([concept for lora in loras for concept in lora.concepts])
+    return together([concept for lora in loras for concept in lora.concepts], "fuse")
 
 
-def check_output(output: Path, overwrite: bool) -> None:
-    """Refuse a folder of something else, and a run without --overwrite.
+def check_output(output: Path, overwrite: bool, loras: Sequence[Lora]) -> None:
+    """Refuse a folder of something else, a run without --overwrite, and the folder of one of the LoRAs.
 
     Raises:
         UsageError
     """
     check_writable(output, "--output_dir")
+    folder = output.resolve()
+    for lora in loras:
+        own = lora.path.resolve()
+        if own.is_relative_to(folder) or (lora.is_run and folder.is_relative_to(own)):
+            raise UsageError(
+                f"--output_dir {output} is, contains or lies inside {lora.path}, one of the LoRAs to fuse. Choose "
+                "another folder."
+            )
     if is_free(output) or (is_run(output) and overwrite):
         return
     hint = "add --overwrite" if is_run(output) else "choose another folder"

@@ -52,9 +52,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> list[Path
 @pytest.fixture(scope="module", params=["least_squares", "sum"])
 def fused(request: pytest.FixtureRequest, runs: list[Path]) -> Path:
     output = runs[0].parent / f"fused-{request.param}"
-    return fusion.run(
-        FuseConfig(lora=[str(run) for run in runs], output_dir=output, method=request.param, num_images=1)
-    )
+    return fusion.run(FuseConfig(lora=[str(run) for run in runs], output_dir=output, method=request.param))
 
 
 def changes(run: Path, base_folder: Path) -> dict[str, torch.Tensor]:
@@ -142,9 +140,7 @@ def test_convolutions_are_fused_too(runs: list[Path], tmp_path: Path, tiny_base:
     loras = [Path(shutil.copytree(run, tmp_path / run.name)) for run in runs]
     for seed, run in enumerate(loras):
         randomize(run, tiny_base, seed)
-    output = fusion.run(
-        FuseConfig(lora=list(map(str, loras)), output_dir=tmp_path / "fused", method=method, num_images=1)
-    )
+    output = fusion.run(FuseConfig(lora=list(map(str, loras)), output_dir=tmp_path / "fused", method=method))
     whole, first, second = (changes(run, tiny_base) for run in (output, *loras))
     assert "conv_in" in whole
     for name, change in whole.items():
@@ -159,7 +155,23 @@ def test_what_is_refused(runs: list[Path], fused: Path) -> None:
     seven, three = map(str, runs)
     with pytest.raises(UsageError, match="takes two or more LoRAs"):
         fusion.run(FuseConfig(lora=[seven]))
-    with pytest.raises(UsageError, match='"seven" is listed twice'):
+    with pytest.raises(UsageError, match='^fuse: the concept "seven" is listed twice'):
         fusion.run(FuseConfig(lora=[seven, seven]))
     with pytest.raises(UsageError, match="is not empty: add --overwrite"):
         fusion.run(FuseConfig(lora=[seven, three], output_dir=fused))
+    for option in ({"keep_weight": 0.5}, {"num_images": 3}):
+        with pytest.raises(UsageError, match=f"--{next(iter(option))} .* is for --method least_squares"):
+            fusion.run(FuseConfig(lora=[seven, three], method="sum", **option))  # type: ignore[arg-type]
+
+
+def test_no_input_is_overwritten(runs: list[Path], tmp_path: Path) -> None:
+    seven, three = runs
+    file = exported(three, output_dir=tmp_path / "files")[1]
+    before = [weights_sha256(seven), file.read_bytes()]
+    link = tmp_path / "link"
+    link.symlink_to(seven)
+    for output in (seven, link, seven / "fused", seven.parent, file.parent):
+        with pytest.raises(UsageError, match="--output_dir .* one of the LoRAs to fuse"):
+            fusion.run(FuseConfig(lora=[str(seven), str(file)], output_dir=output, overwrite=True))
+    assert [weights_sha256(seven), file.read_bytes()] == before
+    fusion.check_output(file.parent / "fused", False, [open_lora(str(file))])

@@ -40,7 +40,8 @@ class FuseConfig(PathOptions):
     keep_weight: Annotated[
         float,
         option(
-            "Weight of retained concepts, relative to all erased ones. Higher values preserve more but erase less.",
+            "Weight of retained concepts, relative to all erased ones. Higher values preserve more but erase less. Not "
+            "for --method sum.",
             START,
             NOT_NEGATIVE,
         ),
@@ -49,7 +50,7 @@ class FuseConfig(PathOptions):
         int,
         option(
             "Images to generate for each LoRA, and of retained concepts, to record the inputs of the layers; at "
-            "least one per prompt.",
+            "least one per prompt. Not for --method sum.",
             START,
             Range(above=0, at_most=1000),
         ),
