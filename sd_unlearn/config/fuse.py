@@ -21,6 +21,14 @@ class FuseConfig(PathOptions):
     output_dir: Annotated[
         Path | None, option("Run folder of the fused LoRA. Default: runs/<concepts>-fused.", START)
     ] = None
+    pretrained_model_name_or_path: Annotated[
+        str | None,
+        option(
+            "Where the base is now: Hub id, folder or .safetensors file. Its weights must be those of the trainings. "
+            "Default: where it was then.",
+            START,
+        ),
+    ] = None
     method: Annotated[
         FuseMethod,
         option(

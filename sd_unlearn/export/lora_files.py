@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sd_unlearn.export import safetensors_writer
 from sd_unlearn.export.kohya import kohya_tensors, module_key, transformer_tensors
-from sd_unlearn.export.merge import changes
+from sd_unlearn.export.merge import trained_weights
 from sd_unlearn.export.metadata import lora_header, own_header
 from sd_unlearn.export.trained_run import TrainedRun
 
@@ -85,8 +85,9 @@ def kohya_bytes(run: TrainedRun, dtype: str = "fp32", pipeline: Any = None, lice
     """
     tensors: dict[str, Tensor] = {}
     if run.is_dora:
-        for network, module, _, change in changes(run, pipeline):
-            tensors[f"{module_key(module, network, run.kind, run.blocks)}.diff"] = change.float()
+        for network, pair, weight in trained_weights(run, pipeline):
+            key = module_key(pair.module, network, run.kind, run.blocks)
+            tensors[f"{key}.diff"] = (pair.applied_to(weight) - weight.double()).float()
     else:
         for adapter in run.adapters:
             tensors |= kohya_tensors(adapter, run.kind, run.blocks)

@@ -223,8 +223,8 @@ def checkpoint(pipeline: Any, kind: str) -> dict[str, Tensor]:
         weights |= {OPEN_CLIP[kind] + key: value for key, value in open_clip_weights(encoder.state_dict()).items()}
     if kind == "sdxl" and pipeline.scheduler.config.prediction_type == "v_prediction":
         weights["v_pred"] = torch.tensor([])  # ComfyUI and Forge look for this key; for SD 2 they test the weights
-        if pipeline.scheduler.config.get("rescale_betas_zero_snr"):
-            weights["ztsnr"] = torch.tensor([])
+    if getattr(pipeline.scheduler.config, "rescale_betas_zero_snr", False):
+        weights["ztsnr"] = torch.tensor([])  # read by A1111 and Forge, of SDXL also by ComfyUI
     return weights
 
 

@@ -294,6 +294,22 @@ def test_files_of_others_are_not_replaced(tmp_path: Path, name: str) -> None:
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == {name: b"somebody's own"}
 
 
+def test_a_changed_card_is_not_replaced_and_a_missing_one_is_written_again(tmp_path: Path) -> None:
+    run, card = hand_run(tmp_path), tmp_path / "export" / "README.md"
+    exported(run)
+    written = card.read_bytes()
+    card.write_bytes(written + b"my notes\n")
+    with pytest.raises(UsageError, match=r"README\.md was changed since it was exported.*--output_dir"):
+        exported(run)
+    assert card.read_bytes() == written + b"my notes\n"
+    card.unlink()
+    exported(run)
+    assert card.read_bytes() == written
+    for file in card.parent.glob("*.safetensors"):  # moved to where they are used
+        file.unlink()
+    exported(run)
+
+
 def test_a_second_concept_does_not_replace_the_export_of_the_first(tmp_path: Path) -> None:
     exported(hand_run(tmp_path / "one"), output_dir=tmp_path / "out")
     write_concept(hand_run(tmp_path / "two") / "concept.yaml", Concept("Angelina", "a photo of Angelina", "a woman"))
