@@ -2,19 +2,20 @@
 
 Every linear layer of the UNet or transformer is fused in the same way (objectives/fusing.py), from the inputs that it
 sees: of cross-attention's keys and values these are the token embeddings of the captions, of all other layers what they
-get while images of the captions are generated. Of convolutions only what their LoRAs see of the inputs is recorded.
+get while images of the captions are generated. For a convolution, only what the down matrices of
+its LoRAs give for the inputs is recorded.
 """
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from itertools import cycle, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sd_unlearn.config.fuse import FuseConfig
 from sd_unlearn.config.options import check_ranges
@@ -28,17 +29,16 @@ from sd_unlearn.io.lock import locked, remove_leftovers
 from sd_unlearn.io.own_files import is_free, is_run
 from sd_unlearn.io.run_folder import TRAINING, UNET_DIR
 from sd_unlearn.models.base import Base, load_base
-from sd_unlearn.models.recorded_base import different_hash, recorded_source
+from sd_unlearn.models.recorded_base import different_hash, existing_source
 from sd_unlearn.models.zero_terminal_snr import use_zero_terminal_snr
 from sd_unlearn.seeds import TRAIN_SEEDS, image_seed
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
+    from sd_unlearn.models.layer_inputs import LayerInputs
     from sd_unlearn.objectives.closed_form import Edit
 
-Layers = dict[str, "nn.Module"]  # by name
-Grams = dict[str, "Tensor"]  # layer -> E[x x'] of its inputs, [in, in]; of a convolution E[z z'] of z = downs x
 MAX_PROMPTS = 64  # at most, of which images are generated
 
 
@@ -46,20 +46,23 @@ def run(config: FuseConfig) -> Path:
     """Fuse the LoRAs and write the run folder. Returns the folder.
 
     Raises:
-        UsageError: fewer than two LoRAs, one without a concept or of another base, or a run folder that is in use.
+        UsageError: fewer than two LoRAs, one without a concept or of another base, an output folder that is not free
+            or that is one of the LoRAs, or options that contradict each other.
         UnlearnError: a LoRA cannot be fused, or the folder cannot be written.
     """
-    check_ranges(config)
+    check_options(config)
     loras = [open_lora(name, "fuse") for name in config.lora]
     concept = check_loras(loras)
     output = config.output_dir or Path("runs") / f"{concept.slug}-fused"
-    check_output(output, config.overwrite)
+    check_output(output, config.overwrite, loras)
     first = next((lora for lora in loras if lora.is_run), None)
     if first is None:
         raise UsageError("fuse needs at least one run folder among the LoRAs, which says how to load the base.")
     with locked(output, "--output_dir"):
         remove_leftovers(output)
-        base = load_base(recorded_source(first.training["base"], config.allow_pickle))
+        base = load_base(
+            existing_source(first.training["base"], config.allow_pickle, config.pretrained_model_name_or_path)
+        )
         for lora in loras:
             if message := lora.other_base(base.hashes | {"name": base.name}):
                 raise UsageError(f"{message} Fuse LoRAs of one base.")
@@ -67,6 +70,18 @@ def run(config: FuseConfig) -> Path:
             use_zero_terminal_snr(base)
         _fuse(config, loras, concept, base, output)
     return output
+
+
+def check_options(config: FuseConfig) -> None:
+    """Refuse values out of range, and options that --method sum does not use.
+
+    Raises:
+        UsageError
+    """
+    check_ranges(config)
+    for name in ("keep_weight", "num_images") if config.method == "sum" else ():
+        if (value := getattr(config, name)) != getattr(FuseConfig, name):
+            raise UsageError(f"--{name} {value:g} is for --method least_squares. Leave it out.")
 
 
 def check_loras(loras: Sequence[Lora]) -> Concept:
@@ -88,16 +103,24 @@ def check_loras(loras: Sequence[Lora]) -> Concept:
     known = {lora.zero_terminal_snr for lora in loras} - {None}
     if len(known) > 1:
         raise UsageError("fuse: some of the LoRAs were trained with --zero_terminal_snr and some without.")
-    return together([concept for lora in loras for concept in lora.concepts])
+    return together([concept for lora in loras for concept in lora.concepts], "fuse")
 
 
-def check_output(output: Path, overwrite: bool) -> None:
-    """Refuse a folder of something else, and a run without --overwrite.
+def check_output(output: Path, overwrite: bool, loras: Sequence[Lora]) -> None:
+    """Refuse a folder of something else, a run without --overwrite, and the folder of one of the LoRAs.
 
     Raises:
         UsageError
     """
     check_writable(output, "--output_dir")
+    folder = output.resolve()
+    for lora in loras:
+        own = lora.path.resolve()
+        if own.is_relative_to(folder) or (lora.is_run and folder.is_relative_to(own)):
+            raise UsageError(
+                f"--output_dir {output} is, contains or lies inside {lora.path}, one of the LoRAs to fuse. Choose "
+                "another folder."
+            )
     if is_free(output) or (is_run(output) and overwrite):
         return
     hint = "add --overwrite" if is_run(output) else "choose another folder"
@@ -150,30 +173,33 @@ def fuse_changes(
     config: FuseConfig, loras: Sequence[Lora], concept: Concept, base: Base, changes: Sequence[Mapping[str, Edit]]
 ) -> dict[str, Edit]:
     """Layer -> its fused change; changes: of each LoRA. A layer that only some LoRAs change is fused from these."""
+    import torch
     from torch import nn
 
+    from sd_unlearn.models.layer_inputs import LayerInputs
     from sd_unlearn.objectives.fusing import least_squares, least_squares_in_span, summed
 
     names = list(dict.fromkeys(name for of_lora in changes for name in of_lora))
     sums = {name: summed([of_lora[name] for of_lora in changes if name in of_lora]) for name in names}
     if config.method == "sum":
         return sums
+    having = {name: [k for k, of_lora in enumerate(changes) if name in of_lora] for name in names}
     layers = {name: base.network.get_submodule(name) for name in names}
     downs = {name: sums[name].down for name, layer in layers.items() if isinstance(layer, nn.Conv2d)}
-    own = []
-    for lora in loras:
+    inputs, effects = LayerInputs(layers, {name: tuple(having[name]) for name in names}, downs), []
+    for lora, of_lora in zip(loras, changes, strict=True):
         captions = [caption for part in lora.concepts for caption in part.captions]
+        own = {n: torch.eye(len(downs[n])) if n in downs else edit.down for n, edit in of_lora.items()}
         with lora.applied_to(base, 1.0):
-            own.append(record_inputs(base, layers, downs, captions, config.num_images))
-    keep = [prompt.text for prompt in concept.keep_prompts]
-    nothing = {name: gram * 0 for name, gram in own[0].items()}
-    kept = record_inputs(base, layers, downs, keep, config.num_images) if keep else nothing
+            effects.append(record_inputs(base, inputs, captions, config.num_images, dict.fromkeys(own, 1.0), own))
+    if keep := [prompt.text for prompt in concept.keep_prompts]:
+        weights = {name: config.keep_weight * len(having[name]) for name in names}
+        record_inputs(base, inputs, keep, config.num_images, weights)
     fused = {}
     for name in names:
-        having = [(of_lora[name], grams[name]) for of_lora, grams in zip(changes, own, strict=True) if name in of_lora]
-        edits, grams_of_layer = zip(*having, strict=True)
         solve = least_squares_in_span if name in downs else least_squares
-        fused[name] = solve(edits, grams_of_layer, kept[name], config.keep_weight)
+        edits, seen = [changes[k][name] for k in having[name]], [effects[k][name] for k in having[name]]
+        fused[name] = solve(edits, [each.to(base.device) for each in seen], inputs.total(name).to(base.device))
     return fused
 
 
@@ -202,8 +228,9 @@ def edits_of(lora: Lora, base: Base) -> dict[str, Edit]:
                     f"fuse: {lora.path} changes {target.name}. Only LoRAs of the UNet or transformer can be fused: not "
                     "DoRA or text encoders."
                 )
-            scale = 1.0 if target.change.scale is None else target.change.scale
+            scale, rows = 1.0 if target.change.scale is None else target.change.scale, target.change.rows
             up, down = (parts[part].double().to(base.device).flatten(1) for part in ("up", "down"))
+            up = up if rows is None else rows.of(up)
             edits[name] = Edit(scale * up, down)
     return edits
 
@@ -215,45 +242,31 @@ def prompts_of_images(prompts: Sequence[str], images: int) -> list[str]:
 
 
 def record_inputs(
-    base: Base, layers: Layers, downs: Mapping[str, Tensor], prompts: Sequence[str], images: int
-) -> Grams:
-    """E[x x'] of the inputs x of each layer, one row a token, while images of the prompts are generated.
+    base: Base,
+    inputs: LayerInputs,
+    prompts: Sequence[str],
+    images: int,
+    weights: Mapping[str, float],
+    own: Mapping[str, Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """Record the inputs of layers while images of the prompts are generated; see `LayerInputs.recording`.
 
-    images: how many, see `prompts_of_images`.
-    downs: of each convolution [R, in * kernel]; of these layers E[z z'] of z = downs x, one row a position.
+    images: how many, see `prompts_of_images`. own: the factors of the changes of a LoRA, whose effect on the empty
+    caption of guidance is not recorded; without it, that caption is recorded like the prompts.
     """
+    from sd_unlearn.models.layer_inputs import rows_of_prompts
     from sd_unlearn.models.sampling import default_sampler, generate_images
 
     sampler = default_sampler(base.source)
     asked = prompts_of_images(prompts, images)
     seeds = [image_seed(TRAIN_SEEDS, 0, prompt, number) for number, prompt in enumerate(asked)]
-    with _recording(layers, downs) as (grams, rows):
+    is_guided = base.guidance_of(sampler.guidance_scale) > 1
+    count = len(asked) * (2 if is_guided and own is None else 1)
+    shares = {name: weight / count for name, weight in weights.items()}
+    with ExitStack() as stack:
+        rows = stack.enter_context(rows_of_prompts(base)) if is_guided and own is not None else lambda x: x
+        products = stack.enter_context(inputs.recording(shares, own or {}, rows))
         for start in range(0, len(asked), sampler.batch_size):
             part = slice(start, start + sampler.batch_size)
             generate_images(base, asked[part], seeds[part], sampler)
-    return {name: gram / rows[name] for name, gram in grams.items()}
-
-
-@contextmanager
-def _recording(layers: Layers, downs: Mapping[str, Tensor]) -> Iterator[tuple[Grams, dict[str, int]]]:
-    """Sums of x x', or z z', over the inputs that the layers get in the block, in float64, and their number."""
-    grams: Grams = {}
-    rows: dict[str, int] = {}
-
-    def hook(name: str) -> Any:
-        def record(module: Any, inputs: tuple[Any, ...]) -> None:
-            x = inputs[0].detach()
-            if name in downs:
-                weight = downs[name].to(x).unflatten(1, module.weight.shape[1:])
-                x = module._conv_forward(x, weight, None).movedim(1, -1)
-            x = x.flatten(0, -2).float()
-            gram = (x.T @ x).double()
-            grams[name] = grams[name] + gram if name in grams else gram
-            rows[name] = rows.get(name, 0) + len(x)
-
-        return record
-
-    with ExitStack() as stack:
-        for name, layer in layers.items():
-            stack.callback(layer.register_forward_pre_hook(hook(name)).remove)
-        yield grams, rows
+    return products

@@ -12,17 +12,22 @@ from typing import Any, get_args
 import pytest
 import torch
 from export_runs import exported, read_header
+from flow_kinds import FlowKinds
+from safetensors.torch import save_file
 
 from sd_unlearn import cli, fusion
 from sd_unlearn.config.fuse import FuseConfig, FuseMethod
 from sd_unlearn.config.objective import Weights
 from sd_unlearn.config.train import TrainConfig
+from sd_unlearn.data.encoding import encode_captions
 from sd_unlearn.errors import UsageError
 from sd_unlearn.evaluation.loras import open_lora
 from sd_unlearn.io.reading import read_json
 from sd_unlearn.io.run_folder import ADAPTER_DIR, weights_sha256
 from sd_unlearn.models import lora
 from sd_unlearn.models.base import Base, load_base
+from sd_unlearn.models.layer_inputs import LayerInputs
+from sd_unlearn.models.sampling import default_sampler
 from sd_unlearn.models.source import Source
 from sd_unlearn.report import reproduce
 from sd_unlearn.training import trainer
@@ -52,9 +57,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> list[Path
 @pytest.fixture(scope="module", params=["least_squares", "sum"])
 def fused(request: pytest.FixtureRequest, runs: list[Path]) -> Path:
     output = runs[0].parent / f"fused-{request.param}"
-    return fusion.run(
-        FuseConfig(lora=[str(run) for run in runs], output_dir=output, method=request.param, num_images=1)
-    )
+    return fusion.run(FuseConfig(lora=[str(run) for run in runs], output_dir=output, method=request.param))
 
 
 def changes(run: Path, base_folder: Path) -> dict[str, torch.Tensor]:
@@ -122,6 +125,34 @@ def test_every_prompt_has_an_image_and_a_long_list_is_thinned_out_evenly(monkeyp
     assert fusion.prompts_of_images(["a", "b", "c"], 1) == ["a", "c"]
 
 
+def test_a_module_that_a_file_fuses_is_read_in_parts(flow_kinds: FlowKinds, tmp_path: Path) -> None:
+    base = load_base(Source(str(flow_kinds.folder("sd35"))))
+    width = base.network.get_submodule("transformer_blocks.0.attn.to_k").in_features
+    down, up = torch.randn(2, width), torch.randn(3 * width, 2)
+    name = "diffusion_model.joint_blocks.0.x_block.attn.qkv"
+    save_file({f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}, tmp_path / "a.safetensors")
+    edits = fusion.edits_of(open_lora(str(tmp_path / "a.safetensors")), base)
+    for number, part in enumerate(("to_q", "to_k", "to_v")):
+        edit = edits[f"transformer_blocks.0.attn.{part}"]
+        assert torch.equal(edit.up, up.chunk(3)[number].double())
+        assert torch.equal(edit.down, down.double())
+
+
+def test_the_empty_caption_of_guidance_counts_among_the_retained_only(loaded_base: Base) -> None:
+    name, sums = "mid_block.attentions.0.transformer_blocks.0.attn2.to_k", {}
+    layers = {name: loaded_base.network.get_submodule(name)}
+    factors = {name: torch.eye(layers[name].in_features)}
+    for part, own in (("LoRA", factors), ("retained", None)):
+        inputs = LayerInputs(layers, {name: None}, {})
+        fusion.record_inputs(loaded_base, inputs, ["7 x"], 1, {name: 1.0}, own)
+        sums[part] = inputs.total(name)
+    prompt, empty = (tokens.T @ tokens / len(tokens) for tokens in encode_captions(loaded_base, ["7 x", ""]))
+    steps = default_sampler(loaded_base.source).steps
+    assert torch.allclose(sums["LoRA"], steps * prompt, rtol=1e-4, atol=1e-4)
+    assert torch.allclose(sums["retained"], steps * (prompt + empty) / 2, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(sums["retained"], sums["LoRA"], rtol=0.01)
+
+
 def test_the_noise_schedule_is_that_of_the_loras(runs: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     changed: list[Base] = []
     monkeypatch.setattr(fusion, "use_zero_terminal_snr", changed.append)
@@ -142,9 +173,7 @@ def test_convolutions_are_fused_too(runs: list[Path], tmp_path: Path, tiny_base:
     loras = [Path(shutil.copytree(run, tmp_path / run.name)) for run in runs]
     for seed, run in enumerate(loras):
         randomize(run, tiny_base, seed)
-    output = fusion.run(
-        FuseConfig(lora=list(map(str, loras)), output_dir=tmp_path / "fused", method=method, num_images=1)
-    )
+    output = fusion.run(FuseConfig(lora=list(map(str, loras)), output_dir=tmp_path / "fused", method=method))
     whole, first, second = (changes(run, tiny_base) for run in (output, *loras))
     assert "conv_in" in whole
     for name, change in whole.items():
@@ -159,7 +188,36 @@ def test_what_is_refused(runs: list[Path], fused: Path) -> None:
     seven, three = map(str, runs)
     with pytest.raises(UsageError, match="takes two or more LoRAs"):
         fusion.run(FuseConfig(lora=[seven]))
-    with pytest.raises(UsageError, match='"seven" is listed twice'):
+    with pytest.raises(UsageError, match='^fuse: the concept "seven" is listed twice'):
         fusion.run(FuseConfig(lora=[seven, seven]))
     with pytest.raises(UsageError, match="is not empty: add --overwrite"):
         fusion.run(FuseConfig(lora=[seven, three], output_dir=fused))
+    for option in ({"keep_weight": 0.5}, {"num_images": 3}):
+        with pytest.raises(UsageError, match=f"--{next(iter(option))} .* is for --method least_squares"):
+            fusion.run(FuseConfig(lora=[seven, three], method="sum", **option))  # type: ignore[arg-type]
+
+
+def test_a_base_that_was_moved_is_named(runs: list[Path], tmp_path: Path, tiny_base: Path) -> None:
+    loras = [Path(shutil.copytree(run, tmp_path / run.name)) for run in runs]
+    for run in loras:
+        record = read_json(run / "training.json")
+        record["base"] |= {"name": str(tmp_path / "gone"), "path": str(tmp_path / "gone")}
+        (run / "training.json").write_text(json.dumps(record))
+    options: dict[str, Any] = {"lora": list(map(str, loras)), "output_dir": tmp_path / "fused", "method": "sum"}
+    with pytest.raises(UsageError, match="not at .*/gone any more.* --pretrained_model_name_or_path"):
+        fusion.run(FuseConfig(**options))
+    run = fusion.run(FuseConfig(**options, pretrained_model_name_or_path=str(tiny_base)))
+    assert read_json(run / "training.json")["base"]["path"] == str(tiny_base)
+
+
+def test_no_input_is_overwritten(runs: list[Path], tmp_path: Path) -> None:
+    seven, three = runs
+    file = exported(three, output_dir=tmp_path / "files")[1]
+    before = [weights_sha256(seven), file.read_bytes()]
+    link = tmp_path / "link"
+    link.symlink_to(seven)
+    for output in (seven, link, seven / "fused", seven.parent, file.parent):
+        with pytest.raises(UsageError, match="--output_dir .* one of the LoRAs to fuse"):
+            fusion.run(FuseConfig(lora=[str(seven), str(file)], output_dir=output, overwrite=True))
+    assert [weights_sha256(seven), file.read_bytes()] == before
+    fusion.check_output(file.parent / "fused", False, [open_lora(str(file))])

@@ -205,6 +205,13 @@ class ExportConfig(PathOptions):
             "ComfyUI and A1111 if the path ends in .safetensors. After --method full this is the only export."
         ),
     ] = None
+    pretrained_model_name_or_path: Annotated[
+        str | None,
+        option(
+            "Where the base is now, for --merge and DoRA: Hub id, folder or .safetensors file. Its weights must be "
+            "those of the training. Default: where it was then."
+        ),
+    ] = None
     strength: Annotated[
         float,
         option("LoRA strength that --merge applies: 1 is as trained and evaluated, 0 is the base.", None, Strength),

@@ -21,6 +21,14 @@ class FuseConfig(PathOptions):
     output_dir: Annotated[
         Path | None, option("Run folder of the fused LoRA. Default: runs/<concepts>-fused.", START)
     ] = None
+    pretrained_model_name_or_path: Annotated[
+        str | None,
+        option(
+            "Where the base is now: Hub id, folder or .safetensors file. Its weights must be those of the trainings. "
+            "Default: where it was then.",
+            START,
+        ),
+    ] = None
     method: Annotated[
         FuseMethod,
         option(
@@ -40,7 +48,8 @@ class FuseConfig(PathOptions):
     keep_weight: Annotated[
         float,
         option(
-            "Weight of retained concepts, relative to all erased ones. Higher values preserve more but erase less.",
+            "Weight of retained concepts, relative to all erased ones. Higher values preserve more but erase less. Not "
+            "for --method sum.",
             START,
             NOT_NEGATIVE,
         ),
@@ -49,7 +58,7 @@ class FuseConfig(PathOptions):
         int,
         option(
             "Images to generate for each LoRA, and of retained concepts, to record the inputs of the layers; at "
-            "least one per prompt.",
+            "least one per prompt. Not for --method sum.",
             START,
             Range(above=0, at_most=1000),
         ),

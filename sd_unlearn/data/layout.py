@@ -28,7 +28,7 @@ class Layout:
 
     @classmethod
     def of(cls, batch_size: int, groups: int, has_keep: bool, sets: int = 1, negatives: bool = False) -> Layout:
-        """Of a batch, 25 % positives and 35 % unlabeled images, divided among the caption groups; the rest keep images.
+        """A batch of 25 % positives and 35 % unlabeled images, divided among the caption groups, and keep images.
 
         Without keep images the rest is unlabeled; without positives, their quarter is. Positives are divided among
         their sets, and negatives get half of the unlabeled images' share. Every caption group has at least one image of

@@ -71,8 +71,8 @@ class SeveralConcepts(Concept):
         return [p.caption for p in self.several[:PREVIEWED]] + [self.generic, *(p.text for p in self.keep_prompts[:2])]
 
 
-def together(concepts: Sequence[Concept]) -> Concept:
-    """The concepts as one; a single concept is itself.
+def together(concepts: Sequence[Concept], option: str = "--concept") -> Concept:
+    """The concepts as one; a single concept is itself. option: in errors.
 
     What a concept retains (keep prompts) and what its retention is measured on (alike, general) loses the prompts, and
     the alternatives in braces, that name another of the concepts: by its name or label (also across braces), or as one
@@ -83,10 +83,10 @@ def together(concepts: Sequence[Concept]) -> Concept:
     """
     if len(concepts) == 1:
         return concepts[0]
-    _check_different(concepts)
+    _check_different(concepts, option)
     bases = {concept.base for concept in concepts} - {None}
     if len(bases) > 1:
-        raise UsageError(f"--concept: the concepts are for different bases ({', '.join(sorted(map(str, bases)))}).")
+        raise UsageError(f"{option}: the concepts are for different bases ({', '.join(sorted(map(str, bases)))}).")
     kinds = {concept.kind for concept in concepts}
     parts = tuple(_without_others(c, [o for o in concepts if o is not c]) for c in concepts)
     return SeveralConcepts(
@@ -100,25 +100,25 @@ def together(concepts: Sequence[Concept]) -> Concept:
     )
 
 
-def _check_different(concepts: Sequence[Concept]) -> None:
+def _check_different(concepts: Sequence[Concept], option: str) -> None:
     for what, values in (
         ("concept", [concept.slug for concept in concepts]),
         ("caption", [normalized(caption) for concept in concepts for caption in concept.captions]),
     ):
         twice = next((value for value, count in Counter(values).items() if count > 1), None)
         if twice is not None:
-            raise UsageError(f'--concept: the {what} "{twice}" is listed twice. Name each concept once.')
+            raise UsageError(f'{option}: the {what} "{twice}" is listed twice. Name each concept once.')
     generics = {normalized(concept.generic): concept.name for concept in concepts}
     for concept in concepts:
         for caption in concept.captions:
             if other := generics.get(normalized(caption)):
                 raise UsageError(
-                    f'--concept: "{caption}" of {concept.name} is what {other} is replaced with (generic). Erase them '
+                    f'{option}: "{caption}" of {concept.name} is what {other} is replaced with (generic). Erase them '
                     "separately, or change the generic prompt."
                 )
         if concept.betas:
             raise UsageError(
-                f"--concept: {concept.name} has several folders of positives (betas in its file), which is for a "
+                f"{option}: {concept.name} has several folders of positives (betas in its file), which is for a "
                 "concept that is erased alone."
             )
 

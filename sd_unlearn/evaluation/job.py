@@ -19,7 +19,7 @@ from sd_unlearn.data.prompt_sets import load_prompt_set
 from sd_unlearn.data.several import load_concepts
 from sd_unlearn.errors import UnlearnError, UsageError
 from sd_unlearn.evaluation.fail_if import parse_condition
-from sd_unlearn.evaluation.loras import DIFFUSERS_FILE, Lora, open_lora, open_run
+from sd_unlearn.evaluation.loras import Lora, open_lora, open_run
 from sd_unlearn.evaluation.prompts import BASE_TIERS, TIERS, ImageSpec, count_used, override_counts, plan_images
 from sd_unlearn.evaluation.references import check_label, reference_folders
 from sd_unlearn.evaluation.subjects import Subject, check_guidance, resolve_subjects
@@ -27,7 +27,7 @@ from sd_unlearn.io.files import check_writable
 from sd_unlearn.io.own_files import check_evaluation_folder
 from sd_unlearn.io.paths import public_name
 from sd_unlearn.io.reading import read_yaml
-from sd_unlearn.io.run_folder import CONFIG, TRAINING
+from sd_unlearn.io.run_folder import CONFIG, DIFFUSERS_FILE, TRAINING
 from sd_unlearn.metrics.option_users import check_used
 from sd_unlearn.metrics.registry import MetricContext, check_metrics
 from sd_unlearn.models.find_base import find_base

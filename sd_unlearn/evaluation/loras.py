@@ -14,14 +14,12 @@ from sd_unlearn.data.several import read_concepts, together
 from sd_unlearn.errors import UnlearnError, UsageError, reason, suggest
 from sd_unlearn.io.paths import slugify
 from sd_unlearn.io.reading import file_sha256, read_json
-from sd_unlearn.io.run_folder import CONCEPT, TRAINING, UNET_DIR, weights_sha256
+from sd_unlearn.io.run_folder import CONCEPT, DIFFUSERS_FILE, TRAINING, UNET_DIR, weights_sha256
 from sd_unlearn.io.schema import OPEN, validate
 from sd_unlearn.models.base import HASHES, Base
 from sd_unlearn.models.recorded_base import different_hash
 from sd_unlearn.models.safe_guidance import Safety, safe_guidance
 from sd_unlearn.results import BASE, FLOOR
-
-DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 
 
 @dataclass(frozen=True)

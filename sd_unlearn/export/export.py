@@ -59,7 +59,7 @@ def _check_place(path: Path) -> None:
     """
     if path.suffix.lower() in PICKLES:
         raise UsageError(f"--merge {path}: a pickle can run code when loaded. Name a .safetensors file or a folder.")
-    if path.is_file() or (path.is_dir() and (path.suffix == ".safetensors" or any(path.iterdir()))):
+    if path.is_file() or (path.is_dir() and (path.suffix.lower() == ".safetensors" or any(path.iterdir()))):
         raise UsageError(f"--merge {path} exists and is not overwritten. Choose another name or delete it.")
     if not path.name:
         raise UsageError(f"--merge {path} is the current folder. Name a new one.")

@@ -27,11 +27,10 @@ import torch
 from torch import Tensor
 
 from sd_unlearn.errors import UnlearnError, UsageError
+from sd_unlearn.io.run_folder import WEIGHTS_FILE
 from sd_unlearn.models.ldm_keys import SDXL_BLOCKS, UNetBlocks, unet_key
 from sd_unlearn.models.lora_change import Change
 from sd_unlearn.models.lora_file import PEFT_CONFIG, PEFT_PREFIX, PeftSettings, read_lora_file, read_peft_settings
-
-WEIGHTS_FILE = "adapter_model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -48,19 +47,14 @@ class LoraPair:
     def rank(self) -> int:
         return self.down.shape[0]
 
-    def change(self, weight: Tensor) -> Tensor:
-        """The difference that the pair adds to a weight [out, in, ...], in float64.
-
-        DoRA (Liu et al. 2024, equation 5) rescales each output channel of the sum to its magnitude.
-        """
-        plain = weight.double()
-        delta = self.alpha / self.rank * (self.up.double().flatten(1) @ self.down.double().flatten(1))
-        delta = delta.view(weight.shape)
-        if self.magnitude is None:
-            return delta
-        total = (plain + delta).flatten(1)
-        scaled = self.magnitude.double().view(-1, 1) * total / total.norm(dim=1, keepdim=True)
-        return scaled.view(weight.shape) - plain
+    def applied_to(self, weight: Tensor, strength: float = 1.0) -> Tensor:
+        """The changed weight [out, in, ...], in float64."""
+        parts = {"up": self.up, "down": self.down}
+        if self.magnitude is not None:
+            parts["magnitude"] = self.magnitude
+        changed = Change("LoRA", parts, self.alpha / self.rank).weight(weight.double(), strength)
+        assert changed is not None
+        return changed
 
 
 @dataclass(frozen=True)

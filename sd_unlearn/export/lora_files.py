@@ -12,11 +12,10 @@ from torch import Tensor
 
 from sd_unlearn.export import safetensors_writer
 from sd_unlearn.export.kohya import kohya_tensors, module_key, transformer_tensors
-from sd_unlearn.export.merge import changes
+from sd_unlearn.export.merge import trained_weights
 from sd_unlearn.export.metadata import lora_header, own_header
 from sd_unlearn.export.trained_run import TrainedRun
 
-DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 # The settings that Diffusers needs to rebuild the adapter. PEFT's whole config could contain local paths, and an older
 # PEFT would refuse the file because of settings that it does not know.
@@ -86,8 +85,9 @@ def kohya_bytes(run: TrainedRun, dtype: str = "fp32", pipeline: Any = None, lice
     """
     tensors: dict[str, Tensor] = {}
     if run.is_dora:
-        for network, module, _, change in changes(run, pipeline):
-            tensors[f"{module_key(module, network, run.kind, run.blocks)}.diff"] = change.float()
+        for network, pair, weight in trained_weights(run, pipeline):
+            key = module_key(pair.module, network, run.kind, run.blocks)
+            tensors[f"{key}.diff"] = (pair.applied_to(weight) - weight.double()).float()
     else:
         for adapter in run.adapters:
             tensors |= kohya_tensors(adapter, run.kind, run.blocks)

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sd_unlearn.errors import UnlearnError, reason
 from sd_unlearn.export import safetensors_writer
+from sd_unlearn.export.kohya import LoraPair
 from sd_unlearn.export.metadata import checkpoint_header
 from sd_unlearn.export.trained_run import TrainedRun
 from sd_unlearn.io.files import atomic_path, write_json
@@ -24,21 +25,21 @@ from sd_unlearn.models.zero_terminal_snr import use_zero_terminal_snr
 SINGLE_FILE = ".safetensors"
 
 
-def trained_base(run: TrainedRun, allow_pickle: bool = False) -> Any:
-    """Load the pipeline of the base that the run was trained on, in float32 on the CPU.
+def trained_base(run: TrainedRun, allow_pickle: bool = False, name: str | None = None) -> Any:
+    """Load the pipeline of the base that the run was trained on, in float32 on the CPU. name: where it is now.
 
     Raises:
         UnlearnError: the base cannot be loaded.
-        UsageError: its weights differ from those at training time.
+        UsageError: it is not where it was, or its weights differ from those at training time.
     """
-    base = load_recorded_base(run.base, device="cpu", allow_pickle=allow_pickle)
-    if run.training.get("zero_terminal_snr"):
+    base = load_recorded_base(run.base, device="cpu", allow_pickle=allow_pickle, name=name)
+    if run.zero_terminal_snr:
         use_zero_terminal_snr(base)
     return base.pipeline
 
 
-def changes(run: TrainedRun, pipeline: Any) -> Iterator[tuple[str, str, nn.Parameter, Tensor]]:
-    """For each trained module: (network, module, its weight in the pipeline, the trained change in float64).
+def trained_weights(run: TrainedRun, pipeline: Any) -> Iterator[tuple[str, LoraPair, nn.Parameter]]:
+    """For each trained module: (network, its pair, its weight in the pipeline).
 
     Raises:
         UnlearnError: the base lacks a trained module, or the module has another shape.
@@ -53,7 +54,7 @@ def changes(run: TrainedRun, pipeline: Any) -> Iterator[tuple[str, str, nn.Param
                 raise UnlearnError(
                     f'The base {run.base_name} has no "{pair.module}" of the trained shape. Train the run again.'
                 )
-            yield adapter.network, pair.module, weight, pair.change(weight)
+            yield adapter.network, pair, weight
 
 
 @torch.no_grad()
@@ -68,8 +69,8 @@ def merge_into(run: TrainedRun, pipeline: Any, strength: float = 1.0) -> None:
         trained = type(network).from_pretrained(str(run.folder / UNET_DIR)).state_dict()
         for name, value in network.state_dict().items():
             value.copy_(value.double().lerp(trained[name].double(), strength))
-    for _, _, weight, change in changes(run, pipeline):
-        weight.copy_(weight.double() + strength * change)
+    for _, pair, weight in trained_weights(run, pipeline):
+        weight.copy_(pair.applied_to(weight, strength))
 
 
 def write(
@@ -93,7 +94,7 @@ def write(
     merge_into(run, pipeline, strength)
     try:
         remove_leftovers(path.parent, (path.name, f"*{SINGLE_FILE}"))
-        if path.suffix == SINGLE_FILE:
+        if path.suffix.lower() == SINGLE_FILE:
             tensors = safetensors_writer.converted(ldm_keys.checkpoint(pipeline, run.kind), torch_dtype)
             header = checkpoint_header(run, safetensors_writer.digest(tensors), strength, licence)
             safetensors_writer.save(path, tensors, header)

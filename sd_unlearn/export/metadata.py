@@ -14,7 +14,7 @@ from sd_unlearn.results import BASE, as_json
 # Keys of training.json that are copied into the header, if present.
 _RECORDED = (
     *("rank", "lora_alpha", "beta", "correction", "caption_mode", "version", "config_sha256"),
-    *("objective", "method", "target", "push", "reduction", "zero_terminal_snr", "beta_source", "seed"),
+    *("objective", "fuse_method", "method", "target", "push", "reduction", "zero_terminal_snr", "beta_source", "seed"),
     *("truncation_error", "rounding_error_fp32", "rounding_error_fp16"),  # of a closed-form edit as a LoRA
     "quantize_base",
 )
@@ -62,7 +62,7 @@ def lora_header(run: TrainedRun, digest: str, licence: str | None = None) -> dic
             "modelspec.architecture": f"{names.modelspec}/lora",
             "modelspec.implementation": "sgm" if run.kind == "sdxl" else "diffusers",
             "modelspec.title": f"Forget {run.concept.name}",
-            "modelspec.usage_hint": f"Load at strength {run.strength:g}. There is no trigger word.",
+            "modelspec.usage_hint": _usage(run, f"Load at strength {run.strength:g}. There is no trigger word."),
             "ss_output_name": run.concept.slug,
             "ss_network_module": "networks.lora",
             "ss_network_dim": str(pairs[0].rank) if len(ranks) == 1 else "Dynamic",
@@ -77,9 +77,6 @@ def lora_header(run: TrainedRun, digest: str, licence: str | None = None) -> dic
 
 def checkpoint_header(run: TrainedRun, digest: str, strength: float, licence: str | None = None) -> dict[str, str]:
     """The header of a merged checkpoint in one file."""
-    hint = "There is no trigger word and no LoRA to load."
-    if run.training.get("zero_terminal_snr"):
-        hint += " Sample with a schedule of zero terminal SNR."
     return (
         own_header(run)
         | _modelspec(run, digest, licence)
@@ -87,7 +84,7 @@ def checkpoint_header(run: TrainedRun, digest: str, strength: float, licence: st
             "modelspec.architecture": architecture(run.base).modelspec,
             "modelspec.implementation": {"sd3": "sd3-ref", "flux": "flux"}.get(run.kind, "sgm"),
             "modelspec.title": f"{run.base_name} without {run.concept.name}",
-            "modelspec.usage_hint": hint,
+            "modelspec.usage_hint": _usage(run, "There is no trigger word and no LoRA to load."),
             "sd_unlearn.strength": str(strength),
         }
     )
@@ -127,6 +124,10 @@ def own_header(run: TrainedRun) -> dict[str, str]:
     return header
 
 
+def _usage(run: TrainedRun, hint: str) -> str:
+    return f"{hint} Sample with a schedule of zero terminal SNR." if run.zero_terminal_snr else hint
+
+
 def _prediction(run: TrainedRun) -> str:
     """ModelSpec's prediction type, which it does not define for flow matching."""
     if KINDS[run.kind].is_flow:
@@ -140,7 +141,7 @@ def _modelspec(run: TrainedRun, digest: str, licence: str | None) -> dict[str, s
     header = {
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.description": " ".join(
-            f'Forgets "{part.name}" and draws "{part.generic}" instead.' for part in run.concept.parts
+            f'Forgets "{part.name}" and generates "{part.generic}" instead.' for part in run.concept.parts
         ),
         "modelspec.tags": ", ".join(
             dict.fromkeys(["unlearning", "concept erasure", *(p.kind for p in run.concept.parts)])

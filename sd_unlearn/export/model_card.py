@@ -14,8 +14,9 @@ from typing import Any
 import yaml
 from jinja2 import FileSystemLoader
 
-from sd_unlearn.export.lora_files import DIFFUSERS_FILE
 from sd_unlearn.export.trained_run import OwnResults, TrainedRun
+from sd_unlearn.io.own_files import sealed
+from sd_unlearn.io.run_folder import DIFFUSERS_FILE
 from sd_unlearn.models.kinds import KINDS
 from sd_unlearn.report.formatting import interval_text, value_text
 from sd_unlearn.report.jinja import environment
@@ -23,7 +24,7 @@ from sd_unlearn.report.metric_names import group_name, metric_name
 from sd_unlearn.results import BASE
 
 TEMPLATES = Path(__file__).parent / "templates"
-FILE, GRID = "README.md", "pairs.png"
+GRID = "pairs.png"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 _FAMILY = {
     "sd1": "stable-diffusion",
@@ -55,6 +56,7 @@ _METHODS = {  # by objective; the differences to the papers are in docs/training
 _TO_GENERIC = ("pu", "anchor", "uce", "speed", "rece", "fuse")
 _SETTINGS = (
     "objective",
+    "fuse_method",
     "method",
     "lora_targets",
     "rank",
@@ -88,7 +90,7 @@ def render(run: TrainedRun, licence: str | None, hub_id: str | None, *, has_grid
     jinja = environment(escape=False)
     jinja.loader = FileSystemLoader(TEMPLATES)
     jinja.filters["md"] = escaped
-    return jinja.get_template("card.md.j2").render(
+    card = jinja.get_template("card.md.j2").render(
         front=front_matter(run, licence),
         title=title(run.concept.name),
         concept=run.concept,
@@ -108,6 +110,7 @@ def render(run: TrainedRun, licence: str | None, hub_id: str | None, *, has_grid
         method=_METHODS.get(str(run.training.get("objective")), PU),
         to_generic=run.training.get("objective", "pu") in _TO_GENERIC,
         is_dora=run.is_dora,
+        zero_terminal_snr=run.zero_terminal_snr,
         licence=licence,
         settings=_settings(run.training),
         pipeline_class=KINDS[run.kind].pipeline,
@@ -115,6 +118,7 @@ def render(run: TrainedRun, licence: str | None, hub_id: str | None, *, has_grid
         diffusers_file=DIFFUSERS_FILE,
         kohya_file=f"{run.concept.slug}.safetensors",
     )
+    return sealed(card)
 
 
 def _settings(training: Mapping[str, Any]) -> list[tuple[str, Any]]:

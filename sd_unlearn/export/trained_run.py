@@ -162,6 +162,11 @@ class TrainedRun:
         return blocks_of(self.base["unet"]) if self.base.get("unet") else SDXL_BLOCKS
 
     @property
+    def zero_terminal_snr(self) -> bool:
+        """Whether it was trained, and is to be sampled, with a schedule that ends in pure noise."""
+        return bool(self.training.get("zero_terminal_snr"))
+
+    @property
     def shows_nudity(self) -> bool:
         """Whether images of a concept must not be published."""
         return any(part.kind == "nudity" for part in self.concept.parts)

@@ -19,6 +19,7 @@ def render(run: TrainedRun) -> str:
     """The workflow of a run as JSON: its base, concept and strength, and the sampler of its evaluation or its base."""
     sampler, usual = run.results.sampler if run.results else {}, default_sampler(recorded_source(run.base))
     name = Path(run.base_name).name
+    zero_snr = {"zero_terminal_snr": True} if run.zero_terminal_snr else {}  # only UNets can have it
     make = {
         "sd3": sd3_nodes,
         "flux": flux_nodes,
@@ -35,6 +36,7 @@ def render(run: TrainedRun) -> str:
         size=sampler.get("resolution") or run.base.get("resolution") or SIZE,
         steps=sampler.get("steps", usual.steps),
         guidance=sampler.get("guidance_scale", usual.guidance_scale) + KINDS[run.kind].extra_guidance,
+        **zero_snr,
     )
     return json.dumps(nodes, indent=2, ensure_ascii=False) + "\n"
 
@@ -48,20 +50,27 @@ def make_nodes(
     size: int = SIZE,
     steps: int = STEPS,
     guidance: float = GUIDANCE,
+    zero_terminal_snr: bool = False,
 ) -> dict[str, Any]:
     """The nodes by their ids. size: of the image in pixels."""
     model, clip = ["2", 0], ["2", 1]  # with the LoRA
+    schedule = {}
+    if zero_terminal_snr:
+        title, sampling = "Zero terminal SNR", {"sampling": "v_prediction", "zsnr": True}
+        schedule["9"] = _node("ModelSamplingDiscrete", title, **sampling, model=model)
+        model = ["9", 0]
     return {
         "1": _node("CheckpointLoaderSimple", "The base the LoRA was trained on", ckpt_name=checkpoint),
         "2": _node(
             "LoraLoader",
-            f"What forgets: strength {strength:g}",
+            f"LoRA, strength {strength:g}",
             lora_name=lora,
             strength_model=float(strength),
             strength_clip=float(strength),
             model=["1", 0],
             clip=["1", 1],
         ),
+        **schedule,
         "3": _node("CLIPTextEncode", "Prompt", text=prompt, clip=clip),
         "4": _node("CLIPTextEncode", "Negative prompt", text="", clip=clip),
         "5": _node("EmptyLatentImage", "Size: 512, SD 2 (v) 768, SDXL 1024", width=size, height=size, batch_size=1),
@@ -214,7 +223,7 @@ def _shifted(
 
 
 def _lora(name: str, strength: float, model: list[Any]) -> dict[str, Any]:
-    title = f"What forgets: strength {strength:g}"
+    title = f"LoRA, strength {strength:g}"
     return _node("LoraLoaderModelOnly", title, lora_name=name, strength_model=float(strength), model=model)
 
 

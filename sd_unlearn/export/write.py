@@ -8,12 +8,14 @@ from pathlib import Path
 from sd_unlearn.config.base import ExportConfig
 from sd_unlearn.errors import UnlearnError, UsageError, reason
 from sd_unlearn.export import merge, model_card, thumbnails, workflow
-from sd_unlearn.export.lora_files import DIFFUSERS_FILE, concept_of, diffusers_bytes, kohya_bytes
+from sd_unlearn.export.lora_files import concept_of, diffusers_bytes, kohya_bytes
 from sd_unlearn.export.metadata import licence_of
 from sd_unlearn.export.trained_run import TrainedRun, read_run
 from sd_unlearn.io.files import atomic_path, check_writable
 from sd_unlearn.io.lock import locked, remove_leftovers
-from sd_unlearn.io.run_folder import EXPORT_DIR, UNET_DIR
+from sd_unlearn.io.own_files import CARD, is_own_card
+from sd_unlearn.io.run_folder import DIFFUSERS_FILE, EXPORT_DIR, UNET_DIR
+from sd_unlearn.models.source import OPTION
 
 WAIT = 60  # seconds for another export into the same folder
 
@@ -38,14 +40,18 @@ def _write_all(config: ExportConfig, trained: TrainedRun, folder: Path | None) -
         from sd_unlearn.export import hub
 
         hub_id = hub.check(config.push_to_hub)
-    pipeline = merge.trained_base(trained, config.allow_pickle) if config.merge or trained.is_dora else None
+    pipeline, name = None, config.pretrained_model_name_or_path
+    if config.merge or trained.is_dora:
+        pipeline = merge.trained_base(trained, config.allow_pickle, name)
+    elif name is not None:
+        raise UsageError(f"{OPTION} {name} is for --merge and DoRA, which need the base. Leave it out.")
     licence, files = licence_of(trained, config.license), {}
     if folder is not None:
         files[folder / DIFFUSERS_FILE] = diffusers_bytes(trained, config.dtype)
         files[folder / f"{trained.concept.slug}.safetensors"] = kohya_bytes(trained, config.dtype, pipeline, licence)
         grid = thumbnails.grid(trained)
         card = model_card.render(trained, licence, hub_id, has_grid=grid is not None)
-        files[folder / model_card.FILE] = card.encode()
+        files[folder / CARD] = card.encode()
         if grid is not None:
             files[folder / model_card.GRID] = grid
         files[folder / workflow.FILE] = workflow.render(trained).encode()
@@ -64,12 +70,17 @@ def _check_overwriting(trained: TrainedRun, folder: Path, merged: Path | None) -
     lora_files, name = (folder / DIFFUSERS_FILE, folder / f"{trained.concept.slug}.safetensors"), trained.concept.name
     if merged is not None and merged.resolve() in {path.resolve() for path in (folder, *lora_files)}:
         raise UsageError(f"--merge {merged} is where the LoRA is written ({folder}). Choose another name.")
-    others = [path for path in lora_files if path.is_file() and concept_of(path) != name]
-    readme = folder / model_card.FILE
-    if readme.is_file() and model_card.title(name) not in readme.read_text(encoding="utf-8", errors="replace"):
-        others.append(readme)
-    if not readme.is_file():  # both belong to the card
-        others += [path for name in (model_card.GRID, workflow.FILE) if (path := folder / name).exists()]
+    loras = {path: concept_of(path) == name for path in lora_files if path.is_file()}
+    others = [path for path, is_own in loras.items() if not is_own]
+    card = folder / CARD
+    has_card = is_own_card(card) and model_card.title(name) in card.read_text(encoding="utf-8")
+    if not has_card and not any(loras.values()):  # the folder is no export of this concept
+        others += [path for file in (CARD, model_card.GRID, workflow.FILE) if (path := folder / file).exists()]
+    elif card.exists() and not has_card:
+        raise UsageError(
+            f"{card} was changed since it was exported, or is of an earlier version of sd-unlearn, and would be "
+            "replaced. Rename it, or choose another --output_dir."
+        )
     if others:
         raise UsageError(
             f'{others[0]} already exists and is not an export of "{name}", so it is not overwritten. '
@@ -99,11 +110,14 @@ def _check_lora(trained: TrainedRun, config: ExportConfig) -> bool:
 
 
 def _write(folder: Path, files: dict[Path, bytes]) -> None:
-    """Write all files or none: the renames happen after all files are complete."""
+    """Write all files or none: the renames happen after all files are complete, those of the LoRAs first.
+
+    So after a kill between two renames, the next export recognizes the folder by a LoRA's header.
+    """
     remove_leftovers(folder, [path.name for path in files])
     try:
         with ExitStack() as renames:
-            for path, data in files.items():
+            for path, data in reversed(files.items()):
                 if path.is_dir():
                     raise IsADirectoryError(0, f"{path.name} is a folder")
                 renames.enter_context(atomic_path(path)).write_bytes(data)

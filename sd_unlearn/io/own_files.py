@@ -7,6 +7,7 @@ then the folders that are empty.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import re
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -26,6 +27,7 @@ from sd_unlearn.io.run_folder import (
     CHECKPOINT_DIR,
     CONCEPT,
     CONFIG,
+    DIFFUSERS_FILE,
     EVALUATION,
     EXPORT_DIR,
     METRICS,
@@ -58,6 +60,8 @@ PAPER_TABLES = {
 _REPORTS = REPORT | SWEEP_REPORT | PAPER_TABLES
 LATER = (RESULTS, EVALUATION, CALIBRATION, *REPORT, "paper.json")
 _BEGINNING = 1 << 16  # bytes
+CARD = "README.md"  # the model card of an export
+_SEAL = "<!-- Written by sd-unlearn. SHA-256 of the text above: "
 _ADAPTER = r"adapter_config\.json|adapter_model\.(safetensors|bin)|README\.md"
 # Folders that are replaced as a whole -> the names of the files in them.
 _WEIGHTS = {
@@ -149,6 +153,20 @@ def is_own_report(file: Path) -> bool:
     return re.search(_REPORTS[file.name], beginning) is not None
 
 
+def sealed(card: str) -> str:
+    """A model card with a last line by which `is_own_card` recognizes it, unless it was changed."""
+    return f"{card}{_SEAL}{hashlib.sha256(card.encode()).hexdigest()} -->\n"
+
+
+def is_own_card(file: Path) -> bool:
+    """Whether a model card is as `export` wrote it; False for any other file and for a missing one."""
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return False
+    return text == sealed(text.rpartition(_SEAL)[0])
+
+
 def check_own_reports(folder: Path, names: Iterable[str], option: str = "--run") -> None:
     """Refuse to replace files of the user's that have the names of a report or table. option: that names the folder.
 
@@ -171,11 +189,18 @@ def delete_own(folder: Path, patterns: Sequence[str]) -> None:
     own = re.compile("|".join(f"({pattern})" for pattern in (*patterns, *_exports(folder))), re.DOTALL)
     entered: list[Path] = []
     for path in list(_files(folder, entered)):
-        if own.fullmatch(path.relative_to(folder).as_posix()) and (path.name not in _REPORTS or is_own_report(path)):
+        if own.fullmatch(path.relative_to(folder).as_posix()) and not _is_changed(path):
             path.unlink()
     for place in reversed(entered):
         with contextlib.suppress(OSError):  # not empty
             place.rmdir()
+
+
+def _is_changed(file: Path) -> bool:
+    """Whether a file that is named as a report or model card of ours is another one, or was changed."""
+    if file.name == CARD and file.parent.name == EXPORT_DIR:
+        return not is_own_card(file)
+    return file.name in _REPORTS and not is_own_report(file)
 
 
 def _files(folder: Path, entered: list[Path]) -> Iterator[Path]:
@@ -196,7 +221,8 @@ def _exports(folder: Path) -> tuple[str, ...]:
         slug = slugify(str(read_json(folder / TRAINING)["concept"] if isinstance(concept, list) else concept["name"]))
     except (UsageError, KeyError, TypeError):
         return ()
-    names = rf"pytorch_lora_weights\.safetensors|{slug}\.safetensors|README\.md|pairs\.png|comfyui-workflow\.json"
+    files = (DIFFUSERS_FILE, f"{slug}.safetensors", CARD, "pairs.png", "comfyui-workflow.json")
+    names = "|".join(map(re.escape, files))
     return tuple(f"{parent}{EXPORT_DIR}/({names})" for parent in ("", f"{BEST_DIR}/"))
 
 

@@ -21,6 +21,8 @@ TRAINING, RESULTS, METRICS, CONFIG, CONCEPT = (
     "concept.yaml",
 )
 ADAPTER_DIR, TEXT_ADAPTER_DIR, UNET_DIR = "adapter", "text_encoder_adapter", "unet"
+WEIGHTS_FILE = "adapter_model.safetensors"  # in a folder of an adapter
+DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"  # in an export: the LoRA for Diffusers
 PREVIEW_DIR, EXPORT_DIR, IMAGE_DIR = "previews", "export", "images"
 CALIBRATION = "calibration.json"  # the strengths that erase and retain enough
 EVALUATION = "evaluate.yaml"  # the options of an evaluation, for `evaluate --config`
@@ -63,8 +65,8 @@ def weights_sha256(run: Path) -> str:
         UsageError: the run folder contains neither a LoRA nor a UNet.
     """
     names = (
-        f"{ADAPTER_DIR}/adapter_model.safetensors",
-        f"{TEXT_ADAPTER_DIR}/adapter_model.safetensors",
+        f"{ADAPTER_DIR}/{WEIGHTS_FILE}",
+        f"{TEXT_ADAPTER_DIR}/{WEIGHTS_FILE}",
         f"{UNET_DIR}/diffusion_pytorch_model.safetensors",
     )
     files = [run / name for name in names if (run / name).is_file()]

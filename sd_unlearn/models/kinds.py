@@ -12,6 +12,8 @@ from typing import Any, Literal
 SUPPORTED = "Stable Diffusion 1.x, 2.x, XL, 3 and 3.5, FLUX.1, FLUX.2, Z-Image and Qwen-Image can be trained"
 # How captions become tokens: CLIP's alone, CLIP's and T5's, or those of a language model with a chat template.
 Reading = Literal["clip", "t5", "chat"]
+# Where the pipeline puts the prompts if it guides: into half of the network's batch, or into a pass of their own.
+PromptsIn = Literal["first half", "second half", "first pass"]
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,7 @@ class Kind:
     text_encoders: tuple[str, ...] = ("text_encoder",)
     is_flow: bool = False  # flow matching (flow.py) instead of DDPM's diffusion (diffusion.py)
     uses_guidance: bool = True  # sampling combines the prompt's prediction with that of the empty caption
+    prompts_in: PromptsIn = "second half"
     is_large: bool = False  # made for 1024 pixels: the VAE processes one image at a time
     network_class: str = "UNet2DConditionModel"  # in Diffusers
     vae_class: str = "AutoencoderKL"  # in Diffusers
@@ -66,9 +69,10 @@ def _chat(name: str, pipeline: str, network_class: str, channels: int, chat_clas
     return _transformer(name, pipeline, network_class, channels, reading="chat", chat_class=chat_class, **own)
 
 
-_FLUX2: dict[str, Any] = {"hidden_states": 3, "vae_class": "AutoencoderKLFlux2"}
+_FLUX2: dict[str, Any] = {"hidden_states": 3, "vae_class": "AutoencoderKLFlux2", "prompts_in": "first pass"}
+_QWEN: dict[str, Any] = {"vae_class": "AutoencoderKLQwenImage", "prompts_in": "first pass"}
+_Z: dict[str, Any] = {"extra_guidance": 1.0, "prompts_in": "first half"}
 _MISTRAL, _QWEN_VL = "Mistral3ForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration"
-_QWEN_VAE = "AutoencoderKLQwenImage"
 _TWO, _THREE = ("text_encoder", "text_encoder_2"), ("text_encoder", "text_encoder_2", "text_encoder_3")
 KINDS = {
     kind.name: kind
@@ -80,8 +84,8 @@ KINDS = {
         _transformer("flux", "FluxPipeline", "FluxTransformer2DModel", 64, text_encoders=_TWO, uses_guidance=False),
         _chat("flux2", "Flux2Pipeline", "Flux2Transformer2DModel", 128, _MISTRAL, uses_guidance=False, **_FLUX2),
         _chat("flux2-klein", "Flux2KleinPipeline", "Flux2Transformer2DModel", 128, "Qwen3ForCausalLM", **_FLUX2),
-        _chat("z-image", "ZImagePipeline", "ZImageTransformer2DModel", 16, "Qwen3Model", extra_guidance=1.0),
-        _chat("qwen-image", "QwenImagePipeline", "QwenImageTransformer2DModel", 64, _QWEN_VL, vae_class=_QWEN_VAE),
+        _chat("z-image", "ZImagePipeline", "ZImageTransformer2DModel", 16, "Qwen3Model", **_Z),
+        _chat("qwen-image", "QwenImagePipeline", "QwenImageTransformer2DModel", 64, _QWEN_VL, **_QWEN),
     )
 }
 PIPELINES = tuple(dict.fromkeys(kind.pipeline for kind in KINDS.values()))

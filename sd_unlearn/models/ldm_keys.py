@@ -25,11 +25,11 @@ import torch
 from torch import Tensor
 
 from sd_unlearn.errors import UnlearnError
-from sd_unlearn.models.checkpoint_header import SD3_TEXT_ENCODERS
+from sd_unlearn.models.checkpoint_header import SD3_TEXT_ENCODERS, UNET
 from sd_unlearn.models.kinds import KINDS
 from sd_unlearn.models.transformer_keys import original_weights
 
-UNET, VAE = "model.diffusion_model.", "first_stage_model."
+VAE = "first_stage_model."
 CLIP = {"sd1": "cond_stage_model.transformer.text_model.", "sdxl": "conditioner.embedders.0.transformer.text_model."}
 OPEN_CLIP = {"sd2": "cond_stage_model.model.", "sdxl": "conditioner.embedders.1.model."}
 
@@ -223,8 +223,8 @@ def checkpoint(pipeline: Any, kind: str) -> dict[str, Tensor]:
         weights |= {OPEN_CLIP[kind] + key: value for key, value in open_clip_weights(encoder.state_dict()).items()}
     if kind == "sdxl" and pipeline.scheduler.config.prediction_type == "v_prediction":
         weights["v_pred"] = torch.tensor([])  # ComfyUI and Forge look for this key; for SD 2 they test the weights
-        if pipeline.scheduler.config.get("rescale_betas_zero_snr"):
-            weights["ztsnr"] = torch.tensor([])
+    if getattr(pipeline.scheduler.config, "rescale_betas_zero_snr", False):
+        weights["ztsnr"] = torch.tensor([])  # read by A1111 and Forge, of SDXL also by ComfyUI
     return weights
 
 

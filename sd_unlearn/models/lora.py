@@ -14,11 +14,11 @@ from sd_unlearn.config.train import default_lora_targets
 from sd_unlearn.errors import UsageError
 from sd_unlearn.io.files import atomic_path, write_json
 from sd_unlearn.io.reading import read_json
-from sd_unlearn.io.run_folder import ADAPTER_DIR, TEXT_ADAPTER_DIR
+from sd_unlearn.io.run_folder import ADAPTER_DIR, TEXT_ADAPTER_DIR, WEIGHTS_FILE
 from sd_unlearn.models.kinds import KINDS, kind_of
 from sd_unlearn.models.lora_file import PEFT_CONFIG, LoraFile, read_lora_file
 
-ADAPTER_NAME, WEIGHTS_FILE = "default", "adapter_model.safetensors"
+ADAPTER_NAME = "default"
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 # The same projections of the text tokens in a transformer with joint attention, as SD 3 and FLUX.
 CONTEXT = ["add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]

@@ -40,8 +40,8 @@ class Change:
     def scaled(self, scale: float) -> Change:
         return dataclasses.replace(self, scale=scale)
 
-    def delta(self, shape: Sequence[int], device: Any = "cpu") -> Tensor | None:
-        """The difference that is added to a weight of this shape, in float32; None if only the bias changes.
+    def delta(self, shape: Sequence[int], device: Any = "cpu", dtype: torch.dtype = torch.float32) -> Tensor | None:
+        """The difference that is added to a weight of this shape, without magnitudes; None if only the bias changes.
 
         Raises:
             ValueError, RuntimeError: the tensors do not give this shape.
@@ -51,7 +51,7 @@ class Change:
             return None
         if self.rows is not None:
             shape = (self.rows.total, *shape[1:])
-        delta = compute({part: tensor.to(device, torch.float32) for part, tensor in self.parts.items()})
+        delta = compute({part: tensor.to(device, dtype) for part, tensor in self.parts.items()})
         same = len(delta) == shape[0] and delta.numel() == torch.Size(shape).numel()
         same = same and (delta.ndim != len(shape) or tuple(delta.shape) == tuple(shape))
         if not same:
@@ -63,24 +63,24 @@ class Change:
         return values if self.rows is None else self.rows.of(values)
 
     def weight(self, weight: Tensor, strength: float) -> Tensor | None:
-        """The changed weight, in float32; None if only the bias changes. strength: 0 the base, 1 as trained.
+        """The changed weight, in float32 (float64 for such a weight); None if only the bias changes.
 
-        With DoRA (Liu et al. 2024, equation 5) each output channel of the sum has the norm of its magnitude, which is
-        interpolated from the base's norm.
+        strength: 0 the base, 1 as trained, else the base plus that multiple of the trained difference. With DoRA (Liu
+        et al. 2024, equation 5) each output channel of the trained weight has the norm of its magnitude.
         """
-        delta = self.delta(weight.shape, weight.device)
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        delta = self.delta(weight.shape, weight.device, dtype)
         if delta is None:
             return None
-        plain = weight.float()
-        total = plain + strength * delta
+        plain = weight.to(dtype)
         if "magnitude" not in self.parts:
-            return total
-        magnitude = self._own(self.parts["magnitude"].to(weight.device, torch.float32).flatten())
+            return plain + strength * delta
+        magnitude = self._own(self.parts["magnitude"].to(weight.device, dtype).flatten())
         if len(magnitude) != len(weight):
             raise ValueError(f"there are {len(magnitude)} magnitudes for {len(weight)} channels")
-        norms = total.flatten(1).norm(dim=1)
-        magnitude = plain.flatten(1).norm(dim=1).lerp(magnitude, strength)
-        return total * (magnitude / norms).view(-1, *[1] * (weight.ndim - 1))
+        total = plain + delta
+        factors = magnitude / total.flatten(1).norm(dim=1)
+        return plain.lerp(total * factors.view(-1, *[1] * (weight.ndim - 1)), strength)
 
     @property
     def bias(self) -> Tensor | None:
@@ -151,6 +151,7 @@ KINDS = {
 
 # Part of the name of cached images. Increase it whenever this module gives other weights for the same file.
 VERSION = 1
+DORA_VERSION = 2  # the same of changes with magnitudes
 
 
 def changes_sha256(*networks: Mapping[str, Change]) -> str:
@@ -159,6 +160,8 @@ def changes_sha256(*networks: Mapping[str, Change]) -> str:
     for changes in networks:
         for name, change in sorted(changes.items()):
             digest.update(f"{name} {change.kind} {change.scale}".encode())
+            if "magnitude" in change.parts:
+                digest.update(f"{DORA_VERSION}".encode())
             for part, tensor in sorted(change.parts.items()):
                 digest.update(f"{part} {tensor.dtype} {list(tensor.shape)}".encode())
                 digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())

@@ -26,7 +26,7 @@ class OffloadedLinear(nn.Linear):
         self.bias = layer.bias
 
     def forward(self, input: Tensor) -> Tensor:
-        return _Multiply.apply(input, self)
+        return Multiply.apply(input, self.weight.to, self.bias)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """What `to` and the like call: the weight may change its data type, but comes back to the CPU."""
@@ -35,18 +35,19 @@ class OffloadedLinear(nn.Linear):
         return self
 
 
-class _Multiply(torch.autograd.Function):
-    """A linear layer's output. The backward pass copies the weight again instead of keeping it until then."""
+class Multiply(torch.autograd.Function):
+    """The output of a frozen linear layer. The backward pass gets the weight again instead of keeping it until then."""
 
     @staticmethod
-    def forward(ctx: Any, input: Tensor, layer: OffloadedLinear) -> Tensor:
-        ctx.layer, ctx.dtype = layer, input.dtype
-        return nn.functional.linear(input, layer.weight.to(input.device), layer.bias)
+    def forward(ctx: Any, input: Tensor, weight_on: Callable[[torch.device], Tensor], bias: Tensor | None) -> Tensor:
+        """weight_on: gives the weight [out, in] on a device."""
+        ctx.weight_on, ctx.dtype = weight_on, input.dtype
+        return nn.functional.linear(input, weight_on(input.device), bias)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        weight = ctx.layer.weight.to(gradient.device, gradient.dtype)  # autocast may have computed in half precision
-        return (gradient @ weight).to(ctx.dtype), None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        weight = ctx.weight_on(gradient.device).to(gradient.dtype)  # autocast may have computed in half precision
+        return (gradient @ weight).to(ctx.dtype), None, None
 
 
 def offload_linear_layers(network: nn.Module) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from sd_unlearn.config.loop import Quantization
 from sd_unlearn.errors import UsageError, reason
-from sd_unlearn.models.offload import OffloadedLinear
+from sd_unlearn.models.offload import Multiply, OffloadedLinear
 
 BLOCK = 64  # weights that share a scale in nf4
 
@@ -49,24 +49,10 @@ class QuantizedLinear(nn.Linear):
         return self.computes_in
 
     def forward(self, input: Tensor) -> Tensor:
-        return _Multiply.apply(input, self)
+        return Multiply.apply(input, lambda device: self.dequantized(), self.bias)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, kind={self.kind}"
-
-
-class _Multiply(torch.autograd.Function):
-    """A linear layer's output. The backward pass dequantizes again instead of keeping the full weight until then."""
-
-    @staticmethod
-    def forward(ctx: Any, input: Tensor, layer: QuantizedLinear) -> Tensor:
-        ctx.layer, ctx.dtype = layer, input.dtype
-        return nn.functional.linear(input, layer.dequantized(), layer.bias)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        weight = ctx.layer.dequantized().to(gradient.dtype)  # autocast may have computed in half precision
-        return (gradient @ weight).to(ctx.dtype), None
 
 
 def quantize_linear_layers(network: nn.Module, kind: Quantization) -> None:

@@ -8,31 +8,49 @@ from typing import Any
 
 from sd_unlearn.errors import UsageError
 from sd_unlearn.models.base import HASHES, Base, load_base
-from sd_unlearn.models.source import Source
+from sd_unlearn.models.source import OPTION, Source
 
 OPTIONS = ("vae", "variant", "single_file_config", "prediction_type", "drop_t5")  # of loading a base, that runs record
 
 
-def recorded_source(record: Mapping[str, Any], allow_pickle: bool = False) -> Source:
-    """The Source of a run's base. record: "base" of its training.json."""
+def recorded_source(record: Mapping[str, Any], allow_pickle: bool = False, name: str | None = None) -> Source:
+    """The Source of a run's base. record: "base" of its training.json; name: where the base is now, if it was moved."""
     options: dict[str, Any] = {key: record.get(key) for key in OPTIONS}
     options["drop_t5"] = bool(options["drop_t5"])
-    name, path = record["name"], record.get("path")  # a relative name is of the folder in which the training ran
-    if path and not Path(name).expanduser().exists() and Path(path).exists():
-        name = path
+    if name is None:
+        name, path = record["name"], record.get("path")  # a relative name is of the folder in which the training ran
+        if path and not Path(name).expanduser().exists() and Path(path).exists():
+            name = path
     return Source(name, allow_pickle=allow_pickle, **options)
 
 
-def load_recorded_base(
-    record: Mapping[str, Any], precision: str = "no", device: Any = None, allow_pickle: bool = False
-) -> Base:
-    """Load the base of a run as it was loaded for the training. record: "base" of its training.json.
+def existing_source(record: Mapping[str, Any], allow_pickle: bool = False, name: str | None = None) -> Source:
+    """The same, of a base that is not a local one that was moved or deleted.
 
     Raises:
-        UsageError: its weights changed since the training, or they are pickles without allow_pickle.
+        UsageError: the recorded folder or file does not exist.
+    """
+    source, path = recorded_source(record, allow_pickle, name), record.get("path")
+    if name is None and path and not source.place.exists():
+        raise UsageError(f"The base that was trained on is not at {path} any more. Name its place with {OPTION}.")
+    return source
+
+
+def load_recorded_base(
+    record: Mapping[str, Any],
+    precision: str = "no",
+    device: Any = None,
+    allow_pickle: bool = False,
+    name: str | None = None,
+) -> Base:
+    """Load the base of a run as it was loaded for the training. record, name: as for recorded_source.
+
+    Raises:
+        UsageError: it is not where it was, its weights changed since the training, or they are pickles without
+            allow_pickle.
         UnlearnError: as load_base.
     """
-    base = load_base(recorded_source(record, allow_pickle), precision, device)
+    base = load_base(existing_source(record, allow_pickle, name), precision, device)
     check_recorded(base, record)
     return base
 

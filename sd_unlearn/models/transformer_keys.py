@@ -23,7 +23,6 @@ from torch import Tensor
 
 from sd_unlearn.errors import UnlearnError
 
-PREFIX = "model.diffusion_model."
 # Name in the original layout -> names in Diffusers. Those of the blocks have "{}" for the number of the block.
 _EMBEDDER = "time_text_embed.timestep_embedder.linear_"
 _POOLED, _GUIDANCE = "time_text_embed.text_embedder.linear_", "time_text_embed.guidance_embedder.linear_"

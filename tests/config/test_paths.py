@@ -107,6 +107,11 @@ def test_records_of_relative_paths_are_found_from_another_folder(
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert load_recorded_base(record, device="cpu").hashes == {key: record[key] for key in record if "sha256" in key}
+    (tmp_path / "mine").rename(tmp_path / "moved")
+    with pytest.raises(UsageError, match=f"not at {tmp_path}/mine any more.* --pretrained_model_name_or_path"):
+        load_recorded_base(record, device="cpu")
+    assert load_recorded_base(record, device="cpu", name="../moved").sha256 == record["sha256"]
+    (tmp_path / "moved").rename(tmp_path / "mine")
     again = {"pretrained_model_name_or_path": "../mine", "vae": "../vae"}
     assert render.run(RenderConfig(**given, **again)) == tmp_path / "data"
     with pytest.raises(UsageError, match="--vae .*/vae then, default now"):

@@ -14,7 +14,7 @@ from sd_unlearn.config.base import ExportConfig
 from sd_unlearn.config.evaluate import EvaluateConfig
 from sd_unlearn.errors import UnlearnError, UsageError
 from sd_unlearn.evaluation import evaluate
-from sd_unlearn.evaluation.loras import DIFFUSERS_FILE, open_lora, open_run, unique_names
+from sd_unlearn.evaluation.loras import open_lora, open_run, unique_names
 from sd_unlearn.export import export
 from sd_unlearn.models.base import Base, load_base
 
@@ -65,16 +65,21 @@ def test_run_and_file_are_equivalent_and_restore_the_base(run: Path, tiny_base: 
 
 def test_dora_run_and_file_are_equivalent_at_all_strengths(tiny_base: Path, tmp_path: Path) -> None:
     run = make_run(tmp_path / "dora", tiny_base, use_dora=True, **RECORD)
-    (file,) = (p for p in export.run(ExportConfig(run=run)) if p.name == DIFFUSERS_FILE)
+    merged = tmp_path / "merged"
+    options = {"merge": merged, "strength": 0.5}
+    files = [p for p in export.run(ExportConfig(run=run, **options)) if p.suffix == ".safetensors"]
     base = load_base(str(tiny_base), device="cpu")
     found = {}
-    for given in (run, file):
+    for given in (run, *files):
         for strength in (1.0, 0.5):
             with open_lora(str(given)).applied_to(base, strength):
                 found[given, strength] = predict(base)
-    for strength in (1.0, 0.5):
-        assert torch.allclose(found[run, strength], found[file, strength], atol=1e-4)
+    assert len(files) == 2, "the magnitudes for Diffusers, and the whole changes for ComfyUI"
+    for file in files:
+        for strength in (1.0, 0.5):
+            assert torch.allclose(found[run, strength], found[file, strength], atol=1e-4)
     assert (found[run, 0.5] - found[run, 1.0]).abs().max() > 1e-2
+    assert torch.allclose(predict(load_base(str(merged), device="cpu")), found[run, 0.5], atol=1e-4)
 
 
 def test_zero_terminal_snr_of_files_and_runs(run: Path, tmp_path: Path) -> None:

@@ -22,8 +22,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from sd_unlearn.config.objective import Weights
 from sd_unlearn.errors import UnlearnError
-from sd_unlearn.export.lora_files import DIFFUSERS_FILE
-from sd_unlearn.io.run_folder import ADAPTER_DIR
+from sd_unlearn.io.run_folder import ADAPTER_DIR, DIFFUSERS_FILE
 from sd_unlearn.models import lora
 from sd_unlearn.models.base import load_base
 from sd_unlearn.models.student import make_student

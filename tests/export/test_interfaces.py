@@ -199,6 +199,7 @@ NODES: dict[str, tuple[dict[str, str], tuple[str, ...]]] = {
     "DualCLIPLoader": ({}, ("CLIP",)),
     "TripleCLIPLoader": ({}, ("CLIP",)),
     "ModelSamplingSD3": ({"model": "MODEL"}, ("MODEL",)),
+    "ModelSamplingDiscrete": ({"model": "MODEL"}, ("MODEL",)),
     "ModelSamplingAuraFlow": ({"model": "MODEL"}, ("MODEL",)),
     "FluxGuidance": ({"conditioning": "CONDITIONING"}, ("CONDITIONING",)),
     "EmptySD3LatentImage": ({}, ("LATENT",)),
@@ -231,6 +232,7 @@ SETTINGS = {
     "DualCLIPLoader": {"clip_name1", "clip_name2", "type"},
     "TripleCLIPLoader": {"clip_name1", "clip_name2", "clip_name3"},
     "ModelSamplingSD3": {"shift"},
+    "ModelSamplingDiscrete": {"sampling", "zsnr"},
     "ModelSamplingAuraFlow": {"shift"},
     "FluxGuidance": {"guidance"},
     "EmptySD3LatentImage": {"width", "height", "batch_size"},
@@ -250,16 +252,20 @@ SETTINGS = {
 
 
 MODEL_NODES = (
-    *("KSampler", "CLIPTextEncode", "ModelSamplingSD3", "ModelSamplingAuraFlow", "BasicGuider", "CFGGuider"),
+    *("KSampler", "CLIPTextEncode", "ModelSamplingSD3", "ModelSamplingDiscrete", "ModelSamplingAuraFlow"),
+    *("BasicGuider", "CFGGuider"),
 )
 OF_A_RUN = {"lora": "a.safetensors", "prompt": "a", "strength": 1.0, "size": 1024, "steps": 28, "guidance": 4.5}
 
 
-@pytest.mark.parametrize("kind", ["sd1", "sd3", "flux", "flux2", "flux2-klein", "z-image", "qwen-image"])
+@pytest.mark.parametrize(
+    "kind", ["sd1", "sd2, zero SNR", "sd3", "flux", "flux2", "flux2-klein", "z-image", "qwen-image"]
+)
 def test_the_workflow_is_one_that_comfyui_runs(kind: str) -> None:
     """Every input is there, a link names a node and an output of the right type, and nothing goes past the LoRA."""
     nodes = {
         "sd1": lambda: json.loads((DOCS / "comfyui-workflow.json").read_text(encoding="utf-8")),
+        "sd2, zero SNR": lambda: workflow.make_nodes(checkpoint="v.safetensors", zero_terminal_snr=True, **OF_A_RUN),
         "sd3": lambda: workflow.sd3_nodes(checkpoint="sd3.safetensors", **OF_A_RUN),
         "flux": lambda: workflow.flux_nodes(checkpoint="flux.safetensors", **OF_A_RUN),
         "flux2": lambda: workflow.flux2_nodes(checkpoint="flux2.safetensors", **OF_A_RUN),

@@ -19,11 +19,12 @@ from torch import Tensor, nn
 
 from sd_unlearn.errors import UnlearnError, UsageError
 from sd_unlearn.export import merge
-from sd_unlearn.export.lora_files import DIFFUSERS_FILE
 from sd_unlearn.export.trained_run import TEXT_ADAPTER_2_DIR
-from sd_unlearn.io.run_folder import ADAPTER_DIR, TEXT_ADAPTER_DIR
+from sd_unlearn.io.files import write_json
+from sd_unlearn.io.reading import read_json
+from sd_unlearn.io.run_folder import ADAPTER_DIR, DIFFUSERS_FILE, TEXT_ADAPTER_DIR
 from sd_unlearn.models import lora
-from sd_unlearn.models.base import Base, network_sha256
+from sd_unlearn.models.base import Base, load_base, network_sha256
 from sd_unlearn.models.recorded_base import check_recorded
 from sd_unlearn.models.source import Source
 
@@ -51,8 +52,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def _any_base_loads(monkeypatch: pytest.MonkeyPatch) -> None:
     """Load the base with Diffusers' own loader, with the SHA-256 of its UNet."""
 
-    def load(record: dict[str, Any], precision: str = "no", device: Any = None, allow_pickle: bool = False) -> Base:
-        name = record["name"]
+    def load(record: dict[str, Any], *_: Any, name: str | None = None, **__: Any) -> Base:
+        name = name or record["name"]
         pipeline = DiffusionPipeline.from_pretrained(name)
         sha256 = network_sha256(pipeline.unet), network_sha256(pipeline.vae)
         base = Base(name, pipeline, sha256[0], torch.device("cpu"), Source(name), sha256[1], "")
@@ -344,6 +345,34 @@ def test_a_changed_base_is_refused(bases: dict[str, Path], tmp_path: Path) -> No
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("kind", ["sd2", "sdxl"])
+def test_a_merged_file_names_the_schedule_of_zero_terminal_snr(
+    bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    run, base = tmp_path / "run", shutil.copytree(bases[kind], tmp_path / "base")
+    schedule = read_json(base / "scheduler" / "scheduler_config.json") | {"prediction_type": "v_prediction"}
+    write_json(base / "scheduler" / "scheduler_config.json", schedule)
+    trained_run(base, run, kind, r=4, lora_alpha=1.4)
+    write_json(run / "training.json", read_json(run / "training.json") | {"zero_terminal_snr": True})
+    merge_path(run, tmp_path / "a.safetensors")
+    assert "ztsnr" in load_file(tmp_path / "a.safetensors")
+    assert "zero terminal SNR" in read_header(tmp_path / "a.safetensors")["modelspec.usage_hint"]
+    read = load_base(Source(str(tmp_path / "a.safetensors"), single_file_config=str(base)), device="cpu")
+    assert read.pipeline.scheduler.config.rescale_betas_zero_snr
+
+
+def test_a_base_that_was_moved_is_named(bases: dict[str, Path], tmp_path: Path) -> None:
+    run, there = tmp_path / "run", shutil.copytree(bases["sd1"], tmp_path / "there")
+    trained_run(there, run, "sd1", r=4, lora_alpha=1.4)
+    there.rename(tmp_path / "here")
+    moved = {"pretrained_model_name_or_path": str(tmp_path / "here")}
+    assert merge_path(run, tmp_path / "merged", **moved)[-1] == tmp_path / "merged"
+    with pytest.raises(UsageError, match="this is another version"):
+        merge_path(run, tmp_path / "other", pretrained_model_name_or_path=str(bases["sd2"]))
+    with pytest.raises(UsageError, match="--pretrained_model_name_or_path .* is for --merge and DoRA"):
+        exported(run, **moved)
+
+
 @pytest.mark.parametrize(
     ("name", "says"),
     [
@@ -366,6 +395,15 @@ def test_an_unusable_checkpoint_path_is_refused_before_anything_loads(
     with pytest.raises(UsageError, match=f"--merge .*{says}"):
         merge_path(tmp_path / "no run needed", tmp_path / name)
     assert (tmp_path / "there.safetensors").read_bytes() == b"somebody's model"
+
+
+def test_a_suffix_in_capitals_is_that_of_a_file_too(bases: dict[str, Path], tmp_path: Path) -> None:
+    trained_run(bases["sd1"], tmp_path / "run", "sd1", r=4, lora_alpha=1.4)
+    merge_path(tmp_path / "run", tmp_path / "a.SAFETENSORS")
+    assert "sd_unlearn.strength" in read_header(tmp_path / "a.SAFETENSORS")
+    (tmp_path / "b.Safetensors").mkdir()
+    with pytest.raises(UsageError, match="exists"):
+        merge_path(tmp_path / "run", tmp_path / "b.Safetensors")
 
 
 def test_the_current_folder_is_refused_as_checkpoint_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

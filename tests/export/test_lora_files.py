@@ -17,9 +17,9 @@ from sd_unlearn.config.base import ExportConfig
 from sd_unlearn.data.concept import Concept, write_concept
 from sd_unlearn.errors import UnlearnError, UsageError
 from sd_unlearn.export import export, write
-from sd_unlearn.export.lora_files import DIFFUSERS_FILE
 from sd_unlearn.io.files import write_json
 from sd_unlearn.io.lock import locked
+from sd_unlearn.io.run_folder import DIFFUSERS_FILE
 
 
 def payload(file: Path) -> bytes:
@@ -292,6 +292,22 @@ def test_files_of_others_are_not_replaced(tmp_path: Path, name: str) -> None:
     with pytest.raises(UsageError, match=f"{name} already exists.*--output_dir"):
         exported(hand_run(tmp_path / "run"), output_dir=tmp_path / "out")
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == {name: b"somebody's own"}
+
+
+def test_a_changed_card_is_not_replaced_and_a_missing_one_is_written_again(tmp_path: Path) -> None:
+    run, card = hand_run(tmp_path), tmp_path / "export" / "README.md"
+    exported(run)
+    written = card.read_bytes()
+    card.write_bytes(written + b"my notes\n")
+    with pytest.raises(UsageError, match=r"README\.md was changed since it was exported.*--output_dir"):
+        exported(run)
+    assert card.read_bytes() == written + b"my notes\n"
+    card.unlink()
+    exported(run)
+    assert card.read_bytes() == written
+    for file in card.parent.glob("*.safetensors"):  # moved to where they are used
+        file.unlink()
+    exported(run)
 
 
 def test_a_second_concept_does_not_replace_the_export_of_the_first(tmp_path: Path) -> None:

@@ -19,8 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from sd_unlearn.export import merge
-from sd_unlearn.export.lora_files import DIFFUSERS_FILE
-from sd_unlearn.io.run_folder import ADAPTER_DIR
+from sd_unlearn.io.run_folder import ADAPTER_DIR, DIFFUSERS_FILE
 from sd_unlearn.models import lora
 from sd_unlearn.models.base import load_base, network_sha256
 from sd_unlearn.models.kinds import KINDS

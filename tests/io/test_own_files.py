@@ -10,7 +10,7 @@ from conftest import tree
 from sd_unlearn.errors import UsageError
 from sd_unlearn.io import own_files
 from sd_unlearn.io.files import write_json
-from sd_unlearn.io.own_files import MARKER, RUN, SWEEP, delete_own, is_free, is_run, kind_of, mark
+from sd_unlearn.io.own_files import MARKER, RUN, SWEEP, delete_own, is_free, is_run, kind_of, mark, sealed
 
 OURS = [
     "training.json",
@@ -54,6 +54,7 @@ FOREIGN = [
     "deep/training.json",
     "report.md",
     "best/results.csv",
+    "best/export/README.md",
 ]
 
 
@@ -61,6 +62,8 @@ CONTENTS = {
     "concept.yaml": "name: Brad Pitt\n",
     "report.html": "<title>Forgetting Brad Pitt – sd-unlearn report</title>",
     "certificate.html": "<title>Measurement certificate – sd-unlearn</title>",
+    "export/README.md": sealed("# A card\n"),
+    "best/export/README.md": sealed("# A card\n") + "my notes\n",
 }
 
 

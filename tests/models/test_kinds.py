@@ -22,9 +22,8 @@ from sd_unlearn.data.concept import load_concept
 from sd_unlearn.data.dataset import scan
 from sd_unlearn.data.encoding import encode_captions, encode_images
 from sd_unlearn.errors import UnlearnError, UsageError
-from sd_unlearn.export.lora_files import DIFFUSERS_FILE
 from sd_unlearn.io.reading import read_json
-from sd_unlearn.io.run_folder import POSITIVE
+from sd_unlearn.io.run_folder import DIFFUSERS_FILE, POSITIVE
 from sd_unlearn.models.base import Base, load_base
 from sd_unlearn.models.checkpoint_header import UNET
 from sd_unlearn.models.denoiser import Denoiser

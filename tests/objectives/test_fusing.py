@@ -23,6 +23,12 @@ def whole(edit: Edit) -> Tensor:
     return edit.up @ edit.down
 
 
+def fuse(pair: list[Edit], own: list[Tensor], kept: Tensor, weight: float = 1.0) -> Edit:
+    """`least_squares` from the moments of each change's own inputs and of those to keep."""
+    effects = [edit.down @ gram.double() for edit, gram in zip(pair, own, strict=True)]
+    return least_squares(pair, effects, sum(own) + weight * len(own) * kept)
+
+
 def gram(*rows: int) -> Tensor:
     """E[x x'] of inputs along some axes."""
     return torch.diag(torch.tensor([float(i in rows) for i in range(IN)]))
@@ -35,7 +41,7 @@ def test_the_sum() -> None:
 
 def test_each_effect_stays_on_its_own_inputs_and_none_on_kept_ones() -> None:
     first, second = edits()
-    fused = whole(least_squares([first, second], [gram(0, 1), gram(2, 3)], gram(4, 5)))
+    fused = whole(fuse([first, second], [gram(0, 1), gram(2, 3)], gram(4, 5)))
     both = whole(first) + whole(second)
     assert torch.allclose(fused[:, :2], whole(first)[:, :2], atol=0.05)
     assert torch.allclose(fused[:, 2:4], whole(second)[:, 2:4], atol=0.05)
@@ -60,7 +66,7 @@ def objective(change: Tensor, pair: list[Edit], inputs: list[Tensor], weight: fl
 def test_it_is_the_least_squares_solution() -> None:
     (inputs, grams), pair, weight = example(), edits(), 0.7
     ridge = RIDGE * (grams[0] + grams[1] + 2 * weight * grams[2]).diagonal().mean()
-    change = whole(least_squares(pair, grams[:2], grams[2], weight)).requires_grad_()
+    change = whole(fuse(pair, grams[:2], grams[2], weight)).requires_grad_()
     (slope,) = torch.autograd.grad(objective(change, pair, inputs, weight, ridge), change)
     assert slope.abs().max() < 1e-9
 
@@ -71,7 +77,7 @@ def test_in_the_span_it_is_the_least_squares_solution_among_those_of_the_downs()
     seen = [downs @ gram @ downs.T for gram in grams]
     total = seen[0] + seen[1] + 2 * weight * seen[2]
     ridge = RIDGE * total.diagonal().mean() / (downs @ downs.T).diagonal().mean()
-    fused = least_squares_in_span(pair, seen[:2], seen[2], weight)
+    fused = least_squares_in_span(pair, seen[:2], total)
     assert torch.equal(fused.up, summed(pair).up)
     mixing = (fused.down @ torch.linalg.pinv(downs)).requires_grad_()
     change = fused.up @ mixing @ downs
@@ -85,12 +91,12 @@ def test_in_the_span_downs_that_agree_are_no_trouble() -> None:
     same = [first, Edit(second.up, first.down)]
     downs = summed(same).down
     seen = downs @ gram(0, 1, 2).double() @ downs.T
-    fused = whole(least_squares_in_span(same, [seen, seen], torch.zeros_like(seen)))
+    fused = whole(least_squares_in_span(same, [seen, seen], 2 * seen))
     assert torch.allclose(fused, whole(summed(same)) / 2, atol=0.02 * whole(first).abs().max())
 
 
 def test_the_rank_is_the_sum_of_the_ranks() -> None:
-    fused = least_squares(edits(3, 1), [gram(0), gram(1), gram(2)], gram(3))
+    fused = fuse(edits(3, 1), [gram(0), gram(1), gram(2)], gram(3))
     assert torch.linalg.matrix_rank(whole(fused)) == 3
     assert torch.allclose(whole(fused.of_rank(3)), whole(fused))
     assert torch.linalg.matrix_rank(whole(fused.of_rank(1))) == 1
