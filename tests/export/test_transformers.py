@@ -46,7 +46,7 @@ TOLERANCE = 1e-6  # of a weight, in float32
 def _any_base_loads(monkeypatch: pytest.MonkeyPatch) -> None:
     """Load the base with Diffusers' own loader."""
 
-    def load(run: Any, allow_pickle: bool = False) -> Any:
+    def load(run: Any, allow_pickle: bool = False, name: str | None = None) -> Any:
         return open_pipeline(Path(run.base["name"]))
 
     monkeypatch.setattr(merge, "trained_base", load)
