@@ -149,7 +149,7 @@ def _fuse(config: FuseConfig, loras: Sequence[Lora], concept: Concept, base: Bas
         "objective": "fuse",
         "fuse_method": config.method,
         "zero_terminal_snr": any(lora.zero_terminal_snr for lora in loras),
-        "fused": [{"name": lora.name, "sha256": lora.sha256} for lora in loras],
+        "fused": [_part(lora) for lora in loras],
         "method": "lora",
         "rank": rank,
         "lora_alpha": float(rank),
@@ -167,6 +167,12 @@ def _fuse(config: FuseConfig, loras: Sequence[Lora], concept: Concept, base: Bas
         f"{errors['truncation_error']:.2g}): {output}.",
         file=sys.stderr,
     )
+
+
+def _part(lora: Lora) -> dict[str, str | None]:
+    """What the record says of a LoRA."""
+    objective = lora.training.get("objective") or lora.header.get("sd_unlearn.objective")
+    return {"name": lora.name, "sha256": lora.sha256, "objective": objective}
 
 
 def fuse_changes(

@@ -141,7 +141,8 @@ def _modelspec(run: TrainedRun, digest: str, licence: str | None) -> dict[str, s
     header = {
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.description": " ".join(
-            f'Forgets "{part.name}" and generates "{part.generic}" instead.' for part in run.concept.parts
+            f'Forgets "{part.name}"' + (f' and generates "{part.generic}" instead.' if run.to_generic else ".")
+            for part in run.concept.parts
         ),
         "modelspec.tags": ", ".join(
             dict.fromkeys(["unlearning", "concept erasure", *(p.kind for p in run.concept.parts)])

@@ -52,8 +52,6 @@ _METHODS = {  # by objective; the differences to the papers are in docs/training
     "rece": "the closed-form edit RECE (Gong et al. 2024, arXiv 2407.12383)",
     "fuse": "fusing LoRAs that were trained apart",
 }
-# objectives that replace the concept with the generic caption
-_TO_GENERIC = ("pu", "anchor", "uce", "speed", "rece", "fuse")
 _SETTINGS = (
     "objective",
     "fuse_method",
@@ -108,7 +106,7 @@ def render(run: TrainedRun, licence: str | None, hub_id: str | None, *, has_grid
         calibration=run.calibration,
         training=run.training,
         method=_METHODS.get(str(run.training.get("objective")), PU),
-        to_generic=run.training.get("objective", "pu") in _TO_GENERIC,
+        to_generic=run.to_generic,
         is_dora=run.is_dora,
         zero_terminal_snr=run.zero_terminal_snr,
         licence=licence,

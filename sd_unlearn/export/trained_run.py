@@ -104,6 +104,10 @@ ARCHITECTURES = {
 }
 
 
+# objectives that replace the concept with the generic caption
+TO_GENERIC = ("pu", "anchor", "uce", "speed", "rece")
+
+
 @dataclass(frozen=True)
 class OwnResults:
     """The part of results.json that measured the run's weights at strength 1, on its own concept and base."""
@@ -160,6 +164,12 @@ class TrainedRun:
     def blocks(self) -> UNetBlocks:
         """The block sizes of an SDXL UNet; the published model's if training.json does not hold them."""
         return blocks_of(self.base["unet"]) if self.base.get("unet") else SDXL_BLOCKS
+
+    @property
+    def to_generic(self) -> bool:
+        """Whether it, or each LoRA that it fuses, was made to generate what the generic prompt gives."""
+        parts = self.training.get("fused") or [self.training]
+        return all(part.get("objective", "pu") in TO_GENERIC for part in parts)
 
     @property
     def zero_terminal_snr(self) -> bool:

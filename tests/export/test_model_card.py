@@ -78,6 +78,19 @@ def test_the_card_names_the_method(tmp_path: Path, objective: str, paper: str, g
     assert ("generates what it generates for" in text) == generic
 
 
+@pytest.mark.parametrize(
+    ("objectives", "generic"), [(["pu"], True), (["esd-x"], False), (["pu", "uce"], True), (["pu", "neggrad"], False)]
+)
+def test_card_and_header_say_what_is_generated_instead(tmp_path: Path, objectives: list[str], generic: bool) -> None:
+    record = training_record(2, 3.0) | {"objective": objectives[0]}
+    if len(objectives) > 1:
+        fused = [{"name": each, "sha256": "0", "objective": each} for each in objectives]
+        record |= {"objective": "fuse", "fuse_method": "sum", "fused": fused}
+    _, file = exported(hand_run(tmp_path, training=record))
+    assert ("generates what it generates for" in page(tmp_path)[1]) == generic
+    assert ("a photo of a man" in read_header(file)["modelspec.description"]) == generic
+
+
 @pytest.mark.parametrize("method", ["least_squares", "sum"])
 def test_a_fused_lora_was_not_trained_on_images(tmp_path: Path, method: str) -> None:
     record = training_record(2, 3.0) | {"objective": "fuse", "fuse_method": method}
