@@ -2,8 +2,8 @@
 
 Every linear layer of the UNet or transformer is fused in the same way (objectives/fusing.py), from the inputs that it
 sees: of cross-attention's keys and values these are the token embeddings of the captions, of all other layers what they
-get while images of the captions are generated. For a convolution, only what the down matrices of
-its LoRAs give for the inputs is recorded.
+get while images of the captions are generated. For a convolution, only what the down matrices of its LoRAs give for the
+inputs is recorded.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from sd_unlearn.config.evaluate import Detectors, EvaluateConfig
 from sd_unlearn.config.options import check_ranges
 from sd_unlearn.config.paths import as_dict, recorded
 from sd_unlearn.data.concept import Concept
+from sd_unlearn.data.prompt_sets import load_prompt_set
 from sd_unlearn.errors import UsageError
 from sd_unlearn.evaluation.job import check_options as check_evaluation
 from sd_unlearn.evaluation.references import check_label, reference_folders
@@ -65,6 +66,8 @@ def later_config(stage: str, options: Mapping[str, Any]) -> Any:
     try:
         if isinstance(config, EvaluateConfig):
             check_evaluation(config)
+            if config.prompt_set:
+                load_prompt_set(config.prompt_set)
         if isinstance(config, AttackConfig):
             check_attack(config)
     except UsageError as error:
@@ -75,14 +78,14 @@ def later_config(stage: str, options: Mapping[str, Any]) -> Any:
 def check_metrics_of(config: Detectors, concept: Concept) -> None:
     """Refuse options of the metrics of a concept. The photos for identity may have to be rendered first.
 
+    config: as `of_concepts` returns it, so that the choice of metrics is valid.
+
     Raises:
         UsageError
     """
-    tier = getattr(config, "tier", None) or "quick"
-    choose_metrics(MetricContext(concept, config, Path(), tier))
     metrics = [name for name in config.metrics if name != "identity"]
     without = dataclasses.replace(config, metrics=metrics, others=None, reference=[])
-    check_metrics(MetricContext(concept, without, None, tier))
+    check_metrics(MetricContext(concept, without, None, _tier(config)))
 
 
 def metrics_of(config: Detectors, concepts: Iterable[Concept]) -> list[str]:
@@ -91,9 +94,14 @@ def metrics_of(config: Detectors, concepts: Iterable[Concept]) -> list[str]:
     Raises:
         UsageError: as `choose_metrics`.
     """
-    tier, rendered = getattr(config, "tier", None) or "quick", Path()  # of a person: what the training renders
-    names = (choose_metrics(MetricContext(p, config, rendered, tier)) for c in concepts for p in c.parts)
+    rendered = Path()  # of a person: what the training renders
+    names = (choose_metrics(MetricContext(p, config, rendered, _tier(config))) for c in concepts for p in c.parts)
     return list(dict.fromkeys(chain(*names)))
+
+
+def _tier(config: Detectors) -> str:
+    """The tier of an evaluation; an attack has none."""
+    return getattr(config, "tier", None) or "quick"
 
 
 def with_names(config: Any, concepts: Mapping[str, Concept]) -> Any:

@@ -21,7 +21,7 @@ Attention = Literal["sdpa", "xformers", "eager"]
 Quantization = Literal["int8", "nf4"]
 
 LEARNING_RATE, FLOW_LEARNING_RATE = 4e-4, 8e-4  # docs/tuning.md
-STEPS, STEPS_OF_EACH = 500, 25  # at least so many for each of several concepts
+STEPS, STEPS_OF_EACH = 500, 25  # in all, but at least this many for each concept; docs/emoji.md
 
 OPTIMIZER = Group("Optimizer", sort_key=4)
 MONITORING = Group("Monitoring and early stopping", sort_key=5)
@@ -82,10 +82,14 @@ class Optimizing:
         ),
     ] = None
 
+    def steps_for(self, concepts: int) -> int:
+        """The number of training steps, given or by default. concepts: at once."""
+        return self.max_train_steps or max(STEPS, STEPS_OF_EACH * concepts)
+
     @property
     def steps(self) -> int:
-        """The number of training steps, given or that of one concept."""
-        return STEPS if self.max_train_steps is None else self.max_train_steps
+        """The number of training steps, given (as in resolved options) or that of one concept."""
+        return self.steps_for(1)
 
     @property
     def peak_rate(self) -> float:

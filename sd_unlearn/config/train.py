@@ -6,7 +6,7 @@ from typing import Annotated
 
 from sd_unlearn.choices import ObjectiveName
 from sd_unlearn.config.base import RenderConfig
-from sd_unlearn.config.loop import STEPS, STEPS_OF_EACH, LoopOptions, Performance
+from sd_unlearn.config.loop import LoopOptions, Performance
 from sd_unlearn.config.objective import REUSE, LoraTargets, Noise, Objective, Weights
 from sd_unlearn.config.options import (
     GENERAL,
@@ -40,11 +40,6 @@ TARGETS_OF: dict[ObjectiveName, LoraTargets] = {"esd-x": "cross_attention", "esd
 def default_lora_targets(objective: ObjectiveName) -> LoraTargets:
     """The layers that get a LoRA if --lora_targets is not given."""
     return TARGETS_OF.get(objective, "all_linear+conv")
-
-
-def resolve_steps(config: TrainConfig, concepts: int) -> int:
-    """The number of training steps, given or by default. concepts: at once."""
-    return config.max_train_steps or max(STEPS, STEPS_OF_EACH * concepts)
 
 
 def resolve_teacher_reuse(config: TrainConfig, concepts: int) -> int:

@@ -137,8 +137,7 @@ def check_options(config: EvaluateConfig) -> None:
     """Check the options that depend on neither LoRAs nor concepts.
 
     Raises:
-        UsageError: invalid options, a folder that does not exist, or a prompt set that cannot be read.
-        UnlearnError: a prompt set cannot be downloaded.
+        UsageError: invalid options, or a folder that does not exist.
     """
     check_evaluate(config)
     if config.others is not None and not config.others.is_dir():
@@ -146,8 +145,6 @@ def check_options(config: EvaluateConfig) -> None:
     for condition in config.fail_if:
         parse_condition(condition)
     override_counts(TIERS["quick"], config.num_images, config.num_keep_images, config.groups)
-    if config.prompt_set:
-        load_prompt_set(config.prompt_set)
 
 
 def _open_loras(config: EvaluateConfig) -> tuple[list[Lora], dict[str, str]]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from sd_unlearn.choices import CLOSED_FORM
 from sd_unlearn.config.loop import STEPS_OF_EACH
-from sd_unlearn.config.train import TrainConfig, resolve_steps
+from sd_unlearn.config.train import TrainConfig
 from sd_unlearn.data.concept import Concept, normalized
 from sd_unlearn.data.dataset import Example, scan, set_names
 from sd_unlearn.data.render_job import plan_images
@@ -49,7 +49,7 @@ def check_several(config: TrainConfig, concept: Concept) -> None:
         )
     if config.beta_sweep is not None:
         raise UsageError(f"--beta_sweep {config.beta_sweep} is for one concept. Train each alone, or leave it out.")
-    steps = resolve_steps(config, count)
+    steps = config.steps_for(count)
     if config.objective not in CLOSED_FORM and steps < count:
         raise UsageError(
             f"--max_train_steps {steps} is less than the {count} concepts, of which each step serves "
@@ -60,7 +60,7 @@ def check_several(config: TrainConfig, concept: Concept) -> None:
 def describe_few_steps(config: TrainConfig, concept: Concept) -> list[str]:
     """A line if --max_train_steps leaves each of several concepts few steps."""
     count = len(concept.parts)
-    steps = resolve_steps(config, count)
+    steps = config.steps_for(count)
     if count == 1 or steps >= STEPS_OF_EACH * count:
         return []
     return [

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from sd_unlearn.config.batching import Batching, effective_batch_size
 from sd_unlearn.config.checks import unused_options
 from sd_unlearn.config.loop import FLOW_LEARNING_RATE, LEARNING_RATE
-from sd_unlearn.config.train import TrainConfig, default_lora_targets, resolve_steps, resolve_teacher_reuse
+from sd_unlearn.config.train import TrainConfig, default_lora_targets, resolve_teacher_reuse
 from sd_unlearn.data.batch import Batch
 from sd_unlearn.data.batches import EncodedImages, NoiseSampling, Sharding, StratifiedBatches
 from sd_unlearn.data.concept import Concept
@@ -76,7 +76,7 @@ def resolve_defaults(config: TrainConfig, base: Base, data: Data, processes: int
         guidance_scale=resolve_sampler(config, base.source).guidance_scale,
         learning_rate=config.learning_rate or default_learning_rate(base),
         lora_targets=targets if is_lora else None,
-        max_train_steps=resolve_steps(config, len(data.turns)),
+        max_train_steps=config.steps_for(len(data.turns)),
         teacher_reuse=None if "teacher_reuse" in unused else resolve_teacher_reuse(config, len(data.turns)),
         lora_alpha=float(config.rank if config.lora_alpha is None else config.lora_alpha) if is_lora else None,
         unconditional=unconditional if has_teacher else None,

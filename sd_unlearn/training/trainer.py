@@ -33,14 +33,7 @@ from sd_unlearn.models.zero_terminal_snr import use_zero_terminal_snr
 from sd_unlearn.seeds import TRAIN_SEEDS
 from sd_unlearn.training import checkpoint
 from sd_unlearn.training.memory import CannotRepeat, remedies
-from sd_unlearn.training.preflight import (
-    Inputs,
-    check_apart,
-    check_inputs,
-    check_kind,
-    check_output,
-    is_finished,
-)
+from sd_unlearn.training.preflight import Inputs, check_apart, check_inputs, check_kind, check_output, is_finished
 from sd_unlearn.training.provenance import (
     check_same_run,
     device_name,

@@ -219,7 +219,7 @@ def test_mistakes_are_refused_before_anything_runs(
 
 
 def test_a_list_may_be_of_people_and_of_other_concepts(make: Callable[..., Plan], tmp_path: Path) -> None:
-    """Options of identity go to the people only; if there are none, they are refused."""
+    """Options of the metric identity apply to people only; in a list without people, they are refused."""
     person, stages = write_concept_file(tmp_path, "Brad Pitt"), ["evaluate", "attack"]
     (tmp_path / "people").mkdir()
     both = {"evaluate": {"others": "people"}, "attack": {"others": "people"}}
