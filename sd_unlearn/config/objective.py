@@ -17,6 +17,7 @@ from sd_unlearn.config.options import (
 
 Method = Literal["lora", "full"]
 LoraTargets = Literal["attention", "cross_attention", "attention+mlp", "all_linear+conv", "not_cross_attention"]
+LoraInit = Literal["uce", "zero"]
 TimestepSampling = Literal["shift", "uniform", "logit_normal"]
 REUSE = 5  # default of --teacher_reuse
 
@@ -183,6 +184,15 @@ class Weights:
             "attention and feed-forward layers, all linear and convolutional layers, or all of these outside "
             "cross-attention. With fewer layers, prompts and fine-tuning bring the concept back more easily. Default: "
             "all_linear+conv; cross_attention with --objective esd-x and not_cross_attention with esd-u.",
+            WEIGHTS,
+        ),
+    ] = None
+    lora_init: Annotated[
+        LoraInit | None,
+        option(
+            "What the LoRA does before training. zero: nothing. uce: the closed-form edit of cross-attention that "
+            "--objective uce makes; training then needs fewer steps and changes less. Default: uce with --objective pu "
+            "on bases with cross-attention (SD 1.x, 2.x, XL), else zero.",
             WEIGHTS,
         ),
     ] = None

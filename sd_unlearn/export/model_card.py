@@ -57,6 +57,7 @@ _SETTINGS = (
     "fuse_method",
     "method",
     "lora_targets",
+    "lora_init",
     "rank",
     "lora_alpha",
     "beta",

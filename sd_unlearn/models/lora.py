@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel
@@ -74,12 +75,21 @@ def attach_factors(network: nn.Module, factors: dict[str, tuple[Tensor, Tensor]]
     """
     rank = len(next(iter(factors.values()))[0])
     model = attach(network, Weights(rank=rank), list(factors), seed=0)
-    for name, (down, up) in factors.items():
-        layer = network.get_submodule(name)
-        for weights, factor in ((layer.lora_A, down), (layer.lora_B, up)):
-            weight = weights[ADAPTER_NAME].weight  # type: ignore[index,union-attr]
-            weight.copy_(factor.reshape(weight.shape))
+    set_factors(network, factors)
     return model
+
+
+@torch.no_grad()
+def set_factors(network: nn.Module, factors: dict[str, tuple[Tensor, Tensor]]) -> None:
+    """Write up @ down into the first n ranks of the LoRA of each named module; its other ranks stay as they are.
+
+    factors: module -> (down [n, in], up [out, n]), n at most the rank of the LoRA.
+    """
+    for name, (down, up) in factors.items():
+        layer: Any = network.get_submodule(name)
+        lora_down, lora_up = layer.lora_A[ADAPTER_NAME].weight, layer.lora_B[ADAPTER_NAME].weight
+        lora_down[: len(down)] = down.reshape(-1, *lora_down.shape[1:])
+        lora_up[:, : len(down)] = (up / layer.scaling[ADAPTER_NAME]).reshape(len(up), -1, *lora_up.shape[2:])
 
 
 def network_targets(network: nn.Module, group: LoraTargets | None) -> list[str]:

@@ -49,6 +49,12 @@ class Edit:
             pad(root[:, None] * (v[:rank] @ right.T), (0, 0, 0, missing)),
         )
 
+    def without_zeros(self) -> Edit:
+        """The same change without the columns and rows of `of_rank` that hardly change anything."""
+        sizes = self.up.norm(dim=0) * self.down.norm(dim=1)
+        used = sizes > 1e-6 * sizes.max()
+        return Edit(self.up[:, used], self.down[used])
+
 
 def uce(
     weights: Sequence[Tensor], concepts: Tensor, anchors: Tensor, preserved: Tensor, strength: float = 0.5

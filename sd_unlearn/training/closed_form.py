@@ -9,18 +9,14 @@ import dataclasses
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from sd_unlearn.choices import ObjectiveName
 from sd_unlearn.config.checks import CLOSED_FORM_OPTIONS
 from sd_unlearn.config.paths import recorded
 from sd_unlearn.config.train import TrainConfig
 from sd_unlearn.data.concept import Concept
-from sd_unlearn.data.encoding import encode_captions, tokenize
 from sd_unlearn.errors import UnlearnError, UsageError, reason
 from sd_unlearn.io.files import write_json
 from sd_unlearn.io.lock import locked, remove_leftovers
@@ -30,25 +26,11 @@ from sd_unlearn.models import lora
 from sd_unlearn.models.base import Base, load_base
 from sd_unlearn.models.student import Student
 from sd_unlearn.objectives.closed_form import Edit, null_space, rece, speed, uce
+from sd_unlearn.training.cross_attention import LAYERS, Embeddings, embed, read_weights
 from sd_unlearn.training.preflight import Inputs, check_kind, check_output
 from sd_unlearn.training.provenance import basic_record, device_name, open_run, peak_memory_mb, reset_peak_memory
 
 EDITS = {"uce": uce, "speed": speed, "rece": rece}
-# Endings of the names of the edited layers, by objective. SPEED edits values only.
-LAYERS: dict[ObjectiveName, tuple[str, ...]] = {
-    "uce": ("attn2.to_k", "attn2.to_v"),
-    "speed": ("attn2.to_v",),
-    "rece": ("attn2.to_k", "attn2.to_v"),
-}
-
-
-@dataclass(frozen=True)
-class Embeddings:
-    """Token embeddings, one a row."""
-
-    concepts: Tensor  # [n, width]
-    anchors: Tensor  # [n, width], what each is replaced with
-    preserved: Tensor  # [m, width]
 
 
 def run(config: TrainConfig, inputs: Inputs, output: Path) -> Path:
@@ -91,11 +73,12 @@ def _edit(config: TrainConfig, concept: Concept, base: Base, output: Path) -> No
     """Compute the edit, and write the run folder: the record that marks it as finished last."""
     reset_peak_memory()
     started = time.monotonic()
-    layers = {n: m for n, m in base.network.named_modules() if n.endswith(LAYERS[config.objective])}
-    weights = [layer.weight.detach().to(base.device) for layer in layers.values()]  # with --offload: on the CPU
+    layers = read_weights(base, config.objective)
     embeddings = embed(base, concept)
     free = {"free_directions": free_directions(embeddings)} if config.objective == "speed" else {}
-    edits = EDITS[config.objective](weights, embeddings.concepts, embeddings.anchors, embeddings.preserved)
+    edits = EDITS[config.objective](
+        list(layers.values()), embeddings.concepts, embeddings.anchors, embeddings.preserved
+    )
     rank = max(min(*edit.up.shape, *edit.down.shape) for edit in edits)
     factors = dict(zip(layers, (edit.of_rank(rank) for edit in edits), strict=True))
     seconds = time.monotonic() - started
@@ -146,52 +129,6 @@ def free_directions(embeddings: Embeddings) -> int:
 def _edited(concept: Concept) -> str:
     edits = [f'"{part.caption}" is projected as "{part.generic}"' for part in concept.parts]
     return edits[0] if len(edits) == 1 else f"{edits[0]}, and so on for {len(edits)} concepts"
-
-
-@torch.no_grad()
-def embed(base: Base, concept: Concept) -> Embeddings:
-    """The embeddings to edit, of every concept that is erased, and those of all keep prompts."""
-    edited, anchors = zip(*(subjects(base, part) for part in concept.parts), strict=True)
-    keep = [prompt.text for prompt in concept.keep_prompts]
-    preserved = _tokens(base, keep).flatten(0, 1) if keep else edited[0][:0]
-    return Embeddings(torch.cat(edited), torch.cat(anchors), preserved)
-
-
-def subjects(base: Base, concept: Concept) -> tuple[Tensor, Tensor]:
-    """[n, width] each: the embeddings of a concept's subject in its captions, and those they are replaced with.
-
-    Of a caption, the tokens from the subject's last one to the end of the sequence are edited (`last_token`), as in the
-    code of UCE and RECE: the end and the padding follow the subject, so their embeddings describe it, too.
-    """
-    generic, *captions = _tokens(base, [concept.generic, *concept.captions])
-    ids_of_generic, *ids = tokenize(base, [concept.generic, *concept.captions]).tolist()
-    concepts, anchors = [], []
-    for caption, ids_of_caption in zip(captions, ids, strict=True):
-        ends = base.pipeline.tokenizer.eos_token_id
-        subject, instead = last_tokens(ids_of_caption, ids_of_generic, ends)
-        count = len(caption) - max(subject, instead)
-        concepts.append(caption[subject : subject + count])
-        anchors.append(generic[instead : instead + count])
-    return torch.cat(concepts), torch.cat(anchors)
-
-
-def _tokens(base: Base, captions: Sequence[str]) -> Tensor:
-    """[N, tokens, width]: what cross-attention takes, without the pooled embedding."""
-    text = encode_captions(base, captions)
-    return base.conditioning.tokens_of(text)
-
-
-def last_tokens(caption: Sequence[int], generic: Sequence[int], end: int) -> tuple[int, int]:
-    """Where the subject of each caption ends: the last token before the words that both captions end with.
-
-    "a photo of seven in red", "a photo of a digit in red": seven and digit. caption, generic: token ids with start and
-    end token.
-    """
-    first, second = caption[1 : caption.index(end)], generic[1 : generic.index(end)]
-    shortest, shared = max(0, min(len(first), len(second)) - 1), 0
-    while shared < shortest and first[-1 - shared] == second[-1 - shared]:
-        shared += 1
-    return max(1, len(first) - shared), max(1, len(second) - shared)
 
 
 def storage_errors(edits: Sequence[Edit], stored: Sequence[Edit]) -> dict[str, float]:

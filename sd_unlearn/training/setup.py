@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from sd_unlearn.config.batching import Batching, effective_batch_size
 from sd_unlearn.config.checks import unused_options
 from sd_unlearn.config.loop import FLOW_LEARNING_RATE, LEARNING_RATE
+from sd_unlearn.config.objective import LoraInit, LoraTargets
 from sd_unlearn.config.train import TrainConfig, default_lora_targets, resolve_teacher_reuse
 from sd_unlearn.data.batch import Batch
 from sd_unlearn.data.batches import EncodedImages, NoiseSampling, Sharding, StratifiedBatches
@@ -29,6 +30,7 @@ from sd_unlearn.models.base import Base
 from sd_unlearn.models.denoiser import Denoiser
 from sd_unlearn.models.diffusion import Process
 from sd_unlearn.models.kinds import KINDS
+from sd_unlearn.models.lora import set_factors
 from sd_unlearn.models.sampling import resolve_sampler
 from sd_unlearn.models.source import DIGITS
 from sd_unlearn.models.student import Student, make_student
@@ -36,6 +38,7 @@ from sd_unlearn.objectives.movement import Movement
 from sd_unlearn.objectives.registry import make_losses, make_objective
 from sd_unlearn.objectives.teacher import PredictionBank, Teacher
 from sd_unlearn.seeds import TRAIN_SEEDS
+from sd_unlearn.training.cross_attention import factors_of_uce
 from sd_unlearn.training.encoded_data import Data, probe_name
 from sd_unlearn.training.learned_captions import LearnedCaption, Network, RobustSteps
 from sd_unlearn.training.loop import Training
@@ -57,6 +60,13 @@ def default_learning_rate(base: Base) -> float:
     return FLOW_LEARNING_RATE if KINDS[base.kind].is_flow else LEARNING_RATE
 
 
+def default_lora_init(config: TrainConfig, base: Base, targets: LoraTargets) -> LoraInit:
+    """What the LoRA is before training. The paper's own setting and other papers' objectives start from no change."""
+    is_ours = config.objective == "pu" and config.target == "teacher"
+    has_layers = not KINDS[base.kind].is_flow and targets != "not_cross_attention"
+    return "uce" if is_ours and has_layers and not config.use_dora else "zero"
+
+
 def resolve_defaults(config: TrainConfig, base: Base, data: Data, processes: int) -> TrainConfig:
     """The options with every default filled in, as they are recorded; without those on how the run was started.
 
@@ -76,6 +86,7 @@ def resolve_defaults(config: TrainConfig, base: Base, data: Data, processes: int
         guidance_scale=resolve_sampler(config, base.source).guidance_scale,
         learning_rate=config.learning_rate or default_learning_rate(base),
         lora_targets=targets if is_lora else None,
+        lora_init=config.lora_init or default_lora_init(config, base, targets) if is_lora else None,
         max_train_steps=config.steps_for(len(data.turns)),
         teacher_reuse=None if "teacher_reuse" in unused else resolve_teacher_reuse(config, len(data.turns)),
         lora_alpha=float(config.rank if config.lora_alpha is None else config.lora_alpha) if is_lora else None,
@@ -102,8 +113,10 @@ def make_training(
     """
     assert config.output_dir is not None
     seed, has_teacher = TRAIN_SEEDS[0] + config.seed, config.target == "teacher"
+    start = factors_of_uce(base, concept, config.rank) if config.lora_init == "uce" else {}
     performance.prepare(base.network, config)
     student = make_student(base, config, seed, needs_teacher=has_teacher)
+    set_factors(base.network, start)
     performance.compile_blocks(base.network, config)
     wrapped = accelerator.prepare(student.model)
     if student.base_copy is not None:

@@ -116,3 +116,12 @@ def test_the_closest_change_of_a_rank() -> None:
     assert torch.isclose(error, torch.linalg.svdvals(exact)[1:].norm())  # Eckart and Young
     more = Edit(random(2, 3), random(3, 4)).of_rank(3)  # of rank 2: there are two outputs
     assert more.up.shape == (2, 3)
+
+
+def test_zeros_are_left_out_of_factors() -> None:
+    """Rank 2, padded to 5: the same change with two columns; no change at all needs none."""
+    edit = Edit(random(4, 2), random(2, 3))
+    short = edit.of_rank(5).without_zeros()
+    assert short.up.shape == (4, 2)
+    assert torch.allclose(short.up @ short.down, edit.up @ edit.down)
+    assert Edit(0 * edit.up, edit.down).without_zeros().up.shape == (4, 0)

@@ -20,7 +20,7 @@ from sd_unlearn.evaluation.loras import open_lora
 from sd_unlearn.export.kohya import read_adapter
 from sd_unlearn.io.reading import read_json, read_yaml
 from sd_unlearn.models.base import Base, load_base
-from sd_unlearn.training import closed_form, trainer
+from sd_unlearn.training import closed_form, cross_attention, trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -73,34 +73,11 @@ def changed(run: Path, base: Base) -> dict[str, Tensor]:
         return weights(base)
 
 
-def test_the_subjects_of_two_captions() -> None:
-    start, end = 90, 91
-    assert closed_form.last_tokens([start, 1, 2, end, end], [start, 3, end, end, end], end) == (2, 1)
-    assert closed_form.last_tokens([start, 1, 7, 8, end], [start, 3, 8, end, end], end) == (2, 1)  # both end with 8
-    assert closed_form.last_tokens([start, 5, 8, end], [start, 8, end, 0], end) == (2, 1)  # "red digit", "digit"
-    assert closed_form.last_tokens([start, 4, end, 0], [start, 4, end, 0], end) == (1, 1)
-
-
-def test_the_edited_tokens_reach_from_the_subject_to_the_end(place: Path, loaded_base: Base) -> None:
-    found = closed_form.embed(loaded_base, read_concept(place / "seven.yaml"))
-    tokens = loaded_base.pipeline.tokenizer.model_max_length
-    encode = loaded_base.pipeline.text_encoder
-
-    def encoded(caption: str) -> Tensor:
-        ids = loaded_base.pipeline.tokenizer(caption, padding="max_length", return_tensors="pt").input_ids
-        return encode(ids)[0][0].detach()
-
-    # start, 7, x and start, i, t, x: the subjects are at 1 and 2, so two fewer tokens have a partner
-    assert torch.allclose(found.concepts, encoded("7 x")[1 : tokens - 1])
-    assert torch.allclose(found.anchors, encoded("it x")[2:])
-    assert torch.allclose(found.preserved, torch.cat([encoded(p) for p in ("ab", "c e", "d e")]))
-
-
 def test_the_lora_is_the_edit_of_the_paper(edited: Path, place: Path, loaded_base: Base) -> None:
     """UCE from equation 7 as printed; SPEED changes values only, and no projection of a kept prompt."""
     before = weights(loaded_base)
     after = changed(edited, loaded_base)
-    found = closed_form.embed(loaded_base, read_concept(place / "seven.yaml"))
+    found = cross_attention.embed(loaded_base, read_concept(place / "seven.yaml"))
     c, a, p = (x.double() for x in (found.concepts, found.anchors, found.preserved))
     objective = objective_of(edited)
     for name, old in before.items():
@@ -122,7 +99,7 @@ def test_speed_needs_directions_that_the_keep_prompts_leave() -> None:
     directions = torch.eye(4)
 
     def free(preserved: Tensor) -> int:
-        return closed_form.free_directions(closed_form.Embeddings(directions[:1], directions[1:2], preserved))
+        return closed_form.free_directions(cross_attention.Embeddings(directions[:1], directions[1:2], preserved))
 
     assert free(3 * directions[:1]) == 3
     assert free(torch.cat([3 * directions[:3], 0.1 * directions[3:]])) == 1
@@ -174,7 +151,7 @@ def test_other_bases(kinds: Kinds, place: Path, kind: str, tmp_path: Path) -> No
     run = train(place, folder, "uce", output_dir=tmp_path / "run")
     base = load_base(str(folder), device="cpu")
     width = WIDTH + POOLED if kind == "sdxl" else WIDTH
-    found = closed_form.embed(base, read_concept(place / "seven.yaml"))
+    found = cross_attention.embed(base, read_concept(place / "seven.yaml"))
     assert found.concepts.shape[1] == found.preserved.shape[1] == width
     before, after = weights(base), changed(run, base)
     for name, weight in after.items():

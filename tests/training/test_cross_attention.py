@@ -1,0 +1,73 @@
+"""The text embeddings of a closed-form edit, and a LoRA that starts from one."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from sd_unlearn.data.concept import read_concept
+from sd_unlearn.models.base import Base
+from sd_unlearn.objectives.closed_form import uce
+from sd_unlearn.training import cross_attention
+
+# one letter a token: the captions end alike, so the subjects are "7" and "t"
+FILE = """\
+name: seven
+caption: 7 x
+generic: it x
+keep: [ab, "{c,d} e"]
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cross-attention")
+    (folder / "seven.yaml").write_text(FILE)
+    return folder
+
+
+def test_the_subjects_of_two_captions() -> None:
+    start, end = 90, 91
+    assert cross_attention.last_tokens([start, 1, 2, end, end], [start, 3, end, end, end], end) == (2, 1)
+    assert cross_attention.last_tokens([start, 1, 7, 8, end], [start, 3, 8, end, end], end) == (2, 1)  # both end with 8
+    assert cross_attention.last_tokens([start, 5, 8, end], [start, 8, end, 0], end) == (2, 1)  # "red digit", "digit"
+    assert cross_attention.last_tokens([start, 4, end, 0], [start, 4, end, 0], end) == (1, 1)
+
+
+def test_the_edited_tokens_reach_from_the_subject_to_the_end(place: Path, loaded_base: Base) -> None:
+    found = cross_attention.embed(loaded_base, read_concept(place / "seven.yaml"))
+    tokens = loaded_base.pipeline.tokenizer.model_max_length
+    encode = loaded_base.pipeline.text_encoder
+
+    def encoded(caption: str) -> Tensor:
+        ids = loaded_base.pipeline.tokenizer(caption, padding="max_length", return_tensors="pt").input_ids
+        return encode(ids)[0][0].detach()
+
+    # start, 7, x and start, i, t, x: the subjects are at 1 and 2, so two fewer tokens have a partner
+    assert torch.allclose(found.concepts, encoded("7 x")[1 : tokens - 1])
+    assert torch.allclose(found.anchors, encoded("it x")[2:])
+    assert torch.allclose(found.preserved, torch.cat([encoded(p) for p in ("ab", "c e", "d e")]))
+
+
+def test_the_factors_of_uce_come_as_close_as_their_rank_allows(place: Path, loaded_base: Base) -> None:
+    concept = read_concept(place / "seven.yaml")
+    exact = {name: up @ down for name, (down, up) in cross_attention.factors_of_uce(loaded_base, concept, 16).items()}
+    found = cross_attention.embed(loaded_base, concept)
+    for name, weight in cross_attention.read_weights(loaded_base, "uce").items():
+        (edit,) = uce([weight], found.concepts, found.anchors, found.preserved)
+        assert torch.allclose(exact[name], edit.up @ edit.down, atol=1e-6)
+    for name, (down, up) in cross_attention.factors_of_uce(loaded_base, concept, 1).items():
+        left_out = torch.linalg.svdvals(exact[name])[1:].norm()
+        assert torch.allclose((exact[name] - up @ down).norm(), left_out, atol=1e-6)
+
+
+def test_a_concept_that_is_generic_already_changes_nothing(place: Path, loaded_base: Base) -> None:
+    concept = read_concept(place / "seven.yaml")
+    same = dataclasses.replace(concept, caption=concept.generic)
+    factors = cross_attention.factors_of_uce(loaded_base, same, 4)
+    assert factors
+    assert all(len(down) == up.shape[1] == 0 for down, up in factors.values())
