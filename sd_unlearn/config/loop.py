@@ -21,7 +21,9 @@ Attention = Literal["sdpa", "xformers", "eager"]
 Quantization = Literal["int8", "nf4"]
 
 LEARNING_RATE, FLOW_LEARNING_RATE = 4e-4, 8e-4  # docs/tuning.md
-STEPS, STEPS_OF_EACH = 500, 25  # in all, but at least this many for each concept; docs/emoji.md
+# Training steps by --lora_init, and at least as many for each concept; docs/tuning.md, docs/emoji.md
+STEPS = {"uce": 200, "zero": 500}
+STEPS_OF_EACH = 25
 
 OPTIMIZER = Group("Optimizer", sort_key=4)
 MONITORING = Group("Monitoring and early stopping", sort_key=5)
@@ -36,8 +38,8 @@ class Optimizing:
     max_train_steps: Annotated[
         int | None,
         option(
-            f"Number of training steps. Default: {STEPS}; {STEPS_OF_EACH} for each concept if there are more than "
-            f"{STEPS // STEPS_OF_EACH}.",
+            f"Number of training steps. Default: {STEPS['uce']}, or {STEPS['zero']} with --lora_init zero (on "
+            f"transformers always), but at least {STEPS_OF_EACH} for each concept.",
             START,
             Count,
         ),
@@ -82,14 +84,10 @@ class Optimizing:
         ),
     ] = None
 
-    def steps_for(self, concepts: int) -> int:
-        """The number of training steps, given or by default. concepts: at once."""
-        return self.max_train_steps or max(STEPS, STEPS_OF_EACH * concepts)
-
     @property
     def steps(self) -> int:
-        """The number of training steps, given (as in resolved options) or that of one concept."""
-        return self.steps_for(1)
+        """The number of training steps, given (as in resolved options) or that of one concept from the base."""
+        return self.max_train_steps or STEPS["zero"]
 
     @property
     def peak_rate(self) -> float:

@@ -6,8 +6,8 @@ from typing import Annotated
 
 from sd_unlearn.choices import ObjectiveName
 from sd_unlearn.config.base import RenderConfig
-from sd_unlearn.config.loop import LoopOptions, Performance
-from sd_unlearn.config.objective import REUSE, LoraTargets, Noise, Objective, Weights
+from sd_unlearn.config.loop import STEPS, STEPS_OF_EACH, LoopOptions, Performance
+from sd_unlearn.config.objective import REUSE, LoraInit, LoraTargets, Noise, Objective, Weights
 from sd_unlearn.config.options import (
     GENERAL,
     START,
@@ -40,6 +40,24 @@ TARGETS_OF: dict[ObjectiveName, LoraTargets] = {"esd-x": "cross_attention", "esd
 def default_lora_targets(objective: ObjectiveName) -> LoraTargets:
     """The layers that get a LoRA if --lora_targets is not given."""
     return TARGETS_OF.get(objective, "all_linear+conv")
+
+
+def resolve_lora_init(config: TrainConfig, is_flow: bool) -> LoraInit | None:
+    """What the LoRA does before training, given or by default; None without a LoRA.
+
+    The paper's own setting and the objectives of other papers start from the base. is_flow: whether the base is a
+    transformer, without layers of cross-attention.
+    """
+    if config.method != "lora" or config.lora_init:
+        return config.lora_init
+    is_ours = config.objective == "pu" and config.target == "teacher" and not config.use_dora
+    return "uce" if is_ours and not is_flow and config.lora_targets != "not_cross_attention" else "zero"
+
+
+def resolve_steps(config: TrainConfig, concepts: int, is_flow: bool) -> int:
+    """The number of training steps, given or by default. concepts: at once."""
+    start = resolve_lora_init(config, is_flow) or "zero"
+    return config.max_train_steps or max(STEPS[start], STEPS_OF_EACH * concepts)
 
 
 def resolve_teacher_reuse(config: TrainConfig, concepts: int) -> int:

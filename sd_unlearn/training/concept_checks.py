@@ -49,8 +49,8 @@ def check_several(config: TrainConfig, concept: Concept) -> None:
         )
     if config.beta_sweep is not None:
         raise UsageError(f"--beta_sweep {config.beta_sweep} is for one concept. Train each alone, or leave it out.")
-    steps = config.steps_for(count)
-    if config.objective not in CLOSED_FORM and steps < count:
+    steps = config.max_train_steps
+    if config.objective not in CLOSED_FORM and steps is not None and steps < count:
         raise UsageError(
             f"--max_train_steps {steps} is less than the {count} concepts, of which each step serves "
             f"one. Use at least {STEPS_OF_EACH * count}, or erase fewer concepts."
@@ -60,8 +60,8 @@ def check_several(config: TrainConfig, concept: Concept) -> None:
 def describe_few_steps(config: TrainConfig, concept: Concept) -> list[str]:
     """A line if --max_train_steps leaves each of several concepts few steps."""
     count = len(concept.parts)
-    steps = config.steps_for(count)
-    if count == 1 or steps >= STEPS_OF_EACH * count:
+    steps = config.max_train_steps
+    if count == 1 or steps is None or steps >= STEPS_OF_EACH * count:
         return []
     return [
         f"Warning: --max_train_steps {steps} gives each of {count} concepts about {steps // count} steps. With fewer "

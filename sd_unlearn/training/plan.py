@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sd_unlearn.config.batching import Batching, effective_batch_size, share_of, with_options
-from sd_unlearn.config.train import TrainConfig
+from sd_unlearn.config.train import TrainConfig, resolve_steps
 from sd_unlearn.data.plan import (
     check_fits,
     choose_device,
@@ -31,6 +31,7 @@ from sd_unlearn.io.run_folder import CONFIG, TRAINING
 from sd_unlearn.launch import process_count, process_rank
 from sd_unlearn.models.fit import Device, Phase, Training, balanced
 from sd_unlearn.models.footprint import Precision, StepOptions, count_inference, count_training
+from sd_unlearn.models.kinds import KINDS
 from sd_unlearn.models.meta import BaseNotFound, read_configs
 from sd_unlearn.models.sampling import resolve_sampler
 from sd_unlearn.models.source import Source
@@ -208,7 +209,8 @@ def _time(config: TrainConfig, inputs: Inputs, plan: MemoryPlan, output: Path) -
     speed = None if config.vram else known_speed(output.parent, inputs.source, config, plan)
     if not speed:
         return "Time: unknown, no earlier training of this base on this device is recorded."
-    images = config.steps_for(len(inputs.concept.parts)) * plan.images_per_step * process_count()
+    is_flow = inputs.source.kind is not None and KINDS[inputs.source.kind].is_flow
+    images = resolve_steps(config, len(inputs.concept.parts), is_flow) * plan.images_per_step * process_count()
     return (
         f"Time of the training, without rendering: about {images / speed / 60:,.0f} minutes, at the {speed:.1f} images "
         "a second of an earlier one."

@@ -13,8 +13,13 @@ from torch import Tensor, nn
 from sd_unlearn.config.batching import Batching, effective_batch_size
 from sd_unlearn.config.checks import unused_options
 from sd_unlearn.config.loop import FLOW_LEARNING_RATE, LEARNING_RATE
-from sd_unlearn.config.objective import LoraInit, LoraTargets
-from sd_unlearn.config.train import TrainConfig, default_lora_targets, resolve_teacher_reuse
+from sd_unlearn.config.train import (
+    TrainConfig,
+    default_lora_targets,
+    resolve_lora_init,
+    resolve_steps,
+    resolve_teacher_reuse,
+)
 from sd_unlearn.data.batch import Batch
 from sd_unlearn.data.batches import EncodedImages, NoiseSampling, Sharding, StratifiedBatches
 from sd_unlearn.data.concept import Concept
@@ -60,13 +65,6 @@ def default_learning_rate(base: Base) -> float:
     return FLOW_LEARNING_RATE if KINDS[base.kind].is_flow else LEARNING_RATE
 
 
-def default_lora_init(config: TrainConfig, base: Base, targets: LoraTargets) -> LoraInit:
-    """What the LoRA is before training. The paper's own setting and other papers' objectives start from no change."""
-    is_ours = config.objective == "pu" and config.target == "teacher"
-    has_layers = not KINDS[base.kind].is_flow and targets != "not_cross_attention"
-    return "uce" if is_ours and has_layers and not config.use_dora else "zero"
-
-
 def resolve_defaults(config: TrainConfig, base: Base, data: Data, processes: int) -> TrainConfig:
     """The options with every default filled in, as they are recorded; without those on how the run was started.
 
@@ -76,6 +74,7 @@ def resolve_defaults(config: TrainConfig, base: Base, data: Data, processes: int
     """
     is_lora, has_teacher, unused = config.method == "lora", config.target == "teacher", unused_options(config.objective)
     beta = config.beta if data.beta is None else data.beta
+    is_flow = KINDS[base.kind].is_flow
     targets = config.lora_targets or default_lora_targets(config.objective)
     unconditional = default_unconditional(base) if config.unconditional is None else config.unconditional
     return dataclasses.replace(
@@ -86,8 +85,8 @@ def resolve_defaults(config: TrainConfig, base: Base, data: Data, processes: int
         guidance_scale=resolve_sampler(config, base.source).guidance_scale,
         learning_rate=config.learning_rate or default_learning_rate(base),
         lora_targets=targets if is_lora else None,
-        lora_init=config.lora_init or default_lora_init(config, base, targets) if is_lora else None,
-        max_train_steps=config.steps_for(len(data.turns)),
+        lora_init=resolve_lora_init(config, is_flow),
+        max_train_steps=resolve_steps(config, len(data.turns), is_flow),
         teacher_reuse=None if "teacher_reuse" in unused else resolve_teacher_reuse(config, len(data.turns)),
         lora_alpha=float(config.rank if config.lora_alpha is None else config.lora_alpha) if is_lora else None,
         unconditional=unconditional if has_teacher else None,

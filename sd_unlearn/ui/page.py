@@ -7,7 +7,6 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from sd_unlearn.config.loop import STEPS
 from sd_unlearn.data.concept import concept_files
 from sd_unlearn.errors import UnlearnError, UsageError
 from sd_unlearn.io.images import open_image
@@ -164,7 +163,7 @@ def _train_tab(gradio: Any, page: Any, root: Path, training: Training) -> None:
         name = gradio.Textbox("seven", label="Run folder, in runs/", elem_id="run-name")
         base = gradio.Textbox("", label="Base (empty: the concept's)")
     with gradio.Row():
-        steps = gradio.Number(STEPS, label="Steps", precision=0, minimum=1, elem_id="steps")
+        steps = gradio.Number(None, label="Steps (empty: the default)", precision=0, minimum=1, elem_id="steps")
         seed = gradio.Number(0, label="Seed", precision=0, minimum=0, maximum=SEED_SPAN - 1)
     with gradio.Row():
         plan_button = gradio.Button("Show the plan", variant="primary", elem_id="plan")
@@ -206,9 +205,8 @@ def _train_tab(gradio: Any, page: Any, root: Path, training: Training) -> None:
 
 
 def _job(concept: str, name: str, base: str, steps: Any, seed: Any) -> Job:
-    return Job(
-        (concept or "").strip(), (name or "").strip(), int(steps or 0), (base or "").strip() or None, int(seed or 0)
-    )
+    number = int(steps) if steps else None
+    return Job((concept or "").strip(), (name or "").strip(), number, (base or "").strip() or None, int(seed or 0))
 
 
 def _bar(state: str, step: int, steps: int) -> str:

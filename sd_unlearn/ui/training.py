@@ -12,8 +12,8 @@ from typing import Any
 
 from sd_unlearn.errors import UnlearnError, UsageError
 from sd_unlearn.io.paths import path_inside
-from sd_unlearn.io.reading import read_jsonl
-from sd_unlearn.io.run_folder import METRICS, PREVIEW_DIR, TRAINING
+from sd_unlearn.io.reading import read_jsonl, read_yaml
+from sd_unlearn.io.run_folder import CONFIG, METRICS, PREVIEW_DIR, TRAINING
 
 LINES = 15  # of the output that are shown
 PLAN_SECONDS = 300
@@ -26,15 +26,15 @@ class Job:
 
     concept: str
     name: str  # of the run folder, in runs/
-    steps: int
+    steps: int | None = None
     base: str | None = None
     seed: int = 0
 
     def arguments(self) -> list[str]:
         """The command line after `sd-unlearn`."""
         given = ["train", "--concept", self.concept, "--output_dir", f"runs/{self.name}"]
-        given += ["--max_train_steps", str(self.steps), "--seed", str(self.seed)]
-        given += ["--resume_from_checkpoint", "latest"]
+        given += ["--seed", str(self.seed), "--resume_from_checkpoint", "latest"]
+        given += ["--max_train_steps", str(self.steps)] if self.steps else []
         return [*given, "--pretrained_model_name_or_path", self.base] if self.base else given
 
 
@@ -45,7 +45,7 @@ class Progress:
     state: str  # in words
     running: bool
     step: int
-    steps: int
+    steps: int  # 0: not known yet
     preview: Path | None
     output: str  # the last lines
 
@@ -152,7 +152,7 @@ class Training:
         else:
             state = f"Failed with exit code {self.process.returncode}; see the output."
         previews = sorted((run / PREVIEW_DIR).glob("step-*.png"))
-        return Progress(state, running, step, self.job.steps, previews[-1] if previews else None, self._output())
+        return Progress(state, running, step, _all_steps(run), previews[-1] if previews else None, self._output())
 
     def _output(self) -> str:
         """The last lines of the output; of a progress bar only its last state."""
@@ -167,3 +167,12 @@ def _last_step(run: Path) -> int:
     except UsageError:  # not there yet, or its last line is being written
         return 0
     return max((int(step) for step in steps if isinstance(step, int | float)), default=0)
+
+
+def _all_steps(run: Path) -> int:
+    """The number of steps of the training, 0 before its options are recorded."""
+    try:
+        steps = read_yaml(run / CONFIG, "").get("max_train_steps")
+    except UsageError:
+        return 0
+    return steps if isinstance(steps, int) else 0

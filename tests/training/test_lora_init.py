@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from train_runs import ADAPTER, make, rendered
 
 from sd_unlearn.config.checks import check_train
-from sd_unlearn.config.train import TrainConfig
+from sd_unlearn.config.loop import STEPS
+from sd_unlearn.config.train import TrainConfig, resolve_lora_init
 from sd_unlearn.errors import UsageError
 from sd_unlearn.models.base import Base
 from sd_unlearn.training import trainer
@@ -72,7 +73,9 @@ def test_it_starts_from_nothing_when_asked(place: Path, tiny_base: Path, tmp_pat
 )
 def test_the_default(loaded_base: Base, options: dict[str, Any], start: str | None) -> None:
     data: Any = SimpleNamespace(beta=0.2, turns=[None])
-    assert resolve_defaults(TrainConfig(concept="seven", **options), loaded_base, data, 1).lora_init == start
+    resolved = resolve_defaults(TrainConfig(concept="seven", **options), loaded_base, data, 1)
+    assert resolved.lora_init == start
+    assert resolved.max_train_steps == STEPS[start or "zero"]
 
 
 @pytest.mark.parametrize(
@@ -90,5 +93,6 @@ def test_an_edit_that_the_lora_cannot_hold_is_refused(options: dict[str, Any], m
 
 
 def test_joint_attention_has_no_edit() -> None:
+    assert resolve_lora_init(TrainConfig(concept="seven"), is_flow=True) == "zero"
     with pytest.raises(UsageError, match="--lora_init uce edits cross-attention; digits-sd3 is .* --lora_init zero"):
         check_kind(TrainConfig(concept="seven", lora_init="uce"), "sd3", "digits-sd3")

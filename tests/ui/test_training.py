@@ -26,6 +26,7 @@ def stop(*_):
 signal.signal(signal.SIGTERM, stop)
 run = pathlib.Path("runs/seven")
 (run / "previews").mkdir(parents=True)
+(run / "config.yaml").write_text("max_train_steps: 40\\n")
 (run / "metrics.jsonl").write_text('{"step": 10}\\n{"step": 20}\\n')
 (run / "previews" / "step-000000.png").touch()
 (run / "previews" / "step-000020.png").touch()
@@ -36,6 +37,8 @@ time.sleep(60)
 
 def test_the_command_line_and_the_plan_of_a_training(tmp_path: Path) -> None:
     assert JOB.arguments()[:5] == ["train", "--concept", "seven", "--output_dir", "runs/seven"]
+    assert JOB.arguments()[-2:] == ["--max_train_steps", "40"]
+    assert "--max_train_steps" not in Job("seven", "seven").arguments()  # the command's default
     plan = make_plan(tmp_path, JOB)
     assert "Predicted memory" in plan
     assert "into runs/seven" in plan
