@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import ceil
 
 import torch
 from torch import Tensor
@@ -22,6 +23,9 @@ LAYERS: dict[ObjectiveName, tuple[str, ...]] = {
 }
 
 
+MAX_PRESERVED = 500  # captions: with 77 tokens of SDXL's width they take 600 MB in float64
+
+
 @dataclass(frozen=True)
 class Embeddings:
     """Token embeddings, one a row."""
@@ -38,23 +42,25 @@ def read_weights(base: Base, objective: ObjectiveName) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def factors_of_uce(base: Base, concept: Concept, rank: int) -> dict[str, tuple[Tensor, Tensor]]:
+def factors_of_uce(base: Base, concept: Concept, kept: Sequence[str], rank: int) -> dict[str, tuple[Tensor, Tensor]]:
     """The change of --objective uce, as close as a rank can come to it: module -> (down [n, in], up [out, n]).
 
-    n is lower than `rank` if fewer directions change.
+    n is lower than `rank` if fewer directions change. kept: captions of retained images, to preserve with the keep
+    prompts; of a long list MAX_PRESERVED, evenly chosen.
     """
-    layers, embeddings = read_weights(base, "uce"), embed(base, concept)
+    captions = list(dict.fromkeys([*(prompt.text for prompt in concept.keep_prompts), *kept]))
+    captions = captions[:: ceil(len(captions) / MAX_PRESERVED)] if captions else captions
+    layers, embeddings = read_weights(base, "uce"), embed(base, concept, captions)
     edits = uce(list(layers.values()), embeddings.concepts, embeddings.anchors, embeddings.preserved)
     closest = [edit.of_rank(min(rank, len(edit.down))).without_zeros() for edit in edits]
     return {name: (edit.down, edit.up) for name, edit in zip(layers, closest, strict=True)}
 
 
 @torch.no_grad()
-def embed(base: Base, concept: Concept) -> Embeddings:
-    """The embeddings to edit, of every concept that is erased, and those of all keep prompts."""
+def embed(base: Base, concept: Concept, kept: Sequence[str]) -> Embeddings:
+    """The embeddings to edit, of every concept that is erased, and those of the captions to preserve."""
     edited, anchors = zip(*(subjects(base, part) for part in concept.parts), strict=True)
-    keep = [prompt.text for prompt in concept.keep_prompts]
-    preserved = _tokens(base, keep).flatten(0, 1) if keep else edited[0][:0]
+    preserved = _tokens(base, kept).flatten(0, 1) if kept else edited[0][:0]
     return Embeddings(torch.cat(edited), torch.cat(anchors), preserved)
 
 

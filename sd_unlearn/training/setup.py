@@ -112,7 +112,8 @@ def make_training(
     """
     assert config.output_dir is not None
     seed, has_teacher = TRAIN_SEEDS[0] + config.seed, config.target == "teacher"
-    start = factors_of_uce(base, concept, config.rank) if config.lora_init == "uce" else {}
+    retained = [example.caption for example in data.images.examples if example.group == "keep"]
+    start = factors_of_uce(base, concept, retained, config.rank) if config.lora_init == "uce" else {}
     performance.prepare(base.network, config)
     student = make_student(base, config, seed, needs_teacher=has_teacher)
     set_factors(base.network, start)

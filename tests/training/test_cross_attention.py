@@ -21,6 +21,7 @@ caption: 7 x
 generic: it x
 keep: [ab, "{c,d} e"]
 """
+KEPT = ["ab", "c e", "d e"]
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +40,7 @@ def test_the_subjects_of_two_captions() -> None:
 
 
 def test_the_edited_tokens_reach_from_the_subject_to_the_end(place: Path, loaded_base: Base) -> None:
-    found = cross_attention.embed(loaded_base, read_concept(place / "seven.yaml"))
+    found = cross_attention.embed(loaded_base, read_concept(place / "seven.yaml"), KEPT)
     tokens = loaded_base.pipeline.tokenizer.model_max_length
     encode = loaded_base.pipeline.text_encoder
 
@@ -55,12 +56,14 @@ def test_the_edited_tokens_reach_from_the_subject_to_the_end(place: Path, loaded
 
 def test_the_factors_of_uce_come_as_close_as_their_rank_allows(place: Path, loaded_base: Base) -> None:
     concept = read_concept(place / "seven.yaml")
-    exact = {name: up @ down for name, (down, up) in cross_attention.factors_of_uce(loaded_base, concept, 16).items()}
-    found = cross_attention.embed(loaded_base, concept)
+    exact = {
+        name: up @ down for name, (down, up) in cross_attention.factors_of_uce(loaded_base, concept, [], 16).items()
+    }
+    found = cross_attention.embed(loaded_base, concept, KEPT)
     for name, weight in cross_attention.read_weights(loaded_base, "uce").items():
         (edit,) = uce([weight], found.concepts, found.anchors, found.preserved)
         assert torch.allclose(exact[name], edit.up @ edit.down, atol=1e-6)
-    for name, (down, up) in cross_attention.factors_of_uce(loaded_base, concept, 1).items():
+    for name, (down, up) in cross_attention.factors_of_uce(loaded_base, concept, [], 1).items():
         left_out = torch.linalg.svdvals(exact[name])[1:].norm()
         assert torch.allclose((exact[name] - up @ down).norm(), left_out, atol=1e-6)
 
@@ -68,6 +71,22 @@ def test_the_factors_of_uce_come_as_close_as_their_rank_allows(place: Path, load
 def test_a_concept_that_is_generic_already_changes_nothing(place: Path, loaded_base: Base) -> None:
     concept = read_concept(place / "seven.yaml")
     same = dataclasses.replace(concept, caption=concept.generic)
-    factors = cross_attention.factors_of_uce(loaded_base, same, 4)
+    factors = cross_attention.factors_of_uce(loaded_base, same, [], 4)
     assert factors
     assert all(len(down) == up.shape[1] == 0 for down, up in factors.values())
+
+
+def test_captions_of_retained_images_are_preserved_too(
+    place: Path, loaded_base: Base, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are preserved as well as a keep prompt is; of a long list every nth."""
+    concept = dataclasses.replace(read_concept(place / "seven.yaml"), keep=())
+    tokens = cross_attention.embed(loaded_base, concept, ["ab"]).preserved
+
+    def spilled(kept: list[str]) -> float:
+        factors = cross_attention.factors_of_uce(loaded_base, concept, kept, 16).values()
+        return sum(float((up @ (down @ tokens.double().T)).norm()) for down, up in factors)
+
+    assert spilled(["ab"]) < 0.5 * spilled([])
+    monkeypatch.setattr(cross_attention, "MAX_PRESERVED", 2)
+    assert spilled(["ab", "ac", "ad", "ae"]) == spilled(["ab", "ad"])
