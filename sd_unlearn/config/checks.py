@@ -6,7 +6,7 @@ from sd_unlearn.choices import CLOSED_FORM, ObjectiveName
 from sd_unlearn.config.base import RenderConfig
 from sd_unlearn.config.evaluate import EvaluateConfig
 from sd_unlearn.config.options import check_ranges
-from sd_unlearn.config.train import TARGETS_OF, TrainConfig, default_lora_targets
+from sd_unlearn.config.train import TARGETS_OF, TrainConfig
 from sd_unlearn.errors import UsageError
 
 # The options that a closed-form objective uses; all others are about images or training steps. Of the data folder,
@@ -43,8 +43,8 @@ def check_train(config: TrainConfig) -> None:
     if config.method == "full":
         _check_full(config)
     _check_objective(config)
-    if config.lora_init == "uce":
-        _check_lora_init(config)
+    if config.add_edit == "uce" and config.use_dora:
+        raise UsageError("--add_edit uce does not work with --use_dora. Leave one of them out.")
     if config.quantize_base:
         _check_quantized(config)
     if config.offload and config.use_dora:
@@ -81,20 +81,10 @@ def _check_closed_form(config: TrainConfig) -> None:
 
 def _check_full(config: TrainConfig) -> None:
     """--method full trains the UNet itself, so options of a LoRA do not apply."""
-    of_lora = ("use_dora", "train_text_encoder", "lora_dropout", "lora_targets", "lora_init", "rank", "lora_alpha")
+    of_lora = ("use_dora", "train_text_encoder", "lora_dropout", "lora_targets", "add_edit", "rank", "lora_alpha")
     for name in (*of_lora, "offload"):
         if getattr(config, name) != getattr(TrainConfig, name):
             raise UsageError(f"--{name} is for --method lora; --method full trains the UNet itself.")
-
-
-def _check_lora_init(config: TrainConfig) -> None:
-    """A LoRA can start from an edit only in the layers that it has, and a DoRA's magnitudes are those of the base."""
-    targets = config.lora_targets or default_lora_targets(config.objective)
-    if config.use_dora:
-        raise UsageError("--lora_init uce does not work with --use_dora. Leave one of them out.")
-    if targets == "not_cross_attention":
-        by = f"--lora_targets {targets}" if config.lora_targets else f"--objective {config.objective}"
-        raise UsageError(f"--lora_init uce edits cross-attention, where {by} trains nothing. Leave one of them out.")
 
 
 def _check_quantized(config: TrainConfig) -> None:

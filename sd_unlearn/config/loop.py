@@ -21,8 +21,8 @@ Attention = Literal["sdpa", "xformers", "eager"]
 Quantization = Literal["int8", "nf4"]
 
 LEARNING_RATE, FLOW_LEARNING_RATE = 4e-4, 8e-4  # docs/tuning.md
-# Training steps by --lora_init, and at least as many for each concept; docs/tuning.md, docs/emoji.md
-STEPS = {"uce": 200, "zero": 500}
+# Training steps by --add_edit, and at least as many for each concept; docs/tuning.md, docs/emoji.md
+STEPS = {"uce": 200, "none": 500}
 STEPS_OF_EACH = 25
 
 OPTIMIZER = Group("Optimizer", sort_key=4)
@@ -38,7 +38,7 @@ class Optimizing:
     max_train_steps: Annotated[
         int | None,
         option(
-            f"Number of training steps. Default: {STEPS['uce']}, or {STEPS['zero']} with --lora_init zero (on "
+            f"Number of training steps. Default: {STEPS['uce']}, or {STEPS['none']} with --add_edit none (on "
             f"transformers always), but at least {STEPS_OF_EACH} for each concept.",
             START,
             Count,
@@ -86,8 +86,8 @@ class Optimizing:
 
     @property
     def steps(self) -> int:
-        """The number of training steps, given (as in resolved options) or that of one concept from the base."""
-        return self.max_train_steps or STEPS["zero"]
+        """The number of training steps, given (as in resolved options) or that of one concept without an edit."""
+        return self.max_train_steps or STEPS["none"]
 
     @property
     def peak_rate(self) -> float:

@@ -17,7 +17,7 @@ from sd_unlearn.config.options import (
 
 Method = Literal["lora", "full"]
 LoraTargets = Literal["attention", "cross_attention", "attention+mlp", "all_linear+conv", "not_cross_attention"]
-LoraInit = Literal["uce", "zero"]
+Edit = Literal["uce", "none"]
 TimestepSampling = Literal["shift", "uniform", "logit_normal"]
 REUSE = 5  # default of --teacher_reuse
 
@@ -187,12 +187,12 @@ class Weights:
             WEIGHTS,
         ),
     ] = None
-    lora_init: Annotated[
-        LoraInit | None,
+    add_edit: Annotated[
+        Edit | None,
         option(
-            "What the LoRA does before training. zero: nothing. uce: the closed-form edit of cross-attention that "
-            "--objective uce makes; training then needs fewer steps and changes less. Default: uce with --objective pu "
-            "on bases with cross-attention (SD 1.x, 2.x, XL), else zero.",
+            "An edit of cross-attention in closed form that is saved in the LoRA beside what was trained. uce: the one "
+            "of --objective uce; training then needs fewer steps. Default: uce with --objective pu on bases with "
+            "cross-attention (SD 1.x, 2.x, XL), else none.",
             WEIGHTS,
         ),
     ] = None

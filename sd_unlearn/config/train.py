@@ -7,7 +7,7 @@ from typing import Annotated
 from sd_unlearn.choices import ObjectiveName
 from sd_unlearn.config.base import RenderConfig
 from sd_unlearn.config.loop import STEPS, STEPS_OF_EACH, LoopOptions, Performance
-from sd_unlearn.config.objective import REUSE, LoraInit, LoraTargets, Noise, Objective, Weights
+from sd_unlearn.config.objective import REUSE, Edit, LoraTargets, Noise, Objective, Weights
 from sd_unlearn.config.options import (
     GENERAL,
     START,
@@ -42,22 +42,22 @@ def default_lora_targets(objective: ObjectiveName) -> LoraTargets:
     return TARGETS_OF.get(objective, "all_linear+conv")
 
 
-def resolve_lora_init(config: TrainConfig, is_flow: bool) -> LoraInit | None:
-    """What the LoRA does before training, given or by default; None without a LoRA.
+def resolve_edit(config: TrainConfig, is_flow: bool) -> Edit | None:
+    """The edit that is added to the LoRA, given or by default; None without a LoRA.
 
-    The paper's own setting and the objectives of other papers start from the base. is_flow: whether the base is a
-    transformer, without layers of cross-attention.
+    By default there is none in the paper's own setting and with the objectives of other papers. is_flow: whether the
+    base is a transformer, without layers of cross-attention.
     """
-    if config.method != "lora" or config.lora_init:
-        return config.lora_init
+    if config.method != "lora" or config.add_edit:
+        return config.add_edit
     is_ours = config.objective == "pu" and config.target == "teacher" and not config.use_dora
-    return "uce" if is_ours and not is_flow and config.lora_targets != "not_cross_attention" else "zero"
+    return "uce" if is_ours and not is_flow else "none"
 
 
 def resolve_steps(config: TrainConfig, concepts: int, is_flow: bool) -> int:
     """The number of training steps, given or by default. concepts: at once."""
-    start = resolve_lora_init(config, is_flow) or "zero"
-    return config.max_train_steps or max(STEPS[start], STEPS_OF_EACH * concepts)
+    edit = resolve_edit(config, is_flow) or "none"
+    return config.max_train_steps or max(STEPS[edit], STEPS_OF_EACH * concepts)
 
 
 def resolve_teacher_reuse(config: TrainConfig, concepts: int) -> int:

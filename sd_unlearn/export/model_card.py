@@ -57,7 +57,7 @@ _SETTINGS = (
     "fuse_method",
     "method",
     "lora_targets",
-    "lora_init",
+    "add_edit",
     "rank",
     "lora_alpha",
     "beta",

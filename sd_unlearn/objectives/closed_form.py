@@ -49,11 +49,12 @@ class Edit:
             pad(root[:, None] * (v[:rank] @ right.T), (0, 0, 0, missing)),
         )
 
-    def without_zeros(self) -> Edit:
-        """The same change without the columns and rows of `of_rank` that hardly change anything."""
-        sizes = self.up.norm(dim=0) * self.down.norm(dim=1)
-        used = sizes > 1e-6 * sizes.max()
-        return Edit(self.up[:, used], self.down[used])
+    def largest(self, share: float) -> Edit:
+        """The part with the singular values of at least this share of the largest, as `of_rank` gives it."""
+        all_of_it = self.of_rank(min(*self.up.shape, *self.down.shape))
+        values = all_of_it.up.norm(dim=0) * all_of_it.down.norm(dim=1)
+        used = (values > 0) & (values >= share * values.max())
+        return Edit(all_of_it.up[:, used], all_of_it.down[used])
 
 
 def uce(

@@ -13,6 +13,7 @@ from sd_unlearn.choices import ObjectiveName
 from sd_unlearn.data.concept import Concept
 from sd_unlearn.data.encoding import encode_captions, tokenize
 from sd_unlearn.models.base import Base
+from sd_unlearn.models.lora import Factors
 from sd_unlearn.objectives.closed_form import uce
 
 # Endings of the names of the edited layers, by objective. SPEED edits values only.
@@ -23,6 +24,7 @@ LAYERS: dict[ObjectiveName, tuple[str, ...]] = {
 }
 
 
+SMALLEST = 0.01  # singular value that an edit is left with, relative to its largest
 MAX_PRESERVED = 500  # captions: with 77 tokens of SDXL's width they take 600 MB in float64
 
 
@@ -42,18 +44,17 @@ def read_weights(base: Base, objective: ObjectiveName) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def factors_of_uce(base: Base, concept: Concept, kept: Sequence[str], rank: int) -> dict[str, tuple[Tensor, Tensor]]:
-    """The change of --objective uce, as close as a rank can come to it: module -> (down [n, in], up [out, n]).
+def factors_of_uce(base: Base, concept: Concept, kept: Sequence[str]) -> Factors:
+    """The change of --objective uce, without directions that hardly change.
 
-    n is lower than `rank` if fewer directions change. kept: captions of retained images, to preserve with the keep
-    prompts; of a long list MAX_PRESERVED, evenly chosen.
+    kept: captions of retained images, to preserve with the keep prompts; of a long list MAX_PRESERVED, evenly chosen.
     """
     captions = list(dict.fromkeys([*(prompt.text for prompt in concept.keep_prompts), *kept]))
     captions = captions[:: ceil(len(captions) / MAX_PRESERVED)] if captions else captions
     layers, embeddings = read_weights(base, "uce"), embed(base, concept, captions)
     edits = uce(list(layers.values()), embeddings.concepts, embeddings.anchors, embeddings.preserved)
-    closest = [edit.of_rank(min(rank, len(edit.down))).without_zeros() for edit in edits]
-    return {name: (edit.down, edit.up) for name, edit in zip(layers, closest, strict=True)}
+    edited = zip(layers, (edit.largest(SMALLEST) for edit in edits), strict=True)
+    return {name: (edit.down, edit.up) for name, edit in edited if len(edit.down)}
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -197,7 +198,8 @@ def _preview_base(options: LoopOptions, training: Training, state: TrainingState
 
 def _preview(training: Training, state: TrainingState) -> None:
     if training.preview and training.accelerator.is_main_process:
-        with state.averaged_weights():
+        edited = training.student.edited() if state.step else nullcontext()
+        with state.averaged_weights(), edited:
             training.preview(state.step)
 
 
@@ -206,7 +208,7 @@ def _probe(options: LoopOptions, training: Training, state: TrainingState) -> di
     seconds, started = state.seconds - state.probe_seconds, time.monotonic()
     results: list[Any] = [None]
     if training.accelerator.is_main_process and training.probe:
-        with state.averaged_weights():
+        with state.averaged_weights(), training.student.edited():
             results = [training.probe()]
             if state.is_best(results[0]):
                 best = training.output / BEST_DIR

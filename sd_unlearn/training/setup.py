@@ -16,7 +16,7 @@ from sd_unlearn.config.loop import FLOW_LEARNING_RATE, LEARNING_RATE
 from sd_unlearn.config.train import (
     TrainConfig,
     default_lora_targets,
-    resolve_lora_init,
+    resolve_edit,
     resolve_steps,
     resolve_teacher_reuse,
 )
@@ -35,7 +35,6 @@ from sd_unlearn.models.base import Base
 from sd_unlearn.models.denoiser import Denoiser
 from sd_unlearn.models.diffusion import Process
 from sd_unlearn.models.kinds import KINDS
-from sd_unlearn.models.lora import set_factors
 from sd_unlearn.models.sampling import resolve_sampler
 from sd_unlearn.models.source import DIGITS
 from sd_unlearn.models.student import Student, make_student
@@ -85,7 +84,7 @@ def resolve_defaults(config: TrainConfig, base: Base, data: Data, processes: int
         guidance_scale=resolve_sampler(config, base.source).guidance_scale,
         learning_rate=config.learning_rate or default_learning_rate(base),
         lora_targets=targets if is_lora else None,
-        lora_init=resolve_lora_init(config, is_flow),
+        add_edit=resolve_edit(config, is_flow),
         max_train_steps=resolve_steps(config, len(data.turns), is_flow),
         teacher_reuse=None if "teacher_reuse" in unused else resolve_teacher_reuse(config, len(data.turns)),
         lora_alpha=float(config.rank if config.lora_alpha is None else config.lora_alpha) if is_lora else None,
@@ -113,10 +112,10 @@ def make_training(
     assert config.output_dir is not None
     seed, has_teacher = TRAIN_SEEDS[0] + config.seed, config.target == "teacher"
     retained = [example.caption for example in data.images.examples if example.group == "keep"]
-    start = factors_of_uce(base, concept, retained, config.rank) if config.lora_init == "uce" else {}
+    edit = factors_of_uce(base, concept, retained) if config.add_edit == "uce" else {}
     performance.prepare(base.network, config)
     student = make_student(base, config, seed, needs_teacher=has_teacher)
-    set_factors(base.network, start)
+    student.add_edit(base.network, edit)
     performance.compile_blocks(base.network, config)
     wrapped = accelerator.prepare(student.model)
     if student.base_copy is not None:

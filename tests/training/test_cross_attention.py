@@ -54,26 +54,21 @@ def test_the_edited_tokens_reach_from_the_subject_to_the_end(place: Path, loaded
     assert torch.allclose(found.preserved, torch.cat([encoded(p) for p in ("ab", "c e", "d e")]))
 
 
-def test_the_factors_of_uce_come_as_close_as_their_rank_allows(place: Path, loaded_base: Base) -> None:
+def test_the_factors_of_uce_are_its_change(place: Path, loaded_base: Base) -> None:
     concept = read_concept(place / "seven.yaml")
-    exact = {
-        name: up @ down for name, (down, up) in cross_attention.factors_of_uce(loaded_base, concept, [], 16).items()
-    }
+    factors = cross_attention.factors_of_uce(loaded_base, concept, [])
     found = cross_attention.embed(loaded_base, concept, KEPT)
     for name, weight in cross_attention.read_weights(loaded_base, "uce").items():
         (edit,) = uce([weight], found.concepts, found.anchors, found.preserved)
-        assert torch.allclose(exact[name], edit.up @ edit.down, atol=1e-6)
-    for name, (down, up) in cross_attention.factors_of_uce(loaded_base, concept, [], 1).items():
-        left_out = torch.linalg.svdvals(exact[name])[1:].norm()
-        assert torch.allclose((exact[name] - up @ down).norm(), left_out, atol=1e-6)
+        (down, up), exact = factors[name], edit.up @ edit.down
+        assert (up @ down - exact).norm() < 0.05 * exact.norm()
+        assert len(down) <= min(edit.up.shape)
 
 
 def test_a_concept_that_is_generic_already_changes_nothing(place: Path, loaded_base: Base) -> None:
     concept = read_concept(place / "seven.yaml")
     same = dataclasses.replace(concept, caption=concept.generic)
-    factors = cross_attention.factors_of_uce(loaded_base, same, [], 4)
-    assert factors
-    assert all(len(down) == up.shape[1] == 0 for down, up in factors.values())
+    assert cross_attention.factors_of_uce(loaded_base, same, []) == {}
 
 
 def test_captions_of_retained_images_are_preserved_too(
@@ -84,7 +79,7 @@ def test_captions_of_retained_images_are_preserved_too(
     tokens = cross_attention.embed(loaded_base, concept, ["ab"]).preserved
 
     def spilled(kept: list[str]) -> float:
-        factors = cross_attention.factors_of_uce(loaded_base, concept, kept, 16).values()
+        factors = cross_attention.factors_of_uce(loaded_base, concept, kept).values()
         return sum(float((up @ (down @ tokens.double().T)).norm()) for down, up in factors)
 
     assert spilled(["ab"]) < 0.5 * spilled([])
