@@ -21,7 +21,7 @@ from sd_unlearn.config.evaluate import EvaluateConfig
 from sd_unlearn.config.paths import as_dict
 from sd_unlearn.config.train import TrainConfig
 from sd_unlearn.data.concept import Concept, concept_sha256
-from sd_unlearn.data.dataset import fingerprint, scan, scan_positives
+from sd_unlearn.data.dataset import fingerprint
 from sd_unlearn.data.metadata import read_metadata
 from sd_unlearn.data.prior import resolve_beta
 from sd_unlearn.data.render_job import images_by_group, known_beta, plan_images
@@ -135,13 +135,10 @@ def _describe(config: TrainConfig, point: Point) -> str:
 
 def contents_of(config: TrainConfig, inputs: Inputs) -> dict[str, Any]:
     """What the runs of a sweep share besides options: the keys of CONTENTS."""
-    concept, folder, photos = inputs.concept, inputs.data_dir, config.positives
-    own = scan(folder, concept, config.eta, photos) if inputs.own_images else []
-    own = scan_positives(photos, concept) if photos and not own else own
-    seed = None if inputs.own_images else seed_in(folder)
+    seed = None if inputs.own_images else seed_in(inputs.data_dir)
     return {
-        "concept_sha256": concept_sha256(concept),
-        "own_images_sha256": fingerprint(own) if own else None,
+        "concept_sha256": concept_sha256(inputs.concept),
+        "own_images_sha256": fingerprint(inputs.own) if inputs.own else None,
         "images_seed": config.seed if seed is None else seed,
     }
 
