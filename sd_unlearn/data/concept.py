@@ -126,6 +126,11 @@ class Concept:
         return slugify(self.name)
 
     @property
+    def is_replaced_with_itself(self) -> bool:
+        """Whether caption and generic prompt are the same, so that most trainings would erase nothing."""
+        return normalized(self.caption) == normalized(self.generic)
+
+    @property
     def keep_prompts(self) -> list[Prompt]:
         return expand_braces(self.keep)
 
