@@ -25,7 +25,6 @@ from sd_unlearn.choices import TemplateKind
 from sd_unlearn.config.options import MAX_IMAGES
 from sd_unlearn.data.concept_template import concept_text
 from sd_unlearn.errors import UsageError, suggest
-from sd_unlearn.io.files import write_text
 from sd_unlearn.io.paths import slugify
 from sd_unlearn.io.reading import read_yaml
 from sd_unlearn.io.schema import STRICT, validate
@@ -257,13 +256,15 @@ def describe_anchored(concept: Concept, own_images: bool = False) -> str:
     )
 
 
-def read_concept(path: Path) -> Concept:
+def read_concept(path: Path, option: str = "--concept") -> Concept:
     """Read and validate a concept file.
+
+    option: begins the error messages about the file; "" outside of commands that have --concept.
 
     Raises:
         UsageError: names the file, the key, the value and what is allowed.
     """
-    return parse_concept(read_yaml(path, "--concept"), str(path))
+    return parse_concept(read_yaml(path, option), str(path))
 
 
 def parse_concept(data: Any, where: str) -> Concept:
@@ -275,11 +276,6 @@ def parse_concept(data: Any, where: str) -> Concept:
     concept = validate(Concept, data, where)
     _check_paraphrases(concept, where)
     return concept
-
-
-def write_concept(path: Path, concept: Concept) -> None:
-    """Write a concept so that read_concept returns an equal one."""
-    write_text(path, yaml.safe_dump(dataclasses.asdict(concept), sort_keys=False, allow_unicode=True))
 
 
 def _check_paraphrases(concept: Concept, where: str) -> None:

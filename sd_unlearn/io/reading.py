@@ -143,7 +143,8 @@ def read_yaml(path: Path, option: str) -> dict[str, Any]:
     """
     data = read_yaml_value(path, option)
     if not isinstance(data, dict):
-        raise UsageError(f"{option} {path} must hold keys and values, not {type(data).__name__}.")
+        name = f"{option} {path}".strip()
+        raise UsageError(f"{name} must hold keys and values, not {type(data).__name__}.")
     return data
 
 
@@ -158,7 +159,8 @@ def read_yaml_value(path: Path, option: str) -> Any:
         data = yaml.load(text, _Loader)
         _check_plain(data)
     except Exception as error:  # for odd tags (!!int "", !!bool x) PyYAML raises IndexError, KeyError and others
-        raise UsageError(f"{option} {path} is not valid YAML: {reason(error)}.") from None
+        name = f"{option} {path}".strip()
+        raise UsageError(f"{name} is not valid YAML: {reason(error)}.") from None
     return data
 
 
