@@ -276,6 +276,12 @@ def test_a_vae_that_is_not_finite_in_full_precision_either_is_refused(kinds: Kin
 # -- what is recorded, and loaded again --
 
 
+def test_a_recorded_configuration_that_was_moved_is_named() -> None:
+    record = {"name": "owner/name", "single_file_config": "/gone/configs"}
+    with pytest.raises(UsageError, match="The --single_file_config of the training is not at /gone/configs any more"):
+        load_recorded_base(record, device="cpu")
+
+
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_base_is_loaded_again_as_it_was_recorded(kinds: Kinds, kind: str, form: str) -> None:
