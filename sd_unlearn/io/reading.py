@@ -103,14 +103,19 @@ def read_jsonl_lines(path: Path, option: str = "") -> dict[int, dict[str, Any]]:
     return records
 
 
-def read_csv_lines(path: Path, option: str = "") -> tuple[list[str], dict[int, dict[str, Any]]]:
+def read_csv_lines(
+    path: Path, option: str = "", skip_spaces: bool = False
+) -> tuple[list[str], dict[int, dict[str, Any]]]:
     """The columns of a CSV file, and line number (from 1) -> row. The first line names the columns.
+
+    skip_spaces: leave out spaces after commas, so that a quoted cell may follow one.
 
     Raises:
         UsageError: the file is missing or unreadable, or a line, which is named, is not valid.
     """
     name = f"{option} {path}".strip()
-    reader = csv.DictReader(io.StringIO(read_text(path, option), newline=""), strict=True)
+    text = io.StringIO(read_text(path, option), newline="")
+    reader = csv.DictReader(text, strict=True, skipinitialspace=skip_spaces)
     rows: dict[int, dict[str, Any]] = {}
     try:
         columns = list(reader.fieldnames or ())
