@@ -7,9 +7,7 @@ label that a classifier must read in the image when the prompt belongs to a reta
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import itertools
-import json
 import math
 import re
 import shlex
@@ -26,7 +24,7 @@ from sd_unlearn.config.options import MAX_IMAGES
 from sd_unlearn.data.concept_template import concept_text
 from sd_unlearn.errors import UsageError, suggest
 from sd_unlearn.io.paths import slugify
-from sd_unlearn.io.reading import read_yaml
+from sd_unlearn.io.reading import json_sha256, read_yaml
 from sd_unlearn.io.schema import STRICT, validate
 
 MAX_PROMPTS = 10_000  # in one list of a concept file, with all alternatives
@@ -151,7 +149,7 @@ class Concept:
 
 def concept_sha256(concept: Concept) -> str:
     """SHA-256 of everything a concept file says. results.json, LoRA headers and checkpoints record this value."""
-    return hashlib.sha256(json.dumps(dataclasses.asdict(concept), sort_keys=True).encode()).hexdigest()
+    return json_sha256(dataclasses.asdict(concept))
 
 
 def expand_braces(templates: list[str]) -> list[Prompt]:

@@ -266,3 +266,8 @@ def file_sha256(*files: Path) -> str:
             while block := data.read(1 << 24):
                 digest.update(block)
     return digest.hexdigest()
+
+
+def json_sha256(value: Any) -> str:
+    """SHA-256 (hexadecimal) of a value that JSON can hold; the order of keys does not matter."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

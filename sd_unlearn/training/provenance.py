@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import math
 import resource
 import subprocess
@@ -26,7 +24,7 @@ from sd_unlearn.data.several import read_concepts, write_concepts
 from sd_unlearn.errors import UsageError
 from sd_unlearn.io.files import write_text
 from sd_unlearn.io.own_files import RUN, delete_own, mark
-from sd_unlearn.io.reading import read_yaml
+from sd_unlearn.io.reading import json_sha256, read_yaml
 from sd_unlearn.io.run_folder import BEST_DIR, CONCEPT, CONFIG, TRAINING
 from sd_unlearn.models.base import Base
 from sd_unlearn.seeds import TRAIN_SEEDS
@@ -104,7 +102,7 @@ def basic_record(config: Any, concept: Concept, base: Base) -> dict[str, Any]:
         "concept": concept.slug,
         **({"concepts": [part.slug for part in concept.parts]} if len(concept.parts) > 1 else {}),
         "base": base.describe(),
-        "config_sha256": hashlib.sha256(json.dumps(as_dict(config), sort_keys=True).encode()).hexdigest(),
+        "config_sha256": json_sha256(as_dict(config)),
         "created": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()),
         "version": __version__,
         "versions": {p: version(p) for p in PACKAGES},
