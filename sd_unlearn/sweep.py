@@ -36,7 +36,7 @@ from sd_unlearn.io.reading import read_yaml
 from sd_unlearn.io.run_folder import CONCEPT, DATA_MANIFEST, RESULTS, UNLABELED, weights_sha256
 from sd_unlearn.launch import process_count
 from sd_unlearn.metrics.registry import MetricContext, find_metrics
-from sd_unlearn.models.base import choose_precision
+from sd_unlearn.models.device import choose_precision
 from sd_unlearn.report import sweep
 from sd_unlearn.report.sweep import SWEEP
 from sd_unlearn.report.sweep_record import Point, at_full_strength, make_record, measured
@@ -270,7 +270,7 @@ def _evaluate(run_dir: Path, slug: str, config: TrainConfig) -> Results:
             print(f"{run_dir} is already evaluated.", file=sys.stderr)
             return read_results(run_dir)
     shared = {name: getattr(config, name) for name in ("allow_pickle", "offload", "render_batch_size")}
-    precision: Any = choose_precision(config.mixed_precision)
+    precision = choose_precision(config.mixed_precision)
     evaluate.run(EvaluateConfig(run=run_dir, mixed_precision=precision, **shared))
     return read_results(run_dir)
 

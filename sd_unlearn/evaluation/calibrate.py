@@ -36,7 +36,7 @@ from sd_unlearn.metrics.base import CONCEPT_GROUPS, KEEP_GROUPS, Metric
 from sd_unlearn.metrics.option_users import USED_BY, unused_options
 from sd_unlearn.metrics.registry import OPTIONAL, choose_metrics, find_metrics, make_metrics
 from sd_unlearn.metrics.statistics import Z, wilson
-from sd_unlearn.models.base import default_device
+from sd_unlearn.models.device import default_device
 from sd_unlearn.models.kinds import sampler_of
 from sd_unlearn.report.metric_names import PRESENCE
 from sd_unlearn.results import BASE, Row, as_json

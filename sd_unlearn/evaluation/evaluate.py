@@ -36,7 +36,7 @@ from sd_unlearn.io.paths import public_name
 from sd_unlearn.io.run_folder import EVALUATION, IMAGE_DIR, RESULTS
 from sd_unlearn.launch import process_rank
 from sd_unlearn.metrics.registry import find_metrics, make_metrics, merge_cards, metric_cards, missing_evidence
-from sd_unlearn.models.base import default_device
+from sd_unlearn.models.device import default_device
 from sd_unlearn.models.kinds import sampler_of
 from sd_unlearn.models.sampling import count_tiled
 from sd_unlearn.results import BASE, SCHEMA_VERSION, Pair, Problem, as_json, parse_results

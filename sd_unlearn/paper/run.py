@@ -25,7 +25,7 @@ from sd_unlearn.io.own_files import delete_own, is_free, kind_of, mark
 from sd_unlearn.io.reading import file_sha256, read_json, read_yaml
 from sd_unlearn.io.run_folder import CHECKPOINT_DIR, CONFIG, RESULTS, TRAINING
 from sd_unlearn.metrics.fidelity import InceptionFidelity
-from sd_unlearn.models.base import choose_precision
+from sd_unlearn.models.device import choose_precision
 from sd_unlearn.paper import stable_diffusion
 from sd_unlearn.paper.ddpm.datasets import load_dataset
 from sd_unlearn.paper.ddpm.sample import PARTS_DIR, from_bytes, generate_all, load_samples, make_sampler
@@ -62,8 +62,7 @@ def run_experiment(name: str, options: RunOptions) -> Path:
 def run_ddpm(name: str, options: RunOptions) -> Path:
     """Run a DDPM experiment as far as it is not finished. Returns its folder. Raises as `run_experiment`."""
     experiment = find_experiment(name)
-    precision: Any = choose_precision(options.mixed_precision)
-    options = dataclasses.replace(options, mixed_precision=precision)
+    options = dataclasses.replace(options, mixed_precision=choose_precision(options.mixed_precision))
     settings, counts, size = resolve(experiment, options)
     folder = folder_of(experiment, options)
     check_writable(folder, "--output_dir")
