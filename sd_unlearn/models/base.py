@@ -12,11 +12,12 @@ from sd_unlearn.config.paths import local_path
 from sd_unlearn.errors import UnlearnError, UsageError
 from sd_unlearn.io.noise import silence_libraries
 from sd_unlearn.models.device import default_device
-from sd_unlearn.models.find_base import check_network, check_prediction, check_schedule, check_source
+from sd_unlearn.models.find_base import check_source
 from sd_unlearn.models.halving import HalvingBatches
 from sd_unlearn.models.kinds import KINDS, Kind, channels_of, kind_of, network_name
 from sd_unlearn.models.loading import load_pipeline
 from sd_unlearn.models.source import BUNDLED, FLOW, OPTION, Source
+from sd_unlearn.models.supported import check_network, check_prediction, check_schedule
 
 if TYPE_CHECKING:  # imported in functions: torch takes seconds to import
     from sd_unlearn.models.conditioning import TextConditioning
