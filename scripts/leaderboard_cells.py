@@ -307,6 +307,3 @@ def pictures(stages: Stages) -> None:
         [stages.run / image for image in entry["images"][:SHOWN]] for entry in entries if entry["attack"] == "soft"
     ]
     write_strip(stages.file.with_suffix(".png"), paths)
-
-
-__all__ = ["NotAvailable", "Stages", "attack", "evaluate", "train"]

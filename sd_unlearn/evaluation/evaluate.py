@@ -26,7 +26,7 @@ from sd_unlearn.evaluation.job import EvaluationJob, resolve_job
 from sd_unlearn.evaluation.loras import ModelVariant
 from sd_unlearn.evaluation.pairs import MAX_PAIRS, PAIRS_PER_GROUP, count_outcomes, pick_pairs
 from sd_unlearn.evaluation.problems import known_gaps
-from sd_unlearn.evaluation.prompts import GROUPS, group_prompts, write_plan
+from sd_unlearn.evaluation.prompts import GROUPS, ImageSpec, group_prompts, write_plan
 from sd_unlearn.evaluation.score import ConceptResults, SubjectImages, run_metrics
 from sd_unlearn.evaluation.subjects import main_subjects
 from sd_unlearn.io.files import full_disk_explained, write_json, write_text
@@ -173,7 +173,7 @@ def _images_of(job: EvaluationJob, cache: ImageCache | None, slug: str) -> list[
     return images
 
 
-def _generated(cache: ImageCache, subject: str, variant: ModelVariant, specs: Sequence[Any]) -> SubjectImages:
+def _generated(cache: ImageCache, subject: str, variant: ModelVariant, specs: Sequence[ImageSpec]) -> SubjectImages:
     return SubjectImages(subject, specs, cache.paths(variant, specs), cache.folder(variant))
 
 
