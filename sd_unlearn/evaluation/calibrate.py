@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from sd_unlearn.evaluation.job import EvaluationJob, resolve_job
 from sd_unlearn.evaluation.loras import Lora, ModelVariant
 from sd_unlearn.evaluation.problems import NEVER_THERE, known_gaps
 from sd_unlearn.evaluation.score import ConceptResults, SubjectImages, run_metrics
-from sd_unlearn.io.files import full_disk_explained, write_json
+from sd_unlearn.io.files import full_disk_explained, timestamp, write_json
 from sd_unlearn.io.lock import locked
 from sd_unlearn.io.own_files import is_run, kind_of, mark
 from sd_unlearn.io.progress import say
@@ -177,7 +176,7 @@ class Measurement:
         """How it was measured."""
         sampler = self.cache.sampler
         return {
-            "created": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()),
+            "created": timestamp(),
             "version": __version__,
             "detectors": [metric.name for metric in self.metrics],
             "groups": list(dict.fromkeys(spec.group for spec in self.specs)),

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ from sd_unlearn.evaluation.problems import known_gaps
 from sd_unlearn.evaluation.prompts import GROUPS, ImageSpec, group_prompts, write_plan
 from sd_unlearn.evaluation.score import ConceptResults, SubjectImages, run_metrics
 from sd_unlearn.evaluation.subjects import main_subjects
-from sd_unlearn.io.files import full_disk_explained, write_json, write_text
+from sd_unlearn.io.files import full_disk_explained, timestamp, write_json, write_text
 from sd_unlearn.io.lock import locked, remove_leftovers
 from sd_unlearn.io.own_files import is_run, kind_of, mark
 from sd_unlearn.io.paths import public_name
@@ -190,7 +189,7 @@ def assemble(
     custom_counts = config.num_images is not None or config.num_keep_images is not None or bool(config.groups)
     return {
         "schema_version": SCHEMA_VERSION,
-        "created": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()),
+        "created": timestamp(),
         "version": __version__,
         "tier": "" if custom_counts else job.tier,
         "base": _published_base(cache.base) if cache else {},
