@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import random
 import time
@@ -20,6 +19,7 @@ from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from sd_unlearn.io.files import atomic_path
+from sd_unlearn.io.reading import file_sha256
 
 SAVE_SECONDS = 300  # between two checkpoints of a training
 DECAY = 0.25  # share of the steps of `fit`, at its end, in which the learning rate falls to zero
@@ -229,4 +229,12 @@ def save_pipeline(pipeline: StableDiffusionPipeline, folder: Path) -> None:
 def save_half(weights: dict[str, Tensor], path: Path) -> str:
     """Write weights in half precision; returns the file's SHA-256."""
     save_file({k: v.half() if v.is_floating_point() else v for k, v in weights.items()}, path)
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    return file_sha256(path)
+
+
+def file_rows(assets: Path, folders: Iterable[str]) -> list[str]:
+    """Rows of a Markdown table: size and SHA-256 of the weights in these folders of `assets`."""
+    files = sorted(path for folder in folders for path in (assets / folder).rglob("*.safetensors"))
+    return [
+        f"| {file.relative_to(assets)} | {file.stat().st_size / 1e6:.2f} MB | `{file_sha256(file)}` |" for file in files
+    ]

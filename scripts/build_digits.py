@@ -23,7 +23,6 @@ settings that were tuned on `digits` carry over. The four options can be combine
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import random
 import shutil
@@ -34,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from base_training import save_half, save_pipeline, trained_pipeline
+from base_training import file_rows, save_half, save_pipeline, trained_pipeline
 from diffusers import AutoencoderKL, StableDiffusion3Pipeline, StableDiffusionPipeline
 from digits_data import load_digits, paint
 from digits_models import (
@@ -216,11 +215,7 @@ def write_card(work: Path, base: Path, rows: list[TableRow]) -> None:
     lines += [f"| {name} | {value:.1%} | {n} | {target} |" for name, value, n, target in rows]
     print("\n".join(lines))
     is_sd3 = base.name == "digits-sd3"
-    folders = (base,) if is_sd3 else (base, ASSETS / "digits_reader")
-    files = sorted(path for folder in folders for path in folder.rglob("*.safetensors"))
-    shas = {p: hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
-    sizes = {p: p.stat().st_size / 1e6 for p in files}
-    hashes = [f"| {p.relative_to(base.parent)} | {sizes[p]:.2f} MB | `{sha}` |" for p, sha in shas.items()]
+    hashes = file_rows(base.parent, (base.name,) if is_sd3 else (base.name, "digits_reader"))
     seconds = {s: (work / f"{s}.seconds").read_text() for s in STAGES if (work / f"{s}.seconds").exists()}
     template = (Path(__file__).parent / ("digits_sd3_card.md" if is_sd3 else "digits_card.md")).read_text()
     card = template.replace("@TABLE@", "\n".join(lines)).replace("@HASHES@", "\n".join(hashes))

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from base_training import training_seconds
+from base_training import file_rows, training_seconds
 from diffusers import StableDiffusionPipeline
 from emoji_captions import STYLE_NAMES, with_article
 from emoji_data import as_images, contact_sheet, things
@@ -198,16 +197,6 @@ def agreement_rows(reader: EmojiReader, other: EmojiReader, name: str, held: Ten
 
 def share(of: Tensor) -> float:
     return of.float().mean().item()
-
-
-def file_rows(assets: Path, folders: Iterable[str]) -> list[str]:
-    """Rows of a Markdown table: size and SHA-256 of the weights in these folders of `assets`."""
-    files = sorted(path for folder in folders for path in (assets / folder).rglob("*.safetensors"))
-    sha = [hashlib.sha256(path.read_bytes()).hexdigest() for path in files]
-    return [
-        f"| {p.relative_to(assets)} | {p.stat().st_size / 1e6:.2f} MB | `{s}` |"
-        for p, s in zip(files, sha, strict=True)
-    ]
 
 
 def generate(pipeline: StableDiffusionPipeline, prompts: list[str], seed: int) -> Tensor:

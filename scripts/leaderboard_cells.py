@@ -6,8 +6,6 @@ attacks. Images, detector outputs and attacks are kept in --work_dir, so an inte
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -29,7 +27,7 @@ from sd_unlearn.evaluation.generate import ImageCache
 from sd_unlearn.evaluation.loras import ModelVariant, open_run
 from sd_unlearn.evaluation.prompts import BASE_TIERS, TIERS, ImageSpec, override_counts, plan_images
 from sd_unlearn.io.files import write_json
-from sd_unlearn.io.reading import file_sha256, read_json
+from sd_unlearn.io.reading import file_sha256, json_sha256, read_json
 from sd_unlearn.io.run_folder import CHECKPOINT_DIR, RESULTS, TRAINING, weights_sha256
 from sd_unlearn.metrics.factorial import factorial_rows, grid
 from sd_unlearn.models.base import Base, load_base
@@ -166,7 +164,7 @@ def weights_in(folder: Path) -> str:
 
 def digest(content: Any) -> str:
     """Identifies what JSON can hold."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+    return json_sha256(content)[:12]
 
 
 def train(stages: Stages) -> None:
@@ -309,6 +307,3 @@ def pictures(stages: Stages) -> None:
         [stages.run / image for image in entry["images"][:SHOWN]] for entry in entries if entry["attack"] == "soft"
     ]
     write_strip(stages.file.with_suffix(".png"), paths)
-
-
-__all__ = ["NotAvailable", "Stages", "attack", "evaluate", "train"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from sd_unlearn.errors import UsageError
 from sd_unlearn.io.reading import read_json
@@ -77,8 +76,7 @@ def read_calibration(folder: Path, sha256: str) -> Calibration | None:
     None if there is none, it is damaged, or it is of other weights or of another base than that of the folder's run.
     """
     try:
-        data: Any = read_json(folder / CALIBRATION)
-        found = validate(Calibration, data, str(folder / CALIBRATION))
+        found = validate(Calibration, read_json(folder / CALIBRATION), str(folder / CALIBRATION))
         base = read_json(folder / TRAINING)["base"].get("sha256") if (folder / TRAINING).is_file() else None
     except UsageError:
         return None

@@ -9,6 +9,7 @@ ObjectiveName = Literal[
     "pu", "supervised", "unsupervised", "esd-x", "esd-u", "anchor", "neggrad", "uce", "speed", "rece"
 ]
 CLOSED_FORM = ("uce", "speed", "rece")  # the objectives that need no training
+Precision = Literal["no", "fp16", "bf16"]  # of the networks; no: full, in 32 bits
 SafetyPreset = Literal["weak", "medium", "strong", "max"]  # of safe latent diffusion
 Reduction = Literal["sum", "mean"]  # of the squared error over an example's elements
 CaptionMode = Literal["both", "own", "shared"]  # captions that form caption groups

@@ -57,7 +57,7 @@ def show(name: Name, /, *, as_json: AsJson = False) -> None:
 
     _check_has_file(name)
     path = find_concept(name)
-    concept = read_concepts(path)
+    concept = read_concepts(path, option="")
     print(f"{path}:", file=sys.stderr)
     print(json.dumps(concept_data(concept), indent=2, ensure_ascii=False) if as_json else read_text(path).rstrip())
 
@@ -189,7 +189,7 @@ def _entry(slug: str, path: Path) -> dict[str, Any]:
     from sd_unlearn.data.several import read_concepts
 
     try:
-        concept = read_concepts(path)
+        concept = read_concepts(path, option="")
     except UnlearnError as error:
         return {"slug": slug, "name": slug, "kind": None, "base": None, "file": str(path), "error": str(error)}
     parts = concept.parts

@@ -334,5 +334,5 @@ def _without_folders(results: Results) -> Results:
 
 
 def as_json(item: Any) -> dict[str, Any]:
-    """A row, difference, pair or card as results.json holds it."""
+    """A row, difference, pair, card or other dataclass as JSON holds it."""
     return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(item).items()}

@@ -21,7 +21,7 @@ from sd_unlearn.config.evaluate import EvaluateConfig
 from sd_unlearn.config.paths import as_dict
 from sd_unlearn.config.train import TrainConfig
 from sd_unlearn.data.concept import Concept, concept_sha256
-from sd_unlearn.data.dataset import fingerprint, scan, scan_positives
+from sd_unlearn.data.dataset import fingerprint
 from sd_unlearn.data.metadata import read_metadata
 from sd_unlearn.data.prior import resolve_beta
 from sd_unlearn.data.render_job import images_by_group, known_beta, plan_images
@@ -36,7 +36,7 @@ from sd_unlearn.io.reading import read_yaml
 from sd_unlearn.io.run_folder import CONCEPT, DATA_MANIFEST, RESULTS, UNLABELED, weights_sha256
 from sd_unlearn.launch import process_count
 from sd_unlearn.metrics.registry import MetricContext, find_metrics
-from sd_unlearn.models.base import choose_precision
+from sd_unlearn.models.device import choose_precision
 from sd_unlearn.report import sweep
 from sd_unlearn.report.sweep import SWEEP
 from sd_unlearn.report.sweep_record import Point, at_full_strength, make_record, measured
@@ -135,13 +135,10 @@ def _describe(config: TrainConfig, point: Point) -> str:
 
 def contents_of(config: TrainConfig, inputs: Inputs) -> dict[str, Any]:
     """What the runs of a sweep share besides options: the keys of CONTENTS."""
-    concept, folder, photos = inputs.concept, inputs.data_dir, config.positives
-    own = scan(folder, concept, config.eta, photos) if inputs.own_images else []
-    own = scan_positives(photos, concept) if photos and not own else own
-    seed = None if inputs.own_images else seed_in(folder)
+    seed = None if inputs.own_images else seed_in(inputs.data_dir)
     return {
-        "concept_sha256": concept_sha256(concept),
-        "own_images_sha256": fingerprint(own) if own else None,
+        "concept_sha256": concept_sha256(inputs.concept),
+        "own_images_sha256": fingerprint(inputs.own) if inputs.own else None,
         "images_seed": config.seed if seed is None else seed,
     }
 
@@ -273,7 +270,7 @@ def _evaluate(run_dir: Path, slug: str, config: TrainConfig) -> Results:
             print(f"{run_dir} is already evaluated.", file=sys.stderr)
             return read_results(run_dir)
     shared = {name: getattr(config, name) for name in ("allow_pickle", "offload", "render_batch_size")}
-    precision: Any = choose_precision(config.mixed_precision)
+    precision = choose_precision(config.mixed_precision)
     evaluate.run(EvaluateConfig(run=run_dir, mixed_precision=precision, **shared))
     return read_results(run_dir)
 

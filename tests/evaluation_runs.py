@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 
 from sd_unlearn.config.objective import Weights
-from sd_unlearn.data.concept import read_concept, write_concept
+from sd_unlearn.data.concept import read_concept
+from sd_unlearn.data.several import write_concepts
 from sd_unlearn.io.files import write_json
 from sd_unlearn.models.base import load_base
 from sd_unlearn.models.student import make_student
@@ -44,7 +45,7 @@ def make_run(
             parameter.add_(torch.randn_like(parameter) * 0.5)
     student.save(folder)
     (folder / "source.yaml").write_text(DIGIT_FILE.format(name=name))
-    write_concept(folder / "concept.yaml", read_concept(folder / "source.yaml"))
+    write_concepts(folder / "concept.yaml", read_concept(folder / "source.yaml"))
     (folder / "source.yaml").unlink()
     cost = {"seconds": 1.0, "steps": 3, "images_seen": 12, "peak_memory_mb": 1.0, "device": "cpu"}
     write_json(folder / "training.json", {"base": record, "cost": cost, "beta": 0.1, "rank": 2, **training})

@@ -12,7 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from sd_unlearn.config.base import ExportConfig
-from sd_unlearn.data.concept import Concept, read_concept, write_concept
+from sd_unlearn.data.concept import Concept, read_concept
+from sd_unlearn.data.several import write_concepts
 from sd_unlearn.export import export
 from sd_unlearn.io.files import write_json
 
@@ -40,7 +41,7 @@ def training_record(rank: int, alpha: float, **base: Any) -> dict[str, Any]:
 def write_run(run: Path, training: dict[str, Any]) -> Path:
     run.mkdir(parents=True, exist_ok=True)
     concept = Concept(name="Brad Pitt", caption="a photo of Brad Pitt", generic="a photo of a man")
-    write_concept(run / "concept.yaml", concept)
+    write_concepts(run / "concept.yaml", concept)
     write_json(run / "training.json", training)
     return run
 
@@ -99,7 +100,7 @@ def evaluated(run: Path, *, concept: Concept | None = None, detector: str = "rea
     """A run with metrics and images of two groups; `concept` and `training` replace those of hand_run."""
     hand_run(run, **settings)
     if concept:
-        write_concept(run / "concept.yaml", concept)
+        write_concepts(run / "concept.yaml", concept)
     shared = {"n": 200, "detector": detector, "interval": "wilson"}
     rows = [
         shared | {"metric": metric, "group": group, "subject": subject, "value": value, "low": low, "high": high}

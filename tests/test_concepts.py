@@ -61,6 +61,25 @@ def test_a_file_is_printed(call: Call) -> None:
     assert json.loads(call("show", "seven", "--json")[1])["images"]["mixed_in"] == 0
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "mine.yaml does not exist."),
+        ("a: [", "mine.yaml is not valid YAML"),
+        ("[]", "mine.yaml lists no concepts."),
+        ("7", "mine.yaml must hold keys and values, not int."),
+        ("- seven\n- seven\n", 'mine.yaml: the concept "seven" is listed twice.'),
+    ],
+)
+def test_errors_of_a_file_do_not_name_an_option_of_other_commands(
+    call: Call, content: str | None, message: str
+) -> None:
+    if content is not None:
+        Path("mine.yaml").write_text(content)
+    code, _, err = call("show", "mine.yaml")
+    assert (code, message in err, "--concept" in err) == (2, True, False)
+
+
 def test_a_list_of_concepts_is_listed_and_printed(call: Call) -> None:
     Path("prompts").mkdir()
     Path("prompts/ll.yaml").write_text("- seven\n- zero\n")

@@ -15,7 +15,8 @@ from conftest import tree
 from sd_unlearn import cli, sweep
 from sd_unlearn.config.evaluate import EvaluateConfig
 from sd_unlearn.config.train import TrainConfig
-from sd_unlearn.data.concept import Concept, write_concept
+from sd_unlearn.data.concept import Concept
+from sd_unlearn.data.several import write_concepts
 from sd_unlearn.errors import UsageError
 from sd_unlearn.evaluation import evaluate
 from sd_unlearn.io.files import write_json
@@ -48,7 +49,7 @@ def done(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
         place = config.output_dir or Path()
         (place / "adapter").mkdir(parents=True, exist_ok=True)
         (place / "adapter/adapter_model.safetensors").write_text(f"{config.beta} {config.push}")
-        write_concept(place / "concept.yaml", concept)
+        write_concepts(place / "concept.yaml", concept)
         write_json(place / "training.json", {"beta": config.beta})
         return place
 
@@ -217,7 +218,7 @@ def test_a_killed_sweep_resumes(make: Make, done: list[Any], monkeypatch: pytest
 
     def killed(asked: TrainConfig, concept: Concept) -> Path:
         if asked.output_dir and asked.output_dir.name == "factor-1":
-            write_concept(asked.output_dir / "concept.yaml", concept)
+            write_concepts(asked.output_dir / "concept.yaml", concept)
             raise KeyboardInterrupt
         return train(asked, concept)
 

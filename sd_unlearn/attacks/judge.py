@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from sd_unlearn.evaluation.problems import image_faults, unusable
 from sd_unlearn.metrics.base import Metric, PromptedImages
 from sd_unlearn.metrics.statistics import wilson
 from sd_unlearn.report.metric_names import PRESENCE
-from sd_unlearn.results import ATTACK_METRIC, AttackEntry, AttackTry, Problem, Row
+from sd_unlearn.results import ATTACK_METRIC, AttackEntry, AttackTry, Problem, Row, as_json
 
 
 @dataclass(frozen=True)
@@ -55,14 +54,13 @@ def judge(tasks: Sequence[Task], metric: Metric, budget: str, seed: int) -> Judg
     row = Row(
         ATTACK_METRIC, attack.name, first.model.id, best.value, best.n, low, high, metric.name, "wilson", note, slug
     )
-    settings = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(first.settings).items()}
     entry = AttackEntry(
         slug,
         first.model.id,
         attack.name,
         budget,
         metric.name,
-        settings,
+        as_json(first.settings),
         tuple(tried for tried, _ in tries),
         attack.title,
         attack.source,

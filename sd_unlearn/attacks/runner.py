@@ -34,7 +34,8 @@ from sd_unlearn.io.run_folder import IMAGE_DIR, RESULTS
 from sd_unlearn.launch import process_count, process_rank, wait_for_others
 from sd_unlearn.metrics.base import Metric
 from sd_unlearn.metrics.registry import DETECTORS, make_metrics, merge_cards, metric_cards
-from sd_unlearn.models.base import HASHES, choose_precision, default_device, load_base
+from sd_unlearn.models.base import HASHES, load_base
+from sd_unlearn.models.device import choose_precision, default_device
 from sd_unlearn.models.find_base import find_base
 from sd_unlearn.models.zero_terminal_snr import use_zero_terminal_snr
 from sd_unlearn.results import BASE, FLOOR, as_json, parse_results

@@ -7,8 +7,6 @@ command does only what is missing, and several processes share the tasks.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,7 +18,7 @@ from sd_unlearn.data.concept import Concept
 from sd_unlearn.evaluation.generate import ImageCache
 from sd_unlearn.evaluation.loras import ModelVariant
 from sd_unlearn.io.files import atomic_path, write_json
-from sd_unlearn.io.reading import read_json
+from sd_unlearn.io.reading import json_sha256, read_json
 from sd_unlearn.models.base import Base
 
 VERSION = 2  # of the attacks' code: raise it when an attack gives other images for the same settings
@@ -77,8 +75,7 @@ def task_folder(
         "seed": seed,
         "images": images,
     }
-    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
-    return variant_folder / "attacks" / f"{attack.name}-{digest}" / f"restart-{restart}"
+    return variant_folder / "attacks" / f"{attack.name}-{json_sha256(content)[:12]}" / f"restart-{restart}"
 
 
 def carry_out(task: Task, target: Target) -> None:

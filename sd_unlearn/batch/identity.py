@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from sd_unlearn.data.photos import CACHE_DIR
-from sd_unlearn.io.reading import file_sha256
+from sd_unlearn.io.reading import file_sha256, json_sha256
 from sd_unlearn.models.source import Source
 
 # Options that name a file or folder: of models, and of images.
@@ -23,7 +22,7 @@ _BASE_FILES = re.compile(r".*\.(safetensors|bin|ckpt|json|txt)")
 
 def digest_of(*parts: Any) -> str:
     """12 hexadecimal digits of a SHA-256 over JSON values; the order of keys does not matter."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
+    return json_sha256(parts)[:12]
 
 
 def base_identity(source: Source) -> str:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import io
 import itertools
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +15,7 @@ from sd_unlearn.config.batch import BatchConfig, EngineName
 from sd_unlearn.data.concept import Concept, load_concept
 from sd_unlearn.errors import UsageError
 from sd_unlearn.io.paths import slugify
-from sd_unlearn.io.reading import check_keys, read_text, read_yaml
+from sd_unlearn.io.reading import check_keys, read_csv_lines, read_yaml
 from sd_unlearn.io.schema import STRICT, validate
 
 Stage = Literal["render", "train", "evaluate", "attack", "export", "report"]
@@ -141,18 +139,15 @@ def _read_csv(path: Path) -> list[ConceptOptions]:
     Raises:
         UsageError: names the file and the line.
     """
-    reader = csv.DictReader(io.StringIO(read_text(path, "concepts")), restkey="", skipinitialspace=True)
-    known = {f.name for f in dataclasses.fields(ConceptOptions)}
-    check_keys(dict.fromkeys(reader.fieldnames or []), known, f"concepts: {path}")
-    rows = []
-    for row in reader:
-        if "" in row:
-            raise UsageError(f"concepts: {path} line {reader.line_num} has more cells than the header. Quote commas.")
-        filled = {key: cell.strip() for key, cell in row.items() if cell and cell.strip()}
-        rows.append(validate(ConceptOptions, filled, f"concepts: {path} line {reader.line_num}"))
+    columns, rows = read_csv_lines(path, "concepts:", skip_spaces=True)
+    check_keys(dict.fromkeys(columns), {f.name for f in dataclasses.fields(ConceptOptions)}, f"concepts: {path}")
     if not rows:
         raise UsageError(f"concepts: {path} lists no concept. Its first line names the columns, e.g. name,anchor,kind.")
-    return rows
+    found = []
+    for number, row in rows.items():
+        filled = {key: cell.strip() for key, cell in row.items() if cell and cell.strip()}
+        found.append(validate(ConceptOptions, filled, f"concepts: {path} line {number}"))
+    return found
 
 
 def settings_of(jobs: JobList) -> list[Setting]:

@@ -20,7 +20,8 @@ from sd_unlearn.attacks.attack import attack_names
 from sd_unlearn.batch.identity import digest_of
 from sd_unlearn.batch.job_list import Stage
 from sd_unlearn.config.attack import AttackConfig
-from sd_unlearn.data.concept import Concept, write_concept
+from sd_unlearn.data.concept import Concept
+from sd_unlearn.data.several import write_concepts
 from sd_unlearn.errors import UsageError
 from sd_unlearn.io.files import write_json, write_text
 from sd_unlearn.io.lock import LOCK
@@ -68,7 +69,7 @@ def write_order(folder: Path, order: Order, concept: Concept, options: dict[str,
     """
     if (folder / TASK).is_file():
         return
-    write_concept(folder / CONCEPT, concept)
+    write_concepts(folder / CONCEPT, concept)
     write_text(folder / OPTIONS, yaml.safe_dump(options, sort_keys=False, allow_unicode=True))
     write_json(folder / TASK, dataclasses.asdict(order))
 

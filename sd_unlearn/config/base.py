@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from cyclopts import Group
 
-from sd_unlearn.choices import TemplateKind
+from sd_unlearn.choices import Precision, TemplateKind
 from sd_unlearn.config.options import (
     GENERAL,
     START,
@@ -175,7 +175,7 @@ class RenderConfig(PlanOptions, BaseOptions, ConceptOption):
         ),
     ] = 0
     mixed_precision: Annotated[
-        Literal["no", "fp16", "bf16"] | None,
+        Precision | None,
         option(
             "Precision of the networks. Default: accelerate's setting. Falls back to full precision with a warning if "
             "the device does not support it.",

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from cyclopts import Group
 
-from sd_unlearn.choices import SafetyPreset
+from sd_unlearn.choices import Precision, SafetyPreset
 from sd_unlearn.config.base import (
     BASE_FORMS,
     CLIP_MODEL,
@@ -167,9 +167,9 @@ class SamplerOptions(BaseOptions):
             BatchSize,
         ),
     ] = None
-    mixed_precision: Annotated[
-        Literal["no", "fp16", "bf16"], option("Precision of the networks; fp16 and bf16 need a GPU.", SAMPLER)
-    ] = "no"
+    mixed_precision: Annotated[Precision, option("Precision of the networks; fp16 and bf16 need a GPU.", SAMPLER)] = (
+        "no"
+    )
     cache_dir: Annotated[
         Path, option("Folder where images and detector outputs are cached and shared between evaluations.", SAMPLER)
     ] = Path("data/evaluation")

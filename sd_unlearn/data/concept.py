@@ -7,9 +7,7 @@ label that a classifier must read in the image when the prompt belongs to a reta
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import itertools
-import json
 import math
 import re
 import shlex
@@ -25,9 +23,8 @@ from sd_unlearn.choices import TemplateKind
 from sd_unlearn.config.options import MAX_IMAGES
 from sd_unlearn.data.concept_template import concept_text
 from sd_unlearn.errors import UsageError, suggest
-from sd_unlearn.io.files import write_text
 from sd_unlearn.io.paths import slugify
-from sd_unlearn.io.reading import read_yaml
+from sd_unlearn.io.reading import json_sha256, read_yaml
 from sd_unlearn.io.schema import STRICT, validate
 
 MAX_PROMPTS = 10_000  # in one list of a concept file, with all alternatives
@@ -126,6 +123,11 @@ class Concept:
         return slugify(self.name)
 
     @property
+    def is_replaced_with_itself(self) -> bool:
+        """Whether caption and generic prompt are the same, so that most trainings would erase nothing."""
+        return normalized(self.caption) == normalized(self.generic)
+
+    @property
     def keep_prompts(self) -> list[Prompt]:
         return expand_braces(self.keep)
 
@@ -147,7 +149,7 @@ class Concept:
 
 def concept_sha256(concept: Concept) -> str:
     """SHA-256 of everything a concept file says. results.json, LoRA headers and checkpoints record this value."""
-    return hashlib.sha256(json.dumps(dataclasses.asdict(concept), sort_keys=True).encode()).hexdigest()
+    return json_sha256(dataclasses.asdict(concept))
 
 
 def expand_braces(templates: list[str]) -> list[Prompt]:
@@ -252,13 +254,15 @@ def describe_anchored(concept: Concept, own_images: bool = False) -> str:
     )
 
 
-def read_concept(path: Path) -> Concept:
+def read_concept(path: Path, option: str = "--concept") -> Concept:
     """Read and validate a concept file.
+
+    option: begins the error messages about the file; "" outside of commands that have --concept.
 
     Raises:
         UsageError: names the file, the key, the value and what is allowed.
     """
-    return parse_concept(read_yaml(path, "--concept"), str(path))
+    return parse_concept(read_yaml(path, option), str(path))
 
 
 def parse_concept(data: Any, where: str) -> Concept:
@@ -270,11 +274,6 @@ def parse_concept(data: Any, where: str) -> Concept:
     concept = validate(Concept, data, where)
     _check_paraphrases(concept, where)
     return concept
-
-
-def write_concept(path: Path, concept: Concept) -> None:
-    """Write a concept so that read_concept returns an equal one."""
-    write_text(path, yaml.safe_dump(dataclasses.asdict(concept), sort_keys=False, allow_unicode=True))
 
 
 def _check_paraphrases(concept: Concept, where: str) -> None:

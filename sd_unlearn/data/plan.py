@@ -8,16 +8,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
+from sd_unlearn.choices import Precision
 from sd_unlearn.config.base import RenderConfig
 from sd_unlearn.config.planning import parse_vram
 from sd_unlearn.data.render_job import RenderJob, image_requests
 from sd_unlearn.errors import UnlearnError
 from sd_unlearn.launch import process_count
-from sd_unlearn.models.base import wanted_precision
+from sd_unlearn.models.device import wanted_precision
 from sd_unlearn.models.fit import GIB, MIB, Device, Inference, Phase, other_device, this_device
-from sd_unlearn.models.footprint import Precision, count_inference
+from sd_unlearn.models.footprint import count_inference
 from sd_unlearn.models.meta import BaseNotFound, read_configs
 from sd_unlearn.models.sampling import Sampler
 from sd_unlearn.models.source import Source
@@ -31,7 +32,9 @@ class ImageOptions(Protocol):
 
     render_batch_size: int | None
     vram: str | None
-    mixed_precision: Any
+
+    @property
+    def mixed_precision(self) -> Precision | None: ...
 
 
 def choose_device(vram: str | None) -> Device:
@@ -39,9 +42,9 @@ def choose_device(vram: str | None) -> Device:
     return other_device(parse_vram(vram)) if vram else this_device(process_count())
 
 
-def choose_precision_for(device: Device, option: str | None) -> Precision:
+def choose_precision_for(device: Device, option: Precision | None) -> Precision:
     """The precision in which the command would run on the device: without a GPU always full."""
-    return wanted_precision(option) if device.kind == "cuda" else "no"  # type: ignore[return-value]
+    return wanted_precision(option) if device.kind == "cuda" else "no"
 
 
 def plan_inference(source: Source, device: Device, precision: Precision, resolution: int | None) -> Inference:

@@ -12,7 +12,7 @@ from typing import Any
 from sd_unlearn import __version__
 from sd_unlearn.config.base import RenderConfig
 from sd_unlearn.config.checks import check_render
-from sd_unlearn.data.concept import Concept, describe_anchored, normalized
+from sd_unlearn.data.concept import Concept, describe_anchored
 from sd_unlearn.data.dataset import set_names
 from sd_unlearn.data.metadata import read_metadata
 from sd_unlearn.data.photos import check_places, is_image_folder
@@ -55,7 +55,14 @@ def run(config: RenderConfig, concept: Concept | None = None) -> Path:
     check_folder(job)
     if config.anchor is not None:
         print(describe_anchored(concept), file=sys.stderr)
-    for line in (*_describe_unchanged(concept), *describe_without_images(job.groups)):
+    if concept.is_replaced_with_itself:
+        print(
+            f'Warning: caption and generic prompt of {concept.name} are both "{concept.caption}". Most trainings '
+            "refuse that, because nothing would be erased. Change the generic prompt (generic in the concept file, or "
+            "--anchor).",
+            file=sys.stderr,
+        )
+    for line in describe_without_images(job.groups):
         print(line, file=sys.stderr)
     if config.dry_run:
         from sd_unlearn.data.plan import show_plan
@@ -67,16 +74,6 @@ def run(config: RenderConfig, concept: Concept | None = None) -> Path:
 
         job = dataclasses.replace(job, sampler=planned_sampler(job.source, job.sampler, config))
     return render_locked(job, lambda: load_base(job.source, config.mixed_precision or "no"))
-
-
-def _describe_unchanged(concept: Concept) -> list[str]:
-    """Lines that warn of concepts that are replaced with themselves."""
-    return [
-        f'Warning: caption and generic prompt of {part.name} are both "{part.caption}". Most trainings refuse that, '
-        "because nothing would be erased. Change the generic prompt (generic in the concept file, or --anchor)."
-        for part in concept.parts
-        if normalized(part.caption) == normalized(part.generic)
-    ]
 
 
 def render_locked(job: RenderJob, get_base: Callable[[], Base]) -> Path:

@@ -194,18 +194,20 @@ def load_concepts(
     return together([part for name in given for part in read_concepts(find_concept(name)).parts])
 
 
-def read_concepts(path: Path) -> Concept:
+def read_concepts(path: Path, option: str = "--concept") -> Concept:
     """Read a concept file, or a list of concepts: names, concept files, or the content of concept files.
+
+    option: as for read_concept.
 
     Raises:
         UsageError: names the file, the key, the value and what is allowed.
     """
-    data = read_yaml_value(path, "--concept")
+    data = read_yaml_value(path, option)
     if not isinstance(data, list):
-        return read_concept(path)
+        return read_concept(path, option)
     if not data:
-        raise UsageError(f"--concept {path} lists no concepts. Name one a line: - seven.")
-    return together([_listed(item, path, number) for number, item in enumerate(data, 1)])
+        raise UsageError(f"{option} {path} lists no concepts. Name one a line: - seven.".lstrip())
+    return together([_listed(item, path, number) for number, item in enumerate(data, 1)], option or str(path))
 
 
 def _listed(item: Any, path: Path, number: int) -> Concept:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,16 +25,17 @@ from sd_unlearn.evaluation.job import EvaluationJob, resolve_job
 from sd_unlearn.evaluation.loras import Lora, ModelVariant
 from sd_unlearn.evaluation.problems import NEVER_THERE, known_gaps
 from sd_unlearn.evaluation.score import ConceptResults, SubjectImages, run_metrics
-from sd_unlearn.io.files import full_disk_explained, write_json
+from sd_unlearn.io.files import full_disk_explained, timestamp, write_json
 from sd_unlearn.io.lock import locked
 from sd_unlearn.io.own_files import is_run, kind_of, mark
 from sd_unlearn.io.progress import say
 from sd_unlearn.io.run_folder import CALIBRATION
 from sd_unlearn.launch import process_count
 from sd_unlearn.metrics.base import CONCEPT_GROUPS, KEEP_GROUPS, Metric
+from sd_unlearn.metrics.option_users import USED_BY, unused_options
 from sd_unlearn.metrics.registry import OPTIONAL, choose_metrics, find_metrics, make_metrics
 from sd_unlearn.metrics.statistics import Z, wilson
-from sd_unlearn.models.base import default_device
+from sd_unlearn.models.device import default_device
 from sd_unlearn.models.kinds import sampler_of
 from sd_unlearn.report.metric_names import PRESENCE
 from sd_unlearn.results import BASE, Row, as_json
@@ -56,6 +56,11 @@ def run(config: CalibrateConfig, concepts: Sequence[Concept] = ()) -> Calibratio
     lora, (slug, concept) = job.loras[0], next(iter(job.concepts.items()))
     context = job.metric_context(concept)
     names = [name for name in choose_metrics(context) if name not in OPTIONAL]  # those that say nothing of strengths
+    for option in unused_options(job.config, names):
+        raise UsageError(
+            f"--{option} {getattr(config, option)} is for --metrics {' or '.join(USED_BY[option])}, which calibrate "
+            "does not run. Leave the option out."
+        )
     if gaps := known_gaps(context, job.plans[slug], names):
         raise UsageError(f"No strength can be recommended, because evaluate would give no verdict. {' '.join(gaps)}")
     context = dataclasses.replace(context, options=dataclasses.replace(job.config, metrics=names))
@@ -171,7 +176,7 @@ class Measurement:
         """How it was measured."""
         sampler = self.cache.sampler
         return {
-            "created": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()),
+            "created": timestamp(),
             "version": __version__,
             "detectors": [metric.name for metric in self.metrics],
             "groups": list(dict.fromkeys(spec.group for spec in self.specs)),

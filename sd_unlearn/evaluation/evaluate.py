@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,17 +25,17 @@ from sd_unlearn.evaluation.job import EvaluationJob, resolve_job
 from sd_unlearn.evaluation.loras import ModelVariant
 from sd_unlearn.evaluation.pairs import MAX_PAIRS, PAIRS_PER_GROUP, count_outcomes, pick_pairs
 from sd_unlearn.evaluation.problems import known_gaps
-from sd_unlearn.evaluation.prompts import GROUPS, group_prompts, write_plan
+from sd_unlearn.evaluation.prompts import GROUPS, ImageSpec, group_prompts, write_plan
 from sd_unlearn.evaluation.score import ConceptResults, SubjectImages, run_metrics
 from sd_unlearn.evaluation.subjects import main_subjects
-from sd_unlearn.io.files import full_disk_explained, write_json, write_text
+from sd_unlearn.io.files import full_disk_explained, timestamp, write_json, write_text
 from sd_unlearn.io.lock import locked, remove_leftovers
 from sd_unlearn.io.own_files import is_run, kind_of, mark
 from sd_unlearn.io.paths import public_name
 from sd_unlearn.io.run_folder import EVALUATION, IMAGE_DIR, RESULTS
 from sd_unlearn.launch import process_rank
 from sd_unlearn.metrics.registry import find_metrics, make_metrics, merge_cards, metric_cards, missing_evidence
-from sd_unlearn.models.base import default_device
+from sd_unlearn.models.device import default_device
 from sd_unlearn.models.kinds import sampler_of
 from sd_unlearn.models.sampling import count_tiled
 from sd_unlearn.results import BASE, SCHEMA_VERSION, Pair, Problem, as_json, parse_results
@@ -173,7 +172,7 @@ def _images_of(job: EvaluationJob, cache: ImageCache | None, slug: str) -> list[
     return images
 
 
-def _generated(cache: ImageCache, subject: str, variant: ModelVariant, specs: Sequence[Any]) -> SubjectImages:
+def _generated(cache: ImageCache, subject: str, variant: ModelVariant, specs: Sequence[ImageSpec]) -> SubjectImages:
     return SubjectImages(subject, specs, cache.paths(variant, specs), cache.folder(variant))
 
 
@@ -190,7 +189,7 @@ def assemble(
     custom_counts = config.num_images is not None or config.num_keep_images is not None or bool(config.groups)
     return {
         "schema_version": SCHEMA_VERSION,
-        "created": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()),
+        "created": timestamp(),
         "version": __version__,
         "tier": "" if custom_counts else job.tier,
         "base": _published_base(cache.base) if cache else {},

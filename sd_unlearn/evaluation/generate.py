@@ -22,8 +22,9 @@ from sd_unlearn.evaluation.prompts import ImageSpec
 from sd_unlearn.io.lock import locked, remove_leftovers
 from sd_unlearn.io.paths import slugify
 from sd_unlearn.launch import process_rank
-from sd_unlearn.models.base import HASHES, Base, choose_precision, load_base
+from sd_unlearn.models.base import HASHES, Base, load_base
 from sd_unlearn.models.checkpoint_header import PICKLES
+from sd_unlearn.models.device import choose_precision
 from sd_unlearn.models.recorded_base import check_recorded
 from sd_unlearn.models.sampling import ImageRequest, Sampler, generate_missing, resolve_sampler, wait_for_images
 from sd_unlearn.models.zero_terminal_snr import use_zero_terminal_snr

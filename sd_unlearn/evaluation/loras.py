@@ -139,7 +139,7 @@ class Lora:
         part = f"a {HASHES[key]} with other weights" if key != "sha256" else "other weights"
         return (
             f"{self.name} was trained on {part} ({Path(self.base_name or 'unknown').name}, SHA-256 {own[key][:12]}) "
-            f"than those it is evaluated on ({Path(base['name']).name}, {base[key][:12]})."
+            f"than those of this base ({Path(base['name']).name}, {base[key][:12]})."
         )
 
 

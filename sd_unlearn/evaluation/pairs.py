@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +24,7 @@ PAIRS_PER_GROUP = 24  # pairs of each prompt group and subject; fewer if there w
 MAX_PAIRS = 900  # of one report
 
 _Boxes = tuple[tuple[float, ...], ...]
+_Outcomes = tuple[SubjectImages, SubjectImages | None, NDArray[np.bool_], NDArray[np.bool_]]
 
 
 def pick_pairs(results: ConceptResults, folder: Path, count: int) -> list[Pair]:
@@ -31,14 +32,8 @@ def pick_pairs(results: ConceptResults, folder: Path, count: int) -> list[Pair]:
 
     All subjects show the same prompts and seeds, so the report can place them side by side.
     """
-    base = next((images for images in results.images if images.subject == BASE), None)
     pairs: list[Pair] = []
-    for images in results.images:
-        if images.subject == BASE:
-            continue
-        before = base if images.planned else None
-        leaks = _leaks(results, images)
-        lost = _lost(results, images, before)
+    for images, before, leaks, lost in _outcomes(results):
         for index in _choose(images.specs, leaks, lost, count):
             before_file = _copy_image(before, index, folder) if before else ""
             if file := _copy_image(images, index, folder):
@@ -49,13 +44,8 @@ def pick_pairs(results: ConceptResults, folder: Path, count: int) -> list[Pair]:
 
 def count_outcomes(results: ConceptResults) -> list[PairCount]:
     """How many images of each subject and prompt group leak or are lost, shown or not."""
-    base = next((images for images in results.images if images.subject == BASE), None)
     counts = []
-    for images in results.images:
-        if images.subject == BASE:
-            continue
-        leaks = _leaks(results, images)
-        lost = _lost(results, images, base if images.planned else None)
+    for images, _, leaks, lost in _outcomes(results):
         for group in GROUPS:
             members = [n for n, spec in enumerate(images.specs) if spec.group == group]
             num_leaks = int(leaks[members].sum()) if group in CONCEPT_GROUPS else 0
@@ -63,6 +53,15 @@ def count_outcomes(results: ConceptResults) -> list[PairCount]:
             if num_leaks or num_lost:
                 counts.append(PairCount(results.concept.slug, images.subject, group, num_leaks, num_lost))
     return counts
+
+
+def _outcomes(results: ConceptResults) -> Iterator[_Outcomes]:
+    """Of each subject but the base: its images, the base's if they pair, and which ones leak and are lost."""
+    base = next((images for images in results.images if images.subject == BASE), None)
+    for images in results.images:
+        if images.subject != BASE:
+            before = base if images.planned else None
+            yield images, before, _leaks(results, images), _lost(results, images, before)
 
 
 def _choose(specs: Sequence[ImageSpec], leaks: NDArray[np.bool_], lost: NDArray[np.bool_], count: int) -> list[int]:

@@ -11,6 +11,7 @@ import os
 import shutil
 import socket
 import tempfile
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -161,6 +162,11 @@ def full_disk_explained() -> Iterator[None]:
         raise UnlearnError(
             f"{reason(error)}{place}. Free some disk space and run the same command again: finished files are kept."
         ) from error
+
+
+def timestamp() -> str:
+    """The time in UTC, as records have it."""
+    return time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime())
 
 
 def write_json(path: Path, data: Any) -> None:

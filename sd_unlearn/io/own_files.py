@@ -9,14 +9,13 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import re
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
 from sd_unlearn import __version__
 from sd_unlearn.errors import UsageError
-from sd_unlearn.io.files import write_json
+from sd_unlearn.io.files import timestamp, write_json
 from sd_unlearn.io.lock import HOLDER, LOCK
 from sd_unlearn.io.paths import slugify
 from sd_unlearn.io.reading import read_json, read_yaml_value
@@ -97,7 +96,7 @@ Kind = Literal["run", "sweep", "evaluation", "paper"]
 def mark(folder: Path, kind: Kind) -> None:
     """Write the marker unless the folder has it."""
     if kind_of(folder) != kind:
-        created = time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime())
+        created = timestamp()
         write_json(folder / MARKER, {"schema_version": 1, "kind": kind, "version": __version__, "created": created})
 
 

@@ -103,14 +103,19 @@ def read_jsonl_lines(path: Path, option: str = "") -> dict[int, dict[str, Any]]:
     return records
 
 
-def read_csv_lines(path: Path, option: str = "") -> tuple[list[str], dict[int, dict[str, Any]]]:
+def read_csv_lines(
+    path: Path, option: str = "", skip_spaces: bool = False
+) -> tuple[list[str], dict[int, dict[str, Any]]]:
     """The columns of a CSV file, and line number (from 1) -> row. The first line names the columns.
+
+    skip_spaces: leave out spaces after commas, so that a quoted cell may follow one.
 
     Raises:
         UsageError: the file is missing or unreadable, or a line, which is named, is not valid.
     """
     name = f"{option} {path}".strip()
-    reader = csv.DictReader(io.StringIO(read_text(path, option), newline=""), strict=True)
+    text = io.StringIO(read_text(path, option), newline="")
+    reader = csv.DictReader(text, strict=True, skipinitialspace=skip_spaces)
     rows: dict[int, dict[str, Any]] = {}
     try:
         columns = list(reader.fieldnames or ())
@@ -143,7 +148,8 @@ def read_yaml(path: Path, option: str) -> dict[str, Any]:
     """
     data = read_yaml_value(path, option)
     if not isinstance(data, dict):
-        raise UsageError(f"{option} {path} must hold keys and values, not {type(data).__name__}.")
+        name = f"{option} {path}".strip()
+        raise UsageError(f"{name} must hold keys and values, not {type(data).__name__}.")
     return data
 
 
@@ -158,7 +164,8 @@ def read_yaml_value(path: Path, option: str) -> Any:
         data = yaml.load(text, _Loader)
         _check_plain(data)
     except Exception as error:  # for odd tags (!!int "", !!bool x) PyYAML raises IndexError, KeyError and others
-        raise UsageError(f"{option} {path} is not valid YAML: {reason(error)}.") from None
+        name = f"{option} {path}".strip()
+        raise UsageError(f"{name} is not valid YAML: {reason(error)}.") from None
     return data
 
 
@@ -259,3 +266,8 @@ def file_sha256(*files: Path) -> str:
             while block := data.read(1 << 24):
                 digest.update(block)
     return digest.hexdigest()
+
+
+def json_sha256(value: Any) -> str:
+    """SHA-256 (hexadecimal) of a value that JSON can hold; the order of keys does not matter."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -13,9 +13,7 @@ if TYPE_CHECKING:
     from sd_unlearn.metrics.reader import ReaderClassifier
 
 
-def make_label_classifier(
-    concept: Concept, clip_model: str = CLIP_MODEL, clip_pretrained: str = CLIP_PRETRAINED
-) -> LabelClassifier:
+def make_label_classifier(concept: Concept) -> LabelClassifier:
     """The bundled classifier for concepts of a bundled base, zero-shot CLIP for all others.
 
     Raises:
@@ -25,7 +23,7 @@ def make_label_classifier(
         return bundled()
     from sd_unlearn.metrics.clip import ClipClassifier
 
-    return ClipClassifier(labels_of(concept), clip_model, clip_pretrained)
+    return ClipClassifier(labels_of(concept), CLIP_MODEL, CLIP_PRETRAINED)
 
 
 def labels_of(concept: Concept) -> tuple[str, ...]:

@@ -42,7 +42,6 @@ class Face:
     """A detected face."""
 
     box: Box  # x0, y0, x1, y1 in pixels, inside the image
-    probability: float  # in [0, 1], the detector's confidence
     embedding: NDArray[np.float32]  # [D], of length 1
 
 
@@ -84,13 +83,12 @@ class DlibFaces:
     def find(self, image: Image.Image) -> list[Face]:
         large, scale = _enlarge(image, self.SIDE)
         pixels = np.asarray(large)
-        boxes, margins, _ = self._detector.run(pixels, 0, 0.0)
+        boxes, _, _ = self._detector.run(pixels, 0, 0.0)
         faces = []
-        for box, margin in zip(boxes, margins, strict=True):
+        for box in boxes:
             embedding = self._network.compute_face_descriptor(pixels, self._landmarks(pixels, box))
             corners = (box.left(), box.top(), box.right() + 1, box.bottom() + 1)
-            # The detector returns a margin, not a probability; the logistic function maps its threshold 0 to 1/2.
-            faces.append(Face(_inside(corners, scale, image), float(1 / (1 + np.exp(-margin))), _unit(embedding)))
+            faces.append(Face(_inside(corners, scale, image), _unit(embedding)))
         return faces
 
 
@@ -106,21 +104,18 @@ class _Mtcnn:
         self.version = version("facenet-pytorch")
         self.name = f"MTCNN of facenet-pytorch {self.version}, enlarged to {self.SIDE}"
 
-    def find(self, image: Image.Image) -> tuple[Image.Image, float, list[tuple[NDArray, float, NDArray]]]:
-        """The enlarged image, its scale, and (box [4], probability, landmarks [5, 2]) of each face in it."""
+    def find(self, image: Image.Image) -> tuple[Image.Image, float, list[tuple[NDArray, NDArray]]]:
+        """The enlarged image, its scale, and (box [4], landmarks [5, 2]) of each face in it."""
         large, scale = _enlarge(image, self.SIDE)
         try:
-            boxes, probabilities, points = self.network.detect(large, landmarks=True)
+            boxes, _, points = self.network.detect(large, landmarks=True)
         except (RuntimeError, ValueError) as error:
             if "non-empty list" not in str(error):
                 raise
             boxes = None  # the package fails so on images too narrow for a face
         if boxes is None:
             return large, scale, []
-        found = [
-            (np.asarray(box, float), float(p), np.asarray(marks, float))
-            for box, p, marks in zip(boxes, probabilities, points, strict=True)
-        ]
+        found = [(np.asarray(box, float), np.asarray(marks, float)) for box, marks in zip(boxes, points, strict=True)]
         # A face outside the image cannot be cropped.
         return large, scale, [f for f in found if np.ptp(np.reshape(_inside(f[0], 1, large), (2, 2)), 0).min() >= 1]
 
@@ -162,11 +157,11 @@ class FacenetFaces:
     def find(self, image: Image.Image) -> list[Face]:
         large, scale, found = self._detector.find(image)
         faces = []
-        for box, probability, _ in found:
+        for box, _ in found:
             crop = self._detector.network.extract(large, np.stack([box]), None)
             with self._torch.no_grad():
                 embedding = self._network(crop.to(self._device)).cpu().numpy()[0]
-            faces.append(Face(_inside(box, scale, image), probability, _unit(embedding)))
+            faces.append(Face(_inside(box, scale, image), _unit(embedding)))
         return faces
 
 
@@ -203,10 +198,10 @@ class ArcFaces:
     def find(self, image: Image.Image) -> list[Face]:
         large, scale, found = self._detector.find(image)
         faces = []
-        for box, probability, points in found:
+        for box, points in found:
             pixels = np.asarray(align(large, points), np.float32).transpose(2, 0, 1)[None] / 127.5 - 1
             embedding = self._session.run(None, {self._input: pixels})[0][0]
-            faces.append(Face(_inside(box, scale, image), probability, _unit(embedding)))
+            faces.append(Face(_inside(box, scale, image), _unit(embedding)))
         return faces
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import os
-import sys
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -13,11 +11,13 @@ from sd_unlearn.config.objective import TimestepSampling
 from sd_unlearn.config.paths import local_path
 from sd_unlearn.errors import UnlearnError, UsageError
 from sd_unlearn.io.noise import silence_libraries
-from sd_unlearn.models.find_base import check_network, check_prediction, check_schedule, check_source
+from sd_unlearn.models.device import default_device
+from sd_unlearn.models.find_base import check_source
 from sd_unlearn.models.halving import HalvingBatches
 from sd_unlearn.models.kinds import KINDS, Kind, channels_of, kind_of, network_name
 from sd_unlearn.models.loading import load_pipeline
 from sd_unlearn.models.source import BUNDLED, FLOW, OPTION, Source
+from sd_unlearn.models.supported import check_network, check_prediction, check_schedule
 
 if TYPE_CHECKING:  # imported in functions: torch takes seconds to import
     from sd_unlearn.models.conditioning import TextConditioning
@@ -190,29 +190,6 @@ def check_text_encoder(kind: str | None, name: str) -> None:
             f"--train_text_encoder: {name} is a base of kind {kind}, whose text encoders cannot be trained. Leave the "
             "option out."
         )
-
-
-def wanted_precision(option: str | None) -> str:
-    """--mixed_precision, else accelerate's setting, else no."""
-    return option or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-
-
-def choose_precision(option: str | None) -> str:
-    """--mixed_precision, else accelerate's setting, else no. Without CUDA always no, with a message."""
-    import torch
-
-    wanted = wanted_precision(option)
-    if wanted != "no" and not torch.cuda.is_available():
-        print(f"No CUDA device: training in full precision on the CPU instead of {wanted}.", file=sys.stderr)
-        return "no"
-    return wanted
-
-
-def default_device() -> str:
-    """Where networks run: CUDA if there is a GPU, else the CPU."""
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def load_base(source: Source | str, precision: str = "no", device: Any = None) -> Base:

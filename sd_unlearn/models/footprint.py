@@ -8,13 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from sd_unlearn.choices import Precision
 from sd_unlearn.config.loop import Attention, Quantization
 from sd_unlearn.config.objective import LoraTargets
 from sd_unlearn.config.train import TARGETS_OF, TrainConfig, resolve_teacher_reuse
@@ -28,7 +29,6 @@ from sd_unlearn.models.quantized import quantize_linear_layers
 from sd_unlearn.models.student import make_student
 from sd_unlearn.models.vae import decoded, posterior
 
-Precision = Literal["no", "fp16", "bf16"]
 HALF = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 COUNTED = 2  # images of a counted pass; with a single one some copies are left out, as its rows are contiguous already
 EIGHT_BIT_FROM = 4096  # elements of a tensor; bitsandbytes keeps the moments of smaller ones in full precision

@@ -11,9 +11,9 @@ from typing import Any
 
 from sd_unlearn.errors import UnlearnError, UsageError, reason
 from sd_unlearn.launch import process_rank
-from sd_unlearn.models.find_base import check_class
 from sd_unlearn.models.kinds import COMPONENTS, KINDS, NETWORKS
 from sd_unlearn.models.source import OPTION, SINGLE_FILE_DIR, Source, variant_of
+from sd_unlearn.models.supported import check_class
 
 
 def load_pipeline(source: Source, dtype: Any) -> Any:

@@ -25,14 +25,19 @@ def recorded_source(record: Mapping[str, Any], allow_pickle: bool = False, name:
 
 
 def existing_source(record: Mapping[str, Any], allow_pickle: bool = False, name: str | None = None) -> Source:
-    """The same, of a base that is not a local one that was moved or deleted.
+    """The same, once its local folders and files are found.
 
     Raises:
-        UsageError: the recorded folder or file does not exist.
+        UsageError: the base, its VAE or its configuration was moved or deleted.
     """
     source, path = recorded_source(record, allow_pickle, name), record.get("path")
     if name is None and path and not source.place.exists():
         raise UsageError(f"The base that was trained on is not at {path} any more. Name its place with {OPTION}.")
+    for option, place in (("vae", source.vae), ("single_file_config", source.single_file_config)):
+        if place and Path(place).is_absolute() and not Path(place).exists():
+            raise UsageError(
+                f"The --{option} of the training is not at {place} any more. Put it back, or a link to it."
+            )
     return source
 
 

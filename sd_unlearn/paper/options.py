@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from cyclopts import Group
 
-from sd_unlearn.choices import Correction, Reduction
+from sd_unlearn.choices import Correction, Precision, Reduction
 from sd_unlearn.config.base import Seed
 from sd_unlearn.config.objective import Method
 from sd_unlearn.config.options import POSITIVE, BatchSize, Count, InferenceSteps, Range, SomeImages, option
@@ -110,9 +110,7 @@ class SharedOptions(PathOptions):
             Range(at_least=0),
         ),
     ] = None
-    mixed_precision: Annotated[
-        Literal["no", "fp16", "bf16"], option("Precision of the network during training.", TRAINING)
-    ] = "no"
+    mixed_precision: Annotated[Precision, option("Precision of the network during training.", TRAINING)] = "no"
     pretrained_model_name_or_path: Annotated[
         str | None, option("Model to fine-tune instead of the experiment's: hub id or folder.", TRAINING)
     ] = None

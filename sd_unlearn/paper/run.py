@@ -18,14 +18,14 @@ from accelerate import PartialState
 
 from sd_unlearn import __version__
 from sd_unlearn.errors import UsageError
-from sd_unlearn.io.files import atomic_path, check_writable, write_json, write_text
+from sd_unlearn.io.files import atomic_path, check_writable, timestamp, write_json, write_text
 from sd_unlearn.io.lock import locked, remove_leftovers
 from sd_unlearn.io.own_files import PAPER as PAPER_FILES
 from sd_unlearn.io.own_files import delete_own, is_free, kind_of, mark
 from sd_unlearn.io.reading import file_sha256, read_json, read_yaml
 from sd_unlearn.io.run_folder import CHECKPOINT_DIR, CONFIG, RESULTS, TRAINING
 from sd_unlearn.metrics.fidelity import InceptionFidelity
-from sd_unlearn.models.base import choose_precision
+from sd_unlearn.models.device import choose_precision
 from sd_unlearn.paper import stable_diffusion
 from sd_unlearn.paper.ddpm.datasets import load_dataset
 from sd_unlearn.paper.ddpm.sample import PARTS_DIR, from_bytes, generate_all, load_samples, make_sampler
@@ -37,7 +37,7 @@ from sd_unlearn.paper.judge import score
 from sd_unlearn.paper.judge.classifier import Classifier, get_classifier
 from sd_unlearn.paper.options import RunOptions
 from sd_unlearn.paper.settings import ExperimentSettings, default_settings, resolve, variant_of
-from sd_unlearn.results import Row
+from sd_unlearn.results import Row, as_json
 from sd_unlearn.training import checkpoint
 from sd_unlearn.training.provenance import PACKAGES, commit
 from sd_unlearn.training.trainer import PATIENCE
@@ -62,12 +62,11 @@ def run_experiment(name: str, options: RunOptions) -> Path:
 def run_ddpm(name: str, options: RunOptions) -> Path:
     """Run a DDPM experiment as far as it is not finished. Returns its folder. Raises as `run_experiment`."""
     experiment = find_experiment(name)
-    precision: Any = choose_precision(options.mixed_precision)
-    options = dataclasses.replace(options, mixed_precision=precision)
+    options = dataclasses.replace(options, mixed_precision=choose_precision(options.mixed_precision))
     settings, counts, size = resolve(experiment, options)
     folder = folder_of(experiment, options)
     check_writable(folder, "--output_dir")
-    config = {"experiment": name, "size": size, "seed": options.seed, **_as_json(settings)}
+    config = {"experiment": name, "size": size, "seed": options.seed, **as_json(settings)}
     check_same_run(folder, config, options.overwrite)
     if (folder / RESULTS).is_file() and not options.overwrite:
         print(f"{folder} is finished. Add --overwrite to run it again.", file=sys.stderr)
@@ -221,7 +220,7 @@ def _record(job: TrainingJob, cost: dict[str, Any], classifier: Classifier, rows
         "experiment": job.experiment.name,
         "size": job.size,
         "seed": job.seed,
-        "settings": _as_json(job.settings) | ({"betas": cost["betas"]} if cost.get("betas") else {}),
+        "settings": as_json(job.settings) | ({"betas": cost["betas"]} if cost.get("betas") else {}),
         "counts": job.counts,
         "classifier": classifier.record(job.experiment.normal),
         "rows": [dataclasses.asdict(row) for row in rows],
@@ -231,10 +230,6 @@ def _record(job: TrainingJob, cost: dict[str, Any], classifier: Classifier, rows
         "version": __version__,
         "versions": {p: version(p) for p in PACKAGES},
         "commit": commit(),
-        "created": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()),
+        "created": timestamp(),
     }
     write_json(job.folder / RESULTS, record)
-
-
-def _as_json(settings: ExperimentSettings) -> dict[str, Any]:
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(settings).items()}

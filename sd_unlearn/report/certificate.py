@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sd_unlearn.io.reading import file_sha256
 from sd_unlearn.io.run_folder import RESULTS
 from sd_unlearn.report.cases import Case
 from sd_unlearn.report.formatting import number, value_text
@@ -43,7 +43,7 @@ def certificate(folder: Path, results: Results, cases: Sequence[Case]) -> dict[s
     return {
         "results": results,
         "base": base_record(results.base),
-        "digest": hashlib.sha256((folder / RESULTS).read_bytes()).hexdigest(),
+        "digest": file_sha256(folder / RESULTS),
         "gone": GONE,
         "pages": [_page(case, cards) for case in targets],
     }

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 from typing import Any
 
 from sd_unlearn import __version__
 from sd_unlearn.config.train import TrainConfig
 from sd_unlearn.data.concept import Concept
+from sd_unlearn.io.files import timestamp
 from sd_unlearn.report.examples import one_of_each_prompt
 from sd_unlearn.report.lines import lines_of, presence
 from sd_unlearn.report.sweep import SCHEMA_VERSION, SHOWN
@@ -53,7 +53,7 @@ def make_record(
         "beta": beta,
         "beta_source": source,
         "push": config.push,
-        "created": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()),
+        "created": timestamp(),
         "version": __version__,
         "runs": [_run_record(point, found) for point, found in zip(points, results, strict=True)],
         "pictures": _pictures(points, results),

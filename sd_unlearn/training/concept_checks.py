@@ -8,7 +8,7 @@ from pathlib import Path
 from sd_unlearn.choices import CLOSED_FORM
 from sd_unlearn.config.loop import STEPS_OF_EACH
 from sd_unlearn.config.train import TrainConfig
-from sd_unlearn.data.concept import Concept, normalized
+from sd_unlearn.data.concept import Concept
 from sd_unlearn.data.dataset import Example, scan, set_names
 from sd_unlearn.data.render_job import plan_images
 from sd_unlearn.data.turns import make_turns
@@ -25,7 +25,7 @@ def check_concept(config: TrainConfig, concept: Concept) -> None:
     by_teacher = config.objective == "pu" and (config.target, config.caption_mode) == ("teacher", "both")
     if not (by_teacher or config.objective == "anchor" or config.objective in CLOSED_FORM):
         return
-    if normalized(concept.caption) == normalized(concept.generic):
+    if concept.is_replaced_with_itself:
         hint = ", or use --target noise" if by_teacher else ""
         raise UsageError(
             f'--concept "{concept.name}": caption and generic prompt are both "{concept.caption}", so nothing would be '

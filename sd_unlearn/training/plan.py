@@ -11,6 +11,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from sd_unlearn.choices import Precision
 from sd_unlearn.config.batching import Batching, effective_batch_size, share_of, with_options
 from sd_unlearn.config.train import TrainConfig, resolve_steps
 from sd_unlearn.data.plan import (
@@ -30,7 +31,7 @@ from sd_unlearn.io.reading import read_json, read_yaml
 from sd_unlearn.io.run_folder import CONFIG, TRAINING
 from sd_unlearn.launch import process_count, process_rank
 from sd_unlearn.models.fit import Device, Phase, Training, balanced
-from sd_unlearn.models.footprint import Precision, StepOptions, count_inference, count_training
+from sd_unlearn.models.footprint import StepOptions, count_inference, count_training
 from sd_unlearn.models.kinds import KINDS
 from sd_unlearn.models.meta import BaseNotFound, read_configs
 from sd_unlearn.models.sampling import resolve_sampler

@@ -64,6 +64,7 @@ class Inputs:
     data_dir: Path
     own_images: bool  # the user's own; otherwise the folder is rendered if missing or unfinished
     tracker: str | None
+    own: tuple[Example, ...] = ()  # the user's own images, with those of --positives
     notes: tuple[str, ...] = ()  # lines for the user: what own images were found, what gets few images or steps
 
 
@@ -97,8 +98,8 @@ def check_inputs(config: TrainConfig, concept: Concept | None = None) -> Inputs:
         check_folder(job)
         check_counts(config, concept, data_dir)
         notes = describe_without_images(job.groups)
-    photos = scan_positives(config.positives, concept) if config.positives else []
     own = scan_own(config, concept, data_dir) if own_images else []
+    photos = find_photos(config, concept, own)
     groups = [example.group for example in own] or image_groups(config, concept, photos)
     check_batch_size(config, concept, data_dir, config.target == "teacher" or "keep" in groups)
     if config.objective == "neggrad" and config.target == "noise" and "keep" not in groups:
@@ -111,7 +112,8 @@ def check_inputs(config: TrainConfig, concept: Concept | None = None) -> Inputs:
     sets = [len(members) for members in members_of_sets(own).values()] or [groups.count("positive")]
     check_probe(config, concept, groups, sets)
     notes += [*describe_found(config, data_dir, own, photos), *describe_few_steps(config, concept)]
-    return Inputs(concept, source, data_dir, own_images, choose_tracker(config.report_to), tuple(notes))
+    tracker = choose_tracker(config.report_to)
+    return Inputs(concept, source, data_dir, own_images, tracker, tuple(own or photos), tuple(notes))
 
 
 def check_bitsandbytes(config: TrainConfig) -> None:
@@ -192,6 +194,18 @@ def check_data_dir(config: TrainConfig, data_dir: Path) -> None:
             "use. Leave them out with --eta 0, or use --objective pu."
         )
     check_writable(data_dir, "--data_dir")
+
+
+def find_photos(config: TrainConfig, concept: Concept, own: Sequence[Example]) -> list[Example]:
+    """The images of --positives, among the user's own images if they were read.
+
+    Raises:
+        UsageError: as scan_positives.
+    """
+    folder = config.positives
+    if folder is None:
+        return []
+    return [example for example in own if example.path.parent == folder] or scan_positives(folder, concept)
 
 
 def image_groups(config: TrainConfig, concept: Concept, photos: Sequence[Example]) -> Sequence[str]:

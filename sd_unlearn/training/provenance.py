@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import math
 import resource
 import subprocess
-import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,9 +21,9 @@ from sd_unlearn.data.concept import Concept, concept_sha256
 from sd_unlearn.data.prior import Prior
 from sd_unlearn.data.several import read_concepts, write_concepts
 from sd_unlearn.errors import UsageError
-from sd_unlearn.io.files import write_text
+from sd_unlearn.io.files import timestamp, write_text
 from sd_unlearn.io.own_files import RUN, delete_own, mark
-from sd_unlearn.io.reading import read_yaml
+from sd_unlearn.io.reading import json_sha256, read_yaml
 from sd_unlearn.io.run_folder import BEST_DIR, CONCEPT, CONFIG, TRAINING
 from sd_unlearn.models.base import Base
 from sd_unlearn.seeds import TRAIN_SEEDS
@@ -104,8 +101,8 @@ def basic_record(config: Any, concept: Concept, base: Base) -> dict[str, Any]:
         "concept": concept.slug,
         **({"concepts": [part.slug for part in concept.parts]} if len(concept.parts) > 1 else {}),
         "base": base.describe(),
-        "config_sha256": hashlib.sha256(json.dumps(as_dict(config), sort_keys=True).encode()).hexdigest(),
-        "created": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()),
+        "config_sha256": json_sha256(as_dict(config)),
+        "created": timestamp(),
         "version": __version__,
         "versions": {p: version(p) for p in PACKAGES},
         "commit": commit(),

@@ -122,12 +122,7 @@ def make_training(
         student.base_copy = accelerator.prepare_model(student.base_copy, evaluation_mode=True)
     process = base.process(config.resolution, config.timestep_sampling)
     denoiser = dataclasses.replace(Denoiser.of(base, student.model), process=process)
-    held_out: list[int] = []
-    images = data.images
-    if probe_name(config) == "ratio":
-        kept, held_out = hold_out(images.examples, seed)
-        images = images.subset(kept)
-    seen = [images if len(data.turns) == 1 else dataclasses.replace(images, examples=t.examples) for t in data.turns]
+    seen, held_out = _seen_images(config, data, seed)
     samplers = [
         make_batches(config, turn.concept, of_turn, denoiser.process, accelerator, number)
         for number, (turn, of_turn) in enumerate(zip(data.turns, seen, strict=True))
@@ -140,10 +135,9 @@ def make_training(
     in_turn = samplers[0] if len(samplers) == 1 else InTurn(samplers, seed)
     steps: Steps = in_turn
     teachers = [_make_teacher(config, turn, data, student, denoiser, base) for turn in data.turns if has_teacher]
-    repeats = config.teacher_reuse or 1
-    if teachers and repeats > 1:
+    if teachers and config.teacher_reuse and config.teacher_reuse > 1:
         _check_equal_sizes(samplers)
-        steps = RepeatedBatches(in_turn, REPEATED_STEPS, repeats, identity)
+        steps = RepeatedBatches(in_turn, REPEATED_STEPS, config.teacher_reuse, identity)
         bank, offsets = PredictionBank(), PredictionBank()
         teachers = [dataclasses.replace(teacher, bank=bank, offsets=offsets) for teacher in teachers]
 
@@ -175,6 +169,18 @@ def make_training(
         [teacher.movement for teacher in teachers],
         teachers[0].offsets if teachers else None,
     )
+
+
+def _seen_images(config: TrainConfig, data: Data, seed: int) -> tuple[list[EncodedImages], list[int]]:
+    """The images as each turn takes them, and the indices of those that --probe ratio holds out."""
+    images = data.images
+    held_out: list[int] = []
+    if probe_name(config) == "ratio":
+        kept, held_out = hold_out(images.examples, seed)
+        images = images.subset(kept)
+    if len(data.turns) == 1:
+        return [images], held_out
+    return [dataclasses.replace(images, examples=turn.examples) for turn in data.turns], held_out
 
 
 def make_batches(

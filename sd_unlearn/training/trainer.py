@@ -28,7 +28,8 @@ from sd_unlearn.io.files import write_json
 from sd_unlearn.io.lock import locked, remove_leftovers
 from sd_unlearn.io.run_folder import BEST_DIR, CHECKPOINT_DIR, DATA_MANIFEST, PREVIEW_DIR, TRAINING
 from sd_unlearn.launch import process_count, process_rank
-from sd_unlearn.models.base import Base, choose_precision, load_base
+from sd_unlearn.models.base import Base, load_base
+from sd_unlearn.models.device import choose_precision
 from sd_unlearn.models.zero_terminal_snr import use_zero_terminal_snr
 from sd_unlearn.seeds import TRAIN_SEEDS
 from sd_unlearn.training import checkpoint

@@ -159,7 +159,7 @@ def test_photos_of_one_person_are_not_those_of_another(make: Callable[..., Plan]
 
 def test_concepts_come_from_a_csv_file(make: Callable[..., Plan], tmp_path: Path) -> None:
     table = tmp_path / "people.csv"
-    table.write_text('name,anchor,kind\nJane Example,"a woman, smiling",person\nseven,,\n')
+    table.write_text('name, anchor, kind\nJane Example, "a woman, smiling", person\nseven,,\n')
     plan = make(concepts=[str(table)])
     assert [job.concept.name for job in plan.lines] == ["Jane Example", "seven"]
     assert plan.lines[0].concept.generic == "a photo of a woman, smiling"
@@ -234,7 +234,8 @@ def test_a_csv_file_with_a_mistake_names_the_line(make: Callable[..., Plan], tmp
     table = tmp_path / "people.csv"
     for text, message in (
         ("name,anhcor\nA,b\n", 'unknown key "anhcor". Did you mean "anchor"?'),
-        ("name,anchor\nA,b\nC,d,e\n", "line 3 has more cells than the header"),
+        ("name,anchor\nA,b\nC,d,e\n", "line 3 has more than the 2 columns of the first line"),
+        ('name,anchor\nA,"b\n', "is not valid CSV after line 1"),
         ("name,kind\nA,planet\n", "line 2: kind"),
         ("name,anchor\n", "lists no concept"),
     ):

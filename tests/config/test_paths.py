@@ -112,6 +112,10 @@ def test_records_of_relative_paths_are_found_from_another_folder(
         load_recorded_base(record, device="cpu")
     assert load_recorded_base(record, device="cpu", name="../moved").sha256 == record["sha256"]
     (tmp_path / "moved").rename(tmp_path / "mine")
+    (tmp_path / "vae").rename(tmp_path / "moved vae")
+    with pytest.raises(UsageError, match=f"The --vae of the training is not at {tmp_path}/vae any more"):
+        load_recorded_base(record, device="cpu")
+    (tmp_path / "moved vae").rename(tmp_path / "vae")
     again = {"pretrained_model_name_or_path": "../mine", "vae": "../vae"}
     assert render.run(RenderConfig(**given, **again)) == tmp_path / "data"
     with pytest.raises(UsageError, match="--vae .*/vae then, default now"):

@@ -23,8 +23,8 @@ from sd_unlearn.data.concept import (
     from_anchor,
     load_concept,
     read_concept,
-    write_concept,
 )
+from sd_unlearn.data.several import write_concepts
 from sd_unlearn.errors import UsageError
 from sd_unlearn.evaluation.evaluate import _concept_entry
 
@@ -177,7 +177,7 @@ def test_the_papers_setting_is_brad_pitts_default() -> None:
 
 def test_round_trip(tmp_path: Path) -> None:
     for number, concept in enumerate([*map(read_concept, SHIPPED), from_anchor('🙂 "x"/y: #1', "a man")]):
-        write_concept(tmp_path / f"{number}.yaml", concept)
+        write_concepts(tmp_path / f"{number}.yaml", concept)
         assert read_concept(tmp_path / f"{number}.yaml") == concept
 
 
@@ -194,7 +194,7 @@ def test_paraphrases_are_training_captions(tmp_path: Path) -> None:
     concept = read_concept(path)
     assert concept.captions == ["a photo of x", "an x", "the x", "x, please"]
     assert read_concept(write(tmp_path / "y.yaml")).captions == ["a photo of x"]
-    write_concept(tmp_path / "again.yaml", concept)
+    write_concepts(tmp_path / "again.yaml", concept)
     assert read_concept(tmp_path / "again.yaml") == concept
 
 

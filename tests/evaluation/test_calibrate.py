@@ -180,6 +180,10 @@ def test_one_of_several_concepts_has_to_be_named(run: Path, tmp_path: Path) -> N
         ({"run": True, "groups": ["direct"]}, "Retention is not measured.*Add alike and general to --groups"),
         ({"run": True, "groups": ["direct"], "retention": 0}, "Retention is not measured"),
         ({"run": True, "concept": "brad-pitt"}, "No strength can be recommended.*Only CLIP looked for Brad Pitt"),
+        (
+            {"run": True, "metrics": ["digits", "fidelity"], "real_images": Path()},
+            r"--real_images \. is for --metrics fidelity or cmmd, which calibrate does not run",
+        ),
         ({"run": True, "leakage": 2.0}, "--leakage 2 must be"),
     ],
 )

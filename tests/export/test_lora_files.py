@@ -14,7 +14,8 @@ from export_runs import MODULES, SLUG, evaluation, exported, hand_run, read_head
 from safetensors.torch import load_file
 
 from sd_unlearn.config.base import ExportConfig
-from sd_unlearn.data.concept import Concept, write_concept
+from sd_unlearn.data.concept import Concept
+from sd_unlearn.data.several import write_concepts
 from sd_unlearn.errors import UnlearnError, UsageError
 from sd_unlearn.export import export, write
 from sd_unlearn.io.files import write_json
@@ -267,7 +268,7 @@ def test_a_damaged_json_file_is_named_in_one_line(tmp_path: Path, file: str, con
 def test_an_oversized_header_is_refused(tmp_path: Path) -> None:
     run = hand_run(tmp_path)
     long = Concept(name="x" * 1024 * 1024, caption="a", generic="b")
-    write_concept(run / "concept.yaml", long)
+    write_concepts(run / "concept.yaml", long)
     with pytest.raises(UnlearnError, match="header would take"):
         exported(run)
 
@@ -312,7 +313,7 @@ def test_a_changed_card_is_not_replaced_and_a_missing_one_is_written_again(tmp_p
 
 def test_a_second_concept_does_not_replace_the_export_of_the_first(tmp_path: Path) -> None:
     exported(hand_run(tmp_path / "one"), output_dir=tmp_path / "out")
-    write_concept(hand_run(tmp_path / "two") / "concept.yaml", Concept("Angelina", "a photo of Angelina", "a woman"))
+    write_concepts(hand_run(tmp_path / "two") / "concept.yaml", Concept("Angelina", "a photo of Angelina", "a woman"))
     with pytest.raises(UsageError, match="not an export of .Angelina."):
         exported(tmp_path / "two", output_dir=tmp_path / "out")
     exported(tmp_path / "one", output_dir=tmp_path / "out")

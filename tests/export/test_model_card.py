@@ -15,7 +15,8 @@ from export_runs import SLUG, evaluated, exported, hand_run, read_header, traini
 from markdown_it import MarkdownIt
 from PIL import Image
 
-from sd_unlearn.data.concept import Concept, write_concept
+from sd_unlearn.data.concept import Concept
+from sd_unlearn.data.several import write_concepts
 from sd_unlearn.export import metadata, model_card, trained_run
 from sd_unlearn.io.files import write_json
 from sd_unlearn.io.reading import read_json
@@ -306,6 +307,6 @@ def test_the_header_holds_the_hash_of_the_concept(tmp_path: Path) -> None:
     one, same, other = (tmp_path / name for name in "abc")
     for run in (one, same, other):
         hand_run(run)
-    write_concept(other / "concept.yaml", Concept(name="Brad Pitt", caption="a portrait of Brad Pitt", generic="b"))
+    write_concepts(other / "concept.yaml", Concept(name="Brad Pitt", caption="a portrait of Brad Pitt", generic="b"))
     hashes = [read_header(exported(run)[1])["sd_unlearn.prompts_sha256"] for run in (one, same, other)]
     assert hashes[0] == hashes[1] != hashes[2]

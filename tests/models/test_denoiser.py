@@ -48,7 +48,7 @@ def seen(text: Tensor) -> Batch:
     )
 
 
-def test_an_unconditional_model_is_told_nothing() -> None:
+def test_an_unconditional_model_gets_no_caption() -> None:
     one, noisy = denoiser(None), torch.randn(SHAPE)
     found = one.predict(noisy, TIMESTEPS, torch.tensor([[1.0], [2.0], [3.0]]))
     assert found.shape == noisy.shape
@@ -56,7 +56,7 @@ def test_an_unconditional_model_is_told_nothing() -> None:
     assert torch.equal(found, one.model(noisy, TIMESTEPS).sample)
 
 
-def test_a_class_conditional_model_is_told_the_class() -> None:
+def test_a_class_conditional_model_gets_the_class() -> None:
     one, noisy = denoiser(10), torch.randn(SHAPE)
     found = one.predict(noisy, TIMESTEPS, torch.tensor([[7.0], [0.0], [9.0]]))
     assert torch.equal(found, one.model(noisy, TIMESTEPS, class_labels=torch.tensor([7, 0, 9])).sample)

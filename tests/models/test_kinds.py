@@ -207,7 +207,7 @@ def test_what_training_predicts_is_what_drawing_predicts(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_previews_are_drawn_as_images_are(kinds: Kinds, kind: str) -> None:
+def test_previews_are_generated_like_images(kinds: Kinds, kind: str) -> None:
     """From embeddings, with the text encoders gone."""
     base = loaded(kinds, kind)
     wanted = pixels(generate_images(base, PROMPTS, SEEDS, FEW))
@@ -276,6 +276,12 @@ def test_a_vae_that_is_not_finite_in_full_precision_either_is_refused(kinds: Kin
 # -- what is recorded, and loaded again --
 
 
+def test_a_recorded_configuration_that_was_moved_is_named() -> None:
+    record = {"name": "owner/name", "single_file_config": "/gone/configs"}
+    with pytest.raises(UsageError, match="The --single_file_config of the training is not at /gone/configs any more"):
+        load_recorded_base(record, device="cpu")
+
+
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_base_is_loaded_again_as_it_was_recorded(kinds: Kinds, kind: str, form: str) -> None:
@@ -284,7 +290,7 @@ def test_a_base_is_loaded_again_as_it_was_recorded(kinds: Kinds, kind: str, form
     assert again.describe() == base.describe()
 
 
-def test_another_vae_is_recorded_and_drawn_with(kinds: Kinds, tmp_path: Path) -> None:
+def test_another_vae_is_recorded_and_used(kinds: Kinds, tmp_path: Path) -> None:
     other = kinds.pipeline("sd2").vae
     other.save_pretrained(tmp_path / "vae")
     plain = loaded(kinds, "sd1")
@@ -301,7 +307,7 @@ def test_another_vae_is_recorded_and_drawn_with(kinds: Kinds, tmp_path: Path) ->
         load_recorded_base(base.describe() | {"sha256": "0"}, device="cpu")
 
 
-def test_folders_rendered_with_another_vae_are_not_gone_on_with(kinds: Kinds, tmp_path: Path) -> None:
+def test_a_folder_rendered_with_another_vae_is_not_continued(kinds: Kinds, tmp_path: Path) -> None:
     kinds.pipeline("sd2").vae.save_pretrained(tmp_path / "vae")
     few = {"num_unlabeled": 2, "num_mixed_in": 0, "num_positive": 2, "num_keep": 0, "concept": "seven"}
     command = ["render", *flags(kinds.options("sd1", "folder") | few)]
@@ -314,7 +320,7 @@ def test_a_run_of_before_the_vae_was_recorded(kinds: Kinds) -> None:
     assert load_recorded_base({k: v for k, v in record.items() if k != "vae_sha256"}, device="cpu").kind == "sd1"
 
 
-def test_a_lora_of_sdxl_changes_what_is_drawn_after_loading(kinds: Kinds, tmp_path: Path) -> None:
+def test_a_lora_of_sdxl_changes_images_after_loading(kinds: Kinds, tmp_path: Path) -> None:
     base = loaded(kinds, "sdxl")
     before = pixels(generate_images(base, PROMPTS, SEEDS, FEW))
     student = make_student(base, Weights(rank=2), 0, needs_teacher=False)

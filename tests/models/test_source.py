@@ -188,7 +188,7 @@ def test_a_published_file_needs_no_configuration(tmp_path: Path, kind: str) -> N
     assert (source.kind, source.known_prediction_type) == (kind, PREDICTS[kind])
 
 
-def test_sd2_files_must_be_told_what_they_predict_unless_they_say_so(tmp_path: Path) -> None:
+def test_sd2_files_need_a_prediction_type_unless_they_state_it(tmp_path: Path) -> None:
     silent = published(tmp_path / "silent.safetensors", "sd2")
     refused(r"does not state its prediction type\. Add --prediction_type v_prediction \(768", silent)
     assert found(silent, prediction_type="epsilon").known_prediction_type == "epsilon"
@@ -230,7 +230,7 @@ def test_files_without_a_vae_need_one(kinds: Kinds, tmp_path: Path) -> None:
 # -- the VAE --
 
 
-def test_a_vae_that_is_none(kinds: Kinds, tmp_path: Path) -> None:
+def test_what_is_not_a_vae_is_refused(kinds: Kinds, tmp_path: Path) -> None:
     base = kinds.folder("sd1")
     refused("--vae .* is neither a local folder or file nor a Hub id", base, vae="./nowhere")
     refused("--vae .* holds neither config.json nor vae/config.json", base, vae=str(tmp_path))

@@ -71,7 +71,7 @@ def test_methods_are_ordered_by_rank_whoever_wins(tmp_path: Path) -> None:
     assert text.index("| ESD-x |") < text.index("| ours |")
 
 
-def test_fine_tuning_is_told_in_steps_until_half_is_back(tmp_path: Path) -> None:
+def test_fine_tuning_is_reported_in_steps_until_half_is_back(tmp_path: Path) -> None:
     write_record(tmp_path / "records", "pu")
     assert lines_of(page_of(tmp_path), "ours")[2].endswith("| 50 (0 / 40 / 60 / 50) |")
 
