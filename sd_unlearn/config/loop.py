@@ -20,10 +20,11 @@ Schedule = Literal["cosine", "linear", "constant", "constant_with_warmup", "cosi
 Attention = Literal["sdpa", "xformers", "eager"]
 Quantization = Literal["int8", "nf4"]
 
-LEARNING_RATE, FLOW_LEARNING_RATE = 4e-4, 8e-4  # docs/tuning.md
-# Training steps by --add_edit, and at least as many for each concept; docs/tuning.md, docs/emoji.md
-STEPS = {"uce": 200, "none": 500}
-STEPS_OF_EACH = 25
+# By --add_edit: the peak learning rate of UNets, and the training steps; docs/tuning.md
+LEARNING_RATE = {"uce": 8e-4, "none": 4e-4}
+STEPS = {"uce": 250, "none": 500}
+FLOW_LEARNING_RATE = 8e-4
+STEPS_OF_EACH = 25  # at least, of each of several concepts; docs/emoji.md
 
 OPTIMIZER = Group("Optimizer", sort_key=4)
 MONITORING = Group("Monitoring and early stopping", sort_key=5)
@@ -47,8 +48,8 @@ class Optimizing:
     learning_rate: Annotated[
         float | None,
         option(
-            f"Peak learning rate. Default: {LEARNING_RATE}; for transformers (SD 3, FLUX, Z-Image) "
-            f"{FLOW_LEARNING_RATE}.",
+            f"Peak learning rate. Default: {LEARNING_RATE['uce']}, or {LEARNING_RATE['none']} for a UNet with "
+            "--add_edit none.",
             OPTIMIZER,
             POSITIVE,
         ),
@@ -91,8 +92,8 @@ class Optimizing:
 
     @property
     def peak_rate(self) -> float:
-        """The learning rate, given or that of a UNet."""
-        return LEARNING_RATE if self.learning_rate is None else self.learning_rate
+        """The learning rate, given (as in resolved options) or that of a UNet without an edit."""
+        return LEARNING_RATE["none"] if self.learning_rate is None else self.learning_rate
 
 
 @dataclass(kw_only=True)

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from sd_unlearn.choices import ObjectiveName
 from sd_unlearn.config.base import RenderConfig
-from sd_unlearn.config.loop import STEPS, STEPS_OF_EACH, LoopOptions, Performance
+from sd_unlearn.config.loop import FLOW_LEARNING_RATE, LEARNING_RATE, STEPS, STEPS_OF_EACH, LoopOptions, Performance
 from sd_unlearn.config.objective import REUSE, Edit, LoraTargets, Noise, Objective, Weights
 from sd_unlearn.config.options import (
     GENERAL,
@@ -52,6 +52,12 @@ def resolve_edit(config: TrainConfig, is_flow: bool) -> Edit | None:
         return config.add_edit
     is_ours = config.objective == "pu" and config.target == "teacher" and not config.use_dora
     return "uce" if is_ours and not is_flow else "none"
+
+
+def resolve_learning_rate(config: TrainConfig, is_flow: bool) -> float:
+    """The peak learning rate, given or by default."""
+    by_default = FLOW_LEARNING_RATE if is_flow else LEARNING_RATE[resolve_edit(config, is_flow) or "none"]
+    return config.learning_rate or by_default
 
 
 def resolve_steps(config: TrainConfig, concepts: int, is_flow: bool) -> int:

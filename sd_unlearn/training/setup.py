@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from sd_unlearn.config.batching import Batching, effective_batch_size
 from sd_unlearn.config.checks import unused_options
-from sd_unlearn.config.loop import FLOW_LEARNING_RATE, LEARNING_RATE
 from sd_unlearn.config.train import (
     TrainConfig,
     default_lora_targets,
     resolve_edit,
+    resolve_learning_rate,
     resolve_steps,
     resolve_teacher_reuse,
 )
@@ -59,11 +59,6 @@ def default_unconditional(base: Base) -> float:
     return UNCONDITIONAL.get(base.name, 0.25) if base.uses_guidance else 0.0
 
 
-def default_learning_rate(base: Base) -> float:
-    """Peak learning rate, by the kind of the base."""
-    return FLOW_LEARNING_RATE if KINDS[base.kind].is_flow else LEARNING_RATE
-
-
 def resolve_defaults(config: TrainConfig, base: Base, data: Data, processes: int) -> TrainConfig:
     """The options with every default filled in, as they are recorded; without those on how the run was started.
 
@@ -82,7 +77,7 @@ def resolve_defaults(config: TrainConfig, base: Base, data: Data, processes: int
         effective_batch_size=effective_batch_size(config, processes),
         gradient_accumulation_steps=None if config.train_batch_size else config.gradient_accumulation_steps,
         guidance_scale=resolve_sampler(config, base.source).guidance_scale,
-        learning_rate=config.learning_rate or default_learning_rate(base),
+        learning_rate=resolve_learning_rate(config, is_flow),
         lora_targets=targets if is_lora else None,
         add_edit=resolve_edit(config, is_flow),
         max_train_steps=resolve_steps(config, len(data.turns), is_flow),

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from train_runs import ADAPTER, logged, make, rendered
 
 from sd_unlearn.config.checks import check_train
-from sd_unlearn.config.loop import STEPS
+from sd_unlearn.config.loop import LEARNING_RATE, STEPS
 from sd_unlearn.config.train import TrainConfig, resolve_edit
 from sd_unlearn.errors import UsageError
 from sd_unlearn.evaluation.loras import open_lora
@@ -116,6 +116,7 @@ def test_the_default(loaded_base: Base, options: dict[str, Any], edit: str | Non
     resolved = resolve_defaults(TrainConfig(concept="seven", **options), loaded_base, data, 1)
     assert resolved.add_edit == edit
     assert resolved.max_train_steps == STEPS[edit or "none"]
+    assert resolved.learning_rate == LEARNING_RATE[edit or "none"]
 
 
 @pytest.mark.parametrize(
