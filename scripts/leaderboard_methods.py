@@ -39,7 +39,7 @@ METHODS: dict[str, Method] = {
     "pu-attention": Method(
         "ours, attention only",
         "a LoRA on attention projections only",
-        options={**ATTENTION, "teacher_reuse": 1, "add_edit": "none"},
+        options={**ATTENTION, "teacher_reuse": 1, "max_train_steps": 500},
     ),
     "pu-noise": Method(
         "ours, noise as target",

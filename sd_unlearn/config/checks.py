@@ -43,8 +43,6 @@ def check_train(config: TrainConfig) -> None:
     if config.method == "full":
         _check_full(config)
     _check_objective(config)
-    if config.add_edit == "uce" and config.use_dora:
-        raise UsageError("--add_edit uce does not work with --use_dora. Leave one of them out.")
     if config.quantize_base:
         _check_quantized(config)
     if config.offload and config.use_dora:
@@ -81,8 +79,7 @@ def _check_closed_form(config: TrainConfig) -> None:
 
 def _check_full(config: TrainConfig) -> None:
     """--method full trains the UNet itself, so options of a LoRA do not apply."""
-    of_lora = ("use_dora", "train_text_encoder", "lora_dropout", "lora_targets", "add_edit", "rank", "lora_alpha")
-    for name in (*of_lora, "offload"):
+    for name in ("use_dora", "train_text_encoder", "lora_dropout", "lora_targets", "rank", "lora_alpha", "offload"):
         if getattr(config, name) != getattr(TrainConfig, name):
             raise UsageError(f"--{name} is for --method lora; --method full trains the UNet itself.")
 

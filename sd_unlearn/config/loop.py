@@ -20,10 +20,7 @@ Schedule = Literal["cosine", "linear", "constant", "constant_with_warmup", "cosi
 Attention = Literal["sdpa", "xformers", "eager"]
 Quantization = Literal["int8", "nf4"]
 
-# By --add_edit: the peak learning rate of UNets, and the training steps; docs/tuning.md
-LEARNING_RATE = {"uce": 8e-4, "none": 4e-4}
-STEPS = {"uce": 250, "none": 500}
-FLOW_LEARNING_RATE = 8e-4
+STEPS, FLOW_STEPS = 250, 500  # docs/tuning.md
 STEPS_OF_EACH = 25  # at least, of each of several concepts; docs/emoji.md
 
 OPTIMIZER = Group("Optimizer", sort_key=4)
@@ -39,21 +36,13 @@ class Optimizing:
     max_train_steps: Annotated[
         int | None,
         option(
-            f"Number of training steps. Default: {STEPS['uce']}, or {STEPS['none']} with --add_edit none (on "
-            f"transformers always), but at least {STEPS_OF_EACH} for each concept.",
+            f"Number of training steps. Default: {STEPS}; for transformers (SD 3, FLUX, Z-Image) {FLOW_STEPS}; at "
+            f"least {STEPS_OF_EACH} for each concept.",
             START,
             Count,
         ),
     ] = None
-    learning_rate: Annotated[
-        float | None,
-        option(
-            f"Peak learning rate. Default: {LEARNING_RATE['uce']}, or {LEARNING_RATE['none']} for a UNet with "
-            "--add_edit none.",
-            OPTIMIZER,
-            POSITIVE,
-        ),
-    ] = None
+    learning_rate: Annotated[float, option("Peak learning rate.", OPTIMIZER, POSITIVE)] = 8e-4
     optimizer: Annotated[
         Literal["adamw", "adamw8bit"],
         option("AdamW, or AdamW with 8-bit states (extra 8bit: pip install 'sd-unlearn[8bit]').", OPTIMIZER),
@@ -87,13 +76,8 @@ class Optimizing:
 
     @property
     def steps(self) -> int:
-        """The number of training steps, given (as in resolved options) or that of one concept without an edit."""
-        return self.max_train_steps or STEPS["none"]
-
-    @property
-    def peak_rate(self) -> float:
-        """The learning rate, given (as in resolved options) or that of a UNet without an edit."""
-        return LEARNING_RATE["none"] if self.learning_rate is None else self.learning_rate
+        """The number of training steps, given (as in resolved options) or that of one concept and a UNet."""
+        return self.max_train_steps or STEPS
 
 
 @dataclass(kw_only=True)

@@ -17,7 +17,6 @@ from sd_unlearn.config.options import (
 
 Method = Literal["lora", "full"]
 LoraTargets = Literal["attention", "cross_attention", "attention+mlp", "all_linear+conv", "not_cross_attention"]
-Edit = Literal["uce", "none"]
 TimestepSampling = Literal["shift", "uniform", "logit_normal"]
 REUSE = 5  # default of --teacher_reuse
 
@@ -184,15 +183,6 @@ class Weights:
             "attention and feed-forward layers, all linear and convolutional layers, or all of these outside "
             "cross-attention. With fewer layers, prompts and fine-tuning bring the concept back more easily. Default: "
             "all_linear+conv; cross_attention with --objective esd-x and not_cross_attention with esd-u.",
-            WEIGHTS,
-        ),
-    ] = None
-    add_edit: Annotated[
-        Edit | None,
-        option(
-            "An edit of cross-attention in closed form that is saved in the LoRA beside what was trained. uce: the one "
-            "of --objective uce; training then needs fewer steps. Default: uce with --objective pu on bases with "
-            "cross-attention (SD 1.x, 2.x, XL), else none.",
             WEIGHTS,
         ),
     ] = None

@@ -6,8 +6,8 @@ from typing import Annotated
 
 from sd_unlearn.choices import ObjectiveName
 from sd_unlearn.config.base import RenderConfig
-from sd_unlearn.config.loop import FLOW_LEARNING_RATE, LEARNING_RATE, STEPS, STEPS_OF_EACH, LoopOptions, Performance
-from sd_unlearn.config.objective import REUSE, Edit, LoraTargets, Noise, Objective, Weights
+from sd_unlearn.config.loop import FLOW_STEPS, STEPS, STEPS_OF_EACH, LoopOptions, Performance
+from sd_unlearn.config.objective import REUSE, LoraTargets, Noise, Objective, Weights
 from sd_unlearn.config.options import (
     GENERAL,
     START,
@@ -42,28 +42,9 @@ def default_lora_targets(objective: ObjectiveName) -> LoraTargets:
     return TARGETS_OF.get(objective, "all_linear+conv")
 
 
-def resolve_edit(config: TrainConfig, is_flow: bool) -> Edit | None:
-    """The edit that is added to the LoRA, given or by default; None without a LoRA.
-
-    By default there is none in the paper's own setting and with the objectives of other papers. is_flow: whether the
-    base is a transformer, without layers of cross-attention.
-    """
-    if config.method != "lora" or config.add_edit:
-        return config.add_edit
-    is_ours = config.objective == "pu" and config.target == "teacher" and not config.use_dora
-    return "uce" if is_ours and not is_flow else "none"
-
-
-def resolve_learning_rate(config: TrainConfig, is_flow: bool) -> float:
-    """The peak learning rate, given or by default."""
-    by_default = FLOW_LEARNING_RATE if is_flow else LEARNING_RATE[resolve_edit(config, is_flow) or "none"]
-    return config.learning_rate or by_default
-
-
 def resolve_steps(config: TrainConfig, concepts: int, is_flow: bool) -> int:
-    """The number of training steps, given or by default. concepts: at once."""
-    edit = resolve_edit(config, is_flow) or "none"
-    return config.max_train_steps or max(STEPS[edit], STEPS_OF_EACH * concepts)
+    """The number of training steps, given or by default. concepts: at once; is_flow: of a transformer."""
+    return config.max_train_steps or max(FLOW_STEPS if is_flow else STEPS, STEPS_OF_EACH * concepts)
 
 
 def resolve_teacher_reuse(config: TrainConfig, concepts: int) -> int:

@@ -57,7 +57,6 @@ _SETTINGS = (
     "fuse_method",
     "method",
     "lora_targets",
-    "add_edit",
     "rank",
     "lora_alpha",
     "beta",

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from sd_unlearn.config.objective import LoraTargets, Weights
@@ -18,10 +16,9 @@ from sd_unlearn.io.files import atomic_path, write_json
 from sd_unlearn.io.reading import read_json
 from sd_unlearn.io.run_folder import ADAPTER_DIR, TEXT_ADAPTER_DIR, WEIGHTS_FILE
 from sd_unlearn.models.kinds import KINDS, kind_of
-from sd_unlearn.models.lora_file import PEFT_CONFIG, PEFT_PREFIX, LoraFile, read_lora_file
+from sd_unlearn.models.lora_file import PEFT_CONFIG, LoraFile, read_lora_file
 
 ADAPTER_NAME = "default"
-Factors = Mapping[str, tuple[Tensor, Tensor]]  # module -> (down [rank, in], up [out, rank])
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 # The same projections of the text tokens in a transformer with joint attention, as SD 3 and FLUX.
 CONTEXT = ["add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
@@ -69,10 +66,11 @@ def attach(network: nn.Module, options: Weights, target_modules: list[str], seed
 
 
 @torch.no_grad()
-def attach_factors(network: nn.Module, factors: Factors) -> PeftModel:
+def attach_factors(network: nn.Module, factors: dict[str, tuple[Tensor, Tensor]]) -> PeftModel:
     """Wrap a network with a LoRA that adds up @ down to each weight.
 
-    factors: of the same rank everywhere; of a convolution `in` are the elements of a patch.
+    factors: module -> (down [rank, in], up [out, rank]), of the same rank everywhere; of a convolution `in` are the
+    elements of a patch.
     """
     rank = len(next(iter(factors.values()))[0])
     model = attach(network, Weights(rank=rank), list(factors), seed=0)
@@ -123,32 +121,12 @@ def _matching(network: nn.Module, pattern: str) -> list[str]:
     return [name for name, _ in network.named_modules() if re.fullmatch(pattern, name)]
 
 
-def save(model: PeftModel, folder: Path, edit: Factors | None = None) -> None:
-    """Write an adapter folder in PEFT's format, atomically. The same adapter always gives the same bytes.
-
-    edit: changes of linear layers that are saved beside those of the adapter.
-    """
+def save(model: PeftModel, folder: Path) -> None:
+    """Write an adapter folder in PEFT's format, atomically. The same adapter always gives the same bytes."""
     with atomic_path(folder) as temporary:
         model.save_pretrained(str(temporary))
-        if edit:
-            _append(temporary, edit)
         _sort_targets(temporary / PEFT_CONFIG)
         (temporary / "README.md").unlink(missing_ok=True)  # PEFT's empty card; export writes a real one
-
-
-def _append(folder: Path, edit: Factors) -> None:
-    """Give the edited modules of a saved adapter the ranks of the edit in addition to their own."""
-    tensors, config = load_file(folder / WEIGHTS_FILE), read_json(folder / PEFT_CONFIG)
-    scale = config["lora_alpha"] / config["r"]
-    for module, (down, up) in edit.items():
-        for part, factor, axis in (("lora_A", down, 0), ("lora_B", up / scale, 1)):
-            key, factor = f"{PEFT_PREFIX}{module}.{part}.weight", factor.float().cpu()
-            tensors[key] = torch.cat([tensors[key], factor], axis) if key in tensors else factor
-        rank = len(tensors[f"{PEFT_PREFIX}{module}.lora_A.weight"])
-        config["rank_pattern"][module], config["alpha_pattern"][module] = rank, scale * rank
-    config["target_modules"] = list({*config["target_modules"], *edit})
-    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / WEIGHTS_FILE, {"format": "pt"})
-    write_json(folder / PEFT_CONFIG, config)
 
 
 def _sort_targets(config: Path) -> None:

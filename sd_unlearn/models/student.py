@@ -8,8 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +43,6 @@ class Student:
 
     model: nn.Module
     base_copy: nn.Module | None = None  # the teacher of a fully trained UNet
-    edit: lora.Factors = field(default_factory=dict)  # saved beside what is trained
-    is_edited: bool = False  # whether the edit is applied now
 
     @property
     def adapters(self) -> list[PeftModel]:
@@ -85,28 +82,6 @@ class Student:
             for tuner in tuners:
                 tuner.enable_adapter_layers()
 
-    def add_edit(self, network: nn.Module, edit: lora.Factors) -> None:
-        """Add a change of linear layers of the network, which training does without and a saved LoRA has."""
-        device = next(network.parameters()).device
-        self.edit = {name: (down.to(device).float(), up.to(device).float()) for name, (down, up) in edit.items()}
-        for name, factors in self.edit.items():
-            network.get_submodule(name).register_forward_hook(partial(self._add_edited, *factors))
-
-    def _add_edited(self, down: Tensor, up: Tensor, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Any:
-        """The output of a layer with the edit, if it is applied now."""
-        if not self.is_edited:
-            return output
-        return output + (inputs[0].to(down.dtype) @ down.T @ up.T).to(output.dtype)
-
-    @contextmanager
-    def edited(self) -> Iterator[None]:
-        """The student is what would be saved now: its edit is applied."""
-        self.is_edited = True
-        try:
-            yield
-        finally:
-            self.is_edited = False
-
     def state(self) -> dict[str, Tensor]:
         """Copies of the trainable parameters on the CPU, by name."""
         return {n: p.detach().to("cpu", copy=True) for n, p in self.model.named_parameters() if p.requires_grad}
@@ -123,9 +98,8 @@ class Student:
         if not self.adapters:
             with atomic_path(folder / UNET_DIR) as temporary:
                 self.model.save_pretrained(str(temporary), max_shard_size="100GB")  # type: ignore[operator]
-        edits = ((ADAPTER_DIR, self.edit), (TEXT_ADAPTER_DIR, None))
-        for adapter, (name, edit) in zip(self.adapters, edits, strict=False):
-            lora.save(adapter, folder / name, edit)
+        for adapter, name in zip(self.adapters, (ADAPTER_DIR, TEXT_ADAPTER_DIR), strict=False):
+            lora.save(adapter, folder / name)
 
 
 def make_student(base: Base, options: Weights, seed: int, needs_teacher: bool) -> Student:

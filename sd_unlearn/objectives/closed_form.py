@@ -49,13 +49,6 @@ class Edit:
             pad(root[:, None] * (v[:rank] @ right.T), (0, 0, 0, missing)),
         )
 
-    def largest(self, share: float) -> Edit:
-        """The part with the singular values of at least this share of the largest, as `of_rank` gives it."""
-        all_of_it = self.of_rank(min(*self.up.shape, *self.down.shape))
-        values = all_of_it.up.norm(dim=0) * all_of_it.down.norm(dim=1)
-        used = (values > 0) & (values >= share * values.max())
-        return Edit(all_of_it.up[:, used], all_of_it.down[used])
-
 
 def uce(
     weights: Sequence[Tensor], concepts: Tensor, anchors: Tensor, preserved: Tensor, strength: float = 0.5

@@ -74,7 +74,7 @@ def _edit(config: TrainConfig, concept: Concept, base: Base, output: Path) -> No
     reset_peak_memory()
     started = time.monotonic()
     layers = read_weights(base, config.objective)
-    embeddings = embed(base, concept, [prompt.text for prompt in concept.keep_prompts])
+    embeddings = embed(base, concept)
     free = {"free_directions": free_directions(embeddings)} if config.objective == "speed" else {}
     edits = EDITS[config.objective](
         list(layers.values()), embeddings.concepts, embeddings.anchors, embeddings.preserved

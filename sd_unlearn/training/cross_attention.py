@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import ceil
 
 import torch
 from torch import Tensor
@@ -13,8 +12,6 @@ from sd_unlearn.choices import ObjectiveName
 from sd_unlearn.data.concept import Concept
 from sd_unlearn.data.encoding import encode_captions, tokenize
 from sd_unlearn.models.base import Base
-from sd_unlearn.models.lora import Factors
-from sd_unlearn.objectives.closed_form import uce
 
 # Endings of the names of the edited layers, by objective. SPEED edits values only.
 LAYERS: dict[ObjectiveName, tuple[str, ...]] = {
@@ -22,10 +19,6 @@ LAYERS: dict[ObjectiveName, tuple[str, ...]] = {
     "speed": ("attn2.to_v",),
     "rece": ("attn2.to_k", "attn2.to_v"),
 }
-
-
-SMALLEST = 0.01  # singular value that an edit is left with, relative to its largest
-MAX_PRESERVED = 500  # captions: with 77 tokens of SDXL's width they take 600 MB in float64
 
 
 @dataclass(frozen=True)
@@ -44,24 +37,11 @@ def read_weights(base: Base, objective: ObjectiveName) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def factors_of_uce(base: Base, concept: Concept, kept: Sequence[str]) -> Factors:
-    """The change of --objective uce, without directions that hardly change.
-
-    kept: captions of retained images, to preserve with the keep prompts; of a long list MAX_PRESERVED, evenly chosen.
-    """
-    captions = list(dict.fromkeys([*(prompt.text for prompt in concept.keep_prompts), *kept]))
-    captions = captions[:: ceil(len(captions) / MAX_PRESERVED)] if captions else captions
-    layers, embeddings = read_weights(base, "uce"), embed(base, concept, captions)
-    edits = uce(list(layers.values()), embeddings.concepts, embeddings.anchors, embeddings.preserved)
-    edited = zip(layers, (edit.largest(SMALLEST) for edit in edits), strict=True)
-    return {name: (edit.down, edit.up) for name, edit in edited if len(edit.down)}
-
-
-@torch.no_grad()
-def embed(base: Base, concept: Concept, kept: Sequence[str]) -> Embeddings:
-    """The embeddings to edit, of every concept that is erased, and those of the captions to preserve."""
+def embed(base: Base, concept: Concept) -> Embeddings:
+    """The embeddings to edit, of every concept that is erased, and those of all keep prompts."""
     edited, anchors = zip(*(subjects(base, part) for part in concept.parts), strict=True)
-    preserved = _tokens(base, kept).flatten(0, 1) if kept else edited[0][:0]
+    keep = [prompt.text for prompt in concept.keep_prompts]
+    preserved = _tokens(base, keep).flatten(0, 1) if keep else edited[0][:0]
     return Embeddings(torch.cat(edited), torch.cat(anchors), preserved)
 
 

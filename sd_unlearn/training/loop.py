@@ -12,7 +12,6 @@ import math
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -186,7 +185,7 @@ def _check_skipped(options: LoopOptions, training: Training, state: TrainingStat
     raise UnlearnError(
         f"Training diverged at step {state.step}: the gradient was not finite for {in_a_row:.0f} steps in a row "
         f"({total:.0f} in total). {hint} with a lower "
-        f"--learning_rate (now {options.peak_rate:g}), a lower --push or --mixed_precision bf16."
+        f"--learning_rate (now {options.learning_rate:g}), a lower --push or --mixed_precision bf16."
     )
 
 
@@ -198,8 +197,7 @@ def _preview_base(options: LoopOptions, training: Training, state: TrainingState
 
 def _preview(training: Training, state: TrainingState) -> None:
     if training.preview and training.accelerator.is_main_process:
-        edited = training.student.edited() if state.step else nullcontext()
-        with state.averaged_weights(), edited:
+        with state.averaged_weights():
             training.preview(state.step)
 
 
@@ -208,7 +206,7 @@ def _probe(options: LoopOptions, training: Training, state: TrainingState) -> di
     seconds, started = state.seconds - state.probe_seconds, time.monotonic()
     results: list[Any] = [None]
     if training.accelerator.is_main_process and training.probe:
-        with state.averaged_weights(), training.student.edited():
+        with state.averaged_weights():
             results = [training.probe()]
             if state.is_best(results[0]):
                 best = training.output / BEST_DIR

@@ -13,7 +13,7 @@ from sd_unlearn.config.loop import Optimizing
 
 def make_optimizer(parameters: list[nn.Parameter], options: Optimizing) -> torch.optim.Optimizer:
     """AdamW (Loshchilov & Hutter 2019), in full precision or with its moments in 8 bits (Dettmers et al. 2022)."""
-    settings: dict[str, Any] = {"lr": options.peak_rate, "weight_decay": options.weight_decay}
+    settings: dict[str, Any] = {"lr": options.learning_rate, "weight_decay": options.weight_decay}
     if options.optimizer == "adamw8bit":
         from bitsandbytes.optim import AdamW8bit
 
@@ -36,10 +36,10 @@ def set_rates(optimizer: Any, schedule: Any, options: Optimizing) -> None:
 
     load_state_dict() sets them to the checkpoint's. If those equal the options', nothing changes.
     """
-    rates = [options.peak_rate * rule(schedule.last_epoch) for rule in schedule.lr_lambdas]
-    schedule.base_lrs = [options.peak_rate] * len(rates)
+    rates = [options.learning_rate * rule(schedule.last_epoch) for rule in schedule.lr_lambdas]
+    schedule.base_lrs = [options.learning_rate] * len(rates)
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        group.update(lr=rate, initial_lr=options.peak_rate, weight_decay=options.weight_decay)
+        group.update(lr=rate, initial_lr=options.learning_rate, weight_decay=options.weight_decay)
     schedule._last_lr = rates
 
 

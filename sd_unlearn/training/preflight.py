@@ -164,8 +164,6 @@ def check_kind(config: TrainConfig, kind: str | None, name: str) -> None:
         raise UsageError(f"--method full: {what} has billions of weights. Train a LoRA (--method lora).")
     if config.attention != "sdpa":
         raise UsageError(f"--attention {config.attention}: {what} uses torch's own attention. Use --attention sdpa.")
-    if config.add_edit == "uce":
-        raise UsageError(f"--add_edit uce changes cross-attention; {what} has joint attention. Use --add_edit none.")
     targets = config.lora_targets or default_lora_targets(config.objective)
     if targets in ("cross_attention", "not_cross_attention") or config.objective in CLOSED_FORM:
         option = f"--lora_targets {targets}" if config.lora_targets else f"--objective {config.objective}"

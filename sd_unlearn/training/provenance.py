@@ -44,7 +44,7 @@ RECORDED = (
         "eta",
         "seed",
     ),
-    *("timestep_sampling", "lora_targets", "add_edit", "erase_guidance", "forget_weight", "retain", "quantize_base"),
+    *("timestep_sampling", "lora_targets", "erase_guidance", "forget_weight", "retain", "quantize_base"),
 )
 # Options that do not change the trained weights, or are compared by content (concept, base, data).
 NOT_COMPARED = {

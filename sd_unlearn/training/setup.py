@@ -15,8 +15,6 @@ from sd_unlearn.config.checks import unused_options
 from sd_unlearn.config.train import (
     TrainConfig,
     default_lora_targets,
-    resolve_edit,
-    resolve_learning_rate,
     resolve_steps,
     resolve_teacher_reuse,
 )
@@ -42,7 +40,6 @@ from sd_unlearn.objectives.movement import Movement
 from sd_unlearn.objectives.registry import make_losses, make_objective
 from sd_unlearn.objectives.teacher import PredictionBank, Teacher
 from sd_unlearn.seeds import TRAIN_SEEDS
-from sd_unlearn.training.cross_attention import factors_of_uce
 from sd_unlearn.training.encoded_data import Data, probe_name
 from sd_unlearn.training.learned_captions import LearnedCaption, Network, RobustSteps
 from sd_unlearn.training.loop import Training
@@ -77,9 +74,7 @@ def resolve_defaults(config: TrainConfig, base: Base, data: Data, processes: int
         effective_batch_size=effective_batch_size(config, processes),
         gradient_accumulation_steps=None if config.train_batch_size else config.gradient_accumulation_steps,
         guidance_scale=resolve_sampler(config, base.source).guidance_scale,
-        learning_rate=resolve_learning_rate(config, is_flow),
         lora_targets=targets if is_lora else None,
-        add_edit=resolve_edit(config, is_flow),
         max_train_steps=resolve_steps(config, len(data.turns), is_flow),
         teacher_reuse=None if "teacher_reuse" in unused else resolve_teacher_reuse(config, len(data.turns)),
         lora_alpha=float(config.rank if config.lora_alpha is None else config.lora_alpha) if is_lora else None,
@@ -106,11 +101,8 @@ def make_training(
     """
     assert config.output_dir is not None
     seed, has_teacher = TRAIN_SEEDS[0] + config.seed, config.target == "teacher"
-    retained = [example.caption for example in data.images.examples if example.group == "keep"]
-    edit = factors_of_uce(base, concept, retained) if config.add_edit == "uce" else {}
     performance.prepare(base.network, config)
     student = make_student(base, config, seed, needs_teacher=has_teacher)
-    student.add_edit(base.network, edit)
     performance.compile_blocks(base.network, config)
     wrapped = accelerator.prepare(student.model)
     if student.base_copy is not None:

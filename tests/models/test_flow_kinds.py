@@ -18,7 +18,6 @@ from train_runs import flags
 
 from sd_unlearn.cli import main
 from sd_unlearn.config.evaluate import EvaluateConfig
-from sd_unlearn.config.loop import FLOW_LEARNING_RATE
 from sd_unlearn.config.train import TrainConfig
 from sd_unlearn.data.batch import NO_GROUP, Batch
 from sd_unlearn.data.encoding import encode_captions
@@ -153,18 +152,6 @@ def test_train_with(flow_kinds: FlowKinds, option: str) -> None:
         steps = [*training(validation_steps=0), "--output_dir", output]
         assert main(["train", *base_flags(flow_kinds, "sd35"), *steps, *flag, *data]) == 0
     assert bool(read_json(place / output / "training.json")["base"].get("drop_t5")) == (option == "--drop_t5")
-
-
-def test_the_default_learning_rate_of_a_transformer_is_recorded(flow_kinds: FlowKinds) -> None:
-    place, name = trained(flow_kinds, "sd35"), "by-default"
-    options = training(validation_steps=0, output_dir=name)
-    cut = options.index("--learning_rate")
-    del options[cut : cut + 2]
-    with contextlib.chdir(place):
-        assert main(["train", *base_flags(flow_kinds, "sd35"), *options]) == 0
-    config = (place / name / "config.yaml").read_text()
-    assert f"learning_rate: {FLOW_LEARNING_RATE}" in config
-    assert "add_edit: none" in config
 
 
 @pytest.mark.parametrize("name", ["sd35", "flux-dev"])

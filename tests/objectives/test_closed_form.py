@@ -116,14 +116,3 @@ def test_the_closest_change_of_a_rank() -> None:
     assert torch.isclose(error, torch.linalg.svdvals(exact)[1:].norm())  # Eckart and Young
     more = Edit(random(2, 3), random(3, 4)).of_rank(3)  # of rank 2: there are two outputs
     assert more.up.shape == (2, 3)
-
-
-def test_the_largest_part_of_a_change() -> None:
-    """Singular values 8, 2 and 0.1: those of at least a tenth of the largest are the closest change of rank 2."""
-    left, right = torch.linalg.qr(random(5, 3))[0], torch.linalg.qr(random(4, 3))[0]
-    edit = Edit(left * torch.tensor([8.0, 2.0, 0.1], dtype=torch.float64), right.T)
-    part, closest = edit.largest(0.1), edit.of_rank(2)
-    assert part.up.shape == (5, 2)
-    assert torch.allclose(part.up @ part.down, closest.up @ closest.down)
-    assert edit.largest(0.3).up.shape == (5, 1)
-    assert Edit(0 * edit.up, edit.down).largest(0.1).up.shape == (5, 0)

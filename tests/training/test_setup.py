@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from sd_unlearn.config.checks import check_train
-from sd_unlearn.config.train import TrainConfig
+from sd_unlearn.config.train import TrainConfig, resolve_steps
 from sd_unlearn.models.base import Base
 from sd_unlearn.training.setup import resolve_defaults
 
@@ -37,3 +37,9 @@ def test_recorded_options_are_accepted_again(loaded_base: Base, options: dict[st
     check_train(resolved)
     assert resolve_defaults(resolved, loaded_base, data, 1) == resolved
     assert resolved.lora_targets is None or config.method == "lora"
+
+
+@pytest.mark.parametrize(("concepts", "is_flow", "steps"), [(1, False, 250), (11, False, 275), (1, True, 500)])
+def test_the_default_number_of_steps(concepts: int, is_flow: bool, steps: int) -> None:
+    assert resolve_steps(TrainConfig(concept="seven"), concepts, is_flow) == steps
+    assert resolve_steps(TrainConfig(concept="seven", max_train_steps=7), concepts, is_flow) == 7
