@@ -30,8 +30,8 @@ class Method:
     trained: bool = True  # by random steps, so that seeds differ
 
 
-# The learning rate found for LoRAs on fewer layers than our defaults have.
-RATE: Mapping[str, Any] = {"learning_rate": 7e-4}
+# Found for LoRAs on fewer layers than our defaults have.
+RATE: Mapping[str, Any] = {"learning_rate": 7e-4, "max_train_steps": 500}
 ATTENTION: Mapping[str, Any] = {**RATE, "lora_targets": "attention"}
 
 METHODS: dict[str, Method] = {
@@ -39,7 +39,7 @@ METHODS: dict[str, Method] = {
     "pu-attention": Method(
         "ours, attention only",
         "a LoRA on attention projections only",
-        options={**ATTENTION, "teacher_reuse": 1, "max_train_steps": 500},
+        options={**ATTENTION, "teacher_reuse": 1},
     ),
     "pu-noise": Method(
         "ours, noise as target",
