@@ -43,7 +43,7 @@ Compare several LoRAs:
 Many concepts or settings, on one machine or a cluster:
 
   sd-unlearn batch jobs.yaml              run a job list (docs/scale.md)
-  sd-unlearn batch status jobs.yaml       how far it is
+  sd-unlearn batch status jobs.yaml       show its progress
 
 Your own concept:
 
@@ -220,7 +220,7 @@ def ui(
         ),
     ] = False,
 ) -> None:
-    """Open a local page to try LoRAs, read reports and start trainings in the working folder (extra: ui)."""
+    """Serve a local page to try LoRAs, read reports and start trainings in the working folder (extra: ui)."""
     from sd_unlearn.ui.server import run
 
     run(port, listen)

@@ -205,7 +205,8 @@ class Detectors:
     false_accept_rate: Annotated[
         float | None,
         option(
-            "Share of other people mistaken for the person. Default: 0.001 with 1,000 or more photos, else 0.01.",
+            "Accepted share of other people's faces that count as the person. Default: 0.001 with 1,000 or more faces, "
+            "else 0.01.",
             DETECTORS,
             Range(above=0, below=1),
         ),

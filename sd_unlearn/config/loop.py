@@ -36,8 +36,8 @@ class Optimizing:
     max_train_steps: Annotated[
         int | None,
         option(
-            f"Number of training steps. Default: {STEPS}; for transformers (SD 3, FLUX, Z-Image) {FLOW_STEPS}; at "
-            f"least {STEPS_OF_EACH} for each concept.",
+            f"Number of training steps. Default: {STEPS}; for transformers (SD 3, FLUX, Z-Image, Qwen-Image) "
+            f"{FLOW_STEPS}; at least {STEPS_OF_EACH} for each concept.",
             START,
             Count,
         ),
@@ -100,9 +100,8 @@ class Monitoring:
         option(
             "What a probe measures. ratio: how much worse the model has become at the concept than at other images "
             "(loss of held-out positives / loss of held-out unlabeled images, relative to the base). leakage: how many "
-            "of 60 generated images (at least one of each concept) show the concept, and how many of as many others "
-            "show what their keep prompt asks for; with the classifier of a bundled base also how many of the first "
-            "are clean images of something else.",
+            "of 60 images of the concept (at least one of each concept) and how many of 60 images of keep prompts show "
+            "what was prompted; on a bundled base also how many of the first are clean images of something else.",
             MONITORING,
         ),
     ] = "ratio"

@@ -121,9 +121,9 @@ class Objective:
     unconditional: Annotated[
         float | None,
         option(
-            "Share of the keep images that get the empty caption (with --target teacher); without images to retain, "
-            "others take their place, all with the empty caption. Default: 0.25; 0 on digits, where the generic and "
-            "the empty caption mean the same.",
+            "Share of the keep images that get the empty caption (with --target teacher). Without keep images, "
+            "other images take their place, all with the empty caption. Default: 0.25; 0 on digits, where the generic "
+            "and the empty caption mean the same.",
             OBJECTIVE,
             Range(at_least=0, at_most=1, note="it is a share, e.g. 0.25"),
         ),
@@ -215,7 +215,7 @@ class Noise:
     timestep_sampling: Annotated[
         TimestepSampling | None,
         option(
-            "Density of timesteps for flow matching (SD 3, FLUX, Z-Image). shift: as the model's scheduler spaces its "
+            "Density of timesteps for flow matching (transformers). shift: as the model's scheduler spaces its "
             "sampling steps. logit_normal: mostly medium noise (Esser et al. 2024). Default: shift.",
             NOISE,
         ),

@@ -197,7 +197,9 @@ def concept_text(
         "generic_share: 0.0   # share of the concept in images of the generic prompt: look at some",
         IMAGES,
         _list("alternatives", "what else CLIP may recognize: one word or phrase each", [*words, anchor]),
-        _list("paraphrases", "trained on, too: it has to go beside any subject", _fill(template.paraphrases, filled))
+        _list(
+            "paraphrases", "also trained on: the style is erased with any subject", _fill(template.paraphrases, filled)
+        )
         if template.paraphrases
         else "",
         _list("keep", f"retained in training; add {template.similar}", keep),

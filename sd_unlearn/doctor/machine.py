@@ -48,7 +48,7 @@ def devices() -> Iterator[Check]:
         detail = f"there is an NVIDIA driver, but torch ({built}) finds no GPU: reinstall torch, or update the driver"
         yield Check("Devices", "GPU", "broken", detail)
     else:
-        yield Check("Devices", "GPU", "info", "none: everything runs on the CPU, which is slow but for the base digits")
+        yield Check("Devices", "GPU", "info", "none: everything runs on the CPU, slowly except on the bundled bases")
 
 
 def gpus(torch: Any) -> Iterator[Check]:

@@ -13,6 +13,7 @@ from sd_unlearn.data.plan import (
     fit_sampler,
     plan_inference,
 )
+from sd_unlearn.errors import counted
 from sd_unlearn.evaluation.generate import BaseLoader, image_cache
 from sd_unlearn.evaluation.job import EvaluationJob
 from sd_unlearn.evaluation.loras import ModelVariant
@@ -28,14 +29,15 @@ def show_plan(job: EvaluationJob) -> None:
     """
     config, names = job.config, ", ".join(concept.name for concept in job.concepts.values())
     if not job.needs_base:
-        print(f"Plan: evaluate {len(job.subjects)} image folders on {names}. No image is generated.")
+        print(f"Plan: evaluate {counted(len(job.subjects), 'image folder')} on {names}. No images are generated.")
         return
     device, sampler = choose_device(config.vram), resolve_sampler(config, job.source)
     precision = choose_precision_for(device, config.mixed_precision)
     inference = plan_inference(job.source, device, precision, sampler.resolution)
     phase, notes = fit_sampler(inference, sampler, config.render_batch_size)
     missing, total, known = _count_images(job)
-    title = f"Plan: evaluate {len(job.subjects)} models on {names} with {job.source.name}, precision {precision}."
+    models = counted(len(job.subjects), "model")
+    title = f"Plan: evaluate {models} on {names} with {job.source.name}, precision {precision}."
     lines = [title, "", *describe_memory([phase], device), *notes, ""]
     lines += describe_images(missing, total, inference.footprint.resolution, sampler)
     if not known:

@@ -1,7 +1,6 @@
 """CLIP (open_clip): zero-shot classification of the concept, and agreement of each image with its prompt.
 
-Never sufficient evidence about a person by itself: names leak through text. Model and weights are part of the
-detector's name.
+Never sufficient evidence about a person by itself. Model and weights are part of the detector's name.
 """
 
 from __future__ import annotations
@@ -95,7 +94,7 @@ class ClipMetric:
             f"open_clip {version('open_clip_torch')}",
             self.encoder.weights,
             "the most probable label",
-            "Names leak through text, so it is not sufficient evidence about a person. It always predicts one of its "
+            "It cannot identify people, so it is not sufficient evidence about a person. It always predicts one of its "
             "labels, whatever the image shows. Prompts are cut at the model's context length (77 tokens).",
             {"labels": ", ".join(self.classifier.labels), "wording": TEMPLATE.format("LABEL")},
         )

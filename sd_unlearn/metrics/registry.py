@@ -140,7 +140,7 @@ NAMES = tuple(MAKERS)
 PAIR_METRICS = ("lpips",)
 OPTIONAL = ("fidelity", "cmmd", "lpips")  # skipped with a warning if unavailable and not given in --metrics
 DETECTORS = tuple(name for name in NAMES if name not in OPTIONAL)  # tell whether an image shows the concept
-IDENTIFYING = ("identity", "classifier")  # can tell people apart; CLIP cannot: names leak through text
+IDENTIFYING = ("identity", "classifier")  # can tell people apart; CLIP cannot
 READING = ("digits", "emoji", "classifier", "clip")  # read what retained prompts asked for, so they give retention
 
 
@@ -264,7 +264,7 @@ def missing_evidence(context: MetricContext, names: Sequence[str]) -> str | None
     if concept.kind != "person" or "clip" not in names or set(names) & set(IDENTIFYING):
         return None
     return (
-        f"Only CLIP looked for {concept.name}, and CLIP alone cannot identify a person: names leak through text. "
+        f"Only CLIP looked for {concept.name}, and CLIP alone cannot identify a person. "
         "Install a face model (pip install 'sd-unlearn[faces]') and evaluate again with "
         f"{' and '.join(missing_folders(context))}."
     )

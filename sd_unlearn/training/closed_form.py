@@ -64,8 +64,8 @@ def _plan(config: TrainConfig, inputs: Inputs, output: Path) -> str:
     return (
         f"Plan: edit {layers} of {inputs.source.name} with --objective {config.objective}, "
         f"so that {_edited(concept)}, into {output}.\n"
-        f"Preserved: {len(concept.keep_prompts)} keep prompts. No images are generated and no steps are trained; it "
-        "takes the time of loading the base in full precision, and its memory."
+        f"Preserved: {len(concept.keep_prompts)} keep prompts. No images are generated and no steps are trained. "
+        "This takes about as much time and memory as loading the base in full precision."
     )
 
 
