@@ -37,9 +37,7 @@ ATTENTION: Mapping[str, Any] = {**RATE, "lora_targets": "attention"}
 METHODS: dict[str, Method] = {
     "pu": Method("ours", "the defaults of sd-unlearn train"),
     "pu-attention": Method(
-        "ours, attention only",
-        "a LoRA on attention projections only",
-        options={**ATTENTION, "teacher_reuse": 1},
+        "ours, attention only", "a LoRA on attention projections only", options={**ATTENTION, "teacher_reuse": 1}
     ),
     "pu-noise": Method(
         "ours, noise as target",

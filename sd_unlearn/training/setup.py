@@ -12,12 +12,7 @@ from torch import Tensor, nn
 
 from sd_unlearn.config.batching import Batching, effective_batch_size
 from sd_unlearn.config.checks import unused_options
-from sd_unlearn.config.train import (
-    TrainConfig,
-    default_lora_targets,
-    resolve_steps,
-    resolve_teacher_reuse,
-)
+from sd_unlearn.config.train import TrainConfig, default_lora_targets, resolve_steps, resolve_teacher_reuse
 from sd_unlearn.data.batch import Batch
 from sd_unlearn.data.batches import EncodedImages, NoiseSampling, Sharding, StratifiedBatches
 from sd_unlearn.data.concept import Concept

@@ -1,31 +1,13 @@
-"""The text embeddings of a closed-form edit, and a LoRA that starts from one."""
+"""The text embeddings of a closed-form edit."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import pytest
 import torch
 from torch import Tensor
 
-from sd_unlearn.data.concept import read_concept
+from sd_unlearn.data.concept import Concept
 from sd_unlearn.models.base import Base
 from sd_unlearn.training import cross_attention
-
-# one letter a token: the captions end alike, so the subjects are "7" and "t"
-FILE = """\
-name: seven
-caption: 7 x
-generic: it x
-keep: [ab, "{c,d} e"]
-"""
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("cross-attention")
-    (folder / "seven.yaml").write_text(FILE)
-    return folder
 
 
 def test_the_subjects_of_two_captions() -> None:
@@ -36,8 +18,9 @@ def test_the_subjects_of_two_captions() -> None:
     assert cross_attention.last_tokens([start, 4, end, 0], [start, 4, end, 0], end) == (1, 1)
 
 
-def test_the_edited_tokens_reach_from_the_subject_to_the_end(place: Path, loaded_base: Base) -> None:
-    found = cross_attention.embed(loaded_base, read_concept(place / "seven.yaml"))
+def test_the_edited_tokens_reach_from_the_subject_to_the_end(loaded_base: Base) -> None:
+    concept = Concept(name="seven", caption="7 x", generic="it x", keep=("ab", "{c,d} e"))
+    found = cross_attention.embed(loaded_base, concept)
     tokens = loaded_base.pipeline.tokenizer.model_max_length
     encode = loaded_base.pipeline.text_encoder
 
@@ -45,7 +28,8 @@ def test_the_edited_tokens_reach_from_the_subject_to_the_end(place: Path, loaded
         ids = loaded_base.pipeline.tokenizer(caption, padding="max_length", return_tensors="pt").input_ids
         return encode(ids)[0][0].detach()
 
-    # start, 7, x and start, i, t, x: the subjects are at 1 and 2, so two fewer tokens have a partner
+    # One letter is a token: start, 7, x and start, i, t, x. The subjects are at 1 and 2, so two fewer tokens have a
+    # partner.
     assert torch.allclose(found.concepts, encoded("7 x")[1 : tokens - 1])
     assert torch.allclose(found.anchors, encoded("it x")[2:])
     assert torch.allclose(found.preserved, torch.cat([encoded(p) for p in ("ab", "c e", "d e")]))
