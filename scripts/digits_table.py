@@ -3,6 +3,9 @@
     python scripts/digits_table.py                        # two to three hours on two cores
     python scripts/digits_table.py --base digits-sd3      # of the Stable Diffusion 3 with the same data
     python scripts/digits_table.py --only seven red-ink   # some of the concepts
+    python scripts/digits_table.py --base build/digits-width-0.25/pipeline --attacks token soft   # another base
+
+--base also takes the folder of a base that build_digits.py trained on the same data. It is sampled like `digits`.
 
 Each run goes to runs/table-<base>/<concept>. Finished trainings and images that exist are not repeated, so an
 interrupted table can be continued with the same command. Options after -- go to `sd-unlearn train`, e.g. `-- --beta
@@ -18,8 +21,9 @@ import sys
 from pathlib import Path
 
 from sd_unlearn.metrics.digits import DIGITS, INKS
+from sd_unlearn.models.sampling import BASE_SAMPLERS
+from sd_unlearn.models.source import BUNDLED
 from sd_unlearn.models.source import DIGITS as DIGITS_BASE
-from sd_unlearn.models.source import DIGITS_SD3
 from sd_unlearn.results import BASE, read_results
 
 CONCEPTS = (*DIGITS, *(f"{ink}-ink" for ink in INKS))
@@ -33,20 +37,40 @@ COLUMNS = (
     "fid-digits",
     "training",
 )
+DIGITS_SAMPLER = BASE_SAMPLERS[DIGITS_BASE]
 SECONDS = 90  # target for one training alone on two cores
 
 
-def train_and_evaluate(base: str, slug: str, run: Path, train_options: list[str], evaluate_options: list[str]) -> None:
-    """Train and evaluate one concept in separate processes, so that each run's time and memory are its own."""
+def name_of(base: str) -> str:
+    """What to call a base: its name, or the folder that build_digits.py wrote <folder>/pipeline to."""
+    return Path(base).resolve().parent.name if Path(base).name == "pipeline" else Path(base).name
+
+
+def sampler_options(base: str) -> list[str]:
+    """Sample a base that is not bundled like `digits`."""
+    if base in BUNDLED:
+        return []
+    options = {"num_inference_steps": DIGITS_SAMPLER.steps, "guidance_scale": DIGITS_SAMPLER.guidance_scale}
+    options["render_batch_size"] = DIGITS_SAMPLER.batch_size
+    return [part for name, value in options.items() for part in (f"--{name}", str(value))]
+
+
+def run_concept(args: argparse.Namespace, slug: str, run: Path, train_options: list[str]) -> None:
+    """Train, evaluate and attack one concept in separate processes, so that each run's time and memory are its own."""
     command = [sys.executable, "-m", "sd_unlearn.cli"]
-    train = ["train", "--concept", slug.replace("-", " "), "--pretrained_model_name_or_path", base]
-    train += ["--data_dir", f"data/{base}/{slug}", "--output_dir", str(run), "--resume_from_checkpoint", "latest"]
+    train = ["train", "--concept", slug.replace("-", " "), "--pretrained_model_name_or_path", args.base]
+    train += ["--data_dir", f"data/{name_of(args.base)}/{slug}", "--output_dir", str(run)]
+    train += ["--resume_from_checkpoint", "latest", *sampler_options(args.base)]
     subprocess.run([*command, *train, *train_options], check=True)
-    evaluate = ["evaluate", "--run", str(run), *evaluate_options]
+    evaluate = ["evaluate", "--run", str(run), "--tier", "digits", "--num_images", args.num_images]
+    evaluate += ["--num_keep_images", args.num_keep_images, *sampler_options(args.base)]
     subprocess.run([*command, *evaluate], check=True, stdout=subprocess.DEVNULL)
+    if args.attacks:
+        attack = ["attack", "--run", str(run), "--no_ceiling", "--attacks", *args.attacks, *sampler_options(args.base)]
+        subprocess.run([*command, *attack], check=True, stdout=subprocess.DEVNULL)
 
 
-def table_row(slug: str, run: Path) -> tuple[str, bool, float]:
+def table_row(slug: str, run: Path, attacks: list[str]) -> tuple[str, bool, float]:
     """One row of the table, whether it meets the targets of the defaults, and the seconds of training."""
     results = read_results(run)
     concept, lora = results.evaluated[0]
@@ -69,6 +93,7 @@ def table_row(slug: str, run: Path) -> tuple[str, bool, float]:
         f"{kept:.1%} ({value('retention', 'alike'):.1%}, {value('retention', 'general'):.1%})",
         f"{value('fid-digits', 'alike', BASE):.1f} -> {value('fid-digits', 'alike'):.1f}",
         f"{seconds:.0f} s",
+        *(f"{value('attack', attack):.0%}" for attack in attacks),
     ]
     return "| " + " | ".join(cells) + " |" + ("" if met else " <- target missed"), met, seconds
 
@@ -86,24 +111,25 @@ def summary(met: list[bool], seconds: list[float]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=CONCEPTS, default=list(CONCEPTS), metavar="CONCEPT")
-    parser.add_argument("--base", choices=(DIGITS_BASE, DIGITS_SD3), default=DIGITS_BASE)
+    parser.add_argument("--base", default=DIGITS_BASE, help="digits, digits-sd3, or a folder of build_digits.py")
+    parser.add_argument("--attacks", nargs="*", default=[], metavar="ATTACK", help="also carry these out, e.g. soft")
     parser.add_argument("--output_dir", type=Path, help="default: runs/table-<base>")
     parser.add_argument("--num_images", default="200", help="images of each leakage group")
     parser.add_argument("--num_keep_images", default="100", help="images of each keep prompt")
     arguments = sys.argv[1:]
     cut = arguments.index("--") if "--" in arguments else len(arguments)
     args = parser.parse_args(arguments[:cut])
-    place = args.output_dir or Path(f"runs/table-{args.base}")
-    numbers = ["--num_images", args.num_images, "--num_keep_images", args.num_keep_images]
+    place = args.output_dir or Path(f"runs/table-{name_of(args.base)}")
     lines, met, seconds = [], [], []
     for slug in args.only:
-        train_and_evaluate(args.base, slug, place / slug, arguments[cut + 1 :], numbers)
-        line, row_met, row_seconds = table_row(slug, place / slug)
+        run_concept(args, slug, place / slug, arguments[cut + 1 :])
+        line, row_met, row_seconds = table_row(slug, place / slug, args.attacks)
         print(line, flush=True)
         lines.append(line)
         met.append(row_met)
         seconds.append(row_seconds)
-    print("\n".join(["", f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|", *lines, "", summary(met, seconds)]))
+    columns = (*COLUMNS, *args.attacks)
+    print("\n".join(["", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|", *lines, "", summary(met, seconds)]))
     return 0 if all(met) else 1
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from leaderboard_methods import Cell, Method, chosen
 from leaderboard_pictures import write_strip
+from leaderboard_runs import UNWATCHED, digest, train_once, trained_files, weights_in
 from leaderboard_studies import STUDIES, Budget, Study
 
 import sd_unlearn
@@ -27,8 +28,8 @@ from sd_unlearn.evaluation.generate import ImageCache
 from sd_unlearn.evaluation.loras import ModelVariant, open_run
 from sd_unlearn.evaluation.prompts import BASE_TIERS, TIERS, ImageSpec, override_counts, plan_images
 from sd_unlearn.io.files import write_json
-from sd_unlearn.io.reading import file_sha256, json_sha256, read_json
-from sd_unlearn.io.run_folder import CHECKPOINT_DIR, RESULTS, TRAINING, weights_sha256
+from sd_unlearn.io.reading import read_json
+from sd_unlearn.io.run_folder import RESULTS, TRAINING, weights_sha256
 from sd_unlearn.metrics.factorial import factorial_rows, grid
 from sd_unlearn.models.base import Base, load_base
 from sd_unlearn.models.find_base import find_base
@@ -157,44 +158,18 @@ class Stages:
         return plan_images(self.concept, override_counts(tier, options.num_images, options.num_keep_images, []), [0])
 
 
-def weights_in(folder: Path) -> str:
-    """SHA-256 of the weights in a folder."""
-    return file_sha256(*sorted(folder.rglob("*.safetensors")))
-
-
-def digest(content: Any) -> str:
-    """Identifies what JSON can hold."""
-    return json_sha256(content)[:12]
-
-
 def train(stages: Stages) -> None:
     """Train the cell's LoRA, and record cost and size."""
     if stages.cell.of.how != "train":
         return
-    if not (stages.run / TRAINING).is_file():
-        options: dict[str, Any] = {"output_dir": stages.run, **continued(stages.run), **stages.options}
-        if stages.cell.of.trained:
-            options |= {"data_dir": stages.data, "validation_steps": 0, "report_to": "none"}
-        options["pretrained_model_name_or_path"] = stages.cell.base
-        sd_unlearn.train(stages.cell.concept, **options)
+    options = {"pretrained_model_name_or_path": stages.cell.base, **stages.options}
+    if stages.cell.of.trained:
+        options |= {"data_dir": stages.data, **UNWATCHED}
+    train_once(stages.cell.concept, stages.run, options)
     cost = read_json(stages.run / TRAINING)["cost"]
     size = sum(file.stat().st_size for file in trained_files(stages.run))
     kept = {key: cost.get(key) for key in ("seconds", "steps", "images_seen", "device")}
     stages.add(training={**kept, "bytes": size, "options": stages.options})
-
-
-def continued(run: Path) -> dict[str, Any]:
-    """Options of `train` that continue an interrupted run, from its last checkpoint if it has one."""
-    if any(run.glob(f"{CHECKPOINT_DIR}/*")):
-        return {"resume_from_checkpoint": "latest"}
-    return {"overwrite": run.exists()}
-
-
-def trained_files(run: Path) -> list[Path]:
-    """The weights that a run has learned, without checkpoints."""
-    return [
-        file for folder in ("adapter", "text_encoder_adapter", "unet") for file in run.glob(f"{folder}/*.safetensors")
-    ]
 
 
 def evaluate(stages: Stages) -> None:

@@ -20,15 +20,17 @@ from typing import Any
 
 import yaml
 from emoji_concepts import concept_file
-from leaderboard_cells import Stages, continued, digest, trained_files, weights_in
+from leaderboard_cells import Stages
 from leaderboard_cells import train as train_cell
 from leaderboard_methods import Cell
 from leaderboard_pictures import write_grid
+from leaderboard_runs import UNWATCHED, digest, train_once, trained_files, weights_in
 from leaderboard_studies import STUDIES
 from leaderboard_table import percent, replace_between
 
 import sd_unlearn
 from sd_unlearn.config.evaluate import EvaluateConfig
+from sd_unlearn.config.fuse import FuseMethod
 from sd_unlearn.data.several import read_concepts
 from sd_unlearn.evaluation.generate import ImageCache
 from sd_unlearn.evaluation.loras import ModelVariant, open_run
@@ -36,7 +38,7 @@ from sd_unlearn.evaluation.prompts import TIERS, override_counts, plan_images
 from sd_unlearn.io.files import write_json, write_text
 from sd_unlearn.io.paths import slugify
 from sd_unlearn.io.reading import read_json
-from sd_unlearn.io.run_folder import TRAINING
+from sd_unlearn.io.run_folder import TRAINING, weights_sha256
 from sd_unlearn.metrics.emoji import THINGS, EmojiClassifier
 from sd_unlearn.metrics.statistics import wilson
 from sd_unlearn.models.base import load_base
@@ -90,19 +92,23 @@ def train(method: str, count: int, steps: int | None, work: Path) -> Path:
     """The run folder of a method on the first `count` things, trained if there is none."""
     key = identity(chosen(count))
     run = work / "runs" / f"many-{method}-{count}{f'-{steps}' if steps else ''}-{key}"
-    if (run / TRAINING).is_file():
-        return run
     if method in FUSED:
-        apart = [str(train_alone(name, work)) for name in chosen(count)]
-        return sd_unlearn.fuse(apart, method="sum" if method == "sum" else "least_squares", output_dir=run)
-    options: dict[str, Any] = {"output_dir": run, **continued(run)}
+        apart = [train_alone(name, work) for name in chosen(count)]
+        return fuse(method, apart, run.with_name(f"{run.name}-{digest([weights_sha256(one) for one in apart])}"))
+    options: dict[str, Any] = {"objective": method}
     if method == "pu":
-        options |= {"data_dir": work / "data" / f"many-{count}-{key}", "validation_steps": 0, "report_to": "none"}
+        options |= {"data_dir": work / "data" / f"many-{count}-{key}", **UNWATCHED}
         options |= {"max_train_steps": steps} if steps else {}
         options |= FEWER_IMAGES if count >= 50 else {}
-    else:
-        options["objective"] = method
-    return sd_unlearn.train(str(list_file(chosen(count), work / "lists")), **options)
+    return train_once(str(list_file(chosen(count), work / "lists")), run, options, count)
+
+
+def fuse(method: str, apart: Sequence[Path], run: Path) -> Path:
+    """The run folder with LoRAs trained apart as one, fused if there is none."""
+    if not (run / TRAINING).is_file():
+        how: FuseMethod = "sum" if method == "sum" else "least_squares"
+        sd_unlearn.fuse([str(one) for one in apart], method=how, output_dir=run)
+    return run
 
 
 def train_alone(name: str, work: Path) -> Path:
@@ -115,10 +121,10 @@ def train_alone(name: str, work: Path) -> Path:
 def record(method: str, count: int, steps: int | None, work: Path) -> None:
     """Train and evaluate, and write the record."""
     file = RECORDS / f"{method}-{count}{f'-{steps}' if steps else ''}.json"
-    key = digest([identity(chosen(count)), weights_in(EmojiClassifier.reader.folder)])
+    run = train(method, count, steps, work)
+    key = digest([identity(chosen(count)), weights_in(EmojiClassifier.reader.folder), weights_sha256(run)])
     if file.is_file() and read_json(file).get("key") == key:
         return
-    run = train(method, count, steps, work)
     if (method, count, steps) == SHOWN:
         draw(run, work, DOCS / "images" / "emoji-ten.png")
     results = sd_unlearn.evaluate(
