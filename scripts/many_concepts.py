@@ -2,6 +2,7 @@
 
     python scripts/many_concepts.py --methods pu uce speed --counts 1 10
     python scripts/many_concepts.py --methods sum least_squares --counts 10    # LoRAs trained apart, by leaderboard.py
+    python scripts/many_concepts.py --methods one_by_one --counts 2 5 10       # each on what the former ones left
     python scripts/many_concepts.py --only table
 
 The first ten things are those of leaderboard.py, the others follow in a fixed random order. What exists in
@@ -27,6 +28,7 @@ from leaderboard_pictures import write_grid
 from leaderboard_runs import UNWATCHED, digest, train_once, trained_files, weights_in
 from leaderboard_studies import STUDIES
 from leaderboard_table import percent, replace_between
+from one_by_one import evaluate_merged, merge, serve
 
 import sd_unlearn
 from sd_unlearn.config.evaluate import EvaluateConfig
@@ -52,6 +54,7 @@ DOCS = ROOT / "docs"
 RECORDS = DOCS / "leaderboard-runs" / "emoji" / "many"
 START, END = "<!-- many:start -->", "<!-- many:end -->"
 COUNTS = (1, 10, 50, 100)
+SEQUENTIAL = "one_by_one"
 TITLES = {
     "pu": "ours",
     "uce": "UCE",
@@ -59,6 +62,7 @@ TITLES = {
     "rece": "RECE",
     "sum": "ours, trained apart and summed",
     "least_squares": "ours, trained apart and fused",
+    SEQUENTIAL: "ours, one request after another",
 }
 FUSED = ("sum", "least_squares")
 IMAGES, KEPT_IMAGES = 20, 2  # of each concept's own prompt, and of each keep prompt
@@ -120,34 +124,39 @@ def train_alone(name: str, work: Path) -> Path:
 
 def record(method: str, count: int, steps: int | None, work: Path) -> None:
     """Train and evaluate, and write the record."""
-    file = RECORDS / f"{method}-{count}{f'-{steps}' if steps else ''}.json"
-    run = train(method, count, steps, work)
-    key = digest([identity(chosen(count)), weights_in(EmojiClassifier.reader.folder), weights_sha256(run)])
+    name, names = f"{method}-{count}{f'-{steps}' if steps else ''}", chosen(count)
+    if method == SEQUENTIAL:
+        runs = serve(train_alone(names[0], work), names, work)
+        weights = weights_in(merge(runs[-1]))
+    else:
+        runs = [train(method, count, steps, work)]
+        weights = weights_sha256(runs[0])
+    file = RECORDS / f"{name}.json"
+    key = digest([identity(names), weights_in(EmojiClassifier.reader.folder), weights])
     if file.is_file() and read_json(file).get("key") == key:
         return
     if (method, count, steps) == SHOWN:
-        draw(run, work, DOCS / "images" / "emoji-ten.png")
-    results = sd_unlearn.evaluate(
-        run=run,
-        num_images=IMAGES if count <= 10 else IMAGES // 2,
-        num_keep_images=KEPT_IMAGES,
-        groups=["direct", "alike", "general"],
-        cache_dir=work / "evaluation",
-    )
-    training = read_json(run / TRAINING)
-    cost = training.get("cost", {})
-    apart = [train_alone(name, work) for name in chosen(count)] if method in FUSED else []
-    seconds = [read_json(folder / TRAINING)["cost"]["seconds"] for folder in apart]
+        draw(runs[0], work, DOCS / "images" / "emoji-ten.png")
+    options: dict[str, Any] = {"groups": ["direct", "alike", "general"], "cache_dir": work / "evaluation"}
+    options |= {"num_images": IMAGES if count <= 10 else IMAGES // 2, "num_keep_images": KEPT_IMAGES}
+    if method == SEQUENTIAL:
+        concepts = list_file(names, work / "lists")
+        results = evaluate_merged(merge(runs[-1]), concepts, work / "runs" / f"{name}-{key}", options)
+    else:
+        results = sd_unlearn.evaluate(run=runs[0], **options)
+    apart = [train_alone(name, work) for name in names] if method in FUSED else []
+    training = [read_json(run / TRAINING) for run in (*runs, *apart)]
+    costs = [one.get("cost", {}) for one in training]
     write_json(
         file,
         {
             "key": key,
             "method": method,
             "count": count,
-            "seconds": sum([cost.get("seconds") or 0, *seconds]),
-            "steps": cost.get("steps"),
-            "rank": training.get("rank"),
-            "bytes": sum(path.stat().st_size for path in trained_files(run)),
+            "seconds": sum(cost.get("seconds") or 0 for cost in costs),
+            "steps": sum(cost.get("steps") or 0 for cost in costs) or None,
+            "rank": training[0].get("rank"),
+            "bytes": sum(path.stat().st_size for run in runs for path in trained_files(run)),
             **measured(results),
         },
     )
@@ -228,7 +237,7 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     for count in args.counts if args.only is None else ():
         for method in args.methods:
-            if method not in FUSED or 1 < count <= len(STUDIES[EMOJI].groups["Things"]):
+            if method not in (*FUSED, SEQUENTIAL) or 1 < count <= len(STUDIES[EMOJI].groups["Things"]):
                 print(f"{count} things: {method}", file=sys.stderr, flush=True)
                 record(method, count, args.steps if method == "pu" else None, args.work_dir)
     write_table(DOCS / "emoji.md")
