@@ -61,7 +61,7 @@ def attach(network: nn.Module, options: Weights, target_modules: list[str], seed
         init_lora_weights="gaussian",
     )
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # not of GPUs, as torch.manual_seed: their dropout must differ
         return PeftModel(network, config, adapter_name=ADAPTER_NAME)
 
 
