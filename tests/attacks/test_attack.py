@@ -318,6 +318,8 @@ def test_images_that_the_attacker_brings(run: Path, photos: Any, capsys: pytest.
         (["--attacks", "sofft"], "--attacks sofft is not one of"),
         (["--budget", "huge"], "--budget"),
         (["--metrics", "lpips"], "--metrics lpips cannot tell"),
+        (["--real_images", "."], "--real_images . is for --metrics fidelity or cmmd, which attack does not run"),
+        (["--metrics", "digits", "fidelity", "--inception_weights", "w.pth"], "--inception_weights w.pth is for"),
         (["--seed", "-1"], "--seed"),
     ],
 )
