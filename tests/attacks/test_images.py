@@ -106,3 +106,15 @@ def test_weights_return_after_an_error(loaded_base: Base) -> None:
         fail()
     assert not torch.equal(seen[0], before)
     assert torch.equal(layer.weight, before)
+
+
+def test_weights_are_quantised_in_place(loaded_base: Base) -> None:
+    """A second copy of the network does not fit beside a large one on the device."""
+    weights = [module.weight for module in loaded_base.pipeline.unet.modules() if isinstance(module, torch.nn.Linear)]
+    before = [(weight.data_ptr(), weight.clone()) for weight in weights]
+    with quantised(loaded_base.pipeline.unet, to_int8):
+        assert [weight.data_ptr() for weight in weights] == [place for place, _ in before]
+        rounded = [to_int8(original) for _, original in before]
+        assert all(torch.equal(weight, wanted) for weight, wanted in zip(weights, rounded, strict=True))
+        assert not all(torch.equal(weight, old) for weight, (_, old) in zip(weights, before, strict=True))
+    assert all(torch.equal(weight, old) for weight, (_, old) in zip(weights, before, strict=True))
