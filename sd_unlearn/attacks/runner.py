@@ -130,9 +130,9 @@ def _plan(
             for attack in (ATTACKS[name] for name in names):
                 if model.variant.lora is None and attack.applies_lora:
                     continue  # nothing to change the strength of
-                settings, folder = attack.budgets[config.budget], model.cache.folder(model.variant)
+                settings = attack.budgets[config.budget]
                 for restart in range(settings.restarts):
-                    place = task_folder(folder, concept, attack, settings, config.seed, images, restart)
+                    place = task_folder(model, concept, attack, settings, config.seed, images, restart)
                     tasks.append(Task(model, concept, attack, settings, restart, place))
     return tasks
 

@@ -20,6 +20,7 @@ from sd_unlearn.evaluation.loras import ModelVariant
 from sd_unlearn.io.files import atomic_path, write_json
 from sd_unlearn.io.reading import json_sha256, read_json
 from sd_unlearn.models.base import Base
+from sd_unlearn.models.kinds import KINDS
 
 VERSION = 2  # of the attacks' code: raise it when an attack gives other images for the same settings
 RECORD = "attack.json"
@@ -64,10 +65,10 @@ class Tried:
 
 
 def task_folder(
-    variant_folder: Path, concept: Concept, attack: Attack, settings: Any, seed: int, images: str, restart: int
+    model: Model, concept: Concept, attack: Attack, settings: Any, seed: int, images: str, restart: int
 ) -> Path:
     """Where a task's images are kept. images: identifies the attacker's images."""
-    content = {
+    content: dict[str, Any] = {
         "version": VERSION,
         "concept": [concept.name, concept.label, concept.caption, concept.generic],
         "prompts": [prompt.text for prompt in (*concept.keep_prompts, *concept.prompts("held_out"))],
@@ -75,7 +76,16 @@ def task_folder(
         "seed": seed,
         "images": images,
     }
-    return variant_folder / "attacks" / f"{attack.name}-{json_sha256(content)[:12]}" / f"restart-{restart}"
+    if (attack.positives(settings) or attack.unrelated(settings)) and (corrected := _corrected(model.cache)):
+        content["corrected"] = corrected
+    folder = model.cache.folder(model.variant)
+    return folder / "attacks" / f"{attack.name}-{json_sha256(content)[:12]}" / f"restart-{restart}"
+
+
+def _corrected(cache: ImageCache) -> list[str]:
+    """What was wrong in earlier versions of VERSION 2, in attacks that use images, with these settings only."""
+    own_timesteps = KINDS[cache.base["kind"]].is_flow and cache.sampler.resolution
+    return ["timesteps"] if own_timesteps else []
 
 
 def carry_out(task: Task, target: Target) -> None:
