@@ -1,14 +1,19 @@
-"""The loss of noise prediction on the attacker's images, which most white-box attacks minimize."""
+"""The loss of noise prediction on the attacker's images, and the steps in which most white-box attacks minimize it."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from sd_unlearn.attacks.base import Samples, Target
+from sd_unlearn.errors import UnlearnError
 from sd_unlearn.models.diffusion import sample_positions
+from sd_unlearn.training.learned_captions import SCALE
+
+MAX_SKIPPED = 20  # steps in a row whose gradient is not finite
 
 
 @dataclass(frozen=True)
@@ -42,3 +47,45 @@ def noise_loss(target: Target, batch: NoisedBatch, text: Tensor) -> Tensor:
     dtype = base.network.dtype
     predicted = denoiser.predict(noisy.to(dtype), timesteps, text.expand(len(noisy), -1, -1).to(device, dtype))
     return (predicted.float() - wanted).square().mean()
+
+
+def noise_gradients(
+    target: Target, batch: NoisedBatch, text: Tensor, parameters: Sequence[Tensor]
+) -> list[Tensor | None]:
+    """Gradients of the loss by parameters in full precision; None for one that it does not depend on.
+
+    In fp16 the loss is multiplied by SCALE for the backward pass, because it is a mean over so many elements that the
+    gradients of the network's outputs would be rounded to zero.
+    """
+    scale = SCALE if target.base.network.dtype == torch.float16 else 1.0
+    found = torch.autograd.grad(scale * noise_loss(target, batch, text), parameters, allow_unused=True)
+    return [gradient if gradient is None else gradient / scale for gradient in found]
+
+
+class Descent:
+    """Steps of an optimizer that minimize the loss. Gradients that are not finite are skipped."""
+
+    def __init__(self, target: Target, optimizer: torch.optim.Optimizer) -> None:
+        self.target, self.optimizer = target, optimizer
+        self.parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        self.skipped = 0  # in a row
+
+    def step(self, batch: NoisedBatch, text: Tensor) -> None:
+        """A step on a batch with text [1 or B, tokens, width].
+
+        Raises:
+            UnlearnError: too many steps in a row were skipped.
+        """
+        gradients = noise_gradients(self.target, batch, text, self.parameters)
+        if all(gradient is None or bool(gradient.isfinite().all()) for gradient in gradients):
+            for parameter, gradient in zip(self.parameters, gradients, strict=True):
+                parameter.grad = gradient
+            self.optimizer.step()
+            self.skipped = 0
+            return
+        self.skipped += 1
+        if self.skipped == MAX_SKIPPED:
+            raise UnlearnError(
+                f"The gradient of the attack was not finite for {MAX_SKIPPED} steps in a row. Use --mixed_precision "
+                "bf16 or no."
+            )

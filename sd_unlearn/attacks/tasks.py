@@ -85,7 +85,8 @@ def task_folder(
 def _corrected(cache: ImageCache) -> list[str]:
     """What was wrong in earlier versions of VERSION 2, in attacks that use images, with these settings only."""
     own_timesteps = KINDS[cache.base["kind"]].is_flow and cache.sampler.resolution
-    return ["timesteps"] if own_timesteps else []
+    is_fp16 = cache.suffix.endswith("-fp16")  # whose gradients were rounded to zero
+    return ["timesteps"] * bool(own_timesteps) + ["gradients"] * is_fp16
 
 
 def carry_out(task: Task, target: Target) -> None:

@@ -38,3 +38,9 @@ def test_attacks_with_the_timesteps_of_another_resolution_are_done_again(attack:
     assert name(attack, BASE, at_64) == name(attack)  # the folder above has the resolution
     assert (name(attack, BASE | {"kind": "flux"}, at_64) != name(attack)) == again
     assert name(attack, BASE | {"kind": "flux"}) == name(attack)
+
+
+@pytest.mark.parametrize(("attack", "again"), [("finetune", True), ("strength", False)])
+def test_attacks_by_gradients_in_fp16_are_done_again(attack: str, again: bool) -> None:
+    assert (name(attack, suffix="-zero-snr-fp16") != name(attack)) == again
+    assert name(attack, suffix="-bf16") == name(attack)
