@@ -43,7 +43,7 @@ def learn(
     samples = target.positives.first(settings.positives)
     descent = Descent(target, prompt.optimizer(settings.learning_rate))
     for _ in range(settings.steps):
-        descent.step(sample_batch(samples, settings.batch_size, generator), prompt.encode())
+        descent.step(sample_batch(samples, settings.batch_size, generator), lambda _: prompt.encode())
     with torch.no_grad():
         text = prompt.encode()
     yield Outcome(target.generate(text, target.seeds(settings.images)), settings.steps)

@@ -56,7 +56,7 @@ def fine_tune(
         descent = Descent(target, torch.optim.AdamW(parameters, lr=settings.learning_rate))
         for step in range(1, settings.steps[-1] + 1):
             batch = sample_batch(samples, settings.batch_size, generator)
-            descent.step(batch, text[batch.rows])
+            descent.step(batch, lambda part: text[part.rows])
             if step in settings.steps:
                 yield Outcome(target.generate(caption, target.seeds(settings.images)), step)
     finally:

@@ -63,9 +63,13 @@ def search(
     size = settings.batch_size
     mean, std = (values.expand(size, -1, -1, -1) for values in (sample.mean, sample.std))
     repeated = Samples([*sample.captions] * size, mean, std)
-    for _ in range(settings.steps):
+
+    def text(_part: object) -> Tensor:
         prompt.mix(weights)
-        descent.step(sample_batch(repeated, settings.batch_size, generator), prompt.encode())
+        return prompt.encode()
+
+    for _ in range(settings.steps):
+        descent.step(sample_batch(repeated, settings.batch_size, generator), text)
         with torch.no_grad():
             weights.copy_(project(weights, allowed.to(weights.device)))
     return weights.detach().argmax(1).cpu()
