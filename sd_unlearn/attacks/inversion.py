@@ -8,11 +8,12 @@ et al. 2024 and Lu et al. 2025.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from operator import attrgetter
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from sd_unlearn.attacks.base import Attack, Outcome, Target
@@ -24,10 +25,14 @@ def run(target: Target, settings: ImageSettings, restart: int) -> Iterator[Outco
     """Invert the attacker's images and generate from the noise found."""
     latents = target.positives.first(settings.images).mean
     text = encode_captions(target.base, [target.concept.caption])
-    images = []
-    for known in latents.split(target.sampler.batch_size):
+
+    def invert_and_generate(numbers: Sequence[int]) -> list[Image.Image]:
+        known = latents[numbers[0] : numbers[-1] + 1]
         noise = target.base.conditioning.as_argument(invert(target, known, text))
-        images += target.generate(text, [0] * len(known), latents=noise)
+        return target.generate(text, [0] * len(known), latents=noise)
+
+    batches = target.base.generating.map(invert_and_generate, range(len(latents)), target.sampler.batch_size)
+    images = [image for batch in batches for image in batch]
     yield Outcome(images, len(images))
 
 
