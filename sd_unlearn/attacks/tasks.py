@@ -21,6 +21,7 @@ from sd_unlearn.io.files import atomic_path, write_json
 from sd_unlearn.io.reading import json_sha256, read_json
 from sd_unlearn.models.base import Base
 from sd_unlearn.models.kinds import KINDS
+from sd_unlearn.results import FailedAttack
 
 VERSION = 2  # of the attacks' code: raise it when an attack gives other images for the same settings
 RECORD = "attack.json"
@@ -51,6 +52,20 @@ class Task:
     @property
     def done(self) -> bool:
         return (self.folder / RECORD).is_file()
+
+    @property
+    def failure(self) -> Path:
+        """A file that says why the task failed, for the first process of the command that tried it."""
+        return self.folder.with_name(f"{self.folder.name}.failed")
+
+    @property
+    def failed(self) -> bool:
+        return not self.done and self.failure.is_file()
+
+    @property
+    def of_attack(self) -> tuple[str, str, str]:
+        """The attack that it is a restart of: concept, subject, name."""
+        return self.concept.slug, self.model.id, self.attack.name
 
 
 @dataclass(frozen=True)
@@ -97,6 +112,18 @@ def carry_out(task: Task, target: Target) -> None:
         for number, outcome in enumerate(task.attack.run(target, task.settings, task.restart)):
             outcomes.append(_store(outcome, temporary, number))
         write_json(temporary / RECORD, {"seconds": time.monotonic() - started, "outcomes": outcomes})
+
+
+def take_failures(tasks: Sequence[Task]) -> list[FailedAttack]:
+    """The attacks that failed in this command. Removes their files, so that the next command tries them again."""
+    found: dict[tuple[str, str, str], FailedAttack] = {}
+    for task in tasks:
+        if task.failed:
+            why = task.failure.read_text(encoding="utf-8")
+            found.setdefault(task.of_attack, FailedAttack(*task.of_attack, why))
+    for task in tasks:
+        task.failure.unlink(missing_ok=True)
+    return list(found.values())
 
 
 def _store(outcome: Outcome, folder: Path, number: int) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from sd_unlearn import __version__
 from sd_unlearn.config.evaluate import EvaluateConfig
 from sd_unlearn.config.paths import recorded
 from sd_unlearn.data.concept import Concept, concept_sha256
-from sd_unlearn.errors import ConditionError, UnlearnError
+from sd_unlearn.errors import ConditionError, UnlearnError, counted
 from sd_unlearn.evaluation.earlier import carry_attacks, earlier_results
 from sd_unlearn.evaluation.fail_if import met_conditions, outcomes, parse_condition
 from sd_unlearn.evaluation.generate import ImageCache, generate_images
@@ -113,7 +113,7 @@ def check_conditions(results: dict[str, Any], fail_if: Sequence[str]) -> str:
 
     Raises:
         ConditionError: at least one condition holds; names each of them with its value.
-        UnlearnError: a LoRA could not be evaluated (--keep_going).
+        UnlearnError: a LoRA could not be evaluated (--keep_going), or an attack failed.
     """
     conditions = [found for found in results["conditions"] if found["condition"] in fail_if]
     met = [f"{found['condition']}: {reason}" for found in conditions for reason in found["reasons"]]
@@ -121,6 +121,9 @@ def check_conditions(results: dict[str, Any], fail_if: Sequence[str]) -> str:
         raise ConditionError(f"--fail_if: {'; '.join(met)}.")
     if failed := results["failed"]:
         raise UnlearnError(f"Not evaluated: {', '.join(entry['lora'] for entry in failed)}.")
+    if attacks := results.get("failed_attacks"):
+        first, names = attacks[0], ", ".join(f"{entry['attack']} on {entry['subject']}" for entry in attacks)
+        raise UnlearnError(f"{counted(len(attacks), 'attack')} failed: {names}. {first['message']}")
     count = len(conditions)
     return f"Passed {count} of {count} --fail_if checks: no condition holds." if count else ""
 
