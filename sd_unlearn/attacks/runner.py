@@ -31,7 +31,7 @@ from sd_unlearn.io.own_files import is_run, kind_of, mark
 from sd_unlearn.io.paths import public_name
 from sd_unlearn.io.progress import Progress, say
 from sd_unlearn.io.run_folder import IMAGE_DIR, RESULTS
-from sd_unlearn.launch import process_count, process_rank, wait_for_others
+from sd_unlearn.launch import heartbeat, last_beat, process_count, process_rank, wait_for_others
 from sd_unlearn.metrics.base import Metric
 from sd_unlearn.metrics.registry import DETECTORS, make_metrics, merge_cards, metric_cards
 from sd_unlearn.models.base import HASHES, load_base
@@ -73,7 +73,7 @@ def attack_all(
         _carry_out_missing(config, loader, cache, tasks)
         if process_rank() > 0:
             return {}
-        wait_for_others(lambda: sum(not (task.done or task.failed) for task in tasks), "attacks", TIMEOUT, poll=1.0)
+        _wait_for_others(cache, tasks)
         failed = take_failures(tasks)
         floor = next((model.cache.base for model in models if model.id == FLOOR), None)
         names_of_failed = {(one.concept, one.subject, one.attack) for one in failed}
@@ -157,10 +157,11 @@ def _carry_out_missing(config: AttackConfig, loader: BaseLoader, cache: ImageCac
         return
     for task in missing:
         task.failure.unlink(missing_ok=True)  # of a command that was killed
-    folder = cache.base_folder / "attacker"
-    source = ImageSource(loader.load(), cache.sampler, config.seed, folder, config.attacker_images)
     samples: dict[tuple[str, ...], Samples] = {}
-    with Progress(len(missing), "attack", "attempt", shown=process_rank() == 0) as progress:
+    beating = heartbeat(_heartbeats(cache)[process_rank()]) if process_count() > 1 else nullcontext()
+    with beating, Progress(len(missing), "attack", "attempt", shown=process_rank() == 0) as progress:
+        folder = cache.base_folder / "attacker"
+        source = ImageSource(loader.load(), cache.sampler, config.seed, folder, config.attacker_images)
         for task in missing:
             progress.show(now=f"{task.attack.name} on {task.model.id}")
             if why := _attempt(task, lambda task: _target(task, source, samples, config.seed)):
@@ -184,6 +185,27 @@ def _attempt(task: Task, make_target: Callable[[Task], Target]) -> str:
     if why:
         free_memory()  # only here, after the except block has released the tensors in its frames
     return why
+
+
+def _heartbeats(cache: ImageCache) -> list[Path]:
+    """A file for each process."""
+    return [cache.base_folder / "attacker" / f"process-{rank}.alive" for rank in range(process_count())]
+
+
+def _wait_for_others(cache: ImageCache, tasks: Sequence[Task]) -> None:
+    """Wait until the other processes have carried out their tasks, each of which may take hours.
+
+    Raises:
+        UnlearnError: one of them must have stopped.
+    """
+
+    def missing() -> int:
+        return sum(not (task.done or task.failed) for task in tasks)
+
+    def signs() -> list[int]:
+        return [last_beat(file) for file in _heartbeats(cache)]
+
+    wait_for_others(missing, "attacks", TIMEOUT, poll=1.0, signs=signs)
 
 
 def _target(task: Task, source: ImageSource, known: dict[tuple[str, ...], Samples], seed: int) -> Target:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from sd_unlearn.attacks.registry import ATTACKS
 from sd_unlearn.cli import main
 from sd_unlearn.io.files import write_json
 from sd_unlearn.io.reading import read_json
+from sd_unlearn.launch import heartbeat
 from sd_unlearn.results import read_results
 
 FLAGS = ["--num_inference_steps", "2", "--render_batch_size", "8"]
@@ -153,6 +156,43 @@ def test_the_first_process_reports_what_failed_in_another(run: Path, monkeypatch
     assert attack(run, *flags) == 1
     assert set(entries(run)) == {("seven", "strength")}
     assert [failed.attack for failed in read_results(run).failed_attacks] == ["soft"]
+
+
+def test_the_first_process_waits_as_long_as_another_works(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One attack may take longer than the time after which a silent process counts as stopped."""
+    flags, original, alive = ["--attacks", "noise", "strength", "--no_ceiling"], command.carry_out, list[Path]()
+
+    def watched(task: Any, target: Any) -> None:
+        alive.extend(Path().rglob("process-*.alive"))
+        original(task, target)
+
+    monkeypatch.setattr(command, "carry_out", watched)
+    monkeypatch.setattr(command, "TIMEOUT", 2.0)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    assert attack(run, *flags) == 0
+    [beats] = alive
+    assert beats.name == "process-1.alive"
+    assert not beats.exists()
+    [done] = Path().rglob("strength-*/restart-0")
+    aside = done.rename(done.with_name("aside"))
+
+    def work() -> None:
+        with heartbeat(beats, every=0.1):
+            time.sleep(6)
+            aside.rename(done)
+
+    other = threading.Thread(target=work)
+    monkeypatch.setenv("RANK", "0")
+    other.start()
+    try:
+        assert attack(run, *flags) == 0
+    finally:
+        other.join()
+    assert set(entries(run)) == {("seven", "noise"), ("seven", "strength")}
+    done.rename(aside)
+    assert attack(run, *flags) == 1  # a process that has stopped
 
 
 def test_evaluate_and_attack_add_to_the_same_results(run: Path) -> None:
