@@ -182,11 +182,12 @@ def attack(config: AttackConfig, concepts: list[Concept]) -> Results:
         ConditionError: a condition of fail_if holds. results.json was written.
     """
     from sd_unlearn.attacks import attack as command
-    from sd_unlearn.evaluation.evaluate import check_conditions
+    from sd_unlearn.evaluation.evaluate import check_attacked, check_conditions
 
     _check_single_process("attack")
     results = command.run(config, concepts)
     check_conditions(results, config.fail_if)
+    check_attacked(results)
     return parse_results(results)
 
 

@@ -152,14 +152,16 @@ def attack(config: Annotated[AttackConfig, Parameter(name="*")] = AttackConfig()
     """Try to bring a removed concept back, and record how often that succeeds; adds to results.json."""
     prepare_processes()
     from sd_unlearn.attacks.attack import run
-    from sd_unlearn.evaluation.evaluate import check_conditions
+    from sd_unlearn.evaluation.evaluate import check_attacked, check_conditions
     from sd_unlearn.report.terminal import format_attacks
     from sd_unlearn.results import parse_results
 
     results = run(config)
     if results:  # empty in all processes but the first
         print(json.dumps(results, indent=2) if config.json else format_attacks(parse_results(results)))
-        if passed := check_conditions(results, config.fail_if):
+        passed = check_conditions(results, config.fail_if)
+        check_attacked(results)
+        if passed:
             print(passed, file=sys.stderr if config.json else sys.stdout)
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import sys
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 
 from sd_unlearn.errors import UnlearnError, UsageError
 
@@ -39,28 +43,69 @@ def process_count() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
-def wait_for_others(missing: Callable[[], int], what: str, timeout: float, poll: float = 0.5) -> None:
+def wait_for_others(
+    missing: Callable[[], int],
+    what: str,
+    timeout: float,
+    poll: float = 0.5,
+    signs: Callable[[], object] = lambda: None,
+) -> None:
     """Wait until the other processes have done their part; returns at once in a single process.
 
     Args:
         missing: How many of the things are not done.
         what: The things, for the error, e.g. "images".
-        timeout: In seconds, since the number last fell; `poll`: between two looks.
+        timeout: In seconds, since the number or `signs` last changed; `poll`: between two looks.
+        signs: Something that changes as long as the others work, e.g. their heartbeats.
 
     Raises:
-        UnlearnError: nothing was finished for `timeout` seconds.
+        UnlearnError: nothing was finished, and there was no sign of work, for `timeout` seconds.
     """
     if process_count() < 2:
         return
-    fewest, since = missing(), time.monotonic()
+    last, since = (missing(), signs()), time.monotonic()
     while (count := missing()) > 0:
-        if count < fewest:
-            fewest, since = count, time.monotonic()
+        if (now := (count, signs())) != last:
+            last, since = now, time.monotonic()
         if time.monotonic() - since > timeout:
             raise UnlearnError(
                 f"{count} {what} are still missing: another process must have stopped. Run the command again."
             )
         time.sleep(poll)
+
+
+@contextmanager
+def heartbeat(file: Path, every: float = 30.0) -> Iterator[None]:
+    """Touch a file from a thread, every `every` seconds within the block: `last_beat` tells other processes.
+
+    The file is removed at the end. Of a process that was killed it stays, but is not touched any more.
+    """
+    ended = threading.Event()
+
+    def beat() -> None:
+        while not ended.wait(every):
+            with contextlib.suppress(OSError):
+                file.touch()
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.touch()
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        with contextlib.suppress(OSError):
+            file.unlink()
+
+
+def last_beat(file: Path) -> int:
+    """When the file of a heartbeat was last touched, by the clock of its disk; 0 if it does not exist."""
+    try:
+        return file.stat().st_mtime_ns
+    except OSError:
+        return 0
 
 
 def prepare_processes() -> None:

@@ -196,6 +196,16 @@ class Failed(_Open):
 
 
 @dataclass(frozen=True)
+class FailedAttack(_Open):
+    """An attack that could not be carried out, and has no other entry: memory ran out."""
+
+    concept: str  # slug
+    subject: str
+    attack: str
+    message: str
+
+
+@dataclass(frozen=True)
 class AttackTry(_Open):
     """The images that one restart of an attack gave after a number of steps."""
 
@@ -257,6 +267,7 @@ class Results(_Open):
     failed: tuple[Failed, ...] = ()
     pair_counts: tuple[PairCount, ...] = ()
     attacks: tuple[AttackEntry, ...] = ()
+    failed_attacks: tuple[FailedAttack, ...] = ()
 
     @property
     def compared(self) -> list[SubjectEntry]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shlex
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -159,6 +162,27 @@ def test_waiting_for_other_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert left == []
     with pytest.raises(UnlearnError, match="2 images are still missing: another process must have stopped"):
         launch.wait_for_others(lambda: 2, "images", 0, poll=0)
+
+
+def test_waiting_while_there_are_signs_of_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "process_count", lambda: 2)
+    left, beats = [1] * 9 + [0], itertools.count()
+    launch.wait_for_others(lambda: left.pop(0), "attacks", 0.15, poll=0.05, signs=lambda: next(beats))  # 0.4 seconds
+    left = [1] * 9 + [0]
+    with pytest.raises(UnlearnError, match="1 attacks are still missing"):
+        launch.wait_for_others(lambda: left.pop(0), "attacks", 0.15, poll=0.05, signs=lambda: 0)
+
+
+def test_a_heartbeat_ends_with_its_block(tmp_path: Path) -> None:
+    file, threads = tmp_path / "new" / "process-1.alive", threading.active_count()
+    assert launch.last_beat(file) == 0
+    with launch.heartbeat(file, every=0.01):
+        first, end = launch.last_beat(file), time.monotonic() + 60
+        while launch.last_beat(file) == first and time.monotonic() < end:
+            time.sleep(0.01)
+        assert launch.last_beat(file) > first > 0
+    assert launch.last_beat(file) == 0
+    assert threading.active_count() == threads
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,8 @@ class Target:
 
     @property
     def denoiser(self) -> Denoiser:
-        return Denoiser.of(self.base, self.base.network)
+        """The attacked network. Timesteps of flow matching are those of the resolution that images are sampled at."""
+        return Denoiser(self.base.network, self.base.process(self.sampler.resolution), self.base.conditioning)
 
     def generator(self, attack: str, restart: int) -> torch.Generator:
         """The random numbers of one restart of an attack, on the CPU."""

@@ -8,12 +8,13 @@ may be enough for a detector, so compare with a model that never saw the concept
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from sd_unlearn.attacks.base import Attack, Outcome, Target
@@ -38,13 +39,15 @@ def run(target: Target, settings: ImageSettings, restart: int) -> Iterator[Outco
     generator = target.generator("completion", restart)
     noise = torch.randn(samples.mean.shape, generator=generator)
     text = encode_captions(target.base, [target.concept.caption])
-    every_seed, images, start = target.seeds(len(samples.mean)), [], 0
-    while start < len(samples.mean):
-        rows = slice(start, start + target.sampler.batch_size)
-        known, seeds = samples.mean[rows], every_seed[rows]
-        keep_left = _keep_left_half(known, noise[rows], target.base)
-        images += target.generate(text, seeds, callback_on_step_end=keep_left)
-        start += target.sampler.batch_size
+    every_seed = target.seeds(len(samples.mean))
+
+    def complete(numbers: Sequence[int]) -> list[Image.Image]:
+        of = slice(numbers[0], numbers[-1] + 1)
+        keep_left = _keep_left_half(samples.mean[of], noise[of], target.base)
+        return target.generate(text, every_seed[of], callback_on_step_end=keep_left)
+
+    batches = target.base.generating.map(complete, range(len(samples.mean)), target.sampler.batch_size)
+    images = [image for batch in batches for image in batch]
     yield Outcome(images, len(images))
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from sd_unlearn.attacks.base import Outcome, Target
-from sd_unlearn.attacks.noise_prediction import noise_loss, sample_batch
+from sd_unlearn.attacks.noise_prediction import Descent, sample_batch
 from sd_unlearn.models.learned_prompt import LearnedPrompt
 
 
@@ -41,13 +41,9 @@ def learn(
 ) -> Iterator[Outcome]:
     """Train the prompt's vectors to predict the noise of images of the concept; yields the images at the end."""
     samples = target.positives.first(settings.positives)
-    optimizer = prompt.optimizer(settings.learning_rate)
+    descent = Descent(target, prompt.optimizer(settings.learning_rate))
     for _ in range(settings.steps):
-        batch = sample_batch(samples, settings.batch_size, generator)
-        loss = noise_loss(target, batch, prompt.encode())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        descent.step(sample_batch(samples, settings.batch_size, generator), lambda _: prompt.encode())
     with torch.no_grad():
         text = prompt.encode()
     yield Outcome(target.generate(text, target.seeds(settings.images)), settings.steps)

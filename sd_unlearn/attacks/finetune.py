@@ -13,7 +13,7 @@ from operator import attrgetter
 import torch
 
 from sd_unlearn.attacks.base import Attack, Outcome, Samples, Target
-from sd_unlearn.attacks.noise_prediction import noise_loss, sample_batch
+from sd_unlearn.attacks.noise_prediction import Descent, sample_batch
 from sd_unlearn.config.objective import Weights
 from sd_unlearn.data.encoding import encode_captions
 from sd_unlearn.models import lora
@@ -53,12 +53,10 @@ def fine_tune(
     adapter = lora.attach(network, Weights(rank=settings.rank), targets, ATTACK_SEEDS[0] + restart).to(base.device)
     try:
         parameters = [parameter for parameter in adapter.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate)
+        descent = Descent(target, torch.optim.AdamW(parameters, lr=settings.learning_rate))
         for step in range(1, settings.steps[-1] + 1):
             batch = sample_batch(samples, settings.batch_size, generator)
-            optimizer.zero_grad()
-            noise_loss(target, batch, text[batch.rows]).backward()
-            optimizer.step()
+            descent.step(batch, lambda part: text[part.rows])
             if step in settings.steps:
                 yield Outcome(target.generate(caption, target.seeds(settings.images)), step)
     finally:

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from operator import attrgetter
 
 import torch
+from torch import Tensor
 
 from sd_unlearn.attacks.base import Attack, Outcome, Target, needs_one_vocabulary
-from sd_unlearn.attacks.noise_prediction import noise_loss, sample_batch
+from sd_unlearn.attacks.noise_prediction import Descent, sample_batch
 from sd_unlearn.attacks.tokens import TokenPrompt, allowed_tokens, nearest, random_tokens
 
 
@@ -39,21 +40,21 @@ def run(target: Target, settings: HardSettings, restart: int) -> Iterator[Outcom
     table = prompt.tables[0]
     ids = random_tokens(allowed, [len(prompt.positions[0])], generator)
     free = table[ids.to(table.device)].clone().requires_grad_()
-    optimizer = torch.optim.AdamW([free], lr=settings.learning_rate * prompt.scales[0])
+    descent = Descent(target, torch.optim.AdamW([free], lr=settings.learning_rate * prompt.scales[0]))
     samples = target.positives.first(settings.positives)
-    for _ in range(settings.steps):
-        ids = nearest(free.detach(), table, allowed)
-        prompt.choose(ids)
+
+    def text(_part: object) -> Tensor:
+        prompt.choose(nearest(free.detach(), table, allowed))
         prompt.vectors[0] = prompt.vectors[0] + free - free.detach()  # the tokens' value, the gradient of `free`
-        loss = noise_loss(target, sample_batch(samples, settings.batch_size, generator), prompt.encode())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        return prompt.encode()
+
+    for _ in range(settings.steps):
+        descent.step(sample_batch(samples, settings.batch_size, generator), text)
     ids = nearest(free.detach(), table, allowed)
     prompt.choose(ids)
     with torch.no_grad():
-        text = prompt.encode()
-    yield Outcome(target.generate(text, target.seeds(settings.images)), settings.steps, found=prompt.words(ids))
+        found = prompt.encode()
+    yield Outcome(target.generate(found, target.seeds(settings.images)), settings.steps, found=prompt.words(ids))
 
 
 HARD = Attack(

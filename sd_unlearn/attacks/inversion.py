@@ -8,27 +8,31 @@ et al. 2024 and Lu et al. 2025.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from operator import attrgetter
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from sd_unlearn.attacks.base import Attack, Outcome, Target
 from sd_unlearn.attacks.completion import BUDGETS, ImageSettings
 from sd_unlearn.data.encoding import encode_captions
-from sd_unlearn.models.base import Base
 
 
 def run(target: Target, settings: ImageSettings, restart: int) -> Iterator[Outcome]:
     """Invert the attacker's images and generate from the noise found."""
     latents = target.positives.first(settings.images).mean
     text = encode_captions(target.base, [target.concept.caption])
-    images = []
-    for known in latents.split(target.sampler.batch_size):
+
+    def invert_and_generate(numbers: Sequence[int]) -> list[Image.Image]:
+        known = latents[numbers[0] : numbers[-1] + 1]
         noise = target.base.conditioning.as_argument(invert(target, known, text))
-        images += target.generate(text, [0] * len(known), latents=noise)
+        return target.generate(text, [0] * len(known), latents=noise)
+
+    batches = target.base.generating.map(invert_and_generate, range(len(latents)), target.sampler.batch_size)
+    images = [image for batch in batches for image in batch]
     yield Outcome(images, len(images))
 
 
@@ -46,25 +50,26 @@ def invert(target: Target, latents: Tensor, text: Tensor) -> Tensor:
         return denoiser.predict(noisy.to(dtype), timestep.expand(len(noisy)), text).float()
 
     steps = _euler if base.properties.is_flow else _ddim
-    return steps(base, target.sampler.steps, current, predict).cpu()
+    return steps(target, current, predict).cpu()
 
 
 Predict = Callable[[Tensor, Tensor], Tensor]  # noisy latents, a timestep -> the network's prediction
 
 
-def _ddim(base: Base, steps: int, current: Tensor, predict: Predict) -> Tensor:
+def _ddim(target: Target, current: Tensor, predict: Predict) -> Tensor:
     from diffusers import DDIMInverseScheduler
 
-    scheduler = DDIMInverseScheduler.from_config(base.pipeline.scheduler.config)
-    scheduler.set_timesteps(steps, device=base.device)
+    scheduler = DDIMInverseScheduler.from_config(target.base.pipeline.scheduler.config)
+    scheduler.set_timesteps(target.sampler.steps, device=current.device)
     for timestep in scheduler.timesteps:
         current = scheduler.step(predict(current, timestep), int(timestep), current).prev_sample
     return current
 
 
-def _euler(base: Base, steps: int, current: Tensor, predict: Predict) -> Tensor:
+def _euler(target: Target, current: Tensor, predict: Predict) -> Tensor:
     """Euler steps along the velocity, from the image to noise, spaced as the model's scheduler spaces them."""
-    timesteps = base.process().at(torch.linspace(0, 1, steps + 1)).to(base.device)
+    positions = torch.linspace(0, 1, target.sampler.steps + 1)
+    timesteps = target.denoiser.process.at(positions).to(current.device)
     for timestep, after in pairwise(timesteps):
         current = current + (after - timestep) / 1000 * predict(current, timestep)
     return current

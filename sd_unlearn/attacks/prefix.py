@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from sd_unlearn.attacks.base import Attack, Outcome, Samples, Target, needs_one_vocabulary
-from sd_unlearn.attacks.noise_prediction import noise_loss, sample_batch
+from sd_unlearn.attacks.noise_prediction import Descent, sample_batch
 from sd_unlearn.attacks.tokens import TokenPrompt, allowed_tokens, random_tokens
 
 
@@ -59,15 +59,17 @@ def search(
     weights[torch.arange(settings.tokens), start] += 1
     weights = project(weights, allowed).to(target.base.device).requires_grad_()
     optimizer = torch.optim.AdamW([weights], lr=settings.learning_rate, weight_decay=settings.weight_decay)
+    descent = Descent(target, optimizer)
     size = settings.batch_size
     mean, std = (values.expand(size, -1, -1, -1) for values in (sample.mean, sample.std))
     repeated = Samples([*sample.captions] * size, mean, std)
-    for _ in range(settings.steps):
+
+    def text(_part: object) -> Tensor:
         prompt.mix(weights)
-        loss = noise_loss(target, sample_batch(repeated, settings.batch_size, generator), prompt.encode())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        return prompt.encode()
+
+    for _ in range(settings.steps):
+        descent.step(sample_batch(repeated, settings.batch_size, generator), text)
         with torch.no_grad():
             weights.copy_(project(weights, allowed.to(weights.device)))
     return weights.detach().argmax(1).cpu()

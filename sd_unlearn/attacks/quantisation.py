@@ -64,16 +64,22 @@ FORMATS: dict[str, Callable[[Tensor], Tensor]] = {"fp16": to_fp16, "int8": to_in
 
 @contextmanager
 def quantised(network: nn.Module, convert: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Replace the weights of all linear and convolutional layers by their rounded values within the block."""
+    """Replace the weights of all linear and convolutional layers by their rounded values within the block.
+
+    They are replaced in place and kept on the CPU meanwhile, so that the device holds the network once.
+    """
     layers = [module for module in network.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
-    originals = [layer.weight.data for layer in layers]
+    originals: list[tuple[Tensor, Tensor]] = []
     try:
-        for layer in layers:
-            layer.weight.data = convert(layer.weight.data)
+        with torch.no_grad():
+            for layer in layers:
+                originals.append((layer.weight, layer.weight.to("cpu", copy=True)))
+                layer.weight.copy_(convert(layer.weight))
         yield
     finally:
-        for layer, original in zip(layers, originals, strict=True):
-            layer.weight.data = original
+        with torch.no_grad():
+            for weight, original in originals:
+                weight.copy_(original)
 
 
 def run(target: Target, settings: QuantisationSettings, restart: int) -> Iterator[Outcome]:

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import shutil
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -17,26 +17,27 @@ from sd_unlearn.attacks.files import attacker_files
 from sd_unlearn.attacks.images import ImageSource
 from sd_unlearn.attacks.judge import Judged, attack_problems, detects_concept, judge
 from sd_unlearn.attacks.registry import ATTACKS
-from sd_unlearn.attacks.tasks import Model, Task, carry_out, task_folder
+from sd_unlearn.attacks.tasks import Model, Task, carry_out, take_failures, task_folder
 from sd_unlearn.config.attack import AttackConfig
-from sd_unlearn.errors import UsageError
+from sd_unlearn.errors import OutOfMemory, UsageError
 from sd_unlearn.evaluation.evaluate import assemble
 from sd_unlearn.evaluation.fail_if import Condition, outcomes, parse_condition
 from sd_unlearn.evaluation.generate import TIMEOUT, BaseLoader, ImageCache, image_cache
 from sd_unlearn.evaluation.job import EvaluationJob
 from sd_unlearn.evaluation.loras import ModelVariant
-from sd_unlearn.io.files import atomic_path, full_disk_explained, write_json
+from sd_unlearn.io.files import atomic_path, full_disk_explained, write_json, write_text
 from sd_unlearn.io.lock import locked
 from sd_unlearn.io.own_files import is_run, kind_of, mark
 from sd_unlearn.io.paths import public_name
 from sd_unlearn.io.progress import Progress, say
 from sd_unlearn.io.run_folder import IMAGE_DIR, RESULTS
-from sd_unlearn.launch import process_count, process_rank, wait_for_others
+from sd_unlearn.launch import heartbeat, last_beat, process_count, process_rank, wait_for_others
 from sd_unlearn.metrics.base import Metric
 from sd_unlearn.metrics.registry import make_metrics, merge_cards, metric_cards
 from sd_unlearn.models.base import HASHES, load_base
 from sd_unlearn.models.device import choose_precision, default_device
 from sd_unlearn.models.find_base import find_base
+from sd_unlearn.models.memory_errors import free_memory, shortage_behind
 from sd_unlearn.models.zero_terminal_snr import use_zero_terminal_snr
 from sd_unlearn.results import BASE, FLOOR, as_json, parse_results
 
@@ -72,10 +73,14 @@ def attack_all(
         _carry_out_missing(config, loader, cache, tasks)
         if process_rank() > 0:
             return {}
-        wait_for_others(lambda: sum(not task.done for task in tasks), "attacks", TIMEOUT, poll=1.0)
+        _wait_for_others(cache, tasks)
+        failed = take_failures(tasks)
         floor = next((model.cache.base for model in models if model.id == FLOOR), None)
-        results = _results(config, job, cache, tasks, metrics, floor)
+        names_of_failed = {(one.concept, one.subject, one.attack) for one in failed}
+        done = [task for task in tasks if task.of_attack not in names_of_failed]
+        results = _results(config, job, cache, done, metrics, floor)
         results = added(results, earlier) if earlier else results
+        results["failed_attacks"] = [as_json(one) for one in failed]
         all_conditions = list(dict.fromkeys([*kept, *conditions]))
         results["conditions"] = [as_json(found) for found in outcomes(all_conditions, parse_results(results))]
         if not kind_of(job.output) and not is_run(job.output):
@@ -130,9 +135,9 @@ def _plan(
             for attack in (ATTACKS[name] for name in names):
                 if model.variant.lora is None and attack.applies_lora:
                     continue  # nothing to change the strength of
-                settings, folder = attack.budgets[config.budget], model.cache.folder(model.variant)
+                settings = attack.budgets[config.budget]
                 for restart in range(settings.restarts):
-                    place = task_folder(folder, concept, attack, settings, config.seed, images, restart)
+                    place = task_folder(model, concept, attack, settings, config.seed, images, restart)
                     tasks.append(Task(model, concept, attack, settings, restart, place))
     return tasks
 
@@ -146,20 +151,61 @@ def _digest(folder: Path) -> str:
 
 
 def _carry_out_missing(config: AttackConfig, loader: BaseLoader, cache: ImageCache, tasks: Sequence[Task]) -> None:
-    """Do this process's share of the tasks that are not done."""
+    """Do this process's share of the tasks that are not done. One that runs out of memory does not end the others."""
     missing = [task for task in tasks[process_rank() :: process_count()] if not task.done]
     if not missing:
         return
-    folder = cache.base_folder / "attacker"
-    source = ImageSource(loader.load(), cache.sampler, config.seed, folder, config.attacker_images)
+    for task in missing:
+        task.failure.unlink(missing_ok=True)  # of a command that was killed
     samples: dict[tuple[str, ...], Samples] = {}
-    with Progress(len(missing), "attack", "attempt", shown=process_rank() == 0) as progress:
+    beating = heartbeat(_heartbeats(cache)[process_rank()]) if process_count() > 1 else nullcontext()
+    with beating, Progress(len(missing), "attack", "attempt", shown=process_rank() == 0) as progress:
+        folder = cache.base_folder / "attacker"
+        source = ImageSource(loader.load(), cache.sampler, config.seed, folder, config.attacker_images)
         for task in missing:
             progress.show(now=f"{task.attack.name} on {task.model.id}")
-            target = _target(task, source, samples, config.seed)
-            with nullcontext() if task.attack.applies_lora else target.applied(1.0):
-                carry_out(task, target)
+            if why := _attempt(task, lambda task: _target(task, source, samples, config.seed)):
+                say(f"Failed: the attack {task.attack.name} on {task.model.id}. {why}")
+                write_text(task.failure, why)
             progress.advance()
+
+
+def _attempt(task: Task, make_target: Callable[[Task], Target]) -> str:
+    """Carry out a task; says why it ran out of memory, else nothing."""
+    why = ""
+    try:
+        target = make_target(task)
+        with nullcontext() if task.attack.applies_lora else target.applied(1.0):
+            carry_out(task, target)
+    except (OutOfMemory, RuntimeError, MemoryError) as error:
+        shortage = error if isinstance(error, OutOfMemory) else shortage_behind(error)
+        if shortage is None:
+            raise
+        why = str(shortage)
+    if why:
+        free_memory()  # only here, after the except block has released the tensors in its frames
+    return why
+
+
+def _heartbeats(cache: ImageCache) -> list[Path]:
+    """A file for each process."""
+    return [cache.base_folder / "attacker" / f"process-{rank}.alive" for rank in range(process_count())]
+
+
+def _wait_for_others(cache: ImageCache, tasks: Sequence[Task]) -> None:
+    """Wait until the other processes have carried out their tasks, each of which may take hours.
+
+    Raises:
+        UnlearnError: one of them must have stopped.
+    """
+
+    def missing() -> int:
+        return sum(not (task.done or task.failed) for task in tasks)
+
+    def signs() -> list[int]:
+        return [last_beat(file) for file in _heartbeats(cache)]
+
+    wait_for_others(missing, "attacks", TIMEOUT, poll=1.0, signs=signs)
 
 
 def _target(task: Task, source: ImageSource, known: dict[tuple[str, ...], Samples], seed: int) -> Target:
@@ -204,7 +250,7 @@ def _results(
     judged, cards = list[Judged](), []
     grouped: dict[tuple[str, str, str], list[Task]] = defaultdict(list)
     for task in tasks:
-        grouped[task.concept.slug, task.model.id, task.attack.name].append(task)
+        grouped[task.of_attack].append(task)
     for slug, detectors in _detectors(job, names):
         for (of_concept, _, _), restarts in grouped.items():
             for metric in detectors if of_concept == slug else []:

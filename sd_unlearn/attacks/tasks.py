@@ -20,6 +20,8 @@ from sd_unlearn.evaluation.loras import ModelVariant
 from sd_unlearn.io.files import atomic_path, write_json
 from sd_unlearn.io.reading import json_sha256, read_json
 from sd_unlearn.models.base import Base
+from sd_unlearn.models.kinds import KINDS
+from sd_unlearn.results import FailedAttack
 
 VERSION = 2  # of the attacks' code: raise it when an attack gives other images for the same settings
 RECORD = "attack.json"
@@ -51,6 +53,20 @@ class Task:
     def done(self) -> bool:
         return (self.folder / RECORD).is_file()
 
+    @property
+    def failure(self) -> Path:
+        """A file that says why the task failed, for the first process of the command that tried it."""
+        return self.folder.with_name(f"{self.folder.name}.failed")
+
+    @property
+    def failed(self) -> bool:
+        return not self.done and self.failure.is_file()
+
+    @property
+    def of_attack(self) -> tuple[str, str, str]:
+        """The attack that it is a restart of: concept, subject, name."""
+        return self.concept.slug, self.model.id, self.attack.name
+
 
 @dataclass(frozen=True)
 class Tried:
@@ -64,10 +80,10 @@ class Tried:
 
 
 def task_folder(
-    variant_folder: Path, concept: Concept, attack: Attack, settings: Any, seed: int, images: str, restart: int
+    model: Model, concept: Concept, attack: Attack, settings: Any, seed: int, images: str, restart: int
 ) -> Path:
     """Where a task's images are kept. images: identifies the attacker's images."""
-    content = {
+    content: dict[str, Any] = {
         "version": VERSION,
         "concept": [concept.name, concept.label, concept.caption, concept.generic],
         "prompts": [prompt.text for prompt in (*concept.keep_prompts, *concept.prompts("held_out"))],
@@ -75,7 +91,17 @@ def task_folder(
         "seed": seed,
         "images": images,
     }
-    return variant_folder / "attacks" / f"{attack.name}-{json_sha256(content)[:12]}" / f"restart-{restart}"
+    if (attack.positives(settings) or attack.unrelated(settings)) and (corrected := _corrected(model.cache)):
+        content["corrected"] = corrected
+    folder = model.cache.folder(model.variant)
+    return folder / "attacks" / f"{attack.name}-{json_sha256(content)[:12]}" / f"restart-{restart}"
+
+
+def _corrected(cache: ImageCache) -> list[str]:
+    """What was wrong in earlier versions of VERSION 2, in attacks that use images, with these settings only."""
+    own_timesteps = KINDS[cache.base["kind"]].is_flow and cache.sampler.resolution
+    is_fp16 = cache.suffix.endswith("-fp16")  # whose gradients were rounded to zero
+    return ["timesteps"] * bool(own_timesteps) + ["gradients"] * is_fp16
 
 
 def carry_out(task: Task, target: Target) -> None:
@@ -86,6 +112,18 @@ def carry_out(task: Task, target: Target) -> None:
         for number, outcome in enumerate(task.attack.run(target, task.settings, task.restart)):
             outcomes.append(_store(outcome, temporary, number))
         write_json(temporary / RECORD, {"seconds": time.monotonic() - started, "outcomes": outcomes})
+
+
+def take_failures(tasks: Sequence[Task]) -> list[FailedAttack]:
+    """The attacks that failed in this command. Removes their files, so that the next command tries them again."""
+    found: dict[tuple[str, str, str], FailedAttack] = {}
+    for task in tasks:
+        if task.failed:
+            why = task.failure.read_text(encoding="utf-8")
+            found.setdefault(task.of_attack, FailedAttack(*task.of_attack, why))
+    for task in tasks:
+        task.failure.unlink(missing_ok=True)
+    return list(found.values())
 
 
 def _store(outcome: Outcome, folder: Path, number: int) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from sd_unlearn import __version__
 from sd_unlearn.config.evaluate import EvaluateConfig
 from sd_unlearn.config.paths import recorded
 from sd_unlearn.data.concept import Concept, concept_sha256
-from sd_unlearn.errors import ConditionError, UnlearnError
+from sd_unlearn.errors import ConditionError, UnlearnError, counted
 from sd_unlearn.evaluation.earlier import carry_attacks, earlier_results
 from sd_unlearn.evaluation.fail_if import met_conditions, outcomes, parse_condition
 from sd_unlearn.evaluation.generate import ImageCache, generate_images
@@ -130,6 +130,17 @@ def check_evaluated(results: dict[str, Any]) -> None:
     """
     if failed := results["failed"]:
         raise UnlearnError(f"Not evaluated: {', '.join(entry['lora'] for entry in failed)}.")
+
+
+def check_attacked(results: dict[str, Any]) -> None:
+    """Refuse results with an attack that failed.
+
+    Raises:
+        UnlearnError
+    """
+    if failed := results.get("failed_attacks"):
+        names = ", ".join(f"{entry['attack']} on {entry['subject']}" for entry in failed)
+        raise UnlearnError(f"{counted(len(failed), 'attack')} failed: {names}. {failed[0]['message']}")
 
 
 def pass_or_fail(config: EvaluateConfig, results: dict[str, Any]) -> list[str]:

@@ -48,6 +48,7 @@ class Base:
     decoding: HalvingBatches = _batches("decoding images")
     encoding: HalvingBatches = _batches("encoding images")
     captioning: HalvingBatches = _batches("encoding captions")
+    attacking: HalvingBatches = _batches("computing the gradients of an attack")
 
     @property
     def network(self) -> Any:

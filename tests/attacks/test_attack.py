@@ -5,19 +5,24 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from attack_cases import SMALL
 from evaluation_runs import make_run
 from PIL import Image
 
+from sd_unlearn.attacks import noise_prediction
 from sd_unlearn.attacks import runner as command
 from sd_unlearn.attacks.registry import ATTACKS
 from sd_unlearn.cli import main
 from sd_unlearn.io.files import write_json
 from sd_unlearn.io.reading import read_json
+from sd_unlearn.launch import heartbeat
 from sd_unlearn.results import read_results
 
 FLAGS = ["--num_inference_steps", "2", "--render_batch_size", "8"]
@@ -89,6 +94,105 @@ def test_an_interrupted_attack_resumes(run: Path, monkeypatch: pytest.MonkeyPatc
     assert not (run / "results.json").exists()
     assert attack(run, "--attacks", "noise", "strength", "--no_ceiling") == 0
     assert calls == ["noise", "strength", "strength"]
+
+
+def out_of_memory(*_: object) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+def test_an_attack_that_runs_out_of_memory_does_not_end_the_others(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(noise_prediction, "noise_loss", out_of_memory)
+        assert attack(run, "--attacks", "soft", "strength", "--no_ceiling") == 1
+        printed = capsys.readouterr()
+        assert "strength" in printed.out
+        assert "Failed: the attack soft on seven. Out of memory while computing the gradients" in printed.err
+        assert "Error: 1 attack failed: soft on seven. Out of memory" in printed.err
+        assert set(entries(run)) == {("seven", "strength")}
+        [failed] = read_results(run).failed_attacks
+        assert (failed.concept, failed.subject, failed.attack) == ("seven", "seven", "soft")
+        assert attack(run, "--attacks", "soft", "--no_ceiling", "--fail_if", "attack.soft>0.5") == 3
+        assert not list(Path().rglob("*.failed"))
+    assert attack(run, "--attacks", "soft", "--no_ceiling") == 0
+    assert set(entries(run)) == {("seven", "strength"), ("seven", "soft")}
+    assert not read_results(run).failed_attacks
+
+
+def test_an_attack_fails_with_any_of_its_restarts(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the others found may be less than what the attack can find."""
+    original = command.carry_out
+
+    def fails_again(task: Any, target: Any) -> None:
+        original(task, target) if task.restart == 0 else out_of_memory()
+
+    settings = dataclasses.replace(SMALL["token"], restarts=2)
+    token = dataclasses.replace(ATTACKS["token"], budgets={"quick": settings})
+    monkeypatch.setattr(command, "ATTACKS", {**command.ATTACKS, "token": token})
+    monkeypatch.setattr(command, "carry_out", fails_again)
+    assert attack(run, "--attacks", "token", "noise", "--no_ceiling") == 1
+    assert set(entries(run)) == {("seven", "noise")}
+
+
+def test_any_other_error_ends_the_command(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object) -> None:
+        raise RuntimeError("shapes differ")
+
+    monkeypatch.setattr(command, "carry_out", fails)
+    assert attack(run, "--attacks", "soft", "noise") == 1
+    assert not (run / "results.json").exists()
+
+
+def test_the_first_process_reports_what_failed_in_another(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = ["--attacks", "strength", "soft", "--no_ceiling"]
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    with monkeypatch.context() as patch:
+        patch.setattr(noise_prediction, "noise_loss", out_of_memory)
+        assert attack(run, *flags) == 0
+    monkeypatch.setenv("RANK", "0")
+    assert attack(run, *flags) == 1
+    assert set(entries(run)) == {("seven", "strength")}
+    assert [failed.attack for failed in read_results(run).failed_attacks] == ["soft"]
+
+
+def test_the_first_process_waits_as_long_as_another_works(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One attack may take longer than the time after which a silent process counts as stopped."""
+    flags, original, alive = ["--attacks", "noise", "strength", "--no_ceiling"], command.carry_out, list[Path]()
+
+    def watched(task: Any, target: Any) -> None:
+        alive.extend(Path().rglob("process-*.alive"))
+        original(task, target)
+
+    monkeypatch.setattr(command, "carry_out", watched)
+    monkeypatch.setattr(command, "TIMEOUT", 2.0)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    assert attack(run, *flags) == 0
+    [beats] = alive
+    assert beats.name == "process-1.alive"
+    assert not beats.exists()
+    [done] = Path().rglob("strength-*/restart-0")
+    aside = done.rename(done.with_name("aside"))
+
+    def work() -> None:
+        with heartbeat(beats, every=0.1):
+            time.sleep(6)
+            aside.rename(done)
+
+    other = threading.Thread(target=work)
+    monkeypatch.setenv("RANK", "0")
+    other.start()
+    try:
+        assert attack(run, *flags) == 0
+    finally:
+        other.join()
+    assert set(entries(run)) == {("seven", "noise"), ("seven", "strength")}
+    done.rename(aside)
+    assert attack(run, *flags) == 1  # a process that has stopped
 
 
 def test_evaluate_and_attack_add_to_the_same_results(run: Path) -> None:

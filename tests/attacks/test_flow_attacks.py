@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from flow_kinds import FlowKinds
 
 from sd_unlearn.attacks.base import needs_one_vocabulary
 from sd_unlearn.attacks.inversion import invert
+from sd_unlearn.attacks.noise_prediction import noise_loss, sample_batch
 from sd_unlearn.attacks.registry import ATTACKS
 from sd_unlearn.attacks.runner import _supported
 from sd_unlearn.attacks.token import position
@@ -104,3 +107,22 @@ def test_inversion_of_a_straight_flow_is_exact(
     monkeypatch.setattr("sd_unlearn.models.denoiser.Denoiser.predict", lambda *_: velocity)
     text = encode_captions(target.base, ["seven"])
     assert torch.allclose(invert(target, target.positives.mean, text), target.positives.mean + velocity, atol=1e-5)
+
+
+def test_timesteps_are_those_of_the_resolution(flow_kinds: FlowKinds, monkeypatch: pytest.MonkeyPatch) -> None:
+    """FLUX's depend on it: images of --resolution are attacked and inverted as they are generated."""
+    target = make_target(loaded(flow_kinds, "flux-dev"))
+    target = replace(target, sampler=replace(target.sampler, resolution=1024))
+    process = target.base.process(1024)
+    assert process.at(torch.tensor([0.5])) != target.base.process().at(torch.tensor([0.5]))
+    seen: list[torch.Tensor] = []
+    monkeypatch.setattr(
+        "sd_unlearn.models.denoiser.Denoiser.predict",
+        lambda _, noisy, at, __: seen.append(at) or torch.zeros_like(noisy),
+    )
+    batch = sample_batch(target.positives, 2, torch.Generator().manual_seed(0))
+    text = encode_captions(target.base, ["seven"])
+    noise_loss(target, batch, text)
+    assert torch.equal(seen.pop(), process.at(batch.position))
+    invert(target, target.positives.mean[:1], text)
+    assert torch.equal(torch.cat(seen), process.at(torch.linspace(0, 1, target.sampler.steps + 1))[:-1])

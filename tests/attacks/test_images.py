@@ -8,11 +8,14 @@ import numpy as np
 import pytest
 import torch
 from attack_cases import SAMPLER, make_target
+from diffusers import UNet2DConditionModel
+from out_of_memory import limit_memory
 
 from sd_unlearn.attacks.completion import COMPLETION, ImageSettings, _keep_left_half
 from sd_unlearn.attacks.inversion import invert
 from sd_unlearn.attacks.noise import noisier
 from sd_unlearn.attacks.quantisation import NF4, quantised, to_fp16, to_int8, to_nf4
+from sd_unlearn.attacks.registry import ATTACKS
 from sd_unlearn.data.encoding import encode_captions
 from sd_unlearn.models.base import Base, load_base
 from sd_unlearn.models.source import DIGITS
@@ -106,3 +109,26 @@ def test_weights_return_after_an_error(loaded_base: Base) -> None:
         fail()
     assert not torch.equal(seen[0], before)
     assert torch.equal(layer.weight, before)
+
+
+def test_weights_are_quantised_in_place(loaded_base: Base) -> None:
+    """A second copy of the network does not fit beside a large one on the device."""
+    weights = [module.weight for module in loaded_base.pipeline.unet.modules() if isinstance(module, torch.nn.Linear)]
+    before = [(weight.data_ptr(), weight.clone()) for weight in weights]
+    with quantised(loaded_base.pipeline.unet, to_int8):
+        assert [weight.data_ptr() for weight in weights] == [place for place, _ in before]
+        rounded = [to_int8(original) for _, original in before]
+        assert all(torch.equal(weight, wanted) for weight, wanted in zip(weights, rounded, strict=True))
+        assert not all(torch.equal(weight, old) for weight, (_, old) in zip(weights, before, strict=True))
+    assert all(torch.equal(weight, old) for weight, (_, old) in zip(weights, before, strict=True))
+
+
+@pytest.mark.parametrize("name", ["inversion", "completion"])
+def test_batches_are_halved_if_memory_runs_out(name: str, loaded_base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = make_target(loaded_base)  # two images at once
+    one = replace(target, sampler=replace(SAMPLER, batch_size=1))
+    [wanted] = ATTACKS[name].run(one, ImageSettings(3), 0)
+    rows = limit_memory(monkeypatch, UNet2DConditionModel, "forward", 2)  # guidance doubles the images
+    [found] = ATTACKS[name].run(target, ImageSettings(3), 0)
+    assert rows.count(4) == 1
+    assert all(np.array_equal(np.asarray(a), np.asarray(b)) for a, b in zip(found.images, wanted.images, strict=True))
