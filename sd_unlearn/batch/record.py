@@ -63,11 +63,11 @@ class State:
 
 
 def write_order(folder: Path, order: Order, concept: Concept, options: dict[str, Any]) -> None:
-    """Write what a task does, unless it is there already: the folder's name identifies it.
+    """Write what a task does, unless it is done. Again before every attempt: some options do not change its address.
 
     options.yaml can be given to the stage's command with --config.
     """
-    if (folder / TASK).is_file():
+    if is_done(folder):
         return
     write_concepts(folder / CONCEPT, concept)
     write_text(folder / OPTIONS, yaml.safe_dump(options, sort_keys=False, allow_unicode=True))

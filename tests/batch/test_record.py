@@ -11,10 +11,11 @@ from batch_runs import plan_of, write_list
 
 from sd_unlearn.batch.job_list import Stage
 from sd_unlearn.batch.plan import Plan
-from sd_unlearn.batch.record import Order, begin, evidence_of, finish, is_done, write_order
+from sd_unlearn.batch.record import OPTIONS, Order, begin, evidence_of, finish, is_done, write_order
 from sd_unlearn.batch.summary import write_table
 from sd_unlearn.data.concept import Concept
 from sd_unlearn.io.files import write_json
+from sd_unlearn.io.reading import read_yaml
 
 CONCEPT = Concept(name="Brad Pitt", caption="a photo of Brad Pitt", generic="a photo of a man")
 ATTACK = {"concept": "brad-pitt", "attack": "soft", "budget": "quick", "seed": 0, "detector": "clip"}
@@ -74,6 +75,17 @@ def test_attacks_on_the_base_alone_are_not_those_on_the_lora(tmp_path: Path) -> 
     finished(tmp_path / "task", Order("attack", str(tmp_path), str(tmp_path / "results.json")))
     write_results(tmp_path, TRIED | {"subject": "base"})
     assert not is_done(tmp_path / "task")
+
+
+def test_a_failed_task_is_repeated_with_the_options_that_are_given_now(tmp_path: Path) -> None:
+    folder, order = tmp_path / "task", Order("render", str(tmp_path / "data"), str(tmp_path / "data" / "manifest.json"))
+    finished(folder, order, "failed", render_batch_size=100)
+    write_order(folder, order, CONCEPT, {"render_batch_size": 2})
+    assert read_yaml(folder / OPTIONS, "task") == {"render_batch_size": 2}
+    write_json(Path(order.product), {})
+    finished(folder, order, render_batch_size=2)
+    write_order(folder, order, CONCEPT, {"render_batch_size": 4})
+    assert read_yaml(folder / OPTIONS, "task") == {"render_batch_size": 2}  # of the images that are there
 
 
 def line_of(plan: Plan, **statuses: Any) -> dict[str, str]:
