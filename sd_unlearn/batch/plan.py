@@ -57,7 +57,7 @@ AFTER: dict[Stage, tuple[Stage, ...]] = {
     "train": ("render",),
     "evaluate": ("train",),
     "attack": ("train", "evaluate"),  # both write results.json
-    "export": ("train", "evaluate"),  # the model card has the results
+    "export": ("train", "evaluate", "attack"),  # the model card has the results
     "report": ("train", "evaluate", "attack"),
 }
 
