@@ -25,7 +25,7 @@ from sd_unlearn.batch.options import (
     task_options,
     with_names,
 )
-from sd_unlearn.batch.record import CONCEPT, Order
+from sd_unlearn.batch.record import CONCEPT, MERGED, Order
 from sd_unlearn.config.base import RenderConfig
 from sd_unlearn.config.evaluate import Detectors
 from sd_unlearn.config.paths import as_dict
@@ -222,7 +222,7 @@ class _Planner:
         if stage in ("evaluate", "attack"):
             places["cache_dir"] = self.plan.cache_of(self.concept)
         elif stage == "export" and config.merge is not None:
-            places["merge"] = run / config.merge.name
+            places["merge"] = run / f"{MERGED}{address}" / config.merge.name
             product = product if is_lora else places["merge"]
         order = Order(stage, str(run), str(product), f"{stage} {self.title}")
         self._add(tasks, address, order, config, places)

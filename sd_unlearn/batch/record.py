@@ -32,6 +32,7 @@ from sd_unlearn.io.schema import OPEN, convert, validate
 from sd_unlearn.results import BASE, FLOOR
 
 TASK, OPTIONS, STATE, LOG, CONCEPT = "task.json", "options.yaml", "state.json", "log.txt", "concept.yaml"
+MERGED = "merged-"  # and the address of a task: its own folder in the run folder, for a merged checkpoint
 Status = Literal["missing", "running", "done", "failed", "interrupted"]
 
 

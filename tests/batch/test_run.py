@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from batch_runs import IMAGES, InThisProcess, plan_of, write_concept_file, write_list
 from evaluation_runs import DIGIT_FILE
 from report_results import make_results, make_row
@@ -16,8 +17,9 @@ from report_results import make_results, make_row
 from sd_unlearn import cli
 from sd_unlearn.batch import batch
 from sd_unlearn.batch.engines.engine import Ended
+from sd_unlearn.batch.execute import execute
 from sd_unlearn.batch.job_list import JobList
-from sd_unlearn.batch.record import begin, finish, read_order, read_state, status_of
+from sd_unlearn.batch.record import OPTIONS, begin, finish, read_order, read_state, status_of
 from sd_unlearn.batch.run import Run
 from sd_unlearn.batch.summary import write_table
 from sd_unlearn.errors import UnlearnError
@@ -247,3 +249,29 @@ def test_a_list_ends_with_a_comparison_of_all_jobs_from_the_images_of_their_eval
     assert not [file for file in generated if not file.parent.is_symlink()]  # all are links
     assert cli.main(["batch", str(path)]) == 0
     assert len(engines) == 1  # the comparison is done, too
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("name", ["whole.safetensors", "whole"])
+def test_a_repeated_export_replaces_its_own_checkpoint_only(
+    engines: Engines, tiny_base: Path, tmp_path: Path, name: str
+) -> None:
+    path = write_list(tmp_path / "jobs.yaml", tiny_base, stages=["export"], export={"merge": name})
+    assert cli.main(["batch", str(path)]) == 0
+    plan = plan_of(path)
+    [job] = plan.lines
+    assert job.run
+    [merged] = job.run.glob("merged-*")
+    place = merged / name if name.endswith(".safetensors") else merged / name / "model_index.json"
+    first = place.stat().st_mtime_ns
+    (plan.folder_of(job.tasks["export"]) / "state.json").unlink()  # as after a kill
+    assert cli.main(["batch", str(path)]) == 0
+    assert place.stat().st_mtime_ns > first
+
+    options = plan.folder_of(job.tasks["export"]) / OPTIONS
+    foreign = tmp_path / "mine.safetensors"
+    foreign.write_text("of the user")
+    options.write_text(yaml.safe_dump({"run": str(job.run), "merge": str(foreign)}))
+    (options.parent / "state.json").unlink()
+    assert execute(options.parent, threads=1) != 0
+    assert foreign.read_text() == "of the user"
