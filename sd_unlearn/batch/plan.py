@@ -16,6 +16,7 @@ from sd_unlearn.batch.identity import base_identity, digest_of, images_identity
 from sd_unlearn.batch.job_list import JobList, ListedConcept, Setting, Stage, concepts_of, settings_of
 from sd_unlearn.batch.options import (
     LATER,
+    check_export_of,
     check_metrics_of,
     config_of,
     identifying,
@@ -188,7 +189,7 @@ class _Planner:
         run = self._train(tasks, config, data, base, images) if "train" in stages else None
         for stage in stages:
             if run and stage in self.plan.later:
-                self._later(tasks, stage, run, is_lora=config.method == "lora")
+                self._later(tasks, stage, run, config)
         return Job(self.concept, self.setting.name, base, run, tasks)
 
     def _render(self, tasks: dict[Stage, str], config: TrainConfig, source: Source, base: str) -> tuple[Path, str]:
@@ -214,16 +215,18 @@ class _Planner:
         self._add(tasks, address, order, config, {"data_dir": data, "output_dir": run})
         return run
 
-    def _later(self, tasks: dict[Stage, str], stage: Stage, run: Path, is_lora: bool) -> None:
+    def _later(self, tasks: dict[Stage, str], stage: Stage, run: Path, training: TrainConfig) -> None:
         """Add a stage after the training."""
         config = of_concepts(self.plan.later[stage], [self.concept])
         address = digest_of(stage, identifying(config), [tasks[s] for s in AFTER[stage] if s in tasks])
         product, places = run / PRODUCTS[stage], {"run": run}
         if stage in ("evaluate", "attack"):
             places["cache_dir"] = self.plan.cache_of(self.concept)
-        elif stage == "export" and config.merge is not None:
-            places["merge"] = run / f"{MERGED}{address}" / config.merge.name
-            product = product if is_lora else places["merge"]
+        elif stage == "export":
+            has_files = check_export_of(config, training)
+            if config.merge is not None:
+                places["merge"] = run / f"{MERGED}{address}" / config.merge.name
+                product = product if has_files else places["merge"]
         order = Order(stage, str(run), str(product), f"{stage} {self.title}")
         self._add(tasks, address, order, config, places)
 

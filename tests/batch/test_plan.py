@@ -206,6 +206,14 @@ def test_concepts_come_from_a_csv_file(make: Callable[..., Plan], tmp_path: Path
         ({"stages": ["attack"], "attack": {"metrics": "lpips"}}, "--metrics lpips cannot tell"),
         ({"stages": ["attack"], "attack": {"floor": "./none"}}, "attack: --floor ./none"),
         ({"stages": ["export"], "export": {"push_to_hub": "me/it"}}, "push_to_hub cannot be set here"),
+        ({"stages": ["export"], "export": {"strength": 0.5}}, "export: --strength 0.5 is for --merge"),
+        ({"stages": ["export"], "export": {"merge": "x.ckpt"}}, "export: --merge x.ckpt: a pickle can run code"),
+        ({"stages": ["export"], "export": {"merge": "x/.."}}, "export: --merge x/.. names no file or folder"),
+        (
+            {"stages": ["export"], "export": {"pretrained_model_name_or_path": "x"}},
+            "export: --pretrained_model_name_or_path x is for merge and DoRA",
+        ),
+        ({"stages": ["export"], "grid": {"use_dora": [True], "train_text_encoder": [True]}}, "Add merge to export"),
         ({"workers": 0}, "workers"),
         ({"ray": {"num_gpu": 1}}, 'unknown key "num_gpu" in ray. Did you mean "num_gpus"?'),
     ],
@@ -217,6 +225,14 @@ def test_mistakes_are_refused_before_anything_runs(
         make(**content)
     assert message in str(error.value)
     assert not tree(tmp_path / "runs")
+
+
+def test_a_whole_network_is_exported_as_a_checkpoint(make: Callable[..., Plan]) -> None:
+    shared: dict[str, Any] = {"stages": ["export"], "options": {"method": "full", "rank": 8}}
+    with pytest.raises(UsageError, match="export: --method full cannot be exported as LoRA files. Add merge"):
+        make(**shared)
+    plan = make(**shared, export={"merge": "whole.safetensors"})
+    assert Path(plan.tasks[plan.lines[0].tasks["export"]].order.product).name == "whole.safetensors"
 
 
 def test_a_list_may_be_of_people_and_of_other_concepts(make: Callable[..., Plan], tmp_path: Path) -> None:
