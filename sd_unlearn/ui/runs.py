@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from urllib.parse import quote
+
+from safetensors import SafetensorError, safe_open
 
 from sd_unlearn.calibration import read_calibration
 from sd_unlearn.errors import UnlearnError, UsageError
@@ -21,6 +24,7 @@ from sd_unlearn.results import read_results
 DEPTH = 4  # folders below the working folder that are searched
 MOST = 20_000  # files and folders that are looked at
 SKIPPED = {"node_modules", "data", "__pycache__", "adapter", "text_encoder_adapter", "unet", "checkpoints", "export"}
+LORA_TENSOR = re.compile(r"lora|hada_|lokr_|\.diff(_b)?$")
 REPORTS = ("report.html", "certificate.html")  # files that the page opens
 
 
@@ -46,14 +50,23 @@ def inside(root: Path, name: str) -> Path:
 
 
 def find_loras(root: Path) -> list[str]:
-    """Run folders with a finished training and .safetensors files, as paths relative to the working folder."""
+    """Run folders with a finished training and LoRA files, as paths relative to the working folder."""
     runs, files = [], []
     for folder, names in _walk(root):
         if TRAINING in names:
             runs.append(_relative(root, folder))
         else:
-            files += [_relative(root, folder / name) for name in names if name.endswith(".safetensors")]
+            files += [_relative(root, folder / n) for n in names if n.endswith(".safetensors") and _is_lora(folder / n)]
     return [*sorted(runs), *sorted(files)]
+
+
+def _is_lora(file: Path) -> bool:
+    """Whether a file has tensors that only LoRAs have; only its header is read."""
+    try:
+        with safe_open(file, framework="np") as opened:
+            return any(LORA_TENSOR.search(name) for name in opened.keys())
+    except (SafetensorError, OSError):
+        return False
 
 
 def find_finished(root: Path) -> list[Finished]:

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from export_runs import evaluated, hand_run
+from safetensors.torch import save_file
 
 from sd_unlearn.config.base import ReportConfig
 from sd_unlearn.errors import UsageError
@@ -20,10 +22,24 @@ from sd_unlearn.ui.runs import as_table, calibrated_strength, find_finished, fin
 def root(tmp_path: Path) -> Path:
     hand_run(tmp_path / "runs" / "plain")
     evaluated(tmp_path / "runs" / "brad")
-    for name in ("loras/mine.safetensors", ".hidden/no.safetensors", "a/b/c/d/e/deep.safetensors"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).touch()
+    for name in ("loras/mine.safetensors", ".hidden/no.safetensors", "a/b/c/d/e/f/deep.safetensors"):
+        write_tensor(tmp_path / name, "lora_unet_mid_block.lora_down.weight")
     return tmp_path
+
+
+def write_tensor(file: Path, name: str) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    save_file({name: torch.zeros(2, 2)}, file)
+
+
+def test_bases_and_other_files_are_not_offered_as_loras(root: Path) -> None:
+    loras = ["lora_A.weight", "hada_w1_a", "lokr_w1", "diff"]
+    others = ["model.diffusion_model.out.2.weight", "decoder.conv_in.weight", "text_model.embeddings.weight", "diffs.0"]
+    for number, name in enumerate([*loras, *others]):
+        write_tensor(root / "files" / f"{number}.safetensors", f"unet.mid_block.{name}")
+    (root / "files" / "damaged.safetensors").write_text("no")
+    found = [name for name in find_loras(root) if name.startswith("files/")]
+    assert found == [f"files/{number}.safetensors" for number in range(len(loras))]
 
 
 def test_loras_are_runs_and_files_but_not_the_files_of_runs(root: Path) -> None:
