@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from html import escape
+from itertools import islice
 from pathlib import Path
 from urllib.parse import quote
 
@@ -16,14 +17,17 @@ from sd_unlearn.calibration import read_calibration
 from sd_unlearn.errors import UnlearnError, UsageError
 from sd_unlearn.io.own_files import REPORT, is_own_report
 from sd_unlearn.io.paths import path_inside
-from sd_unlearn.io.run_folder import RESULTS, TRAINING, weights_sha256
+from sd_unlearn.io.run_folder import IMAGE_DIR, RESULTS, TRAINING, weights_sha256
 from sd_unlearn.report.cases import cases_of
 from sd_unlearn.report.formatting import value_text
 from sd_unlearn.results import read_results
 
-DEPTH = 4  # folders below the working folder that are searched
-MOST = 20_000  # files and folders that are looked at
-SKIPPED = {"node_modules", "data", "__pycache__", "adapter", "text_encoder_adapter", "unet", "checkpoints", "export"}
+DEPTH = 5  # levels of folders that are searched: the comparison of a job list is in runs/batch/lists/NAME/comparison
+MOST = 20_000  # folders that are searched
+SKIPPED = {
+    *("node_modules", "data", "__pycache__", "adapter", "text_encoder_adapter", "unet", "checkpoints", "export"),
+    IMAGE_DIR,  # of an evaluation: thousands of files
+}
 LORA_TENSOR = re.compile(r"lora|hada_|lokr_|\.diff(_b)?$")
 REPORTS = ("report.html", "certificate.html")  # files that the page opens
 
@@ -130,16 +134,21 @@ def _finished(root: Path, folder: Path) -> Finished:
     return Finished(_relative(root, folder), tuple(verdicts), report)
 
 
+def cut_note(root: Path) -> str:
+    """Says so if the working folder has more folders than are searched; else ""."""
+    if sum(1 for _ in _walk(root)) < MOST:
+        return ""
+    return (
+        f"Only the first {MOST:,} folders were searched for LoRAs and results. Start `sd-unlearn ui` in a smaller one."
+    )
+
+
 def _walk(root: Path) -> Iterator[tuple[Path, list[str]]]:
-    """(folder, names of its files) of the working folder. Hidden folders and links are not entered."""
-    seen = 0
-    for place, folders, files in os.walk(root):
+    """(folder, names of its files) of the working folder, at most MOST. Hidden folders and links are not entered."""
+    for place, folders, files in islice(os.walk(root), MOST):
         folder = Path(place)
         depth = len(folder.relative_to(root).parts)
         folders[:] = sorted(n for n in folders if not n.startswith(".") and n not in SKIPPED) if depth < DEPTH else []
-        seen += len(folders) + len(files)
-        if seen > MOST:
-            return
         yield folder, sorted(files)
 
 

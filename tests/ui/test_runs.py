@@ -15,7 +15,8 @@ from sd_unlearn.errors import UsageError
 from sd_unlearn.io.files import write_json
 from sd_unlearn.io.run_folder import weights_sha256
 from sd_unlearn.report.report import run as write_report
-from sd_unlearn.ui.runs import as_table, calibrated_strength, find_finished, find_loras, report_file
+from sd_unlearn.ui import runs
+from sd_unlearn.ui.runs import as_table, calibrated_strength, cut_note, find_finished, find_loras, report_file
 
 
 @pytest.fixture
@@ -68,6 +69,24 @@ def test_the_list_shows_verdicts_and_opens_only_reports(root: Path) -> None:
     ):
         with pytest.raises(UsageError):
             report_file(root, run, name)
+
+
+def test_the_comparison_of_a_job_list_is_listed(root: Path) -> None:
+    comparison = root / "runs/batch/lists/jobs/comparison"
+    comparison.mkdir(parents=True)
+    (comparison / "results.json").write_text("{}")
+    assert "runs/batch/lists/jobs/comparison" in {run.name for run in find_finished(root)}
+
+
+def test_many_folders_are_reported_and_many_files_are_not_counted(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runs, "MOST", 30)
+    for number in range(40):
+        (root / f"{number}.png").touch()
+    assert cut_note(root) == ""
+    assert find_finished(root)
+    for number in range(30):
+        (root / f"empty-{number}").mkdir()
+    assert cut_note(root).startswith("Only the first 30 folders were searched")
 
 
 def test_damaged_results_are_listed_and_names_are_escaped(root: Path) -> None:
