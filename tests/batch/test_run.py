@@ -21,7 +21,7 @@ from sd_unlearn.batch.execute import execute
 from sd_unlearn.batch.job_list import JobList
 from sd_unlearn.batch.record import OPTIONS, begin, finish, read_order, read_state, status_of
 from sd_unlearn.batch.run import Run
-from sd_unlearn.batch.summary import write_table
+from sd_unlearn.batch.summary import comparison_tasks, write_table
 from sd_unlearn.errors import UnlearnError
 from sd_unlearn.io.files import write_json
 from sd_unlearn.io.lock import locked
@@ -249,6 +249,23 @@ def test_a_list_ends_with_a_comparison_of_all_jobs_from_the_images_of_their_eval
     assert not [file for file in generated if not file.parent.is_symlink()]  # all are links
     assert cli.main(["batch", str(path)]) == 0
     assert len(engines) == 1  # the comparison is done, too
+
+
+def test_comparisons_are_of_one_base_and_one_schedule(
+    v_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`evaluate` refuses LoRAs of which only some were trained with zero terminal SNR."""
+    monkeypatch.setattr("sd_unlearn.batch.summary._is_evaluated", lambda plan, job: True)
+
+    def compared(**grid: Any) -> dict[str, int]:
+        path = write_list(tmp_path / "jobs.yaml", v_base, stages=["evaluate"], grid=grid)
+        tasks = [task for task in comparison_tasks(plan_of(path)) if task.order.stage == "evaluate"]
+        return {Path(task.order.target).name: len(task.options["lora"]) for task in tasks}
+
+    seeds, zero = [0, 1], "comparison-zero-terminal-snr"
+    assert compared(seed=seeds, zero_terminal_snr=[False, True]) == {"comparison": 2, zero: 2}
+    assert compared(seed=seeds, zero_terminal_snr=[True]) == {"comparison": 2}
+    assert compared(zero_terminal_snr=[False, True]) == {}
 
 
 @pytest.mark.usefixtures("one_thread")
