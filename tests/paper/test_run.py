@@ -124,6 +124,26 @@ def test_a_finished_run_is_not_repeated_and_an_unfinished_one_resumes(call: Call
     assert read_json(folder / "results.json")["weights_sha256"] == first["weights_sha256"]
 
 
+def test_other_images_are_another_run(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    call("run", "mnist5k-even", *FEW)
+    (folder,) = Path("runs/paper/mnist5k-even").iterdir()
+    for digit in "0123456789":
+        (Path("own/mnist5k") / digit).mkdir(parents=True)
+        Image.new("L", (28, 28)).save(Path("own/mnist5k") / digit / "a.png")
+    code, out, err = call("run", "mnist5k-even", *FEW, "--data_root", "own")
+    assert (code, out) == (2, "")
+    assert "holds a run on other images" in err
+    (folder / "results.json").unlink()  # interrupted after the training
+    load = run_module.load_dataset
+    monkeypatch.setattr(run_module, "load_dataset", lambda *a: dataclasses.replace(load(*a), sha256="of others"))
+    code, _, err = call("run", "mnist5k-even", *FEW)
+    assert code == 2
+    assert "holds a run on other images" in err
+    monkeypatch.setattr(run_module, "load_dataset", load)
+    assert call("run", "mnist5k-even", *FEW)[0] == 0
+    assert "data_sha256" not in read_json(folder / "results.json")["cost"]
+
+
 def test_an_interrupted_run_resumes_from_its_checkpoint(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
 
     steps = TrainingState.take_step
