@@ -8,10 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 import yaml
 from batch_runs import IMAGES, InThisProcess, plan_of, write_concept_file, write_list
 from evaluation_runs import DIGIT_FILE
+from fsspec.implementations.memory import MemoryFileSystem
 from report_results import make_results, make_row
 
 from sd_unlearn import cli
@@ -90,6 +92,44 @@ def test_a_second_run_does_only_what_is_missing(
     capsys.readouterr()
     assert cli.main(["batch", "status", str(tmp_path / "more.yaml")]) == 0
     assert "3 tasks of 2 jobs: 3 done." in capsys.readouterr().out
+
+
+class Closed(MemoryFileSystem):
+    """A storage that refuses files, with an error of its own."""
+
+    protocol = "closed"
+    refused = ".sd-unlearn-check"
+
+    def _refuse(self, path: str) -> None:
+        if path.endswith(self.refused):
+            raise RuntimeError("Access denied")
+
+    def pipe_file(self, path: str, *values: Any, **options: Any) -> None:
+        self._refuse(path)
+        super().pipe_file(path, *values, **options)
+
+    def put_file(self, lpath: str, rpath: str, *values: Any, **options: Any) -> None:
+        self._refuse(rpath)
+        super().put_file(lpath, rpath, *values, **options)
+
+
+def test_a_storage_that_refuses_files_is_noticed_before_the_tasks_and_is_no_bug(
+    engines: Engines,
+    tiny_base: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    fsspec.register_implementation("closed", Closed, clobber=True)
+    path = write_list(tmp_path / "jobs.yaml", tiny_base, stages=["render"], copy_to="closed://bucket/runs")
+    assert cli.main(["batch", str(path)]) == 2
+    assert "copy_to closed://bucket/runs cannot be written: Access denied." in capsys.readouterr().err
+    assert not engines
+    monkeypatch.setattr(Closed, "refused", "jobs.csv")
+    assert cli.main(["batch", str(path)]) == 1
+    assert "jobs.csv cannot be written: Access denied." in capsys.readouterr().err
+    assert stages(engines[0]) == ["render"]
+    assert not [name for name in Closed.store if name.endswith("check")]
 
 
 def test_the_table_has_the_strongest_attack_by_the_detector_that_gives_the_verdict(
