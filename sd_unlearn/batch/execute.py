@@ -29,6 +29,7 @@ from sd_unlearn.batch.record import (
     is_done,
     read_order,
 )
+from sd_unlearn.choices import CLOSED_FORM
 from sd_unlearn.config.base import RenderConfig
 from sd_unlearn.config.train import TrainConfig
 from sd_unlearn.errors import ConditionError, UnlearnError
@@ -156,7 +157,8 @@ def _config(folder: Path, order: Order) -> Any:
     config: Any = convert(CONFIGS[order.stage], read_yaml(folder / OPTIONS, "task"), str(folder / OPTIONS))
     if order.stage == "export" and config.merge and config.merge.parent.name == MERGED + folder.name.rpartition("-")[2]:
         remove(config.merge)
-    if order.stage == "train" and (Path(order.target) / TRAINED_CONCEPT).is_file():
+    begun = (Path(order.target) / TRAINED_CONCEPT).is_file()
+    if order.stage == "train" and begun and config.objective not in CLOSED_FORM:  # which have no checkpoints
         config = dataclasses.replace(config, resume_from_checkpoint="latest")
     return config
 

@@ -291,6 +291,17 @@ def test_a_list_ends_with_a_comparison_of_all_jobs_from_the_images_of_their_eval
     assert len(engines) == 1  # the comparison is done, too
 
 
+@pytest.mark.usefixtures("one_thread")
+def test_a_killed_edit_in_closed_form_is_repeated(engines: Engines, tiny_base: Path, tmp_path: Path) -> None:
+    path = write_list(tmp_path / "jobs.yaml", tiny_base, options={"objective": "uce"})
+    assert cli.main(["batch", str(path)]) == 0
+    [job] = plan_of(path).lines
+    assert job.run
+    (job.run / "training.json").unlink()  # written last
+    assert cli.main(["batch", str(path)]) == 0
+    assert (job.run / "training.json").is_file()
+
+
 def test_comparisons_are_of_one_base_and_one_schedule(
     v_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
