@@ -158,6 +158,12 @@ def of_concepts(config: Any, concepts: Collection[Concept]) -> Any:
     return dataclasses.replace(config, **{name: getattr(Detectors(), name) for name in unused})
 
 
+def uses_rendered_photos(config: Detectors, concept: Concept) -> bool:
+    """Whether a stage compares faces with the rendered images of a person, as no photos are given."""
+    own = of_concepts(config, [concept])
+    return "identity" in metrics_of(own, [concept]) and not own.reference
+
+
 def identifying(config: Any) -> dict[str, Any]:
     """The options of a stage after the training that change what it makes, with the content of files and folders."""
     return {key: content_of(key, value) for key, value in as_dict(config).items() if key not in NOT_IDENTIFYING}

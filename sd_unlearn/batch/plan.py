@@ -24,9 +24,11 @@ from sd_unlearn.batch.options import (
     metrics_of,
     of_concepts,
     task_options,
+    uses_rendered_photos,
     with_names,
 )
 from sd_unlearn.batch.record import CONCEPT, MERGED, Order
+from sd_unlearn.choices import CLOSED_FORM
 from sd_unlearn.config.base import RenderConfig
 from sd_unlearn.config.evaluate import Detectors
 from sd_unlearn.config.paths import as_dict
@@ -183,14 +185,22 @@ class _Planner:
         tasks: dict[Stage, str] = {}
         if self.listed.data_dir:
             data, images = Path(self.listed.data_dir).expanduser().absolute(), images_identity(self.listed.data_dir)
-        else:  # with the seed of the list, so that trainings with several seeds share the images
+        elif self._uses_images(config, stages):  # with the list's seed, so that trainings with several seeds share them
             rendering = dataclasses.replace(config, seed=shared.get("seed", TrainConfig.seed))
             data, images = self._render(tasks, rendering, source, base)
+        else:
+            data, images = Path(own["data_dir"]), ""
         run = self._train(tasks, config, data, base, images) if "train" in stages else None
         for stage in stages:
             if run and stage in self.plan.later:
                 self._later(tasks, stage, run, config)
         return Job(self.concept, self.setting.name, base, run, tasks)
+
+    def _uses_images(self, config: TrainConfig, stages: list[Stage]) -> bool:
+        """Whether images are rendered: for training steps, on request, or as the photos by which a person is known."""
+        detecting = [c for stage in stages if isinstance(c := self.plan.later.get(stage), Detectors)]
+        recognized = any(uses_rendered_photos(c, self.concept) for c in detecting)
+        return config.objective not in CLOSED_FORM or "render" in stages or recognized
 
     def _render(self, tasks: dict[Stage, str], config: TrainConfig, source: Source, base: str) -> tuple[Path, str]:
         """Add the rendering of the training images. Returns their folder and address."""

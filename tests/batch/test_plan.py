@@ -271,6 +271,21 @@ def test_images_are_rendered_again_only_for_a_training(make: Callable[..., Plan]
     assert [task.order.stage for task in missing_tasks(wanted, done)] == ["render"]
 
 
+def test_an_edit_in_closed_form_needs_no_images_except_to_recognize_a_person(
+    make: Callable[..., Plan], tmp_path: Path
+) -> None:
+    (tmp_path / "people").mkdir()
+
+    def planned(stages: list[str], **evaluate: Any) -> list[str]:
+        return list(make(stages=stages, options={"objective": "uce"}, evaluate=evaluate).lines[0].tasks)
+
+    assert planned(["train", "export"]) == ["train", "export"]
+    assert planned(["render", "train"]) == ["render", "train"]
+    assert planned(["evaluate"]) == ["train", "evaluate"]
+    assert planned(["evaluate"], others="people") == ["render", "train", "evaluate"]
+    assert planned(["evaluate"], others="people", reference="people") == ["train", "evaluate"]
+
+
 def test_a_dry_run_lists_the_tasks_and_writes_nothing(
     tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
