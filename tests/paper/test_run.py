@@ -124,6 +124,13 @@ def test_a_finished_run_is_not_repeated_and_an_unfinished_one_resumes(call: Call
     assert read_json(folder / "results.json")["weights_sha256"] == first["weights_sha256"]
 
 
+def test_only_the_first_process_reads_and_prints_the_record(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others may get there before it is written."""
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(run_module, "run_experiment", lambda *a: Path("runs/paper/digits-seven/x/paper.json"))
+    assert call("run", "digits-seven") == (0, "", "")
+
+
 def test_other_images_are_another_run(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     call("run", "mnist5k-even", *FEW)
     (folder,) = Path("runs/paper/mnist5k-even").iterdir()
