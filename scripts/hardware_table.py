@@ -17,6 +17,8 @@ import torch
 
 from sd_unlearn.config.batching import Batching
 from sd_unlearn.config.loop import Quantization
+from sd_unlearn.config.train import TrainConfig
+from sd_unlearn.data.repeated import REPEATED_STEPS
 from sd_unlearn.models.fit import GIB, Training, other_device
 from sd_unlearn.models.footprint import StepOptions, count_inference, count_training, size_of
 from sd_unlearn.models.meta import Configs, build_meta_base, read_configs
@@ -48,6 +50,7 @@ FLOW_OPTIONS: tuple[tuple[bool, Quantization | None], ...] = (
 )
 FLOW_COLUMNS = ("card", "base", "options", "micro-batch", "images generated at once", "predicted peak", "in phase")
 IMAGES, CAPTIONS = 40, 64  # of a training step; encoded at once
+REPEATED = REPEATED_STEPS * IMAGES  # images of the steps that --teacher_reuse repeats
 COLUMNS = (
     *("card", "base, pixels", "micro-batch", "checkpointing", "images a step", "images generated at once"),
     *(
@@ -65,8 +68,8 @@ def row(card: int, base: str, measured: dict[str, list[str]]) -> str:
     """A line of the table: fp16, LoRA of rank 8, the default options."""
     name, pixels = BASES[base]
     configs, device = read_configs(Source(name)), other_device(card * GIB)
-    footprint = count_training(configs, StepOptions(), "fp16", pixels)
-    training = Training(count_inference(configs, "fp16", pixels), device, footprint)
+    footprint = count_training(configs, step_options(), "fp16", pixels)
+    training = Training(count_inference(configs, "fp16", pixels), device, footprint, repeated=REPEATED)
     quantized = [
         replace(training, trained=replace(footprint, network=quantized_size(configs, kind))) for kind in ("int8", "nf4")
     ]
@@ -89,6 +92,11 @@ def row(card: int, base: str, measured: dict[str, list[str]]) -> str:
     if peak.total > device.usable:
         cells = [*cells[:2], *["does not fit"], *["–"] * 3, *cells[6:8], "–"]
     return f"| {' | '.join([*cells, *measured.get(f'{card} GB, {base}', ['', '', ''])])} |"
+
+
+def step_options(quantize_base: Quantization | None = None) -> StepOptions:
+    """Those of a training with the default options."""
+    return StepOptions.of(TrainConfig(concept=[""], quantize_base=quantize_base))
 
 
 @cache
@@ -114,8 +122,8 @@ def table() -> str:
 def flow_row(card: int, base: str, offload: bool, quantize_base: Quantization | None) -> str:
     """A line of the table of flow-matching bases: bf16, LoRA of rank 8, 512 pixels."""
     configs, device = read_configs(Source(FLOW_BASES[base], offload=offload)), other_device(card * GIB)
-    step = count_training(configs, StepOptions(quantize_base=quantize_base), "bf16", 512)
-    training = Training(count_inference(configs, "bf16", 512), device, step)
+    step = count_training(configs, step_options(quantize_base), "bf16", 512)
+    training = Training(count_inference(configs, "bf16", 512), device, step, repeated=REPEATED)
     batching, captions = choose(training), training.footprint.captions_at_once
     phases = training.phases(batching, captions, rendering=True, teacher=True, previews=True)
     peak = max(phases, key=lambda phase: phase.total)

@@ -64,7 +64,7 @@ METHODS: dict[str, Method] = {
 }
 
 
-# The settings that `leaderboard_search.py` tries for the trained baselines; first that of the paper.
+# What `leaderboard_search.py` changes in a trained baseline's options above; first nothing.
 SEARCH: dict[str, tuple[dict[str, Any], ...]] = {
     "anchor": ({}, {"learning_rate": 2e-3}, {"lora_targets": "all_linear+conv"}),
     "neggrad": ({}, {"forget_weight": 0.3}, {"forget_weight": 0.1}),

@@ -4,8 +4,9 @@
 
 Each method is trained with the settings in SEARCH. The best has the highest harmonic mean of what is forgotten,
 retained and cleanly replaced, over the prompts and images of budget `quick`; no attack counts, as none did when the
-defaults of ours were chosen. Results within TIE of the first setting, that of the paper, do not replace it. The
-records, docs/leaderboard-runs/search/<method>.json, say what was tried; `leaderboard.py` uses the chosen setting.
+defaults of ours were chosen. Results within TIE of the first setting, that of leaderboard_methods.py, do not replace
+it. The records, docs/leaderboard-runs/search/<method>.json, say what was tried; `leaderboard.py` uses the chosen
+setting.
 """
 
 from __future__ import annotations
@@ -57,8 +58,8 @@ def search(method: str, work: Path, file: Path) -> None:
             record["tried"].append(tried(method, options, work))
             write_json(file, record)
     best = max(record["tried"], key=lambda one: one["score"])
-    [paper] = [one for one in record["tried"] if not one["options"]]
-    record["chosen"] = (best if best["score"] > paper["score"] + TIE else paper)["options"]
+    [first] = [one for one in record["tried"] if not one["options"]]
+    record["chosen"] = (best if best["score"] > first["score"] + TIE else first)["options"]
     write_json(file, record)
 
 

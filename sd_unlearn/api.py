@@ -169,6 +169,7 @@ def evaluate(config: EvaluateConfig, concepts: list[Concept]) -> Results:
             raise UsageError(f"evaluate(): {name} evaluates nothing. Use the command: sd-unlearn evaluate --{name}.")
     results = command.run(config, concepts)
     command.check_conditions(results, config.fail_if)
+    command.check_evaluated(results)
     return parse_results(results)
 
 

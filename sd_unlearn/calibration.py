@@ -70,10 +70,11 @@ def _value(value: float | None, low: float | None, high: float | None) -> str:
     return f"{100 * value:.1f} %{interval}"
 
 
-def read_calibration(folder: Path, sha256: str) -> Calibration | None:
-    """The calibration of these weights in a folder.
+def read_calibration(folder: Path, sha256: str, concept: str) -> Calibration | None:
+    """The calibration of these weights in a folder. concept: the slug of what they erase, one or several together.
 
-    None if there is none, it is damaged, or it is of other weights or of another base than that of the folder's run.
+    None if there is none, it is damaged, or it is of other weights, of another base than that of the folder's run, or
+    of another concept: that of one among several says nothing of the others.
     """
     try:
         found = validate(Calibration, read_json(folder / CALIBRATION), str(folder / CALIBRATION))
@@ -81,4 +82,4 @@ def read_calibration(folder: Path, sha256: str) -> Calibration | None:
     except UsageError:
         return None
     same_base = not base or found.base_sha256 in ("", base)
-    return found if found.sha256 == sha256 and same_base else None
+    return found if (found.sha256, found.concept) == (sha256, concept) and same_base else None

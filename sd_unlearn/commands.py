@@ -129,7 +129,7 @@ def train(config: Annotated[TrainConfig, Parameter(name="*")] = TrainConfig()) -
 def evaluate(config: Annotated[EvaluateConfig, Parameter(name="*")] = EvaluateConfig()) -> None:
     """Measure erasure and retention of one or many LoRAs, with intervals; writes results.json."""
     prepare_processes()
-    from sd_unlearn.evaluation.evaluate import check_conditions, pass_or_fail, run
+    from sd_unlearn.evaluation.evaluate import check_conditions, check_evaluated, pass_or_fail, run
     from sd_unlearn.report.terminal import format_table
     from sd_unlearn.results import parse_results
 
@@ -141,7 +141,9 @@ def evaluate(config: Annotated[EvaluateConfig, Parameter(name="*")] = EvaluateCo
         notes = sys.stderr if config.json else sys.stdout
         for line in pass_or_fail(config, results):
             print(line, file=notes)
-        if passed := check_conditions(results, config.fail_if):
+        passed = check_conditions(results, config.fail_if)
+        check_evaluated(results)
+        if passed:
             print(passed, file=notes)
 
 

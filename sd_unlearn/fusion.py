@@ -29,6 +29,7 @@ from sd_unlearn.io.lock import locked, remove_leftovers
 from sd_unlearn.io.own_files import is_free, is_run
 from sd_unlearn.io.run_folder import TRAINING, UNET_DIR
 from sd_unlearn.models.base import Base, load_base
+from sd_unlearn.models.device import choose_precision
 from sd_unlearn.models.recorded_base import different_hash, existing_source
 from sd_unlearn.models.zero_terminal_snr import use_zero_terminal_snr
 from sd_unlearn.seeds import TRAIN_SEEDS, image_seed
@@ -60,9 +61,8 @@ def run(config: FuseConfig) -> Path:
         raise UsageError("fuse needs at least one run folder among the LoRAs, which says how to load the base.")
     with locked(output, "--output_dir"):
         remove_leftovers(output)
-        base = load_base(
-            existing_source(first.training["base"], config.allow_pickle, config.pretrained_model_name_or_path)
-        )
+        source = existing_source(first.training["base"], config.allow_pickle, config.pretrained_model_name_or_path)
+        base = load_base(replace(source, offload=config.offload), choose_precision(config.mixed_precision))
         for lora in loras:
             if message := lora.other_base(base.hashes | {"name": base.name}):
                 raise UsageError(f"{message} Fuse LoRAs of one base.")

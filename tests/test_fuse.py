@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, get_args
@@ -13,7 +14,7 @@ import pytest
 import torch
 from export_runs import exported, read_header
 from flow_kinds import FlowKinds
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from sd_unlearn import cli, fusion
 from sd_unlearn.config.fuse import FuseConfig, FuseMethod
@@ -27,6 +28,7 @@ from sd_unlearn.io.run_folder import ADAPTER_DIR, weights_sha256
 from sd_unlearn.models import lora
 from sd_unlearn.models.base import Base, load_base
 from sd_unlearn.models.layer_inputs import LayerInputs
+from sd_unlearn.models.offload import OffloadedLinear
 from sd_unlearn.models.sampling import default_sampler
 from sd_unlearn.models.source import Source
 from sd_unlearn.report import reproduce
@@ -99,6 +101,30 @@ def test_the_command_of_the_report_repeats_it(
     assert cli.main(shlex.split(command)[1:]) == 0
     assert capsys.readouterr().out == f"{fused.name}-again\n"
     assert weights_sha256(Path(f"{fused.name}-again")) == weights_sha256(fused)
+
+
+@pytest.mark.parametrize("options", [{"offload": True}, {"mixed_precision": "fp16"}])
+def test_the_base_may_be_offloaded_or_in_half_precision(
+    runs: list[Path], tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    loras = [Path(shutil.copytree(run, tmp_path / run.name)) for run in runs]
+    for seed, run in enumerate(loras):
+        randomize(run, tiny_base, seed)
+    used: list[Base] = []
+    monkeypatch.setattr(fusion, "load_base", lambda *given: used.append(load_base(*given)) or used[-1])
+    monkeypatch.setattr(fusion, "choose_precision", lambda option: option)  # on a CPU always no
+    config = FuseConfig(lora=list(map(str, loras)), output_dir=tmp_path / "plain")
+    plain = fusion.run(config)
+    other = fusion.run(replace(config, output_dir=tmp_path / "other", **options))
+    networks = [base.network for base in used]
+    assert [any(isinstance(m, OffloadedLinear) for m in n.modules()) for n in networks] == [False, "offload" in options]
+    assert networks[1].dtype == (torch.float32 if "offload" in options else torch.float16)
+    if "offload" in options:
+        assert weights_sha256(plain) == weights_sha256(other)
+    tensors = load_file(other / ADAPTER_DIR / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
+    whole, rounded = changes(plain, tiny_base), changes(other, tiny_base)
+    assert all((whole[name] - rounded[name]).norm() < 0.02 * whole[name].norm() for name in whole)
 
 
 def test_a_lower_rank_says_what_it_costs(runs: list[Path], tmp_path: Path) -> None:

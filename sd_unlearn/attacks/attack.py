@@ -17,7 +17,8 @@ from sd_unlearn.errors import UsageError, suggest
 from sd_unlearn.evaluation.fail_if import parse_condition
 from sd_unlearn.evaluation.job import check_options as check_evaluation
 from sd_unlearn.evaluation.job import resolve_job
-from sd_unlearn.metrics.registry import DETECTORS, find_metrics
+from sd_unlearn.metrics.option_users import check_used_by_command
+from sd_unlearn.metrics.registry import DETECTORS, find_detectors
 from sd_unlearn.models.find_base import find_base
 from sd_unlearn.models.source import OPTION
 
@@ -43,7 +44,7 @@ def run(config: AttackConfig, concepts: Sequence[Concept] = ()) -> dict[str, Any
             "base alone."
         )
     job = resolve_job(_as_evaluation(config), concepts, needs_subjects=not (config.ceiling or config.floor))
-    metrics = {slug: find_metrics(job.metric_context(concept)) for slug, concept in job.concepts.items()}
+    metrics = {slug: find_detectors(job.metric_context(concept)) for slug, concept in job.concepts.items()}
     from sd_unlearn.attacks.runner import attack_all
 
     conditions = [parse_condition(text) for text in config.fail_if]
@@ -57,6 +58,7 @@ def check_options(config: AttackConfig) -> None:
         UsageError: invalid options, or a folder or model that does not exist.
     """
     attack_names(config)
+    check_used_by_command(config, DETECTORS, "attack")
     check_evaluation(_as_evaluation(config))
     if config.attacker_images is not None:
         attacker_files(config.attacker_images)

@@ -33,7 +33,7 @@ from sd_unlearn.io.progress import Progress, say
 from sd_unlearn.io.run_folder import IMAGE_DIR, RESULTS
 from sd_unlearn.launch import process_count, process_rank, wait_for_others
 from sd_unlearn.metrics.base import Metric
-from sd_unlearn.metrics.registry import DETECTORS, make_metrics, merge_cards, metric_cards
+from sd_unlearn.metrics.registry import make_metrics, merge_cards, metric_cards
 from sd_unlearn.models.base import HASHES, load_base
 from sd_unlearn.models.device import choose_precision, default_device
 from sd_unlearn.models.find_base import find_base
@@ -52,7 +52,7 @@ def attack_all(
 ) -> dict[str, Any]:
     """Carry out the attacks with these names that are missing, and write results.json.
 
-    metrics: the names of the metrics of each concept (find_metrics).
+    metrics: the names of the metrics of each concept (find_detectors).
 
     Returns:
         Its content; {} in all processes but the first.
@@ -185,11 +185,10 @@ def _target(task: Task, source: ImageSource, known: dict[tuple[str, ...], Sample
 def _detectors(job: EvaluationJob, names: Mapping[str, Sequence[str]]) -> Iterator[tuple[str, list[Metric]]]:
     """(slug, the metrics that detect it) of one concept after the other, so that few networks are in memory.
 
-    names: of all metrics of each concept.
+    names: of the metrics of each concept.
     """
     for slug, concept in job.concepts.items():
-        own = [name for name in names[slug] if name in DETECTORS]
-        metrics, _ = make_metrics(own, job.metric_context(concept, default_device()))
+        metrics, _ = make_metrics(names[slug], job.metric_context(concept, default_device()))
         yield slug, [metric for metric in metrics if detects_concept(metric)]
 
 

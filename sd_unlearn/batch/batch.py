@@ -19,6 +19,7 @@ from sd_unlearn.batch.status import describe_progress, describe_tasks, statuses_
 from sd_unlearn.batch.summary import comparison_tasks, met_conditions, write_table
 from sd_unlearn.config.batch import BatchConfig
 from sd_unlearn.config.options import check_ranges
+from sd_unlearn.data.prompt_sets import load_prompt_set
 from sd_unlearn.errors import ConditionError, UnlearnError, UsageError, counted
 from sd_unlearn.io.files import check_writable
 from sd_unlearn.io.lock import locked
@@ -39,6 +40,7 @@ def run(config: BatchConfig) -> Path | None:
         print(describe_tasks(plan, missing, statuses_of(plan)))
         return None
     check_writable(plan.folder, "output_dir")
+    _download_prompts(plan, missing)
     target = open_target(plan.jobs.copy_to) if plan.jobs.copy_to else None
     with locked(plan.own_folder, "job list"), _terminated_as_interrupted():
         outcome = _run_all(plan, missing)
@@ -62,6 +64,16 @@ def _read(config: BatchConfig) -> tuple[Plan, list[Task]]:
     plan = make_plan(read_job_list(config))
     statuses = statuses_of(plan)
     return plan, missing_tasks(plan, {task: status == "done" for task, status in statuses.items()})
+
+
+def _download_prompts(plan: Plan, missing: list[Task]) -> None:
+    """Download a published prompt set that a missing evaluation uses, rather than after hours of training.
+
+    Raises:
+        UnlearnError: it cannot be downloaded.
+    """
+    if any(task.order.stage == "evaluate" for task in missing) and (name := plan.later["evaluate"].prompt_set):
+        load_prompt_set(name)
 
 
 def _run_all(plan: Plan, missing: list[Task]) -> Outcome:

@@ -17,7 +17,7 @@ from sd_unlearn.config.options import check_ranges
 from sd_unlearn.config.paths import as_dict, recorded
 from sd_unlearn.config.train import TrainConfig
 from sd_unlearn.data.concept import Concept
-from sd_unlearn.data.prompt_sets import load_prompt_set
+from sd_unlearn.data.prompt_sets import is_published, load_prompt_set
 from sd_unlearn.errors import UsageError
 from sd_unlearn.evaluation.job import check_options as check_evaluation
 from sd_unlearn.evaluation.references import check_label, reference_folders
@@ -68,7 +68,7 @@ def later_config(stage: str, options: Mapping[str, Any]) -> Any:
     try:
         if isinstance(config, EvaluateConfig):
             check_evaluation(config)
-            if config.prompt_set:
+            if config.prompt_set and not is_published(config.prompt_set):
                 load_prompt_set(config.prompt_set)
         if isinstance(config, AttackConfig):
             check_attack(config)

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
+from sd_unlearn.choices import Precision
 from sd_unlearn.config.options import GENERAL, NOT_NEGATIVE, START, ConfigFile, Debug, Range, option, several
 from sd_unlearn.config.paths import PathOptions
 
@@ -63,6 +64,21 @@ class FuseConfig(PathOptions):
             Range(above=0, at_most=1000),
         ),
     ] = 4
+    mixed_precision: Annotated[
+        Precision,
+        option(
+            "Precision of the base's networks. The LoRA is computed in full precision. fp16 and bf16 need a GPU.",
+            GENERAL,
+        ),
+    ] = "no"
+    offload: Annotated[
+        bool,
+        option(
+            "Keep the base's large layers in the computer's memory and copy each to the GPU when it computes, for "
+            "bases larger than the GPU. Slower, with the same result.",
+            GENERAL,
+        ),
+    ] = False
     allow_pickle: Annotated[
         bool, option("Also load a base with pickled weights. Pickles can run arbitrary code.", GENERAL)
     ] = False

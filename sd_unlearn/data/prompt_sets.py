@@ -21,6 +21,11 @@ PROMPT_COLUMNS = ("prompt", "text", "caption")  # the first of these that a set 
 NumberedRows = Mapping[int, Mapping[str, Any]]  # line number from 1 -> {column: value}
 
 
+def is_published(name_or_path: str | Path) -> bool:
+    """Whether a set is downloaded by its name rather than read from a file."""
+    return str(name_or_path).lower() == I2P
+
+
 def load_prompt_set(name_or_path: str | Path, option: str = "--prompt_set") -> list[str]:
     """The prompts of a set in their order: "i2p", or a .csv, .jsonl or .txt file.
 
@@ -30,7 +35,7 @@ def load_prompt_set(name_or_path: str | Path, option: str = "--prompt_set") -> l
         UnlearnError: I2P cannot be downloaded.
         UsageError: no such set or file, no prompts in it, or a row without a prompt; names `option`.
     """
-    path = _download_i2p(option) if str(name_or_path).lower() == I2P else Path(name_or_path)
+    path = _download_i2p(option) if is_published(name_or_path) else Path(name_or_path)
     read_rows = READERS.get(path.suffix.lower())
     where = f"{option} {path}"
     if read_rows is None:

@@ -32,8 +32,8 @@ from sd_unlearn.io.progress import say
 from sd_unlearn.io.run_folder import CALIBRATION
 from sd_unlearn.launch import process_count
 from sd_unlearn.metrics.base import CONCEPT_GROUPS, KEEP_GROUPS, Metric
-from sd_unlearn.metrics.option_users import USED_BY, unused_options
-from sd_unlearn.metrics.registry import OPTIONAL, choose_metrics, find_metrics, make_metrics
+from sd_unlearn.metrics.option_users import check_used_by_command
+from sd_unlearn.metrics.registry import DETECTORS, choose_metrics, find_detectors, make_metrics
 from sd_unlearn.metrics.statistics import Z, wilson
 from sd_unlearn.models.device import default_device
 from sd_unlearn.models.kinds import sampler_of
@@ -55,16 +55,11 @@ def run(config: CalibrateConfig, concepts: Sequence[Concept] = ()) -> Calibratio
     job = _resolve(config, concepts)
     lora, (slug, concept) = job.loras[0], next(iter(job.concepts.items()))
     context = job.metric_context(concept)
-    names = [name for name in choose_metrics(context) if name not in OPTIONAL]  # those that say nothing of strengths
-    for option in unused_options(job.config, names):
-        raise UsageError(
-            f"--{option} {getattr(config, option)} is for --metrics {' or '.join(USED_BY[option])}, which calibrate "
-            "does not run. Leave the option out."
-        )
+    names = [name for name in choose_metrics(context) if name in DETECTORS]  # the others say nothing of strengths
+    check_used_by_command(job.config, names, "calibrate")
     if gaps := known_gaps(context, job.plans[slug], names):
         raise UsageError(f"No strength can be recommended, because evaluate would give no verdict. {' '.join(gaps)}")
-    context = dataclasses.replace(context, options=dataclasses.replace(job.config, metrics=names))
-    names = find_metrics(context)
+    names = find_detectors(context)
     with full_disk_explained(), locked(job.output, "--output_dir"):
         measure = Measurement(config, job, lora, slug, names)
         calibration = dataclasses.replace(

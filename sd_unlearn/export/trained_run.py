@@ -214,9 +214,7 @@ def read_run(folder: Path) -> TrainedRun:
     results, sha256 = None, weights_sha256(folder)
     if (folder / RESULTS).is_file():
         results = own_results(read_results(folder), sha256, [part.slug for part in concept.parts], training["base"])
-    calibration = read_calibration(folder, sha256)
-    if calibration is not None and calibration.concept != concept.slug:  # one of several does not count
-        calibration = None
+    calibration = read_calibration(folder, sha256, concept.slug)
     return TrainedRun(folder, concept, training, adapters, results, calibration)
 
 

@@ -32,9 +32,23 @@ def check_used(options: Detectors, names: Collection[str]) -> None:
         UsageError
     """
     for option in unused_options(options, names):
-        value = getattr(options, option)
-        text = " ".join(value) if isinstance(value, list) else value
         raise UsageError(
-            f"--{option} {text} is for --metrics {' or '.join(USED_BY[option])}; the metrics of this command are "
-            f"{' '.join(names)}. Add one to --metrics, or leave the option out."
+            f"{_is_for(options, option)}; the metrics of this command are {' '.join(names)}. Add one to --metrics, or "
+            "leave the option out."
         )
+
+
+def check_used_by_command(options: Detectors, names: Collection[str], command: str) -> None:
+    """Refuse an option of metrics that the command never runs. names: those that it runs.
+
+    Raises:
+        UsageError
+    """
+    for option in unused_options(options, names):
+        raise UsageError(f"{_is_for(options, option)}, which {command} does not run. Leave the option out.")
+
+
+def _is_for(options: Detectors, option: str) -> str:
+    value = getattr(options, option)
+    text = " ".join(value) if isinstance(value, list) else value
+    return f"--{option} {text} is for --metrics {' or '.join(USED_BY[option])}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -244,6 +244,12 @@ def find_metrics(context: MetricContext) -> list[str]:
             if process_rank() == 0:
                 print(f"Skipped metric {name}: {error}", file=sys.stderr)
     return found
+
+
+def find_detectors(context: MetricContext) -> list[str]:
+    """`find_metrics` of the metrics that tell whether an image shows the concept; others are not looked for."""
+    names = [name for name in choose_metrics(context) if name in DETECTORS]
+    return find_metrics(replace(context, options=replace(context.options, metrics=names)))
 
 
 def make_metrics(names: Sequence[str], context: MetricContext) -> tuple[list[Metric], list[PairMetric]]:

@@ -51,12 +51,12 @@ class LayerInputs:
 
         def hook(name: str) -> Any:
             def record(module: Any, inputs: tuple[Any, ...]) -> None:
-                owner, x = self._owner(name, inputs[0], seen), rows(inputs[0].detach())
+                owner, x = self._owner(name, inputs[0], seen), rows(inputs[0].detach()).float()
                 images = len(x)
                 if name in self.downs:
                     weight = self.downs[name].to(x).unflatten(1, module.weight.shape[1:])
                     x = module._conv_forward(x, weight, None).movedim(1, -1)
-                x = x.flatten(0, -2).float()
+                x = x.flatten(0, -2)
                 weighted = x * (weights[name] * images / max(1, len(x)))
                 if owner == name:
                     _add(self._sums, name, weighted.T @ x)

@@ -61,7 +61,7 @@ def attach(network: nn.Module, options: Weights, target_modules: list[str], seed
         init_lora_weights="gaussian",
     )
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # not of GPUs, as torch.manual_seed: their dropout must differ
         return PeftModel(network, config, adapter_name=ADAPTER_NAME)
 
 
@@ -94,8 +94,8 @@ def network_targets(network: nn.Module, group: LoraTargets | None) -> list[str]:
     group = group or default_lora_targets("pu")
     if is_joint and group in WITHOUT_JOINT_ATTENTION:
         raise UsageError(
-            f"--lora_targets {group} needs a base with cross-attention; transformers (SD 3, FLUX, Z-Image) have joint "
-            "attention. Use attention, attention+mlp or all_linear+conv."
+            f"--lora_targets {group} needs a base with cross-attention; transformers (SD 3, FLUX, Z-Image, Qwen-Image) "
+            "have joint attention. Use attention, attention+mlp or all_linear+conv."
         )
     if group in ("all_linear+conv", "not_cross_attention"):
         layers = [name for name, module in network.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]

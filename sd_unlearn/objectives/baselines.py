@@ -82,10 +82,11 @@ def baseline_losses(
 def retained(rows: Rows, teacher: Teacher) -> Tensor:
     """The target of keep images: the base's prediction, moved by `Teacher.offset`. Of other rows: the noise."""
     target, batch = rows.noise.clone().float(), rows.batch
-    keep, captioned = rows.where(batch.caption_group == NO_GROUP), teacher.guided_rows(batch)
+    keep, captioned = rows.where(batch.caption_group == NO_GROUP), batch.captioned_keep_rows()
     target[keep] = rows.under(teacher.predict, keep, batch.text[keep])
-    empty = rows.under(teacher.predict, captioned, teacher.empty)
-    target[captioned] += teacher.offset(rows.noisy[captioned], batch.timesteps[captioned], empty)
+    if teacher.has_guidance:
+        empty = rows.under(teacher.predict, captioned, teacher.empty)
+        target[captioned] += teacher.offset(rows.noisy[captioned], batch.timesteps[captioned], empty)
     return target
 
 

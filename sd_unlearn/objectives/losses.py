@@ -71,13 +71,14 @@ def timestep_weight(denoiser: Denoiser, batch: Batch, snr_gamma: float | None) -
 def _teach(teacher: Teacher, noisy: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
     """(the target of each row, and what `Movement` compares with: f0 - f* of positives, f* less the prediction under
     the empty caption of keep images with a caption, 0 elsewhere), each shaped as noisy."""
-    keep, positive = teacher.guided_rows(batch), batch.positive_rows()
+    keep, positive = batch.captioned_keep_rows(), batch.positive_rows()
     target, other = _base_predictions(teacher, noisy, batch, keep, positive)
     reference = torch.zeros_like(target)
     reference[positive] = other[positive] - target[positive]
     if len(keep):
         reference[keep] = target[keep] - other[keep]
-        target[keep] += _offset(teacher, noisy, batch, keep, other[keep])
+        if teacher.has_guidance:
+            target[keep] += _offset(teacher, noisy, batch, keep, other[keep])
     return target, reference
 
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from sd_unlearn.data.batch import Batch
 from sd_unlearn.models.denoiser import Denoiser
 from sd_unlearn.objectives.movement import Movement
 
@@ -64,10 +63,10 @@ class Teacher:
         """The student's own prediction, as `predict`."""
         return self._predict(self.denoiser, noisy, timesteps, text)
 
-    def guided_rows(self, batch: Batch) -> Tensor:
-        """[K] long: the rows whose predictions need an offset: keep images under a caption, if there is guidance."""
-        rows = batch.captioned_keep_rows()
-        return rows if self.guidance_scale > 1 else rows[:0]
+    @property
+    def has_guidance(self) -> bool:
+        """Whether sampling follows the unconditional prediction, too, so that retained ones need an `offset`."""
+        return self.guidance_scale > 1
 
     @torch.no_grad()
     def offset(self, noisy: Tensor, timesteps: Tensor, unconditional: Tensor) -> Tensor:
@@ -76,7 +75,7 @@ class Teacher:
         Guidance follows u + s (f - u), where u is the unconditional prediction (`unconditional` is the base's) and s
         the guidance scale. If the adapter has moved u by d, this stays unchanged when f moves by (1 - 1/s) d.
         Otherwise guidance moves by -(s - 1) d: towards the concept, since d leads away from it. Without guidance, s =
-        1, sampling follows f alone: the offset is zero, whatever u has become, and is not computed (`guided_rows`).
+        1, sampling follows f alone: the offset is zero, whatever u has become, and is not computed (`has_guidance`).
         """
         moved = self.predict_student(noisy, timesteps, self.empty.expand(len(noisy), *self.empty.shape))
         return (1 - 1 / self.guidance_scale) * (moved - unconditional)

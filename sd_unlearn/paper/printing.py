@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,17 @@ def summary_of(results: dict[str, Any], folder: Path) -> str:
             value = f"{row['value']:.4g}"
         lines.append(f"  {row['metric']:<19} {value}, n = {row['n']:,}, {row['detector']}")
     return "\n".join(lines)
+
+
+@contextmanager
+def kept_after_interruption(folder: Path) -> Iterator[None]:
+    """Say on Ctrl-C that the run folder is kept, so that the user is not told to repeat a command with --overwrite."""
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        if str(interrupt):
+            raise
+        raise KeyboardInterrupt(f"Finished stages are kept in {folder}.") from None
 
 
 def list_experiments(as_json: bool) -> str:

@@ -36,6 +36,7 @@ from sd_unlearn.paper.experiments import CLASSES, DIGITS, TEXT_EXPERIMENTS, Coun
 from sd_unlearn.paper.judge import score
 from sd_unlearn.paper.judge.classifier import Classifier, get_classifier
 from sd_unlearn.paper.options import RunOptions
+from sd_unlearn.paper.printing import kept_after_interruption
 from sd_unlearn.paper.settings import ExperimentSettings, default_settings, resolve, variant_of
 from sd_unlearn.results import Row, as_json
 from sd_unlearn.training import checkpoint
@@ -105,14 +106,15 @@ def _run_stages(
         write_text(folder / CONFIG, yaml.safe_dump(config, sort_keys=False))
     state.wait_for_everyone()
     job = TrainingJob(experiment, settings, size, options.seed, data, images, folder, options.checkpointing_steps)
-    cost = _train(job)
-    device = str(state.device)
-    cost["sampling_seconds"] = _generate(job, options.sample_batch_size, device)
-    if state.is_main_process:
-        classifier = get_classifier(data, job.side, size, 0, device, options.output_dir / CLASSIFIERS)
-        rows = _measure(job, classifier, options, device)
-        _record(job, cost, classifier, rows)
-    state.wait_for_everyone()
+    with kept_after_interruption(folder):
+        cost = _train(job)
+        device = str(state.device)
+        cost["sampling_seconds"] = _generate(job, options.sample_batch_size, device)
+        if state.is_main_process:
+            classifier = get_classifier(data, job.side, size, 0, device, options.output_dir / CLASSIFIERS)
+            rows = _measure(job, classifier, options, device)
+            _record(job, cost, classifier, rows)
+        state.wait_for_everyone()
     return folder
 
 

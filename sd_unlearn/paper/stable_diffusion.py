@@ -42,6 +42,7 @@ from sd_unlearn.io.reading import read_json
 from sd_unlearn.launch import process_rank
 from sd_unlearn.paper.experiments import DIGITS_SEVEN, SD_BRAD_PITT, Size
 from sd_unlearn.paper.options import RunOptions
+from sd_unlearn.paper.printing import kept_after_interruption
 from sd_unlearn.paper.stable_diffusion_record import record_of
 from sd_unlearn.results import parse_results
 from sd_unlearn.training import trainer
@@ -155,7 +156,8 @@ def run(experiment: str, config: TrainConfig, evaluation: Mapping[str, Any] | No
         return folder
     trainer.run(dataclasses.replace(config, resume_from_checkpoint=None if config.overwrite else "latest"))
     started = time.monotonic()
-    results = evaluate.run(evaluate_config)
+    with kept_after_interruption(folder):
+        results = evaluate.run(evaluate_config)
     if process_rank() == 0:
         seconds = time.monotonic() - started
         record = record_of(experiment, _find(experiment).size, folder, parse_results(results), seconds)

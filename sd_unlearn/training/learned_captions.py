@@ -24,6 +24,7 @@ from sd_unlearn.data.batches import EncodedImages
 from sd_unlearn.data.concept import Concept
 from sd_unlearn.data.layout import learned_caption
 from sd_unlearn.data.repeated import Steps
+from sd_unlearn.io.progress import say
 from sd_unlearn.models.base import Base
 from sd_unlearn.models.denoiser import Denoiser
 from sd_unlearn.models.diffusion import sample_positions
@@ -122,6 +123,12 @@ class LearnedCaption:
         return {"updates": self.updates, "generator": self.generator.get_state(), "pool": pool, "used": used}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Of prompts with as many tokens; otherwise (--force_resume with another caption) the search starts anew."""
+        pool = [(prompt.vectors, vectors) for (prompt, _), (vectors, _) in zip(self.pool, state["pool"], strict=True)]
+        if any([v.shape for v in own] != [v.shape for v in saved] for own, saved in pool):
+            if self.network.accelerator.is_main_process:
+                say("--robust: the search starts anew, because the concept's caption has another number of tokens.")
+            return
         self.updates = state["updates"]
         self.generator.set_state(state["generator"])
         for (prompt, optimizer), (vectors, of_optimizer) in zip(self.pool, state["pool"], strict=True):

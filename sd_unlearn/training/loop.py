@@ -109,7 +109,7 @@ def fit(options: LoopOptions, training: Training, resume: Path | None = None) ->
                     _preview(training, state)
                 if due(step, options.probe_steps):
                     log.write(_probe(options, training, state))
-            interrupted = stop_requested(due(step, LOG_EVERY))
+            interrupted = stop_requested()
             if interrupted or _should_save(options, state):
                 with speed.paused():
                     state.save(training.output, training.identity, options.checkpoints_total_limit)

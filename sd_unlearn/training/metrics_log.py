@@ -113,13 +113,12 @@ def _drop_torn_line(path: Path) -> None:
 def stop_requests(accelerator: Accelerator) -> Iterator[Any]:
     """Catch Ctrl-C, SIGTERM and SIGHUP (a closed terminal).
 
-    Yields stop_requested(sync) -> whether to stop after this step.
+    Yields stop_requested() -> whether to stop after this step.
 
     A second Ctrl-C after SECOND_SIGNAL seconds raises KeyboardInterrupt at once.
 
-    Several processes must stop at the same step, so they agree on it. On a GPU that waits for the device, so they only
-    do it where `sync` is true. On a CPU they do it at every step: steps are slow there, and torch's launcher kills its
-    processes some time after a Ctrl-C (usually 30 seconds).
+    Several processes must stop at the same step, so they agree on it, after every step: torch's launcher kills them
+    some time after a Ctrl-C (usually 30 seconds), and every step waits for all of them anyway (`memory.together`).
     """
     signals: list[float] = []
     terminals = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
@@ -134,11 +133,9 @@ def stop_requests(accelerator: Accelerator) -> Iterator[Any]:
             accelerator.print("\nSaving after this step. Press Ctrl-C again to quit without saving.", file=sys.stderr)
         signals.append(now)
 
-    def stop_requested(sync: bool) -> bool:
+    def stop_requested() -> bool:
         if accelerator.num_processes == 1:
             return bool(signals)
-        if not sync and accelerator.device.type != "cpu":
-            return False
         return bool(accelerator.reduce(torch.tensor(float(bool(signals)), device=accelerator.device), "sum") > 0)
 
     before = _catch(note)

@@ -155,8 +155,8 @@ def check_kind(config: TrainConfig, kind: str | None, name: str) -> None:
     if not KINDS[kind].is_flow:
         if config.timestep_sampling:
             raise UsageError(
-                f"--timestep_sampling {config.timestep_sampling} is for flow matching (SD 3, FLUX, Z-Image); {name} is "
-                f"of kind {kind}. Use --timestep_bias."
+                f"--timestep_sampling {config.timestep_sampling} is for flow matching (SD 3, FLUX, Z-Image, "
+                f"Qwen-Image); {name} is of kind {kind}. Use --timestep_bias."
             )
         return
     what = f"{name} is of kind {kind}, whose transformer"

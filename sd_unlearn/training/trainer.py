@@ -134,8 +134,11 @@ def _find_checkpoint(config: TrainConfig, inputs: Inputs, output: Path) -> Path 
 
 def _make_accelerator(config: TrainConfig, output: Path, tracker: str | None) -> Accelerator:
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
     from accelerate.utils import InitProcessGroupKwargs
 
+    if process_count() == 1:
+        AcceleratorState._reset_state()  # a former training in this process may have had another precision
     return Accelerator(
         mixed_precision=choose_precision(config.mixed_precision),
         log_with=tracker,

@@ -14,10 +14,11 @@ from urllib.parse import quote
 from safetensors import SafetensorError, safe_open
 
 from sd_unlearn.calibration import read_calibration
+from sd_unlearn.data.several import read_concepts
 from sd_unlearn.errors import UnlearnError, UsageError
 from sd_unlearn.io.own_files import REPORT, is_own_report
 from sd_unlearn.io.paths import path_inside
-from sd_unlearn.io.run_folder import IMAGE_DIR, RESULTS, TRAINING, weights_sha256
+from sd_unlearn.io.run_folder import CONCEPT, IMAGE_DIR, RESULTS, TRAINING, weights_sha256
 from sd_unlearn.report.cases import cases_of
 from sd_unlearn.report.formatting import value_text
 from sd_unlearn.results import read_results
@@ -98,7 +99,9 @@ def calibrated_strength(root: Path, names: list[str]) -> float:
         return 1.0
     try:
         folder = inside(root, names[0])
-        found = read_calibration(folder, weights_sha256(folder)) if folder.is_dir() else None
+        if not folder.is_dir():
+            return 1.0
+        found = read_calibration(folder, weights_sha256(folder), read_concepts(folder / CONCEPT).slug)
     except UnlearnError:
         return 1.0
     return 1.0 if found is None or found.strength is None else found.strength

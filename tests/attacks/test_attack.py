@@ -222,6 +222,15 @@ def test_the_conditions_of_the_evaluation_are_kept(run: Path, capsys: pytest.Cap
     assert "Passed 1 of 1" in capsys.readouterr().out
 
 
+def test_a_lora_that_an_evaluation_left_out_does_not_fail_the_attack(run: Path) -> None:
+    Path("bad.safetensors").write_bytes(b"bad")
+    few = ["--num_images", "1", "--groups", "direct"]
+    output = ["--output_dir", "both", *FLAGS]
+    assert main(["evaluate", "--lora", str(run), "bad.safetensors", *few, *output, "--keep_going"]) == 1
+    assert main(["attack", "--lora", str(run), *output, "--attacks", "strength", "--no_ceiling"]) == 0
+    assert len(read_results(Path("both")).failed) == 1
+
+
 def test_the_floor_is_attacked_too(run: Path, v_base: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert attack(run, "--attacks", "noise", "finetune", "--floor", str(v_base)) == 0
     assert {subject for subject, _ in entries(run)} == {"base", "floor", "seven"}
@@ -318,6 +327,8 @@ def test_images_that_the_attacker_brings(run: Path, photos: Any, capsys: pytest.
         (["--attacks", "sofft"], "--attacks sofft is not one of"),
         (["--budget", "huge"], "--budget"),
         (["--metrics", "lpips"], "--metrics lpips cannot tell"),
+        (["--real_images", "."], "--real_images . is for --metrics fidelity or cmmd, which attack does not run"),
+        (["--metrics", "digits", "fidelity", "--inception_weights", "w.pth"], "--inception_weights w.pth is for"),
         (["--seed", "-1"], "--seed"),
     ],
 )

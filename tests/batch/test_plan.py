@@ -204,6 +204,7 @@ def test_concepts_come_from_a_csv_file(make: Callable[..., Plan], tmp_path: Path
         ({"stages": ["attack"], "attack": {"fail_if": ["attack.foo>1"]}}, "foo is not a prompt group"),
         ({"stages": ["attack"], "attack": {"others": "none"}}, "--others none"),
         ({"stages": ["attack"], "attack": {"metrics": "lpips"}}, "--metrics lpips cannot tell"),
+        ({"stages": ["attack"], "attack": {"real_images": "."}}, "attack: --real_images . is for"),
         ({"stages": ["attack"], "attack": {"floor": "./none"}}, "attack: --floor ./none"),
         ({"stages": ["export"], "export": {"push_to_hub": "me/it"}}, "push_to_hub cannot be set here"),
         ({"stages": ["export"], "export": {"strength": 0.5}}, "export: --strength 0.5 is for --merge"),

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+import huggingface_hub
 import pytest
 import yaml
 from batch_runs import IMAGES, InThisProcess, plan_of, write_concept_file, write_list
@@ -58,6 +59,25 @@ def leakage(folder: Path) -> list[float | None]:
 
 def stages(engine: InThisProcess) -> list[str]:
     return [name.partition("-")[0] for name in engine.started]
+
+
+def test_a_prompt_set_is_downloaded_before_tasks_run_but_not_for_planning(
+    engines: Engines, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def fail(repository: str, *_: Any, **__: Any) -> str:
+        asked.append(repository)
+        raise TimeoutError
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
+    path = str(write_list(tmp_path / "jobs.yaml", tiny_base, stages=["evaluate"], evaluate={"prompt_set": "i2p"}))
+    assert cli.main(["batch", path, "--dry_run"]) == 0
+    assert cli.main(["batch", "status", path]) == 0
+    assert not asked
+    assert cli.main(["batch", path]) == 1
+    assert asked == ["AIML-TUDA/i2p"]
+    assert not engines
 
 
 @pytest.mark.usefixtures("one_thread")

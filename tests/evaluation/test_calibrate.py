@@ -153,15 +153,15 @@ def test_a_real_calibration_is_what_evaluate_measures_and_resumes_from_its_cache
     code = main(["calibrate", "--run", str(run), "--cache_dir", str(cache), *FEW])
     printed = capsys.readouterr()
     record = json.loads((run / "calibration.json").read_text())
-    found = read_calibration(run, record["sha256"])
+    found = read_calibration(run, record["sha256"], "seven")
     assert found is not None
     assert found.message in printed.out + printed.err
     assert code == (0 if found.strength is not None else 1)
     assert {0.0, 1.0, 1.5} <= {point.strength for point in found.points}
-    assert read_calibration(run, "other weights") is None
+    assert read_calibration(run, "other weights", "seven") is None
     other = {**record, "base_sha256": "of another base"}
     (run / "calibration.json").write_text(json.dumps(other))
-    assert read_calibration(run, record["sha256"]) is None
+    assert read_calibration(run, record["sha256"], "seven") is None
     (run / "calibration.json").write_text(json.dumps(record))
 
     monkeypatch.setattr(sampling, "generate_images", pytest.fail)

@@ -20,7 +20,7 @@ from sd_unlearn.data.concept import Concept
 from sd_unlearn.errors import UnlearnError, UsageError
 from sd_unlearn.evaluation import evaluate, generate
 from sd_unlearn.metrics import digits
-from sd_unlearn.metrics.registry import NAMES, MetricContext, find_metrics, merge_cards
+from sd_unlearn.metrics.registry import NAMES, MetricContext, find_detectors, find_metrics, merge_cards
 from sd_unlearn.training import trainer
 
 
@@ -96,6 +96,15 @@ def test_missing_weights_of_optional_metrics_are_one_line_each(capsys: pytest.Ca
     assert "clip" in names
     assert "lpips" not in names
     assert [line for line in lines if line.startswith("Skipped metric lpips: ") and "AlexNet" in line]
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_commands_that_only_detect_do_not_look_for_weights_of_other_metrics() -> None:
+    options = EvaluateConfig(metrics=["lpips", "clip"], clip_model="ViT-B-32", clip_pretrained="")
+    context = MetricContext(Concept("x", "a photo of x", "a photo", alternatives=["y"]), options, None, "quick")
+    assert find_detectors(context) == ["clip"]
+    with pytest.raises(UnlearnError, match="AlexNet"):
+        find_metrics(context)
 
 
 def test_cards_of_a_detector_are_merged() -> None:

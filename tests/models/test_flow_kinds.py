@@ -32,6 +32,7 @@ from sd_unlearn.models.lora_file import read_lora_file
 from sd_unlearn.models.sampling import Sampler
 from sd_unlearn.models.source import Source
 from sd_unlearn.objectives.losses import example_losses
+from sd_unlearn.objectives.movement import Movement
 from sd_unlearn.objectives.teacher import Teacher
 from sd_unlearn.risk import UNLABELED
 from sd_unlearn.training.preflight import check_kind
@@ -176,15 +177,15 @@ def test_two_concepts_at_once_and_fused(flow_kinds: FlowKinds, name: str) -> Non
 
 
 def test_the_held_prediction_needs_no_offset_without_guidance(flow_kinds: FlowKinds) -> None:
-    """FLUX samples with f alone: what the empty caption has become does not matter, and is not computed."""
+    """FLUX samples with f alone: what the empty caption has become does not matter. Spillover is seen all the same."""
     base = load_base(str(flow_kinds.folder("flux-dev")), device="cpu")
     assert not base.properties.uses_guidance
     assert default_unconditional(base) == 0
     text = encode_captions(base, ["a digit", "a digit in red"])
     student = _Moved(base.network)
     denoiser = Denoiser.of(base, student)
-    nothing = torch.full_like(text[0], torch.nan)  # the empty caption: nan in all that uses it
-    teacher = Teacher(denoiser, lambda: contextlib.nullcontext(base.network), text[0], nothing, guidance_scale=1.0)
+    empty = encode_captions(base, [""])[0]
+    teacher = Teacher(denoiser, lambda: contextlib.nullcontext(base.network), text[0], empty, guidance_scale=1.0)
     x0, noise = torch.randn(2, 2, 16, 8, 8, generator=torch.Generator().manual_seed(0))
     keep, label = torch.full((2,), NO_GROUP), torch.full((2,), UNLABELED)
     seen, timesteps = torch.zeros(2).bool(), torch.tensor([300.0, 700.0])
@@ -192,10 +193,13 @@ def test_the_held_prediction_needs_no_offset_without_guidance(flow_kinds: FlowKi
     with torch.no_grad():
         losses = example_losses(denoiser, batch, teacher=teacher)
         assert torch.allclose(losses, torch.tensor(16.0 * 8 * 8), rtol=1e-4)  # |f - f*|^2, f* the base's own prediction
-        guided = example_losses(denoiser, batch, teacher=replace(teacher, guidance_scale=4.0))
-    assert guided.isnan().all()
-    assert len(teacher.guided_rows(batch)) == 0
-    assert len(replace(teacher, guidance_scale=4.0).guided_rows(batch)) == 2
+        guided = example_losses(denoiser, batch, teacher=replace(teacher, guidance_scale=4.0, movement=Movement()))
+    assert torch.allclose(guided, torch.tensor(16.0 * 8 * 8 / 4**2), rtol=1e-4)  # 1 less (1 - 1/4) x 1
+    noisy = denoiser.process.add_noise(x0, noise, timesteps)
+    captioned, without = (teacher.predict(noisy, timesteps, of) for of in (text, empty.expand_as(text)))
+    teacher.movement.end_step(lambda sums: sums)
+    effect = (captioned - without).square().sum()
+    assert teacher.movement.read()["spillover"] == pytest.approx(float(x0.numel() / effect) ** 0.5, rel=1e-3)
 
 
 class _Moved(torch.nn.Module):
@@ -245,7 +249,7 @@ def test_safety_guidance_is_refused(flow_kinds: FlowKinds) -> None:
 def test_options_of_flow_matching_are_refused_for_other_bases(
     flow_kinds: FlowKinds, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(UsageError, match=r"--timestep_sampling uniform is for flow matching \(SD 3, FLUX, Z-Image\)"):
+    with pytest.raises(UsageError, match=r"--timestep_sampling uniform is for .*\(SD 3, FLUX, Z-Image, Qwen-Image\)"):
         check_kind(TrainConfig(timestep_sampling="uniform"), "sd1", "a base")
     place = str(flow_kinds.folder("flux-dev"))
     command = ["--concept", "seven", "--pretrained_model_name_or_path", place]

@@ -91,6 +91,16 @@ def test_a_convolution_is_seen_through_its_downs() -> None:
     assert torch.allclose(inputs.total("conv"), moment(z), rtol=1e-4)
 
 
+def test_half_precision_is_not_rounded_further() -> None:
+    x = images(2).bfloat16()
+    layer = nn.Conv2d(4, 3, 3, padding=1).bfloat16()
+    inputs = LayerInputs({"conv": layer}, {"conv": None}, {"conv": torch.randn(2, 4 * 9)})
+    with torch.no_grad(), inputs.recording({"conv": 1.0}, {}, lambda x: x):
+        layer(x)
+    z = (inputs.downs["conv"] @ unfold(x.float(), 3, padding=1)).unflatten(2, (5, 5))
+    assert torch.allclose(inputs.total("conv"), moment(z), rtol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("name", "layer"),
     [

@@ -167,6 +167,26 @@ def test_an_interrupted_run_resumes_from_its_checkpoint(call: Call, monkeypatch:
     assert not (folder / "checkpoints").exists()
 
 
+@pytest.mark.parametrize("stage", ["_train", "_measure"])
+def test_an_interrupted_run_that_overwrites_is_continued_without_overwriting(
+    call: Call, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    call("run", "mnist5k-even", *FEW)
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, stage, interrupt)
+        code, _, err = call("run", "mnist5k-even", "--overwrite", *FEW)
+        assert code == 130
+        assert "kept in runs/paper/mnist5k-even/" in err
+        assert "Run the same command again without --overwrite to continue." in err
+    (folder,) = Path("runs/paper/mnist5k-even").iterdir()
+    assert not (folder / "results.json").exists()
+    assert call("run", "mnist5k-even", *FEW)[0] == 0
+    assert (folder / "results.json").is_file()
+
+
 def test_a_folder_with_other_files_is_rejected_and_unchanged(call: Call) -> None:
     place = Path("runs/paper/mnist5k-even/tiny-pu-beta0.1-seed42")
     place.mkdir(parents=True)

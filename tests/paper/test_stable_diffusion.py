@@ -179,6 +179,14 @@ def test_a_run_interrupted_during_evaluation_resumes_there(
     before = read_json(place / PAPER)
     (place / PAPER).unlink()
     monkeypatch.setattr("sd_unlearn.training.state.accumulate_gradients", pytest.fail)
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("sd_unlearn.evaluation.evaluate.run", interrupt)
+        with pytest.raises(KeyboardInterrupt, match=f"kept in {place}"):
+            finished("supervised")
     again = read_json(finished("supervised") / PAPER)
     for record in (before, again):
         record.pop("created")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from flow_kinds import FlowKinds
 
 from sd_unlearn.config.train import TrainConfig
 from sd_unlearn.data.batches import EncodedImages
@@ -16,8 +18,9 @@ from sd_unlearn.data.concept import load_concept
 from sd_unlearn.data.dataset import Example
 from sd_unlearn.data.layout import compose_step, learned_caption
 from sd_unlearn.errors import UsageError
-from sd_unlearn.models.base import Base
+from sd_unlearn.models.base import Base, load_base
 from sd_unlearn.models.denoiser import Denoiser
+from sd_unlearn.models.source import Source
 from sd_unlearn.training import learned_captions
 from sd_unlearn.training.learned_captions import LearnedCaption, Network, RobustSteps
 
@@ -81,6 +84,28 @@ def test_captions_take_turns_and_nothing_is_searched_before_the_start(monkeypatc
     robust = RobustSteps(steps, captions)
     assert [batch for batch, _ in zip(robust, range(11), strict=False)] == list(range(11))
     assert updates == [(0, 0), (1, 5), (0, 10)]
+
+
+def test_a_caption_with_another_number_of_tokens_is_searched_anew(
+    flow_kinds: FlowKinds, images: EncodedImages, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """--force_resume accepts another caption, and language models as text encoders read no padding."""
+    base = load_base(Source(str(flow_kinds.folder("z-image"))))
+
+    def robust(text: str) -> RobustSteps:
+        concept = dataclasses.replace(SEVEN, caption=text)
+        steps: Any = SimpleNamespace(state_dict=dict, load_state_dict=lambda _: None)
+        return RobustSteps(steps, [LearnedCaption(concept, images, network_of(base), seed=0)])
+
+    saved = robust("a seven")
+    saved.count = 5
+    saved.captions[0].update(0)
+    for text, updates in (("a seven", 1), ("seven", 0)):
+        resumed = robust(text)
+        resumed.load_state_dict(saved.state_dict())
+        assert (resumed.count, resumed.captions[0].updates) == (5, updates)
+        resumed.captions[0].update(5)
+        assert ("starts anew" in capsys.readouterr().err) == (text == "seven")
 
 
 @pytest.mark.parametrize("objective", ["pu", "esd-x", "anchor"])

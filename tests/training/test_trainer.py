@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from accelerate.state import AcceleratorState
 from conftest import CONCEPT_FILE, scheduled, tree
 from PIL import Image
 from safetensors.torch import load_file
@@ -294,6 +295,17 @@ def test_a_baseline_refuses_images_known_to_be_normal(
                 target="noise",
             )
         )
+
+
+def test_another_training_in_the_same_process_may_have_another_precision(
+    make_config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a notebook with a GPU; on a CPU every training is in full precision."""
+    for precision in ("no", "bf16"):
+        monkeypatch.setattr(trainer, "choose_precision", lambda given, chosen=precision: chosen)
+        config = make_config(f"in-{precision}")
+        assert trainer._make_accelerator(config, Path(str(config.output_dir)), None).mixed_precision == precision
+    AcceleratorState._reset_state()
 
 
 def test_another_seed_gives_another_lora_of_the_same_images(

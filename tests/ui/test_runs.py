@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from export_runs import evaluated, hand_run
 from safetensors.torch import save_file
 
 from sd_unlearn.config.base import ReportConfig
+from sd_unlearn.data.several import read_concepts, together, write_concepts
 from sd_unlearn.errors import UsageError
 from sd_unlearn.io.files import write_json
 from sd_unlearn.io.run_folder import weights_sha256
@@ -98,7 +100,7 @@ def test_damaged_results_are_listed_and_names_are_escaped(root: Path) -> None:
     assert "<b>" not in as_table(list(found.values()))
 
 
-def test_the_slider_starts_at_the_calibrated_strength_of_these_weights(root: Path) -> None:
+def test_the_slider_starts_at_the_calibrated_strength_of_these_weights_and_concepts(root: Path) -> None:
     record: dict[str, Any] = {
         **{"schema_version": 1, "concept": "brad-pitt", "leakage": 0.05, "retention": 0.95, "points": []},
         **{"smallest": 0.8, "largest": 1.3, "strength": 0.8, "message": "It works."},
@@ -111,3 +113,8 @@ def test_the_slider_starts_at_the_calibrated_strength_of_these_weights(root: Pat
     assert calibrated_strength(root, ["../nowhere"]) == 1
     write_json(run / "calibration.json", record | {"sha256": "of other weights"})
     assert calibrated_strength(root, ["runs/brad"]) == 1
+    write_json(run / "calibration.json", record | {"sha256": weights_sha256(run)})
+    concept = read_concepts(run / "concept.yaml")
+    other = dataclasses.replace(concept, name="Tom Cruise", caption="a photo of Tom Cruise")
+    write_concepts(run / "concept.yaml", together([concept, other]))
+    assert calibrated_strength(root, ["runs/brad"]) == 1  # it is of one of the two
