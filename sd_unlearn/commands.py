@@ -178,9 +178,11 @@ def calibrate(config: Annotated[CalibrateConfig, Parameter(name="*")] = Calibrat
     if found.strength is None:
         raise UnlearnError(found.message)
     lora = f"--run {shlex.quote(str(config.run))}" if config.run else f"--lora {shlex.quote(str(config.lora))}"
+    # also at 1, of which the run's attacks and its model card are
+    strengths = f"1 {found.strength:g}" if config.run and found.strength != 1 else f"{found.strength:g}"
     print(
         f"The images that chose the strength cannot confirm it. Next, on other seeds: sd-unlearn evaluate {lora} "
-        f"--strengths {found.strength:g} --seed {max(config.seed) + 1}",
+        f"--strengths {strengths} --seed {max(config.seed) + 1}",
         file=sys.stderr,
     )
 

@@ -244,6 +244,7 @@ def check_output(output: Path, settings: dict[str, Any], overwrite: bool) -> Non
 
 def _train(config: TrainConfig, concept: Concept, point: Point, data_dir: Path, run_dir: Path) -> None:
     """Train one run unless it is finished; an interrupted run resumes from its last checkpoint."""
+    begun = (run_dir / CONCEPT).is_file()
     if is_finished(run_dir):
         print(f"{run_dir} is already trained.", file=sys.stderr)
         return
@@ -256,7 +257,8 @@ def _train(config: TrainConfig, concept: Concept, point: Point, data_dir: Path, 
             data_dir=data_dir,
             output_dir=run_dir,
             overwrite=False,
-            resume_from_checkpoint="latest" if (run_dir / CONCEPT).is_file() else None,
+            resume_from_checkpoint="latest" if begun else None,
+            force_resume=config.force_resume and begun,
         ),
         concept,
     )

@@ -12,6 +12,7 @@ from sd_unlearn.batch.engines.engine import Ended
 from sd_unlearn.batch.execute import execute
 from sd_unlearn.batch.job_list import read_job_list
 from sd_unlearn.batch.plan import Plan, make_plan
+from sd_unlearn.choices import CLOSED_FORM
 from sd_unlearn.config.batch import BatchConfig
 
 # What a concept file of evaluation_runs.DIGIT_FILE lacks to be trained on.
@@ -24,7 +25,9 @@ QUICK = {
 
 def write_list(path: Path, tiny_base: Path, **content: Any) -> Path:
     """A job list on the tiny base, of one concept unless `content` says otherwise."""
-    options = {"pretrained_model_name_or_path": str(tiny_base), **QUICK, **content.pop("options", {})}
+    options = content.pop("options", {})
+    quick = {} if options.get("objective") in CLOSED_FORM else QUICK  # no steps, no images
+    options = {"pretrained_model_name_or_path": str(tiny_base), **quick, **options}
     defaults = {"concepts": [write_concept_file(path.parent, "Brad Pitt")], "stages": ["train"]}
     path.write_text(yaml.safe_dump({**defaults, **content, "options": options}))
     return path

@@ -13,6 +13,7 @@ import pytest
 from conftest import tree
 
 from sd_unlearn import cli, sweep
+from sd_unlearn.config.checks import check_train
 from sd_unlearn.config.evaluate import EvaluateConfig
 from sd_unlearn.config.train import TrainConfig
 from sd_unlearn.data.concept import Concept
@@ -45,6 +46,7 @@ def done(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
     monkeypatch.setattr(sweep, "find_metrics", lambda context: [])
 
     def train(config: TrainConfig, concept: Concept) -> Path:
+        check_train(config)
         calls.append(("train", config))
         place = config.output_dir or Path()
         (place / "adapter").mkdir(parents=True, exist_ok=True)
@@ -234,7 +236,7 @@ def test_a_killed_sweep_resumes(make: Make, done: list[Any], monkeypatch: pytest
     # The interrupted run resumes from its checkpoints, the other one starts.
     assert [c.resume_from_checkpoint for _, c in done[:2]] == ["latest", None]
     done.clear()
-    sweep.run(make("0.5,1,2,4", output_dir=Path("out"), resume_from_checkpoint="latest"))
+    sweep.run(make("0.5,1,2,4", output_dir=Path("out"), resume_from_checkpoint="latest", force_resume=True))
     assert names(done) == ["train factor-4", "evaluate factor-4"]
     done.clear()
     Path("out/factor-1/adapter/adapter_model.safetensors").write_text("another")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,10 +21,10 @@ class Target(NamedTuple):
 
 
 def open_target(url: str) -> Target:
-    """The folder that copy_to names.
+    """The folder that copy_to names, once a small file could be written into it.
 
     Raises:
-        UsageError: no such kind of URL, or the package for it is not installed.
+        UsageError: no such kind of URL, the package for it is not installed, or nothing can be written there.
     """
     import fsspec
 
@@ -33,6 +34,14 @@ def open_target(url: str) -> Target:
         raise UsageError(
             f"copy_to {url}: {reason(error)}. Give a folder or an fsspec URL, e.g. s3://bucket/runs."
         ) from None
+    check = f"{path}/.sd-unlearn-check"
+    try:
+        system.makedirs(path, exist_ok=True)
+        system.pipe_file(check, b"sd-unlearn")
+    except Exception as error:  # of the package for the URL: of a server, credentials, ...
+        raise UsageError(f"copy_to {url} cannot be written: {reason(error)}. Correct it, or leave it out.") from error
+    with contextlib.suppress(Exception):  # some storage can only be added to
+        system.rm_file(check)
     return Target(url, system, path)
 
 
@@ -66,5 +75,5 @@ def _copy(folder: Path, place: str, target: Target) -> None:
             if not target.system.exists(to) or target.system.size(to) != path.stat().st_size or path.suffix != ".png":
                 target.system.makedirs(to.rpartition("/")[0], exist_ok=True)
                 target.system.put_file(str(path), to)
-        except OSError as error:
+        except Exception as error:  # of the package for the URL
             raise UnlearnError(f"copy_to {target.url}: {to} cannot be written: {reason(error)}.") from error

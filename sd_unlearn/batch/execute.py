@@ -20,6 +20,7 @@ from typing import Any
 from sd_unlearn.batch.options import LATER
 from sd_unlearn.batch.record import (
     LOG,
+    MERGED,
     OPTIONS,
     Order,
     begin,
@@ -28,9 +29,11 @@ from sd_unlearn.batch.record import (
     is_done,
     read_order,
 )
+from sd_unlearn.choices import CLOSED_FORM
 from sd_unlearn.config.base import RenderConfig
 from sd_unlearn.config.train import TrainConfig
 from sd_unlearn.errors import ConditionError, UnlearnError
+from sd_unlearn.io.files import remove
 from sd_unlearn.io.lock import locked
 from sd_unlearn.io.noise import silence_warnings
 from sd_unlearn.io.reading import read_yaml
@@ -147,9 +150,15 @@ def _execute(folder: Path) -> int:
 
 
 def _config(folder: Path, order: Order) -> Any:
-    """The options of a task. A training resumes from its last checkpoint if there is one."""
+    """The options of a task. A training resumes from its last checkpoint if there is one.
+
+    A merged checkpoint that an earlier attempt wrote into the task's own folder is removed.
+    """
     config: Any = convert(CONFIGS[order.stage], read_yaml(folder / OPTIONS, "task"), str(folder / OPTIONS))
-    if order.stage == "train" and (Path(order.target) / TRAINED_CONCEPT).is_file():
+    if order.stage == "export" and config.merge and config.merge.parent.name == MERGED + folder.name.rpartition("-")[2]:
+        remove(config.merge)
+    begun = (Path(order.target) / TRAINED_CONCEPT).is_file()
+    if order.stage == "train" and begun and config.objective not in CLOSED_FORM:  # which have no checkpoints
         config = dataclasses.replace(config, resume_from_checkpoint="latest")
     return config
 

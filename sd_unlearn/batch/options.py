@@ -15,11 +15,13 @@ from sd_unlearn.config.base import ExportConfig, ReportConfig
 from sd_unlearn.config.evaluate import Detectors, EvaluateConfig
 from sd_unlearn.config.options import check_ranges
 from sd_unlearn.config.paths import as_dict, recorded
+from sd_unlearn.config.train import TrainConfig
 from sd_unlearn.data.concept import Concept
 from sd_unlearn.data.prompt_sets import is_published, load_prompt_set
 from sd_unlearn.errors import UsageError
 from sd_unlearn.evaluation.job import check_options as check_evaluation
 from sd_unlearn.evaluation.references import check_label, reference_folders
+from sd_unlearn.export.export import check_options as check_export
 from sd_unlearn.io.reading import check_keys
 from sd_unlearn.io.schema import convert
 from sd_unlearn.metrics.option_users import unused_options
@@ -70,9 +72,32 @@ def later_config(stage: str, options: Mapping[str, Any]) -> Any:
                 load_prompt_set(config.prompt_set)
         if isinstance(config, AttackConfig):
             check_attack(config)
+        if isinstance(config, ExportConfig):
+            check_export(config)
+            if config.merge is not None and config.merge.name in ("", ".."):
+                raise UsageError(f"--merge {config.merge} names no file or folder in the run folder.")
     except UsageError as error:
         raise UsageError(f"{stage}: {error}") from None
     return config
+
+
+def check_export_of(config: ExportConfig, training: TrainConfig) -> bool:
+    """Refuse options of export that do not fit the training of a job. Returns whether LoRA files are written.
+
+    Raises:
+        UsageError
+    """
+    obstacle = "--method full" if training.method == "full" else ""
+    if training.use_dora and training.train_text_encoder:
+        obstacle = "--use_dora with --train_text_encoder"
+    if obstacle and config.merge is None:
+        raise UsageError(f"export: {obstacle} cannot be exported as LoRA files. Add merge to export.")
+    name = config.pretrained_model_name_or_path
+    if name is not None and config.merge is None and not training.use_dora:
+        raise UsageError(
+            f"export: --pretrained_model_name_or_path {name} is for merge and DoRA, which need the base. Leave it out."
+        )
+    return not obstacle
 
 
 def check_metrics_of(config: Detectors, concept: Concept) -> None:
@@ -131,6 +156,12 @@ def of_concepts(config: Any, concepts: Collection[Concept]) -> Any:
     config = dataclasses.replace(config, reference=[r for r in config.reference if r.partition("=")[0] in slugs])
     unused = unused_options(config, metrics_of(config, concepts))
     return dataclasses.replace(config, **{name: getattr(Detectors(), name) for name in unused})
+
+
+def uses_rendered_photos(config: Detectors, concept: Concept) -> bool:
+    """Whether a stage compares faces with the rendered images of a person, as no photos are given."""
+    own = of_concepts(config, [concept])
+    return "identity" in metrics_of(own, [concept]) and not own.reference
 
 
 def identifying(config: Any) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from sd_unlearn.batch.identity import base_identity, digest_of, images_identity
 from sd_unlearn.batch.job_list import JobList, ListedConcept, Setting, Stage, concepts_of, settings_of
 from sd_unlearn.batch.options import (
     LATER,
+    check_export_of,
     check_metrics_of,
     config_of,
     identifying,
@@ -23,9 +24,11 @@ from sd_unlearn.batch.options import (
     metrics_of,
     of_concepts,
     task_options,
+    uses_rendered_photos,
     with_names,
 )
-from sd_unlearn.batch.record import CONCEPT, Order
+from sd_unlearn.batch.record import CONCEPT, MERGED, Order
+from sd_unlearn.choices import CLOSED_FORM
 from sd_unlearn.config.base import RenderConfig
 from sd_unlearn.config.evaluate import Detectors
 from sd_unlearn.config.paths import as_dict
@@ -57,7 +60,7 @@ AFTER: dict[Stage, tuple[Stage, ...]] = {
     "train": ("render",),
     "evaluate": ("train",),
     "attack": ("train", "evaluate"),  # both write results.json
-    "export": ("train", "evaluate"),  # the model card has the results
+    "export": ("train", "evaluate", "attack"),  # the model card has the results
     "report": ("train", "evaluate", "attack"),
 }
 
@@ -182,14 +185,22 @@ class _Planner:
         tasks: dict[Stage, str] = {}
         if self.listed.data_dir:
             data, images = Path(self.listed.data_dir).expanduser().absolute(), images_identity(self.listed.data_dir)
-        else:  # with the seed of the list, so that trainings with several seeds share the images
+        elif self._uses_images(config, stages):  # with the list's seed, so that trainings with several seeds share them
             rendering = dataclasses.replace(config, seed=shared.get("seed", TrainConfig.seed))
             data, images = self._render(tasks, rendering, source, base)
+        else:
+            data, images = Path(own["data_dir"]), ""
         run = self._train(tasks, config, data, base, images) if "train" in stages else None
         for stage in stages:
             if run and stage in self.plan.later:
-                self._later(tasks, stage, run, is_lora=config.method == "lora")
+                self._later(tasks, stage, run, config)
         return Job(self.concept, self.setting.name, base, run, tasks)
+
+    def _uses_images(self, config: TrainConfig, stages: list[Stage]) -> bool:
+        """Whether images are rendered: for training steps, on request, or as the photos by which a person is known."""
+        detecting = [c for stage in stages if isinstance(c := self.plan.later.get(stage), Detectors)]
+        recognized = any(uses_rendered_photos(c, self.concept) for c in detecting)
+        return config.objective not in CLOSED_FORM or "render" in stages or recognized
 
     def _render(self, tasks: dict[Stage, str], config: TrainConfig, source: Source, base: str) -> tuple[Path, str]:
         """Add the rendering of the training images. Returns their folder and address."""
@@ -214,16 +225,18 @@ class _Planner:
         self._add(tasks, address, order, config, {"data_dir": data, "output_dir": run})
         return run
 
-    def _later(self, tasks: dict[Stage, str], stage: Stage, run: Path, is_lora: bool) -> None:
+    def _later(self, tasks: dict[Stage, str], stage: Stage, run: Path, training: TrainConfig) -> None:
         """Add a stage after the training."""
         config = of_concepts(self.plan.later[stage], [self.concept])
         address = digest_of(stage, identifying(config), [tasks[s] for s in AFTER[stage] if s in tasks])
         product, places = run / PRODUCTS[stage], {"run": run}
         if stage in ("evaluate", "attack"):
             places["cache_dir"] = self.plan.cache_of(self.concept)
-        elif stage == "export" and config.merge is not None:
-            places["merge"] = run / config.merge.name
-            product = product if is_lora else places["merge"]
+        elif stage == "export":
+            has_files = check_export_of(config, training)
+            if config.merge is not None:
+                places["merge"] = run / f"{MERGED}{address}" / config.merge.name
+                product = product if has_files else places["merge"]
         order = Order(stage, str(run), str(product), f"{stage} {self.title}")
         self._add(tasks, address, order, config, places)
 

@@ -23,6 +23,7 @@ from sd_unlearn.config.attack import AttackConfig
 from sd_unlearn.data.concept import Concept
 from sd_unlearn.data.several import write_concepts
 from sd_unlearn.errors import UsageError
+from sd_unlearn.evaluation.earlier import earlier_results
 from sd_unlearn.io.files import write_json, write_text
 from sd_unlearn.io.lock import LOCK
 from sd_unlearn.io.reading import file_sha256, read_json, read_yaml
@@ -31,6 +32,7 @@ from sd_unlearn.io.schema import OPEN, convert, validate
 from sd_unlearn.results import BASE, FLOOR
 
 TASK, OPTIONS, STATE, LOG, CONCEPT = "task.json", "options.yaml", "state.json", "log.txt", "concept.yaml"
+MERGED = "merged-"  # and the address of a task: its own folder in the run folder, for a merged checkpoint
 Status = Literal["missing", "running", "done", "failed", "interrupted"]
 
 
@@ -63,11 +65,11 @@ class State:
 
 
 def write_order(folder: Path, order: Order, concept: Concept, options: dict[str, Any]) -> None:
-    """Write what a task does, unless it is there already: the folder's name identifies it.
+    """Write what a task does, unless it is done. Again before every attempt: some options do not change its address.
 
     options.yaml can be given to the stage's command with --config.
     """
-    if (folder / TASK).is_file():
+    if is_done(folder):
         return
     write_concepts(folder / CONCEPT, concept)
     write_text(folder / OPTIONS, yaml.safe_dump(options, sort_keys=False, allow_unicode=True))
@@ -116,12 +118,12 @@ def evidence_of(folder: Path, order: Order) -> str:
 
 
 def _attacks_of(folder: Path, results: Path) -> str:
-    """What identifies how a task's attacks in results.json were made and judged; "" without any.
+    """What identifies how a task's attacks in results.json were made and judged; "" without any or if it is damaged.
 
     Ids of LoRAs are left out, because an evaluation at several strengths changes them.
     """
     config = convert(AttackConfig, read_yaml(folder / OPTIONS, "task"), str(folder / OPTIONS))
-    names, found = attack_names(config), read_json(results) if results.is_file() else {}
+    names, found = attack_names(config), earlier_results(results)
     thresholds = {card.get("detector"): card.get("threshold") for card in found.get("cards", ())}
     attacks = {
         digest_of(
@@ -147,7 +149,9 @@ def is_done(folder: Path) -> bool:
         return False
     if order.stage == "attack":  # "": an evaluation left its attacks out
         return bool(state.evidence)
-    return order.stage != "report" or product.stat().st_mtime >= results.stat().st_mtime
+    if order.stage == "report":
+        return results.is_file() and product.stat().st_mtime >= results.stat().st_mtime
+    return True
 
 
 def status_of(folder: Path) -> Status:

@@ -91,9 +91,9 @@ class Run:
         elif ended.lost and self.lost.get(task.id, 0) < self.plan.jobs.retries:
             self.lost[task.id] = self.lost.get(task.id, 0) + 1
             self.waiting = {task.id: task, **self.waiting}
-            self.progress.message(f"{task.order.title}: its process was killed. Starting it again.")
+            self.progress.message(f"{task.order.title}: {ended.why}. Starting it again.")
         else:
-            why = "its process was killed" if ended.lost else state.message or "its process ended"
+            why = ended.why if ended.lost else state.message or "its process ended"
             self._fail(task, f"{' '.join(why.split())} Log: {ended.folder / LOG}")
 
     def _fail(self, task: Task, why: str) -> None:

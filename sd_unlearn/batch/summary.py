@@ -99,17 +99,20 @@ def _steps(case: Case) -> Any:
 
 
 def comparison_tasks(plan: Plan) -> Iterator[Task]:
-    """An evaluation over all evaluated jobs, from cached images, and its report; one for each base.
+    """An evaluation over all evaluated jobs, from cached images, and its report; one for each base and schedule.
 
     With a single job its own report says the same, so there is none.
     """
-    done = [job for job in plan.lines if "evaluate" in job.tasks and _is_evaluated(plan, job)]
-    bases = list(dict.fromkeys(job.base for job in done))
-    for base in bases:
-        jobs = [job for job in done if job.base == base]
+    groups: dict[tuple[str, bool], list[Job]] = {}
+    for job in plan.lines:
+        if "evaluate" in job.tasks and _is_evaluated(plan, job):
+            options = plan.tasks[job.tasks["train"]].options
+            groups.setdefault((job.base, options.get("zero_terminal_snr", False)), []).append(job)
+    bases, schedules = len({base for base, _ in groups}), len({zero_snr for _, zero_snr in groups})
+    for (base, zero_snr), jobs in groups.items():
         if len(jobs) > 1:
-            folder = plan.own_folder / (f"comparison-{base}" if len(bases) > 1 else "comparison")
-            yield from _comparison(plan, jobs, folder)
+            parts = [base if bases > 1 else "", "zero-terminal-snr" if zero_snr and schedules > 1 else ""]
+            yield from _comparison(plan, jobs, plan.own_folder / "-".join(filter(None, ["comparison", *parts])))
 
 
 def _is_evaluated(plan: Plan, job: Job) -> bool:

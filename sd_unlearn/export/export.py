@@ -31,14 +31,21 @@ def run(config: ExportConfig) -> list[Path]:
     """
     if config.run is None:
         raise UsageError("--run is missing: name the run folder of a finished training, e.g. --run runs/seven.")
-    _check_options(config)
+    check_options(config)
+    if config.merge is not None:
+        _check_place(config.merge)
     check_trained(config.run)
     from sd_unlearn.export.write import write_files  # only now: it imports torch, which takes seconds
 
     return write_files(config, config.run)
 
 
-def _check_options(config: ExportConfig) -> None:
+def check_options(config: ExportConfig) -> None:
+    """Refuse options that contradict each other, whatever the run. Looks at no file.
+
+    Raises:
+        UsageError
+    """
     check_ranges(config)
     if config.strength != 1 and config.merge is None:
         raise UsageError(
@@ -47,18 +54,18 @@ def _check_options(config: ExportConfig) -> None:
         )
     if config.private and config.push_to_hub is None:
         raise UsageError("--private is for --push_to_hub, which was not given. Leave it out.")
-    if config.merge is not None:
-        _check_place(config.merge)
+    if config.merge is not None and config.merge.suffix.lower() in PICKLES:
+        raise UsageError(
+            f"--merge {config.merge}: a pickle can run code when loaded. Name a .safetensors file or a folder."
+        )
 
 
 def _check_place(path: Path) -> None:
-    """Check the value of --merge.
+    """Check where --merge writes.
 
     Raises:
-        UsageError: the path exists, has the ending of a pickle, or cannot be written.
+        UsageError: the path exists or cannot be written.
     """
-    if path.suffix.lower() in PICKLES:
-        raise UsageError(f"--merge {path}: a pickle can run code when loaded. Name a .safetensors file or a folder.")
     if path.is_file() or (path.is_dir() and (path.suffix.lower() == ".safetensors" or any(path.iterdir()))):
         raise UsageError(f"--merge {path} exists and is not overwritten. Choose another name or delete it.")
     if not path.name:

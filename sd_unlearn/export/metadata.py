@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from typing import Any
 
@@ -76,14 +77,21 @@ def lora_header(run: TrainedRun, digest: str, licence: str | None = None) -> dic
 
 
 def checkpoint_header(run: TrainedRun, digest: str, strength: float, licence: str | None = None) -> dict[str, str]:
-    """The header of a merged checkpoint in one file."""
+    """The header of a merged checkpoint in one file.
+
+    Metrics, calibration and preview are of the run at strength 1, and left out at any other.
+    """
+    title = f"{run.base_name} without {run.concept.name}"
+    if strength != 1:
+        title += f", merged at strength {strength:g}"
+        run = dataclasses.replace(run, results=None, calibration=None)
     return (
         own_header(run)
-        | _modelspec(run, digest, licence)
+        | _modelspec(run, digest, licence, has_preview=strength == 1)
         | {
             "modelspec.architecture": architecture(run.base).modelspec,
             "modelspec.implementation": {"sd3": "sd3-ref", "flux": "flux"}.get(run.kind, "sgm"),
-            "modelspec.title": f"{run.base_name} without {run.concept.name}",
+            "modelspec.title": title,
             "modelspec.usage_hint": _usage(run, "There is no trigger word and no LoRA to load."),
             "sd_unlearn.strength": str(strength),
         }
@@ -135,9 +143,9 @@ def _prediction(run: TrainedRun) -> str:
     return "v" if run.base.get("prediction_type") == "v_prediction" else "epsilon"
 
 
-def _modelspec(run: TrainedRun, digest: str, licence: str | None) -> dict[str, str]:
+def _modelspec(run: TrainedRun, digest: str, licence: str | None, has_preview: bool = True) -> dict[str, str]:
     """The ModelSpec keys that a LoRA and a merged checkpoint have in common, and the preview."""
-    base, preview = run.base, thumbnails.thumbnail(run)
+    base, preview = run.base, thumbnails.thumbnail(run) if has_preview else None
     header = {
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.description": " ".join(

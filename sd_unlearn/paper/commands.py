@@ -7,7 +7,7 @@ from typing import Annotated
 
 from cyclopts import App, Parameter
 
-from sd_unlearn.launch import prepare_processes
+from sd_unlearn.launch import prepare_processes, process_rank
 from sd_unlearn.paper.options import RunOptions, SweepOptions, TableOptions
 
 HELP = """Repeat the experiments of the paper (Takahashi et al., ICLR 2025).
@@ -37,6 +37,8 @@ def run(name: Name, /, config: Annotated[RunOptions, Parameter(name="*")] = RunO
     from sd_unlearn.paper.run import run_experiment
 
     record = run_experiment(name, config)
+    if process_rank() > 0:  # the first process writes the record
+        return
     results = read_json(record)
     print(json.dumps(results, indent=2, ensure_ascii=False) if config.json else summary_of(results, record.parent))
 

@@ -43,7 +43,10 @@ def kept_after_interruption(folder: Path) -> Iterator[None]:
 def list_experiments(as_json: bool) -> str:
     """Every experiment: classes, numbers of images, and the recipe of its default size."""
     if as_json:
-        return json.dumps([dataclasses.asdict(e) for e in EXPERIMENTS.values()], indent=2)
+        from sd_unlearn.paper.stable_diffusion import EXPERIMENTS as ON_TEXT
+
+        of_text = [{"name": name, **dataclasses.asdict(experiment)} for name, experiment in ON_TEXT.items()]
+        return json.dumps([*(dataclasses.asdict(e) for e in EXPERIMENTS.values()), *of_text], indent=2)
     blocks = [_block(e) for e in EXPERIMENTS.values()]
     blocks += [
         f"{SD_BRAD_PITT}\n  Stable Diffusion 1.4, Brad Pitt among middle-aged men: 64 + 16 unlabeled, 20 labeled\n"

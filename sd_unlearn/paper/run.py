@@ -27,7 +27,7 @@ from sd_unlearn.io.run_folder import CHECKPOINT_DIR, CONFIG, RESULTS, TRAINING
 from sd_unlearn.metrics.fidelity import InceptionFidelity
 from sd_unlearn.models.device import choose_precision
 from sd_unlearn.paper import stable_diffusion
-from sd_unlearn.paper.ddpm.datasets import load_dataset
+from sd_unlearn.paper.ddpm.datasets import found_sha256, load_dataset
 from sd_unlearn.paper.ddpm.sample import PARTS_DIR, from_bytes, generate_all, load_samples, make_sampler
 from sd_unlearn.paper.ddpm.split import split
 from sd_unlearn.paper.ddpm.train import TrainingJob, train
@@ -70,6 +70,7 @@ def run_ddpm(name: str, options: RunOptions) -> Path:
     config = {"experiment": name, "size": size, "seed": options.seed, **as_json(settings)}
     check_same_run(folder, config, options.overwrite)
     if (folder / RESULTS).is_file() and not options.overwrite:
+        check_same_data(folder / RESULTS, found_sha256(experiment.dataset, options.data_root))
         print(f"{folder} is finished. Add --overwrite to run it again.", file=sys.stderr)
         return folder
     check_fid_weights(experiment, options)
@@ -150,6 +151,20 @@ def check_same_run(folder: Path, config: dict[str, Any], overwrite: bool) -> Non
         )
 
 
+def check_same_data(record: Path, sha256: str | None) -> None:
+    """Refuse to continue a run on other images. record: results.json or training.json; sha256: None if unknown.
+
+    Raises:
+        UsageError
+    """
+    before = read_json(record).get("data_sha256")  # older training records have none
+    if before and sha256 and before != sha256:
+        raise UsageError(
+            f"{record.parent} holds a run on other images than --data_root has now. Choose another --output_dir, or "
+            "add --overwrite to start again."
+        )
+
+
 def fidelity_of(experiment: Experiment) -> score.Fidelity:
     """The network whose features the FID uses."""
     return "digits" if CLASSES[experiment.dataset] == DIGITS else "inception"
@@ -166,7 +181,11 @@ def check_fid_weights(experiment: Experiment, options: RunOptions) -> None:
 
 
 def _train(job: TrainingJob) -> dict[str, Any]:
-    """Train unless finished. Returns the cost."""
+    """Train unless finished. Returns the cost.
+
+    Raises:
+        UsageError: as check_same_data.
+    """
     record = job.folder / TRAINING
     if not record.is_file():
         unlabeled, labeled = job.counts["normal"] + job.counts["mixed_in"], job.counts["positive"]
@@ -174,10 +193,11 @@ def _train(job: TrainingJob) -> dict[str, Any]:
         print(f"{job.folder}: {job.settings.max_train_steps:,} steps on {images}.", file=sys.stderr)
         cost = train(job)
         if PartialState().is_main_process:
-            write_json(record, cost)
+            write_json(record, cost | {"data_sha256": job.data.sha256})
             checkpoint.delete_all(job.folder)  # large, and no longer needed
         PartialState().wait_for_everyone()
-    return dict(read_json(record))
+    check_same_data(record, job.data.sha256)
+    return {key: value for key, value in read_json(record).items() if key != "data_sha256"}
 
 
 def _generate(job: TrainingJob, batch_size: int, device: str) -> float:

@@ -37,6 +37,7 @@ from sd_unlearn.config.train import TrainConfig
 from sd_unlearn.errors import UsageError, suggest
 from sd_unlearn.evaluation import evaluate
 from sd_unlearn.io.files import write_json
+from sd_unlearn.io.paths import public_name, slugify
 from sd_unlearn.io.reading import read_json
 from sd_unlearn.launch import process_rank
 from sd_unlearn.paper.experiments import DIGITS_SEVEN, SD_BRAD_PITT, Size
@@ -101,7 +102,9 @@ EXPERIMENTS = {
 def train_config(
     experiment: str, objective: Risk, method: Method = "full", beta: float | None = None, seed: int = 42, **options: Any
 ) -> TrainConfig:
-    """The training options of an experiment. Its images are rendered into data/paper/<experiment>-<seed>.
+    """The training options of an experiment.
+
+    Its images are rendered into data/paper/<experiment>-<seed>, those of another base into <experiment>-<seed>-<base>.
 
     Args:
         beta: In (0, 1); None: the true share.
@@ -112,6 +115,8 @@ def train_config(
     """
     definition = _find(experiment)
     _check_known(options, TrainConfig, "train")
+    base = options.get("pretrained_model_name_or_path")
+    images = f"{experiment}-{seed}" + (f"-{slugify(public_name(base))}" if base else "")
     defaults = {
         "concept": definition.concept,
         "objective": objective,
@@ -119,7 +124,7 @@ def train_config(
         "beta": beta,
         "seed": seed,
         "output_dir": Path("runs/paper") / experiment / variant_of(objective, method, beta, seed),
-        "data_dir": Path("data/paper") / f"{experiment}-{seed}",
+        "data_dir": Path("data/paper") / images,
         **definition.options,
     }
     if method == "lora":

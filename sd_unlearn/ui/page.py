@@ -14,7 +14,7 @@ from sd_unlearn.io.paths import slugify
 from sd_unlearn.models.source import BUNDLED
 from sd_unlearn.seeds import SEED_SPAN
 from sd_unlearn.ui.generate import AS_TRAINED, Generator, Request, enlarged
-from sd_unlearn.ui.runs import as_table, calibrated_strength, find_finished, find_loras
+from sd_unlearn.ui.runs import as_table, calibrated_strength, cut_note, find_finished, find_loras
 from sd_unlearn.ui.training import Job, Training, make_plan
 
 TITLE = "sd-unlearn"
@@ -61,7 +61,8 @@ def build(root: Path, training: Training) -> Any:
     """
     gradio = import_gradio()
     with gradio.Blocks(title=TITLE, analytics_enabled=False) as page:
-        gradio.Markdown(f"# {TITLE}\nWorking folder: `{root.name}`")
+        heading = gradio.Markdown(_heading(root))
+        page.load(lambda: _heading(root), None, heading, **_PRIVATE)
         with gradio.Tab("Try"):
             _try_tab(gradio, page, root)
         with gradio.Tab("Results") as results:
@@ -70,6 +71,10 @@ def build(root: Path, training: Training) -> Any:
         with gradio.Tab("Train"):
             _train_tab(gradio, page, root, training)
     return page
+
+
+def _heading(root: Path) -> str:
+    return "\n\n".join(filter(None, [f"# {TITLE}\nWorking folder: `{root.name}`", cut_note(root)]))
 
 
 _PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "minimal"}

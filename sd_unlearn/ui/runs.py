@@ -3,25 +3,33 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from html import escape
+from itertools import islice
 from pathlib import Path
 from urllib.parse import quote
+
+from safetensors import SafetensorError, safe_open
 
 from sd_unlearn.calibration import read_calibration
 from sd_unlearn.data.several import read_concepts
 from sd_unlearn.errors import UnlearnError, UsageError
 from sd_unlearn.io.own_files import REPORT, is_own_report
 from sd_unlearn.io.paths import path_inside
-from sd_unlearn.io.run_folder import CONCEPT, RESULTS, TRAINING, weights_sha256
+from sd_unlearn.io.run_folder import CONCEPT, IMAGE_DIR, RESULTS, TRAINING, weights_sha256
 from sd_unlearn.report.cases import cases_of
 from sd_unlearn.report.formatting import value_text
 from sd_unlearn.results import read_results
 
-DEPTH = 4  # folders below the working folder that are searched
-MOST = 20_000  # files and folders that are looked at
-SKIPPED = {"node_modules", "data", "__pycache__", "adapter", "text_encoder_adapter", "unet", "checkpoints", "export"}
+DEPTH = 5  # levels of folders that are searched: the comparison of a job list is in runs/batch/lists/NAME/comparison
+MOST = 20_000  # folders that are searched
+SKIPPED = {
+    *("node_modules", "data", "__pycache__", "adapter", "text_encoder_adapter", "unet", "checkpoints", "export"),
+    IMAGE_DIR,  # of an evaluation: thousands of files
+}
+LORA_TENSOR = re.compile(r"lora|hada_|lokr_|\.diff(_b)?$")
 REPORTS = ("report.html", "certificate.html")  # files that the page opens
 
 
@@ -47,14 +55,23 @@ def inside(root: Path, name: str) -> Path:
 
 
 def find_loras(root: Path) -> list[str]:
-    """Run folders with a finished training and .safetensors files, as paths relative to the working folder."""
+    """Run folders with a finished training and LoRA files, as paths relative to the working folder."""
     runs, files = [], []
     for folder, names in _walk(root):
         if TRAINING in names:
             runs.append(_relative(root, folder))
         else:
-            files += [_relative(root, folder / name) for name in names if name.endswith(".safetensors")]
+            files += [_relative(root, folder / n) for n in names if n.endswith(".safetensors") and _is_lora(folder / n)]
     return [*sorted(runs), *sorted(files)]
+
+
+def _is_lora(file: Path) -> bool:
+    """Whether a file has tensors that only LoRAs have; only its header is read."""
+    try:
+        with safe_open(file, framework="np") as opened:
+            return any(LORA_TENSOR.search(name) for name in opened.keys())
+    except (SafetensorError, OSError):
+        return False
 
 
 def find_finished(root: Path) -> list[Finished]:
@@ -120,16 +137,21 @@ def _finished(root: Path, folder: Path) -> Finished:
     return Finished(_relative(root, folder), tuple(verdicts), report)
 
 
+def cut_note(root: Path) -> str:
+    """Says so if the working folder has more folders than are searched; else ""."""
+    if sum(1 for _ in _walk(root)) < MOST:
+        return ""
+    return (
+        f"Only the first {MOST:,} folders were searched for LoRAs and results. Start `sd-unlearn ui` in a smaller one."
+    )
+
+
 def _walk(root: Path) -> Iterator[tuple[Path, list[str]]]:
-    """(folder, names of its files) of the working folder. Hidden folders and links are not entered."""
-    seen = 0
-    for place, folders, files in os.walk(root):
+    """(folder, names of its files) of the working folder, at most MOST. Hidden folders and links are not entered."""
+    for place, folders, files in islice(os.walk(root), MOST):
         folder = Path(place)
         depth = len(folder.relative_to(root).parts)
         folders[:] = sorted(n for n in folders if not n.startswith(".") and n not in SKIPPED) if depth < DEPTH else []
-        seen += len(folders) + len(files)
-        if seen > MOST:
-            return
         yield folder, sorted(files)
 
 

@@ -9,7 +9,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -182,6 +184,36 @@ def test_what_slurm_refuses_names_the_key_of_the_job_list(tmp_path: Path, monkey
     (tmp_path / "sbatch").unlink()
     with pytest.raises(UnlearnError, match="slurm: the cluster refused 1 job: .*the key slurm"):
         engine.start([tmp_path / "a"])
+
+
+class BrokenJob:
+    """A job that the cluster ended."""
+
+    job_id, state = "12", "OUT_OF_MEMORY"
+
+    def done(self) -> bool:
+        return True
+
+    def result(self) -> bool:
+        raise RuntimeError("Job 12 has not produced any output\nslurmstepd: error: Detected 1 oom_kill event")
+
+
+def test_why_a_job_of_slurm_failed_is_reported(
+    tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("submitit")
+    from sd_unlearn.batch.engines.slurm import SlurmEngine
+
+    plan = plan_of(write_list(tmp_path / "jobs.yaml", tiny_base, stages=["render"], retries=1))
+    engine = SlurmEngine({"cluster": "local"}, tmp_path / "list", None, 1)
+    engine.executor = SimpleNamespace(batch=nullcontext, submit=lambda *_: BrokenJob())
+    outcome = Run(plan, list(plan.tasks.values()), engine, Progress(1, "batch", "task")).all()
+    why = (
+        "its job 12 failed (state OUT_OF_MEMORY): Job 12 has not produced any output slurmstepd: error: Detected 1 oom_"
+    )
+    [said] = outcome.failed.values()
+    assert said.startswith(why)
+    assert f"{why}kill event. Starting it again." in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -55,8 +55,9 @@ def test_a_stage_brings_the_stages_that_it_needs(make: Callable[..., Plan]) -> N
     assert list(stages(make(stages=["attack"]))) == ["render", "train", "attack"]
     assert list(stages(make(stages=["render"]))) == ["render"]
     everything = make(stages=["report", "export", "attack", "evaluate", "train"])
-    report = everything.tasks[everything.lines[0].tasks["report"]]
-    assert {everything.tasks[need].order.stage for need in report.needs} == {"train", "evaluate", "attack"}
+    for stage in ("report", "export"):  # both show leakage and attacks
+        task = everything.tasks[everything.lines[0].tasks[stage]]
+        assert {everything.tasks[need].order.stage for need in task.needs} == {"train", "evaluate", "attack"}
 
 
 def test_an_address_depends_on_what_determines_the_result_only(make: Callable[..., Plan], tmp_path: Path) -> None:
@@ -206,6 +207,14 @@ def test_concepts_come_from_a_csv_file(make: Callable[..., Plan], tmp_path: Path
         ({"stages": ["attack"], "attack": {"real_images": "."}}, "attack: --real_images . is for"),
         ({"stages": ["attack"], "attack": {"floor": "./none"}}, "attack: --floor ./none"),
         ({"stages": ["export"], "export": {"push_to_hub": "me/it"}}, "push_to_hub cannot be set here"),
+        ({"stages": ["export"], "export": {"strength": 0.5}}, "export: --strength 0.5 is for --merge"),
+        ({"stages": ["export"], "export": {"merge": "x.ckpt"}}, "export: --merge x.ckpt: a pickle can run code"),
+        ({"stages": ["export"], "export": {"merge": "x/.."}}, "export: --merge x/.. names no file or folder"),
+        (
+            {"stages": ["export"], "export": {"pretrained_model_name_or_path": "x"}},
+            "export: --pretrained_model_name_or_path x is for merge and DoRA",
+        ),
+        ({"stages": ["export"], "grid": {"use_dora": [True], "train_text_encoder": [True]}}, "Add merge to export"),
         ({"workers": 0}, "workers"),
         ({"ray": {"num_gpu": 1}}, 'unknown key "num_gpu" in ray. Did you mean "num_gpus"?'),
     ],
@@ -217,6 +226,14 @@ def test_mistakes_are_refused_before_anything_runs(
         make(**content)
     assert message in str(error.value)
     assert not tree(tmp_path / "runs")
+
+
+def test_a_whole_network_is_exported_as_a_checkpoint(make: Callable[..., Plan]) -> None:
+    shared: dict[str, Any] = {"stages": ["export"], "options": {"method": "full", "rank": 8}}
+    with pytest.raises(UsageError, match="export: --method full cannot be exported as LoRA files. Add merge"):
+        make(**shared)
+    plan = make(**shared, export={"merge": "whole.safetensors"})
+    assert Path(plan.tasks[plan.lines[0].tasks["export"]].order.product).name == "whole.safetensors"
 
 
 def test_a_list_may_be_of_people_and_of_other_concepts(make: Callable[..., Plan], tmp_path: Path) -> None:
@@ -253,6 +270,21 @@ def test_images_are_rendered_again_only_for_a_training(make: Callable[..., Plan]
     assert [t.order.stage for t in missing_tasks(plan, dict.fromkeys(plan.tasks, False))] == ["render", "train"]
     wanted = make(stages=["render", "train"])
     assert [task.order.stage for task in missing_tasks(wanted, done)] == ["render"]
+
+
+def test_an_edit_in_closed_form_needs_no_images_except_to_recognize_a_person(
+    make: Callable[..., Plan], tmp_path: Path
+) -> None:
+    (tmp_path / "people").mkdir()
+
+    def planned(stages: list[str], **evaluate: Any) -> list[str]:
+        return list(make(stages=stages, options={"objective": "uce"}, evaluate=evaluate).lines[0].tasks)
+
+    assert planned(["train", "export"]) == ["train", "export"]
+    assert planned(["render", "train"]) == ["render", "train"]
+    assert planned(["evaluate"]) == ["train", "evaluate"]
+    assert planned(["evaluate"], others="people") == ["render", "train", "evaluate"]
+    assert planned(["evaluate"], others="people", reference="people") == ["train", "evaluate"]
 
 
 def test_a_dry_run_lists_the_tasks_and_writes_nothing(

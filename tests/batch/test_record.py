@@ -11,21 +11,22 @@ from batch_runs import plan_of, write_list
 
 from sd_unlearn.batch.job_list import Stage
 from sd_unlearn.batch.plan import Plan
-from sd_unlearn.batch.record import Order, begin, evidence_of, finish, is_done, write_order
+from sd_unlearn.batch.record import OPTIONS, Order, begin, evidence_of, finish, is_done, write_order
 from sd_unlearn.batch.summary import write_table
 from sd_unlearn.data.concept import Concept
 from sd_unlearn.io.files import write_json
+from sd_unlearn.io.reading import read_yaml
 
 CONCEPT = Concept(name="Brad Pitt", caption="a photo of Brad Pitt", generic="a photo of a man")
 ATTACK = {"concept": "brad-pitt", "attack": "soft", "budget": "quick", "seed": 0, "detector": "clip"}
 TRIED = ATTACK | {"subject": "a", "settings": {"steps": 400}, "tries": []}
 
 
-def write_results(folder: Path, *attacks: dict[str, Any], **changes: Any) -> None:
-    """A results.json of a LoRA with half of the leakage of the base."""
-    loras = [{"id": "a", "name": "a", "what": "lora", "strength": 1.0, "sha256": "w"}]
+def write_results(folder: Path, *attacks: dict[str, Any], lora: str = "a", **changes: Any) -> None:
+    """A results.json of a LoRA with half of the leakage of the base. lora: its id."""
+    loras = [{"id": lora, "name": "a", "what": "lora", "strength": 1.0, "sha256": "w"}]
     shared = {"concept": "brad-pitt", "n": 100, "detector": "clip", "low": 0.0, "high": 1.0}
-    values = (("leakage", "direct", "base", 1.0), ("leakage", "direct", "a", 0.5), ("attack", "soft", "a", 0.7))
+    values = (("leakage", "direct", "base", 1.0), ("leakage", "direct", lora, 0.5), ("attack", "soft", lora, 0.7))
     content: dict[str, Any] = {
         "schema_version": 2,
         "concepts": [{"slug": "brad-pitt", "name": "Brad Pitt", "caption": "a", "generic": "b"}],
@@ -54,7 +55,7 @@ def finished(folder: Path, order: Order, status: Any = "done", **options: Any) -
         ([TRIED | {"attack": "token"}], {}, False),
         ([], {}, False),
         ([TRIED, TRIED | {"attack": "ring", "budget": "standard"}], {}, True),  # of another task
-        ([TRIED | {"subject": "a at 1"}], {"sampler": {"steps": 25, "tiled_images": 3}}, True),
+        ([TRIED | {"subject": "a at 1"}], {"lora": "a at 1", "sampler": {"steps": 25, "tiled_images": 3}}, True),
         ([TRIED], {"sampler": {"steps": 50}}, False),
         ([TRIED], {"cards": [{"detector": "clip", "threshold": "another"}]}, False),
     ],
@@ -74,6 +75,32 @@ def test_attacks_on_the_base_alone_are_not_those_on_the_lora(tmp_path: Path) -> 
     finished(tmp_path / "task", Order("attack", str(tmp_path), str(tmp_path / "results.json")))
     write_results(tmp_path, TRIED | {"subject": "base"})
     assert not is_done(tmp_path / "task")
+
+
+@pytest.mark.parametrize("stage", ["evaluate", "attack", "report"])
+@pytest.mark.parametrize("left", [None, "{", "[]"])
+def test_tasks_whose_results_were_deleted_or_damaged_are_not_done(
+    left: str | None, stage: Stage, tmp_path: Path
+) -> None:
+    results = tmp_path / "results.json"
+    write_results(tmp_path, TRIED)
+    (tmp_path / "report.html").touch()
+    product = tmp_path / "report.html" if stage == "report" else results
+    finished(tmp_path / "task", Order(stage, str(tmp_path), str(product)))
+    assert is_done(tmp_path / "task")
+    results.write_text(left) if left else results.unlink()
+    assert is_done(tmp_path / "task") == (left is not None and stage == "evaluate")  # which does not read it
+
+
+def test_a_failed_task_is_repeated_with_the_options_that_are_given_now(tmp_path: Path) -> None:
+    folder, order = tmp_path / "task", Order("render", str(tmp_path / "data"), str(tmp_path / "data" / "manifest.json"))
+    finished(folder, order, "failed", render_batch_size=100)
+    write_order(folder, order, CONCEPT, {"render_batch_size": 2})
+    assert read_yaml(folder / OPTIONS, "task") == {"render_batch_size": 2}
+    write_json(Path(order.product), {})
+    finished(folder, order, render_batch_size=2)
+    write_order(folder, order, CONCEPT, {"render_batch_size": 4})
+    assert read_yaml(folder / OPTIONS, "task") == {"render_batch_size": 2}  # of the images that are there
 
 
 def line_of(plan: Plan, **statuses: Any) -> dict[str, str]:

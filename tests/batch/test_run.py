@@ -8,19 +8,23 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import huggingface_hub
 import pytest
+import yaml
 from batch_runs import IMAGES, InThisProcess, plan_of, write_concept_file, write_list
 from evaluation_runs import DIGIT_FILE
+from fsspec.implementations.memory import MemoryFileSystem
 from report_results import make_results, make_row
 
 from sd_unlearn import cli
 from sd_unlearn.batch import batch
 from sd_unlearn.batch.engines.engine import Ended
+from sd_unlearn.batch.execute import execute
 from sd_unlearn.batch.job_list import JobList
-from sd_unlearn.batch.record import begin, finish, read_order, read_state, status_of
+from sd_unlearn.batch.record import OPTIONS, begin, finish, read_order, read_state, status_of
 from sd_unlearn.batch.run import Run
-from sd_unlearn.batch.summary import write_table
+from sd_unlearn.batch.summary import comparison_tasks, write_table
 from sd_unlearn.errors import UnlearnError
 from sd_unlearn.io.files import write_json
 from sd_unlearn.io.lock import locked
@@ -108,6 +112,44 @@ def test_a_second_run_does_only_what_is_missing(
     capsys.readouterr()
     assert cli.main(["batch", "status", str(tmp_path / "more.yaml")]) == 0
     assert "3 tasks of 2 jobs: 3 done." in capsys.readouterr().out
+
+
+class Closed(MemoryFileSystem):
+    """A storage that refuses files, with an error of its own."""
+
+    protocol = "closed"
+    refused = ".sd-unlearn-check"
+
+    def _refuse(self, path: str) -> None:
+        if path.endswith(self.refused):
+            raise RuntimeError("Access denied")
+
+    def pipe_file(self, path: str, *values: Any, **options: Any) -> None:
+        self._refuse(path)
+        super().pipe_file(path, *values, **options)
+
+    def put_file(self, lpath: str, rpath: str, *values: Any, **options: Any) -> None:
+        self._refuse(rpath)
+        super().put_file(lpath, rpath, *values, **options)
+
+
+def test_a_storage_that_refuses_files_is_noticed_before_the_tasks_and_is_no_bug(
+    engines: Engines,
+    tiny_base: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    fsspec.register_implementation("closed", Closed, clobber=True)
+    path = write_list(tmp_path / "jobs.yaml", tiny_base, stages=["render"], copy_to="closed://bucket/runs")
+    assert cli.main(["batch", str(path)]) == 2
+    assert "copy_to closed://bucket/runs cannot be written: Access denied." in capsys.readouterr().err
+    assert not engines
+    monkeypatch.setattr(Closed, "refused", "jobs.csv")
+    assert cli.main(["batch", str(path)]) == 1
+    assert "jobs.csv cannot be written: Access denied." in capsys.readouterr().err
+    assert stages(engines[0]) == ["render"]
+    assert not [name for name in Closed.store if name.endswith("check")]
 
 
 def test_the_table_has_the_strongest_attack_by_the_detector_that_gives_the_verdict(
@@ -267,3 +309,57 @@ def test_a_list_ends_with_a_comparison_of_all_jobs_from_the_images_of_their_eval
     assert not [file for file in generated if not file.parent.is_symlink()]  # all are links
     assert cli.main(["batch", str(path)]) == 0
     assert len(engines) == 1  # the comparison is done, too
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_killed_edit_in_closed_form_is_repeated(engines: Engines, tiny_base: Path, tmp_path: Path) -> None:
+    path = write_list(tmp_path / "jobs.yaml", tiny_base, options={"objective": "uce"})
+    assert cli.main(["batch", str(path)]) == 0
+    [job] = plan_of(path).lines
+    assert job.run
+    (job.run / "training.json").unlink()  # written last
+    assert cli.main(["batch", str(path)]) == 0
+    assert (job.run / "training.json").is_file()
+
+
+def test_comparisons_are_of_one_base_and_one_schedule(
+    v_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`evaluate` refuses LoRAs of which only some were trained with zero terminal SNR."""
+    monkeypatch.setattr("sd_unlearn.batch.summary._is_evaluated", lambda plan, job: True)
+
+    def compared(**grid: Any) -> dict[str, int]:
+        path = write_list(tmp_path / "jobs.yaml", v_base, stages=["evaluate"], grid=grid)
+        tasks = [task for task in comparison_tasks(plan_of(path)) if task.order.stage == "evaluate"]
+        return {Path(task.order.target).name: len(task.options["lora"]) for task in tasks}
+
+    seeds, zero = [0, 1], "comparison-zero-terminal-snr"
+    assert compared(seed=seeds, zero_terminal_snr=[False, True]) == {"comparison": 2, zero: 2}
+    assert compared(seed=seeds, zero_terminal_snr=[True]) == {"comparison": 2}
+    assert compared(zero_terminal_snr=[False, True]) == {}
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("name", ["whole.safetensors", "whole"])
+def test_a_repeated_export_replaces_its_own_checkpoint_only(
+    engines: Engines, tiny_base: Path, tmp_path: Path, name: str
+) -> None:
+    path = write_list(tmp_path / "jobs.yaml", tiny_base, stages=["export"], export={"merge": name})
+    assert cli.main(["batch", str(path)]) == 0
+    plan = plan_of(path)
+    [job] = plan.lines
+    assert job.run
+    [merged] = job.run.glob("merged-*")
+    place = merged / name if name.endswith(".safetensors") else merged / name / "model_index.json"
+    first = place.stat().st_mtime_ns
+    (plan.folder_of(job.tasks["export"]) / "state.json").unlink()  # as after a kill
+    assert cli.main(["batch", str(path)]) == 0
+    assert place.stat().st_mtime_ns > first
+
+    options = plan.folder_of(job.tasks["export"]) / OPTIONS
+    foreign = tmp_path / "mine.safetensors"
+    foreign.write_text("of the user")
+    options.write_text(yaml.safe_dump({"run": str(job.run), "merge": str(foreign)}))
+    (options.parent / "state.json").unlink()
+    assert execute(options.parent, threads=1) != 0
+    assert foreign.read_text() == "of the user"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -123,6 +125,20 @@ def test_a_lora_of_another_base_is_refused_unless_the_base_is_named(capsys: pyte
         _check_base(SimpleNamespace(base_named=False), lora, cache)  # type: ignore[arg-type]
     _check_base(SimpleNamespace(base_named=True), lora, cache)  # type: ignore[arg-type]
     assert "mine was trained on other weights" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "strength", "suggested"),
+    [("--run", 0.8, "--strengths 1 0.8"), ("--run", 1.0, "--strengths 1"), ("--lora", 0.8, "--strengths 0.8")],
+)
+def test_the_suggested_evaluation_keeps_strength_1_of_a_run(
+    given: str, strength: float, suggested: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without it, the model card would have no metrics, and the attacks would be left out."""
+    found = dataclasses.replace(searched(lambda s: 1 - s, lambda s: 1.0), strength=strength)
+    monkeypatch.setattr(sys.modules["sd_unlearn.evaluation.calibrate"], "run", lambda config: found)
+    assert main(["calibrate", given, "seven"]) == 0
+    assert capsys.readouterr().err.strip().endswith(f"evaluate {given} seven {suggested} --seed 1")
 
 
 @pytest.fixture(scope="module")

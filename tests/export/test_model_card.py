@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import hashlib
 import io
 import json
@@ -15,6 +16,7 @@ from export_runs import SLUG, evaluated, exported, hand_run, read_header, traini
 from markdown_it import MarkdownIt
 from PIL import Image
 
+from sd_unlearn.calibration import Calibration
 from sd_unlearn.data.concept import Concept
 from sd_unlearn.data.several import write_concepts
 from sd_unlearn.export import metadata, model_card, trained_run
@@ -193,6 +195,20 @@ def test_comfyui_and_a1111_find_the_preview_in_the_header(tmp_path: Path, merged
     assert max(image.size) == 256
     assert header["modelspec.thumbnail"] == f"data:image/jpeg;base64,{cover}"
     assert sum(len(text) for text in header.values()) < 100_000
+
+
+def test_a_checkpoint_merged_at_another_strength_has_no_metrics_of_strength_1(tmp_path: Path) -> None:
+    folder = evaluated(tmp_path)
+    (folder / "previews").mkdir()
+    Image.new("RGB", (60, 30)).save(folder / "previews" / "step-000010.png")
+    calibration = Calibration(1, "brad-pitt", "ab", 0.05, 0.95, 0.5, 1.0, 0.5, "It works.", ())
+    run = dataclasses.replace(trained_run.read_run(folder), calibration=calibration)
+    of_strength_1 = {"sd_unlearn.results", "sd_unlearn.calibration", "modelspec.thumbnail", "ssmd_cover_images"}
+    full, half = (metadata.checkpoint_header(run, "ab", strength) for strength in (1.0, 0.5))
+    assert of_strength_1 <= full.keys()
+    assert full.keys() - half.keys() == {*of_strength_1, "sd_unlearn.calibrated_strength"}
+    assert half["modelspec.title"] == f"{full['modelspec.title']}, merged at strength 0.5"
+    assert half["sd_unlearn.strength"] == "0.5"
 
 
 def test_without_results_the_last_preview_is_the_thumbnail(tmp_path: Path) -> None:

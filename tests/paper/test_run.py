@@ -124,6 +124,33 @@ def test_a_finished_run_is_not_repeated_and_an_unfinished_one_resumes(call: Call
     assert read_json(folder / "results.json")["weights_sha256"] == first["weights_sha256"]
 
 
+def test_only_the_first_process_reads_and_prints_the_record(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others may get there before it is written."""
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(run_module, "run_experiment", lambda *a: Path("runs/paper/digits-seven/x/paper.json"))
+    assert call("run", "digits-seven") == (0, "", "")
+
+
+def test_other_images_are_another_run(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    call("run", "mnist5k-even", *FEW)
+    (folder,) = Path("runs/paper/mnist5k-even").iterdir()
+    for digit in "0123456789":
+        (Path("own/mnist5k") / digit).mkdir(parents=True)
+        Image.new("L", (28, 28)).save(Path("own/mnist5k") / digit / "a.png")
+    code, out, err = call("run", "mnist5k-even", *FEW, "--data_root", "own")
+    assert (code, out) == (2, "")
+    assert "holds a run on other images" in err
+    (folder / "results.json").unlink()  # interrupted after the training
+    load = run_module.load_dataset
+    monkeypatch.setattr(run_module, "load_dataset", lambda *a: dataclasses.replace(load(*a), sha256="of others"))
+    code, _, err = call("run", "mnist5k-even", *FEW)
+    assert code == 2
+    assert "holds a run on other images" in err
+    monkeypatch.setattr(run_module, "load_dataset", load)
+    assert call("run", "mnist5k-even", *FEW)[0] == 0
+    assert "data_sha256" not in read_json(folder / "results.json")["cost"]
+
+
 def test_an_interrupted_run_resumes_from_its_checkpoint(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
 
     steps = TrainingState.take_step
@@ -347,7 +374,7 @@ def test_the_list_names_every_experiment(call: Call) -> None:
     for name in experiments.NAMES:
         assert name in out
     _, out, _ = call("list", "--json")
-    assert {e["name"] for e in json.loads(out)} == set(EXPERIMENTS)
+    assert [e["name"] for e in json.loads(out)] == list(experiments.NAMES)
 
 
 def test_images_depend_on_the_seed(call: Call) -> None:

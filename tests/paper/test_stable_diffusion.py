@@ -72,6 +72,13 @@ def test_beta_is_part_of_the_folder_name_only_if_the_objective_uses_it() -> None
     )
 
 
+def test_each_base_has_a_folder_for_its_images() -> None:
+    bases = (None, "stable-diffusion-v1-5/stable-diffusion-v1-5", "models/mine.safetensors")
+    places = [train_config(SD_BRAD_PITT, "pu", pretrained_model_name_or_path=base).data_dir for base in bases]
+    names = ("", "-stable-diffusion-v1-5-stable-diffusion-v1-5", "-mine-safetensors")
+    assert places == [Path(f"data/paper/sd-brad-pitt-42{name}") for name in names]
+
+
 def test_the_experiments_are_listed_by_paper_list() -> None:
     assert set(EXPERIMENTS) == {SD_BRAD_PITT, DIGITS_SEVEN} <= set(NAMES)
 

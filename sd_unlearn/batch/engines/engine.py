@@ -11,6 +11,7 @@ class Ended(NamedTuple):
 
     folder: Path
     lost: bool = False  # the process or its worker was killed, so that the task did not end by itself
+    why: str = "its process was killed"  # if it is lost
 
 
 class Engine(Protocol):

@@ -23,6 +23,7 @@ from sd_unlearn.errors import UnlearnError, UsageError, counted, reason
 WORKERS = 1000  # jobs in the queue at the same time: a common limit of arrays
 POLL = 1.0  # seconds
 TIMEOUT_MIN = 240  # time limit of a job unless the list sets it
+LOGGED = 500  # last characters of a failed job's log that are shown
 SIGNAL_DELAY_S = 90  # seconds before the time limit at which a job gets the signal to save
 
 
@@ -80,7 +81,7 @@ class SlurmEngine:
             if time.monotonic() > end:
                 return []
             time.sleep(min(POLL, seconds))
-        return [Ended(folder, lost=_is_lost(self.running.pop(folder))) for folder in ended]
+        return [_how_ended(folder, self.running.pop(folder)) for folder in ended]
 
     def stop(self) -> None:
         for job in self.running.values():
@@ -93,9 +94,10 @@ class SlurmEngine:
         """Jobs that still run are those of `stop`, which end by themselves."""
 
 
-def _is_lost(job: Any) -> bool:
+def _how_ended(folder: Path, job: Any) -> Ended:
     """Whether a job ended without a result (its node failed, or it was cancelled), or its task was killed."""
     try:
-        return bool(job.result())
-    except Exception:  # submitit raises what it finds in the job's log
-        return True
+        return Ended(folder, lost=bool(job.result()))
+    except Exception as error:  # submitit raises what it finds in the job's log
+        end = " ".join(str(error).split())[-LOGGED:]
+        return Ended(folder, lost=True, why=f"its job {job.job_id} failed (state {job.state}): {end}")

