@@ -61,10 +61,9 @@ def _compare(lora: Row, base: Row | None) -> str:
     if not finite(lora.value):
         return "unmeasured"
     high = lora.value if lora.high is None else lora.high
-    if base and base.value is not None and (base.value if base.high is None else base.high) <= GONE:
-        return "never"
     if high <= GONE:
-        return "gone"
+        was_there = base is None or base.value is None or (base.value if base.high is None else base.high) > GONE
+        return "gone" if was_there else "never"
     if lora.value <= GONE:
         return "nearly"
     low = base and (base.value if base.low is None else base.low)

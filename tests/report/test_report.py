@@ -274,6 +274,16 @@ def test_verdict_considers_other_wordings_and_missing_values():
     assert verdict_of([]) == "Not measured"
 
 
+def test_wordings_that_bring_the_concept_only_with_the_lora_are_considered():
+    wordings = [
+        make_row("leakage", "held_out", "base", 0.01, low=0.003, high=0.036),
+        make_row("leakage", "held_out", "lora", 0.6, low=0.53, high=0.67),
+    ]
+    assert verdict_of([*make_results()["rows"], *wordings]) == "Gone when asked for by name, less so in other wordings"
+    wordings[1] |= {"value": 0.01, "low": 0.003, "high": 0.036}
+    assert verdict_of([*make_results()["rows"], *wordings]) == "Gone"
+
+
 @pytest.mark.parametrize(
     ("other", "word"),
     [
