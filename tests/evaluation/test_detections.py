@@ -176,6 +176,21 @@ def test_folder_with_metadata_csv(tmp_path: Path) -> None:
         read_image_folder(str(tmp_path), CONCEPT, [])
 
 
+def test_an_image_of_the_metadata_counts_once(tmp_path: Path) -> None:
+    """One good image, listed a hundred times under any of its names, must not look like a hundred images."""
+    save(tmp_path, {"x.png": 1})
+    (tmp_path / "link.png").symlink_to("x.png")
+    line = '{"file_name": "%s", "text": "a seven"}\n'
+    for name in ("x.png", "./x.png", "link.png"):
+        (tmp_path / "metadata.jsonl").write_text(line % "x.png" + line % name)
+        with pytest.raises(UsageError, match=f"line 2: {name} is listed twice as direct"):
+            read_image_folder(str(tmp_path), CONCEPT, [])
+    (tmp_path / "metadata.jsonl").write_text(
+        line % "x.png" + '{"file_name": "x.png", "text": "7", "group": "held_out"}\n'
+    )
+    assert len(read_image_folder(str(tmp_path), CONCEPT, []).specs) == 2  # as two groups
+
+
 def test_folder_with_group_subfolders(tmp_path: Path) -> None:
     save(tmp_path / "direct", {"1.png": 1, "2.jpg": 2})
     save(tmp_path / "alike", {"1.png": 1})
