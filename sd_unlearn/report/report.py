@@ -222,7 +222,18 @@ def _details(folder: Path, case: Case, results: Results, training: dict[str, Any
 def _settings(folder: Path) -> dict[str, Any]:
     """The options of the training, paths without the user's folders; empty without config.yaml."""
     settings = _optional(folder / run_folder.CONFIG, lambda path: read_yaml(path, "--run")) or {}
-    return {key: public_name(value) if isinstance(value, str) else value for key, value in settings.items()}
+    return {key: _public(value) for key, value in settings.items()}
+
+
+def _public(value: Any) -> Any:
+    """An option without the user's folders, also in lists and in name=/folder."""
+    if isinstance(value, list):
+        return [_public(item) for item in value]
+    if not isinstance(value, str):
+        return value
+    name, equals, path = value.partition("=")
+    public = public_name(value)
+    return f"{name}={public_name(path)}" if equals and public == value else public
 
 
 def _optional(path: Path, read: Callable[[Path], T]) -> T | None:

@@ -121,6 +121,16 @@ def test_csv_holds_every_field_of_every_row_unrounded(folder):
     assert lines[2]["low"] == ""
 
 
+def test_settings_hide_the_folders_of_all_loras_of_a_fused_one(folder):
+    loras = ["/home/jane/runs/seven", "/home/jane/a=b/four", "red=/home/jane/red", "runs/three", "owner/name"]
+    (folder / "config.yaml").write_text(json.dumps({"lora": loras, "rank": 8}))
+    source, _ = page_of(folder)
+    assert "jane" not in source
+    settings = source[source.index("<caption>config.yaml</caption>") :]
+    for name in ("seven", "four", "red=red", "runs/three", "owner/name"):
+        assert f"&#39;{name}&#39;" in settings
+
+
 def test_hostile_texts_are_escaped_everywhere(folder):
     bad = f'"{EVIL}'
     (folder / "concept.yaml").write_text(json.dumps({"name": EVIL, "caption": EVIL, "generic": bad, "keep": [EVIL]}))
