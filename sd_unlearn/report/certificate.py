@@ -59,7 +59,7 @@ def _page(case: Case, cards: Mapping[str, MetricCard]) -> dict[str, Any]:
         "limits": (LIMITS[0], ATTACKED if case.attacks else NOT_ATTACKED, *LIMITS[1:]),
         "remaining": remaining(case),
         "detectors": [cards[detector] for detector in detectors],
-        "untried": [group_name(group) for group in ("held_out", "alike", "general") if not _measured(case, group)],
+        "untried": _untried(case),
     }
 
 
@@ -106,6 +106,9 @@ def _remaining(line: Line | None, way: str) -> str:
     return f"{text}; with the base alone, {value_text(line.base)}." if line.base else f"{text}."
 
 
-def _measured(case: Case, group: str) -> bool:
-    groups = {group} if group == "held_out" else {group, "kept"}  # kept covers alike and general
-    return any(line.group in groups for line in case.lines)
+def _untried(case: Case) -> list[str]:
+    """The prompt groups without a line. A line of `kept` is of look-alikes, of anything else, or of both."""
+    measured = {line.group for line in case.lines}
+    if "kept" in measured and not measured & {"alike", "general"}:
+        measured |= {"alike", "general"}
+    return [group_name(group) for group in ("held_out", "alike", "general") if group not in measured]
