@@ -43,7 +43,7 @@ class Row(_Open):
     low: float | None = None
     high: float | None = None
     detector: str = ""
-    interval: str = ""  # wilson | bonett-price | mover | bootstrap | half-sampling | bootstrap-width | none
+    interval: str = ""  # wilson | bonett-price | mover | bootstrap | poisson | half-sampling | bootstrap-width | none
     note: str = ""
     concept: str = ""
     seeds: tuple[float, ...] | None = None  # the value for each seed, if there are several
@@ -65,7 +65,7 @@ class Difference(_Open):
     p: float | None = None  # two-sided, of this difference alone
     p_holm: float | None = None  # corrected for all comparisons of the same metric (Holm 1979)
     detector: str = ""
-    interval: str = "paired-bootstrap"  # bonett-price for rates
+    interval: str = "paired-bootstrap"  # bonett-price for rates; none
 
 
 @dataclass(frozen=True)

@@ -77,6 +77,15 @@ def test_rate_has_a_wilson_interval() -> None:
     assert found["brightness", "direct"].interval == "bootstrap"
 
 
+def test_means_of_equal_values_have_no_interval_without_width() -> None:
+    """What 4 images without detections leave possible; other equal values do not say how much others vary."""
+    none = rows(see("mine", [0] * 10))["brightness", "direct"]
+    assert (none.value, none.low, none.interval) == (0, 0, "poisson")
+    assert none.high == pytest.approx(3.69 / 4, abs=1e-3)
+    two = rows(see("mine", [2] * 10))["brightness", "direct"]
+    assert (two.value, two.low, two.high, two.interval) == (2, None, None, "none")
+
+
 def test_unreadable_images_are_unknown_in_rates_and_left_out_of_means() -> None:
     found = rows(see("mine", [1, 1, 9, 1, 0, 9, 0, 0, 0, 9], [n not in (2, 5, 9) for n in range(10)]))
     leak, kept = found["leakage", "direct"], found["accuracy", "kept"]
@@ -173,7 +182,8 @@ def test_differences_are_paired_signed_and_corrected() -> None:
     family = [d for key, d in found.items() if key[:2] == ("leakage", "direct")]
     assert [d.p_holm for d in family] == holm([d.p for d in family])
     of_means = found["brightness", "direct", "a", "base"]
-    assert (of_means.value, of_means.interval) == (-1, "paired-bootstrap")
+    assert (of_means.value, of_means.low, of_means.interval) == (-1, None, "none")  # on all images
+    assert found["brightness", "direct", "b", "a"].interval == "paired-bootstrap"
 
 
 def test_differences_without_a_base() -> None:
