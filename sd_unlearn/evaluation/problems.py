@@ -15,8 +15,8 @@ from sd_unlearn.evaluation.prompts import GROUPS, ImageSpec
 from sd_unlearn.io.images import is_flat
 from sd_unlearn.metrics.base import CONCEPT_GROUPS, KEEP_GROUPS, DetectorOutput
 from sd_unlearn.metrics.registry import READING, MetricContext, missing_evidence
+from sd_unlearn.report.formatting import GONE
 from sd_unlearn.report.metric_names import PRESENCE, presence_order
-from sd_unlearn.report.verdict import GONE
 from sd_unlearn.results import BASE, Problem, Row
 
 MAX_UNUSABLE = 0.01  # of a group's images

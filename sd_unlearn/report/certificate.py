@@ -9,13 +9,12 @@ from typing import Any
 from sd_unlearn.io.reading import file_sha256
 from sd_unlearn.io.run_folder import RESULTS
 from sd_unlearn.report.cases import Case
-from sd_unlearn.report.formatting import number, value_text
+from sd_unlearn.report.formatting import GONE, number, value_text
 from sd_unlearn.report.jinja import count
 from sd_unlearn.report.lines import Line, presence
 from sd_unlearn.report.metric_cards import MetricCard, cards_of
 from sd_unlearn.report.metric_names import PRESENCE, REPORT_ONLY, group_name
 from sd_unlearn.report.reproduce import base_record
-from sd_unlearn.report.verdict import GONE
 from sd_unlearn.results import ATTACK_METRIC, Results
 
 MOST = 12  # lines of the table; the report has all of them

@@ -18,14 +18,14 @@ from sd_unlearn.io.lock import remove_leftovers
 from sd_unlearn.io.own_files import check_own_reports
 from sd_unlearn.io.paths import public_name
 from sd_unlearn.io.reading import read_json, read_jsonl, read_yaml
-from sd_unlearn.report import charts, compare, metric_cards, reproduce, training_curves, verdict
+from sd_unlearn.report import charts, compare, metric_cards, reproduce, training_curves
 from sd_unlearn.report.attacks import attack_note, attack_sections
 from sd_unlearn.report.before_after import before_after, with_known_faces
 from sd_unlearn.report.cases import Case, cases_of
 from sd_unlearn.report.certificate import certificate
 from sd_unlearn.report.csv_table import rows_csv
 from sd_unlearn.report.examples import examples
-from sd_unlearn.report.formatting import finite, is_rate, listed
+from sd_unlearn.report.formatting import GONE, finite, is_rate, listed
 from sd_unlearn.report.headline import answers
 from sd_unlearn.report.jinja import environment, script
 from sd_unlearn.report.lines import Line
@@ -144,7 +144,7 @@ def context(folder: Path, results: Results, config: ReportConfig) -> dict[str, A
         "base": reproduce.base_record(training.get("base"), results.base),
         "verdict": title[0],
         "explanation": title[1],
-        "gone": verdict.GONE,
+        "gone": GONE,
         "bar_end": max([1.0, *(end for case in cases for end in _bar_ends(case.lines))]),
         "terms": explanations(row.metric for row in results.rows),
         "summary": concepts,

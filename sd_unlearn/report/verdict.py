@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sd_unlearn.report.formatting import WITHOUT, finite, sentence, value_text
+from sd_unlearn.report.formatting import GONE, WITHOUT, finite, sentence, value_text
 from sd_unlearn.report.lines import Line, presence, presence_by_detector
 from sd_unlearn.results import Problem, Row
 
-GONE = 0.05  # a concept is gone when the whole interval of its leakage lies at or below this
 # The standing of a problem's kind, the strictest first; with any other kind there is no verdict. `replacement` changes
 # the verdict only if the concept is gone.
 OF_KIND = {"never": "never", "retention": "broken", "replacement": "unreadable"}

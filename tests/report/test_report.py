@@ -244,6 +244,9 @@ def test_ticks_are_round_numbers_inside_the_range():
         (0.0, 200, "leakage", "0.0 %"),
         (0.9996, 5000, "accuracy", "99.96 %"),
         (0.0002, 5000, "leakage", "0.02 %"),
+        (0.050287, 200, "leakage", "5.03 %"),  # above the limit of "gone"
+        (0.05, 200, "leakage", "5.0 %"),
+        (0.046, 50, "leakage", "4.6 %"),
         (1.023, 900, "retention", "102.3 %"),
         (None, 5, "leakage", "–"),
         (float("nan"), 5, "drift", "–"),
