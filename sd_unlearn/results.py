@@ -46,7 +46,7 @@ class Row(_Open):
     interval: str = ""  # wilson | bonett-price | mover | bootstrap | poisson | half-sampling | bootstrap-width | none
     note: str = ""
     concept: str = ""
-    seeds: tuple[float, ...] | None = None  # the value for each seed, if there are several
+    seeds: tuple[float | None, ...] | None = None  # the value for each seed, if there are several
 
 
 @dataclass(frozen=True)

@@ -193,10 +193,10 @@ def _mean_row(of_metric: ImageValues, group: str, values: NDArray, seeds: NDArra
     return Row(of_metric.metric, group, "", mean, len(values), low, high, detector, interval, note, seeds=by_seed)
 
 
-def _mean(values: NDArray) -> float:
-    """The mean of the known values; NaN if no value is known."""
+def _mean(values: NDArray) -> float | None:
+    """The mean of the known values; None if no value is known."""
     known = values[~np.isnan(values)]
-    return float(known.mean()) if len(known) else float("nan")
+    return float(known.mean()) if len(known) else None
 
 
 def _retention_row(group: str, with_lora: NDArray, without: NDArray, detector: str) -> Row:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,8 @@ from sd_unlearn.evaluation import aggregate
 from sd_unlearn.evaluation.detections import Detections
 from sd_unlearn.metrics.base import DetectorOutput, ImageValues, PromptedImages
 from sd_unlearn.metrics.statistics import holm, paired_rates, wilson
-from sd_unlearn.results import Row
+from sd_unlearn.report.formatting import per_seed
+from sd_unlearn.results import Row, as_json
 
 CONCEPT = Concept("seven", "a seven", "a digit")
 GROUPS = ["direct"] * 4 + ["alike"] * 3 + ["general"] * 3
@@ -149,6 +151,14 @@ def test_several_seeds_have_their_own_values() -> None:
     found = rows(see("mine", [1, 1, 0, 0, 0, 0]), prompted=prompted)
     assert found["leakage", "direct"].seeds == pytest.approx((2 / 3, 0))
     assert rows(see("mine", [1] * 10))["leakage", "direct"].seeds is None
+
+
+def test_a_seed_with_only_unreadable_images_has_no_value_and_no_nan() -> None:
+    prompted = make_prompted(["direct"] * 4, [0, 0, 1, 1])
+    found = rows(see("mine", [1, 0, 9, 9], [True, True, False, False]), prompted=prompted)
+    assert found["leakage", "direct"].seeds == (0.5, None)
+    assert json.dumps(as_json(found["leakage", "direct"]), allow_nan=False)
+    assert per_seed(found["leakage", "direct"]) == "by seed 50 %, –"
 
 
 def test_sets_are_compared_on_images_readable_for_both() -> None:
