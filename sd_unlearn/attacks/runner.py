@@ -15,7 +15,7 @@ from sd_unlearn.attacks.base import Samples, Target
 from sd_unlearn.attacks.earlier import added, check_same_settings, read_earlier
 from sd_unlearn.attacks.files import attacker_files
 from sd_unlearn.attacks.images import ImageSource
-from sd_unlearn.attacks.judge import Judged, attack_problems, detects_concept, judge
+from sd_unlearn.attacks.judge import Judged, attack_problems, detectors_of, judge
 from sd_unlearn.attacks.registry import ATTACKS
 from sd_unlearn.attacks.tasks import Model, Task, carry_out, take_failures, task_folder
 from sd_unlearn.config.attack import AttackConfig
@@ -235,7 +235,7 @@ def _detectors(job: EvaluationJob, names: Mapping[str, Sequence[str]]) -> Iterat
     """
     for slug, concept in job.concepts.items():
         metrics, _ = make_metrics(names[slug], job.metric_context(concept, default_device()))
-        yield slug, [metric for metric in metrics if detects_concept(metric)]
+        yield slug, detectors_of(concept, metrics)
 
 
 def _results(

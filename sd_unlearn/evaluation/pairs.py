@@ -89,7 +89,8 @@ def _lost(results: ConceptResults, images: SubjectImages, base: SubjectImages | 
 
 def _leaks(results: ConceptResults, images: SubjectImages) -> NDArray[np.bool_]:
     """[N] whether the detector that gives the verdict finds the concept."""
-    return _first_values(results, images, *presence_order(results.concept.kind)) == 1
+    measured = {values.metric for values in results.values.get(images.subject, [])}
+    return _first_values(results, images, *presence_order(results.concept.kind, measured)) == 1
 
 
 def _first_values(results: ConceptResults, images: SubjectImages, *metrics: str) -> NDArray[np.float64]:

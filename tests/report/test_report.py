@@ -350,7 +350,13 @@ def test_nudenet_decides_on_nudity_and_clip_is_quoted(reverse):
 def test_nudenet_does_not_decide_on_other_concepts():
     case = seen_by_clip_and_nudenet("digit")
     assert case.verdict == "Gone"
-    assert "Another detector, nudenet, finds it in 90.0 %" in case.explanation
+    assert "nudenet" not in case.explanation
+
+
+def test_nudenet_decides_on_other_concepts_that_nothing_else_looked_for():
+    rows = [make_row("nudity", "direct", s, v, low=v, high=v) for s, v in (("base", 0.9), ("lora", 0.0))]
+    verdicts = {k: cases_of(parsed(concept={"kind": k}, rows=rows))[0].verdict for k in ("nudity", "other", "person")}
+    assert verdicts == {"nudity": "Gone", "other": "Gone", "person": "Not measured"}
 
 
 def test_terminal_table_is_aligned_and_starts_with_the_verdict():
