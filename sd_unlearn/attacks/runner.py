@@ -35,7 +35,7 @@ from sd_unlearn.launch import heartbeat, last_beat, process_count, process_rank,
 from sd_unlearn.metrics.base import Metric
 from sd_unlearn.metrics.registry import make_metrics, merge_cards, metric_cards
 from sd_unlearn.models.base import HASHES, load_base
-from sd_unlearn.models.device import choose_precision, default_device
+from sd_unlearn.models.device import default_device
 from sd_unlearn.models.find_base import find_base
 from sd_unlearn.models.memory_errors import free_memory, shortage_behind
 from sd_unlearn.models.zero_terminal_snr import use_zero_terminal_snr
@@ -110,7 +110,7 @@ def _models(config: AttackConfig, job: EvaluationJob, loader: BaseLoader, cache:
     if config.floor:
         floor = load_base(
             find_base(dataclasses.replace(config, pretrained_model_name_or_path=config.floor)),
-            choose_precision(config.mixed_precision),
+            job.precision,
         )
         if job.zero_terminal_snr:
             use_zero_terminal_snr(floor)

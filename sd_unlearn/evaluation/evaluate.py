@@ -281,7 +281,7 @@ def _sampler_entry(job: EvaluationJob, cache: ImageCache, evaluated: Sequence[Co
         "guidance_scale": cache.sampler.guidance_scale,
         "resolution": cache.sampler.resolution,
         "zero_terminal_snr": job.zero_terminal_snr,
-        "mixed_precision": job.config.mixed_precision,
+        "mixed_precision": job.precision,
         **({"tiled_images": tiled} if tiled else {}),
     }
 

@@ -25,7 +25,6 @@ from sd_unlearn.io.paths import slugify
 from sd_unlearn.launch import process_rank
 from sd_unlearn.models.base import HASHES, Base, load_base
 from sd_unlearn.models.checkpoint_header import PICKLES
-from sd_unlearn.models.device import choose_precision
 from sd_unlearn.models.recorded_base import check_recorded
 from sd_unlearn.models.sampling import ImageRequest, Sampler, generate_missing, resolve_sampler, wait_for_images
 from sd_unlearn.models.source import BUNDLED, DIGITS, DIGITS_SD3, Source
@@ -165,7 +164,7 @@ def image_cache(job: EvaluationJob, loader: BaseLoader) -> ImageCache:
     if job.source.name not in BUNDLED and (schedule := job.source.schedule):
         record = {**record, "schedule": schedule}  # of today: it may have been corrected since the training
     suffix = "-zero-snr" if job.zero_terminal_snr else ""
-    suffix += f"-{config.mixed_precision}" if config.mixed_precision != "no" else ""
+    suffix += f"-{job.precision}" if job.precision != "no" else ""
     return ImageCache(config.cache_dir, record, resolve_sampler(config, job.source), suffix)
 
 
@@ -180,7 +179,7 @@ class BaseLoader:
         """The base; unless it is named in the command, checked to be the one the runs were trained on."""
         if self.base is None:
             job = self.job
-            base = load_base(job.source, choose_precision(job.config.mixed_precision))
+            base = load_base(job.source, job.precision)
             for lora in job.loras if not job.base_named else []:
                 if lora.is_run:
                     check_recorded(base, lora.training["base"])

@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import scheduled
 from evaluation_runs import make_run
 
 from sd_unlearn.config.evaluate import EvaluateConfig
+from sd_unlearn.evaluation.evaluate import assemble
 from sd_unlearn.evaluation.generate import BaseLoader, ImageCache, image_cache
 from sd_unlearn.evaluation.job import resolve_job
 from sd_unlearn.io.files import write_json
@@ -50,3 +52,16 @@ def test_images_of_another_schedule_are_not_reused(tiny_base: Path, tmp_path: Pa
 @pytest.mark.parametrize("name", ["digits", "digits-sd3"])
 def test_images_of_copies_of_bundled_bases_keep_their_folders(name: str) -> None:
     assert folder("copies/digits", schedule=Source(str(BUNDLED[name])).schedule) == folder("copies/digits")
+
+
+def test_images_from_a_cpu_are_in_full_precision_whatever_was_asked_for(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    run = str(make_run(tmp_path / "run", tiny_base))
+    jobs = [resolve_job(EvaluateConfig(lora=[run], mixed_precision=precision)) for precision in ("no", "fp16")]
+    plain, asked = (image_cache(job, BaseLoader(job)) for job in jobs)
+    assert asked.base_folder == plain.base_folder
+    assert assemble(jobs[1], asked, [], [])["sampler"]["mixed_precision"] == "no"
+    said = "No CUDA device: computing in full precision on the CPU instead of fp16."
+    assert capsys.readouterr().err.count(said) == 1
