@@ -146,6 +146,12 @@ class SubjectEntry(_Open):
     forgets_together: tuple[str, ...] = ()  # slugs, if it was trained on several concepts
     training: dict[str, Any] | None = None
     cost: dict[str, Any] | None = None
+    sld: dict[str, Any] | None = None  # the settings of safe latent diffusion (--sld), whose images are no given ones
+
+    @property
+    def method(self) -> str:
+        """What makes its images differ from the base's: LoRA, or safe latent diffusion; "" for given images."""
+        return "LoRA" if self.what == "lora" else "safe latent diffusion" if self.sld else ""
 
     def should_forget(self, concept: str) -> bool:
         """Whether it was trained to forget a concept (slug), or may have been."""

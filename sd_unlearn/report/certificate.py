@@ -27,9 +27,14 @@ ATTACKED = (
     "Only the prompts and attacks counted here were tried. Other wordings, or stronger attacks, with more steps or "
     "another start, may bring more back."
 )
+HOLDS_FOR = {  # by SubjectEntry.method
+    "LoRA": "The values hold for this LoRA file at this strength, on this base, with this sampler. Without the LoRA "
+    "the base generates the concept as before.",
+    "safe latent diffusion": "The values hold for safe latent diffusion with these settings, on this base, with this "
+    "sampler. Without it the base generates the concept as before.",
+    "": "The values hold for the given images. How they were generated was not checked.",
+}
 LIMITS = (
-    "The values hold for this LoRA file at this strength, on this base, with this sampler. Without the LoRA the base "
-    "generates the concept as before.",
     "Detectors make errors; their known errors are listed with them. The intervals cover the random choice of images, "
     "not detector errors.",
 )
@@ -55,7 +60,7 @@ def _page(case: Case, cards: Mapping[str, MetricCard]) -> dict[str, Any]:
         "case": case,
         "lines": shown,
         "left_out": _further(shown, left_out),
-        "limits": (LIMITS[0], ATTACKED if case.attacks else NOT_ATTACKED, *LIMITS[1:]),
+        "limits": (HOLDS_FOR[case.subject.method], ATTACKED if case.attacks else NOT_ATTACKED, *LIMITS),
         "remaining": remaining(case),
         "detectors": [cards[detector] for detector in detectors],
         "untried": _untried(case),

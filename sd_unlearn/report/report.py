@@ -42,17 +42,25 @@ ATTACKED = (
     "Only the prompts and attacks listed were tried. Stronger attacks, with more steps or another start, may bring "
     "more back."
 )
+FORGETS = {  # by SubjectEntry.method
+    "LoRA": "The LoRA does the forgetting. At weight 0, or without the file, the base generates the concept as before: "
+    "this does not protect against anyone who has the base.",
+    "safe latent diffusion": "Safe latent diffusion only guides the sampling. Without it the base generates the "
+    "concept as before: this does not protect against anyone who has the base.",
+    "": "Images were given. How they were generated, and what other images of the same model show, is not known.",
+}
 LIMITS = (
-    "The LoRA does the forgetting. At weight 0, or without the file, the base generates the concept as before: this "
-    "does not protect against anyone who has the base.",
     "The detector is a program and makes errors. It also looked at the base's images, so compare the two columns "
     "rather than trust a single value.",
     NOT_ATTACKED,
     "An interval covers the random choice of images. It covers neither the detector's errors nor what another training "
     "seed would have given.",
-    "The values hold for this base, sampler and guidance scale. Other bases, and other LoRAs loaded together with this "
-    "one, were not tried.",
 )
+HOLDS_FOR = {
+    "LoRA": "The values hold for this base, sampler and guidance scale. Other bases, and other LoRAs loaded together "
+    "with this one, were not tried.",
+    "safe latent diffusion": "The values hold for this base, sampler and guidance scale. Other bases were not tried.",
+}
 LIMIT_OF_SEVERAL = (
     "A LoRA chosen because it looks best among many will look a little worse on new images. Evaluate it again with "
     "another --seed."
@@ -171,7 +179,10 @@ def context(folder: Path, results: Results, config: ReportConfig) -> dict[str, A
 
 def _limits(results: Results, is_single: bool) -> list[str]:
     """What the values do not say. With attacks, that only these were tried."""
+    methods = {subject.method for subject in results.compared}
     limits = [ATTACKED if limit == NOT_ATTACKED and results.attacks else limit for limit in LIMITS]
+    limits = [*(text for method, text in FORGETS.items() if method in methods), *limits]
+    limits += [text for method, text in HOLDS_FOR.items() if method in methods][:1]  # that of LoRAs says more
     return limits if is_single else [*limits, LIMIT_OF_SEVERAL]
 
 

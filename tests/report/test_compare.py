@@ -190,6 +190,12 @@ def test_image_folders_without_a_base_have_a_page(tmp_path, results):
     _, page = page_of(tmp_path, certificate=True)
     assert "MACE pictures" in page.text
     assert "Given images" in page.text
+    markdown = (tmp_path / "report.md").read_text(encoding="utf-8")
+    certified = Page((tmp_path / "certificate.html").read_text(encoding="utf-8")).text
+    for text in map(plain, (page.text, markdown, certified)):
+        assert "How they were generated" in text
+        assert not re.search("The LoRA does the forgetting|this LoRA file|loaded together", text)
+    assert "| base | 95 % interval | given images |" in markdown
     assert sum("frame" in (a.get("class") or "") for _, a in page.tags) == 2  # as an example and as a pair
 
 
