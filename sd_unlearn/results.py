@@ -63,7 +63,7 @@ class Difference(_Open):
     low: float | None = None
     high: float | None = None
     p: float | None = None  # two-sided, of this difference alone
-    p_holm: float | None = None  # corrected for all comparisons of the same metric (Holm 1979)
+    p_holm: float | None = None  # for all of one concept, metric, group and detector (Holm 1979)
     detector: str = ""
     interval: str = "paired-bootstrap"  # bonett-price for rates; none
 

@@ -103,7 +103,7 @@ def differences(
 ) -> list[Difference]:
     """Paired differences per metric and group: every subject against the base, and `main` against each other.
 
-    p_holm corrects for all comparisons of one metric and group.
+    p_holm corrects for all comparisons of one concept, metric, group and detector, not across these.
 
     Args:
         values: Subject -> its values, all of the same prompts and seeds.
