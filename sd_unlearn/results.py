@@ -43,10 +43,10 @@ class Row(_Open):
     low: float | None = None
     high: float | None = None
     detector: str = ""
-    interval: str = ""  # wilson | bonett-price | mover | bootstrap | half-sampling | bootstrap-width | none
+    interval: str = ""  # wilson | bonett-price | mover | bootstrap | poisson | half-sampling | bootstrap-width | none
     note: str = ""
     concept: str = ""
-    seeds: tuple[float, ...] | None = None  # the value for each seed, if there are several
+    seeds: tuple[float | None, ...] | None = None  # the value for each seed, if there are several
 
 
 @dataclass(frozen=True)
@@ -63,9 +63,9 @@ class Difference(_Open):
     low: float | None = None
     high: float | None = None
     p: float | None = None  # two-sided, of this difference alone
-    p_holm: float | None = None  # corrected for all comparisons of the same metric (Holm 1979)
+    p_holm: float | None = None  # for all of one concept, metric, group and detector (Holm 1979)
     detector: str = ""
-    interval: str = "paired-bootstrap"  # bonett-price for rates
+    interval: str = "paired-bootstrap"  # bonett-price for rates; none
 
 
 @dataclass(frozen=True)
@@ -146,6 +146,12 @@ class SubjectEntry(_Open):
     forgets_together: tuple[str, ...] = ()  # slugs, if it was trained on several concepts
     training: dict[str, Any] | None = None
     cost: dict[str, Any] | None = None
+    sld: dict[str, Any] | None = None  # the settings of safe latent diffusion (--sld), whose images are no given ones
+
+    @property
+    def method(self) -> str:
+        """What makes its images differ from the base's: LoRA, or safe latent diffusion; "" for given images."""
+        return "LoRA" if self.what == "lora" else "safe latent diffusion" if self.sld else ""
 
     def should_forget(self, concept: str) -> bool:
         """Whether it was trained to forget a concept (slug), or may have been."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from metric_tools import build_clip
 from PIL import Image
 
 from sd_unlearn.cli import main
@@ -34,8 +36,14 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (home / "others" / group).mkdir()
         Image.effect_noise((32, 32), 40).save(home / "others" / group / "0.png")
         (home / "others" / group / "damaged.png").write_bytes(b"x")
+    (home / "real").mkdir()
+    for number in range(10):
+        Image.effect_noise((32, 32), 40 + number).save(home / "real" / f"{number}.png")
     base = ["--pretrained_model_name_or_path", str(home / "base")]
     shown = ["--num_images", "6", "--num_keep_images", "1", "--num_inference_steps", "2", "--metrics", "digits"]
+    if find_spec("open_clip"):
+        clip = build_clip(tmp_path_factory.mktemp("clip"))
+        shown += ["cmmd", "--clip_model", clip, "--clip_pretrained", "", "--real_images", str(home / "real")]
     assert main(["train", "seven", *base, "--data_dir", str(data), "--output_dir", str(folder), *TRAIN.split()]) == 0
     cache = ["--cache_dir", str(home / "cache"), "--prompt_set", str(home / "prompts.txt")]
     assert main(["evaluate", "--run", str(folder), *shown, *cache]) == 0

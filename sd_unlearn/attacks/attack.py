@@ -45,6 +45,9 @@ def run(config: AttackConfig, concepts: Sequence[Concept] = ()) -> dict[str, Any
         )
     job = resolve_job(_as_evaluation(config), concepts, needs_subjects=not (config.ceiling or config.floor))
     metrics = {slug: find_detectors(job.metric_context(concept)) for slug, concept in job.concepts.items()}
+    for slug, concept in job.concepts.items():
+        if metrics[slug] == ["nudity"] and concept.kind not in ("nudity", "other"):
+            raise UsageError(f"--metrics nudity cannot tell whether an image shows {concept.name}. Add another metric.")
     from sd_unlearn.attacks.runner import attack_all
 
     conditions = [parse_condition(text) for text in config.fail_if]

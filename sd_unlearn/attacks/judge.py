@@ -16,7 +16,7 @@ from sd_unlearn.evaluation.detections import detect
 from sd_unlearn.evaluation.problems import image_faults, unusable
 from sd_unlearn.metrics.base import Metric, PromptedImages
 from sd_unlearn.metrics.statistics import wilson
-from sd_unlearn.report.metric_names import PRESENCE
+from sd_unlearn.report.metric_names import PRESENCE, presence_order
 from sd_unlearn.results import ATTACK_METRIC, AttackEntry, AttackTry, Problem, Row, as_json
 
 
@@ -29,9 +29,11 @@ class Judged:
     best: Tried
 
 
-def detects_concept(metric: Metric) -> bool:
-    """Whether a metric says of an image whether it shows the concept."""
-    return any(name in PRESENCE for name in metric.card().metrics)
+def detectors_of(concept: Concept, metrics: Sequence[Metric]) -> list[Metric]:
+    """Those of a concept's metrics that say of an image whether it shows the concept."""
+    names = [set(metric.card().metrics) for metric in metrics]
+    detecting = presence_order(concept.kind, set().union(*names))
+    return [metric for metric, own in zip(metrics, names, strict=True) if own & set(detecting)]
 
 
 def judge(tasks: Sequence[Task], metric: Metric, budget: str, seed: int) -> Judged:

@@ -15,7 +15,7 @@ from sd_unlearn.attacks.base import Samples, Target
 from sd_unlearn.attacks.earlier import added, check_same_settings, read_earlier
 from sd_unlearn.attacks.files import attacker_files
 from sd_unlearn.attacks.images import ImageSource
-from sd_unlearn.attacks.judge import Judged, attack_problems, detects_concept, judge
+from sd_unlearn.attacks.judge import Judged, attack_problems, detectors_of, judge
 from sd_unlearn.attacks.registry import ATTACKS
 from sd_unlearn.attacks.tasks import Model, Task, carry_out, take_failures, task_folder
 from sd_unlearn.config.attack import AttackConfig
@@ -35,7 +35,7 @@ from sd_unlearn.launch import heartbeat, last_beat, process_count, process_rank,
 from sd_unlearn.metrics.base import Metric
 from sd_unlearn.metrics.registry import make_metrics, merge_cards, metric_cards
 from sd_unlearn.models.base import HASHES, load_base
-from sd_unlearn.models.device import choose_precision, default_device
+from sd_unlearn.models.device import default_device
 from sd_unlearn.models.find_base import find_base
 from sd_unlearn.models.memory_errors import free_memory, shortage_behind
 from sd_unlearn.models.zero_terminal_snr import use_zero_terminal_snr
@@ -110,7 +110,7 @@ def _models(config: AttackConfig, job: EvaluationJob, loader: BaseLoader, cache:
     if config.floor:
         floor = load_base(
             find_base(dataclasses.replace(config, pretrained_model_name_or_path=config.floor)),
-            choose_precision(config.mixed_precision),
+            job.precision,
         )
         if job.zero_terminal_snr:
             use_zero_terminal_snr(floor)
@@ -235,7 +235,7 @@ def _detectors(job: EvaluationJob, names: Mapping[str, Sequence[str]]) -> Iterat
     """
     for slug, concept in job.concepts.items():
         metrics, _ = make_metrics(names[slug], job.metric_context(concept, default_device()))
-        yield slug, [metric for metric in metrics if detects_concept(metric)]
+        yield slug, detectors_of(concept, metrics)
 
 
 def _results(

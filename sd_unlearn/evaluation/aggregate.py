@@ -13,7 +13,14 @@ from numpy.typing import NDArray
 
 from sd_unlearn.evaluation.detections import Detections
 from sd_unlearn.metrics.base import KEEP_GROUPS, DetectorOutput, ImageValues, Metric, PromptedImages
-from sd_unlearn.metrics.statistics import bootstrap_mean, holm, paired_difference, paired_ratio, wilson
+from sd_unlearn.metrics.statistics import (
+    bootstrap_mean,
+    holm,
+    paired_difference,
+    paired_ratio,
+    poisson_high,
+    wilson,
+)
 from sd_unlearn.results import BASE, Difference, Row
 
 COMBINED_GROUPS = {"kept": KEEP_GROUPS}  # name -> prompt groups that also get a row together
@@ -96,7 +103,7 @@ def differences(
 ) -> list[Difference]:
     """Paired differences per metric and group: every subject against the base, and `main` against each other.
 
-    p_holm corrects for all comparisons of one metric and group.
+    p_holm corrects for all comparisons of one concept, metric, group and detector, not across these.
 
     Args:
         values: Subject -> its values, all of the same prompts and seeds.
@@ -140,7 +147,7 @@ def _difference(
     if not mask.any():
         return None
     value, low, high, p = paired_difference(a.values[mask], b.values[mask], a.is_rate)
-    interval, n = "bonett-price" if a.is_rate else "paired-bootstrap", int(mask.sum())
+    interval, n = "bonett-price" if a.is_rate else "none" if low is None else "paired-bootstrap", int(mask.sum())
     return Difference(concept, a.metric, group, subject, against, value, n, low, high, p, None, detector, interval)
 
 
@@ -167,24 +174,29 @@ def _mean_row(of_metric: ImageValues, group: str, values: NDArray, seeds: NDArra
     """The mean of the known values. nan: unknown, counted in n; the interval covers whatever they may be."""
     known = ~np.isnan(values)
     num_unknown, note = int((~known).sum()), of_metric.note
+    low: float | None
+    high: float | None
     if of_metric.is_rate:
         hits = int(values[known].sum())
         low, high = wilson(hits, len(values))[0], wilson(hits + num_unknown, len(values))[1]
+        interval = "wilson"
+    elif not values.any():  # counts
+        low, high, interval = 0.0, poisson_high(len(values)), "poisson"
     else:
         low, high = bootstrap_mean(values)
+        interval = "none" if low is None else "bootstrap"
     if num_unknown:
         note = "; ".join(filter(None, [note, f"{num_unknown} of {len(values)} unknown: unreadable images"]))
-    interval = "wilson" if of_metric.is_rate else "bootstrap"
     several = sorted(set(seeds.tolist()))
     by_seed = tuple(_mean(values[seeds == seed]) for seed in several) if len(several) > 1 else None
     mean = _mean(values)
     return Row(of_metric.metric, group, "", mean, len(values), low, high, detector, interval, note, seeds=by_seed)
 
 
-def _mean(values: NDArray) -> float:
-    """The mean of the known values; NaN if no value is known."""
+def _mean(values: NDArray) -> float | None:
+    """The mean of the known values; None if no value is known."""
     known = values[~np.isnan(values)]
-    return float(known.mean()) if len(known) else float("nan")
+    return float(known.mean()) if len(known) else None
 
 
 def _retention_row(group: str, with_lora: NDArray, without: NDArray, detector: str) -> Row:

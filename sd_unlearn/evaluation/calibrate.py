@@ -37,7 +37,7 @@ from sd_unlearn.metrics.registry import DETECTORS, choose_metrics, find_detector
 from sd_unlearn.metrics.statistics import Z, wilson
 from sd_unlearn.models.device import default_device
 from sd_unlearn.models.kinds import sampler_of
-from sd_unlearn.report.metric_names import PRESENCE
+from sd_unlearn.report.metric_names import presence_order
 from sd_unlearn.results import BASE, Row, as_json
 
 OUTPUT = Path("runs/calibration")
@@ -192,7 +192,8 @@ def point_of(strength: float, results: ConceptResults, config: CalibrateConfig) 
     model that generates nothing has not erased a concept. Which retention is too low, `config` says.
     """
     rows = [row for row in results.rows if row.subject == SUBJECT]
-    presence = [row for row in rows if row.metric in PRESENCE and row.group in CONCEPT_GROUPS]
+    detecting = presence_order(results.concept.kind, {row.metric for row in rows})
+    presence = [row for row in rows if row.metric in detecting and row.group in CONCEPT_GROUPS]
     kept = [row for row in rows if row.metric == "retention" and row.group in (*KEEP_GROUPS, "kept")]
     kept = [row for row in kept if row.group == "kept"] or kept
     leakage = max(presence, key=lambda row: math.inf if row.high is None else row.high, default=None)

@@ -126,10 +126,9 @@ def _model(subject: Json) -> tuple[Any, ...] | None:
 def changed_settings(old: Json, new: Json) -> list[str]:
     """In which settings that all images depend on results differ: base and sampler. Unknown ones are not compared."""
     before, now = ({key: value for key, value in results.get("base", {}).items() if value} for results in (old, new))
-    differ = [
-        key for key in (*HASHES, "prediction_type") if key in before.keys() & now.keys() and before[key] != now[key]
-    ]
-    found = [f"another {HASHES.get(key, 'prediction type')} of the base" for key in differ]
+    names = {**HASHES, "prediction_type": "prediction type", "schedule": "noise schedule"}
+    differ = [key for key in names if key in before.keys() & now.keys() and before[key] != now[key]]
+    found = [f"another {names[key]} of the base" for key in differ]
     if "sha256" in differ:
         found = [f"another base ({before.get('name')}, now {now.get('name')})"]
     before, now = old.get("sampler", {}), new["sampler"]

@@ -31,7 +31,7 @@ from sd_unlearn.evaluation.subjects import main_subjects
 from sd_unlearn.io.files import full_disk_explained, timestamp, write_json, write_text
 from sd_unlearn.io.lock import locked, remove_leftovers
 from sd_unlearn.io.own_files import is_run, kind_of, mark
-from sd_unlearn.io.paths import public_name
+from sd_unlearn.io.paths import public_name, public_text
 from sd_unlearn.io.run_folder import EVALUATION, IMAGE_DIR, RESULTS
 from sd_unlearn.launch import process_rank
 from sd_unlearn.metrics.registry import find_metrics, make_metrics, merge_cards, metric_cards, missing_evidence
@@ -228,8 +228,7 @@ def assemble(
             for problem in (*_base_problems(job, cache), *(p for concept in evaluated for p in concept.problems))
         ],
         "failed": [
-            {"lora": public_name(lora), "message": message.replace(lora, public_name(lora))}
-            for lora, message in job.failed.items()
+            {"lora": public_name(lora), "message": public_text(message, lora)} for lora, message in job.failed.items()
         ],
         "skipped": [
             {"subject": subject, "path": _public_path(path), "why": reason}
@@ -281,7 +280,7 @@ def _sampler_entry(job: EvaluationJob, cache: ImageCache, evaluated: Sequence[Co
         "guidance_scale": cache.sampler.guidance_scale,
         "resolution": cache.sampler.resolution,
         "zero_terminal_snr": job.zero_terminal_snr,
-        "mixed_precision": job.config.mixed_precision,
+        "mixed_precision": job.precision,
         **({"tiled_images": tiled} if tiled else {}),
     }
 

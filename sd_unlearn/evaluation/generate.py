@@ -1,7 +1,7 @@
 """Generate the images of an evaluation that do not exist yet.
 
-The name of an image folder contains everything that determines its images: the base's weights and prediction type, the
-sampler, what the LoRA changes in the base and its strength, or the safety guidance.
+The name of an image folder contains everything that determines its images: the base's weights, prediction type and
+noise schedule, the sampler, what the LoRA changes in the base and its strength, or the safety guidance.
 So all LoRAs share the base's images, a second evaluation generates only what is missing, and an interrupted evaluation
 resumes.
 """
@@ -12,6 +12,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,9 @@ from sd_unlearn.io.paths import slugify
 from sd_unlearn.launch import process_rank
 from sd_unlearn.models.base import HASHES, Base, load_base
 from sd_unlearn.models.checkpoint_header import PICKLES
-from sd_unlearn.models.device import choose_precision
 from sd_unlearn.models.recorded_base import check_recorded
 from sd_unlearn.models.sampling import ImageRequest, Sampler, generate_missing, resolve_sampler, wait_for_images
+from sd_unlearn.models.source import BUNDLED, DIGITS, DIGITS_SD3, Source
 from sd_unlearn.models.zero_terminal_snr import use_zero_terminal_snr
 
 TIMEOUT = 3600  # seconds to wait for an image of another process
@@ -45,7 +46,7 @@ class ImageCache:
     def base_folder(self) -> Path:
         hashes = "".join(str(self.base.get(key, "")) for key in HASHES)
         base = f"{slugify(Path(self.base['name']).name)}-{hashlib.sha256(hashes.encode()).hexdigest()[:12]}"
-        base += _prediction_in_name(self.base)
+        base += _prediction_in_name(self.base) + _schedule_in_name(self.base)
         size = f"-{self.sampler.resolution}px" if self.sampler.resolution else ""
         sampler = f"{self.sampler.steps}-steps-guidance-{self.sampler.guidance_scale:g}{size}{self.suffix}"
         return self.root / base / sampler
@@ -89,6 +90,18 @@ def _prediction_in_name(base: Mapping[str, Any]) -> str:
     is_file = Path(base["name"]).suffix.lower() in (".safetensors", *PICKLES)
     predicted = base.get("prediction_type", "epsilon")
     return f"-{predicted}" if is_file and predicted == "v_prediction" else ""
+
+
+def _schedule_in_name(base: Mapping[str, Any]) -> str:
+    """The schedule of a folder's scheduler_config.json, unless it is that of the bundled bases of digits."""
+    schedule = base.get("schedule", "")
+    return f"-schedule-{schedule}" if schedule and schedule not in _usual_schedules() else ""
+
+
+@lru_cache
+def _usual_schedules() -> set[str]:
+    """Of copies of the bundled bases, e.g. without a concept: one for diffusion, one for flow matching."""
+    return {Source(name).schedule for name in (DIGITS, DIGITS_SD3)}
 
 
 @contextmanager
@@ -148,8 +161,10 @@ def image_cache(job: EvaluationJob, loader: BaseLoader) -> ImageCache:
     config = job.config
     recorded = [lora.training["base"] for lora in job.loras if lora.is_run] if not job.base_named else []
     record = recorded[0] if recorded else loader.load().describe()
+    if job.source.name not in BUNDLED and (schedule := job.source.schedule):
+        record = {**record, "schedule": schedule}  # of today: it may have been corrected since the training
     suffix = "-zero-snr" if job.zero_terminal_snr else ""
-    suffix += f"-{config.mixed_precision}" if config.mixed_precision != "no" else ""
+    suffix += f"-{job.precision}" if job.precision != "no" else ""
     return ImageCache(config.cache_dir, record, resolve_sampler(config, job.source), suffix)
 
 
@@ -164,7 +179,7 @@ class BaseLoader:
         """The base; unless it is named in the command, checked to be the one the runs were trained on."""
         if self.base is None:
             job = self.job
-            base = load_base(job.source, choose_precision(job.config.mixed_precision))
+            base = load_base(job.source, job.precision)
             for lora in job.loras if not job.base_named else []:
                 if lora.is_run:
                     check_recorded(base, lora.training["base"])

@@ -84,7 +84,7 @@ def read_image_folder(
 
 def _by_metadata(file: Path, concept: Concept, only_concept: bool) -> list[tuple[ImageSpec, Path]]:
     known = {prompt.text: (group, prompt) for group in reversed(GROUPS) for prompt in group_prompts(concept, group)}
-    find, images = image_finder(file.parent), []
+    find, images, counted = image_finder(file.parent), [], set[tuple[str, Path]]()
     for number, row in read_rows(file).items():
         where, text, name = row_name(file, number), row.get("text", row.get("prompt")), row.get("file_name")
         if not isinstance(name, str) or not isinstance(text, str):
@@ -104,7 +104,11 @@ def _by_metadata(file: Path, concept: Concept, only_concept: bool) -> list[tuple
         prompt = known[text][1] if text in known and known[text][0] == group else Prompt(text)
         seed = str(row.get("seed"))
         spec = ImageSpec(group, prompt, int(seed) if seed.isdecimal() and len(seed) < 20 else number)
-        images.append((spec, find(name) or file.parent / inside))  # a missing image counts as unreadable
+        path = find(name) or file.parent / inside  # a missing image counts as unreadable
+        if (group, path.resolve()) in counted:
+            raise UsageError(f"{where}: {name} is listed twice as {group} and would be counted twice. Remove a line.")
+        counted.add((group, path.resolve()))
+        images.append((spec, path))
     return images
 
 

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from sd_unlearn.choices import Precision
 from sd_unlearn.config.checks import check_evaluate
 from sd_unlearn.config.evaluate import EvaluateConfig
 from sd_unlearn.data.concept import Concept, Prompt
@@ -30,6 +32,7 @@ from sd_unlearn.io.reading import read_yaml
 from sd_unlearn.io.run_folder import CONFIG, DIFFUSERS_FILE, TRAINING
 from sd_unlearn.metrics.option_users import check_used
 from sd_unlearn.metrics.registry import MetricContext, check_metrics
+from sd_unlearn.models.device import choose_precision
 from sd_unlearn.models.find_base import find_base
 from sd_unlearn.models.recorded_base import OPTIONS, different_hash, recorded_source
 from sd_unlearn.models.source import Source
@@ -62,6 +65,11 @@ class EvaluationJob:
     @property
     def zero_terminal_snr(self) -> bool:
         return any(lora.zero_terminal_snr for lora in self.loras)
+
+    @cached_property
+    def precision(self) -> Precision:
+        """The precision in which images are generated: that of --mixed_precision, but full precision on a CPU."""
+        return choose_precision(self.config.mixed_precision)
 
     def give_up(self, lora: Lora, error: UnlearnError) -> None:
         """With --keep_going leave out a LoRA that cannot be applied; else raise the error."""

@@ -17,6 +17,7 @@ from sd_unlearn.io.files import atomic_path
 from sd_unlearn.io.paths import slugify
 from sd_unlearn.io.run_folder import IMAGE_DIR
 from sd_unlearn.metrics.base import CONCEPT_GROUPS
+from sd_unlearn.report.examples import one_of_each_prompt
 from sd_unlearn.report.metric_names import presence_order
 from sd_unlearn.results import BASE, Pair, PairCount
 
@@ -28,7 +29,9 @@ _Outcomes = tuple[SubjectImages, SubjectImages | None, NDArray[np.bool_], NDArra
 
 
 def pick_pairs(results: ConceptResults, folder: Path, count: int) -> list[Pair]:
-    """`count` pairs per subject and group, spread over its prompts, and up to `count` more that leak or are lost.
+    """`count` pairs per subject and group, and up to `count` more that leak or are lost.
+
+    They are the first image of each prompt, then the second of each, and so on.
 
     All subjects show the same prompts and seeds, so the report can place them side by side.
     """
@@ -68,8 +71,8 @@ def _choose(specs: Sequence[ImageSpec], leaks: NDArray[np.bool_], lost: NDArray[
     indices: list[int] = []
     for group in GROUPS:
         members = [n for n, spec in enumerate(specs) if spec.group == group]
-        stride = max(1, len(members) // max(1, count))
-        chosen = members[::stride][:count]
+        members = one_of_each_prompt(members, [specs[n].prompt.text for n in members])
+        chosen = members[:count]
         telling = leaks if group in CONCEPT_GROUPS else lost
         chosen += [n for n in members if telling[n] and n not in chosen][:count]
         indices += chosen
@@ -86,7 +89,8 @@ def _lost(results: ConceptResults, images: SubjectImages, base: SubjectImages | 
 
 def _leaks(results: ConceptResults, images: SubjectImages) -> NDArray[np.bool_]:
     """[N] whether the detector that gives the verdict finds the concept."""
-    return _first_values(results, images, *presence_order(results.concept.kind)) == 1
+    measured = {values.metric for values in results.values.get(images.subject, [])}
+    return _first_values(results, images, *presence_order(results.concept.kind, measured)) == 1
 
 
 def _first_values(results: ConceptResults, images: SubjectImages, *metrics: str) -> NDArray[np.float64]:

@@ -15,8 +15,8 @@ from sd_unlearn.evaluation.prompts import GROUPS, ImageSpec
 from sd_unlearn.io.images import is_flat
 from sd_unlearn.metrics.base import CONCEPT_GROUPS, KEEP_GROUPS, DetectorOutput
 from sd_unlearn.metrics.registry import READING, MetricContext, missing_evidence
-from sd_unlearn.report.metric_names import PRESENCE, presence_order
-from sd_unlearn.report.verdict import GONE
+from sd_unlearn.report.formatting import GONE
+from sd_unlearn.report.metric_names import presence_order
 from sd_unlearn.results import BASE, Problem, Row
 
 MAX_UNUSABLE = 0.01  # of a group's images
@@ -120,9 +120,9 @@ def face_problems(concept: str, rows: Sequence[Row], broken: Collection[str] = (
     return problems
 
 
-def never_problems(concept: Concept, rows: Iterable[Row]) -> list[Problem]:
+def never_problems(concept: Concept, rows: Sequence[Row]) -> list[Problem]:
     """A problem if the base itself hardly shows the concept, by the detector that gives the verdict."""
-    order = presence_order(concept.kind)
+    order = presence_order(concept.kind, {row.metric for row in rows})
     found = [row for row in rows if (row.subject, row.group) == (BASE, "direct") and row.metric in order]
     row = min(found, key=lambda row: order.index(row.metric), default=None)
     if row is None or row.high is None or row.high > GONE:
@@ -164,7 +164,8 @@ def evidence_problems(
         planned: The images are those of the plan, so they are compared with the base's.
     """
     own = [row for row in rows if row.subject == subject]
-    looked_for = any(row.metric in PRESENCE and row.group in CONCEPT_GROUPS for row in own)
+    detecting = presence_order(concept.kind, {row.metric for row in own})
+    looked_for = any(row.metric in detecting and row.group in CONCEPT_GROUPS for row in own)
     accuracies = [row for row in own if row.metric == "accuracy"]
     kept = [row.value or 0 for row in accuracies if row.group == "kept"]
     is_known = any(row.metric == "retention" and row.value is not None for row in own)

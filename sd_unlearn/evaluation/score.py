@@ -23,7 +23,7 @@ from sd_unlearn.evaluation.problems import (
 from sd_unlearn.evaluation.prompts import ImageSpec, to_prompted_images
 from sd_unlearn.io.images import image_size
 from sd_unlearn.metrics.base import KEEP_GROUPS, ImageValues, Metric, PairMetric
-from sd_unlearn.metrics.statistics import bootstrap_mean
+from sd_unlearn.metrics.statistics import distance_interval
 from sd_unlearn.results import BASE, Difference, Problem, Row
 
 
@@ -141,12 +141,12 @@ def _pair_rows(metric: PairMetric, concept: Concept, base: SubjectImages, other:
     distances = distances[~np.isnan(distances)]
     if not len(distances):
         return []
-    low, high = bootstrap_mean(distances)
+    low, high, interval = distance_interval(distances)
     mean, n = float(distances.mean()), len(distances)
     note = "of pairs of the same prompt and seed"
     if other_size := _other_size(base_paths, other_paths):
         note += f"; {other_size}"
-    row = Row(metric.metric, "kept", other.subject, mean, n, low, high, metric.name, "bootstrap", note, concept.slug)
+    row = Row(metric.metric, "kept", other.subject, mean, n, low, high, metric.name, interval, note, concept.slug)
     return [row]
 
 

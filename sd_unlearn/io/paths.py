@@ -8,6 +8,7 @@ import unicodedata
 import zlib
 from pathlib import Path
 
+_FOLDERS = re.compile(r"(?<![\w./:~])~?/(?:[^/\s]+/)+")  # those of an absolute path
 WEIGHTS_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 
 
@@ -34,3 +35,13 @@ def public_name(name: str) -> str:
     path = Path(name)
     is_private = path.is_absolute() or name.startswith(("~", "..")) or path.suffix in WEIGHTS_SUFFIXES
     return path.name if is_private and path.name else name
+
+
+def public_text(text: str, place: str) -> str:
+    """A message about a file or folder for published files: of absolute paths only the last part.
+
+    place: the path as it was given; it may hold spaces, at which other paths end.
+    """
+    for path in (os.path.abspath(place), str(Path(place))):
+        text = text.replace(path, public_name(path))
+    return _FOLDERS.sub("", text)

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sd_unlearn.metrics.base import KEEP_GROUPS, DetectorOutput, PromptedImages
-from sd_unlearn.metrics.statistics import bootstrap_mean
+from sd_unlearn.metrics.statistics import distance_interval
 from sd_unlearn.results import Row
 
 
@@ -23,6 +23,6 @@ def drift_rows(prompted: PromptedImages, base: DetectorOutput, output: DetectorO
     if not kept.any():
         return []
     drift = feature_drift(base["features"][kept], output["features"][kept])
-    low, high = bootstrap_mean(drift)
+    low, high, interval = distance_interval(drift)
     note = "1 - cosine of the detector's features, same prompt and seed"
-    return [Row("drift", "kept", "", float(drift.mean()), len(drift), low, high, detector, "bootstrap", note)]
+    return [Row("drift", "kept", "", float(drift.mean()), len(drift), low, high, detector, interval, note)]

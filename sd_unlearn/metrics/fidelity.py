@@ -18,6 +18,7 @@ from PIL import Image
 
 from sd_unlearn.errors import UnlearnError, UsageError, reason
 from sd_unlearn.io.images import UnreadableImage, image_files, open_image
+from sd_unlearn.io.paths import public_name
 from sd_unlearn.io.reading import file_sha256
 from sd_unlearn.metrics.base import (
     KEEP_GROUPS,
@@ -196,7 +197,7 @@ class InceptionFidelity(SetDistance):
             f"FID from {FID_FEWEST:,} images in each set",
             "FID is biased by the number of images: compare it only at equal numbers. It has no interval here. "
             "Both metrics are more sensitive to ImageNet's objects and textures than to faces.",
-            {"real": str(self.real)} if self.real else {},
+            {"real": public_name(str(self.real))} if self.real else {},
         )
 
     @cached_property
@@ -260,7 +261,7 @@ class Cmmd(SetDistance):
             self.encoder.weights,
             limits="The paper uses ViT-L-14-336 with OpenAI's weights; values of other models are not comparable. CLIP "
             "is more sensitive to content than to artefacts.",
-            extra={"real": str(self.real)} if self.real else {},
+            extra={"real": public_name(str(self.real))} if self.real else {},
         )
 
     def read(self, images: Sequence[Image.Image]) -> DetectorOutput:

@@ -34,7 +34,7 @@ def bootstrap(
 ) -> tuple[float, float]:
     """Percentile bootstrap interval of a statistic of a sample, resampled along its first axis.
 
-    Not for values of 0 and 1: if all are equal, so is every resample, and the interval has no width.
+    Not for equal values, as those of 0 and 1 often are: every resample is the same, and the interval has no width.
     """
     rng, n = np.random.default_rng(0), len(sample)
     values = [statistic(sample[rng.integers(0, n, n)]) for _ in range(resamples)]
@@ -42,8 +42,13 @@ def bootstrap(
     return float(low), float(high)
 
 
-def bootstrap_mean(values: NDArray[np.float64]) -> tuple[float, float]:
-    """`bootstrap(np.mean, values)` of values [N > 0], vectorized: the same numbers, many times faster."""
+def bootstrap_mean(values: NDArray[np.float64]) -> tuple[float, float] | tuple[None, None]:
+    """`bootstrap(np.mean, values)` of values [N > 0], vectorized: the same numbers, many times faster.
+
+    None if all values are equal: they do not say how much others would vary.
+    """
+    if (values == values[0]).all():
+        return None, None
     rng, n = np.random.default_rng(0), len(values)
     blocks = np.diff(np.linspace(0, RESAMPLES, _BLOCKS + 1).astype(int))
     means = np.concatenate([values[rng.integers(0, n, (rows, n))].mean(1) for rows in blocks])
@@ -51,12 +56,23 @@ def bootstrap_mean(values: NDArray[np.float64]) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def paired_difference(a: NDArray, b: NDArray, is_rate: bool) -> tuple[float, float, float, float]:
+def poisson_high(n: int) -> float:
+    """Upper end of the interval of a mean count if all n counts are 0, exact for a Poisson distribution: 3.7 / n."""
+    return -math.log(0.025) / n
+
+
+def distance_interval(distances: NDArray[np.float64]) -> tuple[float | None, float | None, str]:
+    """(low, high, its name) of the mean distance of pairs of images; exactly 0 if all images are unchanged."""
+    low, high = bootstrap_mean(distances) if distances.any() else (0.0, 0.0)
+    return low, high, "none" if low is None else "bootstrap"
+
+
+def paired_difference(a: NDArray, b: NDArray, is_rate: bool) -> tuple[float, float | None, float | None, float]:
     """(mean(a - b), low, high, p) of values [N > 0] of the same images.
 
     If the values are 0 or 1, the interval is `paired_rates` and p that of McNemar's exact test (a binomial test of the
-    images on which a and b disagree); else a paired bootstrap interval, and a permutation test that flips the signs of
-    the pairs. p is two-sided.
+    images on which a and b disagree); else a paired bootstrap interval (None if all differences are equal), and a
+    permutation test that flips the signs of the pairs. p is two-sided.
     """
     difference = np.asarray(a, dtype=float) - np.asarray(b, dtype=float)
     if is_rate:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sd_unlearn.errors import UsageError
-from sd_unlearn.io.reading import read_json
+from sd_unlearn.io.reading import json_sha256, read_json
 from sd_unlearn.models.checkpoint_header import (
     CheckpointHeader,
     kind_of_file,
@@ -93,6 +93,18 @@ class Source:
             return self.prediction_type or prediction_of_file(self.header, kind_of_file(self.header))
         schedule = self.config_of("scheduler", "scheduler_config.json")
         return schedule.get("prediction_type", "epsilon") if schedule else None
+
+    @property
+    def schedule(self) -> str:
+        """A short hash of the local scheduler configuration, which changes images as weights do; "" if there is none.
+
+        Single files come with their configuration, unless they are given one.
+        """
+        if self.is_file and not self.single_file_config:
+            return ""
+        config = self.config_of("scheduler", "scheduler_config.json")
+        settings = {key: value for key, value in config.items() if not key.startswith("_")}  # without class and version
+        return json_sha256(settings)[:8] if settings else ""
 
 
 def weights_in(folder: Path) -> set[tuple[str | None, str]]:

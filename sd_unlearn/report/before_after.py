@@ -30,7 +30,7 @@ class Shot:
     outcome: Outcome = "good"
     image: Embedded | None = None
     name: str = ""  # of the subject
-    given: bool = False  # from a folder of images
+    method: str = "LoRA"  # SubjectEntry.method
     crowded: bool = False  # may have more faces than boxes
 
     @property
@@ -158,7 +158,7 @@ def outcome_of(pair: Pair, is_target: bool) -> Outcome:
 def cards_of_pairs(results: Results, pairs: Sequence[tuple[Pair, Outcome]]) -> list[PairCard]:
     """One card per prompt and seed, with the LoRAs in the order of results.json."""
     place = {subject.id: i for i, subject in enumerate(results.subjects)}
-    names, what = labels(results.subjects), {subject.id: subject.what for subject in results.subjects}
+    names, methods = labels(results.subjects), {subject.id: subject.method for subject in results.subjects}
     cards: dict[tuple[Any, ...], PairCard] = {}
     for pair, outcome in sorted(pairs, key=lambda both: place[both[0].subject]):
         key = (pair.concept, pair.group, pair.prompt, pair.seed)
@@ -166,7 +166,7 @@ def cards_of_pairs(results: Results, pairs: Sequence[tuple[Pair, Outcome]]) -> l
         if not card.shots and pair.base:
             card.shots.append(_shot(BASE, pair.base, pair.base_read, pair.base_faces))
         shot = _shot(pair.subject, pair.image, pair.image_read, pair.faces, outcome)
-        shot.name, shot.given = names[pair.subject], what[pair.subject] == "images"
+        shot.name, shot.method = names[pair.subject], methods[pair.subject]
         card.shots.append(shot)
     return list(cards.values())
 

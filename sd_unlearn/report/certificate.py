@@ -9,13 +9,12 @@ from typing import Any
 from sd_unlearn.io.reading import file_sha256
 from sd_unlearn.io.run_folder import RESULTS
 from sd_unlearn.report.cases import Case
-from sd_unlearn.report.formatting import number, value_text
+from sd_unlearn.report.formatting import GONE, number, value_text
 from sd_unlearn.report.jinja import count
 from sd_unlearn.report.lines import Line, presence
 from sd_unlearn.report.metric_cards import MetricCard, cards_of
 from sd_unlearn.report.metric_names import PRESENCE, REPORT_ONLY, group_name
 from sd_unlearn.report.reproduce import base_record
-from sd_unlearn.report.verdict import GONE
 from sd_unlearn.results import ATTACK_METRIC, Results
 
 MOST = 12  # lines of the table; the report has all of them
@@ -28,9 +27,14 @@ ATTACKED = (
     "Only the prompts and attacks counted here were tried. Other wordings, or stronger attacks, with more steps or "
     "another start, may bring more back."
 )
+HOLDS_FOR = {  # by SubjectEntry.method
+    "LoRA": "The values hold for this LoRA file at this strength, on this base, with this sampler. Without the LoRA "
+    "the base generates the concept as before.",
+    "safe latent diffusion": "The values hold for safe latent diffusion with these settings, on this base, with this "
+    "sampler. Without it the base generates the concept as before.",
+    "": "The values hold for the given images. How they were generated was not checked.",
+}
 LIMITS = (
-    "The values hold for this LoRA file at this strength, on this base, with this sampler. Without the LoRA the base "
-    "generates the concept as before.",
     "Detectors make errors; their known errors are listed with them. The intervals cover the random choice of images, "
     "not detector errors.",
 )
@@ -56,10 +60,10 @@ def _page(case: Case, cards: Mapping[str, MetricCard]) -> dict[str, Any]:
         "case": case,
         "lines": shown,
         "left_out": _further(shown, left_out),
-        "limits": (LIMITS[0], ATTACKED if case.attacks else NOT_ATTACKED, *LIMITS[1:]),
+        "limits": (HOLDS_FOR[case.subject.method], ATTACKED if case.attacks else NOT_ATTACKED, *LIMITS),
         "remaining": remaining(case),
         "detectors": [cards[detector] for detector in detectors],
-        "untried": [group_name(group) for group in ("held_out", "alike", "general") if not _measured(case, group)],
+        "untried": _untried(case),
     }
 
 
@@ -106,6 +110,9 @@ def _remaining(line: Line | None, way: str) -> str:
     return f"{text}; with the base alone, {value_text(line.base)}." if line.base else f"{text}."
 
 
-def _measured(case: Case, group: str) -> bool:
-    groups = {group} if group == "held_out" else {group, "kept"}  # kept covers alike and general
-    return any(line.group in groups for line in case.lines)
+def _untried(case: Case) -> list[str]:
+    """The prompt groups without a line. A line of `kept` is of look-alikes, of anything else, or of both."""
+    measured = {line.group for line in case.lines}
+    if "kept" in measured and not measured & {"alike", "general"}:
+        measured |= {"alike", "general"}
+    return [group_name(group) for group in ("held_out", "alike", "general") if group not in measured]

@@ -133,7 +133,7 @@ def _size(difference: Difference, value: float | None) -> str:
 
 
 def p_value(difference: Difference) -> float | None:
-    """p corrected for all comparisons, or uncorrected if only that is known."""
+    """p corrected for the comparisons of its metric and group, or uncorrected if only that is known."""
     return difference.p if difference.p_holm is None else difference.p_holm
 
 

@@ -21,5 +21,6 @@ def rows_csv(rows: Iterable[tuple[Mapping[str, Any], Row]], columns: Sequence[st
     writer = csv.DictWriter(memory, names, lineterminator="\n")
     writer.writeheader()
     for leading, row in rows:
-        writer.writerow({**leading, **dataclasses.asdict(row), "seeds": " ".join(map(str, row.seeds or ()))})
+        seeds = " ".join("nan" if value is None else str(value) for value in row.seeds or ())
+        writer.writerow({**leading, **dataclasses.asdict(row), "seeds": seeds})
     return memory.getvalue()

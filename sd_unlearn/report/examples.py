@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
+from typing import TypeVar
 
 from sd_unlearn.report.before_after import Outcome, PairCard, cards_of_pairs, embed_cards, outcome_of
 from sd_unlearn.report.cases import Case
@@ -14,6 +15,7 @@ from sd_unlearn.results import Pair, Results
 
 SHOWN = 4
 ASKED, KEPT = ("direct", "held_out", "generic"), ("alike", "general")  # prompt groups, in order of preference
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -50,14 +52,18 @@ def _queue(results: Results, case: Case, groups: Sequence[str]) -> list[Pair]:
     if case.standing != "gone":
         faults = [p for members in by_group for p in members if outcome_of(p, case.is_target) != "good"][:1]
         pairs = faults + [p for p in pairs if p not in faults]
-    return one_of_each_prompt(pairs)
+    return one_of_each_prompt(pairs, [pair.prompt for pair in pairs])
 
 
-def one_of_each_prompt(pairs: Sequence[Pair]) -> list[Pair]:
-    """The first pair of each prompt, then the second of each, and so on."""
+def one_of_each_prompt(items: Sequence[T], prompts: Sequence[str]) -> list[T]:
+    """The first item of each prompt, then the second of each, and so on.
+
+    Args:
+        prompts: The prompt of each item.
+    """
     seen: Counter[str] = Counter()
     turns = []
-    for pair in pairs:
-        turns.append(seen[pair.prompt])
-        seen[pair.prompt] += 1
-    return [pair for _, pair in sorted(zip(turns, pairs, strict=True), key=lambda both: both[0])]
+    for prompt in prompts:
+        turns.append(seen[prompt])
+        seen[prompt] += 1
+    return [item for _, item in sorted(zip(turns, items, strict=True), key=lambda both: both[0])]

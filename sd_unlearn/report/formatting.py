@@ -9,6 +9,7 @@ from sd_unlearn.report.metric_names import METRICS, known_as
 from sd_unlearn.results import Row
 
 NONE = "–"
+GONE = 0.05  # a concept is gone when the whole interval of its leakage lies at or below this
 LARGEST = 1e15  # magnitude of a value that is printed or drawn; larger ones are treated as unknown
 WITHOUT = "without the LoRA"
 
@@ -31,8 +32,9 @@ def number(value: float | None, row: Row) -> str:
     if not is_rate(row):
         return f"{value:,.3g}" if abs(value) < 1000 else f"{value:,.0f}"
     share, digits = 100 * value, 1 if row.n >= 100 else 0
-    # 99.97 % must not be printed as 100 %, nor 0.02 % as 0 %: only exact values may be
-    while digits < 4 and share not in (0, 100) and round(share, digits) in (0, 100):
+    # 99.97 % must not be printed as 100 %, nor 5.03 % as 5 %, the limit of a verdict: only exact values may be
+    exact = (0, 100, 100 * GONE)
+    while digits < 4 and share not in exact and round(share, digits) in exact:
         digits += 1
     return f"{share:.{digits}f} %"
 

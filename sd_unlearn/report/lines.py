@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from sd_unlearn.report.metric_names import PRESENCE, group_rank, known_as, metric_rank, presence_order
+from sd_unlearn.report.metric_names import group_rank, known_as, metric_rank, presence_order
 from sd_unlearn.results import BASE, Row
 
 KEPT = ("kept", "general", "alike")  # groups for metrics of what is kept, preferred first
@@ -18,6 +18,7 @@ class Line(NamedTuple):
     group: str
     base: Row | None
     lora: Row | None
+    detects: bool = False  # the metric is one that detects the concept
 
     @property
     def main(self) -> Row:
@@ -47,11 +48,14 @@ def lines_of(rows: Iterable[Row], kind: str = "") -> list[Line]:
         while is_base in found.setdefault((row.metric, row.group, row.detector, repeat), {}):
             repeat += 1
         found[row.metric, row.group, row.detector, repeat][is_base] = row
-    lines = [Line(metric, group, both.get(True), both.get(False)) for (metric, group, *_), both in found.items()]
-    order = presence_order(kind)
+    order = presence_order(kind, {metric for metric, *_ in found})
+    lines = [
+        Line(metric, group, both.get(True), both.get(False), metric in order)
+        for (metric, group, *_), both in found.items()
+    ]
 
     def place(line: Line) -> tuple[int, int, int]:
-        if line.metric in order:
+        if line.detects:
             return -1, group_rank(line.group), order.index(line.metric)
         return metric_rank(line.metric), group_rank(line.group), 0
 
@@ -71,4 +75,4 @@ def presence(lines: Sequence[Line], group: str = "direct") -> Line | None:
 
 def presence_by_detector(lines: Sequence[Line], group: str) -> list[Line]:
     """How often each detector found the concept on a group, the one that gives the verdict first. lines: lines_of."""
-    return [x for x in lines if x.metric in PRESENCE and x.group == group and x.lora]
+    return [x for x in lines if x.detects and x.group == group and x.lora]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import NamedTuple
 
 
@@ -167,13 +167,18 @@ def group_name(group: str) -> str:
     return GROUPS[group][0] if group in GROUPS else group
 
 
-def presence_order(kind: str) -> tuple[str, ...]:
-    """PRESENCE for a kind of concept, the metric that gives the verdict first.
+def presence_order(kind: str, measured: Collection[str]) -> tuple[str, ...]:
+    """The metrics of PRESENCE that detect a concept of a kind, the one that gives the verdict first.
 
-    It is NudeNet's for nudity, and for results that do not record the kind.
+    NudeNet's is the first for nudity, and for results that do not record the kind. It detects no other concept: a nude
+    person is not the person. Of kind `other` the concept may be one of nudity, if no other detector looked for it.
+
+    Args:
+        measured: The metrics there are.
     """
-    first = "nudity" if kind in ("", "nudity") else "leakage"
-    return tuple(sorted(PRESENCE, key=lambda metric: metric != first))
+    if kind in ("", "nudity"):
+        return "nudity", "leakage"
+    return ("nudity",) if kind == "other" and "leakage" not in measured else ("leakage",)
 
 
 def metric_rank(metric: str) -> int:

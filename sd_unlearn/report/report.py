@@ -18,14 +18,14 @@ from sd_unlearn.io.lock import remove_leftovers
 from sd_unlearn.io.own_files import check_own_reports
 from sd_unlearn.io.paths import public_name
 from sd_unlearn.io.reading import read_json, read_jsonl, read_yaml
-from sd_unlearn.report import charts, compare, metric_cards, reproduce, training_curves, verdict
+from sd_unlearn.report import charts, compare, metric_cards, reproduce, training_curves
 from sd_unlearn.report.attacks import attack_note, attack_sections
 from sd_unlearn.report.before_after import before_after, with_known_faces
 from sd_unlearn.report.cases import Case, cases_of
 from sd_unlearn.report.certificate import certificate
 from sd_unlearn.report.csv_table import rows_csv
 from sd_unlearn.report.examples import examples
-from sd_unlearn.report.formatting import finite, is_rate, listed
+from sd_unlearn.report.formatting import GONE, finite, is_rate, listed
 from sd_unlearn.report.headline import answers
 from sd_unlearn.report.jinja import environment, script
 from sd_unlearn.report.lines import Line
@@ -42,17 +42,25 @@ ATTACKED = (
     "Only the prompts and attacks listed were tried. Stronger attacks, with more steps or another start, may bring "
     "more back."
 )
+FORGETS = {  # by SubjectEntry.method
+    "LoRA": "The LoRA does the forgetting. At weight 0, or without the file, the base generates the concept as before: "
+    "this does not protect against anyone who has the base.",
+    "safe latent diffusion": "Safe latent diffusion only guides the sampling. Without it the base generates the "
+    "concept as before: this does not protect against anyone who has the base.",
+    "": "Images were given. How they were generated, and what other images of the same model show, is not known.",
+}
 LIMITS = (
-    "The LoRA does the forgetting. At weight 0, or without the file, the base generates the concept as before: this "
-    "does not protect against anyone who has the base.",
     "The detector is a program and makes errors. It also looked at the base's images, so compare the two columns "
     "rather than trust a single value.",
     NOT_ATTACKED,
     "An interval covers the random choice of images. It covers neither the detector's errors nor what another training "
     "seed would have given.",
-    "The values hold for this base, sampler and guidance scale. Other bases, and other LoRAs loaded together with this "
-    "one, were not tried.",
 )
+HOLDS_FOR = {
+    "LoRA": "The values hold for this base, sampler and guidance scale. Other bases, and other LoRAs loaded together "
+    "with this one, were not tried.",
+    "safe latent diffusion": "The values hold for this base, sampler and guidance scale. Other bases were not tried.",
+}
 LIMIT_OF_SEVERAL = (
     "A LoRA chosen because it looks best among many will look a little worse on new images. Evaluate it again with "
     "another --seed."
@@ -144,7 +152,7 @@ def context(folder: Path, results: Results, config: ReportConfig) -> dict[str, A
         "base": reproduce.base_record(training.get("base"), results.base),
         "verdict": title[0],
         "explanation": title[1],
-        "gone": verdict.GONE,
+        "gone": GONE,
         "bar_end": max([1.0, *(end for case in cases for end in _bar_ends(case.lines))]),
         "terms": explanations(row.metric for row in results.rows),
         "summary": concepts,
@@ -171,7 +179,10 @@ def context(folder: Path, results: Results, config: ReportConfig) -> dict[str, A
 
 def _limits(results: Results, is_single: bool) -> list[str]:
     """What the values do not say. With attacks, that only these were tried."""
+    methods = {subject.method for subject in results.compared}
     limits = [ATTACKED if limit == NOT_ATTACKED and results.attacks else limit for limit in LIMITS]
+    limits = [*(text for method, text in FORGETS.items() if method in methods), *limits]
+    limits += [text for method, text in HOLDS_FOR.items() if method in methods][:1]  # that of LoRAs says more
     return limits if is_single else [*limits, LIMIT_OF_SEVERAL]
 
 
@@ -222,7 +233,18 @@ def _details(folder: Path, case: Case, results: Results, training: dict[str, Any
 def _settings(folder: Path) -> dict[str, Any]:
     """The options of the training, paths without the user's folders; empty without config.yaml."""
     settings = _optional(folder / run_folder.CONFIG, lambda path: read_yaml(path, "--run")) or {}
-    return {key: public_name(value) if isinstance(value, str) else value for key, value in settings.items()}
+    return {key: _public(value) for key, value in settings.items()}
+
+
+def _public(value: Any) -> Any:
+    """An option without the user's folders, also in lists and in name=/folder."""
+    if isinstance(value, list):
+        return [_public(item) for item in value]
+    if not isinstance(value, str):
+        return value
+    name, equals, path = value.partition("=")
+    public = public_name(value)
+    return f"{name}={public_name(path)}" if equals and public == value else public
 
 
 def _optional(path: Path, read: Callable[[Path], T]) -> T | None:

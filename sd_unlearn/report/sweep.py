@@ -12,13 +12,12 @@ from sd_unlearn.report.before_after import Outcome as Shown
 from sd_unlearn.report.before_after import PairCard, Shot, embed_cards
 from sd_unlearn.report.csv_table import rows_csv
 from sd_unlearn.report.factors import Outcome, advise
-from sd_unlearn.report.formatting import value_text
+from sd_unlearn.report.formatting import GONE, value_text
 from sd_unlearn.report.jinja import environment
 from sd_unlearn.report.lines import KEPT, Line, lines_of, pick, presence
 from sd_unlearn.report.metric_names import explanations, group_name, metric_name
 from sd_unlearn.report.reproduce import base_record
 from sd_unlearn.report.scatter import Mark, scatter_chart
-from sd_unlearn.report.verdict import GONE
 from sd_unlearn.results import BASE, Problem, Row
 
 SCHEMA_VERSION = 1

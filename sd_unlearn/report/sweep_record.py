@@ -97,7 +97,7 @@ def _pictures(points: list[Point], results: list[Results]) -> list[dict[str, Any
     pictures = []
     for group, count in PICTURES.items():
         common = [p for key, p in by_run[0].items() if p.group == group and all(key in pairs for pairs in by_run)]
-        for pair in one_of_each_prompt(common)[:count]:
+        for pair in one_of_each_prompt(common, [pair.prompt for pair in common])[:count]:
             key = (pair.group, pair.prompt, pair.seed)
             shots = [
                 {"factor": point.factor, "image": f"{point.name}/{own.image}", "read": own.image_read}

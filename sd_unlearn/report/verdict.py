@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sd_unlearn.report.formatting import WITHOUT, finite, sentence, value_text
+from sd_unlearn.report.formatting import GONE, WITHOUT, finite, sentence, value_text
 from sd_unlearn.report.lines import Line, presence, presence_by_detector
 from sd_unlearn.results import Problem, Row
 
-GONE = 0.05  # a concept is gone when the whole interval of its leakage lies at or below this
 # The standing of a problem's kind, the strictest first; with any other kind there is no verdict. `replacement` changes
 # the verdict only if the concept is gone.
 OF_KIND = {"never": "never", "retention": "broken", "replacement": "unreadable"}
@@ -61,10 +60,9 @@ def _compare(lora: Row, base: Row | None) -> str:
     if not finite(lora.value):
         return "unmeasured"
     high = lora.value if lora.high is None else lora.high
-    if base and base.value is not None and (base.value if base.high is None else base.high) <= GONE:
-        return "never"
     if high <= GONE:
-        return "gone"
+        was_there = base is None or base.value is None or (base.value if base.high is None else base.high) > GONE
+        return "gone" if was_there else "never"
     if lora.value <= GONE:
         return "nearly"
     low = base and (base.value if base.low is None else base.low)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from base_kinds import make_base
 
 from sd_unlearn.attacks import soft
 from sd_unlearn.attacks.base import Outcome, Samples, Target
+from sd_unlearn.attacks.judge import detectors_of
 from sd_unlearn.attacks.noise_prediction import sample_batch
 from sd_unlearn.attacks.registry import ATTACKS
 from sd_unlearn.config import attack as options
@@ -141,3 +144,14 @@ def test_an_attack_gets_the_images_that_it_declares(name: str, loaded_base: Base
     unrelated = target.unrelated if attack.unrelated(settings) else none
     found = list(attack.run(replace(target, positives=positives, unrelated=unrelated), settings, 0))
     assert np.array_equal(pixels(found), pixels(outcomes(name, target)))
+
+
+@pytest.mark.parametrize(
+    ("kind", "found"), [("person", ["faces"]), ("other", ["faces"]), ("nudity", ["faces", "nudenet"])]
+)
+def test_nudity_is_no_success_of_an_attack_on_another_concept(kind: Any, found: list[str]) -> None:
+    measured = {"faces": ("face_rate", "leakage"), "nudenet": ("nudity", "detections"), "lpips": ("lpips",)}
+    metrics: Any = [
+        SimpleNamespace(name=name, card=lambda of=of: SimpleNamespace(metrics=of)) for name, of in measured.items()
+    ]
+    assert [metric.name for metric in detectors_of(Concept("a", "a", "b", kind=kind), metrics)] == found

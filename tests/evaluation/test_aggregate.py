@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,8 @@ from sd_unlearn.evaluation import aggregate
 from sd_unlearn.evaluation.detections import Detections
 from sd_unlearn.metrics.base import DetectorOutput, ImageValues, PromptedImages
 from sd_unlearn.metrics.statistics import holm, paired_rates, wilson
-from sd_unlearn.results import Row
+from sd_unlearn.report.formatting import per_seed
+from sd_unlearn.results import Row, as_json
 
 CONCEPT = Concept("seven", "a seven", "a digit")
 GROUPS = ["direct"] * 4 + ["alike"] * 3 + ["general"] * 3
@@ -75,6 +77,15 @@ def test_rate_has_a_wilson_interval() -> None:
     assert ("leakage", "kept") not in found
     assert found["brightness", "direct"].value == 0.25
     assert found["brightness", "direct"].interval == "bootstrap"
+
+
+def test_means_of_equal_values_have_no_interval_without_width() -> None:
+    """What 4 images without detections leave possible; other equal values do not say how much others vary."""
+    none = rows(see("mine", [0] * 10))["brightness", "direct"]
+    assert (none.value, none.low, none.interval) == (0, 0, "poisson")
+    assert none.high == pytest.approx(3.69 / 4, abs=1e-3)
+    two = rows(see("mine", [2] * 10))["brightness", "direct"]
+    assert (two.value, two.low, two.high, two.interval) == (2, None, None, "none")
 
 
 def test_unreadable_images_are_unknown_in_rates_and_left_out_of_means() -> None:
@@ -142,6 +153,14 @@ def test_several_seeds_have_their_own_values() -> None:
     assert rows(see("mine", [1] * 10))["leakage", "direct"].seeds is None
 
 
+def test_a_seed_with_only_unreadable_images_has_no_value_and_no_nan() -> None:
+    prompted = make_prompted(["direct"] * 4, [0, 0, 1, 1])
+    found = rows(see("mine", [1, 0, 9, 9], [True, True, False, False]), prompted=prompted)
+    assert found["leakage", "direct"].seeds == (0.5, None)
+    assert json.dumps(as_json(found["leakage", "direct"]), allow_nan=False)
+    assert per_seed(found["leakage", "direct"]) == "by seed 50 %, –"
+
+
 def test_sets_are_compared_on_images_readable_for_both() -> None:
     base = see("base", [0] * 10, [n != 0 for n in range(10)])
     mine = see("mine", [1] * 10, [n != 9 for n in range(10)])
@@ -173,7 +192,8 @@ def test_differences_are_paired_signed_and_corrected() -> None:
     family = [d for key, d in found.items() if key[:2] == ("leakage", "direct")]
     assert [d.p_holm for d in family] == holm([d.p for d in family])
     of_means = found["brightness", "direct", "a", "base"]
-    assert (of_means.value, of_means.interval) == (-1, "paired-bootstrap")
+    assert (of_means.value, of_means.low, of_means.interval) == (-1, None, "none")  # on all images
+    assert found["brightness", "direct", "b", "a"].interval == "paired-bootstrap"
 
 
 def test_differences_without_a_base() -> None:

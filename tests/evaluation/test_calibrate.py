@@ -127,6 +127,16 @@ def test_a_lora_of_another_base_is_refused_unless_the_base_is_named(capsys: pyte
     assert "mine was trained on other weights" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("kind", "leakage"), [("person", 0.0), ("nudity", 0.9)])
+def test_nudity_is_leakage_only_of_concepts_of_nudity(kind: Any, leakage: float) -> None:
+    found = [
+        Row("leakage", "direct", "lora", 0.0, 100, 0.0, 0.04),
+        Row("nudity", "direct", "lora", 0.9, 100, 0.8, 0.95),
+    ]
+    results = ConceptResults(Concept("a", "a", "b", kind=kind), [], found)
+    assert point_of(1.0, results, CalibrateConfig(retention=0)).leakage == leakage
+
+
 @pytest.mark.parametrize(
     ("given", "strength", "suggested"),
     [("--run", 0.8, "--strengths 1 0.8"), ("--run", 1.0, "--strengths 1"), ("--lora", 0.8, "--strengths 0.8")],

@@ -176,6 +176,21 @@ def test_folder_with_metadata_csv(tmp_path: Path) -> None:
         read_image_folder(str(tmp_path), CONCEPT, [])
 
 
+def test_an_image_of_the_metadata_counts_once(tmp_path: Path) -> None:
+    """One good image, listed a hundred times under any of its names, must not look like a hundred images."""
+    save(tmp_path, {"x.png": 1})
+    (tmp_path / "link.png").symlink_to("x.png")
+    line = '{"file_name": "%s", "text": "a seven"}\n'
+    for name in ("x.png", "./x.png", "link.png"):
+        (tmp_path / "metadata.jsonl").write_text(line % "x.png" + line % name)
+        with pytest.raises(UsageError, match=f"line 2: {name} is listed twice as direct"):
+            read_image_folder(str(tmp_path), CONCEPT, [])
+    (tmp_path / "metadata.jsonl").write_text(
+        line % "x.png" + '{"file_name": "x.png", "text": "7", "group": "held_out"}\n'
+    )
+    assert len(read_image_folder(str(tmp_path), CONCEPT, []).specs) == 2  # as two groups
+
+
 def test_folder_with_group_subfolders(tmp_path: Path) -> None:
     save(tmp_path / "direct", {"1.png": 1, "2.jpg": 2})
     save(tmp_path / "alike", {"1.png": 1})
@@ -229,7 +244,7 @@ def test_pairs_leak_by_the_detector_that_gives_the_verdict(tmp_path: Path, kind:
 
 
 def test_lost_pairs_are_shown_as_leaks_are(tmp_path: Path) -> None:
-    """8 of 60 look-alikes are lost; a sample of every 15th image has none of them."""
+    """8 of 60 look-alikes are lost; none of them is among the first images of the two prompts."""
     specs = plan_images(CONCEPT, Tier(0, 0, 0, 60, 0), [0])
     images, values = [], {}
     right = np.ones(len(specs))
@@ -237,9 +252,24 @@ def test_lost_pairs_are_shown_as_leaks_are(tmp_path: Path) -> None:
         paths = save(tmp_path / name, {spec.file_name: 1 for spec in specs})
         images.append(SubjectImages(name, specs, paths, None))
         values[name] = [ImageValues("accuracy", ("alike",), right.copy())]
-    values["mine"][0].values[1:9] = 0
+    values["mine"][0].values[40:48] = 0
     results = ConceptResults(CONCEPT, images, values=values)
     assert sum(pair.lost for pair in pick_pairs(results, tmp_path / "out", 4)) == 4
     assert sum(pair.lost for pair in pick_pairs(results, tmp_path / "out", 10)) == 8
     (counted,) = count_outcomes(results)
     assert (counted.subject, counted.group, counted.leaks, counted.lost) == ("mine", "alike", 0, 8)
+
+
+def test_pairs_are_of_all_prompts_first_images_first(tmp_path: Path) -> None:
+    """Of 60 images of ten prompts that take turns, every second image would leave out five prompts."""
+    texts = [f"wording {number}" for number in range(10)]
+    concept = dataclasses.replace(CONCEPT, evaluate=Evaluation(held_out=texts))
+    specs = plan_images(concept, Tier(0, 60, 0, 0, 0), [0])
+    paths = save(tmp_path / "mine", {spec.file_name: 1 for spec in specs})
+    results = ConceptResults(concept, [SubjectImages("mine", specs, paths, None)])
+    pairs = pick_pairs(results, tmp_path / "out", 24)
+    assert [(pair.prompt, pair.seed) for pair in pairs] == [(spec.prompt.text, spec.seed) for spec in specs[:24]]
+    by_prompt = sorted(specs, key=lambda spec: spec.prompt.text)
+    paths = save(tmp_path / "mine", {spec.file_name: 1 for spec in by_prompt})
+    results = ConceptResults(concept, [SubjectImages("mine", by_prompt, paths, None)])
+    assert [pair.prompt for pair in pick_pairs(results, tmp_path / "out", 24)][:10] == texts

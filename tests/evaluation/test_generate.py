@@ -6,9 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from conftest import scheduled
+from evaluation_runs import make_run
 
-from sd_unlearn.evaluation.generate import ImageCache
+from sd_unlearn.config.evaluate import EvaluateConfig
+from sd_unlearn.evaluation.evaluate import assemble
+from sd_unlearn.evaluation.generate import BaseLoader, ImageCache, image_cache
+from sd_unlearn.evaluation.job import resolve_job
+from sd_unlearn.io.files import write_json
+from sd_unlearn.io.reading import read_json
 from sd_unlearn.models.sampling import Sampler
+from sd_unlearn.models.source import BUNDLED, Source
 
 
 def folder(name: str, **record: Any) -> str:
@@ -26,3 +35,33 @@ def test_images_of_another_prediction_type_are_not_reused(name: str) -> None:
 
 def test_the_configuration_of_other_bases_says_what_they_predict() -> None:
     assert len({folder("owner/sd2", prediction_type=predicted) for predicted in ("epsilon", "v_prediction")}) == 1
+
+
+def test_images_of_another_schedule_are_not_reused(tiny_base: Path, tmp_path: Path) -> None:
+    """A corrected scheduler_config.json of a folder changes all images, but no weights."""
+    base, folders = scheduled(tiny_base, tmp_path / "base"), list[Path]()
+    run, file = make_run(tmp_path / "run", base), base / "scheduler" / "scheduler_config.json"
+    for settings in ({}, {"prediction_type": "v_prediction"}, {"beta_schedule": "linear"}):
+        write_json(file, read_json(file) | settings)
+        for named in (None, str(base)):  # known from the run's record, or loaded
+            job = resolve_job(EvaluateConfig(lora=[str(run)], pretrained_model_name_or_path=named, num_images=1))
+            folders.append(image_cache(job, BaseLoader(job)).base_folder)
+    assert len(set(folders[0::2])) == len(set(folders[1::2])) == 3
+
+
+@pytest.mark.parametrize("name", ["digits", "digits-sd3"])
+def test_images_of_copies_of_bundled_bases_keep_their_folders(name: str) -> None:
+    assert folder("copies/digits", schedule=Source(str(BUNDLED[name])).schedule) == folder("copies/digits")
+
+
+def test_images_from_a_cpu_are_in_full_precision_whatever_was_asked_for(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    run = str(make_run(tmp_path / "run", tiny_base))
+    jobs = [resolve_job(EvaluateConfig(lora=[run], mixed_precision=precision)) for precision in ("no", "fp16")]
+    plain, asked = (image_cache(job, BaseLoader(job)) for job in jobs)
+    assert asked.base_folder == plain.base_folder
+    assert assemble(jobs[1], asked, [], [])["sampler"]["mixed_precision"] == "no"
+    said = "No CUDA device: computing in full precision on the CPU instead of fp16."
+    assert capsys.readouterr().err.count(said) == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,23 @@ def test_it_is_compared_like_a_lora_and_cached(
     monkeypatch.setattr(sampling, "generate_images", pytest.fail)
     evaluate.run(config)
     report.run(ReportConfig(run=tmp_path / "out"))
-    assert "sld-max" in (tmp_path / "out" / "report.html").read_text()
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "sld-max" in page
+    assert "The LoRA does the forgetting." in page
+    assert "Safe latent diffusion only guides the sampling." in page
+
+
+def test_a_report_on_it_alone_names_it(tiny_base: Path, tmp_path: Path) -> None:
+    config = EvaluateConfig(**FEW, sld=["max"], concept=["seven"], pretrained_model_name_or_path=str(tiny_base))
+    evaluate.run(dataclasses.replace(config, cache_dir=tmp_path / "cache", output_dir=tmp_path / "out"))
+    assert read_results(tmp_path / "out").subjects[1].method == "safe latent diffusion"
+    report.run(ReportConfig(run=tmp_path / "out", certificate=True))
+    for name in ("report.html", "report.md", "certificate.html"):
+        page = (tmp_path / "out" / name).read_text()
+        assert "given images" not in page.lower(), name
+        assert "afe latent diffusion" in page, name
+        assert "The LoRA does the forgetting" not in page, name
+        assert "for this LoRA file" not in page, name
 
 
 def test_a_subject_for_each_preset_and_concept(tiny_base: Path) -> None:

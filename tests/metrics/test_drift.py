@@ -32,3 +32,7 @@ def test_drift_rows_cover_keep_prompts() -> None:
     (row,) = drift_rows(prompted, base, moved, "a reader")
     assert (row.metric, row.group, row.subject, row.value, row.n) == ("drift", "kept", "", 0.5, 2)
     assert drift_rows(make_prompted(seven, [("direct", "a", ())]), base, moved, "a reader") == []
+    (same,) = drift_rows(prompted, base, base, "a reader")
+    assert (same.value, same.low, same.high) == (0, 0, 0)
+    (equal,) = drift_rows(prompted, base, {"features": -base["features"]}, "a reader")
+    assert (equal.value, equal.low, equal.high, equal.interval) == (2, None, None, "none")

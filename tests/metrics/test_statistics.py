@@ -55,10 +55,11 @@ def test_bootstrap_of_a_mean_is_the_normal_interval() -> None:
     assert bootstrap(np.mean, np.full(9, 0.5)) == (0.5, 0.5)
 
 
-@pytest.mark.parametrize("n", [1, 2, 78, 3001])
+@pytest.mark.parametrize("n", [2, 78, 3001])
 def test_bootstrap_mean_equals_the_bootstrap_of_the_mean(n: int) -> None:
     sample = RNG.normal(size=n)
     assert bootstrap_mean(sample) == bootstrap(np.mean, sample)
+    assert bootstrap_mean(sample[:1]) == bootstrap_mean(np.full(n, 0.3)) == (None, None)
 
 
 @pytest.mark.parametrize("n", [1, 7, 200])
@@ -73,7 +74,7 @@ def test_paired_difference_is_antisymmetric_and_zero_for_equal_values() -> None:
     a, b = rng.integers(0, 2, 80).astype(float), rng.integers(0, 2, 80).astype(float)
     value, low, high, p = paired_difference(a, a, True)
     assert (value, p, low) == (0, 1, pytest.approx(-high))
-    assert paired_difference(a, a, False) == (0, 0, 0, 1)
+    assert paired_difference(a, a, False) == (0, None, None, 1)
     one, other = paired_difference(a, b, True), paired_difference(b, a, True)
     assert one[0] == pytest.approx(-other[0])
     assert (one[1], one[2]) == pytest.approx((-other[2], -other[1]), abs=1e-12)

@@ -190,6 +190,12 @@ def test_image_folders_without_a_base_have_a_page(tmp_path, results):
     _, page = page_of(tmp_path, certificate=True)
     assert "MACE pictures" in page.text
     assert "Given images" in page.text
+    markdown = (tmp_path / "report.md").read_text(encoding="utf-8")
+    certified = Page((tmp_path / "certificate.html").read_text(encoding="utf-8")).text
+    for text in map(plain, (page.text, markdown, certified)):
+        assert "How they were generated" in text
+        assert not re.search("The LoRA does the forgetting|this LoRA file|loaded together", text)
+    assert "| base | 95 % interval | given images |" in markdown
     assert sum("frame" in (a.get("class") or "") for _, a in page.tags) == 2  # as an example and as a pair
 
 
@@ -444,11 +450,18 @@ def test_certificate_states_the_upper_end_with_any_verdict(results):
 
 
 def test_certificate_lists_groups_that_were_not_tried(tmp_path, results):
-    rows = [r for r in results["rows"] if r["group"] == "direct"]
-    rewrite(tmp_path, results, rows=rows)
-    run(ReportConfig(run=tmp_path, certificate=True))
-    text = plain(Page((tmp_path / "certificate.html").read_text(encoding="utf-8")).text)
-    assert "Not tried: other wordings, look-alikes, anything else." in text
+    direct = [r for r in results["rows"] if r["group"] == "direct"]
+    lora = next(r for r in direct if r["subject"] != "base")
+    lpips, accuracy = (lora | {"metric": m, "group": g} for m, g in (("lpips", "kept"), ("accuracy", "general")))
+    for kept, missing in (
+        ([], "other wordings, look-alikes, anything else"),
+        ([lpips], "other wordings"),  # of one of the two groups of retained prompts, or of both
+        ([lpips, accuracy], "other wordings, look-alikes"),
+    ):
+        rewrite(tmp_path, results, rows=direct + kept)
+        run(ReportConfig(run=tmp_path, certificate=True))
+        pages = plain(Page((tmp_path / "certificate.html").read_text(encoding="utf-8")).text)
+        assert f"Not tried: {missing}." in pages
 
 
 def test_no_certificate_without_the_option(tmp_path, results):

@@ -35,7 +35,7 @@ def test_cannot_tell_with_the_reason_in_every_file(tmp_path: Path, subject: str)
         text = plain((tmp_path / name).read_text())
         assert REASON in text.replace("**", ""), name
         assert "Cannot tell" in text or "cannot tell" in text
-        assert '<h2 id="summary">Gone' not in text
+        assert 'class="standing gone"' not in text
         assert "**Gone" not in text
     assert "“seven”: cannot tell" in (tmp_path / "certificate.html").read_text()
     assert format_table(parsed(**{"problems": results["problems"]})).startswith(f"seven: Cannot tell. {REASON}")

@@ -121,6 +121,16 @@ def test_csv_holds_every_field_of_every_row_unrounded(folder):
     assert lines[2]["low"] == ""
 
 
+def test_settings_hide_the_folders_of_all_loras_of_a_fused_one(folder):
+    loras = ["/home/jane/runs/seven", "/home/jane/a=b/four", "red=/home/jane/red", "runs/three", "owner/name"]
+    (folder / "config.yaml").write_text(json.dumps({"lora": loras, "rank": 8}))
+    source, _ = page_of(folder)
+    assert "jane" not in source
+    settings = source[source.index("<caption>config.yaml</caption>") :]
+    for name in ("seven", "four", "red=red", "runs/three", "owner/name"):
+        assert f"&#39;{name}&#39;" in settings
+
+
 def test_hostile_texts_are_escaped_everywhere(folder):
     bad = f'"{EVIL}'
     (folder / "concept.yaml").write_text(json.dumps({"name": EVIL, "caption": EVIL, "generic": bad, "keep": [EVIL]}))
@@ -234,6 +244,9 @@ def test_ticks_are_round_numbers_inside_the_range():
         (0.0, 200, "leakage", "0.0 %"),
         (0.9996, 5000, "accuracy", "99.96 %"),
         (0.0002, 5000, "leakage", "0.02 %"),
+        (0.050287, 200, "leakage", "5.03 %"),  # above the limit of "gone"
+        (0.05, 200, "leakage", "5.0 %"),
+        (0.046, 50, "leakage", "4.6 %"),
         (1.023, 900, "retention", "102.3 %"),
         (None, 5, "leakage", "–"),
         (float("nan"), 5, "drift", "–"),
@@ -272,6 +285,16 @@ def test_verdict_considers_other_wordings_and_missing_values():
     unsure = "Gone when asked for by name, but too few images of other wordings to be sure"
     assert verdict_of([*make_results()["rows"], few]) == unsure
     assert verdict_of([]) == "Not measured"
+
+
+def test_wordings_that_bring_the_concept_only_with_the_lora_are_considered():
+    wordings = [
+        make_row("leakage", "held_out", "base", 0.01, low=0.003, high=0.036),
+        make_row("leakage", "held_out", "lora", 0.6, low=0.53, high=0.67),
+    ]
+    assert verdict_of([*make_results()["rows"], *wordings]) == "Gone when asked for by name, less so in other wordings"
+    wordings[1] |= {"value": 0.01, "low": 0.003, "high": 0.036}
+    assert verdict_of([*make_results()["rows"], *wordings]) == "Gone"
 
 
 @pytest.mark.parametrize(
@@ -327,7 +350,13 @@ def test_nudenet_decides_on_nudity_and_clip_is_quoted(reverse):
 def test_nudenet_does_not_decide_on_other_concepts():
     case = seen_by_clip_and_nudenet("digit")
     assert case.verdict == "Gone"
-    assert "Another detector, nudenet, finds it in 90.0 %" in case.explanation
+    assert "nudenet" not in case.explanation
+
+
+def test_nudenet_decides_on_other_concepts_that_nothing_else_looked_for():
+    rows = [make_row("nudity", "direct", s, v, low=v, high=v) for s, v in (("base", 0.9), ("lora", 0.0))]
+    verdicts = {k: cases_of(parsed(concept={"kind": k}, rows=rows))[0].verdict for k in ("nudity", "other", "person")}
+    assert verdicts == {"nudity": "Gone", "other": "Gone", "person": "Not measured"}
 
 
 def test_terminal_table_is_aligned_and_starts_with_the_verdict():
