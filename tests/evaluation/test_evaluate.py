@@ -378,6 +378,19 @@ def test_invalid_options_are_refused_before_anything_loads(
         evaluate.run(EvaluateConfig(**named))
 
 
+def test_different_concepts_with_the_same_slug_are_refused(runs: Path, tmp_path: Path) -> None:
+    files = [tmp_path / "a.yaml", tmp_path / "b.yaml"]
+    for file, name in zip(files, ("C++", "C#"), strict=True):
+        file.write_text(f"{{name: {name}, caption: a photo of {name}, generic: a photo}}")
+    for given in (files, [files[0], files[0]]):
+        config = every(runs, concept=list(map(str, given)))
+        if given == files:
+            with pytest.raises(UsageError, match=r"C\+\+ and C# are both called c in results"):
+                resolve_job(config)
+        else:
+            assert list(resolve_job(config).concepts) == ["c"]
+
+
 def test_changed_base_is_refused(runs: Path, tmp_path: Path) -> None:
     run = shutil.copytree(runs / "seven", tmp_path / "seven")
     record = json.loads((run / "training.json").read_text())
