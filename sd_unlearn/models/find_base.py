@@ -226,14 +226,27 @@ def _listed_class(index: Mapping[str, Any], component: str) -> Any:
 
 
 def _check_id(option: str, name: str) -> None:
-    if name.count("/") != 1 or name.startswith((".", "/", "~")) or name.endswith((".safetensors", ".ckpt")):
+    if name.count("/") != 1 or name.endswith((".safetensors", ".ckpt")) or not _is_valid_id(name):
+        hints = [" The bundled bases are digits, digits-sd3 and emoji."] if option == OPTION else []
+        if "@" in name:
+            hints.append(" Revisions (owner/name@revision) are not supported: download one into a folder and give that.")
         raise UsageError(
-            f"{option} {name} is neither a local folder or file nor a Hub id (owner/name)."
-            + (" The bundled bases are digits, digits-sd3 and emoji." if option == OPTION else "")
+            f"{option} {name} is neither a local folder or file nor a Hub id (owner/name).{''.join(hints)}"
         )
     for what, pattern in UNSUPPORTED_IDS.items():
         if pattern.match(name):
             raise UsageError(f"{option} {name} is a {what} model. {SUPPORTED}.")
+
+
+def _is_valid_id(name: str) -> bool:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
 
 
 def _check_vae(source: Source, name: str) -> None:
