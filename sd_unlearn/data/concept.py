@@ -285,8 +285,18 @@ def parse_concept(data: Any, where: str) -> Concept:
         UsageError: names the key, the value and what is allowed.
     """
     concept = validate(Concept, data, where)
+    _check_retained(concept, where)
     _check_paraphrases(concept, where)
     return concept
+
+
+def _check_retained(concept: Concept, where: str) -> None:
+    """Refuse to retain the caption, which is erased."""
+    groups = {"keep": concept.keep_prompts} | {f"evaluate.{g}": concept.prompts(g) for g in ("alike", "general")}
+    for key, prompts in groups.items():
+        for prompt in prompts:
+            if normalized(prompt.text) == normalized(concept.caption):
+                raise UsageError(f'{where}: {key}: "{prompt.text}" is the caption, which is erased. Remove or change it.')
 
 
 def _check_paraphrases(concept: Concept, where: str) -> None:

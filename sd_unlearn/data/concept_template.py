@@ -169,7 +169,7 @@ def concept_text(
         raise UsageError("The concept needs a name.")
     if not anchor:
         raise UsageError(f'--anchor "" is empty. Say what to generate instead, e.g. "{template.anchor}".')
-    if anchor.casefold() == name.casefold():
+    if anchor.casefold() in _spellings(name):
         raise UsageError(f'--anchor "{anchor}" is the concept itself. Say what to generate instead of it.')
     retained = _retained(template, name, anchor, similar)
     words = [word for each in retained for word in each.words]
@@ -241,10 +241,15 @@ def with_article(name: str) -> str:
     return f"{'an' if _AN.match(first) else 'a'} {name}"
 
 
+def _spellings(name: str) -> set[str]:
+    """The name without and with an article, in lower case."""
+    return {name.casefold(), with_article(name).casefold()}
+
+
 def _retained(template: Template, name: str, anchor: str, similar: Sequence[str]) -> list[Retained]:
     """The template's concepts to retain without the concept itself and the anchor, after the similar ones."""
     prompt = template.retained[0].prompt
-    given = [word for word in dict.fromkeys(_word(text) for text in similar) if word and word != name]
+    given = [word for word in dict.fromkeys(_word(text) for text in similar) if word and word.casefold() not in _spellings(name)]
     found = [Retained(prompt, given, "alike")] if given else []
     known = {word.casefold() for word in given}
     for each in template.retained:

@@ -394,3 +394,14 @@ def test_the_file_of_another_concept_is_not_used(tmp_path: Path, monkeypatch: py
     assert load_concept("ゴジラ_2").name == "ゴジラ 2"
     with pytest.raises(UsageError, match="has no file prompts/2-"):
         load_concept("鉄腕アトム 2")
+
+
+# -- what is erased and what is retained --
+
+
+@pytest.mark.parametrize("key", ["keep", "alike", "general"])
+def test_the_caption_cannot_be_retained(tmp_path: Path, key: str) -> None:
+    prompts = {key: ["a photo of {y,X }"]}
+    changes = prompts if key == "keep" else {"evaluate": prompts}
+    with pytest.raises(UsageError, match=rf'x\.yaml: (evaluate\.)?{key}: "a photo of X" is the caption'):
+        read_concept(write(tmp_path / "x.yaml", **changes))

@@ -104,6 +104,13 @@ def test_neither_the_concept_nor_the_anchor_is_retained(
     assert absent == anchor or not any(absent in text for text in texts(concept, "alike"))
 
 
+@pytest.mark.parametrize("similar", ["PISTOL", "A Pistol", " pistol "])
+def test_the_concept_is_never_a_similar_one(similar: str) -> None:
+    assert concept_text("pistol", "a water gun", "object", [similar]) == concept_text("pistol", "a water gun", "object")
+    with pytest.raises(UsageError, match="is the concept itself"):
+        concept_text("pistol", similar, "object")
+
+
 def test_names_in_templates_occur_in_the_bundled_files() -> None:
     for kind in KINDS:
         for retained in TEMPLATES[kind].retained:
