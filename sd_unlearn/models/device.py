@@ -20,7 +20,7 @@ def choose_precision(option: Precision | None) -> Precision:
 
     wanted = wanted_precision(option)
     if wanted != "no" and not torch.cuda.is_available():
-        print(f"No CUDA device: training in full precision on the CPU instead of {wanted}.", file=sys.stderr)
+        print(f"No CUDA device: running in full precision on the CPU instead of {wanted}.", file=sys.stderr)
         return "no"
     return wanted
 
