@@ -296,7 +296,9 @@ def _check_retained(concept: Concept, where: str) -> None:
     for key, prompts in groups.items():
         for prompt in prompts:
             if normalized(prompt.text) == normalized(concept.caption):
-                raise UsageError(f'{where}: {key}: "{prompt.text}" is the caption, which is erased. Remove or change it.')
+                raise UsageError(
+                    f'{where}: {key}: "{prompt.text}" is the caption, which is erased. Remove or change it.'
+                )
 
 
 def _check_paraphrases(concept: Concept, where: str) -> None:

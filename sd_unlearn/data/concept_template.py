@@ -249,7 +249,11 @@ def _spellings(name: str) -> set[str]:
 def _retained(template: Template, name: str, anchor: str, similar: Sequence[str]) -> list[Retained]:
     """The template's concepts to retain without the concept itself and the anchor, after the similar ones."""
     prompt = template.retained[0].prompt
-    given = [word for word in dict.fromkeys(_word(text) for text in similar) if word and word.casefold() not in _spellings(name)]
+    given = [
+        word
+        for word in dict.fromkeys(_word(text) for text in similar)
+        if word and word.casefold() not in _spellings(name)
+    ]
     found = [Retained(prompt, given, "alike")] if given else []
     known = {word.casefold() for word in given}
     for each in template.retained:

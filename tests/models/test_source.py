@@ -147,6 +147,7 @@ def test_pickled_weights_of_a_folder(kinds: Kinds, tmp_path: Path) -> None:
 
 
 def test_variants(kinds: Kinds, tmp_path: Path) -> None:
+    refused("--variant is for a folder or Hub id", kinds.file("sd1"), variant="fp16")
     refused("--variant fp16: .* has no such weights; it has none", kinds.folder("sd1"), variant="fp16")
     refused("--variant ema: .*variants here: fp16", kinds.folder("sd1", "fp16"), variant="ema")
     both = shutil.copytree(kinds.folder("sd1"), tmp_path / "both")
