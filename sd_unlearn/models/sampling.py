@@ -92,7 +92,7 @@ def default_sampler(base: Source | str) -> Sampler:
     if source.name in BASE_SAMPLERS:
         return BASE_SAMPLERS[source.name]
     published = next((sampler for name, sampler in PUBLISHED_SAMPLERS.items() if name.fullmatch(source.name)), None)
-    kind, network = _known(source)
+    kind, network = known_network(source)
     if kind == "flux":
         return DEV_SAMPLER if network.get("guidance_embeds") else SCHNELL_SAMPLER
     if kind == "sd3" and network.get("qk_norm"):  # 3.5 normalizes queries and keys; only medium has second attentions
@@ -110,12 +110,14 @@ def default_sampler(base: Source | str) -> Sampler:
     return published or DEFAULT_SAMPLER
 
 
-def _known(source: Source) -> tuple[str | None, dict[str, Any]]:
-    """The kind of a local base and the configuration of its network; (None, {}) for a Hub id."""
-    source = replace(source, allow_pickle=True)
+def known_network(source: Source) -> tuple[str | None, dict[str, Any]]:
+    """The kind of a local base and the configuration of its network.
+
+    (None, {}) for a Hub id, and for a pickle that may not be opened.
+    """
     try:
         return source.kind, source.network_config
-    except UsageError:  # damaged or not supported: finding or loading it says so
+    except UsageError:  # a pickle, damaged or not supported: finding or loading it says so
         return None, {}
 
 
@@ -125,7 +127,7 @@ def resolve_sampler(options: SamplerOptions, source: Source) -> Sampler:
     Raises:
         UsageError: the base cannot generate images of this resolution.
     """
-    default, (kind, _) = default_sampler(source), _known(source)
+    default, (kind, _) = default_sampler(source), known_network(source)
     if options.resolution and kind:
         check_resolution(options.resolution, KINDS[kind], source.name)
     return Sampler(
