@@ -18,6 +18,7 @@ from sd_unlearn.choices import TemplateKind
 from sd_unlearn.errors import UsageError
 
 _AN = re.compile(r"(?!eu|ewe|one|uf|uni(?![dmn])|us[aeu]|ut[ei])[aeiou]|hour|heir|honest|honou?r")  # "an" before it
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")  # which YAML refuses
 _IGNORED = {"a", "an", "the", "of", "in", "and", "painting", "photo"}  # words that name nothing by themselves
 
 
@@ -161,12 +162,14 @@ def concept_text(
         file: How --concept finds the file; default: by the concept's name.
 
     Raises:
-        UsageError: the name or the anchor is empty, or they are the same.
+        UsageError: the name or the anchor is empty or holds control characters, or they are the same.
     """
     template = TEMPLATES[kind]
     name, anchor = " ".join(name.split()), " ".join(anchor.split())
     if not name:
         raise UsageError("The concept needs a name.")
+    if _UNPRINTABLE.search(name + anchor + (file or "")):
+        raise UsageError(f"{ascii(name)}, --anchor or --output holds a control character. Leave it out.")
     if not anchor:
         raise UsageError(f'--anchor "" is empty. Say what to generate instead, e.g. "{template.anchor}".')
     if anchor.casefold() in _spellings(name):

@@ -125,6 +125,18 @@ def test_an_anchor_that_says_nothing_is_refused(anchor: str) -> None:
         concept_text("Jane Example", anchor, "person")
 
 
+@pytest.mark.parametrize("character", ["\0", "\x07", "\x7f", "\x9b", "\udc80", "\uffff"])
+def test_control_characters_are_refused(character: str) -> None:
+    for name, anchor, file in (
+        (f"a{character}b", "c", None),
+        ("a", f"c{character}", None),
+        ("a", "c", f"{character}x"),
+    ):
+        with pytest.raises(UsageError, match="control character"):
+            concept_text(name, anchor, file=file)
+    assert from_anchor("👨\u200d👩\u200d👧", "a cat").name == "👨\u200d👩\u200d👧"
+
+
 def test_small_words() -> None:
     assert [misspell(name) for name in ("Brad Pitt", "Jane Example", "a", "aaa")] == [
         "Brda Pitt",
