@@ -209,9 +209,9 @@ def test_two_processes_give_the_results_of_one(
 
 
 def test_concept_option_applies_to_every_lora(runs: Path, tmp_path: Path) -> None:
-    (tmp_path / "two.yaml").write_text(DIGIT_FILE.format(name="two"))
-    results = evaluate.run(every(runs, concept=[str(tmp_path / "two.yaml")], strengths=[], groups=["direct"]))
-    assert {row["concept"] for row in results["rows"]} == {"two"}
+    (tmp_path / "nine.yaml").write_text(DIGIT_FILE.format(name="nine"))
+    results = evaluate.run(every(runs, concept=[str(tmp_path / "nine.yaml")], strengths=[], groups=["direct"]))
+    assert {row["concept"] for row in results["rows"]} == {"nine"}
     assert {row["subject"] for row in results["rows"]} == {"base", "seven", "seven-gentle", "four", "four-gentle"}
     assert {row["group"] for row in results["rows"]} == {"direct"}
 
