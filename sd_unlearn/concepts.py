@@ -17,7 +17,7 @@ from sd_unlearn.choices import TemplateKind
 from sd_unlearn.config.base import DEFAULT_BASE
 from sd_unlearn.errors import UnlearnError, UsageError, suggest
 from sd_unlearn.io.files import write_text
-from sd_unlearn.io.paths import slugify
+from sd_unlearn.io.paths import concept_slug
 from sd_unlearn.io.reading import read_text
 
 HELP = """List the concepts that have a file, print a file, or write a new one.
@@ -115,7 +115,7 @@ def _check_has_file(name: str) -> None:
     """
     from sd_unlearn.data.concept import concept_files
 
-    files, slug = concept_files(), slugify(name)
+    files, slug = concept_files(), concept_slug(name)
     if slug not in files and not name.endswith((".yaml", ".yml")):
         raise UsageError(
             f'"{name}" has no concept file.{suggest(slug, files)} sd-unlearn concepts lists all, and sd-unlearn '
@@ -131,12 +131,12 @@ def _new_file(name: str, output: Path | None) -> Path:
     """
     from sd_unlearn.data.concept import concept_files
 
-    path = output or FOLDER / f"{slugify(name)}.yaml"
+    path = output or FOLDER / f"{concept_slug(name)}.yaml"
     if path.suffix not in (".yaml", ".yml"):
         raise UsageError(f"--output {path} must end in .yaml.")
     if os.path.lexists(path):
         raise UsageError(f"--output {path} exists and is not overwritten. Edit it, or choose another name.")
-    if output is None and (known := concept_files().get(slugify(name))):
+    if output is None and (known := concept_files().get(concept_slug(name))):
         raise UsageError(
             f'"{name}" has a concept file: {known}. Use it with --concept {known.stem}, or write another with --output.'
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import getpass
 import json
+import shutil
 import socket
 import tomllib
 from importlib.metadata import version
@@ -150,3 +151,12 @@ def test_the_hub_is_asked_with_a_short_timeout(monkeypatch: pytest.MonkeyPatch) 
     assert asked == [machine.HUB_TIMEOUT]
     assert (hub.status, hub.needed) == ("broken", False)
     assert "not reachable (OSError)" in hub.detail
+
+
+def test_the_disk_of_the_model_cache_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "not" / "yet"))
+    asked: list[Path] = []
+    usage = shutil.disk_usage
+    monkeypatch.setattr(machine.shutil, "disk_usage", lambda place: [asked.append(Path(place)), usage(place)][1])
+    assert [check.name for check in machine.disk()] == ["working folder", "model cache"]
+    assert asked == [Path(), tmp_path]

@@ -23,8 +23,8 @@ from sd_unlearn.choices import TemplateKind
 from sd_unlearn.config.options import MAX_IMAGES
 from sd_unlearn.data.concept_template import concept_text
 from sd_unlearn.errors import UsageError, suggest
-from sd_unlearn.io.paths import slugify
-from sd_unlearn.io.reading import json_sha256, read_yaml
+from sd_unlearn.io.paths import concept_slug, folded
+from sd_unlearn.io.reading import json_sha256, read_yaml, read_yaml_value
 from sd_unlearn.io.schema import STRICT, validate
 
 MAX_PROMPTS = 10_000  # in one list of a concept file, with all alternatives
@@ -120,7 +120,7 @@ class Concept:
 
     @property
     def slug(self) -> str:
-        return slugify(self.name)
+        return concept_slug(self.name)
 
     @property
     def is_replaced_with_itself(self) -> bool:
@@ -175,7 +175,7 @@ def concept_files() -> dict[str, Path]:
     """Slug -> concept file. A file in the working folder's prompts/ overrides a bundled one."""
     folders = (PACKAGE / "prompts", PACKAGE.parent / "prompts", Path("prompts"))
     files = (file for folder in folders for file in sorted(folder.glob("*.y*ml")) if file.suffix in SUFFIXES)
-    return {slugify(file.stem): file for file in files}
+    return {concept_slug(file.stem): file for file in files}
 
 
 def load_concept(name: str | None, anchor: str | None = None, kind: TemplateKind | None = None) -> Concept:
@@ -204,7 +204,12 @@ def find_concept(name: str | None) -> Path:
         raise UsageError(f"--concept is missing. {_known(concept_files())}")
     if name.endswith(SUFFIXES):
         return Path(name)
-    files, slug = concept_files(), slugify(name)
+    files, slug = concept_files(), concept_slug(name)
+    if slug in files and not _is_called(files[slug], name):
+        raise UsageError(
+            f'"{name}" has no concept file: {files[slug]} is for another concept. Write one with sd-unlearn concepts '
+            f'new "{name}" --output FILE.yaml, and name the concept by its path.'
+        )
     if slug not in files:
         parts = [known for known in files if slug in known.split("-") or known in slug.split("-")]
         hint = suggest(slug, files) or suggest(slug, parts, cutoff=0)
@@ -213,6 +218,14 @@ def find_concept(name: str | None) -> Path:
             f'Write one with sd-unlearn concepts new "{name}", or add --anchor "what to generate instead".'
         )
     return files[slug]
+
+
+def _is_called(file: Path, name: str) -> bool:
+    """Whether a concept file or the concept in it has this name: slugs of different names may be the same."""
+    if folded(file.stem) == folded(name):
+        return True
+    data = read_yaml_value(file, "--concept")
+    return isinstance(data, dict) and folded(str(data.get("name"))) == folded(name)
 
 
 def _known(files: Iterable[str]) -> str:
@@ -272,8 +285,20 @@ def parse_concept(data: Any, where: str) -> Concept:
         UsageError: names the key, the value and what is allowed.
     """
     concept = validate(Concept, data, where)
+    _check_retained(concept, where)
     _check_paraphrases(concept, where)
     return concept
+
+
+def _check_retained(concept: Concept, where: str) -> None:
+    """Refuse to retain the caption, which is erased."""
+    groups = {"keep": concept.keep_prompts} | {f"evaluate.{g}": concept.prompts(g) for g in ("alike", "general")}
+    for key, prompts in groups.items():
+        for prompt in prompts:
+            if normalized(prompt.text) == normalized(concept.caption):
+                raise UsageError(
+                    f'{where}: {key}: "{prompt.text}" is the caption, which is erased. Remove or change it.'
+                )
 
 
 def _check_paraphrases(concept: Concept, where: str) -> None:

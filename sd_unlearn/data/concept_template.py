@@ -18,6 +18,7 @@ from sd_unlearn.choices import TemplateKind
 from sd_unlearn.errors import UsageError
 
 _AN = re.compile(r"(?!eu|ewe|one|uf|uni(?![dmn])|us[aeu]|ut[ei])[aeiou]|hour|heir|honest|honou?r")  # "an" before it
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")  # which YAML refuses
 _IGNORED = {"a", "an", "the", "of", "in", "and", "painting", "photo"}  # words that name nothing by themselves
 
 
@@ -161,15 +162,17 @@ def concept_text(
         file: How --concept finds the file; default: by the concept's name.
 
     Raises:
-        UsageError: the name or the anchor is empty, or they are the same.
+        UsageError: the name or the anchor is empty or holds control characters, or they are the same.
     """
     template = TEMPLATES[kind]
     name, anchor = " ".join(name.split()), " ".join(anchor.split())
     if not name:
         raise UsageError("The concept needs a name.")
+    if _UNPRINTABLE.search(name + anchor + (file or "")):
+        raise UsageError(f"{ascii(name)}, --anchor or --output holds a control character. Leave it out.")
     if not anchor:
         raise UsageError(f'--anchor "" is empty. Say what to generate instead, e.g. "{template.anchor}".')
-    if anchor.casefold() == name.casefold():
+    if anchor.casefold() in _spellings(name):
         raise UsageError(f'--anchor "{anchor}" is the concept itself. Say what to generate instead of it.')
     retained = _retained(template, name, anchor, similar)
     words = [word for each in retained for word in each.words]
@@ -241,10 +244,19 @@ def with_article(name: str) -> str:
     return f"{'an' if _AN.match(first) else 'a'} {name}"
 
 
+def _spellings(name: str) -> set[str]:
+    """The name without and with an article, in lower case."""
+    return {name.casefold(), with_article(name).casefold()}
+
+
 def _retained(template: Template, name: str, anchor: str, similar: Sequence[str]) -> list[Retained]:
     """The template's concepts to retain without the concept itself and the anchor, after the similar ones."""
     prompt = template.retained[0].prompt
-    given = [word for word in dict.fromkeys(_word(text) for text in similar) if word and word != name]
+    given = [
+        word
+        for word in dict.fromkeys(_word(text) for text in similar)
+        if word and word.casefold() not in _spellings(name)
+    ]
     found = [Retained(prompt, given, "alike")] if given else []
     known = {word.casefold() for word in given}
     for each in template.retained:

@@ -127,7 +127,7 @@ def scan_positives(folder: Path, concept: Concept) -> list[Example]:
     if not folder.is_dir():
         raise UsageError(f"--positives {folder} is not a folder. Give one with photos of the concept.")
     default = Example(folder, concept.caption, "positive")
-    return _scan_folder(folder, read_captions(folder), default, "--positives")
+    return _scan_folder(folder, read_captions(folder, "--positives"), default, "--positives")
 
 
 def _scan_folder(

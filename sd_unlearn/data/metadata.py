@@ -53,20 +53,20 @@ def read_rows(path: Path) -> dict[int, dict[str, Any]]:
     return readers[path.suffix](path)
 
 
-def read_metadata(folder: Path) -> dict[int, ImageCaption]:
+def read_metadata(folder: Path, option: str = "--data_dir") -> dict[int, ImageCaption]:
     """Number -> row of a folder's metadata file; empty if there is none.
 
     Raises:
-        UsageError: see `read_rows`, or a row without file name or caption; names --data_dir, file and row.
+        UsageError: see `read_rows`, or a row without file name or caption; names `option`, file and row.
     """
     try:
         path = find_metadata(folder)
         rows = read_rows(path) if path else {}
     except UsageError as error:
-        raise UsageError(f"--data_dir: {error}") from None
+        raise UsageError(f"{option}: {error}") from None
     known = ImageCaption.__dataclass_fields__
     return {
-        number: validate(ImageCaption, {k: row[k] for k in known if k in row}, f"--data_dir: {row_name(path, number)}")
+        number: validate(ImageCaption, {k: row[k] for k in known if k in row}, f"{option}: {row_name(path, number)}")
         for number, row in rows.items()
     }
 

@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from sd_unlearn.data.captions import CAPTION_SUFFIXES, caption_files
 from sd_unlearn.errors import UsageError
 from sd_unlearn.io.images import image_files, is_image_file, missing_support
 from sd_unlearn.io.run_folder import NEGATIVE, POSITIVE, UNLABELED
@@ -13,7 +14,7 @@ from sd_unlearn.io.run_folder import NEGATIVE, POSITIVE, UNLABELED
 CACHE_DIR = "cache"
 SEARCH_DEPTH = 3  # levels of folders in which misplaced images are looked for
 # Not images, and not mentioned: captions, metadata, what file managers leave behind.
-OTHER_SUFFIXES = frozenset({"", ".txt", ".json", ".jsonl", ".csv", ".parquet", ".md", ".npz", ".db", ".ini"})
+OTHER_SUFFIXES = frozenset({"", *CAPTION_SUFFIXES, ".json", ".jsonl", ".csv", ".parquet", ".md", ".npz", ".db", ".ini"})
 
 
 def is_image_folder(name: str) -> bool:
@@ -121,7 +122,7 @@ def describe(data_dir: Path, own_captions: Sequence[str | None]) -> str:
 def _captions_without_image(folder: Path) -> list[Path]:
     """Text files that are the caption of no image (captions.py says how they are named)."""
     names = {name for image in image_files(folder) for name in (image.stem, image.name)}
-    return [path for path in sorted(folder.glob("*.txt")) if path.stem not in names and not path.name.startswith(".")]
+    return [path for path in caption_files(folder).values() if path.stem not in names]
 
 
 def _first_names(paths: Sequence[Path]) -> str:

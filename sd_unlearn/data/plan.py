@@ -76,7 +76,7 @@ def planned_sampler(source: Source, sampler: Sampler, options: ImageOptions) -> 
     if options.render_batch_size:
         return sampler
     device = choose_device(options.vram)
-    precision = choose_precision_for(device, options.mixed_precision or "no")
+    precision = choose_precision_for(device, options.mixed_precision)
     try:
         inference = plan_inference(source, device, precision, sampler.resolution)
     except BaseNotFound:
@@ -142,7 +142,7 @@ def show_plan(job: RenderJob, config: RenderConfig) -> None:
         UnlearnError: not even one image fits.
     """
     device = choose_device(config.vram)
-    precision = choose_precision_for(device, config.mixed_precision or "no")
+    precision = choose_precision_for(device, config.mixed_precision)
     inference = plan_inference(job.source, device, precision, job.sampler.resolution)
     phase, notes = fit_sampler(inference, job.sampler, config.render_batch_size)
     paths = [request.path for request in image_requests(job)]

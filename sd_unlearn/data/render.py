@@ -33,6 +33,7 @@ from sd_unlearn.io.reading import read_json
 from sd_unlearn.io.run_folder import DATA_MANIFEST, METADATA, NEGATIVE, UNLABELED
 from sd_unlearn.launch import process_rank
 from sd_unlearn.models.base import Base, load_base
+from sd_unlearn.models.device import choose_precision
 from sd_unlearn.models.find_base import find_base
 from sd_unlearn.models.kinds import sampler_of
 from sd_unlearn.models.recorded_base import different_hash
@@ -73,7 +74,7 @@ def run(config: RenderConfig, concept: Concept | None = None) -> Path:
         from sd_unlearn.data.plan import planned_sampler
 
         job = dataclasses.replace(job, sampler=planned_sampler(job.source, job.sampler, config))
-    return render_locked(job, lambda: load_base(job.source, config.mixed_precision or "no"))
+    return render_locked(job, lambda: load_base(job.source, choose_precision(config.mixed_precision)))
 
 
 def render_locked(job: RenderJob, get_base: Callable[[], Base]) -> Path:

@@ -32,7 +32,7 @@ from sd_unlearn.data.concept import (
 )
 from sd_unlearn.errors import UsageError
 from sd_unlearn.io.files import write_text
-from sd_unlearn.io.paths import slugify
+from sd_unlearn.io.paths import concept_slug
 from sd_unlearn.io.reading import read_yaml_value
 
 PREVIEWED = 6  # concepts in a preview
@@ -55,7 +55,7 @@ class SeveralConcepts(Concept):
     @property
     def slug(self) -> str:
         """All names, or the first one and a hash of all if they are many."""
-        whole = slugify(self.name)
+        whole = concept_slug(self.name)
         if len(whole) <= LONGEST:
             return whole
         return f"{self.several[0].slug[:30]}-and-{len(self.several) - 1}-more-{zlib.crc32(self.name.encode()):08x}"

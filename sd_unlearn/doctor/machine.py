@@ -98,7 +98,7 @@ def _reach(url: str) -> Check:
 def disk() -> Iterator[Check]:
     places = {
         "working folder": Path(),
-        "model cache": _nearest(Path(os.environ.get("HF_HOME", "~/.cache")).expanduser()),
+        "model cache": _nearest(_hub_cache()),
     }
     for name, place in places.items():
         try:
@@ -110,6 +110,15 @@ def disk() -> Iterator[Check]:
             continue
         little = free < MIN_FREE * 1e9
         yield Check("Disk", name, "broken" if little else "ok", f"{_gb(free)} free{', which is little' * little}")
+
+
+def _hub_cache() -> Path:
+    """Where huggingface_hub puts downloads; it may be missing here."""
+    try:
+        from huggingface_hub import constants
+    except Exception:
+        return Path("~/.cache").expanduser()
+    return Path(constants.HF_HUB_CACHE)
 
 
 def _nearest(folder: Path) -> Path:

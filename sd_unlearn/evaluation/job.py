@@ -220,7 +220,14 @@ def _lora_files(given: str) -> list[str]:
 def _resolve_concepts(config: EvaluateConfig, loras: Sequence[Lora], given: Sequence[Concept]) -> dict[str, Concept]:
     if config.concept:
         named = given or [load_concepts(name) for name in config.concept]
-        return {concept.slug: concept for each in named for concept in each.parts}
+        of_slugs: dict[str, Concept] = {}
+        for concept in (concept for each in named for concept in each.parts):
+            if of_slugs.setdefault(concept.slug, concept) != concept:
+                raise UsageError(
+                    f"--concept: {of_slugs[concept.slug].name} and {concept.name} are both called {concept.slug} in "
+                    "results. Evaluate them separately, or rename one."
+                )
+        return of_slugs
     if config.images:
         raise UsageError("--images needs --concept: a folder of images does not name the unlearned concept.")
     if not loras:

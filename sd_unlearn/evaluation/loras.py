@@ -12,7 +12,7 @@ from typing import Any
 from sd_unlearn.data.concept import Concept, concept_files, read_concept
 from sd_unlearn.data.several import read_concepts, together
 from sd_unlearn.errors import UnlearnError, UsageError, reason, suggest
-from sd_unlearn.io.paths import slugify
+from sd_unlearn.io.paths import concept_slug, folded
 from sd_unlearn.io.reading import file_sha256, read_json
 from sd_unlearn.io.run_folder import CONCEPT, DIFFUSERS_FILE, TRAINING, UNET_DIR, weights_sha256
 from sd_unlearn.io.schema import OPEN, validate
@@ -269,13 +269,15 @@ def _of_file(file: Path, name: str, option: str) -> Lora:
 
 
 def _concept_in(header: Mapping[str, str]) -> Concept | None:
-    """The concepts that our header names, if all of them have files here."""
+    """The concepts that our header names, if all of them have files here that are for the same names."""
     try:
         names = json.loads(header.get("sd_unlearn.concepts", "null")) or [header.get("sd_unlearn.concept", "")]
-        files = [concept_files().get(slugify(name)) for name in names]
+        files = [concept_files().get(concept_slug(name)) for name in names]
     except (ValueError, TypeError, AttributeError):  # another program's
         return None
-    return together([read_concept(file) for file in files if file]) if all(files) else None
+    concepts = [read_concept(file) for file in files if file]
+    is_found = [folded(concept.name) for concept in concepts] == list(map(folded, names))
+    return together(concepts) if is_found else None
 
 
 def _file_in(folder: Path, option: str) -> Path:

@@ -8,7 +8,7 @@ from pathlib import Path
 from sd_unlearn.data.concept import Concept
 from sd_unlearn.errors import UsageError, suggest
 from sd_unlearn.evaluation.image_folders import split_name
-from sd_unlearn.io.paths import slugify
+from sd_unlearn.io.paths import concept_slug
 
 
 def reference_folders(given: Sequence[str], concepts: Mapping[str, Concept]) -> dict[str, Path]:
@@ -62,7 +62,7 @@ def _only_person(folder: Path, concepts: Mapping[str, Concept]) -> str:
 
 
 def _concept_called(name: str, given: str, concepts: Mapping[str, Concept]) -> str:
-    slug = slugify(name)
+    slug = concept_slug(name)
     if slug not in concepts:
         hint = suggest(slug, concepts)
         raise UsageError(f"--reference {given}: no concept {name} is evaluated.{hint} Evaluated: {_names(concepts)}.")

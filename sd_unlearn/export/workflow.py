@@ -9,17 +9,25 @@ from typing import Any
 from sd_unlearn.export.trained_run import TrainedRun
 from sd_unlearn.models.kinds import KINDS
 from sd_unlearn.models.recorded_base import recorded_source
-from sd_unlearn.models.sampling import default_sampler
+from sd_unlearn.models.sampling import Z_IMAGE_TURBO_SAMPLER, default_sampler, known_network
+from sd_unlearn.models.source import Source
 
 FILE = "comfyui-workflow.json"
 STEPS, GUIDANCE, SIZE = 50, 7.5, 512
+KLEIN_4B_ENCODER, KLEIN_9B_ENCODER = "qwen_3_4b.safetensors", "qwen_3_8b.safetensors"
 
 
 def render(run: TrainedRun) -> str:
     """The workflow of a run as JSON: its base, concept and strength, and the sampler of its evaluation or its base."""
-    sampler, usual = run.results.sampler if run.results else {}, default_sampler(recorded_source(run.base))
+    source = recorded_source(run.base)
+    sampler, usual = run.results.sampler if run.results else {}, default_sampler(source)
     name = Path(run.base_name).name
     zero_snr = {"zero_terminal_snr": True} if run.zero_terminal_snr else {}  # only UNets can have it
+    own: dict[str, Any] = {}
+    if run.kind == "flux2-klein":
+        own["text_encoder"] = KLEIN_9B_ENCODER if _is_9b(source) else KLEIN_4B_ENCODER
+    elif run.kind == "z-image":
+        own["shift"] = 3.0 if usual == Z_IMAGE_TURBO_SAMPLER else 6.0
     make = {
         "sd3": sd3_nodes,
         "flux": flux_nodes,
@@ -37,8 +45,15 @@ def render(run: TrainedRun) -> str:
         steps=sampler.get("steps", usual.steps),
         guidance=sampler.get("guidance_scale", usual.guidance_scale) + KINDS[run.kind].extra_guidance,
         **zero_snr,
+        **own,
     )
     return json.dumps(nodes, indent=2, ensure_ascii=False) + "\n"
+
+
+def _is_9b(source: Source) -> bool:
+    """Whether FLUX.2 klein is the model with 9 billion parameters: by its local configuration, else its name."""
+    _, network = known_network(source)
+    return network["joint_attention_dim"] > 7680 if network else "9b" in source.name.lower()
 
 
 def make_nodes(
@@ -143,10 +158,17 @@ def flux2_nodes(
 
 
 def klein_nodes(
-    *, checkpoint: str, lora: str, prompt: str, strength: float, size: int, steps: int, guidance: float
+    *,
+    checkpoint: str,
+    lora: str,
+    prompt: str,
+    strength: float,
+    size: int,
+    steps: int,
+    guidance: float,
+    text_encoder: str = KLEIN_4B_ENCODER,
 ) -> dict[str, Any]:
     """As `make_nodes`, for FLUX.2 klein, of which each network is a file. guidance: 1 for a distilled one."""
-    text_encoder = "qwen_3_4b.safetensors"
     return {
         **_flux2(checkpoint, lora, prompt, strength, size, steps, text_encoder),
         "4": _node("CLIPTextEncode", "Negative prompt", text="", clip=["9", 0]),
@@ -182,9 +204,9 @@ def _flux2(
     }
 
 
-def z_image_nodes(**run: Any) -> dict[str, Any]:
-    """As `make_nodes`, for Z-Image, of which each network is a file. guidance: 1 for Turbo."""
-    return _shifted(("qwen_3_4b.safetensors", "lumina2"), "ae.safetensors", "Shift: Turbo 3", 6.0, **run)
+def z_image_nodes(*, shift: float = 6.0, **run: Any) -> dict[str, Any]:
+    """As `make_nodes`, for Z-Image, of which each network is a file. guidance: 1 for Turbo, whose shift is 3."""
+    return _shifted(("qwen_3_4b.safetensors", "lumina2"), "ae.safetensors", "Shift: 6, Turbo 3", shift, **run)
 
 
 def qwen_image_nodes(**run: Any) -> dict[str, Any]:

@@ -95,9 +95,19 @@ def missing_support(path: Path) -> str | None:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert an image of any mode to 8-bit RGB: 16-bit greyscale is scaled, transparency composited over white."""
+    """Convert an image to 8-bit RGB: 16-bit greyscale is scaled, transparency composited over white.
+
+    Raises:
+        ValueError: the range of its values is unknown (floating-point, 32-bit).
+    """
+    if image.mode == "F":
+        raise ValueError("its values are floating-point numbers; save it with 8 or 16 bits per channel")
     if image.mode.startswith("I"):
         values = np.asarray(image, dtype=np.float64)
+        is_16_bit = values.min() >= 0 and (values.max() == 0 or 255 < values.max() <= 65535)
+        if image.mode == "I" and not is_16_bit:
+            span = f"{values.min():.0f} to {values.max():.0f}"
+            raise ValueError(f"its 32-bit values are {span}; save it with 8 or 16 bits per channel")
         scaled = np.clip(np.rint(values / 257), 0, 255).astype(np.uint8)
         return Image.fromarray(scaled, "L").convert("RGB")
     if image.has_transparency_data:

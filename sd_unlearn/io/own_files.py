@@ -17,7 +17,7 @@ from sd_unlearn import __version__
 from sd_unlearn.errors import UsageError
 from sd_unlearn.io.files import timestamp, write_json
 from sd_unlearn.io.lock import HOLDER, LOCK
-from sd_unlearn.io.paths import slugify
+from sd_unlearn.io.paths import concept_slug
 from sd_unlearn.io.reading import read_json, read_yaml_value
 from sd_unlearn.io.run_folder import (
     ADAPTER_DIR,
@@ -217,7 +217,8 @@ def _exports(folder: Path) -> tuple[str, ...]:
     try:
         concept = read_yaml_value(folder / CONCEPT, "--output_dir")
         # the name of several concepts is cut, as training.json has it
-        slug = slugify(str(read_json(folder / TRAINING)["concept"] if isinstance(concept, list) else concept["name"]))
+        name = read_json(folder / TRAINING)["concept"] if isinstance(concept, list) else concept["name"]
+        slug = concept_slug(str(name))
     except (UsageError, KeyError, TypeError):
         return ()
     files = (DIFFUSERS_FILE, f"{slug}.safetensors", CARD, "pairs.png", "comfyui-workflow.json")

@@ -13,10 +13,29 @@ WEIGHTS_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 
 
 def slugify(name: str) -> str:
-    """A file name from any concept name: 1 to 60 lower-case letters, digits and hyphens."""
+    """A file name from any text: 1 to 60 lower-case letters, digits and hyphens."""
+    return _latin(name) or f"concept-{_crc(name)}"
+
+
+def concept_slug(name: str) -> str:
+    """The slug of a concept's name, which ends in a hash if `slugify` would drop letters or digits of other scripts."""
+    if all(c.isascii() or not c.isalnum() for c in unicodedata.normalize("NFKD", name)):
+        return slugify(name)
+    return f"{_latin(name)[:51].strip('-') or 'concept'}-{_crc(folded(name))}"
+
+
+def folded(name: str) -> str:
+    """A concept's name without differences in case, white space, hyphens and underscores."""
+    return re.sub(r"[\s_-]", "", unicodedata.normalize("NFKC", name)).casefold()
+
+
+def _latin(name: str) -> str:
     plain = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode().lower()
-    slug = re.sub(r"[^a-z0-9]+", "-", plain).strip("-")[:60].strip("-")
-    return slug or f"concept-{zlib.crc32(name.encode(errors='surrogatepass')):08x}"
+    return re.sub(r"[^a-z0-9]+", "-", plain).strip("-")[:60].strip("-")
+
+
+def _crc(name: str) -> str:
+    return f"{zlib.crc32(name.encode(errors='surrogatepass')):08x}"
 
 
 def path_inside(folder: Path, relative: str) -> Path | None:

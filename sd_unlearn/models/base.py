@@ -244,8 +244,14 @@ def _set_scheduler(source: Source, kind: Kind, pipeline: Any) -> None:
     config = pipeline.scheduler.config
     check_schedule(source.name, kind, type(pipeline.scheduler).__name__)
     check_prediction(source, FLOW if kind.is_flow else config.prediction_type)
-    scheduler = FlowMatchEulerDiscreteScheduler if kind.is_flow else DDIMScheduler
-    pipeline.scheduler = scheduler.from_config(config)
+    if kind.is_flow:
+        pipeline.scheduler = FlowMatchEulerDiscreteScheduler.from_config(config)
+        return
+    # DDIM's own defaults are for images: it would clip latents to [-1, 1] where another scheduler's file says nothing.
+    unstated = config.get("_use_default_values", ())
+    latent = {"set_alpha_to_one": False, "steps_offset": 1}
+    missing = {key: value for key, value in latent.items() if key not in config or key in unstated}
+    pipeline.scheduler = DDIMScheduler.from_config(config, clip_sample=False, **missing)
 
 
 def _check_finite(source: Source, kind: Kind, pipeline: Any) -> None:

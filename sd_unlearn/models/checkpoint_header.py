@@ -15,6 +15,7 @@ UNET = "model.diffusion_model."
 VAES = ("first_stage_model.", "vae.")
 TEXT_ENCODERS = ("cond_stage_model.", "conditioner.embedders.", "text_encoders.")
 # Component -> its name in SD 3's files, after text_encoders.
+REFINER_TEXT_WIDTH = 1280  # of XL's second text encoder alone; the base takes both, 2048
 SD3_TEXT_ENCODERS = {"text_encoder": "clip_l", "text_encoder_2": "clip_g", "text_encoder_3": "t5xxl"}
 # Part of a tensor name -> what a file with such a tensor is. The first match is reported.
 UNSUPPORTED_TENSORS = {
@@ -142,9 +143,13 @@ def kind_of_file(header: CheckpointHeader, option: str = "--pretrained_model_nam
         raise UsageError(f"{option} {header.path} is {fault}. {SUPPORTED}; use such a checkpoint.")
     if kind := _transformer_kind(header):
         return kind
-    if not any(header.under(*TEXT_ENCODERS)):
-        raise UsageError(f"{option} {header.path} holds a UNet without its text encoder. Use the complete checkpoint.")
-    if f"{UNET}label_emb.0.0.weight" in header.shapes:
+    is_xl = f"{UNET}label_emb.0.0.weight" in header.shapes
+    missing = "" if any(header.under(*TEXT_ENCODERS)) else "text encoder"
+    if is_xl and not missing and "conditioner.embedders.1.model.ln_final.weight" not in header.shapes:
+        missing = "second text encoder"
+    if missing:
+        raise UsageError(f"{option} {header.path} holds a UNet without its {missing}. Use the complete checkpoint.")
+    if is_xl:
         return "sdxl"
     return "sd2" if len(header.unet_shape("proj_in.weight")) == 2 else "sd1"
 
@@ -166,11 +171,8 @@ def _unsupported(header: CheckpointHeader) -> str:
         return {9: "an inpainting model", 8: "an InstructPix2Pix model"}.get(
             channels, f"a model that takes {channels} channels instead of a latent's 4"
         )
-    if f"{UNET}label_emb.0.0.weight" in header.shapes and "conditioner.embedders.1.model.ln_final.weight" not in (
-        header.shapes
-    ):
-        return "the refiner of Stable Diffusion XL"
-    return ""
+    is_refiner = f"{UNET}label_emb.0.0.weight" in header.shapes and header.text_width == REFINER_TEXT_WIDTH
+    return "the refiner of Stable Diffusion XL" if is_refiner else ""
 
 
 def _transformer_kind(header: CheckpointHeader) -> str | None:

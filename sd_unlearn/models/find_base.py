@@ -31,7 +31,7 @@ from sd_unlearn.models.kinds import (
     text_width_of,
 )
 from sd_unlearn.models.source import BUNDLED, EMOJI, OPTION, Source, weights_in
-from sd_unlearn.models.supported import check_class, check_network, check_prediction, check_schedule
+from sd_unlearn.models.supported import check_class, check_drop_t5, check_network, check_prediction, check_schedule
 
 # Hub ids of models that are not supported: others are recognized by their model_index.json.
 UNSUPPORTED_IDS = {"FLUX.1 Kontext": re.compile(r"black-forest-labs/FLUX\.1-Kontext-.*")}
@@ -94,6 +94,8 @@ def check_source(source: Source) -> None:
             validate(kind, source.config_of(component), f"{OPTION} {source.name}: {component}/config.json")
     if source.single_file_config and not source.is_file:
         raise UsageError(f"--single_file_config is for a single file; {OPTION} {source.name} is not a file.")
+    if source.variant and source.is_file:
+        raise UsageError(f"--variant is for a folder or Hub id; {OPTION} {source.name} is a file. Leave it out.")
     if source.is_file:
         _check_file(source)
     elif source.name in BUNDLED and not (source.place / "model_index.json").is_file():
@@ -107,10 +109,7 @@ def check_source(source: Source) -> None:
         _check_id(OPTION, source.name)
     if source.kind:
         check_network(source.name, source.network_config, channels_of(source.config_of("vae")))
-        if source.drop_t5 and source.kind != "sd3":
-            raise UsageError(
-                f"--drop_t5 is for Stable Diffusion 3 and 3.5; {source.name} is of kind {source.kind}. Leave it out."
-            )
+        check_drop_t5(source, source.kind)
     check_prediction(source, source.known_prediction_type)
     if source.vae:
         _check_vae(source, source.vae)
@@ -226,14 +225,29 @@ def _listed_class(index: Mapping[str, Any], component: str) -> Any:
 
 
 def _check_id(option: str, name: str) -> None:
-    if name.count("/") != 1 or name.startswith((".", "/", "~")) or name.endswith((".safetensors", ".ckpt")):
+    if name.count("/") != 1 or name.endswith((".safetensors", ".ckpt")) or not _is_valid_id(name):
+        hints = [" The bundled bases are digits, digits-sd3 and emoji."] if option == OPTION else []
+        if "@" in name:
+            hints.append(
+                " Revisions (owner/name@revision) are not supported: download one into a folder and give that."
+            )
         raise UsageError(
-            f"{option} {name} is neither a local folder or file nor a Hub id (owner/name)."
-            + (" The bundled bases are digits, digits-sd3 and emoji." if option == OPTION else "")
+            f"{option} {name} is neither a local folder or file nor a Hub id (owner/name).{''.join(hints)}"
         )
     for what, pattern in UNSUPPORTED_IDS.items():
         if pattern.match(name):
             raise UsageError(f"{option} {name} is a {what} model. {SUPPORTED}.")
+
+
+def _is_valid_id(name: str) -> bool:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
 
 
 def _check_vae(source: Source, name: str) -> None:

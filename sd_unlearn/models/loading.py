@@ -13,7 +13,7 @@ from sd_unlearn.errors import UnlearnError, UsageError, reason
 from sd_unlearn.launch import process_rank
 from sd_unlearn.models.kinds import COMPONENTS, KINDS, NETWORKS
 from sd_unlearn.models.source import OPTION, SINGLE_FILE_DIR, Source, variant_of
-from sd_unlearn.models.supported import check_class
+from sd_unlearn.models.supported import check_class, check_drop_t5
 
 
 def load_pipeline(source: Source, dtype: Any) -> Any:
@@ -55,6 +55,7 @@ def _load_file_or_folder(source: Source, dtype: Any, vae: Any) -> Any:
     place = str(source.place) if source.place.is_dir() else source.name
     index = _config(source, None, "model_index.json")  # before the weights, which may be many gigabytes
     check_class(source.name, index.get("_class_name"))
+    check_drop_t5(source, next(kind.name for kind in KINDS.values() if kind.pipeline == index["_class_name"]))
     given = _left_out(source, index)
     if vae is not None:
         _check_vae_config(vae, _config(source, "vae", "config.json"), source)

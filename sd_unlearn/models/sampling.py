@@ -18,7 +18,7 @@ from sd_unlearn.io.images import is_intact, png_note
 from sd_unlearn.io.progress import Progress
 from sd_unlearn.launch import process_count, process_rank, wait_for_others
 from sd_unlearn.models.base import Base
-from sd_unlearn.models.kinds import KINDS
+from sd_unlearn.models.kinds import KINDS, Kind
 from sd_unlearn.models.source import BUNDLED, EMOJI, Source
 
 VAE_TILE = "sd_unlearn.vae_tile"  # in the metadata of an image or of latents: side in pixels of the VAE's tiles
@@ -92,7 +92,7 @@ def default_sampler(base: Source | str) -> Sampler:
     if source.name in BASE_SAMPLERS:
         return BASE_SAMPLERS[source.name]
     published = next((sampler for name, sampler in PUBLISHED_SAMPLERS.items() if name.fullmatch(source.name)), None)
-    kind, network = _known(source)
+    kind, network = known_network(source)
     if kind == "flux":
         return DEV_SAMPLER if network.get("guidance_embeds") else SCHNELL_SAMPLER
     if kind == "sd3" and network.get("qk_norm"):  # 3.5 normalizes queries and keys; only medium has second attentions
@@ -110,12 +110,14 @@ def default_sampler(base: Source | str) -> Sampler:
     return published or DEFAULT_SAMPLER
 
 
-def _known(source: Source) -> tuple[str | None, dict[str, Any]]:
-    """The kind of a local base and the configuration of its network; (None, {}) for a Hub id."""
-    source = replace(source, allow_pickle=True)
+def known_network(source: Source) -> tuple[str | None, dict[str, Any]]:
+    """The kind of a local base and the configuration of its network.
+
+    (None, {}) for a Hub id, and for a pickle that may not be opened.
+    """
     try:
         return source.kind, source.network_config
-    except UsageError:  # damaged or not supported: finding or loading it says so
+    except UsageError:  # a pickle, damaged or not supported: finding or loading it says so
         return None, {}
 
 
@@ -125,17 +127,25 @@ def resolve_sampler(options: SamplerOptions, source: Source) -> Sampler:
     Raises:
         UsageError: the base cannot generate images of this resolution.
     """
-    default, (kind, _) = default_sampler(source), _known(source)
-    if options.resolution and kind and options.resolution % KINDS[kind].multiple:
-        raise UsageError(
-            f"--resolution {options.resolution}: {source.name} needs a multiple of {KINDS[kind].multiple} pixels."
-        )
+    default, (kind, _) = default_sampler(source), known_network(source)
+    if options.resolution and kind:
+        check_resolution(options.resolution, KINDS[kind], source.name)
     return Sampler(
         options.num_inference_steps or default.steps,
         default.guidance_scale if options.guidance_scale is None else options.guidance_scale,
         options.render_batch_size or default.batch_size,
         options.resolution,
     )
+
+
+def check_resolution(resolution: int, kind: Kind, name: str) -> None:
+    """Refuse a side in pixels of which a base cannot have images.
+
+    Raises:
+        UsageError
+    """
+    if resolution % kind.multiple:
+        raise UsageError(f"--resolution {resolution}: {name} needs a multiple of {kind.multiple} pixels.")
 
 
 def generate_images(base: Base, prompts: Sequence[str], seeds: Sequence[int], sampler: Sampler) -> list[Image.Image]:
@@ -160,6 +170,7 @@ def sample(base: Base, seeds: Sequence[int], sampler: Sampler, **prompts: Any) -
     """One image per seed, as a single batch. prompts: the arguments of the pipeline with the prompts or embeddings.
 
     Raises:
+        UsageError: the base cannot generate images of this resolution.
         UnlearnError: a latent or a pixel is not finite.
         OutOfMemory: memory is too small to decode one image.
         torch.OutOfMemoryError: memory is too small for all seeds at once.
@@ -170,6 +181,8 @@ def sample(base: Base, seeds: Sequence[int], sampler: Sampler, **prompts: Any) -
 
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     resolution = sampler.resolution or base.resolution
+    if sampler.resolution:  # checked again: the kind of a Hub id is known only once it is loaded
+        check_resolution(sampler.resolution, base.properties, base.name)
     with torch.no_grad():
         latents = base.pipeline(
             **prompts,

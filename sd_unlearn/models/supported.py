@@ -22,6 +22,16 @@ def check_class(name: str, pipeline: object) -> None:
         raise UsageError(f"{OPTION} {name} is a {pipeline}. {SUPPORTED} ({' or '.join(PIPELINES)}).")
 
 
+def check_drop_t5(source: Source, kind: str) -> None:
+    """Refuse --drop_t5 for another kind than SD 3.
+
+    Raises:
+        UsageError
+    """
+    if source.drop_t5 and kind != "sd3":
+        raise UsageError(f"--drop_t5 is for Stable Diffusion 3 and 3.5; {source.name} is of kind {kind}. Leave it out.")
+
+
 def check_network(name: str, network: Mapping[str, Any], latent_channels: int) -> None:
     """Refuse a UNet or transformer that takes more than latents (of the VAE), a timestep and a caption.
 

@@ -14,6 +14,7 @@ from sd_unlearn.data.photos import CACHE_DIR
 from sd_unlearn.data.prior import Prior
 from sd_unlearn.data.turns import Turn, make_turns
 from sd_unlearn.models.base import Base
+from sd_unlearn.models.sampling import check_resolution
 from sd_unlearn.training.betas import resolve_betas
 from sd_unlearn.training.probe import probe_prompts
 
@@ -45,9 +46,11 @@ def read_data(config: TrainConfig, concept: Concept, base: Base, encode_batch_si
     """Scan the data folder, encode images (cached) and captions, and determine beta.
 
     Raises:
-        UsageError: invalid images, captions or betas.
+        UsageError: invalid images, captions or betas, or a resolution that the base cannot have.
     """
     assert config.data_dir is not None
+    if config.resolution:  # checked again: the kind of a Hub id is known only once it is loaded
+        check_resolution(config.resolution, base.properties, base.name)
     examples = scan(config.data_dir, concept, config.eta, config.positives)
     resolution = config.resolution or base.resolution
     mean, std = encode_images(base, examples, resolution, config.data_dir / CACHE_DIR, encode_batch_size)

@@ -10,7 +10,7 @@ from typing import Any
 from sd_unlearn.data.concept import concept_files
 from sd_unlearn.errors import UnlearnError, UsageError
 from sd_unlearn.io.images import open_image
-from sd_unlearn.io.paths import slugify
+from sd_unlearn.io.paths import concept_slug
 from sd_unlearn.models.source import BUNDLED
 from sd_unlearn.seeds import SEED_SPAN
 from sd_unlearn.ui.generate import AS_TRAINED, Generator, Request, enlarged
@@ -196,7 +196,7 @@ def _train_tab(gradio: Any, page: Any, root: Path, training: Training) -> None:
     plan_button.click(_shown(gradio, plan), fields, [plan_text, planned, start], **_PRIVATE)
     for field in fields:  # what is started is what was planned
         field.input(lambda: (None, gradio.update(interactive=False)), None, [planned, start], **_PRIVATE)
-    concept.input(lambda given: slugify(given or ""), concept, name, **_PRIVATE)
+    concept.input(lambda given: concept_slug(given or ""), concept, name, **_PRIVATE)
     start.click(_shown(gradio, begin), planned, start, **_PRIVATE)
     stop.click(training.stop, None, None, **_PRIVATE)
 

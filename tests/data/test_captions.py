@@ -13,7 +13,7 @@ from PIL import Image
 
 from sd_unlearn.data.captions import Caption, read_captions
 from sd_unlearn.data.concept import Concept
-from sd_unlearn.data.dataset import describe_images, fingerprint, scan
+from sd_unlearn.data.dataset import describe_images, fingerprint, scan, scan_positives
 from sd_unlearn.data.encoding import describe_long_captions, encode_captions
 from sd_unlearn.errors import UsageError
 from sd_unlearn.io.images import open_image
@@ -124,6 +124,26 @@ def test_text_files_as_in_kohyas_scripts(photos: Photos, concept: Concept) -> No
     assert [e.own_caption for e in scan(folder, concept)] == [True, True, True, False, False, True]
     (folder / UNLABELED / "0.txt").write_bytes(b"\xff\xfe\x00d")
     assert f"{folder / UNLABELED / '0.txt'} is not UTF-8" in refusal(folder, concept)
+
+
+def test_caption_files_of_any_case_and_suffix(photos: Photos, concept: Concept) -> None:
+    folder = photos(unlabeled=4)
+    for name in ("0.TXT", "1.png.caption", "2.Caption", "3.caption", "3.txt", "notes.CAPTION"):
+        (folder / UNLABELED / name).write_text(f"of {name}")
+    assert list(captions(folder, concept).values()) == ["of 0.TXT", "of 1.png.caption", "of 2.Caption", "of 3.txt"]
+    assert "4 with own captions, notes.CAPTION without an image" in describe_images(folder, scan(folder, concept))
+
+
+def test_errors_about_captions_of_positives_name_the_option(photos: Photos, concept: Concept) -> None:
+    positives = photos(unlabeled=4) / POSITIVE
+    (positives / "1.txt").write_bytes(b"\xff\xfe\x00d")
+    lines: list[dict[str, object]] = [{"file_name": "x.png", "text": ""}, {"file_name": "0.png"}]
+    for content in (None, *lines):
+        if content:
+            write_lines(positives, content)
+        with pytest.raises(UsageError, match="^--positives") as caught:
+            scan_positives(positives, concept)
+        assert "--data_dir" not in str(caught.value)
 
 
 def test_metadata_of_the_whole_data_folder(photos: Photos, concept: Concept) -> None:

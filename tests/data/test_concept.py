@@ -27,6 +27,7 @@ from sd_unlearn.data.concept import (
 from sd_unlearn.data.several import write_concepts
 from sd_unlearn.errors import UsageError
 from sd_unlearn.evaluation.evaluate import _concept_entry
+from sd_unlearn.io.paths import concept_slug
 
 SHIPPED = sorted((PACKAGE.parent / "prompts").glob("*.yaml"))
 DIGITS = {"zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"}
@@ -375,3 +376,32 @@ def test_without_any_concept_file_the_error_says_so(monkeypatch: pytest.MonkeyPa
     for name in (None, "seven"):
         with pytest.raises(UsageError, match=r"There is no folder prompts/ with concept files\."):
             load_concept(name)
+
+
+# -- names --
+
+
+def test_the_file_of_another_concept_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("prompts").mkdir()
+    write(Path("prompts/c.yaml"), name="C++")
+    for name in ("C++", "c++", "c", "C"):
+        assert load_concept(name).name == "C++"
+    for name in ("C#", "C'"):
+        with pytest.raises(UsageError, match=r'"C.*" has no concept file: prompts/c\.yaml is for another concept'):
+            load_concept(name)
+    write(Path(f"prompts/{concept_slug('ゴジラ 2')}.yaml"), name="ゴジラ 2")
+    assert load_concept("ゴジラ_2").name == "ゴジラ 2"
+    with pytest.raises(UsageError, match="has no file prompts/2-"):
+        load_concept("鉄腕アトム 2")
+
+
+# -- what is erased and what is retained --
+
+
+@pytest.mark.parametrize("key", ["keep", "alike", "general"])
+def test_the_caption_cannot_be_retained(tmp_path: Path, key: str) -> None:
+    prompts = {key: ["a photo of {y,X }"]}
+    changes = prompts if key == "keep" else {"evaluate": prompts}
+    with pytest.raises(UsageError, match=rf'x\.yaml: (evaluate\.)?{key}: "a photo of X" is the caption'):
+        read_concept(write(tmp_path / "x.yaml", **changes))

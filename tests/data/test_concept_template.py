@@ -104,6 +104,13 @@ def test_neither_the_concept_nor_the_anchor_is_retained(
     assert absent == anchor or not any(absent in text for text in texts(concept, "alike"))
 
 
+@pytest.mark.parametrize("similar", ["PISTOL", "A Pistol", " pistol "])
+def test_the_concept_is_never_a_similar_one(similar: str) -> None:
+    assert concept_text("pistol", "a water gun", "object", [similar]) == concept_text("pistol", "a water gun", "object")
+    with pytest.raises(UsageError, match="is the concept itself"):
+        concept_text("pistol", similar, "object")
+
+
 def test_names_in_templates_occur_in_the_bundled_files() -> None:
     for kind in KINDS:
         for retained in TEMPLATES[kind].retained:
@@ -116,6 +123,18 @@ def test_names_in_templates_occur_in_the_bundled_files() -> None:
 def test_an_anchor_that_says_nothing_is_refused(anchor: str) -> None:
     with pytest.raises(UsageError, match="--anchor"):
         concept_text("Jane Example", anchor, "person")
+
+
+@pytest.mark.parametrize("character", ["\0", "\x07", "\x7f", "\x9b", "\udc80", "\uffff"])
+def test_control_characters_are_refused(character: str) -> None:
+    for name, anchor, file in (
+        (f"a{character}b", "c", None),
+        ("a", f"c{character}", None),
+        ("a", "c", f"{character}x"),
+    ):
+        with pytest.raises(UsageError, match="control character"):
+            concept_text(name, anchor, file=file)
+    assert from_anchor("👨\u200d👩\u200d👧", "a cat").name == "👨\u200d👩\u200d👧"
 
 
 def test_small_words() -> None:

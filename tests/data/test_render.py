@@ -24,6 +24,7 @@ from sd_unlearn.io.run_folder import DATA_MANIFEST, METADATA, POSITIVE, UNLABELE
 from sd_unlearn.models import sampling
 from sd_unlearn.models.base import Base, load_base
 from sd_unlearn.models.find_base import find_base
+from sd_unlearn.models.source import Source
 from sd_unlearn.seeds import RENDER_SEEDS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -432,6 +433,26 @@ def test_a_base_that_is_not_found_is_looked_for_once(config: Config, monkeypatch
     with pytest.raises(UnlearnError, match="models/mine: there is no such local folder or file, and it was not found"):
         render.run(config(pretrained_model_name_or_path="models/mine", render_batch_size=None))
     assert asked == ["models/mine/unet/config.json"]
+
+
+def test_the_precision_is_accelerates_and_full_on_a_cpu(
+    config: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[str] = []
+
+    def load(source: Source, precision: str) -> Base:
+        asked.append(precision)
+        raise UnlearnError("loaded")
+
+    monkeypatch.setattr(render, "load_base", load)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    for has_gpu in (True, False):
+        monkeypatch.setattr("torch.cuda.is_available", lambda has_gpu=has_gpu: has_gpu)
+        for option in (None, "fp16"):
+            with pytest.raises(UnlearnError, match="loaded"):
+                render.run(config(mixed_precision=option))
+    assert asked == ["bf16", "fp16", "no", "no"]
+    assert "No CUDA device: computing in full precision on the CPU instead of fp16." in capsys.readouterr().err
 
 
 def test_unwritable_folder_is_named_with_its_option(config: Config, tmp_path: Path) -> None:

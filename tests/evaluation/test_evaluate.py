@@ -209,9 +209,9 @@ def test_two_processes_give_the_results_of_one(
 
 
 def test_concept_option_applies_to_every_lora(runs: Path, tmp_path: Path) -> None:
-    (tmp_path / "two.yaml").write_text(DIGIT_FILE.format(name="two"))
-    results = evaluate.run(every(runs, concept=[str(tmp_path / "two.yaml")], strengths=[], groups=["direct"]))
-    assert {row["concept"] for row in results["rows"]} == {"two"}
+    (tmp_path / "nine.yaml").write_text(DIGIT_FILE.format(name="nine"))
+    results = evaluate.run(every(runs, concept=[str(tmp_path / "nine.yaml")], strengths=[], groups=["direct"]))
+    assert {row["concept"] for row in results["rows"]} == {"nine"}
     assert {row["subject"] for row in results["rows"]} == {"base", "seven", "seven-gentle", "four", "four-gentle"}
     assert {row["group"] for row in results["rows"]} == {"direct"}
 
@@ -376,6 +376,19 @@ def test_invalid_options_are_refused_before_anything_loads(
     named = options if {"run", "lora", "images"} & set(options) or not options else {"run": runs / "seven", **options}
     with pytest.raises(UsageError, match=message):
         evaluate.run(EvaluateConfig(**named))
+
+
+def test_different_concepts_with_the_same_slug_are_refused(runs: Path, tmp_path: Path) -> None:
+    files = [tmp_path / "a.yaml", tmp_path / "b.yaml"]
+    for file, name in zip(files, ("C++", "C#"), strict=True):
+        file.write_text(f"{{name: {name}, caption: a photo of {name}, generic: a photo}}")
+    for given in (files, [files[0], files[0]]):
+        config = every(runs, concept=list(map(str, given)))
+        if given == files:
+            with pytest.raises(UsageError, match=r"C\+\+ and C# are both called c in results"):
+                resolve_job(config)
+        else:
+            assert list(resolve_job(config).concepts) == ["c"]
 
 
 def test_changed_base_is_refused(runs: Path, tmp_path: Path) -> None:

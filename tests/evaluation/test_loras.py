@@ -100,6 +100,8 @@ def test_attributes_of_runs_and_files(run: Path, tmp_path: Path) -> None:
     assert file.concept is not None  # the file in prompts/
     assert file.concept.alternatives == []
     assert open_lora(str(tmp_path)).path == file.path  # the only one of its folder
+    header["sd_unlearn.concept"] = "seven?"  # another concept, whose file would have the same name
+    assert open_lora(str(kohya_file(run, tmp_path / "mine.safetensors", header))).concept is None
     unknown = open_lora(str(kohya_file(run, tmp_path / "other.safetensors")))
     assert unknown.concept is None
     with pytest.raises(UsageError, match="2 .safetensors files"):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import pickle
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,8 +19,10 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from sd_unlearn.export import kohya, workflow
 from sd_unlearn.export.kohya import Adapter, LoraPair
+from sd_unlearn.io.files import write_json
 from sd_unlearn.models import ldm_keys, lora
 from sd_unlearn.models.lora_file import PeftSettings
+from sd_unlearn.models.published import PUBLISHED
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -314,3 +318,38 @@ def test_every_cell_of_the_table_is_a_test() -> None:
     assert {name for names in named for name in names} <= defined
     kinds = {line.split("|")[1].strip() for line in table}
     assert kinds == {"SD 1", "SD 2", "SDXL", "SD 3", "FLUX", "FLUX.2", "Z-Image", "Qwen-Image"}
+
+
+def nodes_of(kind: str, base: str) -> dict[str, Any]:
+    """The workflow of a run that was trained on this base and not evaluated."""
+    concept = SimpleNamespace(slug="a", caption="a")
+    run = SimpleNamespace(base={"name": base, "kind": kind}, base_name=base, kind=kind, concept=concept)
+    vars(run).update(results=None, strength=1.0, zero_terminal_snr=False)
+    return dict(json.loads(workflow.render(run)))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("base", "encoder"),
+    [
+        ("black-forest-labs/FLUX.2-klein-4B", "qwen_3_4b.safetensors"),
+        ("black-forest-labs/FLUX.2-klein-base-9B", "qwen_3_8b.safetensors"),
+    ],
+)
+def test_the_workflow_of_klein_has_the_text_encoder_of_its_size(tmp_path: Path, base: str, encoder: str) -> None:
+    assert nodes_of("flux2-klein", base)["9"]["inputs"]["clip_name"] == encoder
+    (tmp_path / "transformer").mkdir()
+    width = PUBLISHED[f"flux2-klein-{base[-2:].lower()}"]["transformer"]["joint_attention_dim"]
+    config = {"_class_name": "Flux2Transformer2DModel", "joint_attention_dim": width, "guidance_embeds": False}
+    write_json(tmp_path / "transformer" / "config.json", config)
+    assert nodes_of("flux2-klein", str(tmp_path))["9"]["inputs"]["clip_name"] == encoder
+
+
+@pytest.mark.parametrize(("name", "shift"), [("Z-Image", 6.0), ("Z-Image-Turbo", 3.0)])
+def test_the_workflow_of_z_image_has_the_shift_of_its_model(name: str, shift: float) -> None:
+    assert nodes_of("z-image", f"Tongyi-MAI/{name}")["11"]["inputs"]["shift"] == shift
+
+
+def test_the_workflow_does_not_open_a_pickled_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.load", lambda *_, **__: pytest.fail("opened"))
+    (tmp_path / "base.ckpt").write_bytes(pickle.dumps({"state_dict": {}}))
+    assert nodes_of("sd1", str(tmp_path / "base.ckpt"))["6"]["inputs"]["steps"] == 50

@@ -11,7 +11,7 @@ from conftest import tree
 
 from sd_unlearn.errors import UnlearnError, UsageError
 from sd_unlearn.io.files import write_json, write_jsonl, write_text
-from sd_unlearn.io.paths import slugify
+from sd_unlearn.io.paths import concept_slug, slugify
 from sd_unlearn.io.reading import read_json, read_jsonl, read_yaml
 from sd_unlearn.io.run_folder import ImageRecord
 from sd_unlearn.seeds import EVALUATE_SEEDS, RENDER_SEEDS, TRAIN_SEEDS, image_seed
@@ -49,6 +49,27 @@ def test_a_name_without_latin_letters_still_has_a_slug(name: str) -> None:
 
 def test_names_without_latin_letters_have_different_slugs() -> None:
     assert len({slugify(name) for name in ("🙂", "🙃", "...", "", "東京")}) == 5
+
+
+def test_slugs_of_concepts_differ_where_letters_have_no_latin_equivalent() -> None:
+    names = [
+        "ゴジラ 2",
+        "鉄腕アトム 2",
+        "2",
+        "Pelé 東京",
+        "Pelé",
+        "Weiß",
+        "Wei",
+        "東京",
+        *("x" * 80 + c for c in "東京"),
+    ]
+    slugs = [concept_slug(name) for name in names]
+    assert len(set(slugs)) == len(names)
+    assert max(map(len, slugs)) <= 60
+    assert all(concept_slug(slug) == slugify(slug) == slug for slug in slugs)
+    assert concept_slug("Pelé_東京 ") == concept_slug("pele\u0301 東京")
+    for name in ("Brad Pitt", "Beyoncé", "C++", "a/b", "...", "東京", "🙂", "red 🙂"):
+        assert concept_slug(name) == slugify(name)
 
 
 def test_every_slug_is_a_plain_file_name() -> None:

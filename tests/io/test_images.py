@@ -40,6 +40,26 @@ def test_16_bit_greyscale_is_scaled(tmp_path: Path) -> None:
     assert np.asarray(open_image(tmp_path / "x.png"))[0, :, 0].tolist() == [0, 1, 128, 255]
 
 
+@pytest.mark.parametrize(
+    ("values", "why"),
+    [
+        (np.array([[0.0, 1.0]], dtype=np.float32), "floating-point numbers; save it with 8 or 16 bits"),
+        (np.array([[0, 255]], dtype=np.int32), "32-bit values are 0 to 255; save it with 8 or 16 bits"),
+        (np.array([[0, 70_000]], dtype=np.int32), "32-bit values are 0 to 70000"),
+        (np.array([[-300, 300]], dtype=np.int32), "32-bit values are -300 to 300"),
+    ],
+)
+def test_values_of_an_unknown_range_are_refused(tmp_path: Path, values: np.ndarray, why: str) -> None:
+    Image.fromarray(values).save(tmp_path / "x.tiff")
+    with pytest.raises(UnreadableImage, match=rf"x\.tiff cannot be read as an image: its .*{why}"):
+        open_image(tmp_path / "x.tiff")
+
+
+def test_16_bits_in_32_are_scaled(tmp_path: Path) -> None:
+    Image.fromarray(np.array([[0, 65535]], dtype=np.int32)).save(tmp_path / "x.tiff")
+    assert (pixel(tmp_path / "x.tiff"), pixel(tmp_path / "x.tiff", 1)) == ((0, 0, 0), WHITE)
+
+
 def test_transparency_is_over_white(tmp_path: Path) -> None:
     for name, color in (("clear", (*RED, 0)), ("half", (*RED, 128)), ("opaque", (*RED, 255))):
         Image.new("RGBA", (4, 4), color).save(tmp_path / f"{name}.png")

@@ -20,6 +20,7 @@ from sd_unlearn.cli import main
 from sd_unlearn.config.evaluate import EvaluateConfig
 from sd_unlearn.config.train import TrainConfig
 from sd_unlearn.data.batch import NO_GROUP, Batch
+from sd_unlearn.data.concept import load_concept
 from sd_unlearn.data.encoding import encode_captions
 from sd_unlearn.errors import UsageError
 from sd_unlearn.evaluation.subjects import check_guidance
@@ -29,12 +30,13 @@ from sd_unlearn.models.base import load_base
 from sd_unlearn.models.denoiser import Denoiser
 from sd_unlearn.models.lora_change import apply_changes, find_modules
 from sd_unlearn.models.lora_file import read_lora_file
-from sd_unlearn.models.sampling import Sampler
+from sd_unlearn.models.sampling import Sampler, generate_images
 from sd_unlearn.models.source import Source
 from sd_unlearn.objectives.losses import example_losses
 from sd_unlearn.objectives.movement import Movement
 from sd_unlearn.objectives.teacher import Teacher
 from sd_unlearn.risk import UNLABELED
+from sd_unlearn.training.encoded_data import read_data
 from sd_unlearn.training.preflight import check_kind
 from sd_unlearn.training.setup import default_unconditional
 
@@ -260,6 +262,15 @@ def test_options_of_flow_matching_are_refused_for_other_bases(
     ):
         assert main(["train", *command, *options]) == 2
         assert why.split(": .* ")[-1] in capsys.readouterr().err
+
+
+def test_the_resolution_is_checked_again_once_a_hub_id_is_loaded(flow_kinds: FlowKinds, tmp_path: Path) -> None:
+    base = replace(load_base(str(flow_kinds.folder("sd35")), device="cpu"), source=Source("owner/name"))
+    why = "--resolution 72: .* needs a multiple of 16 pixels"
+    with pytest.raises(UsageError, match=why):
+        generate_images(base, ["a photo"], [0], Sampler(1, 1.0, 1, resolution=72))
+    with pytest.raises(UsageError, match=why):
+        read_data(TrainConfig(resolution=72, data_dir=tmp_path), load_concept("seven"), base, 1)
 
 
 @pytest.mark.parametrize("name", FLOW_KINDS)

@@ -46,6 +46,14 @@ def test_a_base_from_the_hub_equals_its_folder(cache: Path, kinds: Kinds, kind: 
     assert load_recorded_base(base.describe(), device="cpu").describe() == base.describe()
 
 
+def test_drop_t5_is_refused_for_other_kinds_before_weights_load(cache: Path, kinds: Kinds) -> None:
+    place = fetched(cache, kinds.folder("sd1"), "owner/model")
+    for file in place.rglob("*.safetensors"):
+        file.unlink()
+    with pytest.raises(UsageError, match=r"--drop_t5 is for .*owner/model is of kind sd1\. Leave it out"):
+        load_base(Source("owner/model", drop_t5=True), device="cpu")
+
+
 @pytest.mark.parametrize("name", ["sd35", "sd3-without-t5", "flux-schnell"])
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_a_flow_matching_base_from_the_hub(cache: Path, flow_kinds: FlowKinds, name: str, precision: str) -> None:

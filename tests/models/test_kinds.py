@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from sd_unlearn.data.concept import load_concept
 from sd_unlearn.data.dataset import scan
 from sd_unlearn.data.encoding import encode_captions, encode_images
 from sd_unlearn.errors import UnlearnError, UsageError
+from sd_unlearn.io.files import write_json
 from sd_unlearn.io.reading import read_json
 from sd_unlearn.io.run_folder import DIFFUSERS_FILE, POSITIVE
 from sd_unlearn.models.base import Base, load_base
@@ -354,3 +356,24 @@ def test_every_cell_of_the_documented_table_is_a_test() -> None:
         for kind in KINDS
         for form in FORMS
     )
+
+
+# -- schedulers --
+
+
+def test_latents_are_not_clipped_if_the_scheduler_is_not_ddim(kinds: Kinds, tmp_path: Path) -> None:
+    folder = shutil.copytree(kinds.folder("sdxl"), tmp_path / "euler")
+    shared = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type")
+    ddim = read_json(folder / "scheduler" / "scheduler_config.json")
+    euler = {"_class_name": "EulerDiscreteScheduler"} | {key: ddim[key] for key in shared}
+    index = read_json(folder / "model_index.json")
+    write_json(folder / "model_index.json", index | {"scheduler": ["diffusers", "EulerDiscreteScheduler"]})
+    for stated in ({}, {"steps_offset": 0}):
+        write_json(folder / "scheduler" / "scheduler_config.json", euler | stated)
+        base = load_base(Source(str(folder)), device="cpu")
+        config = base.pipeline.scheduler.config
+        assert (config.clip_sample, config.set_alpha_to_one) == (False, False)
+        assert config.steps_offset == stated.get("steps_offset", 1)
+        if not stated:
+            same = generate_images(base, PROMPTS, SEEDS, FEW)
+    assert np.array_equal(pixels(same), pixels(generate_images(loaded(kinds, "sdxl"), PROMPTS, SEEDS, FEW)))

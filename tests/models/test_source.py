@@ -72,6 +72,8 @@ def test_kinds_do_not_depend_on_widths() -> None:
         ("nowhere.safetensors", "is neither a local folder or file"),
         ("models/nowhere.safetensors", "is neither a local folder or file"),
         ("a/b/c", "nor a Hub id"),
+        ("models/my model", "nor a Hub id"),
+        ("owner/name@main", r"nor a Hub id .*Revisions \(owner/name@revision\) are not supported"),
         (
             "black-forest-labs/FLUX.1-Kontext-dev",
             r"is a FLUX\.1 Kontext model\. Stable Diffusion 1\.x, 2\.x, XL, 3 and 3\.5, FLUX\.1, FLUX\.2, "
@@ -145,6 +147,7 @@ def test_pickled_weights_of_a_folder(kinds: Kinds, tmp_path: Path) -> None:
 
 
 def test_variants(kinds: Kinds, tmp_path: Path) -> None:
+    refused("--variant is for a folder or Hub id", kinds.file("sd1"), variant="fp16")
     refused("--variant fp16: .* has no such weights; it has none", kinds.folder("sd1"), variant="fp16")
     refused("--variant ema: .*variants here: fp16", kinds.folder("sd1", "fp16"), variant="ema")
     both = shutil.copytree(kinds.folder("sd1"), tmp_path / "both")
@@ -233,6 +236,7 @@ def test_files_without_a_vae_need_one(kinds: Kinds, tmp_path: Path) -> None:
 def test_what_is_not_a_vae_is_refused(kinds: Kinds, tmp_path: Path) -> None:
     base = kinds.folder("sd1")
     refused("--vae .* is neither a local folder or file nor a Hub id", base, vae="./nowhere")
+    refused("--vae .* nor a Hub id .*Revisions", base, vae="owner/name@main")
     refused("--vae .* holds neither config.json nor vae/config.json", base, vae=str(tmp_path))
     save_file({"something": torch.zeros(1)}, tmp_path / "x.safetensors")
     refused("--vae .* holds no VAE", base, vae=str(tmp_path / "x.safetensors"))

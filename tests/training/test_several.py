@@ -29,6 +29,7 @@ from sd_unlearn.training.learned_captions import LearnedCaption
 pytestmark = pytest.mark.usefixtures("one_thread")
 PITT = CONCEPT_FILE + "  alike: ['a photo of {Tom Hanks,Jackie Chan}']\n"
 CHAN = PITT.replace("name: Brad Pitt", "name: Jackie Chan").replace("a photo of Brad Pitt", "a photo of Jackie Chan")
+CHAN = CHAN.replace("{Tom Hanks,Jackie Chan}", "{Tom Hanks,Brad Pitt}")
 
 
 @pytest.fixture(scope="module")
