@@ -31,7 +31,7 @@ def number(value: float | None, row: Row) -> str:
         return NONE
     if not is_rate(row):
         return f"{value:,.3g}" if abs(value) < 1000 else f"{value:,.0f}"
-    share, digits = 100 * value, 1 if row.n >= 100 else 0
+    share, digits = round(100 * value, 6), 1 if row.n >= 100 else 0  # a mean of 0.05 may be 0.05 + 1e-17
     # 99.97 % must not be printed as 100 %, nor 5.03 % as 5 %, the limit of a verdict: only exact values may be
     exact = (0, 100, 100 * GONE)
     while digits < 4 and share not in exact and round(share, digits) in exact:
