@@ -133,7 +133,9 @@ def test_settings_hide_the_folders_of_all_loras_of_a_fused_one(folder):
 
 def test_hostile_texts_are_escaped_everywhere(folder):
     bad = f'"{EVIL}'
-    (folder / "concept.yaml").write_text(json.dumps({"name": EVIL, "caption": EVIL, "generic": bad, "keep": [EVIL]}))
+    (folder / "concept.yaml").write_text(
+        json.dumps({"name": EVIL, "caption": EVIL, "generic": bad, "keep": [f"another {EVIL}"]})
+    )
     (folder / "config.yaml").write_text(json.dumps({EVIL: EVIL}))
     row = make_row(EVIL, EVIL, "lora", 0.5, note=EVIL, interval=EVIL, detector=EVIL, concept=EVIL)
     pair = make_pair(EVIL, 1, EVIL, prompt=bad, image_read=bad, base_read=bad, concept=EVIL)
