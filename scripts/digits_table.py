@@ -20,8 +20,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+from leaderboard_runs import sampling_of
+
 from sd_unlearn.metrics.digits import DIGITS, INKS
-from sd_unlearn.models.sampling import BASE_SAMPLERS
 from sd_unlearn.models.source import BUNDLED
 from sd_unlearn.models.source import DIGITS as DIGITS_BASE
 from sd_unlearn.results import BASE, read_results
@@ -37,7 +38,6 @@ COLUMNS = (
     "fid-digits",
     "training",
 )
-DIGITS_SAMPLER = BASE_SAMPLERS[DIGITS_BASE]
 SECONDS = 90  # target for one training alone on two cores
 
 
@@ -48,10 +48,7 @@ def name_of(base: str) -> str:
 
 def sampler_options(base: str) -> list[str]:
     """Sample a base that is not bundled like `digits`."""
-    if base in BUNDLED:
-        return []
-    options = {"num_inference_steps": DIGITS_SAMPLER.steps, "guidance_scale": DIGITS_SAMPLER.guidance_scale}
-    options["render_batch_size"] = DIGITS_SAMPLER.batch_size
+    options = {} if base in BUNDLED else sampling_of(DIGITS_BASE)
     return [part for name, value in options.items() for part in (f"--{name}", str(value))]
 
 

@@ -11,6 +11,7 @@ from sd_unlearn.config.paths import recorded
 from sd_unlearn.config.train import TrainConfig, resolve_steps
 from sd_unlearn.io.reading import file_sha256, json_sha256, read_yaml
 from sd_unlearn.io.run_folder import CHECKPOINT_DIR, CONFIG, TRAINING
+from sd_unlearn.models.sampling import BASE_SAMPLERS
 
 UNWATCHED: Mapping[str, Any] = {"validation_steps": 0, "report_to": "none"}  # without previews and logs
 
@@ -36,6 +37,16 @@ def is_current(run: Path, options: Mapping[str, Any], concepts: int = 1) -> bool
     now = recorded(config) | {"concept": None, "max_train_steps": resolve_steps(config, concepts, is_flow=False)}
     before = read_yaml(run / CONFIG, "")
     return all(None in (value, before.get(name)) or before[name] == value for name, value in now.items())
+
+
+def sampling_of(base: str) -> dict[str, Any]:
+    """Options that sample another base like a bundled one."""
+    sampler = BASE_SAMPLERS[base]
+    return {
+        "num_inference_steps": sampler.steps,
+        "guidance_scale": sampler.guidance_scale,
+        "render_batch_size": sampler.batch_size,
+    }
 
 
 def continued(run: Path) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from leaderboard_runs import UNWATCHED, digest, train_once, weights_in
+from leaderboard_runs import UNWATCHED, digest, sampling_of, train_once, weights_in
 
 import sd_unlearn
 from sd_unlearn.config.evaluate import EvaluateConfig
@@ -25,13 +25,6 @@ from sd_unlearn.models.sampling import BASE_SAMPLERS
 from sd_unlearn.models.source import EMOJI
 from sd_unlearn.results import Results
 
-SAMPLER = BASE_SAMPLERS[EMOJI]
-SAMPLING = {  # a merged model is sampled like the bundled one
-    "num_inference_steps": SAMPLER.steps,
-    "guidance_scale": SAMPLER.guidance_scale,
-    "render_batch_size": SAMPLER.batch_size,
-}
-
 
 def serve(first: Path, names: Sequence[str], work: Path) -> list[Path]:
     """The run folders of requests for these names, in this order.
@@ -42,7 +35,7 @@ def serve(first: Path, names: Sequence[str], work: Path) -> list[Path]:
     for number, name in enumerate(names[1:], start=1):
         model = merge(runs[-1])
         run = work / "runs" / f"one-by-one-{number + 1}-{load_concept(name).slug}-{digest(weights_in(model))}"
-        options: dict[str, Any] = {"pretrained_model_name_or_path": str(model), **SAMPLING, **UNWATCHED}
+        options: dict[str, Any] = {"pretrained_model_name_or_path": str(model), **sampling_of(EMOJI), **UNWATCHED}
         runs.append(train_once(name, run, {**options, "data_dir": run.with_name(f"{run.name}-data")}))
     return runs
 
@@ -61,7 +54,7 @@ def evaluate_merged(model: Path, concepts: Path, output: Path, options: Mapping[
     options: of `evaluate`: num_images, num_keep_images, groups and cache_dir.
     """
     base = load_base(find_base(EvaluateConfig(pretrained_model_name_or_path=str(model))))
-    cache = ImageCache(options["cache_dir"], base.describe(), SAMPLER)
+    cache = ImageCache(options["cache_dir"], base.describe(), BASE_SAMPLERS[EMOJI])
     counts = override_counts(TIERS["emoji"], options["num_images"], options["num_keep_images"], options["groups"])
     specs = [spec for part in read_concepts(concepts).parts for spec in plan_images(part, counts, [0])]
     cache.generate(lambda: base, ModelVariant(), specs, f"generate {output.name}")

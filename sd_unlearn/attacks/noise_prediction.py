@@ -68,8 +68,8 @@ def noise_gradients(
     """Gradients of the loss by parameters in full precision; None for one that it does not depend on.
 
     If memory runs out, the gradients of parts of the batch are added up, and if one image is too much, activations are
-    computed again in the backward pass. In fp16 the loss is multiplied by SCALE for the backward pass, because it is a
-    mean over so many elements that the gradients of the network's outputs would be rounded to zero.
+    computed again in the backward pass. In fp16 the loss is multiplied by SCALE for the backward pass: it is a mean
+    over very many elements, so the gradients of the network's outputs would otherwise be rounded to zero.
 
     Raises:
         OutOfMemory: memory is too small for one image.

@@ -30,7 +30,7 @@ from sd_unlearn.batch.record import (
     read_order,
 )
 from sd_unlearn.choices import CLOSED_FORM
-from sd_unlearn.config.base import RenderConfig
+from sd_unlearn.config.base import ExportConfig, RenderConfig
 from sd_unlearn.config.train import TrainConfig
 from sd_unlearn.errors import ConditionError, UnlearnError
 from sd_unlearn.io.files import remove
@@ -133,7 +133,10 @@ def _execute(folder: Path) -> int:
     status, message, code = "failed", "", 1
     try:
         if not (order.stage in ("render", "train") and Path(order.product).is_file()):
-            _command(order.stage)(_config(folder, order))
+            config = _config(folder, order)
+            if order.stage == "export":
+                _remove_own_checkpoint(folder, config)
+            _command(order.stage)(config)
         status, code = "done", 0
     except ConditionError as error:  # the results are complete
         status, message, code = "done", str(error), 0
@@ -150,17 +153,18 @@ def _execute(folder: Path) -> int:
 
 
 def _config(folder: Path, order: Order) -> Any:
-    """The options of a task. A training resumes from its last checkpoint if there is one.
-
-    A merged checkpoint that an earlier attempt wrote into the task's own folder is removed.
-    """
+    """The options of a task. A training resumes from its last checkpoint if there is one."""
     config: Any = convert(CONFIGS[order.stage], read_yaml(folder / OPTIONS, "task"), str(folder / OPTIONS))
-    if order.stage == "export" and config.merge and config.merge.parent.name == MERGED + folder.name.rpartition("-")[2]:
-        remove(config.merge)
     begun = (Path(order.target) / TRAINED_CONCEPT).is_file()
     if order.stage == "train" and begun and config.objective not in CLOSED_FORM:  # which have no checkpoints
         config = dataclasses.replace(config, resume_from_checkpoint="latest")
     return config
+
+
+def _remove_own_checkpoint(folder: Path, config: ExportConfig) -> None:
+    """Remove a merged checkpoint that an earlier attempt wrote into the task's own folder: export overwrites none."""
+    if config.merge and config.merge.parent.name == MERGED + folder.name.rpartition("-")[2]:
+        remove(config.merge)
 
 
 def _command(stage: str) -> Callable[[Any], Any]:

@@ -145,39 +145,26 @@ def flux_nodes(
     }
 
 
-def flux2_nodes(
-    *, checkpoint: str, lora: str, prompt: str, strength: float, size: int, steps: int, guidance: float
-) -> dict[str, Any]:
+def flux2_nodes(*, guidance: float, **run: Any) -> dict[str, Any]:
     """As `make_nodes`, for FLUX.2 dev, of which each network is a file. guidance: the embedded one."""
-    text_encoder = "mistral_3_small_flux2_bf16.safetensors"
     return {
-        **_flux2(checkpoint, lora, prompt, strength, size, steps, text_encoder),
+        **_flux2("mistral_3_small_flux2_bf16.safetensors", **run),
         "11": _node("FluxGuidance", "Guidance", guidance=guidance, conditioning=["3", 0]),
         "12": _node("BasicGuider", "Without a negative prompt", model=["2", 0], conditioning=["11", 0]),
     }
 
 
-def klein_nodes(
-    *,
-    checkpoint: str,
-    lora: str,
-    prompt: str,
-    strength: float,
-    size: int,
-    steps: int,
-    guidance: float,
-    text_encoder: str = KLEIN_4B_ENCODER,
-) -> dict[str, Any]:
+def klein_nodes(*, guidance: float, text_encoder: str = KLEIN_4B_ENCODER, **run: Any) -> dict[str, Any]:
     """As `make_nodes`, for FLUX.2 klein, of which each network is a file. guidance: 1 for a distilled one."""
     return {
-        **_flux2(checkpoint, lora, prompt, strength, size, steps, text_encoder),
+        **_flux2(text_encoder, **run),
         "4": _node("CLIPTextEncode", "Negative prompt", text="", clip=["9", 0]),
         "12": _node("CFGGuider", "Guidance", cfg=guidance, model=["2", 0], positive=["3", 0], negative=["4", 0]),
     }
 
 
 def _flux2(
-    checkpoint: str, lora: str, prompt: str, strength: float, size: int, steps: int, text_encoder: str
+    text_encoder: str, *, checkpoint: str, lora: str, prompt: str, strength: float, size: int, steps: int
 ) -> dict[str, Any]:
     """What the workflows of FLUX.2 have in common. Node 12 is the guider."""
     return {

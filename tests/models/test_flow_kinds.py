@@ -179,7 +179,7 @@ def test_two_concepts_at_once_and_fused(flow_kinds: FlowKinds, name: str) -> Non
 
 
 def test_the_held_prediction_needs_no_offset_without_guidance(flow_kinds: FlowKinds) -> None:
-    """FLUX samples with f alone: what the empty caption has become does not matter. Spillover is seen all the same."""
+    """FLUX samples without the empty caption, so its prediction may change. Spillover is still measured."""
     base = load_base(str(flow_kinds.folder("flux-dev")), device="cpu")
     assert not base.properties.uses_guidance
     assert default_unconditional(base) == 0
