@@ -37,6 +37,11 @@ def suggest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
     return f' Did you mean "{close[0]}"?' if close else ""
 
 
+def install_command(extra: str) -> str:
+    """How to install an extra, in the folder of a clone of the repository: nothing has been released on PyPI."""
+    return f"pip install -e '.[{extra}]' -c constraints.txt"
+
+
 def counted(number: int, noun: str) -> str:
     """'1 task', '2 tasks'."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import re
+import tomllib
+from pathlib import Path
+
 import pytest
 
-from sd_unlearn.errors import reason, suggest
+from sd_unlearn.errors import install_command, reason, suggest
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.parametrize(
@@ -30,3 +36,19 @@ def test_suggest() -> None:
     assert suggest("rnak", ["rank", "seed"]) == ' Did you mean "rank"?'
     assert suggest("xyz", ["rank", "seed"]) == ""
     assert suggest("rank", []) == ""
+
+
+def test_install_command_installs_an_extra_in_a_clone() -> None:
+    assert install_command("clip") == "pip install -e '.[clip]' -c constraints.txt"
+    assert (ROOT / "constraints.txt").is_file()
+
+
+def test_every_extra_that_an_error_names_exists() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    named = [
+        extra
+        for path in (ROOT / "sd_unlearn").rglob("*.py")
+        for extra in re.findall(r"install_command\('(\w+)'\)", path.read_text())
+    ]
+    assert len(named) > 10
+    assert set(named) <= set(extras)

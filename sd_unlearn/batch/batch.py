@@ -20,7 +20,7 @@ from sd_unlearn.batch.summary import comparison_tasks, met_conditions, write_tab
 from sd_unlearn.config.batch import BatchConfig
 from sd_unlearn.config.options import check_ranges
 from sd_unlearn.data.prompt_sets import load_prompt_set
-from sd_unlearn.errors import ConditionError, UnlearnError, UsageError, counted
+from sd_unlearn.errors import ConditionError, UnlearnError, UsageError, counted, install_command
 from sd_unlearn.io.files import check_writable
 from sd_unlearn.io.lock import locked
 from sd_unlearn.io.progress import Progress
@@ -115,7 +115,7 @@ def make_engine(jobs: JobList, folder: Path) -> Engine:
         return RayEngine(jobs.ray, jobs.workers, jobs.threads)
     if jobs.engine == "slurm":
         if find_spec("submitit") is None:
-            raise UsageError("--engine slurm needs submitit: pip install 'sd-unlearn[slurm]', or --engine local.")
+            raise UsageError(f"--engine slurm needs submitit: {install_command('slurm')}, or --engine local.")
         from sd_unlearn.batch.engines.slurm import SlurmEngine
 
         return SlurmEngine(jobs.slurm, folder, jobs.workers, jobs.threads)

@@ -15,6 +15,7 @@ from sd_unlearn.config.options import (
     Range,
     option,
 )
+from sd_unlearn.errors import install_command
 
 Schedule = Literal["cosine", "linear", "constant", "constant_with_warmup", "cosine_with_restarts", "polynomial"]
 Attention = Literal["sdpa", "xformers", "eager"]
@@ -45,7 +46,7 @@ class Optimizing:
     learning_rate: Annotated[float, option("Peak learning rate.", OPTIMIZER, POSITIVE)] = 8e-4
     optimizer: Annotated[
         Literal["adamw", "adamw8bit"],
-        option("AdamW, or AdamW with 8-bit states (extra 8bit: pip install 'sd-unlearn[8bit]').", OPTIMIZER),
+        option(f"AdamW, or AdamW with 8-bit states (extra 8bit: {install_command('8bit')}).", OPTIMIZER),
     ] = "adamw"
     weight_decay: Annotated[float, option("Weight decay of AdamW.", OPTIMIZER, NOT_NEGATIVE)] = 1e-2
     lr_scheduler: Annotated[
@@ -184,7 +185,7 @@ class Performance:
         Quantization | None,
         option(
             "Store the linear layers of the frozen UNet or transformer in 8 bits (int8) or 4 bits (nf4; extra 8bit: "
-            "pip install 'sd-unlearn[8bit]') during training. Less memory, slower steps. Default: off.",
+            f"{install_command('8bit')}) during training. Less memory, slower steps. Default: off.",
             PERFORMANCE,
         ),
     ] = None

@@ -13,7 +13,7 @@ from torch.nn.functional import adaptive_avg_pool2d
 from sd_unlearn.config.base import CLIP_MODEL, CLIP_PRETRAINED
 from sd_unlearn.data.dataset import UNUSED, Example
 from sd_unlearn.data.prior import ImageEmbeddings
-from sd_unlearn.errors import UnlearnError, reason
+from sd_unlearn.errors import UnlearnError, install_command, reason
 from sd_unlearn.io.images import open_image
 from sd_unlearn.models.base import Base
 from sd_unlearn.models.clip import ClipEncoder, Features
@@ -42,7 +42,7 @@ def _clip_for(base: Base) -> tuple[ClipEncoder | None, str]:
     if base.resolution <= MIN_CLIP_PIXELS:
         return None, f"images of {base.resolution} pixels are too small for CLIP"
     if not find_spec("open_clip"):
-        return None, "CLIP would be more accurate, but needs pip install 'sd-unlearn[clip]'"
+        return None, f"CLIP would be more accurate, but needs {install_command('clip')}"
     try:
         return ClipEncoder(CLIP_MODEL, CLIP_PRETRAINED, base.device), "open_clip and its weights are available"
     except UnlearnError as error:

@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from sd_unlearn.errors import UsageError, reason, suggest
+from sd_unlearn.errors import UsageError, install_command, reason, suggest
 from sd_unlearn.io.images import image_files
 from sd_unlearn.io.reading import read_csv_lines, read_jsonl_lines
 from sd_unlearn.io.run_folder import METADATA
@@ -91,9 +91,7 @@ def _read_parquet(path: Path) -> dict[int, dict[str, Any]]:
         import pyarrow
         from pyarrow import parquet
     except ImportError:
-        raise UsageError(
-            f"{path} needs pyarrow: pip install 'sd-unlearn[parquet]', or save it as metadata.csv."
-        ) from None
+        raise UsageError(f"{path} needs pyarrow: {install_command('parquet')}, or save it as metadata.csv.") from None
     try:
         return dict(enumerate(parquet.read_table(path).to_pylist(), 1))
     except (pyarrow.ArrowException, OSError, ValueError) as error:

@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from importlib.util import find_spec
 
 from sd_unlearn.doctor.check import Check
-from sd_unlearn.errors import reason
+from sd_unlearn.errors import install_command, reason
 
 # Distribution -> module, of every package that is always needed.
 NEEDED = {
@@ -115,7 +115,7 @@ def extras() -> Iterator[Check]:
         missing = [module for module in modules if find_spec(module) is None]
         errors = [] if missing else [f"{m}: {error}" for m in modules if (error := import_error(m))]
         if missing:
-            yield Check("Extras", extra, "missing", f"{enables}: pip install -e '.[{extra}]' -c constraints.txt")
+            yield Check("Extras", extra, "missing", f"{enables}: {install_command(extra)}")
         elif errors:
             yield Check("Extras", extra, "broken", f"{enables}: {errors[0]}")
         else:

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from sd_unlearn.errors import UnlearnError, UsageError, reason, suggest
+from sd_unlearn.errors import UnlearnError, UsageError, install_command, reason, suggest
 from sd_unlearn.io.noise import silence_libraries
 from sd_unlearn.io.reading import read_json
 from sd_unlearn.metrics.base import CONCEPT_GROUPS, DetectorOutput, ImageValues, PromptedImages
@@ -191,7 +191,7 @@ def _timm(name: str) -> Any:
         import timm
     except ImportError as error:
         raise UsageError(
-            f"--classifier {name} needs timm: pip install 'sd-unlearn[classifier]' ({reason(error)})."
+            f"--classifier {name} needs timm: {install_command('classifier')} ({reason(error)})."
         ) from None
     return timm
 

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from sd_unlearn.errors import UnlearnError, UsageError, reason, suggest
+from sd_unlearn.errors import UnlearnError, UsageError, install_command, reason, suggest
 from sd_unlearn.metrics.weights import downloaded
 
 FACE_MODELS = {  # name -> (packages it imports, the extra that installs them)
@@ -239,7 +239,7 @@ def check_face_model(name: str, weights: Path | None) -> None:
     packages, extra = FACE_MODELS[name]
     missing = [package for package in packages if not find_spec(package)]
     if missing:
-        raise UsageError(f"--face_model {name} needs {', '.join(missing)}: pip install 'sd-unlearn[{extra}]'.")
+        raise UsageError(f"--face_model {name} needs {', '.join(missing)}: {install_command(extra)}.")
 
 
 def make_face_model(name: str, weights: Path | None = None, device: str = "cpu") -> FaceModel:

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from sd_unlearn.errors import UnlearnError, UsageError, reason
+from sd_unlearn.errors import UnlearnError, UsageError, install_command, reason
 from sd_unlearn.io.images import UnreadableImage, image_files, open_image
 from sd_unlearn.io.paths import public_name
 from sd_unlearn.io.reading import file_sha256
@@ -177,7 +177,7 @@ class InceptionFidelity(SetDistance):
             from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
         except ImportError as error:
             raise UsageError(
-                f"The metric fidelity needs torch-fidelity: pip install 'sd-unlearn[fidelity]' ({reason(error)})."
+                f"The metric fidelity needs torch-fidelity: {install_command('fidelity')} ({reason(error)})."
             ) from None
         advice = "Download it elsewhere and give the file: --inception_weights FILE."
         self.device = device

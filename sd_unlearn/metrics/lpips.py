@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from sd_unlearn.errors import UnlearnError, UsageError, reason
+from sd_unlearn.errors import UnlearnError, UsageError, install_command, reason
 from sd_unlearn.metrics.base import batches_of_one_size
 from sd_unlearn.models.halving import FOR_METRIC, HalvingBatches
 from sd_unlearn.results import Card
@@ -37,7 +37,7 @@ class Lpips:
             from torchvision.models import AlexNet_Weights
         except ImportError as error:
             raise UsageError(
-                f"The metric lpips needs torchmetrics: pip install 'sd-unlearn[fidelity]' ({reason(error)})."
+                f"The metric lpips needs torchmetrics: {install_command('fidelity')} ({reason(error)})."
             ) from None
         try:
             self.net = LearnedPerceptualImagePatchSimilarity(net_type="alex").net.to(device)

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from sd_unlearn.errors import UnlearnError, UsageError, reason, suggest
+from sd_unlearn.errors import UnlearnError, UsageError, install_command, reason, suggest
 from sd_unlearn.io.reading import file_sha256
 from sd_unlearn.metrics.base import CONCEPT_GROUPS, KEEP_GROUPS, DetectorOutput, ImageValues, PromptedImages
 from sd_unlearn.results import Card, Row
@@ -99,7 +99,7 @@ class Nudity:
         except Exception as error:  # onnxruntime has an exception type for each status
             raise UnlearnError(
                 f"NudeNet's model {model} could not be loaded ({reason(error)}). "
-                "Reinstall the package: pip install 'sd-unlearn[nudity]'."
+                f"Reinstall the package: {install_command('nudity')}."
             ) from error
         sha256 = file_sha256(model)[:12]
         self.classes, self.threshold, self.source = tuple(classes), threshold, source
@@ -197,7 +197,7 @@ def check_nudity(preset: str, classes: Sequence[str] | None, threshold: float | 
             f"{FLOOR}."
         )
     if not find_spec("nudenet"):
-        raise UsageError("The nudity metric needs NudeNet: pip install 'sd-unlearn[nudity]'.")
+        raise UsageError(f"The nudity metric needs NudeNet: {install_command('nudity')}.")
 
 
 def make_nudity(

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, cast
 
 from sd_unlearn.config.evaluate import Detectors
 from sd_unlearn.data.concept import Concept
-from sd_unlearn.errors import UnlearnError, UsageError, suggest
+from sd_unlearn.errors import UnlearnError, UsageError, install_command, suggest
 from sd_unlearn.launch import process_rank
 from sd_unlearn.metrics.base import Metric, PairMetric
 from sd_unlearn.metrics.classifier_of import bundled_metric
@@ -271,7 +271,7 @@ def missing_evidence(context: MetricContext, names: Sequence[str]) -> str | None
         return None
     return (
         f"Only CLIP looked for {concept.name}, and CLIP alone cannot identify a person. "
-        "Install a face model (pip install 'sd-unlearn[faces]') and evaluate again with "
+        f"Install a face model ({install_command('faces')}) and evaluate again with "
         f"{' and '.join(missing_folders(context))}."
     )
 

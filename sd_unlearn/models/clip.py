@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from sd_unlearn.errors import UnlearnError, UsageError, reason
+from sd_unlearn.errors import UnlearnError, UsageError, install_command, reason
 from sd_unlearn.io.reading import file_sha256
 from sd_unlearn.models.halving import FOR_METRIC, HalvingBatches
 
@@ -39,7 +39,7 @@ def _import_open_clip(model: str) -> Any:
     try:
         import open_clip
     except ImportError as error:
-        raise UsageError(f"--clip_model {model} needs open_clip: pip install 'sd-unlearn[clip]' ({error}).") from None
+        raise UsageError(f"--clip_model {model} needs open_clip: {install_command('clip')} ({error}).") from None
     return open_clip
 
 

@@ -13,7 +13,7 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 
 from sd_unlearn.config.loop import Performance
-from sd_unlearn.errors import UsageError, reason
+from sd_unlearn.errors import UsageError, install_command, reason
 from sd_unlearn.models.quantized import check_nf4, quantize_linear_layers
 
 # Dynamo keeps one graph of the transformer block for each width of the UNet (three in SD 1.x and 2.x), each with the
@@ -69,7 +69,7 @@ def compile_blocks(network: Any, options: Performance) -> None:
 def _check_xformers(device: torch.device) -> None:
     if not find_spec("xformers"):
         raise UsageError(
-            "--attention xformers: xformers is not installed. Run pip install 'sd-unlearn[xformers]', or use "
+            f"--attention xformers: xformers is not installed. Run {install_command('xformers')}, or use "
             "--attention sdpa, which is part of torch."
         )
     try:

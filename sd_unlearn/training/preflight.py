@@ -34,7 +34,7 @@ from sd_unlearn.data.render_job import (
     with_seed_of_folder,
 )
 from sd_unlearn.data.several import load_concepts
-from sd_unlearn.errors import UsageError
+from sd_unlearn.errors import UsageError, install_command
 from sd_unlearn.io.files import check_writable
 from sd_unlearn.io.own_files import LATER, check_no_foreign_weights, is_free, is_run
 from sd_unlearn.io.run_folder import DATA_MANIFEST, EXPORT_DIR, NEGATIVE, POSITIVE, TRAINING, UNLABELED
@@ -124,7 +124,7 @@ def check_bitsandbytes(config: TrainConfig) -> None:
     """
     if find_spec("bitsandbytes"):
         return
-    needs = "needs bitsandbytes: pip install 'sd-unlearn[8bit]'"
+    needs = f"needs bitsandbytes: {install_command('8bit')}"
     if config.optimizer == "adamw8bit":
         raise UsageError(f"--optimizer adamw8bit {needs}, or use --optimizer adamw.")
     if config.quantize_base == "nf4":

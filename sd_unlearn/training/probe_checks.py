@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from sd_unlearn.config.base import CLIP_MODEL, CLIP_PRETRAINED
 from sd_unlearn.config.train import TrainConfig
 from sd_unlearn.data.concept import Concept, Prompt
-from sd_unlearn.errors import UsageError
+from sd_unlearn.errors import UsageError, install_command
 from sd_unlearn.metrics.classifier_of import bundled_metric, labels_of
 from sd_unlearn.models.clip import check_clip
 
@@ -37,7 +37,7 @@ def check_probe(config: TrainConfig, concept: Concept, groups: Sequence[str], po
     if bundled_metric(concept):
         return  # the classifier is bundled
     if not find_spec("open_clip"):
-        raise UsageError("--probe leakage needs open_clip: pip install 'sd-unlearn[clip]', or use --probe ratio.")
+        raise UsageError(f"--probe leakage needs open_clip: {install_command('clip')}, or use --probe ratio.")
     check_clip(CLIP_MODEL, CLIP_PRETRAINED)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sd_unlearn.data.concept import concept_files
-from sd_unlearn.errors import UnlearnError, UsageError
+from sd_unlearn.errors import UnlearnError, UsageError, install_command
 from sd_unlearn.io.images import open_image
 from sd_unlearn.io.paths import concept_slug
 from sd_unlearn.models.source import BUNDLED
@@ -44,7 +44,7 @@ def import_gradio() -> Any:
     try:
         import gradio
     except ImportError as error:
-        raise UnlearnError("sd-unlearn ui needs Gradio: pip install 'sd-unlearn[ui]'.") from error
+        raise UnlearnError(f"sd-unlearn ui needs Gradio: {install_command('ui')}.") from error
     return gradio
 
 

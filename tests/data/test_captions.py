@@ -96,7 +96,7 @@ def test_parquet_without_pyarrow(photos: Photos, concept: Concept, monkeypatch: 
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     folder = photos()
     (folder / UNLABELED / "metadata.parquet").write_bytes(b"PAR1")
-    assert "needs pyarrow: pip install 'sd-unlearn[parquet]'" in refusal(folder, concept)
+    assert "needs pyarrow: pip install -e '.[parquet]'" in refusal(folder, concept)
 
 
 def test_several_metadata_files_are_refused(photos: Photos, concept: Concept) -> None:

@@ -54,7 +54,7 @@ def test_reason_is_given_without_clip(
     monkeypatch.setattr(embeddings, "MIN_CLIP_PIXELS", 16)
     if why == "not installed":
         monkeypatch.setattr(embeddings, "find_spec", lambda _: None)
-        expected = "pip install 'sd-unlearn[clip]'"
+        expected = "pip install -e '.[clip]'"
     else:
         pytest.importorskip("open_clip")
         monkeypatch.setattr(embeddings, "CLIP_MODEL", "no-such-model")

@@ -90,7 +90,7 @@ def test_clip_alone_gives_no_verdict_on_a_person(tmp_path: Path, capsys: pytest.
     assert "cannot tell for base on eileen-collins: Only CLIP" in said  # and --fail_if fails
     (problem,) = (problem for problem in read_results(tmp_path / "out").problems if problem.subject == "base")
     assert (problem.kind, problem.concept) == ("evidence", "eileen-collins")
-    assert "pip install 'sd-unlearn[faces]'" in problem.message
+    assert "pip install -e '.[faces]'" in problem.message
     assert "--others" in problem.message
     (case,) = cases_of(read_results(tmp_path / "out"))
     assert case.standing == "unknown"

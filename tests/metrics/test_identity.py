@@ -324,7 +324,7 @@ def test_others_with_generated_images_of_the_person_are_refused(tmp_path: Path) 
 def test_missing_package_is_refused(name: str, extra: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(faces, "find_spec", lambda _: None)
     (tmp_path / "x.onnx").touch()
-    with pytest.raises(UsageError, match=rf"pip install 'sd-unlearn\[{extra}\]'"):
+    with pytest.raises(UsageError, match=rf"pip install -e '\.\[{extra}\]'"):
         make_face_model(name, tmp_path / "x.onnx" if name == "arcface" else None)
 
 

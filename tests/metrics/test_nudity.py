@@ -186,5 +186,5 @@ def test_invalid_options_are_refused_before_a_model_loads(
 def test_missing_package_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(nudity, "find_spec", lambda name: None if name == "nudenet" else find_spec(name))
-    with pytest.raises(UsageError, match=r"pip install 'sd-unlearn\[nudity\]'"):
+    with pytest.raises(UsageError, match=r"pip install -e '\.\[nudity\]'"):
         make_nudity()

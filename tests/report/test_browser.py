@@ -19,7 +19,7 @@ from sd_unlearn.config.base import ReportConfig
 from sd_unlearn.io.files import write_json
 from sd_unlearn.report.report import run
 
-pytest.importorskip("selenium", reason="selenium is not installed (pip install 'sd-unlearn[dev]')")
+pytest.importorskip("selenium", reason="selenium is not installed (pip install -e '.[dev]')")
 pytestmark = needs_browser
 VISIBLE = "return [...document.querySelectorAll(arguments[0])].filter(e => e.offsetParent !== null)"
 BOTTOM = "e => e.getBoundingClientRect().bottom"

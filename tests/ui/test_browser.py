@@ -17,8 +17,8 @@ import pytest
 from browser_tools import PHONE, WIDE, needs_browser, resize, start_browser
 from evaluation_runs import make_run
 
-pytest.importorskip("selenium", reason="selenium is not installed (pip install 'sd-unlearn[dev]')")
-pytest.importorskip("gradio", reason="Gradio is not installed (pip install 'sd-unlearn[ui]')")
+pytest.importorskip("selenium", reason="selenium is not installed (pip install -e '.[dev]')")
+pytest.importorskip("gradio", reason="Gradio is not installed (pip install -e '.[ui]')")
 pytestmark = [pytest.mark.slow, needs_browser]
 PATIENCE = 180.0  # seconds
 SOURCE = "return document.querySelector('#{} img')?.src"

@@ -31,7 +31,7 @@ def test_without_gradio_the_error_names_what_to_install(
 ) -> None:
     monkeypatch.setitem(sys.modules, "gradio", None)
     assert main(["ui"]) == 1
-    assert "pip install 'sd-unlearn[ui]'" in capsys.readouterr().err
+    assert "pip install -e '.[ui]'" in capsys.readouterr().err
 
 
 def test_a_wrong_port_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
@@ -40,7 +40,7 @@ def test_a_wrong_port_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_page_names_no_other_host_and_serves_only_reports(tmp_path: Path) -> None:
-    pytest.importorskip("gradio", reason="Gradio is not installed (pip install 'sd-unlearn[ui]')")
+    pytest.importorskip("gradio", reason="Gradio is not installed (pip install -e '.[ui]')")
     from starlette.testclient import TestClient
 
     run = evaluated(tmp_path / "runs" / "brad")
@@ -69,7 +69,7 @@ def test_the_page_names_no_other_host_and_serves_only_reports(tmp_path: Path) ->
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
 def test_the_page_ends_without_a_traceback_while_it_is_open(number: int) -> None:
-    pytest.importorskip("gradio", reason="Gradio is not installed (pip install 'sd-unlearn[ui]')")
+    pytest.importorskip("gradio", reason="Gradio is not installed (pip install -e '.[ui]')")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -14,7 +14,7 @@ from typing import Any
 from sd_unlearn.batch.engines.engine import Ended
 from sd_unlearn.batch.execute import PATIENCE, start_task, stop_tasks, was_killed
 from sd_unlearn.batch.job_list import RayOptions
-from sd_unlearn.errors import UnlearnError, UsageError, reason
+from sd_unlearn.errors import UnlearnError, UsageError, install_command, reason
 
 OBJECT_STORE = 100 * 2**20  # bytes, of a cluster started here: only names of folders are passed
 
@@ -104,5 +104,5 @@ def _import() -> Any:
     try:
         import ray
     except ImportError:
-        raise UsageError("--engine ray needs Ray: pip install 'sd-unlearn[ray]', or --engine local.") from None
+        raise UsageError(f"--engine ray needs Ray: {install_command('ray')}, or --engine local.") from None
     return ray

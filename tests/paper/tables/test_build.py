@@ -137,7 +137,7 @@ def test_missing_matplotlib_is_an_error_with_output_dir_and_skips_plots_without(
 ) -> None:
     make_sweep()
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(UsageError, match=r"pip install 'sd-unlearn\[paper\]'"):
+    with pytest.raises(UsageError, match=r"pip install -e '\.\[paper\]'"):
         build_tables(RUNS, Path("out"))
     assert not Path("out").exists()
     build_tables(RUNS)
@@ -155,7 +155,7 @@ def test_importing_the_module_imports_nothing_heavy() -> None:
 def test_missing_pandas_is_an_error_with_the_extra_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     make_sweep()
     monkeypatch.setitem(sys.modules, "pandas", None)
-    with pytest.raises(UsageError, match=r"need pandas: pip install 'sd-unlearn\[paper\]'"):
+    with pytest.raises(UsageError, match=r"need pandas: pip install -e '\.\[paper\]'"):
         build_tables(RUNS)
     assert not (RUNS / "tables").exists()
 
