@@ -24,6 +24,7 @@ from sd_unlearn.training.provenance import peak_memory_mb
 
 # Logged with the metrics; they differ between equal runs. Memory as `peak_memory_mb`.
 COST = {"images_per_second": "img/s", "peak_memory_gib": "GiB"}
+HANGUP = getattr(signal, "SIGHUP", None)  # of a closed terminal; Windows has none
 SECOND_SIGNAL = 2.0  # seconds; a signal sooner after the first may be the same one, passed on by a launcher
 
 
@@ -124,7 +125,7 @@ def stop_requests(accelerator: Accelerator) -> Iterator[Any]:
     terminals = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
 
     def note(number: int, frame: Any) -> None:
-        if number == signal.SIGHUP:
+        if number == HANGUP:
             _discard_output(terminals)
         now = time.monotonic()
         if signals and now - signals[0] > SECOND_SIGNAL:
@@ -157,8 +158,8 @@ def _discard_output(descriptors: list[int]) -> None:
 def _catch(handler: Any) -> dict[int, Any]:
     """Install a handler of the signals that stop a training. Returns the handlers before."""
     caught = [signal.SIGINT, signal.SIGTERM]
-    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup ignores it
-        caught.append(signal.SIGHUP)
+    if HANGUP and signal.getsignal(HANGUP) is not signal.SIG_IGN:  # nohup ignores it
+        caught.append(HANGUP)
     try:
         return {number: signal.signal(number, handler) for number in caught}
     except ValueError:  # not the main thread: the caller handles signals

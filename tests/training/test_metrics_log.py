@@ -54,6 +54,15 @@ def test_nohup_is_respected() -> None:
         signal.signal(signal.SIGHUP, before)
 
 
+def test_windows_has_no_hangup(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics_log, "HANGUP", None)
+    before = signal.getsignal(signal.SIGHUP)
+    with stop_requests(SimpleNamespace(num_processes=1, print=lambda *_, **__: None)) as stop_requested:  # type: ignore[arg-type]
+        assert signal.getsignal(signal.SIGHUP) is before
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop_requested()
+
+
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_processes_agree_to_stop_at_every_step(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
     """Torch's launcher kills them 30 seconds after a Ctrl-C, and ten steps may take longer."""
