@@ -473,7 +473,7 @@ def test_a_damaged_model_file_is_refused(run: Run) -> None:
 
 
 def test_a_hub_model_without_a_network(run: Run) -> None:
-    found = run("train", "--concept", "seven", "--pretrained_model_name_or_path", "no-such-owner/no-such-model")
+    found = run("train", "--concept", "brad-pitt", "--pretrained_model_name_or_path", "no-such-owner/no-such-model")
     lines = found.err.splitlines()
     assert found.code == 1
     assert "--pretrained_model_name_or_path no-such-owner/no-such-model" in lines[-1]
@@ -538,7 +538,7 @@ def test_strange_names_stay_inside_the_data_folder(
         "2",
     )
     assert found.code == 0
-    assert "has no file and is taken as kind other" in found.err
+    assert "is used without a file, as kind other" in found.err
     (folder,) = (inside / "data").iterdir()
     assert found.out.strip() == str(folder.relative_to(inside))
     assert tree(tmp_path) - {"deep", "deep/down", "deep/down/data"} == {

@@ -259,9 +259,12 @@ def describe_anchored(concept: Concept, own_images: bool = False) -> str:
     if own_images:
         retained = "Retained in training: only what your own images show."
     anchor = concept.generic.removeprefix("a photo of ")
-    command = shlex.join(["sd-unlearn", "concepts", "new", concept.name, "--kind", concept.kind, "--anchor", anchor])
+    options = ["--kind", concept.kind, "--anchor", anchor]
+    if concept.slug in concept_files():  # of the same name, which is not used
+        options += ["--output", f"my-{concept.slug}.yaml"]
+    command = shlex.join(["sd-unlearn", "concepts", "new", concept.name, *options])
     return (
-        f'{concept.name} has no file and is taken as kind {concept.kind}: "{concept.generic}" replaces '
+        f'{concept.name} is used without a file, as kind {concept.kind}: "{concept.generic}" replaces '
         f'"{concept.caption}".\n{retained} Measured by evaluate: {alike + general} prompts that must be retained, '
         f"{held_out} other wordings.\nTo name look-alikes and change prompts, write a file: {command}"
     )

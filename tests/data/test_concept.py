@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import re
+import shlex
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from sd_unlearn.data.concept import (
     Prompt,
     concept_files,
     concept_sha256,
+    describe_anchored,
     expand_braces,
     from_anchor,
     load_concept,
@@ -224,6 +226,14 @@ def test_anchor_builds_a_concept() -> None:
         load_concept("Grumpy Cat", " ")
     with pytest.raises(UsageError, match="--kind person is for --anchor"):
         load_concept("Grumpy Cat", kind="person")
+
+
+@pytest.mark.parametrize(("name", "options"), [("Grumpy Cat", ""), ("Cat", " --output my-cat.yaml")])
+def test_a_concept_with_an_anchor_can_be_written(name: str, options: str) -> None:
+    """concepts new refuses a name that has a file, unless it writes to another file."""
+    text = describe_anchored(from_anchor(name, "a dog", "object"))
+    assert text.startswith(f"{name} is used without a file, as kind object: ")
+    assert text.endswith(f"concepts new {shlex.quote(name)} --kind object --anchor 'a dog'{options}")
 
 
 @pytest.mark.parametrize("name", ["a {curly} name", "{", "}{", "{a,b}"])
