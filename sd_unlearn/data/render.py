@@ -19,6 +19,7 @@ from sd_unlearn.data.photos import check_places, is_image_folder
 from sd_unlearn.data.render_job import (
     RenderJob,
     describe_without_images,
+    find_base_of,
     image_records,
     image_requests,
     make_job,
@@ -34,7 +35,6 @@ from sd_unlearn.io.run_folder import DATA_MANIFEST, METADATA, NEGATIVE, UNLABELE
 from sd_unlearn.launch import process_rank
 from sd_unlearn.models.base import Base, load_base
 from sd_unlearn.models.device import choose_precision
-from sd_unlearn.models.find_base import find_base
 from sd_unlearn.models.kinds import sampler_of
 from sd_unlearn.models.recorded_base import different_hash
 from sd_unlearn.models.sampling import count_tiled, generate_missing, wait_for_images
@@ -51,7 +51,7 @@ def run(config: RenderConfig, concept: Concept | None = None) -> Path:
     """
     concept = concept or load_concepts(config.concept, config.anchor, config.kind)
     check_render(config)
-    job = make_job(concept, config, find_base(config, concept.base))
+    job = make_job(concept, config, find_base_of(concept, config))
     check_places(job.folder)
     check_folder(job)
     if config.anchor is not None:

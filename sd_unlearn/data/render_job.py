@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+from sd_unlearn.choices import TemplateKind
 from sd_unlearn.config.base import RenderConfig
 from sd_unlearn.config.options import MAX_IMAGES
 from sd_unlearn.config.paths import local_path
 from sd_unlearn.data.concept import Concept, expand_braces, normalized
+from sd_unlearn.data.concept_template import TEMPLATES
 from sd_unlearn.data.dataset import set_names
 from sd_unlearn.data.metadata import normalize, read_metadata
 from sd_unlearn.data.render_settings import ImageGroup, seed_in
 from sd_unlearn.errors import UsageError
 from sd_unlearn.io.run_folder import UNLABELED, ImageRecord
+from sd_unlearn.models.find_base import find_base
 from sd_unlearn.models.sampling import ImageRequest, Sampler, resolve_sampler
-from sd_unlearn.models.source import Source
+from sd_unlearn.models.source import BUNDLED, OPTION, Source
 from sd_unlearn.seeds import RENDER_SEEDS, image_seed
 
 
@@ -51,6 +55,29 @@ class RenderJob:
             "plan": [list(group) for group in self.groups],
             **{key: value for key, value in overrides.items() if value},
         }
+
+
+def find_base_of(concept: Concept, config: RenderConfig) -> Source:
+    """The base that a concept is removed from.
+
+    Raises:
+        UsageError: as find_base; the concept's file is for a bundled base and the base is a Hub id. (A folder may hold
+            another build of a bundled base.)
+    """
+    source = find_base(config, concept.base)
+    if concept.base not in BUNDLED or source.name in BUNDLED or source.place.exists():
+        return source
+    part = concept.parts[0]
+    kind = part.kind if part.kind in get_args(TemplateKind) else "other"
+    options = ["--kind", kind, "--anchor", TEMPLATES[kind].anchor]  # type: ignore[index]
+    command = f"--concept {shlex.join([part.name, *options])}"
+    if len(concept.parts) > 1:
+        file = shlex.join([part.name, *options, "--output", f"my-{part.slug}.yaml"])
+        command = f"sd-unlearn concepts new {file}, and the like for the others"
+    raise UsageError(
+        f"{OPTION} {source.name}: the concept file of {part.name} is for the base {concept.base}: its prompt is "
+        f'"{part.caption}". For this base use {command} (--anchor is what to generate instead).'
+    )
 
 
 def make_job(concept: Concept, config: RenderConfig, source: Source) -> RenderJob:

@@ -28,6 +28,7 @@ from sd_unlearn.data.prior import check_countable
 from sd_unlearn.data.render import check_folder
 from sd_unlearn.data.render_job import (
     describe_without_images,
+    find_base_of,
     make_job,
     plan_images,
     resolve_data_dir,
@@ -40,7 +41,6 @@ from sd_unlearn.io.own_files import LATER, check_no_foreign_weights, is_free, is
 from sd_unlearn.io.run_folder import DATA_MANIFEST, EXPORT_DIR, NEGATIVE, POSITIVE, TRAINING, UNLABELED
 from sd_unlearn.launch import process_count
 from sd_unlearn.models.base import check_text_encoder
-from sd_unlearn.models.find_base import find_base
 from sd_unlearn.models.kinds import KINDS
 from sd_unlearn.models.source import Source
 from sd_unlearn.models.zero_terminal_snr import check_zero_terminal_snr
@@ -81,7 +81,7 @@ def check_inputs(config: TrainConfig, concept: Concept | None = None) -> Inputs:
     check_concept(config, concept)
     check_several(config, concept)
     check_bitsandbytes(config)
-    source = find_base(config, concept.base)
+    source = find_base_of(concept, config)
     check_base(config, source)
     if config.offload and not config.quantize_base and process_count() > 1:
         raise UsageError(
