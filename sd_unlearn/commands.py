@@ -106,7 +106,7 @@ def render(config: Annotated[RenderConfig, Parameter(name="*")] = RenderConfig()
         print(folder)
 
 
-@app.command(help_formatter=ShortHelp("memory, beta, resuming, previews"))
+@app.command(help_formatter=ShortHelp("memory, beta, checkpoints, previews"))
 def train(config: Annotated[TrainConfig, Parameter(name="*")] = TrainConfig()) -> None:
     """Train a LoRA that erases a concept; missing training images are generated first."""
     prepare_processes()
@@ -125,7 +125,7 @@ def train(config: Annotated[TrainConfig, Parameter(name="*")] = TrainConfig()) -
         print(folder)
 
 
-@app.command(help_formatter=ShortHelp("prompts, strengths, sampler, detectors, conditions"))
+@app.command(help_formatter=ShortHelp("prompts, strengths, sampler, detectors"))
 def evaluate(config: Annotated[EvaluateConfig, Parameter(name="*")] = EvaluateConfig()) -> None:
     """Measure erasure and retention of one or many LoRAs, with intervals; writes results.json."""
     prepare_processes()

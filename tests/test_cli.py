@@ -6,7 +6,7 @@ import re
 import runpy
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -101,8 +101,15 @@ def test_help_all_shows_every_option(run: Run, command: str) -> None:
         assert re.search(rf"--{name}\b", found.out)
 
 
-@pytest.mark.parametrize("command", ["train", "render", "evaluate"])
-def test_help_shows_the_first_group_only(run: Run, command: str) -> None:
+@pytest.mark.parametrize(
+    ("command", "first"),
+    [
+        ("train", ("mixed_precision", "dry_run", "resume_from_checkpoint", "overwrite")),
+        ("render", ("mixed_precision", "dry_run")),
+        ("evaluate", ("mixed_precision", "dry_run", "others", "reference", "fail_if")),
+    ],
+)
+def test_help_shows_the_first_group_only(run: Run, command: str, first: Sequence[str]) -> None:
     short, everything = run(command, "--help").out, run(command, "--help-all").out
     assert re.findall(r"─ ([A-Z][\w ]+) ─", short) == ["Start here"]
     assert "--help_all" in short
@@ -111,8 +118,17 @@ def test_help_shows_the_first_group_only(run: Run, command: str) -> None:
     assert len(short.splitlines()) < len(everything.splitlines())
     for name in ("concept", "pretrained_model_name_or_path"):
         assert re.search(rf"--{name}\b", short)
+    for name in first:
+        assert re.search(rf"--{name}\b", short)
     assert "--seed" not in short
     assert "--seed" in everything
+
+
+@pytest.mark.parametrize("command", ["", "batch", "concepts"])
+def test_examples_in_the_help_are_indented_alike(run: Run, command: str) -> None:
+    examples = re.findall(r"^( *)sd-unlearn \w.*  \w", run(*command.split(), "--help").out, re.MULTILINE)
+    assert len(examples) >= 3
+    assert set(examples) == {"  "}
 
 
 @pytest.mark.parametrize("command", [*commands.COMMANDS, *(f"paper {name}" for name in paper.COMMANDS)])

@@ -11,11 +11,11 @@ from sd_unlearn.config.batch import BatchConfig
 
 HELP = """Run a job list: concepts x settings x stages, on this machine or a cluster.
 
+docs/scale.md describes the job list; examples/jobs.yaml is one.
+
   sd-unlearn batch jobs.yaml             do what is missing, then compare
   sd-unlearn batch jobs.yaml --dry_run   list the tasks: done or missing
   sd-unlearn batch status jobs.yaml      progress, from another terminal
-
-docs/scale.md describes the job list; examples/jobs.yaml is one.
 """  # no line is longer than 80 characters
 
 app = App(name="batch", help=HELP, help_format="plaintext")

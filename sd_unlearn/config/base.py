@@ -85,7 +85,10 @@ class BaseOptions(PathOptions):
     ] = None
     drop_t5: Annotated[
         bool,
-        option("Load Stable Diffusion 3 or 3.5 without its third text encoder, T5, which takes 9 GB.", BASE),
+        option(
+            "Load Stable Diffusion 3 or 3.5 without its third text encoder, T5, which takes 9.5 GB in fp16.",
+            BASE,
+        ),
     ] = False
     offload: Annotated[
         bool,
@@ -177,9 +180,9 @@ class RenderConfig(PlanOptions, BaseOptions, ConceptOption):
     mixed_precision: Annotated[
         Precision | None,
         option(
-            "Precision of the networks. Default: accelerate's setting. Falls back to full precision with a warning if "
-            "the device does not support it.",
-            GENERAL,
+            "Precision of the networks. Default: what `accelerate launch` sets, else no. Without a GPU it is full "
+            "precision, with a message.",
+            START,
         ),
     ] = None
     config: ConfigFile = None

@@ -75,8 +75,8 @@ class Inputs:
     concept: Annotated[
         list[str],
         several(
-            "Concepts to evaluate every LoRA on: names of files in prompts/, or YAML files. Default: the concept each "
-            "LoRA was trained on.",
+            "Concepts to evaluate every LoRA on: bundled concepts, names of files in prompts/, or YAML files. Default: "
+            "the concept each LoRA was trained on.",
             START,
         ),
     ] = many()
@@ -167,9 +167,7 @@ class SamplerOptions(BaseOptions):
             BatchSize,
         ),
     ] = None
-    mixed_precision: Annotated[Precision, option("Precision of the networks; fp16 and bf16 need a GPU.", SAMPLER)] = (
-        "no"
-    )
+    mixed_precision: Annotated[Precision, option("Precision of the networks; fp16 and bf16 need a GPU.", START)] = "no"
     cache_dir: Annotated[
         Path, option("Folder where images and detector outputs are cached and shared between evaluations.", SAMPLER)
     ] = Path("data/evaluation")
@@ -196,11 +194,11 @@ class Detectors:
         several(
             "Photos of the person for identity, as [concept=]folder; name the concept if several people are evaluated. "
             "Default: the positive images.",
-            DETECTORS,
+            START,
         ),
     ] = many()
     others: Annotated[
-        Path | None, option("Folder with photos of other people; calibrates the identity threshold.", DETECTORS)
+        Path | None, option("Folder with photos of other people; calibrates the identity threshold.", START)
     ] = None
     false_accept_rate: Annotated[
         float | None,
@@ -255,7 +253,7 @@ class EvaluateConfig(PlanOptions, Detectors, SamplerOptions, Prompts, Inputs):
     ] = None
     fail_if: Annotated[
         list[str],
-        several('Exit 3 if a condition holds: "leakage>0.02", "leakage.held_out.high>5%", "retention<0.95".', OUTPUT),
+        several('Exit 3 if a condition holds: "leakage>0.02", "leakage.held_out.high>5%", "retention<0.95".', START),
     ] = many()
     keep_going: Annotated[
         bool,

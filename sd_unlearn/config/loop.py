@@ -137,9 +137,7 @@ class Checkpoints:
     checkpoints_total_limit: Annotated[
         int, option("Number of checkpoints to keep; the oldest are deleted first.", CHECKPOINTS, Count)
     ] = 2
-    resume_from_checkpoint: Annotated[
-        str | None, option("Resume from a checkpoint: latest, or a path.", CHECKPOINTS)
-    ] = None
+    resume_from_checkpoint: Annotated[str | None, option("Resume from a checkpoint: latest, or a path.", START)] = None
     force_resume: Annotated[
         bool, option("Resume even if an option that affects the result has changed.", CHECKPOINTS)
     ] = False

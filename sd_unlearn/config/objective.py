@@ -86,8 +86,8 @@ class Objective:
     target: Annotated[
         Literal["teacher", "noise"],
         option(
-            "What the model learns to predict. teacher: what the frozen base predicts (the same gradient on average, "
-            "with far less variance). noise: the noise itself, as in the paper.",
+            "What the model learns to predict. teacher: what the frozen base predicts (less variance); images of the "
+            "concept are pushed by --push. noise: the noise itself, as in the paper.",
             OBJECTIVE,
         ),
     ] = "teacher"

@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from sd_unlearn.config.options import GENERAL, option
+from sd_unlearn.config.options import GENERAL, START, option
 
 UNITS = {"": 2**30, "g": 2**30, "gb": 2**30, "gib": 2**30, "m": 2**20, "mb": 2**20, "mib": 2**20}
 SMALLEST, LARGEST = 2**30, 1024 * 2**30
@@ -38,7 +38,7 @@ class PlanOptions:
         bool,
         option(
             "Print the plan (memory, batches, images, disk space, time) and exit. Loads no weights and writes nothing.",
-            GENERAL,
+            START,
         ),
     ] = False
     vram: Annotated[

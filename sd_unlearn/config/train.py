@@ -9,7 +9,6 @@ from sd_unlearn.config.base import RenderConfig
 from sd_unlearn.config.loop import FLOW_STEPS, STEPS, STEPS_OF_EACH, LoopOptions, Performance
 from sd_unlearn.config.objective import REUSE, LoraTargets, Noise, Objective, Weights
 from sd_unlearn.config.options import (
-    GENERAL,
     START,
     option,
 )
@@ -30,7 +29,7 @@ class TrainConfig(Performance, LoopOptions, Noise, Weights, Objective, RenderCon
         Path | None,
         option("Run folder. Default: runs/<concept>, or runs/<concept>-sweep with --beta_sweep.", START),
     ] = None
-    overwrite: Annotated[bool, option("Delete an existing run in --output_dir and start over.", GENERAL)] = False
+    overwrite: Annotated[bool, option("Delete an existing run in --output_dir and start over.", START)] = False
 
 
 # --objective -> the layers that it trains by definition
