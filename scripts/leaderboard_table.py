@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,11 @@ def absent(records: Sequence[Record], name: str) -> str:
     """What stands for a metric or attack without a value: it was not run, or it is not defined for what was run."""
     is_evaluated = any("evaluation" in record for record in records)
     return NONE if is_evaluated and not name.startswith("attack") else NOT_RUN
+
+
+def is_known(text: str) -> bool:
+    """Whether a cell of a table has a value."""
+    return text not in (NOT_RUN, NONE)
 
 
 def with_interval(records: Sequence[Record], name: str, text: Callable[[float], str]) -> str:
@@ -177,11 +182,12 @@ def table(name: str, records: Mapping[str, Sequence[Record]], attacks: Sequence[
     if name == "rank":
         first = {"rank": partial(rank_text, attacks=attacks)}
         columns = first | columns | {f"best of {', '.join(attacks)} %": partial(best_text, attacks=attacks)}
+    columns = {title: cell for title, cell in columns.items() if any(map(is_known, map(cell, records.values())))}
     lines = [f"| method | {' | '.join(columns)} |", f"|---{'|---' * len(columns)}|"]
     for method, of_method in records.items():
         seeds = f" ({len(of_method)} seeds)" if len(of_method) > 1 else ""
         lines.append(f"| {METHODS[method].title}{seeds} | {' | '.join(cell(of_method) for cell in columns.values())} |")
-    return "\n".join(lines)
+    return "\n".join(lines) if columns else "Not run."
 
 
 def section(concept: str, folder: Path, images: Path) -> str:
@@ -206,10 +212,11 @@ def section(concept: str, folder: Path, images: Path) -> str:
     return "\n\n".join(parts)
 
 
-def methods_table() -> str:
-    """What each method is."""
+def methods_table(names: Collection[str]) -> str:
+    """What each of these methods is."""
     lines = ["| method | what it is | options |", "|---|---|---|"]
-    for name, method in METHODS.items():
+    for name in names:
+        method = METHODS[name]
         options = " ".join(f"--{key} {value}" for key, value in {**method.options, **chosen(name)}.items())
         lines.append(f"| {method.title} | {method.source} | {f'`{options}`' if options else NONE} |")
     return "\n".join(lines)
@@ -247,14 +254,19 @@ def group_section(title: str, concepts: Sequence[str], folder: Path) -> str:
     found = {m: of for m, of in found.items() if of}
     if not found:
         return f"### {title}\n\nNot run."
+    columns = {
+        title: name
+        for title, name in OF_GROUPS.items()
+        if any(is_known(mean_and_worst(of, name)) for of in found.values())
+    }
     lines = [
-        f"| method | concepts | {' | '.join(OF_GROUPS)} | training | file |",
-        f"|---{'|---' * (len(OF_GROUPS) + 3)}|",
+        f"| method | concepts | {' | '.join([*columns, 'training', 'file'])} |",
+        f"|---{'|---' * (len(columns) + 3)}|",
     ]
     for method, of_concepts in found.items():
         every = [record for records in of_concepts.values() for record in records]
         cells = [METHODS[method].title, str(len(of_concepts))]
-        cells += [mean_and_worst(of_concepts, name) for name in OF_GROUPS.values()]
+        cells += [mean_and_worst(of_concepts, name) for name in columns.values()]
         lines.append(f"| {' | '.join([*cells, cost(every, 'seconds'), cost(every, 'bytes')])} |")
     each = [f"| concept | {' | '.join(METHODS[m].title for m in found)} |", f"|---{'|---' * len(found)}|"]
     run = [concept for concept in concepts if any(concept in of for of in found.values())]
@@ -276,11 +288,13 @@ def group_section(title: str, concepts: Sequence[str], folder: Path) -> str:
 
 def write_page(page: Path, study: Study, folder: Path, budget: str) -> None:
     """Replace the generated part of a page of `study`; see `replace_between`."""
+    concepts = list(study.concepts)
+    shown = [method for method in METHODS if any(read_records(folder, concept, method) for concept in concepts)]
     if study.tables == "concept":
-        sections = [section(concept, folder, page.parent / "images") for concept in study.concepts]
+        sections = [section(concept, folder, page.parent / "images") for concept in concepts]
     else:
         sections = [group_section(title, concepts, folder) for title, concepts in study.groups.items()]
-    body = "\n\n".join([f"Budget `{budget}`.", *sections, "### Methods", methods_table()])
+    body = "\n\n".join([f"Budget `{budget}`.", *sections, "### Methods", methods_table(shown)])
     replace_between(page, START, END, body)
 
 

@@ -73,7 +73,7 @@ def test_methods_are_ordered_by_rank_whoever_wins(tmp_path: Path) -> None:
 
 def test_fine_tuning_is_reported_in_steps_until_half_is_back(tmp_path: Path) -> None:
     write_record(tmp_path / "records", "pu")
-    assert lines_of(page_of(tmp_path), "ours")[2].endswith("| 50 (0 / 40 / 60 / 50) |")
+    assert lines_of(page_of(tmp_path), "ours")[-1].endswith("| 50 (0 / 40 / 60 / 50) |")
 
 
 def test_seeds_are_averaged_with_the_widest_interval(tmp_path: Path) -> None:
@@ -88,12 +88,34 @@ def test_what_was_not_run_says_so_and_the_rest_of_the_page_stays(tmp_path: Path)
     text = page_of(tmp_path)
     assert not lines_of(text, "UCE")
     assert "UCE, SPEED" in text.partition("Not run: ")[2].partition(".")[0]
-    assert "| – |" in lines_of(text, "ours")[1]  # evaluated, but the record has no such metric
-    assert "| not run |" in lines_of(text, "ours")[2]  # an attack
     assert "### three\n\nNot run." in text
     assert text.startswith("before\n")
     assert text.endswith("\nafter\n")
     assert "old" not in text
+
+
+def test_columns_without_a_value_and_methods_without_a_row_are_left_out(tmp_path: Path) -> None:
+    write_record(tmp_path / "records", "pu")
+    write_record(tmp_path / "records", "uce")
+    file = tmp_path / "records" / "seven-pu-0.json"
+    record = json.loads(file.read_text())
+    record["evaluation"]["rows"]["ua"] = row(0.9)
+    del record["attacks"]["prefix"]
+    file.write_text(json.dumps(record))
+    text = page_of(tmp_path)
+    assert lines_of(text, "ours")[1] == "| ours | 90 (80–100) |"
+    assert lines_of(text, "UCE")[1] == "| UCE | – |"  # evaluated, but the record has no such metric
+    assert "| method | UA % |" in text
+    assert "| not run |" in lines_of(text, "ours")[2]  # an attack
+    assert "completion" not in text
+    methods = text.partition("### Methods")[2]
+    assert "| ours |" in methods
+    assert "| ESD-x |" not in methods
+
+
+def test_a_table_without_a_value_is_not_run(tmp_path: Path) -> None:
+    write_record(tmp_path / "records", "pu")
+    assert "**What it forgets and retains**\n\nNot run." in page_of(tmp_path)
 
 
 def test_only_attacks_that_all_methods_have_count(tmp_path: Path) -> None:
@@ -107,7 +129,7 @@ def test_only_attacks_that_all_methods_have_count(tmp_path: Path) -> None:
     text = page_of(tmp_path)
     assert "best of token, prefix, noise %" in text
     assert all("| 10 (" in lines_of(text, name)[0] for name in ("ours", "ESD-x"))
-    assert "| not run |" in lines_of(text, "ours")[2]
+    assert "| not run |" in lines_of(text, "ours")[-1]
 
 
 def test_a_page_of_many_concepts_has_their_mean_and_the_worst(tmp_path: Path) -> None:
@@ -115,7 +137,7 @@ def test_a_page_of_many_concepts_has_their_mean_and_the_worst(tmp_path: Path) ->
     write_record(tmp_path / "records", "pu", leak=0.2, concept="pistol")
     write_record(tmp_path / "records", "pu", leak=0.4, concept="bomb")
     text = page_of(tmp_path, "emoji")
-    assert "| ours | 2 | 30 (worst 40) | – |" in text
+    assert "| ours | 2 | 30 (worst 40) | 80 (worst 80) | 40 (worst 40) | 10 s | 2 kB |" in text
     assert "| pistol | 20 (10–30) / 110 (100–100) |" in text
     assert "Not run yet: knife, cigarette, beer, syringe, cat," in text
     assert "### Styles\n\nNot run." in text
@@ -123,7 +145,7 @@ def test_a_page_of_many_concepts_has_their_mean_and_the_worst(tmp_path: Path) ->
 
 def test_a_page_of_many_concepts_gives_a_single_one_with_its_interval(tmp_path: Path) -> None:
     write_record(tmp_path / "records", "pu", leak=0.2, concept="pistol")
-    assert "| ours | 1 | 20 (10–30) | – |" in page_of(tmp_path, "emoji")
+    assert "| ours | 1 | 20 (10–30) | 80 (70–90) | 40 (30–50) | 10 s | 2 kB |" in page_of(tmp_path, "emoji")
 
 
 def test_an_unknown_concept_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
