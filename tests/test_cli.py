@@ -148,7 +148,10 @@ def test_the_examples_in_the_help_fit_a_narrow_terminal(text: str) -> None:
 
 
 def test_start_here_of_train(run: Run) -> None:
-    names = "concept pretrained_model_name_or_path anchor kind data_dir push max_train_steps positives output_dir"
+    names = (
+        "concept pretrained_model_name_or_path dry_run anchor kind data_dir mixed_precision push max_train_steps "
+        "resume_from_checkpoint positives output_dir overwrite"
+    )
     assert re.findall(r"│ (?:CONCEPT )?--(\w+)", run("train", "--help").out) == names.split()
 
 
