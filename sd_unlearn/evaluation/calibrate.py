@@ -30,7 +30,7 @@ from sd_unlearn.io.lock import locked
 from sd_unlearn.io.own_files import is_run, kind_of, mark
 from sd_unlearn.io.progress import say
 from sd_unlearn.io.run_folder import CALIBRATION
-from sd_unlearn.launch import process_count
+from sd_unlearn.launch import check_one_process
 from sd_unlearn.metrics.base import CONCEPT_GROUPS, KEEP_GROUPS, Metric
 from sd_unlearn.metrics.option_users import check_used_by_command
 from sd_unlearn.metrics.registry import DETECTORS, choose_metrics, find_detectors, make_metrics
@@ -217,8 +217,7 @@ def _numbers(row: Row | None) -> tuple[float | None, float | None, float | None,
 def _resolve(config: CalibrateConfig, concepts: Sequence[Concept]) -> EvaluationJob:
     """The evaluation that the calibration repeats at several strengths, checked; loads no model."""
     check_ranges(config)
-    if process_count() > 1:
-        raise UsageError("calibrate runs in one process: start it without accelerate launch.")
+    check_one_process("calibrate")
     if (config.run is None) == (config.lora is None):
         raise UsageError("Give one of --run (a run folder) and --lora (any LoRA).")
     shared = {f.name for f in dataclasses.fields(EvaluateConfig)} & {f.name for f in dataclasses.fields(config)}
