@@ -85,7 +85,15 @@ def test_what_killed_processes_left_is_removed(tmp_path: Path) -> None:
     own = f".x.png.{os.getpid()}@{host_id()}.tmp"  # of an earlier process with the same id
     names = [f".adapter.{here}.tmp/half", own, f".config.yaml.{here}.old", "config.yaml"]
     of_others = [f".x.png.{alive}@{host_id()}.tmp", f".x.png.{dead}@0123abcd.tmp"]  # the second on another machine
-    kept = [*of_others, ".x.tmp", f".draft.{dead}.tmp", f".x.{dead}.swp", "x.png", f"deep/.x.png.{here}.tmp", f"y.{dead}.tmp"]
+    kept = [
+        *of_others,
+        ".x.tmp",
+        f".draft.{dead}.tmp",
+        f".x.{dead}.swp",
+        "x.png",
+        f"deep/.x.png.{here}.tmp",
+        f"y.{dead}.tmp",
+    ]
     fill(tmp_path, *names, *kept)
     remove_leftovers(tmp_path, ["other"])
     assert len(tree(tmp_path)) == len(names) + len(kept) + 2

@@ -29,6 +29,7 @@ from sd_unlearn.data.batches import StratifiedBatches
 from sd_unlearn.data.concept import read_concept
 from sd_unlearn.data.dataset import scan
 from sd_unlearn.data.prior import ASSUMED_BETA
+from sd_unlearn.data.render_job import RenderJob
 from sd_unlearn.errors import UnlearnError, UsageError
 from sd_unlearn.evaluation.job import _reference_folder
 from sd_unlearn.evaluation.loras import open_run
@@ -703,6 +704,17 @@ def test_half_precision_falls_back_on_a_cpu_with_one_warning(
     assert len(warnings) == 1
     assert "full precision" in warnings[0]
     assert (run / ADAPTER).read_bytes() == (trained / ADAPTER).read_bytes()
+
+
+def test_processes_share_the_images_to_render_whatever_fits_into_their_memory(
+    make_config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs: list[RenderJob] = []
+    monkeypatch.setattr(trainer, "render_locked", lambda job, _: jobs.append(job))
+    config = make_config("run", render_batch_size=None)
+    for size in (16, 2):
+        trainer._render(config, preflight.check_inputs(config, None), size, pytest.fail)
+    assert [(job.share, job.sampler.batch_size) for job in jobs] == [(16, 16), (16, 2)]
 
 
 def test_two_processes_render_and_train_as_one(tiny_base: Path, concept_file: Path) -> None:
