@@ -178,7 +178,7 @@ def _train(
     if config.zero_terminal_snr:  # only now: the folders are rendered with the base's own schedule
         use_zero_terminal_snr(base)
     check_kind(config, base.kind, base.name)
-    data = read_data(config, concept, base, planned.encode_batch_size)
+    data = read_data(config, concept, base, planned.encode_batch_size, resume)
     batching = _choose_batching(config, accelerator, planned, resume)
     config = resolve_defaults(config, base, data, accelerator.num_processes)
     config = dataclasses.replace(config, mixed_precision=accelerator.mixed_precision)

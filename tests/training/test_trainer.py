@@ -25,6 +25,7 @@ from train_runs import few_layers, logged, rendered
 
 from sd_unlearn import cli
 from sd_unlearn.config.train import TrainConfig
+from sd_unlearn.data import prior
 from sd_unlearn.data.batches import StratifiedBatches
 from sd_unlearn.data.concept import read_concept
 from sd_unlearn.data.dataset import scan
@@ -673,6 +674,23 @@ def test_beta_is_estimated_on_request(make_config: Config, tmp_path: Path, capsy
     assert f"beta {used['beta']:g} (estimated)" in err
     again = trainer.run(make_config("again", beta="estimate", **settings))
     assert read_json(again / "training.json")["beta_estimates"] == record["beta_estimates"]
+
+
+def test_a_resumed_run_keeps_its_estimate(make_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On another device the estimate differs by rounding."""
+    options = {"data_dir": tmp_path / "data", "num_positive": 12, "num_unlabeled": 10, "num_mixed_in": 3}
+    options |= {"max_train_steps": 1, "checkpointing_steps": 1}
+    run = trainer.run(make_config("run", beta="estimate", **options))
+    beta = read_json(run / "training.json")["beta"]
+    rounded = prior.BetaEstimate("BBE", beta + 1e-9, 0.0, 1.0, 12, 13, "pixels")
+    monkeypatch.setattr(prior, "estimate_beta", lambda _: (rounded, rounded))
+    (run / "training.json").unlink()
+    trainer.run(make_config("run", beta="estimate", **options, resume_from_checkpoint="latest"))
+    record = read_json(run / "training.json")
+    assert (record["beta"], record["beta_source"]) == (beta, "estimated")
+    trainer.run(make_config("given", beta=beta, **options))  # not estimated: the estimate is compared
+    with pytest.raises(UsageError, match=f"--beta was {beta} and is {beta + 1e-9}"):
+        trainer.run(make_config("given", beta="estimate", **options, resume_from_checkpoint="latest"))
 
 
 def test_too_few_images_to_estimate_from_are_refused_before_a_model_is_loaded(
