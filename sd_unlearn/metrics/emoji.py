@@ -1,7 +1,7 @@
 """The metric of the bundled `emoji` base: a classifier of thing, style and background.
 
-`reader.py` has what it measures, data/emoji_things.py the things and their categories. A category ("weapon") is a label,
-too: an image shows it if it shows one of its things.
+`reader.py` has what it measures, data/emoji_things.py the things and their categories. A category ("weapon") is a
+label, too: an image shows it if it shows one of its things.
 """
 
 from __future__ import annotations
