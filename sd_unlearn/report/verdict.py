@@ -61,7 +61,7 @@ def _compare(lora: Row, base: Row | None) -> str:
     if not finite(lora.value):
         return "unmeasured"
     high = lora.value if lora.high is None else lora.high
-    low = base and (base.value if base.low is None else base.low)
+    low = None if base is None else base.value if base.low is None else base.low
     if lora.value > GONE:
         return "weaker" if low and high < low else "still"
     if base and low is not None and low <= GONE:
