@@ -228,7 +228,7 @@ def generate_missing(
     one. The processes of an `accelerate launch` take turns of `share` images; each cuts them into batches for its own
     memory.
 
-    share: the same in all processes, best a multiple of their batch sizes; None: sampler.batch_size.
+    share: the same in all processes, ideally a multiple of their batch sizes; None: sampler.batch_size.
 
     Raises:
         UnlearnError: an image is not finite, or memory is too small for one.

@@ -148,7 +148,7 @@ def _make_accelerator(config: TrainConfig, output: Path, tracker: str | None) ->
 
 
 def _render(config: TrainConfig, inputs: Inputs, at_once: int, get_base: Callable[[], Base]) -> None:
-    """Render the data folder, so many images at once in this process."""
+    """Render the data folder. at_once: images generated together in this process."""
     if not (inputs.data_dir / DATA_MANIFEST).is_file():
         print(f"{inputs.data_dir} is missing or unfinished: rendering it first.", file=sys.stderr)
     job = with_seed_of_folder(make_job(inputs.concept, config, inputs.source))
