@@ -26,8 +26,9 @@ from sd_unlearn.errors import UnlearnError, UsageError
 from sd_unlearn.evaluation.loras import Lora, open_lora
 from sd_unlearn.io.files import check_writable, write_json
 from sd_unlearn.io.lock import locked, remove_leftovers
-from sd_unlearn.io.own_files import is_free, is_run
+from sd_unlearn.io.own_files import check_no_foreign_weights, is_free, is_run
 from sd_unlearn.io.run_folder import TRAINING, UNET_DIR
+from sd_unlearn.launch import check_one_process
 from sd_unlearn.models.base import Base, load_base
 from sd_unlearn.models.device import choose_precision
 from sd_unlearn.models.recorded_base import different_hash, existing_source
@@ -60,6 +61,7 @@ def run(config: FuseConfig) -> Path:
     if first is None:
         raise UsageError("fuse needs at least one run folder among the LoRAs, which says how to load the base.")
     with locked(output, "--output_dir"):
+        check_output(output, config.overwrite, loras)  # again: another process may have finished since
         remove_leftovers(output)
         source = existing_source(first.training["base"], config.allow_pickle, config.pretrained_model_name_or_path)
         base = load_base(replace(source, offload=config.offload), choose_precision(config.mixed_precision))
@@ -73,11 +75,12 @@ def run(config: FuseConfig) -> Path:
 
 
 def check_options(config: FuseConfig) -> None:
-    """Refuse values out of range, and options that --method sum does not use.
+    """Refuse several processes, values out of range, and options that --method sum does not use.
 
     Raises:
         UsageError
     """
+    check_one_process("fuse")
     check_ranges(config)
     for name in ("keep_weight", "num_images") if config.method == "sum" else ():
         if (value := getattr(config, name)) != getattr(FuseConfig, name):
@@ -107,7 +110,7 @@ def check_loras(loras: Sequence[Lora]) -> Concept:
 
 
 def check_output(output: Path, overwrite: bool, loras: Sequence[Lora]) -> None:
-    """Refuse a folder of something else, a run without --overwrite, and the folder of one of the LoRAs.
+    """Refuse a folder that holds files of others, a run without --overwrite, and the folder of one of the LoRAs.
 
     Raises:
         UsageError
@@ -122,6 +125,7 @@ def check_output(output: Path, overwrite: bool, loras: Sequence[Lora]) -> None:
                 "another folder."
             )
     if is_free(output) or (is_run(output) and overwrite):
+        check_no_foreign_weights(output, "--output_dir")
         return
     hint = "add --overwrite" if is_run(output) else "choose another folder"
     raise UsageError(f"--output_dir {output} is not empty: {hint}.")

@@ -43,6 +43,16 @@ def process_count() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
+def check_one_process(command: str) -> None:
+    """Refuse to run a command in several processes, which would write the same files.
+
+    Raises:
+        UsageError
+    """
+    if process_count() > 1:
+        raise UsageError(f"{command} runs in one process: start it without accelerate launch.")
+
+
 def wait_for_others(
     missing: Callable[[], int],
     what: str,

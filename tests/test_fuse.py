@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -221,6 +222,41 @@ def test_what_is_refused(runs: list[Path], fused: Path) -> None:
     for option in ({"keep_weight": 0.5}, {"num_images": 3}):
         with pytest.raises(UsageError, match=f"--{next(iter(option))} .* is for --method least_squares"):
             fusion.run(FuseConfig(lora=[seven, three], method="sum", **option))  # type: ignore[arg-type]
+
+
+def test_files_of_others_in_a_run_are_not_replaced(
+    runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = FuseConfig(lora=[str(run) for run in runs], output_dir=tmp_path / "fused", method="sum", overwrite=True)
+    output = fusion.run(config)
+    notes = output / ADAPTER_DIR / "notes.txt"
+    notes.write_text("mine")
+    with pytest.raises(UsageError, match=r"sd-unlearn did not write .*notes\.txt"):
+        fusion.run(config)
+    notes.unlink()
+    monkeypatch.setattr(fusion, "remove_leftovers", lambda _: pytest.fail("not checked again"))
+    monkeypatch.setattr(fusion, "check_output", meanwhile(fusion.check_output, lambda: notes.write_text("mine")))
+    with pytest.raises(UsageError, match=r"sd-unlearn did not write .*notes\.txt"):
+        fusion.run(config)
+    assert notes.read_text() == "mine"
+
+
+def meanwhile(check: Callable[..., None], change: Callable[[], object]) -> Callable[..., None]:
+    """The check, after whose first call something changes."""
+
+    def checked(*given: Any) -> None:
+        check(*given)
+        change()
+
+    return checked
+
+
+def test_several_processes_are_refused(runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each would write the same folder."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UsageError, match="^fuse runs in one process: start it without accelerate launch"):
+        fusion.run(FuseConfig(lora=[str(run) for run in runs], output_dir=tmp_path / "fused"))
+    assert not (tmp_path / "fused").exists()
 
 
 def test_a_base_that_was_moved_is_named(runs: list[Path], tmp_path: Path, tiny_base: Path) -> None:

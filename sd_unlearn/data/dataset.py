@@ -74,13 +74,14 @@ def has_negatives(folder: Path, eta: float) -> bool:
 def split_beta(concept: Concept, sets: Sequence[str], beta: float, source: str) -> tuple[list[float], str]:
     """Split beta over the sets of positives; returns (beta of each set, where the values come from).
 
-    The concept file's `betas` are used if it has any, else equal shares. A beta given as an option is always the
-    total; the concept file's `betas` then only give the proportions.
+    The concept file's `betas` are used if it has any, else equal shares. A beta that is given as an option or estimated
+    is always the total; the concept file's `betas` then only give the proportions.
     """
     if not concept.betas:
         return [beta / len(sets)] * len(sets), source
     betas = [concept.betas[name] for name in sets]
-    return ([beta * b / sum(betas) for b in betas], source) if source == "option" else (betas, "concept")
+    is_total = source in ("option", "estimated")
+    return ([beta * b / sum(betas) for b in betas], source) if is_total else (betas, "concept")
 
 
 def _check_betas(concept: Concept, folder: Path, sets: Sequence[str]) -> None:

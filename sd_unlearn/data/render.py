@@ -191,7 +191,7 @@ def render_concept(job: RenderJob, get_base: Callable[[], Base]) -> Path:
         return base
 
     try:
-        generated = generate_missing(load, requests, job.sampler, f"render {job.concept.slug}")
+        generated = generate_missing(load, requests, job.sampler, f"render {job.concept.slug}", job.share)
     except OSError as error:
         raise UnlearnError(f"--data_dir {folder} cannot be written: {reason(error)}.") from error
     wait_for_images(requests)

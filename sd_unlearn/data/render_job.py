@@ -37,6 +37,7 @@ class RenderJob:
     sampler: Sampler
     seed: int
     folder: Path
+    share: int  # images that one of several processes renders before it is the next one's turn; see generate_missing
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -84,7 +85,8 @@ def make_job(concept: Concept, config: RenderConfig, source: Source) -> RenderJo
     """The rendering that a command's options ask for."""
     sampler = resolve_sampler(config, source)
     groups = plan_images(concept, config)
-    return RenderJob(concept, source, groups, sampler, config.seed, resolve_data_dir(config, concept))
+    folder = resolve_data_dir(config, concept)
+    return RenderJob(concept, source, groups, sampler, config.seed, folder, share=sampler.batch_size)
 
 
 def with_seed_of_folder(job: RenderJob) -> RenderJob:

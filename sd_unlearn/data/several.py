@@ -30,10 +30,12 @@ from sd_unlearn.data.concept import (
     parse_concept,
     read_concept,
 )
+from sd_unlearn.data.emoji_things import CATEGORIES
 from sd_unlearn.errors import UsageError
 from sd_unlearn.io.files import write_text
 from sd_unlearn.io.paths import concept_slug
 from sd_unlearn.io.reading import read_yaml_value
+from sd_unlearn.models.source import EMOJI
 
 PREVIEWED = 6  # concepts in a preview
 LONGEST = 50  # characters of a slug that names every concept
@@ -75,8 +77,8 @@ def together(concepts: Sequence[Concept], option: str = "--concept") -> Concept:
     """The concepts as one; a single concept is itself. option: in errors.
 
     What a concept retains (keep prompts) and what its retention is measured on (alike, general) loses the prompts, and
-    the alternatives in braces, that name another of the concepts: by its name or label (also across braces), or as one
-    of its own prompts.
+    the alternatives in braces, that name another of the concepts: by its name or label (also across braces), a thing of
+    its category on the base emoji, or as one of its own prompts.
 
     Raises:
         UsageError: a concept is listed twice, two have the same caption, or they do not go together.
@@ -125,7 +127,7 @@ def _check_different(concepts: Sequence[Concept], option: str) -> None:
 
 def _without_others(concept: Concept, others: Sequence[Concept]) -> Concept:
     """The concept without the prompts to retain that name another one."""
-    names = dict.fromkeys(name for other in others for name in (other.name, other.label) if name)
+    names = dict.fromkeys(name for other in others for name in _names(other))
     pattern = re.compile(rf"(?<!\w)({'|'.join(re.escape(n) for n in names)})(?!\w)", re.IGNORECASE)
     asked = {
         normalized(text)
@@ -144,6 +146,13 @@ def _without_others(concept: Concept, others: Sequence[Concept]) -> Concept:
         concept.evaluate, alike=kept(concept.evaluate.alike), general=kept(concept.evaluate.general)
     )
     return dataclasses.replace(concept, keep=kept(concept.keep), evaluate=evaluate)
+
+
+def _names(concept: Concept) -> list[str]:
+    """What the concept is called; of a category of the base emoji also its things."""
+    names = [name for name in (concept.name, concept.label) if name]
+    members = CATEGORIES.get(concept.label or concept.name, ()) if concept.base == EMOJI else ()
+    return [*names, *members]
 
 
 def _filtered(templates: Sequence[str], is_other: Callable[[str], bool]) -> list[str]:

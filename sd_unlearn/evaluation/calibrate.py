@@ -23,25 +23,27 @@ from sd_unlearn.evaluation.bisection import exceptions, first_holding, strengths
 from sd_unlearn.evaluation.generate import BaseLoader, ImageCache, planned_cache
 from sd_unlearn.evaluation.job import EvaluationJob, resolve_job
 from sd_unlearn.evaluation.loras import Lora, ModelVariant
-from sd_unlearn.evaluation.problems import NEVER_THERE, known_gaps
+from sd_unlearn.evaluation.problems import NEVER_THERE, base_problems, known_gaps
 from sd_unlearn.evaluation.score import ConceptResults, SubjectImages, run_metrics
 from sd_unlearn.io.files import full_disk_explained, timestamp, write_json
 from sd_unlearn.io.lock import locked
 from sd_unlearn.io.own_files import is_run, kind_of, mark
 from sd_unlearn.io.progress import say
 from sd_unlearn.io.run_folder import CALIBRATION
-from sd_unlearn.launch import process_count
+from sd_unlearn.launch import check_one_process
 from sd_unlearn.metrics.base import CONCEPT_GROUPS, KEEP_GROUPS, Metric
 from sd_unlearn.metrics.option_users import check_used_by_command
 from sd_unlearn.metrics.registry import DETECTORS, choose_metrics, find_detectors, make_metrics
 from sd_unlearn.metrics.statistics import Z, wilson
 from sd_unlearn.models.device import default_device
 from sd_unlearn.models.kinds import sampler_of
+from sd_unlearn.report.formatting import GONE
 from sd_unlearn.report.metric_names import presence_order
 from sd_unlearn.results import BASE, Row, as_json
 
 OUTPUT = Path("runs/calibration")
 SUBJECT = "lora"
+_BY_LIMITS = ("retention", "few", "never", "rarely")  # problems that depend on --leakage and --retention here
 
 
 def run(config: CalibrateConfig, concepts: Sequence[Concept] = ()) -> Calibration:
@@ -189,7 +191,8 @@ def point_of(strength: float, results: ConceptResults, config: CalibrateConfig) 
     """What counts at a strength, of all groups and detectors: the highest upper end of leakage, the lowest retention.
 
     What prevents a verdict of `evaluate` prevents `erases`, e.g. images that cannot be used or unknown retention: a
-    model that generates nothing has not erased a concept. Which retention is too low, `config` says.
+    model that generates nothing has not erased a concept. So does a base whose leakage is not above `config.leakage`,
+    either. Which retention is too low, `config` says.
     """
     rows = [row for row in results.rows if row.subject == SUBJECT]
     detecting = presence_order(results.concept.kind, {row.metric for row in rows})
@@ -198,7 +201,8 @@ def point_of(strength: float, results: ConceptResults, config: CalibrateConfig) 
     kept = [row for row in kept if row.group == "kept"] or kept
     leakage = max(presence, key=lambda row: math.inf if row.high is None else row.high, default=None)
     retention = min(kept, key=lambda row: -math.inf if row.value is None else row.value, default=None)
-    faults = [p for p in results.problems if p.concerns(results.concept.slug, SUBJECT) and p.kind != "retention"]
+    faults = [p for p in results.problems if p.concerns(results.concept.slug, SUBJECT) and p.kind not in _BY_LIMITS]
+    faults += base_problems(results.concept, results.rows, max(GONE, config.leakage))
     high, value = leakage.high if leakage else None, retention.value if retention else None
     return Point(
         strength,
@@ -217,8 +221,7 @@ def _numbers(row: Row | None) -> tuple[float | None, float | None, float | None,
 def _resolve(config: CalibrateConfig, concepts: Sequence[Concept]) -> EvaluationJob:
     """The evaluation that the calibration repeats at several strengths, checked; loads no model."""
     check_ranges(config)
-    if process_count() > 1:
-        raise UsageError("calibrate runs in one process: start it without accelerate launch.")
+    check_one_process("calibrate")
     if (config.run is None) == (config.lora is None):
         raise UsageError("Give one of --run (a run folder) and --lora (any LoRA).")
     shared = {f.name for f in dataclasses.fields(EvaluateConfig)} & {f.name for f in dataclasses.fields(config)}

@@ -41,6 +41,7 @@ class ImageCache:
     base: Mapping[str, Any]  # the base's record, as in training.json
     sampler: Sampler
     suffix: str = ""  # other settings that change the images: noise schedule, precision
+    share: int | None = None  # see generate_missing
 
     @property
     def base_folder(self) -> Path:
@@ -76,7 +77,7 @@ class ImageCache:
 
             if not all(request.path.is_file() for request in requests):
                 stack.enter_context(_exclusive(self.folder(variant)))
-            count = generate_missing(get_variant, requests, self.sampler, title)
+            count = generate_missing(get_variant, requests, self.sampler, title, self.share)
         wait_for_images(requests, timeout=TIMEOUT)
         return count
 
@@ -165,7 +166,8 @@ def image_cache(job: EvaluationJob, loader: BaseLoader) -> ImageCache:
         record = {**record, "schedule": schedule}  # of today: it may have been corrected since the training
     suffix = "-zero-snr" if job.zero_terminal_snr else ""
     suffix += f"-{job.precision}" if job.precision != "no" else ""
-    return ImageCache(config.cache_dir, record, resolve_sampler(config, job.source), suffix)
+    sampler = resolve_sampler(config, job.source)
+    return ImageCache(config.cache_dir, record, sampler, suffix, share=sampler.batch_size)
 
 
 class BaseLoader:

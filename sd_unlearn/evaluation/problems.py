@@ -15,7 +15,8 @@ from sd_unlearn.evaluation.prompts import GROUPS, ImageSpec
 from sd_unlearn.io.images import is_flat
 from sd_unlearn.metrics.base import CONCEPT_GROUPS, KEEP_GROUPS, DetectorOutput
 from sd_unlearn.metrics.registry import READING, MetricContext, missing_evidence
-from sd_unlearn.report.formatting import GONE
+from sd_unlearn.metrics.statistics import ratio_of_rates
+from sd_unlearn.report.formatting import GONE, sentence
 from sd_unlearn.report.metric_names import presence_order
 from sd_unlearn.results import BASE, Problem, Row
 
@@ -24,6 +25,7 @@ MIN_RETENTION = 0.8  # of the base's accuracy on the retained prompts, and of it
 MIN_READABLE = 0.5  # of the concept's images, as a share of the base's usual number of readable images
 MIN_FACES = 0.5  # face rate of the base from which a group's prompts count as asking for people
 NEVER_THERE = "The base itself hardly shows the concept. Check the concept and its prompts, and which base is used."
+MORE_IMAGES = "Evaluate more of them (--num_keep_images)."
 _WORDS = {"missing": "missing", "unreadable": "unreadable", "flat": "of one flat colour"}
 
 
@@ -81,53 +83,77 @@ def unusable(
 
 
 def retention_problems(concept: str, rows: Iterable[Row]) -> list[Problem]:
-    """A problem for each subject whose retention, by any detector, is below 80 %."""
+    """A problem for each subject whose retention, by any detector, is below 80 %, or may be."""
     rows = [row for row in rows if row.metric == "retention" and row.value is not None]
     problems = []
     for subject in dict.fromkeys(row.subject for row in rows):
         own = [row for row in rows if row.subject == subject]
-        values = [(row.value, row.group) for row in own if row.group == "kept"] or [(r.value, r.group) for r in own]
-        lowest, group = min((value, group) for value, group in values if value is not None)
-        if lowest < MIN_RETENTION:
-            message = f"Retention on {group} prompts is {100 * lowest:.3g} %, below {100 * MIN_RETENTION:g} %."
-            problems.append(Problem(concept, subject, "retention", message, group, lowest))
+        own = [row for row in own if row.group == "kept"] or own
+        low = [row for row in own if row.value is not None and row.value < MIN_RETENTION]
+        surely = [row for row in low if row.high is None or row.high < MIN_RETENTION]
+        row = min(surely or low, key=lambda row: row.value or 0, default=None)
+        if row is None:
+            continue
+        limit = f"below {100 * MIN_RETENTION:g} %"
+        if surely:
+            message = f"Retention on {row.group} prompts is {100 * (row.value or 0):.3g} %, {limit}."
+        else:
+            message = (
+                f"Retention on {row.group} prompts is {sentence(row)} with {row.n:,} images: too few retained images "
+                f"to tell whether it is {limit}. {MORE_IMAGES}"
+            )
+        problems.append(Problem(concept, subject, "retention" if surely else "few", message, row.group, row.value))
     return problems
 
 
 def face_problems(concept: str, rows: Sequence[Row], broken: Collection[str] = ()) -> list[Problem]:
     """A problem for each subject that no longer generates faces for retained prompts for which the base does.
 
-    Prompts for the concept are not considered: a person may be replaced by something without a face.
+    Also if that is not certain, because the images are few. Prompts for the concept are not considered: a person may be
+    replaced by something without a face.
 
     Args:
         broken: Subjects that lost too much by their retention already.
     """
-    rates: dict[str, dict[str, float]] = {}  # subject -> prompt group -> face rate
+    rates: dict[str, dict[str, tuple[int, int]]] = {}  # subject -> prompt group -> images with a face, images
     for row in rows:
         if row.metric == "face_rate" and row.group in KEEP_GROUPS and row.value is not None:
-            rates.setdefault(row.subject, {})[row.group] = row.value
-    of_base = {group: rate for group, rate in rates.pop(BASE, {}).items() if rate >= MIN_FACES}
+            rates.setdefault(row.subject, {})[row.group] = (round(row.value * row.n), row.n)
+    of_base = {group: (hits, n) for group, (hits, n) in rates.pop(BASE, {}).items() if hits >= MIN_FACES * n}
     problems = []
     for subject, own in rates.items():
-        shares = {group: own[group] / rate for group, rate in of_base.items() if group in own}
-        group = min(shares, key=shares.__getitem__, default="")
-        if group and shares[group] < MIN_RETENTION and subject not in broken:
-            message = (
-                f"Only {100 * own[group]:.3g} % of the {group} images have a face, of the base's "
-                f"{100 * of_base[group]:.3g} %. A model that generates no faces has not forgotten a person."
-            )
-            problems.append(Problem(concept, subject, "faces", message, group, shares[group]))
+        shares = {group: ratio_of_rates(*own[group], *of_base[group]) for group in of_base if group in own}
+        group = min(shares, key=lambda group: shares[group][0], default="")
+        if group and shares[group][0] < MIN_RETENTION and subject not in broken:
+            value, _, high = shares[group]
+            (hits, n), (hits_base, n_base) = own[group], of_base[group]
+            message = f"Only {hits:,} of {n:,} {group} images have a face, of the base's {hits_base:,} of {n_base:,}"
+            if high < MIN_RETENTION:
+                message += ". A model that generates no faces has not forgotten a person."
+            else:
+                limit = f"below {100 * MIN_RETENTION:g} %"
+                message += f": too few images to tell whether the ratio is {limit}. {MORE_IMAGES}"
+            problems.append(Problem(concept, subject, "faces", message, group, value))
     return problems
 
 
-def never_problems(concept: Concept, rows: Sequence[Row]) -> list[Problem]:
-    """A problem if the base itself hardly shows the concept, by the detector that gives the verdict."""
+def base_problems(concept: Concept, rows: Sequence[Row], limit: float = GONE) -> list[Problem]:
+    """A problem if the base itself hardly shows the concept, or may hardly do, by the detector that gives the verdict.
+
+    What is not there cannot be gone: the whole interval of the base's leakage must lie above the limit.
+    """
     order = presence_order(concept.kind, {row.metric for row in rows})
     found = [row for row in rows if (row.subject, row.group) == (BASE, "direct") and row.metric in order]
     row = min(found, key=lambda row: order.index(row.metric), default=None)
-    if row is None or row.high is None or row.high > GONE:
+    if row is None or row.low is None or row.high is None or row.low > limit:
         return []
-    return [Problem(concept.slug, BASE, "never", NEVER_THERE, "direct", row.value)]
+    if row.high <= limit:
+        return [Problem(concept.slug, BASE, "never", NEVER_THERE, "direct", row.value)]
+    message = (
+        f"The base itself shows the concept in {sentence(row)} of {row.n:,} images: too few to tell whether it is "
+        "gone. Evaluate more images (--num_images), or use a prompt that shows it."
+    )
+    return [Problem(concept.slug, BASE, "rarely", message, "direct", row.value)]
 
 
 def replacement_problems(concept: str, rows: Sequence[Row]) -> list[Problem]:

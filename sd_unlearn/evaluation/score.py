@@ -12,11 +12,11 @@ from sd_unlearn.data.concept import Concept
 from sd_unlearn.evaluation import aggregate
 from sd_unlearn.evaluation.detections import Detections, detect, pair_distances
 from sd_unlearn.evaluation.problems import (
+    base_problems,
     evidence_problems,
     face_problems,
     image_faults,
     image_problems,
-    never_problems,
     replacement_problems,
     retention_problems,
 )
@@ -89,9 +89,10 @@ def _check_abilities(results: ConceptResults) -> None:
     The base does not show it either; a subject lost abilities of the base, or was not tested for them.
     """
     concept, rows = results.concept, results.rows
-    results.problems += [*never_problems(concept, rows), *replacement_problems(concept.slug, rows)]
+    results.problems += [*base_problems(concept, rows), *replacement_problems(concept.slug, rows)]
     lost = retention_problems(concept.slug, rows)
-    results.problems += [*lost, *face_problems(concept.slug, rows, {problem.subject for problem in lost})]
+    broken = {problem.subject for problem in lost if problem.kind == "retention"}
+    results.problems += [*lost, *face_problems(concept.slug, rows, broken)]
     for images in results.images:
         if images.subject != BASE:
             results.problems += evidence_problems(concept, images.subject, images.specs, images.planned, rows)

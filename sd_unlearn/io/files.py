@@ -47,8 +47,16 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def host_id() -> str:
-    """Eight characters that tell this machine from others which write to the same storage."""
-    return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
+    """Eight characters that tell this machine from others which write to the same storage.
+
+    Containers count as machines of their own, because their process ids say nothing to each other, not even if they
+    share a host name.
+    """
+    try:
+        process_ids = os.stat("/proc/self/ns/pid").st_ino
+    except OSError:  # not Linux
+        process_ids = 0
+    return hashlib.sha256(f"{socket.gethostname()} {process_ids}".encode()).hexdigest()[:8]
 
 
 @contextmanager
@@ -57,12 +65,14 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
     Readers never see partial content: it is synced to disk before the rename. An existing file is replaced by a file
     and a folder by a folder; if the block raises, it stays and the temporary one is removed. The permissions are those
-    of the umask, whatever the writer of the temporary file has set.
+    of the umask, whatever the writer of the temporary file has set. Threads must not write the same path at once.
 
     Raises:
         OSError: the file or folder cannot be written, or a folder is in the place of a file.
     """
     temporary, former = (path.with_name(f".{path.name}.{os.getpid()}@{host_id()}.{end}") for end in ("tmp", "old"))
+    remove(temporary)  # left by a killed process that had the same id
+    restore(path, former)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
@@ -73,16 +83,20 @@ def atomic_path(path: Path) -> Iterator[Path]:
         _apply_umask(temporary)
         if path.is_dir():  # a folder cannot be renamed onto another one
             path.replace(former)
-        try:
-            temporary.replace(path)
-        except OSError:
-            if former.exists():
-                former.replace(path)
-            raise
+        temporary.replace(path)
         _sync(path.parent)
     finally:
-        for left in (temporary, former):
-            remove(left)
+        restore(path, former)
+        remove(temporary)
+
+
+def restore(path: Path, former: Path) -> None:
+    """Give the former folder its name back if nothing has replaced it; otherwise remove it, if there is one."""
+    if os.path.lexists(path):
+        remove(former)
+    elif os.path.lexists(former):
+        with contextlib.suppress(OSError):  # it stays, see lock.remove_leftovers
+            former.replace(path)
 
 
 def _check_same_kind(temporary: Path, path: Path) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from sd_unlearn.errors import UnlearnError, reason
-from sd_unlearn.io.files import host_id, remove
+from sd_unlearn.io.files import host_id, remove, restore
 from sd_unlearn.launch import process_rank
 
 LOCK, HOLDER = ".sd-unlearn.lock", ".sd-unlearn.holder.json"
@@ -105,14 +105,15 @@ def holder_of(folder: Path) -> str:
         return "another process"
 
 
-_LEFTOVER = re.compile(r"\.(.+)\.(\d+)(?:@([0-9a-f]+))?\.(tmp|old)", re.DOTALL)  # the temporary names of atomic_path
+_LEFTOVER = re.compile(r"\.(.+)\.(\d+)@([0-9a-f]+)\.(tmp|old)", re.DOTALL)  # the temporary names of atomic_path
 
 
 def remove_leftovers(folder: Path, names: Sequence[str] = ("*",)) -> None:
     """Remove the temporary files and folders that killed processes left in a folder; not in its subfolders.
 
-    Only the temporary names of atomic_path whose process ran on this machine and no longer runs. If a process was
-    killed while it replaced a folder, the former folder gets its name back.
+    Only the temporary names of atomic_path whose process ran on this machine and no longer runs, and those of this
+    process, which must not be writing into the folder. If a process was killed while it replaced a folder, the former
+    folder gets its name back.
 
     names: patterns of the final names.
     """
@@ -120,11 +121,11 @@ def remove_leftovers(folder: Path, names: Sequence[str] = ("*",)) -> None:
         match = _LEFTOVER.fullmatch(path.name)
         if not match or not any(fnmatch.fnmatchcase(match[1], name) for name in names):
             continue
-        if match[3] not in (None, host_id()) or is_alive(int(match[2])):  # None: written before the host was named
+        process = int(match[2])
+        if match[3] != host_id() or (process != os.getpid() and is_alive(process)):
             continue
-        target = folder / match[1]
-        if match[4] == "old" and not os.path.lexists(target):
-            path.replace(target)
+        if match[4] == "old":
+            restore(folder / match[1], path)
         else:
             remove(path)
 

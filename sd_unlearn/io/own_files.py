@@ -122,7 +122,7 @@ def is_free(folder: Path) -> bool:
 
 
 def _is_temporary(name: str) -> bool:
-    return name in (LOCK, HOLDER) or re.fullmatch(r"\..+\.\d+(@.+)?\.(tmp|old)", name, re.DOTALL) is not None
+    return name in (LOCK, HOLDER) or re.fullmatch(r"\..+\.\d+@.+\.(tmp|old)", name, re.DOTALL) is not None
 
 
 def check_no_foreign_weights(folder: Path, option: str) -> None:

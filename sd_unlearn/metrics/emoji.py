@@ -1,12 +1,11 @@
 """The metric of the bundled `emoji` base: a classifier of thing, style and background.
 
-`reader.py` has what it measures. assets/emoji_things.csv lists the things with their names and categories. A category
-("weapon") is a label, too: an image shows it if it shows one of its things.
+`reader.py` has what it measures, data/emoji_things.py the things and their categories. A category ("weapon") is a
+label, too: an image shows it if it shows one of its things.
 """
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -15,17 +14,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from sd_unlearn.data.concept import Concept
+from sd_unlearn.data.emoji_things import CATEGORIES, THINGS
 from sd_unlearn.metrics.reader import Reader, ReaderClassifier, ReaderMetric
 
 ASSETS = Path(__file__).parent.parent / "assets"
 READER_DIR = ASSETS / "emoji_reader"
-with (ASSETS / "emoji_things.csv").open(encoding="utf-8", newline="") as _file:
-    _ROWS = list(csv.DictReader(_file))
-THINGS = tuple(row["name"] for row in _ROWS)
-CATEGORIES = {
-    category: tuple(row["name"] for row in _ROWS if row["category"] == category)
-    for category in dict.fromkeys(row["category"] for row in _ROWS)
-}
 STYLES = ("twemoji", "noto", "fluent", "fluent flat", "openmoji", "emojione")
 BACKGROUNDS = ("white", "grey", "black", "red", "yellow", "green", "blue", "pink")
 SIZE = 64  # width and height of images in pixels

@@ -72,8 +72,7 @@ def free_in_container(root: Path = Path("/sys/fs/cgroup")) -> int | None:
 def this_device(processes: int = 1) -> Device:
     """The GPU of this process with its free memory, else the CPU with a share of the free memory.
 
-    Of several processes on GPUs, each assumes that its whole GPU is free: they must choose the same batches, because
-    they share out images by batches.
+    Of several processes on GPUs, each assumes that its whole GPU is free, so that equal GPUs get the same batches.
     """
     import psutil
     import torch

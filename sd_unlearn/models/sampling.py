@@ -213,22 +213,29 @@ def count_tiled(paths: Iterable[Path]) -> int:
 
 
 def generate_missing(
-    get_base: Callable[[], Base], requests: Sequence[ImageRequest], sampler: Sampler, title: str
+    get_base: Callable[[], Base],
+    requests: Sequence[ImageRequest],
+    sampler: Sampler,
+    title: str,
+    share: int | None = None,
 ) -> int:
     """Generate the images that do not exist yet or are damaged, and return their number.
 
     The base is loaded only if an image is missing.
 
-    Requests are split into fixed batches, which the processes of an `accelerate launch` share. A batch with a missing
-    image is generated as a whole, because rounding depends on the batch an image is in: an interrupted run that is
-    resumed gives the same bytes as an uninterrupted one.
+    Requests are split into fixed batches. A batch with a missing image is generated as a whole, because rounding
+    depends on the batch an image is in: an interrupted run that is resumed gives the same bytes as an uninterrupted
+    one. The processes of an `accelerate launch` take turns of `share` images; each cuts them into batches for its own
+    memory.
+
+    share: the same in all processes, ideally a multiple of their batch sizes; None: sampler.batch_size.
 
     Raises:
         UnlearnError: an image is not finite, or memory is too small for one.
     """
-    batches = [requests[i : i + sampler.batch_size] for i in range(0, len(requests), sampler.batch_size)]
-    own = batches[process_rank() :: process_count()]
-    unfinished = [batch for batch in own if not all(is_intact(request.path) for request in batch)]
+    shares = _cut(requests, share or sampler.batch_size)[process_rank() :: process_count()]
+    batches = [batch for own in shares for batch in _cut(own, sampler.batch_size)]
+    unfinished = [batch for batch in batches if not all(is_intact(request.path) for request in batch)]
     if not unfinished:
         return 0
     base = get_base()
@@ -242,6 +249,10 @@ def generate_missing(
                     generated += 1
             progress.advance(len(batch))
     return generated
+
+
+def _cut(requests: Sequence[ImageRequest], size: int) -> list[Sequence[ImageRequest]]:
+    return [requests[start : start + size] for start in range(0, len(requests), size)]
 
 
 def wait_for_images(requests: Sequence[ImageRequest], timeout: float = math.inf) -> None:

@@ -8,9 +8,10 @@ from sd_unlearn.report.formatting import GONE, WITHOUT, finite, sentence, value_
 from sd_unlearn.report.lines import Line, presence, presence_by_detector
 from sd_unlearn.results import Problem, Row
 
-# The standing of a problem's kind, the strictest first; with any other kind there is no verdict. `replacement` changes
-# the verdict only if the concept is gone.
-OF_KIND = {"never": "never", "retention": "broken", "replacement": "unreadable"}
+# The standing of a problem's kind, the strictest first; with any other kind there is no verdict. Those of IF_GONE
+# change the verdict only if the concept is gone.
+OF_KIND = {"never": "never", "retention": "broken", "rarely": "unknown", "few": "unknown", "replacement": "unreadable"}
+IF_GONE = ("rarely", "few", "replacement")
 STANDINGS = {
     "gone": "Gone",
     "unsure": "Gone when asked for by name, but too few images of other wordings to be sure",
@@ -35,7 +36,7 @@ def standing_of(lines: Sequence[Line], problems: Sequence[Problem] = ()) -> str:
         return "unknown"
     measured = _measured_standing(lines)
     for kind in (kind for kind in OF_KIND if kind in kinds):
-        if kind != "replacement" or measured in ("gone", "unsure", "partly", "nearly"):
+        if kind not in IF_GONE or measured in ("gone", "unsure", "partly", "nearly"):
             return OF_KIND[kind]
     return measured
 
@@ -49,7 +50,7 @@ def _measured_standing(lines: Sequence[Line]) -> str:
     if standing not in ("gone", "nearly") or other is None or other.lora is None:
         return standing
     wordings = _compare(other.lora, other.base)
-    if wordings in ("gone", "never"):
+    if wordings in ("gone", "never", "unknown"):  # where the base hardly shows it, there is nothing to forget
         return standing
     if wordings in ("nearly", "unmeasured"):
         return "unsure" if standing == "gone" else "nearly"
@@ -60,13 +61,12 @@ def _compare(lora: Row, base: Row | None) -> str:
     if not finite(lora.value):
         return "unmeasured"
     high = lora.value if lora.high is None else lora.high
-    if high <= GONE:
-        was_there = base is None or base.value is None or (base.value if base.high is None else base.high) > GONE
-        return "gone" if was_there else "never"
-    if lora.value <= GONE:
-        return "nearly"
-    low = base and (base.value if base.low is None else base.low)
-    return "weaker" if low and high < low else "still"
+    low = None if base is None else base.value if base.low is None else base.low
+    if lora.value > GONE:
+        return "weaker" if low and high < low else "still"
+    if base and low is not None and low <= GONE:
+        return "unknown" if base.high is None or base.high > GONE else "never"
+    return "gone" if high <= GONE else "nearly"
 
 
 def explain(lines: Sequence[Line], asked: str, without: str = WITHOUT, problems: Sequence[Problem] = ()) -> str:

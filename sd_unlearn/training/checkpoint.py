@@ -27,7 +27,7 @@ if TYPE_CHECKING:  # torch takes seconds to import, and preflight lists checkpoi
     from accelerate import Accelerator
 
 IDENTITY, STATE, WEIGHTS = "checkpoint.json", "state.pt", "weights.safetensors"
-BATCHING = "batching"  # key in checkpoint.json; not part of the identity
+BATCHING, ESTIMATED = "batching", "estimated_betas"  # keys in checkpoint.json; not part of the identity
 _NAME = re.compile(r"step-(\d+)")
 # Options that decide which tensors a checkpoint holds. Changing one makes its weights unusable.
 _SHAPING = {"--method", "--rank", "--lora_targets", "--use_dora", "--train_text_encoder", "--optimizer", "processes"}
@@ -48,8 +48,8 @@ def save(
     """Write run/checkpoints/step-<step>, then delete all but the newest `limit`. Call it in every process.
 
     weights: the trained tensors. state: everything else that resuming needs (tensors, numbers, strings, lists, dicts);
-    the random state of each process is added. identity: what a resumed run must have in common with this one, and
-    BATCHING.
+    the random state of each process is added. identity: what a resumed run must have in common with this one,
+    BATCHING, and ESTIMATED if beta is estimated.
 
     Raises:
         UnlearnError: it cannot be written. Earlier checkpoints are kept.
@@ -200,6 +200,16 @@ def saved_batching(checkpoint: Path) -> Batching | None:
         return Batching(**record[BATCHING])
     except (KeyError, TypeError):  # of an earlier version, or damaged: check_same says so
         return None
+
+
+def saved_betas(checkpoint: Path, betas: dict[str, float]) -> dict[str, float]:
+    """The estimated betas of a checkpoint, because those of another device differ by rounding.
+
+    betas: estimated now; they are returned if the checkpoint has no estimate, or of others.
+    """
+    record = read_json(checkpoint / IDENTITY)
+    saved = record.get(ESTIMATED) if isinstance(record, dict) else None
+    return saved if isinstance(saved, dict) and saved.keys() == betas.keys() else betas
 
 
 def random_state() -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from sd_unlearn.config.train import TrainConfig
 from sd_unlearn.data.batches import EncodedImages
@@ -16,6 +17,7 @@ from sd_unlearn.data.turns import Turn, make_turns
 from sd_unlearn.models.base import Base
 from sd_unlearn.models.sampling import check_resolution
 from sd_unlearn.training.betas import resolve_betas
+from sd_unlearn.training.checkpoint import ESTIMATED, saved_betas
 from sd_unlearn.training.probe import probe_prompts
 
 
@@ -34,6 +36,11 @@ class Data:
         """Of all sets together; None for several concepts, which have one each."""
         return sum(self.betas.values()) if len(self.turns) == 1 else None
 
+    @property
+    def estimated(self) -> dict[str, dict[str, float]]:
+        """What a checkpoint records, besides the identity, of a run with --beta estimate."""
+        return {ESTIMATED: self.betas} if self.prior.source == "estimated" else {}
+
     def counts(self) -> str:
         """The number of images of each kind, in words."""
         examples = self.images.examples
@@ -42,8 +49,12 @@ class Data:
         return f"{len(examples) - positive - negative} unlabeled and {positive} positive images{known}"
 
 
-def read_data(config: TrainConfig, concept: Concept, base: Base, encode_batch_size: int) -> Data:
+def read_data(
+    config: TrainConfig, concept: Concept, base: Base, encode_batch_size: int, resume: Path | None = None
+) -> Data:
     """Scan the data folder, encode images (cached) and captions, and determine beta.
+
+    resume: a checkpoint, which has the betas if they are estimated.
 
     Raises:
         UsageError: invalid images, captions or betas, or a resolution that the base cannot have.
@@ -55,6 +66,8 @@ def read_data(config: TrainConfig, concept: Concept, base: Base, encode_batch_si
     resolution = config.resolution or base.resolution
     mean, std = encode_images(base, examples, resolution, config.data_dir / CACHE_DIR, encode_batch_size)
     betas, prior = resolve_betas(config, concept, base, examples, mean)
+    if resume and config.beta == "estimate" and not config.force_resume:
+        betas = saved_betas(resume, betas)
     turns = make_turns(concept, examples, list(betas.values()))
     generics = (part.generic for part in concept.parts)
     captions = ["", *generics, *concept.captions, *concept.preview_prompts, *(e.caption for e in examples)]

@@ -145,7 +145,7 @@ def make_training(
         objectives,
         accelerator,
         batching,
-        identity,
+        identity | data.estimated,
         preview,
         probe,
         [teacher.movement for teacher in teachers],

@@ -37,8 +37,9 @@ Losses = Callable[[nn.Module, Batch, int], Tensor]
 PROBES_TO_STOP = 2  # a probe sees few images: a single one may find the concept forgotten by chance
 PROGRESS = (
     *("step", "seconds", "best_score", "best_step", "probes_since_best", "forgotten_in_a_row"),
-    *("probe_seconds", "stopped", "beta"),
+    *("probe_seconds", "stopped", "beta", "probe"),
 )
+BEST = ("best_score", "best_step", "probes_since_best", "forgotten_in_a_row")  # scores of one probe
 
 
 @dataclass
@@ -67,6 +68,7 @@ class TrainingState:
     probe_seconds: float = 0.0  # part of `seconds`
     stopped: str = ""  # why training ended before --max_train_steps
     beta: float | None = None  # the last estimate of a probe; None: as given
+    probe: str = ""  # --probe if there are probes
 
     @classmethod
     def start(
@@ -86,7 +88,8 @@ class TrainingState:
         average = MovingAverage(parameters, options.ema_decay) if options.ema_decay else None
         student.set_checkpointing(batching.gradient_checkpointing)
         moving = (objectives, movements, parameters, optimizer, schedule, average)
-        return cls(accelerator, student, batches, *moving, batching)
+        probe = options.probe if options.probe_steps else ""
+        return cls(accelerator, student, batches, *moving, batching, probe=probe)
 
     def take_step(
         self,
@@ -168,6 +171,15 @@ class TrainingState:
         """Waits for the device."""
         return float(self.optimizer.skipped[1]) > 0
 
+    def _load_progress(self, progress: dict[str, Any]) -> None:
+        """Restore PROGRESS; after --force_resume with another --probe without BEST, because scores do not compare."""
+        now, before = self.probe, progress.get("probe")  # earlier versions did not save it
+        skipped = BEST if now and before and now != before else ()
+        for name, value in progress.items():
+            if name not in skipped:
+                setattr(self, name, value)
+        self.probe = now or self.probe
+
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:
         """The student temporarily has its moving average as weights, if there is one."""
@@ -196,7 +208,7 @@ class TrainingState:
         if self.is_best(probe):
             self.best_score, self.best_step, self.probes_since_best = probe.score, self.step, 0
         self.forgotten_in_a_row = self.forgotten_in_a_row + 1 if probe.forgotten else 0
-        if options.stop_when_forgotten and self.forgotten_in_a_row == PROBES_TO_STOP:
+        if options.stop_when_forgotten and self.forgotten_in_a_row >= PROBES_TO_STOP:
             self.stopped = "forgotten"
         elif 0 < options.early_stopping_patience <= self.probes_since_best:
             self.stopped = f"no better probe in {self.probes_since_best}"
@@ -249,7 +261,6 @@ class TrainingState:
         if self.offsets and "offsets" in state:  # checkpoints of earlier versions have none, and start a new block
             stored = state["offsets"][self.accelerator.process_index]
             self.offsets.stored = tuple(tensor.to(device) for tensor in stored)
-        for name, value in state["progress"].items():
-            setattr(self, name, value)
+        self._load_progress(state["progress"])
         if self.beta is not None:
             self.use_beta(self.beta)

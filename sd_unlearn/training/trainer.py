@@ -113,7 +113,7 @@ def _run(config: TrainConfig, inputs: Inputs, output: Path) -> Path:
         return load_base(inputs.source, precision, accelerator.device)
 
     if not inputs.own_images:
-        _render(dataclasses.replace(config, render_batch_size=planned.render_batch_size), inputs, get_base)
+        _render(config, inputs, planned.render_batch_size, get_base)
         check_same_base(inputs.data_dir, get_base())
         accelerator.wait_for_everyone()  # the first process writes the metadata after the last image
     config = dataclasses.replace(config, data_dir=inputs.data_dir, output_dir=output)
@@ -147,7 +147,8 @@ def _make_accelerator(config: TrainConfig, output: Path, tracker: str | None) ->
     )
 
 
-def _render(config: TrainConfig, inputs: Inputs, get_base: Callable[[], Base]) -> None:
+def _render(config: TrainConfig, inputs: Inputs, at_once: int, get_base: Callable[[], Base]) -> None:
+    """Render the data folder. at_once: images generated together in this process."""
     if not (inputs.data_dir / DATA_MANIFEST).is_file():
         print(f"{inputs.data_dir} is missing or unfinished: rendering it first.", file=sys.stderr)
     job = with_seed_of_folder(make_job(inputs.concept, config, inputs.source))
@@ -157,7 +158,7 @@ def _render(config: TrainConfig, inputs: Inputs, get_base: Callable[[], Base]) -
             "the training only.",
             file=sys.stderr,
         )
-    render_locked(job, get_base)
+    render_locked(dataclasses.replace(job, sampler=dataclasses.replace(job.sampler, batch_size=at_once)), get_base)
 
 
 def _train(
@@ -177,7 +178,7 @@ def _train(
     if config.zero_terminal_snr:  # only now: the folders are rendered with the base's own schedule
         use_zero_terminal_snr(base)
     check_kind(config, base.kind, base.name)
-    data = read_data(config, concept, base, planned.encode_batch_size)
+    data = read_data(config, concept, base, planned.encode_batch_size, resume)
     batching = _choose_batching(config, accelerator, planned, resume)
     config = resolve_defaults(config, base, data, accelerator.num_processes)
     config = dataclasses.replace(config, mixed_precision=accelerator.mixed_precision)

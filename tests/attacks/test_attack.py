@@ -311,8 +311,11 @@ def test_attack_images_that_show_nothing_are_a_problem(
     assert "completion" not in [problem.group for problem in read_results(run).problems]
 
 
-def test_the_conditions_of_the_evaluation_are_kept(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_conditions_of_the_evaluation_are_kept(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """They do not decide the exit code of the attack, which has its own."""
+    monkeypatch.setattr("sd_unlearn.evaluation.score.base_problems", lambda *_: [])  # the tiny base shows no concept
     evaluate = ["evaluate", "--run", str(run), *FLAGS, "--num_images", "1", "--num_keep_images", "1"]
     assert main([*evaluate, "--fail_if", "leakage>=0", "drift>100"]) == 3
     of_evaluation = read_results(run).conditions

@@ -180,9 +180,10 @@ def test_the_betas_of_several_sets(concept: Concept) -> None:
     assert split_beta(concept, sets, 0.3, "option") == ([0.15, 0.15], "option")
     assert split_beta(concept, sets[:1], 0.3, "manifest") == ([0.3], "manifest")
     assert split_beta(told, sets, 0.1, "assumed") == ([0.3, 0.1], "concept")
-    betas, source = split_beta(told, sets, 0.2, "option")  # the total is the command's
-    assert betas == pytest.approx([0.15, 0.05])
-    assert source == "option"
+    for asked in ("option", "estimated"):  # the total is the command's
+        betas, source = split_beta(told, sets, 0.2, asked)
+        assert betas == pytest.approx([0.15, 0.05])
+        assert source == asked
 
 
 def test_betas_for_other_sets_are_refused(photos: Photos, concept: Concept) -> None:

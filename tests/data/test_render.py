@@ -6,6 +6,7 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from sd_unlearn.config.base import RenderConfig
-from sd_unlearn.data import render, render_job
+from sd_unlearn.data import plan, render, render_job
 from sd_unlearn.data.concept import Concept, expand_braces, load_concept, read_concept
 from sd_unlearn.errors import UnlearnError, UsageError
 from sd_unlearn.io.lock import locked
@@ -380,6 +381,24 @@ def test_two_processes_together_render_everything(
     assert min(drawn) > 0
     pictures = {name: data for name, data in contents(rendered).items() if name.endswith(".png")}
     assert {k: v for k, v in contents(tmp_path).items() if k in pictures} == pictures
+
+
+def test_processes_with_different_batch_sizes_share_the_images(
+    rendered: Path, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each chooses how many images at once fit into its own memory. No image is left out, or rendered twice."""
+    sizes = iter((1, 3))
+    monkeypatch.setattr(plan, "planned_sampler", lambda _, sampler, __: replace(sampler, batch_size=next(sizes)))
+    monkeypatch.setattr(render, "wait_for_images", lambda _: None)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    counts = []
+    for rank in "10":
+        monkeypatch.setenv("RANK", rank)
+        before = len(list(tmp_path.glob("data/*/*.png")))
+        render.run(config())
+        counts.append(len(list(tmp_path.glob("data/*/*.png"))) - before)
+    assert counts == [6, 7]
+    assert tree(tmp_path / "data") == tree(rendered)
 
 
 def test_another_resolution(config: Config) -> None:

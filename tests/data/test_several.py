@@ -14,8 +14,9 @@ from sd_unlearn.config.base import RenderConfig
 from sd_unlearn.config.train import TrainConfig
 from sd_unlearn.data.batch import NO_GROUP
 from sd_unlearn.data.batches import EncodedImages, NoiseSampling, StratifiedBatches
-from sd_unlearn.data.concept import Concept, Evaluation, Images, read_concept
+from sd_unlearn.data.concept import Concept, Evaluation, Images, expand_braces, read_concept
 from sd_unlearn.data.dataset import Example, members_of_sets
+from sd_unlearn.data.emoji_things import CATEGORIES
 from sd_unlearn.data.layout import compose_step
 from sd_unlearn.data.render_job import plan_images
 from sd_unlearn.data.several import load_concepts, read_concepts, together, write_concepts
@@ -83,6 +84,22 @@ def test_a_label_and_the_prompts_of_another_concept_count_too() -> None:
 def test_a_concept_named_across_braces_is_not_retained(template: str, kept: list[str]) -> None:
     cat, _ = together([animal("cat", keep=[template]), animal("red background")]).parts
     assert cat.keep == kept
+
+
+def test_things_of_an_erased_category_are_not_retained() -> None:
+    alone = load_concepts("cat")
+    weapon, cat = load_concepts(["weapon", "cat"]).parts
+    assert {"pistol", "axe"} < retained(alone)
+    assert retained(cat) == retained(alone) - set(CATEGORIES["weapon"])
+    assert retained(weapon) == retained(load_concepts("weapon")) - {"cat"}
+    _, cat = together([dataclasses.replace(part, base=None) for part in (weapon, alone)]).parts
+    assert {"pistol", "axe"} < retained(cat)  # categories are of the base emoji only
+
+
+def retained(concept: Concept) -> set[str]:
+    """What the retained prompts ask for."""
+    templates = [*concept.keep, *concept.evaluate.alike, *concept.evaluate.general]
+    return {word for prompt in expand_braces(templates) for word in prompt.expect or ()}
 
 
 def test_names_and_folders() -> None:

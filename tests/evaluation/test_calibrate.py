@@ -107,7 +107,13 @@ def test_strengths_without_a_verdict_do_not_erase() -> None:
 
 @pytest.mark.parametrize(
     ("subject", "kind", "erases"),
-    [("base", "flat", False), ("lora", "evidence", False), ("lora", "replacement", False), ("lora", "retention", True)],
+    [
+        ("base", "flat", False),
+        ("lora", "evidence", False),
+        ("lora", "replacement", False),
+        ("lora", "retention", True),
+        ("lora", "few", True),
+    ],
 )
 def test_what_prevents_a_verdict_prevents_erasure(subject: str, kind: str, erases: bool) -> None:
     """But retention of less than 80 %: here the user says what is enough."""
@@ -116,6 +122,23 @@ def test_what_prevents_a_verdict_prevents_erasure(subject: str, kind: str, erase
     results.problems.append(Problem("seven", subject, kind, "So it is."))
     point = point_of(1.0, results, CalibrateConfig(retention=0))
     assert (point.erases, point.problems) == (erases, () if erases else ("So it is.",))
+
+
+@pytest.mark.parametrize(
+    ("base", "limit", "erases"),
+    [((0.11, 0.06, 0.19), 0.05, True), ((0.06, 0.028, 0.125), 0.05, False), ((0.11, 0.06, 0.19), 0.1, False)],
+)
+def test_a_base_that_may_not_show_the_concept_is_no_erasure(
+    base: tuple[float, float, float], limit: float, erases: bool
+) -> None:
+    value, *interval = base
+    rows = [
+        Row("leakage", "direct", "base", value, 100, *interval),
+        Row("leakage", "direct", "lora", 0.0, 100, 0.0, 0.037),
+    ]
+    results = ConceptResults(Concept("seven", "a seven", "a digit"), [], rows)
+    point = point_of(1.0, results, CalibrateConfig(retention=0, leakage=limit))
+    assert (point.erases, "The base itself shows the concept in" in "".join(point.problems)) == (erases, not erases)
 
 
 def test_a_lora_of_another_base_is_refused_unless_the_base_is_named(capsys: pytest.CaptureFixture[str]) -> None:

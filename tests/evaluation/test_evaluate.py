@@ -42,6 +42,12 @@ def runs(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture
+def shown_by_base(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tiny base shows no concept, which is a problem of its own."""
+    monkeypatch.setattr("sd_unlearn.evaluation.score.base_problems", lambda *_: [])
+
+
 def every(runs: Path, **changes: Any) -> EvaluateConfig:
     names = [str(runs / name) for name in ("seven", "seven-gentle", "four", "four-gentle")]
     return EvaluateConfig(**{**FEW, "lora": names, "strengths": [0.5, 1.0], **changes})
@@ -405,6 +411,7 @@ def test_changed_base_is_refused(runs: Path, tmp_path: Path) -> None:
         evaluate.run(EvaluateConfig(**FEW, run=run))
 
 
+@pytest.mark.usefixtures("shown_by_base")
 def test_fail_if_exits_with_code_3_after_writing_results(
     runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -480,6 +487,7 @@ def test_images_of_another_text_encoder_are_not_reused(runs: Path, tiny_base: Pa
     assert all((first / image.name).read_bytes() != image.read_bytes() for image in second.glob("*.png"))
 
 
+@pytest.mark.usefixtures("shown_by_base")
 def test_no_verdict_without_retention(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A LoRA that turns everything into noise shows no seven, either."""
     few = ["--num_images", "2", "--num_inference_steps", "1", "--groups", "direct", "--fail_if", "drift>100"]
@@ -492,6 +500,7 @@ def test_no_verdict_without_retention(runs: Path, capsys: pytest.CaptureFixture[
     assert (problem.kind, problem.subject, problem.concept) == ("evidence", "seven", "seven")
 
 
+@pytest.mark.usefixtures("shown_by_base")
 def test_keep_going_counts_bad_files_as_failed(
     runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

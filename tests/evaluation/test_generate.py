@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,12 @@ from conftest import scheduled
 from evaluation_runs import make_run
 
 from sd_unlearn.config.evaluate import EvaluateConfig
+from sd_unlearn.data import plan
+from sd_unlearn.evaluation import generate
 from sd_unlearn.evaluation.evaluate import assemble
 from sd_unlearn.evaluation.generate import BaseLoader, ImageCache, image_cache
 from sd_unlearn.evaluation.job import resolve_job
+from sd_unlearn.evaluation.loras import ModelVariant
 from sd_unlearn.io.files import write_json
 from sd_unlearn.io.reading import read_json
 from sd_unlearn.models.sampling import Sampler
@@ -47,6 +51,19 @@ def test_images_of_another_schedule_are_not_reused(tiny_base: Path, tmp_path: Pa
             job = resolve_job(EvaluateConfig(lora=[str(run)], pretrained_model_name_or_path=named, num_images=1))
             folders.append(image_cache(job, BaseLoader(job)).base_folder)
     assert len(set(folders[0::2])) == len(set(folders[1::2])) == 3
+
+
+def test_processes_share_images_whatever_fits_into_their_memory(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = resolve_job(EvaluateConfig(lora=[str(make_run(tmp_path / "run", tiny_base))], num_images=1))
+    shares = []
+    monkeypatch.setattr(generate, "generate_missing", lambda *given: shares.append(given[2:]) or 0)
+    for size in (4, 1):
+        monkeypatch.setattr(plan, "planned_sampler", lambda _, sampler, __, n=size: replace(sampler, batch_size=n))
+        cache = generate.planned_cache(job, BaseLoader(job))
+        cache.generate(pytest.fail, ModelVariant(), [], "generate base")
+    assert [(sampler.batch_size, share) for sampler, _, share in shares] == [(4, 4), (1, 4)]
 
 
 @pytest.mark.parametrize("name", ["digits", "digits-sd3"])

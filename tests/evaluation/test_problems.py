@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +13,17 @@ from sd_unlearn.config.evaluate import EvaluateConfig
 from sd_unlearn.data.concept import Concept, Evaluation, Prompt
 from sd_unlearn.evaluation import evaluate
 from sd_unlearn.evaluation.problems import (
+    base_problems,
     evidence_problems,
     face_problems,
     image_problems,
     known_gaps,
-    never_problems,
     replacement_problems,
     retention_problems,
 )
 from sd_unlearn.evaluation.prompts import ImageSpec
 from sd_unlearn.metrics.registry import MetricContext
+from sd_unlearn.metrics.statistics import wilson
 from sd_unlearn.report.cases import cases_of
 from sd_unlearn.results import Problem, Row, parse_results
 
@@ -59,6 +61,23 @@ def test_retention_below_80_percent_is_broken() -> None:
     assert retention(("general", 0.5))[0].group == "general"
 
 
+@pytest.mark.parametrize(
+    ("value", "high", "kind"),
+    [(0.75, 0.99, "few"), (0.6, 0.799, "retention"), (0.8, 0.99, ""), (0.7, None, "retention")],
+)
+def test_few_retained_images_do_not_show_that_a_model_is_broken(value: float, high: float | None, kind: str) -> None:
+    row = Row("retention", "kept", "lora", value, 4, None if high is None else 0.2, high)
+    found = retention_problems("seven", [row])
+    assert [problem.kind for problem in found] == [kind] * bool(kind)
+    if kind == "few":
+        assert found[0].message == (
+            "Retention on kept prompts is 75 % (95 % interval 20–99 %) with 4 images: too few retained images to tell "
+            "whether it is below 80 %. Evaluate more of them (--num_keep_images)."
+        )
+    surely = dataclasses.replace(row, value=0.79, high=0.795, detector="another")
+    assert [problem.kind for problem in retention_problems("seven", [row, surely])] == ["retention"]
+
+
 def unreadable(leakage: float, clean: float | None) -> list[Problem]:
     """clean: upper end of clean replacement."""
     rows = [
@@ -92,9 +111,24 @@ def test_a_base_that_hardly_shows_the_concept_is_a_problem(kind: Any, metric: st
         Row("leakage", "held_out", "base", 0.9, 200, 0.85, 0.94),
         Row("leakage", "direct", "lora", 0.0, 200, 0.0, 0.019),
     ]
-    found = never_problems(Concept("it", "a photo of it", "a photo", kind=kind), rows)
+    found = base_problems(Concept("it", "a photo of it", "a photo", kind=kind), rows)
     assert [(p.kind, p.subject, p.concept) for p in found] == [("never", "base", "it")] * never
-    assert never_problems(CONCEPT, [Row("leakage", "direct", "base", 0.0, 50, 0.0, 0.07)]) == []
+
+
+@pytest.mark.parametrize(
+    ("hits", "n", "kind"),
+    [(0, 50, "rarely"), (2, 100, "rarely"), (6, 200, "rarely"), (0, 200, "never"), (11, 100, ""), (2, 2, "")],
+)
+def test_a_base_that_may_hardly_show_the_concept_is_a_problem(hits: int, n: int, kind: str) -> None:
+    """A LoRA that changes nothing has so few leaks, too: the base's whole interval must lie above 5 %."""
+    row = Row("leakage", "direct", "base", hits / n, n, *wilson(hits, n))
+    found = base_problems(CONCEPT, [row, dataclasses.replace(row, group="held_out", value=0.0, low=0.0)])
+    assert [problem.kind for problem in found] == [kind] * bool(kind)
+    if (hits, n) == (6, 200):
+        assert found[0].message.startswith(
+            "The base itself shows the concept in 3.0 % (95 % interval 1.4–6.4 %) of 200 images: too few to tell "
+            "whether it is gone. Evaluate more images (--num_images), or"
+        )
 
 
 CONCEPT = Concept("Ann", "a photo of Ann", "a photo of a woman", evaluate=Evaluation(alike=["a photo of {Bea}"]))
@@ -164,7 +198,11 @@ def test_a_model_that_generates_no_faces_has_not_forgotten_a_person() -> None:
     (problem,) = faces({"alike": 0.9, "general": 0.6}, alike=0.71, general=0.06)
     assert (problem.kind, problem.subject, problem.group) == ("faces", "lora", "general")
     assert problem.share == pytest.approx(0.1)
-    assert problem.message.startswith("Only 6 % of the general images have a face, of the base's 60 %.")
+    assert problem.message.startswith("Only 6 of 100 general images have a face, of the base's 60 of 100. A model")
+    few = [Row("face_rate", "alike", subject, value, 4) for subject, value in (("base", 1.0), ("lora", 0.75))]
+    (problem,) = face_problems("ann", few)
+    assert problem.kind == "faces"
+    assert "Only 3 of 4 alike images have a face, of the base's 4 of 4: too few images to tell" in problem.message
     rows = [Row("face_rate", "alike", subject, value, 100) for subject, value in (("base", 1.0), ("lora", 0.0))]
     assert face_problems("ann", rows, broken=["lora"]) == []  # said already
 

@@ -82,9 +82,18 @@ def dead_pid() -> int:
 def test_what_killed_processes_left_is_removed(tmp_path: Path) -> None:
     dead, alive = dead_pid(), os.getppid()
     here = f"{dead}@{host_id()}"
-    names = [f".adapter.{here}.tmp/half", f".x.png.{dead}.tmp", f".config.yaml.{here}.old", "config.yaml"]
+    own = f".x.png.{os.getpid()}@{host_id()}.tmp"  # of an earlier process with the same id
+    names = [f".adapter.{here}.tmp/half", own, f".config.yaml.{here}.old", "config.yaml"]
     of_others = [f".x.png.{alive}@{host_id()}.tmp", f".x.png.{dead}@0123abcd.tmp"]  # the second on another machine
-    kept = [*of_others, ".x.tmp", f".x.{dead}.swp", "x.png", f"deep/.x.png.{here}.tmp", f"y.{dead}.tmp"]
+    kept = [
+        *of_others,
+        ".x.tmp",
+        f".draft.{dead}.tmp",
+        f".x.{dead}.swp",
+        "x.png",
+        f"deep/.x.png.{here}.tmp",
+        f"y.{dead}.tmp",
+    ]
     fill(tmp_path, *names, *kept)
     remove_leftovers(tmp_path, ["other"])
     assert len(tree(tmp_path)) == len(names) + len(kept) + 2
@@ -95,10 +104,56 @@ def test_what_killed_processes_left_is_removed(tmp_path: Path) -> None:
 
 def test_a_folder_moved_aside_by_a_killed_process_returns(tmp_path: Path) -> None:
     """The kill came between the two renames that replace a folder."""
-    dead = dead_pid()
-    fill(tmp_path, f".adapter.{dead}.old/weights", f".adapter.{dead}.tmp/new")
+    here = f"{dead_pid()}@{host_id()}"
+    fill(tmp_path, f".adapter.{here}.old/weights", f".adapter.{here}.tmp/new")
     remove_leftovers(tmp_path)
     assert tree(tmp_path) == {"adapter", "adapter/weights"}
+
+
+@pytest.mark.parametrize("end", ["tmp", "old"])
+def test_a_killed_process_with_the_same_id_does_not_disturb(tmp_path: Path, end: str) -> None:
+    """As in a container that was restarted: each first process has the same id."""
+    left = f".step-100.{os.getpid()}@{host_id()}.{end}"
+    fill(tmp_path, f"{left}/half", *(["step-100/whole"] if end == "tmp" else []))
+    with atomic_path(tmp_path / "step-100") as temporary:
+        assert (tmp_path / "step-100").is_dir()  # moved aside by the killed process, it has its name back
+        temporary.mkdir()
+        fill(temporary, "new")
+    assert tree(tmp_path) == {"step-100", "step-100/new"}
+
+
+def test_containers_of_one_host_name_are_different_machines(monkeypatch: pytest.MonkeyPatch) -> None:
+    stat, namespace = os.stat, os.stat_result((0, 4026531836, *[0] * 8))
+    monkeypatch.setattr(os, "stat", lambda path, *a, **k: namespace if "ns/pid" in str(path) else stat(path, *a, **k))
+    assert (first := host_id()) == host_id()
+    namespace = os.stat_result((0, 4026532617, *[0] * 8))
+    assert host_id() != first
+
+
+@pytest.mark.parametrize(("error", "times"), [(KeyboardInterrupt, 1), (OSError, 1), (OSError, 2)])
+def test_a_folder_survives_if_its_replacement_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException], times: int
+) -> None:
+    """Ctrl-C between the two renames, or a disk that fails; times: so often, so that it cannot be put back at once."""
+    fill(tmp_path / "run", "old")
+    replace, failed = Path.replace, []
+
+    def interrupted(self: Path, to: Path) -> Path:
+        if to == tmp_path / "run" and len(failed) < times:
+            failed.append(self)
+            raise error
+        return replace(self, to)
+
+    def write() -> None:
+        with atomic_path(tmp_path / "run") as temporary:
+            fill(temporary, "new")
+
+    monkeypatch.setattr(Path, "replace", interrupted)
+    with pytest.raises(error):
+        write()
+    monkeypatch.undo()
+    remove_leftovers(tmp_path)
+    assert tree(tmp_path) == {"run", "run/old"}
 
 
 @pytest.mark.parametrize("kind", ["file", "folder"])

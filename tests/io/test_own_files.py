@@ -139,7 +139,7 @@ def test_only_the_marker_of_a_run_marks_a_run(tmp_path: Path, content: str) -> N
 
 def test_locks_and_leftovers_do_not_fill_a_folder(tmp_path: Path) -> None:
     assert is_free(tmp_path / "missing")
-    fill(tmp_path, ".sd-unlearn.lock", ".sd-unlearn.holder.json", ".adapter.123.tmp", ".marker.123@host-1.tmp")
+    fill(tmp_path, ".sd-unlearn.lock", ".sd-unlearn.holder.json", ".adapter.123@0123abcd.tmp", ".marker.123@host-1.tmp")
     assert is_free(tmp_path)
     fill(tmp_path, ".gitignore")
     assert not is_free(tmp_path)

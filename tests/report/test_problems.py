@@ -59,6 +59,18 @@ def test_noise_in_its_place_is_not_gone() -> None:
     assert still.standing == "still"
 
 
+@pytest.mark.parametrize(("kind", "subject"), [("rarely", "base"), ("few", "lora")])
+def test_too_few_images_to_tell_prevent_only_good_verdicts(kind: str, subject: str) -> None:
+    (case,) = cases_of(parsed(problems=[problem(kind, subject)]))
+    assert case.verdict == "Cannot tell"
+    assert case.explanation.startswith(REASON)
+    there = [row | {"value": 0.96, "low": 0.93, "high": 0.98} for row in make_results()["rows"]]
+    (still,) = cases_of(parsed(rows=there, problems=[problem(kind, subject)]))
+    assert still.standing == "still"
+    (broken,) = cases_of(parsed(problems=[problem(kind, subject), problem("retention")]))
+    assert broken.standing == "broken"
+
+
 def test_never_there_before_other_verdicts() -> None:
     (never,) = cases_of(parsed(problems=[problem("never", "base"), problem("retention")]))
     assert never.standing == "never"

@@ -268,6 +268,10 @@ def test_numbers_have_their_unit_and_as_many_digits_as_n_supports(value, n, metr
         ((0.4, 0.3, 0.5), (0.97, 0.95, 0.99), "Weaker, but still there"),
         ((0.96, 0.93, 0.98), (0.97, 0.95, 0.99), "Still there"),
         ((0.01, 0.0, 0.03), (0.02, 0.01, 0.05), "Never there: the base hardly generates it"),
+        ((0.0, 0.0, 0.037), (0.02, 0.006, 0.07), "Cannot tell"),  # 0 of 100, and 2 of the base's 100
+        ((0.015, 0.005, 0.043), (0.03, 0.014, 0.064), "Cannot tell"),
+        ((0.01, 0.002, 0.054), (0.03, 0.014, 0.064), "Cannot tell"),
+        ((0.2, 0.13, 0.29), (0.03, 0.014, 0.064), "Still there"),
     ],
 )
 def test_verdict_follows_the_interval(lora, base, word):
@@ -295,7 +299,10 @@ def test_wordings_that_bring_the_concept_only_with_the_lora_are_considered():
         make_row("leakage", "held_out", "lora", 0.6, low=0.53, high=0.67),
     ]
     assert verdict_of([*make_results()["rows"], *wordings]) == "Gone when asked for by name, less so in other wordings"
-    wordings[1] |= {"value": 0.01, "low": 0.003, "high": 0.036}
+    for high in (0.036, 0.06):
+        wordings[1] |= {"value": 0.01, "low": 0.003, "high": high}
+        assert verdict_of([*make_results()["rows"], *wordings]) == "Gone"
+    wordings[0] |= {"value": 0.02, "low": 0.006, "high": 0.07}  # the base may hardly show it: neither for nor against
     assert verdict_of([*make_results()["rows"], *wordings]) == "Gone"
 
 

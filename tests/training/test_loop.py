@@ -21,6 +21,7 @@ from sd_unlearn.data.batches import EncodedImages
 from sd_unlearn.data.concept import Concept
 from sd_unlearn.data.dataset import Example
 from sd_unlearn.errors import UnlearnError, UsageError
+from sd_unlearn.io.files import write_json
 from sd_unlearn.io.reading import read_json, read_jsonl
 from sd_unlearn.objectives import registry
 from sd_unlearn.training import checkpoint, loop, setup, trainer
@@ -178,6 +179,38 @@ def test_best_weights_of_steps_that_are_trained_again_are_replaced(
     again = {"resume_from_checkpoint": "latest", "force_resume": True, "learning_rate": 1e-5}
     trainer.run(make_config("run", **options, **again))
     assert read_json(Path("run/best/probe.json"))["step"] == read_json(Path("run/best/training.json"))["cost"]["steps"]
+
+
+@pytest.mark.parametrize(("name", "best"), [("leakage", 3), ("ratio", 2), (None, 2)])
+def test_another_probe_starts_its_scores_anew(
+    make_config: Config, monkeypatch: pytest.MonkeyPatch, name: str | None, best: int
+) -> None:
+    """After --force_resume. Of a checkpoint without the name, as of earlier versions, the scores are kept."""
+    monkeypatch.setattr(RatioProbe, "__call__", lambda _: ProbeResult({}, 0.9))
+    options = {"probe_steps": 1, "checkpointing_steps": 1}
+    trainer.run(make_config("run", **options, max_train_steps=2))
+    path = checkpoint.list_checkpoints(Path("run"))[-1] / "state.pt"
+    state = torch.load(path, weights_only=True)
+    assert (state["progress"]["best_step"], state["progress"]["probe"]) == (1, "ratio")
+    state["progress"] |= {"best_step": 2, "forgotten_in_a_row": 2, "probe": name}
+    if name is None:
+        del state["progress"]["probe"]
+    torch.save(state, path)
+    write_json(Path("run/best/probe.json"), {"step": 2})
+    monkeypatch.setattr(RatioProbe, "__call__", lambda _: ProbeResult({}, 0.1))
+    again = {"resume_from_checkpoint": "latest", "force_resume": True, "max_train_steps": 3}
+    trainer.run(make_config("run", **options, **again))
+    after = torch.load(checkpoint.list_checkpoints(Path("run"))[-1] / "state.pt", weights_only=True)["progress"]
+    assert (after["best_step"], after["probe"]) == (best, "ratio")
+    assert after["best_score"] == (0.1 if best == 3 else 0.9)
+
+
+def test_more_good_probes_than_needed_end_the_run() -> None:
+    """--stop_when_forgotten was added when the run was resumed."""
+    state = TrainingState(*[None] * 10)  # type: ignore[arg-type]
+    state.forgotten_in_a_row = 2
+    state.record_probe(ProbeResult({}, 1.0, forgotten=True), TrainConfig(stop_when_forgotten=True))
+    assert state.stopped == "forgotten"
 
 
 def test_too_few_images_to_hold_out_are_refused_before_a_base_is_loaded(

@@ -25,10 +25,12 @@ from train_runs import few_layers, logged, rendered
 
 from sd_unlearn import cli
 from sd_unlearn.config.train import TrainConfig
+from sd_unlearn.data import prior
 from sd_unlearn.data.batches import StratifiedBatches
 from sd_unlearn.data.concept import read_concept
 from sd_unlearn.data.dataset import scan
 from sd_unlearn.data.prior import ASSUMED_BETA
+from sd_unlearn.data.render_job import RenderJob
 from sd_unlearn.errors import UnlearnError, UsageError
 from sd_unlearn.evaluation.job import _reference_folder
 from sd_unlearn.evaluation.loras import open_run
@@ -674,6 +676,23 @@ def test_beta_is_estimated_on_request(make_config: Config, tmp_path: Path, capsy
     assert read_json(again / "training.json")["beta_estimates"] == record["beta_estimates"]
 
 
+def test_a_resumed_run_keeps_its_estimate(make_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On another device the estimate differs by rounding."""
+    options = {"data_dir": tmp_path / "data", "num_positive": 12, "num_unlabeled": 10, "num_mixed_in": 3}
+    options |= {"max_train_steps": 1, "checkpointing_steps": 1}
+    run = trainer.run(make_config("run", beta="estimate", **options))
+    beta = read_json(run / "training.json")["beta"]
+    rounded = prior.BetaEstimate("BBE", beta + 1e-9, 0.0, 1.0, 12, 13, "pixels")
+    monkeypatch.setattr(prior, "estimate_beta", lambda _: (rounded, rounded))
+    (run / "training.json").unlink()
+    trainer.run(make_config("run", beta="estimate", **options, resume_from_checkpoint="latest"))
+    record = read_json(run / "training.json")
+    assert (record["beta"], record["beta_source"]) == (beta, "estimated")
+    trainer.run(make_config("given", beta=beta, **options))  # not estimated: the estimate is compared
+    with pytest.raises(UsageError, match=f"--beta was {beta} and is {beta + 1e-9}"):
+        trainer.run(make_config("given", beta="estimate", **options, resume_from_checkpoint="latest"))
+
+
 def test_too_few_images_to_estimate_from_are_refused_before_a_model_is_loaded(
     make_config: Config, tmp_path: Path, photos: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -703,6 +722,17 @@ def test_half_precision_falls_back_on_a_cpu_with_one_warning(
     assert len(warnings) == 1
     assert "full precision" in warnings[0]
     assert (run / ADAPTER).read_bytes() == (trained / ADAPTER).read_bytes()
+
+
+def test_processes_share_the_images_to_render_whatever_fits_into_their_memory(
+    make_config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs: list[RenderJob] = []
+    monkeypatch.setattr(trainer, "render_locked", lambda job, _: jobs.append(job))
+    config = make_config("run", render_batch_size=None)
+    for size in (16, 2):
+        trainer._render(config, preflight.check_inputs(config, None), size, pytest.fail)
+    assert [(job.share, job.sampler.batch_size) for job in jobs] == [(16, 16), (16, 2)]
 
 
 def test_two_processes_render_and_train_as_one(tiny_base: Path, concept_file: Path) -> None:
