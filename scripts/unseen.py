@@ -2,6 +2,7 @@
 
     python scripts/unseen.py                              # all of it: minutes for each attack on one core; needs npm
     python scripts/unseen.py wrench "mirrored seven" --attacks soft
+    python scripts/unseen.py pistol --run runs/pistol     # an erased thing of `emoji`, measured alike
     python scripts/unseen.py --only table                 # print the records as a table
 
 If a learned prompt brings back an erased concept, either the concept is still in the model, or the prompt has described
@@ -24,7 +25,7 @@ from diffusers import AutoencoderKL
 from leaderboard_pictures import write_rows, write_strip
 from PIL import Image
 from torch import Tensor
-from unseen_kinds import UNSEEN, Unseen
+from unseen_kinds import KNOWN, UNSEEN, Unseen
 
 import sd_unlearn
 from sd_unlearn.data.concept import find_concept
@@ -70,13 +71,17 @@ def concept_file(unseen: Unseen, file: Path) -> Path:
     return file
 
 
-def attacked(unseen: Unseen, attack: str, work: Path) -> list[Path]:
-    """The images that an attack on the base generated."""
+def attacked(unseen: Unseen, attack: str, work: Path, run: Path | None) -> list[Path]:
+    """The images that an attack on the base generated, or on the LoRA of a run."""
     slug = slugify(unseen.name)
-    cache, results = work / "attacks" / slug / attack, work / "results" / slug
-    options: dict[str, Any] = {"cache_dir": cache, "output_dir": results}
-    options |= {"attacker_images": attackers_images(unseen, work / slug)}
-    sd_unlearn.attack(concept=[str(concept_file(unseen, work / f"{slug}.yaml"))], attacks=[attack], **options)
+    cache = work / "attacks" / slug / attack / ("erased" if run else "base")
+    options: dict[str, Any] = {"cache_dir": cache, "attacker_images": attackers_images(unseen, work / slug)}
+    if run:
+        options |= {"run": run, "ceiling": False}
+    else:
+        file = concept_file(unseen, work / f"{slug}.yaml")
+        options |= {"concept": [str(file)], "output_dir": work / "results" / slug}
+    sd_unlearn.attack(attacks=[attack], **options)
     return sorted(cache.rglob("[0-9][0-9]-[0-9][0-9][0-9][0-9].png"))
 
 
@@ -87,17 +92,18 @@ def decoded(images: Tensor, base: str) -> Tensor:
     return vae.decode(vae.encode(images).latent_dist.mode()).sample.clamp(-1, 1)
 
 
-def measure(unseen: Unseen, attacks: list[str], work: Path) -> None:
+def measure(unseen: Unseen, attacks: list[str], work: Path, run: Path | None = None) -> None:
     """Carry out the attacks that the record lacks."""
-    file = RECORDS / f"{slugify(unseen.name)}.json"
+    title = f"{unseen.name}, erased" if run else unseen.name
+    file = RECORDS / f"{slugify(title)}.json"
     record = read_json(file) if file.is_file() else {}
     own = decoded(unseen.images(120, seed=3), unseen.base)
-    record |= {"name": unseen.name, "base": unseen.base}
+    record |= {"name": title, "base": unseen.base}
     record |= {"recall": round(float(unseen.finds(own).mean()), 4)}
     record |= {"false_rate": round(unseen.false_rate, 4)}
     for attack in attacks:
         if attack not in record:
-            files = attacked(unseen, attack, work)
+            files = attacked(unseen, attack, work, run)
             if attack == "soft":
                 given = sorted((work / slugify(unseen.name)).glob("*.png"))
                 write_strip(file.with_suffix(".png"), [given[:SHOWN], files[:SHOWN]])
@@ -131,14 +137,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"default: all of {', '.join(UNSEEN)}")
     parser.add_argument("--attacks", nargs="+", default=["soft", "token"], choices=["soft", "token"])
+    parser.add_argument("--run", type=Path, help="a run folder with a LoRA for a thing of emoji")
     parser.add_argument("--only", choices=["table"])
     parser.add_argument("--work_dir", type=Path, default=Path("build/unseen"))
     args = parser.parse_args()
-    if unknown := [name for name in args.names if name not in UNSEEN]:
-        parser.error(f"{unknown[0]!r} is not one of {', '.join(UNSEEN)}")
+    known = KNOWN if args.run else UNSEEN
+    if unknown := [name for name in args.names if name not in known]:
+        parser.error(f"{unknown[0]!r} is not one of {', '.join(known)}")
+    if args.run and not args.names:
+        parser.error("--run needs the name of the thing that it erased")
     args.work_dir.mkdir(parents=True, exist_ok=True)
     for name in [] if args.only else args.names or UNSEEN:
-        measure(UNSEEN[name](name, args.work_dir), args.attacks, args.work_dir)
+        measure(known[name](name, args.work_dir), args.attacks, args.work_dir, args.run)
     print(table())
     strips = {read_json(file)["name"]: file.with_suffix(".png") for file in sorted(RECORDS.glob("*.json"))}
     write_rows(PICTURE, strips)

@@ -389,6 +389,7 @@ USAGE = [
         ["train", "--concept", "seven", "--objective", "pu", "--forget_weight", "2"],
         "--forget_weight 2.0 is",
     ),
+    (["train", "--concept", "seven", "--objective", "uce", "--rece_epochs", "2"], "--rece_epochs 2 is for"),
     (
         ["train", "--concept", "seven", "--objective", "neggrad", "--no_retain"],
         "for --objective esd-x, esd-u or anchor",

@@ -141,6 +141,15 @@ class Objective:
         float,
         option("With --objective neggrad: weight of the concept's loss, which is maximized.", OBJECTIVE, POSITIVE),
     ] = 1.0
+    rece_epochs: Annotated[
+        int | None,
+        option(
+            "With --objective rece: how often the embedding that is still projected as the concept was is edited, too. "
+            "Default: 3 for nudity, else 1, as in the paper.",
+            OBJECTIVE,
+            Count,
+        ),
+    ] = None
     retain: Annotated[
         bool,
         option(

@@ -76,8 +76,9 @@ def _edit(config: TrainConfig, concept: Concept, base: Base, output: Path) -> No
     layers = read_weights(base, config.objective)
     embeddings = embed(base, concept)
     free = {"free_directions": free_directions(embeddings)} if config.objective == "speed" else {}
+    settings = {"epochs": rece_epochs(config, concept)} if config.objective == "rece" else {}
     edits = EDITS[config.objective](
-        list(layers.values()), embeddings.concepts, embeddings.anchors, embeddings.preserved
+        list(layers.values()), embeddings.concepts, embeddings.anchors, embeddings.preserved, **settings
     )
     rank = max(min(*edit.up.shape, *edit.down.shape) for edit in edits)
     factors = dict(zip(layers, (edit.of_rank(rank) for edit in edits), strict=True))
@@ -97,6 +98,7 @@ def _edit(config: TrainConfig, concept: Concept, base: Base, output: Path) -> No
         "edited_tokens": len(embeddings.concepts),
         "preserved_tokens": len(embeddings.preserved),
         **free,
+        **({"rece_epochs": settings["epochs"]} if settings else {}),
         **storage_errors(edits, list(factors.values())),
     }
     device = device_name(base.device)
@@ -107,6 +109,11 @@ def _edit(config: TrainConfig, concept: Concept, base: Base, output: Path) -> No
         f"{_edited(concept)}: {output}.",
         file=sys.stderr,
     )
+
+
+def rece_epochs(config: TrainConfig, concept: Concept) -> int:
+    """--rece_epochs, else what the authors of RECE use for nudity, and for objects and styles."""
+    return config.rece_epochs or (3 if any(part.kind == "nudity" for part in concept.parts) else 1)
 
 
 def free_directions(embeddings: Embeddings) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,14 @@ def test_the_lora_is_the_edit_of_the_paper(edited: Path, place: Path, loaded_bas
             assert ((new - old) @ c.T).norm() > ((new - old) @ p.T).norm() * (len(c) / len(p)) ** 0.5
 
 
+def test_rece_repeats_its_edit_more_often_for_nudity(place: Path) -> None:
+    concept = read_concept(place / "seven.yaml")
+    config = TrainConfig(objective="rece")
+    assert closed_form.rece_epochs(config, concept) == 1
+    assert closed_form.rece_epochs(config, replace(concept, kind="nudity")) == 3
+    assert closed_form.rece_epochs(replace(config, rece_epochs=2), concept) == 2
+
+
 def test_speed_needs_directions_that_the_keep_prompts_leave() -> None:
     """Rows 3 e_i use direction i; a row of length 0.1 does not use its direction (0.01 is below the threshold)."""
     directions = torch.eye(4)
@@ -117,6 +126,7 @@ def test_the_run_folder_and_its_record(edited: Path) -> None:
     assert record["truncation_error"] < record["rounding_error_fp32"] < 1e-5 < record["rounding_error_fp16"] < 1e-2
     assert settings["objective"] == record["objective"]
     assert ("free_directions" in record) == (record["objective"] == "speed")
+    assert record.get("rece_epochs") == (1 if record["objective"] == "rece" else None)
     assert "max_train_steps" not in settings
     again = trainer.run(TrainConfig(**settings | {"output_dir": edited.with_name(f"{edited.name}-again")}))
     adapters = [(run / "adapter" / "adapter_model.safetensors").read_bytes() for run in (edited, again)]
