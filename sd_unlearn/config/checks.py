@@ -35,6 +35,7 @@ def check_train(config: TrainConfig) -> None:
         UsageError: naming the option, its value and what is allowed.
     """
     check_ranges(config)
+    _check_own_options(config)
     if config.objective in CLOSED_FORM:
         _check_closed_form(config)
         return
@@ -126,14 +127,18 @@ def unused_options(objective: ObjectiveName) -> set[str]:
     return others if objective in ("pu", "supervised", "unsupervised") else others | {*RISK_OPTIONS, "eta", "beta"}
 
 
-def _check_objective(config: TrainConfig) -> None:
-    """Options that an objective does not use must not be given."""
+def _check_own_options(config: TrainConfig) -> None:
+    """Options of another objective must not be given."""
     for name, users in OWN_OPTIONS.items():
         if config.objective not in users and getattr(config, name) != getattr(TrainConfig, name):
             flag = "--no_retain" if name == "retain" else f"--{name} {getattr(config, name)}"
             *others, last = users
             named = f"{', '.join(others)} or {last}" if others else last
             raise UsageError(f"{flag} is for --objective {named}; --objective is {config.objective}.")
+
+
+def _check_objective(config: TrainConfig) -> None:
+    """Options that an objective does not use must not be given."""
     if config.robust and config.train_text_encoder:
         raise UsageError(
             "--robust learns the input of a text encoder that does not change. Leave out --robust or "
