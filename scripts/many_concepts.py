@@ -23,7 +23,7 @@ import yaml
 from emoji_concepts import concept_file
 from leaderboard_cells import Stages
 from leaderboard_cells import train as train_cell
-from leaderboard_methods import Cell
+from leaderboard_methods import METHODS, Cell
 from leaderboard_pictures import write_grid
 from leaderboard_runs import UNWATCHED, digest, train_once, trained_files, weights_in
 from leaderboard_studies import STUDIES
@@ -59,7 +59,8 @@ TITLES = {
     "pu": "ours",
     "uce": "UCE",
     "speed": "SPEED",
-    "rece": "RECE",
+    "rece": METHODS["rece"].title,
+    "rece-3": METHODS["rece-3"].title,
     "sum": "ours, trained apart and summed",
     "least_squares": "ours, trained apart and fused",
     SEQUENTIAL: "ours, one request after another",
@@ -99,7 +100,7 @@ def train(method: str, count: int, steps: int | None, work: Path) -> Path:
     if method in FUSED:
         apart = [train_alone(name, work) for name in chosen(count)]
         return fuse(method, apart, run.with_name(f"{run.name}-{digest([weights_sha256(one) for one in apart])}"))
-    options: dict[str, Any] = {"objective": method}
+    options: dict[str, Any] = dict(METHODS[method].options)
     if method == "pu":
         options |= {"data_dir": work / "data" / f"many-{count}-{key}", **UNWATCHED}
         options |= {"max_train_steps": steps} if steps else {}
