@@ -57,7 +57,9 @@ METHODS: dict[str, Method] = {
     ),
     "uce": Method("UCE", "after Gandikota et al. 2024, eq. 7", options={"objective": "uce"}, trained=False),
     "speed": Method("SPEED", "null-space projection of the edit", options={"objective": "speed"}, trained=False),
-    "rece": Method("RECE", "UCE, repeated once on what it left (Gong et al. 2024)", options={"objective": "rece"}, trained=False),
+    "rece": Method(
+        "RECE", "UCE, repeated once on what it left (Gong et al. 2024)", options={"objective": "rece"}, trained=False
+    ),
     "rece-3": Method(
         "RECE, 3 epochs",
         "the authors' setting for nudity",
