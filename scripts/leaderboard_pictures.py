@@ -53,13 +53,13 @@ def write_rows(path: Path, strips: Mapping[str, Path]) -> bool:
         name: row.resize((row.width * SCALE, row.height * SCALE), Image.Resampling.NEAREST)
         for name, row in rows.items()
     }
-    height = max(row.height for row in rows.values())
-    page = Image.new("RGB", (LABEL + max(row.width for row in rows.values()), (height + GAP) * len(rows)), "white")
-    draw, font = ImageDraw.Draw(page), ImageFont.load_default(14)
-    for number, (name, row) in enumerate(rows.items()):
-        y = number * (height + GAP)
-        draw.text((4, y + height // 2), name, fill="black", font=font, anchor="lm")
+    height = sum(row.height + GAP for row in rows.values())
+    page = Image.new("RGB", (LABEL + max(row.width for row in rows.values()), height), "white")
+    draw, font, y = ImageDraw.Draw(page), ImageFont.load_default(14), 0
+    for name, row in rows.items():
+        draw.text((4, y + row.height // 2), name, fill="black", font=font, anchor="lm")
         page.paste(row, (LABEL, y))
+        y += row.height + GAP
     _save(page, path)
     return True
 

@@ -32,6 +32,7 @@ from sd_unlearn.data.concept import find_concept
 from sd_unlearn.io.files import write_json
 from sd_unlearn.io.paths import slugify
 from sd_unlearn.io.reading import read_json, read_yaml
+from sd_unlearn.io.run_folder import weights_sha256
 from sd_unlearn.metrics.statistics import wilson
 
 RECORDS = Path(__file__).parents[1] / "docs" / "leaderboard-runs" / "unseen"
@@ -97,6 +98,10 @@ def measure(unseen: Unseen, attacks: list[str], work: Path, run: Path | None = N
     title = f"{unseen.name}, erased" if run else unseen.name
     file = RECORDS / f"{slugify(title)}.json"
     record = read_json(file) if file.is_file() else {}
+    weights = weights_sha256(run) if run else None
+    if record.get("weights") != weights:  # of another LoRA
+        record = {}
+    record |= {"weights": weights} if weights else {}
     own = decoded(unseen.images(120, seed=3), unseen.base)
     record |= {"name": title, "base": unseen.base}
     record |= {"recall": round(float(unseen.finds(own).mean()), 4)}
@@ -114,12 +119,16 @@ def measure(unseen: Unseen, attacks: list[str], work: Path, run: Path | None = N
         write_json(file, record)
 
 
+def record_files() -> list[Path]:
+    """By base and name."""
+    return sorted(RECORDS.glob("*.json"), key=lambda file: (read_json(file)["base"], file.name))
+
+
 def table() -> str:
     """The records as a Markdown table."""
-    lines = ["| never seen | base | `soft` % | `token` % | found in its images, decoded % | in others % |"]
+    lines = ["| shown | base | `soft` % | `token` % | found in its own images % | in others % |"]
     lines.append("|---|---|---|---|---|---|")
-    for file in sorted(RECORDS.glob("*.json"), key=lambda file: (read_json(file)["base"], file.name)):
-        record = read_json(file)
+    for record in map(read_json, record_files()):
         rates = [f"{100 * record[key]:.1f}" for key in ("recall", "false_rate")]
         results = [_with_interval(record.get(attack)) for attack in ("soft", "token")]
         lines.append(f"| {' | '.join([record['name'], record['base'], *results, *rates])} |")
@@ -150,7 +159,7 @@ def main() -> None:
     for name in [] if args.only else args.names or UNSEEN:
         measure(known[name](name, args.work_dir), args.attacks, args.work_dir, args.run)
     print(table())
-    strips = {read_json(file)["name"]: file.with_suffix(".png") for file in sorted(RECORDS.glob("*.json"))}
+    strips = {read_json(file)["name"]: file.with_suffix(".png") for file in record_files()}
     write_rows(PICTURE, strips)
 
 

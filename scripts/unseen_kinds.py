@@ -23,7 +23,7 @@ from sd_unlearn.metrics import digits, emoji
 THINGS = {"wrench": "1f527", "telephone receiver": "1f4de", "camel": "1f42b", "lollipop": "1f36d"}  # in all six sets
 BORDER = 3  # pixels of a 64-pixel image
 CONTRAST = 0.25  # of the largest channel in [-1, 1] between a thing and its background
-MIRRORED = {"mirrored seven": 7, "mirrored three": 3, "mirrored four": 4}
+MIRRORED = {"mirrored seven": 7, "mirrored three": 3}  # digits that do not look alike in a mirror
 
 
 @dataclass(frozen=True)
