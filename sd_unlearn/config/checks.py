@@ -35,10 +35,11 @@ def check_train(config: TrainConfig) -> None:
         UsageError: naming the option, its value and what is allowed.
     """
     check_ranges(config)
-    _check_own_options(config)
     if config.objective in CLOSED_FORM:
         _check_closed_form(config)
+        _check_own_options(config)
         return
+    _check_own_options(config)
     if config.num_positive is not None and config.num_positive < 2:
         raise UsageError(f"--num_positive {config.num_positive} must be at least 2 for training.")
     if config.method == "full":
