@@ -22,6 +22,7 @@ import numpy as np
 import torch
 import yaml
 from diffusers import AutoencoderKL
+from emoji_data import as_images
 from leaderboard_pictures import write_rows, write_strip
 from PIL import Image
 from torch import Tensor
@@ -40,12 +41,6 @@ ASSETS = Path(sd_unlearn.__file__).parent / "assets"
 PICTURE = Path(__file__).parents[1] / "docs" / "images" / "unseen.png"
 IMAGES = 60  # of the attacker
 SHOWN = 6  # of them and of those that the attack `soft` generated
-
-
-def as_images(images: Tensor) -> list[Image.Image]:
-    """Images [N, 3, size, size] in [-1, 1] for saving."""
-    pixels = ((images.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
-    return [Image.fromarray(array) for array in pixels]
 
 
 def opened(files: list[Path], size: int) -> Tensor:
