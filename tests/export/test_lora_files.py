@@ -19,7 +19,7 @@ from sd_unlearn.data.several import write_concepts
 from sd_unlearn.errors import UnlearnError, UsageError
 from sd_unlearn.export import export, write
 from sd_unlearn.io.files import write_json
-from sd_unlearn.io.lock import locked
+from sd_unlearn.io.lock import host_id, locked
 from sd_unlearn.io.run_folder import DIFFUSERS_FILE
 
 
@@ -324,14 +324,14 @@ def test_files_follow_the_umask_and_leftovers_of_killed_exports_are_removed(tmp_
     process.wait()
     (run / "export").mkdir()
     for name in (f"{SLUG}.safetensors", "thesis.txt"):
-        (run / "export" / f".{name}.{process.pid}.tmp").write_text("half")
+        (run / "export" / f".{name}.{process.pid}@{host_id()}.tmp").write_text("half")
     exported(run)
     names = {
         f"{SLUG}.safetensors",
         DIFFUSERS_FILE,
         "README.md",
         "comfyui-workflow.json",
-        f".thesis.txt.{process.pid}.tmp",
+        f".thesis.txt.{process.pid}@{host_id()}.tmp",
     }
     assert {path.name for path in (run / "export").iterdir()} == names
     (tmp_path / "new").touch()
