@@ -104,7 +104,7 @@ def rece(
 
     After each edit the embedding c' is found whose projections by all edited weights are closest to those of c by the
     original ones (section 3.2, with `regularization` times |c'|^2), and mapped to the anchor by another UCE edit. The
-    concept's own embedding is not part of later edits, so many `epochs` can move it back. The authors' code uses 3 for
+    concept's own embedding is not part of later edits, so later epochs can move it back. The authors' code uses 3 for
     nudity, and 1 for objects and styles.
     """
     edits = uce(weights, concepts, anchors, preserved, strength)
