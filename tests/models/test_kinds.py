@@ -171,8 +171,10 @@ def test_a_file_draws_what_its_folder_draws(kinds: Kinds, kind: str) -> None:
     assert folder.kind == file.kind == kind
     assert folder.sha256 == file.sha256 == fp16.sha256
     assert folder.vae_sha256 == file.vae_sha256 == fp16.vae_sha256
-    pictures = [pixels(generate_images(base, PROMPTS, SEEDS, FEW)) for base in (folder, file)]
-    assert np.array_equal(*pictures)
+    ours, theirs = (pixels(generate_images(base, PROMPTS, SEEDS, FEW)).astype(int) for base in (folder, file))
+    # Weights lie at other addresses of memory, and on some CPUs the last bit of a matrix product depends on that.
+    assert np.abs(ours - theirs).max() <= 1
+    assert (ours != theirs).mean() < 1e-3
 
 
 @pytest.mark.parametrize("kind", KINDS)
