@@ -28,8 +28,8 @@ def run(target: Target, settings: ImageSettings, restart: int) -> Iterator[Outco
 
     def invert_and_generate(numbers: Sequence[int]) -> list[Image.Image]:
         known = latents[numbers[0] : numbers[-1] + 1]
-        noise = target.base.conditioning.as_argument(invert(target, known, text))
-        return target.generate(text, [0] * len(known), latents=noise)
+        noise = invert(target, known, text).to(target.base.network.dtype)  # pipelines may not cast it
+        return target.generate(text, [0] * len(known), latents=target.base.conditioning.as_argument(noise))
 
     batches = target.base.generating.map(invert_and_generate, range(len(latents)), target.sampler.batch_size)
     images = [image for batch in batches for image in batch]

@@ -38,6 +38,7 @@ from sd_unlearn.seeds import TRAIN_SEEDS
 from sd_unlearn.training.encoded_data import Data, probe_name
 from sd_unlearn.training.learned_captions import LearnedCaption, Network, RobustSteps
 from sd_unlearn.training.loop import Training
+from sd_unlearn.training.optim import set_first_scale
 from sd_unlearn.training.previews import ImageGenerator, PreviewWriter
 from sd_unlearn.training.probe import LeakageProbe, Probe, RatioProbe, hold_out
 
@@ -102,6 +103,8 @@ def make_training(
     wrapped = accelerator.prepare(student.model)
     if student.base_copy is not None:
         student.base_copy = accelerator.prepare_model(student.base_copy, evaluation_mode=True)
+    if accelerator.scaler and config.reduction == "sum":
+        set_first_scale(accelerator.scaler, data.images.mean[0].numel())
     process = base.process(config.resolution, config.timestep_sampling)
     denoiser = dataclasses.replace(Denoiser.of(base, student.model), process=process)
     seen, held_out = _seen_images(config, data, seed)

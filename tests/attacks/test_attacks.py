@@ -59,6 +59,13 @@ def test_an_attack_repeats_and_leaves_the_model_unchanged(name: str, loaded_base
         assert outcome.trials is None or len(outcome.trials) == len(outcome.images)
 
 
+@pytest.mark.parametrize("name", ATTACKS)
+def test_an_attack_on_a_base_in_half_precision(name: str, tiny_base: Path) -> None:
+    base = load_base(str(tiny_base), "bf16", "cpu")
+    assert outcomes(name, make_target(base))
+    assert base.network.dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("name", ["prefix", "hard", "token", "soft", "ring", "finetune"])
 def test_another_seed_attacks_differently(name: str, loaded_base: Base) -> None:
     target = make_target(loaded_base)

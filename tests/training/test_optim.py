@@ -15,6 +15,7 @@ from sd_unlearn.training.optim import (
     MovingAverage,
     make_optimizer,
     make_schedule,
+    set_first_scale,
     set_rates,
 )
 from sd_unlearn.training.preflight import check_bitsandbytes
@@ -156,3 +157,19 @@ def test_the_moving_average_equals_the_formula() -> None:
     again = MovingAverage([parameter], 0.5)
     again.load_state_dict(average.state_dict())
     assert (again.steps, again.averages[0].item()) == (29, average.averages[0].item())
+
+
+@pytest.mark.parametrize("sums", [True, False])
+def test_the_first_gradient_of_a_sum_does_not_overflow_in_half_precision(sums: bool) -> None:
+    elements = 4 * 64 * 64  # of a latent of SD 1.5
+    weight = nn.Parameter(torch.zeros(elements))
+    scaler = torch.amp.GradScaler("cpu")
+    if sums:
+        set_first_scale(scaler, elements)
+    assert scaler.get_scale() == (4 if sums else 65536)
+    loss = (weight.half().float() - 1).square().sum()
+    scaler.scale(loss).backward()
+    assert weight.grad is not None
+    assert bool(torch.isfinite(weight.grad).all()) == sums
+    set_first_scale(scaler, 1)
+    assert scaler.get_scale() == (4 if sums else 65536)
