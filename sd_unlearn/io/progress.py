@@ -63,7 +63,8 @@ class Progress:
             self.bar.write(text, file=sys.stderr)
 
     def _write(self, end: str) -> None:
-        _print(f"{self.title}: {self.done:,} of {self.total:,} {self.unit}s{self.values}, {end}")
+        units = self.unit + ("es" if self.unit.endswith("ch") else "s")
+        _print(f"{self.title}: {self.done:,} of {self.total:,} {units}{self.values}, {end}")
 
 
 def track(items: Sequence[T], title: str, unit: str, *, shown: bool = True) -> Iterator[T]:

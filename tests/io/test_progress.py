@@ -50,7 +50,8 @@ def test_short_work_is_one_line_and_no_work_none(capsys: pytest.CaptureFixture[s
     assert list(track([1, 2, 3], "read", "image")) == [1, 2, 3]
     assert list(track([], "read", "image")) == []
     assert list(track([1, 2], "read", "image", shown=False)) == [1, 2]
-    assert capsys.readouterr().err == "read: 3 of 3 images, in 00:00\n"
+    assert list(track([1, 2], "read", "batch")) == [1, 2]
+    assert capsys.readouterr().err == "read: 3 of 3 images, in 00:00\nread: 2 of 2 batches, in 00:00\n"
 
 
 def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,6 +38,7 @@ from sd_unlearn.paper.settings import LABELED_SHARE, PAPER_BETA, ExperimentSetti
 from sd_unlearn.seeds import TRAIN_SEEDS
 from sd_unlearn.training import checkpoint
 from sd_unlearn.training.loop import Training, fit
+from sd_unlearn.training.optim import set_first_scale
 from sd_unlearn.training.provenance import device_name, peak_memory_mb
 
 
@@ -119,6 +120,8 @@ def _make_training(
         ClassConditioning() if settings.conditions else NoConditioning(),
     )
     images = encoded_images(run)
+    if accelerator.scaler and settings.reduction == "sum":
+        set_first_scale(accelerator.scaler, images.mean[0].numel())
     batches = StratifiedBatches(
         images,
         [None],
