@@ -16,6 +16,7 @@ import cyclopts
 from sd_unlearn.commands import COMMANDS, app
 from sd_unlearn.config.help import ShortHelp
 from sd_unlearn.config.paths import expanded
+from sd_unlearn.config.unknown_options import explain_unknown
 from sd_unlearn.errors import UnlearnError, UsageError, reason
 from sd_unlearn.io.noise import SHOW, silence_warnings
 from sd_unlearn.io.reading import read_options
@@ -140,6 +141,9 @@ def _usage_message(error: cyclopts.CycloptsError) -> str:
         return f"{error.argument.name} {error.exception_message}"
     if isinstance(error, cyclopts.UnusedCliTokensError):
         return f"unexpected argument: {' '.join(error.unused_tokens or [])}"
+    if isinstance(error, cyclopts.UnknownOptionError) and error.token.source == "cli":
+        known = [name for argument in error.argument_collection for name in argument.names]
+        return explain_unknown(error.token.keyword or error.token.value, known, " ".join(error.command_chain or ()))
     return " ".join(str(error).split())
 
 

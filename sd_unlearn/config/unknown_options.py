@@ -1,0 +1,57 @@
+"""What may have been meant by an option that a command does not have."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+# What other programs call an option -> our names, the most likely first. A command may have none of them.
+ELSEWHERE = {
+    "batch_size": ("effective_batch_size", "render_batch_size", "sample_batch_size"),
+    "cfg": ("guidance_scale",),
+    "ckpt": ("pretrained_model_name_or_path",),
+    "dtype": ("mixed_precision",),
+    "epochs": ("max_train_steps",),
+    "fp16": ("mixed_precision",),
+    "instance_data_dir": ("positives",),
+    "iterations": ("max_train_steps",),
+    "lr": ("learning_rate",),
+    "model": ("pretrained_model_name_or_path",),
+    "name": ("output_dir",),
+    "out": ("output_dir",),
+    "output": ("output_dir",),
+    "precision": ("mixed_precision",),
+    "prompt": ("concept",),
+    "run_name": ("output_dir",),
+    "scale": ("strengths", "strength", "guidance_scale"),
+    "steps": ("max_train_steps", "num_inference_steps"),
+    "verbose": ("debug",),
+}
+SIMILAR = 0.7  # of difflib; at 0.6 "stesp" suggests "positives"
+
+
+def explain_unknown(option: str, known: Iterable[str], command: str) -> str:
+    """The message for an unknown option.
+
+    Args:
+        option: As typed, e.g. --lr or --lr=3.
+        known: The command's options, e.g. --learning_rate.
+        command: e.g. train; "" without one.
+    """
+    typed = option.partition("=")[0]
+    name = typed.lstrip("-")
+    ours = {word.lstrip("-"): word for word in known if word.startswith("--")}
+    theirs = {word: names[0] for word, usual in ELSEWHERE.items() if (names := [n for n in usual if n in ours])}
+    exact = [name] if name in theirs else []
+    close = (
+        exact or difflib.get_close_matches(name, [*ours, *theirs], n=1, cutoff=SIMILAR) or _with_word_like(name, ours)
+    )
+    if close:
+        return f"unknown option: {typed}. Did you mean {ours[theirs.get(close[0], close[0])]}?"
+    return f"unknown option: {typed}. All options: {' '.join(['sd-unlearn', *command.split()])} --help_all"
+
+
+def _with_word_like(name: str, names: Iterable[str]) -> list[str]:
+    """The only option with such a word, e.g. guidance_scale for guidance."""
+    found = [known for known in names if difflib.get_close_matches(name, known.split("_"), cutoff=SIMILAR)]
+    return found if len(found) == 1 else []
