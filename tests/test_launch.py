@@ -154,6 +154,21 @@ def test_torchrun_with_two_processes_trains_the_lora_of_one(
     assert ours.abs().max() > 1e-2
 
 
+def test_two_processes_train_twice_in_one_program(tiny_base: Path, concept_file: Path, tmp_path: Path) -> None:
+    """The first training ends its process group, and the second one starts another."""
+    train = ["--concept", str(concept_file), "--pretrained_model_name_or_path", str(tiny_base), *TRAIN]
+    script = tmp_path / "twice.py"
+    script.write_text(
+        "from sd_unlearn.cli import main\n"
+        f"for name in ('first', 'second'):\n    assert main([*{['train', *train]}, '--output_dir', name]) == 0\n"
+    )
+    start = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run([*PYTHON_M, *start], capture_output=True, text=True, timeout=240, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert read_json(Path("second/training.json"))["cost"]["processes"] == 2
+
+
 def test_waiting_for_other_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     left = [3, 3, 2, 1, 0]
     launch.wait_for_others(lambda: 1 / 0, "images", 0)  # a single process waits for nobody and looks at nothing

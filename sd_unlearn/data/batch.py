@@ -66,7 +66,7 @@ class Batch:
         found = self._fields() | {"captioned_keep": self.captioned_keep_rows(), "positives": self.positive_rows()}
         tensors = {name: value for name, value in found.items() if isinstance(value, Tensor)}
         if device.type == "cuda":
-            tensors = {name: v if v.is_cuda else v.pin_memory() for name, v in tensors.items()}
+            tensors = {name: v if v.is_cuda else v.contiguous().pin_memory() for name, v in tensors.items()}
         return Batch(**found | {name: value.to(device, non_blocking=True) for name, value in tensors.items()})
 
     def _fields(self) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import Literal
 
 from sd_unlearn.config.batching import Batching
 from sd_unlearn.models.footprint import InferenceFootprint, TrainingFootprint
+from sd_unlearn.models.memory_errors import free_memory
 
 MIB, GIB = 2**20, 2**30
 MARGIN = 0.1  # share of the free memory that is left free: for fragmentation, and because a prediction may be 15 % off
@@ -78,6 +79,8 @@ def this_device(processes: int = 1) -> Device:
     import torch
 
     if torch.cuda.is_available():
+        if torch.cuda.is_initialized():  # what an earlier stage of this program has left counts as taken
+            free_memory()
         free, total = torch.cuda.mem_get_info()
         return Device("cuda", torch.cuda.get_device_name(), free if processes == 1 else max(0, total - CONTEXT))
     free, limit = psutil.virtual_memory().available, free_in_container()

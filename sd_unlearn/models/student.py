@@ -135,7 +135,7 @@ def apply_run(base: Base, run: Path, strength: float = 1.0) -> Iterator[None]:
         return
     unet = base.pipeline.unet
     trained = UNet2DConditionModel.from_pretrained(str(run / UNET_DIR)).state_dict()
-    original = {name: value.clone() for name, value in unet.state_dict().items()}
+    original = {name: value.to("cpu", copy=True) for name, value in unet.state_dict().items()}
     applied = {n: v.lerp(trained[n].to(v), strength) if strength != 1 else trained[n] for n, v in original.items()}
     try:
         unet.load_state_dict(applied)

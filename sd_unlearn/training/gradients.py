@@ -53,6 +53,8 @@ def accumulate_gradients(
     if objective.max_ratio is not None and len(micro_batches) > 1:
         micro_batches = _limited(accelerator, losses, batch, size, objective.max_ratio)
         _restore(state)
+    elif objective.max_ratio is not None:
+        together(accelerator, lambda: None)  # other processes may have more micro-batches, and wait for this one
     if previous is None:
         previous = torch.ones(objective.num_brackets, device=accelerator.device)
     metrics, brackets = _pass(accelerator, model, losses, objective, micro_batches, previous)

@@ -83,9 +83,10 @@ def check_inputs(config: TrainConfig, concept: Concept | None = None) -> Inputs:
     check_bitsandbytes(config)
     source = find_base_of(concept, config)
     check_base(config, source)
-    if config.offload and not config.quantize_base and process_count() > 1:
+    if config.offload and process_count() > 1 and (config.train_text_encoder or not config.quantize_base):
         raise UsageError(
-            f"--offload works in one process, or with --quantize_base; this training has {process_count()} processes."
+            "--offload works in one process, or with --quantize_base and without --train_text_encoder; "
+            f"this training has {process_count()} processes."
         )
     data_dir = resolve_data_dir(config, concept)
     if config.objective in CLOSED_FORM:

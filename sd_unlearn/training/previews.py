@@ -16,6 +16,7 @@ from sd_unlearn.errors import OutOfMemory
 from sd_unlearn.io.progress import say
 from sd_unlearn.io.run_folder import PREVIEW_DIR
 from sd_unlearn.models.base import Base
+from sd_unlearn.models.memory_errors import is_out_of_memory
 from sd_unlearn.models.sampling import Sampler, sample, save_image
 from sd_unlearn.seeds import TRAIN_SEEDS, image_seed
 
@@ -41,8 +42,8 @@ class ImageGenerator:
         pipeline, training = self.base.pipeline, self.network.training
         parked = pipeline.vae.device  # the CPU during a training
         self.network.eval()
-        pipeline.vae.to(self.base.device)
         try:
+            pipeline.vae.to(self.base.device)
             pairs, size = list(zip(prompts, seeds, strict=True)), self.sampler.batch_size
             if options:
                 chunks = [pairs[start : start + size] for start in range(0, len(pairs), size)]
@@ -75,6 +76,10 @@ class PreviewWriter:
             self._write(step)
         except OutOfMemory as error:
             say(f"Preview of step {step} skipped. {error}")
+        except RuntimeError as error:  # the VAE, which is kept on the CPU, does not fit beside the training
+            if not is_out_of_memory(error):
+                raise
+            say(f"Preview of step {step} skipped: out of memory.")
 
     def _write(self, step: int) -> None:
         prompts, columns = self.concept.preview_prompts, 4 if self.generator.base.resolution > 64 else 8

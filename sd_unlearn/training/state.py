@@ -185,9 +185,11 @@ class TrainingState:
         """The student temporarily has its moving average as weights, if there is one."""
         if self.average:
             self.average.swap()
-        yield
-        if self.average:
-            self.average.swap()
+        try:
+            yield
+        finally:
+            if self.average:
+                self.average.swap()
 
     def is_best(self, probe: ProbeResult) -> bool:
         return probe.score > self.best_score

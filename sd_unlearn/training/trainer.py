@@ -133,12 +133,14 @@ def _find_checkpoint(config: TrainConfig, inputs: Inputs, output: Path) -> Path 
 
 
 def _make_accelerator(config: TrainConfig, output: Path, tracker: str | None) -> Accelerator:
+    import torch.distributed
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
     from accelerate.utils import InitProcessGroupKwargs
 
-    if process_count() == 1:
-        AcceleratorState._reset_state()  # a former training in this process may have had another precision
+    if process_count() == 1 or not torch.distributed.is_initialized():
+        # a former training in this process may have had another precision, and has ended its process group
+        AcceleratorState._reset_state(reset_partial_state=process_count() > 1)
     return Accelerator(
         mixed_precision=choose_precision(config.mixed_precision),
         log_with=tracker,

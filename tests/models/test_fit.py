@@ -164,6 +164,16 @@ def test_several_processes_plan_for_whole_gpus(monkeypatch: pytest.MonkeyPatch) 
         assert this_device(2).free == other_device(8 * GIB).free
 
 
+def test_what_an_earlier_stage_has_left_on_the_gpu_is_given_back_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    free = [1 * GIB]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free[0], 8 * GIB))
+    monkeypatch.setattr("sd_unlearn.models.fit.free_memory", lambda: free.__setitem__(0, 7 * GIB))
+    assert this_device().free == 7 * GIB
+
+
 def test_a_cpu_has_no_more_memory_than_its_container(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr("sd_unlearn.models.fit.free_in_container", lambda: 1000)

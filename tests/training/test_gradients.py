@@ -8,6 +8,7 @@ import sys
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from sd_unlearn.config.train import TrainConfig
 from sd_unlearn.data.batch import Batch
 from sd_unlearn.objectives.base import LOGGED
 from sd_unlearn.objectives.pu import PUObjective
+from sd_unlearn.training import gradients
 from sd_unlearn.training.gradients import accumulate_gradients
 from sd_unlearn.training.memory import OutOfMemoryInStep
 from sd_unlearn.training.trainer import _choose_batching
@@ -171,6 +173,25 @@ def check_out_of_memory(accelerator: Accelerator, objective: PUObjective, batch:
 
     with pytest.raises(OutOfMemoryInStep, match="another process|CUDA"):
         accumulate_gradients(accelerator, model, losses, objective, batch, 4)
+
+
+@pytest.mark.parametrize("case", [CAPPED, PU], ids=["capped", "pu"])
+def test_processes_communicate_as_often_however_many_micro_batches_they_have(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first processes of an uneven step have an image more, and may need a micro-batch more than the others."""
+    counts, original = [], gradients.together
+    monkeypatch.setattr(type(Accelerator(cpu=True)), "num_processes", 2)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda *_, **__: SimpleNamespace(wait=lambda: None))
+    monkeypatch.setattr("accelerate.utils.operations.reduce", lambda tensor, *_, **__: tensor)
+    monkeypatch.setattr("accelerate.accelerator.reduce", lambda tensor, *_, **__: tensor)
+    for size in (WHOLE, 5):
+        calls: list[object] = []
+        monkeypatch.setattr(gradients, "together", lambda a, f, calls=calls: (calls.append(f), original(a, f))[1])
+        objective, model = case.objective("none"), Linear()
+        accumulate_gradients(Accelerator(cpu=True), model, model, objective, step(0.1, case), size, None)
+        counts.append(len(calls))
+    assert counts[0] == counts[1] > 0
 
 
 def test_signs_of_single_parts_would_give_a_wrong_gradient() -> None:
