@@ -146,6 +146,15 @@ def prepare_processes() -> None:
         os.environ["ACCELERATE_USE_CPU"] = "true"
 
 
+def leave_process_group() -> None:
+    """End the group of processes that work together, if there is one. In the same program there cannot be another:
+    the new one would find the addresses of the old."""
+    import torch.distributed
+
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 def is_lone_process(environment: Mapping[str, str]) -> bool:
     """Whether accelerate's CPU launcher was asked for several processes (it then sets a port) but started only one."""
     on_cpu = environment.get("ACCELERATE_USE_CPU", "").lower() in TRUE

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import sys
 from collections.abc import Callable, Iterator
@@ -27,7 +28,7 @@ from sd_unlearn.errors import UnlearnError, counted, reason
 from sd_unlearn.io.files import write_json
 from sd_unlearn.io.lock import locked, remove_leftovers
 from sd_unlearn.io.run_folder import BEST_DIR, CHECKPOINT_DIR, DATA_MANIFEST, PREVIEW_DIR, TRAINING
-from sd_unlearn.launch import process_count, process_rank
+from sd_unlearn.launch import leave_process_group, process_count, process_rank
 from sd_unlearn.models.base import Base, load_base
 from sd_unlearn.models.device import choose_precision
 from sd_unlearn.models.zero_terminal_snr import use_zero_terminal_snr
@@ -133,14 +134,11 @@ def _find_checkpoint(config: TrainConfig, inputs: Inputs, output: Path) -> Path 
 
 
 def _make_accelerator(config: TrainConfig, output: Path, tracker: str | None) -> Accelerator:
-    import torch.distributed
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
     from accelerate.utils import InitProcessGroupKwargs
 
-    if process_count() == 1 or not torch.distributed.is_initialized():
-        # a former training in this process may have had another precision, and has ended its process group
-        AcceleratorState._reset_state(reset_partial_state=process_count() > 1)
+    AcceleratorState._reset_state()  # a former training in this process may have had another precision
     return Accelerator(
         mixed_precision=choose_precision(config.mixed_precision),
         log_with=tracker,
@@ -203,7 +201,9 @@ def _train(
         if accelerator.is_main_process:
             _close_run(config, training, state, partial(training_record, config, concept, base, data.prior, data.betas))
     accelerator.wait_for_everyone()
-    accelerator.end_training()  # last: it shuts down the process group
+    for tracker in accelerator.trackers:
+        tracker.finish()
+    atexit.register(leave_process_group)  # not before: this program may train again
     return output
 
 
