@@ -44,7 +44,12 @@ def install_command(extra: str) -> str:
 
 def counted(number: int, noun: str) -> str:
     """'1 task', '2 tasks'."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+    return f"{number:,} {noun if number == 1 else plural(noun)}"
+
+
+def plural(noun: str) -> str:
+    """'tasks' of 'task', 'batches' of 'batch'."""
+    return noun + ("es" if noun.endswith("ch") else "s")
 
 
 def reason(error: BaseException, limit: int = 200) -> str:

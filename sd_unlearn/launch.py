@@ -147,8 +147,10 @@ def prepare_processes() -> None:
 
 
 def leave_process_group() -> None:
-    """End the group of processes that work together, if there is one. In the same program there cannot be another:
-    the new one would find the addresses of the old."""
+    """End the group of processes that work together, if there is one.
+
+    Only when the program ends: a new group in the same program would find the addresses of the old one.
+    """
     import torch.distributed
 
     if torch.distributed.is_initialized():

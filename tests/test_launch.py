@@ -155,7 +155,7 @@ def test_torchrun_with_two_processes_trains_the_lora_of_one(
 
 
 def test_two_processes_train_twice_in_one_program(tiny_base: Path, concept_file: Path, tmp_path: Path) -> None:
-    """The first training ends its process group, and the second one starts another."""
+    """The second training has the process group of the first; a new one would find the addresses of the old."""
     train = ["--concept", str(concept_file), "--pretrained_model_name_or_path", str(tiny_base), *TRAIN]
     script = tmp_path / "twice.py"
     script.write_text(

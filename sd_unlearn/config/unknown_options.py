@@ -42,11 +42,8 @@ def explain_unknown(option: str, known: Iterable[str], command: str) -> str:
     name = typed.lstrip("-")
     ours = {word.lstrip("-"): word for word in known if word.startswith("--")}
     theirs = {word: names[0] for word, usual in ELSEWHERE.items() if (names := [n for n in usual if n in ours])}
-    exact = [name] if name in theirs else []
-    close = (
-        exact or difflib.get_close_matches(name, [*ours, *theirs], n=1, cutoff=SIMILAR) or _with_word_like(name, ours)
-    )
-    if close:
+    similar = difflib.get_close_matches(name, [*ours, *theirs], n=1, cutoff=SIMILAR)  # itself first, if it is one
+    if close := similar or _with_word_like(name, ours):
         return f"unknown option: {typed}. Did you mean {ours[theirs.get(close[0], close[0])]}?"
     return f"unknown option: {typed}. All options: {' '.join(['sd-unlearn', *command.split()])} --help_all"
 

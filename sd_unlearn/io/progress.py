@@ -10,6 +10,8 @@ from typing import TypeVar
 
 from tqdm import tqdm
 
+from sd_unlearn.errors import plural
+
 LINE_SECONDS = 30.0  # between two lines in a log file
 T = TypeVar("T")
 
@@ -63,8 +65,7 @@ class Progress:
             self.bar.write(text, file=sys.stderr)
 
     def _write(self, end: str) -> None:
-        units = self.unit + ("es" if self.unit.endswith("ch") else "s")
-        _print(f"{self.title}: {self.done:,} of {self.total:,} {units}{self.values}, {end}")
+        _print(f"{self.title}: {self.done:,} of {self.total:,} {plural(self.unit)}{self.values}, {end}")
 
 
 def track(items: Sequence[T], title: str, unit: str, *, shown: bool = True) -> Iterator[T]:

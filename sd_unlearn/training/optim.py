@@ -43,14 +43,17 @@ def set_rates(optimizer: Any, schedule: Any, options: Optimizing) -> None:
     schedule._last_lr = rates
 
 
-def set_first_scale(scaler: torch.amp.GradScaler, elements: int) -> None:
-    """Start the gradient scaler of fp16 at 65536 / elements, for losses that are sums over the elements of a latent.
+def set_first_scale(scaler: torch.amp.GradScaler | None, reduction: str, latents: Tensor) -> None:
+    """Start the gradient scaler of fp16, if there is one, at 65536 / elements for losses that sum over a latent.
 
     Its own 65536 is for losses that are means. The gradient of a sum overflows at that scale, and as each step that
     overflows is skipped and halves the scale, about log2(elements) steps would be lost (14 at the size of SD 1.5).
+
+    reduction: of an example's loss, sum or mean. latents: [N, C, h, w].
     """
-    state = scaler.state_dict()
-    scaler.load_state_dict(state | {"scale": state["scale"] / elements})
+    if scaler and reduction == "sum":
+        state = scaler.state_dict()
+        scaler.load_state_dict(state | {"scale": state["scale"] / latents[0].numel()})
 
 
 class GuardedSteps:

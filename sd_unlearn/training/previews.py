@@ -76,7 +76,7 @@ class PreviewWriter:
             self._write(step)
         except OutOfMemory as error:
             say(f"Preview of step {step} skipped. {error}")
-        except RuntimeError as error:  # the VAE, which is kept on the CPU, does not fit beside the training
+        except RuntimeError as error:  # there is no room for the VAE, which waits on the CPU
             if not is_out_of_memory(error):
                 raise
             say(f"Preview of step {step} skipped: out of memory.")

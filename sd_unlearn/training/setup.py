@@ -103,8 +103,7 @@ def make_training(
     wrapped = accelerator.prepare(student.model)
     if student.base_copy is not None:
         student.base_copy = accelerator.prepare_model(student.base_copy, evaluation_mode=True)
-    if accelerator.scaler and config.reduction == "sum":
-        set_first_scale(accelerator.scaler, data.images.mean[0].numel())
+    set_first_scale(accelerator.scaler, config.reduction, data.images.mean)
     process = base.process(config.resolution, config.timestep_sampling)
     denoiser = dataclasses.replace(Denoiser.of(base, student.model), process=process)
     seen, held_out = _seen_images(config, data, seed)

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from train_runs import flags
 
 pytestmark = pytest.mark.skipif(not shutil.which("c++"), reason="needs a C++ compiler")
 HERE = Path(__file__).parent
@@ -28,10 +29,6 @@ FEW = {
 }
 
 
-def words(**options: object) -> list[str]:
-    return [word for name, value in options.items() for word in (f"--{name}", str(value))]
-
-
 def on_stand_in(commands: Sequence[Sequence[str]], place: Path) -> None:
     ended = subprocess.run(
         [sys.executable, str(HERE / "stand_in.py"), str(place / "build")],
@@ -44,11 +41,11 @@ def on_stand_in(commands: Sequence[Sequence[str]], place: Path) -> None:
 
 
 def test_the_street_in_half_precision(tiny_base: Path, tmp_path: Path) -> None:
-    common = words(mixed_precision="fp16", num_inference_steps=2)
+    common = flags({"mixed_precision": "fp16", "num_inference_steps": 2})
     run = ["--run", "runs/seven", "--debug", *common]
     commands = [
-        ["train", "seven", "--debug", *common, *words(pretrained_model_name_or_path=tiny_base, **FEW)],
-        ["evaluate", *run, *words(num_images=2, num_keep_images=1)],
+        ["train", "seven", "--debug", *common, *flags({"pretrained_model_name_or_path": tiny_base, **FEW})],
+        ["evaluate", *run, *flags({"num_images": 2, "num_keep_images": 1})],
         ["attack", *run, "--attacks", "inversion", "quantisation"],
     ]
     on_stand_in(commands, tmp_path)

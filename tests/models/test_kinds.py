@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import re
 import shutil
 from collections.abc import Iterator
@@ -171,10 +172,10 @@ def test_a_file_draws_what_its_folder_draws(kinds: Kinds, kind: str) -> None:
     assert folder.kind == file.kind == kind
     assert folder.sha256 == file.sha256 == fp16.sha256
     assert folder.vae_sha256 == file.vae_sha256 == fp16.vae_sha256
-    ours, theirs = (pixels(generate_images(base, PROMPTS, SEEDS, FEW)).astype(int) for base in (folder, file))
-    # Weights lie at other addresses of memory, and on some CPUs the last bit of a matrix product depends on that.
-    assert np.abs(ours - theirs).max() <= 1
-    assert (ours != theirs).mean() < 1e-3
+    # Copied, because on some CPUs the last bit of a matrix product depends on where the weights lie in a mapped file.
+    copies = [copy.deepcopy(base) for base in (folder, file)]
+    pictures = [pixels(generate_images(base, PROMPTS, SEEDS, FEW)) for base in copies]
+    assert np.array_equal(*pictures)
 
 
 @pytest.mark.parametrize("kind", KINDS)

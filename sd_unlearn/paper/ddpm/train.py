@@ -120,8 +120,7 @@ def _make_training(
         ClassConditioning() if settings.conditions else NoConditioning(),
     )
     images = encoded_images(run)
-    if accelerator.scaler and settings.reduction == "sum":
-        set_first_scale(accelerator.scaler, images.mean[0].numel())
+    set_first_scale(accelerator.scaler, settings.reduction, images.mean)
     batches = StratifiedBatches(
         images,
         [None],
