@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sd_unlearn.errors import counted
 from sd_unlearn.io.reading import file_sha256
 from sd_unlearn.io.run_folder import RESULTS
 from sd_unlearn.report.cases import Case
 from sd_unlearn.report.formatting import GONE, number, value_text
-from sd_unlearn.report.jinja import count
 from sd_unlearn.report.lines import Line, presence
 from sd_unlearn.report.metric_cards import MetricCard, cards_of
 from sd_unlearn.report.metric_names import PRESENCE, REPORT_ONLY, group_name
@@ -90,7 +90,7 @@ def _further(shown: Sequence[Line], left_out: Sequence[Line]) -> str:
     attacks = {line.group for line in left_out if line.metric == ATTACK_METRIC} - known
     lines = sum(line.metric != ATTACK_METRIC or line.group in known for line in left_out)
     counts = ((len(attacks), "further attack"), (lines, "further line"))
-    text = " and ".join(count(number, what) for number, what in counts if number)
+    text = " and ".join(counted(number, what) for number, what in counts if number)
     return text and f"{text} {'is' if len(attacks) + lines == 1 else 'are'} in the report."
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from sd_unlearn.errors import counted
 from sd_unlearn.report import formatting, metric_names
 from sd_unlearn.report.verdict import STANDINGS
 
@@ -38,7 +39,7 @@ def environment(escape: bool) -> Environment:
         md=markdown,
         unbroken=unbroken,
         capitalized=capitalized,
-        count=count,
+        count=counted,
     )
     made.tests["finite"] = formatting.finite
     made.globals.update(GROUPS=metric_names.GROUPS, STANDINGS=STANDINGS)
@@ -68,8 +69,3 @@ def unbroken(text: Any) -> Markup:
 def capitalized(text: str) -> str:
     """Capitalize the first letter and leave the others as they are."""
     return text[:1].upper() + text[1:]
-
-
-def count(number: int, word: str) -> str:
-    """'1 pair', '12 pairs'."""
-    return f"{number:,} {word}{'' if number == 1 else 's'}"
