@@ -4,6 +4,7 @@
     python scripts/build_emoji.py --only table          # only measure the bundled files
     python scripts/build_emoji.py --from_bundled        # train another denoiser on the bundled VAE and text encoder
     python scripts/build_emoji.py --reader_seed 1 --reader_channels 24 48 96 160   # a second classifier, not bundled
+    python scripts/build_emoji.py --reader_seed 2 --reader_without noto            # one that never saw a style
 
 The stages (drawings, reader, vae, pool, text, denoiser, assemble, table) save their results in --work_dir. A finished
 stage is not repeated. The trainings save a checkpoint every five minutes, so an interrupted build resumes there with
@@ -21,7 +22,7 @@ from pathlib import Path
 import torch
 from base_training import Settings, save_half, save_pipeline, trained_pipeline
 from diffusers import AutoencoderKL
-from emoji_data import compose, load_drawings, place
+from emoji_data import Drawings, compose, load_drawings, place
 from emoji_models import (
     PREDICTION,
     Pool,
@@ -37,7 +38,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPTextModel
 
-from sd_unlearn.metrics.emoji import AXES, BACKGROUNDS, CHANNELS, SIZE, load_reader
+from sd_unlearn.metrics.emoji import AXES, BACKGROUNDS, CHANNELS, SIZE, STYLES, load_reader
 
 ASSETS = Path(__file__).parent.parent / "sd_unlearn" / "assets"
 BASE, READER = "emoji", "emoji_reader"  # folders of the bundled files
@@ -53,16 +54,19 @@ RESULTS = {  # stage -> its last file in --work_dir; a stage that has it is fini
 
 
 def reader_name(args: argparse.Namespace) -> str:
-    """The name of a reader's files: the bundled one has seed 0."""
+    """The name of a classifier's files: the bundled one has seed 0."""
     return f"reader-{args.reader_seed}" if args.reader_seed else "reader"
 
 
 def build_reader(args: argparse.Namespace) -> None:
     name = reader_name(args)
     settings = Settings(args.reader_steps, 0.02, weight_decay=5e-3, ema_decay=0.998, seed=args.reader_seed, muon=True)
-    channels = tuple(args.reader_channels)
-    network = train_reader(load_drawings(args.work_dir), settings, args.work_dir, channels, name)
-    save_file(network.state_dict(), args.work_dir / f"{name}.safetensors")
+    drawings = load_drawings(args.work_dir)
+    if args.reader_without:
+        seen = drawings.styles != STYLES.index(args.reader_without)
+        drawings = Drawings(*(part[seen] for part in drawings))
+    network = train_reader(drawings, settings, args.work_dir, tuple(args.reader_channels), name)
+    save_file(network.state_dict(), args.work_dir / f"{name}.safetensors", {"without": args.reader_without})
 
 
 def build_vae(args: argparse.Namespace) -> None:
@@ -152,6 +156,9 @@ def main() -> None:
     parser.add_argument("--reader_steps", type=int, default=2500)
     parser.add_argument("--reader_seed", type=int, default=0, help="not 0: train a second classifier, and only it")
     parser.add_argument("--reader_channels", type=int, nargs=4, default=CHANNELS)
+    parser.add_argument(
+        "--reader_without", choices=STYLES, default="", help="a style that a second classifier is not trained on"
+    )
     parser.add_argument("--vae_steps", type=int, default=4000)
     parser.add_argument("--text_steps", type=int, default=1500)
     parser.add_argument(
@@ -161,6 +168,8 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_flush_denormal(True)  # before the first threads start: else a late training step takes twice as long
     torch.set_num_threads(args.threads)
+    if args.reader_without and not args.reader_seed:
+        parser.error("--reader_without: the bundled classifier knows all styles; --reader_seed 2 trains another one")
     args.work_dir.mkdir(parents=True, exist_ok=True)
     if args.reader_seed:
         build_reader(args)

@@ -187,8 +187,12 @@ def place(drawings: Tensor, degrees: float = 5, zoom: float = 0.05, shift: float
 
 
 def compose(placed: Tensor, backgrounds: Tensor, jitter: float = 0.015) -> Tensor:
-    """Put RGBA [B, 4, h, w] on plain backgrounds [B] (indices): RGB [B, 3, h, w] in [-1, 1]."""
-    colours = torch.tensor([BACKGROUND_RGB[name] for name in BACKGROUNDS])[backgrounds]
+    """Put RGBA [B, 4, h, w] on plain backgrounds: RGB [B, 3, h, w] in [-1, 1].
+
+    backgrounds: numbers of BACKGROUNDS [B], or colours [B, 3] in [0, 1].
+    """
+    known = torch.tensor([BACKGROUND_RGB[name] for name in BACKGROUNDS])
+    colours = known[backgrounds] if backgrounds.dim() == 1 else backgrounds
     colours = (colours + torch.randn(len(placed), 3) * jitter).clamp(0, 1)[:, :, None, None]
     return (placed[:, :3] + colours * (1 - placed[:, 3:])) * 2 - 1
 

@@ -13,7 +13,6 @@ from emoji_captions import STYLE_NAMES, with_article
 from emoji_data import as_images, contact_sheet, things
 from emoji_models import PARTS
 from PIL import Image
-from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -42,8 +41,6 @@ def table(work: Path, held: tuple[Tensor, dict[str, Tensor]]) -> None:
     reader = load_reader()
     rows = reader_rows(reader, held) + base_rows(pipeline, reader, work)
     draw_styles(work).save(PICTURE)
-    for other in sorted(work.glob("reader-*.safetensors")):
-        rows += agreement_rows(reader, load_other(other), other.stem, held[0], work)
     lines = ["| | measured | n | target |", "|---|---|---|---|"]
     lines += [f"| {name} | {value:.1%} | {n} | {target} |" for name, value, n, target in rows]
     print("\n".join(lines))
@@ -66,15 +63,6 @@ def read(reader: EmojiReader, images: Tensor) -> dict[str, Tensor]:
     """The probabilities [N, labels] of each axis."""
     parts = [reader(part) for part in images.split(200)]
     return {axis: torch.cat(logits).softmax(1) for axis, logits in zip(AXES, zip(*parts, strict=True), strict=True)}
-
-
-def load_other(file: Path) -> EmojiReader:
-    """A second reader of any width, saved by build_emoji.py --reader_seed."""
-    weights = load_file(file)
-    channels = [len(weights[f"body.{6 * level}.weight"]) for level in range(4)]  # of the first of two blocks each
-    reader = EmojiReader(channels)
-    reader.load_state_dict(weights)
-    return reader.eval()
 
 
 def reader_rows(reader: EmojiReader, held: tuple[Tensor, dict[str, Tensor]]) -> list[Row]:
@@ -178,21 +166,6 @@ def generic_rows(asked: Asked) -> list[Row]:
         ("generic prompt: the rarest style", counts["style"].min().item(), GENERIC, ">= 5 %"),
         ("generic prompt: the rarest background", counts["background"].min().item(), GENERIC, ">= 5 %"),
     ]
-
-
-def agreement_rows(reader: EmojiReader, other: EmojiReader, name: str, held: Tensor, work: Path) -> list[Row]:
-    """How often two readers trained apart read the same, on held-apart and on generated images."""
-    rows: list[Row] = []
-    generated = torch.cat(
-        [torch.load(file, weights_only=True).float() / 127 for file in sorted(work.glob("pictures/*.pt"))]
-    )
-    for what, images in (("held-apart", held), ("generated", generated)):
-        mine, theirs = read(reader, images), read(other, images)
-        same = {axis: mine[axis].argmax(1) == theirs[axis].argmax(1) for axis in AXES}
-        rows += [
-            (f"classifier and {name} agree, {axis}, {what} images", share(same[axis]), len(images), "") for axis in AXES
-        ]
-    return rows
 
 
 def share(of: Tensor) -> float:

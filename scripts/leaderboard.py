@@ -20,8 +20,8 @@ from pathlib import Path
 
 from leaderboard_cells import NotAvailable, Stages, attack, evaluate, train
 from leaderboard_methods import METHODS, cells
+from leaderboard_page import write_page
 from leaderboard_studies import QUICK, STUDIES
-from leaderboard_table import write_page
 
 from sd_unlearn.errors import UnlearnError
 from sd_unlearn.models.source import DIGITS

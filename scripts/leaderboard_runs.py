@@ -10,7 +10,7 @@ import sd_unlearn
 from sd_unlearn.config.paths import recorded
 from sd_unlearn.config.train import TrainConfig, resolve_steps
 from sd_unlearn.io.reading import file_sha256, json_sha256, read_yaml
-from sd_unlearn.io.run_folder import CHECKPOINT_DIR, CONFIG, TRAINING
+from sd_unlearn.io.run_folder import ADAPTER_DIR, CHECKPOINT_DIR, CONFIG, TEXT_ADAPTER_DIR, TRAINING, UNET_DIR
 from sd_unlearn.models.sampling import BASE_SAMPLERS
 
 UNWATCHED: Mapping[str, Any] = {"validation_steps": 0, "report_to": "none"}  # without previews and logs
@@ -59,7 +59,7 @@ def continued(run: Path) -> dict[str, Any]:
 def trained_files(run: Path) -> list[Path]:
     """The weights that a run has learned, without checkpoints."""
     return [
-        file for folder in ("adapter", "text_encoder_adapter", "unet") for file in run.glob(f"{folder}/*.safetensors")
+        file for folder in (ADAPTER_DIR, TEXT_ADAPTER_DIR, UNET_DIR) for file in run.glob(f"{folder}/*.safetensors")
     ]
 
 

@@ -24,10 +24,11 @@ from emoji_concepts import concept_file
 from leaderboard_cells import Stages
 from leaderboard_cells import train as train_cell
 from leaderboard_methods import METHODS, Cell
+from leaderboard_page import replace_between
 from leaderboard_pictures import write_grid
 from leaderboard_runs import UNWATCHED, digest, train_once, trained_files, weights_in
 from leaderboard_studies import STUDIES
-from leaderboard_table import percent, replace_between
+from leaderboard_table import percent
 from one_by_one import evaluate_merged, merge, serve
 
 import sd_unlearn

@@ -43,6 +43,12 @@ def process_count() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
+def print_once(line: str) -> None:
+    """Print a line on stderr, in the first process only."""
+    if process_rank() == 0:
+        print(line, file=sys.stderr)
+
+
 def check_one_process(command: str) -> None:
     """Refuse to run a command in several processes, which would write the same files.
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from sd_unlearn.errors import UsageError
+from sd_unlearn.errors import UsageError, counted
 from sd_unlearn.io.paths import public_name
 from sd_unlearn.io.reading import read_json
 from sd_unlearn.io.run_folder import RESULTS
@@ -129,7 +129,7 @@ class ConceptEntry(_Open):
     def asked(self) -> str:
         """The direct prompts in words."""
         first, *others = self.prompts.get("direct") or (self.caption,)
-        more = f" (and {len(others)} other prompt{'s' * (len(others) > 1)})" if others else ""
+        more = f" (and {counted(len(others), 'other prompt')})" if others else ""
         return f"“{first}”{more}"
 
 

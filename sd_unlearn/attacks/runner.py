@@ -27,7 +27,7 @@ from sd_unlearn.evaluation.job import EvaluationJob
 from sd_unlearn.evaluation.loras import ModelVariant
 from sd_unlearn.io.files import atomic_path, full_disk_explained, write_json, write_text
 from sd_unlearn.io.lock import locked
-from sd_unlearn.io.own_files import is_run, kind_of, mark
+from sd_unlearn.io.own_files import mark_evaluation
 from sd_unlearn.io.paths import public_name
 from sd_unlearn.io.progress import Progress, say
 from sd_unlearn.io.run_folder import IMAGE_DIR, RESULTS
@@ -83,8 +83,7 @@ def attack_all(
         results["failed_attacks"] = [as_json(one) for one in failed]
         all_conditions = list(dict.fromkeys([*kept, *conditions]))
         results["conditions"] = [as_json(found) for found in outcomes(all_conditions, parse_results(results))]
-        if not kind_of(job.output) and not is_run(job.output):
-            mark(job.output, "evaluation")
+        mark_evaluation(job.output)
         write_json(file, results)
         return results
 

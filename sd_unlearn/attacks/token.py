@@ -8,6 +8,7 @@ the others at a random token of the vocabulary.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from operator import attrgetter
 from typing import Any
@@ -50,9 +51,8 @@ def split_caption(concept: Concept) -> tuple[str, str, str]:
     A caption without the name (and without its label) gets the name at its end.
     """
     for name in filter(None, (concept.name, concept.label)):
-        before, found, after = concept.caption.partition(name)
-        if found:
-            return before, name, after
+        if found := re.search(rf"(?<!\w){re.escape(name)}(?!\w)", concept.caption):
+            return concept.caption[: found.start()], name, concept.caption[found.end() :]
     return f"{concept.caption}, ", concept.name, ""
 
 

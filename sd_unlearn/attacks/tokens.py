@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sd_unlearn.models.base import Base
-from sd_unlearn.models.learned_prompt import LearnedPrompt, content_positions, embedding_table, text_encoders
+from sd_unlearn.models.learned_prompt import LearnedPrompt, content_positions, embedding_table
 
 PLACEHOLDER = "x"  # a word of a single token, which stands where a token is chosen
 
@@ -20,7 +20,7 @@ class TokenPrompt(LearnedPrompt):
         prompt = " ".join([PLACEHOLDER] * count + [text]).strip()
         positions = content_positions(base, prompt)[:count]
         super().__init__(base, prompt, positions)
-        self.tables = [embedding_table(encoder).weight.detach().float() for encoder in text_encoders(base)]
+        self.tables = [embedding_table(encoder).weight.detach().float() for encoder in base.text_encoders]
 
     def choose(self, ids: Tensor) -> None:
         """Use these tokens: [positions], or [N, positions] for N prompts."""
@@ -39,7 +39,7 @@ class TokenPrompt(LearnedPrompt):
 def allowed_tokens(base: Base) -> Tensor:
     """[vocabulary] bool: all tokens but the start, end and padding tokens."""
     tokenizer = base.pipeline.tokenizer
-    allowed = torch.ones(text_encoders(base)[0].get_input_embeddings().num_embeddings, dtype=torch.bool)
+    allowed = torch.ones(base.text_encoders[0].get_input_embeddings().num_embeddings, dtype=torch.bool)
     allowed[list(tokenizer.all_special_ids)] = False
     return allowed
 

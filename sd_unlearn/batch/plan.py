@@ -86,10 +86,6 @@ class Job:
     run: Path | None  # the run folder; None if nothing is trained
     tasks: dict[Stage, str]  # ids
 
-    @property
-    def title(self) -> str:
-        return f"{self.concept.name} ({self.setting})" if self.setting else self.concept.name
-
 
 @dataclass
 class Plan:

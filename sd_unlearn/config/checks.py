@@ -3,7 +3,6 @@
 import dataclasses
 
 from sd_unlearn.choices import CLOSED_FORM, ObjectiveName
-from sd_unlearn.config.base import RenderConfig
 from sd_unlearn.config.evaluate import EvaluateConfig
 from sd_unlearn.config.options import check_ranges
 from sd_unlearn.config.train import TARGETS_OF, TrainConfig
@@ -17,15 +16,6 @@ CLOSED_FORM_OPTIONS = {
     *("pretrained_model_name_or_path", "vae", "prediction_type", "variant", "single_file_config", "allow_pickle"),
     *("drop_t5", "offload", "rece_epochs"),
 }
-
-
-def check_render(config: RenderConfig) -> None:
-    """Validate the options of `render`.
-
-    Raises:
-        UsageError: naming the option, its value and what is allowed.
-    """
-    check_ranges(config)
 
 
 def check_train(config: TrainConfig) -> None:

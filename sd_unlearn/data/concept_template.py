@@ -166,14 +166,7 @@ def concept_text(
     """
     template = TEMPLATES[kind]
     name, anchor = " ".join(name.split()), " ".join(anchor.split())
-    if not name:
-        raise UsageError("The concept needs a name.")
-    if _UNPRINTABLE.search(name + anchor + (file or "")):
-        raise UsageError(f"{ascii(name)}, --anchor or --output holds a control character. Leave it out.")
-    if not anchor:
-        raise UsageError(f'--anchor "" is empty. Say what to generate instead, e.g. "{template.anchor}".')
-    if anchor.casefold() in _spellings(name):
-        raise UsageError(f'--anchor "{anchor}" is the concept itself. Say what to generate instead of it.')
+    _check_names(name, anchor, file or "", template)
     retained = _retained(template, name, anchor, similar)
     words = [word for each in retained for word in each.words]
     keep = [_line(each, training=True) for each in retained if len(each.words) > each.only_measured]
@@ -212,6 +205,17 @@ def concept_text(
         _list("  general", "everything else that is measured", general),
     ]
     return "\n".join(filter(None, parts)) + "\n"
+
+
+def _check_names(name: str, anchor: str, file: str, template: Template) -> None:
+    if not name:
+        raise UsageError("The concept needs a name.")
+    if _UNPRINTABLE.search(name + anchor + file):
+        raise UsageError(f"{ascii(name)}, --anchor or --output holds a control character. Leave it out.")
+    if not anchor:
+        raise UsageError(f'--anchor "" is empty. Say what to generate instead, e.g. "{template.anchor}".')
+    if anchor.casefold() in _spellings(name):
+        raise UsageError(f'--anchor "{anchor}" is the concept itself. Say what to generate instead of it.')
 
 
 IMAGES = """\

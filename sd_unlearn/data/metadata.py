@@ -7,7 +7,7 @@ import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from sd_unlearn.errors import UsageError, install_command, reason, suggest
@@ -109,7 +109,8 @@ def image_finder(folder: Path) -> Callable[[str], Path | None]:
     def find(file_name: str) -> Path | None:
         plain = normalize(file_name)
         forms = (unicodedata.normalize(form, plain) for form in ("NFC", "NFD")) if plain else ()
-        paths = [folder / name for name in dict.fromkeys((file_name, plain, *forms)) if plain and name]
+        as_given = file_name if ".." not in PurePath(file_name).parts else None
+        paths = [folder / name for name in dict.fromkeys((as_given, plain, *forms)) if plain and name]
         return next((path for path in paths if path.name in names(path.parent)), None)
 
     return find

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from sd_unlearn.data.captions import CAPTION_SUFFIXES, caption_files
-from sd_unlearn.errors import UsageError
+from sd_unlearn.errors import UsageError, counted
 from sd_unlearn.io.images import image_files, is_image_file, missing_support
 from sd_unlearn.io.run_folder import NEGATIVE, POSITIVE, UNLABELED
 
@@ -43,8 +43,8 @@ def check_places(data_dir: Path) -> None:
             images = image_files(folder) or next((found for _, found in _images_inside(folder, SEARCH_DEPTH)), [])
             if images:
                 raise UsageError(
-                    f"--data_dir {data_dir}: {folder.name} holds {_count(images)}, but a folder of this name is not "
-                    f"read. Rename it to {meant}."
+                    f"--data_dir {data_dir}: {folder.name} holds {counted(len(images), 'image')}, but a folder of this "
+                    f"name is not read. Rename it to {meant}."
                 )
         if not has_images:
             _refuse_elsewhere(data_dir, folder)
@@ -84,15 +84,11 @@ def _images_inside(folder: Path, depth: int) -> Iterator[tuple[Path, list[Path]]
 
 def _refusal(data_dir: Path, place: Path, images: Sequence[Path]) -> str:
     return (
-        f"--data_dir {data_dir}: {_count(images)} in {place} would not be read (the first is {images[0].name}). Move "
-        f"images of the concept into {data_dir / POSITIVE} and all others into {data_dir / UNLABELED}, without "
-        f"further folders inside. If all of them show the concept, use --positives {place} instead of --data_dir: the "
-        "others are then generated."
+        f"--data_dir {data_dir}: {counted(len(images), 'image')} in {place} would not be read (the first is "
+        f"{images[0].name}). Move images of the concept into {data_dir / POSITIVE} and all others into "
+        f"{data_dir / UNLABELED}, without further folders inside. If all of them show the concept, use --positives "
+        f"{place} instead of --data_dir: the others are then generated."
     )
-
-
-def _count(images: Sequence[Path]) -> str:
-    return f"{len(images):,} image{'s' * (len(images) != 1)}"
 
 
 def split_readable(folder: Path) -> tuple[list[Path], list[Path]]:

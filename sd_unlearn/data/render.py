@@ -11,7 +11,7 @@ from typing import Any
 
 from sd_unlearn import __version__
 from sd_unlearn.config.base import RenderConfig
-from sd_unlearn.config.checks import check_render
+from sd_unlearn.config.options import check_ranges
 from sd_unlearn.data.concept import Concept, describe_anchored
 from sd_unlearn.data.dataset import set_names
 from sd_unlearn.data.metadata import read_metadata
@@ -32,7 +32,7 @@ from sd_unlearn.io.images import is_intact
 from sd_unlearn.io.lock import locked, remove_leftovers
 from sd_unlearn.io.reading import read_json
 from sd_unlearn.io.run_folder import DATA_MANIFEST, METADATA, NEGATIVE, UNLABELED
-from sd_unlearn.launch import process_rank
+from sd_unlearn.launch import print_once, process_rank
 from sd_unlearn.models.base import Base, load_base
 from sd_unlearn.models.device import choose_precision
 from sd_unlearn.models.kinds import sampler_of
@@ -50,21 +50,20 @@ def run(config: RenderConfig, concept: Concept | None = None) -> Path:
         UsageError: invalid options, a folder that was rendered with other settings, or images in the wrong place.
     """
     concept = concept or load_concepts(config.concept, config.anchor, config.kind)
-    check_render(config)
+    check_ranges(config)
     job = make_job(concept, config, find_base_of(concept, config))
     check_places(job.folder)
     check_folder(job)
     if config.anchor is not None:
-        print(describe_anchored(concept), file=sys.stderr)
+        print_once(describe_anchored(concept))
     if concept.is_replaced_with_itself:
-        print(
+        print_once(
             f'Warning: caption and generic prompt of {concept.name} are both "{concept.caption}". Most trainings '
             "refuse that, because nothing would be erased. Change the generic prompt (generic in the concept file, or "
-            "--anchor).",
-            file=sys.stderr,
+            "--anchor)."
         )
     for line in describe_without_images(job.groups):
-        print(line, file=sys.stderr)
+        print_once(line)
     if config.dry_run:
         from sd_unlearn.data.plan import show_plan
 
@@ -180,6 +179,7 @@ def render_concept(job: RenderJob, get_base: Callable[[], Base]) -> Path:
         return folder
     records = image_records(job)
     requests = image_requests(job)
+    existing = sum(request.path.is_file() for request in requests)
     loaded: list[Base] = []
 
     def load() -> Base:
@@ -191,7 +191,7 @@ def render_concept(job: RenderJob, get_base: Callable[[], Base]) -> Path:
         return base
 
     try:
-        generated = generate_missing(load, requests, job.sampler, f"render {job.concept.slug}", job.share)
+        generate_missing(load, requests, job.sampler, f"render {job.concept.slug}", job.share)
     except OSError as error:
         raise UnlearnError(f"--data_dir {folder} cannot be written: {reason(error)}.") from error
     wait_for_images(requests)
@@ -203,7 +203,7 @@ def render_concept(job: RenderJob, get_base: Callable[[], Base]) -> Path:
         counts = Counter(record.group for rs in records.values() for record in rs)
         tiled = count_tiled(request.path for request in requests)
         write_json(folder / DATA_MANIFEST, _manifest(job, base.describe(), counts, tiled))
-        print(f"Rendered {generated} of {len(requests)} images into {folder}.", file=sys.stderr)
+        print(f"Rendered {len(requests) - existing} of {len(requests)} images into {folder}.", file=sys.stderr)
     return folder
 
 

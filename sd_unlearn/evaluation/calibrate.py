@@ -27,7 +27,7 @@ from sd_unlearn.evaluation.problems import NEVER_THERE, base_problems, known_gap
 from sd_unlearn.evaluation.score import ConceptResults, SubjectImages, run_metrics
 from sd_unlearn.io.files import full_disk_explained, timestamp, write_json
 from sd_unlearn.io.lock import locked
-from sd_unlearn.io.own_files import is_run, kind_of, mark
+from sd_unlearn.io.own_files import mark_evaluation
 from sd_unlearn.io.progress import say
 from sd_unlearn.io.run_folder import CALIBRATION
 from sd_unlearn.launch import check_one_process
@@ -67,8 +67,7 @@ def run(config: CalibrateConfig, concepts: Sequence[Concept] = ()) -> Calibratio
         calibration = dataclasses.replace(
             search(config, measure, slug, lora.sha256), base_sha256=measure.cache.base.get("sha256") or ""
         )
-        if not kind_of(job.output) and not is_run(job.output):
-            mark(job.output, "evaluation")
+        mark_evaluation(job.output)
         write_json(job.output / CALIBRATION, measure.record() | as_json(calibration))
     return calibration
 

@@ -30,10 +30,10 @@ from sd_unlearn.evaluation.score import ConceptResults, SubjectImages, run_metri
 from sd_unlearn.evaluation.subjects import main_subjects
 from sd_unlearn.io.files import full_disk_explained, timestamp, write_json, write_text
 from sd_unlearn.io.lock import locked, remove_leftovers
-from sd_unlearn.io.own_files import is_run, kind_of, mark
+from sd_unlearn.io.own_files import mark_evaluation
 from sd_unlearn.io.paths import public_name, public_text
 from sd_unlearn.io.run_folder import EVALUATION, IMAGE_DIR, RESULTS
-from sd_unlearn.launch import process_rank
+from sd_unlearn.launch import print_once, process_rank
 from sd_unlearn.metrics.registry import find_metrics, make_metrics, merge_cards, metric_cards, missing_evidence
 from sd_unlearn.models.device import default_device
 from sd_unlearn.models.kinds import sampler_of
@@ -56,12 +56,11 @@ def run(config: EvaluateConfig, concepts: Sequence[Concept] = ()) -> dict[str, A
         UnlearnError: a model or detector cannot be loaded.
     """
     job = resolve_job(config, concepts)
-    if job.prompt_set and job.prompt_set[0] < job.prompt_set[1] and process_rank() == 0:
+    if job.prompt_set and job.prompt_set[0] < job.prompt_set[1]:
         used, size = job.prompt_set
-        print(
+        print_once(
             f"--prompt_set {config.prompt_set}: {used:,} of {size:,} prompts are used. To use all, leave out "
-            "--num_images, and --groups or add direct to it.",
-            file=sys.stderr,
+            "--num_images, and --groups or add direct to it."
         )
     if config.dry_run:
         from sd_unlearn.evaluation.plan import show_plan
@@ -94,8 +93,7 @@ def _run(config: EvaluateConfig, job: EvaluationJob, metrics: Mapping[str, Seque
     if process_rank() > 0:
         return {}
     evaluated, cards = _run_all_metrics(job, cache, metrics)
-    if not kind_of(job.output) and not is_run(job.output):
-        mark(job.output, "evaluation")
+    mark_evaluation(job.output)
     results = assemble(job, cache, evaluated, cards)
     if earlier := earlier_results(job.output / RESULTS):
         results = carry_attacks(results, earlier)

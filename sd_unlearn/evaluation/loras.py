@@ -292,12 +292,15 @@ def _file_in(folder: Path, option: str) -> Path:
 
 def _download(repository: str, option: str) -> Path:
     from huggingface_hub import hf_hub_download, list_repo_files
+    from huggingface_hub.errors import EntryNotFoundError
 
     try:
-        files = [name for name in list_repo_files(repository) if name.endswith(".safetensors")]
-        file = DIFFUSERS_FILE if DIFFUSERS_FILE in files else files[0] if len(files) == 1 else None
-        if file:
-            return Path(hf_hub_download(repository, file))
+        try:  # without asking for the list, which needs the network even if the file is downloaded already
+            return Path(hf_hub_download(repository, DIFFUSERS_FILE))
+        except EntryNotFoundError:
+            files = [name for name in list_repo_files(repository) if name.endswith(".safetensors")]
+        if len(files) == 1:
+            return Path(hf_hub_download(repository, files[0]))
     except Exception as error:  # the Hub's client raises many types
         raise UnlearnError(f"{option} {repository} was not found locally or on the Hub: {reason(error)}.") from error
     raise UsageError(f"{option} {repository} has {len(files)} .safetensors files. Download one and give its path.")

@@ -8,9 +8,8 @@ import io
 from PIL import Image
 
 from sd_unlearn.export.trained_run import TrainedRun
-from sd_unlearn.io.images import UnreadableImage, open_image
-from sd_unlearn.io.paths import path_inside
 from sd_unlearn.io.run_folder import PREVIEW_DIR
+from sd_unlearn.report.images import open_inside
 
 CELL, THUMBNAIL = 192, 256  # longest sides in pixels
 PAIRS = 4  # the grid shows up to this many pairs of the concept, and as many of retained concepts
@@ -50,7 +49,8 @@ def _pairs(run: TrainedRun) -> list[tuple[Image.Image, Image.Image]]:
     images = []
     for pairs in (concept, retained):
         stride = max(1, len(pairs) // PAIRS)
-        opened = ((_open(run, pair.base), _open(run, pair.image)) for pair in pairs[::stride][:PAIRS])
+        sides = ((pair.base, pair.image) for pair in pairs[::stride][:PAIRS])
+        opened = (tuple(open_inside(run.folder, side) for side in pair) for pair in sides)
         images += [(base, lora) for base, lora in opened if base and lora]
     return images
 
@@ -59,16 +59,7 @@ def _preview(run: TrainedRun) -> Image.Image | None:
     if run.shows_nudity:
         return None
     files = sorted((run.folder / PREVIEW_DIR).glob("*.png"))
-    return _open(run, f"{PREVIEW_DIR}/{files[-1].name}") if files else None
-
-
-def _open(run: TrainedRun, relative: str) -> Image.Image | None:
-    """An image of the run folder; None if it is missing, unreadable or outside of the folder."""
-    path = path_inside(run.folder, relative)  # a run made by others must not publish other files of this machine
-    try:
-        return open_image(path) if path else None
-    except UnreadableImage:
-        return None
+    return open_inside(run.folder, f"{PREVIEW_DIR}/{files[-1].name}") if files else None
 
 
 def _table(rows: list[list[Image.Image]]) -> Image.Image:

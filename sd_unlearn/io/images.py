@@ -126,9 +126,11 @@ def is_flat(image: Image.Image) -> bool:
 
 def image_size(path: Path) -> tuple[int, int] | None:
     """Width and height that `open_image` gives, from the file's header alone; None if it is unreadable."""
-    with suppress(UnreadableImage), _errors_named(path), Image.open(path, formats=_readable()) as image:
-        is_on_its_side = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
-        return (image.height, image.width) if is_on_its_side else image.size
+    with suppress(UnreadableImage), _errors_named(path):
+        check_regular(path)
+        with Image.open(path, formats=_readable()) as image:
+            is_on_its_side = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+            return (image.height, image.width) if is_on_its_side else image.size
     return None
 
 
@@ -143,9 +145,11 @@ def is_intact(path: Path) -> bool:
 
 def png_note(path: Path, key: str) -> str | None:
     """A text in the header of a PNG file, without decoding its pixels; None if there is none or no such file."""
-    with suppress(UnreadableImage), _errors_named(path), Image.open(path, formats=("PNG",)) as image:
-        note = image.info.get(key)
-        return note if isinstance(note, str) else None
+    with suppress(UnreadableImage), _errors_named(path):
+        check_regular(path)
+        with Image.open(path, formats=("PNG",)) as image:
+            note = image.info.get(key)
+            return note if isinstance(note, str) else None
     return None
 
 

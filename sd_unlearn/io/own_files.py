@@ -100,6 +100,12 @@ def mark(folder: Path, kind: Kind) -> None:
         write_json(folder / MARKER, {"schema_version": 1, "kind": kind, "version": __version__, "created": created})
 
 
+def mark_evaluation(folder: Path) -> None:
+    """Mark a folder that an evaluation writes into, unless it is marked already or belongs to a run."""
+    if not kind_of(folder) and not is_run(folder):
+        mark(folder, "evaluation")
+
+
 def kind_of(folder: Path) -> str | None:
     """What sd-unlearn made the folder for, according to its marker; None without one."""
     try:

@@ -147,9 +147,10 @@ class FacenetFaces:
             # The classification layer of the training set is not needed.
             self._network.load_state_dict({k: v for k, v in state.items() if not k.startswith("logits.")})
         except Exception as error:  # unpickling and mismatches raise many types
+            advice = f"Give the file from {VGGFACE2} or leave --face_weights out." if weights else "Delete it to retry."
             raise UnlearnError(
-                f"--face_weights {path} could not be loaded into InceptionResnetV1 ({reason(error)}). "
-                f"Give the file from {VGGFACE2} or leave --face_weights out."
+                f"{'--face_weights ' if weights else ''}{path} could not be loaded into InceptionResnetV1 "
+                f"({reason(error)}). {advice}"
             ) from error
         self.version, self.weights = self._detector.version, f"{path.name} sha256:{_sha256(path)}"
         self.name = f"facenet InceptionResnetV1 {self.weights}, {self._detector.name}"

@@ -24,14 +24,6 @@ class LabelPredictions:
     features: NDArray  # [N, D]
     categories: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # e.g. animal: the labels of one axis
 
-    def axis_of(self, label: str) -> str:
-        """The axis that a label or a category belongs to.
-
-        Raises:
-            KeyError: no axis has this label.
-        """
-        return self.members(label)[0]
-
     def members(self, label: str) -> tuple[str, tuple[str, ...]]:
         """The axis of a label or a category, and the labels that it stands for: of a label itself.
 
@@ -54,7 +46,7 @@ class LabelPredictions:
 
     def confident(self, label: str, threshold: float, other_than: bool) -> NDArray[np.bool_]:
         """[N] whether an image has a label with p >= threshold on `label`'s axis; `other_than`: not `label`."""
-        axis = self.axis_of(label)
+        axis = self.members(label)[0]
         confident = self.probabilities[axis].max(1) >= threshold
         return confident & ~self.shows(label) if other_than else confident
 

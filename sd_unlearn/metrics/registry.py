@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -12,7 +11,7 @@ from typing import Any, NamedTuple, cast
 from sd_unlearn.config.evaluate import Detectors
 from sd_unlearn.data.concept import Concept
 from sd_unlearn.errors import UnlearnError, UsageError, install_command, suggest
-from sd_unlearn.launch import process_rank
+from sd_unlearn.launch import print_once
 from sd_unlearn.metrics.base import Metric, PairMetric
 from sd_unlearn.metrics.classifier_of import bundled_metric
 from sd_unlearn.models.source import DIGITS
@@ -241,8 +240,7 @@ def find_metrics(context: MetricContext) -> list[str]:
         except UnlearnError as error:
             if context.options.metrics or name not in OPTIONAL:
                 raise
-            if process_rank() == 0:
-                print(f"Skipped metric {name}: {error}", file=sys.stderr)
+            print_once(f"Skipped metric {name}: {error}")
     return found
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-import sys
 from typing import cast
 
 from sd_unlearn.choices import Precision
+from sd_unlearn.launch import print_once
 
 
 def wanted_precision(option: Precision | None) -> Precision:
@@ -20,7 +20,7 @@ def choose_precision(option: Precision | None) -> Precision:
 
     wanted = wanted_precision(option)
     if wanted != "no" and not torch.cuda.is_available():
-        print(f"No CUDA device: computing in full precision on the CPU instead of {wanted}.", file=sys.stderr)
+        print_once(f"No CUDA device: computing in full precision on the CPU instead of {wanted}.")
         return "no"
     return wanted
 

@@ -22,7 +22,7 @@ class LearnedPrompt:
         The tokens start as the prompt's own embeddings.
         """
         self.base, self.prompt, self.positions = base, prompt, of_each_encoder(base, positions)
-        tables = [embedding_table(encoder) for encoder in text_encoders(base)]
+        tables = [embedding_table(encoder) for encoder in base.text_encoders]
         self.scales = [float(table.weight.float().square().mean().sqrt()) for table in tables]
         self.vectors: list[Tensor] = [
             nn.Parameter(table.weight[ids].detach().float().clone())
@@ -37,7 +37,7 @@ class LearnedPrompt:
 
     def start_from(self, ids_of: Callable[[Any], Sequence[int]]) -> None:
         """Start every position from the mean embedding of the tokens that ids_of gives for a tokenizer."""
-        encoders = zip(self.vectors, text_encoders(self.base), tokenizers(self.base), strict=True)
+        encoders = zip(self.vectors, self.base.text_encoders, tokenizers(self.base), strict=True)
         for vectors, encoder, tokenizer in encoders:
             vectors.data[:] = embedding_table(encoder).weight[list(ids_of(tokenizer))].float().mean(0)
 
@@ -57,10 +57,10 @@ class LearnedPrompt:
         Vectors [count, positions, width] give as many prompts.
         """
         with ExitStack() as hooks:
-            for encoder, vectors, at in zip(text_encoders(self.base), self.vectors, self.positions, strict=True):
+            for encoder, vectors, at in zip(self.base.text_encoders, self.vectors, self.positions, strict=True):
                 hook = embedding_table(encoder).register_forward_hook(_inserted(vectors, at))
                 hooks.callback(hook.remove)
-            return encode_prompts(self.base, [self.prompt] * count)
+            return self.base.conditioning.encode(self.base.pipeline, [self.prompt] * count, self.base.device)
 
 
 def _inserted(vectors: Tensor, positions: list[int]) -> Any:
@@ -72,13 +72,8 @@ def _inserted(vectors: Tensor, positions: list[int]) -> Any:
     return hook
 
 
-def text_encoders(base: Base) -> list[Any]:
-    """The pipeline's text encoders: one, SDXL's and FLUX's two, or SD 3's two or three."""
-    return base.text_encoders
-
-
 def tokenizers(base: Base) -> list[Any]:
-    """The tokenizers of `text_encoders`: that of FLUX.2 dev is in a processor of images and text."""
+    """The tokenizers of the text encoders: that of FLUX.2 dev is in a processor of images and text."""
     return [getattr(reader, "tokenizer", reader) for reader in readers(base)]
 
 
@@ -125,8 +120,3 @@ def content_positions(base: Base, prompt: str) -> list[int]:
     ids = prompt_ids(tokenizer, prompt)
     end = ids.index(tokenizer.eos_token_id, 1)
     return list(range(1, end))
-
-
-def encode_prompts(base: Base, prompts: Sequence[str]) -> Tensor:
-    """Text embeddings [N, rows, width] as the pipeline makes them, with a gradient."""
-    return base.conditioning.encode(base.pipeline, prompts, base.device)

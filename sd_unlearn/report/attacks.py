@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from sd_unlearn.errors import counted
 from sd_unlearn.report.cases import Case
 from sd_unlearn.report.formatting import value_text
 from sd_unlearn.report.images import Embedded, embed
@@ -29,7 +30,7 @@ class AttackLine:
     def effort(self) -> str:
         """What was tried, and for fine-tuning after how many steps the concept is half back."""
         restarts, tries = len({one.restart for one in self.entry.tries}), len(self.entry.tries)
-        text = f"{self.entry.budget}, {restarts} restart{'s' if restarts > 1 else ''}"
+        text = f"{self.entry.budget}, {counted(restarts, 'restart')}"
         text += f", {tries} {'tries' if tries > 1 else 'try'}"
         return f"{text}; {self._half_back()}" if self.entry.attack in ("finetune", "benign") else text
 

@@ -80,7 +80,7 @@ def cost_answer(cost: Mapping[str, Any]) -> Answer:
         if numbers.get(key)
     ]
     if memory := numbers.get("peak_memory_mb"):
-        details.append(("peak memory", f"{memory:,.0f} MB" if memory < 1000 else f"{memory / 1000:,.1f} GB"))
+        details.append(("peak memory", f"{memory:,.0f} MB" if memory < 1024 else f"{memory / 1024:,.1f} GB"))
     timed = "seconds" in numbers
     return Answer(
         "What did it cost?",

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from sd_unlearn.config.base import ReportConfig
 from sd_unlearn.config.options import check_ranges
 from sd_unlearn.data.concept import Concept
+from sd_unlearn.data.layout import BASELINES
 from sd_unlearn.data.several import read_concepts
 from sd_unlearn.errors import UsageError
 from sd_unlearn.io import run_folder
@@ -222,7 +223,7 @@ def _details(folder: Path, case: Case, results: Results, training: dict[str, Any
         "preview": preview(folder, trained),
         "settings": _settings(folder),
         "beta": beta,
-        "baseline": objective if objective in ("esd-x", "esd-u", "anchor", "neggrad") else None,
+        "baseline": objective if objective in BASELINES else None,
         "is_teacher": target == "teacher",
         "answers": answers(case, case.subject.cost or training.get("cost") or {}),
         "curves": training_curves.training_charts(log, None if target == "teacher" else beta),

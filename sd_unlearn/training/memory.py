@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from sd_unlearn.config.batching import Batching
 from sd_unlearn.config.train import TrainConfig
-from sd_unlearn.errors import UnlearnError, reason
+from sd_unlearn.errors import UnlearnError, counted, reason
 from sd_unlearn.models.memory_errors import free_memory, is_out_of_memory
 
 if TYPE_CHECKING:  # torch takes seconds to import, and trainer.py refuses wrong options without it
@@ -53,8 +53,7 @@ def together(accelerator: Accelerator, action: Callable[[], T]) -> T:
 
 def describe_change(step: int, before: Batching, after: Batching) -> tuple[str, dict[str, float]]:
     """A line about how a step is repeated after memory ran out, and the values for metrics.jsonl."""
-    images = "1 image" if after.micro_batch_size == 1 else f"{after.micro_batch_size} images"
-    how = f"{images} at once instead of {before.micro_batch_size}"
+    how = f"{counted(after.micro_batch_size, 'image')} at once instead of {before.micro_batch_size}"
     if after.micro_batch_size == before.micro_batch_size:
         how = "gradient checkpointing" if not before.gradient_checkpointing else "one row of the teacher at once"
     names = ("micro_batch_size", "gradient_checkpointing", "teacher_batch_size")

@@ -7,7 +7,6 @@ prints one line of it and uses the batches that it chose.
 from __future__ import annotations
 
 import math
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,7 +28,7 @@ from sd_unlearn.data.repeated import REPEATED_STEPS
 from sd_unlearn.errors import UnlearnError, UsageError
 from sd_unlearn.io.reading import read_json, read_yaml
 from sd_unlearn.io.run_folder import CONFIG, TRAINING
-from sd_unlearn.launch import process_count, process_rank
+from sd_unlearn.launch import print_once, process_count, process_rank
 from sd_unlearn.models.fit import Device, Phase, Training, balanced
 from sd_unlearn.models.footprint import StepOptions, count_inference, count_training
 from sd_unlearn.models.kinds import KINDS
@@ -161,8 +160,7 @@ def plan_run(config: TrainConfig, inputs: Inputs) -> MemoryPlan | None:
     except UnlearnError:
         return None
     plan = plan_memory(config, inputs.source, captions_of(config, inputs), not inputs.own_images)
-    if process_rank() == 0:
-        print(plan.line(), file=sys.stderr)
+    print_once(plan.line())
     given = (config.train_batch_size, config.gradient_accumulation_steps, config.render_batch_size)
     if not any(given) and config.gradient_checkpointing is None:
         check_plan(config, plan)

@@ -116,14 +116,8 @@ def make_training(
         for turn, b in zip(data.turns, samplers, strict=True)
     ]
     of_examples = make_losses(config)
-    in_turn = samplers[0] if len(samplers) == 1 else InTurn(samplers, seed)
-    steps: Steps = in_turn
     teachers = [_make_teacher(config, turn, data, student, denoiser, base) for turn in data.turns if has_teacher]
-    if teachers and config.teacher_reuse and config.teacher_reuse > 1:
-        _check_equal_sizes(samplers)
-        steps = RepeatedBatches(in_turn, REPEATED_STEPS, config.teacher_reuse, identity)
-        bank, offsets = PredictionBank(), PredictionBank()
-        teachers = [dataclasses.replace(teacher, bank=bank, offsets=offsets) for teacher in teachers]
+    steps, teachers = _make_steps(config, samplers, teachers, seed, identity)
 
     def losses(model: nn.Module, batch: Batch, teacher_batch_size: int) -> Tensor:
         of_model = dataclasses.replace(denoiser, model=model)
@@ -153,6 +147,24 @@ def make_training(
         [teacher.movement for teacher in teachers],
         teachers[0].offsets if teachers else None,
     )
+
+
+def _make_steps(
+    config: TrainConfig,
+    samplers: Sequence[StratifiedBatches],
+    teachers: Sequence[Teacher],
+    seed: int,
+    identity: dict[str, Any],
+) -> tuple[Steps, list[Teacher]]:
+    """The batches of all turns and, with --teacher_reuse, the teachers that remember their predictions on them."""
+    in_turn = samplers[0] if len(samplers) == 1 else InTurn(samplers, seed)
+    reuse = config.teacher_reuse or 1
+    if not teachers or reuse == 1:
+        return in_turn, list(teachers)
+    _check_equal_sizes(samplers)
+    bank, offsets = PredictionBank(), PredictionBank()
+    repeated = RepeatedBatches(in_turn, REPEATED_STEPS, reuse, identity)
+    return repeated, [dataclasses.replace(teacher, bank=bank, offsets=offsets) for teacher in teachers]
 
 
 def _seen_images(config: TrainConfig, data: Data, seed: int) -> tuple[list[EncodedImages], list[int]]:

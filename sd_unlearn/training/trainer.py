@@ -28,7 +28,7 @@ from sd_unlearn.errors import UnlearnError, counted, reason
 from sd_unlearn.io.files import write_json
 from sd_unlearn.io.lock import locked, remove_leftovers
 from sd_unlearn.io.run_folder import BEST_DIR, CHECKPOINT_DIR, DATA_MANIFEST, PREVIEW_DIR, TRAINING
-from sd_unlearn.launch import leave_process_group, process_count, process_rank
+from sd_unlearn.launch import leave_process_group, print_once, process_count, process_rank
 from sd_unlearn.models.base import Base, load_base
 from sd_unlearn.models.device import choose_precision
 from sd_unlearn.models.zero_terminal_snr import use_zero_terminal_snr
@@ -69,8 +69,8 @@ def run(config: TrainConfig, concept: Concept | None = None) -> Path:
     output = config.output_dir or Path("runs") / inputs.concept.slug
     check_apart(inputs.data_dir, output)
     _find_checkpoint(config, inputs, output)
-    if config.anchor is not None and process_rank() == 0:
-        print(describe_anchored(inputs.concept, inputs.own_images), file=sys.stderr)
+    if config.anchor is not None:
+        print_once(describe_anchored(inputs.concept, inputs.own_images))
     if config.objective in CLOSED_FORM:
         from sd_unlearn.training import closed_form
 
@@ -95,9 +95,9 @@ def _run(config: TrainConfig, inputs: Inputs, output: Path) -> Path:
             print(line, file=sys.stderr)
     if config.resume_from_checkpoint and not resume:
         if is_finished(output):  # saved without checkpoints, or they were deleted since
-            print(f"{output} is finished and has no checkpoints. Start over with --overwrite.", file=sys.stderr)
+            print_once(f"{output} is finished and has no checkpoints. Start over with --overwrite.")
             return output
-        print(f"--output_dir {output} has no checkpoints yet: starting from the beginning.", file=sys.stderr)
+        print_once(f"--output_dir {output} has no checkpoints yet: starting from the beginning.")
 
     from accelerate.utils import set_seed
 
@@ -150,13 +150,12 @@ def _make_accelerator(config: TrainConfig, output: Path, tracker: str | None) ->
 def _render(config: TrainConfig, inputs: Inputs, at_once: int, get_base: Callable[[], Base]) -> None:
     """Render the data folder. at_once: images generated together in this process."""
     if not (inputs.data_dir / DATA_MANIFEST).is_file():
-        print(f"{inputs.data_dir} is missing or unfinished: rendering it first.", file=sys.stderr)
+        print_once(f"{inputs.data_dir} is missing or unfinished: rendering it first.")
     job = with_seed_of_folder(make_job(inputs.concept, config, inputs.source))
-    if job.seed != config.seed and process_rank() == 0:
-        print(
+    if job.seed != config.seed:
+        print_once(
             f"{job.folder} was rendered with --seed {job.seed} and is used as it is; --seed {config.seed} applies to "
-            "the training only.",
-            file=sys.stderr,
+            "the training only."
         )
     render_locked(dataclasses.replace(job, sampler=dataclasses.replace(job.sampler, batch_size=at_once)), get_base)
 
@@ -292,7 +291,8 @@ def _close_run(config: TrainConfig, training: Training, state: TrainingState, re
         "stopped": state.stopped or "max_train_steps",
     }
     if training.probe and state.best_step:
-        best_cost = cost | {"steps": state.best_step, "stopped": f"best of the probes, {config.probe}"}
+        seen = {"steps": state.best_step, "images_seen": state.best_step * training.batches.images_per_step}
+        best_cost = cost | seen | {"stopped": f"best of the probes, {config.probe}"}
         write_json(best / TRAINING, record_of(best_cost))
         print(f"Best step by --probe {config.probe}: {state.best_step}, saved in {best}.", file=sys.stderr)
     write_json(output / TRAINING, record_of(cost))

@@ -15,7 +15,7 @@ from sd_unlearn.attacks.tokens import TokenPrompt, allowed_tokens, nearest, rand
 from sd_unlearn.data.concept import Concept
 from sd_unlearn.data.encoding import encode_captions
 from sd_unlearn.models.base import Base
-from sd_unlearn.models.learned_prompt import LearnedPrompt, content_positions, encode_prompts
+from sd_unlearn.models.learned_prompt import LearnedPrompt, content_positions
 
 
 def test_a_learned_prompt_starts_as_the_prompt(loaded_base: Base) -> None:
@@ -26,7 +26,8 @@ def test_a_learned_prompt_starts_as_the_prompt(loaded_base: Base) -> None:
         assert torch.allclose(prompt.encode(2)[1], encode_captions(loaded_base, [text])[0], atol=1e-6)
         prompt.add_noise(torch.Generator().manual_seed(0))
         assert not torch.allclose(prompt.encode(), encode_captions(loaded_base, [text]), atol=1e-3)
-    assert torch.equal(encode_prompts(loaded_base, [text]), encode_captions(loaded_base, [text]))  # no hook is left
+    own = loaded_base.conditioning.encode(loaded_base.pipeline, [text], loaded_base.device)
+    assert torch.equal(own, encode_captions(loaded_base, [text]))  # no hook is left
 
 
 def test_learning_lowers_the_loss_on_the_images(loaded_base: Base) -> None:
@@ -100,6 +101,8 @@ def test_the_genetic_search_gets_closer(loaded_base: Base) -> None:
         ("seven", "", "the digit seven here", ("the digit ", "seven", " here")),
         ("red ink", "red", "a digit in red pen", ("a digit in ", "red", " pen")),
         ("Brad Pitt", "", "a man", ("a man, ", "Brad Pitt", "")),
+        ("art", "", "an artwork in the style of art", ("an artwork in the style of ", "art", "")),
+        ("art", "", "an artwork", ("an artwork, ", "art", "")),
     ],
 )
 def test_where_the_learned_token_goes(name: str, label: str, caption: str, parts: tuple[str, str, str]) -> None:

@@ -13,7 +13,7 @@ import pytest
 from sd_unlearn import concepts
 from sd_unlearn.commands import COMMANDS
 from sd_unlearn.config.batch import BatchConfig
-from sd_unlearn.config.checks import check_evaluate, check_render, check_train
+from sd_unlearn.config.checks import check_evaluate, check_train
 from sd_unlearn.config.evaluate import EvaluateConfig
 from sd_unlearn.config.options import Range, check_ranges
 from sd_unlearn.config.train import TrainConfig
@@ -103,7 +103,7 @@ def test_absurd_whole_numbers_are_refused_with_the_range(kind: Any, name: str) -
 def test_defaults_are_valid() -> None:
     for kind in COMMANDS.values():
         check_ranges(kind())
-    check_render(TrainConfig())
+    check_ranges(TrainConfig())
     check_train(TrainConfig())
     check_evaluate(EvaluateConfig())
 

@@ -153,7 +153,7 @@ def test_metadata_of_the_whole_data_folder(photos: Photos, concept: Concept) -> 
     Image.new("RGB", (8, 8)).save(folder / NEGATIVE / "n.png")
     write_lines(
         folder,
-        {"file_name": f"{UNLABELED}/0.png", "text": "outer"},
+        {"file_name": f"{UNLABELED}/../{UNLABELED}/0.png", "text": "outer"},
         {"file_name": f"{UNLABELED}\\1.png", "text": "outer"},
         {"file_name": f"{NEGATIVE}/n.png", "text": "outer"},  # its folder is not read here
     )

@@ -125,6 +125,7 @@ def test_missing_or_invalid_lora_is_refused(tmp_path: Path, name: str, content: 
 
 def test_hub_id_is_downloaded(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub
+    from huggingface_hub.errors import EntryNotFoundError
 
     file = kohya_file(run, tmp_path / "seven.safetensors")
     offered = ["README.md", "seven.safetensors"]
@@ -132,6 +133,8 @@ def test_hub_id_is_downloaded(run: Path, tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda repository: offered)
 
     def fetch(repository: str, name: str) -> str:
+        if name not in offered:
+            raise EntryNotFoundError(name)
         asked.append((repository, name))
         return str(file)
 
@@ -142,6 +145,7 @@ def test_hub_id_is_downloaded(run: Path, tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(UsageError, match="has 2 .safetensors files"):
         open_lora("somebody/forget-seven")
     offered.append("pytorch_lora_weights.safetensors")
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", None)  # needs the network even for what is downloaded
     open_lora("somebody/forget-seven")
     assert asked[-1][1] == "pytorch_lora_weights.safetensors"
 

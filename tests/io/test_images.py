@@ -13,7 +13,16 @@ from PIL import Image
 
 import sd_unlearn
 from sd_unlearn.errors import UsageError
-from sd_unlearn.io.images import UnreadableImage, image_files, image_size, is_flat, missing_support, open_image, to_rgb
+from sd_unlearn.io.images import (
+    UnreadableImage,
+    image_files,
+    image_size,
+    is_flat,
+    missing_support,
+    open_image,
+    png_note,
+    to_rgb,
+)
 
 RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
 
@@ -142,6 +151,8 @@ def test_pipes_devices_and_odd_names_are_refused_and_do_not_hang(tmp_path: Path)
     for name in ("pipe.png", "loop.png", "dangling.png", "a\0b.png", "/dev/zero"):
         with pytest.raises(UnreadableImage, match=name.rpartition("/")[2]):
             open_image(tmp_path / name)
+        assert image_size(tmp_path / name) is None
+        assert png_note(tmp_path / name, "note") is None
 
 
 def test_an_eps_in_a_png_starts_no_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

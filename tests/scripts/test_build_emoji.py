@@ -277,7 +277,6 @@ def test_all_stages_on_three_things(work: Path, tmp_path: Path, monkeypatch: pyt
     assert size < 30e6
     card = (assets / "emoji" / "README.md").read_text()
     assert "CC BY-SA 4.0" in card
-    assert "classifier and reader-1 agree" in card
     assert "@" not in card.split("---", 2)[2].replace("@iconify-json", "")
     assert Image.open(tmp_path / "emoji.png").size == (2 * 64, len(STYLES) * 64)
     fresh = Namespace(work_dir=tmp_path / "fresh")

@@ -41,8 +41,8 @@ def write_record(
 
 
 def page_of(tmp_path: Path, base: str = "digits") -> str:
+    from leaderboard_page import END, START, write_page
     from leaderboard_studies import STUDIES
-    from leaderboard_table import END, START, write_page
 
     page = tmp_path / "leaderboard.md"
     page.write_text(f"before\n{START}\nold\n{END}\nafter\n")

@@ -107,6 +107,7 @@ def test_the_best_weights_are_kept_and_a_run_without_progress_stops(
     best, end = (2, 4) if shown == "scores" else (1, 3)
     record, of_best = read_json(run / "training.json"), read_json(run / "best" / "training.json")
     assert (record["cost"]["steps"], of_best["cost"]["steps"]) == (2 * end, 2 * best)
+    assert (record["cost"]["images_seen"], of_best["cost"]["images_seen"]) == (16 * end, 16 * best)
     assert record["cost"]["stopped"] == "no better probe in 2"
     names = {name.replace(".default", ""): value for name, value in weights[best - 1].items()}
     for name, value in load_file(run / "best" / ADAPTER).items():

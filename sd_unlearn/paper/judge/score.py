@@ -18,7 +18,7 @@ from torch.nn.functional import interpolate, pad
 
 from sd_unlearn.errors import UnlearnError, UsageError
 from sd_unlearn.metrics.digits import FEATURE_WIDTH, DigitsClassifier, load_reader
-from sd_unlearn.metrics.fidelity import InceptionFidelity
+from sd_unlearn.metrics.fidelity import InceptionFidelity, distance_row
 from sd_unlearn.metrics.mmd import FEWEST
 from sd_unlearn.metrics.reader import distance_rows
 from sd_unlearn.metrics.statistics import wilson
@@ -194,9 +194,7 @@ def _distances_to_real_images(
     chunks = [real[start : start + BATCH] for start in range(0, len(real), BATCH)]
     others = [inception.read(to_images(data.pixels(chunk, side)))["features"] for chunk in chunks]
     rows = []
+    to = f"to {len(real):,} real normal images of {data.name}"
     for metric, found, more in inception.distances(np.concatenate(generated), np.concatenate(others), paired=False):
-        known = not np.isnan(found.low)
-        low, high, interval = (found.low, found.high, "half-sampling") if known else (None, None, "none")
-        note = "; ".join(filter(None, (f"to {len(real):,} real normal images of {data.name}", more)))
-        rows.append(Row(metric, "all", "", found.value, len(samples), low, high, inception.name, interval, note))
+        rows.append(distance_row(metric, "all", "", found, len(samples), inception.name, (to, more)))
     return rows
