@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
@@ -20,6 +21,7 @@ from sd_unlearn.config.unknown_options import explain_unknown
 from sd_unlearn.errors import UnlearnError, UsageError, reason
 from sd_unlearn.io.noise import SHOW, silence_warnings
 from sd_unlearn.io.reading import read_options
+from sd_unlearn.io.run_folder import TRAINING
 from sd_unlearn.io.schema import with_no
 from sd_unlearn.launch import share_cores
 from sd_unlearn.paper import commands as paper
@@ -140,11 +142,26 @@ def _usage_message(error: cyclopts.CycloptsError) -> str:
     if isinstance(error, cyclopts.ValidationError) and error.argument is not None:
         return f"{error.argument.name} {error.exception_message}"
     if isinstance(error, cyclopts.UnusedCliTokensError):
-        return f"unexpected argument: {' '.join(error.unused_tokens or [])}"
+        return _unexpected(error.unused_tokens or [], " ".join(error.command_chain or ()))
     if isinstance(error, cyclopts.UnknownOptionError) and error.token.source == "cli":
         known = [name for argument in error.argument_collection for name in argument.names]
-        return explain_unknown(error.token.keyword or error.token.value, known, " ".join(error.command_chain or ()))
+        option, command = error.token.keyword or error.token.value, " ".join(error.command_chain or ())
+        name = option.partition("=")[0].removeprefix("--")
+        owners = [other for other, kind in COMMANDS.items() if other != command and _has_option(kind, name)]
+        return explain_unknown(option, known, command, owners)
     return " ".join(str(error).split())
+
+
+def _has_option(config: Any, name: str) -> bool:
+    return any(field.name == name for field in fields(config))
+
+
+def _unexpected(tokens: Sequence[str], command: str) -> str:
+    """The message for arguments that the command does not take; of a run folder, which option takes it."""
+    message = f"unexpected argument: {' '.join(tokens)}"
+    if command in COMMANDS and _has_option(COMMANDS[command], "run") and (Path(tokens[0]) / TRAINING).is_file():
+        message += f". Did you mean --run {shlex.quote(tokens[0])}?"
+    return message
 
 
 def _how_to_resume(tokens: Sequence[str], options: Mapping[str, Any], saved: str) -> str:

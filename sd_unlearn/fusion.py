@@ -75,12 +75,14 @@ def run(config: FuseConfig) -> Path:
 
 
 def check_options(config: FuseConfig) -> None:
-    """Refuse several processes, values out of range, and options that --method sum does not use.
+    """Refuse several processes, fewer than two LoRAs, values out of range, and options that --method sum does not use.
 
     Raises:
         UsageError
     """
     check_one_process("fuse")
+    if len(config.lora) < 2:
+        raise UsageError("fuse takes two or more LoRAs: sd-unlearn fuse runs/seven runs/three.")
     check_ranges(config)
     for name in ("keep_weight", "num_images") if config.method == "sum" else ():
         if (value := getattr(config, name)) != getattr(FuseConfig, name):
@@ -91,11 +93,8 @@ def check_loras(loras: Sequence[Lora]) -> Concept:
     """The concepts of the LoRAs together.
 
     Raises:
-        UsageError: fewer than two LoRAs, one that does not name its concept or is not a LoRA, different bases or noise
-            schedules.
+        UsageError: one that does not name its concept or is not a LoRA, different bases or noise schedules.
     """
-    if len(loras) < 2:
-        raise UsageError("fuse takes two or more LoRAs: sd-unlearn fuse runs/seven runs/three.")
     for lora in loras:
         if not lora.concepts:
             raise UsageError(f"fuse: {lora.path} does not name the concept it unlearns. Give its run folder.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -264,6 +265,7 @@ class Results(_Open):
     sampler: dict[str, Any] = field(default_factory=dict)
     seeds: Seeds = Seeds()
     prompt_set: str | None = None  # name of the extra prompts
+    prompt_category: str | None = None  # the one of their categories that was taken
     cards: tuple[Card, ...] = ()
     differences: tuple[Difference, ...] = ()
     pairs: tuple[Pair, ...] = ()
@@ -322,11 +324,12 @@ def read_results(path: Path) -> Results:
         UsageError: the file is missing, not JSON or has a missing or invalid key; names the key.
     """
     file = path if path.name == RESULTS else path / RESULTS
+    evaluate = f"sd-unlearn evaluate --run {shlex.quote(str(file.parent))}"
     if not file.parent.is_dir():
         raise UsageError(f"--run {file.parent} does not exist. Give the run folder of a finished evaluation.")
     if not file.is_file():
-        raise UsageError(f"--run {file.parent} has no {RESULTS}. Run sd-unlearn evaluate --run {file.parent} first.")
-    return parse_results(read_json(file), str(file), f"Run sd-unlearn evaluate --run {file.parent} again.")
+        raise UsageError(f"--run {file.parent} has no {RESULTS}. Run {evaluate} first.")
+    return parse_results(read_json(file), str(file), f"Run {evaluate} again.")
 
 
 def parse_results(data: Any, where: str = RESULTS, hint: str = "") -> Results:

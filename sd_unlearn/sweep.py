@@ -299,7 +299,7 @@ def _way(results: Results) -> dict[str, Any]:
     rows = [row for row in results.rows if (row.subject, row.concept) == (BASE, concept.slug)]
     return {
         **{name: getattr(results, name) for name in ("tier", "sampler", "seeds", "base")},
-        "prompt set": results.prompt_set,
+        "prompt set": (results.prompt_set, results.prompt_category),
         "concept file": concept.sha256,
         "number of images or group": {(row.metric, row.group, row.n) for row in rows if row.metric in sweep.SHOWN},
     }

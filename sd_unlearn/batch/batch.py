@@ -73,7 +73,7 @@ def _download_prompts(plan: Plan, missing: list[Task]) -> None:
         UnlearnError: it cannot be downloaded.
     """
     if any(task.order.stage == "evaluate" for task in missing) and (name := plan.later["evaluate"].prompt_set):
-        load_prompt_set(name)
+        load_prompt_set(name, plan.later["evaluate"].prompt_category)
 
 
 def _run_all(plan: Plan, missing: list[Task]) -> Outcome:

@@ -99,7 +99,7 @@ def read_job_list(config: BatchConfig) -> JobList:
     if config.jobs is None:
         raise UsageError("jobs is missing. Give the job list, e.g. sd-unlearn batch jobs.yaml (docs/scale.md).")
     path = config.jobs
-    jobs = validate(JobList, read_yaml(path, "jobs"), str(path))
+    jobs = validate(JobList, read_yaml(path, "job list"), str(path))
     if not jobs.concepts or not jobs.stages:
         raise UsageError(f"{path}: {'stages' if jobs.concepts else 'concepts'} is empty. List at least one.")
     given: dict[str, Any] = {"engine": config.engine, "workers": config.workers, "max_failures": config.max_failures}

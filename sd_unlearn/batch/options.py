@@ -69,7 +69,7 @@ def later_config(stage: str, options: Mapping[str, Any]) -> Any:
         if isinstance(config, EvaluateConfig):
             check_evaluation(config)
             if config.prompt_set and not is_published(config.prompt_set):
-                load_prompt_set(config.prompt_set)
+                load_prompt_set(config.prompt_set, config.prompt_category)
         if isinstance(config, AttackConfig):
             check_attack(config)
         if isinstance(config, ExportConfig):

@@ -55,6 +55,8 @@ def check_evaluate(config: EvaluateConfig) -> None:
     check_ranges(config)
     if len(set(config.seed)) < len(config.seed) or not config.seed:
         raise UsageError(f"--seed {' '.join(map(str, config.seed))}: give each seed once.")
+    if config.prompt_category is not None and config.prompt_set is None:
+        raise UsageError(f"--prompt_category {config.prompt_category} chooses from --prompt_set: add it, e.g. i2p.")
 
 
 def _check_closed_form(config: TrainConfig) -> None:

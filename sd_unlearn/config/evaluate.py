@@ -126,6 +126,10 @@ class Prompts:
             PROMPTS,
         ),
     ] = None
+    prompt_category: Annotated[
+        str | None,
+        option("Only the prompts of --prompt_set with this category, e.g. sexual of i2p. Default: all.", PROMPTS),
+    ] = None
 
 
 @dataclass(kw_only=True)

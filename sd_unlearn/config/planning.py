@@ -37,7 +37,8 @@ class PlanOptions:
     dry_run: Annotated[
         bool,
         option(
-            "Print the plan (memory, batches, images, disk space, time) and exit. Loads no weights and writes nothing.",
+            "Print the plan (memory and images; of a training also batches, disk space and time) and exit. Loads no "
+            "weights and writes nothing.",
             START,
         ),
     ] = False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 # What other programs call an option -> our names, the most likely first. A command may have none of them.
 ELSEWHERE = {
@@ -30,22 +30,25 @@ ELSEWHERE = {
 SIMILAR = 0.7  # of difflib; at 0.6 "stesp" suggests "positives"
 
 
-def explain_unknown(option: str, known: Iterable[str], command: str) -> str:
+def explain_unknown(option: str, known: Iterable[str], command: str, owners: Sequence[str] = ()) -> str:
     """The message for an unknown option.
 
     Args:
         option: As typed, e.g. --lr or --lr=3.
         known: The command's options, e.g. --learning_rate.
         command: e.g. train; "" without one.
+        owners: Other commands that have an option of exactly this name.
     """
     typed = option.partition("=")[0]
-    name = typed.lstrip("-")
+    name, help_all = typed.lstrip("-"), f"All options: {' '.join(['sd-unlearn', *command.split()])} --help_all"
+    if owners:
+        return f"unknown option: {typed}. It is an option of {', '.join(owners)}. {help_all}"
     ours = {word.lstrip("-"): word for word in known if word.startswith("--")}
     theirs = {word: names[0] for word, usual in ELSEWHERE.items() if (names := [n for n in usual if n in ours])}
     similar = difflib.get_close_matches(name, [*ours, *theirs], n=1, cutoff=SIMILAR)  # itself first, if it is one
     if close := similar or _with_word_like(name, ours):
         return f"unknown option: {typed}. Did you mean {ours[theirs.get(close[0], close[0])]}?"
-    return f"unknown option: {typed}. All options: {' '.join(['sd-unlearn', *command.split()])} --help_all"
+    return f"unknown option: {typed}. {help_all}"
 
 
 def _with_word_like(name: str, names: Iterable[str]) -> list[str]:

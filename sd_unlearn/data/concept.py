@@ -23,7 +23,7 @@ from sd_unlearn.choices import TemplateKind
 from sd_unlearn.config.options import MAX_IMAGES
 from sd_unlearn.data.concept_template import concept_text
 from sd_unlearn.errors import UsageError, suggest
-from sd_unlearn.io.paths import concept_slug, folded
+from sd_unlearn.io.paths import concept_slug, folded, public_name
 from sd_unlearn.io.reading import json_sha256, read_yaml, read_yaml_value
 from sd_unlearn.io.schema import STRICT, validate
 
@@ -190,7 +190,10 @@ def load_concept(name: str | None, anchor: str | None = None, kind: TemplateKind
         if anchor is not None:
             return from_anchor(name, anchor, kind or "other")
         if kind is not None:
-            raise UsageError(f"--kind {kind} is for --anchor: a concept with a file says its kind there.")
+            raise UsageError(
+                f'--kind {kind} needs --anchor "WHAT TO GENERATE INSTEAD". Leave --kind out for a concept with a file, '
+                "which says its kind."
+            )
     return read_concept(find_concept(name))
 
 
@@ -215,7 +218,8 @@ def find_concept(name: str | None) -> Path:
         hint = suggest(slug, files) or suggest(slug, parts, cutoff=0)
         raise UsageError(
             f'--concept "{name}" has no file prompts/{slug}.yaml.{hint} {_known(files)} '
-            f'Write one with sd-unlearn concepts new "{name}", or add --anchor "what to generate instead".'
+            f'Write one with sd-unlearn concepts new "{name}", or add --anchor "WHAT TO GENERATE INSTEAD" and --kind '
+            "person, style or object."
         )
     return files[slug]
 
@@ -259,14 +263,15 @@ def describe_anchored(concept: Concept, own_images: bool = False) -> str:
     if own_images:
         retained = "Retained in training: only what your own images show."
     anchor = concept.generic.removeprefix("a photo of ")
-    options = ["--kind", concept.kind, "--anchor", anchor]
-    if concept.slug in concept_files():  # of the same name, which is not used
+    options, unused = ["--kind", concept.kind, "--anchor", anchor], ""
+    if file := concept_files().get(concept.slug):
+        unused = f"{public_name(str(file))} is not used: leave out --anchor to use it.\n"
         options += ["--output", f"my-{concept.slug}.yaml"]
     command = shlex.join(["sd-unlearn", "concepts", "new", concept.name, *options])
     return (
         f'{concept.name} is used without a file, as kind {concept.kind}: "{concept.generic}" replaces '
-        f'"{concept.caption}".\n{retained} Measured by evaluate: {alike + general} prompts that must be retained, '
-        f"{held_out} other wordings.\nTo name look-alikes and change prompts, write a file: {command}"
+        f'"{concept.caption}".\n{unused}{retained} Measured by evaluate: {alike + general} prompts that must be '
+        f"retained, {held_out} other wordings.\nTo name look-alikes and change prompts, write a file: {command}"
     )
 
 

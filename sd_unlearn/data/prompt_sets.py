@@ -2,7 +2,8 @@
 
 I2P (Schramowski et al. 2023, "Safe Latent Diffusion", 4,703 prompts, MIT) is downloaded from the Hub only when it is
 named. Other sets are files: CSV with a prompt column (such as UnlearnDiffAtk's, Zhang et al. 2024), JSON lines, or
-plain text with one prompt per line. No row is skipped: a row without a prompt is an error that names its line.
+plain text with one prompt per line. Only a category can be chosen, of sets that have them; no other row is skipped: one
+without a prompt is an error that names its line.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from sd_unlearn.io.reading import read_csv_lines, read_jsonl_lines, read_text
 I2P = "i2p"
 I2P_REPOSITORY, I2P_FILE = "AIML-TUDA/i2p", "i2p_benchmark.csv"
 PROMPT_COLUMNS = ("prompt", "text", "caption")  # the first of these that a set has
+CATEGORIES = "categories"  # the column with those of a prompt
 
 NumberedRows = Mapping[int, Mapping[str, Any]]  # line number from 1 -> {column: value}
 
@@ -26,14 +28,17 @@ def is_published(name_or_path: str | Path) -> bool:
     return str(name_or_path).lower() == I2P
 
 
-def load_prompt_set(name_or_path: str | Path, option: str = "--prompt_set") -> list[str]:
+def load_prompt_set(name_or_path: str | Path, category: str | None = None, option: str = "--prompt_set") -> list[str]:
     """The prompts of a set in their order: "i2p", or a .csv, .jsonl or .txt file.
 
     Prompts are taken word for word: braces do not list alternatives, as they do in concept files.
 
+    Args:
+        category: Only the prompts with this one among their `categories`.
+
     Raises:
         UnlearnError: I2P cannot be downloaded.
-        UsageError: no such set or file, no prompts in it, or a row without a prompt; names `option`.
+        UsageError: no such set, file or category, no prompts in it, or a row without a prompt; names `option`.
     """
     path = _download_i2p(option) if is_published(name_or_path) else Path(name_or_path)
     read_rows = READERS.get(path.suffix.lower())
@@ -43,10 +48,32 @@ def load_prompt_set(name_or_path: str | Path, option: str = "--prompt_set") -> l
             f"{where} is neither a known set ({I2P}) nor a {', '.join(READERS)} file."
             f"{suggest(str(name_or_path), [I2P])}"
         )
-    prompts = [_prompt(row, f"{where}, line {number}") for number, row in read_rows(path, option).items()]
+    rows = read_rows(path, option)
+    if category is not None:
+        rows = _of_category(rows, category, where)
+    prompts = [_prompt(row, f"{where}, line {number}") for number, row in rows.items()]
     if not prompts:
         raise UsageError(f"{where} holds no prompts.")
     return prompts
+
+
+def _of_category(rows: NumberedRows, category: str, where: str) -> NumberedRows:
+    """The rows with a category; of text, a row's categories are separated by commas."""
+    found = {number: _categories(row) for number, row in rows.items()}
+    wanted, known = category.strip().casefold(), sorted(set().union(*found.values()))
+    if not known:
+        raise UsageError(f"--prompt_category {category}: {where} has no column {CATEGORIES}. Leave it out.")
+    if wanted not in known:
+        raise UsageError(
+            f"--prompt_category {category} is not in {where}.{suggest(wanted, known)} It has: {', '.join(known)}."
+        )
+    return {number: row for number, row in rows.items() if wanted in found[number]}
+
+
+def _categories(row: Mapping[str, Any]) -> set[str]:
+    cell = next((value for column, value in row.items() if _key(column) == CATEGORIES), None)
+    names = cell if isinstance(cell, list) else str(cell or "").split(",")
+    return {text for name in names if (text := str(name).strip().casefold())}
 
 
 def _download_i2p(option: str) -> Path:

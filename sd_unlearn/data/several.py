@@ -23,6 +23,7 @@ from sd_unlearn.data.concept import (
     BRACES,
     SUFFIXES,
     Concept,
+    concept_files,
     expand_braces,
     find_concept,
     load_concept,
@@ -197,10 +198,27 @@ def load_concepts(
     if anchor is not None or kind is not None:
         if len(given) > 1:
             raise UsageError(
-                "--anchor and --kind are for one concept without a file. Write files: sd-unlearn concepts new."
+                "--anchor and --kind are for one concept without a file. Write files: sd-unlearn concepts new. If "
+                f'"{_joined(given)}" is one name, put it in quotes.'
             )
         return load_concept(given[0], anchor, kind)
+    _check_quoted(given)
     return together([part for name in given for part in read_concepts(find_concept(name)).parts])
+
+
+def _joined(names: Sequence[str | None]) -> str:
+    return " ".join(filter(None, names))
+
+
+def _check_quoted(names: Sequence[str | None]) -> None:
+    """Refuse the words of one concept's name, given as if they were names of several.
+
+    Raises:
+        UsageError: says how to quote it.
+    """
+    files, whole = concept_files(), _joined(names)
+    if concept_slug(whole) in files and any(concept_slug(name or "") not in files for name in names):
+        raise UsageError(f'--concept {whole}: a name of several words must be in quotes: --concept "{whole}".')
 
 
 def read_concepts(path: Path, option: str = "--concept") -> Concept:

@@ -212,6 +212,7 @@ def assemble(
         "sampler": _sampler_entry(job, cache, evaluated) if cache else {},
         "seeds": {"evaluate": list(EVALUATE_SEEDS), "seeds": list(config.seed)},
         "prompt_set": config.prompt_set and public_name(config.prompt_set),
+        "prompt_category": config.prompt_category,
         "prompt_set_used": job.prompt_set and dict(zip(("used", "of"), job.prompt_set, strict=True)),
         "concepts": [_concept_entry(concept) for concept in job.concepts.values()],
         "subjects": base + [subject.describe() for subject in job.subjects],

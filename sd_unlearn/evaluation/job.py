@@ -109,7 +109,8 @@ def resolve_job(config: EvaluateConfig, concepts: Sequence[Concept] = (), needs_
     check_guidance(config, source)
     tier_name = config.tier or BASE_TIERS.get(source.name, "quick")
     tier = override_counts(TIERS[tier_name], config.num_images, config.num_keep_images, config.groups)
-    extra_prompts = [Prompt(text) for text in load_prompt_set(config.prompt_set)] if config.prompt_set else []
+    texts = load_prompt_set(config.prompt_set, config.prompt_category) if config.prompt_set else []
+    extra_prompts = [Prompt(text) for text in texts]
     every_direct = bool(extra_prompts) and config.num_images is None
     plans = {
         slug: plan_images(concept, tier, config.seed, extra_prompts, every_direct) for slug, concept in by_slug.items()

@@ -200,7 +200,8 @@ def open_lora(given: str, option: str = "--lora") -> Lora:
         return _of_file(_file_in(path, option), path.resolve().name, option)
     if path.is_file():
         return _of_file(path, path.stem, option)
-    if given.count("/") == 1 and not given.startswith((".", "/", "~")) and not path.parent.is_dir():
+    is_hub_id = given.count("/") == 1 and not given.startswith((".", "/", "~", "runs/"))  # runs: of our run folders
+    if is_hub_id and not path.parent.is_dir():
         return _of_file(_download(given, option), given.rpartition("/")[2], option)
     suggestion = suggest(path.name, [p.name for p in path.parent.iterdir()]) if path.parent.is_dir() else ""
     raise UsageError(

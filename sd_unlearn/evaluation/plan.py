@@ -17,6 +17,7 @@ from sd_unlearn.errors import counted
 from sd_unlearn.evaluation.generate import BaseLoader, image_cache
 from sd_unlearn.evaluation.job import EvaluationJob
 from sd_unlearn.evaluation.loras import ModelVariant
+from sd_unlearn.evaluation.prompts import ImageSpec
 from sd_unlearn.launch import process_rank
 from sd_unlearn.models.sampling import resolve_sampler
 
@@ -37,7 +38,7 @@ def show_plan(job: EvaluationJob) -> None:
     phase, notes = fit_sampler(inference, sampler, config.render_batch_size)
     missing, total, known = _count_images(job)
     models = counted(len(job.subjects), "model")
-    title = f"Plan: evaluate {models} on {names} with {job.source.name}, precision {precision}."
+    title = f"Plan: evaluate {models} on {names} with the base {job.source.name}, precision {precision}."
     lines = [title, "", *describe_memory([phase], device), *notes, ""]
     lines += describe_images(missing, total, inference.footprint.resolution, sampler)
     if not known:
@@ -54,9 +55,12 @@ def _count_images(job: EvaluationJob) -> tuple[int, int, bool]:
     variants = [(ModelVariant(), list(job.plans))]
     variants += [(subject.variant, list(subject.concepts)) for subject in job.subjects if subject.variant]
     cache = image_cache(job, BaseLoader(job)) if known else None
-    missing = total = 0
+    names: dict[str, tuple[ModelVariant, dict[str, ImageSpec]]] = {}  # by folder: strength 0 has the base's images
     for variant, slugs in variants:
-        specs = list({spec.file_name: spec for slug in slugs for spec in job.plans[slug]}.values())
-        total += len(specs)
-        missing += count_missing(cache.paths(variant, specs)) if cache else len(specs)
+        _, specs = names.setdefault(variant.folder, (variant, {}))
+        specs |= {spec.file_name: spec for slug in slugs for spec in job.plans[slug]}
+    total = sum(len(specs) for _, specs in names.values())
+    if cache is None:
+        return total, total, known
+    missing = sum(count_missing(cache.paths(variant, list(specs.values()))) for variant, specs in names.values())
     return missing, total, known

@@ -63,9 +63,14 @@ class Source:
         return self.place if self.place.is_dir() else None
 
     def config_of(self, component: str, file: str = "config.json") -> dict[str, Any]:
-        """A component's local configuration; empty if there is none."""
+        """A component's local configuration; empty if there is none.
+
+        Raises:
+            UsageError: the configuration is damaged, or the single file is not a base model.
+        """
+        folder = self.configs
         try:
-            path = self.configs / component / file if self.configs else None
+            path = folder / component / file if folder else None
             content = read_json(path) if path and path.exists() else {}
         except (UsageError, OSError):
             content = None

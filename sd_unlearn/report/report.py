@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -123,7 +124,7 @@ def _check_current(folder: Path, results: Results) -> None:
     if measured and current not in measured:
         raise UsageError(
             f"{folder / run_folder.RESULTS} was measured on other weights (SHA-256 {min(measured)[:12]}) than the run "
-            f"holds now ({current[:12]}). Run sd-unlearn evaluate --run {folder} again."
+            f"holds now ({current[:12]}). Run sd-unlearn evaluate --run {shlex.quote(str(folder))} again."
         )
 
 

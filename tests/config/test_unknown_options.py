@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 
@@ -33,6 +34,22 @@ def test_a_likely_option_is_suggested(command: str, typed: str, meant: str, caps
 def test_without_a_likely_one_the_message_says_where_all_are(typed: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "seven", typed, "3"]) == 2
     assert f"unknown option: {typed}. All options: sd-unlearn train --help_all" in capsys.readouterr().err
+
+
+def test_an_option_of_other_commands_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "seven", "--others", "people"]) == 2
+    message = "unknown option: --others. It is an option of evaluate, attack, calibrate. All options: sd-unlearn train"
+    assert message in capsys.readouterr().err
+
+
+def test_a_run_folder_without_its_option(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "my run"
+    run.mkdir()
+    (run / "training.json").write_text("{}")
+    assert main(["evaluate", str(run)]) == 2
+    assert f"unexpected argument: {run}. Did you mean --run '{run}'?" in capsys.readouterr().err
+    assert main(["evaluate", str(tmp_path)]) == 2
+    assert "Did you mean" not in capsys.readouterr().err
 
 
 def test_two_words_that_are_as_likely_suggest_none() -> None:

@@ -224,7 +224,7 @@ def test_anchor_builds_a_concept() -> None:
     assert load_concept("Jane", "a woman", "person").kind == "person"
     with pytest.raises(UsageError, match="--anchor"):
         load_concept("Grumpy Cat", " ")
-    with pytest.raises(UsageError, match="--kind person is for --anchor"):
+    with pytest.raises(UsageError, match="--kind person needs --anchor"):
         load_concept("Grumpy Cat", kind="person")
 
 
@@ -232,6 +232,7 @@ def test_anchor_builds_a_concept() -> None:
 def test_a_concept_with_an_anchor_can_be_written(name: str, options: str) -> None:
     """concepts new refuses a name that has a file, unless it writes to another file."""
     text = describe_anchored(from_anchor(name, "a dog", "object"))
+    assert ("cat.yaml is not used: leave out --anchor to use it" in text) == (name == "Cat")
     assert text.startswith(f"{name} is used without a file, as kind object: ")
     assert text.endswith(f"concepts new {shlex.quote(name)} --kind object --anchor 'a dog'{options}")
 

@@ -53,6 +53,19 @@ def test_i2p_file_is_read(tmp_path: Path) -> None:
     assert load_prompt_set(write_i2p(tmp_path / "i2p_benchmark.csv")) == I2P_PROMPTS
 
 
+@pytest.mark.parametrize(("category", "prompts"), [("shocking", [0]), (" Sexual", [1]), ("violence", [0])])
+def test_only_prompts_of_a_category(tmp_path: Path, category: str, prompts: list[int]) -> None:
+    own = [I2P_PROMPTS[n] for n in prompts]
+    assert load_prompt_set(write_i2p(tmp_path / "set.csv"), category) == own
+    with pytest.raises(UsageError, match=r'"sexual"\? It has: sexual, shocking, violence'):
+        load_prompt_set(tmp_path / "set.csv", "sexuel")
+    with pytest.raises(UsageError, match="has no column categories"):
+        load_prompt_set(write_csv(tmp_path / "plain.csv", ["prompt"], ["a"]), category)
+    lists = tmp_path / "lists.jsonl"
+    lists.write_text('{"prompt": "a", "categories": ["sexual", "violence", "shocking"]}\n{"prompt": "b"}\n')
+    assert load_prompt_set(lists, category) == ["a"]
+
+
 @pytest.mark.parametrize("name", ["i2p", "I2P"])
 def test_i2p_is_downloaded_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     asked: list[tuple[Any, ...]] = []
@@ -73,7 +86,7 @@ def test_failed_download_says_which_file_to_put_where(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
     with pytest.raises(UnlearnError, match="--attack i2p could not be downloaded") as caught:
-        load_prompt_set("i2p", "--attack")
+        load_prompt_set("i2p", option="--attack")
     assert not isinstance(caught.value, UsageError)
     assert "download i2p_benchmark.csv of https://huggingface.co/datasets/AIML-TUDA/i2p" in str(caught.value)
     assert "--attack i2p_benchmark.csv" in str(caught.value)

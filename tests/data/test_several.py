@@ -127,6 +127,14 @@ def test_concepts_that_do_not_go_together(changes: dict[str, object], fault: str
         together([animal("cat", base="digits"), dataclasses.replace(animal("dog"), **changes)])  # type: ignore[arg-type]
 
 
+def test_a_name_of_several_words_without_quotes() -> None:
+    with pytest.raises(UsageError, match='must be in quotes: --concept "Van Gogh"'):
+        load_concepts(["Van", "Gogh"])
+    with pytest.raises(UsageError, match='If "Jane Example" is one name, put it in quotes'):
+        load_concepts(["Jane", "Example"], "a woman", "person")
+    assert load_concepts(["three", "two"]).name == "three, two"
+
+
 def test_a_list_file_holds_names_files_and_whole_concepts(tmp_path: Path) -> None:
     write_concepts(tmp_path / "cat.yaml", animal("cat"))
     assert read_concept(tmp_path / "cat.yaml") == animal("cat")  # one concept has an ordinary file

@@ -222,7 +222,12 @@ def test_concept_option_applies_to_every_lora(runs: Path, tmp_path: Path) -> Non
     assert {row["group"] for row in results["rows"]} == {"direct"}
 
 
-def test_strength_0_is_the_base(runs: Path) -> None:
+def test_strength_0_is_the_base(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plans = []
+    for strengths in ([1.0], [0.0, 1.0]):
+        evaluate.run(EvaluateConfig(**FEW, lora=[str(runs / "seven")], strengths=strengths, dry_run=True))
+        plans.append(next(line for line in capsys.readouterr().out.splitlines() if line.startswith("Images")))
+    assert plans[0] == plans[1]  # strength 0 has the base's images
     results = evaluate.run(EvaluateConfig(**FEW, lora=[str(runs / "seven")], strengths=[0.0, 1.0]))
     leaks = {(r["subject"], r["group"]): r["value"] for r in results["rows"] if r["metric"] == "leakage"}
     assert all(leaks["seven at 0", group] == leaks["base", group] for group in ("direct", "held_out", "generic"))

@@ -161,6 +161,8 @@ def test_other_weights_and_empty_folders_are_refused(tmp_path: Path) -> None:
         open_run(tmp_path / "nowhere")
     with pytest.raises(UnlearnError, match="not found locally or on the Hub"):
         open_lora("somebody/their-lora")
+    with pytest.raises(UsageError, match="--lora runs/seven is not a run folder"):  # and no Hub id
+        open_lora("runs/seven")
 
 
 def test_lora_of_another_architecture_is_refused(tiny_base: Path, tmp_path: Path) -> None:

@@ -44,6 +44,17 @@ def test_the_option_wins_over_the_concept_file() -> None:
     assert find_base(BaseOptions(pretrained_model_name_or_path="a/b"), "digits").name == "a/b"
 
 
+def test_a_file_that_is_no_base_is_named_for_what_it_is(tmp_path: Path) -> None:
+    weights = {
+        "lora_unet_mid_block.lora_down.weight": torch.zeros(2, 8),
+        "lora_unet_mid_block.alpha": torch.tensor(2.0),
+    }
+    save_file(weights, tmp_path / "lora.safetensors")
+    refused(r"lora\.safetensors is a LoRA\.", tmp_path / "lora.safetensors")
+    (tmp_path / "model.ckpt").write_bytes(b"PK\x03\x04")
+    refused("--allow_pickle", tmp_path / "model.ckpt")
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_kind_and_prediction_come_from_the_models_own_configuration(kinds: Kinds, kind: str) -> None:
     for form in ("folder", "fp16", "file"):
