@@ -22,7 +22,8 @@ import sd_unlearn
 from sd_unlearn.attacks.registry import ATTACKS
 from sd_unlearn.attacks.tasks import VERSION
 from sd_unlearn.config.evaluate import EvaluateConfig
-from sd_unlearn.data.concept import Concept, Prompt, concept_sha256, load_concept
+from sd_unlearn.data.concept import Concept, Prompt, concept_sha256
+from sd_unlearn.data.find_concept import load_concept
 from sd_unlearn.evaluation.detections import open_images
 from sd_unlearn.evaluation.generate import ImageCache
 from sd_unlearn.evaluation.loras import ModelVariant, open_run

@@ -14,7 +14,7 @@ from leaderboard_runs import UNWATCHED, digest, sampling_of, train_once, weights
 
 import sd_unlearn
 from sd_unlearn.config.evaluate import EvaluateConfig
-from sd_unlearn.data.concept import load_concept
+from sd_unlearn.data.find_concept import load_concept
 from sd_unlearn.data.several import read_concepts
 from sd_unlearn.evaluation.generate import ImageCache
 from sd_unlearn.evaluation.loras import ModelVariant

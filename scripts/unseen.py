@@ -29,7 +29,7 @@ from torch import Tensor
 from unseen_kinds import KNOWN, UNSEEN, Unseen
 
 import sd_unlearn
-from sd_unlearn.data.concept import find_concept
+from sd_unlearn.data.find_concept import find_concept
 from sd_unlearn.io.files import write_json
 from sd_unlearn.io.paths import slugify
 from sd_unlearn.io.reading import read_json, read_yaml

@@ -8,7 +8,8 @@ __version__ = "0.1.0"
 # Public name -> the module that defines it, imported on first use. `__init__.pyi` declares the names for type checkers.
 _NAMES = {
     **dict.fromkeys(("attack", "calibrate", "evaluate", "fuse", "render", "train"), "sd_unlearn.api"),
-    **dict.fromkeys(("Concept", "Evaluation", "Images", "load_concept"), "sd_unlearn.data.concept"),
+    **dict.fromkeys(("Concept", "Evaluation", "Images"), "sd_unlearn.data.concept"),
+    "load_concept": "sd_unlearn.data.find_concept",
     **dict.fromkeys(("ConditionError", "UnlearnError", "UsageError"), "sd_unlearn.errors"),
     **dict.fromkeys(("Results", "read_results"), "sd_unlearn.results"),
 }

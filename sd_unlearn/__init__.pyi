@@ -9,7 +9,7 @@ from sd_unlearn.api import train as train
 from sd_unlearn.data.concept import Concept as Concept
 from sd_unlearn.data.concept import Evaluation as Evaluation
 from sd_unlearn.data.concept import Images as Images
-from sd_unlearn.data.concept import load_concept as load_concept
+from sd_unlearn.data.find_concept import load_concept as load_concept
 from sd_unlearn.errors import ConditionError as ConditionError
 from sd_unlearn.errors import UnlearnError as UnlearnError
 from sd_unlearn.errors import UsageError as UsageError

@@ -43,7 +43,7 @@ Name = Annotated[str, Parameter(help="Name of the concept, or path of a concept 
 @app.default
 def list_(*, as_json: AsJson = False) -> None:
     """List the concepts that have a file."""
-    from sd_unlearn.data.concept import concept_files
+    from sd_unlearn.data.find_concept import concept_files
 
     entries = [_entry(slug, path) for slug, path in sorted(concept_files().items())]
     print(json.dumps(entries, indent=2, ensure_ascii=False) if as_json else _table(entries))
@@ -52,7 +52,7 @@ def list_(*, as_json: AsJson = False) -> None:
 @app.command
 def show(name: Name, /, *, as_json: AsJson = False) -> None:
     """Print a concept file, e.g. as the start of your own; with --json, what is read from it."""
-    from sd_unlearn.data.concept import find_concept
+    from sd_unlearn.data.find_concept import find_concept
     from sd_unlearn.data.several import concept_data, read_concepts
 
     _check_has_file(name)
@@ -113,7 +113,7 @@ def _check_has_file(name: str) -> None:
     Raises:
         UsageError
     """
-    from sd_unlearn.data.concept import concept_files
+    from sd_unlearn.data.find_concept import concept_files
 
     files, slug = concept_files(), concept_slug(name)
     if slug not in files and not name.endswith((".yaml", ".yml")):
@@ -129,7 +129,7 @@ def _new_file(name: str, output: Path | None) -> Path:
     Raises:
         UsageError: it exists, the concept has another file, or it is not called .yaml.
     """
-    from sd_unlearn.data.concept import concept_files
+    from sd_unlearn.data.find_concept import concept_files
 
     path = output or FOLDER / f"{concept_slug(name)}.yaml"
     if path.suffix not in (".yaml", ".yml"):

@@ -22,7 +22,8 @@ from kinds import TOKENS, Kinds, make_tokenizer
 from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from sd_unlearn.data.concept import Concept, read_concept
+from sd_unlearn.data.concept import Concept
+from sd_unlearn.data.find_concept import read_concept
 from sd_unlearn.io.reading import read_json
 from sd_unlearn.io.run_folder import POSITIVE, UNLABELED
 from sd_unlearn.models.base import Base, load_base

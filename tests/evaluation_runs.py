@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from sd_unlearn.config.objective import Weights
-from sd_unlearn.data.concept import read_concept
+from sd_unlearn.data.find_concept import read_concept
 from sd_unlearn.data.several import write_concepts
 from sd_unlearn.io.files import write_json
 from sd_unlearn.models.base import load_base

@@ -12,7 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from sd_unlearn.config.base import ExportConfig
-from sd_unlearn.data.concept import Concept, read_concept
+from sd_unlearn.data.concept import Concept
+from sd_unlearn.data.find_concept import read_concept
 from sd_unlearn.data.several import write_concepts
 from sd_unlearn.export import export
 from sd_unlearn.io.files import write_json

@@ -17,7 +17,7 @@ import pytest
 import sd_unlearn
 from sd_unlearn import Concept, ConditionError, UnlearnError, UsageError, api, commands, read_results
 from sd_unlearn.data import render
-from sd_unlearn.data.concept import read_concept
+from sd_unlearn.data.find_concept import read_concept
 from sd_unlearn.evaluation import evaluate
 from sd_unlearn.training import trainer
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from sd_unlearn import cli
-from sd_unlearn.data.concept import concept_files, load_concept, read_concept
 from sd_unlearn.data.concept_template import concept_text
+from sd_unlearn.data.find_concept import concept_files, load_concept, read_concept
 
 Call = Callable[..., tuple[int, str, str]]
 

@@ -29,9 +29,10 @@ from sd_unlearn import cli, commands, sweep
 from sd_unlearn.config.base import BaseOptions, RenderConfig, ReportConfig
 from sd_unlearn.config.checks import check_train
 from sd_unlearn.data import render, render_job
-from sd_unlearn.data.concept import Concept, read_concept
+from sd_unlearn.data.concept import Concept
 from sd_unlearn.data.dataset import scan
 from sd_unlearn.data.encoding import load_pixels
+from sd_unlearn.data.find_concept import read_concept
 from sd_unlearn.data.prompt_sets import load_prompt_set
 from sd_unlearn.data.render_settings import read_settings
 from sd_unlearn.errors import UnlearnError, UsageError

@@ -12,7 +12,8 @@ from pydantic import Field
 
 from sd_unlearn.choices import TemplateKind
 from sd_unlearn.config.batch import BatchConfig, EngineName
-from sd_unlearn.data.concept import Concept, load_concept
+from sd_unlearn.data.concept import Concept
+from sd_unlearn.data.find_concept import load_concept
 from sd_unlearn.errors import UsageError
 from sd_unlearn.io.paths import slugify
 from sd_unlearn.io.reading import check_keys, read_csv_lines, read_yaml

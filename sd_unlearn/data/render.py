@@ -12,8 +12,9 @@ from typing import Any
 from sd_unlearn import __version__
 from sd_unlearn.config.base import RenderConfig
 from sd_unlearn.config.options import check_ranges
-from sd_unlearn.data.concept import Concept, describe_anchored
+from sd_unlearn.data.concept import Concept
 from sd_unlearn.data.dataset import set_names
+from sd_unlearn.data.find_concept import describe_anchored
 from sd_unlearn.data.metadata import read_metadata
 from sd_unlearn.data.photos import check_places, is_image_folder
 from sd_unlearn.data.render_job import (

@@ -19,19 +19,9 @@ from typing import Any
 import yaml
 
 from sd_unlearn.choices import TemplateKind
-from sd_unlearn.data.concept import (
-    BRACES,
-    SUFFIXES,
-    Concept,
-    concept_files,
-    expand_braces,
-    find_concept,
-    load_concept,
-    normalized,
-    parse_concept,
-    read_concept,
-)
+from sd_unlearn.data.concept import BRACES, Concept, expand_braces, normalized, parse_concept
 from sd_unlearn.data.emoji_things import CATEGORIES
+from sd_unlearn.data.find_concept import SUFFIXES, concept_files, find_concept, load_concept, read_concept
 from sd_unlearn.errors import UsageError
 from sd_unlearn.io.files import write_text
 from sd_unlearn.io.paths import concept_slug

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sd_unlearn.data.concept import Concept, concept_files, read_concept
+from sd_unlearn.data.concept import Concept
+from sd_unlearn.data.find_concept import concept_files, read_concept
 from sd_unlearn.data.several import read_concepts, together
 from sd_unlearn.errors import UnlearnError, UsageError, reason, suggest
 from sd_unlearn.io.paths import concept_slug, folded

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sd_unlearn.data.concept import read_concept
 from sd_unlearn.data.dataset import fingerprint, scan
+from sd_unlearn.data.find_concept import read_concept
 from sd_unlearn.data.render_job import known_beta
 from sd_unlearn.errors import UsageError
 from sd_unlearn.io.reading import read_json, read_yaml

@@ -19,8 +19,9 @@ from sd_unlearn.config.batching import Batching, default_batching, with_options
 from sd_unlearn.config.checks import unused_options
 from sd_unlearn.config.paths import recorded
 from sd_unlearn.config.train import TrainConfig
-from sd_unlearn.data.concept import Concept, describe_anchored
+from sd_unlearn.data.concept import Concept
 from sd_unlearn.data.dataset import fingerprint
+from sd_unlearn.data.find_concept import describe_anchored
 from sd_unlearn.data.photos import CACHE_DIR
 from sd_unlearn.data.render import check_same_base, render_locked
 from sd_unlearn.data.render_job import make_job, with_seed_of_folder

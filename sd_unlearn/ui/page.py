@@ -7,7 +7,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from sd_unlearn.data.concept import concept_files
+from sd_unlearn.data.find_concept import concept_files
 from sd_unlearn.errors import UnlearnError, UsageError, install_command
 from sd_unlearn.io.images import open_image
 from sd_unlearn.io.paths import concept_slug

@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 
 from sd_unlearn.config.base import RenderConfig
 from sd_unlearn.data import plan, render, render_job
-from sd_unlearn.data.concept import Concept, expand_braces, load_concept, read_concept
+from sd_unlearn.data.concept import Concept, expand_braces
+from sd_unlearn.data.find_concept import load_concept, read_concept
 from sd_unlearn.errors import UnlearnError, UsageError
 from sd_unlearn.io.lock import locked
 from sd_unlearn.io.reading import read_json, read_jsonl

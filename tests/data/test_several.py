@@ -14,9 +14,10 @@ from sd_unlearn.config.base import RenderConfig
 from sd_unlearn.config.train import TrainConfig
 from sd_unlearn.data.batch import NO_GROUP
 from sd_unlearn.data.batches import EncodedImages, NoiseSampling, StratifiedBatches
-from sd_unlearn.data.concept import Concept, Evaluation, Images, expand_braces, read_concept
+from sd_unlearn.data.concept import Concept, Evaluation, Images, expand_braces
 from sd_unlearn.data.dataset import Example, members_of_sets
 from sd_unlearn.data.emoji_things import CATEGORIES
+from sd_unlearn.data.find_concept import read_concept
 from sd_unlearn.data.layout import compose_step
 from sd_unlearn.data.render_job import plan_images
 from sd_unlearn.data.several import load_concepts, read_concepts, together, write_concepts

@@ -14,7 +14,7 @@ from sd_unlearn import cli
 from sd_unlearn.config.checks import check_evaluate, check_train
 from sd_unlearn.config.evaluate import EvaluateConfig
 from sd_unlearn.config.train import TrainConfig
-from sd_unlearn.data.concept import load_concept
+from sd_unlearn.data.find_concept import load_concept
 from sd_unlearn.evaluation import evaluate
 from sd_unlearn.evaluation.fail_if import parse_condition
 from sd_unlearn.io.reading import read_yaml

@@ -12,7 +12,8 @@ from metric_tools import make_prompted, pictures
 from safetensors.torch import save_file
 
 from sd_unlearn.config.evaluate import Detectors
-from sd_unlearn.data.concept import Concept, load_concept
+from sd_unlearn.data.concept import Concept
+from sd_unlearn.data.find_concept import load_concept
 from sd_unlearn.errors import UnlearnError, UsageError
 from sd_unlearn.metrics.base import DetectorOutput
 from sd_unlearn.metrics.classifier_of import labels_of

@@ -20,8 +20,8 @@ from sd_unlearn.cli import main
 from sd_unlearn.config.evaluate import EvaluateConfig
 from sd_unlearn.config.train import TrainConfig
 from sd_unlearn.data.batch import NO_GROUP, Batch
-from sd_unlearn.data.concept import load_concept
 from sd_unlearn.data.encoding import encode_captions
+from sd_unlearn.data.find_concept import load_concept
 from sd_unlearn.errors import UsageError
 from sd_unlearn.evaluation.subjects import check_guidance
 from sd_unlearn.io.reading import read_json

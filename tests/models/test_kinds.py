@@ -20,9 +20,9 @@ from safetensors.torch import load_file
 from sd_unlearn.cli import main
 from sd_unlearn.config.objective import Weights
 from sd_unlearn.config.train import TrainConfig
-from sd_unlearn.data.concept import load_concept
 from sd_unlearn.data.dataset import scan
 from sd_unlearn.data.encoding import encode_captions, encode_images
+from sd_unlearn.data.find_concept import load_concept
 from sd_unlearn.errors import UnlearnError, UsageError
 from sd_unlearn.io.files import write_json
 from sd_unlearn.io.reading import read_json

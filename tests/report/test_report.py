@@ -20,7 +20,7 @@ from PIL import Image
 from report_results import EVIL, Page, make_pair, make_results, make_row, parsed, plain, rows
 
 from sd_unlearn.config.base import ReportConfig
-from sd_unlearn.data.concept import read_concept
+from sd_unlearn.data.find_concept import read_concept
 from sd_unlearn.errors import UsageError
 from sd_unlearn.io import files
 from sd_unlearn.io.own_files import REPORT, check_own_reports, is_own_report

@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
-from sd_unlearn.data.concept import read_concept
+from sd_unlearn.data.find_concept import read_concept
 from sd_unlearn.metrics.emoji import AXES, BACKGROUNDS, CATEGORIES, READER, STYLES, THINGS
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sd_unlearn.data.concept import load_concept
+from sd_unlearn.data.find_concept import load_concept
 from sd_unlearn.io.reading import read_json
 from sd_unlearn.metrics.digits import DIGITS
 from sd_unlearn.metrics.emoji import THINGS

@@ -15,7 +15,7 @@ from kinds import POOLED, WIDTH, Kinds
 from torch import Tensor
 
 from sd_unlearn.config.train import TrainConfig
-from sd_unlearn.data.concept import read_concept
+from sd_unlearn.data.find_concept import read_concept
 from sd_unlearn.errors import UsageError
 from sd_unlearn.evaluation.loras import open_lora
 from sd_unlearn.export.kohya import read_adapter

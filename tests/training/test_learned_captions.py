@@ -14,8 +14,8 @@ from flow_kinds import FlowKinds
 
 from sd_unlearn.config.train import TrainConfig
 from sd_unlearn.data.batches import EncodedImages
-from sd_unlearn.data.concept import load_concept
 from sd_unlearn.data.dataset import Example
+from sd_unlearn.data.find_concept import load_concept
 from sd_unlearn.data.layout import compose_step, learned_caption
 from sd_unlearn.errors import UsageError
 from sd_unlearn.models.base import Base, load_base

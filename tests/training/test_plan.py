@@ -11,7 +11,7 @@ from conftest import tree
 from sd_unlearn.cli import main
 from sd_unlearn.config.base import RenderConfig
 from sd_unlearn.config.train import TrainConfig
-from sd_unlearn.data.concept import load_concept
+from sd_unlearn.data.find_concept import load_concept
 from sd_unlearn.data.render_job import make_job
 from sd_unlearn.io.files import write_json
 from sd_unlearn.io.run_folder import CONFIG, TRAINING

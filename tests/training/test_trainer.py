@@ -27,8 +27,8 @@ from sd_unlearn import cli
 from sd_unlearn.config.train import TrainConfig
 from sd_unlearn.data import prior
 from sd_unlearn.data.batches import StratifiedBatches
-from sd_unlearn.data.concept import read_concept
 from sd_unlearn.data.dataset import scan
+from sd_unlearn.data.find_concept import read_concept
 from sd_unlearn.data.prior import ASSUMED_BETA
 from sd_unlearn.data.render_job import RenderJob
 from sd_unlearn.errors import UnlearnError, UsageError
