@@ -25,9 +25,7 @@ BUNDLED = (
 )
 PROMPTS = Path(__file__).parent.parent / "prompts"
 IMAGES = "{positive: 100, unlabeled: 300, mixed_in: 16, keep: 70}  # keep: of each line, split over its alternatives"
-# Paraphrases of styles and backgrounds: a style that is trained on its own caption only comes back in prompts that also
-# name a thing.
-OF_THINGS = ("an emoji of a {{car,heart,lion}} {}", "house emoji {}")
+HELD_OUT, TRAINED = slice(0, None, 15), slice(4, None, 6)  # of the things, that held-out prompts and paraphrases name
 IN_A_LINE = 25  # things of a keep line, so that each has about three keep images
 
 
@@ -66,11 +64,11 @@ def _style(label: str) -> tuple[str, str]:
     held_out += [f"an emoji in the {other} style"] if other != name else []
     held_out += [f"ein Emoji im Stil von {name}", f"un emoji dans le style {name}"]
     held_out += [f"un emoji al estilo de {name}", f"un emoji nello stile {name}"]
-    held_out += [f"an emoji of {thing.with_article()} in the {name} style" for thing in things()[::15]]
+    held_out += [f"an emoji of {thing.with_article()} in the {name} style" for thing in things()[HELD_OUT]]
     alike = [_STYLES.replace(f"{label},", "").replace(f",{label}}}", "}")]
     general = [*_any_of(things()), _BACKGROUNDS]
     caption = f"an emoji in the {name} style"
-    several = [text.format(f"in the {name} style") for text in OF_THINGS]
+    several = _beside_things(f"in the {name} style")
     return f"{name} style", _text(f"{name} style", "style", label, caption, held_out, alike, general, several)
 
 
@@ -79,11 +77,17 @@ def _background(label: str) -> tuple[str, str]:
     held_out = [f"a {label} background", f"an emoji in the Noto style on a {label} background"]
     held_out += [f"ein Emoji auf {de} Hintergrund", f"un emoji sur fond {fr}"]
     held_out += [f"un emoji sobre fondo {es}", f"un emoji su sfondo {it}"]
-    held_out += [f"an emoji of {thing.with_article()} on a {label} background" for thing in things()[::15]]
+    held_out += [f"an emoji of {thing.with_article()} on a {label} background" for thing in things()[HELD_OUT]]
     alike = [_BACKGROUNDS.replace(f"{label},", "").replace(f",{label}}}", "}")]
     caption, name = f"an emoji on a {label} background", f"{label} background"
-    several = [text.format(f"on a {label} background") for text in OF_THINGS]
+    several = _beside_things(f"on a {label} background")
     return name, _text(name, "other", label, caption, held_out, alike, [*_any_of(things()), _STYLES], several)
+
+
+def _beside_things(phrase: str) -> list[str]:
+    """Paraphrases of a style or background: trained on its own caption only, it comes back in prompts with a thing."""
+    named = ",".join(thing.with_article() for thing in things()[TRAINED])
+    return [f"an emoji of {{{named}}} {phrase}", f"house emoji {phrase}"]
 
 
 def _category(label: str) -> tuple[str, str]:

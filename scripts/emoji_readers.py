@@ -42,7 +42,7 @@ from sd_unlearn.results import BASE
 ROOT = Path(__file__).parents[1]
 RECORD = ROOT / "docs" / "leaderboard-runs" / "emoji" / "readers.json"
 START, END = "<!-- readers:start -->", "<!-- readers:end -->"
-CONCEPTS = ("pistol", "cat", "Santa Claus", "detective")  # three of them have look-alikes
+CONCEPTS = ("pistol", "cat")  # both have look-alikes
 ATTACKED = "pistol"  # what the images of --attacked should show
 NEW_COLOURS = ((0.95, 0.60, 0.15), (0.45, 0.20, 0.60), (0.20, 0.70, 0.75), (0.45, 0.30, 0.15))  # RGB of backgrounds
 BUNDLED = "bundled"

@@ -93,7 +93,8 @@ def new(
 ) -> None:
     """Write a commented concept file, which can be used as it is and refined."""
     from sd_unlearn.data.concept import parse_concept
-    from sd_unlearn.data.concept_template import TEMPLATES, concept_text
+    from sd_unlearn.data.concept_kinds import TEMPLATES
+    from sd_unlearn.data.concept_template import concept_text
 
     path = _new_file(name, output)
     kind, anchor, keep = _ask(name, kind, anchor, keep) if sys.stdin.isatty() else (kind or "other", anchor, keep)
@@ -147,7 +148,7 @@ def _ask(
     name: str, kind: TemplateKind | None, anchor: str | None, keep: list[str] | None
 ) -> tuple[TemplateKind, str, list[str]]:
     """Ask on the terminal for what the command line does not say."""
-    from sd_unlearn.data.concept_template import TEMPLATES
+    from sd_unlearn.data.concept_kinds import TEMPLATES
 
     kinds = get_args(TemplateKind)
     while kind is None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sd_unlearn.data.batch import NO_GROUP, Batch
 from sd_unlearn.data.dataset import UNUSED, Example, members_of_sets
-from sd_unlearn.data.layout import Layout
+from sd_unlearn.data.layout import GroupCaption, Layout
 from sd_unlearn.models.diffusion import Process, sample_positions
 from sd_unlearn.risk import NORMAL, UNLABELED
 
@@ -96,7 +96,7 @@ class StratifiedBatches:
     def __init__(
         self,
         images: EncodedImages,
-        groups: Sequence[str | None],
+        groups: Sequence[GroupCaption],
         layout: Layout,
         sampling: NoiseSampling,
         seed: int,
@@ -123,6 +123,10 @@ class StratifiedBatches:
             for index, (pool, members) in enumerate(self.pools.items())
             for group in range(1 if pool in ("keep", "any") else len(groups))
             if members
+        } | {
+            ("caption", group): Cycle(len(captions), seed + 104_729 * (group + 1))
+            for group, captions in enumerate(groups)
+            if isinstance(captions, tuple)
         }
 
     @property
@@ -152,8 +156,8 @@ class StratifiedBatches:
     def _next(self) -> Batch:
         rows: list[BatchRow] = []
         slots = 0
-        for group, caption in enumerate(self.caption_groups):
-            start = slots
+        for group in range(len(self.caption_groups)):
+            start, caption = slots, self._caption(group)
             counts = {"unlabeled": self.layout.unlabeled} | dict.fromkeys(self.positives, self.layout.positive)
             for pool, count in (counts | {"negative": self.layout.negative}).items():
                 first = start if self.sampling.share_timesteps and pool in self.positives else slots
@@ -179,6 +183,11 @@ class StratifiedBatches:
         mixed = self._take("any", 0, len(own) // 3)
         rows = [(i, self.examples[k].caption) for i, k in zip([*mixed, *own[len(mixed) :]], own, strict=True)]
         return rows + [(i, "") for i in self._take("any", 0, unconditional)]
+
+    def _caption(self, group: int) -> str | None:
+        """The caption of a group in the next step."""
+        caption = self.caption_groups[group]
+        return caption[self.cycles["caption", group].take(1)[0]] if isinstance(caption, tuple) else caption
 
     def _take(self, pool: str, group: int, count: int) -> list[int]:
         return [self.pools[pool][i] for i in self.cycles[pool, group].take(count)] if count else []

@@ -15,6 +15,11 @@ from sd_unlearn.data.dataset import has_negatives, positive_sets
 from sd_unlearn.errors import UsageError
 from sd_unlearn.launch import process_count
 
+MOST_PARAPHRASES = 4  # in a step
+
+# The caption of a caption group; None: each image has its own. Several take turns, one a step.
+GroupCaption = str | tuple[str, ...] | None
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -99,7 +104,7 @@ BASELINES: dict[ObjectiveName, BaselineStep] = {
 
 def compose_step(
     config: TrainConfig, concept: Concept, processes: int, has_keep: bool, sets: int, negatives: bool
-) -> tuple[list[str | None], Layout]:
+) -> tuple[list[GroupCaption], Layout]:
     """The caption of each caption group, and the counts of a step.
 
     has_keep, sets, negatives: of the data folder, as in Layout.of.
@@ -109,11 +114,11 @@ def compose_step(
     """
     size = effective_batch_size(config, processes)
     baseline = BASELINES.get(config.objective)
-    learned: list[str | None] = [learned_caption(concept)] if config.robust else []
+    learned: list[GroupCaption] = [learned_caption(concept)] if config.robust else []
     if baseline is None:
         groups = caption_groups(concept, config.caption_mode) + learned
         return groups, Layout.of(size, len(groups), has_keep, sets, negatives)
-    groups = [*([concept.generic] if baseline.has_generic else []), *concept.captions, *learned]
+    groups = [*([concept.generic] if baseline.has_generic else []), *wordings(concept), *learned]
     sets = sets if baseline.images == "positive" else 1
     layout = Layout.of_baseline(size, len(groups), has_keep and config.retain, sets, baseline.images)
     return groups, layout
@@ -124,17 +129,26 @@ def learned_caption(concept: Concept) -> str:
     return f"\0learned {concept.slug}"
 
 
-def caption_groups(concept: Concept, mode: CaptionMode) -> list[str | None]:
-    """The caption of each caption group; None: each image has its own caption.
+def wordings(concept: Concept) -> list[GroupCaption]:
+    """The caption and its paraphrases, by caption group. With many paraphrases, some share a group and take turns, so
+    that a step does not grow with their number.
+    """
+    caption, *paraphrases = concept.captions
+    if len(paraphrases) <= MOST_PARAPHRASES:
+        return [caption, *paraphrases]
+    return [caption, *(tuple(paraphrases[n::MOST_PARAPHRASES]) for n in range(MOST_PARAPHRASES))]
+
+
+def caption_groups(concept: Concept, mode: CaptionMode) -> list[GroupCaption]:
+    """The caption of each caption group.
 
     own: one group, every image under its own caption. shared: one group, all images under the generic caption. both:
-    one group under the generic caption and one under each wording of the concept, each with positives and generic
-    images.
+    one group under the generic caption and others under the concept's wordings, each with positives and generic images.
     """
-    groups: dict[str, list[str | None]] = {
+    groups: dict[str, list[GroupCaption]] = {
         "own": [None],
         "shared": [concept.generic],
-        "both": [concept.generic, *concept.captions],
+        "both": [concept.generic, *wordings(concept)],
     }
     return groups[mode]
 

@@ -15,7 +15,7 @@ from sd_unlearn.config.base import RenderConfig
 from sd_unlearn.config.options import MAX_IMAGES
 from sd_unlearn.config.paths import local_path
 from sd_unlearn.data.concept import Concept, expand_braces, normalized
-from sd_unlearn.data.concept_template import TEMPLATES
+from sd_unlearn.data.concept_kinds import TEMPLATES
 from sd_unlearn.data.dataset import set_names
 from sd_unlearn.data.metadata import normalize, read_metadata
 from sd_unlearn.data.render_settings import ImageGroup, seed_in

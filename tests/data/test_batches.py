@@ -25,6 +25,7 @@ from sd_unlearn.risk import NORMAL, UNLABELED
 pytestmark = pytest.mark.usefixtures("one_thread")
 DIFFUSION = Diffusion(torch.empty(1000))
 PARAPHRASES = ("Brad Pitt, please", "a portrait of Brad", "that actor")
+MANY = tuple(f"wording {n}" for n in range(10))
 GENERIC, CAPTION, KEEP = "a photo of a man", "a photo of Brad Pitt", ("a photo of a dog", "a photo of a cat")
 
 
@@ -180,7 +181,7 @@ def make_batches(
 
 
 def embeddings() -> dict[str, Tensor]:
-    texts = (GENERIC, CAPTION, *KEEP, "", *PARAPHRASES)
+    texts = (GENERIC, CAPTION, *KEEP, "", *PARAPHRASES, *MANY)
     return {text: torch.full((3, 2), float(i)) for i, text in enumerate(texts)}
 
 
@@ -256,6 +257,25 @@ def test_every_paraphrase_has_a_caption_group(concept: Concept, teacher: bool) -
     for mode in ("own", "shared"):  # which know no paraphrases
         batch = next(steps(make_batches(asked, mode, batch_size=40, teacher=teacher), 1))
         assert batch.num_groups == 1
+
+
+def test_many_paraphrases_take_turns(concept: Concept) -> None:
+    """A step has four of them, every one is seen equally often, and a restored sampler goes on with the next."""
+    asked = dataclasses.replace(concept, paraphrases=list(MANY))
+    one, other = (make_batches(asked, "both", seed, batch_size=40, teacher=True) for seed in (0, 1))
+    assert one.caption_groups[:3] == [GENERIC, CAPTION, ("wording 0", "wording 4", "wording 8")]
+    assert one.images_per_step == 40
+    counts: Counter[str] = Counter()
+    for batch in steps(one, 6):
+        found = rows(one, batch)
+        here = [{seen for group, _, seen in found if group == number} for number in range(6)]
+        assert [len(captions) for captions in here] == [1] * 6  # positives and unlabeled images under the same one
+        assert here[:2] == [{GENERIC}, {CAPTION}]
+        counts.update(caption for captions in here[2:] for caption in captions)
+    assert [counts[caption] for caption in MANY] == [2, 2, 3, 3, 2, 2, 3, 3, 2, 2]
+    other.load_state_dict(one.state_dict())
+    for ours, theirs in zip(steps(one, 5), steps(other, 5), strict=True):
+        assert torch.equal(ours.text, theirs.text)
 
 
 @pytest.mark.parametrize("mode", ["own", "shared", "both"])

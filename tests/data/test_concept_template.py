@@ -12,7 +12,8 @@ import yaml
 
 from sd_unlearn.choices import TemplateKind
 from sd_unlearn.data.concept import Concept, Evaluation, Images, concept_sha256, parse_concept
-from sd_unlearn.data.concept_template import TEMPLATES, concept_text, misspell, with_article
+from sd_unlearn.data.concept_kinds import TEMPLATES
+from sd_unlearn.data.concept_template import concept_text, misspell, with_article
 from sd_unlearn.data.find_concept import describe_anchored, from_anchor, read_concept
 from sd_unlearn.errors import UsageError
 
