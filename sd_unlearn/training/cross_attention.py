@@ -11,6 +11,7 @@ from torch import Tensor
 from sd_unlearn.choices import ObjectiveName
 from sd_unlearn.data.concept import Concept
 from sd_unlearn.data.encoding import encode_captions, tokenize
+from sd_unlearn.data.layout import MOST_PARAPHRASES
 from sd_unlearn.models.base import Base
 
 # Endings of the names of the edited layers, by objective. SPEED edits values only.
@@ -48,11 +49,14 @@ def embed(base: Base, concept: Concept) -> Embeddings:
 def subjects(base: Base, concept: Concept) -> tuple[Tensor, Tensor]:
     """[n, width] each: the embeddings of a concept's subject in its captions, and those they are replaced with.
 
-    Of a caption, the tokens from the subject's last one to the end of the sequence are edited (`last_token`), as in the
-    code of UCE and RECE: the end and the padding follow the subject, so their embeddings describe it, too.
+    The captions are the concept's and its first paraphrases, as many as a training step has: with all of 25, UCE and
+    RECE retained less of everything else (docs/training.md). Of each, the tokens from the subject's last one to the end
+    of the sequence are edited (`last_token`), as in the code of UCE and RECE: the end and the padding follow the
+    subject, so their embeddings describe it, too.
     """
-    generic, *captions = _tokens(base, [concept.generic, *concept.captions])
-    ids_of_generic, *ids = tokenize(base, [concept.generic, *concept.captions]).tolist()
+    texts = [concept.generic, *concept.captions[: 1 + MOST_PARAPHRASES]]
+    generic, *captions = _tokens(base, texts)
+    ids_of_generic, *ids = tokenize(base, texts).tolist()
     concepts, anchors = [], []
     for caption, ids_of_caption in zip(captions, ids, strict=True):
         ends = base.pipeline.tokenizer.eos_token_id

@@ -33,3 +33,11 @@ def test_the_edited_tokens_reach_from_the_subject_to_the_end(loaded_base: Base) 
     assert torch.allclose(found.concepts, encoded("7 x")[1 : tokens - 1])
     assert torch.allclose(found.anchors, encoded("it x")[2:])
     assert torch.allclose(found.preserved, torch.cat([encoded(p) for p in ("ab", "c e", "d e")]))
+
+
+def test_only_the_first_paraphrases_are_edited(loaded_base: Base) -> None:
+    """More would change what the words in them mean elsewhere."""
+    concept = Concept(name="7", caption="7 x", generic="it x", paraphrases=["7 a", "7 b", "7 c", "7 d"])
+    more = Concept(name="7", caption="7 x", generic="it x", paraphrases=[*concept.paraphrases, "7 e", "7 f"])
+    for found, few in zip(*(cross_attention.subjects(loaded_base, each) for each in (more, concept)), strict=True):
+        assert torch.equal(found, few)
