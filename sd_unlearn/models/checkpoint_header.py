@@ -14,9 +14,12 @@ PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 UNET = "model.diffusion_model."
 VAES = ("first_stage_model.", "vae.")
 TEXT_ENCODERS = ("cond_stage_model.", "conditioner.embedders.", "text_encoders.")
-# Component -> its name in SD 3's files, after text_encoders.
 REFINER_TEXT_WIDTH = 1280  # of XL's second text encoder alone; the base takes both, 2048
-SD3_TEXT_ENCODERS = {"text_encoder": "clip_l", "text_encoder_2": "clip_g", "text_encoder_3": "t5xxl"}
+# Kind -> component -> its name in single files, after text_encoders.
+FILE_TEXT_ENCODERS = {
+    "sd3": {"text_encoder": "clip_l", "text_encoder_2": "clip_g", "text_encoder_3": "t5xxl"},
+    "flux": {"text_encoder": "clip_l", "text_encoder_2": "t5xxl"},
+}
 # Part of a tensor name -> what a file with such a tensor is. The first match is reported.
 UNSUPPORTED_TENSORS = {
     "lora_up.": "a LoRA, not a base model",
@@ -36,8 +39,6 @@ UNSUPPORTED_TENSORS = {
     "double_stream_blocks.": "a HiDream model",
     "clip_txt_mapper.": "a Stable Cascade model",
 }
-# Width of the text embeddings that the published models' UNets take.
-TEXT_WIDTHS = {"sd1": 768, "sd2": 1024, "sdxl": 2048}
 
 
 @dataclass(frozen=True)

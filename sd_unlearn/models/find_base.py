@@ -12,7 +12,7 @@ from sd_unlearn.config.base import DEFAULT_BASE, BaseOptions
 from sd_unlearn.errors import UsageError
 from sd_unlearn.io.schema import OPEN, validate
 from sd_unlearn.models.checkpoint_header import (
-    SD3_TEXT_ENCODERS,
+    FILE_TEXT_ENCODERS,
     check_suffix,
     check_vae_file,
     kind_of_file,
@@ -167,7 +167,8 @@ def _check_transformer_file(source: Source, kind: Kind) -> None:
     if source.drop_t5 and "text_encoder_3" in components:
         components.remove("text_encoder_3")
     in_file = {"vae"} if source.header.has_vae or source.vae else set()
-    in_file |= {c for c, part in SD3_TEXT_ENCODERS.items() if any(source.header.under(f"text_encoders.{part}."))}
+    own = FILE_TEXT_ENCODERS.get(kind.name, {})
+    in_file |= {c for c, part in own.items() if any(source.header.under(f"text_encoders.{part}."))}
     missing = [c for c in components if c not in in_file and not weights_in(Path(folder).expanduser() / c)]
     if missing:
         raise UsageError(

@@ -112,20 +112,25 @@ class Inference:
     def render(self, at_once: int, tiles: bool = False, training: int = 0) -> Phase:
         """Generate images. tiles: the VAE decodes a single image in tiles. training: bytes of what is trained; then
         previews are generated, from cached captions."""
-        f, decode = self.footprint, self.footprint.decode // (TILE_SHARE if tiles else 1)
-        sample = f.sample * (1 + KEPT_BLOCKS[self.device.kind])
+        f = self.footprint
+        sample = at_once * f.sample * (1 + KEPT_BLOCKS[self.device.kind])
+        decode = self._in_vae(at_once) * f.decode // (TILE_SHARE if tiles else 1)
         parts = {f.title: f.network, "VAE": f.vae + f.upcast} | ({} if training else {"text encoder": f.text_encoders})
         parts |= {"trained weights, optimizer": training} if training else {}
-        work = {"generated images": at_once * max(sample, decode), "workspace": self.workspace}
+        work = {"generated images": max(sample, decode), "workspace": self.workspace}
         return Phase("preview" if training else "render", at_once, parts | work)
 
     def encode(self, at_once: int, captions: int, tiles: bool = False) -> Phase:
         """Encode images and captions. captions: encoded at once. tiles: as in render."""
         f = self.footprint
-        images = at_once * f.encode // (TILE_SHARE if tiles else 1)
+        images = self._in_vae(at_once) * f.encode // (TILE_SHARE if tiles else 1)
         weights = {f.title: f.network, "VAE": f.vae + f.upcast, "text encoder": f.text_encoders}
         work = {"encoded images": max(images, captions * f.caption), "workspace": self.workspace}
         return Phase("encode", at_once, weights | work)
+
+    def _in_vae(self, at_once: int) -> int:
+        """How many images of a batch the VAE works on at once."""
+        return 1 if self.footprint.slices else at_once
 
     @property
     def workspace(self) -> int:

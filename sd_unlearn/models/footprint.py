@@ -42,9 +42,10 @@ class InferenceFootprint:
     vae: int
     text_encoders: int
     upcast: int  # more weights while the VAE works: SDXL's is in full precision then
-    sample: int  # per image: the network, with guidance two rows
+    sample: int  # per image: the network, with guidance two rows unless each has a pass of its own
     decode: int  # per image
     encode: int  # per image
+    slices: bool = False  # whether the VAE decodes and encodes the images of a batch one by one
     caption: int  # per caption
     largest_weight: int  # of the network
     resolution: int  # in pixels, for which all of this holds
@@ -122,7 +123,8 @@ def count_inference(configs: Configs, precision: Precision, resolution: int | No
     vae_weights = size_of(vae)
     if upcast:
         vae.float()
-    width, rows = side * base.pixels_per_latent, 2 if KINDS[base.kind].uses_guidance else 1
+    width, kind = side * base.pixels_per_latent, KINDS[base.kind]
+    rows = 2 if kind.uses_guidance and kind.prompts_in != "first pass" else 1
     with torch.device("meta"):
         latents = torch.empty(COUNTED, base.channels, side, side, dtype=vae.dtype)
         pixels = torch.empty(COUNTED, 3, width, width, dtype=vae.dtype)
@@ -136,14 +138,15 @@ def count_inference(configs: Configs, precision: Precision, resolution: int | No
         sample=rows * peak_of(network, lambda: denoiser.predict(*inputs(base, side, network.dtype))),
         decode=peak_of(vae, lambda: decoded(vae, latents)),
         encode=peak_of(vae, lambda: posterior(vae, pixels)),
+        slices=kind.is_large,
         caption=sum(
             peak_of(encoder, partial(encoder, own, output_hidden_states=True))
             for encoder, own in zip(encoders, ids, strict=True)
         ),
         largest_weight=largest,
         resolution=width,
-        title=KINDS[base.kind].title,
-        captions_at_once=KINDS[base.kind].captions_at_once,
+        title=kind.title,
+        captions_at_once=kind.captions_at_once,
     )
 
 

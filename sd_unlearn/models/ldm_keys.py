@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from sd_unlearn.errors import UnlearnError
-from sd_unlearn.models.checkpoint_header import SD3_TEXT_ENCODERS, UNET
+from sd_unlearn.models.checkpoint_header import FILE_TEXT_ENCODERS, UNET
 from sd_unlearn.models.kinds import KINDS
 from sd_unlearn.models.transformer_keys import original_weights
 
@@ -237,7 +237,7 @@ def _sd3_checkpoint(pipeline: Any) -> dict[str, Tensor]:
     weights = {UNET + key: value for key, value in original_weights("sd3", pipeline.transformer.state_dict()).items()}
     vae = vae_weights(pipeline.vae.state_dict(), len(pipeline.vae.config.up_block_types))
     weights |= {VAE + key: value for key, value in vae.items()}
-    for component, name in SD3_TEXT_ENCODERS.items():
+    for component, name in FILE_TEXT_ENCODERS["sd3"].items():
         if (encoder := getattr(pipeline, component, None)) is None:
             continue
         state = {key: value for key, value in encoder.state_dict().items() if not key.endswith("position_ids")}

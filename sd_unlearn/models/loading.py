@@ -51,6 +51,9 @@ def _load_file_or_folder(source: Source, dtype: Any, vae: Any) -> Any:
 
         if vae is not None:
             _check_vae_config(vae, _config(source, "vae", "config.json"), source)
+        if dtype is None and KINDS[str(source.kind)].is_flow:
+            assert source.configs is not None
+            dtype = _stored_dtypes(source.configs)
         return load_single_file(source, dtype or torch.float32, vae)
     place = str(source.place) if source.place.is_dir() else source.name
     index = _config(source, None, "model_index.json")  # before the weights, which may be many gigabytes

@@ -11,11 +11,13 @@ from flow_kinds import KIND_OF, FlowKinds
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from sd_unlearn.data.encoding import encode_captions
 from sd_unlearn.errors import UnlearnError, UsageError
 from sd_unlearn.models.base import Base, load_base
 from sd_unlearn.models.checkpoint_header import kind_of_file, read_checkpoint_header
 from sd_unlearn.models.find_base import check_source
 from sd_unlearn.models.ldm_keys import checkpoint
+from sd_unlearn.models.loading import load_pipeline
 from sd_unlearn.models.source import Source
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -73,6 +75,41 @@ def test_the_networks_in_the_file_are_used_before_those_of_the_folder(
     assert torch.equal(encoder.text_model.final_layer_norm.bias, tensors[key])
     t5 = loaded(tmp_path / "a.safetensors", bare).pipeline.text_encoder_3
     assert torch.equal(t5.encoder.embed_tokens.weight, tensors["text_encoders.t5xxl.transformer.shared.weight"])
+
+
+def test_text_encoders_in_a_file_of_flux_are_read(bases: dict[str, tuple[Base, Path, Path]], tmp_path: Path) -> None:
+    """As ComfyUI saves them: CLIP with its prefix, which transformers has dropped, and T5's embeddings once."""
+    base, folder, file = bases["flux-dev"]
+    tensors = load_file(file)
+    clip = base.pipeline.text_encoder.state_dict()
+    tensors |= {f"text_encoders.clip_l.transformer.text_model.{name}": value.clone() for name, value in clip.items()}
+    state = base.pipeline.text_encoder_2.state_dict()
+    t5 = {name: value for name, value in state.items() if "embed_tokens" not in name}
+        name: value for name, value in base.pipeline.text_encoder_2.state_dict().items() if "embed_tokens" not in name
+    }
+    tensors |= {f"text_encoders.t5xxl.transformer.{name}": value.clone() for name, value in t5.items()}
+    save_file(tensors, tmp_path / "all.safetensors")
+    bare = shutil.copytree(folder, tmp_path / "bare", ignore=shutil.ignore_patterns("*.safetensors"))
+    shutil.copytree(folder / "vae", bare / "vae", dirs_exist_ok=True)
+    read = loaded(tmp_path / "all.safetensors", bare)
+    assert (read.sha256, read.text_encoder_sha256) == (base.sha256, base.text_encoder_sha256)
+    captions = ["a photo", "seven"]
+    assert torch.equal(encode_captions(read, captions), encode_captions(base, captions))
+
+
+@pytest.mark.parametrize("scale", [None, 0.01])
+def test_bf16_files_are_read_as_such(
+    bases: dict[str, tuple[Base, Path, Path]], tmp_path: Path, scale: float | None
+) -> None:
+    """In full precision they would take twice the memory. Eight bits with a scale are no bf16 numbers."""
+    _, folder, file = bases["flux-dev"]
+    half = {name: value.bfloat16() for name, value in load_file(file).items()}
+    save_file(in_eight_bits(half, scale) if scale else half, tmp_path / "bf16.safetensors")
+    source = Source(str(tmp_path / "bf16.safetensors"), single_file_config=str(folder))
+    pipeline = load_pipeline(source, None)
+    assert pipeline.transformer.dtype == (torch.float32 if scale else torch.bfloat16)
+    assert {pipeline.vae.dtype, pipeline.text_encoder_2.dtype} == {torch.float32}
+    assert load_pipeline(source, torch.float32).transformer.dtype == torch.float32
 
 
 def in_eight_bits(tensors: dict[str, Tensor], scale: float | None) -> dict[str, Tensor]:
