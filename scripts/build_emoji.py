@@ -187,7 +187,7 @@ def main() -> None:
         "table": lambda args: table(args.work_dir, held_apart(args, copies=4)),
     }
     for stage in [args.only] if args.only else STAGES:
-        if stage not in RESULTS or not (args.work_dir / RESULTS[stage]).exists():
+        if args.only or stage not in RESULTS or not (args.work_dir / RESULTS[stage]).exists():
             jobs[stage](args)
 
 

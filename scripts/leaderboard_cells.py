@@ -248,12 +248,15 @@ def attack(stages: Stages) -> None:
         raise NotAvailable("attacks on a changed sampler are not part of sd-unlearn attack")
     if stages.cell.of.how == "train" and not (stages.run / TRAINING).is_file():
         raise NotAvailable("it is not trained yet")
+    reader = weights_in(stages.study.classifier.reader.folder)
     for name, budget in stages.budget.attacks.items():
         settings = asdict(ATTACKS[name].budgets[budget])
         key = digest([stages.weights, name, settings, VERSION])
-        if stages.record.get("attacks", {}).get(name, {}).get("key") == key:
+        known = stages.record.get("attacks", {}).get(name, {})
+        if known.get("key") == key and known.get("reader", reader) == reader:  # older records do not name it
             continue
-        attacks = {**stages.record.get("attacks", {}), name: {"key": key, **attacked(stages, name, budget)}}
+        found = {"key": key, "reader": reader, **attacked(stages, name, budget)}
+        attacks = {**stages.record.get("attacks", {}), name: found}
         stages.add(attacks=attacks)
     if (stages.run / RESULTS).is_file():
         pictures(stages)

@@ -66,7 +66,8 @@ def group_section(title: str, concepts: Sequence[str], folder: Path) -> str:
     ]
     for method, of_concepts in found.items():
         every = [record for records in of_concepts.values() for record in records]
-        cells = [METHODS[method].title, str(len(of_concepts))]
+        num_run = max(map(len, found.values()))
+        cells = [METHODS[method].title, f"{len(of_concepts)}{f' of {num_run}' if len(of_concepts) < num_run else ''}"]
         cells += [mean_and_worst(of_concepts, name) for name in columns.values()]
         lines.append(f"| {' | '.join([*cells, cost(every, 'seconds'), cost(every, 'bytes')])} |")
     each = [f"| concept | {' | '.join(METHODS[m].title for m in found)} |", f"|---{'|---' * len(found)}|"]

@@ -70,7 +70,7 @@ def concept_file(unseen: Unseen, file: Path) -> Path:
 def attacked(unseen: Unseen, attack: str, work: Path, run: Path | None) -> list[Path]:
     """The images that an attack on the base generated, or on the LoRA of a run."""
     slug = slugify(unseen.name)
-    cache = work / "attacks" / slug / attack / ("erased" if run else "base")
+    cache = work / "attacks" / slug / attack / (f"erased-{weights_sha256(run)[:12]}" if run else "base")
     options: dict[str, Any] = {"cache_dir": cache, "attacker_images": attackers_images(unseen, work / slug)}
     if run:
         options |= {"run": run, "ceiling": False}

@@ -79,7 +79,8 @@ class Objective:
         CaptionMode,
         option(
             "Captions of the positive and generic images in training. own: each image's own caption. shared: the "
-            "generic caption for all. both: every image under the generic caption and under the concept's caption.",
+            "generic caption for all. both: every image under the generic caption, under the concept's caption and "
+            "under its paraphrases, of which at most four are in a step and the others take turns.",
             OBJECTIVE,
         ),
     ] = "both"

@@ -28,6 +28,7 @@ ELSEWHERE = {
     "verbose": ("debug",),
 }
 SIMILAR = 0.7  # of difflib; at 0.6 "stesp" suggests "positives"
+SAME = 0.9  # strength and strengths
 
 
 def explain_unknown(option: str, known: Iterable[str], command: str, owners: Sequence[str] = ()) -> str:
@@ -41,9 +42,10 @@ def explain_unknown(option: str, known: Iterable[str], command: str, owners: Seq
     """
     typed = option.partition("=")[0]
     name, help_all = typed.lstrip("-"), f"All options: {' '.join(['sd-unlearn', *command.split()])} --help_all"
-    if owners:
-        return f"unknown option: {typed}. It is an option of {', '.join(owners)}. {help_all}"
     ours = {word.lstrip("-"): word for word in known if word.startswith("--")}
+    nearly = difflib.get_close_matches(name, ours, n=1, cutoff=SAME)
+    if owners and not nearly:
+        return f"unknown option: {typed}. It is an option of {', '.join(owners)}. {help_all}"
     theirs = {word: names[0] for word, usual in ELSEWHERE.items() if (names := [n for n in usual if n in ours])}
     similar = difflib.get_close_matches(name, [*ours, *theirs], n=1, cutoff=SIMILAR)  # itself first, if it is one
     if close := similar or _with_word_like(name, ours):

@@ -90,7 +90,7 @@ def _reach(url: str) -> Check:
     except HTTPError as error:
         return Check("Hugging Face", "hub", "broken", f"answers with HTTP status {error.code}")
     except Exception as error:
-        detail = f"not reachable ({type(error).__name__}): only the base digits, local and cached models can be used"
+        detail = f"not reachable ({type(error).__name__}): only bundled, local and cached models can be used"
         return Check("Hugging Face", "hub", "broken", detail)
     return Check("Hugging Face", "hub", "ok", f"reachable in {time.monotonic() - start:.1f} s")
 

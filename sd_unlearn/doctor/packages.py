@@ -98,10 +98,11 @@ def _unmet(package: str, installed: str) -> str | None:
     """The versions that sd-unlearn needs, if the installed one is not among them."""
     try:
         from packaging.requirements import Requirement
+        from packaging.utils import canonicalize_name
 
         for line in requires("sd-unlearn") or []:
             requirement = Requirement(line)
-            if requirement.name.lower() == package and not requirement.marker:
+            if canonicalize_name(requirement.name) == canonicalize_name(package) and not requirement.marker:
                 return (
                     None if requirement.specifier.contains(installed, prereleases=True) else str(requirement.specifier)
                 )

@@ -115,7 +115,7 @@ def in_words(difference: Difference) -> str:
     if not finite(value):
         return ""
     if value == 0:
-        return "no difference"
+        return "not shown to differ"
     p, size = p_value(difference), ("−" if value < 0 else "+") + _size(difference, abs(value))
     if p is None:
         return size

@@ -23,6 +23,7 @@ from sd_unlearn.config.unknown_options import ELSEWHERE, explain_unknown
         ("train", "--guidance", "--guidance_scale"),
         ("train", "--prompt", "--concept"),
         ("evaluate", "--num_image", "--num_images"),
+        ("evaluate", "--strength", "--strengths"),  # which export has
     ],
 )
 def test_a_likely_option_is_suggested(command: str, typed: str, meant: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -85,8 +85,6 @@ def test_text_encoders_in_a_file_of_flux_are_read(bases: dict[str, tuple[Base, P
     tensors |= {f"text_encoders.clip_l.transformer.text_model.{name}": value.clone() for name, value in clip.items()}
     state = base.pipeline.text_encoder_2.state_dict()
     t5 = {name: value for name, value in state.items() if "embed_tokens" not in name}
-        name: value for name, value in base.pipeline.text_encoder_2.state_dict().items() if "embed_tokens" not in name
-    }
     tensors |= {f"text_encoders.t5xxl.transformer.{name}": value.clone() for name, value in t5.items()}
     save_file(tensors, tmp_path / "all.safetensors")
     bare = shutil.copytree(folder, tmp_path / "bare", ignore=shutil.ignore_patterns("*.safetensors"))

@@ -148,7 +148,7 @@ def test_labels_distinguish_strengths_and_equal_names():
         (0.02, 0.012, "leakage", "+2.0 points, p = 0.012"),
         (-0.003, 0.6, "leakage", "−0.3 points, not shown to differ, p = 0.60"),
         (0.01, None, "leakage", "+1.0 points"),
-        (0.0, 1.0, "leakage", "no difference"),
+        (0.0, 1.0, "leakage", "not shown to differ"),
         (0.0412, 0.001, "drift", "+0.0412, p = 0.001"),
         (None, None, "leakage", ""),
     ],

@@ -1,4 +1,4 @@
-"""BetaEstimate beta repeatedly while a DDPM trains, from the network's own activations.
+"""Estimate beta repeatedly while a DDPM trains, from the network's own activations.
 
 The paper treats beta as known (0.1). Here `prior.py` estimates it from the activations in the middle of the network
 that is being trained: as it learns what the images show, positives and normal images become separable, and the
