@@ -29,6 +29,8 @@ from leaderboard_pictures import write_grid
 from leaderboard_runs import UNWATCHED, digest, train_once, trained_files, weights_in
 from leaderboard_studies import STUDIES
 from leaderboard_table import percent
+from many_curve import STYLE, Point, point_of, single
+from many_curve import draw as draw_curve
 from one_by_one import evaluate_merged, merge, serve
 
 import sd_unlearn
@@ -224,6 +226,18 @@ def mean(of: Mapping[str, Sequence[float]]) -> float:
     return statistics.fmean(value for value, _ in of.values())
 
 
+def write_curve(file: Path) -> None:
+    """Draw the records, with those of things that leaderboard.py erased one at a time."""
+    points: dict[str, list[Point]] = {method: [] for method in STYLE}
+    for one in map(read_json, RECORDS.glob("*.json")):
+        points.get(one["method"], []).append(point_of(one))
+    for method in points:
+        files = (RECORDS.parent / "quick" / f"{Cell(method, name, 0, EMOJI).name}.json" for name in chosen(10))
+        if alone := single([read_json(file) for file in files if file.is_file()]):
+            points[method].append(alone)
+    draw_curve(points, TITLES, file)
+
+
 def write_table(page: Path) -> None:
     """Replace the generated part of the page; see `replace_between`."""
     replace_between(page, START, END, table())
@@ -243,6 +257,7 @@ def main(arguments: list[str] | None = None) -> None:
                 print(f"{count} things: {method}", file=sys.stderr, flush=True)
                 record(method, count, args.steps if method == "pu" else None, args.work_dir)
     write_table(DOCS / "emoji.md")
+    write_curve(DOCS / "images" / "emoji-many.png")
 
 
 if __name__ == "__main__":

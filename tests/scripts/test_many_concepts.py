@@ -58,3 +58,22 @@ def test_the_table_has_means_over_things(tmp_path: Path, monkeypatch: pytest.Mon
     assert text.startswith("before\n")
     assert text.endswith("\nafter\n")
     assert "old" not in text
+
+
+def test_the_points_of_the_curve(tmp_path: Path) -> None:
+    """Means over things, weighted by images: 6 of 40 show a concept. One at a time, each has a record of its own."""
+    from many_curve import draw, point_of, single
+
+    leakage, kept = {"pistol": [0.25, 20], "knife": [0.05, 20]}, {"cat": [0.98, 9], "owl": [1.0, 9]}
+    count, share, (low, high), retained = point_of({"count": 10, "leakage": leakage, "retention": kept})
+    assert (count, share, retained) == (10, pytest.approx(0.15), pytest.approx(0.99))
+    assert low < 0.15 < high
+    rows = [
+        {"leakage direct": {"value": value, "n": 50}, "retention kept": {"value": 1.0, "n": 9}} for value in (0, 0.1)
+    ]
+    alone = single([{"evaluation": {"rows": one}} for one in rows])
+    assert alone is not None
+    assert alone[:2] == (1, pytest.approx(0.05))
+    assert single([{"training": {}}]) is None
+    draw({"pu": [alone, (10, 0.15, (low, high), 0.99)]}, {"pu": "ours"}, tmp_path / "curve.png")
+    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
