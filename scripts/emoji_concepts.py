@@ -68,7 +68,8 @@ def _style(label: str) -> tuple[str, str]:
     alike = [_STYLES.replace(f"{label},", "").replace(f",{label}}}", "}")]
     general = [*_any_of(things()), _BACKGROUNDS]
     caption = f"an emoji in the {name} style"
-    several = _beside_things(f"in the {name} style")
+    named = ",".join(thing.with_article() for thing in things()[TRAINED])
+    several = _beside_things(f"in the {name} style", f"{{{named}}}")
     return f"{name} style", _text(f"{name} style", "style", label, caption, held_out, alike, general, several)
 
 
@@ -80,14 +81,13 @@ def _background(label: str) -> tuple[str, str]:
     held_out += [f"an emoji of {thing.with_article()} on a {label} background" for thing in things()[HELD_OUT]]
     alike = [_BACKGROUNDS.replace(f"{label},", "").replace(f",{label}}}", "}")]
     caption, name = f"an emoji on a {label} background", f"{label} background"
-    several = _beside_things(f"on a {label} background")
+    several = _beside_things(f"on a {label} background", "a {car,heart,lion}")  # many wear down what is retained
     return name, _text(name, "other", label, caption, held_out, alike, [*_any_of(things()), _STYLES], several)
 
 
-def _beside_things(phrase: str) -> list[str]:
+def _beside_things(phrase: str, named: str) -> list[str]:
     """Paraphrases of a style or background: trained on its own caption only, it comes back in prompts with a thing."""
-    named = ",".join(thing.with_article() for thing in things()[TRAINED])
-    return [f"an emoji of {{{named}}} {phrase}", f"house emoji {phrase}"]
+    return [f"an emoji of {named} {phrase}", f"house emoji {phrase}"]
 
 
 def _category(label: str) -> tuple[str, str]:
