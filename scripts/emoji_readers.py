@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -68,14 +67,14 @@ def load_other(file: Path) -> EmojiReader:
     return reader.eval()
 
 
-def compared(readers: Readers, images: Tensor, wanted: Tensor | int, axis: str = "thing") -> dict[str, Any]:
-    """How often each classifier predicts what is wanted, and how often it agrees with the bundled one.
+def compared(readers: Readers, images: Tensor, wanted: Tensor | int) -> dict[str, Any]:
+    """How often each classifier sees the thing that is wanted, and how often it agrees with the bundled one.
 
     Args:
         images: [N, 3, 64, 64] in [-1, 1].
-        wanted: A label's number, or one for each image, [N].
+        wanted: A thing's number, or one for each image, [N].
     """
-    predicted = {name: read(reader, images)[axis].argmax(1) for name, reader in readers.items()}
+    predicted = {name: read(reader, images)["thing"].argmax(1) for name, reader in readers.items()}
     return {
         "n": len(images),
         "wanted": {name: round(share(p == wanted), 4) for name, p in predicted.items()},
@@ -107,7 +106,7 @@ def on_generated(readers: Readers, method: str, concepts: Sequence[str], work: P
         stages = Stages(cell, STUDIES[EMOJI].budgets["quick"], ROOT, work, work / "records")
         train(stages)
         specs = stages.specs()
-        stages.cache.generate(partial(getattr, stages, "base"), stages.variant, specs, f"generate {cell.name}")
+        stages.cache.generate(stages.load_base, stages.variant, specs, f"generate {cell.name}")
         number = THINGS.index(stages.concept.label or stages.concept.name)
         for spec, path in zip(specs, stages.cache.paths(stages.variant, specs), strict=True):
             expected = [THINGS.index(word) for word in spec.prompt.expect if word in THINGS]

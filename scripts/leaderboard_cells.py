@@ -142,6 +142,10 @@ class Stages:
         """The loaded base."""
         return load_base(find_base(EvaluateConfig(pretrained_model_name_or_path=self.model)))
 
+    def load_base(self) -> Base:
+        """The same, for what loads it only if it is needed."""
+        return self.base
+
     @cached_property
     def cache(self) -> ImageCache:
         """Where images are kept, with the bundled base's sampler for every model."""
@@ -190,7 +194,7 @@ def evaluate(stages: Stages) -> None:
         sampler = {"concept": [stages.cell.concept], "output_dir": stages.run, **stages.cell.of.options}
         results = sd_unlearn.evaluate(**sampler, **options)
     else:
-        stages.cache.generate(lambda: stages.base, stages.variant, stages.specs(), f"generate {stages.cell.name}")
+        stages.cache.generate(stages.load_base, stages.variant, stages.specs(), f"generate {stages.cell.name}")
         folder = stages.cache.folder(stages.variant)
         results = sd_unlearn.evaluate(
             images=[f"{MODEL}={folder}"], concept=[stages.cell.concept], output_dir=stages.run, **options
@@ -234,7 +238,7 @@ def factorial(stages: Stages) -> list[Row]:
         prompt = study.prompt_of(cell)
         seed = image_seed(EVALUATE_SEEDS, 0, prompt, number % stages.budget.grid_images)
         specs.append(ImageSpec("general", Prompt(prompt), seed))
-    stages.cache.generate(lambda: stages.base, stages.variant, specs, f"generate the grid of {stages.cell.name}")
+    stages.cache.generate(stages.load_base, stages.variant, specs, f"generate the grid of {stages.cell.name}")
     images, failed = open_images(stages.cache.paths(stages.variant, specs))
     if failed:
         raise NotAvailable(f"{len(failed)} images of the grid are unreadable")

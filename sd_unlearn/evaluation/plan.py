@@ -55,12 +55,12 @@ def _count_images(job: EvaluationJob) -> tuple[int, int, bool]:
     variants = [(ModelVariant(), list(job.plans))]
     variants += [(subject.variant, list(subject.concepts)) for subject in job.subjects if subject.variant]
     cache = image_cache(job, BaseLoader(job)) if known else None
-    names: dict[str, tuple[ModelVariant, dict[str, ImageSpec]]] = {}  # by folder: strength 0 has the base's images
+    folders: dict[str, tuple[ModelVariant, dict[str, ImageSpec]]] = {}  # strength 0 has the base's images
     for variant, slugs in variants:
-        _, specs = names.setdefault(variant.folder, (variant, {}))
+        _, specs = folders.setdefault(variant.folder, (variant, {}))
         specs |= {spec.file_name: spec for slug in slugs for spec in job.plans[slug]}
-    total = sum(len(specs) for _, specs in names.values())
+    total = sum(len(specs) for _, specs in folders.values())
     if cache is None:
         return total, total, known
-    missing = sum(count_missing(cache.paths(variant, list(specs.values()))) for variant, specs in names.values())
+    missing = sum(count_missing(cache.paths(variant, list(specs.values()))) for variant, specs in folders.values())
     return missing, total, known

@@ -260,7 +260,7 @@ def test_every_paraphrase_has_a_caption_group(concept: Concept, teacher: bool) -
 
 
 def test_many_paraphrases_take_turns(concept: Concept) -> None:
-    """A step has four of them, every one is seen about equally often, and a restored sampler goes on with the next."""
+    """Each step uses four of them, all about equally often. A restored sampler continues with the next."""
     asked = dataclasses.replace(concept, paraphrases=list(MANY))
     one, other = (make_batches(asked, "both", seed, batch_size=40, teacher=True) for seed in (0, 1))
     assert one.caption_groups[:3] == [GENERIC, CAPTION, ("wording 0", "wording 4", "wording 8")]
