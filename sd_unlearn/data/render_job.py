@@ -62,19 +62,33 @@ def find_base_of(concept: Concept, config: RenderConfig) -> Source:
     """The base that a concept is removed from.
 
     Raises:
-        UsageError: as find_base; the concept's file is for a bundled base and the base is a Hub id. (A folder may hold
-            another build of a bundled base.)
+        UsageError: as find_base and check_base_of.
     """
     source = find_base(config, concept.base)
+    check_base_of(concept, source)
+    return source
+
+
+def check_base_of(concept: Concept, source: Source, makes_files: bool = True) -> None:
+    """Refuse a concept file for a bundled base on another base. (A folder may hold another build of a bundled base.)
+
+    makes_files: the command itself has --kind and --anchor.
+
+    Raises:
+        UsageError: the concept's file is for a bundled base and the base is a Hub id.
+    """
     if concept.base not in BUNDLED or source.name in BUNDLED or source.place.exists():
-        return source
+        return
     part = concept.parts[0]
     kind = part.kind if part.kind in get_args(TemplateKind) else "other"
     options = ["--kind", kind, "--anchor", TEMPLATES[kind].anchor]  # type: ignore[index]
     command = f"--concept {shlex.join([part.name, *options])}"
-    if len(concept.parts) > 1:
-        file = shlex.join([part.name, *options, "--output", f"my-{part.slug}.yaml"])
-        command = f"sd-unlearn concepts new {file}, and the like for the others"
+    if not makes_files or len(concept.parts) > 1:
+        file = f"my-{part.slug}.yaml"
+        command = (
+            f"--concept {file} after sd-unlearn concepts new {shlex.join([part.name, *options, '--output', file])}"
+        )
+        command += ", and the like for the others" if len(concept.parts) > 1 else ""
     raise UsageError(
         f"{OPTION} {source.name}: the concept file of {part.name} is for the base {concept.base}: its prompt is "
         f'"{part.caption}". For this base use {command} (--anchor is what to generate instead).'

@@ -18,6 +18,7 @@ from sd_unlearn.config.evaluate import EvaluateConfig
 from sd_unlearn.data.concept import Concept, Prompt
 from sd_unlearn.data.dataset import set_names
 from sd_unlearn.data.prompt_sets import load_prompt_set
+from sd_unlearn.data.render_job import check_base_of
 from sd_unlearn.data.several import load_concepts
 from sd_unlearn.errors import UnlearnError, UsageError
 from sd_unlearn.evaluation.fail_if import parse_condition
@@ -106,6 +107,8 @@ def resolve_job(config: EvaluateConfig, concepts: Sequence[Concept] = (), needs_
     references = reference_folders(config.reference, by_slug)
     check_label(config.label, by_slug)
     source, base_named = _resolve_base(config, loras, by_slug)
+    for concept in by_slug.values():
+        check_base_of(concept, source, makes_files=False)
     check_guidance(config, source)
     tier_name = config.tier or BASE_TIERS.get(source.name, "quick")
     tier = override_counts(TIERS[tier_name], config.num_images, config.num_keep_images, config.groups)

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from sd_unlearn.config.base import RenderConfig
+from sd_unlearn.config.evaluate import EvaluateConfig
 from sd_unlearn.config.train import TrainConfig
 from sd_unlearn.data import render
 from sd_unlearn.data.concept import Concept
 from sd_unlearn.data.render_job import find_base_of
 from sd_unlearn.data.several import load_concepts
 from sd_unlearn.errors import UsageError
+from sd_unlearn.evaluation.job import resolve_job
 from sd_unlearn.models.source import BUNDLED
 from sd_unlearn.training.preflight import check_inputs
 
@@ -42,7 +45,7 @@ def test_a_concept_of_a_bundled_base_is_refused_for_a_hub_id(concept: str, comma
 
 
 def test_several_concepts_need_files() -> None:
-    with pytest.raises(UsageError, match="sd-unlearn concepts new cat .* --output my-cat.yaml, and the like"):
+    with pytest.raises(UsageError, match="after sd-unlearn concepts new cat .* --output my-cat.yaml, and the like"):
         base_of(["cat", "guitar"], SD15)
 
 
@@ -66,3 +69,10 @@ def test_train_and_render_refuse_it_before_anything_loads(tmp_path: Path, monkey
     with pytest.raises(UsageError, match="is for the base emoji"):
         render.run(RenderConfig(concept="cat", pretrained_model_name_or_path=SD15))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("options", [{"images": ["mine"]}, {"sld": ["max"]}])
+def test_evaluate_refuses_it_too(options: dict[str, Any]) -> None:
+    config = EvaluateConfig(concept=["cat"], pretrained_model_name_or_path=SD15, **options)
+    with pytest.raises(UsageError, match=r"use --concept my-cat.yaml after sd-unlearn concepts new cat --kind object"):
+        resolve_job(config)
