@@ -35,7 +35,7 @@ from sd_unlearn.io.own_files import SWEEP_REPORT, check_own_reports, delete_own,
 from sd_unlearn.io.reading import read_yaml
 from sd_unlearn.io.run_folder import CONCEPT, DATA_MANIFEST, RESULTS, UNLABELED, weights_sha256
 from sd_unlearn.launch import process_count
-from sd_unlearn.metrics.registry import MetricContext, find_metrics
+from sd_unlearn.metrics.registry import MetricContext, find_metrics, missing_evidence
 from sd_unlearn.models.device import choose_precision
 from sd_unlearn.report import sweep
 from sd_unlearn.report.sweep import SWEEP
@@ -83,7 +83,13 @@ def run(config: TrainConfig, concept: Concept | None = None) -> Path:
     if config.dry_run:
         _show_plan(config, inputs, points, output)
         return output
-    find_metrics(MetricContext(concept, EvaluateConfig(), None, "quick"))  # not after hours of training
+    context = MetricContext(concept, EvaluateConfig(), None, "quick")
+    if gap := missing_evidence(context, find_metrics(context)):  # not after hours of training
+        print(
+            f"Note: the sweep itself will not tell which factor to use. {gap} Evaluate each factor's run, then repeat "
+            "this command.",
+            file=sys.stderr,
+        )
     with locked(output, "--output_dir"):
         check_output(output, settings, config.overwrite)  # again: another process may have started one since
         remove_leftovers(output)

@@ -8,7 +8,6 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, get_args
 
 import pytest
@@ -94,10 +93,8 @@ def test_what_it_changes(fused: Path, runs: list[Path], tiny_base: Path) -> None
 def test_the_command_of_the_report_repeats_it(
     fused: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    case: Any = SimpleNamespace(rows=[])
-    command, evaluate, _ = reproduce.commands(fused, case, 0, None)
+    command, _ = reproduce.commands(fused)
     assert command == f"sd-unlearn fuse --config {fused.name}/config.yaml --output_dir {fused.name}-again"
-    assert evaluate.startswith(f"sd-unlearn evaluate --run {fused.name}-again")
     monkeypatch.chdir(fused.parent)
     assert cli.main(shlex.split(command)[1:]) == 0
     assert capsys.readouterr().out == f"{fused.name}-again\n"

@@ -111,6 +111,7 @@ def _models(config: AttackConfig, job: EvaluationJob, loader: BaseLoader, cache:
             find_base(dataclasses.replace(config, pretrained_model_name_or_path=config.floor)),
             job.precision,
         )
+        _check_floor(config, floor.describe(), cache.base)
         if job.zero_terminal_snr:
             use_zero_terminal_snr(floor)
         of_floor = dataclasses.replace(cache, base=floor.describe())
@@ -120,6 +121,15 @@ def _models(config: AttackConfig, job: EvaluationJob, loader: BaseLoader, cache:
         for subject in job.subjects
         if subject.variant is not None
     ]
+
+
+def _check_floor(config: AttackConfig, floor: Mapping[str, Any], base: Mapping[str, Any]) -> None:
+    """Refuse a floor of another kind. floor, base: their records."""
+    if floor["kind"] != base["kind"]:
+        raise UsageError(
+            f"--floor {config.floor} is of the kind {floor['kind']}, the base of {base['kind']}, so attacks on them do "
+            "not compare. Give a model like the base that never saw the concept."
+        )
 
 
 def _plan(

@@ -180,11 +180,12 @@ def _command(stage: str) -> Callable[[Any], Any]:
     if stage == "evaluate":
         from sd_unlearn.evaluation import evaluate
 
-        return _then_check(evaluate.run)
+        return _then_check(evaluate.run, evaluate.check_evaluated)
     if stage == "attack":
         from sd_unlearn.attacks import attack
+        from sd_unlearn.evaluation.evaluate import check_attacked
 
-        return _then_check(attack.run)
+        return _then_check(attack.run, check_attacked)
     if stage == "export":
         from sd_unlearn.export import export
 
@@ -194,11 +195,16 @@ def _command(stage: str) -> Callable[[Any], Any]:
     return report.run
 
 
-def _then_check(run: Callable[[Any], dict[str, Any]]) -> Callable[[Any], Any]:
-    """A command that writes results.json, and the check of its --fail_if conditions."""
+def _then_check(
+    run: Callable[[Any], dict[str, Any]], check_all: Callable[[dict[str, Any]], None]
+) -> Callable[[Any], Any]:
+    """A command that writes results.json, with the checks of `sd-unlearn`: its --fail_if conditions, and that nothing
+    of what was asked for failed."""
     from sd_unlearn.evaluation.evaluate import check_conditions
 
     def command(config: Any) -> None:
-        check_conditions(run(config), config.fail_if)
+        if results := run(config):  # empty in all processes but the first
+            check_conditions(results, config.fail_if)
+            check_all(results)
 
     return command

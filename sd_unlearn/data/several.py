@@ -81,7 +81,7 @@ def together(concepts: Sequence[Concept], option: str = "--concept") -> Concept:
     if len(bases) > 1:
         raise UsageError(f"{option}: the concepts are for different bases ({', '.join(sorted(map(str, bases)))}).")
     kinds = {concept.kind for concept in concepts}
-    parts = tuple(_without_others(c, [o for o in concepts if o is not c]) for c in concepts)
+    parts = tuple(without_others(c, [o for o in concepts if o is not c]) for c in concepts)
     return SeveralConcepts(
         name=", ".join(part.name for part in parts),
         caption=parts[0].caption,
@@ -116,7 +116,7 @@ def _check_different(concepts: Sequence[Concept], option: str) -> None:
             )
 
 
-def _without_others(concept: Concept, others: Sequence[Concept]) -> Concept:
+def without_others(concept: Concept, others: Sequence[Concept]) -> Concept:
     """The concept without the prompts to retain that name another one."""
     names = dict.fromkeys(name for other in others for name in _names(other))
     pattern = re.compile(rf"(?<!\w)({'|'.join(re.escape(n) for n in names)})(?!\w)", re.IGNORECASE)

@@ -12,6 +12,7 @@ from importlib.util import find_spec
 
 from sd_unlearn.doctor.check import Check
 from sd_unlearn.errors import install_command, reason
+from sd_unlearn.metrics.faces import FACE_MODELS
 
 # Distribution -> module, of every package that is always needed.
 NEEDED = {
@@ -37,9 +38,9 @@ NEEDED = {
 # Extra -> (modules, what it enables).
 EXTRAS: dict[str, tuple[tuple[str, ...], str]] = {
     "clip": (("open_clip", "torchvision"), "evaluate any concept but those of the bundled bases"),
-    "faces": (("facenet_pytorch", "torchvision"), "recognize a person's face (--others)"),
-    "dlib": (("dlib",), "recognize faces without a download"),
-    "arcface": (("onnxruntime", "facenet_pytorch"), "recognize faces with your own ONNX model"),
+    "faces": (FACE_MODELS["facenet"][0], "recognize a person's face (--others)"),
+    "dlib": (FACE_MODELS["dlib"][0], "recognize faces without a download"),
+    "arcface": (FACE_MODELS["arcface"][0], "recognize faces with your own ONNX model"),
     "nudity": (("nudenet",), "detect nudity"),
     "classifier": (("timm", "torchvision"), "evaluate with any image classifier"),
     "fidelity": (("torch_fidelity", "torchmetrics", "torchvision"), "FID, KID and LPIPS"),

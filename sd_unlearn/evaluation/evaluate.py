@@ -55,7 +55,7 @@ def run(config: EvaluateConfig, concepts: Sequence[Concept] = ()) -> dict[str, A
         UsageError: invalid options, nothing to evaluate, or LoRAs of different bases.
         UnlearnError: a model or detector cannot be loaded.
     """
-    job = resolve_job(config, concepts)
+    job = resolve_job(config, concepts, needs_subjects=config.write_plan is None)
     if job.prompt_set and job.prompt_set[0] < job.prompt_set[1]:
         used, size = job.prompt_set
         print_once(

@@ -121,10 +121,11 @@ def met_conditions(conditions: Sequence[Condition], results: Results, only: str 
     """
     subjects = main_subjects(results.compared)
     checked = [subject.id for subject in subjects if only in (None, subject.id)]
+    concerned = {""} | {row.concept for row in results.rows if row.subject in checked}
     unknown = [
         f"{problem.subject} on {problem.concept or 'every concept'}: {problem.message.rstrip('.')}"
         for problem in results.problems
-        if problem.subject == BASE or problem.subject in checked
+        if problem.subject in checked or (problem.subject == BASE and problem.concept in concerned)
     ]
     lines = []
     for condition in conditions:
@@ -148,8 +149,9 @@ def _reasons(condition: Condition, subject: SubjectEntry, results: Results) -> l
     evaluated = list(dict.fromkeys(row.concept for row in own))
     to_forget = [concept for concept in evaluated if subject.should_forget(concept)]
     applies_to = to_forget if _is_of_concept(condition.metric) else evaluated
+    failed = [one for one in results.failed_attacks if one.subject == subject.id]
     if condition.metric == ATTACK_METRIC:
-        attacked = {row.concept for row in own if row.metric == ATTACK_METRIC}
+        attacked = {row.concept for row in own if row.metric == ATTACK_METRIC} | {one.concept for one in failed}
         applies_to = [concept for concept in applies_to if concept in attacked]
     if not applies_to:
         return None
@@ -157,9 +159,12 @@ def _reasons(condition: Condition, subject: SubjectEntry, results: Results) -> l
     for concept in applies_to:
         of_concept = [row for row in own if row.concept == concept]
         matching = _matching_rows(condition, of_concept)
+        failures = [one for one in failed if one.concept == concept and condition.group in (None, one.attack)]
         if condition.metric == ATTACK_METRIC and not _retention_is_known(of_concept):
             reasons.append(f"{subject.id} on {concept}: {_NO_RETENTION}")
-        if not matching and concept in (to_forget or applies_to):
+        if condition.metric == ATTACK_METRIC:
+            reasons += [f"{subject.id} on {concept}: the attack {one.attack} failed" for one in failures]
+        if not matching and not failures and concept in (to_forget or applies_to):
             reasons.append(f"{subject.id} on {concept}: {_unmeasured(condition)}")
         for row in filter(condition.holds, matching):
             value = condition.value(row)

@@ -19,7 +19,7 @@ from sd_unlearn.data.concept import Concept, Prompt
 from sd_unlearn.data.dataset import set_names
 from sd_unlearn.data.prompt_sets import load_prompt_set
 from sd_unlearn.data.render_job import check_base_of
-from sd_unlearn.data.several import load_concepts
+from sd_unlearn.data.several import load_concepts, without_others
 from sd_unlearn.errors import UnlearnError, UsageError
 from sd_unlearn.evaluation.fail_if import parse_condition
 from sd_unlearn.evaluation.loras import Lora, open_lora, open_run
@@ -231,7 +231,7 @@ def _resolve_concepts(config: EvaluateConfig, loras: Sequence[Lora], given: Sequ
                     f"--concept: {of_slugs[concept.slug].name} and {concept.name} are both called {concept.slug} in "
                     "results. Evaluate them separately, or rename one."
                 )
-        return of_slugs
+        return {slug: _without_what_goes_with(concept, loras) for slug, concept in of_slugs.items()}
     if config.images:
         raise UsageError("--images needs --concept: a folder of images does not name the unlearned concept.")
     if not loras:
@@ -240,6 +240,13 @@ def _resolve_concepts(config: EvaluateConfig, loras: Sequence[Lora], given: Sequ
     for concept in (concept for lora in loras for concept in lora.concepts):
         concepts.setdefault(concept.slug, concept)
     return concepts
+
+
+def _without_what_goes_with(concept: Concept, loras: Sequence[Lora]) -> Concept:
+    """The concept without the retained prompts that name what one of the LoRAs erases together with it."""
+    having = [lora.concepts for lora in loras if concept.slug in {own.slug for own in lora.concepts}]
+    others = {own.slug: own for concepts in having for own in concepts if own.slug != concept.slug}
+    return without_others(concept, list(others.values())) if others else concept
 
 
 def _evaluation_fields(concept: Concept) -> tuple[Any, ...]:
@@ -280,11 +287,12 @@ def _reference_folder(given: Mapping[str, Path], concept: Concept, loras: Sequen
     if concept.slug in given:
         return given[concept.slug]
     for lora in loras:
-        if lora.is_run and lora.concept and concept in lora.concepts and (lora.path / CONFIG).is_file():
+        slugs = [own.slug for own in lora.concepts]
+        if lora.is_run and lora.concept and concept.slug in slugs and (lora.path / CONFIG).is_file():
             settings = read_yaml(lora.path / CONFIG, "--run")
             if (photos := settings.get("positives")) and Path(photos).is_dir():
                 return Path(photos)
-            name = set_names(lora.concept)[lora.concepts.index(concept)]
+            name = set_names(lora.concept)[slugs.index(concept.slug)]
             data_dir = settings.get("data_dir")
             if data_dir and (Path(data_dir) / name).is_dir():
                 return Path(data_dir) / name

@@ -22,6 +22,7 @@ from sd_unlearn.results import BASE, Problem, Row
 
 MAX_UNUSABLE = 0.01  # of a group's images
 MIN_RETENTION = 0.8  # of the base's accuracy on the retained prompts, and of its face rate
+MIN_CERTAIN = 0.5  # lower end of the interval of retention, below which it is not known well enough
 MIN_READABLE = 0.5  # of the concept's images, as a share of the base's usual number of readable images
 MIN_FACES = 0.5  # face rate of the base from which a group's prompts count as asking for people
 NEVER_THERE = "The base itself hardly shows the concept. Check the concept and its prompts, and which base is used."
@@ -83,14 +84,14 @@ def unusable(
 
 
 def retention_problems(concept: str, rows: Iterable[Row]) -> list[Problem]:
-    """A problem for each subject whose retention, by any detector, is below 80 %, or may be."""
+    """A problem for each subject whose retention, by any detector, is below 80 %, or may be far below."""
     rows = [row for row in rows if row.metric == "retention" and row.value is not None]
     problems = []
     for subject in dict.fromkeys(row.subject for row in rows):
         own = [row for row in rows if row.subject == subject]
         own = [row for row in own if row.group == "kept"] or own
-        low = [row for row in own if row.value is not None and row.value < MIN_RETENTION]
-        surely = [row for row in low if row.high is None or row.high < MIN_RETENTION]
+        low = [row for row in own if (row.value or 0) < MIN_RETENTION or (row.low or 1) < MIN_CERTAIN]
+        surely = [row for row in low if (row.high or row.value or 0) < MIN_RETENTION]
         row = min(surely or low, key=lambda row: row.value or 0, default=None)
         if row is None:
             continue
@@ -189,17 +190,29 @@ def evidence_problems(
     Args:
         planned: The images are those of the plan, so they are compared with the base's.
     """
+    rows = list(rows)
     own = [row for row in rows if row.subject == subject]
     detecting = presence_order(concept.kind, {row.metric for row in own})
     looked_for = any(row.metric in detecting and row.group in CONCEPT_GROUPS for row in own)
     accuracies = [row for row in own if row.metric == "accuracy"]
     kept = [row.value or 0 for row in accuracies if row.group == "kept"]
     is_known = any(row.metric == "retention" and row.value is not None for row in own)
-    if not looked_for or is_known or (kept and min(kept) >= MIN_RETENTION):
+    groups = {spec.group for spec in specs}
+    is_enough = is_known or (kept and min(kept) >= MIN_RETENTION)
+    if not looked_for or (is_enough and (not accuracies or _are_told_apart(concept, groups))):
         return []
-    gap = retention_gap(concept, {spec.group for spec in specs}, bool(accuracies), planned)
+    gap = retention_gap(concept, groups, bool(accuracies), planned)
+    if not gap and any(row.subject == BASE and row.metric == "accuracy" and row.value for row in rows):
+        return []  # its own images are unreadable, which is another problem
     unknown = "Retention is unknown: no image of the base shows what its retained prompt asks for. Use other prompts."
     return [Problem(concept.slug, subject, "evidence", gap or unknown)]
+
+
+def _are_told_apart(concept: Concept, groups: Collection[str]) -> bool:
+    """Whether the retained prompts of these groups ask for different labels: images of noise, which a classifier takes
+    for one and the same thing, are then not retained."""
+    prompts = (prompt for group in KEEP_GROUPS if group in groups for prompt in concept.prompts(group))
+    return len({prompt.expect for prompt in prompts if prompt.expect}) > 1
 
 
 def known_gaps(context: MetricContext, specs: Sequence[ImageSpec], metrics: Sequence[str]) -> list[str]:
@@ -225,6 +238,12 @@ def retention_gap(concept: Concept, groups: Collection[str], are_read: bool, pla
         planned: As of `evidence_problems`.
     """
     if set(KEEP_GROUPS) & set(groups):
+        if are_read and not _are_told_apart(concept, groups):
+            return (
+                "All rated retained prompts ask for the same label, so a classifier that always answers it would find "
+                "everything retained. Add retained prompts with other labels in braces to the concept file, as alike "
+                "or general under evaluate."
+            )
         if not are_read:
             remedy = "Add clip to --metrics, and to the concept file retained prompts with labels in braces."
         elif not planned:

@@ -38,6 +38,7 @@ _FAMILY = {
     "qwen-image": "qwen-image",
 }
 PU = "positive-unlabeled learning (Takahashi et al., ICLR 2025, arXiv 2503.03789)"
+OUR_PU = f"the default of sd-unlearn, a variant of {PU}"
 _ESD = "ESD (Gandikota et al. 2023, arXiv 2303.07345, equation 7)"
 _METHODS = {  # by objective; the differences to the papers are in docs/training.md
     "pu": PU,
@@ -105,7 +106,7 @@ def render(run: TrainedRun, licence: str | None, hub_id: str | None, *, has_grid
         strength=f"{run.strength:g}",
         calibration=run.calibration,
         training=run.training,
-        method=_METHODS.get(str(run.training.get("objective")), PU),
+        method=_method(run.training),
         to_generic=run.to_generic,
         is_dora=run.is_dora,
         zero_terminal_snr=run.zero_terminal_snr,
@@ -117,6 +118,13 @@ def render(run: TrainedRun, licence: str | None, hub_id: str | None, *, has_grid
         kohya_file=f"{run.concept.slug}.safetensors",
     )
     return sealed(card)
+
+
+def _method(training: Mapping[str, Any]) -> str:
+    """How the LoRA was made, in words."""
+    if (training.get("objective"), training.get("target")) == ("pu", "teacher"):
+        return OUR_PU
+    return _METHODS.get(str(training.get("objective")), PU)
 
 
 def _settings(training: Mapping[str, Any]) -> list[tuple[str, Any]]:

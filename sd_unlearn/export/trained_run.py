@@ -69,7 +69,7 @@ class TrainingRecord:
 
     base: BaseRecord
     rank: int
-    lora_alpha: float
+    lora_alpha: float | None  # None: all weights were trained
     version: Any
     config_sha256: Any
     beta: Any = None  # closed-form objectives have none of these three

@@ -49,7 +49,8 @@ class QuantizedLinear(nn.Linear):
         return self.computes_in
 
     def forward(self, input: Tensor) -> Tensor:
-        return Multiply.apply(input, lambda device: self.dequantized(), self.bias)
+        # A sampler may pass float32: Diffusers takes a network's precision from its first parameter, here a scale.
+        return Multiply.apply(input.to(self.computes_in), lambda device: self.dequantized(), self.bias)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, kind={self.kind}"

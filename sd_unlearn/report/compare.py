@@ -211,10 +211,11 @@ def _leakage(case: Case) -> tuple[bool, float]:
 
 
 def reasons(cases: Sequence[Case]) -> list[str]:
-    """Why cases get no verdict, a sentence for each reason."""
+    """What is wrong with LoRAs and their measurements, a sentence for each reason: most prevent a verdict."""
     return [
         f"{case.label} on {case.concept.name}: {message}"
         for case in cases
+        if case.is_target
         for message in dict.fromkeys(problem.message for problem in case.problems)
     ]
 

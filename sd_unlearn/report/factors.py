@@ -81,7 +81,9 @@ def advise(outcomes: Sequence[Outcome]) -> Advice:
         best = min(unsure, key=lambda outcome: (outcome.leakage, -outcome.retention, outcome.factor))
         text = f"{best.measured} Evaluate its run again with a larger --num_images."
         return Advice(None, f"Too few images to be sure; {best.label} looks best", text)
-    return Advice(None, "None of these factors is good", _what_to_try(sorted(outcomes, key=lambda o: o.factor)))
+    unknown = all(outcome.standing == "unknown" for outcome in outcomes)
+    title = "No verdict on any of these factors" if unknown else "None of these factors is good"
+    return Advice(None, title, _what_to_try(sorted(outcomes, key=lambda o: o.factor)))
 
 
 def _what_to_try(outcomes: Sequence[Outcome]) -> str:

@@ -172,7 +172,7 @@ def context(folder: Path, results: Results, config: ReportConfig) -> dict[str, A
         "attack_note": attack_note(attacks[0]) if single and attacks else "",
         "cards": cards,
         "anchors": {card.detector: card.id for card in cards},
-        "commands": one["commands"] if one else reproduce.commands_of_evaluation(folder),
+        "commands": reproduce.commands(folder, results.attacks),
         "facts": reproduce.run_record(results, single, training),
         "limits": _limits(results, single is not None),
         "script": script(),
@@ -218,7 +218,6 @@ def _details(folder: Path, case: Case, results: Results, training: dict[str, Any
     beta = (case.subject.training or {}).get("beta", training.get("beta"))
     beta = beta if isinstance(beta, int | float) and 0 < beta < 1 else None
     objective, target = ((case.subject.training or {}).get(key, training.get(key)) for key in ("objective", "target"))
-    seeds = results.seeds.seeds
     return {
         "concept": concept,
         "preview": preview(folder, trained),
@@ -228,7 +227,6 @@ def _details(folder: Path, case: Case, results: Results, training: dict[str, Any
         "is_teacher": target == "teacher",
         "answers": answers(case, case.subject.cost or training.get("cost") or {}),
         "curves": training_curves.training_charts(log, None if target == "teacher" else beta),
-        "commands": reproduce.commands(folder, case, seeds[0] if seeds else 0, concept),
     }
 
 

@@ -3,31 +3,43 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sd_unlearn.data.concept import Concept
 from sd_unlearn.io import run_folder
 from sd_unlearn.io.paths import public_name
 from sd_unlearn.io.reading import read_yaml
 from sd_unlearn.report.cases import Case
-from sd_unlearn.results import Results
+from sd_unlearn.results import BASE, FLOOR, AttackEntry, Results
 
 _OBJECTIVE = ("objective", "correction", "caption_mode", "beta", "beta_source")
 
 
-def commands(folder: Path, case: Case, seed: int, concept: Concept | None) -> list[str]:
-    """The commands that repeat a run from its own config and with the options of its evaluation.
+def commands(folder: Path, attacks: Sequence[AttackEntry] = ()) -> list[str]:
+    """The commands that repeat the training of a run, the evaluation in its folder and the attacks on it, into a copy.
 
-    If the evaluation's options were not recorded, it is repeated with the same number of images.
+    attacks: those of results.json. Attacks on anything but the folder's own run are not listed: which LoRAs `attack`
+    was given is not recorded.
     """
+    trained, copy = _train(folder), _quote(_copy(folder))
+    found = list(trained)
     if (folder / run_folder.EVALUATION).is_file():
-        return commands_of_evaluation(folder)
-    trained = _train(folder)
-    target = _quote(_copy(folder) if trained else _shown(folder))
-    evaluate = f"sd-unlearn evaluate --run {target}{_counts(case, concept)} --seed {seed}"
-    return [*trained, evaluate, f"sd-unlearn report --run {target}"]
+        run = f" --run {copy}" if trained else ""
+        options = _quote(_shown(folder) / run_folder.EVALUATION)
+        found.append(f"sd-unlearn evaluate --config {options}{run} --output_dir {copy}")
+    if trained:
+        found += [f"sd-unlearn attack --run {copy} {options}" for options in _options(attacks)]
+    return [*found, f"sd-unlearn report --run {copy if found else _quote(_shown(folder))}"]
+
+
+def _options(attacks: Sequence[AttackEntry]) -> list[str]:
+    """The options of each command that carried out some of the attacks on a LoRA."""
+    names: dict[tuple[str, int], dict[str, None]] = {}
+    for entry in attacks:
+        if entry.subject not in (BASE, FLOOR):
+            names.setdefault((entry.budget, entry.seed), {})[entry.attack] = None
+    return [f"--attacks {' '.join(of)} --budget {budget} --seed {seed}" for (budget, seed), of in names.items()]
 
 
 def _train(folder: Path) -> list[str]:
@@ -37,30 +49,6 @@ def _train(folder: Path) -> list[str]:
     command = "fuse" if "lora" in read_yaml(folder / run_folder.CONFIG, "--run") else "train"
     config = _shown(folder) / run_folder.CONFIG
     return [f"sd-unlearn {command} --config {_quote(config)} --output_dir {_quote(_copy(folder))}"]
-
-
-def _counts(case: Case, concept: Concept | None) -> str:
-    """The options that repeat an evaluation's number of images."""
-    counts = {(row.metric, row.group): row.n for row in case.rows}
-    images, kept = counts.get(("leakage", "direct")), counts.get(("drift", "kept"))
-    options = f" --num_images {images}" if images else ""
-    prompts = len({p.text for p in concept.prompts("alike") + concept.prompts("general")}) if concept else 0
-    if kept and prompts and kept % prompts == 0:
-        options += f" --num_keep_images {kept // prompts}"
-    return options
-
-
-def commands_of_evaluation(folder: Path) -> list[str]:
-    """The commands that repeat an evaluation from its own record, and the training of the run that it evaluated."""
-    if not (folder / run_folder.EVALUATION).is_file():
-        return [f"sd-unlearn report --run {_quote(_shown(folder))}"]
-    options, copy, trained = _shown(folder) / run_folder.EVALUATION, _quote(_copy(folder)), _train(folder)
-    run = f" --run {copy}" if trained else ""
-    return [
-        *trained,
-        f"sd-unlearn evaluate --config {_quote(options)}{run} --output_dir {copy}",
-        f"sd-unlearn report --run {copy}",
-    ]
 
 
 def _copy(folder: Path) -> Path:

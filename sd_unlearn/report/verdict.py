@@ -15,7 +15,7 @@ IF_GONE = ("rarely", "few", "replacement")
 STANDINGS = {
     "gone": "Gone",
     "unsure": "Gone when asked for by name, but too few images of other wordings to be sure",
-    "partly": "Gone when asked for by name, less so in other wordings",
+    "partly": "Gone when asked for by name, but not in other wordings",
     "nearly": "Nearly gone, but too few images to be sure",
     "weaker": "Weaker, but still there",
     "still": "Still there",

@@ -312,6 +312,8 @@ def test_write_plan_generates_nothing(runs: Path, tmp_path: Path, monkeypatch: p
     lines = [json.loads(line) for line in (tmp_path / "plan.jsonl").read_text().splitlines()]
     assert {line["concept"] for line in lines} == {"seven", "four"}
     assert len({line["file_name"] for line in lines}) == len(lines)
+    evaluate.run(EvaluateConfig(concept=["seven"], write_plan=tmp_path / "bare.jsonl"))  # for another method's images
+    assert {json.loads(line)["concept"] for line in (tmp_path / "bare.jsonl").read_text().splitlines()} == {"seven"}
 
 
 def test_base_and_lora_use_the_noise_schedule_of_the_training(
@@ -427,7 +429,7 @@ def test_fail_if_exits_with_code_3_after_writing_results(
         "--num_images",
         "4",
         "--num_keep_images",
-        "2",
+        "12",
         "--num_inference_steps",
         "2",
         "--json",
@@ -515,7 +517,7 @@ def test_keep_going_counts_bad_files_as_failed(
         (folder / f"{name}.safetensors").write_bytes(b"broken")
     parts = {f"lora_unet_nothing.lora_{part}.weight": torch.ones(2, 2) for part in ("down", "up")}
     save_file(parts, folder / "misfit.safetensors")
-    few = ["--num_images", "4", "--num_keep_images", "2", "--num_inference_steps", "2", "--fail_if", "drift>100"]
+    few = ["--num_images", "4", "--num_keep_images", "12", "--num_inference_steps", "2", "--fail_if", "drift>100"]
     few = ["--concept", str(runs / "seven" / "concept.yaml"), *few]
     command = ["evaluate", "--lora", str(runs / "seven"), str(folder), *few, "--output_dir", "out"]
     assert main(command) == 2  # without --keep_going the first bad file ends it

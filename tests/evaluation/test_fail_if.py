@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import pytest
 
 from sd_unlearn.errors import UsageError
 from sd_unlearn.evaluation.fail_if import met_conditions, parse_condition
-from sd_unlearn.results import BASE, ConceptEntry, Problem, Results, Row, SubjectEntry
+from sd_unlearn.results import BASE, ConceptEntry, FailedAttack, Problem, Results, Row, SubjectEntry
 
 
 def results(
@@ -191,3 +192,23 @@ def test_problem_of_an_unchecked_strength_does_not_fail() -> None:
     problem = Problem("seven", "a at 1.5", "retention", "Broken.")
     found = results(("a at 1.5", "leakage", "direct", 0.0), ("a at 1", "leakage", "direct", 0.0), problems=[problem])
     assert met("leakage>5%", found) == []
+
+
+def test_an_attack_that_failed_is_not_passed() -> None:
+    """What memory was too small for may be the attack that succeeds."""
+    rows = [("a", "attack", "token", 0.0), ("a", "retention", "kept", 1.0)]
+    failed = FailedAttack("seven", "a", "finetune", "out of memory")
+    found = dataclasses.replace(results(*rows, forgets={"a": "seven"}), failed_attacks=(failed,))
+    for condition in ("attack>0.1", "attack.finetune>0.1"):
+        assert met(condition, found) == [f"{condition}: a on seven: the attack finetune failed"]
+    assert met("attack.token>0.1", found) == []
+
+
+def test_what_the_base_lacks_of_another_concept_is_no_reason() -> None:
+    """With --keep_going each LoRA is judged by its own concepts."""
+    problem = Problem("three", BASE, "never", "The base itself hardly shows the concept.")
+    found = results(("a", "leakage", "direct", 0.0), forgets={"a": "seven"}, problems=[problem])
+    conditions = [parse_condition("leakage>0.1")]
+    assert met_conditions(conditions, found, only="a") == []
+    same = dataclasses.replace(found, problems=(dataclasses.replace(problem, concept="seven"),))
+    assert len(met_conditions(conditions, same, only="a")) == 1

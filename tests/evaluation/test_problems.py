@@ -63,17 +63,19 @@ def test_retention_below_80_percent_is_broken() -> None:
 
 @pytest.mark.parametrize(
     ("value", "high", "kind"),
-    [(0.75, 0.99, "few"), (0.6, 0.799, "retention"), (0.8, 0.99, ""), (0.7, None, "retention")],
+    [(0.75, 0.99, "few"), (0.6, 0.799, "retention"), (0.8, 0.99, "few"), (0.7, None, "retention")],
 )
 def test_few_retained_images_do_not_show_that_a_model_is_broken(value: float, high: float | None, kind: str) -> None:
     row = Row("retention", "kept", "lora", value, 4, None if high is None else 0.2, high)
     found = retention_problems("seven", [row])
     assert [problem.kind for problem in found] == [kind] * bool(kind)
-    if kind == "few":
+    if value == 0.75:
         assert found[0].message == (
             "Retention on kept prompts is 75 % (95 % interval 20–99 %) with 4 images: too few retained images to tell "
             "whether it is below 80 %. Evaluate more of them (--num_keep_images)."
         )
+    known_well = dataclasses.replace(row, value=0.8, low=0.6, high=0.99)
+    assert retention_problems("seven", [known_well]) == []
     surely = dataclasses.replace(row, value=0.79, high=0.795, detector="another")
     assert [problem.kind for problem in retention_problems("seven", [row, surely])] == ["retention"]
 
@@ -131,7 +133,7 @@ def test_a_base_that_may_hardly_show_the_concept_is_a_problem(hits: int, n: int,
         )
 
 
-CONCEPT = Concept("Ann", "a photo of Ann", "a photo of a woman", evaluate=Evaluation(alike=["a photo of {Bea}"]))
+CONCEPT = Concept("Ann", "a photo of Ann", "a photo of a woman", evaluate=Evaluation(alike=["a photo of {Bea,Cleo}"]))
 
 
 def without_evidence(
@@ -164,6 +166,27 @@ def test_missing_retention_says_what_to_add() -> None:
     assert "Add retained prompts to the concept file" in without_evidence(GONE, groups="direct", concept=bare)
     read = (GONE, ("accuracy", "alike", 0.0), ("accuracy", "kept", 0.0))
     assert without_evidence(*read, ("retention", "kept", None)).startswith("Retention is unknown: no image of the base")
+
+
+def test_a_single_label_shows_no_retention() -> None:
+    """A classifier that takes noise for its only label finds everything retained."""
+    concept = dataclasses.replace(CONCEPT, evaluate=Evaluation(alike=["a photo of {Bea}", "a drawing of {Bea}"]))
+    rows = (GONE, ("accuracy", "kept", 1.0), ("retention", "kept", 1.0))
+    assert without_evidence(*rows, concept=concept).startswith("All rated retained prompts ask for the same label")
+    assert without_evidence(*rows, concept=concept, planned=False).startswith("All rated retained prompts")
+    assert without_evidence(*rows) == ""
+    context = MetricContext(concept, EvaluateConfig(), None, "quick")
+    (gap,) = known_gaps(context, [ImageSpec(group, Prompt(""), 0) for group in ("direct", "alike")], ["clip"])
+    assert gap.startswith("All rated retained prompts")
+
+
+def test_unreadable_retained_images_are_not_blamed_on_the_prompts() -> None:
+    specs = [ImageSpec(group, Prompt(""), 0) for group in ("direct", "alike")]
+    rows = [Row("leakage", "direct", "lora", 0.0, 100), Row("accuracy", "kept", "lora", None, 0)]
+    base = Row("accuracy", "kept", "base", 1.0, 100)
+    assert evidence_problems(CONCEPT, "lora", specs, True, [*rows, base]) == []
+    (problem,) = evidence_problems(CONCEPT, "lora", specs, True, [*rows, dataclasses.replace(base, value=0.0)])
+    assert problem.message.startswith("Retention is unknown")
 
 
 def test_what_is_missing_is_known_before_images_are_generated() -> None:

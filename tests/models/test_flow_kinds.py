@@ -293,7 +293,7 @@ def test_export(flow_kinds: FlowKinds, name: str) -> None:
 
 
 def test_every_cell_of_the_documented_table_is_a_test() -> None:
-    page = (Path(__file__).parents[2] / "docs" / "bases.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[2] / "docs" / "tested.md").read_text(encoding="utf-8")
     named = re.findall(r"`test_flow_kinds\.py::(test_\w+)\[([\w-]+)\]`", page)
     tests = ("test_render", "test_train", "test_evaluate", "test_export")
     assert sorted(named) == sorted((test, name) for test in tests for name in FLOW_KINDS)

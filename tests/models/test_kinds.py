@@ -1,4 +1,4 @@
-"""Every kind of base in every form it comes in, through the whole street (the table of docs/bases.md)."""
+"""Every kind of base in every form it comes in, through the whole street (the table of docs/tested.md)."""
 
 from __future__ import annotations
 
@@ -351,7 +351,7 @@ def test_both_text_encoders_of_sdxl_go_once_captions_are_cached(kinds: Kinds) ->
 
 
 def test_every_cell_of_the_documented_table_is_a_test() -> None:
-    page = (Path(__file__).parents[2] / "docs" / "bases.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[2] / "docs" / "tested.md").read_text(encoding="utf-8")
     named = re.findall(r"`(test_\w+)\[(\w+)-(\w+)\]`", page)
     assert sorted(named) == sorted(
         (test.__name__, kind, form)

@@ -24,7 +24,7 @@ from sd_unlearn.data.find_concept import read_concept
 from sd_unlearn.errors import UsageError
 from sd_unlearn.io import files
 from sd_unlearn.io.own_files import REPORT, check_own_reports, is_own_report
-from sd_unlearn.report import formatting, images, jinja
+from sd_unlearn.report import formatting, images, jinja, reproduce
 from sd_unlearn.report.axes import ticks
 from sd_unlearn.report.cases import Case, cases_of
 from sd_unlearn.report.examples import choose
@@ -33,7 +33,7 @@ from sd_unlearn.report.preview import preview
 from sd_unlearn.report.report import run
 from sd_unlearn.report.terminal import format_table
 from sd_unlearn.report.training_curves import AREA, line_chart
-from sd_unlearn.results import Row
+from sd_unlearn.results import AttackEntry, Row
 
 SCRIPT = jinja.script()
 
@@ -286,7 +286,7 @@ def verdict_of(found: list[dict[str, Any]]) -> str:
 
 def test_verdict_considers_other_wordings_and_missing_values():
     other = make_row("leakage", "held_out", "lora", 0.3, low=0.2, high=0.4)
-    assert verdict_of([*make_results()["rows"], other]) == "Gone when asked for by name, less so in other wordings"
+    assert verdict_of([*make_results()["rows"], other]) == "Gone when asked for by name, but not in other wordings"
     few = make_row("leakage", "held_out", "lora", 0.0, 40, low=0.0, high=0.088)
     unsure = "Gone when asked for by name, but too few images of other wordings to be sure"
     assert verdict_of([*make_results()["rows"], few]) == unsure
@@ -298,7 +298,7 @@ def test_wordings_that_bring_the_concept_only_with_the_lora_are_considered():
         make_row("leakage", "held_out", "base", 0.01, low=0.003, high=0.036),
         make_row("leakage", "held_out", "lora", 0.6, low=0.53, high=0.67),
     ]
-    assert verdict_of([*make_results()["rows"], *wordings]) == "Gone when asked for by name, less so in other wordings"
+    assert verdict_of([*make_results()["rows"], *wordings]) == "Gone when asked for by name, but not in other wordings"
     for high in (0.036, 0.06):
         wordings[1] |= {"value": 0.01, "low": 0.003, "high": high}
         assert verdict_of([*make_results()["rows"], *wordings]) == "Gone"
@@ -480,21 +480,12 @@ def test_commands_quote_the_folder(folder):
     folder.rename(odd)
     source, _ = page_of(odd)
     assert f"sd-unlearn report --run '{odd.name}-again'" in html.unescape(source)
-    assert "--num_images 200 --seed 0" in source
 
 
 def test_the_working_folder_can_be_reported(folder, monkeypatch):
     monkeypatch.chdir(folder)
     source, _ = page_of(Path("."))
     assert "--output_dir ../seven-again" in source
-
-
-def test_commands_repeat_the_number_of_images(folder):
-    with (folder / "concept.yaml").open("a") as file:
-        file.write('evaluate: {alike: ["a {one,two}"], general: ["a {red,blue,green} one"]}\n')
-    rows = [make_row("leakage", "direct", "lora", 0.1, 60), make_row("drift", "kept", "lora", 0.1, 5 * 40)]
-    source, _ = page_of(folder, rows=rows)
-    assert "--num_images 60 --num_keep_images 40 --seed 0" in source
 
 
 def test_commands_repeat_the_options_of_the_evaluation(folder):
@@ -506,6 +497,26 @@ def test_commands_repeat_the_options_of_the_evaluation(folder):
     source, _ = page_of(folder)
     assert f"evaluate --config seven/evaluate.yaml --output_dir {again}" in source
     assert "evaluate --run" not in source
+
+
+def test_only_commands_that_were_carried_out_are_listed(folder, monkeypatch):
+    """After `attack` alone there is no evaluation to repeat."""
+    monkeypatch.chdir(folder.parent)
+    (folder / "config.yaml").write_text("seed: 0\n")
+    ran = (
+        ("soft", "quick", "lora"),
+        ("ring", "standard", "lora"),
+        ("token", "quick", "lora"),
+        ("hard", "full", "base"),
+    )
+    attacks = [AttackEntry("seven", subject, name, budget, "d", {}, ()) for name, budget, subject in ran]
+    attacks.append(dataclasses.replace(attacks[0], subject="base", attack="hard"))
+    assert reproduce.commands(Path(folder.name), attacks) == [
+        "sd-unlearn train --config seven/config.yaml --output_dir seven-again",
+        "sd-unlearn attack --run seven-again --attacks soft token --budget quick --seed 0",
+        "sd-unlearn attack --run seven-again --attacks ring --budget standard --seed 0",
+        "sd-unlearn report --run seven-again",
+    ]
 
 
 def test_a_page_of_several_concepts_repeats_their_training(folder):

@@ -55,7 +55,7 @@ def lines_of(text: str, method: str) -> list[str]:
     return [line for line in text.partition("### three")[0].splitlines() if line.startswith(f"| {method} |")]
 
 
-def test_the_rank_is_the_harmonic_mean_of_four_rates(tmp_path: Path) -> None:
+def test_the_score_is_the_harmonic_mean_of_four_rates(tmp_path: Path) -> None:
     """Forgotten 0.8, retained 1 (1.1 is not better), clean 0.8, not brought back 0.6: 4 / 5.1667 = 0.77."""
     write_record(tmp_path / "records", "pu")
     lines = lines_of(page_of(tmp_path), "ours")
@@ -64,7 +64,7 @@ def test_the_rank_is_the_harmonic_mean_of_four_rates(tmp_path: Path) -> None:
     assert "| 20 (10–30) |" in lines[0]
 
 
-def test_methods_are_ordered_by_rank_whoever_wins(tmp_path: Path) -> None:
+def test_methods_are_ordered_by_score_whoever_wins(tmp_path: Path) -> None:
     write_record(tmp_path / "records", "pu", soft=0.9)
     write_record(tmp_path / "records", "esd-x", soft=0.3)
     text = page_of(tmp_path)
@@ -87,7 +87,7 @@ def test_what_was_not_run_says_so_and_the_rest_of_the_page_stays(tmp_path: Path)
     write_record(tmp_path / "records", "pu")
     text = page_of(tmp_path)
     assert not lines_of(text, "UCE")
-    assert "UCE, SPEED" in text.partition("Not run: ")[2].partition(".")[0]
+    assert "UCE; SPEED" in text.partition("Not run: ")[2].partition(".")[0]
     assert "### three\n\nNot run." in text
     assert text.startswith("before\n")
     assert text.endswith("\nafter\n")
@@ -130,6 +130,15 @@ def test_only_attacks_that_all_methods_have_count(tmp_path: Path) -> None:
     assert "best of token, prefix, noise %" in text
     assert all("| 10 (" in lines_of(text, name)[0] for name in ("ours", "ESD-x"))
     assert "| not run |" in lines_of(text, "ours")[-1]
+
+
+def test_an_attack_that_nothing_withstands_does_not_count(tmp_path: Path) -> None:
+    """`soft` brings the concept back from a model that never saw it, so the best attack of the others counts."""
+    write_record(tmp_path / "records", "pu", soft=1.0)
+    write_record(tmp_path / "records", "oracle", soft=0.95)
+    text = page_of(tmp_path)
+    assert "best of token, prefix, noise %" in text
+    assert "| **0.87** |" in lines_of(text, "ours")[0]  # forgotten 0.8, retained 1, clean 0.8, not brought back 0.9
 
 
 def test_a_page_of_many_concepts_has_their_mean_and_the_worst(tmp_path: Path) -> None:

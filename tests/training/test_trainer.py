@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from train_runs import few_layers, logged, rendered
 
 from sd_unlearn import cli
+from sd_unlearn.config.base import ExportConfig
 from sd_unlearn.config.train import TrainConfig
 from sd_unlearn.data import prior
 from sd_unlearn.data.batches import StratifiedBatches
@@ -34,6 +35,7 @@ from sd_unlearn.data.render_job import RenderJob
 from sd_unlearn.errors import UnlearnError, UsageError
 from sd_unlearn.evaluation.job import _reference_folder
 from sd_unlearn.evaluation.loras import open_run
+from sd_unlearn.export import export
 from sd_unlearn.io.reading import read_json, read_jsonl
 from sd_unlearn.io.run_folder import DATA_MANIFEST
 from sd_unlearn.models import lora, sampling
@@ -361,6 +363,8 @@ def test_full_fine_tuning_trains_every_weight_of_the_unet(
         after = {name: value.clone() for name, value in loaded_base.pipeline.unet.state_dict().items()}
     still = [name for name in before if torch.equal(before[name], after[name])]
     assert not [name for name in still if "weight" in name]
+    merged = export.run(ExportConfig(run=run, merge=Path("merged.safetensors")))
+    assert merged == [Path("merged.safetensors")]
 
 
 @pytest.mark.parametrize("limit", [1e-3, 0.1, 1e6])
