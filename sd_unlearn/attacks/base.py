@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from PIL import Image
@@ -97,16 +97,6 @@ class Outcome:
     found: str = ""  # what the attack found, in words, e.g. a prompt
 
 
-class Settings(Protocol):
-    """Settings of an attack at one budget: a frozen dataclass of plain values."""
-
-    @property
-    def restarts(self) -> int: ...
-
-    @property
-    def images(self) -> int: ...
-
-
 def any_base(_base: Mapping[str, Any]) -> str:
     """Of an attack that works on every base."""
     return ""
@@ -139,7 +129,9 @@ class Attack:
     title: str  # for the report, e.g. "Learned token"
     source: str  # the paper
     access: str  # what the attacker must have
-    budgets: Mapping[str, Any]  # quick, standard, full -> Settings
+    budgets: Mapping[
+        str, Any
+    ]  # quick, standard, full -> a frozen dataclass with `restarts` and `images`
     run: Callable[[Target, Any, int], Iterator[Outcome]]  # target, settings, number of the restart; restores the base
     applies_lora: bool = False  # the attack itself applies the LoRA, with Target.applied
     positives: Callable[[Any], int] = no_images  # how many images of the concept it uses

@@ -19,6 +19,7 @@ from sd_unlearn.io.run_folder import IMAGE_SUFFIXES, METADATA
 from sd_unlearn.metrics.faces import Face, FaceModel
 from sd_unlearn.metrics.statistics import wilson
 
+_KNOWN: dict[tuple[Path, int, int, str], list[Face]] = {}  # the faces of each file; see `_faces`
 MANY = 1000  # faces of other people; from this number a rate of 1e-3 can be measured
 
 
@@ -85,7 +86,7 @@ def read_reference(folder: Path, model: FaceModel) -> Reference:
     """
     embeddings, faceless, digests = [], [], []
     for path in images_of(folder, "--reference"):
-        faces = model.find(_open(path, "--reference"))
+        faces = _faces(path, "--reference", model)
         digests.append(hashlib.sha256(path.read_bytes()).digest())
         if faces:
             embeddings.append(max(faces, key=_area).embedding)
@@ -110,7 +111,7 @@ def calibrate(folder: Path, model: FaceModel, reference: Reference, rate: float 
     paths = images_of(folder, "--others")
     embeddings, faceless = [], 0
     for path in track(paths, "Other people", "image", shown=len(paths) >= 100):
-        faces = model.find(_open(path, "--others"))
+        faces = _faces(path, "--others", model)
         embeddings += [face.embedding for face in faces]
         faceless += not faces
     if not embeddings:
@@ -183,6 +184,15 @@ def check_not_rendered(concept_name: str, others: Path) -> None:
                 f"--others {others}: {len(shown)} of the images in {file.parent} were generated to show {concept_name} "
                 f"({file.name}). Choose a folder that shows other people only."
             )
+
+
+def _faces(path: Path, option: str, model: FaceModel) -> list[Face]:
+    """The faces of a file, found once in a program: several people, and attacks, are calibrated on the same photos."""
+    stat = path.stat()
+    key = (path.resolve(), stat.st_mtime_ns, stat.st_size, model.name)
+    if key not in _KNOWN:
+        _KNOWN[key] = model.find(_open(path, option))
+    return _KNOWN[key]
 
 
 def _open(path: Path, option: str) -> Image.Image:

@@ -82,6 +82,15 @@ def attack_sections(results: Results, cases: Sequence[Case], folder: Path, blur_
     return sections
 
 
+def failures(results: Results) -> list[str]:
+    """A sentence for each attack that could not be carried out, so that nobody takes it for one without success."""
+    names = {subject.id: subject.name for subject in results.subjects}
+    return [
+        f"{group_name(one.attack).capitalize()} failed on {names.get(one.subject, one.subject)}: {one.message}"
+        for one in results.failed_attacks
+    ]
+
+
 def attack_note(section: AttackSection) -> str:
     """The most successful attack in a sentence, shown next to the verdict."""
     worst, attacks = section.worst, {line.entry.attack for line in section.lines}

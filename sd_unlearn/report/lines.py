@@ -41,17 +41,13 @@ def lines_of(rows: Iterable[Row], kind: str = "") -> list[Line]:
     Args:
         kind: Of the concept; "" if unknown.
     """
-    found: dict[tuple[str, str, str, int], dict[bool, Row]] = {}
+    found: dict[tuple[str, str, str], dict[bool, Row]] = {}
     for row in rows:
-        repeat, is_base = 0, row.subject == BASE
-        # a second row of the same metric, group and detector gets a line of its own
-        while is_base in found.setdefault((row.metric, row.group, row.detector, repeat), {}):
-            repeat += 1
-        found[row.metric, row.group, row.detector, repeat][is_base] = row
+        found.setdefault((row.metric, row.group, row.detector), {})[row.subject == BASE] = row
     order = presence_order(kind, {metric for metric, *_ in found})
     lines = [
         Line(metric, group, both.get(True), both.get(False), metric in order)
-        for (metric, group, *_), both in found.items()
+        for (metric, group, _), both in found.items()
     ]
 
     def place(line: Line) -> tuple[int, int, int]:

@@ -21,7 +21,7 @@ from sd_unlearn.io.own_files import check_own_reports
 from sd_unlearn.io.paths import public_name
 from sd_unlearn.io.reading import read_json, read_jsonl, read_yaml
 from sd_unlearn.report import charts, compare, metric_cards, reproduce, training_curves
-from sd_unlearn.report.attacks import attack_note, attack_sections
+from sd_unlearn.report.attacks import attack_note, attack_sections, failures
 from sd_unlearn.report.before_after import before_after, with_known_faces
 from sd_unlearn.report.cases import Case, cases_of
 from sd_unlearn.report.certificate import certificate
@@ -169,6 +169,7 @@ def context(folder: Path, results: Results, config: ReportConfig) -> dict[str, A
         # no detector looked for faces on the preview, so it is left out if faces must be hidden
         "preview": one["preview"] if one and not config.blur_faces else None,
         "attacks": attacks,
+        "failed_attacks": failures(results),
         "attack_note": attack_note(attacks[0]) if single and attacks else "",
         "cards": cards,
         "anchors": {card.detector: card.id for card in cards},

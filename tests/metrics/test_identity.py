@@ -168,6 +168,19 @@ def plane(tmp_path: Path, reference: list[int], others: list[int], rate: float |
     return Identity("Ann", Plane(), person, calibrate(save(tmp_path / "others", *at(*others)), Plane(), person, rate))
 
 
+def test_faces_of_a_photo_are_found_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Evaluating ten people takes the same photos of others ten times; a changed photo is read again."""
+    model, found = Plane(), []
+    monkeypatch.setattr(model, "find", lambda image: found.append(image) or Plane.find(model, image))
+    others = save(tmp_path / "others", *at(80, 90, 100))
+    person = read_reference(save(tmp_path / "reference", *at(1)), model)
+    first, second = (calibrate(others, model, person) for _ in range(2))
+    assert len(found) == 1 + 3
+    assert first.threshold == second.threshold
+    save(tmp_path / "others", *at(10, 90, 100))
+    assert calibrate(others, model, person).threshold > first.threshold
+
+
 def test_threshold_is_the_smallest_for_the_rate() -> None:
     rng = np.random.default_rng(0)
     for n in (1, 7, 100, 1000):

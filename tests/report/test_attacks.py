@@ -97,6 +97,19 @@ def test_the_most_successful_attack_comes_first(tmp_path: Path) -> None:
         assert "interval is that of the best try alone" in text.replace("&nbsp;", " ")
 
 
+def test_an_attack_that_failed_is_named(tmp_path: Path) -> None:
+    """It may be the one that brings the concept back."""
+    write(tmp_path, [entry("soft", tries((200, 0.0)))], [row("attack", "soft", "lora", 0.0)])
+    results = json.loads((tmp_path / "results.json").read_text())
+    failed = {"concept": "seven", "subject": "lora", "attack": "finetune", "message": "out of memory."}
+    for attacks in (results["attacks"], []):
+        changes = {"attacks": attacks, "failed_attacks": [failed]}
+        (tmp_path / "results.json").write_text(json.dumps(results | changes))
+        for page in report(tmp_path):
+            assert "Fine-tuning on the concept failed on lora: out of memory." in page.replace("\\", "")
+            assert page.count("Does it stay gone?") >= 1
+
+
 @pytest.mark.parametrize("other", [{"budget": "full"}, {"seed": 7}, {"settings": {"steps": 5000}}])
 def test_an_attack_with_other_settings_is_not_shown_next_to_it(tmp_path: Path, other: dict[str, Any]) -> None:
     attacks = [entry("soft", tries((200, 0.8)))]
