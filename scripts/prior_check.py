@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from sd_unlearn.data.dataset import Example
-from sd_unlearn.data.embeddings import embed
+from sd_unlearn.data.embeddings import Embedder
 from sd_unlearn.data.encoding import encode_images
 from sd_unlearn.data.prior import BetaEstimate, ImageEmbeddings, estimate_beta
 from sd_unlearn.io.images import open_image
@@ -56,7 +56,7 @@ def pool(digit: str, count: int) -> tuple[ImageEmbeddings, np.ndarray]:
     ]
     latents, _ = encode_images(base(), examples, base().resolution, POOL / "cache")
     shown = DigitsClassifier().read([open_image(path) for path in generic]).shows(digit)
-    return embed(base(), examples, latents), shown
+    return Embedder(base(), latents).embed(examples), shown
 
 
 def row(name: str, truth: float, estimates: list[tuple[BetaEstimate, BetaEstimate]]) -> str:

@@ -263,19 +263,30 @@ def record_inputs(
     images: how many, see `prompts_of_images`. own: the factors of the changes of a LoRA, whose effect on the empty
     caption of guidance is not recorded; without it, that caption is recorded like the prompts.
     """
-    from sd_unlearn.models.layer_inputs import rows_of_prompts
-    from sd_unlearn.models.sampling import default_sampler, generate_images
+    from sd_unlearn.models.layer_inputs import add_to, rows_of_prompts
+    from sd_unlearn.models.sampling import default_sampler, sample
 
     sampler = default_sampler(base.source)
-    asked = prompts_of_images(prompts, images)
-    seeds = [image_seed(TRAIN_SEEDS, 0, prompt, number) for number, prompt in enumerate(asked)]
+    asked = [
+        (prompt, image_seed(TRAIN_SEEDS, 0, prompt, number))
+        for number, prompt in enumerate(prompts_of_images(prompts, images))
+    ]
     is_guided = base.guidance_of(sampler.guidance_scale) > 1
     count = len(asked) * (2 if is_guided and own is None else 1)
     shares = {name: weight / count for name, weight in weights.items()}
-    with ExitStack() as stack:
-        rows = stack.enter_context(rows_of_prompts(base)) if is_guided and own is not None else lambda x: x
-        products = stack.enter_context(inputs.recording(shares, own or {}, rows))
-        for start in range(0, len(asked), sampler.batch_size):
-            part = slice(start, start + sampler.batch_size)
-            generate_images(base, asked[part], seeds[part], sampler)
+
+    def record(part: Sequence[tuple[str, int]]) -> dict[str, Tensor]:
+        # Each attempt is recorded by itself: one that runs out of memory is repeated in smaller parts, and what it had
+        # recorded must not count. One image at a time would avoid the copy of the matrices that this takes, but every
+        # pass of the network sends them to the computer's memory, so that would take several times as long.
+        with ExitStack() as stack:
+            rows = stack.enter_context(rows_of_prompts(base)) if is_guided and own is not None else lambda x: x
+            found = stack.enter_context(inputs.recording(shares, own or {}, rows))
+            sample(base, [seed for _, seed in part], sampler, prompt=[prompt for prompt, _ in part])
+        return found
+
+    products: dict[str, Tensor] = {}
+    for found in base.generating.map(record, asked, sampler.batch_size):
+        for name, product in found.items():
+            add_to(products, name, product)
     return products

@@ -12,8 +12,11 @@ from typing import Any, get_args
 
 import pytest
 import torch
+from diffusers.models.normalization import AdaLayerNormContinuous
+from diffusers.models.unets.unet_2d_blocks import UNetMidBlock2DCrossAttn
 from export_runs import exported, read_header
 from flow_kinds import FlowKinds
+from out_of_memory import limit_memory
 from safetensors.torch import load_file, save_file
 
 from sd_unlearn import cli, fusion
@@ -25,11 +28,11 @@ from sd_unlearn.errors import UsageError
 from sd_unlearn.evaluation.loras import open_lora
 from sd_unlearn.io.reading import read_json
 from sd_unlearn.io.run_folder import ADAPTER_DIR, weights_sha256
-from sd_unlearn.models import lora
+from sd_unlearn.models import lora, sampling
 from sd_unlearn.models.base import Base, load_base
 from sd_unlearn.models.layer_inputs import LayerInputs
 from sd_unlearn.models.offload import OffloadedLinear
-from sd_unlearn.models.sampling import default_sampler
+from sd_unlearn.models.sampling import Sampler, default_sampler
 from sd_unlearn.models.source import Source
 from sd_unlearn.report import reproduce
 from sd_unlearn.training import trainer
@@ -175,6 +178,38 @@ def test_the_empty_caption_of_guidance_counts_among_the_retained_only(loaded_bas
     assert torch.allclose(sums["LoRA"], steps * prompt, rtol=1e-4, atol=1e-4)
     assert torch.allclose(sums["retained"], steps * (prompt + empty) / 2, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(sums["retained"], sums["LoRA"], rtol=0.01)
+
+
+@pytest.mark.parametrize(
+    ("name", "late", "own"),
+    [
+        ("tiny", UNetMidBlock2DCrossAttn, True),
+        ("tiny", UNetMidBlock2DCrossAttn, False),
+        ("flux2-klein-base", AdaLayerNormContinuous, True),  # with a pass of its own for the empty caption
+    ],
+)
+def test_what_was_recorded_before_memory_ran_out_does_not_count(
+    tiny_base: Path, flow_kinds: FlowKinds, monkeypatch: pytest.MonkeyPatch, name: str, late: type, own: bool
+) -> None:
+    """Each attempt fails in a late module, after the hooks of earlier layers."""
+    base = load_base(str(tiny_base if name == "tiny" else flow_kinds.folder(name)), device="cpu")
+    monkeypatch.setattr(sampling, "default_sampler", lambda _: Sampler(2, 3.0, 4, 64))
+    layers = {n: m for n, m in base.network.named_modules() if type(m) is torch.nn.Linear}
+    factors = {n: torch.ones(1, layer.in_features) for n, layer in layers.items()} if own else None
+
+    def recorded() -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        inputs = LayerInputs(layers, dict.fromkeys(layers), {})
+        products = fusion.record_inputs(base, inputs, ["7 x", "3 x"], 3, dict.fromkeys(layers, 1.0), factors)
+        return {n: inputs.total(n) for n in layers}, products
+
+    expected = recorded()
+    rows = limit_memory(monkeypatch, late, "forward", 2)
+    found = recorded()
+    assert max(rows) > 2 >= rows[-1]  # some attempts failed
+    for of_whole, of_parts in zip(expected, found, strict=True):
+        assert of_whole.keys() == of_parts.keys()
+        assert all(torch.allclose(of_parts[n], of_whole[n], rtol=1e-3, atol=1e-4) for n in of_whole)
+    assert (len(found[1]) > 0) == own
 
 
 def test_the_noise_schedule_is_that_of_the_loras(runs: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:

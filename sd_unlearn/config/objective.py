@@ -124,7 +124,7 @@ class Objective:
         option(
             "Share of the keep images that get the empty caption (with --target teacher). Without keep images, "
             "other images take their place, all with the empty caption. Default: 0.25; 0 on digits, where the generic "
-            "and the empty caption mean the same, and on bases without classifier-free guidance.",
+            "and the empty caption mean the same, and where images are generated without classifier-free guidance.",
             OBJECTIVE,
             Range(at_least=0, at_most=1, note="it is a share, e.g. 0.25"),
         ),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -22,19 +23,40 @@ MIN_CLIP_PIXELS = 64  # CLIP takes 224 pixels; from images up to this size it le
 MAX_LATENT_SIDE = 16  # latents are averaged to this size: image content, not texture
 
 
-def embed(base: Base, examples: Sequence[Example], latents: Tensor) -> ImageEmbeddings:
-    """Embed the positive and the unlabeled examples; keep images and negatives are left out.
+class Embedder:
+    """Embeds the images of one or several concepts. CLIP is loaded once, and an image that they share is encoded once.
 
-    Uses CLIP for bases above MIN_CLIP_PIXELS if open_clip and its weights are available, else the examples' latents
-    [N, C, h, w].
+    Uses CLIP for bases above MIN_CLIP_PIXELS if open_clip and its weights are available, else the latents.
+
+    latents: of all examples, [N, C, h, w].
     """
-    indices = [n for n, example in enumerate(examples) if example.group not in ("keep", "negative", UNUSED)]
-    chosen = [examples[n] for n in indices]
-    clip, why = _clip_for(base)
-    rows = clip.images(open_image(e.path) for e in chosen) if clip else _pooled(latents[indices])
-    positive = np.array([e.is_positive for e in chosen])
-    name = clip.name if clip else f"VAE latents of {Path(base.name).name}"
-    return ImageEmbeddings(name, f"beta is estimated from {name}: {why}.", rows[positive], rows[~positive])
+
+    def __init__(self, base: Base, latents: Tensor) -> None:
+        self.base, self.latents = base, latents
+        self._features: dict[Path, Features] = {}  # CLIP's, [D] each
+
+    def embed(self, examples: Sequence[Example]) -> ImageEmbeddings:
+        """Embed the positive and the unlabeled examples; keep images and negatives are left out.
+
+        examples: in the order of the latents.
+        """
+        indices = [n for n, example in enumerate(examples) if example.group not in ("keep", "negative", UNUSED)]
+        chosen = [examples[n] for n in indices]
+        clip, why = self._clip
+        rows = self._encoded(clip, [e.path for e in chosen]) if clip else _pooled(self.latents[indices])
+        positive = np.array([e.is_positive for e in chosen])
+        name = clip.name if clip else f"VAE latents of {Path(self.base.name).name}"
+        return ImageEmbeddings(name, f"beta is estimated from {name}: {why}.", rows[positive], rows[~positive])
+
+    @cached_property
+    def _clip(self) -> tuple[ClipEncoder | None, str]:
+        return _clip_for(self.base)
+
+    def _encoded(self, clip: ClipEncoder, paths: Sequence[Path]) -> Features:
+        """CLIP's features of image files, [N, D]."""
+        if new := [path for path in dict.fromkeys(paths) if path not in self._features]:
+            self._features |= zip(new, clip.images(map(open_image, new)), strict=True)
+        return np.stack([self._features[path] for path in paths])
 
 
 def _clip_for(base: Base) -> tuple[ClipEncoder | None, str]:

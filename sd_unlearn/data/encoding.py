@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image, ImageOps
@@ -15,7 +16,7 @@ from torch import Tensor
 from sd_unlearn.data.dataset import Example
 from sd_unlearn.io.files import atomic_path
 from sd_unlearn.io.images import open_image
-from sd_unlearn.models.base import Base, network_sha256
+from sd_unlearn.models.base import Base
 from sd_unlearn.models.latent_scale import described_scale
 from sd_unlearn.models.sampling import VAE_TILE
 from sd_unlearn.models.vae import encode
@@ -42,7 +43,7 @@ def encode_images(
         UnlearnError: a latent is not finite, or memory is too small for one image.
     """
     vae = base.pipeline.vae
-    encoder = f"{network_sha256(vae)} {vae.dtype} {described_scale(vae)}"  # a UNet can be used with several VAEs
+    encoder = f"{base.vae_sha256} {vae.dtype} {described_scale(vae)}"  # a UNet can be used with several VAEs
     digest = hashlib.sha256(f"{base.sha256} {encoder} {resolution}".encode())
     for example in examples:
         digest.update(example.path.read_bytes())
@@ -78,8 +79,26 @@ def encode_captions(base: Base, captions: Sequence[str]) -> Tensor:
     Raises:
         OutOfMemory: memory is too small for one caption.
     """
-    parts = base.captioning.map(lambda batch: _embed(base, batch), captions, base.properties.captions_at_once)
-    return torch.cat(list(parts))
+    return torch.cat(_encode_in_parts(base, captions, base.device))
+
+
+@torch.no_grad()
+def encode_each(base: Base, captions: Sequence[str]) -> dict[str, Tensor]:
+    """Caption -> its text embeddings as of `encode_captions`, [rows, width], on the CPU.
+
+    Each part leaves the base's device once it is encoded: all captions of a training together may be too large for it.
+
+    Raises:
+        OutOfMemory: as encode_captions.
+    """
+    rows = (row for part in _encode_in_parts(base, captions, "cpu") for row in part)
+    return dict(zip(captions, rows, strict=True))
+
+
+def _encode_in_parts(base: Base, captions: Sequence[str], device: Any) -> list[Tensor]:
+    """The embeddings of consecutive captions, [part, rows, width] each, on a device."""
+    at_once = base.properties.captions_at_once
+    return list(base.captioning.map(lambda part: _embed(base, part).to(device), captions, at_once))
 
 
 def _embed(base: Base, captions: Sequence[str]) -> Tensor:
@@ -92,13 +111,7 @@ def _embed(base: Base, captions: Sequence[str]) -> Tensor:
 def tokenize(base: Base, captions: Sequence[str]) -> Tensor:
     """Token ids [len(captions), tokens] on the CPU, padded and truncated to the model's length."""
     tokenizer = base.pipeline.tokenizer
-    return tokenizer(
-        list(captions),
-        padding="max_length",
-        max_length=tokenizer.model_max_length,
-        truncation=True,
-        return_tensors="pt",
-    ).input_ids
+    return torch.tensor([base.conditioning.tokenized(tokenizer, caption)[0] for caption in captions])
 
 
 def describe_long_captions(base: Base, captions: Sequence[str]) -> str:

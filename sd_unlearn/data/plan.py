@@ -15,7 +15,7 @@ from sd_unlearn.config.base import RenderConfig
 from sd_unlearn.config.planning import parse_vram
 from sd_unlearn.data.render_job import RenderJob, image_requests
 from sd_unlearn.errors import UnlearnError
-from sd_unlearn.launch import process_count
+from sd_unlearn.launch import process_count, process_rank
 from sd_unlearn.models.device import wanted_precision
 from sd_unlearn.models.fit import GIB, MIB, Device, Inference, Phase, other_device, this_device
 from sd_unlearn.models.footprint import count_inference
@@ -155,7 +155,8 @@ def show_plan(job: RenderJob, config: RenderConfig) -> None:
         *describe_images(count_missing(paths), len(paths), resolution, job.sampler),
     ]
     lines.append("Time: unknown, no earlier rendering is recorded.")
-    print("\n".join(lines))
+    if process_rank() == 0:
+        print("\n".join(lines))
     check_fits([phase], device, SMALLER)
 
 

@@ -70,10 +70,12 @@ def run(config: RenderConfig, concept: Concept | None = None) -> Path:
 
         show_plan(job, config)
         return job.folder
-    if not _is_finished(job):
-        from sd_unlearn.data.plan import planned_sampler
+    if _is_finished(job):
+        return job.folder
 
-        job = dataclasses.replace(job, sampler=planned_sampler(job.source, job.sampler, config))
+    from sd_unlearn.data.plan import planned_sampler
+
+    job = dataclasses.replace(job, sampler=planned_sampler(job.source, job.sampler, config))
     return render_locked(job, lambda: load_base(job.source, choose_precision(config.mixed_precision)))
 
 

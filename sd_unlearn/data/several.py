@@ -104,6 +104,11 @@ def _check_different(concepts: Sequence[Concept], option: str) -> None:
     generics = {normalized(concept.generic): concept.name for concept in concepts}
     for concept in concepts:
         for caption in concept.captions:
+            if normalized(caption) == normalized(concept.generic):
+                raise UsageError(
+                    f'{option}: caption and generic prompt of {concept.name} are both "{caption}", so nothing would be '
+                    "erased. Change the generic prompt (generic in its file)."
+                )
             if other := generics.get(normalized(caption)):
                 raise UsageError(
                     f'{option}: "{caption}" of {concept.name} is what {other} is replaced with (generic). Erase them '

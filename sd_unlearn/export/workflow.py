@@ -19,8 +19,9 @@ KLEIN_4B_ENCODER, KLEIN_9B_ENCODER = "qwen_3_4b.safetensors", "qwen_3_8b.safeten
 
 def render(run: TrainedRun) -> str:
     """The workflow of a run as JSON: its base, concept and strength, and the sampler of its evaluation or its base."""
-    source = recorded_source(run.base)
+    source, kind = recorded_source(run.base), KINDS[run.kind]
     sampler, usual = run.results.sampler if run.results else {}, default_sampler(source)
+    guidance = sampler.get("guidance_scale", usual.guidance_scale)
     name = Path(run.base_name).name
     zero_snr = {"zero_terminal_snr": True} if run.zero_terminal_snr else {}  # only UNets can have it
     own: dict[str, Any] = {}
@@ -43,7 +44,7 @@ def render(run: TrainedRun) -> str:
         strength=run.strength,
         size=sampler.get("resolution") or run.base.get("resolution") or SIZE,
         steps=sampler.get("steps", usual.steps),
-        guidance=sampler.get("guidance_scale", usual.guidance_scale) + KINDS[run.kind].extra_guidance,
+        guidance=kind.guidance_of(guidance) if kind.uses_guidance else guidance,  # else the network takes the value
         **zero_snr,
         **own,
     )

@@ -246,16 +246,9 @@ def read_options(path: Path, known: Collection[str]) -> dict[str, Any]:
     check_keys(data, set(known), f"--config {path}")
     given = {key: value for key, value in data.items() if value is not None and key != "config"}
     for key, value in given.items():
-        if not all(_is_scalar(item) for item in (value if isinstance(value, list) else [value])):
+        if not all(isinstance(item, str | int | float) for item in (value if isinstance(value, list) else [value])):
             raise UsageError(f"--config {path}: {key} must be text, a number, true or false, or a list of these.")
     return given
-
-
-def _is_scalar(value: Any) -> bool:
-    """Whether a YAML value is plain: no mapping, date or binary, and no text that UTF-8 cannot represent."""
-    if isinstance(value, str):
-        return not any("\ud800" <= character <= "\udfff" for character in value)
-    return isinstance(value, int | float)
 
 
 def file_sha256(*files: Path) -> str:

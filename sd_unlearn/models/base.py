@@ -93,14 +93,9 @@ class Base:
         """Whether the pipeline says that the model was distilled, so that it does not guide (FLUX.2 klein)."""
         return bool(self.pipeline.config.get("is_distilled"))
 
-    @property
-    def uses_guidance(self) -> bool:
-        """Whether sampling combines the prompt's prediction with that of the empty caption."""
-        return self.properties.uses_guidance and not self.is_distilled
-
     def guidance_of(self, scale: float | None) -> float:
         """The s of u + s (f - u) with which images are generated at this --guidance_scale; 1 without guidance."""
-        return max(1.0, (scale or 0.0) + self.properties.extra_guidance) if self.uses_guidance else 1.0
+        return 1.0 if self.is_distilled else self.properties.guidance_of(scale or 0.0)
 
     @property
     def longest_tokenizer(self) -> tuple[Any, int]:

@@ -30,7 +30,7 @@ from sd_unlearn.models.kinds import (
     kind_of,
     text_width_of,
 )
-from sd_unlearn.models.source import BUNDLED, EMOJI, OPTION, Source, weights_in
+from sd_unlearn.models.source import BUNDLED, EMOJI, OPTION, WEIGHTS, Source, weights_in
 from sd_unlearn.models.supported import check_class, check_drop_t5, check_network, check_prediction, check_schedule
 
 # Hub ids of models that are not supported: others are recognized by their model_index.json.
@@ -189,7 +189,8 @@ def _check_folder(source: Source) -> None:
     for component in components:
         weights = weights_in(folder / component)
         if weights and not source.allow_pickle and not any(form == "safetensors" for _, form in weights):
-            check_suffix(folder / component / "pytorch_model.bin", OPTION, allow_pickle=False)
+            pickled = min(path for path in (folder / component).glob("*.bin") if WEIGHTS.fullmatch(path.name))
+            check_suffix(pickled, OPTION, allow_pickle=False)
     known = sorted({variant for c in components for variant, _ in weights_in(folder / c) if variant})
     if source.variant and source.variant not in known:
         has = f"variants here: {', '.join(known)}" if known else "it has none"

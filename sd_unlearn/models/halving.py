@@ -7,10 +7,10 @@ from typing import TypeVar
 
 from sd_unlearn.errors import OutOfMemory, reason
 from sd_unlearn.io.progress import say
-from sd_unlearn.models.memory_errors import free_memory, is_out_of_memory
+from sd_unlearn.models.memory_errors import SMALLER, free_memory, is_out_of_memory
 
 # What to try where one item at a time is too much: with a base, and with the network of a metric.
-FOR_BASE = "Close other programs that use this memory, or use --mixed_precision fp16 or a lower --resolution."
+FOR_BASE = f"Close other programs that use this memory, or use {SMALLER}."
 FOR_METRIC = "Close other programs that use this memory, or choose other metrics with --metrics."
 
 Item = TypeVar("Item")

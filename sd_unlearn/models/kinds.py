@@ -57,6 +57,10 @@ class Kind:
         """What an image's side is a multiple of, in pixels: the VAE scales down by 8, and transformers take patches."""
         return 16 if self.is_flow else 8
 
+    def guidance_of(self, scale: float) -> float:
+        """The s of u + s (f - u) with which images are generated at this --guidance_scale; 1 without guidance."""
+        return max(1.0, scale + self.extra_guidance) if self.uses_guidance else 1.0
+
 
 def _transformer(name: str, pipeline: str, network_class: str, channels: int, **own: Any) -> Kind:
     """A kind with a transformer that is trained by flow matching at 1024 pixels."""

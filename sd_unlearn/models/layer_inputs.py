@@ -43,9 +43,12 @@ class LayerInputs:
     ) -> Iterator[dict[str, Tensor]]:
         """Record the layers that have a weight: add the weight times the sum over images of an image's mean x x'.
 
+        Nothing is added if the block raises an error, so that a batch that ran out of memory can be repeated.
+
         factors: F of some layers, [r, in]. rows: selects from an input [images, ...] what is recorded.
         Yields, filled within the block: layer -> F times what is added to its sum, [r, in].
         """
+        added: dict[str, Tensor] = {}
         products: dict[str, Tensor] = {}
         seen = WeakTensorKeyDictionary()
 
@@ -59,9 +62,9 @@ class LayerInputs:
                 x = x.flatten(0, -2)
                 weighted = x * (weights[name] * images / max(1, len(x)))
                 if owner == name:
-                    _add(self._sums, name, weighted.T @ x)
+                    add_to(added, name, weighted.T @ x)
                 if name in factors:
-                    _add(products, name, (weighted @ factors[name].to(x).T).T @ x)
+                    add_to(products, name, (weighted @ factors[name].to(x).T).T @ x)
 
             return record
 
@@ -69,6 +72,8 @@ class LayerInputs:
             for name in weights:
                 stack.callback(self.layers[name].register_forward_pre_hook(hook(name)).remove)
             yield products
+        for name, moment in added.items():
+            add_to(self._sums, name, moment)
 
     def _owner(self, name: str, x: Tensor, seen: Any) -> str:
         """The layer of the group that got this tensor first. seen: tensor -> (its version, group -> layer)."""
@@ -84,7 +89,8 @@ class LayerInputs:
         return owner
 
 
-def _add(sums: dict[str, Tensor], name: str, value: Tensor) -> None:
+def add_to(sums: dict[str, Tensor], name: str, value: Tensor) -> None:
+    """Add a value to the sum of a layer, in the computer's memory. The first value becomes the sum itself."""
     value = value.cpu()
     sums[name] = sums[name].add_(value) if name in sums else value
 

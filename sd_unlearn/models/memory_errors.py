@@ -14,6 +14,9 @@ _TEXTS = (
     "DefaultCPUAllocator: not enough memory",  # Windows
 )
 
+# Options of all commands with a base that need less memory, for errors where the kind of the base is not known.
+SMALLER = "--mixed_precision fp16 (bf16 for SD 3, FLUX, Z-Image and Qwen-Image), --offload or a lower --resolution"
+
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory ran out: by torch, by Python, or by CUDA, cuDNN, cuBLAS or the CPU allocator in a RuntimeError."""
@@ -38,8 +41,8 @@ def shortage_behind(error: BaseException) -> OutOfMemory | None:
         return None
     return OutOfMemory(
         f"Out of memory: {reason(cause)}. Close other programs that use this memory, or make the work smaller: "
-        "--mixed_precision fp16 or a lower --resolution; in train also a lower --train_batch_size and "
-        "--gradient_checkpointing. Finished images and checkpoints are kept."
+        f"{SMALLER}; in train also a lower --train_batch_size and --gradient_checkpointing. Finished images and "
+        "checkpoints are kept."
     )
 
 

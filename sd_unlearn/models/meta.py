@@ -113,6 +113,11 @@ class Configs:
     components: tuple[tuple[str, str], ...]  # (name, JSON)
     offload: bool = False  # whether large layers stay in the computer's memory
 
+    @property
+    def kind(self) -> str:
+        """A key of KINDS."""
+        return kind_of(json.loads(self.components[0][1]))
+
 
 def read_configs(source: Source) -> Configs:
     """Read the configuration of a base. No weights are read. T5 is left out where loading leaves it out.
@@ -163,12 +168,11 @@ def build_meta_base(configs: Configs, dtype: torch.dtype) -> MetaBase:
     Raises:
         UsageError: the configuration does not describe such networks.
     """
-    kind = kind_of(json.loads(configs.components[0][1]))
     networks: dict[str, Any] = {}
     for name, config in configs.components:
         try:
             with torch.device("meta"):
-                network = _make(kind, name, json.loads(config))
+                network = _make(configs.kind, name, json.loads(config))
         except (TypeError, ValueError, KeyError) as error:
             where = f"{OPTION} {configs.name}: {name}/config.json"
             raise UsageError(f"{where} does not describe a network of Stable Diffusion ({reason(error)}).") from error

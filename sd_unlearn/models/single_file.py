@@ -32,8 +32,9 @@ def merges() -> list[tuple[str, str]]:
 
 def byte_letters() -> list[str]:
     """A printable letter for each byte, in the order of CLIP's vocabulary: printable bytes first."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    return [chr(byte) for byte in printable] + [chr(0x100 + n) for n in range(256 - len(printable))]
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    return list(bytes_to_unicode().values())
 
 
 def clip_tokenizer(pad_token: str) -> Any:

@@ -13,7 +13,7 @@ from torch import Tensor
 from sd_unlearn.config.train import TrainConfig
 from sd_unlearn.data.concept import Concept
 from sd_unlearn.data.dataset import Example, positive_sets, split_beta
-from sd_unlearn.data.embeddings import embed
+from sd_unlearn.data.embeddings import Embedder
 from sd_unlearn.data.prior import Prior, resolve_beta
 from sd_unlearn.data.render_job import known_beta
 from sd_unlearn.data.turns import make_turns
@@ -32,15 +32,16 @@ def resolve_betas(
         counts = Counter(example.group for example in seen)
         return known_beta(part.generic_share, counts) if is_rendered else None
 
+    embedder = Embedder(base, latents)
     if len(concept.parts) == 1:
-        prior = resolve_beta(config.beta, known_share(concept, examples), lambda: embed(base, examples, latents))
+        prior = resolve_beta(config.beta, known_share(concept, examples), lambda: embedder.embed(examples))
         prior = broadcast_object_list([prior])[0]  # rounding may differ between devices: one beta for all
         sets = positive_sets(config.data_dir)
         shared, source = split_beta(concept, sets, prior.beta, prior.source)
         return dict(zip(sets, shared, strict=True)), dataclasses.replace(prior, source=source)
     priors = []
     for turn in make_turns(concept, examples, [0.0] * len(concept.parts)):
-        embeddings = partial(embed, base, turn.examples, latents)
+        embeddings = partial(embedder.embed, turn.examples)
         priors.append(resolve_beta(config.beta, known_share(turn.concept, turn.examples), embeddings))
     priors = broadcast_object_list(priors)
     of_all = dataclasses.replace(

@@ -9,8 +9,8 @@ from pathlib import Path
 from sd_unlearn.config.train import TrainConfig
 from sd_unlearn.data.batches import EncodedImages
 from sd_unlearn.data.concept import Concept
-from sd_unlearn.data.dataset import scan
-from sd_unlearn.data.encoding import describe_long_captions, encode_captions, encode_images, tokenize
+from sd_unlearn.data.dataset import Example, scan
+from sd_unlearn.data.encoding import describe_long_captions, encode_each, encode_images, tokenize
 from sd_unlearn.data.photos import CACHE_DIR
 from sd_unlearn.data.prior import Prior
 from sd_unlearn.data.turns import Turn, make_turns
@@ -50,11 +50,17 @@ class Data:
 
 
 def read_data(
-    config: TrainConfig, concept: Concept, base: Base, encode_batch_size: int, resume: Path | None = None
+    config: TrainConfig,
+    concept: Concept,
+    base: Base,
+    encode_batch_size: int,
+    resume: Path | None = None,
+    own: Sequence[Example] = (),
 ) -> Data:
     """Scan the data folder, encode images (cached) and captions, and determine beta.
 
-    resume: a checkpoint, which has the betas if they are estimated.
+    resume: a checkpoint, which has the betas if they are estimated. own: the user's own images, which were scanned
+    already; none if the folder was rendered.
 
     Raises:
         UsageError: invalid images, captions or betas, or a resolution that the base cannot have.
@@ -62,7 +68,7 @@ def read_data(
     assert config.data_dir is not None
     if config.resolution:  # checked again: the kind of a Hub id is known only once it is loaded
         check_resolution(config.resolution, base.properties, base.name)
-    examples = scan(config.data_dir, concept, config.eta, config.positives)
+    examples = list(own) or scan(config.data_dir, concept, config.eta, config.positives)
     resolution = config.resolution or base.resolution
     mean, std = encode_images(base, examples, resolution, config.data_dir / CACHE_DIR, encode_batch_size)
     betas, prior = resolve_betas(config, concept, base, examples, mean)
@@ -74,9 +80,11 @@ def read_data(
     if probe_name(config) == "leakage":
         captions += probe_prompts(concept)
     captions = list(dict.fromkeys(captions))
-    encode = tokenize if config.train_text_encoder else encode_captions
-    encoded = encode(base, captions).cpu()  # one per image with own captions: a step takes only a few to the GPU
-    images = EncodedImages(examples, mean, std, dict(zip(captions, encoded, strict=True)))
+    if config.train_text_encoder:
+        text = dict(zip(captions, tokenize(base, captions), strict=True))
+    else:
+        text = encode_each(base, captions)
+    images = EncodedImages(examples, mean, std, text)
     note = describe_long_captions(base, [e.caption for e in examples])
     return Data(images, betas, prior, turns, note)
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from sd_unlearn.data.batch import Batch, join
 from sd_unlearn.objectives.base import LOGGED, Objective
 from sd_unlearn.objectives.pu import limits
+from sd_unlearn.training.checkpoint import random_state, restore_random_state
 from sd_unlearn.training.memory import together
 
 Losses = Callable[[Batch], Tensor]  # l [B] of a batch, differentiable
@@ -49,10 +50,10 @@ def accumulate_gradients(
     micro_batches = batch.cut(size)
     if len(micro_batches) == 1 and accelerator.num_processes == 1:
         return _pass(accelerator, model, losses, objective, micro_batches, None)
-    state = _random_state()
+    state = random_state()
     if objective.max_ratio is not None and len(micro_batches) > 1:
         micro_batches = _limited(accelerator, losses, batch, size, objective.max_ratio)
-        _restore(state)
+        restore_random_state(state)
     elif objective.max_ratio is not None:
         together(accelerator, lambda: None)  # other processes may have more micro-batches, and wait for this one
     if previous is None:
@@ -60,7 +61,7 @@ def accumulate_gradients(
     metrics, brackets = _pass(accelerator, model, losses, objective, micro_batches, previous)
     if not objective.same_signs(brackets, previous):
         model.zero_grad()
-        _restore(state)  # the same dropout gives the same brackets
+        restore_random_state(state)  # the same dropout gives the same brackets
         metrics, _ = _pass(accelerator, model, losses, objective, micro_batches, brackets)
     _average_gradients(accelerator, model)
     return metrics, brackets
@@ -119,13 +120,3 @@ def _average_gradients(accelerator: Accelerator, model: torch.nn.Module) -> None
         assert handle is not None
         handle.wait()
     torch._foreach_div_(gradients, accelerator.num_processes)
-
-
-def _random_state() -> tuple[Tensor, list[Tensor]]:
-    return torch.get_rng_state(), torch.cuda.get_rng_state_all()
-
-
-def _restore(state: tuple[Tensor, list[Tensor]]) -> None:
-    cpu, cuda = state
-    torch.set_rng_state(cpu)
-    torch.cuda.set_rng_state_all(cuda)

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
+from sd_unlearn.choices import Precision
 from sd_unlearn.config.batching import Batching
 from sd_unlearn.config.train import TrainConfig
 from sd_unlearn.errors import UnlearnError, counted, reason
+from sd_unlearn.launch import process_count
+from sd_unlearn.models.kinds import KINDS
 from sd_unlearn.models.memory_errors import free_memory, is_out_of_memory
 
 if TYPE_CHECKING:  # torch takes seconds to import, and trainer.py refuses wrong options without it
@@ -61,18 +64,23 @@ def describe_change(step: int, before: Batching, after: Batching) -> tuple[str, 
     return f"Out of memory at step {step}: repeating it with {how}.", {"step": step, **values}
 
 
-def remedies(config: TrainConfig, resolution: int) -> str:
-    """Options that would need less memory than those of this training, in words."""
-    import torch
+def remedies(config: TrainConfig, kind: str, resolution: int, precision: Precision, on_gpu: bool) -> list[str]:
+    """Options that would need less memory than those of this training, in words.
 
+    kind: of the base, a key of KINDS. resolution, precision: of this training; on_gpu: whether it runs on a GPU.
+    """
+    is_lora = config.method == "lora"
+    may_offload = process_count() == 1 or bool(config.quantize_base and not config.train_text_encoder)
+    half = "bf16" if KINDS[kind].is_flow else "fp16"  # large transformers overflow in fp16
     found = {
         "leave out --train_text_encoder": config.train_text_encoder,
-        "--method lora": config.method == "full",
+        "--method lora": not is_lora,
         "--attention sdpa": config.attention == "eager",
-        "--mixed_precision fp16": config.mixed_precision == "no" and torch.cuda.is_available(),
+        f"--mixed_precision {half}": precision == "no" and on_gpu,
         f"a lower --resolution (now {resolution})": True,
-        "--quantize_base nf4": config.quantize_base is None and config.method == "lora",
+        "--quantize_base nf4": is_lora and not (config.quantize_base or config.use_dora or config.torch_compile),
+        "--offload": is_lora and on_gpu and may_offload and not (config.offload or config.use_dora),
         "--optimizer adamw8bit": config.optimizer == "adamw",
-        f"a lower --rank (now {config.rank})": config.method == "lora" and config.rank > 4,
+        f"a lower --rank (now {config.rank})": is_lora and config.rank > 4,
     }
-    return ", ".join(words for words, applies in found.items() if applies)
+    return [words for words, applies in found.items() if applies]

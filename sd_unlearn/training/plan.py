@@ -12,7 +12,7 @@ from pathlib import Path
 
 from sd_unlearn.choices import Precision
 from sd_unlearn.config.batching import Batching, effective_batch_size, share_of, with_options
-from sd_unlearn.config.train import TrainConfig, resolve_steps
+from sd_unlearn.config.train import TrainConfig, resolve_steps, resolve_teacher_reuse
 from sd_unlearn.data.plan import (
     check_fits,
     choose_device,
@@ -35,6 +35,7 @@ from sd_unlearn.models.kinds import KINDS
 from sd_unlearn.models.meta import BaseNotFound, read_configs
 from sd_unlearn.models.sampling import resolve_sampler
 from sd_unlearn.models.source import Source
+from sd_unlearn.training.memory import remedies
 from sd_unlearn.training.preflight import Inputs
 
 CAPTIONS_AT_ONCE = 256  # at most
@@ -44,6 +45,7 @@ CAPTIONS_AT_ONCE = 256  # at most
 class MemoryPlan:
     """The batches of a training and what its phases keep in memory with them."""
 
+    kind: str  # of the base, a key of KINDS
     device: Device
     precision: Precision
     training: Training
@@ -97,7 +99,7 @@ def plan_memory(config: TrainConfig, source: Source, captions: int, rendering: b
     previews = bool(config.validation_steps or (config.probe_steps and config.probe == "leakage"))
     phases = training.phases(batching, captions, rendering, config.target == "teacher", previews)
     notes = _notes(training, config, batching, share)
-    return MemoryPlan(device, precision, training, batching, tuple(phases), share, tuple(notes))
+    return MemoryPlan(configs.kind, device, precision, training, batching, tuple(phases), share, tuple(notes))
 
 
 def _notes(training: Training, config: TrainConfig, batching: Batching, share: int) -> list[str]:
@@ -125,23 +127,20 @@ def check_plan(config: TrainConfig, plan: MemoryPlan) -> None:
     Raises:
         UnlearnError: says what is left to try.
     """
-    check_fits(plan.phases, plan.device, f"Try {remedies(config, plan)}.")
+    resolution, on_gpu = plan.training.footprint.resolution, plan.device.kind == "cuda"
+    found = _smaller_batches(config, plan) + remedies(config, plan.kind, resolution, plan.precision, on_gpu)
+    check_fits(plan.phases, plan.device, f"Try {', '.join(found)}.")
 
 
-def remedies(config: TrainConfig, plan: MemoryPlan) -> str:
-    """The options that would need less memory than those of a planned training."""
+def _smaller_batches(config: TrainConfig, plan: MemoryPlan) -> list[str]:
+    """Options on batches and previews that would need less memory than those of a planned training."""
     found = {
         "a smaller --train_batch_size": (config.train_batch_size or 1) > 1,
         "a smaller --render_batch_size": (config.render_batch_size or 1) > 1,
         "--gradient_checkpointing": config.gradient_checkpointing is False,
         "--validation_steps 0 (no previews)": plan.peak.name == "preview" and config.validation_steps > 0,
-        "--method lora": config.method == "full",
-        "--attention sdpa": config.attention == "eager",
-        "--quantize_base nf4": config.quantize_base is None and config.method == "lora",
-        "--mixed_precision fp16": plan.precision == "no" and plan.device.kind == "cuda",
-        f"a lower --resolution than {plan.training.footprint.resolution}": True,
     }
-    return ", ".join(words for words, applies in found.items() if applies)
+    return [words for words, applies in found.items() if applies]
 
 
 def plan_run(config: TrainConfig, inputs: Inputs) -> MemoryPlan | None:
@@ -177,7 +176,7 @@ def describe_plan(config: TrainConfig, inputs: Inputs, output: Path, plan: Memor
     else:
         paths = [request.path for request in image_requests(job)]
         lines += describe_images(count_missing(paths), len(paths), resolution, job.sampler)
-    return "\n".join([*lines, _disk(config, plan), _time(config, inputs, plan, output)])
+    return "\n".join([*lines, _disk(config, inputs, plan), _time(config, inputs, plan, output)])
 
 
 def show_plan(config: TrainConfig, inputs: Inputs, output: Path) -> None:
@@ -192,15 +191,24 @@ def show_plan(config: TrainConfig, inputs: Inputs, output: Path) -> None:
     check_plan(config, plan)
 
 
-def _disk(config: TrainConfig, plan: MemoryPlan) -> str:
-    """Disk space of a run: final weights and checkpoints, which hold weights, optimizer and moving average."""
+def _disk(config: TrainConfig, inputs: Inputs, plan: MemoryPlan) -> str:
+    """Disk space of a run: final weights and checkpoints, which hold weights, optimizer, moving average and offsets."""
     t = plan.training.trained
     kept = config.checkpoints_total_limit if config.checkpointing_steps else 0
-    checkpoints = kept * (t.gradients + t.optimizer + t.average)
+    checkpoints = kept * (t.gradients + t.optimizer + t.average + _offsets(config, inputs, plan))
     return (
         f"Disk space of the run: about {megabytes(t.gradients + checkpoints)}, of which checkpoints take "
         f"{megabytes(checkpoints)}."
     )
+
+
+def _offsets(config: TrainConfig, inputs: Inputs, plan: MemoryPlan) -> int:
+    """Bytes of the offsets in a checkpoint (`Teacher.offset`): of all repeated rows, if there is guidance."""
+    scale = resolve_sampler(config, inputs.source).guidance_scale
+    if KINDS[plan.kind].guidance_of(scale) == 1 or resolve_teacher_reuse(config, len(inputs.concept.parts)) == 1:
+        return 0
+    offset = plan.training.trained.predictions // 3  # what is stored of a row: two predictions of the base, the offset
+    return plan.training.repeated * offset * process_count()
 
 
 def _time(config: TrainConfig, inputs: Inputs, plan: MemoryPlan, output: Path) -> str:

@@ -47,9 +47,12 @@ from sd_unlearn.training.probe import LeakageProbe, Probe, RatioProbe, hold_out
 UNCONDITIONAL = {DIGITS: 0.0}
 
 
-def default_unconditional(base: Base) -> float:
-    """The share of keep images under the empty caption. None of them without guidance, which alone uses it."""
-    return UNCONDITIONAL.get(base.name, 0.25) if base.uses_guidance else 0.0
+def default_unconditional(base: Base, guidance_scale: float | None) -> float:
+    """The share of keep images under the empty caption. None of them without guidance, which alone uses it.
+
+    guidance_scale: at which images are generated.
+    """
+    return UNCONDITIONAL.get(base.name, 0.25) if base.guidance_of(guidance_scale) > 1 else 0.0
 
 
 def resolve_defaults(config: TrainConfig, base: Base, data: Data, processes: int) -> TrainConfig:
@@ -63,13 +66,14 @@ def resolve_defaults(config: TrainConfig, base: Base, data: Data, processes: int
     beta = config.beta if data.beta is None else data.beta
     is_flow = KINDS[base.kind].is_flow
     targets = config.lora_targets or default_lora_targets(config.objective)
-    unconditional = default_unconditional(base) if config.unconditional is None else config.unconditional
+    guidance = resolve_sampler(config, base.source).guidance_scale
+    unconditional = default_unconditional(base, guidance) if config.unconditional is None else config.unconditional
     return dataclasses.replace(
         config,
         beta=None if "beta" in unused else beta,
         effective_batch_size=effective_batch_size(config, processes),
         gradient_accumulation_steps=None if config.train_batch_size else config.gradient_accumulation_steps,
-        guidance_scale=resolve_sampler(config, base.source).guidance_scale,
+        guidance_scale=guidance,
         lora_targets=targets if is_lora else None,
         max_train_steps=resolve_steps(config, len(data.turns), is_flow),
         teacher_reuse=None if "teacher_reuse" in unused else resolve_teacher_reuse(config, len(data.turns)),

@@ -119,7 +119,7 @@ def _run(config: TrainConfig, inputs: Inputs, output: Path) -> Path:
         check_same_base(inputs.data_dir, get_base())
         accelerator.wait_for_everyone()  # the first process writes the metadata after the last image
     config = dataclasses.replace(config, data_dir=inputs.data_dir, output_dir=output)
-    return _train(config, inputs.concept, get_base(), accelerator, planned, resume)
+    return _train(config, inputs, get_base(), accelerator, planned, resume)
 
 
 def _find_checkpoint(config: TrainConfig, inputs: Inputs, output: Path) -> Path | None:
@@ -163,7 +163,7 @@ def _render(config: TrainConfig, inputs: Inputs, at_once: int, get_base: Callabl
 
 def _train(
     config: TrainConfig,
-    concept: Concept,
+    inputs: Inputs,
     base: Base,
     accelerator: Accelerator,
     planned: Batching,
@@ -174,11 +174,11 @@ def _train(
     from sd_unlearn.training.setup import make_training, resolve_defaults
 
     assert config.output_dir is not None
-    output, forced = config.output_dir, config.force_resume
+    output, forced, concept = config.output_dir, config.force_resume, inputs.concept
     if config.zero_terminal_snr:  # only now: the folders are rendered with the base's own schedule
         use_zero_terminal_snr(base)
     check_kind(config, base.kind, base.name)
-    data = read_data(config, concept, base, planned.encode_batch_size, resume)
+    data = read_data(config, concept, base, planned.encode_batch_size, resume, inputs.own if inputs.own_images else ())
     batching = _choose_batching(config, accelerator, planned, resume)
     config = resolve_defaults(config, base, data, accelerator.num_processes)
     config = dataclasses.replace(config, mixed_precision=accelerator.mixed_precision)
@@ -253,11 +253,11 @@ def _explained_memory_errors(config: TrainConfig, base: Base, output: Path) -> I
     try:
         yield
     except CannotRepeat as error:
-        kept = checkpoint.list_checkpoints(output)
+        kept, resolution = checkpoint.list_checkpoints(output), config.resolution or base.resolution
+        found = remedies(config, base.kind, resolution, config.mixed_precision or "no", base.device.type == "cuda")
         retry = f"resume from {kept[-1]} with --resume_from_checkpoint latest" if kept else "repeat the command"
         raise UnlearnError(
-            f"{error} Free memory of the device and {retry}, or start over (--overwrite) with: "
-            f"{remedies(config, config.resolution or base.resolution)}."
+            f"{error} Free memory of the device and {retry}, or start over (--overwrite) with: {', '.join(found)}."
         ) from error
 
 

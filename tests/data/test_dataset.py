@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,9 +13,10 @@ import pytest
 import torch
 from PIL import Image
 
+from sd_unlearn.data import encoding
 from sd_unlearn.data.concept import Concept
 from sd_unlearn.data.dataset import fingerprint, has_negatives, positive_sets, scan, split_beta
-from sd_unlearn.data.encoding import encode_captions, encode_images, load_pixels
+from sd_unlearn.data.encoding import encode_captions, encode_each, encode_images, load_pixels
 from sd_unlearn.errors import UsageError
 from sd_unlearn.io.run_folder import METADATA, NEGATIVE, POSITIVE, UNLABELED
 from sd_unlearn.models.base import Base
@@ -311,7 +313,7 @@ def test_cache_is_not_used_for_other_inputs(
     elif change == "order":
         examples.reverse()
     elif change == "vae":
-        loaded_base.pipeline.vae.encoder.conv_in.weight.data += 1
+        loaded_base.vae_sha256 = "another"
     elif change == "precision":
         loaded_base.pipeline.vae.to(torch.bfloat16)
     else:
@@ -334,6 +336,36 @@ def test_text_embeddings_equal_the_pipelines(loaded_base: Base) -> None:
     want, _ = loaded_base.pipeline.encode_prompt(captions, "cpu", 1, do_classifier_free_guidance=False)
     assert got.shape[0] == 3
     assert torch.equal(got, want)
+
+
+class _OnDevice(torch.Tensor):
+    """A part of the captions that is on the device until it is moved to the CPU."""
+
+    def to(self, device: object) -> torch.Tensor:  # type: ignore[override]
+        assert device == "cpu"
+        return self.as_subclass(torch.Tensor).clone()
+
+
+def test_the_captions_of_a_training_leave_the_device_part_by_part(
+    loaded_base: Base, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All captions of FLUX.2 together may be larger than the GPU."""
+    captions = [f"a photo {n}" for n in range(5)]
+    expected = encode_captions(loaded_base, captions)
+    monkeypatch.setattr(type(loaded_base.properties), "captions_at_once", 2)
+    embed, parts = encoding._embed, list[weakref.ref[torch.Tensor]]()
+
+    def on_device(base: Base, part: list[str]) -> torch.Tensor:
+        assert not any(earlier() is not None for earlier in parts)
+        found = embed(base, part).as_subclass(_OnDevice)
+        parts.append(weakref.ref(found))
+        return found
+
+    monkeypatch.setattr(encoding, "_embed", on_device)
+    found = encode_each(loaded_base, captions)
+    assert len(parts) == 3
+    assert list(found) == captions
+    assert torch.allclose(torch.stack(list(found.values())), expected, atol=1e-6)
 
 
 # -- batches --

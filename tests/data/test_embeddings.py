@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 
 from sd_unlearn.data import embeddings
 from sd_unlearn.data.dataset import Example
-from sd_unlearn.data.embeddings import embed
+from sd_unlearn.data.embeddings import Embedder
 from sd_unlearn.models import clip
 from sd_unlearn.models.base import Base
 
@@ -32,7 +33,7 @@ def test_small_bases_use_latents_without_keep_images(
     loaded_base: Base, examples: list[Example], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(embeddings, "ClipEncoder", lambda *_: pytest.fail("no CLIP for 32 pixels"))
-    found = embed(loaded_base, examples, LATENTS)
+    found = Embedder(loaded_base, LATENTS).embed(examples)
     assert found.positive.shape == found.unlabeled.shape == (2, 4 * 8 * 8)
     assert found.positive[:, 0].tolist() == [1, 4]
     assert found.unlabeled[:, 0].tolist() == [0, 3]
@@ -42,7 +43,7 @@ def test_small_bases_use_latents_without_keep_images(
 
 def test_large_latents_are_averaged_down(loaded_base: Base, examples: list[Example]) -> None:
     latents = torch.randn(6, 4, 64, 32)
-    rows = embed(loaded_base, examples, latents).positive
+    rows = Embedder(loaded_base, latents).embed(examples).positive
     assert rows.shape == (2, 4 * 16 * 16)
     assert rows[0, 0] == pytest.approx(latents[1, 0, :4, :2].mean().item(), abs=1e-6)
 
@@ -59,7 +60,7 @@ def test_reason_is_given_without_clip(
         pytest.importorskip("open_clip")
         monkeypatch.setattr(embeddings, "CLIP_MODEL", "no-such-model")
         expected = "could not be loaded"
-    found = embed(loaded_base, examples, LATENTS)
+    found = Embedder(loaded_base, LATENTS).embed(examples)
     assert expected in found.why
     assert "VAE latents" in found.name
 
@@ -77,7 +78,38 @@ def test_by_clip(loaded_base: Base, examples: list[Example], monkeypatch: pytest
     monkeypatch.setattr(clip, "BATCH_SIZE", 3)  # so that four images are two batches
     monkeypatch.setattr(embeddings, "CLIP_MODEL", "tiny-clip-for-beta")
     monkeypatch.setattr(embeddings, "CLIP_PRETRAINED", "")
-    found = embed(loaded_base, examples, LATENTS)
+    found = Embedder(loaded_base, LATENTS).embed(examples)
     assert "open_clip tiny-clip-for-beta" in found.why
     assert found.positive.shape == found.unlabeled.shape == (2, 16)
     assert len(np.unique(np.concatenate([found.positive, found.unlabeled]), axis=0)) == 4  # the pictures were seen
+
+
+def test_several_concepts_share_clip_and_what_it_encoded(
+    loaded_base: Base, examples: list[Example], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, encoded = list[object](), list[Path]()
+
+    class Clip:
+        name = "CLIP"
+
+        def __init__(self, *arguments: object) -> None:
+            made.append(arguments)
+
+        def images(self, images: Iterable[Path]) -> np.ndarray:
+            paths = list(images)
+            encoded.extend(paths)
+            return np.array([[float(path.stem), float("positive" in str(path))] for path in paths])
+
+    monkeypatch.setattr(embeddings, "MIN_CLIP_PIXELS", 16)
+    monkeypatch.setattr(embeddings, "find_spec", lambda _: True)
+    monkeypatch.setattr(embeddings, "ClipEncoder", Clip)
+    monkeypatch.setattr(embeddings, "open_image", lambda path: path)
+    embedder = Embedder(loaded_base, LATENTS)
+    first = embedder.embed(examples)
+    other = embedder.embed([replace(e, group="positive" if e.group == "keep" else e.group) for e in examples])
+    assert len(made) == 1
+    assert len(encoded) == len(set(encoded)) == len(examples)
+    for found, groups in ((first, ["positive"]), (other, ["positive", "keep"])):
+        chosen = [e.path for e in examples if e.group in groups]
+        assert found.positive.tolist() == [[float(p.stem), float("positive" in str(p))] for p in chosen]
+    assert first.unlabeled.tolist() == other.unlabeled.tolist()

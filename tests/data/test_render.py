@@ -20,6 +20,7 @@ from sd_unlearn.data import plan, render, render_job
 from sd_unlearn.data.concept import Concept, expand_braces
 from sd_unlearn.data.find_concept import load_concept, read_concept
 from sd_unlearn.errors import UnlearnError, UsageError
+from sd_unlearn.io.images import is_intact
 from sd_unlearn.io.lock import locked
 from sd_unlearn.io.reading import read_json, read_jsonl
 from sd_unlearn.io.run_folder import DATA_MANIFEST, METADATA, POSITIVE, UNLABELED
@@ -302,6 +303,21 @@ def test_a_complete_folder_needs_no_model(rendered: Path, config: Config, tmp_pa
         render.render_concept(job, no_base)
 
 
+@pytest.mark.parametrize("by", ["render", "train"])
+def test_each_image_of_a_complete_folder_is_read_once(
+    rendered: Path, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by: str
+) -> None:
+    shutil.copytree(rendered, tmp_path / "data")
+    read: list[Path] = []
+    monkeypatch.setattr(render, "is_intact", lambda path: read.append(path) or is_intact(path))
+    if by == "render":
+        render.run(config())
+    else:
+        concept = read_concept(Path(str(config().concept)))
+        render.render_locked(render_job.make_job(concept, config(), find_base(config())), pytest.fail)
+    assert len(read) == len(set(read)) == IMAGES
+
+
 def test_the_manifest_is_written_last(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     order, rename = [], Path.replace
 
@@ -576,3 +592,13 @@ def test_base_has_the_same_hash_in_every_precision(tiny_base: Path) -> None:
     bases = [load_base(str(tiny_base), precision, "cpu") for precision in ("no", "fp16", "bf16")]
     assert bases[0].hashes == bases[1].hashes == bases[2].hashes
     assert len(set(bases[0].hashes.values())) == 3
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_one_process_prints_the_plan(
+    config: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], rank: str
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", rank)
+    render.run(config(dry_run=True))
+    assert ("Plan: render" in capsys.readouterr().out) == (rank == "0")

@@ -118,7 +118,8 @@ def test_names_and_folders() -> None:
     [
         ({"name": "cat"}, '"cat" is listed twice'),
         ({"caption": "A  cat"}, '"a cat" is listed twice'),
-        ({"generic": "a cat"}, "is what dog is replaced with"),
+        ({"generic": "a cat"}, '"a cat" of cat is what dog is replaced with'),
+        ({"generic": "A  dog"}, 'caption and generic prompt of dog are both "a dog", so nothing would be erased'),
         ({"base": "other"}, "different bases"),
         ({"betas": {"1_positive": 0.1}}, "several folders of positives"),
     ],

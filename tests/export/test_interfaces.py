@@ -320,11 +320,12 @@ def test_every_cell_of_the_table_is_a_test() -> None:
     assert kinds == {"SD 1", "SD 2", "SDXL", "SD 3", "FLUX", "FLUX.2", "Z-Image", "Qwen-Image"}
 
 
-def nodes_of(kind: str, base: str) -> dict[str, Any]:
-    """The workflow of a run that was trained on this base and not evaluated."""
+def nodes_of(kind: str, base: str, **sampler: Any) -> dict[str, Any]:
+    """The workflow of a run that was trained on this base. sampler: of its evaluation, if it was evaluated."""
     concept = SimpleNamespace(slug="a", caption="a")
     run = SimpleNamespace(base={"name": base, "kind": kind}, base_name=base, kind=kind, concept=concept)
-    vars(run).update(results=None, strength=1.0, zero_terminal_snr=False)
+    results = SimpleNamespace(sampler=sampler) if sampler else None
+    vars(run).update(results=results, strength=1.0, zero_terminal_snr=False)
     return dict(json.loads(workflow.render(run)))  # type: ignore[arg-type]
 
 
@@ -353,3 +354,25 @@ def test_the_workflow_does_not_open_a_pickled_base(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr("torch.load", lambda *_, **__: pytest.fail("opened"))
     (tmp_path / "base.ckpt").write_bytes(pickle.dumps({"state_dict": {}}))
     assert nodes_of("sd1", str(tmp_path / "base.ckpt"))["6"]["inputs"]["steps"] == 50
+
+
+@pytest.mark.parametrize(
+    ("kind", "base", "cfg"),
+    [
+        ("sd1", "stable-diffusion-v1-5/stable-diffusion-v1-5", [1.0, 4.0]),
+        ("sd3", "stabilityai/stable-diffusion-3.5-large-turbo", [1.0, 4.0]),
+        ("z-image", "Tongyi-MAI/Z-Image-Turbo", [1.0, 5.0]),  # its pipeline adds 1
+        ("qwen-image", "Qwen/Qwen-Image", [1.0, 4.0]),
+    ],
+)
+def test_the_workflow_samples_the_prompt_where_guidance_is_off(kind: str, base: str, cfg: list[float]) -> None:
+    """With cfg 0, ComfyUI would sample the negative prompt."""
+    assert [nodes_of(kind, base, guidance_scale=scale)["6"]["inputs"]["cfg"] for scale in (0.0, 4.0)] == cfg
+    if base.lower().endswith("turbo"):
+        assert nodes_of(kind, base)["6"]["inputs"]["cfg"] == 1.0  # not evaluated
+
+
+def test_the_workflow_keeps_the_guidance_that_a_network_takes_as_an_input() -> None:
+    for kind in ("flux", "flux2"):
+        nodes = nodes_of(kind, "a base", guidance_scale=0.0)
+        assert nodes["11"]["inputs"]["guidance"] == 0.0

@@ -196,10 +196,11 @@ def mixed(base: dict[str, Tensor], trained: dict[str, Tensor], strength: float) 
     return {name: torch.lerp(value, trained[name], strength) for name, value in base.items()}
 
 
-def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
-    assert a.keys() == b.keys()
+def assert_same(a: dict[str, Tensor], b: dict[str, Tensor], what: object = "") -> None:
+    """what: which of several weights these are, for the message."""
+    assert a.keys() == b.keys(), what
     for name, value in a.items():
-        assert torch.allclose(value, b[name], atol=TOLERANCE), name
+        assert torch.allclose(value, b[name], atol=TOLERANCE), (what, name)
 
 
 def with_lora(base: Path, file: Path, strength: float) -> dict[str, Tensor]:
@@ -240,7 +241,7 @@ def test_all_readers_have_the_trained_weights(flow_kinds: FlowKinds, tmp_path: P
             assert_same(comfy_reads(kind, transformer, file, strength), original_weights(kind, want))
     for strength in (0.5, 1.0) if case == "alpha is not rank" else ():
         for what, weights in merged(run, kind, base, tmp_path, strength):
-            assert_same(weights, mixed(untouched, trained, strength)), what
+            assert_same(weights, mixed(untouched, trained, strength), what)
 
 
 @pytest.mark.parametrize("name", NAMES)

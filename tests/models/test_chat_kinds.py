@@ -178,8 +178,9 @@ def test_the_caption_is_cut_where_the_template_and_it_are_too_long(flow_kinds: F
 def test_guidance_is_that_of_the_pipelines_formula(flow_kinds: FlowKinds, name: str, scales: list[float]) -> None:
     """The s of u + s (f - u), on which the offset of held predictions depends."""
     base = loaded(flow_kinds, name)
-    assert [base.guidance_of(scale) for scale in (0.0, 1.0, 4.0)] == scales
-    assert default_unconditional(base) == (0.25 if max(scales) > 1 else 0.0)
+    given = (0.0, 1.0, 4.0)
+    assert [base.guidance_of(scale) for scale in given] == scales
+    assert [default_unconditional(base, scale) for scale in given] == [0.25 if s > 1 else 0.0 for s in scales]
 
 
 @pytest.mark.parametrize("name", [*CHAT_KINDS, *DISTILLED])
@@ -274,6 +275,22 @@ def test_a_quantized_network_predicts_nearly_the_same(flow_kinds: FlowKinds, nam
         small = denoiser.predict(noisy.bfloat16(), timesteps, text.bfloat16())
     assert small.dtype == torch.bfloat16
     assert (small.float() - full).norm() < 0.1 * full.norm()
+
+
+@pytest.mark.parametrize("name", ["flux2-dev", "flux2-klein-base"])
+def test_a_quantized_network_in_half_precision_takes_inputs_in_full(flow_kinds: FlowKinds, name: str) -> None:
+    """Its pipeline passes them: Diffusers takes the precision from the first parameter, which here is a scale."""
+    base = load_base(str(flow_kinds.folder(name)), "bf16", device="cpu")
+    noisy = torch.randn(2, channels_of(base.pipeline.vae.config), 8, 8, generator=torch.Generator().manual_seed(0))
+    text, timesteps = encode_captions(base, PROMPTS), torch.tensor([900.0, 300.0])
+    denoiser = Denoiser.of(base, base.network)
+    with torch.no_grad():
+        full = denoiser.predict(noisy.bfloat16(), timesteps, text).float()
+        quantize_linear_layers(base.network, "int8")
+        small = denoiser.predict(noisy, timesteps, text.float()).float()
+    assert base.network.dtype == torch.float32
+    assert (small - full).norm() < 0.1 * full.norm()
+    assert len(generate_images(base, PROMPTS, SEEDS, Sampler(2, 3.0, 2, 64))) == 2
 
 
 @pytest.mark.parametrize("name", CHAT_KINDS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -133,3 +134,14 @@ def test_the_rows_of_prompts_leave_out_the_empty_caption(
     for x, y in zip(alone, guided, strict=True):
         assert torch.allclose(x, y, atol=1e-6)
     assert sum(map(len, captions(3.0, of_prompts=False))) > sum(map(len, guided))
+
+
+def test_what_an_attempt_recorded_before_it_failed_does_not_count() -> None:
+    block, x = Block(), images(2)
+    inputs = LayerInputs({"key": block.key}, {"key": None}, {})
+    for fails in (False, True, False):
+        with contextlib.suppress(MemoryError), torch.no_grad(), inputs.recording({"key": 1.0}, {}, lambda x: x):
+            block(x)
+            if fails:
+                raise MemoryError
+    assert torch.allclose(inputs.total("key"), 2 * moment(x), atol=1e-5)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sd_unlearn.models.memory_errors import free_memory, is_out_of_memory
+from sd_unlearn.models.halving import FOR_BASE
+from sd_unlearn.models.memory_errors import free_memory, is_out_of_memory, shortage_behind
 
 OUT_OF_MEMORY = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
@@ -43,3 +44,10 @@ def test_a_real_allocation_that_is_too_large_is_recognized() -> None:
         torch.empty(1 << 55, dtype=torch.uint8)
     assert is_out_of_memory(caught.value)
     free_memory()
+
+
+def test_the_message_names_the_precision_of_each_kind_and_offloading() -> None:
+    message = str(shortage_behind(OUT_OF_MEMORY[0]))
+    for words in ("--mixed_precision fp16 (bf16 for SD 3, FLUX, ", "--offload", "a lower --resolution"):
+        assert words in message
+        assert words in FOR_BASE

@@ -155,6 +155,9 @@ def test_pickled_weights_of_a_folder(kinds: Kinds, tmp_path: Path) -> None:
     weights.unlink()
     refused(r"text_encoder/pytorch_model\.bin is a pickle, which can run code", copy)
     found(copy, allow_pickle=True)
+    unet = copy / "unet" / "diffusion_pytorch_model.safetensors"
+    unet.rename(unet.with_suffix(".bin"))
+    refused(r"unet/diffusion_pytorch_model\.bin is a pickle", copy)
 
 
 def test_variants(kinds: Kinds, tmp_path: Path) -> None:

@@ -9,13 +9,13 @@ import random
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 import torch
@@ -25,10 +25,13 @@ from PIL import Image
 from train_runs import ADAPTER, Config, flags, logged, make, rendered, settings
 
 from sd_unlearn import cli
+from sd_unlearn.config.train import TrainConfig
 from sd_unlearn.errors import UnlearnError, UsageError
 from sd_unlearn.io.files import write_json
 from sd_unlearn.io.reading import read_json, read_jsonl
 from sd_unlearn.io.run_folder import weights_sha256
+from sd_unlearn.models import sampling
+from sd_unlearn.models.sampling import Sampler
 from sd_unlearn.objectives.teacher import PredictionBank
 from sd_unlearn.training import checkpoint, learned_captions, provenance, setup, trainer
 from sd_unlearn.training.state import TrainingState
@@ -52,12 +55,24 @@ def whole(make_config: Config, tmp_path_factory: pytest.TempPathFactory) -> Path
     return trainer.run(make_config(tmp_path_factory.mktemp("runs") / "whole", checkpointing_steps=0))
 
 
+@pytest.fixture(scope="module")
+def once_stopped(make_config: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    with pytest.MonkeyPatch.context() as patch:
+        return interrupted(tmp_path_factory.mktemp("stopped"), 7, patch, make_config("run", checkpointing_steps=3))
+
+
 @pytest.fixture
-def stopped(make_config: Config, monkeypatch: pytest.MonkeyPatch) -> Path:
+def stopped(once_stopped: Path) -> Path:
     """A run ended by Ctrl-C after step 7."""
-    with interrupt_after(7, monkeypatch), pytest.raises(KeyboardInterrupt):
-        trainer.run(make_config("run", checkpointing_steps=3))
-    return Path("run")
+    return shutil.copytree(once_stopped, Path("run"))
+
+
+def interrupted(folder: Path, steps: int, monkeypatch: pytest.MonkeyPatch, config: TrainConfig) -> Path:
+    """Train in a folder until Ctrl-C during step `steps`; returns the absolute path of the run, which tests copy."""
+    monkeypatch.chdir(folder)
+    with interrupt_after(steps, monkeypatch), pytest.raises(KeyboardInterrupt):
+        trainer.run(config)
+    return Path(str(config.output_dir)).absolute()
 
 
 @contextmanager
@@ -97,29 +112,22 @@ def same(run: Path, whole: Path) -> bool:
 
 def test_a_run_killed_at_five_random_moments_gives_identical_results(place: Path, tiny_base: Path, whole: Path) -> None:
     """With a checkpoint at every step, so that many of the kills hit a save."""
-    command = [
-        sys.executable,
-        "-m",
-        "sd_unlearn.cli",
-        "train",
-        *flags(settings(place, tiny_base)),
-        "--output_dir",
-        "run",
-        "--resume_from_checkpoint",
-        "latest",
-    ]
-    moments, output, errors = random.Random(5), Path("run"), Path("errors.txt")
+    command = ["train", *flags(settings(place, tiny_base)), "--output_dir", "run", "--resume_from_checkpoint", "latest"]
+    moments, output, log = random.Random(5), Path("run"), Path("log.txt")
     for number in range(5):
-        with errors.open("w") as sink:
-            process = subprocess.Popen(command, stderr=sink, stdout=sink, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        log.write_text("")
+        process = forked.start(cli.main, command, log=log)
         reach = 4 * number + moments.randrange(4)
-        wait_for(lambda reach=reach: "Forgetting" in errors.read_text() and newest(output) >= reach, process)
+        wait_for(lambda reach=reach: "Forgetting" in log.read_text() and newest(output) >= reach, process)
         time.sleep(moments.uniform(0, 0.08))  # about a step and its save
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL, errors.read_text()
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL, log.read_text()
         assert not (output / "training.json").exists()
     assert checkpoint.list_checkpoints(output), "no kill came after a checkpoint"
-    subprocess.run(command, check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    last = forked.start(cli.main, command, log=log)
+    last.join(forked.PATIENCE)
+    assert last.exitcode == 0, log.read_text()
     assert same(output, whole)
     assert {p.name for p in (output / "checkpoints").iterdir()} == {"step-000023", "step-000024"}
     assert not [p for p in output.rglob("*") if p.name.endswith((".tmp", ".old"))]
@@ -130,10 +138,10 @@ def newest(output: Path) -> int:
     return max((int(p.name.removeprefix("step-")) for p in checkpoint.list_checkpoints(output)), default=0)
 
 
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen) -> None:
+def wait_for(condition: Callable[[], bool], process: BaseProcess) -> None:
     end = time.monotonic() + 120
     while not condition():
-        assert process.poll() is None, "it ended by itself"
+        assert process.exitcode is None, "it ended by itself"
         assert time.monotonic() < end, "it never started"
         time.sleep(0.005)
 
@@ -197,6 +205,7 @@ def test_the_command_says_how_to_resume(
 def test_every_kind_of_run_resumes_exactly(
     make_config: Config, monkeypatch: pytest.MonkeyPatch, options: dict[str, object]
 ) -> None:
+    monkeypatch.setattr(sampling, "DEFAULT_SAMPLER", Sampler(2, 7.5, 16))  # of the previews
     monkeypatch.setattr(setup, "REPEATED_STEPS", 3)
     for name, value in {"START": 2, "EVERY": 2, "POOL": 2, "SEARCH_STEPS": 2, "ROWS": 4}.items():
         monkeypatch.setattr(learned_captions, name, value)
@@ -214,13 +223,18 @@ def test_every_kind_of_run_resumes_exactly(
 REUSED = {"max_train_steps": 10, "checkpointing_steps": 4, "teacher_reuse": 3}
 
 
+@pytest.fixture(scope="module")
+def once_in_block(make_config: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(setup, "REPEATED_STEPS", 3)
+        return interrupted(tmp_path_factory.mktemp("in-block"), 5, patch, make_config("run", **REUSED))
+
+
 @pytest.fixture
-def in_block(make_config: Config, monkeypatch: pytest.MonkeyPatch) -> Path:
+def in_block(once_in_block: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A run ended in the second visit of a block of 3 steps, before its end."""
     monkeypatch.setattr(setup, "REPEATED_STEPS", 3)
-    with interrupt_after(5, monkeypatch), pytest.raises(KeyboardInterrupt):
-        trainer.run(make_config("run", **REUSED))
-    return Path("run")
+    return shutil.copytree(once_in_block, Path("run"))
 
 
 @pytest.mark.parametrize(
@@ -537,22 +551,8 @@ def test_random_states_are_restored() -> None:
 def test_two_processes_resume_as_two(place: Path, tiny_base: Path) -> None:
     """Each process restores its own random state. A single process cannot resume a run of two."""
     options = settings(place, tiny_base) | {"max_train_steps": 4, "checkpointing_steps": 2}
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-        "-m",
-        "sd_unlearn.cli",
-        "train",
-        *flags(options),
-        "--output_dir",
-        "run",
-    ]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    subprocess.run(command, check=True, capture_output=True, env=environment)
+    command = ["train", *flags(options), "--output_dir", "run"]
+    forked.run_pair(cli.main, command)
     whole = shutil.copytree("run", Path("whole"))
     for name in ("training.json", "adapter", "checkpoints/step-000004"):  # as if killed after step 2
         path = Path("run", name)
@@ -561,6 +561,5 @@ def test_two_processes_resume_as_two(place: Path, tiny_base: Path) -> None:
         trainer.run(
             make(place, tiny_base, "run", max_train_steps=4, checkpointing_steps=2, resume_from_checkpoint="latest")
         )
-    again = [*command, "--resume_from_checkpoint", "latest"]
-    subprocess.run(again, check=True, capture_output=True, env=environment)
+    forked.run_pair(cli.main, [*command, "--resume_from_checkpoint", "latest"])
     assert same(Path("run"), whole)

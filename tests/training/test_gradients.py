@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
+import forked
 import pytest
 import torch
 from accelerate import Accelerator
@@ -120,30 +118,21 @@ PLANNED = (
 @pytest.mark.parametrize("correction", ["abs", "nn"])
 def test_two_processes_give_the_gradient_of_the_whole_batch(correction: str, tmp_path: Path) -> None:
     """Real processes over gloo with one and two micro-batches each; the parts' own signs differ from the whole's."""
-    # torchrun, because `accelerate launch --cpu --num_processes 2` starts a single process unless mpirun is there
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    paths = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]  # for gradient_cases
-    done = subprocess.run(
-        [*launch, __file__, correction, str(tmp_path)],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": os.pathsep.join(paths)},
-        capture_output=True,
-        text=True,
-        timeout=180,
-    )
+    outputs = forked.run_pair(one_of_two_processes, correction, str(tmp_path), name=str(tmp_path / "pair"))
     for name, case in TWO_PROCESSES.items():
         want, logs, _ = gradient(WHOLE, 5.0, correction, case=case)
         for micro_batches in (1, 2):
             found = tmp_path / f"{name}-{micro_batches}.pt"
-            assert found.is_file(), done.stderr
+            assert found.is_file(), outputs
             got, cut_logs = torch.load(found)
             assert torch.allclose(got, want, rtol=1e-9, atol=1e-12)
             assert dict(zip(LOGGED, cut_logs.tolist(), strict=True)) == pytest.approx(logs, rel=1e-5)
-    assert (tmp_path / "out-of-memory").is_file(), done.stderr
+    assert (tmp_path / "out-of-memory").is_file(), outputs
     assert (tmp_path / "batching-0").read_text() == (tmp_path / "batching-1").read_text() == repr(PLANNED[1])
 
 
 def one_of_two_processes(correction: str, folder: str) -> None:
-    """What torchrun runs: this file."""
+    """What each of the two does."""
     accelerator = Accelerator(cpu=True)
     for (name, case), micro_batches in product(TWO_PROCESSES.items(), (1, 2)):
         model, batch = accelerator.prepare(Linear()), step(5.0, case, processes=2)
@@ -159,7 +148,6 @@ def one_of_two_processes(correction: str, folder: str) -> None:
     chosen = _choose_batching(TrainConfig(), accelerator, PLANNED[accelerator.process_index], None)
     Path(folder, f"batching-{accelerator.process_index}").write_text(repr(chosen))
     accelerator.wait_for_everyone()
-    os._exit(0)  # everything is saved, and gloo's threads may crash while Python shuts down
 
 
 def check_out_of_memory(accelerator: Accelerator, objective: PUObjective, batch: Batch) -> None:
@@ -202,7 +190,3 @@ def test_signs_of_single_parts_would_give_a_wrong_gradient() -> None:
     want, _, _ = gradient(WHOLE, 5.0, "abs")
     assert model.weight.grad is not None
     assert (model.weight.grad - want).norm() > 0.1 * want.norm()
-
-
-if __name__ == "__main__":
-    one_of_two_processes(*sys.argv[1:])

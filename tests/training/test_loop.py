@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import signal
@@ -368,16 +367,10 @@ def test_the_saved_weights_are_the_moving_average(make_config: Config) -> None:
     assert distances[0.9] > 1e-4
 
 
-def test_every_metric_is_logged(make_config: Config) -> None:
-    (line, _) = read_jsonl(trainer.run(make_config("run")) / "metrics.jsonl")
-    assert {"mean_u", "mean_s", "ratio", "bracket", "negative_brackets", "loss", "lr", "grad_norm"} <= set(line)
-    assert line["negative_brackets"] in (0, 1, 2)
-    assert json.dumps(line)
-
-
 def test_a_negative_bracket_is_counted(make_config: Config) -> None:
     (line, _) = read_jsonl(trainer.run(make_config("run", beta=0.999, learning_rate=1e-9)) / "metrics.jsonl")
-    assert (line["bracket"] < 0) == (line["negative_brackets"] > 0)
+    assert line["bracket"] < 0
+    assert line["negative_brackets"] > 0
 
 
 class NoWaiting(TorchDispatchMode):

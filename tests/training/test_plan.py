@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from conftest import tree
 
 from sd_unlearn.cli import main
@@ -14,10 +19,12 @@ from sd_unlearn.config.train import TrainConfig
 from sd_unlearn.data.find_concept import load_concept
 from sd_unlearn.data.render_job import make_job
 from sd_unlearn.io.files import write_json
-from sd_unlearn.io.run_folder import CONFIG, TRAINING
-from sd_unlearn.models.fit import GIB
+from sd_unlearn.io.run_folder import CONFIG, METADATA, TRAINING, UNLABELED
+from sd_unlearn.models.fit import GIB, MIB
 from sd_unlearn.models.source import Source
-from sd_unlearn.training.plan import known_speed, plan_memory
+from sd_unlearn.training import trainer
+from sd_unlearn.training.plan import describe_plan, known_speed, plan_memory
+from sd_unlearn.training.preflight import check_inputs
 
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 PLANNED = TrainConfig(vram="8GB", mixed_precision="fp16")
@@ -135,3 +142,52 @@ def test_the_time_comes_from_an_earlier_run_of_the_same_kind() -> None:
     assert known_speed(Path("runs"), source, config, plan) == 10.0  # of another number of processes
     (Path("runs") / "c" / TRAINING).write_text("{}")
     assert known_speed(Path("runs"), source, config, plan) == 5.0
+
+
+@pytest.mark.parametrize(
+    ("options", "has_offsets"),
+    [({}, True), ({"guidance_scale": 1.0}, False), ({"teacher_reuse": 1}, False), ({"target": "noise"}, False)],
+)
+def test_the_disk_space_of_a_run_counts_the_offsets_in_checkpoints(
+    tiny_base: Path, concept_file: Path, photos: Callable[..., Path], options: dict[str, Any], has_offsets: bool
+) -> None:
+    """As many bytes as a training really saves."""
+    folder = photos(unlabeled=4, positive=3)
+    retained = [{"file_name": f"{n}.png", "text": "a photo of a dog", "group": "keep"} for n in (0, 1)]
+    (folder / UNLABELED / METADATA).write_text("\n".join(map(json.dumps, retained)))
+    given = {
+        "concept": str(concept_file),
+        "pretrained_model_name_or_path": str(tiny_base),
+        "data_dir": folder,
+        "output_dir": Path("run"),
+        "max_train_steps": 1,
+        "checkpointing_steps": 1,
+        "checkpoints_total_limit": 3,
+        "validation_steps": 0,
+        "report_to": "none",
+    }
+    config = TrainConfig(**given | options)
+    inputs = check_inputs(config)
+    plan = plan_memory(config, inputs.source, 10)
+    run = trainer.run(config)
+    saved = torch.load(next((run / "checkpoints").glob("*/state.pt")), weights_only=False)
+    size = sum(tensor.nbytes for of_process in saved["offsets"] for tensor in of_process)
+    assert (size > 0) == has_offsets
+    printed = re.search(r"of which checkpoints take (\d+) MB", describe_plan(config, inputs, Path("run"), plan))
+    t = plan.training.trained
+    assert printed
+    assert int(printed[1]) == round(3 * (t.gradients + t.optimizer + t.average + size) / MIB)
+
+
+@pytest.mark.parametrize("name", ["sd15", "flux"])
+def test_the_error_names_options_for_the_kind_of_the_base(
+    name: str, concept_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = {"sd15": SD15, "flux": "black-forest-labs/FLUX.1-dev"}[name]
+    command = ["train", "--concept", str(concept_file), "--pretrained_model_name_or_path", base, "--dry_run"]
+    assert main([*command, "--vram", "1GB", "--torch_compile", "--train_batch_size", "4"]) == 1
+    message = capsys.readouterr().err
+    assert "Try a smaller --train_batch_size, " in message
+    assert f"--mixed_precision {'bf16' if name == 'flux' else 'fp16'}, " in message
+    assert "--offload" in message
+    assert "--quantize_base" not in message  # not with --torch_compile

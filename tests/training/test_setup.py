@@ -43,3 +43,14 @@ def test_recorded_options_are_accepted_again(loaded_base: Base, options: dict[st
 def test_the_default_number_of_steps(concepts: int, is_flow: bool, steps: int) -> None:
     assert resolve_steps(TrainConfig(concept="seven"), concepts, is_flow) == steps
     assert resolve_steps(TrainConfig(concept="seven", max_train_steps=7), concepts, is_flow) == 7
+
+
+@pytest.mark.parametrize(("scale", "unconditional"), [(None, 0.25), (7.5, 0.25), (1.0, 0.0), (0.0, 0.0)])
+def test_no_keep_images_get_the_empty_caption_without_guidance(
+    loaded_base: Base, scale: float | None, unconditional: float
+) -> None:
+    data: Any = SimpleNamespace(beta=0.2, turns=[None])
+    config = TrainConfig(concept="seven", guidance_scale=scale)
+    assert resolve_defaults(config, loaded_base, data, 1).unconditional == unconditional
+    given = TrainConfig(concept="seven", guidance_scale=scale, unconditional=0.5)
+    assert resolve_defaults(given, loaded_base, data, 1).unconditional == 0.5

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from conftest import CONCEPT_FILE
 from export_runs import exported, read_header
@@ -17,12 +18,13 @@ from sd_unlearn.config.evaluate import EvaluateConfig
 from sd_unlearn.config.train import TrainConfig
 from sd_unlearn.data import render
 from sd_unlearn.data.dataset import Example
+from sd_unlearn.data.prior import ImageEmbeddings
 from sd_unlearn.data.several import load_concepts
 from sd_unlearn.errors import UsageError
 from sd_unlearn.evaluation.job import resolve_job
 from sd_unlearn.evaluation.loras import open_lora
 from sd_unlearn.io.reading import read_json, read_jsonl, read_yaml
-from sd_unlearn.training import learned_captions, trainer
+from sd_unlearn.training import betas, learned_captions, trainer
 from sd_unlearn.training.betas import resolve_betas
 from sd_unlearn.training.learned_captions import LearnedCaption
 
@@ -137,6 +139,24 @@ def test_every_source_of_beta_is_named(place: Path) -> None:
     betas, prior = resolve_betas(TrainConfig(data_dir=Path()), both, unused, [shown, *others], unused)
     assert betas == {"brad-pitt": 0.2, "jackie-chan": 0.1}
     assert prior.source == "known, assumed"
+
+
+def test_one_encoder_embeds_the_images_of_all_concepts(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[object] = []
+
+    class Embedder:
+        def __init__(self, *arguments: object) -> None:
+            made.append(arguments)
+
+        def embed(self, examples: list[Example]) -> ImageEmbeddings:
+            random = np.random.default_rng(0)
+            return ImageEmbeddings("CLIP", "", random.normal(1, 0.1, (20, 2)), random.normal(0, 1, (40, 2)))
+
+    monkeypatch.setattr(betas, "Embedder", Embedder)
+    both = load_concepts([str(place / "pitt.yaml"), str(place / "chan.yaml")])
+    unused: Any = None
+    found, prior = resolve_betas(TrainConfig(data_dir=Path(), beta="estimate"), both, unused, [], unused)
+    assert (len(found), prior.source, len(made)) == (2, "estimated", 1)
 
 
 @pytest.fixture
