@@ -28,6 +28,8 @@ from sd_unlearn.io.reading import read_json
 from sd_unlearn.io.run_folder import POSITIVE, UNLABELED
 from sd_unlearn.models.base import Base, load_base
 
+os.fsync = lambda descriptor: None  # a disk's seconds; nothing here outlives a power cut
+
 WIDTH = 16
 CONCEPT_FILE = """\
 name: Brad Pitt

@@ -46,6 +46,7 @@ CASES = {
     "all": Case(kinds(0, 1, NORMAL), ((0.1, 0.2), (0.3, 0.1)), eta=0.35),
 }
 CAPPED = Case(kinds(0), ((0.3,), (0.4,)), max_ratio=1.5)
+ALL_CASES = CASES | {"capped": CAPPED}
 
 
 class Linear(nn.Module):

@@ -12,9 +12,11 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import forked
 import pytest
 import torch
 from safetensors.torch import load_file
+from train_runs import train_twice
 
 from sd_unlearn import cli, launch
 from sd_unlearn.errors import UnlearnError, UsageError
@@ -129,10 +131,8 @@ def test_the_cpu_launcher_of_accelerate_starts_one_process_and_is_refused() -> N
     assert f"--nproc_per_node N {shlex.quote(str(ROOT / 'train.py'))} --concept seven." in errors[0]
 
 
-@pytest.mark.parametrize("use_cpu", [None, "true"])
-def test_torchrun_with_two_processes_trains_the_lora_of_one(
-    tiny_base: Path, concept_file: Path, use_cpu: str | None
-) -> None:
+def test_torchrun_with_two_processes_trains_the_lora_of_one(tiny_base: Path, concept_file: Path) -> None:
+    """Without ACCELERATE_USE_CPU; test_trainer's two processes have it."""
     train = ["--concept", str(concept_file), "--pretrained_model_name_or_path", str(tiny_base), *TRAIN]
     train += ["--lora_targets", "attention"]  # with all layers, AdamW amplifies rounding
     start = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(ROOT / "train.py")]
@@ -142,7 +142,7 @@ def test_torchrun_with_two_processes_trains_the_lora_of_one(
         capture_output=True,
         text=True,
         timeout=240,
-        env=environment | ({"ACCELERATE_USE_CPU": use_cpu} if use_cpu else {}),
+        env=environment,
     )
     assert done.returncode == 0, done.stderr
     assert read_json(Path("two/training.json"))["cost"]["processes"] == 2
@@ -154,18 +154,10 @@ def test_torchrun_with_two_processes_trains_the_lora_of_one(
     assert ours.abs().max() > 1e-2
 
 
-def test_two_processes_train_twice_in_one_program(tiny_base: Path, concept_file: Path, tmp_path: Path) -> None:
+def test_two_processes_train_twice_in_one_program(tiny_base: Path, concept_file: Path) -> None:
     """The second training has the process group of the first; a new one would find the addresses of the old."""
     train = ["--concept", str(concept_file), "--pretrained_model_name_or_path", str(tiny_base), *TRAIN]
-    script = tmp_path / "twice.py"
-    script.write_text(
-        "from sd_unlearn.cli import main\n"
-        f"for name in ('first', 'second'):\n    assert main([*{['train', *train]}, '--output_dir', name]) == 0\n"
-    )
-    start = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run([*PYTHON_M, *start], capture_output=True, text=True, timeout=240, env=environment)
-    assert done.returncode == 0, done.stderr
+    forked.run_pair(train_twice, train)
     assert read_json(Path("second/training.json"))["cost"]["processes"] == 2
 
 

@@ -12,23 +12,31 @@ from safetensors.torch import load_file
 
 from sd_unlearn.cli import main
 from sd_unlearn.models.base import load_base
-from sd_unlearn.models.sampling import Sampler, generate_images
+from sd_unlearn.models.sampling import BASE_SAMPLERS, Sampler, generate_images
 from sd_unlearn.models.source import DIGITS_DIR
 from sd_unlearn.models.student import apply_run
 
 ROOT = Path(__file__).parent.parent
-FEW = (
-    "--num_unlabeled 12 --num_positive 6 --num_keep 1 --max_train_steps 4 --validation_steps 2 --effective_batch_size 8"
-)
+STEPS = 5
+FEW = "--num_unlabeled 12 --num_positive 6 --num_keep 1 --max_train_steps 4 --effective_batch_size 8"
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def few_steps():
+    """Images of the bundled base in a fifth of the usual steps; nobody looks at them here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(BASE_SAMPLERS, "digits", Sampler(STEPS, 3.0, 100))
+        yield
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, few_steps):
     """A finished street in a folder of its own."""
     here = Path.cwd()
     os.chdir(tmp_path_factory.mktemp("street"))
     try:
-        assert main(["train", "--concept", "seven", "--learning_rate", "0.01", *FEW.split()]) == 0
+        train = ["train", "--concept", "seven", "--learning_rate", "0.01", *FEW.split(), "--validation_steps", "2"]
+        assert main(train) == 0
         folder = Path("runs/seven").absolute()
         assert main(["evaluate", "--run", str(folder), "--num_images", "10", "--num_keep_images", "2"]) == 0
         assert main(["export", "--run", str(folder)]) == 0
@@ -118,6 +126,7 @@ def test_accelerate_launch_is_the_same_command(run, tmp_path):
     ]
     data = run.parent.parent / "data" / "seven"
     options = ["--concept", "seven", "--data_dir", str(data), "--learning_rate", "0.01", *FEW.split()]
+    options += ["--num_inference_steps", str(STEPS), "--validation_steps", "0"]  # the images that `run` rendered
     done = subprocess.run(
         [*accelerate, str(ROOT / "train.py"), *options, "--output_dir", "out"],
         cwd=tmp_path,

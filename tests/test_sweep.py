@@ -23,6 +23,7 @@ from sd_unlearn.evaluation import evaluate
 from sd_unlearn.io.files import write_json
 from sd_unlearn.io.reading import read_json
 from sd_unlearn.io.run_folder import weights_sha256
+from sd_unlearn.models.sampling import BASE_SAMPLERS, Sampler
 from sd_unlearn.report.sweep_record import Point
 from sd_unlearn.training import trainer
 
@@ -388,6 +389,7 @@ def test_options_that_a_sweep_does_not_support_are_refused(
 
 def test_a_sweep_of_the_bundled_base(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """A real sweep, with too few images and steps for meaningful metrics."""
+    monkeypatch.setitem(BASE_SAMPLERS, "digits", Sampler(3, 3.0, 100))
     monkeypatch.setattr(sweep, "EvaluateConfig", functools.partial(EvaluateConfig, num_images=2, num_keep_images=1))
     few = "--num_unlabeled 6 --num_positive 4 --num_keep 1 --max_train_steps 2 --validation_steps 0"
     options = [*few.split(), "--effective_batch_size", "8", "--learning_rate", "0.01", "--report_to", "none"]

@@ -8,11 +8,13 @@ from typing import Any
 
 from conftest import CONCEPT_FILE
 
+from sd_unlearn import cli
 from sd_unlearn.config.base import RenderConfig
 from sd_unlearn.config.train import TrainConfig
 from sd_unlearn.data import render
 from sd_unlearn.io.reading import read_jsonl
 from sd_unlearn.io.run_folder import METRICS
+from sd_unlearn.objectives.registry import RISKS
 from sd_unlearn.training.metrics_log import COST
 
 ADAPTER = "adapter/adapter_model.safetensors"
@@ -61,7 +63,8 @@ def settings(place: Path, tiny_base: Path) -> dict[str, object]:
 
 def few_layers(changes: Mapping[str, object]) -> dict[str, object]:
     """A quarter of the default's layers, so that tests are quicker, unless `changes` do not allow the choice."""
-    targets = {"lora_targets": None if changes.keys() & {"method", "objective"} else "attention"}
+    choice = "method" not in changes and changes.get("objective", "pu") in RISKS
+    targets = {"lora_targets": "attention" if choice else None}
     return targets | ({"rank": TrainConfig.rank} if changes.get("method") == "full" else {})
 
 
@@ -80,3 +83,8 @@ def logged(run: Path) -> list[dict[str, Any]]:
 def flags(options: dict[str, object]) -> list[str]:
     """The options as a command line."""
     return [word for name, value in options.items() for word in (f"--{name}", str(value))]
+
+
+def train_twice(options: list[str]) -> int:
+    """Two trainings in one program, in the folders first and second; returns the exit code."""
+    return max(cli.main(["train", *options, "--output_dir", name]) for name in ("first", "second"))

@@ -28,15 +28,20 @@ from sd_unlearn.results import read_results
 FLAGS = ["--num_inference_steps", "2", "--render_batch_size", "8"]
 
 
+@pytest.fixture(scope="module")
+def made(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_run(tmp_path_factory.mktemp("made") / "seven", tiny_base)
+
+
 @pytest.fixture
-def run(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def run(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A run folder, with budgets that take no time."""
     small = {
         name: dataclasses.replace(attack, budgets=dict.fromkeys(attack.budgets, SMALL[name]))
         for name, attack in ATTACKS.items()
     }
     monkeypatch.setattr(command, "ATTACKS", small)
-    return make_run(tmp_path / "runs" / "seven", tiny_base)
+    return shutil.copytree(made, tmp_path / "runs" / "seven")
 
 
 def attack(run: Path, *flags: str) -> int:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import cache, partial
 
 import numpy as np
 import pytest
@@ -36,9 +38,17 @@ def loaded(flow_kinds: FlowKinds, name: str) -> Base:
     return base
 
 
+@pytest.fixture(scope="module")
+def cached(flow_kinds: FlowKinds) -> Callable[[str], Base]:
+    """Bases that attacks have in common, because an attack leaves them unchanged."""
+    return cache(partial(loaded, flow_kinds))
+
+
 @pytest.mark.parametrize(("name", "attack"), [(name, attack) for name, own in BASES.items() for attack in sorted(own)])
-def test_an_attack_repeats_and_leaves_the_model_unchanged(flow_kinds: FlowKinds, name: str, attack: str) -> None:
-    base = loaded(flow_kinds, name)
+def test_an_attack_repeats_and_leaves_the_model_unchanged(
+    cached: Callable[[str], Base], name: str, attack: str
+) -> None:
+    base = cached(name)
     target = make_target(base)
     before = network_sha256(base.network, *base.text_encoders)
     found = [list(ATTACKS[attack].run(target, SMALL[attack], 0)) for _ in range(2)]

@@ -5,11 +5,10 @@ from __future__ import annotations
 import errno
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import torch
 from conftest import tree
@@ -177,38 +176,13 @@ def test_an_output_folder_in_use_or_of_others_is_refused(
 
 
 def test_two_processes_give_the_results_of_one(
-    runs: Path, compared: tuple[Path, dict[str, Any]], tmp_path: Path
+    runs: Path, compared: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     loras = [str(runs / name) for name in ("seven", "seven-gentle", "four", "four-gentle")]
-    options = [
-        "--lora",
-        *loras,
-        "--strengths",
-        "0.5",
-        "1",
-        "--num_images",
-        "4",
-        "--num_keep_images",
-        "2",
-        "--num_inference_steps",
-        "2",
-        "--render_batch_size",
-        "8",
-        "--output_dir",
-        "out",
-    ]
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-        "-m",
-        "sd_unlearn.cli",
-        "evaluate",
-    ]
-    subprocess.run([*launch, *options], cwd=tmp_path, check=True, capture_output=True)
+    sizes = [word for name, value in FEW.items() for word in (f"--{name}", str(value))]
+    command = ["evaluate", "--lora", *loras, "--strengths", "0.5", "1", *sizes, "--output_dir", "out"]
+    forked.run_pair(main, command)
     found = json.loads((tmp_path / "out" / "results.json").read_text())
     assert found["rows"] == json.loads(json.dumps(compared[1]["rows"]))
     assert found["pairs"] == json.loads(json.dumps(compared[1]["pairs"]))

@@ -20,6 +20,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from sd_unlearn import cli
+from sd_unlearn.data import prior
 from sd_unlearn.io.reading import read_json
 from sd_unlearn.paper import experiments
 from sd_unlearn.paper import run as run_module
@@ -40,7 +41,7 @@ FEW = ("--max_train_steps", "3", "--train_batch_size", "6", "--num_images", "12"
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Networks with a few thousand weights, and a classifier trained for a few steps."""
+    """Networks with a few thousand weights, a classifier trained for a few steps, and a rough estimate of beta."""
     small = {
         "block_out_channels": (8, 16, 16),
         "layers_per_block": 1,
@@ -57,6 +58,8 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(classifier, "settings_for", quick)
     monkeypatch.setattr(score, "real_normal", functools.partial(score.real_normal, limit=300))
+    monkeypatch.setattr(prior, "REPEATS", 1)  # of --beta estimate
+    monkeypatch.setattr(prior, "RESAMPLES", 50)
 
 
 @pytest.fixture
