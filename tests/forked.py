@@ -112,6 +112,9 @@ def _forget_parent() -> None:
     """Drop what is of the parent's process alone.
 
     OpenMP's threads do not survive a fork. accelerate knows the parent as the only process. tqdm's lock is shared by
-    all forks: one that is killed while it holds the lock would stop the parent at its next progress bar. """
-    torch.set_num_threads(1) AcceleratorState._reset_state(True) GradientState._reset_state()
+    all forks: one that is killed while it holds the lock would stop the parent at its next progress bar.
+    """
+    torch.set_num_threads(1)
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
     tqdm.set_lock(threading.RLock())

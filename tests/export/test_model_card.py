@@ -46,7 +46,7 @@ def test_the_card_has_metrics_with_intervals_and_usage(tmp_path: Path) -> None:
     assert f'StableDiffusionXLPipeline.from_pretrained("{HUB_BASE}"' in text
     assert 'weight_name="pytorch_lora_weights.safetensors"' in text
     assert f"<lora:{SLUG}:1>" in text
-    assert "Weight 0 brings the concept back" in text
+    assert "With weight 0, or without the file" in text
     assert "](pairs.png)" in text
     assert "the table above is for strength 1." in text
     assert "rescale_betas_zero_snr" not in text
