@@ -129,9 +129,7 @@ class Attack:
     title: str  # for the report, e.g. "Learned token"
     source: str  # the paper
     access: str  # what the attacker must have
-    budgets: Mapping[
-        str, Any
-    ]  # quick, standard, full -> a frozen dataclass with `restarts` and `images`
+    budgets: Mapping[str, Any]  # quick, standard, full -> a frozen dataclass with `restarts` and `images`
     run: Callable[[Target, Any, int], Iterator[Outcome]]  # target, settings, number of the restart; restores the base
     applies_lora: bool = False  # the attack itself applies the LoRA, with Target.applied
     positives: Callable[[Any], int] = no_images  # how many images of the concept it uses
