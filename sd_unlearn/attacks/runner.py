@@ -111,7 +111,7 @@ def _models(config: AttackConfig, job: EvaluationJob, loader: BaseLoader, cache:
             find_base(dataclasses.replace(config, pretrained_model_name_or_path=config.floor)),
             job.precision,
         )
-        _check_floor(config, floor.describe(), cache.base)
+        _check_same_kind(config, floor.describe(), cache.base)
         if job.zero_terminal_snr:
             use_zero_terminal_snr(floor)
         of_floor = dataclasses.replace(cache, base=floor.describe())
@@ -123,7 +123,7 @@ def _models(config: AttackConfig, job: EvaluationJob, loader: BaseLoader, cache:
     ]
 
 
-def _check_floor(config: AttackConfig, floor: Mapping[str, Any], base: Mapping[str, Any]) -> None:
+def _check_same_kind(config: AttackConfig, floor: Mapping[str, Any], base: Mapping[str, Any]) -> None:
     """Refuse a floor of another kind. floor, base: their records."""
     if floor["kind"] != base["kind"]:
         raise UsageError(

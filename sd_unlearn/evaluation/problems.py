@@ -90,7 +90,9 @@ def retention_problems(concept: str, rows: Iterable[Row]) -> list[Problem]:
     for subject in dict.fromkeys(row.subject for row in rows):
         own = [row for row in rows if row.subject == subject]
         own = [row for row in own if row.group == "kept"] or own
-        low = [row for row in own if (row.value or 0) < MIN_RETENTION or (row.low or 1) < MIN_CERTAIN]
+        low = [
+            row for row in own if (row.value or 0) < MIN_RETENTION or (row.low is not None and row.low < MIN_CERTAIN)
+        ]
         surely = [row for row in low if (row.high or row.value or 0) < MIN_RETENTION]
         row = min(surely or low, key=lambda row: row.value or 0, default=None)
         if row is None:
@@ -181,7 +183,7 @@ def replacement_problems(concept: str, rows: Sequence[Row]) -> list[Problem]:
 
 
 def evidence_problems(
-    concept: Concept, subject: str, specs: Sequence[ImageSpec], planned: bool, rows: Iterable[Row]
+    concept: Concept, subject: str, specs: Sequence[ImageSpec], planned: bool, rows: Sequence[Row]
 ) -> list[Problem]:
     """A problem if the concept was looked for, but not whether the model still generates anything else.
 
@@ -190,7 +192,6 @@ def evidence_problems(
     Args:
         planned: The images are those of the plan, so they are compared with the base's.
     """
-    rows = list(rows)
     own = [row for row in rows if row.subject == subject]
     detecting = presence_order(concept.kind, {row.metric for row in own})
     looked_for = any(row.metric in detecting and row.group in CONCEPT_GROUPS for row in own)

@@ -76,6 +76,8 @@ def test_few_retained_images_do_not_show_that_a_model_is_broken(value: float, hi
         )
     known_well = dataclasses.replace(row, value=0.8, low=0.6, high=0.99)
     assert retention_problems("seven", [known_well]) == []
+    unknown = dataclasses.replace(known_well, low=0.0)
+    assert [problem.kind for problem in retention_problems("seven", [unknown])] == ["few"]
     surely = dataclasses.replace(row, value=0.79, high=0.795, detector="another")
     assert [problem.kind for problem in retention_problems("seven", [row, surely])] == ["retention"]
 
