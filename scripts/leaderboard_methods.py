@@ -72,10 +72,14 @@ METHODS: dict[str, Method] = {
 }
 
 
-# What `leaderboard_search.py` changes in a trained baseline's options above; first nothing.
+# What `leaderboard_search.py` changes in a baseline's options above; first nothing.
 SEARCH: dict[str, tuple[dict[str, Any], ...]] = {
     "anchor": ({}, {"learning_rate": 2e-3}, {"lora_targets": "all_linear+conv"}),
     "neggrad": ({}, {"forget_weight": 0.3}, {"forget_weight": 0.1}),
+    "uce": ({}, {"erase_weight": 10.0}, {"erase_weight": 100.0}),
+    "speed": ({}, {"null_space_threshold": 1.0}, {"null_space_threshold": 10.0}),
+    "rece": ({}, {"erase_weight": 10.0}, {"erase_weight": 100.0}),
+    "rece-3": ({}, {"erase_weight": 10.0}, {"erase_weight": 100.0}),
 }
 
 

@@ -1,4 +1,4 @@
-"""Search settings for the baselines of the leaderboard that are trained, on seven with seed 0.
+"""Search settings for the baselines of the leaderboard, on seven with seed 0.
 
     python scripts/leaderboard_search.py --work_dir build/leaderboard
 

@@ -14,7 +14,7 @@ CLOSED_FORM_OPTIONS = {
     "data_dir",
     *("concept", "anchor", "kind", "objective", "output_dir", "overwrite", "dry_run", "config", "debug"),
     *("pretrained_model_name_or_path", "vae", "prediction_type", "variant", "single_file_config", "allow_pickle"),
-    *("drop_t5", "offload", "rece_epochs"),
+    *("drop_t5", "offload", "rece_epochs", "erase_weight", "null_space_threshold"),
 }
 
 
@@ -109,6 +109,8 @@ OWN_OPTIONS: dict[str, tuple[ObjectiveName, ...]] = {
     "retain": ("esd-x", "esd-u", "anchor"),
     "teacher_reuse": ("pu",),
     "rece_epochs": ("rece",),
+    "erase_weight": ("uce", "rece"),
+    "null_space_threshold": ("speed",),
 }
 # Options that are about unlabeled images and positives under the same caption, which only the risks have.
 RISK_OPTIONS = ("correction", "push", "beta_sweep", "caption_mode", "share_timesteps")

@@ -151,6 +151,24 @@ class Objective:
             Count,
         ),
     ] = None
+    erase_weight: Annotated[
+        float,
+        option(
+            "With --objective uce or rece: weight of the embeddings of the concept, relative to those of the keep "
+            "prompts.",
+            OBJECTIVE,
+            POSITIVE,
+        ),
+    ] = 1.0
+    null_space_threshold: Annotated[
+        float,
+        option(
+            "With --objective speed: directions are free to edit if the eigenvalue of the keep prompts' embeddings is "
+            "below this.",
+            OBJECTIVE,
+            POSITIVE,
+        ),
+    ] = 0.1
     retain: Annotated[
         bool,
         option(

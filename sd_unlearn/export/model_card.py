@@ -68,6 +68,8 @@ _SETTINGS = (
     "push",
     "erase_guidance",
     "forget_weight",
+    "erase_weight",
+    "null_space_threshold",
     "retain",
     "reduction",
     "quantize_base",

@@ -17,8 +17,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-NULL_SPACE_THRESHOLD = 0.1  # of eigenvalues, as in SPEED
-
 
 @dataclass(frozen=True)
 class Edit:
@@ -51,16 +49,22 @@ class Edit:
 
 
 def uce(
-    weights: Sequence[Tensor], concepts: Tensor, anchors: Tensor, preserved: Tensor, strength: float = 0.5
+    weights: Sequence[Tensor],
+    concepts: Tensor,
+    anchors: Tensor,
+    preserved: Tensor,
+    erase_weight: float = 1.0,
+    strength: float = 0.5,
 ) -> list[Edit]:
     """Unified Concept Editing (Gandikota et al. 2024, arXiv 2308.14761, equation 7).
 
-    W = (lam W0 + sum W0 a c' + sum W0 p p') (lam I + sum c c' + sum p p')^-1, lam = `strength` > 0. The difference to
-    W0 is W0 (A - C)' C (lam I + C'C + P'P)^-1: our way of writing it, which shows the rank.
+    W = (lam W0 + w sum W0 a c' + sum W0 p p') (lam I + w sum c c' + sum p p')^-1, lam = `strength` > 0. The paper has
+    no w = `erase_weight` > 0; the authors' code does. The difference to W0 is w W0 (A - C)' C (lam I + w C'C + P'P)^-1:
+    our way of writing it, which shows the rank.
     """
     concepts, anchors, preserved = _double(concepts, anchors, preserved)
-    gram = strength * _eye_like(concepts) + concepts.T @ concepts + preserved.T @ preserved
-    down = torch.linalg.solve(gram, concepts.T).T  # the same in all layers
+    gram = strength * _eye_like(concepts) + erase_weight * concepts.T @ concepts + preserved.T @ preserved
+    down = erase_weight * torch.linalg.solve(gram, concepts.T).T  # the same in all layers
     return [Edit(weight.double() @ (anchors - concepts).T, down) for weight in weights]
 
 
@@ -69,7 +73,7 @@ def speed(
     concepts: Tensor,
     anchors: Tensor,
     preserved: Tensor,
-    threshold: float = NULL_SPACE_THRESHOLD,
+    threshold: float = 0.1,
 ) -> list[Edit]:
     """Null-space constrained edit (Li et al. 2025, "SPEED", arXiv 2503.07392).
 
@@ -84,7 +88,7 @@ def speed(
     return [Edit(weight.double() @ (anchors - concepts).T, down) for weight in weights]
 
 
-def null_space(preserved: Tensor, threshold: float = NULL_SPACE_THRESHOLD) -> Tensor:
+def null_space(preserved: Tensor, threshold: float) -> Tensor:
     """[in, in] the projection onto the eigenvectors of P'P with eigenvalues below `threshold`."""
     values, vectors = torch.linalg.eigh(preserved.double().T @ preserved.double())
     kept = vectors[:, values < threshold]
@@ -96,8 +100,9 @@ def rece(
     concepts: Tensor,
     anchors: Tensor,
     preserved: Tensor,
-    strength: float = 0.5,
+    erase_weight: float = 1.0,
     epochs: int = 1,
+    strength: float = 0.5,
     regularization: float = 0.1,
 ) -> list[Edit]:
     """Reliable and Efficient Concept Erasure (Gong et al. 2024, arXiv 2407.12383): UCE, repeated on what came back.
@@ -107,11 +112,11 @@ def rece(
     concept's own embedding is not part of later edits, so later epochs can move it back. The authors' code uses 3 for
     nudity, and 1 for objects and styles.
     """
-    edits = uce(weights, concepts, anchors, preserved, strength)
+    edits = uce(weights, concepts, anchors, preserved, erase_weight, strength)
     for _ in range(epochs):
         edited = [edit.apply(weight) for edit, weight in zip(edits, weights, strict=True)]
         returned = returning_embedding(weights, edited, concepts, regularization)
-        more = uce(edited, returned, anchors, preserved, strength)
+        more = uce(edited, returned, anchors, preserved, erase_weight, strength)
         edits = [edit.plus(extra) for edit, extra in zip(edits, more, strict=True)]
     return edits
 

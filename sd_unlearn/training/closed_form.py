@@ -8,12 +8,15 @@ from __future__ import annotations
 import dataclasses
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from sd_unlearn.config.checks import CLOSED_FORM_OPTIONS
+from sd_unlearn.choices import ObjectiveName
+from sd_unlearn.config.checks import CLOSED_FORM_OPTIONS, unused_options
 from sd_unlearn.config.paths import recorded
 from sd_unlearn.config.train import TrainConfig
 from sd_unlearn.data.concept import Concept
@@ -30,7 +33,7 @@ from sd_unlearn.training.cross_attention import LAYERS, Embeddings, embed, read_
 from sd_unlearn.training.preflight import Inputs, check_kind, check_output
 from sd_unlearn.training.provenance import basic_record, device_name, open_run, peak_memory_mb, reset_peak_memory
 
-EDITS = {"uce": uce, "speed": speed, "rece": rece}
+SETTINGS = ("erase_weight", "null_space_threshold")  # options of the edits that the record names
 
 
 def run(config: TrainConfig, inputs: Inputs, output: Path) -> Path:
@@ -75,19 +78,22 @@ def _edit(config: TrainConfig, concept: Concept, base: Base, output: Path) -> No
     started = time.monotonic()
     layers = read_weights(base, config.objective)
     embeddings = embed(base, concept)
-    free = {"free_directions": free_directions(embeddings)} if config.objective == "speed" else {}
-    settings = {"epochs": rece_epochs(config, concept)} if config.objective == "rece" else {}
-    edits = EDITS[config.objective](
-        list(layers.values()), embeddings.concepts, embeddings.anchors, embeddings.preserved, **settings
-    )
+    free: dict[str, int] = {}
+    if config.objective == "speed":
+        free = {"free_directions": free_directions(embeddings, config.null_space_threshold)}
+    used = CLOSED_FORM_OPTIONS - unused_options(config.objective)
+    settings: dict[str, Any] = {name: getattr(config, name) for name in SETTINGS if name in used}
+    if config.objective == "rece":
+        settings["rece_epochs"] = rece_epochs(config, concept)
+    edits = _edits(config.objective, settings, list(layers.values()), embeddings)
     rank = max(min(*edit.up.shape, *edit.down.shape) for edit in edits)
     factors = dict(zip(layers, (edit.of_rank(rank) for edit in edits), strict=True))
     seconds = time.monotonic() - started
 
     student = Student(lora.attach_factors(base.network, {n: (e.down, e.up) for n, e in factors.items()}))
     filled_in = {"pretrained_model_name_or_path": base.name, "output_dir": output, "overwrite": False}
-    used = recorded(dataclasses.replace(config, **filled_in))  # type: ignore[arg-type]
-    open_run(output, concept, {key: value for key, value in used.items() if key in CLOSED_FORM_OPTIONS})
+    given = recorded(dataclasses.replace(config, **filled_in))  # type: ignore[arg-type]
+    open_run(output, concept, {key: value for key, value in given.items() if key in used})
     student.save(output)
     record = basic_record(config, concept, base) | {
         "objective": config.objective,
@@ -98,7 +104,7 @@ def _edit(config: TrainConfig, concept: Concept, base: Base, output: Path) -> No
         "edited_tokens": len(embeddings.concepts),
         "preserved_tokens": len(embeddings.preserved),
         **free,
-        **({"rece_epochs": settings["epochs"]} if settings else {}),
+        **settings,
         **storage_errors(edits, list(factors.values())),
     }
     device = device_name(base.device)
@@ -111,23 +117,35 @@ def _edit(config: TrainConfig, concept: Concept, base: Base, output: Path) -> No
     )
 
 
+def _edits(
+    objective: ObjectiveName, settings: Mapping[str, Any], weights: Sequence[Tensor], embeddings: Embeddings
+) -> list[Edit]:
+    given = (weights, embeddings.concepts, embeddings.anchors, embeddings.preserved)
+    if objective == "speed":
+        return speed(*given, settings["null_space_threshold"])
+    if objective == "uce":
+        return uce(*given, settings["erase_weight"])
+    return rece(*given, settings["erase_weight"], settings["rece_epochs"])
+
+
 def rece_epochs(config: TrainConfig, concept: Concept) -> int:
     """--rece_epochs, else what the authors of RECE use for nudity, and for objects and styles."""
     return config.rece_epochs or (3 if any(part.kind == "nudity" for part in concept.parts) else 1)
 
 
-def free_directions(embeddings: Embeddings) -> int:
+def free_directions(embeddings: Embeddings, threshold: float) -> int:
     """The number of directions of the text embeddings in which SPEED may act: those that nothing preserved uses.
 
     Raises:
         UsageError: there are none, so the edit would change nothing.
     """
     preserved = embeddings.preserved
-    free, width = round(float(null_space(preserved).trace())), preserved.shape[1]
+    free, width = round(float(null_space(preserved, threshold).trace())), preserved.shape[1]
     if free == 0:
         raise UsageError(
             f"--objective speed changes only directions that the keep prompts do not use, and their {len(preserved):,} "
-            f"embeddings use all {width}. Use fewer keep prompts, or --objective uce or rece."
+            f"embeddings use all {width}. Use fewer keep prompts, a --null_space_threshold above {threshold:g}, or "
+            "--objective uce or rece."
         )
     print(f"The keep prompts leave {free} of {width} directions for the edit.", file=sys.stderr)
     return free

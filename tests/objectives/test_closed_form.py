@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from sd_unlearn.objectives.closed_form import Edit, null_space, rece, returning_embedding, speed, uce
@@ -21,12 +22,14 @@ def test_uce_by_hand() -> None:
     assert torch.allclose(edited[:, 1], WEIGHT[:, 1].double())
 
 
-def test_uce_is_the_formula_of_the_paper() -> None:
+@pytest.mark.parametrize("own_weight", [1.0, 10.0])
+def test_uce_is_the_formula_of_the_paper(own_weight: float) -> None:
+    """With `erase_weight` 1."""
     weight, concepts, anchors, preserved = random(5, 4), random(2, 4), random(2, 4) + 1, random(3, 4)
-    lam = 0.5
-    first = lam * weight + weight @ anchors.T @ concepts + weight @ preserved.T @ preserved
-    second = lam * torch.eye(4, dtype=torch.float64) + concepts.T @ concepts + preserved.T @ preserved
-    (edit,) = uce([weight], concepts, anchors, preserved, lam)
+    lam = 0.7
+    first = lam * weight + own_weight * weight @ anchors.T @ concepts + weight @ preserved.T @ preserved
+    second = lam * torch.eye(4, dtype=torch.float64) + own_weight * concepts.T @ concepts + preserved.T @ preserved
+    (edit,) = uce([weight], concepts, anchors, preserved, own_weight, lam)
     assert torch.allclose(edit.apply(weight), first @ torch.linalg.inv(second))
     assert edit.up.shape == (5, 2)
     assert edit.down.shape == (2, 4)
@@ -37,7 +40,7 @@ def test_uce_is_the_formula_of_the_paper() -> None:
 def test_uce_minimizes_its_loss() -> None:
     """|W c - W0 a|^2 + |W p - W0 p|^2 + lam |W - W0|^2 has a vanishing gradient."""
     weight, concepts, anchors, preserved = random(3, 4), random(1, 4), random(1, 4) + 1, random(2, 4)
-    edited = uce([weight], concepts, anchors, preserved, 0.5)[0].apply(weight).requires_grad_()
+    edited = uce([weight], concepts, anchors, preserved, strength=0.5)[0].apply(weight).requires_grad_()
     loss = (edited @ concepts.T - weight @ anchors.T).square().sum()
     loss = loss + ((edited - weight) @ preserved.T).square().sum() + 0.5 * (edited - weight).square().sum()
     loss.backward()

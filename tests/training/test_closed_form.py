@@ -108,11 +108,11 @@ def test_speed_needs_directions_that_the_keep_prompts_leave() -> None:
     directions = torch.eye(4)
 
     def free(preserved: Tensor) -> int:
-        return closed_form.free_directions(cross_attention.Embeddings(directions[:1], directions[1:2], preserved))
+        return closed_form.free_directions(cross_attention.Embeddings(directions[:1], directions[1:2], preserved), 0.1)
 
     assert free(3 * directions[:1]) == 3
     assert free(torch.cat([3 * directions[:3], 0.1 * directions[3:]])) == 1
-    with pytest.raises(UsageError, match="their 4 embeddings use all 4. Use fewer keep prompts, or --objective uce"):
+    with pytest.raises(UsageError, match="their 4 embeddings use all 4. .* a --null_space_threshold above 0.1"):
         free(3 * directions)
 
 
@@ -125,8 +125,11 @@ def test_the_run_folder_and_its_record(edited: Path) -> None:
     assert record["truncation_error"] < 1e-10
     assert record["truncation_error"] < record["rounding_error_fp32"] < 1e-5 < record["rounding_error_fp16"] < 1e-2
     assert settings["objective"] == record["objective"]
-    assert ("free_directions" in record) == (record["objective"] == "speed")
+    is_speed = record["objective"] == "speed"
+    assert ("free_directions" in record) == is_speed
     assert record.get("rece_epochs") == (1 if record["objective"] == "rece" else None)
+    assert record.get("erase_weight") == settings.get("erase_weight") == (None if is_speed else 1.0)
+    assert record.get("null_space_threshold") == settings.get("null_space_threshold") == (0.1 if is_speed else None)
     assert "max_train_steps" not in settings
     again = trainer.run(TrainConfig(**settings | {"output_dir": edited.with_name(f"{edited.name}-again")}))
     adapters = [(run / "adapter" / "adapter_model.safetensors").read_bytes() for run in (edited, again)]
